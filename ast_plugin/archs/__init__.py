@@ -1,0 +1,1 @@
+"""The network, its blocks, and what its weights files tell."""

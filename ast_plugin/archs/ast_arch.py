@@ -1,0 +1,262 @@
+"""AST, the adaptive sparse transformer for image restoration (Zhou et al., CVPR 2024), and its variants."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ast_plugin.archs.ast_state import describe_mismatch, plain_state, rename_official_hook
+from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock
+from ast_plugin.errors import CheckpointError, OptionError, ShapeError
+from ast_plugin.ops import pad_to_multiple
+
+VARIANTS = {
+    'AST_XS': {'embed_dim': 16, 'depths': (1, 1, 1, 1, 1, 1, 1, 1, 1)},
+    'AST_T': {'embed_dim': 16, 'depths': (2, 2, 2, 2, 2, 2, 2, 2, 2)},
+    'AST_B': {'embed_dim': 32, 'depths': (1, 2, 8, 8, 2, 8, 8, 2, 1)},
+}
+NUM_LEVELS = 4  # of the encoder, and of the decoder; the bottleneck lies between them
+
+
+class Stage(nn.Module):
+    """The blocks of one level, with what brings the map there or takes it on: `upsample` before, `downsample` after.
+
+    Args:
+        blocks: the level's blocks.
+        use_checkpoint: recompute each block in the backward pass instead of keeping what it computed.
+        downsample: convolution to the next level of the encoder, or None.
+        upsample: transposed convolution from the level before in the decoder, or None.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[ASTBlock],
+        use_checkpoint: bool,
+        downsample: nn.Module | None = None,
+        upsample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.use_checkpoint = use_checkpoint
+        self.downsample, self.upsample = downsample, upsample
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run the blocks over x, [B, H, W, C]."""
+        for block in self.blocks:
+            if self.use_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask)
+        return x
+
+
+class AST(nn.Module):
+    """U-shaped restoration transformer: feed-forward blocks going down, attention at the bottom and going up.
+
+    Args:
+        img_size: nominal side of the pictures. Level i has the nominal side img_size / 2**i; where that is not above
+            the window, the window becomes that side and never shifts. It changes results, not weights, and no weights
+            file tells it. The published figures were measured with 128.
+        in_chans: channels of the input. Where they equal `out_chans`, the input is added to the output.
+        out_chans: channels of the output.
+        embed_dim: channels of the first level; the bottleneck has 16 times as many.
+        depths: blocks of the 4 encoder levels, the bottleneck, and the 4 decoder levels.
+        num_heads: attention heads likewise; those of the encoder are not used.
+        window_size: side of an attention window.
+        mlp_ratio: hidden channels of the feed-forward networks as a multiple of the level's.
+        qkv_bias: whether queries, keys and values have a bias.
+        attention: 'assa', 'dense', 'sparse' or 'topk'.
+        ffn: 'frfn', 'leff' or 'mlp'.
+        drop_path_rate: highest rate of stochastic depth: from 0 up along the encoder, back down along the decoder.
+        use_checkpoint: gradient checkpointing, block by block: less memory in training, about a third more time.
+        topk_ratio: share of the keys that 'topk' keeps.
+    Raises:
+        OptionError: if sizes contradict one another.
+    Source: Zhou et al., CVPR 2024; the released network, its choices where the paper differs.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 128,
+        in_chans: int = 3,
+        out_chans: int = 3,
+        embed_dim: int = 32,
+        depths: Sequence[int] = (2, 2, 2, 2, 2, 2, 2, 2, 2),
+        num_heads: Sequence[int] = (1, 2, 4, 8, 16, 16, 8, 4, 2),
+        window_size: int = 8,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        attention: str = 'assa',
+        ffn: str = 'frfn',
+        drop_path_rate: float = 0.1,
+        use_checkpoint: bool = False,
+        topk_ratio: float = 0.5,
+    ) -> None:
+        super().__init__()
+        _check_choice('attention', attention, ATTENTIONS)
+        _check_choice('ffn', ffn, FEED_FORWARDS)
+        _check_lengths(depths=depths, num_heads=num_heads)
+        if window_size < 1 or img_size < 2**NUM_LEVELS:
+            raise OptionError(
+                f'window_size must be at least 1 and img_size at least {2**NUM_LEVELS}, not {window_size} and {img_size}'
+            )
+        self.in_chans, self.out_chans = in_chans, out_chans
+        dims = [embed_dim * 2**level for level in range(NUM_LEVELS + 1)]
+        drop_rates = _drop_path_rates(depths, drop_path_rate)
+
+        def stage(index: int, dim: int, level: int, attends: bool, **resampling: nn.Module) -> Stage:
+            blocks = []
+            for position, drop_rate in enumerate(drop_rates[index]):
+                window, shift = _window_and_shift(img_size // 2**level, window_size, position)
+                attn = None
+                if attends:
+                    attn = ATTENTIONS[attention](dim, num_heads[index], window, shift, qkv_bias, topk_ratio)
+                blocks.append(ASTBlock(attn, FEED_FORWARDS[ffn](dim, mlp_ratio), dim, drop_rate))
+            return Stage(blocks, use_checkpoint, **resampling)
+
+        self.input_proj = nn.Conv2d(in_chans, embed_dim, 3, padding=1)
+        self.activation = nn.LeakyReLU(0.01)
+        self.encoder = nn.ModuleList(
+            stage(i, dims[i], i, False, downsample=nn.Conv2d(dims[i], dims[i + 1], 4, stride=2, padding=1))
+            for i in range(NUM_LEVELS)
+        )
+        self.bottleneck = stage(NUM_LEVELS, dims[-1], NUM_LEVELS, True)
+        self.decoder = nn.ModuleList()
+        incoming = dims[-1]
+        for i in range(NUM_LEVELS):
+            level = NUM_LEVELS - 1 - i
+            upsample = nn.ConvTranspose2d(incoming, dims[level], 2, stride=2)
+            incoming = 2 * dims[level]  # what was upsampled, beside the encoder's map of the same level
+            self.decoder.append(stage(NUM_LEVELS + 1 + i, incoming, level, True, upsample=upsample))
+        self.output_proj = nn.Conv2d(incoming, out_chans, 3, padding=1)
+
+        self.size_multiple = _size_multiple(img_size, window_size)
+        self.apply(_init_weights)
+        self.register_load_state_dict_pre_hook(rename_official_hook)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Restore pictures.
+
+        Args:
+            x: [B, in_chans, H, W], float, any H and W from 1 up; padded inside by reflection to `size_multiple`.
+            mask: [B or 1, 1, H, W]; tokens where it is not 0 do not attend to one another, see `ops.pair_mask`.
+        Returns:
+            [B, out_chans, H, W]. Not clamped.
+        Raises:
+            ShapeError: if x or mask has other dimensions.
+        """
+        self._check_input(x, mask)
+        H, W = x.shape[-2:]
+        padded = pad_to_multiple(x, self.size_multiple)
+        if mask is not None:
+            mask = nn.functional.pad(mask, (0, padded.shape[-1] - W, 0, padded.shape[-2] - H))
+        y = _nhwc(self.activation(self.input_proj(padded)))
+        skips = []
+        for stage in self.encoder:
+            y = stage(y, mask)
+            skips.append(y)
+            y = _nhwc(stage.downsample(_nchw(y)))
+        y = self.bottleneck(y, mask)
+        for stage in self.decoder:
+            y = torch.cat([_nhwc(stage.upsample(_nchw(y))), skips.pop()], dim=-1)
+            y = stage(y, mask)
+        y = self.output_proj(_nchw(y))[..., :H, :W]
+        return x + y if self.in_chans == self.out_chans else y.contiguous()
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """Load a state with our names or the official ones, with or without DataParallel's `module.`.
+
+        Raises:
+            CheckpointError: if it does not fit; says which names and shapes, and what network the state is of.
+        """
+        try:
+            return super().load_state_dict(plain_state(state_dict), strict=strict, assign=assign)
+        except RuntimeError as error:
+            raise CheckpointError(describe_mismatch(self.state_dict(), state_dict) or str(error)) from error
+
+    def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_chans or 0 in x.shape:
+            raise ShapeError(f'AST takes [B, {self.in_chans}, H, W] with no side of 0, not {list(x.shape)}')
+        if mask is not None:
+            expected = [[batch, 1, *x.shape[-2:]] for batch in dict.fromkeys((1, x.shape[0]))]
+            if list(mask.shape) not in expected:
+                raise ShapeError(f'the mask must be {" or ".join(map(str, expected))}, not {list(mask.shape)}')
+
+
+def _variant(name: str) -> Callable[..., AST]:
+    """A constructor that is AST with a row of `VARIANTS` as its defaults, and says so in its signature."""
+    row = VARIANTS[name]
+
+    def build(**options) -> AST:
+        return AST(**{**row, **options})
+
+    signature = inspect.signature(AST)
+    parameters = [
+        p.replace(default=row.get(p.name, p.default), kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in signature.parameters.values()
+    ]
+    build.__signature__ = signature.replace(parameters=parameters, return_annotation=AST)
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f'AST with {", ".join(f"{key} {value}" for key, value in row.items())}; see `AST` for the options.'
+    return build
+
+
+AST_XS = _variant('AST_XS')
+AST_T = _variant('AST_T')
+AST_B = _variant('AST_B')
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _window_and_shift(nominal_side: int, window_size: int, position: int) -> tuple[int, int]:
+    """Window and shift of the block at `position` of a level, given the level's nominal side."""
+    if nominal_side <= window_size:
+        return nominal_side, 0
+    return window_size, window_size // 2 if position % 2 else 0
+
+
+def _size_multiple(img_size: int, window_size: int) -> int:
+    """What H and W of the whole picture must be multiples of, so that every level divides into its windows."""
+    sides = (2**level * _window_and_shift(img_size // 2**level, window_size, 0)[0] for level in range(NUM_LEVELS + 1))
+    return math.lcm(*sides)
+
+
+def _drop_path_rates(depths: Sequence[int], highest: float) -> list[list[float]]:
+    """Rates of stochastic depth, a list for each of the nine levels.
+
+    They grow over the encoder's blocks from 0 to `highest`, stay there in the bottleneck, and the encoder's list is
+    read backwards over the decoder; a decoder with more blocks than the encoder ends on the last rate, 0.
+    """
+    num_encoder = sum(depths[:NUM_LEVELS])
+    down = torch.linspace(0, highest, num_encoder, device='cpu').tolist()
+    up = down[::-1] + [0.0] * max(0, sum(depths[NUM_LEVELS + 1 :]) - num_encoder)
+    rates = iter(down + [highest] * depths[NUM_LEVELS] + up)
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _check_choice(key: str, value: str, choices: Mapping) -> None:
+    if value not in choices:
+        raise OptionError(f'{key} must be one of {", ".join(choices)}, not {value!r}')
+
+
+def _check_lengths(**lists: Sequence[int]) -> None:
+    expected = 2 * NUM_LEVELS + 1
+    for key, value in lists.items():
+        if len(value) != expected or min(value) < 1:
+            raise OptionError(f'{key} must be {expected} numbers of at least 1, not {list(value)}')

@@ -1,0 +1,226 @@
+"""AST's building blocks. Modules hold parameters and state their sizes; the mathematics is in `ast_plugin.ops`.
+
+Every block maps [B, H, W, C] to [B, H, W, C].
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ast_plugin import ops
+from ast_plugin.errors import OptionError
+
+
+class WindowAttention(nn.Module):
+    """Self-attention within (shifted) windows, with a learned bias by relative position.
+
+    Args:
+        dim: channels.
+        num_heads: heads, a divisor of `dim`.
+        window_size: side of a window.
+        shift_size: cyclic shift up and left before the map is cut, in [0, window_size).
+        qkv_bias: whether queries, keys and values have a bias.
+        topk_ratio: share of the keys that top-k attention keeps.
+    Raises:
+        OptionError: if sizes contradict one another.
+    Source: Zhou et al., CVPR 2024, section 3.2; state names and layout follow its release (q alone, k and v together).
+    """
+
+    kind: str  # set by the subclasses, see ops.attention_weights
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int = 8,
+        shift_size: int = 0,
+        qkv_bias: bool = True,
+        topk_ratio: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise OptionError(f'{dim} channels do not divide into {num_heads} heads')
+        if not 0 <= shift_size < window_size:
+            raise OptionError(f'shift_size must be in [0, {window_size}), the window, not {shift_size}')
+        self.dim, self.num_heads = dim, num_heads
+        self.window_size, self.shift_size, self.topk_ratio = window_size, shift_size, topk_ratio
+        self.position_bias = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
+        nn.init.trunc_normal_(self.position_bias, std=0.02)
+        self.gate = nn.Parameter(torch.ones(2)) if self.kind == 'assa' else None
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend within windows.
+
+        Args:
+            x: [B, H, W, C], H and W multiples of the window.
+            mask: [B or 1, 1, h, w] of the whole picture, see `ops.pair_mask`; or None.
+        """
+        if mask is not None:
+            mask = ops.pair_mask(mask, x.shape[1:3], self.window_size)
+        return ops.window_attention(
+            x,
+            _affine(self.q),
+            _affine(self.kv),
+            _affine(self.proj),
+            self.position_bias,
+            num_heads=self.num_heads,
+            window=self.window_size,
+            shift=self.shift_size,
+            kind=self.kind,
+            gate=self.gate,
+            mask=mask,
+            topk_ratio=self.topk_ratio,
+        )
+
+    def extra_repr(self) -> str:
+        return f'heads={self.num_heads}, window={self.window_size}, shift={self.shift_size}'
+
+
+class ASSA(WindowAttention):
+    """Adaptive sparse self-attention: a learned blend of softmax and squared ReLU."""
+
+    kind = 'assa'
+
+
+class DenseAttention(WindowAttention):
+    """Window attention with softmax, as in Swin and Uformer."""
+
+    kind = 'dense'
+
+
+class SparseAttention(WindowAttention):
+    """Window attention with squared ReLU alone."""
+
+    kind = 'sparse'
+
+
+class TopKAttention(WindowAttention):
+    """Window attention with softmax over the highest scores of each query."""
+
+    kind = 'topk'
+
+
+class FRFN(nn.Module):
+    """Feature refinement feed-forward network.
+
+    Args:
+        dim: channels, at least 4: a quarter of them goes through the partial convolution.
+        mlp_ratio: hidden channels as a multiple of `dim`.
+    Source: Zhou et al., CVPR 2024, section 3.3.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        if dim < 4:
+            raise OptionError(f'FRFN convolves a quarter of the channels and needs at least 4 of them, not {dim}')
+        hidden = int(dim * mlp_ratio)
+        self.partial_conv = nn.Conv2d(dim // 4, dim // 4, 3, padding=1, bias=False)
+        self.expand = nn.Linear(dim, 2 * hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.project = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.frfn(
+            x, self.partial_conv.weight, _affine(self.expand), _affine(self.depthwise), _affine(self.project)
+        )
+
+
+class LeFF(nn.Module):
+    """Locally-enhanced feed-forward network of Uformer (Wang et al., CVPR 2022).
+
+    Args:
+        dim: channels.
+        mlp_ratio: hidden channels as a multiple of `dim`.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.expand = nn.Linear(dim, hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.project = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.leff(x, _affine(self.expand), _affine(self.depthwise), _affine(self.project))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between.
+
+    Args:
+        dim: channels.
+        mlp_ratio: hidden channels as a multiple of `dim`.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.expand = nn.Linear(dim, hidden)
+        self.project = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.mlp(x, _affine(self.expand), _affine(self.project))
+
+
+ATTENTIONS: dict[str, type[WindowAttention]] = {
+    'assa': ASSA,
+    'dense': DenseAttention,
+    'sparse': SparseAttention,
+    'topk': TopKAttention,
+}
+FEED_FORWARDS: dict[str, type[nn.Module]] = {'frfn': FRFN, 'leff': LeFF, 'mlp': MLP}
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, leave out a residual branch sample by sample and scale up what stays.
+
+    Args:
+        rate: probability of leaving a sample's branch out, in [0, 1).
+    Source: Huang et al., ECCV 2016.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise OptionError(f'drop_path_rate must be in [0, 1), not {rate}')
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
+        return x * (kept / keep)
+
+    def extra_repr(self) -> str:
+        return f'{self.rate:.3f}'
+
+
+class ASTBlock(nn.Module):
+    """Residual block: attention (where there is one), then a feed-forward network, each after a LayerNorm.
+
+    Args:
+        attention: the attention module, or None as in AST's encoder.
+        ffn: the feed-forward module.
+        dim: channels.
+        drop_path_rate: see `DropPath`, for both branches.
+    """
+
+    def __init__(self, attention: WindowAttention | None, ffn: nn.Module, dim: int, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim) if attention is not None else None
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim)
+        self.ffn = ffn
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.attn is not None:
+            x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.ffn(self.norm2(x)))
+
+
+def _affine(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    return layer.weight, layer.bias

@@ -1,0 +1,131 @@
+"""Cutting maps into windows, and the masks and indices that window attention needs."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ast_plugin.errors import ShapeError
+
+MASKED = -100.0  # added to the score of a pair that must not attend; the official network's value, kept for parity
+
+
+def partition_windows(x: Tensor, window: int) -> Tensor:
+    """Cut a map into windows.
+
+    Args:
+        x: [B, H, W, C], H and W multiples of `window`.
+        window: side of a window.
+    Returns:
+        [B * num_windows, window * window, C]; windows row by row, tokens row by row.
+    Raises:
+        ShapeError: if H or W is not a multiple of `window`.
+    """
+    B, H, W, C = x.shape
+    if H % window or W % window:
+        raise ShapeError(f'a {H}x{W} map does not divide into windows of {window}x{window}: pad it first')
+    x = x.reshape(B, H // window, window, W // window, window, C)
+    return x.transpose(2, 3).reshape(-1, window * window, C)
+
+
+def merge_windows(windows: Tensor, window: int, size: tuple[int, int]) -> Tensor:
+    """Put windows back into a map: the inverse of `partition_windows`.
+
+    Args:
+        windows: [B * num_windows, window * window, C].
+        window: side of a window.
+        size: (H, W) of the map.
+    Returns:
+        [B, H, W, C].
+    """
+    H, W = size
+    C = windows.shape[-1]
+    x = windows.reshape(-1, H // window, W // window, window, window, C)
+    return x.transpose(2, 3).reshape(-1, H, W, C)
+
+
+@lru_cache(maxsize=32)
+def relative_position_index(window: int) -> Tensor:
+    """Row of the position bias table for every pair of tokens of a window.
+
+    Returns:
+        int64, [window**2, window**2], values in [0, (2 * window - 1)**2), on the CPU; shared, do not write to it.
+    Source: Swin Transformer (Liu et al., ICCV 2021), section 3.2.
+    """
+    with torch.inference_mode(False):
+        position = torch.arange(window, device='cpu')
+        offset = position[:, None] - position[None, :] + window - 1
+        index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
+        return index.reshape(window * window, window * window)
+
+
+@lru_cache(maxsize=32)
+def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
+    """Mask that keeps apart what a cyclic shift brought together.
+
+    Args:
+        size: (H, W) of the map, multiples of `window`.
+        window: side of a window.
+        shift: how far the map was rolled up and left, 0 < shift < window.
+        device: where the mask shall lie.
+    Returns:
+        float32, [num_windows, window**2, window**2]: 0, or `MASKED` where two tokens come from different regions.
+        Shared between calls, do not write to it.
+    Source: Swin Transformer (Liu et al., ICCV 2021), section 3.2.
+    """
+
+    def stripe(length: int) -> Tensor:
+        # 0 for the untouched part, 1 for the last window's own rows, 2 for those rolled in from the other side
+        position = torch.arange(length, device=device)
+        return (position >= length - window).long() + (position >= length - shift).long()
+
+    H, W = size
+    with torch.inference_mode(False):
+        region = 3 * stripe(H)[:, None] + stripe(W)[None, :]
+        tokens = partition_windows(region[None, :, :, None], window)[..., 0]
+        return MASKED * (tokens[:, :, None] != tokens[:, None, :]).float()
+
+
+def pair_mask(mask: Tensor, size: tuple[int, int], window: int) -> Tensor:
+    """The network's optional input mask as an addition to the scores of one level.
+
+    Args:
+        mask: [B or 1, 1, H, W] of the whole picture, resized to the level by nearest neighbour.
+        size: (H, W) of the level's map.
+        window: side of a window.
+    Returns:
+        [(B or 1) * num_windows, window**2, window**2]: `MASKED` where both tokens of a pair have a mask other than 0.
+        The official sense: the marked tokens do not see one another, yet see and are seen by all others.
+    """
+    level = F.interpolate(mask.float(), size=size).permute(0, 2, 3, 1)
+    marked = partition_windows(level, window)[..., 0] != 0
+    return MASKED * (marked[:, :, None] & marked[:, None, :]).float()
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pad a picture at the bottom and the right by reflection, over and over if it is small.
+
+    Args:
+        x: [B, C, H, W], H and W at least 1.
+        multiple: what H and W shall be multiples of.
+    Returns:
+        [B, C, H', W'], the least such sizes; `x` itself where nothing is missing. A side of one pixel is repeated.
+    """
+    H, W = x.shape[-2:]
+    missing_h, missing_w = -H % multiple, -W % multiple
+    if not missing_h and not missing_w:
+        return x
+    if missing_h < H and missing_w < W:
+        return F.pad(x, (0, missing_w, 0, missing_h), mode='reflect')
+    rows = _reflected(H, H + missing_h, x.device)
+    columns = _reflected(W, W + missing_w, x.device)
+    return x.index_select(-2, rows).index_select(-1, columns)
+
+
+def _reflected(size: int, target: int, device: torch.device) -> Tensor:
+    position = torch.arange(target, device=device)
+    if size == 1:
+        return torch.zeros_like(position)
+    position = position % (2 * size - 2)
+    return torch.minimum(position, 2 * size - 2 - position)
