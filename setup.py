@@ -1,0 +1,76 @@
+"""Packaging. Exact versions that are known to work together are in constraints.txt; here are the ranges."""
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+
+
+class BuildWithOptionFiles(build_py):
+    """Put the top-level folder options/ into the wheel as ast_plugin/option_files.
+
+    In a checkout, editable installs included, the files are read from options/ itself.
+    """
+
+    def run(self):
+        super().run()
+        if not self.editable_mode and (ROOT / 'options').is_dir():
+            target = Path(self.build_lib, 'ast_plugin', 'option_files')
+            shutil.rmtree(target, ignore_errors=True)  # files renamed since an earlier build must not travel
+            shutil.copytree(ROOT / 'options', target)
+
+
+def version() -> str:
+    """`__version__` of the package, read without importing it."""
+    text = (ROOT / 'ast_plugin' / '__init__.py').read_text(encoding='utf-8')
+    return re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE).group(1)
+
+
+def description() -> str:
+    """README.md where it is; source trees without it can be built too."""
+    readme = ROOT / 'README.md'
+    return readme.read_text(encoding='utf-8') if readme.is_file() else ''
+
+
+photos = ['scikit-image>=0.25', 'scikit-learn>=1.5']  # both carry the colour photographs of the demonstration
+
+setup(
+    name='ast_plugin',
+    version=version(),
+    description='AST, the Adaptive Sparse Transformer for image restoration, as a plugin for BasicSR',
+    long_description=description(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['ast_plugin', 'ast_plugin.*']),
+    cmdclass={'build_py': BuildWithOptionFiles},
+    python_requires='>=3.10',
+    install_requires=[
+        'basicsr==1.4.2',
+        'lmdb>=1.4',
+        'numpy>=1.26',
+        'opencv-python>=4.8',
+        'Pillow>=10.1',
+        'pydantic>=2.7',
+        'PyYAML>=6.0',
+        'safetensors>=0.4.3',
+        'torch>=2.4',
+        'torchvision>=0.19',
+        'tqdm>=4.66',
+    ],
+    extras_require={
+        'photos': photos,
+        'test': [*photos, 'pytest>=8.0', 'ruff>=0.9', 'setuptools>=77', 'wheel'],
+    },
+    entry_points={
+        'console_scripts': ['basicsr = ast_plugin.__main__:main'],
+        'basicsr.plugins': ['ast_plugin = ast_plugin'],
+    },
+    classifiers=[
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Image Processing',
+    ],
+)
