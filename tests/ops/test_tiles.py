@@ -1,0 +1,130 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops.tiles import run_tiled, tile_starts
+
+
+def convolution(radius: int, seed: int = 0):
+    """A random convolution with zero padding, which is wrong near the edges of a tile."""
+    generator = torch.Generator().manual_seed(seed)
+    side = 2 * radius + 1
+    kernel = torch.randn(3, 3, side, side, generator=generator, dtype=torch.float64) / side
+    return lambda image: F.conv2d(image, kernel.to(image.dtype), padding=radius)
+
+
+@pytest.mark.parametrize(('size', 'tile', 'overlap', 'starts'), [
+    (384, 384, 80, [0]),
+    (480, 384, 80, [0, 96]),
+    (720, 384, 80, [0, 304, 336]),
+    (1600, 1152, 384, [0, 448]),
+    (1200, 1152, 384, [0, 48]),
+    (100, 40, 10, [0, 30, 60]),
+    (5, 8, 2, [0]),
+])
+def test_starts_follow_the_official_protocol(size, tile, overlap, starts):
+    assert tile_starts(size, tile, overlap) == starts
+
+
+@pytest.mark.parametrize('blend', ['ramp', 'mean'])
+@pytest.mark.parametrize(('height', 'width'), [(40, 40), (37, 61), (16, 50), (9, 7), (1, 70), (33, 17)])
+@pytest.mark.parametrize('overlap', [0, 1, 2, 5, 8, 11, 15])
+def test_a_pointwise_function_sees_no_tiles(height, width, overlap, blend):
+    image = torch.rand(2, 3, height, width)
+    result = run_tiled(lambda patch: patch * 2 - 1, image, 16, overlap, blend)
+    torch.testing.assert_close(result, image * 2 - 1, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(('radius', 'overlap'), [(1, 3), (1, 4), (2, 6), (2, 11), (3, 9), (5, 15), (1, 15)])
+@pytest.mark.parametrize(('height', 'width'), [(40, 40), (37, 61), (16, 50), (90, 17)])
+def test_equals_the_whole_image_when_the_overlap_covers_the_reach(height, width, radius, overlap):
+    image = torch.rand(1, 3, height, width, dtype=torch.float64)
+    function = convolution(radius)
+    torch.testing.assert_close(run_tiled(function, image, 16, overlap), function(image), rtol=0, atol=1e-12)
+    single = run_tiled(function, image.float(), 16, overlap)
+    torch.testing.assert_close(single, function(image).float(), rtol=0, atol=1e-5)
+
+
+def test_the_plain_average_lets_the_edges_of_tiles_through():
+    image = torch.rand(1, 3, 40, 40, dtype=torch.float64)
+    function = convolution(1)
+    assert (run_tiled(function, image, 16, 6, 'mean') - function(image)).abs().max() > 1e-3
+
+
+def test_mean_is_the_plain_average_of_the_tiles():
+    image = torch.rand(1, 1, 25, 21, dtype=torch.float64)
+    total, count = torch.zeros_like(image), torch.zeros_like(image)
+    for top in (0, 6, 12, 15):
+        for left in (0, 6, 11):
+            patch = image[..., top:top + 10, left:left + 10]
+            total[..., top:top + 10, left:left + 10] += patch - patch.mean()
+            count[..., top:top + 10, left:left + 10] += 1
+    result = run_tiled(lambda patch: patch - patch.mean(), image, 10, 4, 'mean')
+    torch.testing.assert_close(result, total / count, rtol=0, atol=1e-12)
+
+
+def test_the_ramp_leaves_no_seam():
+    """Tiles that disagree by a constant are joined by steps much smaller than that constant."""
+    values = iter(range(100))
+    result = run_tiled(lambda patch: torch.full_like(patch, next(values) % 2), torch.zeros(1, 1, 16, 112), 16, 12)
+    result_steps = result.diff(dim=-1).abs()
+    assert result.max() > 0.9
+    assert result_steps.max() < 0.5
+
+
+@pytest.mark.parametrize('scale', [2, 3])
+def test_a_function_that_enlarges(scale):
+    image = torch.rand(1, 3, 30, 45)
+    result = run_tiled(lambda patch: patch.repeat_interleave(scale, -1).repeat_interleave(scale, -2), image, 16, 5)
+    expected = image.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+def test_no_tile_is_larger_than_asked_and_small_images_go_in_one_piece():
+    shapes = []
+
+    def record(patch):
+        shapes.append(tuple(patch.shape[-2:]))
+        return patch[:, :1]
+
+    assert run_tiled(record, torch.rand(1, 3, 50, 20), 16, 4).shape == (1, 1, 50, 20)
+    assert set(shapes) == {(16, 16)} and len(shapes) == 8
+    shapes.clear()
+    run_tiled(record, torch.rand(1, 3, 50, 9), 16, 4)
+    assert set(shapes) == {(16, 9)}
+    shapes.clear()
+    run_tiled(record, torch.rand(1, 3, 16, 9), 16, 4)
+    assert shapes == [(16, 9)]
+
+
+def test_progress_counts_tiles():
+    calls = []
+    run_tiled(lambda patch: patch, torch.rand(1, 3, 20, 20), 16, 4, on_tile=lambda *call: calls.append(call))
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(('tile', 'overlap', 'blend'), [
+    (0, 0, 'ramp'), (-4, 0, 'ramp'), (8, 8, 'ramp'), (8, 9, 'ramp'), (8, -1, 'ramp'), (8, 2, 'gauss'),
+])
+def test_senseless_tiles_are_refused_even_for_small_images(tile, overlap, blend):
+    with pytest.raises(OptionError):
+        run_tiled(lambda patch: patch, torch.rand(1, 3, 4, 4), tile, overlap, blend)
+
+
+@pytest.mark.parametrize('function', [
+    lambda patch: patch[..., 1:, :],
+    lambda patch: patch[0],
+    lambda patch: patch[..., ::2, ::2],
+    lambda patch: patch.repeat(2, 1, 1, 1),
+])
+@pytest.mark.parametrize('size', [8, 20])
+def test_a_function_of_another_shape_is_refused(function, size):
+    with pytest.raises(ShapeError, match='expected'):
+        run_tiled(function, torch.rand(1, 3, size, size), 8, 2)
+
+
+def test_an_image_of_another_shape_is_refused():
+    for image in (torch.rand(3, 8, 8), torch.rand(1, 3, 0, 8)):
+        with pytest.raises(ShapeError, match='expects an image'):
+            run_tiled(lambda patch: patch, image, 8, 2)
