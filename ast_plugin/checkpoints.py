@@ -175,6 +175,8 @@ def _reason(error: BaseException) -> str:
     text = str(error).removeprefix('Weights only load failed. ')
     lines = [line.strip() for line in text.splitlines() if ' ' in line.strip()]
     reason = next((line for line in lines if 'GLOBAL' in line), lines[0] if lines else '')
+    if 'weights_only' in reason:  # advice to switch the safety off
+        return ''
     return f' ({reason.split(". ")[0].rstrip(".")})' if reason else ''
 
 

@@ -1,0 +1,1 @@
+"""What drives a network: the training and testing model, its schedule, its validation, its display."""

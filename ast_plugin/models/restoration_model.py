@@ -1,0 +1,280 @@
+"""The model that `model_type: RestorationModel` names: BasicSR's SRModel with what restoration needs besides."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from basicsr.losses import build_loss
+from basicsr.metrics import calculate_metric
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger, imwrite, tensor2img
+from basicsr.utils.dist_util import master_only
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
+from ast_plugin.errors import DataError, OptionError
+from ast_plugin.models.progress import TrainingProgress
+from ast_plugin.models.results import ValidationResults
+from ast_plugin.models.schedules import SCHEDULERS
+
+
+class RestorationModel(SRModel):
+    """Train and test a network that restores pictures: `lq` in, something near `gt` out.
+
+    Beyond SRModel: any number of losses (every option of `train` that ends in `_opt`), the schedules of
+    `models.schedules`, pictures of any size in validation, the input's metrics beside the result's, the best weights
+    kept beside the latest, weights files read safely and written whole.
+
+    Option keys, beside SRModel's: `val.best_metric` names the metric of `val.metrics` that picks the best weights (the
+    first by default). The best weights lie in `models/net_g_best.pth` and, with the network's options in the metadata,
+    `models/net_g_best.safetensors`.
+
+    Args:
+        opt: the options as BasicSR prepares them; changed in place, as BasicSR's models do: `build_model` hands a copy.
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        self.progress: TrainingProgress | None = None
+        self.degraded_metrics: dict[str, dict[str, dict[str, float]]] = {}  # by dataset; an input's never change
+        self.log_dict: Mapping[str, float] = {}
+        super().__init__(opt)
+
+    # ---- setting up
+
+    def init_training_settings(self) -> None:
+        """Losses, moving average, optimiser and schedule."""
+        self.net_g.train()
+        train_opt = self.opt['train']
+        self.ema_decay = train_opt.get('ema_decay', 0)
+        if self.ema_decay > 0:
+            self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).eval().requires_grad_(False)
+            path = self.opt['path'].get('pretrain_network_g')
+            if path is not None:
+                self.load_network(self.net_g_ema, path, self.opt['path'].get('strict_load_g', True), 'params_ema')
+        self.losses = {
+            f'l_{key.removesuffix("_opt").replace("pixel", "pix")}': build_loss(options).to(self.device)
+            for key, options in train_opt.items()
+            if key.endswith('_opt') and options
+        }
+        if not self.losses:
+            raise OptionError('train names no loss: set pixel_opt, for instance to {type: ASTCharbonnierLoss}')
+        self.setup_optimizers()
+        self.setup_schedulers()
+
+    def setup_schedulers(self) -> None:
+        """Ours by name, all others as BasicSR has them."""
+        options = dict(self.opt['train']['scheduler'])
+        schedule = SCHEDULERS.get(options.pop('type'))
+        if schedule is None:
+            super().setup_schedulers()
+            return
+        options.setdefault('total_iter', self.opt['train']['total_iter'])
+        self.schedulers += [schedule(optimizer, **options) for optimizer in self.optimizers]
+
+    @master_only
+    def print_network(self, net: nn.Module) -> None:
+        """Name the network and count its parameters; its structure would fill screens."""
+        net = self.get_bare_model(net)
+        count = sum(parameter.numel() for parameter in net.parameters())
+        get_root_logger().info(f'Network: {type(net).__name__}, with parameters: {count:,d}')
+
+    # ---- training
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        """One step on the batch last fed."""
+        if self.progress is None:
+            self.progress = TrainingProgress(self.opt['train']['total_iter'], current_iter - 1, get_root_logger())
+        self.optimizer_g.zero_grad(set_to_none=True)
+        self.output = self.net_g(self.lq)
+        loss_dict = self.compute_losses(self.output, self.gt)
+        sum(loss_dict.values()).backward()
+        self.optimizer_g.step()
+        self.log_dict = self.reduce_loss_dict(loss_dict)
+        if self.ema_decay > 0:
+            self.model_ema(decay=self.ema_decay)
+        self.progress.advance(self.log_dict)
+
+    def compute_losses(self, output: Tensor, target: Tensor) -> OrderedDict[str, Tensor]:
+        """Every loss by its name in the log. BasicSR's perceptual loss comes in two parts, either of which may be None."""
+        losses = OrderedDict()
+        for name, criterion in self.losses.items():
+            value = criterion(output, target)
+            if isinstance(value, tuple):
+                content, style = value
+                losses.update({k: v for k, v in ((name, content), ('l_style', style)) if v is not None})
+            else:
+                losses[name] = value
+        return losses
+
+    # ---- validation
+
+    @property
+    def evaluated_network(self) -> nn.Module:
+        """The network that is tested and released: the moving average where there is one."""
+        return self.net_g_ema if hasattr(self, 'net_g_ema') else self.get_bare_model(self.net_g)
+
+    def test(self) -> None:
+        """Restore the pictures last fed, of any size."""
+        network = self.evaluated_network
+        was_training = network.training
+        network.eval()
+        with torch.inference_mode():
+            self.output = network(self.lq)
+        network.train(was_training)
+
+    def nondist_validation(self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
+        """Restore and measure a dataset; log the means, and in training keep the weights if they are the best.
+
+        Raises:
+            DataError: if the dataset is empty.
+        """
+        name = dataloader.dataset.opt['name']
+        if len(dataloader) == 0:
+            raise DataError(f'the validation set {name} holds no pictures')
+        results = self.measure(dataloader, current_iter, save_img)
+        if not self.opt['val'].get('metrics'):
+            return
+        self._initialize_best_metric_results(name)
+        self.metric_results = results.mean()
+        improved = self._is_best(name, self.metric_results)
+        for metric, value in self.metric_results.items():
+            self._update_best_metric_result(name, metric, value, current_iter)
+        if not self.is_train:
+            self._write_results(results)
+            return
+        self._log_validation_metric_values(current_iter, name, tb_logger)
+        if improved:
+            self.save_best()
+        if self.progress is not None:
+            best = self.best_metric_results[name][self._best_metric()]['val']
+            self.progress.best = f'best {self._best_metric()} {best:.2f}'
+
+    def measure(self, dataloader: DataLoader, current_iter: int | str = '', save_img: bool = False) -> ValidationResults:
+        """Restore a dataset picture by picture, with the metrics of `val.metrics` before and after.
+
+        Returns:
+            A row an image. Pictures are rounded to 8 bits first, as BasicSR does.
+        """
+        name = dataloader.dataset.opt['name']
+        results = ValidationResults(name, degraded=self.degraded_metrics.setdefault(name, {}))
+        bar = tqdm(dataloader, desc=name, unit='image', leave=False, disable=None)
+        for sample in bar:
+            image_name = _distinct(Path(sample['lq_path'][0]).stem, results.restored)
+            self.feed_data(sample)
+            self.test()
+            visuals = self.get_current_visuals()
+            restored = tensor2img([visuals['result']])
+            if save_img:
+                imwrite(restored, str(self._image_path(name, image_name, current_iter)))
+            results.restored[image_name] = {}
+            if 'gt' in visuals:
+                clean, degraded = tensor2img([visuals['gt']]), tensor2img([visuals['lq']])
+                results.restored[image_name] = self._metrics(restored, clean)
+                if image_name not in results.degraded and degraded.shape == clean.shape:
+                    results.degraded[image_name] = self._metrics(degraded, clean)
+            for used in ('lq', 'gt', 'output'):
+                self.__dict__.pop(used, None)
+        return results
+
+    def _metrics(self, image: Any, reference: Any) -> dict[str, float]:
+        wanted = self.opt['val'].get('metrics') or {}
+        data = {'img': image, 'img2': reference}
+        return {metric: float(calculate_metric(data, options)) for metric, options in wanted.items()}
+
+    def _image_path(self, dataset: str, image: str, current_iter: int | str) -> Path:
+        folder = Path(self.opt['path']['visualization'])
+        if self.is_train:
+            return folder / image / f'{image}_{current_iter}.png'
+        return folder / dataset / f'{image}_{self.opt["val"].get("suffix") or self.opt["name"]}.png'
+
+    def _write_results(self, results: ValidationResults) -> None:
+        folder = Path(self.opt['path']['results_root'])
+        (folder / f'{results.dataset}.csv').write_text(results.to_csv(), encoding='utf-8')
+        (folder / f'{results.dataset}.md').write_text(results.to_markdown() + '\n', encoding='utf-8')
+        print(f'\n{results.dataset}\n\n{results.to_markdown()}\n', flush=True)
+
+    # ---- weights and state
+
+    def _best_metric(self) -> str:
+        return self.opt['val'].get('best_metric') or next(iter(self.opt['val']['metrics']))
+
+    def _is_best(self, dataset: str, values: Mapping[str, float]) -> bool:
+        """Whether this validation beats every earlier one; of several datasets the first decides."""
+        if dataset != next(iter(self.best_metric_results)):
+            return False
+        metric = self._best_metric()
+        best = self.best_metric_results[dataset][metric]
+        return values[metric] > best['val'] if best['better'] == 'higher' else values[metric] < best['val']
+
+    @master_only
+    def save_best(self) -> None:
+        """Write the present weights as the best, for BasicSR and, self-describing, as safetensors."""
+        folder = Path(self.opt['path']['models'])
+        save_torch(folder / 'net_g_best.pth', self._weights())
+        save_weights(folder / 'net_g_best.safetensors', self.evaluated_network.state_dict(), self.opt['network_g'])
+
+    def save(self, epoch: int, current_iter: int) -> None:
+        """Write weights and training state, each whole or not at all."""
+        self._save_weights(current_iter)
+        self.save_training_state(epoch, current_iter)
+
+    @master_only
+    def _save_weights(self, current_iter: int) -> None:
+        label = 'latest' if current_iter == -1 else current_iter
+        save_torch(Path(self.opt['path']['models']) / f'net_g_{label}.pth', self._weights())
+
+    def _weights(self) -> dict[str, dict[str, Tensor]]:
+        networks = {'params': self.get_bare_model(self.net_g)}
+        if hasattr(self, 'net_g_ema'):
+            networks['params_ema'] = self.net_g_ema
+        return {
+            key: {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+            for key, network in networks.items()
+        }
+
+    @master_only
+    def save_training_state(self, epoch: int, current_iter: int) -> None:
+        """Write optimisers, schedules and best values; the weights lie in files of their own, where BasicSR looks."""
+        if current_iter == -1:
+            return
+        state = {
+            'epoch': epoch,
+            'iter': current_iter,
+            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
+            'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
+            'best_metric_results': getattr(self, 'best_metric_results', {}),
+        }
+        save_torch(Path(self.opt['path']['training_states']) / f'{current_iter}.state', state)
+
+    def resume_training(self, resume_state: Mapping[str, Any]) -> None:
+        """Take up optimisers, schedules and best values."""
+        super().resume_training(resume_state)
+        if resume_state.get('best_metric_results'):
+            self.best_metric_results = resume_state['best_metric_results']
+
+    def load_network(
+        self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
+    ) -> None:
+        """Load weights: official, BasicSR's or safetensors, without running anything that lies in them.
+
+        Raises:
+            CheckpointError: if the file cannot be used; says why.
+        """
+        checkpoint = read_checkpoint(load_path, param_key)
+        get_root_logger().info(f'Loading weights from {load_path}, key {checkpoint.param_key}')
+        net = self.get_bare_model(net)
+        if not strict:
+            self._print_different_keys_loading(net, checkpoint.state, strict)
+        net.load_state_dict(checkpoint.state, strict=strict)
+
+
+def _distinct(name: str, taken: Mapping[str, Any]) -> str:
+    """`name`, or with a number behind it where pictures of several folders are called the same."""
+    if name not in taken:
+        return name
+    return next(f'{name}_{number}' for number in range(2, len(taken) + 3) if f'{name}_{number}' not in taken)

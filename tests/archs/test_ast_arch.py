@@ -1,0 +1,257 @@
+import inspect
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+
+from ast_plugin.archs.ast_arch import AST, AST_B, AST_T, AST_XS, VARIANTS
+from ast_plugin.archs.ast_state import OFFICIAL_NAMES, rename_official
+from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, DropPath
+from ast_plugin.errors import CheckpointError, OptionError, ShapeError
+
+from .golden import NAMES, GoldenCase
+
+TINY = {'embed_dim': 4, 'depths': (1,) * 9, 'num_heads': (1,) * 9, 'drop_path_rate': 0.0}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_outputs_agree_with_the_official_network(name):
+    case = GoldenCase(name)
+    net = AST(**case.options).eval()
+    assert sum(p.numel() for p in net.parameters()) == case.facts['params']
+    net.load_state_dict(case.state())
+    with torch.no_grad():
+        output = net(case.input(), case.mask())
+    assert case.error(output) < 2e-5
+    assert float(output.double().norm()) == pytest.approx(case.facts['norm'], rel=2e-5)
+
+
+def test_gradients_agree_with_the_official_network():
+    case = GoldenCase('tiny_frfn_128')
+    net = AST(**case.options, drop_path_rate=0.0)
+    net.load_state_dict(case.state())
+    output = net(case.input())
+    loss = torch.sqrt((output - case.target(output)) ** 2 + 1e-6).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(case.facts['charbonnier_loss'], rel=1e-5)
+    ours = {name: float(p.grad.double().norm()) for name, p in net.named_parameters()}
+    official = {rename_official(name): norm for name, norm in case.facts['grad_norms'].items()}
+    assert ours.keys() == official.keys()
+    floor = 1e-6 * max(official.values())
+    for name, norm in official.items():
+        assert ours[name] == pytest.approx(norm, rel=5e-4, abs=5e-4 * floor), name
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_every_variant_is_a_row_of_the_table(variant):
+    build = {'AST_XS': AST_XS, 'AST_T': AST_T, 'AST_B': AST_B}[variant]
+    signature = inspect.signature(build)
+    for key, value in VARIANTS[variant].items():
+        assert signature.parameters[key].default == value
+    assert set(signature.parameters) == set(inspect.signature(AST).parameters)
+    with torch.device('meta'):
+        net = build()
+        assert len(net.encoder[2].blocks) == VARIANTS[variant]['depths'][2]
+        assert build(in_chans=1).in_chans == 1
+        with pytest.raises(TypeError, match='embed_dimension'):
+            build(embed_dimension=3)
+
+
+def test_sizes_of_the_published_variants():
+    with torch.device('meta'):
+        assert sum(p.numel() for p in AST_T().parameters()) == 6_645_347
+        assert sum(p.numel() for p in AST_B().parameters()) == 65_362_455
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+@pytest.mark.parametrize('ffn', FEED_FORWARDS)
+def test_every_combination_runs_and_trains_every_parameter(attention, ffn):
+    net = AST(**{**TINY, 'attention': attention, 'ffn': ffn, 'img_size': 32, 'depths': (1, 1, 1, 1, 2, 1, 1, 1, 1)})
+    net(torch.rand(2, 3, 32, 64)).square().mean().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        # a bias of all keys shifts the scores of a row alike, which softmax does not see
+        assert parameter.grad.abs().sum() > 0 or name.endswith('kv.bias'), name
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 9), (17, 2), (31, 33), (40, 25), (32, 64), (65, 32)])
+@pytest.mark.parametrize('batch', [1, 3])
+def test_any_size_comes_back_at_its_size(size, batch):
+    net = AST(**TINY, img_size=32).eval()
+    x = torch.rand(batch, 3, *size)
+    with torch.no_grad():
+        y = net(x)
+    assert y.shape == x.shape
+    assert torch.isfinite(y).all()
+
+
+def test_padding_is_that_of_the_padded_picture():
+    net = AST(**TINY, img_size=32).eval()
+    x = torch.rand(1, 3, 20, 30)
+    padded = torch.nn.functional.pad(x, (0, 2, 0, 12), mode='reflect')
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), net(padded)[..., :20, :30])
+
+
+def test_pictures_of_a_batch_do_not_touch_one_another():
+    net = AST(**TINY, img_size=32).eval()
+    x = torch.rand(3, 3, 40, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x)[1:2], net(x[1:2]))
+
+
+def test_img_size_decides_on_window_and_shift():
+    small, large = AST(**TINY, img_size=128), AST(**{**TINY, 'depths': (2,) * 9}, img_size=256)
+    assert small.bottleneck.blocks[0].attn.shift_size == 0
+    assert large.bottleneck.blocks[1].attn.shift_size == 4
+    assert AST(**TINY, img_size=32).bottleneck.blocks[0].attn.window_size == 2
+    assert (small.size_multiple, AST(**TINY, img_size=32).size_multiple) == (128, 32)
+    assert AST(**TINY, img_size=256, window_size=12).size_multiple == 192
+
+
+def test_mask_is_per_picture_and_padded():
+    net = AST(**TINY, img_size=32).eval().double()
+    for parameter in net.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    x = torch.rand(2, 3, 40, 24, dtype=torch.float64)
+    mask = torch.zeros(2, 1, 40, 24)
+    mask[1, :, :, 5:] = 1
+    with torch.no_grad():
+        plain, masked = net(x), net(x, mask)
+        torch.testing.assert_close(masked[0], plain[0])
+        assert (masked[1] - plain[1]).abs().max() > 1e-4
+        torch.testing.assert_close(net(x[1:], mask[1:]), masked[1:])
+
+
+def test_gradient_checkpointing_changes_nothing():
+    torch.manual_seed(1)
+    options = {**TINY, 'img_size': 32, 'drop_path_rate': 0.3, 'depths': (2,) * 9}
+    plain = AST(**options)
+    saving = AST(**options, use_checkpoint=True)
+    saving.load_state_dict(plain.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    for net in (plain, saving):
+        torch.manual_seed(2)
+        net(x).square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_residual_only_where_channels_agree():
+    net = AST(**TINY, img_size=32, in_chans=4, out_chans=3).eval()
+    net.output_proj.weight.data.zero_()
+    net.output_proj.bias.data.fill_(0.5)
+    assert torch.equal(net(torch.rand(1, 4, 8, 8)), torch.full((1, 3, 8, 8), 0.5))
+    same = AST(**TINY, img_size=32, in_chans=2, out_chans=2).eval()
+    same.output_proj.weight.data.zero_()
+    same.output_proj.bias.data.zero_()
+    x = torch.rand(1, 2, 8, 8)
+    assert torch.equal(same(x), x)
+
+
+def test_stochastic_depth():
+    rates = [block.drop_path.rate for block in AST(**{**TINY, 'depths': (2,) * 9, 'drop_path_rate': 0.7}).modules()
+             if isinstance(block, ASTBlock)]
+    down = [0.1 * i for i in range(8)]
+    assert rates == pytest.approx([*down, 0.7, 0.7, *down[::-1]])
+    deep = AST(**{**TINY, 'depths': (1, 1, 1, 1, 1, 2, 2, 2, 2)})
+    assert deep.decoder[-1].blocks[-1].drop_path.rate == 0
+    drop = DropPath(0.25).train()
+    out = drop(torch.ones(4000, 1, 1, 1))
+    assert out.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert float(out.mean()) == pytest.approx(1, abs=0.05)
+    assert torch.equal(drop.eval()(out), out)
+
+
+def test_networks_can_be_copied_and_pickled():
+    net = AST(**TINY, img_size=32).eval()
+    x = torch.rand(1, 3, 8, 8)
+    for twin in (deepcopy(net), pickle.loads(pickle.dumps(net))):
+        twin.load_state_dict(net.state_dict())
+        assert torch.equal(twin(x), net(x))
+
+
+def test_half_precisions_run():
+    x = torch.rand(1, 3, 32, 32)
+    net = AST(**TINY, img_size=32).eval()
+    with torch.no_grad():
+        want = net(x)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            mixed = net(x)
+        half = deepcopy(net).bfloat16()(x.bfloat16())
+    for got in (mixed, half):
+        assert (got.float() - want).norm() / want.norm() < 2e-2
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'attention': 'asa'}, "attention must be one of assa, dense, sparse, topk, not 'asa'"),
+        ({'ffn': 'ffn'}, "ffn must be one of frfn, leff, mlp, not 'ffn'"),
+        ({'depths': (1, 2, 3)}, 'depths must be 9 numbers'),
+        ({'num_heads': (1,) * 8 + (0,)}, 'num_heads must be 9 numbers of at least 1'),
+        ({'num_heads': (3,) * 9}, '64 channels do not divide into 3 heads'),
+        ({'embed_dim': 2}, 'at least 4'),
+        ({'img_size': 8}, 'img_size at least 16'),
+        ({'window_size': 0}, 'window_size must be at least 1'),
+        ({'drop_path_rate': 1.5}, r'drop_path_rate must be in \[0, 1\)'),
+    ],
+)
+def test_wrong_options_are_named(options, words):
+    with pytest.raises(OptionError, match=words):
+        AST(**{**TINY, **options})
+
+
+@pytest.mark.parametrize(
+    ('x', 'mask', 'words'),
+    [
+        (torch.zeros(3, 8, 8), None, r'\[B, 3, H, W\].*\[3, 8, 8\]'),
+        (torch.zeros(1, 4, 8, 8), None, r'\[1, 4, 8, 8\]'),
+        (torch.zeros(1, 3, 0, 8), None, 'no side of 0'),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8), r'mask must be \[1, 1, 8, 8\] or \[2, 1, 8, 8\]'),
+    ],
+)
+def test_wrong_shapes_are_named(x, mask, words):
+    with pytest.raises(ShapeError, match=words):
+        AST(**TINY)(x, mask)
+
+
+def test_both_sets_of_names_load_strictly():
+    case = GoldenCase('tiny_mlp_128')
+    net = AST(**case.options)
+    wrapped = torch.nn.Sequential(deepcopy(net))  # no top-level load_state_dict of ours is called
+    official = case.state()
+    net.load_state_dict(official)
+    loaded = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net.load_state_dict({f'module.{name}': tensor for name, tensor in official.items()})
+    net.load_state_dict(loaded)
+    wrapped.load_state_dict({f'0.{name}': tensor for name, tensor in official.items()})
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in wrapped[0].state_dict().items())
+    official.pop('conv.blocks.0.attn.w')
+    with pytest.raises(CheckpointError, match=r'bottleneck.blocks.0.attn.gate \[2\] is missing'):
+        net.load_state_dict(official)
+
+
+def test_a_mismatch_says_what_the_file_is_of():
+    net = AST(**TINY)
+    other = AST(**{**TINY, 'embed_dim': 8, 'depths': (1, 1, 1, 1, 2, 1, 1, 1, 1)})
+    with pytest.raises(CheckpointError, match=r'input_proj.weight is \[8, 3, 3, 3\], expected \[4, 3, 3, 3\]') as caught:
+        net.load_state_dict(other.state_dict())
+    assert 'embed_dim: 8, depths: [1, 1, 1, 1, 2, 1, 1, 1, 1]' in str(caught.value)
+    with pytest.raises(CheckpointError, match='not of an AST'):
+        net.load_state_dict({'conv_first.weight': torch.zeros(1)})
+
+
+def test_every_row_of_the_name_table_is_needed():
+    import re
+
+    names = [name for case in NAMES for name in GoldenCase(case).facts['state_dict']]
+    steps = [re.compile(official) for official, _ in OFFICIAL_NAMES]
+    for row, pattern in enumerate(steps):
+        used = False
+        for name in names:
+            for official, ours in OFFICIAL_NAMES[:row]:
+                name = re.sub(official, ours, name)
+            used = used or bool(pattern.search(name))
+        assert used, OFFICIAL_NAMES[row]

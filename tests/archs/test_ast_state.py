@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from ast_plugin.archs.ast_arch import AST
+from ast_plugin.archs.ast_state import describe_mismatch, infer_options, plain_state
+from ast_plugin.errors import CheckpointError
+
+from .golden import NAMES, GoldenCase
+
+OPTIONS = [
+    {},
+    {'img_size': 64, 'window_size': 8},
+    {'img_size': 32, 'window_size': 8},
+    {'window_size': 4, 'mlp_ratio': 2.5, 'qkv_bias': False},
+    {'depths': (1, 2, 3, 1, 2, 1, 1, 2, 1), 'num_heads': (1, 1, 2, 2, 4, 4, 2, 2, 1), 'ffn': 'leff'},
+    {'in_chans': 1, 'out_chans': 4, 'embed_dim': 8, 'ffn': 'mlp', 'attention': 'dense'},
+]
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_options_are_read_off_the_state(options):
+    built = {'embed_dim': 4, 'depths': (1,) * 9, 'num_heads': (1,) * 9, **options}
+    with torch.device('meta'):
+        net = AST(**built)
+        told, assumed = infer_options(net.state_dict())
+        twin = AST(**told)
+    assert {name: t.shape for name, t in twin.state_dict().items()} == {
+        name: t.shape for name, t in net.state_dict().items()
+    }
+    for key, value in options.items():
+        if key != 'num_heads':  # the encoder's have no effect and leave no trace
+            assert told[key] == (list(value) if isinstance(value, tuple) else value), key
+    assert told['num_heads'][4:] == list(built['num_heads'][4:])
+    tells_img_size = options.get('img_size', 128) / 16 < options.get('window_size', 8)
+    assert any('img_size' in line for line in assumed) != tells_img_size
+    assert any('dense is assumed' in line for line in assumed) == (options.get('attention') == 'dense')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_official_states_tell_their_options(name):
+    case = GoldenCase(name)
+    state = {key: torch.empty(shape, device='meta') for key, shape in case.facts['state_dict'].items()}
+    told, _ = infer_options({f'module.{key}': tensor for key, tensor in state.items()})
+    assert told['ffn'] == case.options['ffn']
+    assert told['embed_dim'] == case.options['embed_dim']
+    assert told['in_chans'] == case.options.get('in_chans', 3)
+    assert told['depths'] == case.options.get('depths', [2] * 9)
+    with torch.device('meta'):
+        assert describe_mismatch(AST(**told).state_dict(), state) is None
+
+
+@pytest.mark.parametrize('state', [{}, {'conv.weight': torch.zeros(3)}, {'input_proj.weight': torch.zeros(4)}])
+def test_other_states_are_refused(state):
+    with pytest.raises(CheckpointError, match='not the state of an AST'):
+        infer_options(state)
+
+
+def test_only_names_under_the_prefix_are_touched():
+    a, b = torch.zeros(1), torch.ones(1)
+    state = {'net.encoderlayer_0.blocks.0.mlp.fc1.bias': a, 'other.encoderlayer_0.blocks.0.mlp.fc1.bias': b}
+    assert plain_state(state, 'net.') == {
+        'net.encoder.0.blocks.0.ffn.expand.bias': a,
+        'other.encoderlayer_0.blocks.0.mlp.fc1.bias': b,
+    }

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from ast_plugin import ops
+from ast_plugin.errors import ShapeError
+from ast_plugin.ops.windows import MASKED
+
+
+@pytest.mark.parametrize(('size', 'window'), [((8, 8), 8), ((8, 24), 8), ((12, 4), 4), ((15, 10), 5), ((3, 2), 1)])
+def test_windows_come_back_as_they_were(size, window):
+    x = torch.arange(2 * size[0] * size[1] * 3.0).reshape(2, *size, 3)
+    windows = ops.partition_windows(x, window)
+    assert windows.shape == (2 * size[0] * size[1] // window**2, window**2, 3)
+    assert torch.equal(ops.merge_windows(windows, window, size), x)
+
+
+def test_windows_are_cut_row_by_row():
+    x = torch.arange(32.0).reshape(1, 4, 8, 1)
+    windows = ops.partition_windows(x, 4)[..., 0]
+    assert windows[1].reshape(4, 4).tolist() == x[0, :, 4:, 0].tolist()
+
+
+def test_windows_that_do_not_divide_are_refused():
+    with pytest.raises(ShapeError, match='12x9'):
+        ops.partition_windows(torch.zeros(1, 12, 9, 1), 4)
+
+
+def test_relative_position_index_depends_on_the_offset_alone():
+    window = 5
+    index = ops.relative_position_index(window).reshape(window, window, window, window)
+    for offset in [(0, 0), (1, -2), (-4, 4)]:
+        found = {
+            int(index[y + offset[0], x + offset[1], y, x])
+            for y in range(window)
+            for x in range(window)
+            if 0 <= y + offset[0] < window and 0 <= x + offset[1] < window
+        }
+        assert len(found) == 1
+    assert index.unique().numel() == (2 * window - 1) ** 2
+    assert index.max() == (2 * window - 1) ** 2 - 1
+
+
+@pytest.mark.parametrize(('size', 'window', 'shift'), [((8, 16), 4, 2), ((12, 6), 6, 3), ((10, 10), 5, 2)])
+def test_shift_mask_keeps_apart_what_was_apart(size, window, shift):
+    H, W = size
+    mask = ops.shift_mask(size, window, shift, torch.device('cpu'))
+    # which edges each token of the rolled map came over; a window shall attend only among those that agree
+    over = torch.stack(torch.meshgrid(torch.arange(H) + shift >= H, torch.arange(W) + shift >= W, indexing='ij'), dim=-1)
+    tokens = ops.partition_windows(over[None], window)
+    together = (tokens[:, :, None] == tokens[:, None, :]).all(-1)
+    assert torch.equal(mask == 0, together)
+    assert set(mask.unique().tolist()) == {MASKED, 0.0}
+
+
+def test_pair_mask_parts_marked_tokens_from_one_another_only():
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :3] = 1
+    pairs = ops.pair_mask(mask, (4, 4), 4)
+    marked = ops.partition_windows(torch.nn.functional.interpolate(mask, size=(4, 4)).permute(0, 2, 3, 1), 4)[0, :, 0]
+    assert marked.sum() == 8
+    assert torch.equal(pairs[0], MASKED * torch.outer(marked, marked))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 7), (5, 1), (2, 3), (7, 8), (8, 8), (9, 31), (20, 4)])
+@pytest.mark.parametrize('multiple', [1, 8, 24])
+def test_padding_reflects_as_numpy_does(size, multiple):
+    numpy = pytest.importorskip('numpy')
+    x = torch.rand(2, 3, *size)
+    padded = ops.pad_to_multiple(x, multiple)
+    missing = [(0, -side % multiple) for side in size]
+    assert torch.equal(padded, torch.from_numpy(numpy.pad(x.numpy(), [(0, 0), (0, 0), *missing], mode='reflect')))
+
+
+def test_padding_passes_gradients_to_every_pixel():
+    x = torch.rand(1, 1, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ops.pad_to_multiple(x, 16), x)
