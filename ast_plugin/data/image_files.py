@@ -163,20 +163,33 @@ def write_image(path: str | os.PathLike, picture: Picture, *, quality: int = 95)
     Raises:
         DataError: if the format cannot hold the picture, or the file cannot be written.
     """
+    write_bytes(path, encode_image(path, picture, quality=quality))
+
+
+def encode_image(path: str | os.PathLike, picture: Picture, *, quality: int = 95) -> bytes:
+    """The bytes that `write_image` writes.
+
+    Raises:
+        DataError: if the format that the file's name ends with cannot hold the picture.
+    """
     path = Path(path)
     kind = next((kind for kind, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes), None)
     if kind is None:
         raise DataError(f'{path}: expected a name that ends in one of '
                         f'{", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)}')
     try:
-        data = encode_picture(picture, kind, quality)
+        return encode_picture(picture, kind, quality)
     except (OSError, ValueError, struct.error, cv2.error) as error:
         raise DataError(f'{path}: this picture cannot be written as {kind}: {error}') from error
-    _write_whole(path, data)
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write beside the file and rename, so that no reader and no crash ever sees half of it."""
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file whole or not at all: beside its place first, then renamed, so that no crash leaves half of it.
+
+    Raises:
+        DataError: if the file cannot be written; what was there stays.
+    """
+    path = Path(path)
     # The name is short and of its own: the file's own name may already be as long as the file system allows.
     partial = path.parent / f'.{os.getpid()}-{secrets.token_hex(4)}.part'
     try:

@@ -150,7 +150,7 @@ class Restorer:
             overlap = tile // 4 if self.overlap is None else min(self.overlap, tile - 1)
             try:
                 return run_tiled(self._apply, batch, tile, overlap, on_tile=on_tile)
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except (torch.cuda.OutOfMemoryError, MemoryError) as error:
                 shown = f'{width}x{height} in tiles of {tile}' if tile < max(height, width) else f'{width}x{height}'
                 smaller = min(tile, max(height, width)) // 2 // _TILE_STEP * _TILE_STEP
                 if self.tile is not None or smaller == 0:
@@ -250,7 +250,7 @@ def _named_failures(patch: Tensor):
     """Give what a network raises the size it was given, and memory that ran out on a CPU its name."""
     try:
         yield
-    except (torch.OutOfMemoryError, PluginError):
+    except (torch.cuda.OutOfMemoryError, PluginError):
         raise
     except RuntimeError as error:
         if 'allocate memory' in str(error) or 'not enough memory' in str(error):
