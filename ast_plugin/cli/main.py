@@ -1,0 +1,80 @@
+"""The command `basicsr`: finds the subcommand, runs it, and turns what a user can mend into one clear message.
+
+Exit status: 0 done, 1 done in part, 2 wrong usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ast_plugin import __version__
+from ast_plugin.errors import PluginError
+from ast_plugin.suggest import did_you_mean
+
+# Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`, its docstring is its help.
+COMMANDS = {
+    'train': 'train the network of an option file',
+    'test': 'measure trained weights on the validation and test sets of an option file',
+    'infer': 'restore pictures with trained weights',
+    'list': 'show what networks, datasets, losses, metrics and models are registered',
+    'options': 'list the option files that come along, or copy them out to edit',
+    'demo': 'train a small network on packaged photographs and write a picture of the result',
+}
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments, those of the process if not given.
+    Returns:
+        The exit status. Wrong usage leaves by SystemExit(2), as argparse does.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except PluginError as error:
+        print(f'basicsr: error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('basicsr: interrupted', file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left (`basicsr list | head`). Python would complain once more at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in COMMANDS:
+        return _without_command(arguments)
+    name = arguments[0]
+    module = importlib.import_module(f'ast_plugin.cli.{name}')
+    parser = argparse.ArgumentParser(
+        prog=f'basicsr {name}', description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(arguments[1:]))
+
+
+def _without_command(arguments: list[str]) -> int:
+    width = max(map(len, COMMANDS))
+    commands = '\n'.join(f'  {name:{width}}  {text}' for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog='basicsr', usage='basicsr COMMAND ...', formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='Train, test and use image restoration networks with BasicSR and its plugins.',
+        epilog=f'commands:\n{commands}\n\n`basicsr COMMAND --help` says more, with an example.')
+    parser.add_argument('--version', action='version', version=f'basicsr (ast_plugin {__version__})')
+    if arguments and not arguments[0].startswith('-'):
+        parser.error(f'no command {arguments[0]}{did_you_mean(arguments[0], COMMANDS)} '
+                     f'(there are {", ".join(COMMANDS)})')
+    parser.parse_args(arguments)
+    parser.print_help(sys.stderr)
+    return 2

@@ -1,0 +1,207 @@
+"""What can be found wrong before BasicSR renames old folders and makes new ones: data, networks, weights, disk."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ast_plugin.checkpoints import Checkpoint
+    from ast_plugin.schema import Registered
+
+_METRIC_IMAGE_SIDE = 192  # NIQE needs two blocks of 96
+
+
+def check(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[str, Checkpoint]:
+    """Try everything that the run will need, on copies of the options.
+
+    Args:
+        opt: options prepared for BasicSR.
+        registered: what the names in them mean.
+        source: the option file's name in messages.
+    Returns:
+        The weights that networks start from, by the network's key.
+    Raises:
+        PluginError: naming the first thing found wrong. Nothing has been written by then.
+    """
+    _check_disk(opt)
+    with _logger_untouched():
+        if opt['is_train']:
+            _check_resume(opt)
+            _check_training(opt['train'], registered, source)
+        _check_metrics(opt.get('val') or {}, registered, source)
+        for key, options in opt['datasets'].items():
+            _check_dataset(f'{source}: datasets.{key}', options, registered)
+        return _check_networks(opt, registered, source)
+
+
+@contextmanager
+def _logger_untouched() -> Iterator[None]:
+    """BasicSR gives its logger handlers when it is first asked for: now would be too early for the log file."""
+    from basicsr.utils import logger
+
+    present = dict(logger.initialized_logger)
+    logger.initialized_logger['basicsr'] = True
+    try:
+        yield
+    finally:
+        logger.initialized_logger.clear()
+        logger.initialized_logger.update(present)
+
+
+@contextmanager
+def _explained(where: str, what: str, kind: type[PluginError] = OptionError) -> Iterator[None]:
+    """Whatever a constructor raises about the options it got becomes a message that says which they are."""
+    try:
+        yield
+    except PluginError as error:
+        message = str(error)
+        raise type(error)(message if where in message else f'{where}: {message}') from error
+    except KeyError as error:
+        raise kind(f'{where}: {what} needs the key {error}, which is not there') from error
+    except OSError as error:
+        raise kind(f'{where}: {what}: {error.strerror or error}: {error.filename or ""}'.rstrip(': ')) from error
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), '')
+        raise kind(f'{where}: {what} cannot be made of these options: {type(error).__name__}: {reason}') from error
+
+
+def _check_disk(opt: Mapping[str, Any]) -> None:
+    folder = Path(opt['path']['experiments_root' if opt['is_train'] else 'results_root'])
+    existing = next(parent for parent in folder.parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OptionError(f'{folder}: cannot be made: {error.strerror} ({existing}); choose another --root') from None
+
+
+def _check_resume(opt: Mapping[str, Any]) -> None:
+    state = opt['path'].get('resume_state')
+    if state is None:
+        return
+    if not Path(state).is_file():
+        raise CheckpointError(f'path.resume_state: no such file: {state}')
+    if not Path(state).stem.isdecimal():
+        return
+    # BasicSR takes the weights that belong to a state from the experiment of the run's name.
+    for key in _networks(opt):
+        if key in (opt['path'].get('ignore_resume_networks') or ()):
+            continue
+        weights = Path(opt['path']['models'], f'net_{key.removeprefix("network_")}_{Path(state).stem}.pth')
+        if not weights.is_file():
+            raise CheckpointError(f'path.resume_state: {state} needs {weights}, which is not there; '
+                                  'is the name of the experiment the same?')
+
+
+def _check_training(train: Mapping[str, Any], registered: Registered, source: str) -> None:
+    """Build losses, optimisers and schedules: wrong values show only then."""
+    import torch
+
+    for key, options in train.items():
+        # The perceptual loss reads, or even fetches, the weights of a VGG.
+        if key.endswith('_opt') and key != 'perceptual_opt' and options:
+            _call(f'{source}: train.{key}', registered.get('loss', options['type']), options)
+    for key, options in train.items():
+        if not key.startswith('optim_') or not options:
+            continue
+        parameters = [torch.zeros(1, requires_grad=True)]
+        optimizer = _call(f'{source}: train.{key}', getattr(torch.optim, options['type']), options, params=parameters)
+        schedule = train.get('scheduler')
+        schedulers = {**registered.own_schedulers, **registered.schedulers}
+        if schedule and schedule['type'] in schedulers:
+            target = schedulers[schedule['type']]
+            own = {'total_iter': int(train['total_iter']), **schedule} if _takes(target, 'total_iter') else schedule
+            _call(f'{source}: train.scheduler', target, own, optimizer=optimizer)
+
+
+def _call(where: str, target: Callable, options: Mapping[str, Any], **given: Any) -> Any:
+    arguments = copy.deepcopy({key: value for key, value in options.items() if key != 'type'})
+    with _explained(where, options['type']):
+        return target(**given, **arguments)
+
+
+def _takes(target: Callable, name: str) -> bool:
+    import inspect
+
+    return name in inspect.signature(target).parameters
+
+
+def _check_metrics(val: Mapping[str, Any], registered: Registered, source: str) -> None:
+    """Measure noise: a metric that stumbles over its options would do so hours later."""
+    import numpy as np
+
+    image = np.random.default_rng(0).integers(0, 256, (_METRIC_IMAGE_SIDE, _METRIC_IMAGE_SIDE, 3), dtype=np.uint8)
+    for key, options in (val.get('metrics') or {}).items():
+        target = registered.get('metric', options['type'])
+        # Others' metrics may want other data of their own models.
+        if target.__module__.split('.')[0] in ('basicsr', 'ast_plugin'):
+            _call(f'{source}: val.metrics.{key}', target, options, img=image, img2=image)
+
+
+def _check_dataset(where: str, options: Mapping[str, Any], registered: Registered) -> None:
+    """Find the data, and read the first sample."""
+    dataset_type = registered.get('dataset', options['type'])
+    with _explained(where, options['type'], DataError):
+        dataset = dataset_type(copy.deepcopy(options))
+        num_samples = len(dataset)
+        if num_samples:
+            dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
+    if num_samples == 0:
+        raise DataError(f'{where}: {options["type"]} finds no data')
+
+
+def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[str, Checkpoint]:
+    from ast_plugin.checkpoints import read_checkpoint
+
+    checkpoints = {}
+    for key, options in _networks(opt).items():
+        with _explained(f'{source}: {key}', options['type']):
+            network = _build_network(registered.get('arch', options['type']), options)
+        letter = key.removeprefix('network_')
+        weights = opt['path'].get(f'pretrain_{key}')
+        # When a run is resumed, BasicSR puts the weights of the state in the place of these.
+        if not weights or opt['path'].get('resume_state'):
+            continue
+        param_key = opt['path'].get(f'param_key_{letter}')
+        checkpoints[key] = read_checkpoint(weights, param_key)
+        if opt['path'].get(f'strict_load_{letter}', True):
+            _check_fit(network, checkpoints[key], options['type'])
+    return checkpoints
+
+
+def _networks(opt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {key: value for key, value in opt.items() if key.startswith('network_')}
+
+
+def _build_network(network_type: Callable[..., nn.Module], options: Mapping[str, Any]) -> nn.Module:
+    """Build a network without memory for its weights, where its constructor can do that."""
+    import torch
+
+    arguments = {key: value for key, value in options.items() if key != 'type'}
+    try:
+        with torch.device('meta'):
+            return network_type(**copy.deepcopy(arguments))
+    except (NotImplementedError, RuntimeError):
+        # Some constructors compute with tensors; on the second try a fault of the options shows as what it is.
+        return network_type(**copy.deepcopy(arguments))
+
+
+def _check_fit(network: nn.Module, checkpoint: Checkpoint, name: str) -> None:
+    try:
+        network.load_state_dict(checkpoint.state, strict=True, assign=True)
+    except CheckpointError as error:
+        raise CheckpointError(f'{checkpoint.path}: {error}') from error
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        reason = ' '.join(' '.join(lines[:2]).split())
+        raise CheckpointError(f'{checkpoint.path}: weights of another network than {name} with these options: '
+                              f'{reason[:300]}{"…" if len(reason) > 300 else ""}') from error

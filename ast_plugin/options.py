@@ -1,0 +1,216 @@
+"""Option files: found by name, read safely, changed by `key:sub=value`, and completed for BasicSR's pipelines."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ast_plugin import safe_yaml
+from ast_plugin.errors import OptionError
+from ast_plugin.suggest import did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parent
+# In a wheel the shipped files lie inside the package, in a checkout beside it.
+_SHIPPED_FOLDERS = (_PACKAGE / 'option_files', _PACKAGE.parent / 'options')
+_SUFFIXES = ('.yml', '.yaml')
+_TEMPLATE_MARKS = ('{{', '{%', '${')
+_PHASES = ('train', 'val', 'test')
+# The file's own value wins; these stand where BasicSR reads a key that need not be there.
+_NEUTRAL = {'num_gpu': 'auto', 'scale': 1}
+_NEUTRAL_VAL = {'save_img': False, 'suffix': None}
+
+
+def shipped_folder() -> Path:
+    """The folder with the option files that come with this package."""
+    for folder in _SHIPPED_FOLDERS:
+        if folder.is_dir():
+            return folder
+    raise OptionError(f'this installation has no option files: {_SHIPPED_FOLDERS[0]} is missing, install it again')
+
+
+def shipped_files() -> dict[str, Path]:
+    """The shipped option files by the name `find` knows them by; parts that others inherit from are left out."""
+    folder = shipped_folder()
+    names = {}
+    for path in sorted(folder.rglob('*.yml')):
+        relative = path.relative_to(folder)
+        if not any(part.startswith(('_', '.')) for part in relative.parts):
+            names[relative.with_suffix('').as_posix()] = path
+    return names
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The option file meant by a path (`options/AST_derain.yml`) or by a shipped file's name (`AST_derain`).
+
+    Raises:
+        OptionError: if there is no such file; it names the nearest one that is shipped.
+    """
+    path = Path(os.path.expanduser(name_or_path))
+    if path.is_file():
+        return path
+    shipped = shipped_files()
+    name = path.as_posix()
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    if name in shipped:
+        return shipped[name]
+    if path.is_dir():
+        raise OptionError(f'{name_or_path}: expected an option file, this is a folder')
+    raise OptionError(f'{name_or_path}: no such option file{did_you_mean(path.stem, shipped)} '
+                      '(`basicsr options` lists the shipped ones)')
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read an option file and apply `key:sub=value` overrides, running nothing that either holds.
+
+    Args:
+        path: the file; see `find` for names.
+        overrides: as given to `--force_yml`; the value is YAML (`train:optim_g:betas=[0.9, 0.99]`), a list's item
+            is named by its number. Every section on the way must be in the file, the last key need not be.
+    Raises:
+        OptionError: with the file and the line or key.
+    """
+    path = Path(path)
+    opt = safe_yaml.read_file(path)
+    if not isinstance(opt, dict) or not opt:
+        kind = {type(None): 'nothing', dict: 'nothing', list: 'a list'}.get(type(opt), 'a single value')
+        raise OptionError(f'{path}: expected keys and values (`name: ...`), got {kind}')
+    if '_base_' in opt:
+        raise OptionError(f'{path}: _base_: inheritance is not supported, write the keys into this file')
+    for override in overrides:
+        _override(opt, override)
+    _refuse_templates(opt, str(path), ())
+    return opt
+
+
+def _override(opt: dict[str, Any], override: str) -> None:
+    source = f'--force_yml {override}'
+    keys, equals, text = override.partition('=')
+    steps = [step.strip() for step in keys.split(':')]
+    if not equals or not all(steps):
+        raise OptionError(f'{source}: expected key:sub=value')
+    value = None if text.strip() in ('None', 'none') else safe_yaml.read_text(text, source)
+    section: Any = opt
+    for depth, step in enumerate(steps[:-1]):
+        key = _step(section, step, source)
+        if isinstance(section, dict) and key not in section:
+            where = ':'.join(steps[:depth]) or 'the file'
+            raise OptionError(f'{source}: {where} has no section {key}{did_you_mean(key, section)}')
+        if section[key] is None:
+            section[key] = {}
+        section = section[key]
+    section[_step(section, steps[-1], source)] = value
+
+
+def _step(section: Any, step: str, source: str) -> str | int:
+    """The key or index that `step` names in `section`, which must have room for it."""
+    if isinstance(section, dict):
+        return step
+    if not isinstance(section, list):
+        raise OptionError(f'{source}: {step} would lie inside {section!r}, which is neither a section nor a list')
+    if not step.isdecimal() or int(step) >= len(section):
+        raise OptionError(f'{source}: expected a number from 0 to {len(section) - 1} to pick from a list, got {step}')
+    return int(step)
+
+
+def _refuse_templates(value: Any, source: str, where: tuple[str, ...]) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_templates(key, source, where)
+            _refuse_templates(item, source, (*where, key))
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_templates(item, source, where)
+    elif isinstance(value, str) and any(mark in value for mark in _TEMPLATE_MARKS):
+        raise OptionError(f'{source}: {".".join(where)}: templates are not filled in, write the value itself')
+
+
+def prepare(opt: Mapping[str, Any], *, root: str | Path = '.', is_train: bool = True, debug: bool = False,
+            rank: int = 0, world_size: int = 1, dist: bool = False,
+            dataset_types: Mapping[str, object] | None = None) -> dict[str, Any]:
+    """Complete options as BasicSR's `parse_options` does after it has read a file. The argument stays as it is.
+
+    Args:
+        opt: options that `ast_plugin.schema.check` found right.
+        root: outputs go to `experiments/`, `results/` and `tb_logger/` under it.
+        is_train: False leaves out training data and lays paths for results.
+        debug: BasicSR's debug mode: `debug_` before the name, and frequent validation and saving.
+        rank, world_size, dist: this process among all, from BasicSR's `get_dist_info`.
+        dataset_types: registered datasets by name. Those whose `options_type` has a `seed` get the run's.
+    Returns:
+        What BasicSR's pipelines expect of `parse_options`. No folder is made, no random state touched.
+    """
+    opt = copy.deepcopy(dict(opt))
+    root = Path(os.path.expanduser(root)).resolve()
+    for key, value in _NEUTRAL.items():
+        if opt.get(key) is None:
+            opt[key] = value
+    if opt['num_gpu'] == 'auto':
+        opt['num_gpu'] = _num_gpus()
+    if opt.get('manual_seed') is None:
+        opt['manual_seed'] = random.SystemRandom().randint(1, 10000)
+    if debug and not opt['name'].startswith('debug'):
+        opt['name'] = f'debug_{opt["name"]}'
+    # A state to resume from is put into path.resume_state by us: BasicSR would look for it under the working
+    # directory, whatever the root.
+    opt.update(is_train=is_train, auto_resume=False, dist=dist, rank=rank, world_size=world_size)
+    opt['datasets'] = _datasets(opt, is_train, dataset_types or {})
+    opt['path'] = _paths(opt, root, is_train)
+    if opt.get('val') is not None or not is_train:
+        opt['val'] = {**_NEUTRAL_VAL, **(opt.get('val') or {})}
+    if is_train and 'debug' in opt['name']:
+        opt['logger'].update(print_freq=1, save_checkpoint_freq=8)
+        if opt.get('val') is not None:
+            opt['val']['val_freq'] = 8
+    return opt
+
+
+def phase_of(dataset_key: str) -> str:
+    """`train`, `val` or `test`, out of a key under `datasets` such as `val_2`; empty when it is none of them."""
+    phase = dataset_key.split('_')[0]
+    return phase if phase in _PHASES else ''
+
+
+def _datasets(opt: dict[str, Any], is_train: bool, dataset_types: Mapping[str, object]) -> dict[str, Any]:
+    """The datasets of this run. BasicSR's training stumbles over test sets, its testing would test on train."""
+    phases = ('train', 'val') if is_train else ('val', 'test')
+    datasets = {}
+    for key, dataset in opt['datasets'].items():
+        phase = phase_of(key)
+        if phase not in phases:
+            continue
+        dataset.update(phase=phase, scale=opt['scale'])
+        for name in [name for name in dataset if name.startswith('dataroot')]:
+            if isinstance(dataset[name], str):
+                dataset[name] = os.path.expanduser(dataset[name])
+        options_type = getattr(dataset_types.get(dataset['type']), 'options_type', None)
+        if options_type is not None and 'seed' in options_type.model_fields and dataset.get('seed') is None:
+            dataset['seed'] = opt['manual_seed']
+        datasets[key] = dataset
+    return datasets
+
+
+def _paths(opt: dict[str, Any], root: Path, is_train: bool) -> dict[str, Any]:
+    paths = dict(opt.get('path') or {})
+    for key, value in paths.items():
+        if isinstance(value, str) and ('resume_state' in key or 'pretrain_network' in key):
+            paths[key] = os.path.expanduser(value)
+    if is_train:
+        experiment = root / 'experiments' / opt['name']
+        folders = {'experiments_root': experiment, 'models': experiment / 'models',
+                   'training_states': experiment / 'training_states', 'log': experiment,
+                   'visualization': experiment / 'visualization'}
+    else:
+        results = root / 'results' / opt['name']
+        folders = {'results_root': results, 'log': results, 'visualization': results / 'visualization'}
+    return {**paths, **{key: str(folder) for key, folder in folders.items()}}
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

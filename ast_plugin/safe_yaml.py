@@ -1,0 +1,168 @@
+"""YAML as data and nothing else: no tags that make objects, no bombs, no keys given twice.
+
+Numbers are read as YAML 1.2 has them (`1e-4` is a number, `010` is ten, `1:30` and dates are text), truth
+values as YAML 1.1 has them (`true`, `yes`, `on`), which is what BasicSR's users write.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from ast_plugin.errors import OptionError
+
+MAX_BYTES = 256 * 1024
+# Values after every alias is replaced by what it stands for: a file of a kilobyte can stand for billions.
+MAX_VALUES = 20_000
+MAX_DEPTH = 50
+
+_TAG = 'tag:yaml.org,2002:'
+_MERGE_TAG = f'{_TAG}merge'
+_INT = re.compile(r'^[-+]?(?:[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+)$')
+_FLOAT = re.compile(
+    r'^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$')
+_BOOL = re.compile(r'^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$')
+_NULL = re.compile(r'^(?:~|null|Null|NULL|)$')
+_TRUE = {'yes', 'true', 'on'}
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes; `_Builder` turns them into values, so no constructor of PyYAML ever runs."""
+
+    yaml_implicit_resolvers: dict = {}
+
+
+# The order decides where patterns overlap: what is an int is not looked at as a float.
+_Loader.add_implicit_resolver(f'{_TAG}int', _INT, list('-+0123456789'))
+_Loader.add_implicit_resolver(f'{_TAG}float', _FLOAT, list('-+0123456789.'))
+_Loader.add_implicit_resolver(f'{_TAG}bool', _BOOL, list('yYnNtTfFoO'))
+_Loader.add_implicit_resolver(f'{_TAG}null', _NULL, ['~', 'n', 'N', ''])
+_Loader.add_implicit_resolver(_MERGE_TAG, re.compile(r'^<<$'), ['<'])
+
+
+def read_file(path: Path) -> Any:
+    """Read a YAML file of at most 256 KiB into dicts, lists, text, numbers, truth values and None.
+
+    Raises:
+        OptionError: if it cannot be read, is not UTF-8, is not YAML, or holds what is more than data.
+    """
+    try:
+        with open(path, 'rb') as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except IsADirectoryError:
+        raise OptionError(f'{path}: expected an option file, this is a folder') from None
+    except OSError as error:
+        raise OptionError(f'{path}: cannot be read: {error.strerror}') from None
+    if len(content) > MAX_BYTES:
+        raise OptionError(f'{path}: larger than {MAX_BYTES // 1024} KiB, so hardly an option file')
+    try:
+        text = content.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        raise OptionError(f'{path}: expected YAML text in UTF-8, this is something else') from None
+    return read_text(text, str(path))
+
+
+def read_text(text: str, source: str) -> Any:
+    """Read YAML from a string; `source` names it in messages.
+
+    Raises:
+        OptionError: as `read_file`.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise OptionError(f'{source}{_place(error)}: not YAML: {_reason(error)}') from None
+    except RecursionError:
+        raise OptionError(f'{source}: nested deeper than {MAX_DEPTH} levels') from None
+    return None if node is None else _Builder(source).build(node, 0)
+
+
+def _place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, 'problem_mark', None)
+    return '' if mark is None else f':{mark.line + 1}'
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    reason = getattr(error, 'problem', None) or getattr(error, 'reason', None) or str(error)
+    if "'\\t'" in reason:
+        reason += ' (indent with spaces, not tabs)'
+    return ' '.join(reason.split())
+
+
+class _Builder:
+    """Values out of nodes. Every alias becomes a copy of its own, so changing one place changes no other."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self.num_values = 0
+
+    def build(self, node: Node, depth: int) -> Any:
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise self._error(node, f'stands for more than {MAX_VALUES} values once its aliases are expanded')
+        if depth > MAX_DEPTH:
+            raise self._error(node, f'nested deeper than {MAX_DEPTH} levels (does an alias hold itself?)')
+        if isinstance(node, MappingNode) and node.tag == f'{_TAG}map':
+            return self._mapping(node, depth)
+        if isinstance(node, SequenceNode) and node.tag == f'{_TAG}seq':
+            return [self.build(item, depth + 1) for item in node.value]
+        if isinstance(node, ScalarNode):
+            return self._scalar(node)
+        raise self._tag_error(node)
+
+    def _mapping(self, node: MappingNode, depth: int) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == _MERGE_TAG:
+                merged = {**self._merged(value_node, depth), **merged}
+                continue
+            key = self.build(key_node, depth + 1)
+            if not isinstance(key, str):
+                raise self._error(key_node, f'keys must be text, got {key!r}; put quotes around it if it is meant')
+            if key in own:
+                raise self._error(key_node, f'the key {key} is given twice in the same place')
+            own[key] = self.build(value_node, depth + 1)
+        return {**merged, **own}
+
+    def _merged(self, node: Node, depth: int) -> dict[str, Any]:
+        parts = node.value if isinstance(node, SequenceNode) else [node]
+        merged: dict[str, Any] = {}
+        for part in parts:
+            if not isinstance(part, MappingNode):
+                raise self._error(node, '<< takes a mapping, or a list of mappings')
+            merged = {**self.build(part, depth + 1), **merged}
+        return merged
+
+    def _scalar(self, node: ScalarNode) -> Any:
+        kind = node.tag.removeprefix(_TAG)
+        value: str = node.value
+        try:
+            if kind == 'str' or node.tag == _MERGE_TAG:
+                return value
+            if kind == 'null' and _NULL.match(value):
+                return None
+            if kind == 'bool' and _BOOL.match(value):
+                return value.lower() in _TRUE
+            if kind == 'int':
+                return int(value, 0) if 'x' in value or 'o' in value else int(value)
+            if kind == 'float':
+                return float(value.lower().replace('.inf', 'inf').replace('.nan', 'nan'))
+        except ValueError:
+            raise self._error(node, f'cannot be read as {kind}: {value[:40]!r}') from None
+        raise self._tag_error(node)
+
+    def _tag_error(self, node: Node) -> OptionError:
+        tag = node.tag.replace(_TAG, '!!')
+        return self._error(node, f'the tag {tag} is refused: an option file holds plain values only')
+
+    def _error(self, node: Node, message: str) -> OptionError:
+        return OptionError(f'{self.source}:{node.start_mark.line + 1}: {message}')

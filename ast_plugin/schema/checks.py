@@ -1,0 +1,239 @@
+"""The check of an option file: its keys, then what they say against what is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ast_plugin.errors import OptionError
+from ast_plugin.options import phase_of
+from ast_plugin.schema.faults import Fault, Where, faults_of, unknown_key
+from ast_plugin.schema.keys import Dataset, OptionFile, Paths
+from ast_plugin.schema.registered import Registered
+from ast_plugin.schema.signatures import argument_faults, keys_read_by
+from ast_plugin.suggest import did_you_mean
+
+_PATH_PATTERNS = {'pretrain_network_': str, 'param_key_': str, 'strict_load_': bool}
+_METRIC_IMAGES = ('img', 'img2')
+# Taken out of a metric's options, or left in for the model to read, but no argument of the function.
+_METRIC_OWN = ('type', 'better')
+_SCHEDULER_GIVEN = ('optimizer', 'last_epoch')
+_SCHEDULER_OPTIONAL = ('total_iter',)  # the model's own total_iter stands in
+_BASICSR, _OURS = 'basicsr', 'ast_plugin'
+
+
+def check(opt: Mapping[str, Any], source: str, registered: Registered | None = None, *,
+          is_train: bool = True) -> None:
+    """Check the options of a file, as read, before `ast_plugin.options.prepare` completes them.
+
+    Args:
+        opt: what `ast_plugin.options.load` returned.
+        source: the file's name in messages.
+        registered: what names may be used; without it only keys and types are checked.
+        is_train: what training needs must be there as well.
+    Raises:
+        OptionError: listing every fault, one line each: `FILE: datasets.train.gt_sise: unknown key, did you mean …?`
+    """
+    faults = find_faults(opt, registered, is_train=is_train)
+    if faults:
+        raise OptionError('\n'.join(f'{source}: {fault}' for fault in faults))
+
+
+def find_faults(opt: Mapping[str, Any], registered: Registered | None = None, *, is_train: bool = True) -> list[Fault]:
+    """Every fault of the options, in the order of the file."""
+    faults = _key_faults(opt, _is_third_party(opt, registered), _is_ours(opt, registered))
+    faults += _missing_sections(opt, is_train, _is_third_party(opt, registered))
+    if registered is not None:
+        faults += _registry_faults(opt, registered)
+    faults += _best_metric_faults(opt)
+    order = {key: number for number, key in enumerate(opt)}
+    # The same key may be seen by two checks; what the first one says is nearer to the cause.
+    unique = {fault.where: fault for fault in reversed(faults)}
+    return sorted(unique.values(), key=lambda fault: order.get(fault.where[0] if fault.where else '', len(order)))
+
+
+def _key_faults(opt: Mapping[str, Any], is_third_party: bool, is_ours: bool) -> list[Fault]:
+    networks = {key: value for key, value in opt.items() if key.startswith('network_')}
+    paths = _section(opt, 'path')
+    patterned = {key: value for key, value in paths.items() if _path_pattern(key)}
+    # Keys known by a pattern are checked here, all others by the models.
+    rest = {key: value for key, value in opt.items() if key not in networks}
+    if patterned:
+        rest['path'] = {key: value for key, value in paths.items() if key not in patterned}
+    faults = [Fault((key,), 'expected a mapping with a type') for key, value in networks.items()
+              if not isinstance(value, dict) or not isinstance(value.get('type'), str)]
+    for key, value in patterned.items():
+        faults += _path_faults(key, value, networks)
+    faults += _model_faults(OptionFile, rest, (), also_known=('network_g', 'network_d'))
+    return [fault for fault in faults if not _is_allowed(fault, is_third_party, is_ours)]
+
+
+def _model_faults(model: type[BaseModel], value: Any, where: Where, also_known: tuple[str, ...] = ()) -> list[Fault]:
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        return faults_of(error, model, value, where, also_known)
+    return []
+
+
+def _is_allowed(fault: Fault, is_third_party: bool, is_ours: bool) -> bool:
+    """An unknown key may be read by a third party's model; ours takes any number of `*_opt` losses."""
+    if not fault.unknown_key:
+        return False
+    section, key = fault.where[:-1], str(fault.where[-1])
+    if is_third_party:
+        return section in ((), ('train',), ('val',), ('logger',), ('path',))
+    return is_ours and section == ('train',) and key.endswith('_opt')
+
+
+def _path_pattern(key: str) -> str | None:
+    return next((pattern for pattern in _PATH_PATTERNS if key.startswith(pattern)), None)
+
+
+def _path_faults(key: str, value: Any, networks: Mapping[str, Any]) -> list[Fault]:
+    where, pattern = ('path', key), _path_pattern(key)
+    network = f'network_{key.removeprefix(pattern)}'
+    if network not in networks:
+        known = [f'{pattern}{name.removeprefix("network_")}' for name in networks]
+        return [unknown_key(where, [*known, *Paths.model_fields])]
+    kind = _PATH_PATTERNS[pattern]
+    if value is None or isinstance(value, kind):
+        return []
+    return [Fault(where, f'expected {"text" if kind is str else "true or false"}, got {value!r}')]
+
+
+def _missing_sections(opt: Mapping[str, Any], is_train: bool, is_third_party: bool) -> list[Fault]:
+    datasets = _section(opt, 'datasets')
+    faults = [Fault(('datasets', key), 'expected train, val or test, with or without a number behind _ (val_2)')
+              for key in datasets if not phase_of(key) or (phase_of(key) == 'train' and key != 'train')]
+    needed: list[Where] = [] if is_third_party else [('network_g',)]
+    if is_train:
+        needed += [('datasets', 'train'), ('datasets', 'train', 'batch_size_per_gpu'),
+                   ('datasets', 'train', 'num_worker_per_gpu'), ('train',), ('logger',)]
+        needed += [] if is_third_party else [('train', 'optim_g'), ('train', 'scheduler')]
+        if isinstance(opt.get('val'), dict):
+            needed.append(('val', 'val_freq'))
+    elif datasets and not any(phase_of(key) in ('val', 'test') for key in datasets):
+        faults.append(Fault(('datasets', 'val'), 'required for testing (or datasets.test), but not there'))
+    reported: list[Where] = []
+    for where in needed:
+        if _at(opt, where) is None and not any(where[:len(known)] == known for known in reported):
+            reported.append(where)
+            faults.append(Fault(where, 'required, but not there'))
+    return faults
+
+
+def _best_metric_faults(opt: Mapping[str, Any]) -> list[Fault]:
+    best = _at(opt, ('val', 'best_metric'))
+    metrics = _section(_section(opt, 'val'), 'metrics')
+    if not isinstance(best, str) or best in metrics:
+        return []
+    return [Fault(('val', 'best_metric'), f'{best} is not among val.metrics: {", ".join(metrics) or "none there"}')]
+
+
+def _registry_faults(opt: Mapping[str, Any], registered: Registered) -> list[Fault]:
+    faults = []
+    model_type = opt.get('model_type')
+    if isinstance(model_type, str) and registered.get('model', model_type) is None:
+        faults.append(Fault(('model_type',), registered.missing('model', model_type)))
+    for key, value in opt.items():
+        if key.startswith('network_'):
+            faults += _call_faults('arch', value, (key,), registered)
+    for key, value in _section(opt, 'datasets').items():
+        faults += _dataset_faults(key, value, opt, registered)
+    train = _section(opt, 'train')
+    for key, value in train.items():
+        if key.endswith('_opt') and value is not None:
+            faults += _call_faults('loss', value, ('train', key), registered)
+        elif key.startswith('optim_'):
+            faults += _optimizer_faults(value, ('train', key))
+    faults += _scheduler_faults(train.get('scheduler'), opt, registered)
+    for key, value in _section(_section(opt, 'val'), 'metrics').items():
+        faults += _call_faults('metric', value, ('val', 'metrics', key), registered,
+                               given=_METRIC_IMAGES, ignored=_METRIC_OWN)
+    return faults
+
+
+def _call_faults(kind: str, options: Any, where: Where, registered: Registered,
+                 **names: tuple[str, ...]) -> list[Fault]:
+    """Faults of `{type: NAME, argument: value, …}`."""
+    if not isinstance(options, dict) or not isinstance(options.get('type'), str):
+        return [Fault(where, 'expected a mapping with a type')]
+    target = registered.get(kind, options['type'])
+    if target is None:
+        return [Fault((*where, 'type'), registered.missing(kind, options['type']))]
+    return argument_faults(target, options, where, **names)
+
+
+def _dataset_faults(key: str, options: Any, opt: Mapping[str, Any], registered: Registered) -> list[Fault]:
+    where = ('datasets', key)
+    if not isinstance(options, dict) or not isinstance(options.get('type'), str):
+        return []
+    target = registered.get('dataset', options['type'])
+    if target is None:
+        return [Fault((*where, 'type'), registered.missing('dataset', options['type']))]
+    options_type = getattr(target, 'options_type', None)
+    if options_type is not None:
+        return _model_faults(options_type, {**options, 'phase': phase_of(key), 'scale': opt.get('scale', 1)}, where)
+    read = keys_read_by(target)
+    if read is None:
+        return []
+    known = [*Dataset.model_fields, *sorted(read)]
+    return [unknown_key((*where, name), known) for name in options if name not in known]
+
+
+def _optimizer_faults(options: Any, where: Where) -> list[Fault]:
+    import torch
+
+    if not isinstance(options, dict) or not isinstance(options.get('type'), str):
+        return []
+    target = getattr(torch.optim, options['type'], None)
+    if not isinstance(target, type) or not issubclass(target, torch.optim.Optimizer):
+        names = [name for name, value in vars(torch.optim).items() if isinstance(value, type)]
+        names.remove('Optimizer')
+        return [_unknown_name((*where, 'type'), 'optimiser of torch.optim', options['type'], names)]
+    return argument_faults(target, options, where, given=('params',))
+
+
+def _scheduler_faults(options: Any, opt: Mapping[str, Any], registered: Registered) -> list[Fault]:
+    where = ('train', 'scheduler')
+    if not isinstance(options, dict) or not isinstance(options.get('type'), str):
+        return []
+    schedulers = {**registered.schedulers, **(registered.own_schedulers if _is_ours(opt, registered) else {})}
+    target = schedulers.get(options['type'])
+    if target is not None:
+        return argument_faults(target, options, where, given=_SCHEDULER_GIVEN, optional=_SCHEDULER_OPTIONAL)
+    if _is_third_party(opt, registered):
+        return []
+    return [_unknown_name((*where, 'type'), 'scheduler', options['type'], list(schedulers))]
+
+
+def _unknown_name(where: Where, kind: str, name: str, known: list[str]) -> Fault:
+    suggestion = did_you_mean(name, known) or f', there are {", ".join(known)}'
+    return Fault(where, f'no {kind} is named {name}{suggestion}')
+
+
+def _package(opt: Mapping[str, Any], registered: Registered | None) -> str:
+    model = registered.get('model', str(opt.get('model_type'))) if registered is not None else None
+    return getattr(model, '__module__', '').split('.')[0]
+
+
+def _is_third_party(opt: Mapping[str, Any], registered: Registered | None) -> bool:
+    return _package(opt, registered) not in ('', _BASICSR, _OURS)
+
+
+def _is_ours(opt: Mapping[str, Any], registered: Registered | None) -> bool:
+    return _package(opt, registered) == _OURS
+
+
+def _section(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = mapping.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _at(opt: Any, where: Where) -> Any:
+    for key in where:
+        opt = opt.get(key) if isinstance(opt, dict) else None
+    return opt

@@ -1,0 +1,136 @@
+"""What is wrong in an option file, one line each, out of pydantic's reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from ast_plugin.suggest import did_you_mean
+
+Where = tuple[str | int, ...]
+
+_EXPECTED = {
+    'int_type': 'a whole number', 'int_from_float': 'a whole number', 'int_parsing': 'a whole number',
+    'float_type': 'a number', 'float_parsing': 'a number', 'finite_number': 'a finite number',
+    'bool_type': 'true or false', 'bool_parsing': 'true or false', 'string_type': 'text',
+    'dict_type': 'a mapping of keys to values', 'model_type': 'a mapping of keys to values',
+    'model_attributes_type': 'a mapping of keys to values',
+    'list_type': 'a list', 'tuple_type': 'a list', 'sequence_type': 'a list', 'none_required': 'nothing',
+    'greater_than': 'more than {gt}', 'greater_than_equal': '{ge} or more', 'less_than': 'less than {lt}',
+    'less_than_equal': '{le} or less', 'literal_error': '{expected}', 'enum': '{expected}',
+    'string_too_short': 'text that is not empty', 'string_pattern_mismatch': 'a name that can name a folder',
+    'too_short': '{min_length} items or more', 'too_long': '{max_length} items or fewer',
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong, and at which key."""
+
+    where: Where
+    message: str
+    unknown_key: bool = False
+
+    def __str__(self) -> str:
+        return f'{dotted(self.where)}: {self.message}'
+
+
+def dotted(where: Where) -> str:
+    """`('a', 0, 'b')` as `a[0].b`."""
+    text = ''
+    for step in where:
+        text += f'[{step}]' if isinstance(step, int) else f'.{step}'
+    return text.removeprefix('.') or 'top level'
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: short, and with its kind where that could be in doubt."""
+    if value is None:
+        return 'nothing'
+    if isinstance(value, bool):
+        return 'true' if value else 'false'
+    if isinstance(value, dict):
+        return 'a mapping'
+    text = repr(value)
+    text = text if len(text) <= 60 else f'{text[:57]}...'
+    return f'the text {text}' if isinstance(value, str) else f'the list {text}' if isinstance(value, list) else text
+
+
+def unknown_key(where: Where, known: Sequence[str]) -> Fault:
+    """The fault of a key that nothing reads."""
+    return Fault(where, f'unknown key{did_you_mean(str(where[-1]), known)}', unknown_key=True)
+
+
+def faults_of(error: ValidationError, model: type[BaseModel], value: Any, prefix: Where = (),
+              also_known: Sequence[str] = ()) -> list[Fault]:
+    """One fault for each place that pydantic complains about.
+
+    Args:
+        error: raised by `model` about `value`.
+        model: tells the known names, for suggestions.
+        prefix: where in the file `value` lies.
+        also_known: names accepted on the first level besides the model's own.
+    """
+    faults: dict[Where, Fault] = {}
+    for report in error.errors(include_url=False):
+        where = _keys_only(report['loc'], value, report['type'] == 'missing')
+        place = (*prefix, *where)
+        if report['type'] == 'extra_forbidden':
+            names = [*_section_at(model, where[:-1]).model_fields, *(also_known if len(where) == 1 else ())]
+            fault = unknown_key(place, names)
+        else:
+            fault = Fault(place, _message(report))
+        faults[place] = _joined(faults[place], fault) if place in faults else fault
+    return list(faults.values())
+
+
+def _message(report: dict[str, Any]) -> str:
+    kind = report['type']
+    if kind == 'missing':
+        return 'required, but not there'
+    expected = _EXPECTED.get(kind)
+    if expected is None:
+        return f'{report["msg"].removeprefix("Value error, ")} (got {shown(report["input"])})'
+    return f'expected {expected.format(**report.get("ctx", {}))}, got {shown(report["input"])}'
+
+
+def _joined(first: Fault, second: Fault) -> Fault:
+    """A union complains once for each of its members: `expected A or B, got X`."""
+    expected, comma, got = first.message.partition(', got')
+    other = second.message.partition(', got')[0].removeprefix('expected ')
+    if not comma or not second.message.startswith('expected ') or other in expected:
+        return first
+    return Fault(first.where, f'{expected} or {other}{comma}{got}')
+
+
+def _keys_only(loc: Where, value: Any, is_missing: bool) -> Where:
+    """`loc` without the names of union members that pydantic puts between the keys."""
+    where: list[str | int] = []
+    for number, step in enumerate(loc):
+        if (isinstance(value, dict) and step in value) or (isinstance(value, list) and step in range(len(value))):
+            where.append(step)
+            value = value[step]
+        elif is_missing and number == len(loc) - 1:
+            where.append(step)
+    return tuple(where)
+
+
+def _section_at(model: type[BaseModel], where: Where) -> type[BaseModel]:
+    """The model of the section at `where` below `model`."""
+    current: Any = model
+    for step in where:
+        fields = getattr(current, 'model_fields', None)
+        current = _inner(fields[step].annotation if fields and step in fields else current)
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else model
+
+
+def _inner(annotation: Any) -> Any:
+    """The model that `Train | None`, `dict[str, Dataset]` or `list[Stage]` speak of."""
+    for candidate in get_args(annotation):
+        inner = _inner(candidate)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            return inner
+    return annotation

@@ -1,0 +1,194 @@
+"""The keys of an option file: BasicSR's, gathered from its pipelines and models, and ours.
+
+Sections that are open by nature (datasets by phase, networks by letter, arguments of registered things) are mappings
+here; `ast_plugin.schema.check` holds them against what is registered.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _whole(value: Any) -> Any:
+    """5e3 is a whole number too: BasicSR's users write frequencies so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=1)]
+CountOrZero = Annotated[Whole, Field(ge=0)]
+Mapping = dict[str, Any]
+
+
+class Section(BaseModel):
+    """A mapping whose keys are all known. Values have the type the file must give them; nothing is converted."""
+
+    model_config = ConfigDict(extra='forbid', strict=True)
+
+
+class Typed(BaseModel):
+    """Options of something registered: its `type`, and arguments that are checked against it."""
+
+    model_config = ConfigDict(extra='allow', strict=True)
+
+    type: str = Field(min_length=1, description='registered name')
+
+
+class Optimizer(Typed):
+    """An optimiser of torch.optim and its arguments."""
+
+    lr: Number = Field(ge=0, description='learning rate')
+
+
+class Scheduler(Typed):
+    """A schedule of the learning rate and its arguments."""
+
+
+class Metric(Typed):
+    """A registered metric and its arguments."""
+
+    better: Literal['higher', 'lower'] | None = Field(None, description='which way is better; higher if not given')
+
+
+class IOBackend(Typed):
+    """How BasicSR's datasets read files."""
+
+    type: Literal['disk', 'lmdb', 'memcached'] = Field(description='kind of storage')
+
+
+class Dataset(Typed):
+    """The keys that BasicSR's pipelines and loaders read of every dataset."""
+
+    name: str = Field(min_length=1, description='name in messages, tables and result folders')
+    io_backend: IOBackend | None = None
+    batch_size_per_gpu: Count | None = Field(None, description='training images a step, on each device')
+    num_worker_per_gpu: CountOrZero | None = Field(None, description='reading processes, for each device')
+    dataset_enlarge_ratio: Number | None = Field(None, gt=0, description='makes a small set a longer epoch')
+    prefetch_mode: Literal['cpu', 'cuda'] | None = None
+    num_prefetch_queue: Count | None = None
+    pin_memory: bool | None = None
+    persistent_workers: bool | None = None
+    phase: str | None = Field(None, description='set from the key under datasets')
+    scale: Number | None = Field(None, description='set from the top level')
+
+
+class Train(Section):
+    """What is trained, how and for how long."""
+
+    total_iter: Count = Field(description='iterations of the whole run')
+    warmup_iter: Annotated[Whole, Field(ge=-1)] | None = Field(None, description='linear warm-up; -1 for none')
+    optim_g: Optimizer | None = None
+    optim_d: Optimizer | None = None
+    scheduler: Scheduler | None = None
+    ema_decay: Number | None = Field(None, ge=0, lt=1, description='0 for no averaged weights')
+    pixel_opt: Mapping | None = None
+    perceptual_opt: Mapping | None = None
+    gan_opt: Mapping | None = Field(None, description='SRGAN, ESRGAN, StyleGAN2')
+    ldl_opt: Mapping | None = Field(None, description='ESRGAN, Real-ESRGAN')
+    feature_matching_opt: Mapping | None = Field(None, description='HiFaceGAN')
+    net_d_iters: Count | None = None
+    net_d_init_iters: CountOrZero | None = None
+    net_d_reg_every: Count | None = Field(None, description='StyleGAN2')
+    net_g_reg_every: Count | None = Field(None, description='StyleGAN2')
+    mixing_prob: Number | None = Field(None, ge=0, le=1, description='StyleGAN2')
+    r1_reg_weight: Number | None = Field(None, description='StyleGAN2')
+    path_reg_weight: Number | None = Field(None, description='StyleGAN2')
+    path_batch_shrink: Count | None = Field(None, description='StyleGAN2')
+    fix_flow: CountOrZero | None = Field(None, description='recurrent video: iterations with the flow held')
+    flow_lr_mul: Number | None = Field(None, description='recurrent video')
+    lr_flow: Number | None = Field(None, description='recurrent video GAN')
+    dcn_lr_mul: Number | None = Field(None, description='EDVR')
+    tsa_iter: CountOrZero | None = Field(None, description='EDVR')
+
+
+class Val(Section):
+    """Validation during training, and testing."""
+
+    val_freq: Count | None = Field(None, description='iterations between validations')
+    save_img: bool | None = Field(None, description='write the restored images')
+    suffix: str | None = Field(None, description='of written images; the name of the run if not given')
+    pbar: bool | None = None
+    metrics: dict[str, Metric] | None = Field(None, description='by the name they are printed under')
+    best_metric: str | None = Field(None, description='the metric that picks the best weights')
+    center_frame_only: bool | None = Field(None, description='video')
+    flip_seq: bool | None = Field(None, description='recurrent video')
+    num_val_samples: Count | None = Field(None, description='StyleGAN2')
+
+
+class Wandb(Section):
+    """Weights & Biases, by BasicSR's keys."""
+
+    project: str | None = None
+    resume_id: str | None = None
+
+
+class Logger(Section):
+    """What is written down, and how often."""
+
+    print_freq: Count
+    save_checkpoint_freq: Count
+    use_tb_logger: bool | None = None
+    wandb: Wandb | None = None
+
+
+class Paths(Section):
+    """Weights to start from. BasicSR's keys per network (`pretrain_network_g` …) are checked by their pattern."""
+
+    resume_state: str | None = Field(None, description='a .state file under training_states/')
+    ignore_resume_networks: list[str] | None = None
+
+
+class DistParams(BaseModel):
+    """Arguments of `torch.distributed.init_process_group` under slurm."""
+
+    model_config = ConfigDict(extra='allow', strict=True)
+
+    backend: Literal['nccl', 'gloo', 'mpi'] | None = None
+    port: Annotated[Whole, Field(ge=1, le=65535)] | None = None
+
+
+class RealESRGAN(Section):
+    """Keys that Real-ESRGAN's models read from the top level."""
+
+    queue_size: Count | None = None
+    gt_size: Count | None = None
+    high_order_degradation: bool | None = None
+    gt_usm: bool | None = None
+    l1_gt_usm: bool | None = None
+    percep_gt_usm: bool | None = None
+    gan_gt_usm: bool | None = None
+    second_blur_prob: Number | None = None
+    gaussian_noise_prob: Number | None = None
+    gaussian_noise_prob2: Number | None = None
+    gray_noise_prob: Number | None = None
+    gray_noise_prob2: Number | None = None
+    resize_prob: list[Number] | None = None
+    resize_prob2: list[Number] | None = None
+    resize_range: list[Number] | None = None
+    resize_range2: list[Number] | None = None
+    noise_range: list[Number] | None = None
+    noise_range2: list[Number] | None = None
+    poisson_scale_range: list[Number] | None = None
+    poisson_scale_range2: list[Number] | None = None
+    jpeg_range: list[Number] | None = None
+    jpeg_range2: list[Number] | None = None
+
+
+class OptionFile(RealESRGAN):
+    """The top level. `network_g`, `network_d` and further networks are checked by their pattern."""
+
+    name: str = Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]{0,99}$', description='of the run, and of its folder')
+    model_type: str = Field(min_length=1, description='registered model')
+    scale: Number | None = Field(None, gt=0, description='of super-resolution; 1 for restoration')
+    num_gpu: Annotated[Whole, Field(ge=0)] | Literal['auto'] | None = None
+    manual_seed: CountOrZero | None = Field(None, description='drawn if not given')
+    find_unused_parameters: bool | None = None
+    dist_params: DistParams | None = None
+    datasets: dict[str, Dataset]
+    path: Paths | None = None
+    train: Train | None = None
+    val: Val | None = None
+    logger: Logger | None = None

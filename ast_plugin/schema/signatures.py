@@ -1,0 +1,191 @@
+"""Which options a registered class or function takes, found out without running it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from ast_plugin.schema.faults import Fault, Where, shown, unknown_key
+
+_UNKNOWN = inspect.Parameter.empty
+_POSITIONAL_OR_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def argument_faults(target: Callable, arguments: Mapping[str, Any], where: Where,
+                    given: Collection[str] = (), ignored: Collection[str] = ('type',),
+                    optional: Collection[str] = ()) -> list[Fault]:
+    """Compare options with the signature of what they will be passed to as keyword arguments.
+
+    Args:
+        target: class or function.
+        arguments: the options at `where`.
+        given: arguments that the caller passes besides, which an option file must not.
+        ignored: options that are taken out before the call.
+        optional: arguments that the caller passes if the options do not.
+    """
+    parameters, is_open = _parameters(target)
+    if parameters is None:
+        return []
+    known = {name: parameter for name, parameter in parameters.items() if name not in given}
+    faults = []
+    for name, value in arguments.items():
+        if name in ignored:
+            continue
+        if name in known:
+            complaint = _type_complaint(target, known[name], value)
+            if complaint:
+                faults.append(Fault((*where, name), complaint))
+        elif not is_open:
+            faults.append(unknown_key((*where, name), list(known)))
+    for name, parameter in known.items():
+        if parameter.default is _UNKNOWN and name not in arguments and name not in optional and not is_open:
+            faults.append(Fault((*where, name), f'required by {_name(target)}, but not there'))
+    return faults
+
+
+def keys_read_by(target: type) -> frozenset[str] | None:
+    """Every key that a class with an opaque `opt` argument can read: the text constants of its modules' source.
+
+    None when a source cannot be had, so that nothing can be said.
+    """
+    keys: frozenset[str] = frozenset()
+    for cls in inspect.getmro(target):
+        if cls.__module__.split('.')[0] in ('builtins', 'torch', 'typing', 'abc'):
+            continue
+        constants = _constants(cls.__module__)
+        if constants is None:
+            return None
+        keys |= constants
+    return keys
+
+
+@functools.cache
+def _constants(module_name: str) -> frozenset[str] | None:
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module_name]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return None
+    return frozenset(node.value for node in ast.walk(tree)
+                     if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier())
+
+
+def _parameters(target: Callable) -> tuple[dict[str, inspect.Parameter] | None, bool]:
+    """The parameters by name, and whether others are accepted as well; (None, True) when they cannot be told."""
+    if inspect.isclass(target):
+        classes = [cls for cls in inspect.getmro(target) if '__init__' in vars(cls)]
+        # nn.Module's **kwargs take nothing.
+        return _class_parameters([cls for cls in classes if cls.__module__ != 'torch.nn.modules.module'])
+    return _function_parameters(target, follow=_returned_class(target))
+
+
+def _class_parameters(classes: list[type]) -> tuple[dict[str, inspect.Parameter] | None, bool]:
+    if not classes or classes[0] is object:
+        return {}, False
+    inherited = functools.partial(_class_parameters, classes[1:])
+    parameters, is_open = _function_parameters(vars(classes[0])['__init__'], follow=inherited)
+    if parameters:
+        parameters.pop(next(iter(parameters)))  # self
+    return parameters, is_open
+
+
+def _returned_class(function: Callable) -> Callable | None:
+    """A factory `def AST_T(**options) -> AST` takes what AST takes."""
+    try:
+        returned = typing.get_type_hints(function).get('return')
+    except (NameError, TypeError, AttributeError):
+        return None
+    return functools.partial(_parameters, returned) if inspect.isclass(returned) else None
+
+
+def _function_parameters(function: Callable, follow: Callable | None) -> tuple[dict | None, bool]:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None, True
+    parameters = {name: p for name, p in signature.parameters.items() if p.kind in _POSITIONAL_OR_KEYWORD}
+    rest = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    if not rest or not _reads(function, rest[0]):
+        return parameters, False
+    passed_on, is_open = follow() if follow is not None else (None, True)
+    # Own parameters first: the caller takes `self` from the front.
+    return parameters | {name: p for name, p in (passed_on or {}).items() if name not in parameters}, is_open
+
+
+def _reads(function: Callable, name: str) -> bool:
+    """Whether `**name` is used: BasicSR's metrics and SwinIR take `**kwargs` and drop what is in it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree))
+
+
+def _type_complaint(target: Callable, parameter: inspect.Parameter, value: Any) -> str | None:
+    annotation = _annotation(target, parameter)
+    if annotation is _UNKNOWN:
+        return _default_complaint(parameter.default, value)
+    try:
+        adapter = TypeAdapter(annotation, config=None if _has_config(annotation) else ConfigDict(
+            arbitrary_types_allowed=True))
+    except (PydanticUserError, TypeError, NameError):
+        return None
+    # YAML has lists only; a tuple's annotation means one.
+    for candidate in (value, _tuples(value)):
+        try:
+            adapter.validate_python(candidate, strict=True)
+            return None
+        except ValidationError:
+            continue
+    return f'expected {_annotation_name(annotation)}, got {shown(value)}'
+
+
+def _annotation(target: Callable, parameter: inspect.Parameter) -> Any:
+    if not isinstance(parameter.annotation, str):
+        return parameter.annotation
+    owners = inspect.getmro(target) if inspect.isclass(target) else (target,)
+    for owner in owners:
+        function = vars(owner).get('__init__') if inspect.isclass(owner) else owner
+        try:
+            hints = typing.get_type_hints(function)
+        except (NameError, TypeError, AttributeError):
+            continue
+        if parameter.name in hints:
+            return hints[parameter.name]
+    return _UNKNOWN
+
+
+def _default_complaint(default: Any, value: Any) -> str | None:
+    """Without annotations only text, numbers and truth values are told apart: a default of 8 may allow [8, 8]."""
+    if default is None or default is _UNKNOWN or not isinstance(value, (str, bool, int, float)):
+        return None
+    for kinds, expected in (((bool,), 'true or false'), ((str,), 'text'), ((int, float), 'a number')):
+        if isinstance(default, kinds):
+            is_right = isinstance(value, kinds) and (kinds[0] is bool or not isinstance(value, bool))
+            return None if is_right else f'expected {expected}, got {shown(value)}'
+    return None
+
+
+def _has_config(annotation: Any) -> bool:
+    return inspect.isclass(annotation) and hasattr(annotation, 'model_config')
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _annotation_name(annotation: Any) -> str:
+    text = inspect.formatannotation(annotation).replace('typing.', '').replace('collections.abc.', '')
+    return text.replace('torch.', '').replace('NoneType', 'nothing')
+
+
+def _name(target: Callable) -> str:
+    return getattr(target, '__name__', str(target))
