@@ -42,7 +42,7 @@ class StreakLayer(BaseModel):
 
     model_config = ConfigDict(extra='forbid', frozen=True)
 
-    density: PositiveRange = Field(description='streaks per 10,000 pixels; one value an image, uniform in its logarithm')
+    density: PositiveRange = Field(description='streaks per 10,000 pixels; one value an image, its logarithm uniform')
     length: PositiveRange = Field(description='pixels; one value a streak')
     width: PositiveRange = Field(description='pixels across at half the brightness; one value an image')
     brightness: PositiveRange = Field(description='relative to the other layers; one value a streak')

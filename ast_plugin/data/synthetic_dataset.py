@@ -1,0 +1,112 @@
+"""Pairs made from clean photographs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ast_plugin.data import transforms
+from ast_plugin.data.degradations import DEGRADATIONS, AnyParameters
+from ast_plugin.data.image_files import read_rgb
+from ast_plugin.data.photos import Photo, folder_photos, packaged_photos
+from ast_plugin.data.rain import RainParameters
+from ast_plugin.data.seeded_dataset import SeededDataset, SeededOptions
+from ast_plugin.errors import DataError
+
+CACHE_BYTES = 256 * 2**20
+"""Decoded photographs that each process keeps; the rest is decoded anew each time."""
+
+
+class SyntheticPairsOptions(SeededOptions):
+    """Keys of SyntheticPairsDataset."""
+
+    source: Literal['packaged', 'folder'] = Field('packaged', description='photographs of packages, or dataroot_gt')
+    dataroot_gt: str | None = Field(None, description='source folder: the folder of clean photographs')
+    split: Literal['train', 'val', 'all'] | None = Field(
+        None, description='part of the photographs; by itself train in training and val otherwise, which share none'
+    )
+    photos: list[str] | None = Field(None, min_length=1, description='names of photographs, instead of a split')
+    num_per_photo: int = Field(1, ge=1, description='pairs made of each photograph; in training, an epoch')
+    degradation: AnyParameters = Field(
+        default_factory=RainParameters, description='what is put over the photographs: type, and its own parameters'
+    )
+
+    @model_validator(mode='after')
+    def _source_has_its_folder(self) -> SyntheticPairsOptions:
+        if (self.source == 'folder') != (self.dataroot_gt is not None):
+            raise ValueError('dataroot_gt, a folder of clean photographs, goes with source: folder, and only with it')
+        return self
+
+
+class SyntheticPairsDataset(SeededDataset):
+    """Clean photographs and what a seeded degradation makes of them.
+
+    In training each sample is another patch under another degradation, drawn from (seed, epoch, position); the patch
+    is flipped before it is degraded, so that rain keeps falling down. In validation the degradation of each pair is
+    drawn from its number alone: it is the same in every run, whatever the seed.
+
+    Raises:
+        DataError: if there are no photographs.
+    """
+
+    options_type = SyntheticPairsOptions
+
+    def __init__(self, opt: Mapping[str, Any]) -> None:
+        super().__init__(opt)
+        self.photos = self._find_photos()
+        self.degradation = DEGRADATIONS[self.options.degradation.type]
+        self._cache: dict[Path, np.ndarray] = {}
+        self._cached_bytes = 0
+
+    def _find_photos(self) -> list[Photo]:
+        options = self.options
+        split = options.split or ('train' if self.is_train else 'val')
+        if options.source == 'packaged':
+            return packaged_photos(split, options.photos)
+        return folder_photos(Path(options.dataroot_gt).expanduser(), options.phase, split, options.photos)
+
+    def __len__(self) -> int:
+        return len(self.photos) * self.options.num_per_photo
+
+    def load(self, number: int, generator: np.random.Generator) -> dict[str, Any]:
+        """Return pair `number`; pairs of one photograph lie `len(photos)` apart."""
+        repeat, photo_number = divmod(number, len(self.photos))
+        photo = self.photos[photo_number]
+        image = self._read(photo)
+        if self.is_train:
+            lq, gt = self._patch(image, generator)
+        else:
+            if self.options.center_crop:
+                (image,) = transforms.center_crop([image], self.options.center_crop)
+            gt = transforms.to_float(image)
+            lq, _ = self.degradation.apply(gt, np.random.default_rng(number), self.options.degradation)
+        # Pictures of the results are called after lq_path, so each pair has a name of its own.
+        name = photo.name if self.options.num_per_photo == 1 else f'{photo.name}_{repeat + 1}'
+        return self.sample(lq, gt, f'{name}.png', photo.path)
+
+    def _patch(self, image: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Cut a patch with the margin that the degradation needs, turn it, degrade it, and cut the margin off."""
+        size, margin = self.options.gt_size, self.degradation.margin
+        top, left = transforms.random_offset(image.shape, size, generator)
+        clean = transforms.window(image, top - margin, left - margin, size + 2 * margin, size + 2 * margin)
+        (clean,) = transforms.random_flip([clean], self.options.use_hflip, self.options.use_rot, generator)
+        clean = transforms.to_float(clean)
+        degraded, _ = self.degradation.apply(clean, generator, self.options.degradation)
+        inner = slice(margin, margin + size)
+        return degraded[inner, inner], clean[inner, inner]
+
+    def _read(self, photo: Photo) -> np.ndarray:
+        image = self._cache.get(photo.path)
+        if image is None:
+            try:
+                image = read_rgb(photo.path)
+            except DataError as error:
+                raise DataError(f'datasets.{self.options.phase}: {error}') from error
+            if self._cached_bytes + image.nbytes <= CACHE_BYTES:
+                self._cache[photo.path] = image
+                self._cached_bytes += image.nbytes
+        return image

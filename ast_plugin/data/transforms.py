@@ -1,0 +1,86 @@
+"""Cutting and turning images that belong together. Arrays [H, W, C] of any dtype in, views or copies of them out.
+
+Everything that is random is drawn from the generator that is passed in, in one fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def window(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """Return a rectangle of `image`; outside of the image it goes on as its reflection, as often as needed.
+
+    The border pixel is not repeated; a single row or column, which has no reflection, is.
+    """
+    rows, columns = image.shape[:2]
+    if top >= 0 and left >= 0 and top + height <= rows and left + width <= columns:
+        return image[top : top + height, left : left + width]
+    return image[_reflected(top, height, rows)[:, None], _reflected(left, width, columns)]
+
+
+def _reflected(start: int, count: int, length: int) -> np.ndarray:
+    """Indices start, start + 1, … of a line of `length` pixels that is reflected at both of its ends."""
+    if length == 1:
+        return np.zeros(count, np.intp)
+    period = 2 * (length - 1)
+    index = np.arange(start, start + count) % period
+    return np.minimum(index, period - index)
+
+
+def random_offset(shape: Sequence[int], size: int, generator: np.random.Generator) -> tuple[int, int]:
+    """Draw the upper left corner of a square of `size` from all that fit, the last included.
+
+    Along a side shorter than `size` the offset is 0: the square sticks out below or to the right.
+    """
+    top, left = (int(generator.integers(0, max(length - size, 0), endpoint=True)) for length in shape[:2])
+    return top, left
+
+
+def random_crop(images: Sequence[np.ndarray], size: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Cut the same random square out of images of one size; what is smaller than the square is reflected."""
+    top, left = random_offset(images[0].shape, size, generator)
+    return [window(image, top, left, size, size) for image in images]
+
+
+def center_crop(images: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
+    """Cut the central square out of images of one size; a side shorter than the square stays as it is."""
+    height, width = images[0].shape[:2]
+    high, wide = min(size, height), min(size, width)
+    return [window(image, (height - high) // 2, (width - wide) // 2, high, wide) for image in images]
+
+
+def random_flip(
+    images: Sequence[np.ndarray], use_hflip: bool, use_rot: bool, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Flip and turn square images alike.
+
+    Args:
+        images: [N, N, C] each, if `use_rot`.
+        use_hflip: left and right may change places.
+        use_rot: up and down may, and rows and columns may; as BasicSR's key of that name. Both: all eight symmetries.
+        generator: one number is drawn whatever the switches are.
+    """
+    mirror, upside_down, transpose = (bool(bit) for bit in generator.integers(0, 8) >> np.arange(3) & 1)
+    if use_hflip and mirror:
+        images = [image[:, ::-1] for image in images]
+    if use_rot and upside_down:
+        images = [image[::-1] for image in images]
+    if use_rot and transpose:
+        images = [image.swapaxes(0, 1) for image in images]
+    return list(images)
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+    """Return integers of 8 or 16 bits as float32 in [0, 1], contiguous; float images are taken to be there already."""
+    if np.issubdtype(image.dtype, np.integer):
+        return np.divide(image, np.float32(np.iinfo(image.dtype).max), dtype=np.float32, order='C')
+    return np.ascontiguousarray(image, dtype=np.float32)
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """Return [H, W, C] of 8 bits, 16 bits or float as a contiguous tensor [C, H, W], float32 in [0, 1]."""
+    return torch.from_numpy(to_float(image.transpose(2, 0, 1)))

@@ -1,0 +1,79 @@
+"""Crops, reflections, flips and the way to tensors."""
+
+import numpy as np
+import pytest
+import torch
+
+from ast_plugin.data import transforms
+
+
+def coordinates(height: int, width: int) -> np.ndarray:
+    """An image whose pixels say where they are: [H, W, 3] of row, column, 0."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows, columns, np.zeros_like(rows)], axis=2).astype(np.uint16)
+
+
+@pytest.mark.parametrize(('height', 'width', 'size'), [(7, 9, 4), (5, 5, 5), (4, 8, 4), (3, 9, 4), (1, 6, 3)])
+def test_every_offset_is_drawn_and_no_other(height, width, size):
+    generator = np.random.default_rng(0)
+    drawn = {transforms.random_offset((height, width), size, generator) for _ in range(2000)}
+    tops, lefts = (range(max(length - size, 0) + 1) for length in (height, width))
+    assert drawn == {(top, left) for top in tops for left in lefts}
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 5), (5, 1), (2, 3), (3, 20)])
+@pytest.mark.parametrize(('top', 'left'), [(0, 0), (-3, 2), (-9, -9)])
+def test_window_reflects_as_numpy_does(shape, top, left):
+    image = coordinates(*shape)
+    size = 8
+    pads = [(max(-start, 0), max(start + size - length, 0)) for start, length in zip((top, left), shape, strict=True)]
+    padded = np.pad(image, [*pads, (0, 0)], mode='reflect')
+    start = (top + pads[0][0], left + pads[1][0])
+    expected = padded[start[0] : start[0] + size, start[1] : start[1] + size]
+    assert np.array_equal(transforms.window(image, top, left, size, size), expected)
+
+
+def test_crops_and_flips_keep_partners_aligned():
+    for seed in range(50):
+        images = [coordinates(11, 17), coordinates(11, 17) + 100]
+        generator = np.random.default_rng(seed)
+        lq, gt = transforms.random_flip(transforms.random_crop(images, 8, generator), True, True, generator)
+        assert lq.shape == (8, 8, 3)
+        assert np.array_equal(lq + 100, gt)
+
+
+@pytest.mark.parametrize(('use_hflip', 'use_rot', 'count'), [(0, 0, 1), (1, 0, 2), (0, 1, 4), (1, 1, 8)])
+def test_symmetries(use_hflip, use_rot, count):
+    image = coordinates(3, 3)
+    generator = np.random.default_rng(0)
+    turned = {transforms.random_flip([image], use_hflip, use_rot, generator)[0].tobytes() for _ in range(300)}
+    assert len(turned) == count
+    if not use_rot:
+        assert turned <= {image.tobytes(), image[:, ::-1].tobytes()}
+
+
+def test_switches_do_not_change_what_is_drawn_next():
+    after = set()
+    for switch in (False, True):
+        generator = np.random.default_rng(3)
+        transforms.random_flip([coordinates(2, 2)], switch, switch, generator)
+        after.add(int(generator.integers(1 << 60)))
+    assert len(after) == 1
+
+
+@pytest.mark.parametrize(('size', 'shape', 'corner'), [(4, (4, 4), (2, 3)), (9, (8, 9), (0, 0)), (99, (8, 10), (0, 0))])
+def test_center_crop(size, shape, corner):
+    (image,) = transforms.center_crop([coordinates(8, 10)], size)
+    assert image.shape[:2] == shape
+    assert tuple(image[0, 0, :2]) == corner
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_tensor_keeps_every_level(dtype):
+    top = np.iinfo(dtype).max
+    levels = np.linspace(0, top, 48).astype(dtype).reshape(4, 4, 3)
+    tensor = transforms.to_tensor(levels[::-1].swapaxes(0, 1))
+    assert tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.shape == (3, 4, 4)
+    assert tensor.min() == 0 and tensor.max() == 1
+    back = (tensor.double() * top).round().numpy().astype(dtype).transpose(1, 2, 0)
+    assert np.array_equal(back, levels[::-1].swapaxes(0, 1))
