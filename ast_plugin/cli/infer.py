@@ -12,6 +12,7 @@ Exit status: 0 all restored, 1 some could not be, 2 wrong usage or input.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -129,17 +130,12 @@ def plan(pictures: Sequence[tuple[Path, Path]], output: Path, suffix: str, file_
     names = [(source, output / folder, source.stem + suffix, _ending(source, file_format))
              for source, folder in pictures]
     wanted = Counter(_key(folder / (stem + ending)) for _, folder, stem, ending in names)
-    jobs, taken = [], set()
+    jobs, occupied = [], set(wanted)
     for source, folder, stem, ending in names:
         target = folder / (stem + ending)
         if wanted[_key(target)] > 1:
-            stem = f'{stem}_{source.suffix[1:].lower()}'
-            target = folder / (stem + ending)
-        count = 1
-        while _key(target) in taken or (count > 1 and wanted[_key(target)]):
-            count += 1
-            target = folder / f'{stem}_{count}{ending}'
-        taken.add(_key(target))
+            target = _distinct(folder, f'{stem}_{source.suffix[1:].lower()}', ending, occupied)
+        occupied.add(_key(target))
         jobs.append(Job(source, target))
     _protect_inputs(jobs)
     return jobs
@@ -200,6 +196,12 @@ def _key(path: Path) -> str:
     return unicodedata.normalize('NFC', str(path)).casefold()
 
 
+def _distinct(folder: Path, stem: str, ending: str, occupied: set[str]) -> Path:
+    """The first of `stem`, `stem_2`, `stem_3` … that is free."""
+    stems = itertools.chain([stem], (f'{stem}_{count}' for count in itertools.count(2)))
+    return next(path for path in (folder / (name + ending) for name in stems) if _key(path) not in occupied)
+
+
 def _protect_inputs(jobs: Sequence[Job]) -> None:
     """Refuse results in the place of any input, also through links and other spellings of a name."""
     sources = {(stat.st_dev, stat.st_ino): job.source for job in jobs for stat in [job.source.stat()]}
@@ -218,7 +220,9 @@ def _protect_inputs(jobs: Sequence[Job]) -> None:
 def _load(args: argparse.Namespace) -> Restorer:
     from ast_plugin import options
     from ast_plugin.models.restorer import Restorer
+    from ast_plugin.plugins import load_plugins
 
+    load_plugins()
     network = None
     if args.opt is not None:
         file = options.find(args.opt)

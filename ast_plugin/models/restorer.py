@@ -233,11 +233,13 @@ def build_network(options: Mapping[str, Any]) -> nn.Module:
 
     arguments = dict(options)
     name = arguments.pop('type', None)
-    if name not in ARCH_REGISTRY:
-        raise OptionError(f'no network is registered as {name}{did_you_mean(str(name), ARCH_REGISTRY.keys())} '
+    registered = next((key for key in (name, f'{name}_basicsr') if key in ARCH_REGISTRY), None)
+    if registered is None:
+        known = [key.removesuffix('_basicsr') for key in ARCH_REGISTRY.keys()]  # noqa: SIM118 - not a dictionary
+        raise OptionError(f'no network is registered as {name}{did_you_mean(str(name), known)} '
                           '(is its plugin installed? `basicsr list arch` shows what there is)')
     try:
-        return ARCH_REGISTRY.get(name)(**arguments)
+        return ARCH_REGISTRY.get(registered)(**arguments)
     except PluginError:
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:

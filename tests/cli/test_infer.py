@@ -1,0 +1,389 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ast_plugin.archs.ast_arch import AST
+from ast_plugin.checkpoints import save_weights
+from ast_plugin.cli import infer
+from ast_plugin.cli.main import main
+from ast_plugin.data.image_files import Picture, read_image, write_image
+
+TINY = {'type': 'AST', 'img_size': 64, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9}
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """Weights of a network that changes nothing: what its last layer adds to the picture is zero."""
+    options = {key: value for key, value in TINY.items() if key != 'type'}
+    network = AST(**options)
+    torch.nn.init.zeros_(network.output_proj.weight)
+    torch.nn.init.zeros_(network.output_proj.bias)
+    path = tmp_path_factory.mktemp('weights') / 'identity.safetensors'
+    save_weights(path, network.state_dict(), TINY)
+    return path
+
+
+@pytest.fixture
+def run(weights, tmp_path, capsys):
+    """Runs the command on paths below `tmp_path`; gives status, stdout and stderr."""
+
+    def infer_here(source, *more, output='out', weights=weights):
+        sources = [source] if isinstance(source, str) else source
+        status = main(['infer', '-i', *(str(tmp_path / name) for name in sources), '-o', str(tmp_path / output),
+                       '--weights', str(weights), '--device', 'cpu', *map(str, more)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return infer_here
+
+
+def noise(*shape, dtype=np.uint8):
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
+
+
+def put(path, pixels=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(12, 10, 3) if pixels is None else pixels).save(path, **options)
+    return path
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+
+
+def assert_refused(result, *words):
+    """Status 2 and one line on stderr, which has these words."""
+    status, out, err = result
+    assert status == 2 and out == ''
+    assert err.startswith('basicsr: error: ') and err.count('\n') == 1
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(('suffix', 'dtype', 'channels'), [
+    *[('.png', dtype, channels) for dtype in (np.uint8, np.uint16) for channels in (1, 2, 3, 4)],
+    *[('.tif', np.uint8, channels) for channels in (1, 2, 3, 4)],
+    *[('.tif', np.uint16, channels) for channels in (1, 3, 4)],
+])
+def test_depth_gray_and_transparency_come_back(run, tmp_path, suffix, dtype, channels):
+    pixels = noise(12, 10, channels, dtype=dtype)
+    color = pixels[..., 0] if channels < 3 else pixels[..., :3]
+    alpha = pixels[..., -1] if channels in (2, 4) else None
+    write_image(tmp_path / f'a{suffix}', Picture(color, alpha))
+    status, out, err = run(f'a{suffix}')
+    assert (status, err) == (0, '') and 'restored 1 picture in' in out
+    restored = read_image(tmp_path / 'out' / f'a{suffix}')
+    np.testing.assert_array_equal(restored.color, color)
+    assert restored.color.dtype == dtype
+    if alpha is None:
+        assert restored.alpha is None
+    else:
+        np.testing.assert_array_equal(restored.alpha, alpha)
+
+
+@pytest.mark.parametrize(('name', 'options'), [
+    ('a.jpg', {'quality': 95}), ('a.JPEG', {}), ('a.webp', {}), ('a.webp', {'lossless': True}), ('a.bmp', {}),
+])
+def test_other_formats_keep_their_kind(run, tmp_path, name, options):
+    rows, columns = np.mgrid[0:24, 0:32]
+    put(tmp_path / name, np.stack([rows * 9, columns * 7, rows + columns], 2).astype(np.uint8), **options)
+    assert run(name)[0] == 0
+    before, after = read_image(tmp_path / name), read_image(tmp_path / 'out' / name)
+    assert (after.format, after.lossless) == (before.format, before.lossless)
+    assert np.abs(after.color.astype(int) - before.color).mean() <= (0 if before.lossless else 2)
+
+
+def test_a_folder_with_all_sorts(run, tmp_path):
+    folder = tmp_path / 'photos'
+    put(folder / 'a.png')
+    put(folder / 'a.jpg')
+    put(folder / 'bits.png', noise(9, 9) > 127)
+    Image.fromarray(noise(9, 9, 3)).quantize(8).save(folder / 'palette.png')
+    Image.fromarray(noise(9, 9, 3)).convert('CMYK').save(folder / 'cmyk.jpg')
+    put(folder / '.hidden.png')
+    put(folder / 'inside' / 'deep.png')
+    (folder / 'notes.txt').write_text('not a picture')
+    status, out, err = run('photos')
+    assert status == 0
+    assert files_below(tmp_path / 'out') == ['a.jpg', 'a.png', 'bits.png', 'cmyk.jpg', 'palette.png']
+    assert f'note: {folder / "bits.png"}: written with 8 bits instead of 1\n' in err
+    assert f'note: {folder / "cmyk.jpg"}: converted from CMYK to RGB\n' in err
+    assert out.splitlines()[0].startswith(f'[1/5] {tmp_path / "out" / "a.jpg"} (')
+    assert out.splitlines()[-1].startswith('restored 5 pictures in ')
+    assert out.splitlines()[-1].endswith(str(tmp_path / 'out'))
+
+
+def test_rotated_pictures_come_out_upright(run, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    put(tmp_path / 'a.png', noise(12, 10, 3), exif=exif)
+    assert run('a.png')[0] == 0
+    with Image.open(tmp_path / 'out' / 'a.png') as image:
+        assert image.size == (12, 10) and image.getexif().get(0x0112) is None
+        np.testing.assert_array_equal(np.asarray(image), np.rot90(noise(12, 10, 3), -1))
+
+
+def test_a_corrupt_picture_is_reported_and_the_others_are_restored(run, tmp_path):
+    put(tmp_path / 'photos' / 'a.png')
+    whole = put(tmp_path / 'photos' / 'b.png', noise(40, 40, 3)).read_bytes()
+    (tmp_path / 'photos' / 'b.png').write_bytes(whole[:len(whole) // 2])
+    put(tmp_path / 'photos' / 'c.png')
+    status, out, err = run('photos')
+    assert status == 1
+    assert err.count('\n') == 1 and err.startswith(f'basicsr: error: {tmp_path / "photos" / "b.png"}: ')
+    assert 'truncated' in err
+    assert files_below(tmp_path / 'out') == ['a.png', 'c.png']
+    assert 'restored 2 of 3 pictures in' in out
+
+
+def test_a_single_corrupt_picture(run, tmp_path):
+    (tmp_path / 'a.png').write_bytes(put(tmp_path / 'a.png').read_bytes()[:60])
+    status, out, err = run('a.png')
+    assert status == 1 and err.count('\n') == 1
+    assert 'restored 0 of 1 picture ' in out
+    assert files_below(tmp_path / 'out') == []
+
+
+def test_animated_and_oversized_pictures_are_reported(run, tmp_path):
+    frames = [Image.fromarray(noise(9, 9, 3)), Image.fromarray(255 - noise(9, 9, 3))]
+    frames[0].save(tmp_path / 'a.webp', save_all=True, append_images=frames[1:])
+    put(tmp_path / 'b.png', noise(50, 40, 3))
+    status, _, err = run(['a.webp', 'b.png'], '--max-megapixels', 0.001)
+    assert status == 1
+    assert 'animated files are not supported' in err and '40x50 is' in err and 'raise --max-megapixels' in err
+
+
+def test_folders_inside_folders(run, tmp_path):
+    put(tmp_path / 'photos' / 'a.png')
+    put(tmp_path / 'photos' / 'x' / 'a.png')
+    put(tmp_path / 'photos' / 'x' / 'y' / 'b.jpg')
+    put(tmp_path / 'photos' / '.cache' / 'c.jpg')
+    for _ in range(2):  # the second time the results lie inside the input
+        assert run('photos', '--recursive', output='photos/out')[0] == 0
+        assert files_below(tmp_path / 'photos' / 'out') == ['a.png', 'x/a.png', 'x/y/b.jpg']
+
+
+def test_distinct_names_for_equal_ones(run, tmp_path):
+    for name in ('a.png', 'a.jpg', 'b.PNG', 'a_png.bmp'):
+        put(tmp_path / 'one' / name)
+    put(tmp_path / 'two' / 'B.png')
+    assert run(['one', 'two', 'one/a.png'], '--format', 'png')[0] == 0
+    assert files_below(tmp_path / 'out') == ['B_png_2.png', 'a_jpg.png', 'a_png.png', 'a_png_2.png', 'b_png.PNG']
+
+
+def test_names_that_lie_about_the_format(run, tmp_path):
+    put(tmp_path / 'a.jpg', noise(9, 9, 4), format='PNG')
+    put(tmp_path / 'b', noise(9, 9, 3), format='BMP')
+    assert run(['a.jpg', 'b'], '--suffix', '_new')[0] == 0
+    assert files_below(tmp_path / 'out') == ['a_new.png', 'b_new.bmp']
+    np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'a_new.png').alpha, noise(9, 9, 4)[..., 3])
+
+
+def test_earlier_results_are_replaced(run, tmp_path):
+    put(tmp_path / 'a.png')
+    put(tmp_path / 'out' / 'a.png', noise(3, 3, 3))
+    assert run('a.png')[0] == 0
+    assert read_image(tmp_path / 'out' / 'a.png').color.shape == (12, 10, 3)
+
+
+@pytest.mark.parametrize('how', ['same', 'dots', 'symlink', 'folder link', 'hard link', 'other input'])
+def test_inputs_are_never_replaced(run, tmp_path, how):
+    before = put(tmp_path / 'photos' / 'a.png').read_bytes()
+    source, output, more = 'photos', 'out', []
+    if how == 'same':
+        output = 'photos'
+    elif how == 'dots':
+        output = 'photos/../photos/.'
+    elif how == 'folder link':
+        (tmp_path / 'out').symlink_to(tmp_path / 'photos')
+    elif how == 'other input':
+        put(tmp_path / 'photos' / 'a_new.png')
+        output, more = 'photos', ['--suffix', '_new']
+    else:
+        (tmp_path / 'out').mkdir()
+        link = tmp_path / 'out' / 'a.png'
+        link.symlink_to(tmp_path / 'photos' / 'a.png') if how == 'symlink' else os.link(tmp_path / 'photos/a.png', link)
+    listing = files_below(tmp_path)
+    assert_refused(run(source, *more, output=output), 'is an input', 'would be replaced', '--suffix')
+    assert (tmp_path / 'photos' / 'a.png').read_bytes() == before
+    assert files_below(tmp_path) == listing
+
+
+def test_a_suffix_lets_results_lie_beside_the_inputs(run, tmp_path):
+    put(tmp_path / 'a.png')
+    assert run('a.png', '--suffix', '_restored', output='.')[0] == 0
+    assert files_below(tmp_path) == ['a.png', 'a_restored.png']
+
+
+def test_tiles(run, tmp_path, weights):
+    put(tmp_path / 'a.png', noise(50, 70, 3))
+    status, _, err = run('a.png', '--tile', 32, '--overlap', 8)
+    assert (status, err) == (0, '')
+    np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'a.png').color, noise(50, 70, 3))
+
+
+def test_short_memory_is_said(run, tmp_path, monkeypatch):
+    monkeypatch.setattr('ast_plugin.models.restorer.available_bytes', lambda device: 10**6)
+    put(tmp_path / 'a.png', noise(20, 150, 3))
+    status, _, err = run('a.png')
+    assert status == 0
+    assert err.startswith(f'note: {tmp_path / "a.png"}: 150x20 needs about') and 'in tiles of 128' in err
+    np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'a.png').color, noise(20, 150, 3))
+
+
+def test_what_the_weights_do_not_tell_is_said(run, tmp_path):
+    options = {key: value for key, value in TINY.items() if key != 'type'}
+    torch.save({'params': AST(**options | {'img_size': 128}).state_dict()}, tmp_path / 'bare.pth')
+    put(tmp_path / 'a.png')
+    status, _, err = run('a.png', weights=tmp_path / 'bare.pth')
+    assert status == 0
+    assert err.startswith(f'note: {tmp_path / "bare.pth"}: img_size cannot be told') and '-opt FILE' in err
+
+
+def test_a_network_of_the_toolbox_that_enlarges(run, tmp_path):
+    options = tmp_path / 'net.yml'
+    options.write_text('network_g:\n  type: SRVGGNetCompact\n  num_feat: 4\n  num_conv: 1\n  upscale: 2\n')
+    from basicsr.archs.srvgg_arch import SRVGGNetCompact
+
+    torch.save({'params': SRVGGNetCompact(num_feat=4, num_conv=1, upscale=2).state_dict()}, tmp_path / 'net.pth')
+    pixels = noise(12, 10, 4)
+    pixels[..., 3] = 77
+    put(tmp_path / 'a.png', pixels)
+    status, out, err = run('a.png', '-opt', options, weights=tmp_path / 'net.pth')
+    assert (status, err) == (0, '')
+    assert 'not found' not in out
+    restored = read_image(tmp_path / 'out' / 'a.png')
+    assert restored.color.shape == (24, 20, 3)
+    np.testing.assert_array_equal(restored.alpha, np.full((24, 20), 77))
+    assert_refused(run('a.png', weights=tmp_path / 'net.pth'), 'does not say which network', '-opt')
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+    (['--tile', '0'], ['--tile is 0']),
+    (['--tile', '8', '--overlap', '8'], ['--overlap is 8', '--tile is 8']),
+    (['--overlap', '-1'], ['--overlap is -1']),
+    (['--quality', '0'], ['--quality is 0']),
+    (['--max-megapixels', '0'], ['--max-megapixels']),
+    (['--max-megapixels', 'nan'], ['--max-megapixels']),
+    (['--suffix', '../x'], ['--suffix']),
+    (['--device', 'cuda:77'], ['cuda:77', 'cpu']),
+    (['--device', 'toaster'], ['toaster', 'cpu']),
+    (['-opt', 'AST_derian'], ['AST_derian', 'no such option file']),
+])
+def test_wrong_arguments(run, tmp_path, arguments, words):
+    put(tmp_path / 'a.png')
+    assert_refused(run('a.png', *arguments), *words)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(('make', 'words'), [
+    (lambda root: None, ['in', 'No such file']),
+    (lambda root: (root / 'in').mkdir(), ['no pictures in this folder', '.png']),
+    (lambda root: put(root / 'in' / 'deep' / 'a.png'), ['no pictures', '--recursive']),
+    (lambda root: (root / 'in').write_text('text'), ['not a PNG']),
+])
+def test_wrong_inputs(run, tmp_path, make, words):
+    make(tmp_path)
+    assert_refused(run('in'), str(tmp_path / 'in'), *words)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_wrong_weights(run, tmp_path, weights):
+    put(tmp_path / 'a.png')
+    (tmp_path / 'cut.safetensors').write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / 'text.pth').write_text('hello')
+    torch.save({'params': {'conv.weight': torch.zeros(3)}}, tmp_path / 'other.pth')
+    for name in ('missing.pth', 'cut.safetensors', 'text.pth', 'other.pth', 'a.png'):
+        assert_refused(run('a.png', weights=tmp_path / name), name)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_an_option_file_without_a_network(run, tmp_path):
+    put(tmp_path / 'a.png')
+    (tmp_path / 'a.yml').write_text('name: a\n')
+    assert_refused(run('a.png', '-opt', tmp_path / 'a.yml'), 'network_g')
+    (tmp_path / 'a.yml').write_text('network_g: {type: ATS}\n')
+    assert_refused(run('a.png', '-opt', tmp_path / 'a.yml'), 'ATS', 'did you mean AST', 'plugin')
+    (tmp_path / 'a.yml').write_text('network_g: {type: AST, embed_dim: 8}\n')
+    assert_refused(run('a.png', '-opt', tmp_path / 'a.yml'), 'identity.safetensors', 'embed_dim')
+
+
+def test_an_output_that_cannot_be_written(run, tmp_path):
+    put(tmp_path / 'a.png')
+    (tmp_path / 'out').write_text('a file')
+    assert_refused(run('a.png'), str(tmp_path / 'out'), 'no pictures can be written')
+    assert_refused(run('a.png', output='out/deeper'), 'no pictures can be written')
+    (tmp_path / 'there' / 'a.png').mkdir(parents=True)
+    assert_refused(run('a.png', output='there'), 'is a folder')
+
+
+def test_a_full_disk(run, tmp_path, monkeypatch):
+    put(tmp_path / 'photos' / 'a.png')
+    put(tmp_path / 'photos' / 'b.png')
+
+    def full(_descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    assert_refused(run('photos'), f'cannot write {tmp_path / "out" / "a.png"}: No space left on device')
+    assert files_below(tmp_path / 'out') == []
+
+
+def test_a_bar_in_a_terminal(run, tmp_path, monkeypatch):
+    put(tmp_path / 'a.png', noise(50, 40, 3))
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    status, out, err = run('a.png', '--tile', 32)
+    assert status == 0
+    assert '1/1' in err and 'tile 4/4' in err
+    assert out.count('\n') == 1 and out.startswith('restored 1 picture in ')
+
+
+def test_plan_names_no_output_twice(tmp_path):
+    names = ['a.png', 'A.png', 'a.jpg', 'a_png.png', 'a_png_2.png', 'ä.png', 'a\u0308.png']
+    pictures = [(put(tmp_path / name), Path()) for name in names]
+    jobs = infer.plan(pictures, tmp_path / 'out', '', 'png')
+    assert [job.source.name for job in jobs] == names
+    targets = [infer._key(job.target) for job in jobs]
+    assert len(set(targets)) == len(names)
+
+
+def command(*arguments):
+    environment = os.environ | {'PYTHONPATH': str(Path(infer.__file__).parents[2]), 'OMP_NUM_THREADS': '1'}
+    return [sys.executable, '-m', 'ast_plugin', 'infer', *map(str, arguments)], environment
+
+
+def test_as_a_process(tmp_path, weights):
+    put(tmp_path / 'photos' / 'a.png', noise(20, 30, 3))
+    (tmp_path / 'photos' / 'b.jpg').write_bytes(b'\xff\xd8\xff nothing')
+    arguments, environment = command('-i', 'photos', '-o', 'out', '--weights', weights, '--device', 'cpu')
+    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith('basicsr: error: photos/b.jpg: ') and done.stderr.count('\n') == 1
+    assert [line.split(' (')[0] for line in done.stdout.splitlines()[:-1]] == ['[1/2] out/a.png']
+    np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'a.png').color, noise(20, 30, 3))
+
+
+def test_ctrl_c(tmp_path, weights):
+    """Stopped in the middle of many tiles: status 130, a word, no traceback, nothing half written."""
+    put(tmp_path / 'photos' / 'a.png')
+    put(tmp_path / 'photos' / 'b.png', noise(300, 300, 3))
+    arguments, environment = command('-i', 'photos', '-o', 'out', '--weights', weights, '--device', 'cpu',
+                                     '--tile', 4, '--overlap', 3)
+    process = subprocess.Popen(arguments, env=environment, cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / 'out' / 'a.png').exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert 'interrupted' in err and 'Traceback' not in err
+    assert files_below(tmp_path / 'out') == ['a.png']
