@@ -60,7 +60,8 @@ def _follow_basicsr() -> None:
 
 def install() -> None:
     """Watch the imports, once a process. If BasicSR is imported already, repair and register now."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    ours = (_Finder.__module__, _Finder.__qualname__)  # by name: after a reload of this module the class is another
+    if not any((type(finder).__module__, type(finder).__qualname__) == ours for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     if 'basicsr' in sys.modules:
         importlib.import_module('basicsr')  # another thread may be in the middle of importing it: wait for that

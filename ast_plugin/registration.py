@@ -12,7 +12,13 @@ REGISTERED: dict[str, tuple[str, ...]] = {
         'ast_plugin.archs.ast_arch:AST_T',
         'ast_plugin.archs.ast_arch:AST_B',
     ),
-    'MODEL_REGISTRY': ('ast_plugin.models.restoration_model:RestorationModel',),
+    'MODEL_REGISTRY': (
+        'ast_plugin.models.restoration_model:RestorationModel',
+    ),
+    'DATASET_REGISTRY': (
+        'ast_plugin.data.pairs_dataset:PairsDataset',
+        'ast_plugin.data.synthetic_dataset:SyntheticPairsDataset',
+    ),
     'LOSS_REGISTRY': (
         'ast_plugin.losses.charbonnier_loss:ASTCharbonnierLoss',
         'ast_plugin.losses.tv_loss:TVLoss',

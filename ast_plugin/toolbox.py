@@ -102,7 +102,7 @@ def resume_anywhere() -> bool:
     """
     from basicsr import train
 
-    if 'current_device' not in train.load_resume_state.__code__.co_names:
+    if 'experiments' not in train.load_resume_state.__code__.co_consts:
         return False
     train.load_resume_state = load_resume_state
     return True
@@ -300,7 +300,7 @@ AFTER_IMPORT = (
     wrap_networks_on_cpus,
     offer_torch_optimizers,
     keep_cosine_at_its_end,
-    # sample_full_batches,
+    sample_full_batches,
 )
 
 

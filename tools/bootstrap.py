@@ -130,8 +130,8 @@ def install_torch(build: str) -> None:
     result = subprocess.run([*pip_install(), f'torch=={version}+cpu'], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     if result.returncode == 0:
         return
-    if 'No matching distribution' not in result.stderr:
-        sys.stderr.write(result.stderr)
+    if not any(reason in result.stderr for reason in ('No matching distribution', 'ResolutionImpossible')):
+        sys.stderr.write(result.stderr)  # not merely absent, which was to be expected
     say("pip's indexes have no CPU build of torch; asking PyTorch's own index through uv")
     pip('uv')
     command = [PYTHON, '-m', 'uv', 'pip', 'install', '--python', PYTHON, '--torch-backend=cpu', '-c', CONSTRAINTS]

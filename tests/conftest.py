@@ -1,0 +1,61 @@
+"""What every test gets: fixed seeds, no network, the device asked for, and one table of tolerances."""
+import os
+import random
+import socket
+
+import numpy as np
+import pytest
+import torch
+
+SEED = 20240617
+TOLERANCES = {  # of ‖got − want‖ / ‖want‖, by the dtype that was computed in
+    torch.float64: 1e-10,
+    torch.float32: 2e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 3e-2,
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption('--device', default='cpu', help='where the tests of tensors run: cpu (default), cuda, cuda:1 …')
+
+
+def pytest_configure(config):
+    if 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(2)
+
+
+@pytest.fixture(scope='session')
+def device(request) -> torch.device:
+    """The device of `--device`."""
+    return torch.device(request.config.getoption('--device'))
+
+
+@pytest.fixture(scope='session')
+def tolerances() -> dict[torch.dtype, float]:
+    """Relative tolerances, ‖got − want‖ / ‖want‖, by dtype."""
+    return dict(TOLERANCES)
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002 (BasicSR draws from the global generator)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Let sockets reach this machine only. Loopback stays open for distributed runs."""
+
+    def guarded(connect):
+        def check(self, address):
+            local = self.family == getattr(socket, 'AF_UNIX', None) or address[0] in ('localhost', '::1')
+            if not local and not str(address[0]).startswith('127.'):
+                raise AssertionError(f'a test asked for the network: {address}')
+            return connect(self, address)
+
+        return check
+
+    monkeypatch.setattr(socket.socket, 'connect', guarded(socket.socket.connect))
+    monkeypatch.setattr(socket.socket, 'connect_ex', guarded(socket.socket.connect_ex))

@@ -1,0 +1,93 @@
+"""What a plain `pip install` brings, and that what is imported is also declared."""
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel, built from a copy of the sources in which an earlier build has left a file."""
+    source = tmp_path_factory.mktemp('source')
+    for name in ('ast_plugin', 'options'):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE'):
+        shutil.copy(ROOT / name, source)
+    stale = source / 'build' / 'lib' / 'ast_plugin' / 'option_files' / 'renamed_since.yml'
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--disable-pip-version-check', '--no-deps',
+                    '--no-index', '--no-build-isolation', '--wheel-dir', source / 'dist', source], check=True)
+    (path,) = (source / 'dist').glob('*.whl')
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def read(wheel: zipfile.ZipFile, name: str) -> str:
+    (path,) = (path for path in wheel.namelist() if path.endswith(f'.dist-info/{name}'))
+    return wheel.read(path).decode()
+
+
+def test_option_files_travel(wheel):
+    folder = 'ast_plugin/option_files/'
+    packed = {name.removeprefix(folder): wheel.read(name) for name in wheel.namelist() if name.startswith(folder)}
+    sources = [path for path in (ROOT / 'options').rglob('*') if path.is_file()]
+    assert packed == {path.relative_to(ROOT / 'options').as_posix(): path.read_bytes() for path in sources}
+    assert 'AST_quickstart.yml' in packed
+
+
+def test_wheel_holds_the_package_alone(wheel):
+    tops = {name.split('/')[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith('.dist-info')} == {'ast_plugin'}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'ast_plugin').rglob('*.py')}
+    assert modules <= set(wheel.namelist())
+
+
+def test_entry_points(wheel):
+    text = read(wheel, 'entry_points.txt')
+    assert '[basicsr.plugins]\nast_plugin = ast_plugin\n' in text
+    assert '[console_scripts]\nbasicsr = ast_plugin.__main__:main\n' in text
+
+
+def requirements(wheel: zipfile.ZipFile) -> dict[str, set[str]]:
+    """Names of distributions by extra; '' for those always required."""
+    found: dict[str, set[str]] = {}
+    for line in read(wheel, 'METADATA').splitlines():
+        match = re.match(r'Requires-Dist: ([\w.-]+)[^;]*(?:; extra == ["\'](\w+)["\'])?', line)
+        if match:
+            found.setdefault(match[2] or '', set()).add(match[1].lower())
+    return found
+
+
+def test_imports_are_declared(wheel):
+    owners = packages_distributions()
+    imported = set()
+    for path in (ROOT / 'ast_plugin').rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition('.')[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition('.')[0])
+    declared = set().union(*requirements(wheel).values())
+    for name in imported - sys.stdlib_module_names - {'ast_plugin', 'triton'}:
+        assert {owner.lower() for owner in owners.get(name, ())} & declared, f'{name} is imported and not declared'
+
+
+def test_constraints_pin_all_that_is_required(wheel):
+    lines = [line for line in (ROOT / 'constraints.txt').read_text().splitlines() if not line.startswith('#')]
+    assert all(re.fullmatch(r'[\w.-]+==[\w.]+( ; .+)?', line) for line in lines)
+    pinned = {line.partition('==')[0] for line in lines}
+    assert set().union(*requirements(wheel).values()) <= pinned
+
+
+def test_version_is_the_packages(wheel):
+    from ast_plugin import __version__
+
+    assert f'\nVersion: {__version__}\n' in read(wheel, 'METADATA')

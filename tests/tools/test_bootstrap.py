@@ -1,0 +1,145 @@
+"""When tools/bootstrap.py installs, what it asks pip for, and what it says when that fails.
+
+Nothing is installed here.
+"""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bootstrap(tmp_path, monkeypatch):
+    """The script as a module, with a project of its own."""
+    spec = importlib.util.spec_from_file_location('bootstrap', ROOT / 'tools' / 'bootstrap.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / 'setup.py').write_text('setup()')
+    (tmp_path / 'constraints.txt').write_text('# pins\ntorch==2.13.0\nbasicsr==1.4.2\n')
+    (tmp_path / '.venv').mkdir()
+    for name, path in {'ROOT': '.', 'VENV': '.venv', 'STAMP': '.venv/stamp', 'CONSTRAINTS': 'constraints.txt'}.items():
+        monkeypatch.setattr(module, name, tmp_path / path)
+    return module
+
+
+@pytest.fixture
+def installs(bootstrap, monkeypatch) -> list:
+    """The builds of torch with which an installation was started."""
+    calls = []
+    monkeypatch.setattr(bootstrap, 'install', calls.append)
+    return calls
+
+
+def test_second_start_installs_nothing(bootstrap, installs):
+    bootstrap.ensure_installed('auto')
+    bootstrap.ensure_installed('auto')
+    assert installs == ['auto']
+
+
+@pytest.mark.parametrize('name', ['setup.py', 'constraints.txt'])
+def test_changed_requirements_install_again(bootstrap, installs, name):
+    bootstrap.ensure_installed('auto')
+    (bootstrap.ROOT / name).write_text('changed')
+    bootstrap.ensure_installed('auto')
+    assert installs == ['auto', 'auto']
+
+
+def test_interrupted_installation_is_taken_up(bootstrap, monkeypatch, installs):
+    def interrupted(build):
+        raise KeyboardInterrupt
+
+    bootstrap.ensure_installed('auto')
+    (bootstrap.ROOT / 'setup.py').write_text('changed')
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bootstrap, 'install', interrupted)
+        bootstrap.ensure_installed('auto')
+    bootstrap.ensure_installed('auto')
+    assert installs == ['auto', 'auto']
+
+
+def test_torch_asked_for_by_name_is_seen_to(bootstrap, installs):
+    bootstrap.ensure_installed('auto')
+    bootstrap.ensure_installed('cuda')
+    assert installs == ['auto', 'cuda']
+
+
+@pytest.fixture
+def machine(bootstrap, monkeypatch):
+    """A machine to install torch on: its platform, GPU, and what there is; answers the commands' last words."""
+
+    def install_torch(build, *, platform='linux', gpu=False, present=None, offered=()):
+        commands = []
+
+        def run(command, **options):
+            commands.append(' '.join(map(str, command[4:])).replace(f' -c {bootstrap.CONSTRAINTS}', ''))
+            found = any(offer in commands[-1] for offer in offered)
+            return subprocess.CompletedProcess(command, 0 if found else 1, '', 'ERROR: No matching distribution')
+
+        monkeypatch.setattr(bootstrap.sys, 'platform', platform)
+        monkeypatch.setattr(bootstrap, 'has_nvidia_gpu', lambda: gpu)
+        monkeypatch.setattr(bootstrap, 'installed', lambda package: present)
+        monkeypatch.setattr(bootstrap.subprocess, 'run', run)
+        bootstrap.install_torch(build)
+        return [command.split()[-1] for command in commands]
+
+    return install_torch
+
+
+def test_cpu_torch_of_pips_own(machine):
+    assert machine('auto', offered=['+cpu']) == ['torch==2.13.0+cpu']
+
+
+def test_cpu_torch_through_uv(machine):
+    assert machine('auto', offered=['torchvision', 'uv']) == ['torch==2.13.0+cpu', 'uv', 'torchvision']
+
+
+def test_no_cpu_torch_to_be_had_is_said_and_no_cuda_fetched(bootstrap, machine):
+    with pytest.raises(bootstrap.BootstrapError, match='--torch cuda'):
+        machine('auto', offered=['--disable-pip-version-check uv'])
+
+
+def test_gpu_takes_the_default_build(machine):
+    assert machine('auto', gpu=True, offered=['torch']) == ['torch===2.13.0']
+
+
+def test_other_platforms_have_a_cpu_torch_by_default(machine):
+    assert machine('auto', platform='darwin', offered=['torch']) == ['torch==2.13.0']
+
+
+@pytest.mark.parametrize('present', ['2.13.0', '2.13.0+cpu', '2.13.0+cu130'])
+def test_torch_that_is_there_stays(machine, present):
+    assert machine('auto', present=present) == []
+
+
+def test_other_torch_is_replaced(machine):
+    assert machine('auto', present='2.12.0', offered=['+cpu']) == ['torch==2.13.0+cpu']
+
+
+def test_failing_pip_is_named(bootstrap, monkeypatch):
+    monkeypatch.setattr(bootstrap.subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(command, 3))
+    with pytest.raises(bootstrap.BootstrapError, match=r'status 3.*pip install wheel'):
+        bootstrap.pip('wheel')
+
+
+def test_first_failure_is_the_answer_and_all_are_run(bootstrap, monkeypatch):
+    ran = []
+
+    def run(command, **_):
+        ran.append(command[2])
+        return subprocess.CompletedProcess(command, {'ruff': 4}.get(command[2], 0))
+
+    monkeypatch.setattr(bootstrap.subprocess, 'run', run)
+    assert bootstrap.run(['ruff', 'check'], ['pytest']) == 4
+    assert ran == ['ruff', 'pytest']
+
+
+def test_exec_defines_local_names():
+    """As BasicSR's setup.py needs it; Python 3.13 ended that."""
+    code = 'def version():\n    exec("__version__ = 1")\n    return locals()["__version__"]\nassert version() == 1'
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT / 'tools' / 'exec_fills_locals')}
+    subprocess.run([sys.executable, '-c', code], env=environment, check=True)
