@@ -109,6 +109,7 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Pict
     kind = sniff_format(data)
     if kind is None:
         raise DataError(f'{path}: not a PNG, JPEG, WebP, TIFF or BMP file' if data else f'{path}: the file is empty')
+    # Pillow's own limit is one for the whole process; ours is checked below, as soon as the size is known.
     pixel_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
