@@ -1,0 +1,70 @@
+"""Packaged photographs and folders of photographs, and their splits."""
+
+import importlib.util
+
+import pytest
+
+from ast_plugin.data.image_files import read_rgb
+from ast_plugin.data.photos import folder_photos, packaged_photos
+from ast_plugin.errors import DataError
+
+
+def test_packaged_photographs_are_files_in_colour():
+    photos = packaged_photos()
+    assert len(photos) >= 8 and len({photo.name for photo in photos}) == len(photos)
+    for photo in photos:
+        image = read_rgb(photo.path)
+        assert image.ndim == 3 and min(image.shape[:2]) >= 256
+        assert (image[..., 0] != image[..., 2]).mean() > 0.5
+
+
+def test_packaged_splits_share_no_scene():
+    train, val = packaged_photos('train'), packaged_photos('val')
+    assert len(train) + len(val) == len(packaged_photos())
+    scenes = [{photo.name.partition('_')[0] for photo in split} for split in (train, val)]
+    assert scenes[0] and scenes[1] and not scenes[0] & scenes[1]
+
+
+def test_names_instead_of_a_split():
+    assert [photo.name for photo in packaged_photos('train', ['china', 'coffee'])] == ['china', 'coffee']
+    with pytest.raises(DataError, match='did you mean china'):
+        packaged_photos(names=['chinna'])
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'sklearn' else find(name))
+    with pytest.raises(DataError, match=r'need sklearn.*pip install "ast_plugin\[photos\]"') as caught:
+        packaged_photos()
+    assert '\n' not in str(caught.value)
+    assert packaged_photos(names=['coffee'])
+
+
+def test_folder_splits_are_by_name_alone(tmp_path):
+    for number in range(40):
+        (tmp_path / f'{number}.jpg').touch()
+    before = {split: {p.name for p in folder_photos(tmp_path, 'train', split)} for split in ('train', 'val', 'all')}
+    assert before['train'] | before['val'] == before['all'] and not before['train'] & before['val']
+    assert 2 <= len(before['val']) <= 16
+    (tmp_path / 'another.jpg').touch()
+    assert before['train'] <= {p.name for p in folder_photos(tmp_path, 'train', 'train')}
+
+
+def test_folder_by_names_and_its_faults(tmp_path):
+    (tmp_path / 'a.jpg').touch()
+    assert [p.name for p in folder_photos(tmp_path, 'val', names=['a'])] == ['a']
+    assert [p.name for p in folder_photos(tmp_path, 'val', names=['a.jpg'])] == ['a']
+    with pytest.raises(DataError, match="no photograph 'b'"):
+        folder_photos(tmp_path, 'val', names=['b'])
+    empty_split = 'val' if folder_photos(tmp_path, 'val', 'all') and _is_train(tmp_path) else 'train'
+    with pytest.raises(DataError, match=rf'datasets\.val: none of the 1 .*{empty_split}.*split: all'):
+        folder_photos(tmp_path, 'val', empty_split)
+    with pytest.raises(DataError, match='no such folder'):
+        folder_photos(tmp_path / 'x', 'val')
+
+
+def _is_train(folder) -> bool:
+    try:
+        return bool(folder_photos(folder, 'val', 'train'))
+    except DataError:
+        return False
