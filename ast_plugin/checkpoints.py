@@ -1,4 +1,4 @@
-"""Weights files: official, BasicSR's and safetensors, read without running anything in them; written whole or not at all."""
+"""Weights files: official, BasicSR's and safetensors; read without running what lies in them, written whole or not."""
 
 import json
 import os
@@ -121,7 +121,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise CheckpointError(f'{path} cannot be written: {error}. An older file of that name is left as it was') from error
+        raise CheckpointError(f'{path} cannot be written: {error}. An older file of that name is left alone') from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

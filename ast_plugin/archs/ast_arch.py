@@ -101,7 +101,8 @@ class AST(nn.Module):
         _check_lengths(depths=depths, num_heads=num_heads)
         if window_size < 1 or img_size < 2**NUM_LEVELS:
             raise OptionError(
-                f'window_size must be at least 1 and img_size at least {2**NUM_LEVELS}, not {window_size} and {img_size}'
+                f'window_size must be at least 1 and img_size at least {2**NUM_LEVELS}, '
+                f'not {window_size} and {img_size}'
             )
         self.in_chans, self.out_chans = in_chans, out_chans
         dims = [embed_dim * 2**level for level in range(NUM_LEVELS + 1)]

@@ -41,6 +41,7 @@ class RestorationModel(SRModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         self.progress: TrainingProgress | None = None
         self.degraded_metrics: dict[str, dict[str, dict[str, float]]] = {}  # by dataset; an input's never change
+        self.validated_at: dict[str, int] = {}  # by dataset: iteration of the last validation
         self.log_dict: Mapping[str, float] = {}
         super().__init__(opt)
 
@@ -100,7 +101,7 @@ class RestorationModel(SRModel):
         self.progress.advance(self.log_dict)
 
     def compute_losses(self, output: Tensor, target: Tensor) -> OrderedDict[str, Tensor]:
-        """Every loss by its name in the log. BasicSR's perceptual loss comes in two parts, either of which may be None."""
+        """Every loss by its name in the log. BasicSR's perceptual loss comes in two parts, either may be None."""
         losses = OrderedDict()
         for name, criterion in self.losses.items():
             value = criterion(output, target)
@@ -127,7 +128,9 @@ class RestorationModel(SRModel):
             self.output = network(self.lq)
         network.train(was_training)
 
-    def nondist_validation(self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
+    def nondist_validation(
+        self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool
+    ) -> None:
         """Restore and measure a dataset; log the means, and in training keep the weights if they are the best.
 
         Raises:
@@ -136,6 +139,12 @@ class RestorationModel(SRModel):
         name = dataloader.dataset.opt['name']
         if len(dataloader) == 0:
             raise DataError(f'the validation set {name} holds no pictures')
+        if self.is_train:
+            # BasicSR validates once more after the last iteration, and has counted past it by then
+            current_iter = min(current_iter, self.opt['train']['total_iter'])
+            if self.validated_at.get(name) == current_iter:
+                return
+            self.validated_at[name] = current_iter
         results = self.measure(dataloader, current_iter, save_img)
         if not self.opt['val'].get('metrics'):
             return
@@ -154,7 +163,9 @@ class RestorationModel(SRModel):
             best = self.best_metric_results[name][self._best_metric()]['val']
             self.progress.best = f'best {self._best_metric()} {best:.2f}'
 
-    def measure(self, dataloader: DataLoader, current_iter: int | str = '', save_img: bool = False) -> ValidationResults:
+    def measure(
+        self, dataloader: DataLoader, current_iter: int | str = '', save_img: bool = False
+    ) -> ValidationResults:
         """Restore a dataset picture by picture, with the metrics of `val.metrics` before and after.
 
         Returns:

@@ -81,7 +81,7 @@ def window_attention(
         branch is not normalised and leaves float16's range. float64 stays float64.
     Source: Zhou et al., CVPR 2024, section 3.2.
     """
-    B, H, W, C = x.shape
+    _, H, W, C = x.shape
     if C % num_heads:
         raise ShapeError(f'{C} channels do not divide into {num_heads} heads')
     if shift:

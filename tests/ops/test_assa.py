@@ -137,10 +137,10 @@ def test_dense_rows_sum_to_one_and_the_gate_blends():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(OptionError, match='swin.*assa'):
+    with pytest.raises(OptionError, match=r'swin.*assa'):
         ops.attention_weights(torch.zeros(1, 1), 'swin')
     inputs = attention_inputs((4, 4), 4)
-    with pytest.raises(ShapeError, match='6 channels.*4 heads'):
+    with pytest.raises(ShapeError, match=r'6 channels.*4 heads'):
         ops.window_attention(**inputs, num_heads=4, window=4)
     with pytest.raises(ShapeError, match='4x4'):
         ops.window_attention(**inputs, num_heads=2, window=3)

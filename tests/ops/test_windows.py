@@ -45,7 +45,8 @@ def test_shift_mask_keeps_apart_what_was_apart(size, window, shift):
     H, W = size
     mask = ops.shift_mask(size, window, shift, torch.device('cpu'))
     # which edges each token of the rolled map came over; a window shall attend only among those that agree
-    over = torch.stack(torch.meshgrid(torch.arange(H) + shift >= H, torch.arange(W) + shift >= W, indexing='ij'), dim=-1)
+    over_edge = torch.arange(H) + shift >= H, torch.arange(W) + shift >= W
+    over = torch.stack(torch.meshgrid(*over_edge, indexing='ij'), dim=-1)
     tokens = ops.partition_windows(over[None], window)
     together = (tokens[:, :, None] == tokens[:, None, :]).all(-1)
     assert torch.equal(mask == 0, together)

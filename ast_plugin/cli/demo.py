@@ -1,0 +1,92 @@
+"""Train a small AST on packaged photographs with synthetic rain, measure it, and show what it does.
+
+  basicsr demo
+
+Nothing is needed beside the extra `photos` (pip install "ast_plugin[photos]"). It does what these two do, and draws
+the result:
+
+  basicsr train -opt AST_quickstart
+  basicsr test -opt AST_quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ast_plugin.compare.contact_sheet import Cell
+
+OPTION_FILE = 'AST_quickstart'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `basicsr demo`."""
+    parser.add_argument('--root', type=Path, default=Path('.'), metavar='DIR',
+                        help='write experiments/ and results/ under DIR instead of the working directory')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, test, draw, and print the gain."""
+    root = args.root.expanduser().resolve()
+    start = time.monotonic()
+    for command in (['train'], ['test', '--force_yml', 'val:save_img=true']):
+        status = subprocess.run(
+            [sys.executable, '-m', 'ast_plugin', *command, '-opt', OPTION_FILE, '--root', str(root)], check=False
+        ).returncode
+        if status:
+            return status
+        if command[0] == 'train':
+            print(f'Training took {(time.monotonic() - start) / 60:.1f} minutes', flush=True)
+    return _show(root)
+
+
+def _show(root: Path) -> int:
+    from ast_plugin import options
+    from ast_plugin.cli import registries
+    from ast_plugin.compare.contact_sheet import draw_contact_sheet, save_picture
+
+    datasets = registries.load().by_kind['dataset']
+    opt = options.prepare(options.load(options.find(OPTION_FILE)), root=root, is_train=False, dataset_types=datasets)
+    validation = opt['datasets']['val']
+    results = Path(opt['path']['results_root'])
+    with (results / f'{validation["name"]}.csv').open(encoding='utf-8', newline='') as file:
+        measured = {row['image']: row for row in csv.DictReader(file)}
+    pictures = results / 'visualization' / validation['name']
+    rows = [
+        _row(sample, pictures, measured, opt['name']) for sample in datasets[validation['type']](validation)
+    ]
+    path = results / 'rain_restored_clean.png'
+    save_picture(draw_contact_sheet(['rainy', 'restored', 'clean'], rows), path)
+    mean = measured['mean']
+    print(f'Rainy, restored and clean, side by side: {path}')
+    print(f'PSNR gain over input: {float(mean["psnr"]) - float(mean["input psnr"]):+.2f} dB')
+    return 0
+
+
+def _row(sample: dict, pictures: Path, measured: dict[str, dict[str, str]], suffix: str) -> list[Cell]:
+    """One photograph: the rainy one, what the network made of it, the clean one."""
+    from ast_plugin.compare.contact_sheet import Cell
+    from ast_plugin.data.image_files import read_rgb
+
+    name = Path(sample['lq_path']).stem
+    values = measured[name]
+    before, after = (
+        f'{float(values[f"{column}psnr"]):.2f} dB, SSIM {float(values[f"{column}ssim"]):.3f}'
+        for column in ('input ', '')
+    )
+    return [
+        Cell(_to_bytes(sample['lq']), f'{name}: {before}'),
+        Cell(read_rgb(pictures / f'{name}_{suffix}.png'), after),
+        Cell(_to_bytes(sample['gt']), 'never seen in training'),
+    ]
+
+
+def _to_bytes(image):
+    """A tensor [3, H, W] in [0, 1] as uint8 RGB, [H, W, 3]."""
+    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()

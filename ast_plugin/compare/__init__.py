@@ -1,0 +1,1 @@
+"""Running, tabling and drawing comparisons."""

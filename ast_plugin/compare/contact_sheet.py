@@ -1,0 +1,83 @@
+"""Pictures side by side, each with a caption: what a reader looks at before any table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ast_plugin.errors import DataError, ShapeError
+
+PAPER, INK, FAINT = '#ffffff', '#1b1b1b', '#6b6b6b'
+GAP = 16  # pixels between pictures and around them
+HEADING, CAPTION = 24, 18  # font sizes in pixels
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture and what is said below it.
+
+    Attributes:
+        image: RGB, [H, W, 3], uint8.
+        caption: one line.
+    """
+
+    image: np.ndarray
+    caption: str = ''
+
+
+def draw_contact_sheet(columns: Sequence[str], rows: Sequence[Sequence[Cell]], cell_width: int = 480) -> Image.Image:
+    """Draw rows of pictures under headings, all scaled to one width.
+
+    Args:
+        columns: a heading for each column.
+        rows: as many cells each; the pictures of a row have one size.
+        cell_width: width of a picture on the sheet in pixels.
+    Raises:
+        ShapeError: if a row has other than one cell a column, or pictures of several sizes.
+    """
+    for row in rows:
+        sizes = {cell.image.shape for cell in row}
+        if len(row) != len(columns) or len(sizes) != 1:
+            raise ShapeError(f'a row needs {len(columns)} pictures of one size, not {len(row)} of {sorted(sizes)}')
+    heights = [round(cell_width * row[0].image.shape[0] / row[0].image.shape[1]) for row in rows]
+    top, below = HEADING + 2 * GAP, CAPTION + 2 * GAP
+    sheet = Image.new('RGB', (GAP + len(columns) * (cell_width + GAP), top + sum(h + below for h in heights)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    lefts = [GAP + column * (cell_width + GAP) for column in range(len(columns))]
+    for left, heading in zip(lefts, columns, strict=True):
+        _write(pen, heading, left, GAP, cell_width, HEADING, INK)
+    for row, height in zip(rows, heights, strict=True):
+        for left, cell in zip(lefts, row, strict=True):
+            picture = Image.fromarray(cell.image).resize((cell_width, height), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (left, top))
+            _write(pen, cell.caption, left, top + height + GAP // 2, cell_width, CAPTION, FAINT)
+        top += height + below
+    return sheet
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG.
+
+    Raises:
+        DataError: if that fails; no part of the file is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        picture.save(partial, format='PNG', optimize=True)
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f'{path} cannot be written: {error}') from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(pen: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int, size: int, ink: str) -> None:
+    """Write a line, smaller if it would leave its column."""
+    font = ImageFont.load_default(size)
+    while size > 8 and pen.textlength(text, font=font) > width:
+        size -= 1
+        font = ImageFont.load_default(size)
+    pen.text((left, top), text, fill=ink, font=font)

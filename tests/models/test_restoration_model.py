@@ -1,0 +1,241 @@
+"""RestorationModel, driven step by step as BasicSR's loop drives it, on a tiny network and random pictures."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.utils.data import DataLoader, Dataset
+
+import ast_plugin  # noqa: F401  registers everything
+from ast_plugin.checkpoints import read_checkpoint
+from ast_plugin.errors import CheckpointError, DataError, OptionError
+
+TINY = {
+    'type': 'AST', 'img_size': 16, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'drop_path_rate': 0.0,
+}
+
+
+class Pairs(Dataset):
+    """Noisy pictures of several sizes, two of one name in different folders."""
+
+    def __init__(self, names=('a/one.png', 'b/one.png', 'three.png')):
+        self.opt = {'name': 'pairs'}
+        self.names = names
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        gt = torch.rand(3, 16 + 3 * index, 21, generator=generator)
+        lq = gt + 0.1 * torch.randn(gt.shape, generator=generator)
+        return {'lq': lq.clamp(0, 1), 'gt': gt, 'lq_path': self.names[index], 'gt_path': self.names[index]}
+
+
+def options(folder, **train):
+    for name in ('models', 'training_states', 'visualization', 'results'):
+        (folder / name).mkdir(exist_ok=True)
+    return {
+        'name': 'tiny', 'model_type': 'RestorationModel', 'is_train': True, 'dist': False, 'num_gpu': 0, 'rank': 0,
+        'network_g': dict(TINY),
+        'path': {
+            'models': str(folder / 'models'), 'training_states': str(folder / 'training_states'),
+            'visualization': str(folder / 'visualization'), 'results_root': str(folder / 'results'),
+        },
+        'train': {
+            'total_iter': 8, 'optim_g': {'type': 'AdamW', 'lr': 2e-3},
+            'scheduler': {'type': 'WarmupCosineLR', 'warmup_iter': 2},
+            'pixel_opt': {'type': 'ASTCharbonnierLoss'}, **train,
+        },
+        'val': {
+            'metrics': {
+                'psnr': {'type': 'calculate_psnr', 'crop_border': 0},
+                'ssim': {'type': 'calculate_ssim', 'crop_border': 0},
+            }
+        },
+    }
+
+
+def build(opt):
+    from basicsr.models import build_model
+
+    torch.manual_seed(0)
+    return build_model(opt)
+
+
+def batch(number=0):
+    generator = torch.Generator().manual_seed(100 + number)
+    gt = torch.rand(2, 3, 16, 16, generator=generator)
+    return {'lq': (gt + 0.1 * torch.randn(gt.shape, generator=generator)).clamp(0, 1), 'gt': gt}
+
+
+def train(model, first, last):
+    for iteration in range(first, last + 1):
+        model.update_learning_rate(iteration)
+        model.feed_data(batch(iteration))
+        model.optimize_parameters(iteration)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.get_bare_model(model.net_g).state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_and_leaves_the_callers_options_alone(tmp_path):
+    opt = options(tmp_path)
+    before = deepcopy(opt)
+    model = build(opt)
+    assert opt == before
+    losses = []
+    for iteration in range(1, 31):
+        model.feed_data(batch())
+        model.optimize_parameters(iteration)
+        losses.append(model.get_current_log()['l_pix'])
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_every_loss_counts_under_its_own_name(tmp_path):
+    model = build(options(tmp_path, edge_opt={'type': 'EdgeLoss', 'loss_weight': 0.05}, fft_opt={'type': 'FFTLoss'}))
+    model.feed_data(batch())
+    model.optimize_parameters(1)
+    assert list(model.get_current_log()) == ['l_pix', 'l_edge', 'l_fft']
+    with pytest.raises(OptionError, match='names no loss'):
+        build(options(tmp_path, pixel_opt=None))
+
+
+def test_validation_of_any_size_measures_input_and_result(tmp_path):
+    model = build(options(tmp_path))
+    results = model.measure(DataLoader(Pairs()), save_img=True, current_iter=4)
+    assert list(results.restored) == ['one', 'one_2', 'three']
+    assert results.degraded.keys() == results.restored.keys()
+    assert 18 < results.mean_input()['psnr'] < 24
+    assert model.net_g.training
+    assert (tmp_path / 'visualization' / 'one_2' / 'one_2_4.png').is_file()
+    assert not hasattr(model, 'output')
+
+
+def test_the_best_weights_are_kept_and_describe_themselves(tmp_path):
+    opt = options(tmp_path)
+    model = build(opt)
+    loader = DataLoader(Pairs())
+    model.validation(loader, 1, None)
+    first = weights(model)
+    with torch.no_grad():
+        model.net_g.output_proj.bias.add_(5)  # much worse
+    model.validation(loader, 2, None)
+    best = read_checkpoint(tmp_path / 'models' / 'net_g_best.pth')
+    assert same(best.state, first)
+    assert model.best_metric_results['pairs']['psnr']['iter'] == 1
+    described = read_checkpoint(tmp_path / 'models' / 'net_g_best.safetensors')
+    assert same(described.state, first)
+    assert described.network == opt['network_g']
+    with safe_open(tmp_path / 'models' / 'net_g_best.safetensors', 'pt') as file:
+        assert json.loads(file.metadata()['network'])['type'] == 'AST'
+
+
+def test_best_metric_may_be_one_where_less_is_better(tmp_path):
+    opt = options(tmp_path)
+    opt['val']['best_metric'] = 'niqe'
+    opt['val']['metrics'] = {
+        'psnr': {'type': 'calculate_psnr', 'crop_border': 0},
+        'niqe': {'type': 'calculate_psnr', 'crop_border': 0, 'better': 'lower'},
+    }
+    model = build(opt)
+    model.validation(DataLoader(Pairs()), 1, None)
+    with torch.no_grad():
+        model.net_g.output_proj.bias.add_(5)
+    model.validation(DataLoader(Pairs()), 2, None)
+    assert same(read_checkpoint(tmp_path / 'models' / 'net_g_best.pth').state, weights(model))
+
+
+def test_the_last_iteration_is_validated_once(tmp_path, monkeypatch):
+    model = build(options(tmp_path))
+    calls = []
+    measure = model.measure
+    monkeypatch.setattr(model, 'measure', lambda *a, **k: calls.append(a) or measure(*a, **k))
+    for iteration in (4, 8, 9, 11):  # BasicSR counts on past the end, once an epoch
+        model.validation(DataLoader(Pairs()), iteration, None)
+    assert [call[1] for call in calls] == [4, 8]
+
+
+def test_an_empty_validation_set_is_named(tmp_path):
+    with pytest.raises(DataError, match='pairs holds no pictures'):
+        build(options(tmp_path)).validation(DataLoader(Pairs(())), 1, None)
+
+
+def test_moving_average(tmp_path):
+    model = build(options(tmp_path, ema_decay=0.5))
+    start = weights(model)
+    train(model, 1, 1)
+    for name, average in model.net_g_ema.state_dict().items():
+        torch.testing.assert_close(average, (start[name] + weights(model)[name]) / 2)
+    assert model.evaluated_network is model.net_g_ema
+    model.save(0, 1)
+    model.validation(DataLoader(Pairs()), 1, None)
+    both = read_checkpoint(tmp_path / 'models' / 'net_g_1.pth')
+    assert both.param_key == 'params_ema'
+    assert same(read_checkpoint(tmp_path / 'models' / 'net_g_best.safetensors').state, both.state)
+    assert not same(read_checkpoint(tmp_path / 'models' / 'net_g_1.pth', 'params').state, both.state)
+    assert not any(parameter.requires_grad for parameter in model.net_g_ema.parameters())
+
+
+def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path):
+    straight = build(options(tmp_path))
+    train(straight, 1, 3)
+    straight.validation(DataLoader(Pairs()), 3, None)
+    straight.save(0, 3)
+    train(straight, 4, 6)
+
+    opt = options(tmp_path)
+    opt['path']['pretrain_network_g'] = str(tmp_path / 'models' / 'net_g_3.pth')
+    resumed = build(opt)
+    state = torch.load(tmp_path / 'training_states' / '3.state', weights_only=True)
+    resumed.resume_training(state)
+    assert resumed.best_metric_results == straight.best_metric_results
+    train(resumed, 4, 6)
+    assert same(weights(resumed), weights(straight))
+    assert resumed.get_current_learning_rate() == straight.get_current_learning_rate()
+
+
+def test_weights_load_whatever_their_kind(tmp_path):
+    model = build(options(tmp_path))
+    train(model, 1, 1)
+    model.validation(DataLoader(Pairs()), 1, None)
+    official = {'state_dict': {f'module.{name}': tensor for name, tensor in weights(model).items()}, 'epoch': 1}
+    torch.save(official, tmp_path / 'model_best.pth')
+    for path, key in [
+        (tmp_path / 'model_best.pth', 'state_dict'),
+        (tmp_path / 'models' / 'net_g_best.pth', 'params'),
+        (tmp_path / 'models' / 'net_g_best.safetensors', None),
+    ]:
+        opt = options(tmp_path)
+        opt['path'].update(pretrain_network_g=str(path), param_key_g=key)
+        assert same(weights(build(opt)), weights(model)), path
+    opt['network_g']['embed_dim'] = 8
+    with pytest.raises(CheckpointError, match='embed_dim: 4'):
+        build(opt)
+
+
+def test_a_failed_write_stops_training(tmp_path):
+    opt = options(tmp_path)
+    model = build(opt)
+    model.opt['path']['models'] = str(tmp_path / 'gone')
+    with pytest.raises(CheckpointError, match='cannot be written'):
+        model.save(0, 1)
+
+
+def test_testing_prints_and_writes_the_table(tmp_path, capsys):
+    opt = options(tmp_path)
+    opt['is_train'] = False
+    opt['val'].update(save_img=True, suffix=None)
+    build(opt).validation(DataLoader(Pairs()), 'tiny', None, save_img=True)
+    table = capsys.readouterr().out
+    assert '| mean ' in table and 'input psnr' in table
+    assert (tmp_path / 'results' / 'pairs.md').read_text().strip() in table
+    assert (tmp_path / 'results' / 'pairs.csv').read_text().startswith('image,input psnr,psnr,input ssim,ssim\n')
+    assert (tmp_path / 'visualization' / 'pairs' / 'one_2_tiny.png').is_file()
