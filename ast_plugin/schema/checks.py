@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from ast_plugin.errors import OptionError
 from ast_plugin.options import phase_of
-from ast_plugin.schema.faults import Fault, Where, faults_of, unknown_key
+from ast_plugin.schema.faults import Fault, Where, faults_of, shown, unknown_key
 from ast_plugin.schema.keys import Dataset, OptionFile, Paths
 from ast_plugin.schema.registered import Registered
 from ast_plugin.schema.signatures import argument_faults, keys_read_by
@@ -48,24 +48,33 @@ def find_faults(opt: Mapping[str, Any], registered: Registered | None = None, *,
     if registered is not None:
         faults += _registry_faults(opt, registered)
     faults += _best_metric_faults(opt)
-    order = {key: number for number, key in enumerate(opt)}
     # The same key may be seen by two checks; what the first one says is nearer to the cause.
     unique = {fault.where: fault for fault in reversed(faults)}
-    return sorted(unique.values(), key=lambda fault: order.get(fault.where[0] if fault.where else '', len(order)))
+    return sorted(unique.values(), key=lambda fault: _position(opt, fault.where))
+
+
+def _position(opt: Any, where: Where) -> list[int]:
+    """The place of a key in the file, section by section; what is not there comes behind what is."""
+    position = []
+    for step in where:
+        keys = list(opt) if isinstance(opt, dict) else []
+        position.append(keys.index(step) if step in keys else len(keys))
+        opt = opt[step] if step in keys else None
+    return position
 
 
 def _key_faults(opt: Mapping[str, Any], is_third_party: bool, is_ours: bool) -> list[Fault]:
     networks = {key: value for key, value in opt.items() if key.startswith('network_')}
     paths = _section(opt, 'path')
-    patterned = {key: value for key, value in paths.items() if _path_pattern(key)}
-    # Keys known by a pattern are checked here, all others by the models.
+    # Keys that name networks are checked by their pattern, all others by the models.
     rest = {key: value for key, value in opt.items() if key not in networks}
-    if patterned:
-        rest['path'] = {key: value for key, value in paths.items() if key not in patterned}
+    if paths:
+        rest['path'] = {key: value for key, value in paths.items() if key in Paths.model_fields}
     faults = [Fault((key,), 'expected a mapping with a type') for key, value in networks.items()
               if not isinstance(value, dict) or not isinstance(value.get('type'), str)]
-    for key, value in patterned.items():
-        faults += _path_faults(key, value, networks)
+    for key, value in paths.items():
+        if key not in Paths.model_fields:
+            faults += _path_faults(key, value, networks)
     faults += _model_faults(OptionFile, rest, (), also_known=('network_g', 'network_d'))
     return [fault for fault in faults if not _is_allowed(fault, is_third_party, is_ours)]
 
@@ -88,20 +97,14 @@ def _is_allowed(fault: Fault, is_third_party: bool, is_ours: bool) -> bool:
     return is_ours and section == ('train',) and key.endswith('_opt')
 
 
-def _path_pattern(key: str) -> str | None:
-    return next((pattern for pattern in _PATH_PATTERNS if key.startswith(pattern)), None)
-
-
 def _path_faults(key: str, value: Any, networks: Mapping[str, Any]) -> list[Fault]:
-    where, pattern = ('path', key), _path_pattern(key)
-    network = f'network_{key.removeprefix(pattern)}'
-    if network not in networks:
-        known = [f'{pattern}{name.removeprefix("network_")}' for name in networks]
-        return [unknown_key(where, [*known, *Paths.model_fields])]
-    kind = _PATH_PATTERNS[pattern]
-    if value is None or isinstance(value, kind):
+    letters = [network.removeprefix('network_') for network in networks or ('network_g',)]
+    kinds = {f'{pattern}{letter}': kind for pattern, kind in _PATH_PATTERNS.items() for letter in letters}
+    if key not in kinds:
+        return [unknown_key(('path', key), [*kinds, *Paths.model_fields])]
+    if value is None or isinstance(value, kinds[key]):
         return []
-    return [Fault(where, f'expected {"text" if kind is str else "true or false"}, got {value!r}')]
+    return [Fault(('path', key), f'expected {"text" if kinds[key] is str else "true or false"}, got {shown(value)}')]
 
 
 def _missing_sections(opt: Mapping[str, Any], is_train: bool, is_third_party: bool) -> list[Fault]:
@@ -117,12 +120,9 @@ def _missing_sections(opt: Mapping[str, Any], is_train: bool, is_third_party: bo
             needed.append(('val', 'val_freq'))
     elif datasets and not any(phase_of(key) in ('val', 'test') for key in datasets):
         faults.append(Fault(('datasets', 'val'), 'required for testing (or datasets.test), but not there'))
-    reported: list[Where] = []
-    for where in needed:
-        if _at(opt, where) is None and not any(where[:len(known)] == known for known in reported):
-            reported.append(where)
-            faults.append(Fault(where, 'required, but not there'))
-    return faults
+    # Where a whole section is missing or wrong, what it lacks is not worth a line.
+    return faults + [Fault(where, 'required, but not there') for where in needed
+                     if _at(opt, where) is None and isinstance(_at(opt, where[:-1]), dict)]
 
 
 def _best_metric_faults(opt: Mapping[str, Any]) -> list[Fault]:
@@ -176,7 +176,7 @@ def _dataset_faults(key: str, options: Any, opt: Mapping[str, Any], registered: 
         return [Fault((*where, 'type'), registered.missing('dataset', options['type']))]
     options_type = getattr(target, 'options_type', None)
     if options_type is not None:
-        return _model_faults(options_type, {**options, 'phase': phase_of(key), 'scale': opt.get('scale', 1)}, where)
+        return _model_faults(options_type, {**options, 'phase': phase_of(key), 'scale': opt.get('scale') or 1}, where)
     read = keys_read_by(target)
     if read is None:
         return []

@@ -84,7 +84,9 @@ def faults_of(error: ValidationError, model: type[BaseModel], value: Any, prefix
         else:
             fault = Fault(place, _message(report))
         faults[place] = _joined(faults[place], fault) if place in faults else fault
-    return list(faults.values())
+    # Of a union, the member that got furthest tells what is wrong; that the others want another kind is no news.
+    return [fault for place, fault in faults.items()
+            if not any(other[:len(place)] == place for other in faults if other != place)]
 
 
 def _message(report: dict[str, Any]) -> str:
@@ -93,8 +95,11 @@ def _message(report: dict[str, Any]) -> str:
         return 'required, but not there'
     expected = _EXPECTED.get(kind)
     if expected is None:
-        return f'{report["msg"].removeprefix("Value error, ")} (got {shown(report["input"])})'
-    return f'expected {expected.format(**report.get("ctx", {}))}, got {shown(report["input"])}'
+        got = '' if isinstance(report['input'], dict) else f' (got {shown(report["input"])})'
+        return report['msg'].removeprefix('Value error, ') + got
+    context = report.get('ctx', {})
+    limits = {name: f'{value:g}' if isinstance(value, float) else value for name, value in context.items()}
+    return f'expected {expected.format(**limits)}, got {shown(report["input"])}'
 
 
 def _joined(first: Fault, second: Fault) -> Fault:

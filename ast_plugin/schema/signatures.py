@@ -7,8 +7,9 @@ import functools
 import inspect
 import sys
 import textwrap
+import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -17,6 +18,8 @@ from pydantic.errors import PydanticUserError
 from ast_plugin.schema.faults import Fault, Where, shown, unknown_key
 
 _UNKNOWN = inspect.Parameter.empty
+_WORDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', dict: 'a mapping',
+          list: 'a list', tuple: 'a list', type(None): 'nothing'}
 _POSITIONAL_OR_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -45,7 +48,7 @@ def argument_faults(target: Callable, arguments: Mapping[str, Any], where: Where
             if complaint:
                 faults.append(Fault((*where, name), complaint))
         elif not is_open:
-            faults.append(unknown_key((*where, name), list(known)))
+            faults.append(unknown_key((*where, name), [*known, *ignored]))
     for name, parameter in known.items():
         if parameter.default is _UNKNOWN and name not in arguments and name not in optional and not is_open:
             faults.append(Fault((*where, name), f'required by {_name(target)}, but not there'))
@@ -145,7 +148,7 @@ def _type_complaint(target: Callable, parameter: inspect.Parameter, value: Any) 
             return None
         except ValidationError:
             continue
-    return f'expected {_annotation_name(annotation)}, got {shown(value)}'
+    return f'expected {_expected(annotation)}, got {shown(value)}'
 
 
 def _annotation(target: Callable, parameter: inspect.Parameter) -> Any:
@@ -182,9 +185,25 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _annotation_name(annotation: Any) -> str:
-    text = inspect.formatannotation(annotation).replace('typing.', '').replace('collections.abc.', '')
-    return text.replace('torch.', '').replace('NoneType', 'nothing')
+def _expected(annotation: Any) -> str:
+    """An annotation in the words of an option file."""
+    if isinstance(annotation, type) and annotation in _WORDS:
+        return _WORDS[annotation]
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ' or '.join(shown(part) if not isinstance(part, str) else part for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        # A tensor cannot stand in an option file.
+        return ' or '.join(dict.fromkeys(_expected(part) for part in parts if not _is_tensor(part)))
+    if inspect.isclass(origin) and issubclass(origin, Sequence):
+        items = ', '.join(dict.fromkeys(_expected(part) for part in parts if part is not ...))
+        length = f' of {len(parts)}' if origin is tuple and ... not in parts else ''
+        return f'a list{length}, each item {items}'
+    return inspect.formatannotation(annotation)
+
+
+def _is_tensor(annotation: Any) -> bool:
+    return getattr(annotation, '__name__', '') == 'Tensor'
 
 
 def _name(target: Callable) -> str:

@@ -1,0 +1,367 @@
+"""The check of option files: every fault, with its key and what was meant; and nothing but OptionError, ever."""
+import copy
+import random
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+
+from ast_plugin import options, safe_yaml, schema
+from ast_plugin.cli import registries
+from ast_plugin.errors import OptionError
+from ast_plugin.schema.faults import dotted, faults_of
+from ast_plugin.schema.keys import OptionFile
+from ast_plugin.schema.signatures import argument_faults, keys_read_by
+from tests import tiny_run
+
+TINY = safe_yaml.read_text(tiny_run.OPTIONS, 'tiny.yml')
+SHIPPED = sorted((Path(__file__).parents[1] / 'options').rglob('*.yml'))
+
+
+@pytest.fixture(scope='module')
+def registered():
+    return registries.load()
+
+
+def changed(path, value):
+    """TINY with one value put in, or taken out where the value is `...`."""
+    opt = copy.deepcopy(TINY)
+    *sections, key = path.split(':')
+    section = opt
+    for name in sections:
+        section = section[name]
+    if value is ...:
+        del section[key]
+    else:
+        section[key] = value
+    return opt
+
+
+def faults(opt, registered=None, **kwargs):
+    return [str(fault) for fault in schema.find_faults(opt, registered, **kwargs)]
+
+
+@pytest.mark.parametrize('is_train', [True, False])
+def test_right_file_has_no_fault(registered, is_train):
+    before = copy.deepcopy(TINY)
+    assert faults(TINY, registered, is_train=is_train) == []
+    assert faults(TINY, is_train=is_train) == []
+    assert before == TINY
+
+
+@pytest.mark.parametrize('file', SHIPPED, ids=lambda path: path.stem)
+def test_shipped_file_has_no_fault(registered, file):
+    opt = options.load(file)
+    assert faults(opt, registered) == []
+    assert faults(opt, registered, is_train=False) == []
+
+
+UNKNOWN = 'unknown key, did you mean '
+MISSING = 'required, but not there'
+CASES = [
+    ('nam', 'x', f'nam: {UNKNOWN}name?'),
+    ('nettwork_g', {}, f'nettwork_g: {UNKNOWN}network_g?'),
+    ('zzzz', 1, 'zzzz: unknown key'),
+    ('name', ..., f'name: {MISSING}'),
+    ('name', 5, 'name: expected text, got 5'),
+    ('name', '../up', "name: expected a name that can name a folder, got the text '../up'"),
+    ('name', '.hidden', "name: expected a name that can name a folder, got the text '.hidden'"),
+    ('scale', 'two', "scale: expected a number, got the text 'two'"),
+    ('scale', 0, 'scale: expected more than 0, got 0'),
+    ('scale', float('nan'), 'scale: expected a finite number, got nan'),
+    ('num_gpu', 'two', "num_gpu: expected a whole number or 'auto', got the text 'two'"),
+    ('num_gpu', True, "num_gpu: expected a whole number or 'auto', got true"),
+    ('manual_seed', 1.5, 'manual_seed: expected a whole number, got 1.5'),
+    ('datasets', [1], 'datasets: expected a mapping of keys to values, got the list [1]'),
+    ('datasets', ..., f'datasets: {MISSING}'),
+    ('datasets:train', ..., f'datasets.train: {MISSING}'),
+    ('datasets:train', 3, 'datasets.train: expected a mapping of keys to values, got 3'),
+    ('datasets:train:gt_sise', 3, f'datasets.train.gt_sise: {UNKNOWN}gt_size?'),
+    ('datasets:train:batch_size_per_gp', 3, f'datasets.train.batch_size_per_gp: {UNKNOWN}batch_size_per_gpu?'),
+    ('datasets:train:batch_size_per_gpu', 0, 'datasets.train.batch_size_per_gpu: expected 1 or more, got 0'),
+    ('datasets:train:batch_size_per_gpu', ..., f'datasets.train.batch_size_per_gpu: {MISSING}'),
+    ('datasets:train:prefetch_mode', 'gpu',
+     "datasets.train.prefetch_mode: expected 'cpu' or 'cuda', got the text 'gpu'"),
+    ('datasets:train:io_backend:type', 'disc',
+     "datasets.train.io_backend.type: expected 'disk', 'lmdb' or 'memcached', got the text 'disc'"),
+    ('datasets:train:type', 'PairedImageDatset',
+     'datasets.train.type: no dataset is registered as PairedImageDatset, did you mean PairedImageDataset?'),
+    ('datasets:val:name', ..., f'datasets.val.name: {MISSING}'),
+    ('network_g', ..., f'network_g: {MISSING}'),
+    ('network_g', 'AST', 'network_g: expected a mapping with a type'),
+    ('network_g:type', ['AST'], 'network_g: expected a mapping with a type'),
+    ('network_g:type', 'AST_TT', 'network_g.type: no arch is registered as AST_TT, did you mean AST_T? '
+                                 '(is its plugin installed?'),
+    ('network_g:num_feats', 8, f'network_g.num_feats: {UNKNOWN}num_feat?'),
+    ('network_g:num_feat', 'many', "network_g.num_feat: expected a number, got the text 'many'"),
+    ('network_g:act_type', 3, 'network_g.act_type: expected text, got 3'),
+    ('network_d', {'type': 'AST', 'depth': [1]}, f'network_d.depth: {UNKNOWN}depths?'),
+    ('network_d', {'type': 'AST', 'depths': [1, 'a']},
+     "network_d.depths: expected a list, each item a whole number, got the list [1, 'a']"),
+    ('path:pretrained_network_g', 'x', f'path.pretrained_network_g: {UNKNOWN}pretrain_network_g?'),
+    ('path:pretrain_network_d', 'x', f'path.pretrain_network_d: {UNKNOWN}pretrain_network_g?'),
+    ('path:pretrain_network_g', 3, 'path.pretrain_network_g: expected text, got 3'),
+    ('path:strict_load_g', 'yes', "path.strict_load_g: expected true or false, got the text 'yes'"),
+    ('path', 'x', "path: expected a mapping of keys to values, got the text 'x'"),
+    ('train', ..., f'train: {MISSING}'),
+    ('train:total_iter', ..., f'train.total_iter: {MISSING}'),
+    ('train:total_iter', 'x', "train.total_iter: expected a whole number, got the text 'x'"),
+    ('train:total_iters', 3, f'train.total_iters: {UNKNOWN}total_iter?'),
+    ('train:ema_decay', 1.5, 'train.ema_decay: expected less than 1, got 1.5'),
+    ('train:optim_g', ..., f'train.optim_g: {MISSING}'),
+    ('train:optim_g:type', 'AdmaW',
+     'train.optim_g.type: no optimiser of torch.optim is named AdmaW, did you mean AdamW?'),
+    ('train:optim_g:lr', ..., f'train.optim_g.lr: {MISSING}'),
+    ('train:optim_g:lr', 'x', "train.optim_g.lr: expected a number, got the text 'x'"),
+    ('train:optim_g:weight_decai', 0, f'train.optim_g.weight_decai: {UNKNOWN}weight_decay?'),
+    ('train:optim_g:betas', [1, 'a'],
+     "train.optim_g.betas: expected a list of 2, each item a number, got the list [1, 'a']"),
+    ('train:scheduler:type', 'MultistepLR',
+     'train.scheduler.type: no scheduler is named MultistepLR, did you mean Multi'),
+    ('train:scheduler:milestone', [1], f'train.scheduler.milestone: {UNKNOWN}milestones?'),
+    ('train:scheduler:milestones', ..., 'train.scheduler.milestones: required by MultiStepRestartLR, but not there'),
+    ('train:pixel_opt', 'L1Loss', "train.pixel_opt: expected a mapping of keys to values, got the text 'L1Loss'"),
+    ('train:pixel_opt:type', 'L1', 'train.pixel_opt.type: no loss is registered as L1'),
+    ('train:pixel_opt:weight', 1, 'train.pixel_opt.weight: unknown key'),
+    ('train:edge_opt', {'type': 'EdgeLoss'}, 'train.edge_opt: unknown key'),
+    ('val:val_freq', ..., f'val.val_freq: {MISSING}'),
+    ('val:save_imgs', True, f'val.save_imgs: {UNKNOWN}save_img?'),
+    ('val:save_img', 'false', "val.save_img: expected true or false, got the text 'false'"),
+    ('val:best_metric', 'ssim', 'val.best_metric: ssim is not among val.metrics: psnr'),
+    ('val:metrics:psnr:test_y_chanel', True, f'val.metrics.psnr.test_y_chanel: {UNKNOWN}test_y_channel?'),
+    ('val:metrics:psnr:crop_border', ..., 'val.metrics.psnr.crop_border: required by calculate_psnr, but not there'),
+    ('val:metrics:psnr:better', 'more', "val.metrics.psnr.better: expected 'higher' or 'lower', got the text 'more'"),
+    ('val:metrics:psnr:type', 'psnr', 'val.metrics.psnr.type: no metric is registered as psnr'),
+    ('logger', ..., f'logger: {MISSING}'),
+    ('logger:print_freq', ..., f'logger.print_freq: {MISSING}'),
+    ('logger:wandb', {'projct': 'x'}, f'logger.wandb.projct: {UNKNOWN}project?'),
+    ('model_type', 'SRModle', 'model_type: no model is registered as SRModle, did you mean SRModel?'),
+]
+
+
+@pytest.mark.parametrize(('path', 'value', 'message'), CASES, ids=[f'{path}={value}'[:60] for path, value, _ in CASES])
+def test_one_fault_gives_one_line(registered, path, value, message):
+    found = faults(changed(path, value), registered)
+    assert len(found) == 1, found
+    assert found[0].startswith(message)
+
+
+@pytest.mark.parametrize('key', ['tset', 'train_2'])
+def test_dataset_keys(registered, key):
+    found = faults(changed(f'datasets:{key}', TINY['datasets']['val']), registered)
+    assert found == [f'datasets.{key}: expected train, val or test, with or without a number behind _ (val_2)']
+
+
+def test_all_faults_at_once_in_the_order_of_the_file(registered):
+    opt = changed('train:total_iter', 'x')
+    opt['logger']['print_frq'] = 1
+    opt['network_g']['numfeat'] = 1
+    opt['datasets']['val']['dataroot_lg'] = 'x'
+    opt['nam'] = 'x'
+    with pytest.raises(OptionError) as caught:
+        schema.check(opt, 'my.yml', registered)
+    keys = [line.split(': ')[:2] for line in str(caught.value).splitlines()]
+    assert keys == [['my.yml', key] for key in (
+        'datasets.val.dataroot_lg', 'network_g.numfeat', 'train.total_iter', 'logger.print_frq', 'nam')]
+
+
+def test_testing_needs_less(registered):
+    opt = {key: value for key, value in TINY.items() if key not in ('train', 'logger', 'val')}
+    assert faults(opt, registered, is_train=False) == []
+    opt = changed('datasets:val', ...)
+    assert faults(opt, registered, is_train=False) == [
+        'datasets.val: required for testing (or datasets.test), but not there']
+
+
+def test_own_model_takes_any_loss_and_its_schedule(registered):
+    opt = changed('model_type', 'RestorationModel')
+    opt['train']['edge_opt'] = {'type': 'EdgeLoss'}
+    opt['train']['scheduler'] = {'type': 'WarmupCosineLR', 'warmup_iter': 2}
+    assert faults(opt, registered) == []
+    opt['train']['edge_opt'] = {'type': 'EdgeLos', 'x': 1}
+    assert faults(opt, registered) == [
+        'train.edge_opt.type: no loss is registered as EdgeLos, did you mean EdgeLoss? '
+        '(is its plugin installed? `basicsr list loss` shows what there is)']
+
+
+class StrangerModel:
+    """A third party's model, of which nothing is known."""
+
+
+def test_third_party_model_may_have_its_own_keys(registered):
+    stranger = schema.Registered(
+        by_kind={**registered.by_kind, 'model': {'StrangerModel': StrangerModel}}, schedulers=registered.schedulers)
+    opt = {**changed('train:my_loss_weight', 3), 'model_type': 'StrangerModel', 'my_section': {'a': 1}}
+    opt['train']['scheduler'] = {'type': 'Own', 'x': 1}
+    opt['val']['mine'] = 1
+    assert faults(opt, stranger) == []
+    opt['network_g']['numfeat'] = 3
+    opt['datasets']['train']['gt_sise'] = 3
+    assert len(faults(opt, stranger)) == 2
+
+
+def test_failed_plugin_is_named(registered):
+    broken = schema.Registered(by_kind=registered.by_kind, schedulers=registered.schedulers,
+                               failed_plugins=['plugin x of y 1 failed to load: ImportError: no z'])
+    assert faults(changed('network_g:type', 'Qqq'), broken) == [
+        'network_g.type: no arch is registered as Qqq (plugin x of y 1 failed to load: ImportError: no z)']
+
+
+# ---- datasets that describe their options
+
+
+class Inner(BaseModel):
+    model_config = ConfigDict(extra='forbid')
+
+    kind: Literal['rain', 'haze']
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra='forbid')
+
+    name: str
+    type: str
+    phase: str
+    scale: int
+    gt_size: int | None = Field(None, ge=8)
+    degradation: Inner | list[Inner] | None = None
+
+    @model_validator(mode='after')
+    def _size(self):
+        if self.phase == 'train' and self.gt_size is None:
+            raise ValueError('training needs gt_size')
+        return self
+
+
+class Described:
+    options_type = Options
+
+
+@pytest.mark.parametrize(('options', 'expected'), [
+    ({'gt_size': 8}, []),
+    ({'gt_size': 8, 'degradation': {'kind': 'rain'}}, []),
+    ({'gt_sise': 8, 'gt_size': 8}, [f'datasets.train.gt_sise: {UNKNOWN}gt_size?']),
+    ({'gt_size': 4}, ['datasets.train.gt_size: expected 8 or more, got 4']),
+    ({}, ['datasets.train: training needs gt_size']),
+    ({'gt_size': 8, 'degradation': {'kind': 'rian'}},
+     ["datasets.train.degradation.kind: expected 'rain' or 'haze', got the text 'rian'"]),
+])
+def test_described_dataset(options, expected):
+    value = {'name': 'a', 'type': 'Described', 'phase': 'train', 'scale': 1, **options}
+    try:
+        Options.model_validate(value)
+        found = []
+    except ValueError as error:
+        found = [str(fault) for fault in faults_of(error, Options, value, ('datasets', 'train'))]
+    assert found == expected
+
+
+# ---- signatures
+
+
+class Open(nn.Module):
+    def __init__(self, size, depth=3, **kwargs):
+        super().__init__()
+
+
+class Child(Open):
+    def __init__(self, width: int = 1, **kwargs):
+        super().__init__(**kwargs)
+
+
+def factory(scale=1, **kwargs) -> Open:
+    return Open(**kwargs)
+
+
+def forwards(**kwargs):
+    return dict(**kwargs)
+
+
+@pytest.mark.parametrize(('target', 'arguments', 'expected'), [
+    (Open, {'size': 1, 'dept': 1}, [f'dept: {UNKNOWN}depth?']),
+    (Open, {}, ['size: required by Open, but not there']),
+    (Child, {'size': 1, 'width': 2, 'depth': 3}, []),
+    (Child, {'size': 1, 'widht': 2}, [f'widht: {UNKNOWN}width?']),
+    (Child, {'size': 1, 'width': 'x'}, ["width: expected a whole number, got the text 'x'"]),
+    (Child, {'size': 1, 'width': True}, ['width: expected a whole number, got true']),
+    (factory, {'size': 1, 'scale': 2}, []),
+    (factory, {'size': 1, 'scael': 2}, [f'scael: {UNKNOWN}scale?']),
+    (forwards, {'anything': 1}, []),
+    (Open, {'size': 1, 'depth': [1, 2]}, []),
+])
+def test_signatures(target, arguments, expected):
+    assert sorted(str(fault) for fault in argument_faults(target, arguments, ())) == sorted(expected)
+
+
+class Opaque:
+    def __init__(self, opt):
+        self.root = opt['dataroot_x']
+
+
+def test_keys_in_source():
+    keys = keys_read_by(Opaque)
+    assert 'dataroot_x' in keys
+    assert 'a sentence with spaces' not in keys
+    assert keys_read_by(type('Dynamic', (), {'__module__': 'nowhere'})) is None
+
+
+def test_dotted():
+    assert dotted(('a', 0, 'b')) == 'a[0].b'
+    assert dotted(()) == 'top level'
+
+
+def test_json_schema_of_the_keys():
+    properties = OptionFile.model_json_schema()['properties']
+    assert {'name', 'datasets', 'train', 'val', 'logger', 'path', 'queue_size'} <= set(properties)
+
+
+# ---- fuzz
+
+WRONG = [None, True, 0, -1, 3.5, float('nan'), float('inf'), 10**30, '', 'x', '../..', '\x00', '😀', [], [1], [[]], {},
+         {'a': 1}, {'type': 'AST'}, {'type': []}, {'type': None}, [{'type': 'L1Loss'}], '{{x}}', 'os.system',
+         {'': {}}]
+
+
+def spots(value, found=None):
+    """Every (container, key) in nested options."""
+    found = [] if found is None else found
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        found.append((value, key))
+        spots(item, found)
+    return found
+
+
+def broken(opt, generator):
+    """`opt` with one to four places changed, taken out, renamed or put in."""
+    opt = copy.deepcopy(opt)
+    for _ in range(generator.randint(1, 4)):
+        container, key = generator.choice(spots(opt) or [(opt, 'name')])
+        action = generator.choice(('replace', 'replace', 'remove', 'rename', 'add'))
+        wrong = copy.deepcopy(generator.choice(WRONG))
+        if action == 'replace' or isinstance(container, list):
+            container[key] = wrong
+        elif action == 'remove':
+            container.pop(key, None)
+        elif action == 'rename':
+            container[generator.choice((key[::-1], key + 's', '', key.upper()))] = container.pop(key)
+        else:
+            container[generator.choice(('type', 'name', 'new', 'network_x', 'x_opt', 'pretrain_network_x'))] = wrong
+    return opt
+
+
+@pytest.mark.parametrize('seed', range(15))
+def test_broken_options_raise_option_errors_only(registered, tmp_path, seed):
+    generator = random.Random(seed)
+    own = options.load(SHIPPED[0]) if SHIPPED else TINY
+    for number in range(20):
+        opt = broken(own if number % 2 else TINY, generator)
+        is_train = bool(generator.randint(0, 1))
+        try:
+            schema.check(opt, 'broken.yml', registered, is_train=is_train)
+        except OptionError as error:
+            assert all(line.startswith('broken.yml: ') for line in str(error).splitlines()), error
+            continue
+        options.prepare(opt, root=tmp_path, is_train=is_train, dataset_types=registered.by_kind['dataset'])
