@@ -220,8 +220,8 @@ def test_registries_are_full():
 
     found = {name: set(getattr(registry, f'{name}_REGISTRY').keys())
              for name in ('ARCH', 'DATASET', 'LOSS', 'METRIC', 'MODEL')}
-    assert found['ARCH'] >= {'SwinIR', 'EDSR', 'RCAN', 'MSRResNet', 'RRDBNet', 'RIDNet', 'ECBSR', 'SRVGGNetCompact_basicsr'}
-    assert found['DATASET'] >= {'PairedImageDataset', 'SingleImageDataset', 'REDSDataset', 'RealESRGANDataset'}
+    assert found['ARCH'] >= {'SwinIR', 'EDSR', 'RCAN', 'MSRResNet', 'RRDBNet', 'RIDNet', 'ECBSR'}
+    assert found['DATASET'] >= {'PairedImageDataset', 'SingleImageDataset', 'REDSDataset', 'FFHQDataset'}
     assert found['LOSS'] >= {'L1Loss', 'MSELoss', 'CharbonnierLoss', 'WeightedTVLoss', 'PerceptualLoss', 'GANLoss'}
     assert found['METRIC'] >= {'calculate_psnr', 'calculate_ssim', 'calculate_niqe'}
     assert found['MODEL'] >= {'SRModel', 'SRGANModel', 'VideoBaseModel', 'SwinIRModel'}
