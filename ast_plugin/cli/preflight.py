@@ -58,8 +58,9 @@ def _logger_untouched() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(where: str, what: str, kind: type[PluginError] = OptionError) -> Iterator[None]:
-    """Whatever a constructor raises about the options it got becomes a message that says which they are."""
+def _explained(where: str, what: str, failure: str = 'cannot be made of these options',
+               kind: type[PluginError] = OptionError) -> Iterator[None]:
+    """Whatever somebody's code raises about the options it got becomes a message that says which they are."""
     try:
         yield
     except PluginError as error:
@@ -71,7 +72,7 @@ def _explained(where: str, what: str, kind: type[PluginError] = OptionError) -> 
         raise kind(f'{where}: {what}: {error.strerror or error}: {error.filename or ""}'.rstrip(': ')) from error
     except Exception as error:
         reason = next(iter(str(error).splitlines()), '')
-        raise kind(f'{where}: {what} cannot be made of these options: {type(error).__name__}: {reason}') from error
+        raise kind(f'{where}: {what} {failure}: {type(error).__name__}: {reason}') from error
 
 
 def _check_disk(opt: Mapping[str, Any]) -> None:
@@ -124,9 +125,12 @@ def _check_training(train: Mapping[str, Any], registered: Registered, source: st
 
 
 def _call(where: str, target: Callable, options: Mapping[str, Any], **given: Any) -> Any:
-    arguments = copy.deepcopy({key: value for key, value in options.items() if key != 'type'})
     with _explained(where, options['type']):
-        return target(**given, **arguments)
+        return target(**given, **_arguments(options))
+
+
+def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy({key: value for key, value in options.items() if key != 'type'})
 
 
 def _takes(target: Callable, name: str) -> bool:
@@ -144,13 +148,14 @@ def _check_metrics(val: Mapping[str, Any], registered: Registered, source: str) 
         target = registered.get('metric', options['type'])
         # Others' metrics may want other data of their own models.
         if target.__module__.split('.')[0] in ('basicsr', 'ast_plugin'):
-            _call(f'{source}: val.metrics.{key}', target, options, img=image, img2=image)
+            with _explained(f'{source}: val.metrics.{key}', options['type'], 'cannot measure with these options'):
+                target(img=image, img2=image, **_arguments(options))
 
 
 def _check_dataset(where: str, options: Mapping[str, Any], registered: Registered) -> None:
     """Find the data, and read the first sample."""
     dataset_type = registered.get('dataset', options['type'])
-    with _explained(where, options['type'], DataError):
+    with _explained(where, options['type'], 'cannot read its data', DataError):
         dataset = dataset_type(copy.deepcopy(options))
         num_samples = len(dataset)
         if num_samples:
@@ -186,13 +191,12 @@ def _build_network(network_type: Callable[..., nn.Module], options: Mapping[str,
     """Build a network without memory for its weights, where its constructor can do that."""
     import torch
 
-    arguments = {key: value for key, value in options.items() if key != 'type'}
     try:
         with torch.device('meta'):
-            return network_type(**copy.deepcopy(arguments))
+            return network_type(**_arguments(options))
     except (NotImplementedError, RuntimeError):
         # Some constructors compute with tensors; on the second try a fault of the options shows as what it is.
-        return network_type(**copy.deepcopy(arguments))
+        return network_type(**_arguments(options))
 
 
 def _check_fit(network: nn.Module, checkpoint: Checkpoint, name: str) -> None:

@@ -1,0 +1,222 @@
+"""Bad input: exit status 2, a clear message on stderr, no traceback, nothing written, nothing renamed, nothing run."""
+import os
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ast_plugin.cli.main import main
+from tests import tiny_run
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with the tiny run, and the results of an older run of that name."""
+    tiny_run.write(tmp_path)
+    (tmp_path / 'experiments' / 'tiny').mkdir(parents=True)
+    (tmp_path / 'experiments' / 'tiny' / 'old.log').write_text('old')
+    monkeypatch.chdir(tmp_path)
+    from basicsr.utils import logger
+
+    monkeypatch.setattr(logger, 'initialized_logger', {})
+    return tmp_path
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*'))
+
+
+def complaint(folder, capfd, *arguments):
+    """What the command says on stderr when it refuses to run, having left everything as it was."""
+    from basicsr.utils.logger import initialized_logger
+
+    before = tree(folder)
+    capfd.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith('basicsr: error: ')
+    assert 'Traceback' not in captured.err + captured.out
+    assert tree(folder) == before
+    assert 'basicsr' not in initialized_logger
+    return captured.err.removeprefix('basicsr: error: ')
+
+
+def train(folder, capfd, *overrides):
+    return complaint(folder, capfd, 'train', '-opt', 'tiny.yml', *(['--force_yml', *overrides] if overrides else ()))
+
+
+@pytest.mark.parametrize('content', [
+    '', '- a\n- b\n', 'name: x\n\tscale: 1\n', 'a: [1, 2', b'\x89PNG\r\n\x1a\n\x00', b'name: \xff\n',
+    'a: !!python/object/apply:os.system ["touch ran"]\n', 'name: "{{ __import__(\'os\').system(\'touch ran\') }}"\n',
+    'name: x\nname: y\n', '_base_: tiny.yml\n', 'custom_imports: {imports: [antigravity]}\n',
+    'a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n'
+    'c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n'
+    'e: [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d]\n',
+])
+@pytest.mark.parametrize('command', ['train', 'test'])
+def test_files_that_are_no_option_files(folder, capfd, command, content):
+    (folder / 'bad.yml').write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = complaint(folder, capfd, command, '-opt', 'bad.yml')
+    assert message.startswith('bad.yml')
+
+
+@pytest.mark.parametrize(('name', 'expected'), [
+    ('nothing.yml', 'nothing.yml: no such option file'),
+    ('AST_quickstar', 'did you mean AST_quickstart?'),
+    ('data', 'expected an option file, this is a folder'),
+])
+def test_files_that_are_not_there(folder, capfd, name, expected):
+    assert expected in complaint(folder, capfd, 'train', '-opt', name)
+
+
+def test_five_faults_give_five_lines(folder, capfd):
+    message = train(folder, capfd, 'train:total_iter=many', 'network_g:num_feet=3', 'datasets:val:typ=x',
+                    'model_type=SRModell', 'val:metrics:psnr:crop=1')
+    lines = message.splitlines()
+    assert len(lines) == 5
+    assert all(line.startswith('tiny.yml: ') for line in lines)
+
+
+@pytest.mark.parametrize(('overrides', 'expected'), [
+    (['datasets:train:gt_sise=3'], 'tiny.yml: datasets.train.gt_sise: unknown key, did you mean gt_size?'),
+    (['train:total_iter=x'], 'tiny.yml: train.total_iter: expected a whole number'),
+    (['network_g:type=AST_TT'], 'did you mean AST_T? (is its plugin installed?'),
+    (['trian:total_iter=3'], 'no section trian, did you mean train?'),
+    (['name=__import__("os").system("touch ran") or "/"'], 'a name that can name a folder'),
+    (['name=!!python/object/apply:os.system [touch ran]'], 'is refused'),
+    (['datasets:train:dataroot_gt=nowhere'], 'datasets.train: PairedImageDataset: No such file or directory: nowhere'),
+    (['datasets:train:dataroot_gt=data'], 'datasets.train: PairedImageDataset cannot read its data'),
+    (['datasets:val:dataroot_gt=~nobody/x'], 'datasets.val: PairedImageDataset: No such file or directory'),
+    (['datasets:train:gt_size=big'], 'datasets.train: PairedImageDataset cannot read its data'),
+    (['datasets:train:gt_size=4000'], 'datasets.train: PairedImageDataset cannot read its data'),
+    (['network_g:act_type=unheard'], 'network_g: SRVGGNetCompact cannot be made'),
+    (['network_g={type: AST, depths: [1, 2]}'], 'tiny.yml: network_g: depths must be'),
+    (['train:pixel_opt:reduction=most'], 'train.pixel_opt: L1Loss cannot be made of these options: ValueError'),
+    (['train:optim_g:betas=[2, 3]'], 'train.optim_g: AdamW cannot be made of these options: ValueError'),
+    (['train:scheduler={type: CosineAnnealingRestartLR, periods: [1, 2], restart_weights: [1]}'],
+     'train.scheduler: CosineAnnealingRestartLR cannot be made'),
+    (['val:metrics:psnr:crop_border=wide'], 'val.metrics.psnr: calculate_psnr cannot measure with these options'),
+    (['path:pretrain_network_g=nothing.pth'], 'nothing.pth does not exist'),
+    (['path:resume_state=nothing.state'], 'path.resume_state: no such file: nothing.state'),
+])
+def test_training_is_refused(folder, capfd, overrides, expected):
+    message = train(folder, capfd, *overrides)
+    assert expected in message
+    assert len(message.splitlines()) == 1
+
+
+def test_missing_key_of_a_dataset(folder, capfd):
+    text = tiny_run.OPTIONS.replace('    use_rot: true\n', '')
+    (folder / 'tiny.yml').write_text(text)
+    assert "datasets.train: PairedImageDataset needs the key 'use_rot', which is not there" in train(folder, capfd)
+
+
+def test_empty_data(folder, capfd):
+    for file in (folder / 'data').rglob('*.png'):
+        file.unlink()
+    assert 'datasets.train: PairedImageDataset finds no data' in train(folder, capfd)
+
+
+def test_corrupt_picture(folder, capfd):
+    for file in (folder / 'data' / 'gt').iterdir():
+        file.write_bytes(b'not a picture')
+    assert 'datasets.train: PairedImageDataset cannot read its data' in train(folder, capfd)
+
+
+def test_state_without_its_weights(folder, capfd):
+    state = folder / 'experiments' / 'tiny' / 'training_states' / '4.state'
+    state.parent.mkdir()
+    torch.save({'iter': 4}, state)
+    message = complaint(folder, capfd, 'train', '-opt', 'tiny.yml', '--auto_resume')
+    assert f'{state} needs {folder}/experiments/tiny/models/net_g_4.pth' in message
+
+
+def test_root_that_cannot_be_made(folder, capfd):
+    (folder / 'file').write_text('x')
+    message = complaint(folder, capfd, 'train', '-opt', 'tiny.yml', '--root', 'file')
+    assert 'cannot be made: Not a directory' in message
+
+
+@pytest.mark.parametrize(('launcher', 'expected'), [('pytorch', 'torchrun'), ('slurm', 'srun')])
+def test_launcher_that_did_not_launch(folder, capfd, monkeypatch, launcher, expected):
+    for name in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID'):
+        monkeypatch.delenv(name, raising=False)
+    message = complaint(folder, capfd, 'train', '-opt', 'tiny.yml', '--launcher', launcher)
+    assert f'start the processes by `{expected}' in message
+
+
+# ---- weights
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
+
+
+def good(num_feat=8):
+    from basicsr.archs import ARCH_REGISTRY
+
+    return {'params': ARCH_REGISTRY.get('SRVGGNetCompact')(num_feat=num_feat, num_conv=1, upscale=1).state_dict()}
+
+
+def write_whole(path):
+    torch.save(good(), path)
+
+
+def write_cut(path):
+    write_whole(path)
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def write_other_network(path):
+    torch.save(good(num_feat=12), path)
+
+
+def write_stranger(path):
+    torch.save({'params': {'some.weight': torch.zeros(3)}}, path)
+
+
+def write_code(path):
+    torch.save({**good(), 'extra': Malicious()}, path)
+
+
+def write_bare_code(path):
+    path.write_bytes(pickle.dumps(Malicious()))
+
+
+def write_picture(path):
+    path.write_bytes(cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8))[1].tobytes())
+
+
+def write_yaml(path):
+    path.write_text(yaml.safe_dump({'params': 1}))
+
+
+def write_list(path):
+    torch.save([torch.zeros(3)], path)
+
+
+WRITERS = {
+    write_cut: 'cut', write_other_network: 'weights of another network', write_stranger: 'weights of another network',
+    write_code: 'can run code', write_bare_code: 'can run code', write_picture: 'weights file',
+    write_yaml: 'weights file', write_list: 'expected a dictionary of weights',
+}
+
+
+@pytest.mark.parametrize(('write', 'expected'), WRITERS.items(), ids=[write.__name__ for write in WRITERS])
+def test_weights(folder, capfd, write, expected):
+    write(folder / 'w.pth')
+    for message in (train(folder, capfd, 'path:pretrain_network_g=w.pth'),
+                    complaint(folder, capfd, 'test', '-opt', 'tiny.yml', '--weights', 'w.pth')):
+        assert message.startswith('w.pth')
+        assert expected in message
+        assert len(message.splitlines()) == 1
+
+
+def test_nothing_trained_yet(folder, capfd):
+    message = complaint(folder, capfd, 'test', '-opt', 'tiny.yml')
+    assert 'no weights to test' in message
+    assert 'basicsr train -opt tiny.yml' in message

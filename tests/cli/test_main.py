@@ -1,0 +1,239 @@
+"""The command itself: help, subcommands, listings, plugins, and a run from training to resuming and testing."""
+import argparse
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from ast_plugin import options, plugins
+from ast_plugin.cli import main as command
+from ast_plugin.errors import OptionError
+from tests import tiny_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def basicsr(*arguments, cwd, **environment):
+    """Run the command as a process of its own."""
+    return subprocess.run([sys.executable, '-m', 'ast_plugin', *map(str, arguments)], cwd=cwd, capture_output=True,
+                          text=True, timeout=300,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **environment})
+
+
+def test_help_is_quick(tmp_path):
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = basicsr('--help', cwd=tmp_path)
+        times.append(time.perf_counter() - start)
+    assert result.returncode == 0
+    assert all(f'  {name} ' in result.stdout for name in command.COMMANDS)
+    assert min(times) < 1
+
+
+@pytest.mark.parametrize('name', command.COMMANDS)
+def test_help_of_every_command_has_an_example(capsys, name):
+    with pytest.raises(SystemExit) as caught:
+        command.main([name, '--help'])
+    assert caught.value.code == 0
+    assert f'basicsr {name}' in capsys.readouterr().out.split('\n\n', 1)[1]
+
+
+@pytest.mark.parametrize(('arguments', 'complaint'), [
+    (['tran'], 'no command tran, did you mean train?'),
+    (['xyz'], 'no command xyz (there are train'),
+    (['--flag'], 'unrecognized arguments: --flag'),
+    (['train'], 'the following arguments are required: -opt'),
+    (['train', '-opt', 'x', '--auto'], 'unrecognized arguments: --auto'),
+    (['train', '-opt', 'x', '--launcher', 'mpi'], 'invalid choice'),
+    (['test', '-opt'], 'expected one argument'),
+])
+def test_wrong_usage(capsys, arguments, complaint):
+    with pytest.raises(SystemExit) as caught:
+        command.main(arguments)
+    assert caught.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_without_arguments_it_helps(capsys):
+    assert command.main([]) == 2
+    assert 'commands:' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('raised', 'status', 'message'), [
+    (OptionError('wrong'), 2, 'basicsr: error: wrong\n'),
+    (KeyboardInterrupt(), 130, 'basicsr: interrupted\n'),
+])
+def test_errors_become_lines(monkeypatch, capsys, raised, status, message):
+    def run(args: argparse.Namespace) -> int:
+        raise raised
+
+    monkeypatch.setattr('ast_plugin.cli.options.run', run)
+    assert command.main(['options']) == status
+    assert capsys.readouterr().err == message
+
+
+def test_bugs_are_not_hidden(monkeypatch):
+    def run(args: argparse.Namespace) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr('ast_plugin.cli.options.run', run)
+    with pytest.raises(ZeroDivisionError):
+        command.main(['options'])
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    # More than a pipe holds, so that writing meets the closed end.
+    for number in range(2000):
+        (tmp_path / f'{"long" * 20}{number}.yml').write_text('# what it is\n')
+    code = ('import sys; from pathlib import Path\n'
+            'from ast_plugin import options; from ast_plugin.cli.main import main\n'
+            'options._SHIPPED_FOLDERS = (Path("."),); sys.exit(main(["options"]))')
+    process = subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert process.stderr.read() == ''
+    process.stderr.close()
+
+
+# ---- options
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    folder = tmp_path / 'shipped'
+    (folder / '_base_').mkdir(parents=True)
+    (folder / 'AST_a.yml').write_text('# The first one.\nname: a\n')
+    (folder / 'AST_longer.yml').write_text('name: b\n')
+    (folder / '_base_' / 'part.yml').write_text('c: d\n')
+    monkeypatch.setattr(options, '_SHIPPED_FOLDERS', (folder,))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_options_are_listed(shipped, capsys):
+    assert command.main(['options']) == 0
+    assert capsys.readouterr().out == 'AST_a       The first one.\nAST_longer\n'
+
+
+def test_options_are_copied_and_edited_ones_kept(shipped, capsys):
+    copy = Path('new/folder')
+    assert command.main(['options', str(copy)]) == 0
+    assert (copy / '_base_' / 'part.yml').read_text() == 'c: d\n'
+    assert command.main(['options', str(copy)]) == 0
+    assert '0 option files copied' in capsys.readouterr().out
+
+    (copy / 'AST_a.yml').write_text('mine')
+    (copy / 'AST_longer.yml').unlink()
+    assert command.main(['options', str(copy)]) == 2
+    assert 'AST_a.yml: there already and different' in capsys.readouterr().err
+    assert (copy / 'AST_a.yml').read_text() == 'mine'
+    assert not (copy / 'AST_longer.yml').exists()
+
+    assert command.main(['options', str(copy), '--force']) == 0
+    assert (copy / 'AST_a.yml').read_text() == '# The first one.\nname: a\n'
+
+
+def test_options_are_not_copied_into_a_file(shipped, capsys):
+    Path('file').write_text('x')
+    assert command.main(['options', 'file']) == 2
+    assert 'expected a folder' in capsys.readouterr().err
+
+
+# ---- list and plugins
+
+
+def test_list(capsys):
+    assert command.main(['list', 'arch', 'losses']) == 0
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert ['AST_T', 'ast_plugin.archs.ast_arch'] in [line[:2] for line in lines]
+    assert ['L1Loss', 'basicsr.losses.basic_loss', 'basicsr', '1.4.2'] in lines
+    assert 'SRModel' not in out
+    names = [line for line in out.splitlines() if line.startswith('  ')]
+    assert len({line.index(line.split()[1]) for line in names if '_arch ' in line}) == 1
+
+
+def test_list_of_an_unknown_registry(capsys):
+    assert command.main(['list', 'ach']) == 2
+    assert 'no registry ach, did you mean arch?' in capsys.readouterr().err
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """Plugins that are installed, by name and object reference; modules may be written into the given folder."""
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins.load_plugins.cache_clear()
+
+    def install(**references):
+        points = [EntryPoint(name, reference, plugins.GROUP) for name, reference in references.items()]
+        monkeypatch.setattr(plugins, 'entry_points', lambda group: points if group == plugins.GROUP else [])
+        return tmp_path
+
+    yield install
+    plugins.load_plugins.cache_clear()
+
+
+def test_plugins_are_modules_or_functions(installed, capsys):
+    folder = installed(one='plugin_of_one', two='plugin_of_two:register')
+    (folder / 'plugin_of_one.py').write_text('print("one imported")')
+    (folder / 'plugin_of_two.py').write_text('def register():\n    print("two called")')
+    assert plugins.load_plugins() == ()
+    assert plugins.load_plugins() == ()
+    assert capsys.readouterr().out == 'one imported\ntwo called\n'
+
+
+def test_broken_plugin_is_a_warning(installed, capsys):
+    folder = installed(absent='no_such_module', broken='plugin_that_breaks', fine='plugin_that_works')
+    (folder / 'plugin_that_breaks.py').write_text('raise RuntimeError("first line\\nsecond")')
+    (folder / 'plugin_that_works.py').write_text('print("works")')
+    failures = plugins.load_plugins()
+    assert [failure.split(' failed')[0] for failure in failures] == ['plugin absent', 'plugin broken']
+    captured = capsys.readouterr()
+    assert captured.out == 'works\n'
+    assert captured.err.splitlines() == [f'basicsr: warning: {failure}' for failure in failures]
+    assert failures[1].endswith('RuntimeError: first line')
+
+
+# ---- a whole run
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder in which the tiny run was trained for four iterations, with outputs under out/."""
+    folder = tmp_path_factory.mktemp('run')
+    file = tiny_run.write(folder)
+    result = basicsr('train', '-opt', file.name, '--root', 'out', cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_training_writes_under_the_root(trained):
+    experiment = trained / 'out' / 'experiments' / 'tiny'
+    weights = sorted(path.name for path in (experiment / 'models').iterdir())
+    assert weights == ['net_g_2.pth', 'net_g_4.pth', 'net_g_latest.pth']
+    assert tiny_run.OPTIONS in (experiment / 'tiny.yml').read_text()
+    assert 'psnr' in next(experiment.glob('train_tiny_*.log')).read_text()
+    assert sorted(path.name for path in trained.iterdir()) == ['data', 'out', 'tiny.yml']
+
+
+def test_resuming_and_testing(trained):
+    experiment = trained / 'out' / 'experiments' / 'tiny'
+    # The file that BasicSR copied into the experiment is as good as the first one.
+    result = basicsr('train', '-opt', experiment / 'tiny.yml', '--root', 'out', '--auto_resume', '--local-rank', 0,
+                     '--force_yml', 'train:total_iter=6', 'logger:use_tb_logger=true', cwd=trained)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert 'Resuming training from epoch: 1, iter: 4' in result.stderr
+    assert (experiment / 'models' / 'net_g_6.pth').is_file()
+
+    result = basicsr('test', '-opt', 'tiny.yml', '--root', 'out', '--force_yml', 'val:save_img=true', cwd=trained)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f'Testing the weights {experiment}/models/net_g_latest.pth' in result.stdout
+    assert len(list((trained / 'out' / 'results' / 'tiny' / 'visualization' / 'val').iterdir())) == 4
+    assert [path.name for path in (trained / 'out' / 'experiments').iterdir()] == ['tiny']
