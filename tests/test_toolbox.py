@@ -116,7 +116,7 @@ def test_resume_reads_optimizers_and_schedulers(tmp_path):
              'schedulers': [MultiStepRestartLR(optimizer, [5, 9]).state_dict()]}
     torch.save(state, tmp_path / '3.state')
     got = load_resume_state(resume_options(tmp_path))
-    assert torch.equal(got['optimizers'][0]['state'][0]['exp_avg'], state['optimizers'][0]['state'][0]['exp_avg'])
+    assert torch.equal(got['optimizers'][0]['state'][0]['exp_avg'].cpu(), state['optimizers'][0]['state'][0]['exp_avg'])
     assert got['schedulers'] == state['schedulers']
 
 
@@ -176,13 +176,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason='BasicSR is left as it is where there is CUDA')
-
-
-@without_cuda
 def test_two_processes_train_together_on_cpus():
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2',
-                   'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port()}
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
+                   'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port()}
     processes = [subprocess.Popen([sys.executable, '-c', WORKER], env={**environment, 'RANK': rank},
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in '01']
     try:
@@ -194,11 +190,11 @@ def test_two_processes_train_together_on_cpus():
     assert results[1][0].splitlines()[-1].strip() == '2 1.5', results
 
 
-@without_cuda
 def test_slurm_starts_on_cpus(monkeypatch):
     from basicsr.utils.dist_util import init_dist
 
     calls = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda **options: calls.append(options))
     monkeypatch.setattr(toolbox.subprocess, 'check_output', lambda command, **_: f'first-of-{command[-1]}\nother\n')
     monkeypatch.setattr(os, 'environ', {'SLURM_PROCID': '3', 'SLURM_NTASKS': '4', 'SLURM_NODELIST': 'n[1-2]',
@@ -210,6 +206,32 @@ def test_slurm_starts_on_cpus(monkeypatch):
                     'MASTER_PORT': '1234'}
     init_dist('slurm', port=29501)
     assert os.environ['MASTER_PORT'] == '29501'
+
+
+def test_distributed_start_on_cuda_is_basicsrs_own(monkeypatch):
+    from basicsr.utils import dist_util
+
+    devices = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.cuda, 'set_device', devices.append)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda **options: devices.append(options))
+    monkeypatch.setenv('RANK', '6')
+    dist_util.init_dist('pytorch')
+    assert devices == [2, {'backend': 'nccl'}]
+
+
+def test_networks_on_cuda_are_wrapped_by_basicsr(monkeypatch):
+    from basicsr.models.base_model import BaseModel
+
+    wrapped = []
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
+    monkeypatch.setattr('basicsr.models.base_model.DistributedDataParallel',
+                        lambda net, **options: wrapped.append(options))
+    model = BaseModel({'num_gpu': 1, 'is_train': True, 'dist': True})
+    monkeypatch.setattr(torch.nn.Module, 'to', lambda net, device: net)
+    model.model_to_device(torch.nn.Linear(1, 1))
+    assert wrapped == [{'device_ids': [3], 'find_unused_parameters': False}]
 
 
 # The like of BasicSR's own tests that need no GPU

@@ -97,7 +97,8 @@ def make_venv() -> None:
     if version is None or version < OLDEST_PYTHON:
         raise BootstrapError(f'{VENV.name} holds no Python >= {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]}; '
                              'remove the folder and run this again')
-    if in_venv('import pip').returncode and in_venv('import ensurepip; ensurepip.bootstrap()').returncode:
+    has_pip = in_venv('import pip._internal.cli.main').returncode == 0
+    if not has_pip and in_venv('import ensurepip; ensurepip.bootstrap(default_pip=True)').returncode:
         raise BootstrapError(f'{VENV.name} has no pip, and Python cannot install it; '
                              'remove the folder and run this again')
 
