@@ -49,11 +49,16 @@ class Session:
     registered: Registered
     is_train: bool
 
+    @property
+    def root(self) -> Path:
+        """The folder under which outputs go."""
+        return Path(os.path.expanduser(self.args.root)).resolve()
+
     def prepare(self, **process: Any) -> dict[str, Any]:
         """The options as BasicSR's pipelines expect them; see `ast_plugin.options.prepare`."""
         from ast_plugin import options
 
-        return options.prepare(self.opt, root=self.args.root, is_train=self.is_train, debug=self.args.debug,
+        return options.prepare(self.opt, root=self.root, is_train=self.is_train, debug=self.args.debug,
                                dataset_types=self.registered.by_kind['dataset'], **process)
 
 

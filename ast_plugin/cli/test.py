@@ -10,6 +10,7 @@ Tables and pictures go to results/NAME; an older folder of that name is renamed,
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin.cli import preflight
 
     opt = run.prepare()
-    weights = _weights(opt, args)
+    weights = _weights(opt, run)
     paths = {'pretrain_network_g': str(weights)}
     opt['path'].update(paths)
     states = preflight.check(opt, run.registered, str(run.file))
@@ -46,17 +47,17 @@ def run(args: argparse.Namespace) -> int:
     with session.started(run) as opt:
         opt['path'].update(paths)
         with session.handed_over(basicsr.test, opt, run.file):
-            basicsr.test.test_pipeline(str(Path(args.root).expanduser().resolve()))
+            basicsr.test.test_pipeline(str(run.root))
     return 0
 
 
-def _weights(opt: dict[str, Any], args: argparse.Namespace) -> Path:
-    named = args.weights or opt['path'].get('pretrain_network_g')
+def _weights(opt: dict[str, Any], run: session.Session) -> Path:
+    named = run.args.weights or opt['path'].get('pretrain_network_g')
     if named:
-        return Path(named).expanduser()
-    folder = Path(args.root).expanduser().resolve() / 'experiments' / opt['name'] / 'models'
+        return Path(os.path.expanduser(named))
+    folder = run.root / 'experiments' / opt['name'] / 'models'
     for name in _TRAINED:
         if (folder / name).is_file():
             return folder / name
     raise OptionError(f'no weights to test: {folder} holds neither {" nor ".join(_TRAINED)}; '
-                      f'train first (`basicsr train -opt {args.opt}`) or name a file with --weights')
+                      f'train first (`basicsr train -opt {run.args.opt}`) or name a file with --weights')

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         if args.auto_resume:
             _resume_newest(opt)
         with session.handed_over(basicsr.train, opt, run.file):
-            basicsr.train.train_pipeline(str(Path(args.root).expanduser().resolve()))
+            basicsr.train.train_pipeline(str(run.root))
     return 0
 
 
