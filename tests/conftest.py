@@ -5,7 +5,12 @@ import socket
 
 import numpy as np
 import pytest
-import torch
+
+# Tensors here are so small that a second thread gains a tenth on an idle machine, and on a busy one its barriers cost
+# many times the work. Set before torch is imported, and inherited by the processes that tests start.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import torch  # noqa: E402
 
 SEED = 20240617
 TOLERANCES = {  # of ‖got − want‖ / ‖want‖, by the dtype that was computed in
@@ -18,11 +23,6 @@ TOLERANCES = {  # of ‖got − want‖ / ‖want‖, by the dtype that was comp
 
 def pytest_addoption(parser):
     parser.addoption('--device', default='cpu', help='where the tests of tensors run: cpu (default), cuda, cuda:1 …')
-
-
-def pytest_configure(config):
-    if 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(2)
 
 
 @pytest.fixture(scope='session')
