@@ -10,7 +10,7 @@ import pytest
 # many times the work. Set before torch is imported, and inherited by the processes that tests start.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import torch  # noqa: E402
+import torch
 
 SEED = 20240617
 TOLERANCES = {  # of ‖got − want‖ / ‖want‖, by the dtype that was computed in
