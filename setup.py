@@ -1,4 +1,5 @@
 """Packaging. Exact versions that are known to work together are in constraints.txt; here are the ranges."""
+
 import re
 import shutil
 from pathlib import Path

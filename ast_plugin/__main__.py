@@ -1,4 +1,5 @@
 """`python -m ast_plugin`, the same as the console script `basicsr`."""
+
 import sys
 
 from ast_plugin.cli.main import main

@@ -181,8 +181,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_state(content: Any) -> bool:
-    return isinstance(content, Mapping) and bool(content) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    return (
+        isinstance(content, Mapping)
+        and bool(content)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
     )
 
 

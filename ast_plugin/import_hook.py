@@ -6,6 +6,7 @@ found is left as it is, only its execution gets a follow-up. So it does not matt
 (`importlib.util.find_spec`, `importlib.metadata`) stays without effect. The import system's own locks make threads wait
 until BasicSR is imported, repaired and registered into.
 """
+
 import importlib
 import sys
 from importlib.abc import Loader, MetaPathFinder

@@ -60,8 +60,10 @@ def find(name_or_path: str | Path) -> Path:
         return shipped[name]
     if path.is_dir():
         raise OptionError(f'{name_or_path}: expected an option file, this is a folder')
-    raise OptionError(f'{name_or_path}: no such option file{did_you_mean(path.stem, shipped)} '
-                      '(`basicsr options` lists the shipped ones)')
+    raise OptionError(
+        f'{name_or_path}: no such option file{did_you_mean(path.stem, shipped)} '
+        '(`basicsr options` lists the shipped ones)'
+    )
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -129,9 +131,17 @@ def _refuse_templates(value: Any, source: str, where: tuple[str, ...]) -> None:
         raise OptionError(f'{source}: {".".join(where)}: templates are not filled in, write the value itself')
 
 
-def prepare(opt: Mapping[str, Any], *, root: str | Path = '.', is_train: bool = True, debug: bool = False,
-            rank: int = 0, world_size: int = 1, dist: bool = False,
-            dataset_types: Mapping[str, object] | None = None) -> dict[str, Any]:
+def prepare(
+    opt: Mapping[str, Any],
+    *,
+    root: str | Path = '.',
+    is_train: bool = True,
+    debug: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    dist: bool = False,
+    dataset_types: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
     """Complete options as BasicSR's `parse_options` does after it has read a file. The argument stays as it is.
 
     Args:
@@ -201,9 +211,13 @@ def _paths(opt: dict[str, Any], root: Path, is_train: bool) -> dict[str, Any]:
             paths[key] = os.path.expanduser(value)
     if is_train:
         experiment = root / 'experiments' / opt['name']
-        folders = {'experiments_root': experiment, 'models': experiment / 'models',
-                   'training_states': experiment / 'training_states', 'log': experiment,
-                   'visualization': experiment / 'visualization'}
+        folders = {
+            'experiments_root': experiment,
+            'models': experiment / 'models',
+            'training_states': experiment / 'training_states',
+            'log': experiment,
+            'visualization': experiment / 'visualization',
+        }
     else:
         results = root / 'results' / opt['name']
         folders = {'results_root': results, 'log': results, 'visualization': results / 'visualization'}

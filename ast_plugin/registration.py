@@ -1,4 +1,5 @@
 """What this plugin registers, and where: an explicit list, no scan of folders and no decorators."""
+
 import importlib
 import sys
 from types import ModuleType
@@ -12,9 +13,7 @@ REGISTERED: dict[str, tuple[str, ...]] = {
         'ast_plugin.archs.ast_arch:AST_T',
         'ast_plugin.archs.ast_arch:AST_B',
     ),
-    'MODEL_REGISTRY': (
-        'ast_plugin.models.restoration_model:RestorationModel',
-    ),
+    'MODEL_REGISTRY': ('ast_plugin.models.restoration_model:RestorationModel',),
     'DATASET_REGISTRY': (
         'ast_plugin.data.pairs_dataset:PairsDataset',
         'ast_plugin.data.synthetic_dataset:SyntheticPairsDataset',
@@ -29,8 +28,9 @@ REGISTERED: dict[str, tuple[str, ...]] = {
 }
 """By registry of `basicsr.utils.registry`, `module:name` of each object; it is registered under that name."""
 
-MODULES: tuple[str, ...] = tuple(dict.fromkeys(
-    entry.partition(':')[0] for entries in REGISTERED.values() for entry in entries))
+MODULES: tuple[str, ...] = tuple(
+    dict.fromkeys(entry.partition(':')[0] for entries in REGISTERED.values() for entry in entries)
+)
 """The modules of the list, each once."""
 
 _started = False
@@ -86,5 +86,6 @@ def add(registry, name: str, item) -> None:
     if present is not None and (present.__module__, present.__qualname__) != (item.__module__, item.__qualname__):
         raise RegistrationError(
             f'{item.__module__} registers {name} in the {registry._name} registry, where {present.__module__} has '
-            f'registered that name already; rename one of the two, or uninstall one of the plugins')
+            f'registered that name already; rename one of the two, or uninstall one of the plugins'
+        )
     registry._obj_map[name] = item

@@ -24,7 +24,8 @@ _TAG = 'tag:yaml.org,2002:'
 _MERGE_TAG = f'{_TAG}merge'
 _INT = re.compile(r'^[-+]?(?:[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+)$')
 _FLOAT = re.compile(
-    r'^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$')
+    r'^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$'
+)
 _BOOL = re.compile(r'^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$')
 _NULL = re.compile(r'^(?:~|null|Null|NULL|)$')
 _TRUE = {'yes', 'true', 'on'}

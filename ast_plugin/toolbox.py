@@ -5,6 +5,7 @@ fault is there, and answers whether it mended anything; a BasicSR that has no su
 mended already, is left alone. What BasicSR does on CUDA stays as it is. The import hook calls `repair_before_import`
 and `repair_after_import` around the import of `basicsr`, so nobody else need.
 """
+
 import functools
 import importlib
 import importlib.util
@@ -87,8 +88,10 @@ def explain_unknown_names() -> bool:
         for candidate in (name, f'{name}_{suffix}'):
             if candidate in self:
                 return self._obj_map[candidate]
-        raise UnknownNameError(f'no {self._name} named {name!r} is registered (is its plugin installed? `basicsr list` '
-                               f'prints every name){did_you_mean(str(name), self.keys())}')
+        raise UnknownNameError(
+            f'no {self._name} named {name!r} is registered (is its plugin installed? `basicsr list` '
+            f'prints every name){did_you_mean(str(name), self.keys())}'
+        )
 
     Registry.get = get
     return True
@@ -137,8 +140,10 @@ def load_resume_state(opt: dict) -> dict | None:
         iteration = state['iter']
     except Exception as error:  # torch raises half a dozen kinds for files that are not what they should be
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f'{path} is no training state that can be resumed from: {reason}; name another .state '
-                              'file in path.resume_state, or remove this one to resume from the one before') from error
+        raise CheckpointError(
+            f'{path} is no training state that can be resumed from: {reason}; name another .state '
+            'file in path.resume_state, or remove this one to resume from the one before'
+        ) from error
     check_resume(opt, iteration)
     return state
 
@@ -187,7 +192,8 @@ def _start_by_slurm(backend: str, port: int | None = None) -> None:
         environ['MASTER_PORT'] = str(port)
     environ.setdefault('MASTER_PORT', '29500')
     environ['MASTER_ADDR'] = subprocess.check_output(
-        ['scontrol', 'show', 'hostname', environ['SLURM_NODELIST']], text=True).split()[0]
+        ['scontrol', 'show', 'hostname', environ['SLURM_NODELIST']], text=True
+    ).split()[0]
     environ['WORLD_SIZE'] = environ['SLURM_NTASKS']
     environ['RANK'] = environ['SLURM_PROCID']
     environ['LOCAL_RANK'] = environ.get('SLURM_LOCALID', '0')
@@ -240,13 +246,18 @@ def get_optimizer(self, optim_type: str, params, lr: float, **kwargs):
     """
     import torch
 
-    offered = {name: kind for name, kind in vars(torch.optim).items()
-               if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)}
+    offered = {
+        name: kind
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    }
     for name in ('Optimizer', 'LBFGS'):  # the base class; and one that must call back for the loss
         del offered[name]
     if optim_type not in offered:
-        raise OptionError(f'no optimiser named {optim_type!r} among {", ".join(sorted(offered))}'
-                          f'{did_you_mean(str(optim_type), offered)}')
+        raise OptionError(
+            f'no optimiser named {optim_type!r} among {", ".join(sorted(offered))}'
+            f'{did_you_mean(str(optim_type), offered)}'
+        )
     try:
         return offered[optim_type](params, lr=lr, **kwargs)
     except (TypeError, ValueError) as error:
@@ -321,5 +332,7 @@ def _repair(repairs) -> None:
 
 def report() -> list[tuple[str, str, bool]]:
     """Of each repair its name, what it does, and whether it was needed in this process."""
-    return [(repair.__name__, repair.__doc__.splitlines()[0], _applied.get(repair.__name__, False))
-            for repair in (*BEFORE_IMPORT, *AFTER_IMPORT)]
+    return [
+        (repair.__name__, repair.__doc__.splitlines()[0], _applied.get(repair.__name__, False))
+        for repair in (*BEFORE_IMPORT, *AFTER_IMPORT)
+    ]

@@ -3,6 +3,7 @@
 Prints a JSON object: of each repair whether things worked before and after it, whether it said that it was needed, and
 what it said when called once more.
 """
+
 # ruff: noqa: E402 (BasicSR is imported when the repairs are held back)
 import json
 import os

@@ -1,4 +1,5 @@
 """What every test gets: fixed seeds, no network, the device asked for, and one table of tolerances."""
+
 import os
 import random
 import socket

@@ -159,7 +159,10 @@ def test_a_full_disk_is_an_error(monkeypatch, tmp_path):
         return file
 
     monkeypatch.setattr(checkpoints.tempfile, 'NamedTemporaryFile', on_a_full_disk)
-    for save in (lambda p: save_torch(p, {'a': torch.zeros(9999)}), lambda p: save_weights(p, {'a': torch.zeros(9999)}, {})):
+    for save in (
+        lambda p: save_torch(p, {'a': torch.zeros(9999)}),
+        lambda p: save_weights(p, {'a': torch.zeros(9999)}, {}),
+    ):
         with pytest.raises(CheckpointError, match='cannot be written'):
             save(tmp_path / 'full')
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
 """The guard rails of the tests themselves."""
+
 import socket
 
 import pytest

@@ -2,6 +2,7 @@
 
 Most orders are tried on a small stand-in for BasicSR and a plugin of one module, in processes of their own.
 """
+
 import os
 import shutil
 import subprocess
@@ -56,24 +57,29 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize('order', [
-    'import basicsr',
-    'from basicsr.archs import build_network; assert build_network() == "net"',
-    'import basicsr.utils.registry',
-    'import bold_arch',  # imports BasicSR itself, so it is incomplete when registration comes
-    'import shy_arch; import basicsr',
-    'import shy_arch; assert "basicsr" not in sys.modules; import bold_arch',
-    'import basicsr, importlib; importlib.reload(ast_plugin); ast_plugin.import_hook.install()\n'
-    'log.lines[:] = log.lines[:2]',
-])
+@pytest.mark.parametrize(
+    'order',
+    [
+        'import basicsr',
+        'from basicsr.archs import build_network; assert build_network() == "net"',
+        'import basicsr.utils.registry',
+        'import bold_arch',  # imports BasicSR itself, so it is incomplete when registration comes
+        'import shy_arch; import basicsr',
+        'import shy_arch; assert "basicsr" not in sys.modules; import bold_arch',
+        'import basicsr, importlib; importlib.reload(ast_plugin); ast_plugin.import_hook.install()\n'
+        'log.lines[:] = log.lines[:2]',
+    ],
+)
 def test_orders(run, order):
     result = run(f'{order}\ncheck()')
     assert result.returncode == 0, result.stderr
 
 
 def test_reloaded_modules_take_the_place_of_their_former_selves(run):
-    result = run('import basicsr, bold_arch\nformer = bold_arch.Bold\nimportlib.reload(bold_arch)\n'
-                 'assert bold_arch.Bold is not former\ncheck()\nimportlib.reload(basicsr)\ncheck(times=2)')
+    result = run(
+        'import basicsr, bold_arch\nformer = bold_arch.Bold\nimportlib.reload(bold_arch)\n'
+        'assert bold_arch.Bold is not former\ncheck()\nimportlib.reload(basicsr)\ncheck(times=2)'
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -127,8 +133,10 @@ import basicsr.archs
 
 
 def test_failed_registration_says_so_at_the_import(run):
-    result = run("registration.MODULES += ('other_arch',)\nregistration.REGISTERED['ARCH_REGISTRY'] += ('log:lines',)\n"
-                 'import basicsr')
+    result = run(
+        "registration.MODULES += ('other_arch',)\nregistration.REGISTERED['ARCH_REGISTRY'] += ('log:lines',)\n"
+        'import basicsr'
+    )
     assert "No module named 'other_arch'" in result.stderr
 
 

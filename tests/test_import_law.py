@@ -1,4 +1,5 @@
 """The import law: errors <- ops <- archs <- models, compare <- cli, and who may know BasicSR."""
+
 import ast
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package[:len(package) - node.level + 1] if node.level else []
+            base = package[: len(package) - node.level + 1] if node.level else []
             module = '.'.join([*base, *([node.module] if node.module else [])])
             found.update(f'{module}.{alias.name}' for alias in node.names)
     return found
@@ -86,8 +87,9 @@ def test_ops_know_torch_alone(path):
 
 def loaded(*command: str) -> set[str]:
     """The top-level modules that a command of Python's loads, and a run of it that succeeds."""
-    result = subprocess.run([sys.executable, '-X', 'importtime', *command], cwd=PACKAGE.parent,
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, '-X', 'importtime', *command], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     lines = (line.rpartition('|')[2].strip() for line in result.stderr.splitlines() if line.startswith('import time:'))
     return {name.partition('.')[0] for name in lines}

@@ -1,4 +1,5 @@
 """Option files: safe reading, overrides, completion for BasicSR."""
+
 import copy
 import os
 import textwrap
@@ -15,13 +16,42 @@ def load(tmp_path, text, *overrides):
     return options.load(file, overrides)
 
 
-@pytest.mark.parametrize(('text', 'value'), [
-    ('1e-4', 1e-4), ('1E5', 1e5), ('2.5e-3', 2.5e-3), ('.5', 0.5), ('1.', 1.0), ('-3', -3), ('+3', 3), ('1_000', 1000),
-    ('010', 10), ('0x1F', 31), ('-.inf', float('-inf')), ('!!float 5e3', 5000.0), ('!!str 5', '5'), ("'1e-4'", '1e-4'),
-    ('1:30', '1:30'), ('2024-01-02', '2024-01-02'), ('1e', '1e'), ('v1.2', 'v1.2'), ('1.2.3', '1.2.3'),
-    ('true', True), ('No', False), ('on', True), ('y', 'y'), ('~', None), ('', None), ('null', None), ('none', 'none'),
-    ('[1, 2e0, a]', [1, 2.0, 'a']), ('{a: {b: 1}}', {'a': {'b': 1}}), ('=', '='), ("'<<'", '<<'),
-])
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        ('1e-4', 1e-4),
+        ('1E5', 1e5),
+        ('2.5e-3', 2.5e-3),
+        ('.5', 0.5),
+        ('1.', 1.0),
+        ('-3', -3),
+        ('+3', 3),
+        ('1_000', 1000),
+        ('010', 10),
+        ('0x1F', 31),
+        ('-.inf', float('-inf')),
+        ('!!float 5e3', 5000.0),
+        ('!!str 5', '5'),
+        ("'1e-4'", '1e-4'),
+        ('1:30', '1:30'),
+        ('2024-01-02', '2024-01-02'),
+        ('1e', '1e'),
+        ('v1.2', 'v1.2'),
+        ('1.2.3', '1.2.3'),
+        ('true', True),
+        ('No', False),
+        ('on', True),
+        ('y', 'y'),
+        ('~', None),
+        ('', None),
+        ('null', None),
+        ('none', 'none'),
+        ('[1, 2e0, a]', [1, 2.0, 'a']),
+        ('{a: {b: 1}}', {'a': {'b': 1}}),
+        ('=', '='),
+        ("'<<'", '<<'),
+    ],
+)
 def test_values(tmp_path, text, value):
     read = load(tmp_path, f'key: {text}\n')['key']
     assert read == value
@@ -29,12 +59,15 @@ def test_values(tmp_path, text, value):
 
 
 def test_aliases_become_copies_and_merge_keys_work(tmp_path):
-    opt = load(tmp_path, """\
+    opt = load(
+        tmp_path,
+        """\
         base: &base {type: disk, size: 1}
         same: *base
         more: {<<: *base, size: 2}
         both: {<<: [{size: 3}, *base]}
-        """)
+        """,
+    )
     assert opt['same'] == {'type': 'disk', 'size': 1}
     assert opt['same'] is not opt['base']
     assert opt['more'] == {'type': 'disk', 'size': 2}
@@ -42,46 +75,50 @@ def test_aliases_become_copies_and_merge_keys_work(tmp_path):
 
 
 BOMB = 'a: &a [x, x, x, x, x, x, x, x, x, x]\n' + ''.join(
-    f'{name}: &{name} [{", ".join(["*" + before] * 10)}]\n' for before, name in zip('abcdefg', 'bcdefgh', strict=True))
+    f'{name}: &{name} [{", ".join(["*" + before] * 10)}]\n' for before, name in zip('abcdefg', 'bcdefgh', strict=True)
+)
 
 
-@pytest.mark.parametrize(('text', 'complaint'), [
-    ('', 'got nothing'),
-    ('# only a comment\n', 'got nothing'),
-    ('{}', 'got nothing'),
-    ('- a\n- b\n', 'got a list'),
-    ('just text', 'got a single value'),
-    ('a: 1\n\tb: 2\n', 'not YAML'),
-    ('a:\n\t- 1\n', 'spaces, not tabs'),
-    ('a: [1, 2\nb: 3\n', 'file.yml:2: not YAML'),
-    ('a: 1\n---\nb: 2\n', 'not YAML'),
-    ('a: 1\nb: 2\na: 3\n', 'file.yml:3: the key a is given twice'),
-    ('a: {b: 1, b: 1}\n', 'the key b is given twice'),
-    ('1: a\n', 'keys must be text, got 1'),
-    ('on: a\n', 'keys must be text, got True'),
-    ('{a: 1}: b\n', "keys must be text, got {'a': 1}"),
-    ('a: {{ value }}\n', 'keys must be text'),
-    ('a: "{{ os.system(1) }}"\n', 'a: templates are not filled in'),
-    ('a: {b: ["${HOME}/x"]}\n', 'a.b: templates are not filled in'),
-    ('_base_: other.yml\n', 'inheritance is not supported'),
-    ('a: !!python/object/apply:os.system ["touch ran"]\n', 'the tag !!python/object/apply:os.system is refused'),
-    ('a: !!python/name:os.system\n', 'is refused'),
-    ('!!python/object/new:os.system ["touch ran"]\n', 'is refused'),
-    ('a: !!binary aGVsbG8=\n', 'the tag !!binary is refused'),
-    ('a: !!set {b, c}\n', 'the tag !!set is refused'),
-    ('a: !own b\n', 'the tag !own is refused'),
-    ('a: !!int x\n', "cannot be read as int: 'x'"),
-    ('a: !!float x\n', "cannot be read as float: 'x'"),
-    ('a: ' + '9' * 5000 + '\n', 'cannot be read as int'),
-    ('a: *b\n', 'not YAML'),
-    ('a: &a [*a]\n', 'does an alias hold itself'),
-    ('a: &a {b: *a}\n', 'does an alias hold itself'),
-    ('<<: 1\n', 'takes a mapping'),
-    ('a: ' + '[' * 60 + ']' * 60 + '\n', 'nested deeper'),
-    ('a: ' + '[' * 50_000, 'nested deeper'),
-    (BOMB, 'values once its aliases are expanded'),
-    ('a: ' + 'x' * 300_000, 'larger than 256 KiB'),
-])
+@pytest.mark.parametrize(
+    ('text', 'complaint'),
+    [
+        ('', 'got nothing'),
+        ('# only a comment\n', 'got nothing'),
+        ('{}', 'got nothing'),
+        ('- a\n- b\n', 'got a list'),
+        ('just text', 'got a single value'),
+        ('a: 1\n\tb: 2\n', 'not YAML'),
+        ('a:\n\t- 1\n', 'spaces, not tabs'),
+        ('a: [1, 2\nb: 3\n', 'file.yml:2: not YAML'),
+        ('a: 1\n---\nb: 2\n', 'not YAML'),
+        ('a: 1\nb: 2\na: 3\n', 'file.yml:3: the key a is given twice'),
+        ('a: {b: 1, b: 1}\n', 'the key b is given twice'),
+        ('1: a\n', 'keys must be text, got 1'),
+        ('on: a\n', 'keys must be text, got True'),
+        ('{a: 1}: b\n', "keys must be text, got {'a': 1}"),
+        ('a: {{ value }}\n', 'keys must be text'),
+        ('a: "{{ os.system(1) }}"\n', 'a: templates are not filled in'),
+        ('a: {b: ["${HOME}/x"]}\n', 'a.b: templates are not filled in'),
+        ('_base_: other.yml\n', 'inheritance is not supported'),
+        ('a: !!python/object/apply:os.system ["touch ran"]\n', 'the tag !!python/object/apply:os.system is refused'),
+        ('a: !!python/name:os.system\n', 'is refused'),
+        ('!!python/object/new:os.system ["touch ran"]\n', 'is refused'),
+        ('a: !!binary aGVsbG8=\n', 'the tag !!binary is refused'),
+        ('a: !!set {b, c}\n', 'the tag !!set is refused'),
+        ('a: !own b\n', 'the tag !own is refused'),
+        ('a: !!int x\n', "cannot be read as int: 'x'"),
+        ('a: !!float x\n', "cannot be read as float: 'x'"),
+        ('a: ' + '9' * 5000 + '\n', 'cannot be read as int'),
+        ('a: *b\n', 'not YAML'),
+        ('a: &a [*a]\n', 'does an alias hold itself'),
+        ('a: &a {b: *a}\n', 'does an alias hold itself'),
+        ('<<: 1\n', 'takes a mapping'),
+        ('a: ' + '[' * 60 + ']' * 60 + '\n', 'nested deeper'),
+        ('a: ' + '[' * 50_000, 'nested deeper'),
+        (BOMB, 'values once its aliases are expanded'),
+        ('a: ' + 'x' * 300_000, 'larger than 256 KiB'),
+    ],
+)
 def test_refused(tmp_path, monkeypatch, text, complaint):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OptionError) as caught:
@@ -113,23 +150,26 @@ path:
 """
 
 
-@pytest.mark.parametrize(('override', 'keys', 'value'), [
-    ('name=y', ['name'], 'y'),
-    ('new=3', ['new'], 3),
-    ('train:total_iter=1e3', ['train', 'total_iter'], 1e3),
-    ('train: total_iter = 7', ['train', 'total_iter'], 7),
-    ('train:new=true', ['train', 'new'], True),
-    ('train:optim_g:betas=[0.9, 0.99]', ['train', 'optim_g', 'betas'], [0.9, 0.99]),
-    ('train:optim_g={type: Adam}', ['train', 'optim_g'], {'type': 'Adam'}),
-    ('train:periods:1=9', ['train', 'periods', 1], 9),
-    ('list:0:b=1', ['list', 0, 'b'], 1),
-    ('path:resume_state=a=b', ['path', 'resume_state'], 'a=b'),
-    ('name=None', ['name'], None),
-    ('name=', ['name'], None),
-    ("name='1'", ['name'], '1'),
-    ('name=__import__("os").system("touch ran")', ['name'], '__import__("os").system("touch ran")'),
-    ('name=[__import__("os").system("touch ran")]', ['name'], ['__import__("os").system("touch ran")']),
-])
+@pytest.mark.parametrize(
+    ('override', 'keys', 'value'),
+    [
+        ('name=y', ['name'], 'y'),
+        ('new=3', ['new'], 3),
+        ('train:total_iter=1e3', ['train', 'total_iter'], 1e3),
+        ('train: total_iter = 7', ['train', 'total_iter'], 7),
+        ('train:new=true', ['train', 'new'], True),
+        ('train:optim_g:betas=[0.9, 0.99]', ['train', 'optim_g', 'betas'], [0.9, 0.99]),
+        ('train:optim_g={type: Adam}', ['train', 'optim_g'], {'type': 'Adam'}),
+        ('train:periods:1=9', ['train', 'periods', 1], 9),
+        ('list:0:b=1', ['list', 0, 'b'], 1),
+        ('path:resume_state=a=b', ['path', 'resume_state'], 'a=b'),
+        ('name=None', ['name'], None),
+        ('name=', ['name'], None),
+        ("name='1'", ['name'], '1'),
+        ('name=__import__("os").system("touch ran")', ['name'], '__import__("os").system("touch ran")'),
+        ('name=[__import__("os").system("touch ran")]', ['name'], ['__import__("os").system("touch ran")']),
+    ],
+)
 def test_override(tmp_path, override, keys, value):
     opt = load(tmp_path, FILE, override)
     for key in keys:
@@ -138,21 +178,24 @@ def test_override(tmp_path, override, keys, value):
     assert type(opt) is type(value)
 
 
-@pytest.mark.parametrize(('override', 'complaint'), [
-    ('name', 'expected key:sub=value'),
-    ('=3', 'expected key:sub=value'),
-    ('train::a=3', 'expected key:sub=value'),
-    ('trian:total_iter=3', 'the file has no section trian, did you mean train?'),
-    ('train:optim:lr=3', 'train has no section optim, did you mean optim_g?'),
-    ('name:a=3', 'neither a section nor a list'),
-    ('list:2:a=3', 'expected a number from 0 to 1'),
-    ('list:-1:a=3', 'expected a number from 0 to 1'),
-    ('list:a=3', 'expected a number from 0 to 1'),
-    ('name=[1, 2', 'not YAML'),
-    ('name=!!python/object/apply:os.system [touch ran]', 'is refused'),
-    ('name={{a}}', 'keys must be text'),
-    ('name="{{a}}"', 'templates'),
-])
+@pytest.mark.parametrize(
+    ('override', 'complaint'),
+    [
+        ('name', 'expected key:sub=value'),
+        ('=3', 'expected key:sub=value'),
+        ('train::a=3', 'expected key:sub=value'),
+        ('trian:total_iter=3', 'the file has no section trian, did you mean train?'),
+        ('train:optim:lr=3', 'train has no section optim, did you mean optim_g?'),
+        ('name:a=3', 'neither a section nor a list'),
+        ('list:2:a=3', 'expected a number from 0 to 1'),
+        ('list:-1:a=3', 'expected a number from 0 to 1'),
+        ('list:a=3', 'expected a number from 0 to 1'),
+        ('name=[1, 2', 'not YAML'),
+        ('name=!!python/object/apply:os.system [touch ran]', 'is refused'),
+        ('name={{a}}', 'keys must be text'),
+        ('name="{{a}}"', 'templates'),
+    ],
+)
 def test_bad_override(tmp_path, monkeypatch, override, complaint):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OptionError) as caught:
@@ -192,7 +235,9 @@ def test_shipped_files_leave_out_parts(tmp_path, monkeypatch):
 
 
 OPT = {
-    'name': 'run', 'model_type': 'SRModel', 'num_gpu': 0,
+    'name': 'run',
+    'model_type': 'SRModel',
+    'num_gpu': 0,
     'datasets': {
         'train': {'name': 'a', 'type': 'Seeded', 'dataroot_lq': '~/lq'},
         'val': {'name': 'b', 'type': 'Plain'},
@@ -226,11 +271,14 @@ def test_prepare_for_training(tmp_path):
     assert 'seed' not in opt['datasets']['val']
     assert opt['datasets']['train']['dataroot_lq'] == os.path.expanduser('~/lq')
     assert opt['path'] == {
-        'pretrain_network_g': os.path.expanduser('~/w.pth'), 'strict_load_g': True,
-        'experiments_root': str(tmp_path / 'experiments/run'), 'log': str(tmp_path / 'experiments/run'),
+        'pretrain_network_g': os.path.expanduser('~/w.pth'),
+        'strict_load_g': True,
+        'experiments_root': str(tmp_path / 'experiments/run'),
+        'log': str(tmp_path / 'experiments/run'),
         'models': str(tmp_path / 'experiments/run/models'),
         'training_states': str(tmp_path / 'experiments/run/training_states'),
-        'visualization': str(tmp_path / 'experiments/run/visualization')}
+        'visualization': str(tmp_path / 'experiments/run/visualization'),
+    }
     process = {'is_train': True, 'rank': 1, 'world_size': 2, 'dist': True, 'auto_resume': False}
     assert {key: opt[key] for key in process} == process
     assert opt['val'] == {'val_freq': 5, 'save_img': False, 'suffix': None}

@@ -1,4 +1,5 @@
 """What a plain `pip install` brings, and that what is imported is also declared."""
+
 import ast
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """The wheel, built from a copy of the sources in which an earlier build has left a file."""
@@ -23,8 +25,23 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     stale = source / 'build' / 'lib' / 'ast_plugin' / 'option_files' / 'renamed_since.yml'
     stale.parent.mkdir(parents=True)
     stale.touch()
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--disable-pip-version-check', '--no-deps',
-                    '--no-index', '--no-build-isolation', '--wheel-dir', source / 'dist', source], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'pip',
+            'wheel',
+            '--quiet',
+            '--disable-pip-version-check',
+            '--no-deps',
+            '--no-index',
+            '--no-build-isolation',
+            '--wheel-dir',
+            source / 'dist',
+            source,
+        ],
+        check=True,
+    )
     (path,) = (source / 'dist').glob('*.whl')
     with zipfile.ZipFile(path) as archive:
         yield archive

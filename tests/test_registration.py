@@ -1,4 +1,5 @@
 """The list of what is registered, and what happens when a name is taken."""
+
 import importlib
 
 import pytest
@@ -38,7 +39,6 @@ def test_basicsr_builds_what_is_registered():
 
     assert type(build_network({'type': 'AST_XS', 'img_size': 128})).__name__ == 'AST'
     assert type(build_loss({'type': 'ASTCharbonnierLoss'})).__name__ == 'ASTCharbonnierLoss'
-
 
 
 def named(module: str, name: str = 'Net', qualname: str | None = None) -> type:

@@ -1,4 +1,5 @@
 """The check of option files: every fault, with its key and what was meant; and nothing but OptionError, ever."""
+
 import copy
 import random
 from pathlib import Path
@@ -82,24 +83,39 @@ CASES = [
     ('datasets:train:batch_size_per_gp', 3, f'datasets.train.batch_size_per_gp: {UNKNOWN}batch_size_per_gpu?'),
     ('datasets:train:batch_size_per_gpu', 0, 'datasets.train.batch_size_per_gpu: expected 1 or more, got 0'),
     ('datasets:train:batch_size_per_gpu', ..., f'datasets.train.batch_size_per_gpu: {MISSING}'),
-    ('datasets:train:prefetch_mode', 'gpu',
-     "datasets.train.prefetch_mode: expected 'cpu' or 'cuda', got the text 'gpu'"),
-    ('datasets:train:io_backend:type', 'disc',
-     "datasets.train.io_backend.type: expected 'disk', 'lmdb' or 'memcached', got the text 'disc'"),
-    ('datasets:train:type', 'PairedImageDatset',
-     'datasets.train.type: no dataset is registered as PairedImageDatset, did you mean PairedImageDataset?'),
+    (
+        'datasets:train:prefetch_mode',
+        'gpu',
+        "datasets.train.prefetch_mode: expected 'cpu' or 'cuda', got the text 'gpu'",
+    ),
+    (
+        'datasets:train:io_backend:type',
+        'disc',
+        "datasets.train.io_backend.type: expected 'disk', 'lmdb' or 'memcached', got the text 'disc'",
+    ),
+    (
+        'datasets:train:type',
+        'PairedImageDatset',
+        'datasets.train.type: no dataset is registered as PairedImageDatset, did you mean PairedImageDataset?',
+    ),
     ('datasets:val:name', ..., f'datasets.val.name: {MISSING}'),
     ('network_g', ..., f'network_g: {MISSING}'),
     ('network_g', 'AST', 'network_g: expected a mapping with a type'),
     ('network_g:type', ['AST'], 'network_g: expected a mapping with a type'),
-    ('network_g:type', 'AST_TT', 'network_g.type: no arch is registered as AST_TT, did you mean AST_T? '
-                                 '(is its plugin installed?'),
+    (
+        'network_g:type',
+        'AST_TT',
+        'network_g.type: no arch is registered as AST_TT, did you mean AST_T? (is its plugin installed?',
+    ),
     ('network_g:num_feats', 8, f'network_g.num_feats: {UNKNOWN}num_feat?'),
     ('network_g:num_feat', 'many', "network_g.num_feat: expected a number, got the text 'many'"),
     ('network_g:act_type', 3, 'network_g.act_type: expected text, got 3'),
     ('network_d', {'type': 'AST', 'depth': [1]}, f'network_d.depth: {UNKNOWN}depths?'),
-    ('network_d', {'type': 'AST', 'depths': [1, 'a']},
-     "network_d.depths: expected a list, each item a whole number, got the list [1, 'a']"),
+    (
+        'network_d',
+        {'type': 'AST', 'depths': [1, 'a']},
+        "network_d.depths: expected a list, each item a whole number, got the list [1, 'a']",
+    ),
     ('path:pretrained_network_g', 'x', f'path.pretrained_network_g: {UNKNOWN}pretrain_network_g?'),
     ('path:pretrain_network_d', 'x', f'path.pretrain_network_d: {UNKNOWN}pretrain_network_g?'),
     ('path:pretrain_network_g', 3, 'path.pretrain_network_g: expected text, got 3'),
@@ -111,15 +127,24 @@ CASES = [
     ('train:total_iters', 3, f'train.total_iters: {UNKNOWN}total_iter?'),
     ('train:ema_decay', 1.5, 'train.ema_decay: expected less than 1, got 1.5'),
     ('train:optim_g', ..., f'train.optim_g: {MISSING}'),
-    ('train:optim_g:type', 'AdmaW',
-     'train.optim_g.type: no optimiser of torch.optim is named AdmaW, did you mean AdamW?'),
+    (
+        'train:optim_g:type',
+        'AdmaW',
+        'train.optim_g.type: no optimiser of torch.optim is named AdmaW, did you mean AdamW?',
+    ),
     ('train:optim_g:lr', ..., f'train.optim_g.lr: {MISSING}'),
     ('train:optim_g:lr', 'x', "train.optim_g.lr: expected a number, got the text 'x'"),
     ('train:optim_g:weight_decai', 0, f'train.optim_g.weight_decai: {UNKNOWN}weight_decay?'),
-    ('train:optim_g:betas', [1, 'a'],
-     "train.optim_g.betas: expected a list of 2, each item a number, got the list [1, 'a']"),
-    ('train:scheduler:type', 'MultistepLR',
-     'train.scheduler.type: no scheduler is named MultistepLR, did you mean Multi'),
+    (
+        'train:optim_g:betas',
+        [1, 'a'],
+        "train.optim_g.betas: expected a list of 2, each item a number, got the list [1, 'a']",
+    ),
+    (
+        'train:scheduler:type',
+        'MultistepLR',
+        'train.scheduler.type: no scheduler is named MultistepLR, did you mean Multi',
+    ),
     ('train:scheduler:milestone', [1], f'train.scheduler.milestone: {UNKNOWN}milestones?'),
     ('train:scheduler:milestones', ..., 'train.scheduler.milestones: required by MultiStepRestartLR, but not there'),
     ('train:pixel_opt', 'L1Loss', "train.pixel_opt: expected a mapping of keys to values, got the text 'L1Loss'"),
@@ -163,8 +188,10 @@ def test_all_faults_at_once_in_the_order_of_the_file(registered):
     with pytest.raises(OptionError) as caught:
         schema.check(opt, 'my.yml', registered)
     keys = [line.split(': ')[:2] for line in str(caught.value).splitlines()]
-    assert keys == [['my.yml', key] for key in (
-        'datasets.val.dataroot_lg', 'network_g.numfeat', 'train.total_iter', 'logger.print_frq', 'nam')]
+    assert keys == [
+        ['my.yml', key]
+        for key in ('datasets.val.dataroot_lg', 'network_g.numfeat', 'train.total_iter', 'logger.print_frq', 'nam')
+    ]
 
 
 def test_testing_needs_less(registered):
@@ -172,7 +199,8 @@ def test_testing_needs_less(registered):
     assert faults(opt, registered, is_train=False) == []
     opt = changed('datasets:val', ...)
     assert faults(opt, registered, is_train=False) == [
-        'datasets.val: required for testing (or datasets.test), but not there']
+        'datasets.val: required for testing (or datasets.test), but not there'
+    ]
 
 
 def test_own_model_takes_any_loss_and_its_schedule(registered):
@@ -183,7 +211,8 @@ def test_own_model_takes_any_loss_and_its_schedule(registered):
     opt['train']['edge_opt'] = {'type': 'EdgeLos', 'x': 1}
     assert faults(opt, registered) == [
         'train.edge_opt.type: no loss is registered as EdgeLos, did you mean EdgeLoss? '
-        '(is its plugin installed? `basicsr list loss` shows what there is)']
+        '(is its plugin installed? `basicsr list loss` shows what there is)'
+    ]
 
 
 class StrangerModel:
@@ -192,7 +221,8 @@ class StrangerModel:
 
 def test_third_party_model_may_have_its_own_keys(registered):
     stranger = schema.Registered(
-        by_kind={**registered.by_kind, 'model': {'StrangerModel': StrangerModel}}, schedulers=registered.schedulers)
+        by_kind={**registered.by_kind, 'model': {'StrangerModel': StrangerModel}}, schedulers=registered.schedulers
+    )
     opt = {**changed('train:my_loss_weight', 3), 'model_type': 'StrangerModel', 'my_section': {'a': 1}}
     opt['train']['scheduler'] = {'type': 'Own', 'x': 1}
     opt['val']['mine'] = 1
@@ -203,10 +233,14 @@ def test_third_party_model_may_have_its_own_keys(registered):
 
 
 def test_failed_plugin_is_named(registered):
-    broken = schema.Registered(by_kind=registered.by_kind, schedulers=registered.schedulers,
-                               failed_plugins=['plugin x of y 1 failed to load: ImportError: no z'])
+    broken = schema.Registered(
+        by_kind=registered.by_kind,
+        schedulers=registered.schedulers,
+        failed_plugins=['plugin x of y 1 failed to load: ImportError: no z'],
+    )
     assert faults(changed('network_g:type', 'Qqq'), broken) == [
-        'network_g.type: no arch is registered as Qqq (plugin x of y 1 failed to load: ImportError: no z)']
+        'network_g.type: no arch is registered as Qqq (plugin x of y 1 failed to load: ImportError: no z)'
+    ]
 
 
 # ---- datasets that describe their options
@@ -239,15 +273,20 @@ class Described:
     options_type = Options
 
 
-@pytest.mark.parametrize(('options', 'expected'), [
-    ({'gt_size': 8}, []),
-    ({'gt_size': 8, 'degradation': {'kind': 'rain'}}, []),
-    ({'gt_sise': 8, 'gt_size': 8}, [f'datasets.train.gt_sise: {UNKNOWN}gt_size?']),
-    ({'gt_size': 4}, ['datasets.train.gt_size: expected 8 or more, got 4']),
-    ({}, ['datasets.train: training needs gt_size']),
-    ({'gt_size': 8, 'degradation': {'kind': 'rian'}},
-     ["datasets.train.degradation.kind: expected 'rain' or 'haze', got the text 'rian'"]),
-])
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({'gt_size': 8}, []),
+        ({'gt_size': 8, 'degradation': {'kind': 'rain'}}, []),
+        ({'gt_sise': 8, 'gt_size': 8}, [f'datasets.train.gt_sise: {UNKNOWN}gt_size?']),
+        ({'gt_size': 4}, ['datasets.train.gt_size: expected 8 or more, got 4']),
+        ({}, ['datasets.train: training needs gt_size']),
+        (
+            {'gt_size': 8, 'degradation': {'kind': 'rian'}},
+            ["datasets.train.degradation.kind: expected 'rain' or 'haze', got the text 'rian'"],
+        ),
+    ],
+)
 def test_described_dataset(options, expected):
     value = {'name': 'a', 'type': 'Described', 'phase': 'train', 'scale': 1, **options}
     try:
@@ -279,18 +318,21 @@ def forwards(**kwargs):
     return dict(**kwargs)
 
 
-@pytest.mark.parametrize(('target', 'arguments', 'expected'), [
-    (Open, {'size': 1, 'dept': 1}, [f'dept: {UNKNOWN}depth?']),
-    (Open, {}, ['size: required by Open, but not there']),
-    (Child, {'size': 1, 'width': 2, 'depth': 3}, []),
-    (Child, {'size': 1, 'widht': 2}, [f'widht: {UNKNOWN}width?']),
-    (Child, {'size': 1, 'width': 'x'}, ["width: expected a whole number, got the text 'x'"]),
-    (Child, {'size': 1, 'width': True}, ['width: expected a whole number, got true']),
-    (factory, {'size': 1, 'scale': 2}, []),
-    (factory, {'size': 1, 'scael': 2}, [f'scael: {UNKNOWN}scale?']),
-    (forwards, {'anything': 1}, []),
-    (Open, {'size': 1, 'depth': [1, 2]}, []),
-])
+@pytest.mark.parametrize(
+    ('target', 'arguments', 'expected'),
+    [
+        (Open, {'size': 1, 'dept': 1}, [f'dept: {UNKNOWN}depth?']),
+        (Open, {}, ['size: required by Open, but not there']),
+        (Child, {'size': 1, 'width': 2, 'depth': 3}, []),
+        (Child, {'size': 1, 'widht': 2}, [f'widht: {UNKNOWN}width?']),
+        (Child, {'size': 1, 'width': 'x'}, ["width: expected a whole number, got the text 'x'"]),
+        (Child, {'size': 1, 'width': True}, ['width: expected a whole number, got true']),
+        (factory, {'size': 1, 'scale': 2}, []),
+        (factory, {'size': 1, 'scael': 2}, [f'scael: {UNKNOWN}scale?']),
+        (forwards, {'anything': 1}, []),
+        (Open, {'size': 1, 'depth': [1, 2]}, []),
+    ],
+)
 def test_signatures(target, arguments, expected):
     assert sorted(str(fault) for fault in argument_faults(target, arguments, ())) == sorted(expected)
 
@@ -319,9 +361,33 @@ def test_json_schema_of_the_keys():
 
 # ---- fuzz
 
-WRONG = [None, True, 0, -1, 3.5, float('nan'), float('inf'), 10**30, '', 'x', '../..', '\x00', '😀', [], [1], [[]], {},
-         {'a': 1}, {'type': 'AST'}, {'type': []}, {'type': None}, [{'type': 'L1Loss'}], '{{x}}', 'os.system',
-         {'': {}}]
+WRONG = [
+    None,
+    True,
+    0,
+    -1,
+    3.5,
+    float('nan'),
+    float('inf'),
+    10**30,
+    '',
+    'x',
+    '../..',
+    '\x00',
+    '😀',
+    [],
+    [1],
+    [[]],
+    {},
+    {'a': 1},
+    {'type': 'AST'},
+    {'type': []},
+    {'type': None},
+    [{'type': 'L1Loss'}],
+    '{{x}}',
+    'os.system',
+    {'': {}},
+]
 
 
 def spots(value, found=None):

@@ -1,4 +1,5 @@
 """BasicSR, unmodified on disk, works; and each repair is needed and mends its fault."""
+
 import json
 import os
 import socket
@@ -44,14 +45,18 @@ from ast_plugin import toolbox
 def test_torchvision_without_its_operators():
     broken = python(UNLOADABLE + 'import torchvision')
     assert 'torchvision::nms does not exist' in broken.stderr
-    mended = python(UNLOADABLE + 'assert toolbox.define_torchvision_operators(); import torchvision\n'
-                    'assert not toolbox.define_torchvision_operators()')
+    mended = python(
+        UNLOADABLE + 'assert toolbox.define_torchvision_operators(); import torchvision\n'
+        'assert not toolbox.define_torchvision_operators()'
+    )
     assert mended.returncode == 0, mended.stderr
 
 
 def test_functional_tensor():
-    code = ('from ast_plugin import toolbox; toolbox.define_torchvision_operators()\n'
-            '{}; from torchvision.transforms.functional_tensor import rgb_to_grayscale')
+    code = (
+        'from ast_plugin import toolbox; toolbox.define_torchvision_operators()\n'
+        '{}; from torchvision.transforms.functional_tensor import rgb_to_grayscale'
+    )
     broken = python(code.format('pass'))
     assert "No module named 'torchvision.transforms.functional_tensor'" in broken.stderr
     repair = 'toolbox.provide_functional_tensor()'
@@ -112,8 +117,12 @@ def test_resume_reads_optimizers_and_schedulers(tmp_path):
     optimizer = torch.optim.AdamW([weight])
     weight.sum().backward()
     optimizer.step()
-    state = {'iter': 3, 'epoch': 0, 'optimizers': [optimizer.state_dict()],
-             'schedulers': [MultiStepRestartLR(optimizer, [5, 9]).state_dict()]}
+    state = {
+        'iter': 3,
+        'epoch': 0,
+        'optimizers': [optimizer.state_dict()],
+        'schedulers': [MultiStepRestartLR(optimizer, [5, 9]).state_dict()],
+    }
     torch.save(state, tmp_path / '3.state')
     got = load_resume_state(resume_options(tmp_path))
     assert torch.equal(got['optimizers'][0]['state'][0]['exp_avg'].cpu(), state['optimizers'][0]['state'][0]['exp_avg'])
@@ -147,12 +156,15 @@ def test_bad_state_is_named(tmp_path, content, capsys):
     assert 'code out of a pickle' not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(('name', 'options', 'told'), [
-    ('AdmaW', {}, 'did you mean AdamW'),
-    ('LBFGS', {}, 'no optimiser named'),
-    ('AdamW', {'moment': 3}, 'moment'),
-    ('SGD', {'momentum': -1.0}, 'momentum'),
-])
+@pytest.mark.parametrize(
+    ('name', 'options', 'told'),
+    [
+        ('AdmaW', {}, 'did you mean AdamW'),
+        ('LBFGS', {}, 'no optimiser named'),
+        ('AdamW', {'moment': 3}, 'moment'),
+        ('SGD', {'momentum': -1.0}, 'momentum'),
+    ],
+)
 def test_bad_optimizer(name, options, told):
     from basicsr.models.base_model import BaseModel
 
@@ -177,10 +189,25 @@ torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_together_on_cpus():
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
-                   'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port()}
-    processes = [subprocess.Popen([sys.executable, '-c', WORKER], env={**environment, 'RANK': rank},
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in '01']
+    environment = {
+        **os.environ,
+        'PYTHONPATH': str(ROOT),
+        'OMP_NUM_THREADS': '1',
+        'CUDA_VISIBLE_DEVICES': '',
+        'WORLD_SIZE': '2',
+        'MASTER_ADDR': '127.0.0.1',
+        'MASTER_PORT': free_port(),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', WORKER],
+            env={**environment, 'RANK': rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in '01'
+    ]
     try:
         results = [process.communicate(timeout=120) for process in processes]
     finally:
@@ -197,13 +224,27 @@ def test_slurm_starts_on_cpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda **options: calls.append(options))
     monkeypatch.setattr(toolbox.subprocess, 'check_output', lambda command, **_: f'first-of-{command[-1]}\nother\n')
-    monkeypatch.setattr(os, 'environ', {'SLURM_PROCID': '3', 'SLURM_NTASKS': '4', 'SLURM_NODELIST': 'n[1-2]',
-                                        'SLURM_LOCALID': '1', 'MASTER_PORT': '1234'})
+    monkeypatch.setattr(
+        os,
+        'environ',
+        {
+            'SLURM_PROCID': '3',
+            'SLURM_NTASKS': '4',
+            'SLURM_NODELIST': 'n[1-2]',
+            'SLURM_LOCALID': '1',
+            'MASTER_PORT': '1234',
+        },
+    )
     init_dist('slurm', backend='nccl')
     assert calls == [{'backend': 'gloo'}]
     told = {name: os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
-    assert told == {'RANK': '3', 'WORLD_SIZE': '4', 'LOCAL_RANK': '1', 'MASTER_ADDR': 'first-of-n[1-2]',
-                    'MASTER_PORT': '1234'}
+    assert told == {
+        'RANK': '3',
+        'WORLD_SIZE': '4',
+        'LOCAL_RANK': '1',
+        'MASTER_ADDR': 'first-of-n[1-2]',
+        'MASTER_PORT': '1234',
+    }
     init_dist('slurm', port=29501)
     assert os.environ['MASTER_PORT'] == '29501'
 
@@ -226,8 +267,9 @@ def test_networks_on_cuda_are_wrapped_by_basicsr(monkeypatch):
 
     wrapped = []
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
-    monkeypatch.setattr('basicsr.models.base_model.DistributedDataParallel',
-                        lambda net, **options: wrapped.append(options))
+    monkeypatch.setattr(
+        'basicsr.models.base_model.DistributedDataParallel', lambda net, **options: wrapped.append(options)
+    )
     model = BaseModel({'num_gpu': 1, 'is_train': True, 'dist': True})
     monkeypatch.setattr(torch.nn.Module, 'to', lambda net, device: net)
     model.model_to_device(torch.nn.Linear(1, 1))
@@ -240,8 +282,10 @@ def test_networks_on_cuda_are_wrapped_by_basicsr(monkeypatch):
 def test_registries_are_full():
     from basicsr.utils import registry
 
-    found = {name: set(getattr(registry, f'{name}_REGISTRY').keys())
-             for name in ('ARCH', 'DATASET', 'LOSS', 'METRIC', 'MODEL')}
+    found = {
+        name: set(getattr(registry, f'{name}_REGISTRY').keys())
+        for name in ('ARCH', 'DATASET', 'LOSS', 'METRIC', 'MODEL')
+    }
     assert found['ARCH'] >= {'SwinIR', 'EDSR', 'RCAN', 'MSRResNet', 'RRDBNet', 'RIDNet', 'ECBSR'}
     assert found['DATASET'] >= {'PairedImageDataset', 'SingleImageDataset', 'REDSDataset', 'FFHQDataset'}
     assert found['LOSS'] >= {'L1Loss', 'MSELoss', 'CharbonnierLoss', 'WeightedTVLoss', 'PerceptualLoss', 'GANLoss'}
@@ -254,11 +298,19 @@ def model_options(tmp_path) -> dict:
     for folder in ('models', 'states'):
         (tmp_path / folder).mkdir()
     return {
-        'name': 'tiny', 'model_type': 'SRModel', 'scale': 1, 'num_gpu': 0, 'dist': False, 'is_train': True, 'rank': 0,
+        'name': 'tiny',
+        'model_type': 'SRModel',
+        'scale': 1,
+        'num_gpu': 0,
+        'dist': False,
+        'is_train': True,
+        'rank': 0,
         'network_g': {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_block': 1, 'upscale': 1},
         'path': {'models': str(tmp_path / 'models'), 'training_states': str(tmp_path / 'states')},
         'train': {
-            'ema_decay': 0.9, 'optim_g': {'type': 'AdamW', 'lr': 1e-2}, 'pixel_opt': {'type': 'L1Loss'},
+            'ema_decay': 0.9,
+            'optim_g': {'type': 'AdamW', 'lr': 1e-2},
+            'pixel_opt': {'type': 'L1Loss'},
             'scheduler': {'type': 'CosineAnnealingRestartLR', 'periods': [1], 'eta_min': 1e-4},
         },
     }
@@ -323,9 +375,20 @@ def test_paired_image_dataset_reads(pairs, backend):
             keys = sorted(path.stem for path in Path(root).glob('*.png'))
             make_lmdb_from_imgs(root, f'{root}.lmdb', [f'{key}.png' for key in keys], keys)
         roots = [f'{root}.lmdb' for root in roots]
-    dataset = build_dataset({
-        'name': 'pairs', 'type': 'PairedImageDataset', 'phase': 'train', 'scale': 1, 'gt_size': 16, 'use_hflip': True,
-        'use_rot': True, 'dataroot_lq': roots[0], 'dataroot_gt': roots[1], 'io_backend': {'type': backend}})
+    dataset = build_dataset(
+        {
+            'name': 'pairs',
+            'type': 'PairedImageDataset',
+            'phase': 'train',
+            'scale': 1,
+            'gt_size': 16,
+            'use_hflip': True,
+            'use_rot': True,
+            'dataroot_lq': roots[0],
+            'dataroot_gt': roots[1],
+            'io_backend': {'type': backend},
+        }
+    )
     assert len(dataset) == 3
     assert dataset[1]['lq'].shape == dataset[1]['gt'].shape == (3, 16, 16)
 

@@ -1,4 +1,5 @@
 """A run small enough for tests: four pairs of 40x40 pixels, a network of a thousand weights, four iterations."""
+
 from pathlib import Path
 
 import cv2

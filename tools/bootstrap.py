@@ -7,6 +7,7 @@ for torch, and under pip's build isolation it would fetch a second one. On Linux
 torch is taken; the default build there brings gigabytes of CUDA packages. A stamp in .venv marks a finished
 installation, so that the next start goes straight to work; an interrupted one is taken up where it stopped.
 """
+
 import argparse
 import hashlib
 import os
@@ -24,8 +25,10 @@ STAMP = VENV / 'ast_plugin.stamp'
 OLDEST_PYTHON = (3, 10)
 
 if sys.version_info < OLDEST_PYTHON:  # here, before annotations that an old Python cannot read
-    sys.exit(f'bootstrap: error: Python >= 3.10 is needed, this is {sys.version.split()[0]}; '
-             'call this file with a newer one, or make with PYTHON=python3.12')
+    sys.exit(
+        f'bootstrap: error: Python >= 3.10 is needed, this is {sys.version.split()[0]}; '
+        'call this file with a newer one, or make with PYTHON=python3.12'
+    )
 
 NO_CPU_TORCH = """no CPU build of torch {version} was found, neither by pip nor, through uv, on PyTorch's own index.
   This machine shows no NVIDIA GPU, and the default build would bring gigabytes of CUDA packages. Either
@@ -63,8 +66,10 @@ def pip(*arguments: str, env: dict[str, str] | None = None) -> None:
     """
     status = subprocess.run([*pip_install(), *arguments], cwd=ROOT, env=env).returncode
     if status:
-        raise BootstrapError(f'pip stopped with status {status} (its reason stands above) at: pip install '
-                             f'{" ".join(arguments)}\n  The same command takes up the installation where it stopped.')
+        raise BootstrapError(
+            f'pip stopped with status {status} (its reason stands above) at: pip install '
+            f'{" ".join(arguments)}\n  The same command takes up the installation where it stopped.'
+        )
 
 
 def in_venv(code: str) -> subprocess.CompletedProcess:
@@ -91,16 +96,21 @@ def make_venv() -> None:
     if in_venv_python() is None:
         say(f'making {VENV.name} with Python {sys.version.split()[0]}')
         if subprocess.run([sys.executable, '-m', 'venv', VENV]).returncode:
-            raise BootstrapError(f'Python could not make a virtual environment in {VENV.name}; on Debian and Ubuntu '
-                                 'install python3-venv, then run this again')
+            raise BootstrapError(
+                f'Python could not make a virtual environment in {VENV.name}; on Debian and Ubuntu '
+                'install python3-venv, then run this again'
+            )
     version = in_venv_python()
     if version is None or version < OLDEST_PYTHON:
-        raise BootstrapError(f'{VENV.name} holds no Python >= {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]}; '
-                             'remove the folder and run this again')
+        raise BootstrapError(
+            f'{VENV.name} holds no Python >= {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]}; '
+            'remove the folder and run this again'
+        )
     has_pip = in_venv('import pip._internal.cli.main').returncode == 0
     if not has_pip and in_venv('import ensurepip; ensurepip.bootstrap(default_pip=True)').returncode:
-        raise BootstrapError(f'{VENV.name} has no pip, and Python cannot install it; '
-                             'remove the folder and run this again')
+        raise BootstrapError(
+            f'{VENV.name} has no pip, and Python cannot install it; remove the folder and run this again'
+        )
 
 
 def in_venv_python() -> tuple[int, ...] | None:
@@ -197,8 +207,12 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument('task', choices=['setup', 'demo', 'test'], help='test is ruff, then pytest')
-    parser.add_argument('--torch', choices=['auto', 'cpu', 'cuda'], default='auto',
-                        help='cuda: the default build, even where no GPU is found (default: auto)')
+    parser.add_argument(
+        '--torch',
+        choices=['auto', 'cpu', 'cuda'],
+        default='auto',
+        help='cuda: the default build, even where no GPU is found (default: auto)',
+    )
     arguments, rest = parser.parse_known_args()
     try:
         ensure_installed(arguments.torch)

@@ -208,7 +208,9 @@ class ASTBlock(nn.Module):
         drop_path_rate: see `DropPath`, for both branches.
     """
 
-    def __init__(self, attention: WindowAttention | None, ffn: nn.Module, dim: int, drop_path_rate: float = 0.0) -> None:
+    def __init__(
+        self, attention: WindowAttention | None, ffn: nn.Module, dim: int, drop_path_rate: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim) if attention is not None else None
         self.attn = attention

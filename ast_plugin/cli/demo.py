@@ -27,8 +27,13 @@ OPTION_FILE = 'AST_quickstart'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr demo`."""
-    parser.add_argument('--root', type=Path, default=Path('.'), metavar='DIR',
-                        help='write experiments/ and results/ under DIR instead of the working directory')
+    parser.add_argument(
+        '--root',
+        type=Path,
+        default=Path('.'),
+        metavar='DIR',
+        help='write experiments/ and results/ under DIR instead of the working directory',
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,9 +63,7 @@ def _show(root: Path) -> int:
     with (results / f'{validation["name"]}.csv').open(encoding='utf-8', newline='') as file:
         measured = {row['image']: row for row in csv.DictReader(file)}
     pictures = results / 'visualization' / validation['name']
-    rows = [
-        _row(sample, pictures, measured, opt['name']) for sample in datasets[validation['type']](validation)
-    ]
+    rows = [_row(sample, pictures, measured, opt['name']) for sample in datasets[validation['type']](validation)]
     path = results / 'rain_restored_clean.png'
     save_picture(draw_contact_sheet(['rainy', 'restored', 'clean'], rows), path)
     mean = measured['mean']

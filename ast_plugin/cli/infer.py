@@ -45,22 +45,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-i', '--input', nargs='+', required=True, metavar='PATH', help='pictures, or folders of them')
     parser.add_argument('-o', '--output', required=True, metavar='DIR', help='folder for the restored pictures')
     parser.add_argument('--weights', required=True, metavar='FILE', help='trained weights, .safetensors or .pth')
-    parser.add_argument('-opt', metavar='FILE', help='option file whose network_g the weights are of; '
-                        'by default the weights file tells')
+    parser.add_argument(
+        '-opt', metavar='FILE', help='option file whose network_g the weights are of; by default the weights file tells'
+    )
     parser.add_argument('--param-key', metavar='KEY', help='where a .pth file holds the weights, such as params_ema')
-    parser.add_argument('--tile', type=int, metavar='N', help='restore in tiles of N x N pixels; '
-                        'by default only what does not fit in memory is')
-    parser.add_argument('--overlap', type=int, metavar='N',
-                        help='pixels that tiles share (default: a quarter of a tile)')
+    parser.add_argument(
+        '--tile',
+        type=int,
+        metavar='N',
+        help='restore in tiles of N x N pixels; by default only what does not fit in memory is',
+    )
+    parser.add_argument(
+        '--overlap', type=int, metavar='N', help='pixels that tiles share (default: a quarter of a tile)'
+    )
     parser.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:1 ... (default: a GPU where there is one)')
-    parser.add_argument('--suffix', default='', metavar='TEXT',
-                        help='put TEXT behind the names: photo.jpg becomes photoTEXT.jpg')
-    parser.add_argument('--format', choices=('keep', 'png', 'tiff'), default='keep',
-                        help='file format of the results (default: that of the input)')
+    parser.add_argument(
+        '--suffix', default='', metavar='TEXT', help='put TEXT behind the names: photo.jpg becomes photoTEXT.jpg'
+    )
+    parser.add_argument(
+        '--format',
+        choices=('keep', 'png', 'tiff'),
+        default='keep',
+        help='file format of the results (default: that of the input)',
+    )
     parser.add_argument('--quality', type=int, default=95, metavar='N', help='of JPEG and WebP, 1 to 100 (default: 95)')
     parser.add_argument('--recursive', action='store_true', help='take folders inside folders too, and keep their tree')
-    parser.add_argument('--max-megapixels', type=float, default=200, metavar='N',
-                        help='refuse pictures that claim more (default: 200)')
+    parser.add_argument(
+        '--max-megapixels', type=float, default=200, metavar='N', help='refuse pictures that claim more (default: 200)'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,8 +114,10 @@ def find_pictures(inputs: Iterable[str | os.PathLike], output: Path, recursive: 
                 pictures = list(_walk(path, output, recursive))
                 if not pictures:
                     deeper = not recursive and any(entry.is_dir() for entry in path.iterdir())
-                    raise DataError(f'{path}: no pictures in this folder (expected {", ".join(_endings())})'
-                                    + ('; --recursive takes the folders inside too' if deeper else ''))
+                    raise DataError(
+                        f'{path}: no pictures in this folder (expected {", ".join(_endings())})'
+                        + ('; --recursive takes the folders inside too' if deeper else '')
+                    )
             elif path.suffix.lower() in _endings() or sniff_format(_first_bytes(path)):
                 pictures = [(path, Path())]
             else:
@@ -127,8 +141,9 @@ def plan(pictures: Sequence[tuple[Path, Path]], output: Path, suffix: str, file_
     Raises:
         DataError: if a result would replace an input.
     """
-    names = [(source, output / folder, source.stem + suffix, _ending(source, file_format))
-             for source, folder in pictures]
+    names = [
+        (source, output / folder, source.stem + suffix, _ending(source, file_format)) for source, folder in pictures
+    ]
     wanted = Counter(_key(folder / (stem + ending)) for _, folder, stem, ending in names)
     jobs, occupied = [], set(wanted)
     for source, folder, stem, ending in names:
@@ -163,8 +178,9 @@ def _walk(folder: Path, output: Path, recursive: bool) -> Iterator[tuple[Path, P
     hold_back = output.resolve()
     for current, folders, names in os.walk(folder, onerror=fail):
         here = Path(current)
-        folders[:] = sorted(name for name in folders if recursive and not name.startswith('.')
-                            and (here / name).resolve() != hold_back)
+        folders[:] = sorted(
+            name for name in folders if recursive and not name.startswith('.') and (here / name).resolve() != hold_back
+        )
         for name in sorted(names):
             if not name.startswith('.') and Path(name).suffix.lower() in _endings():
                 yield here / name, here.relative_to(folder)
@@ -211,8 +227,10 @@ def _protect_inputs(jobs: Sequence[Job]) -> None:
         except OSError:
             continue  # not there yet; what stands in the way is told when the folder is prepared
         if (stat.st_dev, stat.st_ino) in sources:
-            raise DataError(f'{job.target} is an input ({sources[stat.st_dev, stat.st_ino]}) and would be replaced; '
-                            'choose another folder (-o) or a --suffix')
+            raise DataError(
+                f'{job.target} is an input ({sources[stat.st_dev, stat.st_ino]}) and would be replaced; '
+                'choose another folder (-o) or a --suffix'
+            )
         if job.target.is_dir():
             raise DataError(f'{job.target} is a folder, a restored picture should get this name; choose another -o')
 
@@ -229,8 +247,14 @@ def _load(args: argparse.Namespace) -> Restorer:
         network = options.load(file).get('network_g')
         if not isinstance(network, dict) or 'type' not in network:
             raise OptionError(f'{file}: expected network_g with a type and its arguments')
-    restorer = Restorer.from_weights(Path(args.weights).expanduser(), network=network, param_key=args.param_key,
-                                     device=args.device, tile=args.tile, overlap=args.overlap)
+    restorer = Restorer.from_weights(
+        Path(args.weights).expanduser(),
+        network=network,
+        param_key=args.param_key,
+        device=args.device,
+        tile=args.tile,
+        overlap=args.overlap,
+    )
     for note in restorer.notes:
         print(f'note: {args.weights}: {note}; -opt FILE names the network in full', file=sys.stderr)
     return restorer
@@ -304,8 +328,9 @@ class _Report:
         from tqdm import tqdm
 
         self.total, self.count, self.started = total, 0, 0.0
-        self.bar = tqdm(total=total, unit='picture', dynamic_ncols=True, file=sys.stderr,
-                        disable=not sys.stderr.isatty())
+        self.bar = tqdm(
+            total=total, unit='picture', dynamic_ncols=True, file=sys.stderr, disable=not sys.stderr.isatty()
+        )
 
     def __enter__(self) -> _Report:
         return self

@@ -1,7 +1,7 @@
 """Show what can be named in an option file, registry by registry, and where each thing comes from.
 
-  basicsr list              everything
-  basicsr list arch loss    networks and losses only
+basicsr list              everything
+basicsr list arch loss    networks and losses only
 """
 
 from __future__ import annotations

@@ -58,8 +58,11 @@ def _run(arguments: list[str]) -> int:
     name = arguments[0]
     module = importlib.import_module(f'ast_plugin.cli.{name}')
     parser = argparse.ArgumentParser(
-        prog=f'basicsr {name}', description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+        prog=f'basicsr {name}',
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     module.add_arguments(parser)
     return module.run(parser.parse_args(arguments[1:]))
 
@@ -68,13 +71,17 @@ def _without_command(arguments: list[str]) -> int:
     width = max(map(len, COMMANDS))
     commands = '\n'.join(f'  {name:{width}}  {text}' for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog='basicsr', usage='basicsr COMMAND ...', formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog='basicsr',
+        usage='basicsr COMMAND ...',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Train, test and use image restoration networks with BasicSR and its plugins.',
-        epilog=f'commands:\n{commands}\n\n`basicsr COMMAND --help` says more, with an example.')
+        epilog=f'commands:\n{commands}\n\n`basicsr COMMAND --help` says more, with an example.',
+    )
     parser.add_argument('--version', action='version', version=f'basicsr (ast_plugin {__version__})')
     if arguments and not arguments[0].startswith('-'):
-        parser.error(f'no command {arguments[0]}{did_you_mean(arguments[0], COMMANDS)} '
-                     f'(there are {", ".join(COMMANDS)})')
+        parser.error(
+            f'no command {arguments[0]}{did_you_mean(arguments[0], COMMANDS)} (there are {", ".join(COMMANDS)})'
+        )
     parser.parse_args(arguments)
     parser.print_help(sys.stderr)
     return 2

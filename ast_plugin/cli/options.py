@@ -1,8 +1,8 @@
 """List the option files that come along, or copy them into a folder to edit.
 
-  basicsr options               list them
-  basicsr options my_options    copy them to my_options/
-  basicsr train -opt AST_derain uses one without copying it
+basicsr options               list them
+basicsr options my_options    copy them to my_options/
+basicsr train -opt AST_derain uses one without copying it
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ def _copy(source: Path, folder: Path, force: bool) -> None:
     new = {path: copy for path, copy in copies.items() if not copy.exists() or copy.read_bytes() != path.read_bytes()}
     edited = [str(copy) for copy in new.values() if copy.exists()]
     if edited and not force:
-        raise OptionError(f'{", ".join(edited)}: there already and different; nothing was copied. '
-                          'Choose another folder, or --force to replace')
+        raise OptionError(
+            f'{", ".join(edited)}: there already and different; nothing was copied. '
+            'Choose another folder, or --force to replace'
+        )
     try:
         for path, copy in new.items():
             copy.parent.mkdir(parents=True, exist_ok=True)

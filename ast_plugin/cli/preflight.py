@@ -58,8 +58,9 @@ def _logger_untouched() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(where: str, what: str, failure: str = 'cannot be made of these options',
-               kind: type[PluginError] = OptionError) -> Iterator[None]:
+def _explained(
+    where: str, what: str, failure: str = 'cannot be made of these options', kind: type[PluginError] = OptionError
+) -> Iterator[None]:
     """Whatever somebody's code raises about the options it got becomes a message that says which they are."""
     try:
         yield
@@ -99,8 +100,10 @@ def _check_resume(opt: Mapping[str, Any]) -> None:
             continue
         weights = Path(opt['path']['models'], f'net_{key.removeprefix("network_")}_{Path(state).stem}.pth')
         if not weights.is_file():
-            raise CheckpointError(f'path.resume_state: {state} needs {weights}, which is not there; '
-                                  'is the name of the experiment the same?')
+            raise CheckpointError(
+                f'path.resume_state: {state} needs {weights}, which is not there; '
+                'is the name of the experiment the same?'
+            )
 
 
 def _check_training(train: Mapping[str, Any], registered: Registered, source: str) -> None:
@@ -207,5 +210,7 @@ def _check_fit(network: nn.Module, checkpoint: Checkpoint, name: str) -> None:
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         reason = ' '.join(' '.join(lines[:2]).split())
-        raise CheckpointError(f'{checkpoint.path}: weights of another network than {name} with these options: '
-                              f'{reason[:300]}{"…" if len(reason) > 300 else ""}') from error
+        raise CheckpointError(
+            f'{checkpoint.path}: weights of another network than {name} with these options: '
+            f'{reason[:300]}{"…" if len(reason) > 300 else ""}'
+        ) from error

@@ -25,8 +25,11 @@ def load() -> Registered:
 
     return Registered(
         by_kind={kind: dict(iter(getattr(registry, f'{kind.upper()}_REGISTRY'))) for kind in KINDS},
-        schedulers={'MultiStepLR': MultiStepRestartLR, 'MultiStepRestartLR': MultiStepRestartLR,
-                    'CosineAnnealingRestartLR': CosineAnnealingRestartLR},
+        schedulers={
+            'MultiStepLR': MultiStepRestartLR,
+            'MultiStepRestartLR': MultiStepRestartLR,
+            'CosineAnnealingRestartLR': CosineAnnealingRestartLR,
+        },
         own_schedulers=SCHEDULERS,
         failed_plugins=failed,
     )

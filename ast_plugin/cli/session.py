@@ -27,12 +27,27 @@ _STARTED_BY = {'pytorch': 'torchrun --nproc_per_node=N -m ast_plugin …', 'slur
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare BasicSR's flags, and `--root`."""
-    parser.add_argument('-opt', '--opt', required=True, metavar='FILE',
-                        help='option file, or the name of a shipped one (`basicsr options` lists them)')
-    parser.add_argument('--root', default='.', metavar='DIR',
-                        help='write experiments/, results/ and tb_logger/ under DIR instead of the working directory')
-    parser.add_argument('--force_yml', nargs='+', action='extend', default=[], metavar='KEY:SUB=VALUE',
-                        help='change options of the file: train:total_iter=1000 datasets:train:gt_size=64')
+    parser.add_argument(
+        '-opt',
+        '--opt',
+        required=True,
+        metavar='FILE',
+        help='option file, or the name of a shipped one (`basicsr options` lists them)',
+    )
+    parser.add_argument(
+        '--root',
+        default='.',
+        metavar='DIR',
+        help='write experiments/, results/ and tb_logger/ under DIR instead of the working directory',
+    )
+    parser.add_argument(
+        '--force_yml',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='KEY:SUB=VALUE',
+        help='change options of the file: train:total_iter=1000 datasets:train:gt_size=64',
+    )
     parser.add_argument('--launcher', choices=['none', *_LAUNCHERS], default='none', help='how processes were started')
     parser.add_argument('--debug', action='store_true', help="BasicSR's debug mode: report and validate often")
     # Launchers of the past pass it; where this process runs is read from the environment.
@@ -58,8 +73,14 @@ class Session:
         """The options as BasicSR's pipelines expect them; see `ast_plugin.options.prepare`."""
         from ast_plugin import options
 
-        return options.prepare(self.opt, root=self.root, is_train=self.is_train, debug=self.args.debug,
-                               dataset_types=self.registered.by_kind['dataset'], **process)
+        return options.prepare(
+            self.opt,
+            root=self.root,
+            is_train=self.is_train,
+            debug=self.args.debug,
+            dataset_types=self.registered.by_kind['dataset'],
+            **process,
+        )
 
 
 def read(args: argparse.Namespace, *, is_train: bool) -> Session:
@@ -123,8 +144,10 @@ def handed_over(module: ModuleType, opt: dict[str, Any], file: Path) -> Iterator
 def _check_launcher(launcher: str) -> None:
     missing = [name for name in _LAUNCHERS.get(launcher, ()) if name not in os.environ]
     if missing:
-        raise OptionError(f'--launcher {launcher}: {", ".join(missing)} not set in the environment; '
-                          f'start the processes by `{_STARTED_BY[launcher]}`')
+        raise OptionError(
+            f'--launcher {launcher}: {", ".join(missing)} not set in the environment; '
+            f'start the processes by `{_STARTED_BY[launcher]}`'
+        )
 
 
 def _of_first_process(value: int) -> int:

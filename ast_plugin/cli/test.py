@@ -24,8 +24,12 @@ _TRAINED = ('net_g_best.pth', 'net_g_latest.pth')
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr test`."""
     session.add_arguments(parser)
-    parser.add_argument('--weights', type=Path, metavar='FILE',
-                        help="weights to measure; by default path.pretrain_network_g, or else the experiment's best")
+    parser.add_argument(
+        '--weights',
+        type=Path,
+        metavar='FILE',
+        help="weights to measure; by default path.pretrain_network_g, or else the experiment's best",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,5 +63,7 @@ def _weights(opt: dict[str, Any], run: session.Session) -> Path:
     for name in _TRAINED:
         if (folder / name).is_file():
             return folder / name
-    raise OptionError(f'no weights to test: {folder} holds neither {" nor ".join(_TRAINED)}; '
-                      f'train first (`basicsr train -opt {run.args.opt}`) or name a file with --weights')
+    raise OptionError(
+        f'no weights to test: {folder} holds neither {" nor ".join(_TRAINED)}; '
+        f'train first (`basicsr train -opt {run.args.opt}`) or name a file with --weights'
+    )

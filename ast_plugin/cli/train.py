@@ -21,8 +21,9 @@ from ast_plugin.cli import session
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr train`."""
     session.add_arguments(parser)
-    parser.add_argument('--auto_resume', action='store_true',
-                        help='go on from the newest state of the experiment, if there is one')
+    parser.add_argument(
+        '--auto_resume', action='store_true', help='go on from the newest state of the experiment, if there is one'
+    )
 
 
 def run(args: argparse.Namespace) -> int:

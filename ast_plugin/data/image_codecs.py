@@ -69,7 +69,7 @@ def _encode_png_16_bits(picture: Picture) -> bytes:
     filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
     filtered[:, 0] = 1
     filtered[:, 1:] = rows
-    filtered[:, 1 + count * 2:] -= rows[:, :-count * 2]
+    filtered[:, 1 + count * 2 :] -= rows[:, : -count * 2]
     chunks = [(b'IHDR', struct.pack('>IIBBBBB', width, height, 16, _PNG_COLOR_TYPES[count], 0, 0, 0))]
     if picture.icc_profile:
         chunks.append((b'iCCP', b'ICC profile\0\0' + zlib.compress(picture.icc_profile)))
@@ -79,8 +79,8 @@ def _encode_png_16_bits(picture: Picture) -> bytes:
         chunks.append((b'pHYs', struct.pack('>IIB', *(round(float(dots) / 0.0254) for dots in picture.dpi), 1)))
     chunks += [(b'IDAT', zlib.compress(filtered, 6)), (b'IEND', b'')]
     return b'\x89PNG\r\n\x1a\n' + b''.join(
-        struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
-        for name, body in chunks)
+        struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body)) for name, body in chunks
+    )
 
 
 def _encode_tiff_16_bits(picture: Picture) -> bytes:
@@ -89,9 +89,16 @@ def _encode_tiff_16_bits(picture: Picture) -> bytes:
     output = io.BytesIO()
     channels = stack_channels(picture)
     tifffile.imwrite(
-        output, channels.squeeze(2) if channels.shape[2] == 1 else channels,
-        photometric='minisblack' if picture.is_gray else 'rgb', planarconfig='contig', metadata=None,
-        extrasamples=None if picture.alpha is None else ['unassalpha'], compression='zlib', predictor=True,
-        iccprofile=picture.icc_profile, resolution=picture.dpi and tuple(map(float, picture.dpi)),
-        resolutionunit='INCH' if picture.dpi else None)
+        output,
+        channels.squeeze(2) if channels.shape[2] == 1 else channels,
+        photometric='minisblack' if picture.is_gray else 'rgb',
+        planarconfig='contig',
+        metadata=None,
+        extrasamples=None if picture.alpha is None else ['unassalpha'],
+        compression='zlib',
+        predictor=True,
+        iccprofile=picture.icc_profile,
+        resolution=picture.dpi and tuple(map(float, picture.dpi)),
+        resolutionunit='INCH' if picture.dpi else None,
+    )
     return output.getvalue()

@@ -36,8 +36,19 @@ _PNG_END = b'IEND\xaeB`\x82'
 _ORIENTATION_TAG = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 258, 262, 284, 338
 # What decoders raise on damaged data: they index, unpack and convert what the file claims.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, MemoryError,
-                  struct.error, zlib.error, cv2.error)
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    cv2.error,
+)
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda array: array[:, ::-1],
     3: lambda array: array[::-1, ::-1],
@@ -118,8 +129,9 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Pict
             with Image.open(io.BytesIO(data), formats=[kind, 'MPO'] if kind == 'JPEG' else [kind]) as image:
                 return _decode(path, data, kind, image, max_pixels)
     except UnidentifiedImageError as error:
-        raise DataError(f'{path}: damaged, or a kind of {kind} that is not supported; '
-                        'save it anew with 8 or 16 bits in gray or RGB') from error
+        raise DataError(
+            f'{path}: damaged, or a kind of {kind} that is not supported; save it anew with 8 or 16 bits in gray or RGB'
+        ) from error
     except DataError:
         raise
     except _DECODE_ERRORS as error:
@@ -176,8 +188,10 @@ def encode_image(path: str | os.PathLike, picture: Picture, *, quality: int = 95
     path = Path(path)
     kind = next((kind for kind, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes), None)
     if kind is None:
-        raise DataError(f'{path}: expected a name that ends in one of '
-                        f'{", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)}')
+        raise DataError(
+            f'{path}: expected a name that ends in one of '
+            f'{", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)}'
+        )
     try:
         return encode_picture(picture, kind, quality)
     except (OSError, ValueError, struct.error, cv2.error) as error:
@@ -236,22 +250,26 @@ def _is_plain_jpeg(data: bytes) -> bool:
             return False
         if marker == 0xDA:
             return data.rfind(b'\xff\xd9', position) >= 0
-        position += 2 + int.from_bytes(data[position + 2:position + 4], 'big')
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], 'big')
     return False
 
 
 def _decode(path: Path, data: bytes, kind: str, image: Image.Image, max_pixels: int) -> Picture:
     width, height = image.size
     if width * height > max_pixels:
-        raise DataError(f'{path}: {width}x{height} is {width * height / 1e6:.0f} million pixels, more than the '
-                        f'{max_pixels / 1e6:.0f} million allowed; if you trust the file, raise --max-megapixels')
+        raise DataError(
+            f'{path}: {width}x{height} is {width * height / 1e6:.0f} million pixels, more than the '
+            f'{max_pixels / 1e6:.0f} million allowed; if you trust the file, raise --max-megapixels'
+        )
     frames = getattr(image, 'n_frames', 1)
     notes = []
     if frames > 1 and image.format == 'MPO':
         notes.append(f'the file holds {frames} pictures, only the first is used')
     elif frames > 1:
-        raise DataError(f'{path}: holds {frames} frames or pages; animated files are not supported, '
-                        'save its frames as single pictures')
+        raise DataError(
+            f'{path}: holds {frames} frames or pages; animated files are not supported, '
+            'save its frames as single pictures'
+        )
     profile = image.info.get('icc_profile') or None
     bits = _bits(data, kind, image)
     image.load()
@@ -286,8 +304,9 @@ def _split_alpha(path: Path, image: Image.Image) -> tuple[np.ndarray, np.ndarray
     """Gray or RGB, and opacity where the file has any, of a picture of at most 8 bits."""
     gray = image.mode in ('1', 'L', 'LA')
     if image.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'RGBX', 'YCbCr'):
-        raise DataError(f'{path}: pixels of kind {image.mode} are not supported; '
-                        'save it with 8 or 16 bits in gray or RGB')
+        raise DataError(
+            f'{path}: pixels of kind {image.mode} are not supported; save it with 8 or 16 bits in gray or RGB'
+        )
     if image.has_transparency_data:
         pixels = np.asarray(image.convert('RGBA'))
         return pixels[..., 0] if gray else pixels[..., :3], pixels[..., 3]
@@ -339,8 +358,8 @@ def _exif(image: Image.Image, kind: str) -> tuple[bytes | None, int]:
 def _is_lossless_webp(data: bytes) -> bool:
     position = 12
     while position + 8 <= len(data):
-        if data[position:position + 4] in (b'VP8L', b'VP8 '):
-            return data[position:position + 4] == b'VP8L'
-        size = int.from_bytes(data[position + 4:position + 8], 'little')
+        if data[position : position + 4] in (b'VP8L', b'VP8 '):
+            return data[position : position + 4] == b'VP8L'
+        size = int.from_bytes(data[position + 4 : position + 8], 'little')
         position += 8 + size + size % 2
     return False

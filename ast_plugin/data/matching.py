@@ -107,9 +107,7 @@ def match_folders(
         OptionError: if a template is none.
     """
     lq, gt = Template(lq_template), Template(gt_template)
-    lq_files, gt_files = (
-        _keyed(phase, folder, template) for folder, template in ((lq_dir, lq), (gt_dir, gt))
-    )
+    lq_files, gt_files = (_keyed(phase, folder, template) for folder, template in ((lq_dir, lq), (gt_dir, gt)))
     _check_partners(phase, lq_files.keys() - gt_files.keys(), (lq_dir, lq, lq_files), (gt_dir, gt))
     _check_partners(phase, gt_files.keys() - lq_files.keys(), (gt_dir, gt, gt_files), (lq_dir, lq))
     pairs, ambiguous = [], []

@@ -37,7 +37,7 @@ class FFTLoss(nn.Module):
     def __init__(self, loss_weight: float = 1.0, reduction: Reduction = 'mean', norm: str = 'backward') -> None:
         super().__init__()
         if norm not in NORMS:
-            raise OptionError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
+            raise OptionError(f'norm must be one of {", ".join(NORMS)}; got {norm!r}')
         self.loss_weight = loss_weight
         self.reduction = check_reduction(reduction)
         self.norm = norm

@@ -14,7 +14,7 @@ REDUCTIONS = ('mean', 'sum', 'none')
 def check_reduction(reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> str:
     """Return `reduction` if it is one of `allowed`, else raise OptionError."""
     if reduction not in allowed:
-        raise OptionError(f"reduction must be one of {', '.join(allowed)}; got {reduction!r}")
+        raise OptionError(f'reduction must be one of {", ".join(allowed)}; got {reduction!r}')
     return reduction
 
 

@@ -15,8 +15,11 @@ _MEMORY_INFO = Path('/proc/meminfo')
 # Limit and use of this process's container, second and first version of Linux's control groups.
 _GROUP_FILES = (
     (Path('/sys/fs/cgroup/memory.max'), Path('/sys/fs/cgroup/memory.current'), Path('/sys/fs/cgroup/memory.stat')),
-    (Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'), Path('/sys/fs/cgroup/memory/memory.usage_in_bytes'),
-     Path('/sys/fs/cgroup/memory/memory.stat')),
+    (
+        Path('/sys/fs/cgroup/memory/memory.limit_in_bytes'),
+        Path('/sys/fs/cgroup/memory/memory.usage_in_bytes'),
+        Path('/sys/fs/cgroup/memory/memory.stat'),
+    ),
 )
 
 

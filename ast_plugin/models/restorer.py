@@ -46,8 +46,15 @@ class Restorer:
         OptionError: if the device is not there, or tile and overlap make no sense.
     """
 
-    def __init__(self, network: nn.Module, *, in_channels: int = 3, device: str | torch.device | None = None,
-                 tile: int | None = None, overlap: int | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        in_channels: int = 3,
+        device: str | torch.device | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
+    ) -> None:
         check_tile_options(tile, overlap)
         if in_channels not in (1, 3):
             raise OptionError(f'the network takes {in_channels} channels: expected 1 (gray) or 3 (RGB)')
@@ -59,9 +66,16 @@ class Restorer:
         self._bytes_per_pixel: float | None = None
 
     @classmethod
-    def from_weights(cls, path: str | os.PathLike, *, network: Mapping[str, Any] | None = None,
-                     param_key: str | None = None, device: str | torch.device | None = None,
-                     tile: int | None = None, overlap: int | None = None) -> 'Restorer':
+    def from_weights(
+        cls,
+        path: str | os.PathLike,
+        *,
+        network: Mapping[str, Any] | None = None,
+        param_key: str | None = None,
+        device: str | torch.device | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
+    ) -> 'Restorer':
         """Build the network that a weights file is of, and load it.
 
         Args:
@@ -83,16 +97,19 @@ class Restorer:
             try:
                 options, notes = infer_network(checkpoint.state)
             except CheckpointError as error:
-                raise CheckpointError(f'{path} does not say which network it is of, and {error}; name the network '
-                                      'with an option file (-opt)') from error
+                raise CheckpointError(
+                    f'{path} does not say which network it is of, and {error}; name the network '
+                    'with an option file (-opt)'
+                ) from error
         built = build_network(options)
         try:
             built.load_state_dict(checkpoint.state, strict=True)
         except CheckpointError as error:
             raise CheckpointError(f'{path}: {error}') from error
         except RuntimeError as error:
-            raise CheckpointError(f'{path} is not of the network {options["type"]} with these options: '
-                                  f'{_one_line(error)}') from error
+            raise CheckpointError(
+                f'{path} is not of the network {options["type"]} with these options: {_one_line(error)}'
+            ) from error
         in_channels = next((options[key] for key in _CHANNEL_KEYS if key in options), 3)
         restorer = cls(built, in_channels=in_channels, device=found_device, tile=tile, overlap=overlap)
         restorer.notes = tuple(notes)
@@ -103,8 +120,13 @@ class Restorer:
         """Number of values that the network has learned."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    def restore(self, image: np.ndarray, *, on_tile: Callable[[int, int], None] | None = None,
-                on_note: Callable[[str], None] | None = None) -> np.ndarray:
+    def restore(
+        self,
+        image: np.ndarray,
+        *,
+        on_tile: Callable[[int, int], None] | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> np.ndarray:
         """Restore one picture.
 
         A gray picture goes through a network of RGB as three equal channels, whose mean comes back.
@@ -154,8 +176,10 @@ class Restorer:
                 shown = f'{width}x{height} in tiles of {tile}' if tile < max(height, width) else f'{width}x{height}'
                 smaller = min(tile, max(height, width)) // 2 // _TILE_STEP * _TILE_STEP
                 if self.tile is not None or smaller == 0:
-                    raise OptionError(f'{shown} does not fit in the memory of {self.device}; '
-                                      f'choose tiles smaller than {tile} (--tile)') from error
+                    raise OptionError(
+                        f'{shown} does not fit in the memory of {self.device}; '
+                        f'choose tiles smaller than {tile} (--tile)'
+                    ) from error
                 _tell(on_note, f'{shown} does not fit in memory, trying tiles of {smaller}')
                 tile = smaller
 
@@ -183,10 +207,15 @@ class Restorer:
         side = math.isqrt(int(usable / self._bytes_per_pixel))
         tile = max(_TILE_STEP, side // _TILE_STEP * _TILE_STEP)
         if self.overlap is not None and self.overlap >= tile:
-            raise OptionError(f'memory allows tiles of {tile}, no larger than the overlap of {self.overlap}: '
-                              'choose a smaller --overlap')
-        _tell(on_note, f'{width}x{height} needs about {pixels * self._bytes_per_pixel / 2**30:.1f} GiB, '
-                       f'{usable / 2**30:.1f} GiB can be used: restored in tiles of {tile}')
+            raise OptionError(
+                f'memory allows tiles of {tile}, no larger than the overlap of {self.overlap}: '
+                'choose a smaller --overlap'
+            )
+        _tell(
+            on_note,
+            f'{width}x{height} needs about {pixels * self._bytes_per_pixel / 2**30:.1f} GiB, '
+            f'{usable / 2**30:.1f} GiB can be used: restored in tiles of {tile}',
+        )
         return tile
 
 
@@ -236,8 +265,10 @@ def build_network(options: Mapping[str, Any]) -> nn.Module:
     registered = next((key for key in (name, f'{name}_basicsr') if key in ARCH_REGISTRY), None)
     if registered is None:
         known = [key.removesuffix('_basicsr') for key in ARCH_REGISTRY.keys()]  # noqa: SIM118 - not a dictionary
-        raise OptionError(f'no network is registered as {name}{did_you_mean(str(name), known)} '
-                          '(is its plugin installed? `basicsr list arch` shows what there is)')
+        raise OptionError(
+            f'no network is registered as {name}{did_you_mean(str(name), known)} '
+            '(is its plugin installed? `basicsr list arch` shows what there is)'
+        )
     try:
         return ARCH_REGISTRY.get(registered)(**arguments)
     except PluginError:

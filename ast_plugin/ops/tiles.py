@@ -72,8 +72,8 @@ def _axis_weights(size: int, tile: int, overlap: int, blend: str) -> list[Tensor
         weights.append(weight)
     total = torch.zeros(size, dtype=torch.float64)
     for start, weight in zip(starts, weights, strict=True):
-        total[start:start + length] += weight
-    return [weight / total[start:start + length] for start, weight in zip(starts, weights, strict=True)]
+        total[start : start + length] += weight
+    return [weight / total[start : start + length] for start, weight in zip(starts, weights, strict=True)]
 
 
 def run_tiled(
@@ -124,18 +124,20 @@ def run_tiled(
     result, scale, done = None, 1, 0
     for top, row_weight in rows:
         for left, column_weight in columns:
-            patch = image[..., top:top + tile, left:left + tile]
+            patch = image[..., top : top + tile, left : left + tile]
             restored = function(patch)
             if result is None:
                 scale = _scale_of(patch, restored)
                 shape = (*restored.shape[:2], height * scale, width * scale)
                 result = torch.zeros(shape, dtype=restored.dtype, device=image.device)
             elif _scale_of(patch, restored) != scale:
-                raise ShapeError(f'the function enlarged one tile {scale} times and another '
-                                 f'{_scale_of(patch, restored)} times: tiles need one scale')
+                raise ShapeError(
+                    f'the function enlarged one tile {scale} times and another '
+                    f'{_scale_of(patch, restored)} times: tiles need one scale'
+                )
             weight = torch.outer(row_weight.repeat_interleave(scale), column_weight.repeat_interleave(scale))
             bottom, right = top * scale + restored.shape[-2], left * scale + restored.shape[-1]
-            place = result[..., top * scale:bottom, left * scale:right]
+            place = result[..., top * scale : bottom, left * scale : right]
             place.addcmul_(restored.to(result.device), weight.to(result))
             done += 1
             if on_tile is not None:
@@ -148,6 +150,8 @@ def _scale_of(patch: Tensor, restored: Tensor) -> int:
     height, width = patch.shape[-2:]
     scale = restored.shape[-2] // height if restored.ndim == 4 else 0
     if scale < 1 or restored.shape[0] != patch.shape[0] or restored.shape[-2:] != (height * scale, width * scale):
-        raise ShapeError(f'the function gave {list(restored.shape)} for {list(patch.shape)}: expected '
-                         '[B, D, s*H, s*W] with an integer s >= 1')
+        raise ShapeError(
+            f'the function gave {list(restored.shape)} for {list(patch.shape)}: expected '
+            '[B, D, s*H, s*W] with an integer s >= 1'
+        )
     return scale

@@ -24,8 +24,7 @@ _SCHEDULER_OPTIONAL = ('total_iter',)  # the model's own total_iter stands in
 _BASICSR, _OURS = 'basicsr', 'ast_plugin'
 
 
-def check(opt: Mapping[str, Any], source: str, registered: Registered | None = None, *,
-          is_train: bool = True) -> None:
+def check(opt: Mapping[str, Any], source: str, registered: Registered | None = None, *, is_train: bool = True) -> None:
     """Check the options of a file, as read, before `ast_plugin.options.prepare` completes them.
 
     Args:
@@ -70,8 +69,11 @@ def _key_faults(opt: Mapping[str, Any], is_third_party: bool, is_ours: bool) -> 
     rest = {key: value for key, value in opt.items() if key not in networks}
     if paths:
         rest['path'] = {key: value for key, value in paths.items() if key in Paths.model_fields}
-    faults = [Fault((key,), 'expected a mapping with a type') for key, value in networks.items()
-              if not isinstance(value, dict) or not isinstance(value.get('type'), str)]
+    faults = [
+        Fault((key,), 'expected a mapping with a type')
+        for key, value in networks.items()
+        if not isinstance(value, dict) or not isinstance(value.get('type'), str)
+    ]
     for key, value in paths.items():
         if key not in Paths.model_fields:
             faults += _path_faults(key, value, networks)
@@ -109,20 +111,31 @@ def _path_faults(key: str, value: Any, networks: Mapping[str, Any]) -> list[Faul
 
 def _missing_sections(opt: Mapping[str, Any], is_train: bool, is_third_party: bool) -> list[Fault]:
     datasets = _section(opt, 'datasets')
-    faults = [Fault(('datasets', key), 'expected train, val or test, with or without a number behind _ (val_2)')
-              for key in datasets if not phase_of(key) or (phase_of(key) == 'train' and key != 'train')]
+    faults = [
+        Fault(('datasets', key), 'expected train, val or test, with or without a number behind _ (val_2)')
+        for key in datasets
+        if not phase_of(key) or (phase_of(key) == 'train' and key != 'train')
+    ]
     needed: list[Where] = [] if is_third_party else [('network_g',)]
     if is_train:
-        needed += [('datasets', 'train'), ('datasets', 'train', 'batch_size_per_gpu'),
-                   ('datasets', 'train', 'num_worker_per_gpu'), ('train',), ('logger',)]
+        needed += [
+            ('datasets', 'train'),
+            ('datasets', 'train', 'batch_size_per_gpu'),
+            ('datasets', 'train', 'num_worker_per_gpu'),
+            ('train',),
+            ('logger',),
+        ]
         needed += [] if is_third_party else [('train', 'optim_g'), ('train', 'scheduler')]
         if isinstance(opt.get('val'), dict):
             needed.append(('val', 'val_freq'))
     elif datasets and not any(phase_of(key) in ('val', 'test') for key in datasets):
         faults.append(Fault(('datasets', 'val'), 'required for testing (or datasets.test), but not there'))
     # Where a whole section is missing or wrong, what it lacks is not worth a line.
-    return faults + [Fault(where, 'required, but not there') for where in needed
-                     if _at(opt, where) is None and isinstance(_at(opt, where[:-1]), dict)]
+    return faults + [
+        Fault(where, 'required, but not there')
+        for where in needed
+        if _at(opt, where) is None and isinstance(_at(opt, where[:-1]), dict)
+    ]
 
 
 def _best_metric_faults(opt: Mapping[str, Any]) -> list[Fault]:
@@ -151,13 +164,15 @@ def _registry_faults(opt: Mapping[str, Any], registered: Registered) -> list[Fau
             faults += _optimizer_faults(value, ('train', key))
     faults += _scheduler_faults(train.get('scheduler'), opt, registered)
     for key, value in _section(_section(opt, 'val'), 'metrics').items():
-        faults += _call_faults('metric', value, ('val', 'metrics', key), registered,
-                               given=_METRIC_IMAGES, ignored=_METRIC_OWN)
+        faults += _call_faults(
+            'metric', value, ('val', 'metrics', key), registered, given=_METRIC_IMAGES, ignored=_METRIC_OWN
+        )
     return faults
 
 
-def _call_faults(kind: str, options: Any, where: Where, registered: Registered,
-                 **names: tuple[str, ...]) -> list[Fault]:
+def _call_faults(
+    kind: str, options: Any, where: Where, registered: Registered, **names: tuple[str, ...]
+) -> list[Fault]:
     """Faults of `{type: NAME, argument: value, …}`."""
     if not isinstance(options, dict) or not isinstance(options.get('type'), str):
         return [Fault(where, 'expected a mapping with a type')]

@@ -13,16 +13,32 @@ from ast_plugin.suggest import did_you_mean
 Where = tuple[str | int, ...]
 
 _EXPECTED = {
-    'int_type': 'a whole number', 'int_from_float': 'a whole number', 'int_parsing': 'a whole number',
-    'float_type': 'a number', 'float_parsing': 'a number', 'finite_number': 'a finite number',
-    'bool_type': 'true or false', 'bool_parsing': 'true or false', 'string_type': 'text',
-    'dict_type': 'a mapping of keys to values', 'model_type': 'a mapping of keys to values',
+    'int_type': 'a whole number',
+    'int_from_float': 'a whole number',
+    'int_parsing': 'a whole number',
+    'float_type': 'a number',
+    'float_parsing': 'a number',
+    'finite_number': 'a finite number',
+    'bool_type': 'true or false',
+    'bool_parsing': 'true or false',
+    'string_type': 'text',
+    'dict_type': 'a mapping of keys to values',
+    'model_type': 'a mapping of keys to values',
     'model_attributes_type': 'a mapping of keys to values',
-    'list_type': 'a list', 'tuple_type': 'a list', 'sequence_type': 'a list', 'none_required': 'nothing',
-    'greater_than': 'more than {gt}', 'greater_than_equal': '{ge} or more', 'less_than': 'less than {lt}',
-    'less_than_equal': '{le} or less', 'literal_error': '{expected}', 'enum': '{expected}',
-    'string_too_short': 'text that is not empty', 'string_pattern_mismatch': 'a name that can name a folder',
-    'too_short': '{min_length} items or more', 'too_long': '{max_length} items or fewer',
+    'list_type': 'a list',
+    'tuple_type': 'a list',
+    'sequence_type': 'a list',
+    'none_required': 'nothing',
+    'greater_than': 'more than {gt}',
+    'greater_than_equal': '{ge} or more',
+    'less_than': 'less than {lt}',
+    'less_than_equal': '{le} or less',
+    'literal_error': '{expected}',
+    'enum': '{expected}',
+    'string_too_short': 'text that is not empty',
+    'string_pattern_mismatch': 'a name that can name a folder',
+    'too_short': '{min_length} items or more',
+    'too_long': '{max_length} items or fewer',
 }
 
 
@@ -64,8 +80,9 @@ def unknown_key(where: Where, known: Sequence[str]) -> Fault:
     return Fault(where, f'unknown key{did_you_mean(str(where[-1]), known)}', unknown_key=True)
 
 
-def faults_of(error: ValidationError, model: type[BaseModel], value: Any, prefix: Where = (),
-              also_known: Sequence[str] = ()) -> list[Fault]:
+def faults_of(
+    error: ValidationError, model: type[BaseModel], value: Any, prefix: Where = (), also_known: Sequence[str] = ()
+) -> list[Fault]:
     """One fault for each place that pydantic complains about.
 
     Args:
@@ -85,8 +102,11 @@ def faults_of(error: ValidationError, model: type[BaseModel], value: Any, prefix
             fault = Fault(place, _message(report))
         faults[place] = _joined(faults[place], fault) if place in faults else fault
     # Of a union, the member that got furthest tells what is wrong; that the others want another kind is no news.
-    return [fault for place, fault in faults.items()
-            if not any(other[:len(place)] == place for other in faults if other != place)]
+    return [
+        fault
+        for place, fault in faults.items()
+        if not any(other[: len(place)] == place for other in faults if other != place)
+    ]
 
 
 def _message(report: dict[str, Any]) -> str:

@@ -18,14 +18,27 @@ from pydantic.errors import PydanticUserError
 from ast_plugin.schema.faults import Fault, Where, shown, unknown_key
 
 _UNKNOWN = inspect.Parameter.empty
-_WORDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', dict: 'a mapping',
-          list: 'a list', tuple: 'a list', type(None): 'nothing'}
+_WORDS = {
+    int: 'a whole number',
+    float: 'a number',
+    bool: 'true or false',
+    str: 'text',
+    dict: 'a mapping',
+    list: 'a list',
+    tuple: 'a list',
+    type(None): 'nothing',
+}
 _POSITIONAL_OR_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def argument_faults(target: Callable, arguments: Mapping[str, Any], where: Where,
-                    given: Collection[str] = (), ignored: Collection[str] = ('type',),
-                    optional: Collection[str] = ()) -> list[Fault]:
+def argument_faults(
+    target: Callable,
+    arguments: Mapping[str, Any],
+    where: Where,
+    given: Collection[str] = (),
+    ignored: Collection[str] = ('type',),
+    optional: Collection[str] = (),
+) -> list[Fault]:
     """Compare options with the signature of what they will be passed to as keyword arguments.
 
     Args:
@@ -77,8 +90,11 @@ def _constants(module_name: str) -> frozenset[str] | None:
         tree = ast.parse(inspect.getsource(sys.modules[module_name]))
     except (KeyError, OSError, TypeError, SyntaxError):
         return None
-    return frozenset(node.value for node in ast.walk(tree)
-                     if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier())
+    return frozenset(
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier()
+    )
 
 
 def _parameters(target: Callable) -> tuple[dict[str, inspect.Parameter] | None, bool]:
@@ -137,8 +153,9 @@ def _type_complaint(target: Callable, parameter: inspect.Parameter, value: Any) 
     if annotation is _UNKNOWN:
         return _default_complaint(parameter.default, value)
     try:
-        adapter = TypeAdapter(annotation, config=None if _has_config(annotation) else ConfigDict(
-            arbitrary_types_allowed=True))
+        adapter = TypeAdapter(
+            annotation, config=None if _has_config(annotation) else ConfigDict(arbitrary_types_allowed=True)
+        )
     except (PydanticUserError, TypeError, NameError):
         return None
     # YAML has lists only; a tuple's annotation means one.

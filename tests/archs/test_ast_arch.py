@@ -151,8 +151,11 @@ def test_residual_only_where_channels_agree():
 
 
 def test_stochastic_depth():
-    rates = [block.drop_path.rate for block in AST(**{**TINY, 'depths': (2,) * 9, 'drop_path_rate': 0.7}).modules()
-             if isinstance(block, ASTBlock)]
+    rates = [
+        block.drop_path.rate
+        for block in AST(**{**TINY, 'depths': (2,) * 9, 'drop_path_rate': 0.7}).modules()
+        if isinstance(block, ASTBlock)
+    ]
     down = [0.1 * i for i in range(8)]
     assert rates == pytest.approx([*down, 0.7, 0.7, *down[::-1]])
     deep = AST(**{**TINY, 'depths': (1, 1, 1, 1, 1, 2, 2, 2, 2)})
@@ -236,7 +239,9 @@ def test_both_sets_of_names_load_strictly():
 def test_a_mismatch_says_what_the_file_is_of():
     net = AST(**TINY)
     other = AST(**{**TINY, 'embed_dim': 8, 'depths': (1, 1, 1, 1, 2, 1, 1, 1, 1)})
-    with pytest.raises(CheckpointError, match=r'input_proj.weight is \[8, 3, 3, 3\], expected \[4, 3, 3, 3\]') as caught:
+    with pytest.raises(
+        CheckpointError, match=r'input_proj.weight is \[8, 3, 3, 3\], expected \[4, 3, 3, 3\]'
+    ) as caught:
         net.load_state_dict(other.state_dict())
     assert 'embed_dim: 8, depths: [1, 1, 1, 1, 2, 1, 1, 1, 1]' in str(caught.value)
     with pytest.raises(CheckpointError, match='not of an AST'):

@@ -1,4 +1,5 @@
 """Bad input: exit status 2, a clear message on stderr, no traceback, nothing written, nothing renamed, nothing run."""
+
 import os
 import pickle
 
@@ -48,14 +49,25 @@ def train(folder, capfd, *overrides):
     return complaint(folder, capfd, 'train', '-opt', 'tiny.yml', *(['--force_yml', *overrides] if overrides else ()))
 
 
-@pytest.mark.parametrize('content', [
-    '', '- a\n- b\n', 'name: x\n\tscale: 1\n', 'a: [1, 2', b'\x89PNG\r\n\x1a\n\x00', b'name: \xff\n',
-    'a: !!python/object/apply:os.system ["touch ran"]\n', 'name: "{{ __import__(\'os\').system(\'touch ran\') }}"\n',
-    'name: x\nname: y\n', '_base_: tiny.yml\n', 'custom_imports: {imports: [antigravity]}\n',
-    'a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n'
-    'c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n'
-    'e: [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d]\n',
-])
+@pytest.mark.parametrize(
+    'content',
+    [
+        '',
+        '- a\n- b\n',
+        'name: x\n\tscale: 1\n',
+        'a: [1, 2',
+        b'\x89PNG\r\n\x1a\n\x00',
+        b'name: \xff\n',
+        'a: !!python/object/apply:os.system ["touch ran"]\n',
+        "name: \"{{ __import__('os').system('touch ran') }}\"\n",
+        'name: x\nname: y\n',
+        '_base_: tiny.yml\n',
+        'custom_imports: {imports: [antigravity]}\n',
+        'a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n'
+        'c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n'
+        'e: [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d]\n',
+    ],
+)
 @pytest.mark.parametrize('command', ['train', 'test'])
 def test_files_that_are_no_option_files(folder, capfd, command, content):
     (folder / 'bad.yml').write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -63,45 +75,63 @@ def test_files_that_are_no_option_files(folder, capfd, command, content):
     assert message.startswith('bad.yml')
 
 
-@pytest.mark.parametrize(('name', 'expected'), [
-    ('nothing.yml', 'nothing.yml: no such option file'),
-    ('AST_quickstar', 'did you mean AST_quickstart?'),
-    ('data', 'expected an option file, this is a folder'),
-])
+@pytest.mark.parametrize(
+    ('name', 'expected'),
+    [
+        ('nothing.yml', 'nothing.yml: no such option file'),
+        ('AST_quickstar', 'did you mean AST_quickstart?'),
+        ('data', 'expected an option file, this is a folder'),
+    ],
+)
 def test_files_that_are_not_there(folder, capfd, name, expected):
     assert expected in complaint(folder, capfd, 'train', '-opt', name)
 
 
 def test_five_faults_give_five_lines(folder, capfd):
-    message = train(folder, capfd, 'train:total_iter=many', 'network_g:num_feet=3', 'datasets:val:typ=x',
-                    'model_type=SRModell', 'val:metrics:psnr:crop=1')
+    message = train(
+        folder,
+        capfd,
+        'train:total_iter=many',
+        'network_g:num_feet=3',
+        'datasets:val:typ=x',
+        'model_type=SRModell',
+        'val:metrics:psnr:crop=1',
+    )
     lines = message.splitlines()
     assert len(lines) == 5
     assert all(line.startswith('tiny.yml: ') for line in lines)
 
 
-@pytest.mark.parametrize(('overrides', 'expected'), [
-    (['datasets:train:gt_sise=3'], 'tiny.yml: datasets.train.gt_sise: unknown key, did you mean gt_size?'),
-    (['train:total_iter=x'], 'tiny.yml: train.total_iter: expected a whole number'),
-    (['network_g:type=AST_TT'], 'did you mean AST_T? (is its plugin installed?'),
-    (['trian:total_iter=3'], 'no section trian, did you mean train?'),
-    (['name=__import__("os").system("touch ran") or "/"'], 'a name that can name a folder'),
-    (['name=!!python/object/apply:os.system [touch ran]'], 'is refused'),
-    (['datasets:train:dataroot_gt=nowhere'], 'datasets.train: PairedImageDataset: No such file or directory: nowhere'),
-    (['datasets:train:dataroot_gt=data'], 'datasets.train: PairedImageDataset cannot read its data'),
-    (['datasets:val:dataroot_gt=~nobody/x'], 'datasets.val: PairedImageDataset: No such file or directory'),
-    (['datasets:train:gt_size=big'], 'datasets.train: PairedImageDataset cannot read its data'),
-    (['datasets:train:gt_size=4000'], 'datasets.train: PairedImageDataset cannot read its data'),
-    (['network_g:act_type=unheard'], 'network_g: SRVGGNetCompact cannot be made'),
-    (['network_g={type: AST, depths: [1, 2]}'], 'tiny.yml: network_g: depths must be'),
-    (['train:pixel_opt:reduction=most'], 'train.pixel_opt: L1Loss cannot be made of these options: ValueError'),
-    (['train:optim_g:betas=[2, 3]'], 'train.optim_g: AdamW cannot be made of these options: ValueError'),
-    (['train:scheduler={type: CosineAnnealingRestartLR, periods: [1, 2], restart_weights: [1]}'],
-     'train.scheduler: CosineAnnealingRestartLR cannot be made'),
-    (['val:metrics:psnr:crop_border=wide'], 'val.metrics.psnr: calculate_psnr cannot measure with these options'),
-    (['path:pretrain_network_g=nothing.pth'], 'nothing.pth does not exist'),
-    (['path:resume_state=nothing.state'], 'path.resume_state: no such file: nothing.state'),
-])
+@pytest.mark.parametrize(
+    ('overrides', 'expected'),
+    [
+        (['datasets:train:gt_sise=3'], 'tiny.yml: datasets.train.gt_sise: unknown key, did you mean gt_size?'),
+        (['train:total_iter=x'], 'tiny.yml: train.total_iter: expected a whole number'),
+        (['network_g:type=AST_TT'], 'did you mean AST_T? (is its plugin installed?'),
+        (['trian:total_iter=3'], 'no section trian, did you mean train?'),
+        (['name=__import__("os").system("touch ran") or "/"'], 'a name that can name a folder'),
+        (['name=!!python/object/apply:os.system [touch ran]'], 'is refused'),
+        (
+            ['datasets:train:dataroot_gt=nowhere'],
+            'datasets.train: PairedImageDataset: No such file or directory: nowhere',
+        ),
+        (['datasets:train:dataroot_gt=data'], 'datasets.train: PairedImageDataset cannot read its data'),
+        (['datasets:val:dataroot_gt=~nobody/x'], 'datasets.val: PairedImageDataset: No such file or directory'),
+        (['datasets:train:gt_size=big'], 'datasets.train: PairedImageDataset cannot read its data'),
+        (['datasets:train:gt_size=4000'], 'datasets.train: PairedImageDataset cannot read its data'),
+        (['network_g:act_type=unheard'], 'network_g: SRVGGNetCompact cannot be made'),
+        (['network_g={type: AST, depths: [1, 2]}'], 'tiny.yml: network_g: depths must be'),
+        (['train:pixel_opt:reduction=most'], 'train.pixel_opt: L1Loss cannot be made of these options: ValueError'),
+        (['train:optim_g:betas=[2, 3]'], 'train.optim_g: AdamW cannot be made of these options: ValueError'),
+        (
+            ['train:scheduler={type: CosineAnnealingRestartLR, periods: [1, 2], restart_weights: [1]}'],
+            'train.scheduler: CosineAnnealingRestartLR cannot be made',
+        ),
+        (['val:metrics:psnr:crop_border=wide'], 'val.metrics.psnr: calculate_psnr cannot measure with these options'),
+        (['path:pretrain_network_g=nothing.pth'], 'nothing.pth does not exist'),
+        (['path:resume_state=nothing.state'], 'path.resume_state: no such file: nothing.state'),
+    ],
+)
 def test_training_is_refused(folder, capfd, overrides, expected):
     message = train(folder, capfd, *overrides)
     assert expected in message
@@ -200,17 +230,24 @@ def write_list(path):
 
 
 WRITERS = {
-    write_cut: 'cut', write_other_network: 'weights of another network', write_stranger: 'weights of another network',
-    write_code: 'can run code', write_bare_code: 'can run code', write_picture: 'weights file',
-    write_yaml: 'weights file', write_list: 'expected a dictionary of weights',
+    write_cut: 'cut',
+    write_other_network: 'weights of another network',
+    write_stranger: 'weights of another network',
+    write_code: 'can run code',
+    write_bare_code: 'can run code',
+    write_picture: 'weights file',
+    write_yaml: 'weights file',
+    write_list: 'expected a dictionary of weights',
 }
 
 
 @pytest.mark.parametrize(('write', 'expected'), WRITERS.items(), ids=[write.__name__ for write in WRITERS])
 def test_weights(folder, capfd, write, expected):
     write(folder / 'w.pth')
-    for message in (train(folder, capfd, 'path:pretrain_network_g=w.pth'),
-                    complaint(folder, capfd, 'test', '-opt', 'tiny.yml', '--weights', 'w.pth')):
+    for message in (
+        train(folder, capfd, 'path:pretrain_network_g=w.pth'),
+        complaint(folder, capfd, 'test', '-opt', 'tiny.yml', '--weights', 'w.pth'),
+    ):
         assert message.startswith('w.pth')
         assert expected in message
         assert len(message.splitlines()) == 1

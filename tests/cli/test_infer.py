@@ -37,8 +37,20 @@ def run(weights, tmp_path, capsys):
 
     def infer_here(source, *more, output='out', weights=weights):
         sources = [source] if isinstance(source, str) else source
-        status = main(['infer', '-i', *(str(tmp_path / name) for name in sources), '-o', str(tmp_path / output),
-                       '--weights', str(weights), '--device', 'cpu', *map(str, more)])
+        status = main(
+            [
+                'infer',
+                '-i',
+                *(str(tmp_path / name) for name in sources),
+                '-o',
+                str(tmp_path / output),
+                '--weights',
+                str(weights),
+                '--device',
+                'cpu',
+                *map(str, more),
+            ]
+        )
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -68,11 +80,14 @@ def assert_refused(result, *words):
         assert word in err
 
 
-@pytest.mark.parametrize(('suffix', 'dtype', 'channels'), [
-    *[('.png', dtype, channels) for dtype in (np.uint8, np.uint16) for channels in (1, 2, 3, 4)],
-    *[('.tif', np.uint8, channels) for channels in (1, 2, 3, 4)],
-    *[('.tif', np.uint16, channels) for channels in (1, 3, 4)],
-])
+@pytest.mark.parametrize(
+    ('suffix', 'dtype', 'channels'),
+    [
+        *[('.png', dtype, channels) for dtype in (np.uint8, np.uint16) for channels in (1, 2, 3, 4)],
+        *[('.tif', np.uint8, channels) for channels in (1, 2, 3, 4)],
+        *[('.tif', np.uint16, channels) for channels in (1, 3, 4)],
+    ],
+)
 def test_depth_gray_and_transparency_come_back(run, tmp_path, suffix, dtype, channels):
     pixels = noise(12, 10, channels, dtype=dtype)
     color = pixels[..., 0] if channels < 3 else pixels[..., :3]
@@ -89,9 +104,16 @@ def test_depth_gray_and_transparency_come_back(run, tmp_path, suffix, dtype, cha
         np.testing.assert_array_equal(restored.alpha, alpha)
 
 
-@pytest.mark.parametrize(('name', 'options'), [
-    ('a.jpg', {'quality': 95}), ('a.JPEG', {}), ('a.webp', {}), ('a.webp', {'lossless': True}), ('a.bmp', {}),
-])
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('a.jpg', {'quality': 95}),
+        ('a.JPEG', {}),
+        ('a.webp', {}),
+        ('a.webp', {'lossless': True}),
+        ('a.bmp', {}),
+    ],
+)
 def test_other_formats_keep_their_kind(run, tmp_path, name, options):
     rows, columns = np.mgrid[0:24, 0:32]
     put(tmp_path / name, np.stack([rows * 9, columns * 7, rows + columns], 2).astype(np.uint8), **options)
@@ -134,7 +156,7 @@ def test_rotated_pictures_come_out_upright(run, tmp_path):
 def test_a_corrupt_picture_is_reported_and_the_others_are_restored(run, tmp_path):
     put(tmp_path / 'photos' / 'a.png')
     whole = put(tmp_path / 'photos' / 'b.png', noise(40, 40, 3)).read_bytes()
-    (tmp_path / 'photos' / 'b.png').write_bytes(whole[:len(whole) // 2])
+    (tmp_path / 'photos' / 'b.png').write_bytes(whole[: len(whole) // 2])
     put(tmp_path / 'photos' / 'c.png')
     status, out, err = run('photos')
     assert status == 1
@@ -266,30 +288,36 @@ def test_a_network_of_the_toolbox_that_enlarges(run, tmp_path):
     assert_refused(run('a.png', weights=tmp_path / 'net.pth'), 'does not say which network', '-opt')
 
 
-@pytest.mark.parametrize(('arguments', 'words'), [
-    (['--tile', '0'], ['--tile is 0']),
-    (['--tile', '8', '--overlap', '8'], ['--overlap is 8', '--tile is 8']),
-    (['--overlap', '-1'], ['--overlap is -1']),
-    (['--quality', '0'], ['--quality is 0']),
-    (['--max-megapixels', '0'], ['--max-megapixels']),
-    (['--max-megapixels', 'nan'], ['--max-megapixels']),
-    (['--suffix', '../x'], ['--suffix']),
-    (['--device', 'cuda:77'], ['cuda:77', 'cpu']),
-    (['--device', 'toaster'], ['toaster', 'cpu']),
-    (['-opt', 'AST_derian'], ['AST_derian', 'no such option file']),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['--tile', '0'], ['--tile is 0']),
+        (['--tile', '8', '--overlap', '8'], ['--overlap is 8', '--tile is 8']),
+        (['--overlap', '-1'], ['--overlap is -1']),
+        (['--quality', '0'], ['--quality is 0']),
+        (['--max-megapixels', '0'], ['--max-megapixels']),
+        (['--max-megapixels', 'nan'], ['--max-megapixels']),
+        (['--suffix', '../x'], ['--suffix']),
+        (['--device', 'cuda:77'], ['cuda:77', 'cpu']),
+        (['--device', 'toaster'], ['toaster', 'cpu']),
+        (['-opt', 'AST_derian'], ['AST_derian', 'no such option file']),
+    ],
+)
 def test_wrong_arguments(run, tmp_path, arguments, words):
     put(tmp_path / 'a.png')
     assert_refused(run('a.png', *arguments), *words)
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize(('make', 'words'), [
-    (lambda root: None, ['in', 'No such file']),
-    (lambda root: (root / 'in').mkdir(), ['no pictures in this folder', '.png']),
-    (lambda root: put(root / 'in' / 'deep' / 'a.png'), ['no pictures', '--recursive']),
-    (lambda root: (root / 'in').write_text('text'), ['not a PNG']),
-])
+@pytest.mark.parametrize(
+    ('make', 'words'),
+    [
+        (lambda root: None, ['in', 'No such file']),
+        (lambda root: (root / 'in').mkdir(), ['no pictures in this folder', '.png']),
+        (lambda root: put(root / 'in' / 'deep' / 'a.png'), ['no pictures', '--recursive']),
+        (lambda root: (root / 'in').write_text('text'), ['not a PNG']),
+    ],
+)
 def test_wrong_inputs(run, tmp_path, make, words):
     make(tmp_path)
     assert_refused(run('in'), str(tmp_path / 'in'), *words)
@@ -375,10 +403,12 @@ def test_ctrl_c(tmp_path, weights):
     """Stopped in the middle of many tiles: status 130, a word, no traceback, nothing half written."""
     put(tmp_path / 'photos' / 'a.png')
     put(tmp_path / 'photos' / 'b.png', noise(300, 300, 3))
-    arguments, environment = command('-i', 'photos', '-o', 'out', '--weights', weights, '--device', 'cpu',
-                                     '--tile', 4, '--overlap', 3)
-    process = subprocess.Popen(arguments, env=environment, cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    arguments, environment = command(
+        '-i', 'photos', '-o', 'out', '--weights', weights, '--device', 'cpu', '--tile', 4, '--overlap', 3
+    )
+    process = subprocess.Popen(
+        arguments, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 100
     while not (tmp_path / 'out' / 'a.png').exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,4 +1,5 @@
 """The command itself: help, subcommands, listings, plugins, and a run from training to resuming and testing."""
+
 import argparse
 import os
 import subprocess
@@ -19,9 +20,14 @@ ROOT = Path(__file__).parents[2]
 
 def basicsr(*arguments, cwd, **environment):
     """Run the command as a process of its own."""
-    return subprocess.run([sys.executable, '-m', 'ast_plugin', *map(str, arguments)], cwd=cwd, capture_output=True,
-                          text=True, timeout=300,
-                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **environment})
+    return subprocess.run(
+        [sys.executable, '-m', 'ast_plugin', *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **environment},
+    )
 
 
 def test_help_is_quick(tmp_path):
@@ -43,15 +49,18 @@ def test_help_of_every_command_has_an_example(capsys, name):
     assert f'basicsr {name}' in capsys.readouterr().out.split('\n\n', 1)[1]
 
 
-@pytest.mark.parametrize(('arguments', 'complaint'), [
-    (['tran'], 'no command tran, did you mean train?'),
-    (['xyz'], 'no command xyz (there are train'),
-    (['--flag'], 'unrecognized arguments: --flag'),
-    (['train'], 'the following arguments are required: -opt'),
-    (['train', '-opt', 'x', '--auto'], 'unrecognized arguments: --auto'),
-    (['train', '-opt', 'x', '--launcher', 'mpi'], 'invalid choice'),
-    (['test', '-opt'], 'expected one argument'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'complaint'),
+    [
+        (['tran'], 'no command tran, did you mean train?'),
+        (['xyz'], 'no command xyz (there are train'),
+        (['--flag'], 'unrecognized arguments: --flag'),
+        (['train'], 'the following arguments are required: -opt'),
+        (['train', '-opt', 'x', '--auto'], 'unrecognized arguments: --auto'),
+        (['train', '-opt', 'x', '--launcher', 'mpi'], 'invalid choice'),
+        (['test', '-opt'], 'expected one argument'),
+    ],
+)
 def test_wrong_usage(capsys, arguments, complaint):
     with pytest.raises(SystemExit) as caught:
         command.main(arguments)
@@ -64,10 +73,13 @@ def test_without_arguments_it_helps(capsys):
     assert 'commands:' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(('raised', 'status', 'message'), [
-    (OptionError('wrong'), 2, 'basicsr: error: wrong\n'),
-    (KeyboardInterrupt(), 130, 'basicsr: interrupted\n'),
-])
+@pytest.mark.parametrize(
+    ('raised', 'status', 'message'),
+    [
+        (OptionError('wrong'), 2, 'basicsr: error: wrong\n'),
+        (KeyboardInterrupt(), 130, 'basicsr: interrupted\n'),
+    ],
+)
 def test_errors_become_lines(monkeypatch, capsys, raised, status, message):
     def run(args: argparse.Namespace) -> int:
         raise raised
@@ -90,11 +102,19 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     # More than a pipe holds, so that writing meets the closed end.
     for number in range(2000):
         (tmp_path / f'{"long" * 20}{number}.yml').write_text('# what it is\n')
-    code = ('import sys; from pathlib import Path\n'
-            'from ast_plugin import options; from ast_plugin.cli.main import main\n'
-            'options._SHIPPED_FOLDERS = (Path("."),); sys.exit(main(["options"]))')
-    process = subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    code = (
+        'import sys; from pathlib import Path\n'
+        'from ast_plugin import options; from ast_plugin.cli.main import main\n'
+        'options._SHIPPED_FOLDERS = (Path("."),); sys.exit(main(["options"]))'
+    )
+    process = subprocess.Popen(
+        [sys.executable, '-c', code],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(60) == 1
@@ -226,8 +246,20 @@ def test_training_writes_under_the_root(trained):
 def test_resuming_and_testing(trained):
     experiment = trained / 'out' / 'experiments' / 'tiny'
     # The file that BasicSR copied into the experiment is as good as the first one.
-    result = basicsr('train', '-opt', experiment / 'tiny.yml', '--root', 'out', '--auto_resume', '--local-rank', 0,
-                     '--force_yml', 'train:total_iter=6', 'logger:use_tb_logger=true', cwd=trained)
+    result = basicsr(
+        'train',
+        '-opt',
+        experiment / 'tiny.yml',
+        '--root',
+        'out',
+        '--auto_resume',
+        '--local-rank',
+        0,
+        '--force_yml',
+        'train:total_iter=6',
+        'logger:use_tb_logger=true',
+        cwd=trained,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert 'Resuming training from epoch: 1, iter: 4' in result.stderr
     assert (experiment / 'models' / 'net_g_6.pth').is_file()

@@ -30,8 +30,9 @@ def write_png(path, pixels, color_type, depth=16, extra=()):
     chunks = [(b'IHDR', struct.pack('>IIBBBBB', pixels.shape[1], pixels.shape[0], depth, color_type, 0, 0, 0)), *extra]
     rows = b''.join(b'\0' + row.astype('>u2' if depth == 16 else 'u1').tobytes() for row in pixels)
     chunks += [(b'IDAT', zlib.compress(rows)), (b'IEND', b'')]
-    body = b''.join(struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
-                    for name, data in chunks)
+    body = b''.join(
+        struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data)) for name, data in chunks
+    )
     path.write_bytes(b'\x89PNG\r\n\x1a\n' + body)
     return path
 
@@ -146,10 +147,17 @@ def test_transparent_values_of_16_bits(tmp_path):
     assert_pixels(read_image(path), gray, np.where(gray == gray[1, 2], 0, 65535))
 
 
-@pytest.mark.parametrize('options', [
-    {}, {'compression': 'zlib', 'predictor': True}, {'byteorder': '>'}, {'tile': (16, 16)}, {'rowsperstrip': 3},
-    {'bigtiff': True},
-])
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'compression': 'zlib', 'predictor': True},
+        {'byteorder': '>'},
+        {'tile': (16, 16)},
+        {'rowsperstrip': 3},
+        {'bigtiff': True},
+    ],
+)
 def test_tiff_of_16_bits(tmp_path, options):
     pixels = noise(33, 17, 4, dtype=np.uint16)
     path = tmp_path / 'a.tif'
@@ -185,9 +193,16 @@ def test_exif_orientation_is_applied_and_forgotten(tmp_path, kind, orientation):
     upright = np.zeros((32, 48, 3), np.uint8)
     upright[:16, :24], upright[:16, 24:], upright[16:, :24] = (240, 10, 10), (10, 240, 10), (10, 10, 240)
     # What a camera stores, by the definition of the tag: row 0 and column 0 of the file lie on these sides.
-    stored = {1: upright, 2: np.fliplr(upright), 3: np.flipud(np.fliplr(upright)), 4: np.flipud(upright),
-              5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: np.rot90(upright, 2).transpose(1, 0, 2),
-              8: np.rot90(upright, -1)}[orientation].copy()
+    stored = {
+        1: upright,
+        2: np.fliplr(upright),
+        3: np.flipud(np.fliplr(upright)),
+        4: np.flipud(upright),
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation].copy()
     path = tmp_path / f'a.{kind.removesuffix("16")}'
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = orientation, 'a camera'
@@ -225,12 +240,15 @@ def test_fast_and_thorough_readers_agree_on_jpeg(tmp_path, options):
     np.testing.assert_array_equal(read_rgb(path), read_image(path).color)
 
 
-@pytest.mark.parametrize(('suffix', 'dtype', 'channels'), [
-    *[('.png', dtype, channels) for dtype in (np.uint8, np.uint16) for channels in (1, 2, 3, 4)],
-    *[('.tif', np.uint8, channels) for channels in (1, 2, 3, 4)],
-    *[('.tif', np.uint16, channels) for channels in (1, 3, 4)],
-    *[(suffix, np.uint8, channels) for suffix in ('.webp', '.bmp') for channels in (3, 4)],
-])
+@pytest.mark.parametrize(
+    ('suffix', 'dtype', 'channels'),
+    [
+        *[('.png', dtype, channels) for dtype in (np.uint8, np.uint16) for channels in (1, 2, 3, 4)],
+        *[('.tif', np.uint8, channels) for channels in (1, 2, 3, 4)],
+        *[('.tif', np.uint16, channels) for channels in (1, 3, 4)],
+        *[(suffix, np.uint8, channels) for suffix in ('.webp', '.bmp') for channels in (3, 4)],
+    ],
+)
 def test_written_pictures_read_back(tmp_path, suffix, dtype, channels):
     pixels = noise(13, 17, channels, dtype=dtype)
     color = pixels[..., 0] if channels < 3 else pixels[..., :3]
@@ -312,8 +330,10 @@ def test_the_first_picture_of_a_stereo_jpeg(tmp_path):
 def test_decompression_bombs_are_refused_before_decoding(tmp_path):
     header = struct.pack('>IIBBBBB', 40000, 30000, 8, 2, 0, 0, 0)
     rows = zlib.compress(bytes(1000))
-    body = b''.join(struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
-                    for name, data in [(b'IHDR', header), (b'IDAT', rows), (b'IEND', b'')])
+    body = b''.join(
+        struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+        for name, data in [(b'IHDR', header), (b'IDAT', rows), (b'IEND', b'')]
+    )
     (tmp_path / 'bomb.png').write_bytes(b'\x89PNG\r\n\x1a\n' + body)
     with pytest.raises(DataError, match=r'bomb\.png: 40000x30000 is 1200 million pixels.*--max-megapixels'):
         read_image(tmp_path / 'bomb.png')
@@ -335,10 +355,15 @@ def test_what_is_no_picture(tmp_path, reader):
             reader(tmp_path / f'{name}.png')
 
 
-@pytest.mark.parametrize('pixels', [
-    noise(8, 8, 3).astype(np.float32), noise(8, 8).astype(np.float32), noise(8, 8).astype(np.int32),
-    noise(3, 8, 8, dtype=np.uint16),
-])
+@pytest.mark.parametrize(
+    'pixels',
+    [
+        noise(8, 8, 3).astype(np.float32),
+        noise(8, 8).astype(np.float32),
+        noise(8, 8).astype(np.int32),
+        noise(3, 8, 8, dtype=np.uint16),
+    ],
+)
 def test_tiffs_of_other_kinds_are_refused(tmp_path, pixels):
     planar = pixels.dtype == np.uint16
     options = {'planarconfig': 'separate'} if planar else {}
@@ -349,9 +374,13 @@ def test_tiffs_of_other_kinds_are_refused(tmp_path, pixels):
 
 def test_damaged_files_never_raise_anything_else(tmp_path):
     """Flips bytes all over small files of every format and depth; a picture or a DataError must come out."""
-    sources = {'png': save(tmp_path / 'a.png', noise(9, 9, 3)), 'jpg': save(tmp_path / 'a.jpg', noise(9, 9, 3)),
-               'webp': save(tmp_path / 'a.webp', noise(9, 9, 4)), 'bmp': save(tmp_path / 'a.bmp', noise(9, 9, 3)),
-               'tif': save(tmp_path / 'a.tif', noise(9, 9, 3), compression='tiff_adobe_deflate')}
+    sources = {
+        'png': save(tmp_path / 'a.png', noise(9, 9, 3)),
+        'jpg': save(tmp_path / 'a.jpg', noise(9, 9, 3)),
+        'webp': save(tmp_path / 'a.webp', noise(9, 9, 4)),
+        'bmp': save(tmp_path / 'a.bmp', noise(9, 9, 3)),
+        'tif': save(tmp_path / 'a.tif', noise(9, 9, 3), compression='tiff_adobe_deflate'),
+    }
     write_image(tmp_path / 'b.tif', Picture(noise(9, 9, 3, dtype=np.uint16)))
     write_image(tmp_path / 'b.png', Picture(noise(9, 9, 3, dtype=np.uint16), icc_profile=SRGB))
     rng = np.random.default_rng(0)
@@ -369,13 +398,16 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
                     assert 'broken' in str(error)
 
 
-@pytest.mark.parametrize(('suffix', 'picture', 'reason'), [
-    ('.jpg', Picture(noise(4, 4, 3), noise(4, 4)), 'no transparency'),
-    ('.jpg', Picture(noise(4, 4, 3, dtype=np.uint16)), '8 bits'),
-    ('.bmp', Picture(noise(4, 4, 3, dtype=np.uint16)), '8 bits'),
-    ('.webp', Picture(np.zeros((1, 16400, 3), np.uint8)), 'cannot be written as WEBP'),
-    ('.xyz', Picture(noise(4, 4, 3)), 'ends in one of'),
-])
+@pytest.mark.parametrize(
+    ('suffix', 'picture', 'reason'),
+    [
+        ('.jpg', Picture(noise(4, 4, 3), noise(4, 4)), 'no transparency'),
+        ('.jpg', Picture(noise(4, 4, 3, dtype=np.uint16)), '8 bits'),
+        ('.bmp', Picture(noise(4, 4, 3, dtype=np.uint16)), '8 bits'),
+        ('.webp', Picture(np.zeros((1, 16400, 3), np.uint8)), 'cannot be written as WEBP'),
+        ('.xyz', Picture(noise(4, 4, 3)), 'ends in one of'),
+    ],
+)
 def test_what_a_format_cannot_hold_is_refused(tmp_path, suffix, picture, reason):
     with pytest.raises(DataError, match=reason):
         write_image(tmp_path / f'a{suffix}', picture)
@@ -423,8 +455,11 @@ def test_write_takes_every_suffix_of_a_format(tmp_path):
 
 
 def test_training_never_pays_for_the_thorough_reader(tmp_path, monkeypatch):
-    paths = [save(tmp_path / 'a.png', noise(8, 8, 3)), save(tmp_path / 'a.jpg', noise(8, 8, 3)),
-             write_png(tmp_path / 'b.png', noise(8, 8, 3, dtype=np.uint16), 2)]
+    paths = [
+        save(tmp_path / 'a.png', noise(8, 8, 3)),
+        save(tmp_path / 'a.jpg', noise(8, 8, 3)),
+        write_png(tmp_path / 'b.png', noise(8, 8, 3, dtype=np.uint16), 2),
+    ]
     monkeypatch.setattr(Image, 'open', None)
     for path in paths:
         assert read_rgb(path).shape == (8, 8, 3)

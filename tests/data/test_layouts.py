@@ -19,8 +19,10 @@ def touch(root: Path, *names: str) -> Path:
 def found(layout: str, root: Path, **options) -> dict[str, tuple[str, str]]:
     source = Source(**{'dataroot': str(root), **options})
     pairs = list_pairs(layout, source)
-    return {pair.key: (Path(pair.lq).relative_to(root).as_posix(), Path(pair.gt).relative_to(root).as_posix())
-            for pair in pairs}
+    return {
+        pair.key: (Path(pair.lq).relative_to(root).as_posix(), Path(pair.gt).relative_to(root).as_posix())
+        for pair in pairs
+    }
 
 
 def folders(root: Path, **options) -> dict[str, tuple[str, str]]:
@@ -36,8 +38,13 @@ def test_folders_match_by_key_not_by_position(tmp_path):
 @pytest.mark.parametrize('suffix', ['', '.png'])
 def test_folders_templates_in_one_folder(tmp_path, suffix):
     touch(tmp_path, 'all/10_rain.png', 'all/9_rain.png', 'all/9_clean.png', 'all/10_clean.png', 'all/other.png')
-    pairs = folders(tmp_path, dataroot_lq=str(tmp_path / 'all'), dataroot_gt=str(tmp_path / 'all'),
-                    lq_template=f'{{}}_rain{suffix}', gt_template=f'{{}}_clean{suffix}')
+    pairs = folders(
+        tmp_path,
+        dataroot_lq=str(tmp_path / 'all'),
+        dataroot_gt=str(tmp_path / 'all'),
+        lq_template=f'{{}}_rain{suffix}',
+        gt_template=f'{{}}_clean{suffix}',
+    )
     assert pairs == {key: (f'all/{key}_rain.png', f'all/{key}_clean.png') for key in ('10', '9')}
 
 
@@ -53,14 +60,25 @@ def test_equal_names_are_not_ambiguous(tmp_path):
     assert folders(tmp_path) == {'a.jpg': ('lq/a.jpg', 'gt/a.jpg'), 'a.png': ('lq/a.png', 'gt/a.png')}
 
 
-@pytest.mark.parametrize(('files', 'options', 'expected'), [
-    (['lq/a.png', 'lq/b.png', 'gt/a.png'], {}, ['1 of 2', 'lq have no partner', 'gt: b.png', 'b.*']),
-    (['lq/a.png', 'gt/a.png', *(f'gt/{n}.png' for n in range(9))], {}, ['9 of 10', '0.png, 1.png, 2.png and 6 more']),
-    (['lq/readme.txt', 'gt/a.png'], {}, ['no image in folder', 'lq']),
-    (['lq/a.png', 'gt/a.png'], {'lq_template': '{}_rain'}, ['none of the 1 images', 'lq is named {}_rain.*', 'a.png']),
-    (['lq/a.png', 'gt'], {}, ['folder of clean images is not at', 'datasets.val.dataroot_gt']),
-    (['gt/a.png'], {}, ['folder of degraded images is not at', 'datasets.val.dataroot_lq']),
-])
+@pytest.mark.parametrize(
+    ('files', 'options', 'expected'),
+    [
+        (['lq/a.png', 'lq/b.png', 'gt/a.png'], {}, ['1 of 2', 'lq have no partner', 'gt: b.png', 'b.*']),
+        (
+            ['lq/a.png', 'gt/a.png', *(f'gt/{n}.png' for n in range(9))],
+            {},
+            ['9 of 10', '0.png, 1.png, 2.png and 6 more'],
+        ),
+        (['lq/readme.txt', 'gt/a.png'], {}, ['no image in folder', 'lq']),
+        (
+            ['lq/a.png', 'gt/a.png'],
+            {'lq_template': '{}_rain'},
+            ['none of the 1 images', 'lq is named {}_rain.*', 'a.png'],
+        ),
+        (['lq/a.png', 'gt'], {}, ['folder of clean images is not at', 'datasets.val.dataroot_gt']),
+        (['gt/a.png'], {}, ['folder of degraded images is not at', 'datasets.val.dataroot_lq']),
+    ],
+)
 def test_folders_faults_name_phase_folder_and_file(tmp_path, files, options, expected):
     touch(tmp_path, *files)
     with pytest.raises(DataError, match=r'datasets\.val') as caught:
@@ -75,12 +93,15 @@ def test_an_image_is_not_its_own_partner(tmp_path):
         folders(tmp_path, dataroot_gt=str(tmp_path / 'lq'))
 
 
-@pytest.mark.parametrize(('layout', 'options', 'expected'), [
-    ('spadd', {'dataroot': 'x'}, 'did you mean spad'),
-    ('spad', {}, 'needs dataroot'),
-    ('folders', {'dataroot': 'x', 'dataroot_lq': 'x', 'dataroot_gt': 'y'}, 'does not use dataroot'),
-    ('agan', {'dataroot': 'x', 'list_file': 'x.txt'}, 'does not use list_file'),
-])
+@pytest.mark.parametrize(
+    ('layout', 'options', 'expected'),
+    [
+        ('spadd', {'dataroot': 'x'}, 'did you mean spad'),
+        ('spad', {}, 'needs dataroot'),
+        ('folders', {'dataroot': 'x', 'dataroot_lq': 'x', 'dataroot_gt': 'y'}, 'does not use dataroot'),
+        ('agan', {'dataroot': 'x', 'list_file': 'x.txt'}, 'does not use list_file'),
+    ],
+)
 def test_options_that_mean_nothing_to_a_layout(layout, options, expected):
     with pytest.raises(OptionError, match=expected):
         list_pairs(layout, Source(**options))
@@ -140,15 +161,18 @@ def test_absence_names_the_half_that_is_missing(tmp_path):
         found('agan', touch(tmp_path, 'test_a/data/1_rain.png'), phase='val')
 
 
-@pytest.mark.parametrize(('files', 'options', 'error', 'expected'), [
-    (['input/a.png', 'gt/a.png'], {}, DataError, 'numbered'),
-    (['input/1.png', 'gt/1.png'], {'phase': 'test'}, DataError, 'numbers 51 to 55'),
-    (['input/1.png', 'gt/1.png'], {'split': 'test_a'}, OptionError, 'train, test; got'),
-    (['input/1.png', 'gt/2.png'], {}, DataError, 'no partner'),
-    (['input/a.txt', 'gt/1.png'], {}, DataError, 'no image in folder'),
-    (['1_hazy.png', '2.png'], {}, DataError, r'2 images .* named \{\}_GT'),
-    (['input/1.png'], {}, DataError, 'gt/ is missing'),
-])
+@pytest.mark.parametrize(
+    ('files', 'options', 'error', 'expected'),
+    [
+        (['input/a.png', 'gt/a.png'], {}, DataError, 'numbered'),
+        (['input/1.png', 'gt/1.png'], {'phase': 'test'}, DataError, 'numbers 51 to 55'),
+        (['input/1.png', 'gt/1.png'], {'split': 'test_a'}, OptionError, 'train, test; got'),
+        (['input/1.png', 'gt/2.png'], {}, DataError, 'no partner'),
+        (['input/a.txt', 'gt/1.png'], {}, DataError, 'no image in folder'),
+        (['1_hazy.png', '2.png'], {}, DataError, r'2 images .* named \{\}_GT'),
+        (['input/1.png'], {}, DataError, 'gt/ is missing'),
+    ],
+)
 def test_dense_haze_faults(tmp_path, files, options, error, expected):
     with pytest.raises(error, match=expected):
         found('densehaze', touch(tmp_path, *files), **options)
@@ -159,12 +183,15 @@ def spad(root: Path, content: bytes, **options) -> dict[str, tuple[str, str]]:
     return found('spad', root, **options)
 
 
-@pytest.mark.parametrize('content', [
-    b'/r/1.png /g/1.png\n/r/2.png /g/2.png\n',
-    b'/r/1.png /g/1.png\n/r/2.png /g/2.png',
-    b'\r\n/r/1.png /g/1.png\r\n\r\n  \r\n/r/2.png\t/g/2.png \r\n\r\n',
-    b'\xef\xbb\xbfr/1.png   g/1.png\n/r/2.png g/2.png\n',
-])
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'/r/1.png /g/1.png\n/r/2.png /g/2.png\n',
+        b'/r/1.png /g/1.png\n/r/2.png /g/2.png',
+        b'\r\n/r/1.png /g/1.png\r\n\r\n  \r\n/r/2.png\t/g/2.png \r\n\r\n',
+        b'\xef\xbb\xbfr/1.png   g/1.png\n/r/2.png g/2.png\n',
+    ],
+)
 def test_spad_lists(tmp_path, content):
     touch(tmp_path, 'r/1.png', 'r/2.png', 'g/1.png', 'g/2.png')
     assert spad(tmp_path, content) == {f'r/{n}.png': (f'r/{n}.png', f'g/{n}.png') for n in (1, 2)}
@@ -189,14 +216,17 @@ def test_spad_other_lists_and_names_beyond_ascii(tmp_path):
     assert len(found('spad', tmp_path, phase='test')) == 1
 
 
-@pytest.mark.parametrize(('content', 'expected'), [
-    ('/r/1.png /g/1.png\n/r/1.png\n', 'line 2'),
-    ('/r/1.png /g/1.txt\n', 'two image files'),
-    ('/r/1.png /g/1.png /x/1.png\n', 'line 1'),
-    ('\n\n', 'is empty'),
-    ('/r/1.png /g/1.png\n/r/7.png /g/7.png', r'2 files .* are missing below .*r/7\.png'),
-    ('/r/1.png /g/1.png\n/r/1.png /r/1.png', 'several clean partners'),
-])
+@pytest.mark.parametrize(
+    ('content', 'expected'),
+    [
+        ('/r/1.png /g/1.png\n/r/1.png\n', 'line 2'),
+        ('/r/1.png /g/1.txt\n', 'two image files'),
+        ('/r/1.png /g/1.png /x/1.png\n', 'line 1'),
+        ('\n\n', 'is empty'),
+        ('/r/1.png /g/1.png\n/r/7.png /g/7.png', r'2 files .* are missing below .*r/7\.png'),
+        ('/r/1.png /g/1.png\n/r/1.png /r/1.png', 'several clean partners'),
+    ],
+)
 def test_spad_faults(tmp_path, content, expected):
     touch(tmp_path, 'r/1.png', 'g/1.png')
     with pytest.raises(DataError, match=expected) as caught:

@@ -36,9 +36,21 @@ def root(tmp_path) -> Path:
 
 
 def dataset(root: Path, **options) -> PairsDataset:
-    return PairsDataset({'name': 'Test', 'type': 'PairsDataset', 'phase': 'train', 'gt_size': 4, 'scale': 1,
-                         'io_backend': {'type': 'disk'}, 'batch_size_per_gpu': 2, 'seed': 7,
-                         'dataroot_lq': str(root / 'lq'), 'dataroot_gt': str(root / 'gt'), **options})
+    return PairsDataset(
+        {
+            'name': 'Test',
+            'type': 'PairsDataset',
+            'phase': 'train',
+            'gt_size': 4,
+            'scale': 1,
+            'io_backend': {'type': 'disk'},
+            'batch_size_per_gpu': 2,
+            'seed': 7,
+            'dataroot_lq': str(root / 'lq'),
+            'dataroot_gt': str(root / 'gt'),
+            **options,
+        }
+    )
 
 
 def decoded(image: torch.Tensor) -> np.ndarray:
@@ -167,16 +179,19 @@ def test_a_file_that_went_away_is_named(root):
         data[0]
 
 
-@pytest.mark.parametrize(('options', 'expected'), [
-    ({'gt_sise': 4}, r'datasets\.train\.gt_sise: unknown key, did you mean gt_size'),
-    ({'gt_size': 0}, r'datasets\.train\.gt_size: .*greater than or equal to 1'),
-    ({'gt_size': None}, 'training needs gt_size'),
-    ({'scale': 2}, r'datasets\.train\.scale'),
-    ({'io_backend': {'type': 'lmdb'}}, r'datasets\.train\.io_backend\.type: .*disk'),
-    ({'dataroot': 'x'}, 'does not use dataroot'),
-    ({'layout': 'Spad', 'dataroot_lq': None, 'dataroot_gt': None}, 'did you mean spad'),
-    ({'use_rot': 'sometimes'}, r'datasets\.train\.use_rot'),
-])
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({'gt_sise': 4}, r'datasets\.train\.gt_sise: unknown key, did you mean gt_size'),
+        ({'gt_size': 0}, r'datasets\.train\.gt_size: .*greater than or equal to 1'),
+        ({'gt_size': None}, 'training needs gt_size'),
+        ({'scale': 2}, r'datasets\.train\.scale'),
+        ({'io_backend': {'type': 'lmdb'}}, r'datasets\.train\.io_backend\.type: .*disk'),
+        ({'dataroot': 'x'}, 'does not use dataroot'),
+        ({'layout': 'Spad', 'dataroot_lq': None, 'dataroot_gt': None}, 'did you mean spad'),
+        ({'use_rot': 'sometimes'}, r'datasets\.train\.use_rot'),
+    ],
+)
 def test_bad_options_name_the_key(root, options, expected):
     with pytest.raises(OptionError, match=expected):
         dataset(root, **options)

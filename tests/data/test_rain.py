@@ -53,8 +53,9 @@ def test_the_strength_that_is_asked_for(target):
 
 def test_patches_get_the_rain_of_the_whole():
     parameters = RainParameters(psnr=(23, 23))
-    errors = [np.mean((add_rain(gray(64, 64), np.random.default_rng(seed), parameters)[0] - 0.4) ** 2)
-              for seed in range(300)]
+    errors = [
+        np.mean((add_rain(gray(64, 64), np.random.default_rng(seed), parameters)[0] - 0.4) ** 2) for seed in range(300)
+    ]
     assert -10 * np.log10(np.mean(errors)) == pytest.approx(23, abs=0.5)
 
 
@@ -100,10 +101,20 @@ def test_scale_lengthens_streaks():
     assert correlation(3) > correlation(1) + 0.1
 
 
-@pytest.mark.parametrize('wrong', [
-    {'psnr': (25, 20)}, {'angle': (-80, 0)}, {'veil': (0, 2)}, {'veil': (-0.1, 0)}, {'scale': 0}, {'layers': []},
-    {'lenght': 3}, {'psnr': (float('nan'), 20)}, {'layers': [{**FINE.model_dump(), 'density': (0, 1)}]},
-])
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        {'psnr': (25, 20)},
+        {'angle': (-80, 0)},
+        {'veil': (0, 2)},
+        {'veil': (-0.1, 0)},
+        {'scale': 0},
+        {'layers': []},
+        {'lenght': 3},
+        {'psnr': (float('nan'), 20)},
+        {'layers': [{**FINE.model_dump(), 'density': (0, 1)}]},
+    ],
+)
 def test_bad_parameters_are_refused(wrong):
     with pytest.raises(ValidationError):
         RainParameters(**wrong)

@@ -39,16 +39,20 @@ def test_a_training_sample():
 
 
 def test_training_samples_depend_on_seed_epoch_and_position():
-    patches = [dataset(seed=seed)[index]['lq'].numpy().tobytes()
-               for seed, index in [(3, (0, 1)), (3, (1, 1)), (3, (0, 7)), (4, (0, 1))]]
+    patches = [
+        dataset(seed=seed)[index]['lq'].numpy().tobytes()
+        for seed, index in [(3, (0, 1)), (3, (1, 1)), (3, (0, 7)), (4, (0, 1))]
+    ]
     assert len(set(patches)) == 4
     assert dataset()[0, 1]['lq'].numpy().tobytes() == patches[0]
 
 
 def test_workers_change_nothing():
     data = dataset()
-    epochs = [list(DataLoader(data, batch_size=2, sampler=EpochSampler(data, 1, 0), num_workers=workers))
-              for workers in (0, 2)]
+    epochs = [
+        list(DataLoader(data, batch_size=2, sampler=EpochSampler(data, 1, 0), num_workers=workers))
+        for workers in (0, 2)
+    ]
     for one, other in zip(*epochs, strict=True):
         assert torch.equal(one['lq'], other['lq']) and torch.equal(one['gt'], other['gt'])
 
@@ -83,8 +87,10 @@ def test_rain_falls_down_in_flipped_photographs():
 
 def test_photographs_are_flipped(folder):
     data = dataset(source='folder', dataroot_gt=str(folder), split='all')
-    falls = {tuple(torch.sign(gt[0, -1, 0] - gt[0, 0, 0]).view(1).tolist())
-             for gt in (data[epoch, 0]['gt'] for epoch in range(20))}
+    falls = {
+        tuple(torch.sign(gt[0, -1, 0] - gt[0, 0, 0]).view(1).tolist())
+        for gt in (data[epoch, 0]['gt'] for epoch in range(20))
+    }
     assert len(falls) == 3  # down, up, and across
 
 
@@ -129,15 +135,18 @@ def test_an_unreadable_photograph_names_phase_and_file(folder):
         dataset(source='folder', dataroot_gt=str(folder), photos=['photo0'])[0]
 
 
-@pytest.mark.parametrize(('options', 'expected'), [
-    ({'degradation': {'type': 'fog'}}, r'datasets\.train\.degradation\.type: .*rain'),
-    ({'degradation': {'psnr': [30, 20]}}, r'degradation\.psnr.*lowest, highest'),
-    ({'degradation': {'lenght': 2}}, r'degradation\.lenght: unknown key'),
-    ({'source': 'folder'}, 'dataroot_gt'),
-    ({'dataroot_gt': 'x'}, 'source: folder'),
-    ({'split': 'test'}, r'datasets\.train\.split'),
-    ({'photos': []}, r'datasets\.train\.photos'),
-])
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({'degradation': {'type': 'fog'}}, r'datasets\.train\.degradation\.type: .*rain'),
+        ({'degradation': {'psnr': [30, 20]}}, r'degradation\.psnr.*lowest, highest'),
+        ({'degradation': {'lenght': 2}}, r'degradation\.lenght: unknown key'),
+        ({'source': 'folder'}, 'dataroot_gt'),
+        ({'dataroot_gt': 'x'}, 'source: folder'),
+        ({'split': 'test'}, r'datasets\.train\.split'),
+        ({'photos': []}, r'datasets\.train\.photos'),
+    ],
+)
 def test_bad_options_name_the_key(options, expected):
     with pytest.raises(OptionError, match=expected):
         dataset(**options)

@@ -13,7 +13,12 @@ from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.errors import CheckpointError, DataError, OptionError
 
 TINY = {
-    'type': 'AST', 'img_size': 16, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'drop_path_rate': 0.0,
+    'type': 'AST',
+    'img_size': 16,
+    'embed_dim': 4,
+    'depths': [1] * 9,
+    'num_heads': [1] * 9,
+    'drop_path_rate': 0.0,
 }
 
 
@@ -38,16 +43,25 @@ def options(folder, **train):
     for name in ('models', 'training_states', 'visualization', 'results'):
         (folder / name).mkdir(exist_ok=True)
     return {
-        'name': 'tiny', 'model_type': 'RestorationModel', 'is_train': True, 'dist': False, 'num_gpu': 0, 'rank': 0,
+        'name': 'tiny',
+        'model_type': 'RestorationModel',
+        'is_train': True,
+        'dist': False,
+        'num_gpu': 0,
+        'rank': 0,
         'network_g': dict(TINY),
         'path': {
-            'models': str(folder / 'models'), 'training_states': str(folder / 'training_states'),
-            'visualization': str(folder / 'visualization'), 'results_root': str(folder / 'results'),
+            'models': str(folder / 'models'),
+            'training_states': str(folder / 'training_states'),
+            'visualization': str(folder / 'visualization'),
+            'results_root': str(folder / 'results'),
         },
         'train': {
-            'total_iter': 8, 'optim_g': {'type': 'AdamW', 'lr': 2e-3},
+            'total_iter': 8,
+            'optim_g': {'type': 'AdamW', 'lr': 2e-3},
             'scheduler': {'type': 'WarmupCosineLR', 'warmup_iter': 2},
-            'pixel_opt': {'type': 'ASTCharbonnierLoss'}, **train,
+            'pixel_opt': {'type': 'ASTCharbonnierLoss'},
+            **train,
         },
         'val': {
             'metrics': {

@@ -23,7 +23,7 @@ class Scale(nn.Module):
 
     def forward(self, x):
         self.sizes.append(tuple(x.shape[-2:]))
-        x = x[:, :self.out_channels] * self.factor
+        x = x[:, : self.out_channels] * self.factor
         return x.repeat_interleave(self.enlarge, -1).repeat_interleave(self.enlarge, -2)
 
 
@@ -92,10 +92,16 @@ def test_networks_that_enlarge(tile):
     np.testing.assert_array_equal(restored, image.repeat(2, 0).repeat(2, 1))
 
 
-@pytest.mark.parametrize('image', [
-    np.zeros((4, 4, 4), np.uint8), np.zeros((4,), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4), np.int32),
-    np.zeros((4, 4), bool),
-])
+@pytest.mark.parametrize(
+    'image',
+    [
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4,), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4, 4), np.int32),
+        np.zeros((4, 4), bool),
+    ],
+)
 def test_arrays_that_are_no_pictures(image):
     with pytest.raises(ShapeError, match='a picture'):
         Restorer(Scale()).restore(image)
@@ -222,12 +228,15 @@ def test_networks_of_the_toolbox(tmp_path):
         Restorer.from_weights(tmp_path / 'a.pth', network=options | {'num_feat': 8}, device='cpu')
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    ({'type': 'ATS'}, 'no network is registered as ATS, did you mean AST'),
-    ({'type': None}, 'no network is registered as None'),
-    ({'type': 'EDSR', 'colour': 3}, r'EDSR cannot be built.*colour'),
-    ({'type': 'AST', 'depths': [1]}, 'depths'),
-])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'type': 'ATS'}, 'no network is registered as ATS, did you mean AST'),
+        ({'type': None}, 'no network is registered as None'),
+        ({'type': 'EDSR', 'colour': 3}, r'EDSR cannot be built.*colour'),
+        ({'type': 'AST', 'depths': [1]}, 'depths'),
+    ],
+)
 def test_networks_that_cannot_be_built(options, message):
     with pytest.raises(OptionError, match=message):
         build_network(options)

@@ -69,7 +69,16 @@ def test_gradcheck():
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
 def test_lower_precisions_stay_near_float64(dtype, tolerances):
-    parts = [draw(1, 5, 6, 8), draw(2, 2, 3, 3), draw(24, 8), draw(24), draw(12, 1, 3, 3), draw(12), draw(8, 12), draw(8)]
+    parts = [
+        draw(1, 5, 6, 8),
+        draw(2, 2, 3, 3),
+        draw(24, 8),
+        draw(24),
+        draw(12, 1, 3, 3),
+        draw(12),
+        draw(8, 12),
+        draw(8),
+    ]
 
     def run(parts):
         x, partial, *rest = parts

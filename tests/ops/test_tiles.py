@@ -14,15 +14,18 @@ def convolution(radius: int, seed: int = 0):
     return lambda image: F.conv2d(image, kernel.to(image.dtype), padding=radius)
 
 
-@pytest.mark.parametrize(('size', 'tile', 'overlap', 'starts'), [
-    (384, 384, 80, [0]),
-    (480, 384, 80, [0, 96]),
-    (720, 384, 80, [0, 304, 336]),
-    (1600, 1152, 384, [0, 448]),
-    (1200, 1152, 384, [0, 48]),
-    (100, 40, 10, [0, 30, 60]),
-    (5, 8, 2, [0]),
-])
+@pytest.mark.parametrize(
+    ('size', 'tile', 'overlap', 'starts'),
+    [
+        (384, 384, 80, [0]),
+        (480, 384, 80, [0, 96]),
+        (720, 384, 80, [0, 304, 336]),
+        (1600, 1152, 384, [0, 448]),
+        (1200, 1152, 384, [0, 48]),
+        (100, 40, 10, [0, 30, 60]),
+        (5, 8, 2, [0]),
+    ],
+)
 def test_starts_follow_the_official_protocol(size, tile, overlap, starts):
     assert tile_starts(size, tile, overlap) == starts
 
@@ -57,9 +60,9 @@ def test_mean_is_the_plain_average_of_the_tiles():
     total, count = torch.zeros_like(image), torch.zeros_like(image)
     for top in (0, 6, 12, 15):
         for left in (0, 6, 11):
-            patch = image[..., top:top + 10, left:left + 10]
-            total[..., top:top + 10, left:left + 10] += patch - patch.mean()
-            count[..., top:top + 10, left:left + 10] += 1
+            patch = image[..., top : top + 10, left : left + 10]
+            total[..., top : top + 10, left : left + 10] += patch - patch.mean()
+            count[..., top : top + 10, left : left + 10] += 1
     result = run_tiled(lambda patch: patch - patch.mean(), image, 10, 4, 'mean')
     torch.testing.assert_close(result, total / count, rtol=0, atol=1e-12)
 
@@ -104,20 +107,31 @@ def test_progress_counts_tiles():
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-@pytest.mark.parametrize(('tile', 'overlap', 'blend'), [
-    (0, 0, 'ramp'), (-4, 0, 'ramp'), (8, 8, 'ramp'), (8, 9, 'ramp'), (8, -1, 'ramp'), (8, 2, 'gauss'),
-])
+@pytest.mark.parametrize(
+    ('tile', 'overlap', 'blend'),
+    [
+        (0, 0, 'ramp'),
+        (-4, 0, 'ramp'),
+        (8, 8, 'ramp'),
+        (8, 9, 'ramp'),
+        (8, -1, 'ramp'),
+        (8, 2, 'gauss'),
+    ],
+)
 def test_senseless_tiles_are_refused_even_for_small_images(tile, overlap, blend):
     with pytest.raises(OptionError):
         run_tiled(lambda patch: patch, torch.rand(1, 3, 4, 4), tile, overlap, blend)
 
 
-@pytest.mark.parametrize('function', [
-    lambda patch: patch[..., 1:, :],
-    lambda patch: patch[0],
-    lambda patch: patch[..., ::2, ::2],
-    lambda patch: patch.repeat(2, 1, 1, 1),
-])
+@pytest.mark.parametrize(
+    'function',
+    [
+        lambda patch: patch[..., 1:, :],
+        lambda patch: patch[0],
+        lambda patch: patch[..., ::2, ::2],
+        lambda patch: patch.repeat(2, 1, 1, 1),
+    ],
+)
 @pytest.mark.parametrize('size', [8, 20])
 def test_a_function_of_another_shape_is_refused(function, size):
     with pytest.raises(ShapeError, match='expected'):

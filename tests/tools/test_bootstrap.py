@@ -2,6 +2,7 @@
 
 Nothing is installed here.
 """
+
 import importlib.util
 import os
 import subprocess

@@ -5,6 +5,7 @@ On the path of one build only, by tools/bootstrap.py. BasicSR's setup.py reads i
 KeyError (BasicSR#749). Handing `exec` the frame's own write-through mapping gives it its former meaning, and leaves
 BasicSR's source as it is.
 """
+
 import builtins
 import functools
 import sys
