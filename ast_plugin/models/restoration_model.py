@@ -30,9 +30,9 @@ class RestorationModel(SRModel):
     `models.schedules`, pictures of any size in validation, the input's metrics beside the result's, the best weights
     kept beside the latest, weights files read safely and written whole.
 
-    Option keys, beside SRModel's: `val.best_metric` names the metric of `val.metrics` that picks the best weights (the
-    first by default). The best weights lie in `models/net_g_best.pth` and, with the network's options in the metadata,
-    `models/net_g_best.safetensors`.
+    Option keys, beside SRModel's: `train.clip_grad_norm`, the length to which longer gradients are cut, and
+    `val.best_metric`, the metric of `val.metrics` that picks the best weights (the first by default). Those lie in
+    `models/net_g_best.pth` and, with the network's options in the metadata, `models/net_g_best.safetensors`.
 
     Args:
         opt: the options as BasicSR prepares them; changed in place, as BasicSR's models do: `build_model` hands a copy.
@@ -51,6 +51,7 @@ class RestorationModel(SRModel):
         """Losses, moving average, optimiser and schedule."""
         self.net_g.train()
         train_opt = self.opt['train']
+        self.clip_grad_norm = train_opt.get('clip_grad_norm')
         self.ema_decay = train_opt.get('ema_decay', 0)
         if self.ema_decay > 0:
             self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).eval().requires_grad_(False)
@@ -94,6 +95,8 @@ class RestorationModel(SRModel):
         self.output = self.net_g(self.lq)
         loss_dict = self.compute_losses(self.output, self.gt)
         sum(loss_dict.values()).backward()
+        if self.clip_grad_norm:
+            nn.utils.clip_grad_norm_(self.net_g.parameters(), self.clip_grad_norm)
         self.optimizer_g.step()
         self.log_dict = self.reduce_loss_dict(loss_dict)
         if self.ema_decay > 0:

@@ -84,6 +84,7 @@ class Train(Section):
     optim_d: Optimizer | None = None
     scheduler: Scheduler | None = None
     ema_decay: Number | None = Field(None, ge=0, lt=1, description='0 for no averaged weights')
+    clip_grad_norm: Number | None = Field(None, gt=0, description='longer gradients are cut to this length')
     pixel_opt: Mapping | None = None
     perceptual_opt: Mapping | None = None
     gan_opt: Mapping | None = Field(None, description='SRGAN, ESRGAN, StyleGAN2')

@@ -122,6 +122,15 @@ def test_every_loss_counts_under_its_own_name(tmp_path):
         build(options(tmp_path, pixel_opt=None))
 
 
+def test_long_gradients_are_cut(tmp_path):
+    free, cut = build(options(tmp_path)), build(options(tmp_path, clip_grad_norm=0.01))
+    for model, norm in ((free, None), (cut, 0.01)):
+        model.feed_data(batch())
+        model.optimize_parameters(1)
+        length = torch.stack([p.grad.norm() for p in model.net_g.parameters()]).norm().item()
+        assert length > 0.1 if norm is None else length == pytest.approx(norm, rel=1e-3)
+
+
 def test_validation_of_any_size_measures_input_and_result(tmp_path):
     model = build(options(tmp_path))
     results = model.measure(DataLoader(Pairs()), save_img=True, current_iter=4)
