@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 from basicsr.losses import build_loss
-from basicsr.metrics import calculate_metric
 from basicsr.models.sr_model import SRModel
-from basicsr.utils import get_root_logger, imwrite, tensor2img
+from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import master_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
 from ast_plugin.errors import DataError, OptionError
+from ast_plugin.models.processes import Processes
 from ast_plugin.models.progress import TrainingProgress
 from ast_plugin.models.results import ValidationResults
 from ast_plugin.models.schedules import SCHEDULERS
+from ast_plugin.models.validator import Validator
 
 
 class RestorationModel(SRModel):
@@ -40,7 +40,8 @@ class RestorationModel(SRModel):
 
     def __init__(self, opt: dict[str, Any]) -> None:
         self.progress: TrainingProgress | None = None
-        self.degraded_metrics: dict[str, dict[str, dict[str, float]]] = {}  # by dataset; an input's never change
+        self.processes = Processes()
+        self.validator = Validator.from_options(opt, self.processes, self._image_path)
         self.validated_at: dict[str, int] = {}  # by dataset: iteration of the last validation
         self.log_dict: Mapping[str, float] = {}
         super().__init__(opt)
@@ -131,6 +132,13 @@ class RestorationModel(SRModel):
             self.output = network(self.lq)
         network.train(was_training)
 
+    def dist_validation(
+        self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool
+    ) -> None:
+        """The same among processes: each restores its share, all know the results, the first writes them down."""
+        self.nondist_validation(dataloader, current_iter, tb_logger, save_img)
+        self.processes.wait()  # for the first one's writing, under more patience than the next step would have
+
     def nondist_validation(
         self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool
     ) -> None:
@@ -149,7 +157,10 @@ class RestorationModel(SRModel):
                 return
             self.validated_at[name] = current_iter
         results = self.measure(dataloader, current_iter, save_img)
-        if not self.opt['val'].get('metrics'):
+        if tb_logger:
+            for image, strip in results.strips.items():
+                tb_logger.add_image(f'{name}/{image}', strip, current_iter, dataformats='HWC')
+        if not results.mean():
             return
         self._initialize_best_metric_results(name)
         self.metric_results = results.mean()
@@ -169,36 +180,16 @@ class RestorationModel(SRModel):
     def measure(
         self, dataloader: DataLoader, current_iter: int | str = '', save_img: bool = False
     ) -> ValidationResults:
-        """Restore a dataset picture by picture, with the metrics of `val.metrics` before and after.
+        """Restore a dataset picture by picture, with the metrics of `val.metrics` before and after."""
+        return self.validator.measure(self._restore, dataloader, current_iter, save_img)
 
-        Returns:
-            A row an image. Pictures are rounded to 8 bits first, as BasicSR does.
-        """
-        name = dataloader.dataset.opt['name']
-        results = ValidationResults(name, degraded=self.degraded_metrics.setdefault(name, {}))
-        bar = tqdm(dataloader, desc=name, unit='image', leave=False, disable=None)
-        for sample in bar:
-            image_name = _distinct(Path(sample['lq_path'][0]).stem, results.restored)
-            self.feed_data(sample)
-            self.test()
-            visuals = self.get_current_visuals()
-            restored = tensor2img([visuals['result']])
-            if save_img:
-                imwrite(restored, str(self._image_path(name, image_name, current_iter)))
-            results.restored[image_name] = {}
-            if 'gt' in visuals:
-                clean, degraded = tensor2img([visuals['gt']]), tensor2img([visuals['lq']])
-                results.restored[image_name] = self._metrics(restored, clean)
-                if image_name not in results.degraded and degraded.shape == clean.shape:
-                    results.degraded[image_name] = self._metrics(degraded, clean)
-            for used in ('lq', 'gt', 'output'):
-                self.__dict__.pop(used, None)
-        return results
-
-    def _metrics(self, image: Any, reference: Any) -> dict[str, float]:
-        wanted = self.opt['val'].get('metrics') or {}
-        data = {'img': image, 'img2': reference}
-        return {metric: float(calculate_metric(data, options)) for metric, options in wanted.items()}
+    def _restore(self, sample: dict[str, Any]) -> Mapping[str, Tensor]:
+        self.feed_data(sample)
+        self.test()
+        visuals = self.get_current_visuals()
+        for used in ('lq', 'gt', 'output'):
+            self.__dict__.pop(used, None)
+        return visuals
 
     def _image_path(self, dataset: str, image: str, current_iter: int | str) -> Path:
         folder = Path(self.opt['path']['visualization'])
@@ -206,6 +197,7 @@ class RestorationModel(SRModel):
             return folder / image / f'{image}_{current_iter}.png'
         return folder / dataset / f'{image}_{self.opt["val"].get("suffix") or self.opt["name"]}.png'
 
+    @master_only
     def _write_results(self, results: ValidationResults) -> None:
         folder = Path(self.opt['path']['results_root'])
         (folder / f'{results.dataset}.csv').write_text(results.to_csv(), encoding='utf-8')
@@ -286,9 +278,3 @@ class RestorationModel(SRModel):
             self._print_different_keys_loading(net, checkpoint.state, strict)
         net.load_state_dict(checkpoint.state, strict=strict)
 
-
-def _distinct(name: str, taken: Mapping[str, Any]) -> str:
-    """`name`, or with a number behind it where pictures of several folders are called the same."""
-    if name not in taken:
-        return name
-    return next(f'{name}_{number}' for number in range(2, len(taken) + 3) if f'{name}_{number}' not in taken)

@@ -1,0 +1,132 @@
+"""The processes that work on one run, as torchrun or slurm start them; a run by itself is a group of one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from basicsr.utils.dist_util import get_dist_info
+from torch.utils.data import DataLoader, Subset
+
+from ast_plugin.errors import PluginError
+
+# How long a process waits for the others at the end of a validation. The group that trains gives up after ten minutes
+# on GPUs, and large pictures fall to the processes unevenly.
+PATIENCE = timedelta(days=1)
+
+_FAILURES, _MESSAGE = 'ast_plugin/failures', 'ast_plugin/message'
+_BROKEN_CONNECTION = ('gloo', 'nccl', 'connection closed', 'connection reset', 'broken pipe')
+
+
+class ProcessLost(PluginError, RuntimeError):
+    """Another process of the run is gone, without having said why."""
+
+
+class Processes:
+    """All processes of the run; every one of them makes this object, and calls its methods in the same order.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        count: how many there are.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.count = get_dist_info()
+        # What is gathered lies in main memory: gloo's matter, whatever trains the network.
+        self.group = dist.new_group(backend='gloo', timeout=PATIENCE) if self.count > 1 else None
+
+    def share(self, loader: DataLoader) -> Iterator[tuple[int, Any]]:
+        """The samples of a validation set that fall to this process, every `count`-th; the others are not read.
+
+        Yields:
+            The number of a sample in the dataset, and the sample as the loader gives it, in a batch of one.
+        """
+        mine = loader
+        if self.count > 1:
+            mine = DataLoader(
+                Subset(loader.dataset, range(self.rank, len(loader.dataset), self.count)),
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
+            )
+        for number, sample in enumerate(mine):
+            yield self.rank + number * self.count, sample
+
+    def gather(self, items: Sequence[Any]) -> list[Any]:
+        """The items of all processes, given to all of them; each may have another number of items, or none."""
+        if self.count == 1:
+            return list(items)
+        lists: list[Any] = [None] * self.count
+        dist.all_gather_object(lists, list(items), group=self.group)
+        return [item for part in lists for item in part]
+
+    def wait(self) -> None:
+        """Go on when all others are here too."""
+        if self.count > 1:
+            dist.barrier(group=self.group)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Let the process that fails first say why, and the others end without a word of what this does to them.
+
+    A process that is killed from outside cannot say anything; then the others say that it is gone.
+
+    Raises:
+        PluginError: this process's own, with its rank before the message.
+        ProcessLost: if the connection to another broke off, and nobody knows why.
+        SystemExit: if another failed before, and this error says nothing new.
+    """
+    try:
+        yield
+    except Exception as error:
+        rank, count = get_dist_info()
+        if count == 1:
+            raise
+        first, message = _claim(str(error))
+        _hang_up()
+        is_lost = not isinstance(error, PluginError) and _is_broken_connection(error)
+        if not first and (is_lost or message == str(error)):
+            raise SystemExit(2) from None
+        if is_lost:
+            reason = str(error).splitlines()[0]
+            raise ProcessLost(
+                f'[rank {rank}] another process of this run is gone; unless it says why itself, it was killed, by the '
+                f'system for want of memory perhaps, or its machine is out of reach ({reason})'
+            ) from error
+        if isinstance(error, PluginError):
+            error.args = (f'[rank {rank}] {error}', *error.args[1:])
+        raise
+
+
+def _claim(message: str) -> tuple[bool, str]:
+    """Whether this process is the first to fail, and what the first one said.
+
+    The notice board is the store by which the processes found one another, torchrun's own process most of the time.
+    """
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        if store.add(_FAILURES, 1) == 1:
+            store.set(_MESSAGE, message)
+            return True, message
+        store.wait([_MESSAGE], timedelta(seconds=5))
+        return False, store.get(_MESSAGE).decode()
+    except (RuntimeError, ValueError):  # under slurm the first process holds the board, and may have taken it with it
+        return True, message
+
+
+def _hang_up() -> None:
+    """Cut the connections, so that nobody waits for this process and it waits for nobody."""
+    with suppress(Exception):
+        if dist.get_backend() == 'nccl':
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    text = f'{type(error).__name__} {error}'.lower()
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(word in text for word in _BROKEN_CONNECTION)
+    )
