@@ -50,6 +50,7 @@ setup(
     python_requires='>=3.10',
     install_requires=[
         'basicsr==1.4.2',
+        'mmengine>=0.10.7',
         'numpy>=1.26',
         'opencv-python>=4.8',
         'Pillow>=10.1',

@@ -1,23 +1,23 @@
-"""Option files: found by name, read safely, changed by `key:sub=value`, and completed for BasicSR's pipelines."""
+"""Option files: found by name, read safely, and completed for BasicSR's pipelines."""
 
 from __future__ import annotations
 
 import copy
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ast_plugin import safe_yaml
+from ast_plugin import inheritance, lengths
 from ast_plugin.errors import OptionError
+from ast_plugin.overrides import override
 from ast_plugin.suggest import did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the shipped files lie inside the package, in a checkout beside it.
 _SHIPPED_FOLDERS = (_PACKAGE / 'option_files', _PACKAGE.parent / 'options')
 _SUFFIXES = ('.yml', '.yaml')
-_TEMPLATE_MARKS = ('{{', '{%', '${')
 _PHASES = ('train', 'val', 'test')
 # The file's own value wins; these stand where BasicSR reads a key that need not be there.
 _NEUTRAL = {'num_gpu': 'auto', 'scale': 1}
@@ -67,68 +67,21 @@ def find(name_or_path: str | Path) -> Path:
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Read an option file and apply `key:sub=value` overrides, running nothing that either holds.
+    """Read an option file with all that it inherits from, running nothing that any of them holds.
 
     Args:
         path: the file; see `find` for names.
-        overrides: as given to `--force_yml`; the value is YAML (`train:optim_g:betas=[0.9, 0.99]`), a list's item
-            is named by its number. Every section on the way must be in the file, the last key need not be.
+        overrides: as given to `--force_yml`; see `ast_plugin.overrides.override`. Those of one stage are done last.
+    Returns:
+        The options, variables of the environment filled in. With `stages`, see `ast_plugin.stages.expand`.
     Raises:
         OptionError: with the file and the line or key.
     """
     path = Path(path)
-    opt = safe_yaml.read_file(path)
-    if not isinstance(opt, dict) or not opt:
-        kind = {type(None): 'nothing', dict: 'nothing', list: 'a list'}.get(type(opt), 'a single value')
-        raise OptionError(f'{path}: expected keys and values (`name: ...`), got {kind}')
-    if '_base_' in opt:
-        raise OptionError(f'{path}: _base_: inheritance is not supported, write the keys into this file')
-    for override in overrides:
-        _override(opt, override)
-    _refuse_templates(opt, str(path), ())
-    return opt
-
-
-def _override(opt: dict[str, Any], override: str) -> None:
-    source = f'--force_yml {override}'
-    keys, equals, text = override.partition('=')
-    steps = [step.strip() for step in keys.split(':')]
-    if not equals or not all(steps):
-        raise OptionError(f'{source}: expected key:sub=value')
-    value = None if text.strip() in ('None', 'none') else safe_yaml.read_text(text, source)
-    section: Any = opt
-    for depth, step in enumerate(steps[:-1]):
-        key = _step(section, step, source)
-        if isinstance(section, dict) and key not in section:
-            where = ':'.join(steps[:depth]) or 'the file'
-            raise OptionError(f'{source}: {where} has no section {key}{did_you_mean(key, section)}')
-        if section[key] is None:
-            section[key] = {}
-        section = section[key]
-    section[_step(section, steps[-1], source)] = value
-
-
-def _step(section: Any, step: str, source: str) -> str | int:
-    """The key or index that `step` names in `section`, which must have room for it."""
-    if isinstance(section, dict):
-        return step
-    if not isinstance(section, list):
-        raise OptionError(f'{source}: {step} would lie inside {section!r}, which is neither a section nor a list')
-    if not step.isdecimal() or int(step) >= len(section):
-        raise OptionError(f'{source}: expected a number from 0 to {len(section) - 1} to pick from a list, got {step}')
-    return int(step)
-
-
-def _refuse_templates(value: Any, source: str, where: tuple[str, ...]) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_templates(key, source, where)
-            _refuse_templates(item, source, (*where, key))
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_templates(item, source, where)
-    elif isinstance(value, str) and any(mark in value for mark in _TEMPLATE_MARKS):
-        raise OptionError(f'{source}: {".".join(where)}: templates are not filled in, write the value itself')
+    opt = inheritance.read(path)
+    for text in sorted(overrides, key=lambda text: text.lstrip().startswith('stages:')):
+        override(opt, text)
+    return inheritance.fill_in(opt, str(path))
 
 
 def prepare(
@@ -141,6 +94,8 @@ def prepare(
     world_size: int = 1,
     dist: bool = False,
     dataset_types: Mapping[str, object] | None = None,
+    stage: str | None = None,
+    length_of: Callable[[Mapping[str, Any]], int] | None = None,
 ) -> dict[str, Any]:
     """Complete options as BasicSR's `parse_options` does after it has read a file. The argument stays as it is.
 
@@ -151,8 +106,13 @@ def prepare(
         debug: BasicSR's debug mode: `debug_` before the name, and frequent validation and saving.
         rank, world_size, dist: this process among all, from BasicSR's `get_dist_info`.
         dataset_types: registered datasets by name. Those whose `options_type` has a `seed` get the run's.
+        stage: name of the stage that `opt` is of; it trains in a folder of that name inside of the experiment's.
+        length_of: counts the samples of a training set, out of its completed options. With it what is given in epochs
+            becomes iterations, and `train.iters_per_epoch` is set.
     Returns:
         What BasicSR's pipelines expect of `parse_options`. No folder is made, no random state touched.
+    Raises:
+        OptionError: if something is given in epochs and there is no `length_of`.
     """
     opt = copy.deepcopy(dict(opt))
     root = Path(os.path.expanduser(root)).resolve()
@@ -169,7 +129,11 @@ def prepare(
     # directory, whatever the root.
     opt.update(is_train=is_train, auto_resume=False, dist=dist, rank=rank, world_size=world_size)
     opt['datasets'] = _datasets(opt, is_train, dataset_types or {})
-    opt['path'] = _paths(opt, root, is_train)
+    opt['path'] = _paths(opt, root, is_train, stage)
+    if stage is not None and is_train:
+        opt['name'] = f'{opt["name"]}_{stage}'
+    if is_train:
+        lengths.resolve(opt, length_of)
     if opt.get('val') is not None or not is_train:
         opt['val'] = {**_NEUTRAL_VAL, **(opt.get('val') or {})}
     if is_train and 'debug' in opt['name']:
@@ -204,13 +168,13 @@ def _datasets(opt: dict[str, Any], is_train: bool, dataset_types: Mapping[str, o
     return datasets
 
 
-def _paths(opt: dict[str, Any], root: Path, is_train: bool) -> dict[str, Any]:
+def _paths(opt: dict[str, Any], root: Path, is_train: bool, stage: str | None) -> dict[str, Any]:
     paths = dict(opt.get('path') or {})
     for key, value in paths.items():
         if isinstance(value, str) and ('resume_state' in key or 'pretrain_network' in key):
             paths[key] = os.path.expanduser(value)
     if is_train:
-        experiment = root / 'experiments' / opt['name']
+        experiment = root / 'experiments' / opt['name'] / (stage or '')
         folders = {
             'experiments_root': experiment,
             'models': experiment / 'models',

@@ -350,7 +350,7 @@ def test_keys_in_source():
 
 
 def test_dotted():
-    assert dotted(('a', 0, 'b')) == 'a[0].b'
+    assert dotted(('a', 0, 'b')) == 'a.0.b'
     assert dotted(()) == 'top level'
 
 

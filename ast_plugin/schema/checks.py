@@ -7,12 +7,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ast_plugin import stages
 from ast_plugin.errors import OptionError
+from ast_plugin.merging import RIVALS, rivals
 from ast_plugin.options import phase_of
 from ast_plugin.schema.faults import Fault, Where, faults_of, shown, unknown_key
 from ast_plugin.schema.keys import Dataset, OptionFile, Paths
 from ast_plugin.schema.registered import Registered
 from ast_plugin.schema.signatures import argument_faults, keys_read_by
+from ast_plugin.schema.staged import staged_faults
 from ast_plugin.suggest import did_you_mean
 
 _PATH_PATTERNS = {'pretrain_network_': str, 'param_key_': str, 'strict_load_': bool}
@@ -41,22 +44,32 @@ def check(opt: Mapping[str, Any], source: str, registered: Registered | None = N
 
 
 def find_faults(opt: Mapping[str, Any], registered: Registered | None = None, *, is_train: bool = True) -> list[Fault]:
-    """Every fault of the options, in the order of the file."""
+    """Every fault of the options, those inside of its stages too, in the order of the file."""
+
+    def run_faults(run: Mapping[str, Any]) -> list[Fault]:
+        return _run_faults(run, registered, is_train)
+
+    faults = staged_faults(opt, run_faults) if stages.KEY in opt else run_faults(opt)
+    # The same key may be seen by two checks; what the first one says is nearer to the cause.
+    unique = {fault.where: fault for fault in reversed(faults)}
+    return sorted(unique.values(), key=lambda fault: _position(opt, fault.where))
+
+
+def _run_faults(opt: Mapping[str, Any], registered: Registered | None, is_train: bool) -> list[Fault]:
+    """The faults of options without stages."""
     faults = _key_faults(opt, _is_third_party(opt, registered), _is_ours(opt, registered))
     faults += _missing_sections(opt, is_train, _is_third_party(opt, registered))
     if registered is not None:
         faults += _registry_faults(opt, registered)
-    faults += _best_metric_faults(opt)
-    # The same key may be seen by two checks; what the first one says is nearer to the cause.
-    unique = {fault.where: fault for fault in reversed(faults)}
-    return sorted(unique.values(), key=lambda fault: _position(opt, fault.where))
+    faults += _best_metric_faults(opt) + _rival_faults(opt)
+    return list({fault.where: fault for fault in reversed(faults)}.values())[::-1]
 
 
 def _position(opt: Any, where: Where) -> list[int]:
     """The place of a key in the file, section by section; what is not there comes behind what is."""
     position = []
     for step in where:
-        keys = list(opt) if isinstance(opt, dict) else []
+        keys = list(opt) if isinstance(opt, dict) else list(range(len(opt))) if isinstance(opt, list) else []
         position.append(keys.index(step) if step in keys else len(keys))
         opt = opt[step] if step in keys else None
     return position
@@ -126,15 +139,29 @@ def _missing_sections(opt: Mapping[str, Any], is_train: bool, is_third_party: bo
             ('logger',),
         ]
         needed += [] if is_third_party else [('train', 'optim_g'), ('train', 'scheduler')]
+        needed += [('train', 'total_iter'), ('logger', 'save_checkpoint_freq')]
         if isinstance(opt.get('val'), dict):
             needed.append(('val', 'val_freq'))
     elif datasets and not any(phase_of(key) in ('val', 'test') for key in datasets):
         faults.append(Fault(('datasets', 'val'), 'required for testing (or datasets.test), but not there'))
     # Where a whole section is missing or wrong, what it lacks is not worth a line.
     return faults + [
-        Fault(where, 'required, but not there')
+        Fault(where, ''.join(['required, but not there', *(f' (or {other})' for other in others)]))
         for where in needed
-        if _at(opt, where) is None and isinstance(_at(opt, where[:-1]), dict)
+        for others in [rivals(where[:-1], where[-1])]
+        if isinstance(_at(opt, where[:-1]), dict)
+        and all(_at(opt, (*where[:-1], key)) is None for key in (where[-1], *others))
+    ]
+
+
+def _rival_faults(opt: Mapping[str, Any]) -> list[Fault]:
+    """Two keys that say the same thing in different units."""
+    return [
+        Fault((*where, given[1]), f'{given[0]} says that already, leave one of them out')
+        for where, pairs in RIVALS.items()
+        for pair in pairs
+        if isinstance(_at(opt, where), dict)
+        and len(given := [key for key in _at(opt, where) if key in pair and _at(opt, (*where, key)) is not None]) > 1
     ]
 
 

@@ -20,6 +20,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1)]
 CountOrZero = Annotated[Whole, Field(ge=0)]
+FolderName = Annotated[str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]{0,99}$')]
 Mapping = dict[str, Any]
 
 
@@ -75,11 +76,31 @@ class Dataset(Typed):
     scale: Number | None = Field(None, description='set from the top level')
 
 
-class Train(Section):
-    """What is trained, how and for how long."""
+class Mixing(Section):
+    """Blends the pictures of a batch with one another, degraded and clean ones alike."""
 
-    total_iter: Count = Field(description='iterations of the whole run')
+    type: Literal['mixup', 'cutmix'] = Field(description='weighted sums of pictures, or a rectangle out of another')
+    alpha: Number = Field(1.2, gt=0, description='shares are drawn from Beta(alpha, alpha)')
+    start_epoch: Count = Field(6, description='first epoch that mixes, counted from 1')
+    probability: Number = Field(1.0, ge=0, le=1, description='of a batch to be mixed')
+
+
+class Train(Section):
+    """What is trained, how and for how long. Of `total_iter` and `total_epochs` one must be there."""
+
+    total_iter: Count | None = Field(None, description='length of the run in iterations; or total_epochs')
+    total_epochs: Count | None = Field(None, description='length of the run in epochs of the training set')
     warmup_iter: Annotated[Whole, Field(ge=-1)] | None = Field(None, description='linear warm-up; -1 for none')
+    warmup_epochs: CountOrZero | None = Field(None, description='the same in epochs, in the place of warmup_iter')
+    precision: Literal['fp32', 'bf16', 'fp16'] | None = Field(None, description='of the arithmetic; fp32 if not given')
+    channels_last: bool | None = Field(None, description='lay tensors out as convolutions on CUDA like them')
+    compile: bool | None = Field(None, description='compile each block of the network')
+    accumulate: Count | None = Field(None, description='batches whose gradients make one step')
+    gradient_checkpointing: bool | None = Field(None, description='compute blocks again going back: less memory')
+    mixing: Mixing | None = Field(None, description='MixUp or CutMix')
+    on_nonfinite: Literal['stop', 'skip'] | None = Field(
+        None, description='when a loss is NaN or Inf: stop, the default, or skip the step'
+    )
     optim_g: Optimizer | None = None
     optim_d: Optimizer | None = None
     scheduler: Scheduler | None = None
@@ -108,7 +129,8 @@ class Train(Section):
 class Val(Section):
     """Validation during training, and testing."""
 
-    val_freq: Count | None = Field(None, description='iterations between validations')
+    val_freq: Count | None = Field(None, description='iterations between validations; or times_per_epoch')
+    times_per_epoch: Count | None = Field(None, description='validations in an epoch of the training set')
     save_img: bool | None = Field(None, description='write the restored images')
     suffix: str | None = Field(None, description='of written images; the name of the run if not given')
     pbar: bool | None = None
@@ -129,9 +151,13 @@ class Wandb(Section):
 class Logger(Section):
     """What is written down, and how often."""
 
-    print_freq: Count
-    save_checkpoint_freq: Count
-    use_tb_logger: bool | None = None
+    print_freq: Count = Field(description='iterations between reports')
+    save_checkpoint_freq: Count | None = Field(
+        None, description='iterations between training states; or save_checkpoint_epochs'
+    )
+    save_checkpoint_epochs: Count | None = Field(None, description='epochs between training states')
+    keep_checkpoints: Count | None = Field(None, description='states that are kept, the newest ones; 3 if not given')
+    use_tb_logger: bool | None = Field(None, description='write curves for TensorBoard')
     wandb: Wandb | None = None
 
 
@@ -181,7 +207,7 @@ class RealESRGAN(Section):
 class OptionFile(RealESRGAN):
     """The top level. `network_g`, `network_d` and further networks are checked by their pattern."""
 
-    name: str = Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]{0,99}$', description='of the run, and of its folder')
+    name: FolderName = Field(description='of the run, and of its folder')
     model_type: str = Field(min_length=1, description='registered model')
     scale: Number | None = Field(None, gt=0, description='of super-resolution; 1 for restoration')
     num_gpu: Annotated[Whole, Field(ge=0)] | Literal['auto'] | None = None

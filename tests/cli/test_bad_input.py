@@ -61,7 +61,7 @@ def train(folder, capfd, *overrides):
         'a: !!python/object/apply:os.system ["touch ran"]\n',
         "name: \"{{ __import__('os').system('touch ran') }}\"\n",
         'name: x\nname: y\n',
-        '_base_: tiny.yml\n',
+        '_base_: bad.yml\n',
         'custom_imports: {imports: [antigravity]}\n',
         'a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n'
         'c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n'
