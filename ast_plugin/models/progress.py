@@ -2,31 +2,49 @@
 
 import logging
 import sys
+import time
 from collections.abc import Mapping
 
+import torch
 from tqdm import tqdm
+
+_MEMORY = 0.9  # how much of the mean wait is kept from one iteration to the next
 
 
 class TrainingProgress:
-    """One bar for a whole run, with loss and best value; silent where the error stream is not a terminal.
+    """One bar for a whole run: losses, rate, remaining time, share of waiting for data, memory, best value.
 
-    The toolbox's log lines go on above the bar.
+    Silent where the error stream is no terminal, and in all processes but the first. The toolbox's log lines go on
+    above the bar.
 
     Args:
         total_iter: iterations of the run.
         start_iter: iterations already done when it starts.
         logger: the toolbox's logger, whose stream handlers shall not tear the bar.
+        device: whose memory is shown; of a CPU the process's.
+        is_shown: False for a process that shall keep silent.
     """
 
-    def __init__(self, total_iter: int, start_iter: int, logger: logging.Logger) -> None:
+    def __init__(
+        self,
+        total_iter: int,
+        start_iter: int,
+        logger: logging.Logger,
+        device: torch.device | None = None,
+        is_shown: bool = True,
+    ) -> None:
         self.best = ''
         self.total_iter = total_iter
+        self.device = device or torch.device('cpu')
+        self.waited = self.worked = 0.0  # seconds an iteration, means of late
+        self._stamp: float | None = None
         self.bar = tqdm(
             total=total_iter,
             initial=start_iter,
             unit='it',
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            smoothing=0.1,
+            disable=not (is_shown and sys.stderr.isatty()),
             file=sys.stderr,
         )
         if not self.bar.disable:
@@ -34,15 +52,52 @@ class TrainingProgress:
                 if type(handler) is logging.StreamHandler:
                     handler.setStream(_AboveTheBar())
 
+    @property
+    def data_share(self) -> float:
+        """Share of the time that went by waiting for data, in [0, 1]."""
+        return self.waited / (self.waited + self.worked) if self.waited + self.worked else 0.0
+
+    def begin(self) -> None:
+        """The data of an iteration are here."""
+        now = time.perf_counter()
+        if self._stamp is not None:
+            self.waited += (1 - _MEMORY) * (now - self._stamp - self.waited)
+        self._stamp = now
+
+    def pause(self) -> None:
+        """Something else than waiting for data has taken time up to now: a validation, a write."""
+        self._stamp = time.perf_counter()
+
     def advance(self, losses: Mapping[str, float]) -> None:
         """Count one iteration and show its losses; the last one closes the bar."""
+        now = time.perf_counter()
+        if self._stamp is not None:
+            self.worked += (1 - _MEMORY) * (now - self._stamp - self.worked)
+        self._stamp = now
         if self.bar.disable:
             return
         shown = [f'{name} {value:.4f}' for name, value in losses.items()]
-        self.bar.set_postfix_str(', '.join([*shown, self.best]).strip(', '), refresh=False)
+        shown += [f'data {self.data_share:.0%}', memory(self.device), self.best]
+        self.bar.set_postfix_str(', '.join(filter(None, shown)), refresh=False)
         self.bar.update()
         if self.bar.n >= self.total_iter:
-            self.bar.close()
+            self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands; what is printed next begins a line of its own."""
+        self.bar.close()
+
+
+def memory(device: torch.device) -> str:
+    """The most memory taken so far, of a GPU by tensors and of a CPU by this process; empty if that is not known."""
+    if device.type == 'cuda':
+        return f'{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB'
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ''
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f'{peak * (1 if sys.platform == "darwin" else 1024) / 1e9:.1f} GB'
 
 
 class _AboveTheBar:

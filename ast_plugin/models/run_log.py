@@ -1,0 +1,196 @@
+"""What a run leaves to look at and to compare: `metrics.csv`, a row an iteration, and `curve.png`."""
+
+import csv
+import io
+import logging
+import os
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ast_plugin.checkpoints import write_atomically
+from ast_plugin.errors import CheckpointError
+
+FIXED = ('iter', 'epoch', 'lr')  # columns before the losses'
+_MOST_ROWS_IN_MEMORY = 1000
+_SECONDS_BETWEEN_CURVES = 60.0
+_MOST_SHARE_OF_TIME = 0.01  # that drawing may take
+
+
+class RunLog:
+    """Writes `metrics.csv` and `curve.png` into the experiment's folder.
+
+    The table has a row for every iteration (number, epoch as the toolbox counts it, rate of the first group, losses)
+    and one for every validation (number, epoch, and in the columns `dataset/metric` the means). Numbers are written
+    in full: they read back as the very floats that they were.
+
+    Rows wait in memory until `flush`, or until there are many. A training state holds how many rows belong to it; a
+    run that goes on from it cuts off what its predecessor wrote after that.
+
+    Args:
+        folder: of the experiment; None writes nothing, as do all processes but the first.
+        name: of the run, the title of the drawing.
+        iters_per_epoch: to tell the epoch from the iteration; None leaves that column empty.
+        best_metric: the metric to draw, the first if None; with `higher_is_better`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        name: str = '',
+        iters_per_epoch: int | None = None,
+        best_metric: str | None = None,
+        higher_is_better: bool = True,
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.name = name
+        self.iters_per_epoch = iters_per_epoch
+        self.best_metric = best_metric
+        self.higher_is_better = higher_is_better
+        self._columns: list[str] = []
+        self._rows: list[dict[str, Any]] = []
+        self._num_written = 0
+        self._num_to_keep: int | None = None
+        self._is_open = False
+        self._num_drawn = 0
+        self._due_at = time.monotonic() + _SECONDS_BETWEEN_CURVES
+
+    @classmethod
+    def from_options(cls, opt: Mapping[str, Any], rank: int) -> 'RunLog':
+        """The log of a run by BasicSR's options."""
+        is_kept = opt['is_train'] and rank == 0
+        metrics = (opt.get('val') or {}).get('metrics') or {}
+        best = (opt.get('val') or {}).get('best_metric') or next(iter(metrics), None)
+        return cls(
+            opt['path'].get('experiments_root') if is_kept else None,
+            opt['name'],
+            (opt.get('train') or {}).get('iters_per_epoch'),
+            best,
+            metrics.get(best, {}).get('better') != 'lower',
+        )
+
+    @property
+    def table(self) -> Path:
+        """The file of numbers."""
+        return self.folder / 'metrics.csv'
+
+    @property
+    def curve(self) -> Path:
+        """The drawing of them."""
+        return self.folder / 'curve.png'
+
+    def add_iteration(self, current_iter: int, lr: float, losses: Mapping[str, float]) -> None:
+        """Note the losses of an iteration."""
+        self._add(current_iter, {'lr': lr, **losses})
+
+    def add_validation(self, current_iter: int, dataset: str, means: Mapping[str, float]) -> None:
+        """Note the means of a validation."""
+        name = ' '.join(dataset.split())
+        self._add(current_iter, {f'{name}/{metric}': value for metric, value in means.items()})
+
+    def flush(self, durably: bool = False) -> None:
+        """Write what waits, where `durably` down to the disk itself.
+
+        Raises:
+            CheckpointError: if that fails.
+        """
+        if self.folder is None or not self._is_open:
+            return
+        try:
+            with self.table.open('a', encoding='utf-8', newline='') as file:
+                csv.DictWriter(file, self._columns, lineterminator='\n').writerows(self._rows)
+                if durably:
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(f'{self.table} cannot be written: {error}') from error
+        self._num_written += len(self._rows)
+        self._rows.clear()
+
+    def draw(self, at_once: bool = False) -> None:
+        """Draw the table anew; not oftener than once a minute, unless `at_once`, and never twice the same.
+
+        A run does not end for want of its picture: where none can be drawn a warning says why.
+        """
+        self.flush()
+        is_due = at_once or time.monotonic() > self._due_at
+        if self.folder is None or not self._is_open or not is_due or self._num_drawn == self._num_written:
+            return
+        start = time.monotonic()
+        try:
+            from ast_plugin.models.curve import draw_curve
+
+            picture = draw_curve(read_columns(self.table), self.name, self.best_metric, self.higher_is_better)
+            write_atomically(self.curve, lambda file: file.write(picture))
+        except (ImportError, CheckpointError) as error:
+            logging.getLogger('basicsr').warning(f'{self.curve} is not drawn: {error}')
+        self._num_drawn = self._num_written
+        end = time.monotonic()
+        self._due_at = end + max(_SECONDS_BETWEEN_CURVES, (end - start) / _MOST_SHARE_OF_TIME)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many rows there are up to now; they are on disk before this answers."""
+        self.flush(durably=True)
+        return {'rows': self._num_written}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on behind that many rows: call it before the first iteration."""
+        self._num_to_keep = state['rows']
+
+    def _add(self, current_iter: int, values: Mapping[str, float]) -> None:
+        if self.folder is None:
+            return
+        if not self._is_open:
+            self._open(current_iter)
+        new = [name for name in values if name not in self._columns]
+        if new:
+            self._add_columns(new)
+        epoch = (current_iter - 1) // self.iters_per_epoch if self.iters_per_epoch else ''
+        exact = {name: repr(float(value)) for name, value in values.items()}
+        self._rows.append({'iter': current_iter, 'epoch': epoch, **exact})
+        if len(self._rows) >= _MOST_ROWS_IN_MEMORY:
+            self.flush()
+
+    def _open(self, current_iter: int) -> None:
+        """Keep the rows of the state that is resumed; without one, those of earlier iterations."""
+        header, rows = _read_lines(self.table) if self.table.is_file() and current_iter > 1 else ('', [])
+        if self._num_to_keep is None:
+            self._num_to_keep = sum(int(row.partition(',')[0]) < current_iter for row in rows)
+        self._columns = next(csv.reader([header])) if header else [*FIXED]
+        self._is_open = True
+        self._rewrite(rows[: self._num_to_keep])
+
+    def _add_columns(self, names: Sequence[str]) -> None:
+        self.flush()
+        self._columns += names
+        self._rewrite([row + ',' * len(names) for row in _read_lines(self.table)[1]])
+
+    def _rewrite(self, rows: Sequence[str]) -> None:
+        """Write the table with these lines, whole or not at all."""
+        header = io.StringIO()
+        csv.writer(header, lineterminator='').writerow(self._columns)
+        text = '\n'.join([header.getvalue(), *rows, ''])
+        write_atomically(self.table, lambda file: file.write(text.encode()))
+        self._num_written = len(rows)
+
+
+def read_columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of each column of a `metrics.csv` the iterations that have a value there, and the values."""
+    header, rows = _read_lines(path)
+    columns = {name: (array('q'), array('d')) for name in next(csv.reader([header]), [])}
+    for row in csv.reader(rows):
+        for (iterations, values), value in zip(columns.values(), row, strict=True):
+            if value:
+                iterations.append(int(row[0]))
+                values.append(float(value))
+    return {name: (np.array(iterations), np.array(values)) for name, (iterations, values) in columns.items()}
+
+
+def _read_lines(path: Path) -> tuple[str, list[str]]:
+    """The header and the rows, without a last row that a killed run has left unfinished."""
+    header, *rows, _unfinished = path.read_text(encoding='utf-8').split('\n')
+    return header, rows
