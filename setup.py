@@ -58,11 +58,12 @@ setup(
         'PyYAML>=6.0',
         'safetensors>=0.4.3',
         'tifffile>=2024.8',
-        'torch>=2.4',
+        'torch>=2.6',
         'torchvision>=0.19',
         'tqdm>=4.66',
     ],
     extras_require={
+        'optimizers': ['pytorch_optimizer>=4.0'],
         'photos': photos,
         'test': [*photos, 'pytest>=8.0', 'ruff>=0.9', 'setuptools>=77', 'wheel'],
     },

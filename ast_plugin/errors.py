@@ -17,6 +17,10 @@ class CheckpointError(PluginError, RuntimeError):
     """A weights file cannot be read, is unsafe, or belongs to another network."""
 
 
+class TrainingError(PluginError, RuntimeError):
+    """Training cannot go on as it is: its numbers are no longer finite."""
+
+
 class ShapeError(PluginError, ValueError):
     """A tensor does not have the shape that the called function documents."""
 

@@ -239,29 +239,14 @@ def offer_torch_optimizers() -> bool:
 
 
 def get_optimizer(self, optim_type: str, params, lr: float, **kwargs):
-    """Build an optimiser of `torch.optim` by its class name; a method of BasicSR's models.
+    """Build an optimiser of `torch.optim`, or of the extra `pytorch_optimizer`, by its class name; a method of models.
 
     Raises:
-        OptionError: if there is none of that name that works without a closure, or it refuses the arguments.
+        OptionError: if there is none of that name that this loop can serve, or it refuses the arguments.
     """
-    import torch
+    from ast_plugin.models.optimizers import build_optimizer
 
-    offered = {
-        name: kind
-        for name, kind in vars(torch.optim).items()
-        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-    }
-    for name in ('Optimizer', 'LBFGS'):  # the base class; and one that must call back for the loss
-        del offered[name]
-    if optim_type not in offered:
-        raise OptionError(
-            f'no optimiser named {optim_type!r} among {", ".join(sorted(offered))}'
-            f'{did_you_mean(str(optim_type), offered)}'
-        )
-    try:
-        return offered[optim_type](params, lr=lr, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f'the optimiser {optim_type} refuses its options: {error}') from error
+    return build_optimizer(optim_type, params, lr, **kwargs)
 
 
 def keep_cosine_at_its_end() -> bool:

@@ -29,7 +29,7 @@ MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itsel
     'losses': BASE | {'ops'},
     'metrics': BASE | {'ops'},
     'models': BASE | {'ops', 'archs', 'losses', 'metrics', 'data', 'checkpoints', 'options', 'schema'},
-    'toolbox': BASE | {'data'},
+    'toolbox': BASE | {'data', 'models'},
     'registration': BASE,
     'import_hook': BASE | {'toolbox', 'registration'},
     '__init__': {'import_hook'},

@@ -160,7 +160,7 @@ def test_bad_state_is_named(tmp_path, content, capsys):
     ('name', 'options', 'told'),
     [
         ('AdmaW', {}, 'did you mean AdamW'),
-        ('LBFGS', {}, 'no optimiser named'),
+        ('LBFGS', {}, 'LBFGS cannot be used here'),
         ('AdamW', {'moment': 3}, 'moment'),
         ('SGD', {'momentum': -1.0}, 'momentum'),
     ],

@@ -78,6 +78,8 @@ class AST(nn.Module):
     Source: Zhou et al., CVPR 2024; the released network, its choices where the paper differs.
     """
 
+    block_classes = (ASTBlock,)  # what training compiles or checkpoints one by one, see models.network_switches
+
     def __init__(
         self,
         img_size: int = 128,

@@ -118,12 +118,14 @@ def _check_training(train: Mapping[str, Any], registered: Registered, source: st
         if not key.startswith('optim_') or not options:
             continue
         parameters = [torch.zeros(1, requires_grad=True)]
-        optimizer = _call(f'{source}: train.{key}', getattr(torch.optim, options['type']), options, params=parameters)
+        target = registered.find_optimizer(options['type'])
+        optimizer = _call(f'{source}: train.{key}', target, options, params=parameters)
         schedule = train.get('scheduler')
         schedulers = {**registered.own_schedulers, **registered.schedulers}
         if schedule and schedule['type'] in schedulers:
             target = schedulers[schedule['type']]
-            own = {'total_iter': int(train['total_iter']), **schedule} if _takes(target, 'total_iter') else schedule
+            given = {name: train[name] for name in ('total_iter', 'iters_per_epoch') if train.get(name) is not None}
+            own = {name: value for name, value in given.items() if _takes(target, name)} | schedule
             _call(f'{source}: train.scheduler', target, own, optimizer=optimizer)
 
 

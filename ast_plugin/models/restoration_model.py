@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader
 
 from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
 from ast_plugin.errors import DataError, OptionError
+from ast_plugin.models import batch_mixing, moving_average, network_switches, schedules, training_step
+from ast_plugin.models.precision import Precision
 from ast_plugin.models.processes import Processes
 from ast_plugin.models.progress import TrainingProgress
 from ast_plugin.models.results import ValidationResults
-from ast_plugin.models.schedules import SCHEDULERS
+from ast_plugin.models.training_step import TrainingStep
 from ast_plugin.models.validator import Validator
 
 
@@ -30,9 +32,10 @@ class RestorationModel(SRModel):
     `models.schedules`, pictures of any size in validation, the input's metrics beside the result's, the best weights
     kept beside the latest, weights files read safely and written whole.
 
-    Option keys, beside SRModel's: `train.clip_grad_norm`, the length to which longer gradients are cut, and
-    `val.best_metric`, the metric of `val.metrics` that picks the best weights (the first by default). Those lie in
-    `models/net_g_best.pth` and, with the network's options in the metadata, `models/net_g_best.safetensors`.
+    Option keys, beside SRModel's: those of `train` that `TrainingStep`, `Precision`, `BatchMixing` and
+    `network_switches.apply` document, and `val.best_metric`, the metric of `val.metrics` that picks the best weights
+    (the first by default). Those lie in `models/net_g_best.pth` and, with the network's options in the metadata,
+    `models/net_g_best.safetensors`.
 
     Args:
         opt: the options as BasicSR prepares them; changed in place, as BasicSR's models do: `build_model` hands a copy.
@@ -44,16 +47,20 @@ class RestorationModel(SRModel):
         self.validator = Validator.from_options(opt, self.processes, self._image_path)
         self.validated_at: dict[str, int] = {}  # by dataset: iteration of the last validation
         self.log_dict: Mapping[str, float] = {}
+        self.stateful: dict[str, Any] = {}  # further parts of a run's state, with state_dict and load_state_dict
         super().__init__(opt)
 
     # ---- setting up
 
+    def model_to_device(self, net: nn.Module) -> nn.Module:
+        """Switch on what training asks of the network, move it, wrap it for parallel training."""
+        return super().model_to_device(network_switches.apply(net, self.opt['train']) if self.is_train else net)
+
     def init_training_settings(self) -> None:
-        """Losses, moving average, optimiser and schedule."""
+        """Losses, moving average, optimiser, schedule, and what makes a step of them."""
         self.net_g.train()
         train_opt = self.opt['train']
-        self.clip_grad_norm = train_opt.get('clip_grad_norm')
-        self.ema_decay = train_opt.get('ema_decay', 0)
+        self.ema_decay = train_opt.get('ema_decay') or 0
         if self.ema_decay > 0:
             self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).eval().requires_grad_(False)
             path = self.opt['path'].get('pretrain_network_g')
@@ -66,18 +73,30 @@ class RestorationModel(SRModel):
         }
         if not self.losses:
             raise OptionError('train names no loss: set pixel_opt, for instance to {type: ASTCharbonnierLoss}')
+        precision = Precision(train_opt.get('precision') or 'fp32', self.device)
+        precision.check_wrapper(self.net_g)
         self.setup_optimizers()
         self.setup_schedulers()
+        self.mixing = batch_mixing.from_options(train_opt, self.opt.get('manual_seed') or 0, self.opt.get('rank', 0))
+        training_step.check_losses(train_opt, self.losses)
+        self.step = TrainingStep(
+            self.net_g,
+            self.optimizer_g,
+            precision,
+            train_opt,
+            is_distributed=self.opt['dist'],
+            batch=training_step.batch_size(self.opt),
+        )
+        if precision.scaler.is_enabled():
+            self.stateful['scaler'] = precision.scaler
 
     def setup_schedulers(self) -> None:
         """Ours by name, all others as BasicSR has them."""
-        options = dict(self.opt['train']['scheduler'])
-        schedule = SCHEDULERS.get(options.pop('type'))
-        if schedule is None:
+        ours = [schedules.build_schedule(optimizer, self.opt['train']) for optimizer in self.optimizers]
+        if None in ours:
             super().setup_schedulers()
-            return
-        options.setdefault('total_iter', self.opt['train']['total_iter'])
-        self.schedulers += [schedule(optimizer, **options) for optimizer in self.optimizers]
+        else:
+            self.schedulers += ours
 
     @master_only
     def print_network(self, net: nn.Module) -> None:
@@ -88,20 +107,26 @@ class RestorationModel(SRModel):
 
     # ---- training
 
+    def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
+        """Before each iteration: step the schedules, then BasicSR's linear warm-up over what they say."""
+        for scheduler in self.schedulers:
+            schedules.restore_rates(scheduler)
+        super().update_learning_rate(current_iter, warmup_iter)
+
+    def feed_data(self, data: Mapping[str, Any]) -> None:
+        """Take a batch, and the names of its images for messages."""
+        super().feed_data(data)
+        self.images = list(data.get('lq_path', ()))
+
     def optimize_parameters(self, current_iter: int) -> None:
-        """One step on the batch last fed."""
+        """One step on the batch last fed; without effect where its numbers are not finite and that is passed over."""
         if self.progress is None:
             self.progress = TrainingProgress(self.opt['train']['total_iter'], current_iter - 1, get_root_logger())
-        self.optimizer_g.zero_grad(set_to_none=True)
-        self.output = self.net_g(self.lq)
-        loss_dict = self.compute_losses(self.output, self.gt)
-        sum(loss_dict.values()).backward()
-        if self.clip_grad_norm:
-            nn.utils.clip_grad_norm_(self.net_g.parameters(), self.clip_grad_norm)
-        self.optimizer_g.step()
-        self.log_dict = self.reduce_loss_dict(loss_dict)
-        if self.ema_decay > 0:
-            self.model_ema(decay=self.ema_decay)
+        if self.mixing is not None:
+            self.lq, self.gt = self.mixing(self.lq, self.gt, current_iter)
+        self.log_dict, changed = self.step(self.lq, self.gt, self.compute_losses, current_iter, self.images)
+        if changed and self.ema_decay > 0:
+            self.model_ema(self.ema_decay)
         self.progress.advance(self.log_dict)
 
     def compute_losses(self, output: Tensor, target: Tensor) -> OrderedDict[str, Tensor]:
@@ -116,6 +141,10 @@ class RestorationModel(SRModel):
                 losses[name] = value
         return losses
 
+    def model_ema(self, decay: float = 0.999) -> None:
+        """Move the averaged weights towards the present ones."""
+        moving_average.update(self.net_g_ema, self.get_bare_model(self.net_g), decay)
+
     # ---- validation
 
     @property
@@ -128,7 +157,7 @@ class RestorationModel(SRModel):
         network = self.evaluated_network
         was_training = network.training
         network.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), network_switches.eager_blocks():
             self.output = network(self.lq)
         network.train(was_training)
 

@@ -188,7 +188,7 @@ def _registry_faults(opt: Mapping[str, Any], registered: Registered) -> list[Fau
         if key.endswith('_opt') and value is not None:
             faults += _call_faults('loss', value, ('train', key), registered)
         elif key.startswith('optim_'):
-            faults += _optimizer_faults(value, ('train', key))
+            faults += _optimizer_faults(value, ('train', key), registered)
     faults += _scheduler_faults(train.get('scheduler'), opt, registered)
     for key, value in _section(_section(opt, 'val'), 'metrics').items():
         faults += _call_faults(
@@ -226,16 +226,13 @@ def _dataset_faults(key: str, options: Any, opt: Mapping[str, Any], registered: 
     return [unknown_key((*where, name), known) for name in options if name not in known]
 
 
-def _optimizer_faults(options: Any, where: Where) -> list[Fault]:
-    import torch
-
-    if not isinstance(options, dict) or not isinstance(options.get('type'), str):
+def _optimizer_faults(options: Any, where: Where, registered: Registered) -> list[Fault]:
+    if not isinstance(options, dict) or not isinstance(options.get('type'), str) or not registered.find_optimizer:
         return []
-    target = getattr(torch.optim, options['type'], None)
-    if not isinstance(target, type) or not issubclass(target, torch.optim.Optimizer):
-        names = [name for name, value in vars(torch.optim).items() if isinstance(value, type)]
-        names.remove('Optimizer')
-        return [_unknown_name((*where, 'type'), 'optimiser of torch.optim', options['type'], names)]
+    try:
+        target = registered.find_optimizer(options['type'])
+    except OptionError as error:
+        return [Fault((*where, 'type'), str(error))]
     return argument_faults(target, options, where, given=('params',))
 
 

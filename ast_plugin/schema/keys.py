@@ -94,8 +94,8 @@ class Train(Section):
     warmup_epochs: CountOrZero | None = Field(None, description='the same in epochs, in the place of warmup_iter')
     precision: Literal['fp32', 'bf16', 'fp16'] | None = Field(None, description='of the arithmetic; fp32 if not given')
     channels_last: bool | None = Field(None, description='lay tensors out as convolutions on CUDA like them')
-    compile: bool | None = Field(None, description='compile each block of the network')
-    accumulate: Count | None = Field(None, description='batches whose gradients make one step')
+    compile: bool | str | None = Field(None, description='compile each block; true, or the name of a backend')
+    accumulate: Count | None = Field(None, description='parts that a batch is cut into; their gradients make one step')
     gradient_checkpointing: bool | None = Field(None, description='compute blocks again going back: less memory')
     mixing: Mixing | None = Field(None, description='MixUp or CutMix')
     on_nonfinite: Literal['stop', 'skip'] | None = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ast_plugin.suggest import did_you_mean
@@ -19,6 +19,7 @@ class Registered:
         by_kind: the contents of each registry.
         schedulers: classes that `train.scheduler.type` can name with every model.
         own_schedulers: further ones that this package's models know.
+        find_optimizer: the class that `train.optim_g.type` names; OptionError if there is none. Not checked without.
         failed_plugins: one line for each plugin that could not be loaded.
     """
 
@@ -26,6 +27,7 @@ class Registered:
     schedulers: Mapping[str, type] = field(default_factory=dict)
     own_schedulers: Mapping[str, type] = field(default_factory=dict)
     failed_plugins: Sequence[str] = ()
+    find_optimizer: Callable[[str], type] | None = None
 
     def get(self, kind: str, name: str) -> object | None:
         """What BasicSR's registry would give for `name`; None when it would raise."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ast_plugin.errors import OptionError
-from ast_plugin.models.schedules import WarmupCosineLR
+from ast_plugin.models.schedules import WarmupCosineLR, build_schedule
 
 
 def rates(steps, lr=2e-4, **options):
@@ -26,8 +26,9 @@ def test_the_recipe_epoch_by_epoch():
         want.append(optimizer.param_groups[0]['lr'])
         optimizer.step()
         cosine.step()
-    found = rates(100, total_iter=100, warmup_iter=15, iters_per_epoch=5, eta_min=1e-6)
+    found = rates(100, total_iter=100, warmup_epochs=3, by='epoch', iters_per_epoch=5, eta_min=1e-6)
     assert found == pytest.approx([rate for rate in want for _ in range(5)], rel=1e-9)
+    assert found == rates(100, total_iter=100, warmup_iter=15, by='epoch', iters_per_epoch=5, eta_min=1e-6)
 
 
 def test_iteration_by_iteration_it_ends_at_the_floor():
@@ -55,9 +56,35 @@ def test_a_resumed_schedule_goes_on():
         assert other.param_groups[0]['lr'] == optimizer.param_groups[0]['lr']
 
 
+def test_warm_up_in_epochs_may_change_by_iteration():
+    found = rates(10, lr=1.0, total_iter=10, warmup_epochs=2, iters_per_epoch=2)
+    assert found == rates(10, lr=1.0, total_iter=10, warmup_iter=4)
+
+
 @pytest.mark.parametrize(
-    'options', [{'total_iter': 3, 'warmup_iter': 3}, {'total_iter': 3, 'iters_per_epoch': 0}, {'total_iter': 0}]
+    ('options', 'told'),
+    [
+        ({'total_iter': 3, 'warmup_iter': 3}, 'warm-up < total_iter'),
+        ({'total_iter': 3, 'by': 'epoch', 'iters_per_epoch': 0}, 'iters_per_epoch >= 1'),
+        ({'total_iter': 0}, 'warm-up < total_iter'),
+        ({'total_iter': 3, 'warmup_iter': 1, 'warmup_epochs': 1, 'iters_per_epoch': 1}, 'not both'),
+        ({'total_iter': 3, 'by': 'epoch'}, 'needs train.iters_per_epoch'),
+        ({'total_iter': 3, 'warmup_epochs': 1}, 'needs train.iters_per_epoch'),
+        ({'total_iter': 3, 'by': 'day'}, "not by 'day'"),
+    ],
 )
-def test_numbers_that_contradict_one_another(options):
-    with pytest.raises(OptionError, match='warmup_iter < total_iter'):
+def test_numbers_that_contradict_one_another(options, told):
+    with pytest.raises(OptionError, match=told):
         rates(1, **options)
+
+
+def test_the_sections_lengths_stand_in_for_the_schedules():
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
+    train = {'total_iter': 12, 'iters_per_epoch': 3, 'scheduler': {'type': 'WarmupCosineLR', 'warmup_epochs': 2}}
+    schedule = build_schedule(optimizer, train)
+    assert (schedule.warmup_steps, schedule.num_steps) == (6, 12)
+    train['scheduler'].update(by='epoch', total_iter=9)
+    schedule = build_schedule(optimizer, train)
+    assert (schedule.warmup_steps, schedule.num_steps) == (2, 3)
+    assert train['scheduler']['type'] == 'WarmupCosineLR'
+    assert build_schedule(optimizer, {'scheduler': {'type': 'MultiStepLR', 'milestones': [3]}}) is None
