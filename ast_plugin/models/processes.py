@@ -100,6 +100,12 @@ def failing_together() -> Iterator[None]:
         raise
 
 
+def leave() -> None:
+    """Take leave of the other processes, where there are any and that has not been done."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _claim(message: str) -> tuple[bool, str]:
     """Whether this process is the first to fail, and what the first one said.
 

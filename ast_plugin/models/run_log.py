@@ -1,5 +1,6 @@
 """What a run leaves to look at and to compare: `metrics.csv`, a row an iteration, and `curve.png`."""
 
+import atexit
 import csv
 import io
 import logging
@@ -7,6 +8,7 @@ import os
 import time
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ast_plugin.errors import CheckpointError
 
 FIXED = ('iter', 'epoch', 'lr')  # columns before the losses'
 _MOST_ROWS_IN_MEMORY = 1000
+_FILE, _CURVE = 'metrics.csv', 'curve.png'
 _SECONDS_BETWEEN_CURVES = 60.0
 _MOST_SHARE_OF_TIME = 0.01  # that drawing may take
 
@@ -28,14 +31,15 @@ class RunLog:
     and one for every validation (number, epoch, and in the columns `dataset/metric` the means). Numbers are written
     in full: they read back as the very floats that they were.
 
-    Rows wait in memory until `flush`, or until there are many. A training state holds how many rows belong to it; a
-    run that goes on from it cuts off what its predecessor wrote after that.
+    Rows wait in memory until `flush`, which every so many iterations call, and the end of the process. A training
+    state holds how many rows belong to it; a run that goes on from it cuts off what its predecessor wrote after that.
 
     Args:
         folder: of the experiment; None writes nothing, as do all processes but the first.
         name: of the run, the title of the drawing.
         iters_per_epoch: to tell the epoch from the iteration; None leaves that column empty.
-        best_metric: the metric to draw, the first if None; with `higher_is_better`.
+        best_metric: the metric of validation to draw, none if None; with `higher_is_better`.
+        flush_every: iterations.
     """
 
     def __init__(
@@ -45,16 +49,19 @@ class RunLog:
         iters_per_epoch: int | None = None,
         best_metric: str | None = None,
         higher_is_better: bool = True,
+        flush_every: int = _MOST_ROWS_IN_MEMORY,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.name = name
         self.iters_per_epoch = iters_per_epoch
         self.best_metric = best_metric
         self.higher_is_better = higher_is_better
+        self.flush_every = min(flush_every, _MOST_ROWS_IN_MEMORY)
         self._columns: list[str] = []
         self._rows: list[dict[str, Any]] = []
         self._num_written = 0
         self._num_to_keep: int | None = None
+        self._validated: dict[str, int] = {}  # by dataset: iteration of its last row
         self._is_open = False
         self._num_drawn = 0
         self._due_at = time.monotonic() + _SECONDS_BETWEEN_CURVES
@@ -71,24 +78,30 @@ class RunLog:
             (opt.get('train') or {}).get('iters_per_epoch'),
             best,
             metrics.get(best, {}).get('better') != 'lower',
+            (opt.get('logger') or {}).get('print_freq') or _MOST_ROWS_IN_MEMORY,
         )
 
     @property
     def table(self) -> Path:
         """The file of numbers."""
-        return self.folder / 'metrics.csv'
+        return self.folder / _FILE
 
     @property
     def curve(self) -> Path:
         """The drawing of them."""
-        return self.folder / 'curve.png'
+        return self.folder / _CURVE
 
     def add_iteration(self, current_iter: int, lr: float, losses: Mapping[str, float]) -> None:
         """Note the losses of an iteration."""
         self._add(current_iter, {'lr': lr, **losses})
+        if current_iter % self.flush_every == 0:
+            self.flush()
 
     def add_validation(self, current_iter: int, dataset: str, means: Mapping[str, float]) -> None:
-        """Note the means of a validation."""
+        """Note the means of a validation; of each dataset once an iteration, also where a resumed run repeats it."""
+        if self._validated.get(dataset) == current_iter:
+            return
+        self._validated[dataset] = current_iter
         name = ' '.join(dataset.split())
         self._add(current_iter, {f'{name}/{metric}': value for metric, value in means.items()})
 
@@ -98,7 +111,7 @@ class RunLog:
         Raises:
             CheckpointError: if that fails.
         """
-        if self.folder is None or not self._is_open:
+        if self.folder is None or not self._is_open or not (self._rows or durably):
             return
         try:
             with self.table.open('a', encoding='utf-8', newline='') as file:
@@ -132,14 +145,16 @@ class RunLog:
         end = time.monotonic()
         self._due_at = end + max(_SECONDS_BETWEEN_CURVES, (end - start) / _MOST_SHARE_OF_TIME)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """How many rows there are up to now; they are on disk before this answers."""
         self.flush(durably=True)
-        return {'rows': self._num_written}
+        rows = self._num_written if self._is_open else self._num_to_keep or 0
+        return {'rows': rows, 'validated': dict(self._validated)}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on behind that many rows: call it before the first iteration."""
         self._num_to_keep = state['rows']
+        self._validated = dict(state['validated'])
 
     def _add(self, current_iter: int, values: Mapping[str, float]) -> None:
         if self.folder is None:
@@ -152,17 +167,23 @@ class RunLog:
         epoch = (current_iter - 1) // self.iters_per_epoch if self.iters_per_epoch else ''
         exact = {name: repr(float(value)) for name, value in values.items()}
         self._rows.append({'iter': current_iter, 'epoch': epoch, **exact})
-        if len(self._rows) >= _MOST_ROWS_IN_MEMORY:
-            self.flush()
 
     def _open(self, current_iter: int) -> None:
         """Keep the rows of the state that is resumed; without one, those of earlier iterations."""
-        header, rows = _read_lines(self.table) if self.table.is_file() and current_iter > 1 else ('', [])
+        header, rows = _read_lines(self.table) if self._goes_on(current_iter) else ('', [])
         if self._num_to_keep is None:
             self._num_to_keep = sum(int(row.partition(',')[0]) < current_iter for row in rows)
         self._columns = next(csv.reader([header])) if header else [*FIXED]
-        self._is_open = True
         self._rewrite(rows[: self._num_to_keep])
+        self._is_open = True
+        atexit.register(self._flush_at_the_end)  # of a run that fails, too: the last losses tell most about it
+
+    def _flush_at_the_end(self) -> None:
+        with suppress(CheckpointError):
+            self.flush()
+
+    def _goes_on(self, current_iter: int) -> bool:
+        return self.table.is_file() and (current_iter > 1 or self._num_to_keep is not None)
 
     def _add_columns(self, names: Sequence[str]) -> None:
         self.flush()
