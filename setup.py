@@ -50,6 +50,7 @@ setup(
     python_requires='>=3.10',
     install_requires=[
         'basicsr==1.4.2',
+        'matplotlib>=3.8',
         'mmengine>=0.10.7',
         'numpy>=1.26',
         'opencv-python>=4.8',
@@ -65,6 +66,7 @@ setup(
     extras_require={
         'optimizers': ['pytorch_optimizer>=4.0'],
         'photos': photos,
+        'wandb': ['wandb>=0.16'],
         'test': [*photos, 'pytest>=8.0', 'ruff>=0.9', 'setuptools>=77', 'wheel'],
     },
     entry_points={

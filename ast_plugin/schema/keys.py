@@ -158,6 +158,9 @@ class Logger(Section):
     save_checkpoint_epochs: Count | None = Field(None, description='epochs between training states')
     keep_checkpoints: Count | None = Field(None, description='states that are kept, the newest ones; 3 if not given')
     use_tb_logger: bool | None = Field(None, description='write curves for TensorBoard')
+    tb_pictures: CountOrZero | None = Field(
+        None, description='images shown in TensorBoard at validation: input, result and clean one; 4 if not given'
+    )
     wandb: Wandb | None = None
 
 
