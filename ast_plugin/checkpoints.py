@@ -6,7 +6,9 @@ import pickle
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +22,8 @@ from ast_plugin.errors import CheckpointError
 # where the states of the field's files lie, in the order in which they are looked for
 STATE_KEYS = ('params_ema', 'params', 'state_dict', 'model_state_dict', 'model')
 NETWORK_KEY = 'network'  # of safetensors' metadata: the network's options as JSON
+TEMPORARY_SUFFIX = '.tmp'  # of files that are being written, hidden by a dot before their names
+_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -107,24 +111,84 @@ def save_torch(path: str | os.PathLike, content: Any) -> None:
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
     """Call `write` with a temporary file beside `path`, bring it safely to disk, and put it in the place of `path`.
 
+    What lies on disk is read back and compared before it takes the place of what was there.
+
+    Args:
+        path: the file; its folder must be there.
+        write: calls `write` of what it is given; nothing else can be done with that.
     Raises:
         CheckpointError: if anything on the way fails; what was at `path` stays.
     """
     path = Path(path)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f'.{path.name}.', suffix=TEMPORARY_SUFFIX, delete=False
+        ) as file:
             temporary = Path(file.name)
-            write(file)
+            output = _Output(file)
+            output.fill(write)
             file.flush()
             os.fsync(file.fileno())
+        if _checksum(temporary) != output.checksum:
+            raise OSError('what was read back is not what had been written')
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise CheckpointError(f'{path} cannot be written: {error}. An older file of that name is left alone') from error
+        _sync_folder(path.parent)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(
+            f'{path} cannot be written: {reason}. An older file of that name is left alone'
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+class _Output:
+    """A file that is written from its beginning to its end, the checksum of what it was given, and what failed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.checksum = 0
+        self.error: OSError | None = None
+
+    def fill(self, write: Callable[[BinaryIO], Any]) -> None:
+        try:
+            write(self)
+        except RuntimeError as error:
+            # torch.save makes a riddle of a full disk; the system's own words are clearer.
+            raise self.error or OSError(str(error)) from error
+
+    def write(self, content: Any) -> int:
+        try:
+            written = self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+        self.checksum = zlib.crc32(content, self.checksum)
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open('rb') as file:
+        while block := file.read(_BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a file's new name to disk. Not every system can; the file itself is safe by then."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _umask() -> int:

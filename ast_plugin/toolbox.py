@@ -2,7 +2,8 @@
 
 One function a repair. Each says in its docstring what the fault is and where it was reported, looks first whether the
 fault is there, and answers whether it mended anything; a BasicSR that has no such fault, or that somebody else has
-mended already, is left alone. What BasicSR does on CUDA stays as it is. The import hook calls `repair_before_import`
+mended already, is left alone. What BasicSR does on CUDA stays as it is, but for
+which GPU a process gets. The import hook calls `repair_before_import`
 and `repair_after_import` around the import of `basicsr`, so nobody else need.
 """
 
@@ -14,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ast_plugin.errors import CheckpointError, OptionError
+from ast_plugin import toolbox_resume, toolbox_runs
+from ast_plugin.errors import OptionError
 from ast_plugin.suggest import did_you_mean
 
 _applied: dict[str, bool] = {}
@@ -95,57 +97,6 @@ def explain_unknown_names() -> bool:
 
     Registry.get = get
     return True
-
-
-def resume_anywhere() -> bool:
-    """Resume on a CPU, and look for states below the experiment's own root.
-
-    Fault: `load_resume_state` calls `torch.cuda.current_device()` on any machine, and `--auto_resume` looks under
-    `experiments/` of the working directory, whatever root path the options have. No upstream issue known.
-    """
-    from basicsr import train
-
-    if 'experiments' not in train.load_resume_state.__code__.co_consts:
-        return False
-    train.load_resume_state = load_resume_state
-    return True
-
-
-def load_resume_state(opt: dict) -> dict | None:
-    """Read the training state that the options name, or under `auto_resume` the latest of the experiment.
-
-    Args:
-        opt: BasicSR's options; `path.resume_state` is set to the file found, and `check_resume` points the networks at
-            the weights that belong to it.
-    Returns:
-        The state, on the current CUDA device or else on the CPU; None to start afresh.
-    Raises:
-        CheckpointError: if the file is missing or unreadable, or holds anything but data.
-    """
-    import torch
-    from basicsr.utils import check_resume
-
-    if opt['auto_resume']:
-        states = Path(opt['path']['training_states']).glob('*.state')
-        path = max((path for path in states if path.stem.isdigit()), key=lambda path: int(path.stem), default=None)
-        if path is not None:
-            opt['path']['resume_state'] = str(path)
-    else:
-        path = opt['path'].get('resume_state')
-    if path is None:
-        return None
-    device = f'cuda:{torch.cuda.current_device()}' if torch.cuda.is_available() else 'cpu'
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        iteration = state['iter']
-    except Exception as error:  # torch raises half a dozen kinds for files that are not what they should be
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f'{path} is no training state that can be resumed from: {reason}; name another .state '
-            'file in path.resume_state, or remove this one to resume from the one before'
-        ) from error
-    check_resume(opt, iteration)
-    return state
 
 
 def start_distributed_on_cpus() -> bool:
@@ -291,12 +242,13 @@ def sample_full_batches() -> bool:
 BEFORE_IMPORT = (define_torchvision_operators, provide_functional_tensor)
 AFTER_IMPORT = (
     explain_unknown_names,
-    resume_anywhere,
     start_distributed_on_cpus,
     wrap_networks_on_cpus,
     offer_torch_optimizers,
     keep_cosine_at_its_end,
     sample_full_batches,
+    *toolbox_runs.REPAIRS,
+    *toolbox_resume.REPAIRS,
 )
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # most faults are those of machines without CUDA
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from basicsr import train
 from basicsr.models.base_model import BaseModel
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR
+from basicsr.utils import MessageLogger
 from basicsr.utils.dist_util import init_dist
 from basicsr.utils.registry import ARCH_REGISTRY
 
@@ -88,6 +90,103 @@ def keep_cosine_at_its_end():
 def sample_full_batches():
     loader = torch.utils.data.DataLoader(Ten(), 16, sampler=train.EnlargedSampler(Ten(), 1, 0), drop_last=True)
     return len(list(loader)) > 0
+
+
+def resume_within_epochs():
+    """Ten numbers in batches of two, resumed after seven batches: three are left of the second epoch."""
+    build_dataset = train.build_dataset
+    logger = SimpleNamespace(info=lambda line: None)
+    loader_options = {'batch_size_per_gpu': 2, 'num_worker_per_gpu': 0, 'phase': 'train'}
+    opt = {'datasets': {'train': loader_options}, 'world_size': 1, 'rank': 0, 'num_gpu': 0, 'dist': False}
+    opt |= {'manual_seed': 0, 'train': {'total_iter': 10}, 'resumed_iter': 7}
+    train.build_dataset = lambda options: Ten()
+    try:
+        loader, sampler, *_ = train.create_train_val_dataloader(opt, logger)
+        sampler.set_epoch(1)
+        return len(list(loader)) == 3
+    finally:
+        train.build_dataset = build_dataset
+
+
+def start_loading_once():
+    started = []
+
+    class Loader(list):
+        def __iter__(self):
+            started.append(self)
+            return super().__iter__()
+
+    prefetcher = train.CPUPrefetcher(Loader([1]))
+    prefetcher.reset()
+    return prefetcher.next() == 1 and len(started) == 1
+
+
+def archive_under_free_names():
+    from basicsr.utils import misc
+
+    misc.get_time_str, get_time_str = (lambda: 'now'), misc.get_time_str
+    folder = Path(sys.argv[2], 'experiment')
+    try:
+        for _ in range(3):
+            train.mkdir_and_rename(str(folder))
+            (folder / 'file').touch()
+    finally:
+        misc.get_time_str = get_time_str
+    return len(list(folder.parent.glob('experiment_archived_now*'))) >= 2
+
+
+def count_down_to_zero():
+    lines = logged_at_the_end_of(1, None)
+    return '[eta: 0:00:00,' in lines[0]
+
+
+def show_rates_in_tensorboard():
+    scalars = []
+    logged_at_the_end_of(1, SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar)))
+    return ('lr/group_0', 0.5, 1) in scalars and ('losses/l_pix', 0.25, 1) in scalars
+
+
+def logged_at_the_end_of(total_iter, tb_logger) -> list[str]:
+    opt = {'name': 'run', 'train': {'total_iter': total_iter}, 'logger': {'print_freq': 1, 'use_tb_logger': tb_logger}}
+    message_logger = MessageLogger(opt, 0, tb_logger)
+    message_logger.start_time -= 10
+    lines = []
+    message_logger.logger = SimpleNamespace(info=lines.append)
+    message_logger({'epoch': 0, 'iter': total_iter, 'lrs': [0.5], 'time': 1.0, 'data_time': 0.0, 'l_pix': 0.25})
+    return lines
+
+
+def start_wandb_of_any_age():
+    calls = []
+    sys.modules['wandb'] = SimpleNamespace(init=lambda **options: calls.append(options), util=SimpleNamespace())
+    train.init_tb_loggers(
+        {'name': 'run', 'logger': {'use_tb_logger': True, 'wandb': {'project': 'rain'}}, 'root_path': sys.argv[2]}
+    ).close()
+    return calls[0]['project'] == 'rain' and calls[0]['sync_tensorboard'] and len(calls[0]['id']) == 8
+
+
+def place_by_local_rank():
+    """Of the second machine's two processes the first, where machines have four GPUs."""
+    placed = []
+    fakes = {
+        (torch.cuda, 'is_available'): lambda: True,
+        (torch.cuda, 'device_count'): lambda: 4,
+        (torch.cuda, 'set_device'): placed.append,
+        (dist, 'init_process_group'): lambda **options: None,
+    }
+    originals = {(module, name): getattr(module, name) for module, name in fakes}
+    environ = dict(os.environ)
+    try:
+        os.environ.update(RANK='2', LOCAL_RANK='0')
+        for (module, name), fake in fakes.items():
+            setattr(module, name, fake)
+        init_dist('pytorch')
+        return placed[-1] == 0
+    finally:
+        for (module, name), original in originals.items():
+            setattr(module, name, original)
+        os.environ.clear()
+        os.environ.update(environ)
 
 
 def works(probe) -> bool:

@@ -20,23 +20,32 @@ MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itsel
     'lengths': BASE,
     'stages': BASE | {'merging'},
     'options': BASE | {'safe_yaml', 'inheritance', 'overrides', 'lengths'},
-    'schema': BASE | {'options', 'safe_yaml', 'merging', 'stages'},
+    'schema': BASE | {'options', 'safe_yaml', 'inheritance', 'merging', 'stages'},
     'plugins': BASE,
     'ops': BASE,
     'archs': BASE | {'ops'},
     'checkpoints': BASE | {'archs'},
+    'training_states': BASE | {'checkpoints'},
     'data': BASE | {'ops'},
     'losses': BASE | {'ops'},
     'metrics': BASE | {'ops'},
-    'models': BASE | {'ops', 'archs', 'losses', 'metrics', 'data', 'checkpoints', 'options', 'schema'},
-    'toolbox': BASE | {'data', 'models'},
+    'models': BASE
+    | {'ops', 'archs', 'losses', 'metrics', 'data', 'checkpoints', 'training_states', 'options', 'schema'},
+    'toolbox_runs': BASE,
+    'toolbox_resume': BASE | {'data', 'training_states'},
+    'toolbox': BASE | {'data', 'models', 'toolbox_runs', 'toolbox_resume'},
     'registration': BASE,
     'import_hook': BASE | {'toolbox', 'registration'},
     '__init__': {'import_hook'},
     '__main__': {'cli'},
 }
 ANYTHING = {'compare', 'cli'}
-MAY_KNOW_BASICSR = {'toolbox', 'registration', 'schema', 'models', 'data', 'losses', 'metrics', 'compare', 'cli'}
+MAY_KNOW_BASICSR = {'toolbox', 'toolbox_runs', 'toolbox_resume', 'registration', 'schema', 'models', 'data'} | {
+    'losses',
+    'metrics',
+    'compare',
+    'cli',
+}
 FILES = sorted(PACKAGE.rglob('*.py'))
 
 

@@ -68,8 +68,9 @@ def test_functional_tensor():
 
 
 @pytest.fixture(scope='module')
-def faults() -> dict:
-    result = python(str(Path(__file__).with_name('basicsr_faults.py')), free_port())
+def faults(tmp_path_factory) -> dict:
+    folder = str(tmp_path_factory.mktemp('faults'))
+    result = python(str(Path(__file__).with_name('basicsr_faults.py')), free_port(), folder)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

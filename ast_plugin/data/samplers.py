@@ -11,6 +11,12 @@ from torch.utils.data import Dataset, Sampler
 from ast_plugin.errors import DataError
 
 
+def epoch_of(iteration: int, iters_per_epoch: int) -> tuple[int, int]:
+    """The epoch, from 0, that an iteration, from 1, belongs to, and how many of that epoch's are done after it."""
+    epoch = max(0, iteration - 1) // iters_per_epoch
+    return epoch, iteration - epoch * iters_per_epoch
+
+
 class EpochSampler(Sampler):
     """Drop-in for BasicSR's EnlargedSampler.
 
@@ -39,9 +45,14 @@ class EpochSampler(Sampler):
         self.rank = rank
         self.epoch = 0
         self.seed = opt.get('seed') or 0
-        batch = opt.get('batch_size_per_gpu') or 1
-        self.num_samples = max(1, math.ceil(len(dataset) * ratio / (num_replicas * batch))) * batch
-        self.total_size = self.num_samples * num_replicas
+        self.ratio = ratio
+        self.resumed: tuple[int, int] | None = None  # an epoch, and how many of its samples have been used
+        self.fill(opt.get('batch_size_per_gpu') or 1)
+
+    def fill(self, batch: int) -> None:
+        """Let an epoch consist of full batches of this many samples a process."""
+        self.num_samples = max(1, math.ceil(len(self.dataset) * self.ratio / (self.num_replicas * batch))) * batch
+        self.total_size = self.num_samples * self.num_replicas
 
     def __iter__(self) -> Iterator[tuple[int, int]] | Iterator[int]:
         generator = np.random.default_rng([self.seed, self.epoch])
@@ -50,12 +61,23 @@ class EpochSampler(Sampler):
         whole = np.arange(repeats * length)
         part = repeats * length + generator.permutation(length)[:rest]
         positions = generator.permutation(np.concatenate([whole, part]))[self.rank :: self.num_replicas]
+        if self.resumed is not None and self.epoch == self.resumed[0]:
+            positions = positions[self.resumed[1] :]
         if getattr(self.dataset, 'index_carries_epoch', False):
             return ((self.epoch, int(position)) for position in positions)
         return (int(position) for position in positions % length)
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def resume(self, iteration: int, batch: int) -> None:
+        """Say that a run goes on after an iteration, with batches of this many samples a process.
+
+        Iterating the epoch of that iteration gives what it has not used yet, nothing if the epoch is through; the
+        length stays that of a whole epoch.
+        """
+        epoch, num_done = epoch_of(iteration, self.num_samples // batch)
+        self.resumed = (epoch, num_done * batch)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is of."""

@@ -15,14 +15,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
+from ast_plugin.data import random_states
+from ast_plugin.data.samplers import epoch_of
 from ast_plugin.errors import DataError, OptionError
-from ast_plugin.models import batch_mixing, moving_average, network_switches, schedules, training_step
+from ast_plugin.models import (
+    batch_mixing,
+    moving_average,
+    network_switches,
+    run_state,
+    schedules,
+    stop_signals,
+    training_step,
+)
 from ast_plugin.models.precision import Precision
 from ast_plugin.models.processes import Processes
 from ast_plugin.models.progress import TrainingProgress
 from ast_plugin.models.results import ValidationResults
+from ast_plugin.models.run_log import RunLog
 from ast_plugin.models.training_step import TrainingStep
 from ast_plugin.models.validator import Validator
+from ast_plugin.training_states import STATE, WEIGHTS, keep_newest, read_state
 
 
 class RestorationModel(SRModel):
@@ -47,7 +59,10 @@ class RestorationModel(SRModel):
         self.validator = Validator.from_options(opt, self.processes, self._image_path)
         self.validated_at: dict[str, int] = {}  # by dataset: iteration of the last validation
         self.log_dict: Mapping[str, float] = {}
-        self.stateful: dict[str, Any] = {}  # further parts of a run's state, with state_dict and load_state_dict
+        self.run_log = RunLog.from_options(opt, self.processes.rank)
+        # Further parts of a run's state, with state_dict and load_state_dict.
+        self.stateful: dict[str, Any] = {'run_log': self.run_log}
+        self.iteration = self.saved_at = 0
         super().__init__(opt)
 
     # ---- setting up
@@ -108,7 +123,13 @@ class RestorationModel(SRModel):
     # ---- training
 
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
-        """Before each iteration: step the schedules, then BasicSR's linear warm-up over what they say."""
+        """Before each iteration: step the schedules, then BasicSR's linear warm-up over what they say.
+
+        Raises:
+            RunStopped: if a signal has asked for it; what has been trained is saved then.
+        """
+        self.leave_if_asked()
+        self.iteration = current_iter
         for scheduler in self.schedulers:
             schedules.restore_rates(scheduler)
         super().update_learning_rate(current_iter, warmup_iter)
@@ -120,14 +141,13 @@ class RestorationModel(SRModel):
 
     def optimize_parameters(self, current_iter: int) -> None:
         """One step on the batch last fed; without effect where its numbers are not finite and that is passed over."""
-        if self.progress is None:
-            self.progress = TrainingProgress(self.opt['train']['total_iter'], current_iter - 1, get_root_logger())
+        self._begin_step(current_iter)
         if self.mixing is not None:
             self.lq, self.gt = self.mixing(self.lq, self.gt, current_iter)
         self.log_dict, changed = self.step(self.lq, self.gt, self.compute_losses, current_iter, self.images)
         if changed and self.ema_decay > 0:
             self.model_ema(self.ema_decay)
-        self.progress.advance(self.log_dict)
+        self._end_step(current_iter)
 
     def compute_losses(self, output: Tensor, target: Tensor) -> OrderedDict[str, Tensor]:
         """Every loss by its name in the log. BasicSR's perceptual loss comes in two parts, either may be None."""
@@ -144,6 +164,29 @@ class RestorationModel(SRModel):
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the averaged weights towards the present ones."""
         moving_average.update(self.net_g_ema, self.get_bare_model(self.net_g), decay)
+
+    # ---- watching
+
+    def _begin_step(self, current_iter: int) -> None:
+        if self.progress is None:
+            self.progress = TrainingProgress(
+                self.opt['train']['total_iter'],
+                current_iter - 1,
+                get_root_logger(),
+                self.device,
+                is_shown=self.processes.rank == 0,
+            )
+        self.progress.begin()
+
+    def _end_step(self, current_iter: int) -> None:
+        self.run_log.add_iteration(current_iter, self.get_current_learning_rate()[0], self.log_dict)
+        self.progress.advance(self.log_dict)
+
+    def _pause(self, is_over: bool = False) -> None:
+        """Something else than a step has taken its time; the moment to draw what has been logged."""
+        self.run_log.draw(at_once=is_over)
+        if self.progress is not None:
+            self.progress.pause()
 
     # ---- validation
 
@@ -200,6 +243,7 @@ class RestorationModel(SRModel):
             self._write_results(results)
             return
         self._log_validation_metric_values(current_iter, name, tb_logger)
+        self.run_log.add_validation(current_iter, name, self.metric_results)
         if improved:
             self.save_best()
         if self.progress is not None:
@@ -213,6 +257,8 @@ class RestorationModel(SRModel):
         return self.validator.measure(self._restore, dataloader, current_iter, save_img)
 
     def _restore(self, sample: dict[str, Any]) -> Mapping[str, Tensor]:
+        if self.is_train and self.processes.count == 1:  # several do not keep step here
+            self.leave_if_asked()
         self.feed_data(sample)
         self.test()
         visuals = self.get_current_visuals()
@@ -250,20 +296,26 @@ class RestorationModel(SRModel):
     def save_best(self) -> None:
         """Write the present weights as the best, for BasicSR and, self-describing, as safetensors."""
         folder = Path(self.opt['path']['models'])
-        save_torch(folder / 'net_g_best.pth', self._weights())
+        save_torch(folder / 'net_g_best.pth', self.weights())
         save_weights(folder / 'net_g_best.safetensors', self.evaluated_network.state_dict(), self.opt['network_g'])
 
     def save(self, epoch: int, current_iter: int) -> None:
-        """Write weights and training state, each whole or not at all."""
+        """Write weights and training state, each whole or not at all, and then delete those that are too old."""
         self._save_weights(current_iter)
         self.save_training_state(epoch, current_iter)
+        self._pause(is_over=current_iter == -1)
 
     @master_only
     def _save_weights(self, current_iter: int) -> None:
-        label = 'latest' if current_iter == -1 else current_iter
-        save_torch(Path(self.opt['path']['models']) / f'net_g_{label}.pth', self._weights())
+        folder = Path(self.opt['path']['models'])
+        if current_iter == -1:
+            save_torch(folder / WEIGHTS.format('latest'), self.weights())
+            return
+        save_torch(folder / WEIGHTS.format(current_iter), self.weights())
+        keep_newest(folder, WEIGHTS, current_iter, self._num_kept())
 
-    def _weights(self) -> dict[str, dict[str, Tensor]]:
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The network's weights, and their moving average where there is one, by the keys of BasicSR's files."""
         networks = {'params': self.get_bare_model(self.net_g)}
         if hasattr(self, 'net_g_ema'):
             networks['params_ema'] = self.net_g_ema
@@ -272,25 +324,62 @@ class RestorationModel(SRModel):
             for key, network in networks.items()
         }
 
-    @master_only
     def save_training_state(self, epoch: int, current_iter: int) -> None:
-        """Write optimisers, schedules and best values; the weights lie in files of their own, where BasicSR looks."""
+        """Write all that the run is, see `run_state`; older states go when this one has been read back whole."""
         if current_iter == -1:
             return
-        state = {
-            'epoch': epoch,
-            'iter': current_iter,
-            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
-            'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
-            'best_metric_results': getattr(self, 'best_metric_results', {}),
-        }
-        save_torch(Path(self.opt['path']['training_states']) / f'{current_iter}.state', state)
+        state = run_state.collect(self, epoch, current_iter)
+        if self.processes.rank == 0:
+            folder = Path(self.opt['path']['training_states'])
+            save_torch(folder / STATE.format(current_iter), state)
+            read_state(folder / STATE.format(current_iter))
+            keep_newest(folder, STATE, current_iter, self._num_kept())
+        self.saved_at = current_iter
 
-    def resume_training(self, resume_state: Mapping[str, Any]) -> None:
-        """Take up optimisers, schedules and best values."""
-        super().resume_training(resume_state)
-        if resume_state.get('best_metric_results'):
-            self.best_metric_results = resume_state['best_metric_results']
+    def _num_kept(self) -> int:
+        return (self.opt.get('logger') or {}).get('keep_checkpoints') or 3
+
+    def resume_training(self, resume_state: dict[str, Any]) -> None:
+        """Take up everything where a state left it, and validate if the killed run would have done so next.
+
+        Args:
+            resume_state: its `epoch` becomes the one of the next iteration, should epochs be longer or shorter now.
+        """
+        run_state.restore(self, resume_state)
+        self.iteration = self.saved_at = iteration = resume_state['iter']
+        iters_per_epoch = self.opt['train'].get('iters_per_epoch')
+        if iters_per_epoch:
+            resume_state['epoch'], _ = epoch_of(iteration, iters_per_epoch)
+        if run_state.was_validation_due(self.opt, iteration):
+            for loader in run_state.validation_loaders(self.opt):
+                self.validation(loader, iteration, None, self.opt['val'].get('save_img', False))
+
+    def validation(
+        self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool = False
+    ) -> None:
+        """Validate without touching the random numbers that training goes on with."""
+        with random_states.preserved():
+            super().validation(dataloader, current_iter, tb_logger, save_img)
+        self._pause(is_over=self.is_train and current_iter > self.opt['train']['total_iter'])
+
+    def leave_if_asked(self) -> None:
+        """Save and end the run between two iterations if a signal has asked any of its processes to.
+
+        Raises:
+            RunStopped: then.
+        """
+        number = stop_signals.received() or 0
+        if self.processes.count > 1:
+            numbers = torch.tensor(number, device=self.device)
+            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+            number = int(numbers)
+        if not number:
+            return
+        if self.iteration != self.saved_at:
+            iters_per_epoch = self.opt['train'].get('iters_per_epoch') or self.opt['train']['total_iter']
+            self.save(epoch_of(self.iteration, iters_per_epoch)[0], self.iteration)
+        self.processes.wait()  # whoever left before the first one has written would have it ended by the launcher
+        raise stop_signals.RunStopped(number, self.iteration)
 
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'

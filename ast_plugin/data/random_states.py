@@ -1,0 +1,62 @@
+"""The random numbers of a process: torch's on the CPU and on its devices, numpy's and Python's."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def capture(every_device: bool = True) -> dict[str, Any]:
+    """Where the global generators stand, as tensors and plain values, which torch reads without unpickling code.
+
+    Args:
+        every_device: of all GPUs; otherwise of the current one alone, as processes want it that share a machine's.
+    """
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (BasicSR draws from it)
+    return {
+        'torch': torch.get_rng_state(),
+        'cuda': {device: torch.cuda.get_rng_state(device) for device in _devices(every_device)},
+        'numpy': [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        'python': [version, torch.tensor(numbers), gauss],
+    }
+
+
+def restore(states: dict[str, Any]) -> None:
+    """Put the generators where `capture` found them; GPUs that are no longer there are left out."""
+    torch.set_rng_state(states['torch'].cpu())
+    present = set(_devices())
+    for device, state in states['cuda'].items():
+        if device in present:
+            torch.cuda.set_rng_state(state.cpu(), device)
+    name, keys, *rest = states['numpy']
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, numbers, gauss = states['python']
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Leave the generators afterwards as they are now, whatever is drawn in between."""
+    states = capture()
+    try:
+        yield
+    finally:
+        restore(states)
+
+
+def seed_cpu(*numbers: int) -> None:
+    """Seed Python's generator, numpy's, and torch's on the CPU, with what the numbers make together."""
+    for_python, for_numpy, for_torch = map(int, np.random.SeedSequence(numbers).generate_state(3))
+    random.seed(for_python)
+    np.random.seed(for_numpy)  # noqa: NPY002 (others draw from it)
+    torch.default_generator.manual_seed(for_torch)
+
+
+def _devices(every_device: bool = True) -> list[int]:
+    if not torch.cuda.is_initialized():
+        return []
+    return list(range(torch.cuda.device_count())) if every_device else [torch.cuda.current_device()]

@@ -1,0 +1,206 @@
+"""Run by test_exact_resume.py in a process of its own: a training run, and the same one killed again and again.
+
+  python killed_runs.py FOLDER NUM_KILLS SEED [KEY:SUB=VALUE ...]
+
+What takes seconds, the imports, is done once; each run is a fork of this process that calls the command. Half of the
+kills come from here, at random times after a random iteration has begun. The others the run deals itself inside the
+functions that write, rename and delete. Both runs note the losses of each iteration in FOLDER/*/losses.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ast_plugin import checkpoints
+from ast_plugin.cli.main import main as basicsr
+from ast_plugin.models.restoration_model import RestorationModel
+from ast_plugin.models.validator import Validator
+
+OPTIONS = """\
+name: run
+model_type: RestorationModel
+num_gpu: 0
+manual_seed: 3
+datasets:
+  train:
+    name: train
+    type: PairsDataset
+    dataroot_lq: data/lq
+    dataroot_gt: data/gt
+    io_backend: {type: disk}
+    gt_size: 16
+    use_hflip: true
+    use_rot: true
+    num_worker_per_gpu: 0
+    batch_size_per_gpu: 2
+  val:
+    name: val
+    type: PairsDataset
+    dataroot_lq: data/lq
+    dataroot_gt: data/gt
+    center_crop: 16
+network_g:
+  type: AST
+  img_size: 16
+  embed_dim: 4
+  depths: [1, 1, 1, 1, 1, 1, 1, 1, 1]
+  num_heads: [1, 1, 1, 1, 1, 1, 1, 1, 1]
+  drop_path_rate: 0.2
+path: {}
+train:
+  ema_decay: 0.9
+  total_iter: 60
+  optim_g: {type: AdamW, lr: 1e-3}
+  scheduler: {type: WarmupCosineLR, warmup_iter: 20}
+  pixel_opt: {type: ASTCharbonnierLoss}
+val:
+  val_freq: 10
+  metrics:
+    psnr: {type: calculate_psnr, crop_border: 0}
+logger: {print_freq: 1, save_checkpoint_freq: 5, keep_checkpoints: 2, use_tb_logger: false}
+"""
+NUM_PAIRS = 7
+# Where a run kills itself: the place, and up to the how many-eth time that it gets there.
+PLACES = {'write': 400, 'fsync': 5, 'rename': 3, 'renamed': 3, 'delete': 3, 'weights saved': 1, 'validation': 3}
+
+
+def write_data(folder: Path) -> None:
+    """Pairs of small pictures and the option file."""
+    generator = np.random.default_rng(0)
+    for kind in ('lq', 'gt'):
+        (folder / 'data' / kind).mkdir(parents=True)
+    for number in range(NUM_PAIRS):
+        clean = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / 'data' / 'gt' / f'{number}.png'), clean)
+        cv2.imwrite(str(folder / 'data' / 'lq' / f'{number}.png'), clean // 2)
+    (folder / 'run.yml').write_text(OPTIONS, encoding='utf-8')
+
+
+def fork(arguments: list[str], losses: Path, output: Path, place: str | None = None, count: int = 0) -> tuple[int, int]:
+    """Start a run in a child; return its process, and where it writes a byte when an iteration begins."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        return child, reader
+    status = 1
+    try:
+        os.close(reader)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        tell_iterations(writer, losses)
+        if place:
+            die_at(place, count)
+        status = basicsr(['train', *arguments])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def tell_iterations(writer: int, losses: Path) -> None:
+    """Write a byte into a pipe when an iteration begins, and a line into a file when it is done."""
+    optimize = RestorationModel.optimize_parameters
+
+    def optimize_parameters(self, current_iter):
+        os.write(writer, b'.')
+        optimize(self, current_iter)
+        line = ' '.join([str(current_iter), *(float(loss).hex() for loss in self.log_dict.values())])
+        with losses.open('a') as file:
+            file.write(line + '\n')
+
+    RestorationModel.optimize_parameters = optimize_parameters
+
+
+def die_at(place: str, count: int) -> None:
+    """Let this process kill itself when it comes to a place for the `count`-th time."""
+    holder, name, dies_before = {
+        'write': (checkpoints._Output, 'write', False),
+        'fsync': (os, 'fsync', True),
+        'rename': (Path, 'replace', True),
+        'renamed': (Path, 'replace', False),
+        'delete': (Path, 'unlink', False),
+        'weights saved': (RestorationModel, 'save_training_state', True),
+        'validation': (Validator, '_values', True),
+    }[place]
+    original = getattr(holder, name)
+    calls = 0
+
+    def deadly(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == count and dies_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if calls == count:
+            if place == 'write':
+                args[0].file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(holder, name, deadly)
+
+
+def end(child: int, reader: int, num_iterations: int = 0, delay: float = 0.0) -> int:
+    """Kill a run some time after so many iterations have begun, or wait for it; return what it ended by."""
+    seen = 0
+    while num_iterations == 0 or seen < num_iterations:
+        told = os.read(reader, 1)
+        if not told:
+            break
+        seen += 1
+    else:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    os.close(reader)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main() -> None:
+    """Run both, and print how the second was killed."""
+    folder, num_kills, seed, overrides = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+    folder.mkdir(exist_ok=True)
+    write_data(folder)
+    os.chdir(folder)
+    arguments = ['-opt', 'run.yml', '--auto_resume', *(['--force_yml', *overrides] if overrides else [])]
+    for name in ('whole', 'killed'):
+        Path(name).mkdir()
+    start = time.monotonic()
+    status = end(*fork([*arguments, '--root', 'whole'], Path('whole/losses').resolve(), Path('whole/output')))
+    seconds = time.monotonic() - start
+    report = {'whole': status, 'seconds': seconds, 'kills': []}
+    chance = random.Random(seed)
+    for number in range(num_kills + 1):
+        place = chance.choice(list(PLACES)) if number % 2 else None
+        count = chance.randint(1, PLACES[place]) if place else 0
+        num_iterations, delay = chance.randint(1, 7), chance.random() * seconds / 60
+        is_last = number == num_kills
+        child = fork(
+            [*arguments, '--root', 'killed'],
+            Path('killed/losses').resolve(),
+            Path('killed/output'),
+            None if is_last else place,
+            count,
+        )
+        status = end(*child) if place or is_last else end(*child, num_iterations, delay)
+        if is_last:
+            report['last'] = status
+        else:
+            report['kills'].append([place or 'time', count or num_iterations, status])
+    report['total'] = time.monotonic() - start
+    print(json.dumps(report))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,88 @@
+"""A run that is killed at random moments ends as it would have ended undisturbed, bit for bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ast_plugin.training_states import read_state
+
+NUM_KILLS = 20
+ROOT = Path(__file__).parents[2]
+
+
+def assert_same(a, b, where=''):
+    """Equality to the bit of all that a training state may hold."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f'{where}.{key}')
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for number, (one, other) in enumerate(zip(a, b, strict=True)):
+            assert_same(one, other, f'{where}.{number}')
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def losses(folder: Path) -> dict[int, set[str]]:
+    """Every loss that was computed for an iteration, whether or not the run survived it."""
+    found = {}
+    for line in (folder / 'losses').read_text().splitlines():
+        iteration, *values = line.split()
+        found.setdefault(int(iteration), set()).add(' '.join(values))
+    return found
+
+
+@pytest.mark.parametrize(
+    ('seed', 'overrides'),
+    [
+        (1, ['datasets:train:num_worker_per_gpu=0']),
+        (2, ['datasets:train:num_worker_per_gpu=2']),
+    ],
+    ids=['no workers', '2 workers'],
+)
+def test_killed_runs_end_like_undisturbed_ones(tmp_path, seed, overrides):
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).with_name('killed_runs.py')),
+            tmp_path,
+            str(NUM_KILLS),
+            str(seed),
+            *overrides,
+        ],
+        cwd=ROOT,
+        env={'PATH': '', 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    print(result.stdout)
+    output = (tmp_path / 'killed' / 'output').read_text()
+    assert report['whole'] == report['last'] == 0, output[-3000:]
+    assert [status for *_, status in report['kills']] == [-9] * NUM_KILLS, output[-3000:]
+    # It was killed again and again on its way, not at its start alone.
+    assert len({line for line in output.splitlines() if 'Resuming training from' in line}) >= 4
+
+    whole, killed = (tmp_path / name / 'experiments' / 'run' for name in ('whole', 'killed'))
+    last = [read_state(folder / 'training_states' / '60.state') for folder in (whole, killed)]
+    assert {'params', 'params_ema', 'optimizers', 'best_metric_results', 'random'} <= last[0].keys()
+    assert_same(*last)
+    for name in ('net_g_60.pth', 'net_g_latest.pth', 'net_g_best.pth'):
+        assert_same(*(torch.load(folder / 'models' / name, weights_only=True) for folder in (whole, killed)))
+    assert (whole / 'metrics.csv').read_bytes() == (killed / 'metrics.csv').read_bytes()
+    assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
+    assert sorted(losses(tmp_path / 'whole')) == list(range(1, 61))
+    for folder in (whole, killed):
+        names = sorted(path.name for kind in ('models', 'training_states') for path in (folder / kind).iterdir())
+        best = ['net_g_best.pth', 'net_g_best.safetensors']
+        assert names == ['55.state', '60.state', 'net_g_55.pth', 'net_g_60.pth', *best, 'net_g_latest.pth']
