@@ -36,6 +36,7 @@ def description() -> str:
     return readme.read_text(encoding='utf-8') if readme.is_file() else ''
 
 
+optimizers = ['pytorch-optimizer>=4.0']
 photos = ['scikit-image>=0.25', 'scikit-learn>=1.5']  # both carry the colour photographs of the demonstration
 
 setup(
@@ -60,14 +61,14 @@ setup(
         'safetensors>=0.4.3',
         'tifffile>=2024.8',
         'torch>=2.6',
-        'torchvision>=0.19',
+        'torchvision>=0.21',
         'tqdm>=4.66',
     ],
     extras_require={
-        'optimizers': ['pytorch_optimizer>=4.0'],
+        'optimizers': optimizers,
         'photos': photos,
         'wandb': ['wandb>=0.16'],
-        'test': [*photos, 'pytest>=8.0', 'ruff>=0.9', 'setuptools>=77', 'wheel'],
+        'test': [*optimizers, *photos, 'pytest>=8.0', 'ruff>=0.9', 'setuptools>=77', 'wheel'],
     },
     entry_points={
         'console_scripts': ['basicsr = ast_plugin.__main__:main'],

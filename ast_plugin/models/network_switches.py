@@ -1,6 +1,7 @@
 """Switches of training that change how a network computes, and neither what it computes nor its state's names."""
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -28,11 +29,17 @@ def apply(network: nn.Module, train: Mapping[str, Any]) -> nn.Module:
     """
     if train.get('channels_last'):
         network.to(memory_format=torch.channels_last)
-    if train.get('gradient_checkpointing'):
-        _checkpoint(network)
-    backend = train.get('compile')
-    if backend:
-        _compile(network, DEFAULT_BACKEND if backend is True else backend)
+    wanted = [key for key in ('gradient_checkpointing', 'compile') if train.get(key)]
+    found = blocks(network) if wanted else []
+    if wanted and not found:
+        raise OptionError(
+            f'train.{wanted[0]} works on repeated blocks, and {type(network).__name__} has none: leave it out, or name '
+            "them in the network's class attribute block_classes"
+        )
+    if 'gradient_checkpointing' in wanted:
+        _checkpoint(network, found)
+    if 'compile' in wanted:
+        _compile(found, DEFAULT_BACKEND if train['compile'] is True else train['compile'])
     return network
 
 
@@ -67,27 +74,14 @@ def _outermost(module: nn.Module, wanted: tuple[type, ...]) -> list[nn.Module]:
     return found
 
 
-def _blocks_or_refuse(network: nn.Module, key: str) -> list[nn.Module]:
-    found = blocks(network)
-    if not found:
-        raise OptionError(
-            f'train.{key} works on repeated blocks, and {type(network).__name__} has none: leave it out, or name them '
-            "in the network's class attribute block_classes"
-        )
-    return found
-
-
-def _checkpoint(network: nn.Module) -> None:
-    for block in _blocks_or_refuse(network, 'gradient_checkpointing'):
-        for module in block.modules():
-            if getattr(module, 'use_checkpoint', False):
-                module.use_checkpoint = False  # the network's own option would compute everything a third time
-        # A class of its own rather than a wrapper: names in the state stay, and so does what isinstance says.
-        kind = type(block)
-        block.__class__ = type(kind.__name__, (_Checkpointed, kind), {'__module__': kind.__module__})
+def _checkpoint(network: nn.Module, found: list[nn.Module]) -> None:
     for module in network.modules():
         if getattr(module, 'use_checkpoint', False):
-            module.use_checkpoint = False
+            module.use_checkpoint = False  # the network's own option would compute everything a third time
+    for block in found:
+        # A class rather than a wrapper: the names in the state stay, and so does what isinstance says.
+        kind = type(block)
+        block.__class__ = type(kind.__name__, (_Checkpointed, kind), {'__module__': kind.__module__})
 
 
 class _Checkpointed:
@@ -99,12 +93,13 @@ class _Checkpointed:
         return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)
 
 
-def _compile(network: nn.Module, backend: str) -> None:
+def _compile(found: list[nn.Module], backend: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise OptionError(f'train.compile: torch has no backend {backend!r}: true, or one of {", ".join(known)}')
-    found = _blocks_or_refuse(network, 'compile')
     _allow_compilations(2 * len(found))
+    # What the operators keep in caches never changes.
+    warnings.filterwarnings('ignore', 'Dynamo detected a call to a `functools.lru_cache`', UserWarning)
     for block in found:
         # Patches have one size throughout a run.
         block.compile(backend=backend, dynamic=False)

@@ -1,5 +1,6 @@
 """A step of training: gradients in micro-batches, and whether they may be used."""
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
@@ -179,7 +179,7 @@ class TrainingStep:
                 f'{message}. Expected finite numbers: look at these images, lower the rate or set '
                 'train.clip_grad_norm; with train.on_nonfinite: skip such steps are left out'
             )
-        get_root_logger().warning(f'{message}. The step is left out')
+        logging.getLogger('basicsr').warning(f'{message}. The step is left out')
 
 
 def _running_statistics(network: nn.Module) -> list[Tensor]:

@@ -1,0 +1,153 @@
+from collections import Counter
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from ast_plugin.archs.ast_arch import AST
+from ast_plugin.archs.blocks import ASTBlock
+from ast_plugin.errors import OptionError
+from ast_plugin.models import network_switches
+
+TINY = {'img_size': 32, 'window_size': 4, 'embed_dim': 4, 'depths': [1, 1, 1, 1, 1, 2, 1, 1, 1], 'num_heads': [1] * 9}
+
+
+def ast(**options):
+    torch.manual_seed(0)
+    return AST(**{**TINY, 'drop_path_rate': 0.5, **options})
+
+
+def swinir():
+    from basicsr.archs.swinir_arch import SwinIR
+
+    torch.manual_seed(0)
+    return SwinIR(img_size=8, window_size=4, embed_dim=8, depths=[2, 2], num_heads=[1, 1], upscale=1)
+
+
+def msrresnet():
+    from basicsr.archs.srresnet_arch import MSRResNet
+
+    torch.manual_seed(0)
+    return MSRResNet(num_feat=8, num_block=3, upscale=4)
+
+
+def plain():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 3, 3))
+
+
+def gradients(network, size=32):
+    """Output and gradients of a step in which blocks are dropped at random."""
+    torch.manual_seed(1)
+    output = network.train()(torch.rand(2, 3, size, size))
+    output.square().mean().backward()
+    return [output.detach(), *(parameter.grad for parameter in network.parameters())]
+
+
+def kept_bytes(network):
+    """What the forward pass keeps for the backward pass."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network.train()(torch.rand(1, 3, 32, 32))
+    return sum(kept.values())
+
+
+def test_the_blocks_of_networks():
+    assert Counter(type(block) for block in network_switches.blocks(ast())) == {ASTBlock: 10}
+    names = [type(block).__name__ for block in network_switches.blocks(swinir())]
+    assert names.count('RSTB') == 2 and 'SwinTransformerBlock' not in names
+    assert [type(block).__name__ for block in network_switches.blocks(msrresnet())] == ['ResidualBlockNoBN'] * 3
+    assert network_switches.blocks(plain()) == []
+
+
+@pytest.mark.parametrize('build', [ast, swinir, msrresnet])
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(build):
+    network = build()
+    names = list(network.state_dict())
+    want, before = gradients(network), kept_bytes(build())
+    network = network_switches.apply(build(), {'gradient_checkpointing': True})
+    assert list(network.state_dict()) == names
+    for got, expected in zip(gradients(network), want, strict=True):
+        assert torch.equal(got, expected)
+    assert kept_bytes(network_switches.apply(build(), {'gradient_checkpointing': True})) < before
+    for module, original in zip(network.modules(), build().modules(), strict=True):
+        assert isinstance(module, type(original)) and type(module).__name__ == type(original).__name__
+
+
+def test_checkpointing_saves_most_of_the_memory_and_replaces_the_networks_own():
+    before, own = kept_bytes(ast()), kept_bytes(ast(use_checkpoint=True))
+    for options in ({}, {'use_checkpoint': True}):
+        network = network_switches.apply(ast(**options), {'gradient_checkpointing': True})
+        assert kept_bytes(network) == own < before / 3
+        for got, expected in zip(gradients(network), gradients(ast()), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_copies_of_checkpointed_networks_are_their_own():
+    network = network_switches.apply(ast(drop_path_rate=0.0), {'gradient_checkpointing': True})
+    copy = deepcopy(network)
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.zero_()
+        image = torch.rand(1, 3, 32, 32)
+        assert torch.equal(copy(image), image)
+        assert not torch.equal(network(image), image)
+
+
+@pytest.mark.parametrize('build', [lambda: ast(drop_path_rate=0.0), msrresnet])
+def test_compiled_blocks_compute_the_same(build):
+    want = gradients(build())
+    network = build()
+    names = list(network.state_dict())
+    network_switches.apply(network, {'compile': 'aot_eager', 'gradient_checkpointing': True})
+    assert list(network.state_dict()) == names
+    for got, expected in zip(gradients(network), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_compilation_is_for_one_size_of_patches():
+    """Every size is compiled once, in training; pictures of other sizes are tested without."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(tuple(inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(backend, name='counting')
+    network = network_switches.apply(ast(drop_path_rate=0.0), {'compile': 'counting'})
+    for _ in range(2):
+        network(torch.rand(1, 3, 32, 32))
+        compiled = len(seen)
+    assert 8 < compiled <= 20  # more than torch's own limit
+    with torch.inference_mode(), network_switches.eager_blocks():
+        network.eval()(torch.rand(1, 3, 33, 47))
+    assert len(seen) == compiled
+    network.train()(torch.rand(1, 3, 32, 32))
+    assert len(seen) == compiled
+
+
+def test_channels_last_computes_the_same():
+    want = gradients(msrresnet(), size=8)
+    network = network_switches.apply(msrresnet(), {'channels_last': True})
+    assert network.conv_first.weight.is_contiguous(memory_format=torch.channels_last)
+    for got, expected in zip(gradients(network, size=8), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('build', 'options', 'told'),
+    [
+        (plain, {'gradient_checkpointing': True}, 'gradient_checkpointing works on repeated blocks, and Sequential'),
+        (plain, {'compile': 'eager'}, 'compile works on repeated blocks, and Sequential'),
+        (ast, {'compile': 'inductr'}, "no backend 'inductr'"),
+    ],
+)
+def test_switches_that_do_not_apply(build, options, told):
+    with pytest.raises(OptionError, match=told):
+        network_switches.apply(build(), options)

@@ -1,0 +1,215 @@
+"""The switches of `train` in RestorationModel, each as an option file sets it."""
+
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ast_plugin  # noqa: F401  registers everything
+from ast_plugin.errors import OptionError, TrainingError
+from ast_plugin.models import batch_mixing
+from tests.models.test_restoration_model import batch, build, options, same, train, weights
+
+ADAMW = {'type': 'AdamW', 'lr': 2e-3}
+
+
+def trained(folder, iterations=3, **switches):
+    model = build(options(folder, **switches))
+    train(model, 1, iterations)
+    return model
+
+
+def distance(model, other):
+    """Of two models' weights, relative to how far training has moved them."""
+    start, a, b = (torch.cat([w.flatten() for w in each.values()]) for each in (START, weights(model), weights(other)))
+    return ((a - b).norm() / (a - start).norm()).item()
+
+
+START = {}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _start(tmp_path_factory):
+    START.update(weights(build(options(tmp_path_factory.mktemp('start')))))
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp('plain'))
+
+
+@pytest.mark.parametrize(
+    ('switches', 'tolerance'),
+    [
+        ({'precision': 'fp32', 'on_nonfinite': 'skip'}, 0),
+        ({'gradient_checkpointing': True}, 0),
+        ({'accumulate': 2}, 1e-2),
+        ({'channels_last': True}, 1e-2),
+        ({'optim_g': {**ADAMW, 'fused': True}}, 1e-2),
+        ({'compile': 'eager'}, 1e-2),
+        ({'precision': 'bf16'}, 0.5),
+        ({'precision': 'fp16'}, 0.2),
+        ({'precision': 'fp16', 'accumulate': 2, 'gradient_checkpointing': True, 'channels_last': True}, 0.2),
+        ({'precision': 'bf16', 'compile': 'eager', 'gradient_checkpointing': True, 'ema_decay': 0.5}, 0.5),
+    ],
+    ids=lambda value: '-'.join(value) if isinstance(value, dict) else '',
+)
+def test_a_switch_changes_the_way_and_not_the_end(switches, tolerance, plain, tmp_path):
+    model = trained(tmp_path, **switches)
+    assert weights(model).keys() == weights(plain).keys()
+    assert distance(plain, model) <= tolerance
+    assert model.get_current_log()['l_pix'] == pytest.approx(plain.get_current_log()['l_pix'], rel=0.02)
+    model.feed_data(batch())
+    model.test()
+    assert model.output.dtype == torch.float32  # validation measures in float32
+
+
+def test_mixing_reaches_the_network(tmp_path):
+    mixing = {'type': 'mixup', 'start_epoch': 2}
+    opt = options(tmp_path, mixing=mixing, iters_per_epoch=2)
+    opt.update(manual_seed=7, rank=3)
+    model = build(opt)
+    for iteration in (2, 3):
+        model.feed_data(batch())
+        lq, gt = model.lq, model.gt
+        model.optimize_parameters(iteration)
+        if iteration == 2:
+            assert model.lq is lq
+            continue
+        want = batch_mixing.BatchMixing('mixup', start_epoch=2, seed=7, rank=3, iters_per_epoch=2)(lq, gt, 3)
+        assert torch.equal(model.lq, want[0]) and torch.equal(model.gt, want[1])
+        assert not torch.equal(model.lq, lq)
+    with pytest.raises(OptionError, match='iters_per_epoch'):
+        build(options(tmp_path, mixing=mixing))
+
+
+class NanAt:
+    """A loss that goes wrong on one occasion."""
+
+    def __init__(self, loss, occasion):
+        self.loss, self.occasion, self.count = loss, occasion, 0
+
+    def __call__(self, output, target):
+        self.count += 1
+        return self.loss(output, target) * (math.nan if self.count == self.occasion else 1)
+
+
+def test_a_loss_that_is_nan_stops_and_names_the_images(tmp_path):
+    model = build(options(tmp_path))
+    model.losses['l_pix'] = NanAt(model.losses['l_pix'], 3)
+    with pytest.raises(TrainingError, match=r'iteration 3: the loss l_pix is nan; images: a/3\.png, b/3\.png'):
+        for iteration in range(1, 5):
+            model.feed_data({**batch(iteration), 'lq_path': [f'{folder}/{iteration}.png' for folder in 'ab']})
+            before = weights(model)
+            model.optimize_parameters(iteration)
+    assert same(weights(model), before)
+
+
+def test_a_skipped_step_leaves_weights_and_average_and_goes_on(tmp_path):
+    model = build(options(tmp_path, on_nonfinite='skip', ema_decay=0.5))
+    model.losses['l_pix'] = NanAt(model.losses['l_pix'], 2)
+    states = []
+    for iteration in range(1, 4):
+        model.update_learning_rate(iteration)
+        model.feed_data(batch(iteration))
+        model.optimize_parameters(iteration)
+        states.append((weights(model), {k: v.clone() for k, v in model.net_g_ema.state_dict().items()}))
+    assert same(states[1][0], states[0][0]) and same(states[1][1], states[0][1])
+    assert not same(states[2][0], states[1][0]) and not same(states[2][1], states[1][1])
+    assert model.schedulers[0].last_epoch == 2
+
+
+def test_warm_up_over_a_stepwise_schedule_ends_at_the_full_rate(tmp_path):
+    """BasicSR's own stays for ever at the last rate of the warm-up, and forgets milestones that fall into it."""
+    opt = options(tmp_path, scheduler={'type': 'MultiStepLR', 'milestones': [2, 6], 'gamma': 0.5})
+    model = build(opt)
+    rates = []
+    for iteration in range(1, 9):
+        model.update_learning_rate(iteration, warmup_iter=4)
+        rates.append(model.get_current_learning_rate()[0] / 2e-3)
+        model.optimizer_g.step()
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 0.5, 0.5, 0.5, 0.25, 0.25])
+
+
+def test_the_loss_scale_is_part_of_the_state(tmp_path):
+    model = build(options(tmp_path, precision='fp16'))
+    assert model.stateful['scaler'] is model.step.precision.scaler
+    assert 'scaler' not in build(options(tmp_path)).stateful
+
+
+@pytest.mark.parametrize(
+    ('switches', 'told'),
+    [
+        ({'precision': 'fp8'}, 'train.precision must be one of'),
+        ({'compile': 'inductr'}, 'no backend'),
+        ({'optim_g': {'type': 'LBFGS', 'lr': 1.0}}, 'calls back'),
+        ({'accumulate': 2, 'pixel_opt': {'type': 'L1Loss', 'reduction': 'sum'}}, 'accumulate needs losses'),
+    ],
+)
+def test_switches_that_cannot_be_had(switches, told, tmp_path):
+    with pytest.raises(OptionError, match=told):
+        build(options(tmp_path, **switches))
+
+
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from ast_plugin.errors import TrainingError
+from ast_plugin.models.precision import Precision
+from ast_plugin.models.training_step import TrainingStep
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+generator = torch.Generator().manual_seed(0)
+lq, gt = torch.rand(2, 8, 3, 6, 6, generator=generator)
+
+def step_of(network, **train):
+    torch.manual_seed(0)
+    network = network(torch.nn.Conv2d(3, 3, 3, padding=1))
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    return TrainingStep(network, optimizer, Precision('fp32', torch.device('cpu')), train, True)
+
+def losses(output, target):
+    return {'l_pix': (output - target).square().mean()}
+
+mine = slice(4 * rank, 4 * rank + 4)
+together, alone = step_of(DistributedDataParallel, accumulate=2), step_of(lambda network: network)
+alone.is_distributed = False
+values = [together(lq[mine], gt[mine], losses, 1)[0], alone(lq, gt, losses, 1)[0]]
+torch.testing.assert_close(values[0], values[1])
+for a, b in zip(together.parameters, alone.parameters):
+    torch.testing.assert_close(a, b)
+bad = lq.clone()
+bad[1] = float('nan')
+for policy in ('skip', 'stop'):
+    step = step_of(DistributedDataParallel, on_nonfinite=policy)
+    before = [parameter.clone() for parameter in step.parameters]
+    try:
+        print(policy, step(bad[mine], gt[mine], losses, 3, [f'{rank}.png'])[1])
+    except TrainingError as error:
+        print(policy, str(error).partition('.png')[0])
+    assert all(map(torch.equal, before, step.parameters))
+dist.destroy_process_group()
+"""
+
+
+def test_processes_decide_alike():
+    """Micro-batches of two processes add up to the whole batch; a loss that is NaN in one stops both."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = str(probe.getsockname()[1])
+    root = Path(__file__).parents[2]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    workers = [
+        subprocess.Popen([sys.executable, '-c', WORKER, rank, port], cwd=root, text=True, **pipes) for rank in '01'
+    ]
+    outputs = [worker.communicate(timeout=120) for worker in workers]
+    for (out, err), worker in zip(outputs, workers, strict=True):
+        assert worker.returncode == 0, err[-2000:]
+        assert out == 'skip False\nstop iteration 3: the loss l_pix is nan; images: 0\n'

@@ -1,0 +1,198 @@
+"""The step by itself, on a convolution or two: what a run makes of it is in test_restoration_model.py."""
+
+import logging
+import math
+from contextlib import contextmanager
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from ast_plugin.errors import OptionError, TrainingError
+from ast_plugin.losses.charbonnier_loss import ASTCharbonnierLoss
+from ast_plugin.losses.fft_loss import FFTLoss
+from ast_plugin.losses.psnr_loss import PSNRLoss
+from ast_plugin.models.precision import Precision
+from ast_plugin.models.training_step import TrainingStep, batch_size, check_losses
+
+LOSSES = {'l_pix': ASTCharbonnierLoss(), 'l_fft': FFTLoss(loss_weight=0.1), 'l_psnr': PSNRLoss(loss_weight=0.01)}
+NAMES = ['a.png', 'b.png', 'c.png', 'd.png']
+
+
+def losses_of(output, target):
+    return {name: loss(output, target) for name, loss in LOSSES.items()}
+
+
+def step_of(device, precision='fp32', layers=None, rate=1e-2, **train):
+    torch.manual_seed(0)
+    network = layers or nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 3, 3, padding=1))
+    network = deepcopy(network).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
+    return TrainingStep(network, optimizer, Precision(precision, device), train)
+
+
+def batch(device, count=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    gt = torch.rand(count, 3, 12, 10, generator=generator)
+    return (gt + 0.1 * torch.randn(gt.shape, generator=generator)).to(device), gt.to(device)
+
+
+def gradients(step):
+    return torch.cat([parameter.grad.flatten().float() for parameter in step.parameters])
+
+
+def weights(step):
+    return torch.cat([parameter.detach().flatten() for parameter in step.parameters])
+
+
+def relative(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize(('count', 'parts'), [(4, 2), (4, 4), (5, 2), (5, 3), (1, 1)])
+def test_micro_batches_add_up_to_the_whole(count, parts, device, tolerances):
+    """Of sizes that differ too: 5 in 3 is 2, 2 and 1."""
+    whole, cut = step_of(device), step_of(device, accumulate=parts)
+    values = [step(*batch(device, count), losses_of, 1) for step in (whole, cut)]
+    assert relative(gradients(cut), gradients(whole)) < tolerances[torch.float32]
+    assert values[0][0] == pytest.approx(values[1][0], rel=1e-5)
+    assert values[0][1] and values[1][1]
+
+
+def test_micro_batches_are_what_the_network_sees(device):
+    sizes = []
+    step = step_of(device, accumulate=3)
+    step.network.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    step(*batch(device, 4), losses_of, 1)
+    assert sizes == [2, 1, 1]
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_lower_precision_is_close(precision, device, tolerances):
+    exact, lower = step_of(device), step_of(device, precision)
+    for step in (exact, lower):
+        values, changed = step(*batch(device), losses_of, 1)
+        assert changed and all(map(math.isfinite, values.values()))
+    assert 0 < relative(gradients(lower), gradients(exact)) < tolerances[lower.precision.dtype]
+
+
+def test_losses_see_float32(device):
+    seen = []
+    step = step_of(device, 'bf16')
+
+    def loss(output, target):
+        seen.append((output.dtype, torch.is_autocast_enabled(device.type)))
+        return losses_of(output, target)
+
+    step(*batch(device), loss, 1)
+    assert seen == [(torch.float32, False)]
+
+
+def test_long_gradients_are_cut_after_unscaling(device):
+    lengths = {}
+    for precision in ('fp32', 'fp16'):
+        step = step_of(device, precision, clip_grad_norm=0.01)
+        step(*batch(device), losses_of, 1)
+        lengths[precision] = gradients(step).norm().item()
+    assert lengths == pytest.approx({'fp32': 0.01, 'fp16': 0.01}, rel=1e-2)
+
+
+def test_an_overflow_of_float16_costs_a_step_and_halves_the_scale(device):
+    step = step_of(device, 'fp16')
+    before = weights(step)
+    step.precision.scaler.load_state_dict({**step.precision.scaler.state_dict(), 'scale': 2.0**40})
+    for scale in (2.0**39, 2.0**38):
+        values, changed = step(*batch(device), losses_of, 1)
+        assert not changed and math.isfinite(values['l_pix'])
+        assert torch.equal(weights(step), before)
+        assert step.precision.scaler.get_scale() == scale
+    step.precision.scaler.update(2.0**8)
+    assert step(*batch(device), losses_of, 1)[1]
+    assert not torch.equal(weights(step), before)
+
+
+def test_scaling_that_has_come_to_its_end_is_not_scaled_further(device):
+    """Gradients that are not finite at any scale would otherwise be skipped for ever, in silence."""
+    step = step_of(device, 'fp16')
+    step.network[0].weight.register_hook(lambda gradient: gradient * math.nan)
+    for iteration in range(1, 41):
+        assert not step(*batch(device), losses_of, iteration, NAMES)[1]
+    with pytest.raises(TrainingError, match=r'iteration 41: the length of the gradients is nan; images: a\.png'):
+        step(*batch(device), losses_of, 41, NAMES)
+
+
+@contextmanager
+def warnings_of(logger_name='basicsr'):
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger(logger_name).addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger(logger_name).removeHandler(handler)
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_or_is_left_out(precision, value, device):
+    statistics = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3, padding=1))
+    bad, gt = batch(device)
+    bad[2, 0, 0, 0] = value
+    for policy in ('stop', 'skip'):
+        step = step_of(device, precision, statistics, on_nonfinite=policy)
+        for iteration in (1, 2):
+            step(*batch(device), losses_of, iteration, NAMES)
+        before, state = weights(step), deepcopy(step.precision.scaler.state_dict())
+        names = r'iteration 3: the loss l_pix is nan.*; images: a\.png, b\.png, c\.png, d\.png'
+        if policy == 'stop':
+            with pytest.raises(TrainingError, match=names):
+                step(bad, gt, losses_of, 3, NAMES)
+            assert torch.equal(weights(step), before)
+            continue
+        buffers = [buffer.clone() for buffer in step.network.buffers()]
+        with warnings_of() as lines:
+            values, changed = step(bad, gt, losses_of, 3, NAMES)
+        assert not changed and math.isnan(values['l_pix'])
+        assert len(lines) == 1 and lines[0].endswith('c.png, d.png. The step is left out')
+        assert torch.equal(weights(step), before)
+        assert all(map(torch.equal, buffers, step.network.buffers()))
+        assert step.precision.scaler.state_dict() == state
+        values, changed = step(*batch(device), losses_of, 4, NAMES)
+        assert changed and math.isfinite(values['l_pix'])
+
+
+def test_a_gradient_that_is_not_finite_counts_too(device):
+    step = step_of(device)
+    step.network[0].weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(TrainingError, match=r'length of the gradients is (nan|inf); images: not told'):
+        step(*batch(device), losses_of, 1)
+
+
+@pytest.mark.parametrize(
+    ('train', 'told'),
+    [
+        ({'accumulate': -1}, 'accumulate must be 1 or more'),
+        ({'on_nonfinite': 'ignore'}, 'stop or skip'),
+    ],
+)
+def test_wrong_options(train, told, device):
+    with pytest.raises(OptionError, match=told):
+        step_of(device, **train)
+
+
+def test_batches_and_losses_that_cannot_be_cut(device):
+    opt = {'datasets': {'train': {'batch_size_per_gpu': 2}}, 'dist': False, 'num_gpu': 0}
+    assert batch_size(opt) == 2
+    assert batch_size({**opt, 'num_gpu': 3}) == 6
+    assert batch_size({**opt, 'num_gpu': 3, 'dist': True}) == 2
+    assert batch_size({'dist': False}) is None
+    network = nn.Conv2d(1, 1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    with pytest.raises(OptionError, match='batch of 2 cannot be cut into 3'):
+        TrainingStep(network, optimizer, Precision('fp32', device), {'accumulate': 3}, batch=2)
+    sums = {'l_pix': nn.L1Loss(), 'l_sum': nn.L1Loss(reduction='sum')}
+    check_losses({}, sums)
+    with pytest.raises(OptionError, match='l_sum'):
+        check_losses({'accumulate': 2}, sums)
