@@ -1,5 +1,6 @@
 """The processes that work on one run, as torchrun or slurm start them; a run by itself is a group of one."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -33,8 +34,12 @@ class Processes:
 
     def __init__(self) -> None:
         self.rank, self.count = get_dist_info()
-        # What is gathered lies in main memory: gloo's matter, whatever trains the network.
-        self.group = dist.new_group(backend='gloo', timeout=PATIENCE) if self.count > 1 else None
+        self.group = None
+        if self.count > 1:
+            # What is gathered lies in main memory: gloo's matter, whatever trains the network.
+            self.group = dist.new_group(backend='gloo', timeout=PATIENCE)
+            # Depthwise convolutions' gradients come in another order, which costs the copy of a few numbers.
+            warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides', UserWarning)
 
     def share(self, loader: DataLoader) -> Iterator[tuple[int, Any]]:
         """The samples of a validation set that fall to this process, every `count`-th; the others are not read.

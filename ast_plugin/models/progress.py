@@ -81,11 +81,13 @@ class TrainingProgress:
         self.bar.set_postfix_str(', '.join(filter(None, shown)), refresh=False)
         self.bar.update()
         if self.bar.n >= self.total_iter:
-            self.close()
+            self.bar.close()
 
-    def close(self) -> None:
-        """Leave the bar as it stands; what is printed next begins a line of its own."""
-        self.bar.close()
+
+def close_bars() -> None:
+    """Leave every bar as it stands, those of a run that has failed too; what is printed next begins a line."""
+    for bar in list(getattr(tqdm, '_instances', ())):
+        bar.close()
 
 
 def memory(device: torch.device) -> str:
