@@ -26,6 +26,8 @@ def iterations_per_epoch(num_samples: int, opt: Mapping[str, Any]) -> int:
 def resolve(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], int] | None) -> None:
     """Put iterations where `opt` says epochs, in place, and the iterations of an epoch in `train.iters_per_epoch`.
 
+    A schedule keeps its `warmup_epochs`; those that the run is too short for are left out.
+
     Raises:
         OptionError: if epochs cannot be counted because there is no `length_of`.
     """
@@ -44,12 +46,21 @@ def resolve(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], int] |
         if in_epochs:
             raise OptionError(f'{", ".join(in_epochs)}: epochs cannot be counted without the training set')
         return
+    _shorten_warmup(train)
     epoch = iterations_per_epoch(length_of(opt['datasets']['train']), opt)
     train['iters_per_epoch'] = epoch
     _replace(train, 'total_epochs', 'total_iter', lambda epochs: epochs * epoch)
     _replace(train, 'warmup_epochs', 'warmup_iter', lambda epochs: epochs * epoch or -1)
     _replace(val, 'times_per_epoch', 'val_freq', lambda times: max(1, epoch // times))
     _replace(logger, 'save_checkpoint_epochs', 'save_checkpoint_freq', lambda epochs: epochs * epoch)
+
+
+def _shorten_warmup(train: dict[str, Any]) -> None:
+    """Let a run that was cut to a few epochs, to try it, keep one after its warm-up: there is no schedule otherwise."""
+    scheduler, total = train.get('scheduler'), train.get('total_epochs')
+    warmup = scheduler.get('warmup_epochs') if isinstance(scheduler, dict) else None
+    if total is not None and isinstance(warmup, int) and warmup >= total:
+        train['scheduler'] = {**scheduler, 'warmup_epochs': int(total) - 1}
 
 
 def _replace(section: dict[str, Any], key: str, plain_key: str, convert: Callable[[int], int]) -> None:

@@ -123,8 +123,7 @@ def prepare(
         opt['num_gpu'] = _num_gpus()
     if opt.get('manual_seed') is None:
         opt['manual_seed'] = random.SystemRandom().randint(1, 10000)
-    if debug and not opt['name'].startswith('debug'):
-        opt['name'] = f'debug_{opt["name"]}'
+    opt['name'] = run_name(opt, debug)
     # A state to resume from is put into path.resume_state by us: BasicSR would look for it under the working
     # directory, whatever the root.
     opt.update(is_train=is_train, auto_resume=False, dist=dist, rank=rank, world_size=world_size)
@@ -141,6 +140,11 @@ def prepare(
         if opt.get('val') is not None:
             opt['val']['val_freq'] = 8
     return opt
+
+
+def run_name(opt: Mapping[str, Any], debug: bool = False) -> str:
+    """What the run, and its folder, is called; the debug mode has runs of its own."""
+    return f'debug_{opt["name"]}' if debug and not opt['name'].startswith('debug') else opt['name']
 
 
 def phase_of(dataset_key: str) -> str:

@@ -45,6 +45,20 @@ _Loader.add_implicit_resolver(f'{_TAG}null', _NULL, ['~', 'n', 'N', ''])
 _Loader.add_implicit_resolver(_MERGE_TAG, re.compile(r'^<<$'), ['<'])
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around text that `_Loader` would take for something else."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def write_text(value: Any) -> str:
+    """Write plain values as YAML that `read_text` reads as the same values."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+
 def read_file(path: Path) -> Any:
     """Read a YAML file of at most 256 KiB into dicts, lists, text, numbers, truth values and None.
 

@@ -44,10 +44,6 @@ class Stage:
         """Whether the file says itself what weights this stage starts from."""
         return bool((self.own.get('path') or {}).get('pretrain_network_g'))
 
-    def experiment(self, root: Path) -> Path:
-        """The folder that it trains in."""
-        return root / 'experiments' / self.opt['name'] / (self.name or '')
-
 
 def expand(opt: Mapping[str, Any]) -> list[Stage]:
     """The runs that options as read stand for: one, unless they have `stages`.

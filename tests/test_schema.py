@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
-from ast_plugin import options, safe_yaml, schema
+from ast_plugin import options, safe_yaml, schema, stages
 from ast_plugin.cli import registries
 from ast_plugin.errors import OptionError
 from ast_plugin.schema.faults import dotted, faults_of
@@ -18,7 +18,7 @@ from ast_plugin.schema.signatures import argument_faults, keys_read_by
 from tests import tiny_run
 
 TINY = safe_yaml.read_text(tiny_run.OPTIONS, 'tiny.yml')
-SHIPPED = sorted((Path(__file__).parents[1] / 'options').rglob('*.yml'))
+SHIPPED = list(options.shipped_files().values())
 
 
 @pytest.fixture(scope='module')
@@ -125,12 +125,32 @@ CASES = [
     ('train:total_iter', ..., f'train.total_iter: {MISSING}'),
     ('train:total_iter', 'x', "train.total_iter: expected a whole number, got the text 'x'"),
     ('train:total_iters', 3, f'train.total_iters: {UNKNOWN}total_iter?'),
+    ('train:total_epochs', 3, 'train.total_epochs: total_iter says that already, leave one of them out'),
+    ('train:precision', 'fp8', "train.precision: expected 'fp32', 'bf16' or 'fp16', got the text 'fp8'"),
+    ('train:accumulate', 0, 'train.accumulate: expected 1 or more, got 0'),
+    ('train:mixing', {'type': 'mixup', 'alfa': 1}, f'train.mixing.alfa: {UNKNOWN}alpha?'),
+    ('train:on_nonfinite', 'warn', "train.on_nonfinite: expected 'stop' or 'skip', got the text 'warn'"),
+    ('val:times_per_epoch', 4, 'val.times_per_epoch: val_freq says that already'),
+    ('logger:keep_checkpoints', 0, 'logger.keep_checkpoints: expected 1 or more, got 0'),
+    ('logger:save_checkpoint_freq', ..., f'logger.save_checkpoint_freq: {MISSING} (or save_checkpoint_epochs)'),
+    ('stages', 3, 'stages: expected a list of mappings, each of what differs in a stage, got 3'),
+    ('stages', [], 'stages: expected a list of mappings'),
+    ('stages', [{}, 3], 'stages.1: expected a mapping of what differs in this stage, got 3'),
+    ('stages', [{'name': '../up'}], 'stages.0.name: expected a name that can name a folder'),
+    ('stages', [{'name': 'a'}, {'name': 'a'}], 'stages.1.name: a is the name of stages.0 already'),
+    ('stages', [{}, {'train': {'total_epoch': 3}}], f'stages.1.train.total_epoch: {UNKNOWN}total_epochs?'),
+    ('stages', [{}, {'train': {'optim_g': {'type': 'Adma'}}}], 'stages.1.train.optim_g.type: no optimiser'),
+    ('stages', [{}, {'train': {'optim_g': {'_delete_': 3}}}], 'stages.1.train.optim_g._delete_: expected true or fal'),
+    ('stages', [{}, {'train': {'optim_g': None}}], f'stages.1.train.optim_g: {MISSING}'),
+    ('stages', [{}, {'stages': []}], 'stages.1.stages: stages have no stages of their own'),
+    ('stages', [{}, {'_base_': 'a.yml'}], 'stages.1._base_: unknown key'),
+    ('stages', [{'val': {'best_metric': 'x'}}, {}], 'stages.0.val.best_metric: x is not among val.metrics: psnr'),
     ('train:ema_decay', 1.5, 'train.ema_decay: expected less than 1, got 1.5'),
     ('train:optim_g', ..., f'train.optim_g: {MISSING}'),
     (
         'train:optim_g:type',
         'AdmaW',
-        'train.optim_g.type: no optimiser of torch.optim is named AdmaW, did you mean AdamW?',
+        'train.optim_g.type: no optimiser of torch.optim',
     ),
     ('train:optim_g:lr', ..., f'train.optim_g.lr: {MISSING}'),
     ('train:optim_g:lr', 'x', "train.optim_g.lr: expected a number, got the text 'x'"),
@@ -192,6 +212,28 @@ def test_all_faults_at_once_in_the_order_of_the_file(registered):
         ['my.yml', key]
         for key in ('datasets.val.dataroot_lg', 'network_g.numfeat', 'train.total_iter', 'logger.print_frq', 'nam')
     ]
+
+
+def test_what_all_stages_lack_is_a_fault_of_the_file(registered):
+    opt = changed('train:total_iter', ...)
+    opt['logger']['print_frq'] = 1
+    opt['stages'] = [{}, {}]
+    assert faults(opt, registered) == [
+        'train.total_iter: required, but not there (or total_epochs)',
+        f'logger.print_frq: {UNKNOWN}print_freq?',
+    ]
+    opt['stages'] = [{'train': {'total_epochs': 3}}, {}]
+    assert faults(opt, registered) == [
+        f'logger.print_frq: {UNKNOWN}print_freq?',
+        'stages.1.train.total_iter: required, but not there (or total_epochs)',
+    ]
+    opt['stages'] = [{'train': {'total_epochs': 3}, 'logger': {'_delete_': True, 'print_freq': 1}}]
+    assert faults(opt, registered) == [
+        'logger.save_checkpoint_freq: required, but not there (or save_checkpoint_epochs)'
+    ]
+    opt = changed('path:resume_state', 'x.state')
+    opt['stages'] = [{}]
+    assert faults(opt, registered)[0].startswith('path.resume_state: a state is of one stage')
 
 
 def test_testing_needs_less(registered):
@@ -430,4 +472,12 @@ def test_broken_options_raise_option_errors_only(registered, tmp_path, seed):
         except OptionError as error:
             assert all(line.startswith('broken.yml: ') for line in str(error).splitlines()), error
             continue
-        options.prepare(opt, root=tmp_path, is_train=is_train, dataset_types=registered.by_kind['dataset'])
+        for stage in stages.expand(opt):
+            options.prepare(
+                stage.opt,
+                root=tmp_path,
+                is_train=is_train,
+                dataset_types=registered.by_kind['dataset'],
+                stage=stage.name,
+                length_of=lambda dataset: 7,
+            )

@@ -19,6 +19,7 @@ from ast_plugin.suggest import did_you_mean
 COMMANDS = {
     'train': 'train the network of an option file',
     'test': 'measure trained weights on the validation and test sets of an option file',
+    'check': 'check an option file, and print all that it comes to',
     'infer': 'restore pictures with trained weights',
     'list': 'show what networks, datasets, losses, metrics and models are registered',
     'options': 'list the option files that come along, or copy them out to edit',

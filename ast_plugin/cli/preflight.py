@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ def check(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[s
         PluginError: naming the first thing found wrong. Nothing has been written by then.
     """
     _check_disk(opt)
+    _check_logger(opt, source)
     with _logger_untouched():
         if opt['is_train']:
             _check_resume(opt)
@@ -86,19 +88,34 @@ def _check_disk(opt: Mapping[str, Any]) -> None:
         raise OptionError(f'{folder}: cannot be made: {error.strerror} ({existing}); choose another --root') from None
 
 
+def _check_logger(opt: Mapping[str, Any], source: str) -> None:
+    """BasicSR asserts or imports too late for a clear word."""
+    logger = opt.get('logger') or {}
+    if not opt['is_train'] or not (logger.get('wandb') or {}).get('project') or 'debug' in opt['name']:
+        return
+    if not logger.get('use_tb_logger'):
+        raise OptionError(f'{source}: logger.wandb takes over what TensorBoard gets: set logger.use_tb_logger to true')
+    if importlib.util.find_spec('wandb') is None:
+        raise OptionError(
+            f'{source}: logger.wandb needs the package wandb, which is not installed: '
+            'pip install "ast_plugin[wandb]", or leave logger.wandb out'
+        )
+
+
 def _check_resume(opt: Mapping[str, Any]) -> None:
+    from ast_plugin.training_states import read_state
+
     state = opt['path'].get('resume_state')
     if state is None:
         return
     if not Path(state).is_file():
         raise CheckpointError(f'path.resume_state: no such file: {state}')
-    if not Path(state).stem.isdecimal():
-        return
-    # BasicSR takes the weights that belong to a state from the experiment of the run's name.
+    content = read_state(state)
+    # BasicSR's own states have the weights that belong to them in the experiment of the run's name, ours in themselves.
     for key in _networks(opt):
-        if key in (opt['path'].get('ignore_resume_networks') or ()):
+        if key in (opt['path'].get('ignore_resume_networks') or ()) or (key == 'network_g' and 'params' in content):
             continue
-        weights = Path(opt['path']['models'], f'net_{key.removeprefix("network_")}_{Path(state).stem}.pth')
+        weights = Path(opt['path']['models'], f'net_{key.removeprefix("network_")}_{content["iter"]}.pth')
         if not weights.is_file():
             raise CheckpointError(
                 f'path.resume_state: {state} needs {weights}, which is not there; '
@@ -167,6 +184,48 @@ def _check_dataset(where: str, options: Mapping[str, Any], registered: Registere
             dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
     if num_samples == 0:
         raise DataError(f'{where}: {options["type"]} finds no data')
+
+
+def count_samples(where: str, options: Mapping[str, Any], registered: Registered) -> int:
+    """How many samples a dataset has, as it counts them itself.
+
+    Args:
+        where: the dataset's place in the option file, for messages.
+        options: of the dataset, prepared for BasicSR.
+        registered: what its type means.
+    Raises:
+        DataError: if it is empty, or the data is not there.
+        OptionError: if it cannot be made of these options.
+    """
+    dataset_type = registered.get('dataset', options['type'])
+    with _logger_untouched(), _explained(where, options['type'], 'cannot read its data', DataError):
+        num_samples = len(dataset_type(copy.deepcopy(options)))
+    if num_samples == 0:
+        raise DataError(f'{where}: {options["type"]} finds no data')
+    return num_samples
+
+
+def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], registered: Registered, source: str) -> None:
+    """See that the network of a stage can start from the weights of the stage before it.
+
+    Args:
+        before, after: options of both stages, prepared for BasicSR.
+        registered: what the names in them mean.
+        source: what messages about the later stage begin with.
+    Raises:
+        PluginError: if the weights would not fit.
+    """
+    from ast_plugin.checkpoints import Checkpoint
+
+    if 'network_g' not in before or 'network_g' not in after or not after['path'].get('strict_load_g', True):
+        return
+    with _logger_untouched():
+        old, new = (
+            _build_network(registered.get('arch', opt['network_g']['type']), opt['network_g'])
+            for opt in (before, after)
+        )
+    weights = Checkpoint(Path(f'{source}: network_g, which starts from the stage before'), old.state_dict(), None, None)
+    _check_fit(new, weights, after['network_g']['type'])
 
 
 def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[str, Checkpoint]:

@@ -1,6 +1,7 @@
 """Measure weights on the validation and test sets of an option file.
 
   basicsr test -opt AST_quickstart                         the best weights of the experiment of that name
+  basicsr test -opt AST_deraindrop --stage 1               those of a stage; by default of the last that has any
   basicsr test -opt AST_derain --weights derain.pth        any other weights
   basicsr test -opt my.yml --force_yml val:save_img=true   write the restored pictures too
 
@@ -12,13 +13,13 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ast_plugin.cli import session
 from ast_plugin.errors import OptionError
 
-# As the experiment's models/ holds them, the better first.
-_TRAINED = ('net_g_best.pth', 'net_g_latest.pth')
+if TYPE_CHECKING:
+    from ast_plugin.stages import Stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--weights',
         type=Path,
         metavar='FILE',
-        help="weights to measure; by default path.pretrain_network_g, or else the experiment's best",
+        help="weights to measure; by default path.pretrain_network_g, or else the experiment's best, "
+        'in a file with stages the other way round',
     )
 
 
@@ -39,31 +41,39 @@ def run(args: argparse.Namespace) -> int:
 
     from ast_plugin.cli import preflight
 
-    opt = run.prepare()
-    weights = _weights(opt, run)
+    stage, weights = _weights(run)
+    opt = run.prepare(stage)
     paths = {'pretrain_network_g': str(weights)}
     opt['path'].update(paths)
     states = preflight.check(opt, run.registered, str(run.file))
     if 'network_g' in states:
         # The option file's key where the weights have it, averaged weights before plain ones otherwise.
         paths['param_key_g'] = states['network_g'].param_key
-    print(f'Testing the weights {weights}', flush=True)
-    with session.started(run) as opt:
+    with session.started(run) as process:
+        if process['rank'] == 0:
+            print(f'Testing the weights {weights}', flush=True)
+        opt = run.prepare(stage, **process)
         opt['path'].update(paths)
-        with session.handed_over(basicsr.test, opt, run.file):
+        with session.handed_over(basicsr.test, opt, run, stage):
             basicsr.test.test_pipeline(str(run.root))
     return 0
 
 
-def _weights(opt: dict[str, Any], run: session.Session) -> Path:
-    named = run.args.weights or opt['path'].get('pretrain_network_g')
+def _weights(run: session.Session) -> tuple[Stage, Path]:
+    """The weights to measure, and the stage whose options they are measured with."""
+    from ast_plugin import stages
+
+    chosen = run.chosen()
+    trained = [(stage, weights) for stage in chosen if (weights := stages.weights(run.experiment(stage)))]
+    named = run.args.weights
+    if not named and not (trained and chosen[-1].name):
+        named = (chosen[-1].opt.get('path') or {}).get('pretrain_network_g')
     if named:
-        return Path(os.path.expanduser(named))
-    folder = run.root / 'experiments' / opt['name'] / 'models'
-    for name in _TRAINED:
-        if (folder / name).is_file():
-            return folder / name
+        return chosen[-1], Path(os.path.expanduser(named))
+    if trained:
+        return trained[-1]
+    folders = ' or '.join(str(run.experiment(stage) / 'models') for stage in chosen)
     raise OptionError(
-        f'no weights to test: {folder} holds neither {" nor ".join(_TRAINED)}; '
+        f'no weights to test: {folders} holds neither {" nor ".join(stages.WEIGHTS)}; '
         f'train first (`basicsr train -opt {run.args.opt}`) or name a file with --weights'
     )

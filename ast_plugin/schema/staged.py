@@ -28,6 +28,9 @@ def staged_faults(opt: Mapping[str, Any], run_faults: Callable[[Mapping[str, Any
         message = f'expected a list of mappings, each of what differs in a stage, got {shown(entries)}'
         return [*run_faults(base), Fault((stages.KEY,), message)]
     faults = _name_faults(entries)
+    if isinstance(base.get('path'), dict) and base['path'].get('resume_state') is not None:
+        message = f'a state is of one stage: put it into {stages.KEY}.0.path or another, or use --auto_resume'
+        faults.append(Fault(('path', 'resume_state'), message))
     inherited: dict[Fault, list[int]] = {}
     checked = 0
     for number, entry in enumerate(entries):
