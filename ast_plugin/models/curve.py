@@ -117,7 +117,8 @@ def _draw_validation(axis, columns: Columns, names: Sequence[str], metric: str, 
         )
     axis.margins(y=0.15)
     axis.set_ylabel(metric)
-    axis.legend(loc='lower right' if higher_is_better else 'upper right', frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc='lower right' if higher_is_better else 'upper right', frameon=False)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,178 @@
+"""metrics.csv and curve.png of a run: complete, exact, and cut back when a run is resumed."""
+
+import csv
+import io
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ast_plugin.errors import CheckpointError
+from ast_plugin.models.curve import _smoothed, draw_curve
+from ast_plugin.models.run_log import RunLog, read_columns
+
+ROOT = Path(__file__).parents[2]
+LOSS = 0.1 + 0.2  # has seventeen digits
+
+
+def rows(folder) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((folder / 'metrics.csv').read_text())))
+
+
+def log_of(folder, first, last, **options) -> RunLog:
+    log = RunLog(folder, 'run', **options)
+    add(log, first, last)
+    return log
+
+
+def add(log, first, last) -> None:
+    for iteration in range(first, last + 1):
+        log.add_iteration(iteration, 1e-3, {'l_pix': LOSS / iteration})
+
+
+def test_a_row_an_iteration_in_full(tmp_path):
+    log = log_of(tmp_path, 1, 5, iters_per_epoch=2)
+    log.add_validation(5, 'rain', {'psnr': 30.125, 'ssim': 1 / 3})
+    log.flush()
+    table = rows(tmp_path)
+    assert list(table[0]) == ['iter', 'epoch', 'lr', 'l_pix', 'rain/psnr', 'rain/ssim']
+    assert [row['iter'] for row in table] == ['1', '2', '3', '4', '5', '5']
+    assert [row['epoch'] for row in table] == ['0', '0', '1', '1', '2', '2']
+    assert [float(row['l_pix']) for row in table[:5]] == [LOSS / iteration for iteration in range(1, 6)]
+    assert table[5]['l_pix'] == '' and float(table[5]['rain/ssim']) == 1 / 3
+
+
+def test_rows_are_written_every_so_often(tmp_path):
+    log = log_of(tmp_path, 1, 7, flush_every=3)
+    assert len(rows(tmp_path)) == 6
+    log.state_dict()
+    assert len(rows(tmp_path)) == 7
+
+
+def test_rows_of_a_run_that_fails_are_written(tmp_path):
+    code = (
+        'from ast_plugin.models.run_log import RunLog\n'
+        'log = RunLog(".", flush_every=100)\n'
+        'for i in range(1, 4): log.add_iteration(i, 1e-3, {"l_pix": float("nan") if i == 3 else 1.0})\n'
+        'raise SystemExit(2)'
+    )
+    assert subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={'PYTHONPATH': str(ROOT)}).returncode == 2
+    assert [row['l_pix'] for row in rows(tmp_path)] == ['1.0', '1.0', 'nan']
+
+
+def test_a_loss_that_comes_later_gets_a_column(tmp_path):
+    log = log_of(tmp_path, 1, 2)
+    log.add_iteration(3, 1e-3, {'l_pix': 1.0, 'l_style': 2.0})
+    log.flush()
+    assert [row['l_style'] for row in rows(tmp_path)] == ['', '', '2.0']
+
+
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    for folder in (whole, killed):
+        folder.mkdir()
+    for folder in (whole, killed):
+        log = log_of(folder, 1, 4)
+        state = log.state_dict()
+        log.add_validation(4, 'rain', {'psnr': 30.0})
+        add(log, 5, 7)
+        log.flush()
+    with (killed / 'metrics.csv').open('a') as file:
+        file.write('8,,0.001,0.03')  # a line that the kill cut short
+    assert state['rows'] == 4
+    resumed = RunLog(killed, 'run')
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state  # before anything is added
+    resumed.add_validation(4, 'rain', {'psnr': 30.0})
+    add(resumed, 5, 7)
+    resumed.flush()
+    assert (killed / 'metrics.csv').read_text() == (whole / 'metrics.csv').read_text()
+
+
+def test_a_validation_that_a_resumed_run_repeats_has_one_row(tmp_path):
+    log = log_of(tmp_path, 1, 2)
+    log.add_validation(2, 'rain', {'psnr': 30.0})
+    resumed = RunLog(tmp_path)
+    resumed.load_state_dict(log.state_dict())
+    resumed.add_validation(2, 'rain', {'psnr': 30.0})
+    add(resumed, 3, 3)
+    resumed.flush()
+    assert [row['iter'] for row in rows(tmp_path)] == ['1', '2', '2', '3']
+
+
+def test_a_state_without_a_log_cuts_by_iteration(tmp_path):
+    log_of(tmp_path, 1, 6).flush()
+    log_of(tmp_path, 4, 5).flush()
+    assert [row['iter'] for row in rows(tmp_path)] == ['1', '2', '3', '4', '5']
+    log_of(tmp_path, 1, 2).flush()
+    assert [row['iter'] for row in rows(tmp_path)] == ['1', '2']
+
+
+def test_only_the_first_process_of_a_training_writes(tmp_path):
+    opt = {'name': 'run', 'is_train': True, 'path': {'experiments_root': str(tmp_path)}}
+    for rank, is_train in ((1, True), (0, False)):
+        log = RunLog.from_options({**opt, 'is_train': is_train}, rank)
+        add(log, 1, 3)
+        log.draw(at_once=True)
+        assert log.state_dict()['rows'] == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_that_cannot_be_written_stops_the_run(tmp_path):
+    log = log_of(tmp_path, 1, 2)
+    (tmp_path / 'metrics.csv').unlink()
+    (tmp_path / 'metrics.csv').mkdir()
+    with pytest.raises(CheckpointError, match=r'metrics\.csv cannot be written'):
+        log.flush()
+    log._rows.clear()
+
+
+def test_columns_read_back(tmp_path):
+    log = log_of(tmp_path, 1, 3)
+    log.add_validation(3, 'rain, heavy', {'psnr': 30.0})
+    log.flush()
+    columns = read_columns(tmp_path / 'metrics.csv')
+    assert columns['rain, heavy/psnr'][0].tolist() == [3] and columns['rain, heavy/psnr'][1].tolist() == [30.0]
+    assert columns['l_pix'][1].tolist() == [LOSS, LOSS / 2, LOSS / 3]
+
+
+def test_the_curve_is_drawn_at_the_end_and_not_too_often(tmp_path):
+    log = log_of(tmp_path, 1, 4, best_metric='psnr')
+    log.add_validation(4, 'rain', {'psnr': 30.0})
+    log.draw()
+    assert not (tmp_path / 'curve.png').exists()  # not a minute has gone by
+    log.draw(at_once=True)
+    picture = Image.open(tmp_path / 'curve.png')
+    assert picture.width > 800
+    drawn_at = (tmp_path / 'curve.png').stat().st_mtime_ns
+    log.draw(at_once=True)
+    assert (tmp_path / 'curve.png').stat().st_mtime_ns == drawn_at  # there was nothing new
+
+
+def test_a_run_does_not_end_for_want_of_matplotlib(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    log = log_of(tmp_path, 1, 2)
+    log.draw(at_once=True)
+    assert not (tmp_path / 'curve.png').exists()
+    assert len(rows(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    'losses', [[], [math.nan], [0.0, 0.1], [-1.0, math.inf, 2.0], [1.0, 0.5, 0.001]], ids=lambda losses: str(losses)
+)
+def test_any_losses_can_be_drawn(losses):
+    iterations = np.arange(1, len(losses) + 1)
+    columns = {'iter': (iterations, iterations), 'lr': (iterations, iterations * 1e-3)}
+    columns['l_pix'] = (iterations, np.array(losses, float))
+    columns['rain/psnr'] = (iterations, np.array(losses, float))
+    assert draw_curve(columns, 'a run', 'psnr').startswith(b'\x89PNG')
+
+
+def test_the_smooth_curve_looks_back_only_and_leaves_out_what_is_no_number():
+    values = np.array([1.0] * 100 + [math.nan] + [3.0] * 99)
+    smooth = _smoothed(values)
+    assert smooth[99] == 1 and smooth[-1] == 3 and smooth[101] == pytest.approx((1 * 2 + 3) / 3)

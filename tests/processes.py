@@ -1,0 +1,154 @@
+"""Run by test_distributed.py as each process of a run by itself: what several processes do together, as JSON.
+
+    processes.py FOLDER
+
+Numbers are of 64 bits, so that a gradient that is summed in another order shows, if at all, in the last digits.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import ast_plugin  # noqa: F401 (before BasicSR)
+from ast_plugin.data.samplers import EpochSampler
+
+TINY = {'type': 'AST', 'img_size': 16, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'drop_path_rate': 0.0}
+BATCH = 4  # of all processes together
+NAMES = ('a/one.png', 'b/one.png', 'three.png', 'c/one.png', 'five.png')
+
+
+class HalfUsed(torch.nn.Module):
+    """A network one of whose weights never gets a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = torch.nn.Conv2d(3, 3, 1), torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, image):
+        return self.used(image)
+
+
+class Pairs(Dataset):
+    """Five noisy pictures, of several sizes where they are not trained on; says which of them were read."""
+
+    def __init__(self, batch_size: int | None = None) -> None:
+        self.opt = {'name': 'pairs', 'seed': 3, **({'batch_size_per_gpu': batch_size} if batch_size else {})}
+        self.is_train = batch_size is not None
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
+    def __getitem__(self, index: int) -> dict:
+        self.read.append(index)
+        generator = torch.Generator().manual_seed(index)
+        gt = torch.rand(3, 16, 16 if self.is_train else 16 + 5 * index, generator=generator)
+        lq = (gt + 0.1 * torch.randn(gt.shape, generator=generator)).clamp(0, 1)
+        return {'lq': lq, 'gt': gt, 'lq_path': NAMES[index], 'gt_path': NAMES[index]}
+
+
+def build(*arguments, **top):
+    from basicsr.models import build_model
+
+    return build_model(options(*arguments, **top))
+
+
+def options(folder: Path, rank: int, count: int, **top) -> dict:
+    paths = {name: str(folder / name) for name in ('experiments_root', 'models', 'training_states', 'visualization')}
+    for path in paths.values():
+        Path(path).mkdir(exist_ok=True, parents=True)
+    return {
+        'name': 'tiny',
+        'model_type': 'RestorationModel',
+        'is_train': True,
+        'dist': count > 1,
+        'num_gpu': 0,
+        'rank': rank,
+        'world_size': count,
+        'manual_seed': 0,
+        'network_g': dict(TINY),
+        'datasets': {},
+        'path': paths,
+        'train': {
+            'total_iter': 4,
+            'optim_g': {'type': 'SGD', 'lr': 0.5},
+            'scheduler': {'type': 'MultiStepLR', 'milestones': [9]},
+            'pixel_opt': {'type': 'ASTCharbonnierLoss'},
+            'ema_decay': 0.5,
+        },
+        'val': {'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}}},
+        'logger': {'print_freq': 2, 'save_checkpoint_freq': 2, 'use_tb_logger': True, 'tb_pictures': 3},
+        **top,
+    }
+
+
+def train(folder: Path, rank: int, count: int) -> dict:
+    """Four steps, over an epoch's end, then a validation of an odd number of pictures."""
+    torch.manual_seed(7 + rank)  # the processes' first weights differ until they are made one
+    if rank == 0:
+        torch.manual_seed(7)
+    model = build(folder, rank, count)
+    sampler = EpochSampler(Pairs(BATCH // count), count, rank)
+    loader = DataLoader(sampler.dataset, BATCH // count, sampler=sampler, drop_last=True)
+    iteration = 0
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for batch in loader:
+            iteration += 1
+            model.update_learning_rate(iteration)
+            model.feed_data({key: value.double() if key in ('lq', 'gt') else value for key, value in batch.items()})
+            model.optimize_parameters(iteration)
+    shown = []
+    pairs = Pairs()
+    writer = type('Writer', (), {'add_image': lambda self, tag, *a, **k: shown.append(tag), 'add_scalar': print})()
+    model._restore = restore_in_double(model)
+    model.validation(DataLoader(pairs), iteration, writer if rank == 0 else None, save_img=True)
+    model.run_log.flush()
+    results = model.measure(DataLoader(pairs))
+    if rank == 0:
+        torch.save(model.weights(), folder / 'weights.pth')
+    return {
+        'names': list(results.restored),
+        'values': [values['psnr'] for values in results.restored.values()],
+        'inputs': [values['psnr'] for values in results.degraded.values()],
+        'best': model.best_metric_results['pairs']['psnr'],
+        'read': sorted(set(pairs.read)),
+        'shown': shown,
+        'log': model.log_dict,
+    }
+
+
+def restore_in_double(model):
+    original = model._restore
+    return lambda sample: original({**sample, 'lq': sample['lq'].double(), 'gt': sample['gt'].double()})
+
+
+def unused(folder: Path, rank: int, count: int) -> bool:
+    """Train a network with an unused weight: DistributedDataParallel refuses the second step, unless told."""
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    ARCH_REGISTRY.register(HalfUsed)
+    model = build(folder, rank, count, network_g={'type': 'HalfUsed'}, find_unused_parameters=True)
+    for iteration in (1, 2):
+        model.feed_data({key: torch.rand(1, 3, 8, 8).double() for key in ('lq', 'gt')})
+        model.optimize_parameters(iteration)
+    return True
+
+
+def main() -> None:
+    from basicsr.utils.dist_util import get_dist_info, init_dist
+
+    torch.set_default_dtype(torch.float64)
+    init_dist('pytorch')
+    rank, count = get_dist_info()
+    folder = Path(sys.argv[1])
+    report = {'train': train(folder, rank, count), 'unused': unused(folder / 'unused', rank, count)}
+    (folder / f'report_{rank}.json').write_text(json.dumps(report))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,230 @@
+"""Several processes on one run: the same as one process, and none is left behind by another's failure."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+NUMBERS = {'atol': 1e-12, 'rtol': 1e-9}  # sums of 64 bits in another order
+
+
+def start(count: int, *command: str, cwd: Path, **environment: str) -> list[subprocess.Popen]:
+    """Start the processes of a run as torchrun does, without its process around them."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = str(server.getsockname()[1])
+    everyones = {
+        **os.environ,
+        **ENVIRONMENT,
+        'MASTER_ADDR': '127.0.0.1',
+        'MASTER_PORT': port,
+        'WORLD_SIZE': str(count),
+        **environment,
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**everyones, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
+        )
+        for rank in range(count)
+    ]
+
+
+def finish(started: list[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each."""
+    results = []
+    for process in started:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            for other in started:
+                other.kill()
+            raise
+        results.append((process.returncode, output, errors))
+    return results
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory) -> dict[int, tuple[Path, list[dict]]]:
+    """The same training by one process and by two, by their number: folder, and what each process reports."""
+    found = {}
+    folders = {count: tmp_path_factory.mktemp(f'by_{count}') for count in (1, 2)}
+    for count, folder in folders.items():
+        results = finish(start(count, str(ROOT / 'tests' / 'processes.py'), str(folder), cwd=ROOT))
+        assert [status for status, _, _ in results] == [0] * count, results
+        reports = [json.loads((folder / f'report_{rank}.json').read_text()) for rank in range(count)]
+        found[count] = folder, [report['train'] for report in reports]
+    return found
+
+
+def test_two_processes_learn_what_one_learns_from_batches_of_both(runs):
+    one, two = (torch.load(folder / 'weights.pth', weights_only=True) for folder, _ in runs.values())
+    assert one.keys() == two.keys() == {'params', 'params_ema'}
+    for key in one:
+        for name, weight in one[key].items():
+            assert weight.dtype == torch.float64 or not weight.is_floating_point()
+            torch.testing.assert_close(two[key][name], weight, **NUMBERS)
+    assert any(not torch.equal(one['params'][name], one['params_ema'][name]) for name in one['params'])  # it has moved
+
+
+def test_losses_in_the_log_are_the_mean_of_all(runs):
+    logs = []
+    for folder, _ in runs.values():
+        with (folder / 'experiments_root' / 'metrics.csv').open() as file:
+            logs.append([float(row['l_pix']) for row in csv.DictReader(file) if row['l_pix']])
+    assert len(logs[0]) == 4
+    np.testing.assert_allclose(logs[0], logs[1], rtol=1e-9)
+
+
+def test_validation_is_shared_and_gives_the_same_numbers(runs):
+    (folder_one, (one,)), (folder_two, two) = runs.values()
+    assert two[0]['read'] == [0, 2, 4] and two[1]['read'] == [1, 3]
+    for report in two:
+        assert report['names'] == one['names'] == ['one', 'one_2', 'three', 'one_3', 'five']
+        assert report['values'] == one['values']
+        assert report['inputs'] == one['inputs']
+        assert report['best'] == one['best']
+    assert two[0]['shown'] == one['shown'] == ['pairs/one', 'pairs/one_2', 'pairs/three']
+    assert len(set(one['values'])) == 5
+    pictures = [
+        {
+            path.relative_to(folder): path.read_bytes()
+            for path in (folder / 'visualization').rglob('*')
+            if path.is_file()
+        }
+        for folder in (folder_one, folder_two)
+    ]
+    assert pictures[0] == pictures[1]
+    assert {path.name for path in pictures[0]} == {f'{name}_4.png' for name in one['names']}
+    assert (folder_two / 'models' / 'net_g_best.safetensors').is_file()
+
+
+# The command
+
+RUN = """\
+name: tiny
+model_type: RestorationModel
+num_gpu: 0
+manual_seed: 1
+datasets:
+  train:
+    name: train
+    type: {type}
+    dataroot_lq: data/lq
+    dataroot_gt: data/gt
+    io_backend: {{type: disk}}
+    gt_size: 16
+    batch_size_per_gpu: 2
+    num_worker_per_gpu: 0
+  val:
+    name: val
+    type: PairsDataset
+    dataroot_lq: data/lq
+    dataroot_gt: data/gt
+network_g:
+  type: AST
+  img_size: 16
+  embed_dim: 4
+  depths: [1, 1, 1, 1, 1, 1, 1, 1, 1]
+  num_heads: [1, 1, 1, 1, 1, 1, 1, 1, 1]
+train:
+  total_iter: 4
+  optim_g: {{type: AdamW, lr: 1e-3}}
+  scheduler: {{type: WarmupCosineLR}}
+  pixel_opt: {{type: ASTCharbonnierLoss}}
+val:
+  val_freq: 2
+  save_img: false
+  metrics: {{psnr: {{type: calculate_psnr, crop_border: 0}}}}
+logger: {{print_freq: 1, save_checkpoint_freq: 2, use_tb_logger: true}}
+"""
+
+
+def write_run(folder: Path, dataset_type: str = 'PairsDataset') -> None:
+    """Three pairs of pictures, an odd number, and an option file."""
+    generator = np.random.default_rng(0)
+    for kind in ('lq', 'gt'):
+        (folder / 'data' / kind).mkdir(parents=True)
+        for number in range(3):
+            image = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / 'data' / kind / f'{number}.png'), image)
+    (folder / 'tiny.yml').write_text(RUN.format(type=dataset_type), encoding='utf-8')
+
+
+def test_torchrun_trains_on_cpus(tmp_path):
+    write_run(tmp_path)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    result = subprocess.run(
+        [*torchrun, '-m', 'ast_plugin', 'train', '-opt', 'tiny.yml', '--launcher', 'pytorch'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, **ENVIRONMENT},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    experiment = tmp_path / 'experiments' / 'tiny'
+    models = {'net_g_2.pth', 'net_g_4.pth', 'net_g_latest.pth', 'net_g_best.pth', 'net_g_best.safetensors'}
+    assert {path.name for path in (experiment / 'models').iterdir()} == models
+    assert {path.name for path in (experiment / 'training_states').iterdir()} >= {'2.state', '4.state'}
+    rows = list(csv.reader((experiment / 'metrics.csv').read_text().splitlines()))
+    assert [row[0] for row in rows] == ['iter', '1', '2', '2', '3', '4', '4']
+    assert (experiment / 'curve.png').is_file()
+    assert list((tmp_path / 'tb_logger' / 'tiny').iterdir())
+    assert result.stderr.count('Start training from epoch: 0') == 1  # the others say nothing
+    assert 'eta: 0:00:00' in result.stderr and 'day' not in result.stderr
+    assert 'UserWarning' not in result.stderr
+
+
+FAILS_IN_ONE = """\
+import os, sys
+import ast_plugin
+from basicsr.utils.registry import DATASET_REGISTRY
+from ast_plugin.cli.main import main
+from ast_plugin.data.pairs_dataset import PairsDataset
+from ast_plugin.errors import DataError
+
+@DATASET_REGISTRY.register()
+class FailsInOne(PairsDataset):
+    reads = 0
+    def __getitem__(self, index):
+        FailsInOne.reads += 1
+        if os.environ['RANK'] == os.environ['FAILS'] and FailsInOne.reads > 4:
+            if os.environ['HOW'] == 'killed':
+                os.kill(os.getpid(), 9)
+            raise DataError('2.png cannot be read')
+        return super().__getitem__(index)
+
+sys.exit(main(['train', '-opt', 'tiny.yml', '--launcher', 'pytorch']))
+"""
+
+
+@pytest.mark.parametrize('how', ['error', 'killed'])
+def test_the_failure_of_one_ends_all_and_is_told_once(tmp_path, how):
+    write_run(tmp_path, 'FailsInOne')
+    begin = time.monotonic()
+    first, second = finish(start(2, '-c', FAILS_IN_ONE, cwd=tmp_path, FAILS='1', HOW=how), timeout=90)
+    assert time.monotonic() - begin < 90
+    assert first[0] == 2, first[2]
+    told = [line for _, _, errors in (first, second) for line in errors.splitlines() if 'basicsr: error' in line]
+    if how == 'error':
+        assert second[0] == 2
+        assert told == ['basicsr: error: [rank 1] 2.png cannot be read']
+    else:
+        assert second[0] == -9
+        assert len(told) == 1 and told[0].startswith('basicsr: error: [rank 0] another process of this run is gone')
+    assert 'Traceback' not in first[2] + second[2]
