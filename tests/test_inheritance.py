@@ -28,6 +28,8 @@ def load(name='file', *overrides):
 
 # ---- _base_
 
+LADDER = zip(('file', *'abcdef'), 'abcdefg', strict=True)  # each names the next one twice
+
 
 def test_files_are_laid_over_their_bases(write):
     write(
@@ -93,11 +95,11 @@ def test_merge(base, changes, expected):
         ({'file': '_base_: a.yml\n', 'a': 'custom_imports: {imports: [antigravity]}\n'}, 'a.yml: custom_imports: ref'),
         ({'file': '_base_: a.yml\nb: {_delete_: 1}\n', 'a': 'b: {}\n'}, 'file.yml: b._delete_: expected true or false'),
         (
-            {'file': '_base_: [a.yml, a.yml]\n', **{x: f'_base_: [{y}.yml, {y}.yml]\n' for x, y in zip('abcdef', 'bcdefg', strict=True)}, 'g': 'x: 1\n'},
+            {'g': 'x: 1\n'} | {name: f'_base_: [{base}.yml, {base}.yml]\n' for name, base in LADDER},
             'inherits from more than 64 files',
         ),
     ],
-)  # fmt: skip
+)
 def test_bad_bases(write, files, complaint):
     write(**files)
     with pytest.raises(OptionError) as caught:

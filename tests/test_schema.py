@@ -2,7 +2,6 @@
 
 import copy
 import random
-from pathlib import Path
 from typing import Literal
 
 import pytest
