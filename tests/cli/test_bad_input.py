@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 
 import cv2
 import numpy as np
@@ -162,6 +163,14 @@ def test_state_without_its_weights(folder, capfd):
     torch.save({'iter': 4}, state)
     message = complaint(folder, capfd, 'train', '-opt', 'tiny.yml', '--auto_resume')
     assert f'{state} needs {folder}/experiments/tiny/models/net_g_4.pth' in message
+
+
+def test_weights_and_biases_that_is_not_there(folder, capfd, monkeypatch):
+    message = train(folder, capfd, 'logger:wandb={project: rain}')
+    assert 'set logger.use_tb_logger to true' in message
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    message = train(folder, capfd, 'logger:wandb={project: rain}', 'logger:use_tb_logger=true')
+    assert 'pip install "ast_plugin[wandb]"' in message
 
 
 def test_root_that_cannot_be_made(folder, capfd):
