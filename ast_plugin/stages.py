@@ -7,7 +7,6 @@ have a `name`; without one the stages are called stage_1, stage_2 … Stage N tr
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,13 +84,15 @@ def weights(experiment: Path) -> Path | None:
 
 
 def mark_finished(experiment: Path, total_iter: int) -> None:
-    """Say that a run has reached its end: `is_finished` knows then."""
-    part = experiment / f'{_FINISHED}.part'
-    with part.open('w', encoding='utf-8') as file:
-        json.dump({'total_iter': total_iter}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(experiment / _FINISHED)
+    """Say that a run has reached its end: `is_finished` knows then.
+
+    Raises:
+        CheckpointError: if that cannot be written.
+    """
+    from ast_plugin.checkpoints import write_atomically
+
+    content = json.dumps({'total_iter': total_iter}).encode()
+    write_atomically(experiment / _FINISHED, lambda file: file.write(content))
 
 
 def is_finished(experiment: Path, total_iter: int) -> bool:

@@ -18,7 +18,7 @@ MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itsel
     'inheritance': BASE | {'safe_yaml', 'merging'},
     'overrides': BASE | {'safe_yaml', 'merging'},
     'lengths': BASE,
-    'stages': BASE | {'merging'},
+    'stages': BASE | {'merging', 'checkpoints'},
     'options': BASE | {'safe_yaml', 'inheritance', 'overrides', 'lengths'},
     'schema': BASE | {'options', 'safe_yaml', 'inheritance', 'merging', 'stages'},
     'plugins': BASE,

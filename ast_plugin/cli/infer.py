@@ -4,7 +4,7 @@ Takes PNG, JPEG, WebP, TIFF and BMP. Each result keeps name, format, depth, tran
 of its input, and stands upright. JPEG and lossy WebP are written with --quality, the rest without loss. Inputs are
 never replaced; results of an earlier run are.
 
-    basicsr infer -i photos -o restored --weights experiments/AST_derain/models/net_g_best.safetensors
+    basicsr infer -i photos -o restored --weights experiments/AST_derain/stage_2/models/net_g_best.safetensors
 
 Exit status: 0 all restored, 1 some could not be, 2 wrong usage or input.
 """

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ast_plugin.cli import session
-from ast_plugin.errors import CheckpointError
+from ast_plugin.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     from ast_plugin.models.stop_signals import RunStopped
@@ -89,6 +89,10 @@ def _train(run: session.Session, stage: Stage, process: dict[str, Any]) -> None:
     opt['path'].update(paths)
     if line:
         _tell(process, line)
+    wanted, given = ((o['train'].get('scheduler') or {}).get('warmup_epochs') for o in (stage.opt, opt))
+    if wanted != given:
+        epochs = stage.opt['train']['total_epochs']
+        _tell(process, f'train.scheduler: {wanted} epochs of warm-up do not fit into {epochs}, {given} are taken')
     for later in run.stages[stage.number :]:
         # What they have learned rests on weights that are about to be replaced.
         _put_aside(run.experiment(later), process)
@@ -140,12 +144,15 @@ def _find_start(run: session.Session, stage: Stage, opt: dict[str, Any]) -> tupl
 
 def _put_aside(folder: Path, process: dict[str, Any]) -> None:
     """Rename a folder, as BasicSR renames an older run."""
-    if process['rank'] == 0 and folder.exists():
-        from basicsr.utils import get_time_str
+    if process['rank'] != 0 or not folder.exists():
+        return
+    from basicsr.utils import misc
 
-        archive = folder.with_name(f'{folder.name}_archived_{get_time_str()}')
-        folder.rename(archive)
-        print(f'{folder} is there already: renamed to {archive}', flush=True)
+    try:
+        misc.mkdir_and_rename(str(folder))
+        folder.rmdir()  # the new one comes when its run begins
+    except OSError as error:
+        raise OptionError(f'{folder}: cannot be renamed: {error.strerror}; choose another --root') from error
 
 
 def _tell_how_to_go_on(args: argparse.Namespace, stop: RunStopped, process: dict[str, Any]) -> None:

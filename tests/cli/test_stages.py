@@ -60,6 +60,7 @@ def test_three_stages_each_from_the_best_of_the_last(folder, capfd):
     assert basicsr('train') == 0
     output = capfd.readouterr()
     run = experiment(folder)
+    assert output.out.count('train.scheduler: 3 epochs of warm-up do not fit into 1, 0 are taken') == 3
     assert names(run) == ['stage_1', 'stage_2', 'stage_3']
     assert names(folder / 'tb_logger') == [f'AST_deraindrop_stage_{number}' for number in (1, 2, 3)]
     for number in (1, 2, 3):
