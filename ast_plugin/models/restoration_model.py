@@ -378,6 +378,8 @@ class RestorationModel(SRModel):
         if self.iteration != self.saved_at:
             iters_per_epoch = self.opt['train'].get('iters_per_epoch') or self.opt['train']['total_iter']
             self.save(epoch_of(self.iteration, iters_per_epoch)[0], self.iteration)
+        if self.progress is not None:
+            self.progress.bar.close()
         self.processes.wait()  # whoever left before the first one has written would have it ended by the launcher
         raise stop_signals.RunStopped(number, self.iteration)
 

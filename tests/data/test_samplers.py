@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 
-from ast_plugin.data.samplers import EpochSampler
+from ast_plugin.data.samplers import EpochSampler, epoch_of
 from ast_plugin.errors import DataError
 
 
@@ -74,3 +74,31 @@ def test_other_datasets_get_plain_numbers():
 def test_an_empty_dataset_is_refused():
     with pytest.raises(DataError, match=r'datasets\.train is empty'):
         EpochSampler(Numbers(0), 1, 0)
+
+
+@pytest.mark.parametrize('replicas', [1, 2])
+@pytest.mark.parametrize('iteration', [1, 4, 5, 6, 13, 15])
+def test_a_resumed_epoch_goes_on_where_it_was(replicas, iteration):
+    dataset = Numbers(10 * replicas, batch=2)  # five iterations an epoch
+    for rank in range(replicas):
+        whole, resumed = (EpochSampler(dataset, replicas, rank) for _ in range(2))
+        resumed.resume(iteration, 2)
+        samples = [[], []]
+        first = epoch_of(iteration, 5)[0]
+        for epoch in range(4):
+            whole.set_epoch(epoch)
+            samples[0] += whole
+            if epoch >= first:
+                resumed.set_epoch(epoch)
+                samples[1] += resumed
+        assert samples[1] == samples[0][2 * iteration :]
+
+
+def test_epochs_of_iterations():
+    assert [epoch_of(iteration, 5) for iteration in (0, 1, 5, 6, 10)] == [(0, 0), (0, 1), (0, 5), (1, 1), (1, 5)]
+
+
+def test_batches_of_several_devices_are_filled():
+    sampler = EpochSampler(Numbers(10, batch=2), 1, 0)
+    sampler.fill(8)
+    assert len(sampler) == len(list(sampler)) == 16

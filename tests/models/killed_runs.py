@@ -1,10 +1,11 @@
 """Run by test_exact_resume.py in a process of its own: a training run, and the same one killed again and again.
 
-  python killed_runs.py FOLDER NUM_KILLS SEED [KEY:SUB=VALUE ...]
+  python killed_runs.py FOLDER NUM_KILLS NUM_WORKERS ...
 
 What takes seconds, the imports, is done once; each run is a fork of this process that calls the command. Half of the
 kills come from here, at random times after a random iteration has begun. The others the run deals itself inside the
-functions that write, rename and delete. Both runs note the losses of each iteration in FOLDER/*/losses.
+functions that write, rename and delete. For each number of workers the runs are in FOLDER/NUM_WORKERS/whole and
+…/killed; both note the losses of each iteration in a file `losses`. Prints how the runs were killed.
 """
 
 import json
@@ -44,9 +45,8 @@ datasets:
   val:
     name: val
     type: PairsDataset
-    dataroot_lq: data/lq
-    dataroot_gt: data/gt
-    center_crop: 16
+    dataroot_lq: data/val_lq
+    dataroot_gt: data/val_gt
 network_g:
   type: AST
   img_size: 16
@@ -67,7 +67,8 @@ val:
     psnr: {type: calculate_psnr, crop_border: 0}
 logger: {print_freq: 1, save_checkpoint_freq: 5, keep_checkpoints: 2, use_tb_logger: false}
 """
-NUM_PAIRS = 7
+NUM_PAIRS = 14
+NUM_ITERATIONS = 60
 # Where a run kills itself: the place, and up to the how many-eth time that it gets there.
 PLACES = {'write': 400, 'fsync': 5, 'rename': 3, 'renamed': 3, 'delete': 3, 'weights saved': 1, 'validation': 3}
 
@@ -75,12 +76,16 @@ PLACES = {'write': 400, 'fsync': 5, 'rename': 3, 'renamed': 3, 'delete': 3, 'wei
 def write_data(folder: Path) -> None:
     """Pairs of small pictures and the option file."""
     generator = np.random.default_rng(0)
-    for kind in ('lq', 'gt'):
+    for kind in ('lq', 'gt', 'val_lq', 'val_gt'):
         (folder / 'data' / kind).mkdir(parents=True)
     for number in range(NUM_PAIRS):
         clean = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
         cv2.imwrite(str(folder / 'data' / 'gt' / f'{number}.png'), clean)
         cv2.imwrite(str(folder / 'data' / 'lq' / f'{number}.png'), clean // 2)
+    # A network that learns to brighten gets worse at leaving pictures alone: the first validation is the best one.
+    for kind in ('val_lq', 'val_gt'):
+        for number in range(2):
+            cv2.imwrite(str(folder / 'data' / kind / f'{number}.png'), clean[:16, number:][:, :16])
     (folder / 'run.yml').write_text(OPTIONS, encoding='utf-8')
 
 
@@ -154,52 +159,48 @@ def die_at(place: str, count: int) -> None:
 
 def end(child: int, reader: int, num_iterations: int = 0, delay: float = 0.0) -> int:
     """Kill a run some time after so many iterations have begun, or wait for it; return what it ended by."""
-    seen = 0
-    while num_iterations == 0 or seen < num_iterations:
-        told = os.read(reader, 1)
-        if not told:
-            break
-        seen += 1
-    else:
+    if num_iterations:
+        # At the end of the file, should the run be over before, there is nothing left to kill but a zombie.
+        all(os.read(reader, 1) for _ in range(num_iterations))
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
     os.close(reader)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return os.waitstatus_to_exitcode(status)
+
+
+def compare(folder: Path, num_kills: int, num_workers: int) -> dict:
+    """Train undisturbed, then with kills; return how each attempt ended."""
+    arguments = ['-opt', 'run.yml', '--auto_resume', '--force_yml', f'datasets:train:num_worker_per_gpu={num_workers}']
+    for name in ('whole', 'killed'):
+        (folder / name).mkdir(parents=True)
+
+    def start(name: str, place: str | None = None, count: int = 0) -> tuple[int, int]:
+        home = folder / name
+        return fork([*arguments, '--root', str(home)], home / 'losses', home / 'output', place, count)
+
+    begin = time.monotonic()
+    whole = end(*start('whole'))
+    seconds = time.monotonic() - begin
+    kills = []
+    chance = random.Random(num_workers)
+    for number in range(num_kills):
+        place = chance.choice(list(PLACES)) if number % 2 else 'time'
+        count = chance.randint(1, PLACES.get(place, 9))
+        if place == 'time':
+            status = end(*start('killed'), count, chance.random() * seconds / NUM_ITERATIONS)
+        else:
+            status = end(*start('killed', place, count))
+        kills.append([place, count, status])
+    return {'whole': whole, 'kills': kills, 'last': end(*start('killed')), 'seconds': time.monotonic() - begin}
 
 
 def main() -> None:
-    """Run both, and print how the second was killed."""
-    folder, num_kills, seed, overrides = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-    folder.mkdir(exist_ok=True)
+    """Do what this file's docstring says."""
+    folder, num_kills, *workers = Path(sys.argv[1]), *map(int, sys.argv[2:])
     write_data(folder)
     os.chdir(folder)
-    arguments = ['-opt', 'run.yml', '--auto_resume', *(['--force_yml', *overrides] if overrides else [])]
-    for name in ('whole', 'killed'):
-        Path(name).mkdir()
-    start = time.monotonic()
-    status = end(*fork([*arguments, '--root', 'whole'], Path('whole/losses').resolve(), Path('whole/output')))
-    seconds = time.monotonic() - start
-    report = {'whole': status, 'seconds': seconds, 'kills': []}
-    chance = random.Random(seed)
-    for number in range(num_kills + 1):
-        place = chance.choice(list(PLACES)) if number % 2 else None
-        count = chance.randint(1, PLACES[place]) if place else 0
-        num_iterations, delay = chance.randint(1, 7), chance.random() * seconds / 60
-        is_last = number == num_kills
-        child = fork(
-            [*arguments, '--root', 'killed'],
-            Path('killed/losses').resolve(),
-            Path('killed/output'),
-            None if is_last else place,
-            count,
-        )
-        status = end(*child) if place or is_last else end(*child, num_iterations, delay)
-        if is_last:
-            report['last'] = status
-        else:
-            report['kills'].append([place or 'time', count or num_iterations, status])
-    report['total'] = time.monotonic() - start
-    print(json.dumps(report))
+    print(json.dumps({number: compare(folder / str(number), num_kills, number) for number in workers}))
 
 
 if __name__ == '__main__':

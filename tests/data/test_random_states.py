@@ -1,0 +1,62 @@
+"""Random generators captured, restored, and left alone."""
+
+import random
+
+import numpy as np
+import torch
+
+from ast_plugin.checkpoints import save_torch
+from ast_plugin.data import random_states
+from ast_plugin.data.seeded_samples import SeededSamples
+
+
+def draw() -> tuple:
+    # The second number of a pair of normal ones is kept back by the generators.
+    return random.gauss(0, 1), np.random.randn(), torch.randn(1).item(), random.random(), np.random.rand()  # noqa: NPY002
+
+
+def test_states_come_back_from_a_file(tmp_path):
+    draw()
+    save_torch(tmp_path / 'states', random_states.capture())
+    expected = [draw() for _ in range(3)]
+    random_states.restore(torch.load(tmp_path / 'states', weights_only=True))
+    assert [draw() for _ in range(3)] == expected
+
+
+def test_preserved_leaves_no_trace():
+    states = random_states.capture()
+    expected = draw()
+    random_states.restore(states)
+    with random_states.preserved():
+        draw()
+    assert draw() == expected
+
+
+class Noise(torch.utils.data.Dataset):
+    """A dataset such as BasicSR's: indices are numbers, chance comes from the global generators."""
+
+    opt = {'name': 'noise'}
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index), *draw()], dtype=torch.float64)
+
+
+def test_samples_of_others_depend_on_seed_epoch_and_position_alone():
+    dataset = SeededSamples(Noise(), seed=1)
+    positions = [(epoch, position) for epoch in (0, 1) for position in range(6)]
+    first = [dataset[index] for index in positions]
+    assert [sample[0].item() for sample in first[:6]] == [0, 1, 2, 3, 0, 1]
+    assert len({tuple(sample[1:].tolist()) for sample in first}) == len(first)
+    before = random_states.capture()
+    expected = draw()
+    random_states.restore(before)
+    again = [dataset[index] for index in reversed(positions)][::-1]
+    assert draw() == expected
+    in_workers = list(torch.utils.data.DataLoader(dataset, None, sampler=positions, num_workers=2))
+    for one, other, third in zip(first, again, in_workers, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
+    assert not torch.equal(SeededSamples(Noise(), seed=2)[0, 0], first[0])
+    assert (len(dataset), dataset.opt) == (4, Noise.opt)
