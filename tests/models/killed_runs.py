@@ -4,8 +4,10 @@
 
 What takes seconds, the imports, is done once; each run is a fork of this process that calls the command. Half of the
 kills come from here, at random times after a random iteration has begun. The others the run deals itself inside the
-functions that write, rename and delete. For each number of workers the runs are in FOLDER/NUM_WORKERS/whole and
-…/killed; both note the losses of each iteration in a file `losses`. Prints how the runs were killed.
+functions that write, rename and delete. In between it is asked to stop, by SIGTERM and by SIGINT.
+
+For each number of workers the runs are in FOLDER/NUM_WORKERS/whole and …/killed; both note the losses of each iteration
+in a file `losses`. Prints how the runs were killed.
 """
 
 import json
@@ -72,6 +74,9 @@ NUM_ITERATIONS = 60
 # Where a run kills itself: the place, and up to the how many-eth time that it gets there.
 PLACES = {'write': 400, 'fsync': 5, 'rename': 3, 'renamed': 3, 'delete': 3, 'weights saved': 1, 'validation': 3}
 
+# Before which kill the run is asked to stop, and how.
+STOPS = {2: signal.SIGTERM, 12: signal.SIGINT}
+
 
 def write_data(folder: Path) -> None:
     """Pairs of small pictures and the option file."""
@@ -99,6 +104,7 @@ def fork(arguments: list[str], losses: Path, output: Path, place: str | None = N
     status = 1
     try:
         os.close(reader)
+        os.setpgrp()  # signals are sent to the whole group, as terminals and launchers do
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -157,13 +163,13 @@ def die_at(place: str, count: int) -> None:
     setattr(holder, name, deadly)
 
 
-def end(child: int, reader: int, num_iterations: int = 0, delay: float = 0.0) -> int:
-    """Kill a run some time after so many iterations have begun, or wait for it; return what it ended by."""
+def end(child: int, reader: int, num_iterations: int = 0, delay: float = 0.0, number: int = signal.SIGKILL) -> int:
+    """End a run some time after so many iterations have begun, or wait for it; return what it ended by."""
     if num_iterations:
         # At the end of the file, should the run be over before, there is nothing left to kill but a zombie.
         all(os.read(reader, 1) for _ in range(num_iterations))
         time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
+        os.killpg(child, number)
     _, status = os.waitpid(child, 0)
     os.close(reader)
     return os.waitstatus_to_exitcode(status)
@@ -182,9 +188,11 @@ def compare(folder: Path, num_kills: int, num_workers: int) -> dict:
     begin = time.monotonic()
     whole = end(*start('whole'))
     seconds = time.monotonic() - begin
-    kills = []
+    kills, stops = [], []
     chance = random.Random(num_workers)
     for number in range(num_kills):
+        if number in STOPS:
+            stops.append(end(*start('killed'), chance.randint(1, 4), number=STOPS[number]))
         place = chance.choice(list(PLACES)) if number % 2 else 'time'
         count = chance.randint(1, PLACES.get(place, 9))
         if place == 'time':
@@ -192,7 +200,8 @@ def compare(folder: Path, num_kills: int, num_workers: int) -> dict:
         else:
             status = end(*start('killed', place, count))
         kills.append([place, count, status])
-    return {'whole': whole, 'kills': kills, 'last': end(*start('killed')), 'seconds': time.monotonic() - begin}
+    last = end(*start('killed'))
+    return {'whole': whole, 'kills': kills, 'stops': stops, 'last': last, 'seconds': time.monotonic() - begin}
 
 
 def main() -> None:

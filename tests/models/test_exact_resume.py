@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,14 @@ def test_a_killed_run_ends_like_an_undisturbed_one(runs, num_workers):
     output = (folder / 'killed' / 'output').read_text()
     assert report['whole'] == report['last'] == 0, output[-3000:]
     assert [status for *_, status in report['kills']] == [-9] * NUM_KILLS, output[-3000:]
+    assert report['stops'] == [128 + signal.SIGTERM, 128 + signal.SIGINT], output[-3000:]
+    stops = re.findall(r'basicsr: stopped by (SIG\w+), saved after iteration (\d+); go on by: (.*)', output)
+    assert [name for name, *_ in stops] == ['SIGTERM', 'SIGINT']
+    for _, iteration, command in stops:
+        assert re.search(rf'Resuming training from epoch: \d+, iter: {iteration}\.', output)
+        assert command.startswith('basicsr train -opt run.yml --root ') and command.endswith(' --auto_resume')
+    # Workers whose run was killed complain, each in its last seconds.
+    assert num_workers != '0' or 'Traceback' not in output
     # It was killed again and again on its way, not at its start alone.
     assert len(set(re.findall('Resuming training from epoch: .*', output))) >= 4
 
