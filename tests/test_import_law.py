@@ -13,14 +13,8 @@ BASE = {'errors', 'suggest'}
 MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itself always
     'errors': set(),
     'suggest': set(),
-    'safe_yaml': BASE,
-    'merging': BASE,
-    'inheritance': BASE | {'safe_yaml', 'merging'},
-    'overrides': BASE | {'safe_yaml', 'merging'},
-    'lengths': BASE,
-    'stages': BASE | {'merging', 'checkpoints'},
-    'options': BASE | {'safe_yaml', 'inheritance', 'overrides', 'lengths'},
-    'schema': BASE | {'options', 'safe_yaml', 'inheritance', 'merging', 'stages'},
+    'options': BASE | {'checkpoints'},
+    'schema': BASE | {'options'},
     'plugins': BASE,
     'ops': BASE,
     'archs': BASE | {'ops'},
@@ -29,18 +23,20 @@ MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itsel
     'data': BASE | {'ops'},
     'losses': BASE | {'ops'},
     'metrics': BASE | {'ops'},
-    'models': BASE
-    | {'ops', 'archs', 'losses', 'metrics', 'data', 'checkpoints', 'training_states', 'options', 'schema'},
-    'toolbox_runs': BASE,
-    'toolbox_resume': BASE | {'data', 'training_states'},
-    'toolbox': BASE | {'data', 'models', 'toolbox_runs', 'toolbox_resume'},
+    'models': BASE | {'ops', 'archs', 'losses', 'metrics', 'data', 'checkpoints', 'training_states'},
+    'toolbox': BASE | {'data', 'models', 'training_states'},
     'registration': BASE,
     'import_hook': BASE | {'toolbox', 'registration'},
     '__init__': {'import_hook'},
     '__main__': {'cli'},
 }
 ANYTHING = {'compare', 'cli'}
-MAY_KNOW_BASICSR = {'toolbox', 'toolbox_runs', 'toolbox_resume', 'registration', 'schema', 'models', 'data'} | {
+MAY_KNOW_BASICSR = {
+    'toolbox',
+    'registration',
+    'schema',
+    'models',
+    'data',
     'losses',
     'metrics',
     'compare',

@@ -8,9 +8,10 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
-from ast_plugin import options, safe_yaml, schema, stages
+from ast_plugin import options, schema
 from ast_plugin.cli import registries
 from ast_plugin.errors import OptionError
+from ast_plugin.options import safe_yaml, stages
 from ast_plugin.schema.faults import dotted, faults_of
 from ast_plugin.schema.keys import OptionFile
 from ast_plugin.schema.signatures import argument_faults, keys_read_by

@@ -15,12 +15,12 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ast_plugin import safe_yaml, stages
 from ast_plugin.cli import session
 from ast_plugin.errors import DataError, OptionError
+from ast_plugin.options import safe_yaml, stages
 
 if TYPE_CHECKING:
-    from ast_plugin.stages import Stage
+    from ast_plugin.options.stages import Stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,8 @@ from ast_plugin.errors import OptionError
 from ast_plugin.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    from ast_plugin.options.stages import Stage
     from ast_plugin.schema import Registered
-    from ast_plugin.stages import Stage
 
 _LAUNCHERS = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
@@ -179,7 +179,8 @@ def read(args: argparse.Namespace, *, is_train: bool | None) -> Session:
     Raises:
         OptionError: for whatever is wrong with arguments or file.
     """
-    from ast_plugin import options, stages
+    from ast_plugin import options
+    from ast_plugin.options import stages
 
     _check_launcher(getattr(args, 'launcher', 'none'))
     file = options.find(args.opt)
@@ -249,7 +250,7 @@ def handed_over(module: ModuleType, opt: dict[str, Any], session: Session, stage
 
 def _self_contained(session: Session, stage: Stage, opt: Mapping[str, Any]) -> bytes:
     """The option file as it is, or, where it builds on others or has stages, all that it comes to for this run."""
-    from ast_plugin import inheritance, safe_yaml
+    from ast_plugin.options import inheritance, safe_yaml
 
     if stage.name is None and inheritance.BASE_KEY not in safe_yaml.read_file(session.file):
         return session.file.read_bytes()

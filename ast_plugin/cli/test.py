@@ -19,7 +19,7 @@ from ast_plugin.cli import session
 from ast_plugin.errors import OptionError
 
 if TYPE_CHECKING:
-    from ast_plugin.stages import Stage
+    from ast_plugin.options.stages import Stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _weights(run: session.Session) -> tuple[Stage, Path]:
     """The weights to measure, and the stage whose options they are measured with."""
-    from ast_plugin import stages
+    from ast_plugin.options import stages
 
     chosen = run.chosen()
     trained = [(stage, weights) for stage in chosen if (weights := stages.weights(run.experiment(stage)))]

@@ -24,7 +24,7 @@ from ast_plugin.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     from ast_plugin.models.stop_signals import RunStopped
-    from ast_plugin.stages import Stage
+    from ast_plugin.options.stages import Stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,8 +78,8 @@ def _check(run: session.Session, chosen: list[Stage]) -> None:
 def _train(run: session.Session, stage: Stage, process: dict[str, Any]) -> None:
     import basicsr.train
 
-    from ast_plugin import stages
     from ast_plugin.models import stop_signals
+    from ast_plugin.options import stages
 
     opt = run.prepare(stage, **process)
     if session.of_first_process(_is_finished(run, stage, opt)):
@@ -103,7 +103,7 @@ def _train(run: session.Session, stage: Stage, process: dict[str, Any]) -> None:
 
 
 def _is_finished(run: session.Session, stage: Stage, opt: dict[str, Any]) -> bool:
-    from ast_plugin import stages
+    from ast_plugin.options import stages
 
     is_finished = stages.is_finished(run.experiment(stage), opt['train']['total_iter'])
     return stage.name is not None and run.args.auto_resume and is_finished
@@ -115,8 +115,8 @@ def _find_start(run: session.Session, stage: Stage, opt: dict[str, Any]) -> tupl
     Raises:
         CheckpointError: if the stage before has left no weights.
     """
-    from ast_plugin import stages
     from ast_plugin.checkpoints import read_checkpoint
+    from ast_plugin.options import stages
     from ast_plugin.training_states import newest_whole
 
     paths: dict[str, Any] = {}

@@ -204,9 +204,7 @@ class RestorationModel(SRModel):
             self.output = network(self.lq)
         network.train(was_training)
 
-    def dist_validation(
-        self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool
-    ) -> None:
+    def dist_validation(self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
         """The same among processes: each restores its share, all know the results, the first writes them down."""
         self.nondist_validation(dataloader, current_iter, tb_logger, save_img)
         self.processes.wait()  # for the first one's writing, under more patience than the next step would have
@@ -397,4 +395,3 @@ class RestorationModel(SRModel):
         if not strict:
             self._print_different_keys_loading(net, checkpoint.state, strict)
         net.load_state_dict(checkpoint.state, strict=strict)
-

@@ -7,10 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ast_plugin import stages
 from ast_plugin.errors import OptionError
-from ast_plugin.merging import RIVALS, rivals
-from ast_plugin.options import phase_of
+from ast_plugin.options import phase_of, stages
+from ast_plugin.options.merging import RIVALS, rivals
 from ast_plugin.schema.faults import Fault, Where, faults_of, shown, unknown_key
 from ast_plugin.schema.keys import Dataset, OptionFile, Paths
 from ast_plugin.schema.registered import Registered

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ast_plugin import stages
-from ast_plugin.inheritance import BASE_KEY
-from ast_plugin.merging import DELETE_KEY
+from ast_plugin.options import stages
+from ast_plugin.options.inheritance import BASE_KEY
+from ast_plugin.options.merging import DELETE_KEY
 from ast_plugin.schema.keys import OptionFile
 from ast_plugin.schema.registered import Registered
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ast_plugin import stages
 from ast_plugin.errors import OptionError
+from ast_plugin.options import stages
 from ast_plugin.schema.faults import Fault, Where, shown
 from ast_plugin.schema.keys import FolderName
 

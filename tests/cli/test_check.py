@@ -8,8 +8,9 @@ import shutil
 import pytest
 import yaml
 
-from ast_plugin import options, safe_yaml
+from ast_plugin import options
 from ast_plugin.cli.main import main
+from ast_plugin.options import safe_yaml
 from tests import tiny_run
 
 STAGED = """\

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from ast_plugin import stages
 from ast_plugin.cli.main import main
+from ast_plugin.options import stages
 
 TINY = [
     'network_g={type: AST_XS, embed_dim: 4, num_heads: [1, 1, 1, 1, 1, 1, 1, 1, 1], img_size: 16}',

@@ -141,6 +141,13 @@ def _started_by_reset(kind: type) -> type:
             super().__init__((), *args)
             self.ori_loader = loader
 
+        def reset(self):
+            """Load the epoch that the sampler was told of."""
+            from ast_plugin.data import workers
+
+            with workers.being_started():
+                super().reset()
+
     return Prefetcher
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from ast_plugin import options, stages
+from ast_plugin import options
+from ast_plugin.options import stages
 
 # lr, patch, batch, epochs and iterations of each stage. The first three are the paper's, the rest ours.
 RECIPES = {

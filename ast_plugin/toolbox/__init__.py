@@ -15,9 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ast_plugin import toolbox_resume, toolbox_runs
 from ast_plugin.errors import OptionError
 from ast_plugin.suggest import did_you_mean
+from ast_plugin.toolbox import resume, runs
 
 _applied: dict[str, bool] = {}
 _libraries: list = []  # operators defined by torch.library live as long as its Library objects do
@@ -247,8 +247,8 @@ AFTER_IMPORT = (
     offer_torch_optimizers,
     keep_cosine_at_its_end,
     sample_full_batches,
-    *toolbox_runs.REPAIRS,
-    *toolbox_resume.REPAIRS,
+    *runs.REPAIRS,
+    *resume.REPAIRS,
 )
 
 

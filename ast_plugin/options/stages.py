@@ -1,6 +1,6 @@
 """Training in stages: one file, several runs, each from the best weights of the one before.
 
-`stages` is a list. An entry holds what differs from the rest of the file, see `ast_plugin.merging.merge`, and may
+`stages` is a list. An entry holds what differs from the rest of the file, see `ast_plugin.options.merging`, and may
 have a `name`; without one the stages are called stage_1, stage_2 … Stage N trains in experiments/RUN/NAME.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.errors import OptionError
-from ast_plugin.merging import merge
+from ast_plugin.options.merging import merge
 
 KEY = 'stages'
 # As models/ of an experiment holds them, the better first.

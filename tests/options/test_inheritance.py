@@ -4,9 +4,10 @@ import os
 
 import pytest
 
-from ast_plugin import inheritance, options, safe_yaml, stages
+from ast_plugin import options
 from ast_plugin.errors import OptionError
-from ast_plugin.merging import merge
+from ast_plugin.options import inheritance, safe_yaml, stages
+from ast_plugin.options.merging import merge
 
 
 @pytest.fixture

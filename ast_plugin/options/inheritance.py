@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ast_plugin import safe_yaml
 from ast_plugin.errors import OptionError
-from ast_plugin.merging import merge
+from ast_plugin.options import safe_yaml
+from ast_plugin.options.merging import merge
 from ast_plugin.suggest import did_you_mean
 
 BASE_KEY = '_base_'
@@ -26,7 +26,7 @@ def read(path: Path) -> dict[str, Any]:
     """Read an option file and all that it inherits from; nothing in any of them is run.
 
     `_base_: other.yml`, or a list of such, is relative to the file that says it. Later bases are laid over earlier
-    ones, the file over all of them: see `ast_plugin.merging.merge`.
+    ones, the file over all of them: see `ast_plugin.options.merging.merge`.
 
     Raises:
         OptionError: for a file that is missing, that is no option file, or that inherits from itself.

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ast_plugin import inheritance, lengths
 from ast_plugin.errors import OptionError
-from ast_plugin.overrides import override
+from ast_plugin.options import inheritance, lengths
+from ast_plugin.options.overrides import override
 from ast_plugin.suggest import did_you_mean
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel the shipped files lie inside the package, in a checkout beside it.
 _SHIPPED_FOLDERS = (_PACKAGE / 'option_files', _PACKAGE.parent / 'options')
 _SUFFIXES = ('.yml', '.yaml')
@@ -71,9 +71,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
     Args:
         path: the file; see `find` for names.
-        overrides: as given to `--force_yml`; see `ast_plugin.overrides.override`. Those of one stage are done last.
+        overrides: as given to `--force_yml`; see `ast_plugin.options.overrides`. Those of one stage are done last.
     Returns:
-        The options, variables of the environment filled in. With `stages`, see `ast_plugin.stages.expand`.
+        The options, variables of the environment filled in. With `stages`, see `ast_plugin.options.stages.expand`.
     Raises:
         OptionError: with the file and the line or key.
     """
