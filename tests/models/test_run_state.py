@@ -1,0 +1,230 @@
+"""What a training state holds, what it does without, and what happens when it cannot be written."""
+
+import logging
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from ast_plugin import checkpoints
+from ast_plugin.errors import CheckpointError
+from ast_plugin.models import run_state, stop_signals
+from ast_plugin.training_states import newest_whole, read_state
+from tests.models.test_restoration_model import build, options, same, train, weights
+
+
+def resumable(folder, **train_options):
+    """Options of a run that `load_resume_state` can resume."""
+    opt = options(folder, ema_decay=0.5, **train_options)
+    opt['path'].update(log=str(folder), experiments_root=str(folder))
+    return {**opt, 'auto_resume': True}
+
+
+def resume(opt):
+    from basicsr.train import load_resume_state
+
+    state = load_resume_state(opt)
+    model = build(opt)
+    model.resume_training(state)
+    return model
+
+
+@pytest.mark.parametrize('weights_file', ['there', 'missing', 'broken'])
+@pytest.mark.parametrize('param_key', [None, 'state_dict', 'params_ema'])
+def test_a_state_needs_no_other_file(tmp_path, weights_file, param_key):
+    opt = resumable(tmp_path)
+    straight = build(opt)
+    train(straight, 1, 3)
+    straight.save(0, 3)
+    train(straight, 4, 6)
+    if weights_file == 'missing':
+        (tmp_path / 'models' / 'net_g_3.pth').unlink()
+    elif weights_file == 'broken':
+        (tmp_path / 'models' / 'net_g_3.pth').write_bytes(b'broken')
+    if param_key:
+        # As the option file said it of the weights that the run had once started from.
+        opt['path'].update(param_key_g=param_key, pretrain_network_g='gone.pth')
+    resumed = resume(opt)
+    train(resumed, 4, 6)
+    assert same(weights(resumed), weights(straight))
+    assert same(resumed.net_g_ema.state_dict(), straight.net_g_ema.state_dict())
+    assert not same(weights(resumed), resumed.net_g_ema.state_dict())
+
+
+def test_a_state_of_another_experiment_is_taken_up(tmp_path):
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    first.mkdir()
+    second.mkdir()
+    straight = build(resumable(first))
+    train(straight, 1, 3)
+    straight.save(0, 3)
+    opt = {**resumable(second), 'auto_resume': False}
+    for name in ('models', 'training_states'):
+        (second / name).rmdir()
+    opt['path']['resume_state'] = str(first / 'training_states' / '3.state')
+    resumed = resume(opt)
+    assert same(weights(resumed), weights(straight))
+    train(resumed, 4, 4)
+    resumed.save(0, 4)
+    assert (second / 'training_states' / '4.state').is_file()
+
+
+def test_networks_that_are_not_to_be_resumed_keep_their_own_weights(tmp_path):
+    opt = resumable(tmp_path)
+    model = build(opt)
+    model.save(-1, -1)
+    train(model, 1, 3)
+    model.save(0, 3)
+    opt['path'].update(
+        ignore_resume_networks=['network_g'], pretrain_network_g=str(tmp_path / 'models' / 'net_g_latest.pth')
+    )
+    resumed = resume(opt)
+    assert not same(weights(resumed), weights(model))
+    assert resumed.optimizers[0].state_dict()['state']
+
+
+class Counter:
+    def __init__(self, value=0):
+        self.value = value
+
+    def state_dict(self):
+        return {'value': self.value}
+
+    def load_state_dict(self, state):
+        self.value = state['value']
+
+
+def test_parts_of_the_model_belong_to_the_state(tmp_path, caplog, monkeypatch):
+    opt = resumable(tmp_path)
+    model = build(opt)
+    model.stateful['counter'] = Counter(7)
+    train(model, 1, 2)
+    model.save(0, 2)
+    state = read_state(tmp_path / 'training_states' / '2.state')
+    resumed = build(opt)
+    resumed.stateful['counter'] = Counter()
+    run_state.restore(resumed, state)
+    assert resumed.stateful['counter'].value == 7
+    resumed.stateful['other'] = Counter(1)
+    del state['random']
+    caplog.set_level('WARNING', 'basicsr')
+    monkeypatch.setattr(logging.getLogger('basicsr'), 'propagate', True)
+    run_state.restore(resumed, state)
+    assert resumed.stateful['other'].value == 1
+    assert 'they start afresh: other, random numbers' in caplog.text
+
+
+def test_a_state_of_another_optimiser_is_refused(tmp_path):
+    model = build(resumable(tmp_path))
+    train(model, 1, 2)
+    model.save(0, 2)
+    state = read_state(tmp_path / 'training_states' / '2.state')
+    state['optimizers'][0]['param_groups'][0]['params'].pop()
+    with pytest.raises(CheckpointError, match='the state of iteration 2 does not fit'):
+        run_state.restore(build(resumable(tmp_path)), state)
+
+
+def test_epochs_of_another_length_are_counted_anew(tmp_path):
+    model = build(resumable(tmp_path))
+    train(model, 1, 7)
+    model.save(6, 7)
+    opt = resumable(tmp_path)
+    opt['train']['iters_per_epoch'] = 3
+    state = read_state(tmp_path / 'training_states' / '7.state')
+    build(opt).resume_training(state)
+    assert state['epoch'] == 2
+
+
+@pytest.mark.parametrize('room', [1000, 50_000, 1_000_000])
+def test_a_full_disk_stops_training_and_leaves_the_older_state(tmp_path, room):
+    model = build(resumable(tmp_path))
+    train(model, 1, 2)
+    model.save(0, 2)
+    train(model, 3, 4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*.*') if path.suffix in ('.pth', '.state')}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r'4\.state cannot be written: File too large'):
+            model.save_training_state(0, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*.*') if path.suffix in ('.pth', '.state')} == before
+    assert newest_whole(tmp_path / 'training_states') == tmp_path / 'training_states' / '2.state'
+    assert [path.name for path in (tmp_path / 'training_states').iterdir()] == ['2.state']
+
+
+def test_what_a_disk_changes_is_noticed_at_once(tmp_path, monkeypatch):
+    """A disk that says it has written what it has not."""
+    fsync = os.fsync
+
+    def lose_a_byte(descriptor):
+        fsync(descriptor)
+        if os.fstat(descriptor).st_size > 100:
+            os.pwrite(descriptor, b'\0\1\2\3', 50)
+
+    model = build(resumable(tmp_path))
+    train(model, 1, 2)
+    monkeypatch.setattr(checkpoints.os, 'fsync', lose_a_byte)
+    with pytest.raises(CheckpointError, match='what was read back is not what had been written'):
+        model.save(0, 2)
+    assert not list((tmp_path / 'models').iterdir())
+
+
+def test_the_last_states_are_kept(tmp_path):
+    opt = resumable(tmp_path)
+    opt['logger'] = {'keep_checkpoints': 2}
+    model = build(opt)
+    for iteration in range(1, 5):
+        train(model, iteration, iteration)
+        model.save(0, iteration)
+    model.save(-1, -1)
+    assert sorted(path.name for path in (tmp_path / 'training_states').iterdir()) == ['3.state', '4.state']
+    assert sorted(path.name for path in (tmp_path / 'models').iterdir()) == [
+        'net_g_3.pth',
+        'net_g_4.pth',
+        'net_g_latest.pth',
+    ]
+
+
+def test_a_request_to_stop_saves_what_is_not_saved_yet(tmp_path, monkeypatch):
+    opt = resumable(tmp_path)
+    opt['train']['iters_per_epoch'] = 2
+    model = build(opt)
+    train(model, 1, 3)
+    monkeypatch.setattr(stop_signals, 'received', lambda: 15)
+    with pytest.raises(stop_signals.RunStopped) as stop:
+        train(model, 4, 4)
+    assert (stop.value.code, stop.value.iteration, stop.value.name) == (143, 3, 'SIGTERM')
+    state = tmp_path / 'training_states' / '3.state'
+    assert read_state(state)['epoch'] == 1
+    state.unlink()
+    with pytest.raises(stop_signals.RunStopped):
+        train(model, 4, 4)
+    assert not state.exists()  # it was saved already
+
+    monkeypatch.setattr(stop_signals, 'received', lambda: 2)
+    with pytest.raises(stop_signals.RunStopped) as stop:
+        train(build(opt), 1, 1)
+    assert (stop.value.code, stop.value.iteration) == (130, 0)
+
+
+def test_validation_draws_nothing_from_the_generators_of_training(tmp_path):
+    from torch.utils.data import DataLoader
+
+    from tests.models.test_restoration_model import Pairs
+
+    model = build(resumable(tmp_path))
+    before = torch.get_rng_state()
+    model.validation(DataLoader(Pairs()), 1, None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_states_run_no_code(tmp_path):
+    model = build(resumable(tmp_path))
+    train(model, 1, 1)
+    model.save(0, 1)
+    path = Path(tmp_path, 'training_states', '1.state')
+    assert torch.load(path, weights_only=True).keys() == read_state(path).keys()
