@@ -235,6 +235,8 @@ def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str)
     for key, options in _networks(opt).items():
         with _explained(f'{source}: {key}', options['type']):
             network = _build_network(registered.get('arch', options['type']), options)
+        if key == 'network_g' and opt['is_train']:
+            _check_switches(opt, network, registered, source)
         letter = key.removeprefix('network_')
         weights = opt['path'].get(f'pretrain_{key}')
         # When a run is resumed, BasicSR puts the weights of the state in the place of these.
@@ -245,6 +247,22 @@ def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str)
         if opt['path'].get(f'strict_load_{letter}', True):
             _check_fit(network, checkpoints[key], options['type'])
     return checkpoints
+
+
+def _check_switches(opt: Mapping[str, Any], network: nn.Module, registered: Registered, source: str) -> None:
+    from ast_plugin.models import training_checks
+    from ast_plugin.models.restoration_model import RestorationModel
+
+    model = registered.get('model', opt['model_type'])
+    if not isinstance(model, type) or not issubclass(model, RestorationModel):
+        return
+    losses = {
+        key: registered.get('loss', options['type'])(**_arguments(options))
+        for key, options in opt['train'].items()
+        if key.endswith('_opt') and key != 'perceptual_opt' and options
+    }
+    with _explained(source, 'train'):
+        training_checks.check(opt, network, losses)
 
 
 def _networks(opt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

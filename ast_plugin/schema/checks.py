@@ -21,6 +21,7 @@ _PATH_PATTERNS = {'pretrain_network_': str, 'param_key_': str, 'strict_load_': b
 _METRIC_IMAGES = ('img', 'img2')
 # Taken out of a metric's options, or left in for the model to read, but no argument of the function.
 _METRIC_OWN = ('type', 'better')
+_OPTIMIZER_GIVEN = ('params', 'defaults')
 _SCHEDULER_GIVEN = ('optimizer', 'last_epoch')
 _SCHEDULER_OPTIONAL = ('total_iter',)  # the model's own total_iter stands in
 _BASICSR, _OURS = 'basicsr', 'ast_plugin'
@@ -232,7 +233,7 @@ def _optimizer_faults(options: Any, where: Where, registered: Registered) -> lis
         target = registered.find_optimizer(options['type'])
     except OptionError as error:
         return [Fault((*where, 'type'), str(error))]
-    return argument_faults(target, options, where, given=('params',))
+    return argument_faults(target, options, where, given=_OPTIMIZER_GIVEN)
 
 
 def _scheduler_faults(options: Any, opt: Mapping[str, Any], registered: Registered) -> list[Fault]:

@@ -131,6 +131,9 @@ def test_five_faults_give_five_lines(folder, capfd):
         (['val:metrics:psnr:crop_border=wide'], 'val.metrics.psnr: calculate_psnr cannot measure with these options'),
         (['path:pretrain_network_g=nothing.pth'], 'nothing.pth does not exist'),
         (['path:resume_state=nothing.state'], 'path.resume_state: no such file: nothing.state'),
+        (['train:optim_g:type=SAM'], 'train.optim_g.type: the optimiser SAM cannot be used here'),
+        (['model_type=RestorationModel', 'train:accumulate=3'], 'train.accumulate: a batch of 2 cannot be cut into 3'),
+        (['model_type=RestorationModel', 'train:compile=true'], 'train.compile works on repeated blocks'),
     ],
 )
 def test_training_is_refused(folder, capfd, overrides, expected):

@@ -6,6 +6,7 @@ import torch
 
 from ast_plugin.errors import OptionError
 from ast_plugin.models.optimizers import build_optimizer, find_optimizer
+from ast_plugin.schema import Registered, checks
 
 
 @pytest.fixture
@@ -88,3 +89,13 @@ def test_names_that_cannot_be_had(name, told, without_extra):
 def test_options_that_are_refused(name, options):
     with pytest.raises(OptionError, match=f'{name} refuses'):
         build_optimizer(name, [torch.nn.Parameter(torch.ones(2))], 0.1, **options)
+
+
+def test_option_files_may_name_those_of_the_extra():
+    """Their arguments go on to the base class, whose `defaults` are theirs to give."""
+    pytest.importorskip('pytorch_optimizer')
+    registered = Registered(by_kind={}, find_optimizer=find_optimizer)
+    options = {'type': 'Lion', 'lr': 1e-3, 'weight_decay': 0.1}
+    assert checks._optimizer_faults(options, ('train', 'optim_g'), registered) == []
+    (fault,) = checks._optimizer_faults({**options, 'weight_decay': 'much'}, ('train', 'optim_g'), registered)
+    assert str(fault).startswith('train.optim_g.weight_decay: expected a number')
