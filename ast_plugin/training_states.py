@@ -42,7 +42,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
         if not isinstance(iteration, int) or iteration < 0:
             raise CheckpointError(f'it says that its iteration is {iteration!r}')
     except Exception as error:  # torch raises half a dozen kinds for files that are not what they should be
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split('. ')[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f'{path} is no training state that can be resumed from: {reason}; name another .state '
             'file in path.resume_state, or remove this one to resume from the one before'
