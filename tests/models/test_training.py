@@ -141,6 +141,37 @@ def test_the_loss_scale_is_part_of_the_state(tmp_path):
     assert 'scaler' not in build(options(tmp_path)).stateful
 
 
+def test_resuming_with_all_switches_is_exact(tmp_path):
+    """A scale that fell at an overflow and grows again, mixing, an average, a fused optimiser, another layout."""
+    switches = {
+        'precision': 'fp16',
+        'accumulate': 2,
+        'channels_last': True,
+        'ema_decay': 0.9,
+        'mixing': {'type': 'mixup', 'start_epoch': 2},
+        'iters_per_epoch': 2,
+        'optim_g': {**ADAMW, 'fused': True},
+    }
+    straight = build(options(tmp_path, **switches))
+    scaler = straight.step.precision.scaler
+    scaler.load_state_dict({**scaler.state_dict(), 'scale': 2.0**40, 'growth_interval': 3})
+    train(straight, 1, 3)
+    assert scaler.get_scale() < 2.0**40
+    scaler.load_state_dict({**scaler.state_dict(), 'scale': 1024.0})
+    straight.save(0, 3)
+    train(straight, 4, 7)
+    assert scaler.get_scale() == 2048
+
+    opt = options(tmp_path, **switches)
+    opt['path']['pretrain_network_g'] = str(tmp_path / 'models' / 'net_g_3.pth')
+    resumed = build(opt)
+    resumed.resume_training(torch.load(tmp_path / 'training_states' / '3.state', weights_only=True))
+    train(resumed, 4, 7)
+    assert same(weights(resumed), weights(straight))
+    assert same(resumed.net_g_ema.state_dict(), straight.net_g_ema.state_dict())
+    assert resumed.step.precision.scaler.state_dict() == scaler.state_dict()
+
+
 @pytest.mark.parametrize(
     ('switches', 'told'),
     [
