@@ -21,6 +21,7 @@ COMMANDS = {
     'test': 'measure trained weights on the validation and test sets of an option file',
     'check': 'check an option file, and print all that it comes to',
     'infer': 'restore pictures with trained weights',
+    'data': 'prepare, check, pack and synthesise pairs of pictures',
     'list': 'show what networks, datasets, losses, metrics and models are registered',
     'options': 'list the option files that come along, or copy them out to edit',
     'demo': 'train a small network on packaged photographs and write a picture of the result',

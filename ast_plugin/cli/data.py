@@ -1,0 +1,49 @@
+"""Prepare, check, pack and synthesise the pairs of pictures that networks learn from."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from ast_plugin.suggest import did_you_mean
+
+# Each is the module `data_NAME` of this package, with `add_arguments(parser)` and `run(args) -> int`.
+COMMANDS = {
+    'prepare': 'find and check the pairs of a dataset as it is distributed, and write manifests to train from',
+    'lmdb': 'pack pairs into LMDBs, which are read faster than many files',
+    'check': 'verify a folder or an LMDB against its manifest',
+    'synth': 'make degraded pictures from clean photographs',
+    'photos': 'gather clean photographs to synthesise from',
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `basicsr data`: a command, and what is left to it."""
+    width = max(map(len, COMMANDS))
+    commands = '\n'.join(f'  {name:{width}}  {text}' for name, text in COMMANDS.items())
+    parser.usage = 'basicsr data COMMAND ...'
+    parser.epilog = f'commands:\n{commands}\n\n`basicsr data COMMAND --help` says more, with examples.'
+    parser.add_argument('command', nargs='?', help=argparse.SUPPRESS)
+    parser.add_argument('arguments', nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.set_defaults(parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command that the arguments name."""
+    if args.command is None:
+        args.parser.print_help(sys.stderr)
+        return 2
+    if args.command not in COMMANDS:
+        args.parser.error(
+            f'no command {args.command}{did_you_mean(args.command, COMMANDS)} (there are {", ".join(COMMANDS)})'
+        )
+    module = importlib.import_module(f'ast_plugin.cli.data_{args.command}')
+    parser = argparse.ArgumentParser(
+        prog=f'basicsr data {args.command}',
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(args.arguments))
