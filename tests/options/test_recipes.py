@@ -69,7 +69,9 @@ def recipe(request):
 
 
 def test_every_file_is_in_the_table():
-    assert set(options.shipped_files()) - set(RECIPES) == {'AST_quickstart'}
+    """Those in folders have tables of their own."""
+    files = {name for name in options.shipped_files() if '/' not in name}
+    assert files - set(RECIPES) == {'AST_quickstart'}
 
 
 def test_numbers_of_each_stage(recipe):
