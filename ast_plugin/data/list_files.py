@@ -3,42 +3,79 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
-from ast_plugin.data.matching import Pair, is_image, some
+import numpy as np
+
+from ast_plugin.data.matching import Fault, Faults, Pair, is_image, some
+from ast_plugin.data.pair_table import PairTable
 from ast_plugin.errors import DataError
 
 
-def read_list(list_path: Path, root: Path, phase: str) -> list[Pair]:
+def read_list(list_path: Path, root: Path, phase: str, faults: Faults | None = None) -> PairTable:
     """Read a list of pairs, in its order; blank lines, a byte order mark and any line ends are tolerated.
 
     Args:
         list_path: the list. Where names have spaces, a tab between the two makes the line clear.
         root: what the names are relative to, in spite of the slash that they begin with.
         phase: whose list it is, for messages.
+        faults: where given, lines that cannot be used are noted there and left out.
     Raises:
         DataError: if a line is not two images, a file that it names is missing, or one image has several partners.
     """
-    pairs, faults = [], []
-    # Names need not be UTF-8 to be opened.
-    with open(list_path, encoding='utf-8-sig', errors='surrogateescape') as lines:
-        for number, line in enumerate(map(str.strip, lines), 1):
-            cuts = _cuts(line, root)
-            if len(cuts) == 1:
-                lq, gt = (name.lstrip('/') for name in cuts[0])
-                pairs.append(Pair(lq, f'{root}/{lq}', f'{root}/{gt}'))
-            elif line:
-                faults.append(f'line {number}, {line!r}')
-    if faults:
+    unread = Faults()
+    pairs = PairTable(_pairs(list_path, root, unread), f'{root}/')
+    # Hashes of 8 bytes stand for the names: that one of a million is taken for another has a chance of 1 in 10^7.
+    names = (value for pair in pairs for value in (hash(pair.lq), hash(pair.gt)))
+    hashes = np.fromiter(names, np.int64, 2 * len(pairs)).reshape(-1, 2)
+    missing, torn = _missing(pairs, hashes, list_path), _torn(pairs, hashes, list_path)
+    if missing or torn:
+        bad = {fault.name for fault in missing + torn}
+        pairs = PairTable((pair for pair in pairs if pair.lq not in bad and pair.gt not in bad), f'{root}/')
+    if faults is not None:
+        faults += unread + missing + torn
+    elif unread:
         raise DataError(
-            f'datasets.{phase}: {list_path} has {len(faults)} lines that are not two image files '
-            f'such as /dir/lq.png /dir_gt/gt.png: {some(faults)}. '
+            f'datasets.{phase}: {list_path} has {len(unread)} lines that are not two image files '
+            f'such as /dir/lq.png /dir_gt/gt.png: {some(fault.name for fault in unread)}. '
             f'Correct them; a tab between the two makes names with spaces clear'
         )
-    if not pairs:
+    elif missing:
+        raise DataError(
+            f'datasets.{phase}: {len(missing)} files that {list_path} names are missing below {root}: '
+            f'{some(fault.name for fault in missing)}. Unpack the folders there, or correct the list'
+        )
+    elif torn:
+        raise DataError(
+            f'datasets.{phase}: {list_path} gives several clean partners to {some(fault.name for fault in torn)}. '
+            f'Keep one of each'
+        )
+    if not pairs and not faults:
         raise DataError(f'datasets.{phase}: {list_path} is empty; each line names a pair: /dir/lq.png /dir_gt/gt.png')
-    _check_files(pairs, list_path, root, phase)
     return pairs
+
+
+def _pairs(list_path: Path, root: Path, unread: Faults) -> Iterator[Pair]:
+    """Read line by line, as SPAD's list has 640,000."""
+    # Names need not be UTF-8 to be opened.
+    with _opened(list_path) as lines:
+        for number, line in enumerate(map(str.strip, lines), 1):
+            cuts = _cuts(line, root) if line else []
+            if len(cuts) == 1:
+                lq, gt = (name.lstrip('/') for name in cuts[0])
+                yield Pair(lq, f'{root}/{lq}', f'{root}/{gt}')
+            elif line:
+                text = f'{list_path}: not two image files such as /dir/lq.png /dir_gt/gt.png'
+                unread.append(Fault('line not understood', f'line {number}, {line!r}', text))
+
+
+def _opened(list_path: Path) -> TextIO:
+    try:
+        return open(list_path, encoding='utf-8-sig', errors='surrogateescape')
+    except OSError as error:
+        raise DataError(f'{list_path}: cannot be read: {error.strerror}') from error
 
 
 def _cuts(line: str, root: Path) -> list[tuple[str, str]]:
@@ -54,23 +91,29 @@ def _cuts(line: str, root: Path) -> list[tuple[str, str]]:
     return cuts
 
 
-def _check_files(pairs: list[Pair], list_path: Path, root: Path, phase: str) -> None:
+def _missing(pairs: PairTable, hashes: np.ndarray, list_path: Path) -> Faults:
     """Look files up in listings of their folders: SPAD's million names, asked for one by one, take minutes."""
-    listings: dict[str, set[str]] = {}
+    folders = {path.rpartition('/')[0] for pair in pairs for path in (pair.lq, pair.gt)}
+    there = [np.fromiter(map(hash, _files(folder)), np.int64) for folder in folders]
+    absent = np.argwhere(~np.isin(hashes, np.concatenate(there) if there else []))
+    names = dict.fromkeys(pairs[int(row)].gt if is_gt else pairs[int(row)].lq for row, is_gt in absent)
+    return Faults(Fault('missing', name, f'named in {list_path}') for name in names)
 
-    def is_there(path: str) -> bool:
-        folder, name = os.path.split(path)
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        return name in listings[folder]
 
-    missing = [path for pair in pairs for path in (pair.lq, pair.gt) if not is_there(path)]
-    if missing:
-        raise DataError(
-            f'datasets.{phase}: {len(missing)} files that {list_path} names are missing below {root}: {some(missing)}. '
-            f'Unpack the folders there, or correct the list'
-        )
-    partners: dict[str, str] = {}
-    torn = [pair.lq for pair in pairs if partners.setdefault(pair.lq, pair.gt) != pair.gt]
-    if torn:
-        raise DataError(f'datasets.{phase}: {list_path} gives several clean partners to {some(torn)}. Keep one of each')
+def _files(folder: str) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from (f'{folder}/{entry.name}' for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise DataError(f'{folder}: this folder of the list cannot be read: {error.strerror}') from error
+
+
+def _torn(pairs: PairTable, hashes: np.ndarray, list_path: Path) -> Faults:
+    """Find degraded images that have several clean partners."""
+    lq, gt = hashes.T
+    order = np.argsort(lq, kind='stable')
+    again = (lq[order][1:] == lq[order][:-1]) & (gt[order][1:] != gt[order][:-1])
+    names = dict.fromkeys(pairs[int(place)].lq for place in order[1:][again])
+    return Faults(Fault('several partners', name, f'{list_path} gives it several clean partners') for name in names)

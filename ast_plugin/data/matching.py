@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ast_plugin.data.image_files import SUFFIXES
+from ast_plugin.data.pair_table import Pair
 from ast_plugin.errors import DataError, OptionError
 
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
@@ -19,12 +20,22 @@ SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """Paths of a degraded image and its clean partner, and the key that they share."""
+class Fault:
+    """What is wrong with a file or a pair.
 
-    key: str
-    lq: str
-    gt: str
+    Attributes:
+        kind: a few words, the same for all faults of the kind.
+        name: the file, or the line of a list.
+        text: what is wrong with it, and what to do, in a line that says it all.
+    """
+
+    kind: str
+    name: str
+    text: str
+
+
+class Faults(list[Fault]):
+    """Where listing leaves what is wrong, so that the pairs without a fault can be had all the same."""
 
 
 def is_image(name: str) -> bool:
@@ -39,18 +50,25 @@ def some(items: Iterable[str]) -> str:
     return ', '.join(items[:SHOWN]) + rest
 
 
-def list_images(folder: str | Path, phase: str) -> list[str]:
+def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]:
     """Return the sorted names of the images that lie directly in `folder`.
 
+    Args:
+        folder: where to look.
+        phase: whose folder it is, for messages.
+        deep: where no image lies directly in it, look in the folders in it, too; names then are `folder/name`.
     Raises:
         DataError: if there is no such folder, it cannot be read, or no image is in it.
     """
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if is_image(entry.name))
+        names = _image_names(folder)
+        if deep and not names:
+            inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+            names = [f'{name}/{image}' for name in inner for image in _image_names(os.path.join(folder, name))]
     except OSError as error:
         reason = {FileNotFoundError: 'there is no such folder', NotADirectoryError: 'it is not a folder'}
         raise DataError(
-            f'datasets.{phase}: {reason.get(type(error), error.strerror)}: {folder}. '
+            f'datasets.{phase}: {reason.get(type(error), error.strerror)}: {error.filename or folder}. '
             f'Put the images there, or correct its dataroot in the option file'
         ) from None
     if not names:
@@ -61,22 +79,33 @@ def list_images(folder: str | Path, phase: str) -> list[str]:
     return names
 
 
+def _image_names(folder: str | Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if is_image(entry.name))
+
+
 class Template:
     """A pattern of file names with one `{}`, which stands for the key.
 
     `{}_rain` is any image whose name without its ending ends in `_rain`; `{}_rain.png` is only those that are PNG.
+    A `*` stands for anything, of several images with one key: `{}_*` gives `0001_0.8_0.2.jpg` the key `0001`.
     """
 
     def __init__(self, text: str) -> None:
-        if text.count('{}') != 1 or '/' in text:
-            raise OptionError(f'a name template has one {{}} and no folder, such as {{}}_rain.png; got {text!r}')
+        if text.count('{}') != 1 or text.count('*') > 1 or '/' in text:
+            raise OptionError(
+                f'a name template has one {{}}, at most one * and no folder, such as {{}}_rain.png; got {text!r}'
+            )
         self.text = text
-        self.has_suffix = is_image(text.replace('{}', 'x'))
-        before, after = map(re.escape, text.split('{}'))
-        self._pattern = re.compile(f'{before}(.+){after}', re.IGNORECASE if self.has_suffix else 0)
+        self.has_suffix = is_image(text.replace('{}', 'x').replace('*', 'x'))
+        self.is_many = '*' in text
+        # The key ends where what follows it begins first, and so has no part of what `*` stands for.
+        pattern = re.escape(text).replace(re.escape('{}'), '(.+?)' if self.is_many else '(.+)')
+        self._pattern = re.compile(pattern.replace(re.escape('*'), '.*'), re.IGNORECASE if self.has_suffix else 0)
 
     def key(self, name: str) -> str | None:
         """Return what `{}` stands for in a file name; None if the name is of another kind."""
+        name = name.rpartition('/')[2]
         match = self._pattern.fullmatch(name if self.has_suffix else os.path.splitext(name)[0])
         return match and match[1]
 
@@ -95,68 +124,123 @@ class Template:
 
 
 def match_folders(
-    phase: str, lq_dir: str | Path, gt_dir: str | Path, lq_template: str = '{}', gt_template: str = '{}'
+    phase: str,
+    lq_dir: str | Path,
+    gt_dir: str | Path,
+    lq_template: str = '{}',
+    gt_template: str = '{}',
+    *,
+    deep: bool = False,
+    faults: Faults | None = None,
 ) -> list[Pair]:
     """Pair the images of two folders, which may be one, by their keys.
 
     Files that do not fit their template are left out. Endings may differ; where one key has several files in a
-    folder, both folders must have the same names, which then are the keys.
+    folder, both folders must have the same names, which then are the keys. With a `*` in `lq_template` several
+    degraded images may share a clean one; their own names are the keys.
 
+    Args:
+        phase: whose pairs they are, for messages.
+        lq_dir, gt_dir: folders of the degraded and of the clean images.
+        lq_template, gt_template: how they are named.
+        deep: see `list_images`.
+        faults: where given, images without a partner are noted there and left out.
     Raises:
         DataError: if a folder is missing, has no image that fits, an image has no partner, or has several.
         OptionError: if a template is none.
     """
-    lq, gt = Template(lq_template), Template(gt_template)
-    lq_files, gt_files = (_keyed(phase, folder, template) for folder, template in ((lq_dir, lq), (gt_dir, gt)))
-    _check_partners(phase, lq_files.keys() - gt_files.keys(), (lq_dir, lq, lq_files), (gt_dir, gt))
-    _check_partners(phase, gt_files.keys() - lq_files.keys(), (gt_dir, gt, gt_files), (lq_dir, lq))
-    pairs, ambiguous = [], []
-    for key in sorted(lq_files):
-        lq_names, gt_names = lq_files[key], gt_files[key]
-        if len(lq_names) == len(gt_names) == 1:
-            pairs.append(Pair(key, os.path.join(lq_dir, lq_names[0]), os.path.join(gt_dir, gt_names[0])))
-        elif lq_names == gt_names:
-            pairs += [Pair(name, os.path.join(lq_dir, name), os.path.join(gt_dir, name)) for name in lq_names]
-        else:
-            ambiguous.append(f'{" or ".join(lq_names)} with {" or ".join(gt_names)}')
-    if ambiguous:
-        raise DataError(
-            f'datasets.{phase}: it is not clear which image of {lq_dir} belongs to which of {gt_dir}: '
-            f'{some(ambiguous)}. Remove what is too much, or name the endings in lq_template and gt_template'
-        )
-    own_partners = [pair.lq for pair in pairs if pair.lq == pair.gt]
+    lq, gt = (Side(folder, Template(text)) for folder, text in ((lq_dir, lq_template), (gt_dir, gt_template)))
+    for side in (lq, gt):
+        side.read(phase, deep)
+    lonely = [*_without_partners(lq, gt)]
+    # A clean image without a degraded one is an oversight, unless its dataset has many more of either.
+    lonely += [] if lq.template.is_many else _without_partners(gt, lq)
+    pairs, unclear = _matched(lq, gt)
+    own_partners = [pair for pair in pairs if pair.lq == pair.gt]
     if own_partners:
         raise DataError(
-            f'datasets.{phase}: degraded and clean image are one file: {some(own_partners)}. '
+            f'datasets.{phase}: degraded and clean image are one file: {some(pair.lq for pair in own_partners)}. '
             f'In one folder, lq_template and gt_template must tell them apart'
+        )
+    if faults is not None:
+        faults += lonely + unclear
+    elif lonely:
+        _raise_lonely(phase, *((lq, gt) if lq.lonely(gt) else (gt, lq)))
+    elif unclear:
+        raise DataError(
+            f'datasets.{phase}: it is not clear which image of {lq_dir} belongs to which of {gt_dir}: '
+            f'{some(fault.text for fault in unclear)}. '
+            f'Remove what is too much, or name the endings in lq_template and gt_template'
         )
     return pairs
 
 
-def _keyed(phase: str, folder: str | Path, template: Template) -> dict[str, list[str]]:
-    names = list_images(folder, phase)
-    files = template.keys(names)
-    if not files:
-        raise DataError(
-            f'datasets.{phase}: none of the {len(names)} images in folder {folder} is named {template.fill("{}")} '
-            f'(there are {some(names)}). Correct the template or the folder'
-        )
-    return files
+class Side:
+    """One half of the pairs: a folder and how its images are named."""
+
+    def __init__(self, folder: str | Path, template: Template) -> None:
+        self.folder, self.template = folder, template
+        self.files: dict[str, list[str]] = {}
+
+    def read(self, phase: str, deep: bool) -> None:
+        """List the folder.
+
+        Raises:
+            DataError: if no image in it fits the template.
+        """
+        names = list_images(self.folder, phase, deep)
+        self.files = self.template.keys(names)
+        if not self.files:
+            raise DataError(
+                f'datasets.{phase}: none of the {len(names)} images in folder {self.folder} is named '
+                f'{self.template.fill("{}")} (there are {some(names)}). Correct the template or the folder'
+            )
+
+    def path(self, name: str) -> str:
+        """Return the path of a file."""
+        return os.path.join(self.folder, name)
+
+    def lonely(self, other: Side) -> list[str]:
+        """Return the keys that `other` lacks, in order."""
+        return sorted(self.files.keys() - other.files.keys())
 
 
-def _check_partners(
-    phase: str,
-    lonely: set[str],
-    own: tuple[str | Path, Template, dict[str, list[str]]],
-    other: tuple[str | Path, Template],
-) -> None:
-    if not lonely:
-        return
-    folder, _, files = own
-    other_folder, other_template = other
-    names = [name for key in sorted(lonely) for name in files[key]]
+def _without_partners(own: Side, other: Side) -> list[Fault]:
+    lonely = own.lonely(other)
+    by_lower = {key.lower(): key for key in other.files} if lonely else {}
+    faults = []
+    for key in lonely:
+        wanted = other.template.fill(key)
+        near = by_lower.get(key.lower())
+        hint = f'; {other.files[near][0]} differs only in the case of its letters, rename one' if near else ''
+        faults += [
+            Fault('no partner', own.path(name), f'no {wanted} in {other.folder}{hint}') for name in own.files[key]
+        ]
+    return faults
+
+
+def _matched(lq: Side, gt: Side) -> tuple[list[Pair], list[Fault]]:
+    pairs, unclear = [], []
+    for key in sorted(lq.files.keys() & gt.files.keys()):
+        lq_names, gt_names = lq.files[key], gt.files[key]
+        if len(gt_names) == 1 and lq.template.is_many:
+            pairs += [Pair(os.path.splitext(name)[0], lq.path(name), gt.path(gt_names[0])) for name in lq_names]
+        elif len(lq_names) == len(gt_names) == 1:
+            pairs.append(Pair(key, lq.path(lq_names[0]), gt.path(gt_names[0])))
+        elif lq_names == gt_names:
+            pairs += [Pair(name, lq.path(name), gt.path(name)) for name in lq_names]
+        else:
+            text = f'{" or ".join(lq_names)} with {" or ".join(gt_names)}'
+            unclear += [Fault('several partners', lq.path(name), text) for name in lq_names]
+    return pairs, unclear
+
+
+def _raise_lonely(phase: str, own: Side, other: Side) -> None:
+    faults = _without_partners(own, other)
+    names = [os.path.relpath(fault.name, own.folder) for fault in faults]
+    hint = next((fault.text.partition('; ')[2] for fault in faults if '; ' in fault.text), '')
     raise DataError(
-        f'datasets.{phase}: {len(lonely)} of {len(files)} images in {folder} have no partner in {other_folder}: '
-        f'{some(names)} (the first would be {other_template.fill(min(lonely))}). '
+        f'datasets.{phase}: {len(names)} of {len(own.files)} images in {own.folder} have no partner in {other.folder}: '
+        f'{some(names)} (the first would be {other.template.fill(own.lonely(other)[0])}{hint and "; " + hint}). '
         f'Add the partners, remove these, or correct lq_template and gt_template'
     )
