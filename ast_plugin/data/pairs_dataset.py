@@ -29,10 +29,12 @@ class PairsOptions(SeededOptions):
     split: str | None = Field(None, description='part of the dataset: by itself train in training, test otherwise')
     list_file: str | None = Field(None, description='layout spad: another list than real_world, real_test_1000.txt')
 
+    manifest: str | None = Field(None, description='layout manifest: a file that `basicsr data prepare` has written')
+
     def source(self) -> Source:
         """Return what the layout is asked to list."""
         values = {key: getattr(self, key) for key in Source.__dataclass_fields__}
-        for key in ('dataroot', 'dataroot_lq', 'dataroot_gt'):
+        for key in ('dataroot', 'dataroot_lq', 'dataroot_gt', 'manifest'):
             values[key] = values[key] and str(Path(values[key]).expanduser())
         return Source(**values)
 

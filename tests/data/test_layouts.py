@@ -141,7 +141,7 @@ def test_layouts_as_distributed(tmp_path, layout, options, lq, gt, others):
     assert list(found(layout, tmp_path, **options).values()) == [(lq, gt)]
 
 
-@pytest.mark.parametrize('layout', [name for name in LAYOUTS if name != 'folders'])
+@pytest.mark.parametrize('layout', [name for name in LAYOUTS if name not in ('folders', 'manifest')])
 @pytest.mark.parametrize('root_exists', [False, True])
 def test_absence_takes_three_lines_that_stand_alone(tmp_path, layout, root_exists):
     root = tmp_path / 'data set'

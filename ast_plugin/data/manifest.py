@@ -1,0 +1,237 @@
+"""Manifests: the pairs of one phase in a text file, as `basicsr data prepare` writes them.
+
+JSON Lines. The first line is about the whole:
+
+  {"manifest": 1, "layout": "spad", "phase": "train", "root": "../SPAD", "pairs": 638492, "made_by": "ast_plugin 0.1"}
+
+`root` is the folder that names are relative to, itself relative to the manifest. Each further line is a pair:
+
+  {"key": "a", "lq": "rain/a.png", "gt": "clean/a.png", "size": [256, 256], "bytes": [9041, 8220], "digests": [.., ..]}
+
+`size` is height and width; of `bytes` and `digests` the first is of the degraded image. A digest is that of the decoded
+pixels (`picture_checks.digest`), so that a file written anew without loss is still the same picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from ast_plugin import __version__
+from ast_plugin.data.pair_table import Pair, PairTable
+from ast_plugin.errors import DataError
+
+FORMAT = 1
+"""Number of this format, the value of `manifest` in the first line."""
+
+_ENCODING = {'encoding': 'utf-8'}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A pair and what its images were found to be.
+
+    Attributes:
+        key: names the pair; no other pair of the manifest has it.
+        lq, gt: files of the degraded and the clean image, relative to the root, with `/` between folders.
+        size: height and width, of both.
+        bytes: sizes of the two files.
+        digests: of the two images' pixels, in hexadecimal digits.
+    """
+
+    key: str
+    lq: str
+    gt: str
+    size: tuple[int, int]
+    bytes: tuple[int, int]
+    digests: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest that was opened and whose first line was read.
+
+    Attributes:
+        path: the file.
+        layout: of the dataset as it was distributed.
+        phase: `train` or `test`.
+        root: the folder that names are relative to.
+        num_pairs: how many lines follow.
+    """
+
+    path: Path
+    layout: str
+    phase: str
+    root: Path
+    num_pairs: int
+
+    def entries(self) -> Iterator[Entry]:
+        """Read the pairs one by one, in order, without keeping them.
+
+        Raises:
+            DataError: if a line is none, or there are fewer or more of them than the first line says.
+        """
+        with _reading(self.path) as lines:
+            next(lines)
+            number = 1
+            for number, line in enumerate(lines, 2):
+                yield _entry(self.path, number, line)
+        if number - 1 != self.num_pairs:
+            raise DataError(
+                f'{self.path}: the first line says {self.num_pairs} pairs, {number - 1} follow: the file was cut or '
+                f'edited. Prepare the dataset again'
+            )
+
+    def pairs(self) -> PairTable:
+        """Read all pairs, with paths that can be opened from here.
+
+        Raises:
+            DataError: as `entries`.
+        """
+        root = f'{self.root}/'
+        return PairTable((Pair(entry.key, root + entry.lq, root + entry.gt) for entry in self.entries()), root)
+
+
+def read_manifest(path: str | os.PathLike) -> Manifest:
+    """Open a manifest; its pairs are read when they are asked for.
+
+    Raises:
+        DataError: if the file is no manifest, or of a later format, or its root is not there.
+    """
+    path = Path(path)
+    with _reading(path) as lines:
+        header = _object(path, 1, next(lines, ''))
+    if header.get('manifest') != FORMAT:
+        what = f'a manifest of format {header["manifest"]!r}' if 'manifest' in header else 'no manifest'
+        raise DataError(
+            f'{path}: {what}; expected one of format {FORMAT}, as `basicsr data prepare` writes it. Prepare again'
+        )
+    kinds = {'layout': str, 'phase': str, 'root': str, 'pairs': int}
+    wrong = [key for key, kind in kinds.items() if not isinstance(header.get(key), kind)]
+    if wrong:
+        raise DataError(f'{path}: line 1 lacks {", ".join(wrong)}. Prepare the dataset again')
+    root = Path(os.path.normpath(path.parent / header['root']))
+    if not root.is_dir():
+        raise DataError(
+            f'{path}: its images were in {root}, which is no folder now. Put them back there, '
+            f'or set "root" in the first line to where they are'
+        )
+    return Manifest(path, header['layout'], header['phase'], root, header['pairs'])
+
+
+def write_manifest(
+    path: str | os.PathLike, entries: Iterable[Entry], *, layout: str, phase: str, root: str | os.PathLike, pairs: int
+) -> None:
+    """Write a manifest whole or not at all.
+
+    Args:
+        path: the file; its folder must exist. A file of that name is replaced.
+        entries: the pairs, taken one by one.
+        layout, phase: see `Manifest`.
+        root: what the entries' names are relative to.
+        pairs: how many entries there are.
+    Raises:
+        DataError: if the file cannot be written, for example because the disk is full.
+    """
+    path = Path(path)
+    header = {
+        'manifest': FORMAT,
+        'layout': layout,
+        'phase': phase,
+        'root': _relative(Path(root), path.parent),
+        'pairs': pairs,
+        'made_by': f'ast_plugin {__version__}',
+    }
+    with replacing(path) as file:
+        file.write(json.dumps(header) + '\n')
+        for entry in entries:
+            file.write(encode_entry(entry) + '\n')
+
+
+def encode_entry(entry: Entry) -> str:
+    """Return the line of an entry, without its end."""
+    return json.dumps({name: getattr(entry, name) for name in Entry.__slots__})
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """Open a text file that takes the place of `path` when all is written, and leaves nothing behind otherwise.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    partial = path.parent / f'.{os.getpid()}-{secrets.token_hex(4)}.part'
+    try:
+        try:
+            with open(partial, 'x', newline='\n', **_ENCODING) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise DataError(f'cannot write {path}: {error.strerror or error}. Nothing is left of it') from error
+
+
+def _relative(root: Path, folder: Path) -> str:
+    try:
+        return Path(os.path.relpath(root.absolute(), folder.absolute())).as_posix()
+    except ValueError:  # another drive of Windows
+        return root.absolute().as_posix()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Iterator[str]]:
+    try:
+        with open(path, **_ENCODING) as file:
+            yield iter(file)
+    except OSError as error:
+        raise DataError(f'{path}: this manifest cannot be read: {error.strerror or error}') from error
+    except UnicodeDecodeError as error:
+        raise DataError(f'{path}: no manifest, which is text in UTF-8') from error
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise DataError(
+            f'{path}: line {number} is no line of a manifest: {line.strip()[:60]!r}. Prepare the dataset again'
+        )
+    return value
+
+
+def _entry(path: Path, number: int, line: str) -> Entry:
+    value = _object(path, number, line)
+    try:
+        entry = Entry(
+            *(value[name] for name in ('key', 'lq', 'gt')),
+            *(tuple(value[name]) for name in ('size', 'bytes', 'digests')),
+        )
+        if not all(_is_inside(name) for name in (entry.lq, entry.gt)) or not isinstance(entry.key, str):
+            raise ValueError('names')
+        if [len(entry.size), len(entry.bytes), len(entry.digests)] != [2, 2, 2]:
+            raise ValueError('two of each')
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f'{path}: line {number} is no pair: expected key, lq, gt (names below root), size, bytes and digests; '
+            f'got {line.strip()[:60]!r}. Prepare the dataset again'
+        ) from None
+    return entry
+
+
+def _is_inside(name: object) -> bool:
+    """Whether a name stays below the root: a manifest from elsewhere opens no other file."""
+    if not isinstance(name, str) or not name or '\0' in name:
+        return False
+    return not PurePosixPath(name).is_absolute() and '..' not in name.split('/')
