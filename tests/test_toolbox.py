@@ -185,6 +185,7 @@ net = model.model_to_device(torch.nn.Linear(1, 1, bias=False))
 net(torch.tensor([[rank + 1.0]])).sum().backward()
 mean = model.reduce_loss_dict({'l': torch.tensor(float(rank))})['l']
 print(size, net.module.weight.grad.item(), mean if rank == 0 else '')
+del net  # gloo's threads, which it holds, would abort the process when they outlive the interpreter
 torch.distributed.destroy_process_group()
 """
 

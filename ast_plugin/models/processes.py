@@ -1,5 +1,7 @@
 """The processes that work on one run, as torchrun or slurm start them; a run by itself is a group of one."""
 
+import atexit
+import gc
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -109,6 +111,9 @@ def leave() -> None:
     """Take leave of the other processes, where there are any and that has not been done."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        # A network that still holds the connection, by a cycle of references, keeps gloo's threads alive; those abort
+        # the process when they outlive the interpreter.
+        atexit.register(gc.collect)
 
 
 def _claim(message: str) -> tuple[bool, str]:
@@ -133,7 +138,7 @@ def _hang_up() -> None:
         if dist.get_backend() == 'nccl':
             dist.distributed_c10d._abort_process_group()
         else:
-            dist.destroy_process_group()
+            leave()
 
 
 def _is_broken_connection(error: Exception) -> bool:

@@ -209,23 +209,26 @@ def step_of(network, **train):
 def losses(output, target):
     return {'l_pix': (output - target).square().mean()}
 
-mine = slice(4 * rank, 4 * rank + 4)
-together, alone = step_of(DistributedDataParallel, accumulate=2), step_of(lambda network: network)
-alone.is_distributed = False
-values = [together(lq[mine], gt[mine], losses, 1)[0], alone(lq, gt, losses, 1)[0]]
-torch.testing.assert_close(values[0], values[1])
-for a, b in zip(together.parameters, alone.parameters):
-    torch.testing.assert_close(a, b)
-bad = lq.clone()
-bad[1] = float('nan')
-for policy in ('skip', 'stop'):
-    step = step_of(DistributedDataParallel, on_nonfinite=policy)
-    before = [parameter.clone() for parameter in step.parameters]
-    try:
-        print(policy, step(bad[mine], gt[mine], losses, 3, [f'{rank}.png'])[1])
-    except TrainingError as error:
-        print(policy, str(error).partition('.png')[0])
-    assert all(map(torch.equal, before, step.parameters))
+def main():
+    mine = slice(4 * rank, 4 * rank + 4)
+    together, alone = step_of(DistributedDataParallel, accumulate=2), step_of(lambda network: network)
+    alone.is_distributed = False
+    values = [together(lq[mine], gt[mine], losses, 1)[0], alone(lq, gt, losses, 1)[0]]
+    torch.testing.assert_close(values[0], values[1])
+    for a, b in zip(together.parameters, alone.parameters):
+        torch.testing.assert_close(a, b)
+    bad = lq.clone()
+    bad[1] = float('nan')
+    for policy in ('skip', 'stop'):
+        step = step_of(DistributedDataParallel, on_nonfinite=policy)
+        before = [parameter.clone() for parameter in step.parameters]
+        try:
+            print(policy, step(bad[mine], gt[mine], losses, 3, [f'{rank}.png'])[1])
+        except TrainingError as error:
+            print(policy, str(error).partition('.png')[0])
+        assert all(map(torch.equal, before, step.parameters))
+
+main()  # in a function, whose networks are gone when gloo ends: its threads would abort the process
 dist.destroy_process_group()
 """
 
