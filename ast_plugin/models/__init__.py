@@ -2,4 +2,4 @@
 
 # Importing BasicSR registers our networks and models (import_hook), some of them from this package: that has to be over
 # before any module here begins, or whichever is asked for first would be met half imported.
-import basicsr  # noqa: F401
+import basicsr
