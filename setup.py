@@ -36,6 +36,8 @@ def description() -> str:
     return readme.read_text(encoding='utf-8') if readme.is_file() else ''
 
 
+# The second holds networks whose licences restrict their use, Restormer among them.
+baselines = ['spandrel>=0.4.2', 'spandrel-extra-arches>=0.2']
 optimizers = ['pytorch-optimizer>=4.0']
 photos = ['scikit-image>=0.25', 'scikit-learn>=1.5']  # both carry the colour photographs of the demonstration
 
@@ -65,10 +67,11 @@ setup(
         'tqdm>=4.66',
     ],
     extras_require={
+        'baselines': baselines,
         'optimizers': optimizers,
         'photos': photos,
         'wandb': ['wandb>=0.16'],
-        'test': [*optimizers, *photos, 'pytest>=8.0', 'ruff>=0.9', 'setuptools>=77', 'wheel'],
+        'test': [*baselines, *optimizers, *photos, 'pytest>=8.0', 'ruff>=0.9', 'setuptools>=77', 'wheel'],
     },
     entry_points={
         'console_scripts': ['basicsr = ast_plugin.__main__:main'],

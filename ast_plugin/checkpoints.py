@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ast_plugin.archs.ast_state import infer_options
-from ast_plugin.errors import CheckpointError
+from ast_plugin.archs.spandrel_arch import recognise
+from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
 
 # where the states of the field's files lie, in the order in which they are looked for
 STATE_KEYS = ('params_ema', 'params', 'state_dict', 'model_state_dict', 'model')
@@ -74,11 +75,17 @@ def infer_network(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
     """Read a network's options off the names and shapes of its weights.
 
     Returns:
-        The options, with `type: AST`, and a line for each that could not be told and was assumed.
+        The options with their `type`, and a line for each that could not be told and was assumed. The network is an
+        AST, or where spandrel is installed one that spandrel knows.
     Raises:
-        CheckpointError: if the weights are not of an AST.
+        CheckpointError: if the weights are of no such network.
     """
-    options, assumed = infer_options(state)
+    try:
+        options, assumed = infer_options(state)
+    except CheckpointError:
+        with suppress(OptionError, BackendUnavailable):
+            return recognise(state)
+        raise
     return {'type': 'AST', **options}, assumed
 
 

@@ -72,6 +72,9 @@ def infer_options(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
         CheckpointError: if the state is not of an AST.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in plain_state(state).items()}
+    if 'encoder.0.blocks.0.attn.position_bias' in shapes:
+        # Uformer, whose official names are the same
+        raise CheckpointError('this is not the state of an AST: its encoder has attention')
     try:
         return _infer_options(shapes)
     except (KeyError, IndexError, ValueError) as error:

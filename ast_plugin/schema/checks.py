@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ast_plugin.errors import OptionError
+from ast_plugin.errors import OptionError, PluginError
 from ast_plugin.options import phase_of, stages
 from ast_plugin.options.merging import RIVALS, rivals
 from ast_plugin.schema.faults import Fault, Where, faults_of, shown, unknown_key
@@ -206,6 +206,13 @@ def _call_faults(
     target = registered.get(kind, options['type'])
     if target is None:
         return [Fault((*where, 'type'), registered.missing(kind, options['type']))]
+    if hasattr(target, 'class_for'):
+        # A family of networks: which of them is meant is the option `name`.
+        try:
+            target = target.class_for(options)
+        except PluginError as error:
+            return [Fault((*where, 'name'), str(error))]
+        names = {**names, 'ignored': ('type', 'name')}
     return argument_faults(target, options, where, **names)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ast_plugin.errors import OptionError
 from ast_plugin.suggest import did_you_mean
-from ast_plugin.toolbox import resume, runs
+from ast_plugin.toolbox import networks, resume, runs
 
 _applied: dict[str, bool] = {}
 _libraries: list = []  # operators defined by torch.library live as long as its Library objects do
@@ -249,6 +249,7 @@ AFTER_IMPORT = (
     sample_full_batches,
     *runs.REPAIRS,
     *resume.REPAIRS,
+    *networks.REPAIRS,
 )
 
 

@@ -1,0 +1,200 @@
+"""Networks of the package spandrel, for comparisons: NAFNet, Uformer, and Restormer out of spandrel's second package.
+
+    network_g: {type: Spandrel, name: NAFNet, width: 16, enc_blk_nums: [1, 1, 1, 4], dec_blk_nums: [1, 1, 1, 1]}
+
+It is the extra `baselines`: pip install "ast_plugin[baselines]". The networks in spandrel_extra_arches, Restormer among
+them, have licences that restrict what they may be used for; read them before you do more than compare.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ast_plugin.errors import BackendUnavailable, OptionError
+from ast_plugin.suggest import did_you_mean
+
+_EXTRA = 'pip install "ast_plugin[baselines]"'
+_PREFIX = 'network.'
+# Of the second package, which may be missing while the first is there.
+_IN_SECOND_PACKAGE = ('Restormer', 'MPRNet', 'MIRNet_v2', 'M3SNet', 'SRFormer')
+# What changes results and leaves no trace in names and shapes.
+_NOT_IN_WEIGHTS = {'Uformer': ('img_size',)}
+
+
+class Spandrel(nn.Module):
+    """A network of spandrel by name, with its own hyperparameters, on pictures of any size.
+
+    Pictures are padded as spandrel pads them (right and below, by reflection and then by repetition) to what the
+    network needs, and cropped back. The names of the weights are the network's own: files that it was released with
+    load as they are, and what is trained here loads in whatever reads spandrel's networks.
+
+    Args:
+        name: of the network's class, such as Restormer, NAFNet or Uformer; `names()` lists them.
+        options: its hyperparameters; those left out have its defaults.
+    Shapes:
+        [B, C, H, W] in [0, 1] to [B, C, s·H, s·W], s being 1 for restoration.
+    Raises:
+        BackendUnavailable: if spandrel is not installed.
+        OptionError: if there is no such network, or it does not take these hyperparameters.
+    """
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__()
+        row = _row(name)
+        _check(name, row.network_type, options)
+        self.network = row.network_type(**options)
+        # The hyperparameters decide what sizes it takes; spandrel works that out where it loads a state.
+        descriptor = row.architecture.load(self.network.state_dict())
+        if not isinstance(descriptor, _spandrel().ImageModelDescriptor):
+            raise OptionError(f'Spandrel: {name} fills in what a mask covers, it does not restore pictures')
+        self.scale = descriptor.scale
+        self.sizes = descriptor.size_requirements
+        self._call = getattr(descriptor, '_call_fn', nn.Module.__call__)
+        self.register_load_state_dict_pre_hook(_add_prefix)
+        self.register_state_dict_post_hook(_remove_prefix)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Restore a batch; see the class."""
+        height, width = image.shape[-2:]
+        right, below = self.sizes.get_padding(width, height)
+        output = self._call(self.network, _pad(image, right, below))
+        return output[..., : height * self.scale, : width * self.scale] if right or below else output
+
+    @staticmethod
+    def class_for(options: Mapping[str, Any]) -> type[nn.Module]:
+        """The class whose arguments, beside `name`, the options are: what a check of an option file goes by.
+
+        Raises:
+            OptionError, BackendUnavailable: as the constructor.
+        """
+        return _row(options.get('name')).network_type
+
+
+@dataclass(frozen=True)
+class _Row:
+    architecture: Any
+    network_type: type[nn.Module]
+
+
+def names() -> list[str]:
+    """The names that `Spandrel` knows here: those of the networks' classes.
+
+    Raises:
+        BackendUnavailable: if spandrel is not installed.
+    """
+    return sorted(_rows())
+
+
+def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
+    """Read a network and its hyperparameters off the names and shapes of its weights.
+
+    Returns:
+        The options of `Spandrel`: `type`, `name` and hyperparameters; and a line for each that had to be assumed.
+    Raises:
+        OptionError: if spandrel does not know the network.
+        BackendUnavailable: if spandrel is not installed.
+    """
+    spandrel = _spandrel()
+    rows = _rows()
+    try:
+        descriptor = spandrel.MAIN_REGISTRY.load(dict(state))
+    except spandrel.UnsupportedModelError:
+        raise OptionError('spandrel does not know the network that these weights are of') from None
+    except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise OptionError(f'spandrel cannot tell the hyperparameters of these weights: {reason}') from error
+    network = descriptor.model
+    name = next((name for name, row in rows.items() if row.network_type is type(network)), None)
+    if name is None:
+        raise OptionError(f'{type(network).__name__} is a network of spandrel that cannot be built by name')
+    known = inspect.signature(type(network)).parameters
+    stored = {key: value for key, value in network.hyperparameters.items() if key in known and _is_plain(value)}
+    assumed = [f'{key} {stored[key]} is assumed, the weights do not tell' for key in _NOT_IN_WEIGHTS.get(name, ())]
+    return {'type': 'Spandrel', 'name': name, **stored}, assumed
+
+
+def _spandrel() -> Any:
+    # BasicSR first: with it torchvision, which spandrel imports, is made to work beside any build of torch.
+    import basicsr  # noqa: F401
+
+    try:
+        import spandrel
+    except ImportError as error:
+        if (error.name or '').partition('.')[0] not in ('spandrel', 'einops'):
+            raise
+        raise BackendUnavailable(f'Spandrel needs the package {error.name}, which is not installed: {_EXTRA}') from None
+    try:
+        import spandrel_extra_arches
+    except ImportError:
+        return spandrel
+    spandrel_extra_arches.install(ignore_duplicates=True)
+    return spandrel
+
+
+def _rows() -> dict[str, _Row]:
+    """Every network class of spandrel's by its name. An architecture says in its generic parameter what it builds."""
+    spandrel = _spandrel()
+    rows: dict[str, _Row] = {}
+    for support in spandrel.MAIN_REGISTRY:
+        for base in getattr(type(support.architecture), '__orig_bases__', ()):
+            if typing.get_origin(base) is spandrel.Architecture:
+                (built,) = typing.get_args(base)
+                for network_type in typing.get_args(built) or (built,):
+                    rows.setdefault(network_type.__name__, _Row(support.architecture, network_type))
+    return rows
+
+
+def _row(name: Any) -> _Row:
+    rows = _rows()
+    if name in rows:
+        return rows[name]
+    if name in _IN_SECOND_PACKAGE:
+        raise BackendUnavailable(
+            f'Spandrel: {name} is in the package spandrel_extra_arches, which is not installed: {_EXTRA}'
+        )
+    known = did_you_mean(str(name), rows) or f'; there are {", ".join(sorted(rows))}'
+    raise OptionError(f'Spandrel: expected the name of a network, got {name!r}{known}')
+
+
+def _check(name: str, network_type: type[nn.Module], options: Mapping[str, Any]) -> None:
+    known = inspect.signature(network_type).parameters
+    for key in options:
+        if key not in known:
+            raise OptionError(
+                f'Spandrel: {name} takes no {key}{did_you_mean(key, known)} (it takes {", ".join(known)})'
+            )
+
+
+def _pad(image: Tensor, right: int, below: int) -> Tensor:
+    """Reflection reaches as far as the picture is large, repetition goes on from there."""
+    if not (right or below):
+        return image
+    height, width = image.shape[-2:]
+    mirrored = min(right, width - 1), min(below, height - 1)
+    image = functional.pad(image, (0, mirrored[0], 0, mirrored[1]), mode='reflect')
+    return functional.pad(image, (0, right - mirrored[0], 0, below - mirrored[1]), mode='replicate')
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an option file can hold it."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f'{prefix}{_PREFIX}{key[len(prefix) :]}'] = state.pop(key)
+
+
+def _remove_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    long = f'{prefix}{_PREFIX}'
+    for key in [key for key in state if key.startswith(long)]:
+        state[f'{prefix}{key[len(long) :]}'] = state.pop(key)

@@ -1,0 +1,166 @@
+"""Networks of spandrel: any size, weights by their own names, recognised from a state, clear words where missing."""
+
+import copy
+import sys
+
+import pytest
+import torch
+
+import ast_plugin  # noqa: F401 (before BasicSR)
+from ast_plugin import schema
+from ast_plugin.archs import spandrel_arch
+from ast_plugin.archs.spandrel_arch import Spandrel
+from ast_plugin.checkpoints import infer_network, save_torch
+from ast_plugin.cli import registries
+from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
+from ast_plugin.models.restorer import Restorer
+
+TINY = {
+    'NAFNet': {'width': 4, 'middle_blk_num': 1, 'enc_blk_nums': [1, 1], 'dec_blk_nums': [1, 1]},
+    'Uformer': {'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'win_size': 2, 'img_size': 32},
+    'Restormer': {'dim': 4, 'num_blocks': [1, 1, 1, 1], 'num_refinement_blocks': 1, 'heads': [1, 1, 1, 1]},
+}
+FIRST_WEIGHT = {
+    'NAFNet': 'intro.weight',
+    'Uformer': 'input_proj.proj.0.weight',
+    'Restormer': 'patch_embed.proj.weight',
+}
+
+
+@pytest.fixture
+def installed():
+    import basicsr.archs  # noqa: F401 (lets torchvision, which spandrel imports, work beside any build of torch)
+
+    pytest.importorskip('spandrel', reason='the extra `baselines` is not installed')
+    pytest.importorskip('spandrel_extra_arches', reason='the extra `baselines` is not installed')
+
+
+@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('size', [(1, 1), (7, 37), (40, 24)])
+def test_any_size(installed, name, size):
+    network = Spandrel(name, **TINY[name]).eval()
+    with torch.no_grad():
+        output = network(torch.rand(1, 3, *size))
+    assert output.shape == (1, 3, *size)
+    assert torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize('name', ['Uformer', 'Restormer'])
+def test_padding_does_nothing_where_none_is_needed(installed, name):
+    network = Spandrel(name, **TINY[name]).eval()
+    side = network.sizes.multiple_of
+    image = torch.rand(2, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(network(image), network.network(image), rtol=0, atol=0)
+
+
+def test_padding_mirrors_and_then_repeats(installed):
+    image = torch.arange(3.0).reshape(1, 1, 1, 3)
+    padded = spandrel_arch._pad(image, right=4, below=1)
+    assert padded[0, 0, 0].tolist() == [0, 1, 2, 1, 0, 0, 0]
+    assert padded[0, 0, 1].tolist() == padded[0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_every_parameter_learns(installed, name):
+    network = Spandrel(name, **TINY[name])
+    with torch.no_grad():
+        for parameter in network.parameters():  # some start at zero, and nothing passes through them
+            parameter.copy_(0.1 * torch.randn(parameter.shape))
+    network(torch.rand(1, 3, 32, 32)).square().mean().backward()
+    without = [key for key, parameter in network.named_parameters() if parameter.grad is None]
+    assert not without
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_weights_have_the_names_they_were_released_with(installed, name):
+    import spandrel
+
+    network = Spandrel(name, **TINY[name]).eval()
+    state = network.state_dict()
+    assert FIRST_WEIGHT[name] in state
+    assert not any(key.startswith('network.') for key in state)
+    image = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        theirs = spandrel.ModelLoader().load_from_state_dict(dict(state)).model.eval()(image)
+        torch.testing.assert_close(network(image), theirs)
+    other = Spandrel(name, **TINY[name])
+    other.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+    assert copy.deepcopy(network).state_dict().keys() == state.keys()
+    with pytest.raises(RuntimeError, match=r'Missing key.*\n.*Unexpected key'):
+        other.load_state_dict({**{k: v for k, v in state.items() if k != FIRST_WEIGHT[name]}, 'more': image})
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_a_weights_file_alone_is_enough(installed, name, tmp_path):
+    network = Spandrel(name, **TINY[name]).eval()
+    save_torch(tmp_path / 'w.pth', {'params': network.state_dict()})
+    options, assumed = infer_network(network.state_dict())
+    assert (options['type'], options['name']) == ('Spandrel', name)
+    assert [note.split()[0] for note in assumed] == (['img_size'] if name == 'Uformer' else [])
+    picture = torch.rand(3, 9, 17)
+    with torch.no_grad():
+        expected = network(picture[None]).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+    told = None if name != 'Uformer' else {**options, 'img_size': TINY[name]['img_size']}
+    restored = Restorer.from_weights(tmp_path / 'w.pth', network=told, device='cpu').restore(
+        picture.permute(1, 2, 0).numpy()
+    )
+    assert restored == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('options', 'complaint'),
+    [
+        ({'name': 'NAFNett'}, 'did you mean NAFNet?'),
+        ({'name': 'x'}, 'there are '),
+        ({'name': None}, 'expected the name of a network, got None'),
+        ({'name': 'NAFNet', 'widht': 4}, 'NAFNet takes no widht, did you mean width?'),
+        ({'name': 'LaMa'}, 'LaMa fills in what a mask covers'),
+    ],
+)
+def test_bad_options(installed, options, complaint):
+    with pytest.raises(OptionError, match=complaint.replace('?', r'\?')):
+        Spandrel(**options)
+
+
+def test_the_check_of_option_files_knows_the_hyperparameters(installed):
+    registered = registries.load()
+    faults = schema.find_faults(
+        {
+            'name': 'a',
+            'model_type': 'RestorationModel',
+            'datasets': {},
+            'network_g': {'type': 'Spandrel', 'name': 'NAFNet', 'widht': 8},
+        },
+        registered,
+        is_train=False,
+    )
+    assert [str(fault) for fault in faults if 'network_g' in fault.where] == [
+        'network_g.widht: unknown key, did you mean width?'
+    ]
+
+
+@pytest.mark.parametrize(
+    ('missing', 'name', 'package'),
+    [
+        (['spandrel'], 'NAFNet', 'spandrel'),
+        (['spandrel_extra_arches'], 'Restormer', 'spandrel_extra_arches'),
+    ],
+)
+def test_not_installed(monkeypatch, missing, name, package):
+    if package != 'spandrel':
+        spandrel = pytest.importorskip('spandrel', reason='the extra `baselines` is not installed')
+        monkeypatch.setattr(spandrel, 'MAIN_REGISTRY', [])
+    for module in missing:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        BackendUnavailable, match=rf'{package}.*is not installed.*pip install "ast_plugin\[baselines\]"'
+    ):
+        Spandrel(name)
+
+
+def test_without_it_strange_weights_stay_strange(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'spandrel', None)
+    with pytest.raises(CheckpointError):
+        infer_network({'intro.weight': torch.zeros(4, 3, 3, 3)})
