@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ast_plugin.archs.ast_state import describe_mismatch, plain_state, rename_official_hook
-from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock
+from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, check_choice, init_weights
 from ast_plugin.errors import CheckpointError, OptionError, ShapeError
 from ast_plugin.ops import pad_to_multiple
 
@@ -68,7 +68,7 @@ class AST(nn.Module):
         window_size: side of an attention window.
         mlp_ratio: hidden channels of the feed-forward networks as a multiple of the level's.
         qkv_bias: whether queries, keys and values have a bias.
-        attention: 'assa', 'dense', 'sparse' or 'topk'.
+        attention: 'assa', 'dense', 'sparse', 'sparse_relu' or 'topk'; see `ops.attention_weights`.
         ffn: 'frfn', 'leff' or 'mlp'.
         drop_path_rate: highest rate of stochastic depth: from 0 up along the encoder, back down along the decoder.
         use_checkpoint: gradient checkpointing, block by block: less memory in training, about a third more time.
@@ -98,8 +98,8 @@ class AST(nn.Module):
         topk_ratio: float = 0.5,
     ) -> None:
         super().__init__()
-        _check_choice('attention', attention, ATTENTIONS)
-        _check_choice('ffn', ffn, FEED_FORWARDS)
+        check_choice('attention', attention, ATTENTIONS)
+        check_choice('ffn', ffn, FEED_FORWARDS)
         _check_lengths(depths=depths, num_heads=num_heads)
         if window_size < 1 or img_size < 2**NUM_LEVELS:
             raise OptionError(
@@ -137,7 +137,7 @@ class AST(nn.Module):
         self.output_proj = nn.Conv2d(incoming, out_chans, 3, padding=1)
 
         self.size_multiple = _size_multiple(img_size, window_size)
-        self.apply(_init_weights)
+        self.apply(init_weights)
         self.register_load_state_dict_pre_hook(rename_official_hook)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -244,18 +244,6 @@ def _drop_path_rates(depths: Sequence[int], highest: float) -> list[list[float]]
     up = down[::-1] + [0.0] * max(0, sum(depths[NUM_LEVELS + 1 :]) - num_encoder)
     rates = iter(down + [highest] * depths[NUM_LEVELS] + up)
     return [[next(rates) for _ in range(depth)] for depth in depths]
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _check_choice(key: str, value: str, choices: Mapping) -> None:
-    if value not in choices:
-        raise OptionError(f'{key} must be one of {", ".join(choices)}, not {value!r}')
 
 
 def _check_lengths(**lists: Sequence[int]) -> None:

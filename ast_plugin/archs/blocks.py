@@ -1,17 +1,25 @@
 """AST's building blocks. Modules hold parameters and state their sizes; the mathematics is in `ast_plugin.ops`.
 
-Every block maps [B, H, W, C] to [B, H, W, C].
+Every block maps [B, H, W, C] to [B, H, W, C], or with `layout='nchw'` [B, C, H, W] to [B, C, H, W], of any H and W.
+What `works_in` and `replaces` say is explained in `archs.block_registry`.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ast_plugin import ops
-from ast_plugin.errors import OptionError
+from ast_plugin.archs.layouts import check_layout, check_map, from_nhwc, to_nhwc
+from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops.window_padding import padding_mask
 
 
 class WindowAttention(nn.Module):
     """Self-attention within (shifted) windows, with a learned bias by relative position.
+
+    Maps that do not divide into windows are filled up with zeros at the bottom and the right and cropped again; tokens
+    of the map give those of the filling no weight at all, so that it changes nothing.
 
     Args:
         dim: channels.
@@ -20,12 +28,15 @@ class WindowAttention(nn.Module):
         shift_size: cyclic shift up and left before the map is cut, in [0, window_size).
         qkv_bias: whether queries, keys and values have a bias.
         topk_ratio: share of the keys that top-k attention keeps.
+        layout: 'nhwc' or 'nchw', of what comes in and goes out.
     Raises:
         OptionError: if sizes contradict one another.
     Source: Zhou et al., CVPR 2024, section 3.2; state names and layout follow its release (q alone, k and v together).
     """
 
     kind: str  # set by the subclasses, see ops.attention_weights
+    works_in = 'nhwc'
+    replaces = ('windows', 'tokens', 'maps')
 
     def __init__(
         self,
@@ -35,8 +46,10 @@ class WindowAttention(nn.Module):
         shift_size: int = 0,
         qkv_bias: bool = True,
         topk_ratio: float = 0.5,
+        layout: str = 'nhwc',
     ) -> None:
         super().__init__()
+        self.layout = check_layout(layout)
         if num_heads < 1 or dim % num_heads:
             raise OptionError(f'{dim} channels do not divide into {num_heads} heads')
         if not 0 <= shift_size < window_size:
@@ -54,11 +67,40 @@ class WindowAttention(nn.Module):
         """Attend within windows.
 
         Args:
-            x: [B, H, W, C], H and W multiples of the window.
+            x: [B, H, W, C] or [B, C, H, W], as `layout` says.
             mask: [B or 1, 1, h, w] of the whole picture, see `ops.pair_mask`; or None.
+        Raises:
+            ShapeError: if x has other dimensions.
         """
+        x = to_nhwc(x, self.layout)
+        check_map(x, self.dim, type(self).__name__)
+        H, W = size = tuple(x.shape[1:3])
+        missing_h, missing_w = -H % self.window_size, -W % self.window_size
+        if missing_h or missing_w:
+            x = nn.functional.pad(x, (0, 0, 0, missing_w, 0, missing_h))
         if mask is not None:
-            mask = ops.pair_mask(mask, x.shape[1:3], self.window_size)
+            mask = nn.functional.interpolate(mask.float(), size=size)
+            mask = ops.pair_mask(nn.functional.pad(mask, (0, missing_w, 0, missing_h)), x.shape[1:3], self.window_size)
+        if missing_h or missing_w:
+            padding = padding_mask(size, self.window_size, self.shift_size, x.device)
+            mask = padding if mask is None else (mask.reshape(-1, *padding.shape) + padding).flatten(0, 1)
+        return from_nhwc(self._attend(x, mask, self.shift_size)[:, :H, :W], self.layout)
+
+    def attend_windows(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend within windows that the caller has cut, shifted or not.
+
+        Args:
+            x: [num_windows * B, window_size**2, C].
+            mask: [num_windows, window_size**2, window_size**2], added to the scores; or None.
+        Raises:
+            ShapeError: if the windows have another size.
+        """
+        side = self.window_size
+        if x.ndim != 3 or x.shape[1] != side**2:
+            raise ShapeError(f'{type(self).__name__} takes windows of {side}x{side} tokens, not {list(x.shape)}')
+        return self._attend(x.unflatten(1, (side, side)), mask, 0).flatten(1, 2)
+
+    def _attend(self, x: Tensor, mask: Tensor | None, shift: int) -> Tensor:
         return ops.window_attention(
             x,
             _affine(self.q),
@@ -67,7 +109,7 @@ class WindowAttention(nn.Module):
             self.position_bias,
             num_heads=self.num_heads,
             window=self.window_size,
-            shift=self.shift_size,
+            shift=shift,
             kind=self.kind,
             gate=self.gate,
             mask=mask,
@@ -96,6 +138,12 @@ class SparseAttention(WindowAttention):
     kind = 'sparse'
 
 
+class ReLUAttention(WindowAttention):
+    """Window attention with ReLU alone, not squared."""
+
+    kind = 'sparse_relu'
+
+
 class TopKAttention(WindowAttention):
     """Window attention with softmax over the highest scores of each query."""
 
@@ -108,11 +156,16 @@ class FRFN(nn.Module):
     Args:
         dim: channels, at least 4: a quarter of them goes through the partial convolution.
         mlp_ratio: hidden channels as a multiple of `dim`.
+        layout: 'nhwc' or 'nchw', of what comes in and goes out.
     Source: Zhou et al., CVPR 2024, section 3.3.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float = 4.0) -> None:
+    works_in = 'nhwc'
+    replaces = ('tokens', 'maps')
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
         super().__init__()
+        self.layout = check_layout(layout)
         if dim < 4:
             raise OptionError(f'FRFN convolves a quarter of the channels and needs at least 4 of them, not {dim}')
         hidden = int(dim * mlp_ratio)
@@ -122,9 +175,10 @@ class FRFN(nn.Module):
         self.project = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.frfn(
-            x, self.partial_conv.weight, _affine(self.expand), _affine(self.depthwise), _affine(self.project)
-        )
+        x = to_nhwc(x, self.layout)
+        check_map(x, self.expand.in_features, 'FRFN')
+        y = ops.frfn(x, self.partial_conv.weight, _affine(self.expand), _affine(self.depthwise), _affine(self.project))
+        return from_nhwc(y, self.layout)
 
 
 class LeFF(nn.Module):
@@ -133,17 +187,24 @@ class LeFF(nn.Module):
     Args:
         dim: channels.
         mlp_ratio: hidden channels as a multiple of `dim`.
+        layout: 'nhwc' or 'nchw', of what comes in and goes out.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float = 4.0) -> None:
+    works_in = 'nhwc'
+    replaces = ('tokens', 'maps')
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
         super().__init__()
+        self.layout = check_layout(layout)
         hidden = int(dim * mlp_ratio)
         self.expand = nn.Linear(dim, hidden)
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.project = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.leff(x, _affine(self.expand), _affine(self.depthwise), _affine(self.project))
+        x = to_nhwc(x, self.layout)
+        check_map(x, self.expand.in_features, 'LeFF')
+        return from_nhwc(ops.leff(x, _affine(self.expand), _affine(self.depthwise), _affine(self.project)), self.layout)
 
 
 class MLP(nn.Module):
@@ -152,22 +213,31 @@ class MLP(nn.Module):
     Args:
         dim: channels.
         mlp_ratio: hidden channels as a multiple of `dim`.
+        layout: 'nhwc' or 'nchw', of what comes in and goes out.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float = 4.0) -> None:
+    works_in = 'any'
+    replaces = ('windows', 'tokens', 'maps')
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
         super().__init__()
+        self.layout = check_layout(layout)
         hidden = int(dim * mlp_ratio)
         self.expand = nn.Linear(dim, hidden)
         self.project = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.mlp(x, _affine(self.expand), _affine(self.project))
+        x = to_nhwc(x, self.layout)
+        if x.shape[-1] != self.expand.in_features:
+            raise ShapeError(f'MLP takes {self.expand.in_features} channels, not {list(x.shape)}')
+        return from_nhwc(ops.mlp(x, _affine(self.expand), _affine(self.project)), self.layout)
 
 
 ATTENTIONS: dict[str, type[WindowAttention]] = {
     'assa': ASSA,
     'dense': DenseAttention,
     'sparse': SparseAttention,
+    'sparse_relu': ReLUAttention,
     'topk': TopKAttention,
 }
 FEED_FORWARDS: dict[str, type[nn.Module]] = {'frfn': FRFN, 'leff': LeFF, 'mlp': MLP}
@@ -206,12 +276,22 @@ class ASTBlock(nn.Module):
         ffn: the feed-forward module.
         dim: channels.
         drop_path_rate: see `DropPath`, for both branches.
+        layout: 'nhwc' or 'nchw', of what comes in and goes out; the parts work in NHWC.
     """
 
+    works_in = 'nhwc'
+    replaces = ('tokens', 'maps')
+
     def __init__(
-        self, attention: WindowAttention | None, ffn: nn.Module, dim: int, drop_path_rate: float = 0.0
+        self,
+        attention: WindowAttention | None,
+        ffn: nn.Module,
+        dim: int,
+        drop_path_rate: float = 0.0,
+        layout: str = 'nhwc',
     ) -> None:
         super().__init__()
+        self.layout = check_layout(layout)
         self.norm1 = nn.LayerNorm(dim) if attention is not None else None
         self.attn = attention
         self.norm2 = nn.LayerNorm(dim)
@@ -219,9 +299,52 @@ class ASTBlock(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = to_nhwc(x, self.layout)
         if self.attn is not None:
             x = x + self.drop_path(self.attn(self.norm1(x), mask))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
+        return from_nhwc(x + self.drop_path(self.ffn(self.norm2(x))), self.layout)
+
+
+def ast_block(
+    dim: int,
+    num_heads: int,
+    window_size: int = 8,
+    shift_size: int = 0,
+    mlp_ratio: float = 4.0,
+    attention: str = 'assa',
+    ffn: str = 'frfn',
+    qkv_bias: bool = True,
+    drop_path_rate: float = 0.0,
+    topk_ratio: float = 0.5,
+    layout: str = 'nhwc',
+) -> ASTBlock:
+    """A whole AST block out of its sizes; see `WindowAttention`, `FRFN` and `ASTBlock` for them.
+
+    Raises:
+        OptionError: if sizes contradict one another, or there is no such attention or feed-forward network.
+    """
+    check_choice('attention', attention, ATTENTIONS)
+    check_choice('ffn', ffn, FEED_FORWARDS)
+    attn = ATTENTIONS[attention](dim, num_heads, window_size, shift_size, qkv_bias, topk_ratio)
+    return ASTBlock(attn, FEED_FORWARDS[ffn](dim, mlp_ratio), dim, drop_path_rate, layout)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw the weights of linear layers as AST and Swin do, for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_choice(key: str, value: str, choices: Mapping[str, object]) -> None:
+    """See that a value is one of those there are.
+
+    Raises:
+        OptionError: otherwise, naming them.
+    """
+    if value not in choices:
+        raise OptionError(f'{key} must be one of {", ".join(choices)}, not {value!r}')
 
 
 def _affine(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ast_plugin.errors import OptionError, ShapeError
 from ast_plugin.ops.windows import merge_windows, partition_windows, relative_position_index, shift_mask
 
-ATTENTION_KINDS = ('assa', 'dense', 'sparse', 'topk')
+ATTENTION_KINDS = ('assa', 'dense', 'sparse', 'sparse_relu', 'topk')
 
 Affine = tuple[Tensor, Tensor | None]  # weight [out, in] and bias [out] of a linear layer
 
@@ -15,10 +15,11 @@ Affine = tuple[Tensor, Tensor | None]  # weight [out, in] and bias [out] of a li
 def attention_weights(scores: Tensor, kind: str, gate: Tensor | None = None, topk_ratio: float = 0.5) -> Tensor:
     """Weights of the values, from the scores of queries and keys.
 
-        dense   softmax(S)                              rows sum to 1
-        sparse  relu(S)²                                no normalisation
-        assa    g₀ · softmax(S) + g₁ · relu(S)²         g = softmax(gate)
-        topk    softmax over the highest scores of each row
+        dense        softmax(S)                         rows sum to 1
+        sparse       relu(S)²                           no normalisation
+        sparse_relu  relu(S)                            no normalisation
+        assa         g₀ · softmax(S) + g₁ · relu(S)²    g = softmax(gate)
+        topk         softmax over the highest scores of each row
 
     Args:
         scores: [..., queries, keys], any float dtype.
@@ -35,6 +36,8 @@ def attention_weights(scores: Tensor, kind: str, gate: Tensor | None = None, top
         return scores.softmax(-1)
     if kind == 'sparse':
         return scores.relu().square()
+    if kind == 'sparse_relu':
+        return scores.relu()
     if kind == 'assa':
         dense_share, sparse_share = gate.to(scores.dtype).softmax(0)
         return dense_share * scores.softmax(-1) + sparse_share * scores.relu().square()

@@ -190,7 +190,7 @@ def test_half_precisions_run():
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
-        ({'attention': 'asa'}, "attention must be one of assa, dense, sparse, topk, not 'asa'"),
+        ({'attention': 'asa'}, "attention must be one of assa, dense, sparse, sparse_relu, topk, not 'asa'"),
         ({'ffn': 'ffn'}, "ffn must be one of frfn, leff, mlp, not 'ffn'"),
         ({'depths': (1, 2, 3)}, 'depths must be 9 numbers'),
         ({'num_heads': (1,) * 8 + (0,)}, 'num_heads must be 9 numbers of at least 1'),

@@ -63,7 +63,8 @@ def slow_attention(x, q, kv, proj, position_bias, gate, *, window, shift, kind, 
             kept = scores >= scores.sort(descending=True).values[keep - 1]
             dense = torch.exp(scores - scores.max()) * kept
             dense = dense / dense.sum()
-        weights = {'assa': share[0] * dense + share[1] * sparse, 'sparse': sparse}.get(kind, dense)
+        others = {'assa': share[0] * dense + share[1] * sparse, 'sparse': sparse, 'sparse_relu': scores.clamp(min=0)}
+        weights = others.get(kind, dense)
         out[b, y, z, part] = weights @ seen
     return out @ proj[0].T + proj[1]
 

@@ -1,0 +1,164 @@
+"""The blocks as plain modules: layouts, any size, and padding that changes nothing."""
+
+import pytest
+import torch
+
+from ast_plugin import ops
+from ast_plugin.archs.blocks import ASSA, ATTENTIONS, FEED_FORWARDS, FRFN, MLP, ast_block
+from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops.window_padding import padding_mask
+
+DIM = 8
+SIZES = [(1, 1), (3, 17), (8, 8), (13, 10), (4, 5)]
+BUILDERS = {
+    **{name: lambda layout, kind=kind: kind(DIM, 2, 4, 2, layout=layout) for name, kind in ATTENTIONS.items()},
+    **{name: lambda layout, kind=kind: kind(DIM, 2.0, layout=layout) for name, kind in FEED_FORWARDS.items()},
+    'block': lambda layout: ast_block(DIM, 2, 4, 1, 2.0, layout=layout),
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def excite(module):
+    """Weights so large that scores matter."""
+    for parameter in module.parameters():
+        parameter.data.copy_(torch.randn_like(parameter))
+    return module
+
+
+@pytest.mark.parametrize('name', BUILDERS)
+@pytest.mark.parametrize('size', SIZES)
+def test_both_layouts_compute_the_same_on_any_size(name, size):
+    nhwc, nchw = BUILDERS[name]('nhwc'), BUILDERS[name]('nchw')
+    nchw.load_state_dict(nhwc.state_dict())
+    x = torch.randn(2, DIM, *size, requires_grad=True)
+    y = nchw(x)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, nhwc(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    y.square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+    for key, parameter in nchw.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
+
+
+def reference(block, x):
+    """Window attention of a map that does not divide, window by window, with no filling at all."""
+    side, shift = block.window_size, block.shift_size
+    H, W = x.shape[1:3]
+    out = torch.full_like(x, float('nan'))
+    rows, columns = H + -H % side, W + -W % side
+
+    def groups(length):
+        # places in the filled map, rolled; what came over the edge is a group of its own
+        for start in range(0, length, side):
+            places = [(place + shift) % length for place in range(start, start + side)]
+            wrapped = [(place + shift) // length for place in range(start, start + side)]
+            for half in (0, 1):
+                yield [
+                    (index, place)
+                    for index, (place, over) in enumerate(zip(places, wrapped, strict=True))
+                    if over == half
+                ]
+
+    for row_group in groups(rows):
+        for column_group in groups(columns):
+            tokens = [(i, j, r, c) for i, r in row_group for j, c in column_group if r < H and c < W]
+            if not tokens:
+                continue
+            index = [i * side + j for i, j, _, _ in tokens]
+            inside = torch.stack([x[:, r, c] for _, _, r, c in tokens], dim=1)
+            heads, d = block.num_heads, block.dim // block.num_heads
+            q = block.q(inside).unflatten(-1, (heads, d)).transpose(1, 2)
+            k, v = (part.unflatten(-1, (heads, d)).transpose(1, 2) for part in block.kv(inside).chunk(2, dim=-1))
+            table = ops.relative_position_index(side)[index][:, index]
+            scores = q @ k.transpose(-1, -2) * d**-0.5 + block.position_bias[table].permute(2, 0, 1)
+            weights = ops.attention_weights(scores, block.kind, block.gate)
+            result = block.proj((weights @ v).transpose(1, 2).flatten(2))
+            for place, (_, _, r, c) in enumerate(tokens):
+                out[:, r, c] = result[:, place]
+    return out
+
+
+@pytest.mark.parametrize('kind', ['assa', 'dense', 'sparse', 'sparse_relu'])
+@pytest.mark.parametrize('shift', [0, 1, 2, 3])
+def test_attention_sees_the_map_and_nothing_beside_it(kind, shift):
+    block = excite(ATTENTIONS[kind](DIM, 2, 4, shift))
+    block.kv.weight.data *= 0.3  # else the mask of the shift, -100, is not out of reach for relu's scores
+    for size in ((5, 10), (3, 3), (7, 4)):
+        x = torch.randn(2, *size, DIM)
+        with torch.no_grad():
+            torch.testing.assert_close(block(x), reference(block, x))
+
+
+def test_what_the_map_is_filled_with_does_not_matter(monkeypatch):
+    block = excite(ASSA(DIM, 2, 4, 1))
+    x = torch.randn(1, 6, 5, DIM)
+    with torch.no_grad():
+        zeros = block(x)
+        pad = torch.nn.functional.pad
+        monkeypatch.setattr(torch.nn.functional, 'pad', lambda t, sides, **k: pad(t, sides, value=1e3))
+        torch.testing.assert_close(block(x), zeros)
+
+
+def test_a_picture_mask_goes_with_any_size():
+    block = excite(ASSA(DIM, 2, 4))
+    x = torch.randn(2, 6, 5, DIM)
+    mask = torch.zeros(1, 1, 12, 10)
+    mask[..., 4:] = 1
+    with torch.no_grad():
+        plain, masked = block(x), block(x, mask)
+        assert not torch.allclose(plain, masked)
+        torch.testing.assert_close(block(x, torch.zeros_like(mask)), plain)
+
+
+def test_windows_cut_by_the_caller():
+    block = excite(ASSA(DIM, 2, 4))
+    x = torch.randn(2, 8, 12, DIM)
+    with torch.no_grad():
+        cut = block.attend_windows(ops.partition_windows(x, 4))
+        torch.testing.assert_close(ops.merge_windows(cut, 4, (8, 12)), block(x))
+        mask = torch.zeros(6, 16, 16)
+        mask[2, :, 3] = float('-inf')
+        changed = block.attend_windows(ops.partition_windows(x, 4), mask) != cut
+    assert changed.flatten(1).any(1).tolist() == [False, False, True, False, False, False] * 2
+    with pytest.raises(ShapeError, match=r'windows of 4x4 tokens, not \[2, 9, 8\]'):
+        block.attend_windows(torch.zeros(2, 9, DIM))
+
+
+def test_every_row_of_the_padding_mask_keeps_something():
+    for size, window, shift in (((1, 1), 4, 2), ((5, 9), 4, 3), ((7, 8), 8, 4)):
+        mask = padding_mask(size, window, shift, torch.device('cpu'))
+        assert (mask.max(-1).values == 0).all()
+
+
+@pytest.mark.parametrize(
+    ('build', 'x', 'words'),
+    [
+        (lambda: ASSA(DIM, 2), torch.zeros(1, DIM, 4, 4), r'ASSA takes maps of 8 channels.*\[1, 8, 4, 4\]'),
+        (lambda: FRFN(DIM, layout='nchw'), torch.zeros(1, 4, 4, DIM), r'FRFN takes maps of 8 channels'),
+        (lambda: FRFN(DIM, layout='nchw'), torch.zeros(1, 4, DIM), r'\[B, C, H, W\], not \[1, 4, 8\]'),
+        (lambda: MLP(DIM), torch.zeros(1, 4, 9), r'MLP takes 8 channels, not \[1, 4, 9\]'),
+    ],
+)
+def test_wrong_shapes_are_named(build, x, words):
+    with pytest.raises(ShapeError, match=words):
+        build()(x)
+
+
+@pytest.mark.parametrize(
+    ('build', 'words'),
+    [
+        (lambda: ASSA(DIM, 3), '8 channels do not divide into 3 heads'),
+        (lambda: ASSA(DIM, 2, layout='hwc'), "layout must be nhwc or nchw, not 'hwc'"),
+        (lambda: ast_block(DIM, 2, ffn='swiglu'), "ffn must be one of frfn, leff, mlp, not 'swiglu'"),
+        (lambda: ast_block(DIM, 2, attention='flash'), 'attention must be one of assa'),
+    ],
+)
+def test_wrong_options_are_named(build, words):
+    with pytest.raises(OptionError, match=words):
+        build()
