@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from ast_plugin import checkpoints
+from ast_plugin import weights_files
 from ast_plugin.archs.ast_arch import AST
 from ast_plugin.checkpoints import infer_network, read_checkpoint, save_torch, save_weights
 from ast_plugin.errors import CheckpointError
@@ -127,7 +127,7 @@ def test_missing_files_and_keys(tmp_path, state):
 def test_metadata_that_are_no_network(tmp_path, described):
     from safetensors.torch import save_file
 
-    save_file({'a': torch.zeros(1)}, tmp_path / 'w.safetensors', {checkpoints.NETWORK_KEY: described})
+    save_file({'a': torch.zeros(1)}, tmp_path / 'w.safetensors', {weights_files.NETWORK_KEY: described})
     with pytest.raises(CheckpointError):
         read_checkpoint(tmp_path / 'w.safetensors')
 
@@ -141,7 +141,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, fai
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(os, 'fsync' if failing == 'fsync' else 'rename', fail)
-    monkeypatch.setattr(checkpoints.Path, 'replace', fail) if failing == 'replace' else None
+    monkeypatch.setattr(weights_files.Path, 'replace', fail) if failing == 'replace' else None
     with pytest.raises(CheckpointError, match='No space left on device'):
         save_torch(path, {'params': {'a': torch.ones(2)}})
     monkeypatch.undo()
@@ -151,14 +151,14 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, fai
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs the full device of Linux')
 def test_a_full_disk_is_an_error(monkeypatch, tmp_path):
-    real = checkpoints.tempfile.NamedTemporaryFile
+    real = weights_files.tempfile.NamedTemporaryFile
 
     def on_a_full_disk(**options):
         file = real(**options)
         os.dup2(os.open('/dev/full', os.O_WRONLY), file.fileno())
         return file
 
-    monkeypatch.setattr(checkpoints.tempfile, 'NamedTemporaryFile', on_a_full_disk)
+    monkeypatch.setattr(weights_files.tempfile, 'NamedTemporaryFile', on_a_full_disk)
     for save in (
         lambda p: save_torch(p, {'a': torch.zeros(9999)}),
         lambda p: save_weights(p, {'a': torch.zeros(9999)}, {}),

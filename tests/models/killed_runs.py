@@ -22,7 +22,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ast_plugin import checkpoints
+from ast_plugin import weights_files
 from ast_plugin.cli.main import main as basicsr
 from ast_plugin.models.restoration_model import RestorationModel
 from ast_plugin.models.validator import Validator
@@ -137,7 +137,7 @@ def tell_iterations(writer: int, losses: Path) -> None:
 def die_at(place: str, count: int) -> None:
     """Let this process kill itself when it comes to a place for the `count`-th time."""
     holder, name, dies_before = {
-        'write': (checkpoints._Output, 'write', False),
+        'write': (weights_files._Output, 'write', False),
         'fsync': (os, 'fsync', True),
         'rename': (Path, 'replace', True),
         'renamed': (Path, 'replace', False),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ast_plugin import checkpoints
+from ast_plugin import weights_files
 from ast_plugin.errors import CheckpointError
 from ast_plugin.models import run_state, stop_signals
 from ast_plugin.training_states import newest_whole, read_state
@@ -167,7 +167,7 @@ def test_what_a_disk_changes_is_noticed_at_once(tmp_path, monkeypatch):
 
     model = build(resumable(tmp_path))
     train(model, 1, 2)
-    monkeypatch.setattr(checkpoints.os, 'fsync', lose_a_byte)
+    monkeypatch.setattr(weights_files.os, 'fsync', lose_a_byte)
     with pytest.raises(CheckpointError, match='what was read back is not what had been written'):
         model.save(0, 2)
     assert not list((tmp_path / 'models').iterdir())
