@@ -36,6 +36,7 @@ def description() -> str:
     return readme.read_text(encoding='utf-8') if readme.is_file() else ''
 
 
+metrics = ['pyiqa>=0.1.14']
 # The second holds networks whose licences restrict their use, Restormer among them.
 baselines = ['spandrel>=0.4.2', 'spandrel-extra-arches>=0.2']
 optimizers = ['pytorch-optimizer>=4.0']
@@ -67,6 +68,7 @@ setup(
         'tqdm>=4.66',
     ],
     extras_require={
+        'metrics': metrics,
         'baselines': baselines,
         'optimizers': optimizers,
         'photos': photos,

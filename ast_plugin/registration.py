@@ -26,6 +26,14 @@ REGISTERED: dict[str, tuple[str, ...]] = {
         'ast_plugin.losses.fft_loss:FFTLoss',
         'ast_plugin.losses.psnr_loss:PSNRLoss',
     ),
+    'METRIC_REGISTRY': (
+        'ast_plugin.metrics.toolbox_metrics:calculate_psnr_matlab',
+        'ast_plugin.metrics.toolbox_metrics:calculate_ssim_matlab',
+        'ast_plugin.metrics.toolbox_metrics:calculate_psnr_skimage',
+        'ast_plugin.metrics.toolbox_metrics:calculate_ssim_skimage',
+        'ast_plugin.metrics.toolbox_metrics:calculate_psnr_y_float',
+        'ast_plugin.metrics.pyiqa_metric:pyiqa',
+    ),
 }
 """By registry of `basicsr.utils.registry`, `module:name` of each object; it is registered under that name."""
 

@@ -12,6 +12,14 @@ PROMISED = {
     'MODEL_REGISTRY': {'RestorationModel'},
     'DATASET_REGISTRY': {'PairsDataset', 'SyntheticPairsDataset'},
     'LOSS_REGISTRY': {'ASTCharbonnierLoss', 'TVLoss', 'EdgeLoss', 'FFTLoss', 'PSNRLoss'},
+    'METRIC_REGISTRY': {
+        'calculate_psnr_matlab',
+        'calculate_ssim_matlab',
+        'calculate_psnr_skimage',
+        'calculate_ssim_skimage',
+        'calculate_psnr_y_float',
+        'pyiqa',
+    },
 }
 
 

@@ -1,5 +1,6 @@
 """Restoring an image in overlapping tiles, so that memory is bounded by the tile."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -83,32 +84,36 @@ def run_tiled(
     overlap: int,
     blend: str = 'ramp',
     on_tile: Callable[[int, int], None] | None = None,
+    batch: int = 1,
 ) -> Tensor:
     """Apply a function to an image tile by tile, and blend the results where tiles overlap.
 
-    What `function` needs is bounded by the tile; beside it only the result is held, on the image's device.
+    What `function` needs is bounded by `batch` tiles; beside it only the result is held, on the image's device.
     An image that fits in a tile goes through in one piece, and a side shorter than the tile is taken whole.
 
     Args:
-        function: maps [B, C, h, w] to [B, D, s·h, s·w] with the same integer s >= 1 for every tile; it may move a
-            tile to another device, its result is brought back.
+        function: maps [N, C, h, w] to [N, D, s·h, s·w] with the same integer s >= 1 for every tile; it may move tiles
+            to another device, their result is brought back.
         image: [B, C, H, W], floating point.
         tile: side of a tile in pixels of the image, at least 1.
         overlap: pixels that neighbouring tiles share, in [0, tile).
         blend: 'ramp' weighs tiles by smooth ramps over the overlap and leaves out its outer third, so that the
             result is that of the whole image wherever `function` reaches at most `overlap // 3` pixels far and is
             the same at every position; 'mean' is the plain average of the official protocols.
-        on_tile: called with (tiles done, tiles in all) after each tile.
+        on_tile: called with (tiles done, tiles in all) after each batch of tiles.
+        batch: tiles that go through together, N = batch·B, which small tiles on a GPU want.
     Returns:
         The result, [B, D, s·H, s·W], dtype of the function's output, device of the image.
     Raises:
-        OptionError: if tile, overlap or blend are out of range.
+        OptionError: if tile, overlap, blend or batch are out of range.
         ShapeError: if the image is not [B, C, H, W] or the function's output is no integer multiple of its input.
     Source: starts of the tiles and 'mean': official protocol for AGAN-Data and Dense-Haze.
     """
     check_tiling(tile, overlap)
     if blend not in BLENDS:
         raise OptionError(f'blend is {blend!r}: expected one of {", ".join(BLENDS)}')
+    if batch < 1:
+        raise OptionError(f'batch is {batch}: expected a number of tiles, 1 or more')
     if image.ndim != 4 or 0 in image.shape:
         raise ShapeError(f'run_tiled expects an image [B, C, H, W] that is not empty, got {list(image.shape)}')
     height, width = image.shape[-2:]
@@ -121,27 +126,27 @@ def run_tiled(
 
     rows = list(zip(tile_starts(height, tile, overlap), _axis_weights(height, tile, overlap, blend), strict=True))
     columns = list(zip(tile_starts(width, tile, overlap), _axis_weights(width, tile, overlap, blend), strict=True))
-    result, scale, done = None, 1, 0
-    for top, row_weight in rows:
-        for left, column_weight in columns:
-            patch = image[..., top : top + tile, left : left + tile]
-            restored = function(patch)
-            if result is None:
-                scale = _scale_of(patch, restored)
-                shape = (*restored.shape[:2], height * scale, width * scale)
-                result = torch.zeros(shape, dtype=restored.dtype, device=image.device)
-            elif _scale_of(patch, restored) != scale:
-                raise ShapeError(
-                    f'the function enlarged one tile {scale} times and another '
-                    f'{_scale_of(patch, restored)} times: tiles need one scale'
-                )
-            weight = torch.outer(row_weight.repeat_interleave(scale), column_weight.repeat_interleave(scale))
-            bottom, right = top * scale + restored.shape[-2], left * scale + restored.shape[-1]
+    places = list(itertools.product(rows, columns))
+    result, scale = None, 1
+    for first in range(0, len(places), batch):
+        group = places[first : first + batch]
+        patches = [image[..., top : top + tile, left : left + tile] for (top, _), (left, _) in group]
+        patches = torch.cat(patches) if len(patches) > 1 else patches[0]
+        restored = function(patches)
+        found = _scale_of(patches, restored)
+        if result is None:
+            scale = found
+            shape = (len(image), restored.shape[1], height * scale, width * scale)
+            result = torch.zeros(shape, dtype=restored.dtype, device=image.device)
+        elif found != scale:
+            raise ShapeError(f'the function enlarged one tile {scale} times and another {found}: tiles need one scale')
+        for ((top, row), (left, column)), part in zip(group, restored.split(len(image)), strict=True):
+            weight = torch.outer(row.repeat_interleave(scale), column.repeat_interleave(scale))
+            bottom, right = top * scale + part.shape[-2], left * scale + part.shape[-1]
             place = result[..., top * scale : bottom, left * scale : right]
-            place.addcmul_(restored.to(result.device), weight.to(result))
-            done += 1
-            if on_tile is not None:
-                on_tile(done, len(rows) * len(columns))
+            place.addcmul_(part.to(result.device), weight.to(result))
+        if on_tile is not None:
+            on_tile(first + len(group), len(places))
     return result
 
 

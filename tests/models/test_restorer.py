@@ -6,7 +6,7 @@ from torch import nn
 from ast_plugin.archs.ast_arch import AST
 from ast_plugin.checkpoints import save_weights
 from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError
-from ast_plugin.models import restorer as restorer_module
+from ast_plugin.models import tiling
 from ast_plugin.models.memory import _free_in_group, _free_in_machine, available_bytes, peak_bytes
 from ast_plugin.models.restorer import Restorer, build_network, find_device
 
@@ -133,8 +133,8 @@ def test_tiles_asked_for_bound_what_the_network_sees():
 
 def test_tiles_are_chosen_when_memory_is_short(monkeypatch):
     network, notes = Scale(), []
-    monkeypatch.setattr(restorer_module, 'available_bytes', lambda device: 10**7)
-    monkeypatch.setattr(restorer_module, 'peak_bytes', lambda network, image: 150 * 128 * 128)
+    monkeypatch.setattr(tiling, 'available_bytes', lambda device: 10**7)
+    monkeypatch.setattr(tiling, 'peak_bytes', lambda network, image: 150 * 128 * 128)
     image = noise(130, 500, 3)
     np.testing.assert_array_equal(Restorer(network).restore(image, on_note=notes.append), image)
     assert set(network.sizes) == {(128, 128)}
@@ -143,7 +143,7 @@ def test_tiles_are_chosen_when_memory_is_short(monkeypatch):
 
 def test_nothing_is_measured_when_memory_is_ample(monkeypatch):
     network, notes = Scale(), []
-    monkeypatch.setattr(restorer_module, 'peak_bytes', None)
+    monkeypatch.setattr(tiling, 'peak_bytes', None)
     Restorer(network).restore(noise(150, 200, 3), on_note=notes.append)
     assert network.sizes == [(150, 200)] and not notes
 
@@ -170,7 +170,7 @@ def test_memory_that_runs_out_with_the_tiles_asked_for_is_an_error():
         Restorer(Forgetful(), tile=256).restore(noise(300, 300, 3))
 
 
-@pytest.mark.parametrize(('tile', 'overlap'), [(0, None), (-1, None), (8, 8), (8, -1), (None, -1)])
+@pytest.mark.parametrize(('tile', 'overlap'), [(0, None), (-1, None), (8, 8), (8, -1), (None, -1), ('all', None)])
 def test_senseless_tiles_are_refused_at_once(tmp_path, tile, overlap):
     with pytest.raises(OptionError):
         Restorer(Scale(), tile=tile, overlap=overlap)

@@ -1,0 +1,84 @@
+"""What measures take: pairs of images of one size, checked, and their pixels as 8 bits, fractions or luma."""
+
+import numpy as np
+from torch import Tensor
+
+from ast_plugin.errors import DataError, ShapeError
+
+LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+LUMA = np.array([65.481, 128.553, 24.966])
+"""RGB in [0, 1] to the Y of BT.601, which goes from 16 (black) to 235 (white)."""
+
+_ROUNDING = 1e-6  # what arithmetic may add to a value that was clamped
+
+
+def check_pair(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return both images as arrays [H, W, C], their values as they are.
+
+    Args:
+        image, reference: arrays, gray [H, W] or [H, W, 1] or RGB [H, W, 3]; or tensors, [C, H, W] or [1, C, H, W], on
+            any device. uint8, uint16, or floating point in [0, 1]; the two may differ in that.
+    Raises:
+        ShapeError: if one is no such image, or they differ in size.
+        DataError: if values of floating point are not in [0, 1].
+    """
+    pair = as_array(image, 'the image'), as_array(reference, 'the reference')
+    if pair[0].shape != pair[1].shape:
+        raise ShapeError(
+            f'the image is {_shown(pair[0])} and the reference {_shown(pair[1])}: expected two images of one size'
+        )
+    return pair
+
+
+def as_array(image: np.ndarray | Tensor, name: str = 'the image') -> np.ndarray:
+    """One image as `check_pair` returns it; `name` is what messages call it."""
+    if isinstance(image, Tensor):
+        if image.ndim == 4 and len(image) == 1:
+            image = image[0]
+        if image.ndim != 3:
+            raise ShapeError(f'{name} is a tensor {list(image.shape)}: expected [C, H, W] or [1, C, H, W]')
+        image = image.detach().cpu()
+        image = (image if image.element_size() > 2 or not image.is_floating_point() else image.float()).numpy()
+        image = image.transpose(1, 2, 0)
+    if not isinstance(image, np.ndarray):
+        raise ShapeError(f'{name} is a {type(image).__name__}: expected an array or a tensor')
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
+        raise ShapeError(f'{name} is {list(image.shape)}: expected [H, W] or [H, W, 3], not empty')
+    if image.dtype not in LARGEST:
+        if not np.issubdtype(image.dtype, np.floating):
+            raise ShapeError(f'{name} is of {image.dtype}: expected uint8, uint16 or floating point')
+        low, high = float(image.min()), float(image.max())
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+            raise DataError(f'{name} has values from {low:g} to {high:g}: expected [0, 1] in floating point')
+    return image
+
+
+def fractions(image: np.ndarray) -> np.ndarray:
+    """The values in [0, 1], as float64 if they are that, else as float32: what evaluation scripts compute with."""
+    dtype = np.result_type(image.dtype if image.dtype not in LARGEST else np.float32, np.float32)
+    return np.divide(image, LARGEST.get(image.dtype, 1), dtype=dtype)
+
+
+def eight_bits(image: np.ndarray) -> np.ndarray:
+    """The values as uint8, rounded to the nearest, of two to the even one: as a file of 8 bits holds them."""
+    if image.dtype == np.uint8:
+        return image
+    return np.rint(fractions(image).clip(0, 1) * np.float32(255)).astype(np.uint8)
+
+
+def matlab_luma(image: np.ndarray) -> np.ndarray:
+    """The first plane of MATLAB's `rgb2ycbcr` of an image of 8 bits, as float64, [H, W]; gray images as they are.
+
+    Halves are rounded away from zero, as MATLAB's integers are.
+    """
+    image = eight_bits(image)
+    if image.shape[2] == 1:
+        return image[..., 0].astype(np.float64)
+    return np.floor(image.astype(np.float64) @ (LUMA / 255) + 16.5)
+
+
+def _shown(image: np.ndarray) -> str:
+    height, width, channels = image.shape
+    return f'{width}x{height} with {channels} channel{"s" if channels > 1 else ""}'

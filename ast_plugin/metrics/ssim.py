@@ -1,0 +1,94 @@
+"""The structural similarity in the definitions that papers use, by separable filters. Equal images have 1."""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+from ast_plugin.errors import ShapeError
+from ast_plugin.metrics.images import check_pair, fractions, matlab_luma
+
+_GAUSSIAN_SIDE, _GAUSSIAN_SIGMA = 11, 1.5
+_UNIFORM_SIDE = 7
+
+
+def ssim_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
+    """SSIM of each channel, of values that are not rounded, and the mean over the channels; range 1.
+
+    Windows are uniform squares of 7 pixels that lie inside of the image; variances are those of samples (49/48).
+
+    Args:
+        image, reference: see `ast_plugin.metrics.images.check_pair`; at least 7 pixels a side.
+    Raises:
+        ShapeError: if they are smaller.
+    Numerics: as there: float32, or float64 where both images are that; the mean in float64. In float32 some
+        1e-7 lie between this and the exact value.
+    Source: scikit-image, `structural_similarity(…, channel_axis=2, data_range=1)`; the AST release's figures on
+        AGAN-Data and Dense-Haze.
+    """
+    image, reference = check_pair(image, reference)
+    _check_size(image, _UNIFORM_SIDE)
+
+    count = _UNIFORM_SIDE**2
+    pairs = zip(cv2.split(fractions(image)), cv2.split(fractions(reference)), strict=True)
+    channels = [_similarity(*pair, _uniform_means, _UNIFORM_SIDE, 1, count / (count - 1)) for pair in pairs]
+    return float(np.mean(channels))
+
+
+def ssim_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
+    """SSIM of the luma of images of 8 bits, the luma rounded to 8 bits too; range 255.
+
+    Windows are Gaussian, of 11 pixels and sigma 1.5, and lie inside of the image.
+
+    Args:
+        image, reference: see `ast_plugin.metrics.images.check_pair`; at least 11 pixels a side; rounded to 8 bits
+            first, as the files are that MATLAB reads. Gray images count as luma.
+    Raises:
+        ShapeError: if they are smaller.
+    Numerics: float64.
+    Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", TIP 2004, with
+        MATLAB's `rgb2ycbcr` before it, the usual script for deraining; the AST release's on SPAD.
+    """
+    image, reference = check_pair(image, reference)
+    _check_size(image, _GAUSSIAN_SIDE)
+    return float(_similarity(matlab_luma(image), matlab_luma(reference), _gaussian_means, _GAUSSIAN_SIDE, 255, 1))
+
+
+def _uniform_means(plane: np.ndarray) -> np.ndarray:
+    """Means over squares; along one side and then the other, so that float32 is rounded where scikit-image rounds."""
+    columns = cv2.boxFilter(plane, -1, (1, _UNIFORM_SIDE))
+    return cv2.boxFilter(columns, -1, (_UNIFORM_SIDE, 1))
+
+
+def _gaussian_means(plane: np.ndarray) -> np.ndarray:
+    kernel = cv2.getGaussianKernel(_GAUSSIAN_SIDE, _GAUSSIAN_SIGMA, cv2.CV_64F)
+    return cv2.sepFilter2D(plane, -1, kernel, kernel)
+
+
+def _similarity(
+    x: np.ndarray,
+    y: np.ndarray,
+    local_means: Callable[[np.ndarray], np.ndarray],
+    side: int,
+    peak: float,
+    correction: float,
+) -> np.floating:
+    """Mean of the map of SSIM where windows lie inside. x, y: [H, W], floating point, which is computed in."""
+    inside = slice(side // 2, -(side // 2))
+    mean_x, mean_y, square_x, square_y, product = (
+        local_means(plane)[inside, inside] for plane in (x, y, x * x, y * y, x * y)
+    )
+    variance_x = correction * (square_x - mean_x * mean_x)
+    variance_y = correction * (square_y - mean_y * mean_y)
+    covariance = correction * (product - mean_x * mean_y)
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    above = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    below = (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    return (above / below).mean(dtype=np.float64).astype(x.dtype)
+
+
+def _check_size(image: np.ndarray, least: int) -> None:
+    height, width = image.shape[:2]
+    if min(height, width) < least:
+        raise ShapeError(f'the images have {width}x{height} pixels: SSIM needs at least {least} a side')

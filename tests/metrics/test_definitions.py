@@ -1,0 +1,202 @@
+"""PSNR and SSIM in each definition: the figures of AST.md's pair, the libraries themselves, and what is no image."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import ast_plugin  # noqa: F401 (before BasicSR)
+from ast_plugin.errors import DataError, OptionError, ShapeError
+from ast_plugin.metrics import psnr_rgb, psnr_y_float, psnr_y_matlab, ssim_rgb, ssim_y_matlab
+from ast_plugin.metrics.images import matlab_luma
+from ast_plugin.metrics.toolbox_metrics import from_toolbox, to_toolbox
+
+# The official tools' figures on the pair, in all digits that are known: MATLAB's in Octave, scikit-image, the release.
+GOLDEN = [
+    (psnr_y_matlab, 'calculate_psnr_matlab', 29.8839759207, 10),
+    (ssim_y_matlab, 'calculate_ssim_matlab', 0.862211837714, 12),
+    (psnr_y_float, 'calculate_psnr_y_float', 29.8938599, 7),
+    (psnr_rgb, 'calculate_psnr_skimage', 25.6193239, 7),
+    (ssim_rgb, 'calculate_ssim_skimage', 0.90052825, 8),
+]
+ALL = [row[0] for row in GOLDEN]
+
+
+@pytest.fixture(scope='module')
+def pair() -> tuple[np.ndarray, np.ndarray]:
+    """AST.md's pair, RGB, uint8."""
+    with np.load(Path(__file__).parents[1] / 'data' / 'metrics_pair0.npz') as arrays:
+        return arrays['lq'], arrays['gt']
+
+
+def calculate_metric(data, options):
+    from basicsr.metrics import calculate_metric
+
+    return calculate_metric(data, options)
+
+
+def tensors(images, dtype=torch.float32):
+    return [torch.from_numpy(image.transpose(2, 0, 1)[None] / np.float32(255)).to(dtype) for image in images]
+
+
+def noisy(*shape, seed=0):
+    generator = np.random.default_rng(seed)
+    clean = generator.random(shape)
+    return (clean + 0.1 * generator.standard_normal(shape)).clip(0, 1), clean
+
+
+@pytest.mark.parametrize(
+    ('measure', 'name', 'figure', 'digits'), GOLDEN, ids=lambda value: getattr(value, '__name__', '')
+)
+def test_the_figures_of_the_pair_to_every_digit(pair, measure, name, figure, digits):
+    bgr = [image[..., ::-1] for image in pair]
+    # As arrays of 8 bits, as tensors in [0, 1], and as BasicSR's validator asks for it, rounded and not.
+    for value in (
+        measure(*pair),
+        measure(*tensors(pair)),
+        calculate_metric({'img': bgr[0], 'img2': bgr[1]}, {'type': name}),
+        calculate_metric({'img': bgr[0] * np.float32(1), 'img2': bgr[1]}, {'type': name, 'better': 'higher'}),
+    ):
+        assert round(value, digits) == figure
+
+
+def test_basicsrs_own_keep_their_meaning(pair):
+    """Near the others, and not the same: AST.md's figures of them."""
+    bgr = dict(zip(('img', 'img2'), (image[..., ::-1] for image in pair), strict=True))
+    luma = {'type': 'calculate_psnr', 'crop_border': 0, 'test_y_channel': True}
+    assert calculate_metric(bgr, luma) == pytest.approx(29.8938614, abs=1e-6)
+    assert calculate_metric(bgr, {'type': 'calculate_ssim', 'crop_border': 0}) == pytest.approx(0.8579158, abs=1e-7)
+
+
+@pytest.mark.parametrize('shape', [(7, 7, 3), (7, 40, 3), (33, 20, 3), (64, 50)])
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+def test_scikit_images_definitions(shape, dtype):
+    image, clean = (values.astype(dtype) for values in noisy(*shape))
+    axis = 2 if len(shape) == 3 else None
+    assert psnr_rgb(image, clean) == pytest.approx(peak_signal_noise_ratio(clean, image, data_range=1), rel=1e-9)
+    expected = structural_similarity(image, clean, channel_axis=axis, data_range=1)
+    assert ssim_rgb(image, clean) == pytest.approx(expected, abs=1e-12 if dtype == np.float64 else 1e-7)
+
+
+def test_the_gaussian_ssim_against_scikit_images():
+    """It has the same windows where it is told so; the mean is then taken over those inside."""
+    image, clean = ((values * 255).round() for values in noisy(40, 31))
+    _, similarity = structural_similarity(
+        image, clean, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
+    )
+    measured = ssim_y_matlab(image.astype(np.uint8), clean.astype(np.uint8))
+    assert measured == pytest.approx(similarity[5:-5, 5:-5].mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ('rgb', 'luma'),
+    [((0, 0, 0), 16), ((255, 255, 255), 235), ((255, 0, 0), 81), ((0, 255, 0), 145), ((0, 0, 255), 41)],
+)
+def test_matlabs_luma_of_known_colours(rgb, luma):
+    assert matlab_luma(np.array([[rgb]], np.uint8)).item() == luma
+
+
+def test_luma_is_rounded_before_it_is_compared():
+    """A step of 1 in blue moves luma by 0.098: most such steps vanish in 8 bits."""
+    clean = np.full((16, 16, 3), 100, np.uint8)
+    image = clean + np.array([0, 0, 1], np.uint8)
+    assert psnr_y_matlab(image, clean) == math.inf
+    assert psnr_y_float(image, clean) == pytest.approx(20 * math.log10(255 / (25.064 / 256)), abs=1e-4)
+
+
+@pytest.mark.parametrize('measure', ALL)
+def test_equal_images(measure, pair):
+    value = measure(pair[1], pair[1])
+    assert value == (math.inf if 'psnr' in measure.__name__ else 1)
+
+
+@pytest.mark.parametrize('measure', ALL)
+def test_kinds_of_values_agree(measure, pair):
+    expected = measure(*pair)
+    sixteen = [image.astype(np.uint16) * 257 for image in pair]
+    double = [image / 255 for image in pair]
+    for images in (sixteen, double, (sixteen[0], pair[1]), tensors(pair, torch.float64)):
+        assert measure(*images) == pytest.approx(expected, abs=2e-6)
+    half = tensors(pair, torch.float16)
+    assert measure(half[0], pair[1]) == pytest.approx(expected, abs=0.05)
+
+
+def test_values_of_floating_point_are_not_rounded_but_where_matlab_reads_files():
+    clean = np.full((16, 16, 3), 0.5, np.float32)
+    image = clean + np.float32(0.0002)  # a twentieth of a level
+    assert psnr_rgb(image, clean) == pytest.approx(20 * math.log10(1 / 0.0002), abs=0.01)
+    assert math.isfinite(psnr_y_float(image, clean))
+    assert psnr_y_matlab(image, clean) == math.inf
+
+
+@pytest.mark.parametrize('measure', [psnr_y_matlab, ssim_y_matlab, psnr_rgb, ssim_rgb])
+def test_gray_images(measure, pair):
+    gray = [image[..., 1] for image in pair]
+    assert measure(*gray) == measure(*(image[..., None] for image in gray))
+    with pytest.raises(ShapeError, match='expects RGB'):
+        psnr_y_float(*gray)
+
+
+@pytest.mark.parametrize('measure', ALL)
+@pytest.mark.parametrize(
+    ('image', 'reference', 'error', 'message'),
+    [
+        (np.zeros((16, 16, 3), np.uint8), np.zeros((16, 17, 3), np.uint8), ShapeError, '16x16.*17x16'),
+        (np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8), ShapeError, '3 channels.*1 channel'),
+        (np.zeros((16, 16, 4), np.uint8), np.zeros((16, 16, 4), np.uint8), ShapeError, r'the image is \[16, 16, 4\]'),
+        (np.zeros((0, 16, 3), np.uint8), np.zeros((0, 16, 3), np.uint8), ShapeError, 'not empty'),
+        (np.zeros((16, 16, 3), np.int32), np.zeros((16, 16, 3), np.uint8), ShapeError, 'the image is of int32'),
+        (np.zeros((16, 16, 3), bool), np.zeros((16, 16, 3), np.uint8), ShapeError, 'of bool'),
+        (np.zeros((16, 16, 3)), np.full((16, 16, 3), 255.0), DataError, r'the reference has values from 255 to 255'),
+        (np.full((16, 16, 3), np.nan), np.zeros((16, 16, 3)), DataError, 'from nan to nan'),
+        (np.full((16, 16, 3), -0.1), np.zeros((16, 16, 3)), DataError, r'expected \[0, 1\]'),
+        (torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16), ShapeError, r'a tensor \[2, 3, 16, 16\]'),
+        ([[1]], [[1]], ShapeError, 'is a list'),
+    ],
+)
+def test_what_is_no_pair_of_images(measure, image, reference, error, message):
+    with pytest.raises(error, match=message):
+        measure(image, reference)
+
+
+@pytest.mark.parametrize(('measure', 'least'), [(ssim_rgb, 7), (ssim_y_matlab, 11)])
+def test_images_too_small_for_a_window(measure, least):
+    small = np.zeros((least - 1, 40, 3), np.uint8)
+    with pytest.raises(ShapeError, match=f'40x{least - 1} pixels: SSIM needs at least {least}'):
+        measure(small, small)
+    fits = np.zeros((least, 40, 3), np.uint8)
+    assert measure(fits, fits) == 1
+
+
+def test_every_level_survives_the_way_to_basicsr_and_back():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1) * np.ones(3, np.uint8)
+    levels[..., 2] = 7
+    for image in (levels, levels / np.float32(255), levels / 255):
+        there = to_toolbox(image)
+        assert there.dtype == image.dtype and there[..., 0].max() == pytest.approx(7)
+        np.testing.assert_array_equal(from_toolbox(there), image)
+
+
+def test_options_that_basicsrs_metrics_have(pair):
+    bgr = [np.ascontiguousarray(image[..., ::-1]) for image in pair]
+    cut = {'type': 'calculate_psnr_skimage', 'crop_border': 8}
+    expected = psnr_rgb(*(image[8:-8, 8:-8] for image in pair))
+    assert calculate_metric({'img': bgr[0], 'img2': bgr[1]}, cut) == expected
+    planes = {'img': bgr[0].transpose(2, 0, 1), 'img2': bgr[1].transpose(2, 0, 1)}
+    assert calculate_metric(planes, cut | {'input_order': 'CHW'}) == expected
+    gray = {'img': pair[0][..., 0], 'img2': pair[1][..., 0]}
+    assert calculate_metric(gray, {'type': 'calculate_ssim_matlab'}) == ssim_y_matlab(*gray.values())
+    for wrong, error, message in (
+        ({'crop_border': -1}, OptionError, 'crop_border is -1'),
+        ({'crop_border': 48}, ShapeError, 'leaves nothing of an image of 120x96'),
+        ({'input_order': 'WHC'}, OptionError, "input_order is 'WHC'"),
+    ):
+        with pytest.raises(error, match=message):
+            calculate_metric({'img': bgr[0], 'img2': bgr[1]}, cut | wrong)
+    with pytest.raises(DataError, match='values from 0 to 256'):
+        calculate_metric(
+            {'img': np.array([[[0.0, 256, 0]]]), 'img2': bgr[0][:1, :1]}, {'type': 'calculate_psnr_skimage'}
+        )
