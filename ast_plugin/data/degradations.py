@@ -9,11 +9,14 @@ from operator import or_
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
+from ast_plugin.data.moire import MoireParameters, add_moire
 from ast_plugin.data.rain import RainParameters, add_rain
+from ast_plugin.data.shadow import ShadowParameters, add_shadow
+from ast_plugin.data.snow import SnowParameters, add_snow
 
-Apply = Callable[[np.ndarray, np.random.Generator, Any], tuple[np.ndarray, np.ndarray]]
+Apply = Callable[[np.ndarray, np.random.Generator, Any], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,9 @@ class Degradation:
 
     Attributes:
         parameters: its ranges, with `type: Literal[name] = name`.
-        apply: pure function (image, generator, parameters) -> (degraded image, what was put over it, [H, W]); images
-            RGB [H, W, 3], float32 in [0, 1].
+        apply: pure function (image, generator, parameters) -> (degraded image, mask); images RGB [H, W, 3], float32 in
+            [0, 1]; the mask is what was put over it, [H, W] float32 in [0, 1], or None where that is nowhere and
+            everywhere.
         margin: pixels around a patch that its degradation depends on.
     """
 
@@ -34,8 +38,21 @@ class Degradation:
 
 DEGRADATIONS = {
     'rain': Degradation(RainParameters, add_rain),
+    'snow': Degradation(SnowParameters, add_snow),
+    'shadow': Degradation(ShadowParameters, add_shadow),
+    'moire': Degradation(MoireParameters, add_moire, margin=8),
 }
+DEFAULT = 'rain'
+"""What `degradation` is without a `type`."""
 
-_models = tuple(row.parameters for row in DEGRADATIONS.values())
-AnyParameters = Annotated[reduce(or_, _models), Field(discriminator='type')] if len(_models) > 1 else _models[0]
+
+def _with_type(value: Any) -> Any:
+    return {'type': DEFAULT, **value} if isinstance(value, dict) else value
+
+
+AnyParameters = Annotated[
+    reduce(or_, (row.parameters for row in DEGRADATIONS.values())),
+    Field(discriminator='type'),
+    BeforeValidator(_with_type),
+]
 """Type of the option `degradation`: parameters of one of the above, told apart by `type`."""

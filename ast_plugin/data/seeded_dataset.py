@@ -63,13 +63,18 @@ def read_options(options_type: type[SeededOptions], opt: Mapping[str, Any]) -> S
         return options_type.model_validate(dict(opt))
     except ValidationError as error:
         place = f'datasets.{opt.get("phase", "train")}'
-        raise OptionError('\n'.join(_fault(place, report, options_type) for report in error.errors())) from None
+        raise OptionError('\n'.join(_fault(place, report, options_type, opt) for report in error.errors())) from None
 
 
-def _fault(place: str, report: Mapping[str, Any], options_type: type[BaseModel]) -> str:
-    key = '.'.join(map(str, [place, *report['loc']]))
+def _fault(place: str, report: Mapping[str, Any], options_type: type[BaseModel], opt: Mapping[str, Any]) -> str:
+    where = list(report['loc'])
+    if len(where) > 2 and isinstance(opt[where[0]], Mapping) and where[1] not in opt[where[0]]:
+        del where[1]  # pydantic's name of a union's member
+    if report['type'] == 'union_tag_invalid':
+        where.append('type')
+    key = '.'.join(map(str, [place, *where]))
     if report['type'] == 'extra_forbidden':
-        suggestion = did_you_mean(str(report['loc'][-1]), options_type.model_fields) if len(report['loc']) == 1 else ''
+        suggestion = did_you_mean(str(where[-1]), options_type.model_fields) if len(where) == 1 else ''
         return f'{key}: unknown key{suggestion}'
     return f'{key}: {report["msg"].removeprefix("Value error, ")}'
 
