@@ -178,12 +178,28 @@ def _check_dataset(where: str, options: Mapping[str, Any], registered: Registere
     """Find the data, and read the first sample."""
     dataset_type = registered.get('dataset', options['type'])
     with _explained(where, options['type'], 'cannot read its data', DataError):
+        _refuse_pixels(dataset_type, options)
         dataset = dataset_type(copy.deepcopy(options))
         num_samples = len(dataset)
         if num_samples:
             dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
     if num_samples == 0:
         raise DataError(f'{where}: {options["type"]} finds no data')
+
+
+def _refuse_pixels(dataset_type: type, options: Mapping[str, Any]) -> None:
+    """Raise DataError if a dataset of others, which decodes pictures, is given an LMDB of pixels."""
+    from ast_plugin.data.lmdb_reader import holds_pixels
+
+    is_lmdb = (options.get('io_backend') or {}).get('type') == 'lmdb'
+    if not is_lmdb or 'io_backend' in getattr(getattr(dataset_type, 'options_type', None), 'model_fields', ()):
+        return
+    for key, folder in options.items():
+        if key.startswith('dataroot') and isinstance(folder, str) and holds_pixels(folder):
+            raise DataError(
+                f'{options["type"]} reads LMDBs of PNG files, and {key}, {folder}, holds pixels. Set type: '
+                f'PairsDataset, or write the LMDB with `basicsr data lmdb --encoding png`'
+            )
 
 
 def count_samples(where: str, options: Mapping[str, Any], registered: Registered) -> int:

@@ -7,7 +7,6 @@ import io
 import os
 import secrets
 import struct
-import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ast_plugin.data.image_codecs import encode_picture
+from ast_plugin.data.pillow_limits import PILLOW_UNLIMITED
 from ast_plugin.errors import DataError
 
 SUFFIXES = {
@@ -31,6 +31,10 @@ SUFFIXES = {
 
 MAX_PIXELS = 200_000_000
 """Pictures that claim more pixels than this are refused, unless the reader is told otherwise."""
+
+# OpenCV 4.10 and later swap no channels, which costs a pass over the picture.
+_DECODES_TO_RGB = hasattr(cv2, 'IMREAD_COLOR_RGB')
+_IMREAD_RGB = cv2.IMREAD_COLOR_RGB if _DECODES_TO_RGB else cv2.IMREAD_COLOR
 
 _PNG_END = b'IEND\xaeB`\x82'
 _ORIENTATION_TAG = 0x0112
@@ -116,18 +120,21 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Pict
             the message names the file.
     """
     path = Path(path)
-    data = _read_bytes(path)
+    return decode_image(_read_bytes(path), path, max_pixels=max_pixels)
+
+
+def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Do the same with the content of a file, wherever it lies; `path` is for messages. Threads may do so at once."""
+    path = Path(path)
     kind = sniff_format(data)
     if kind is None:
         raise DataError(f'{path}: not a PNG, JPEG, WebP, TIFF or BMP file' if data else f'{path}: the file is empty')
-    # Pillow's own limit is one for the whole process; ours is checked below, as soon as the size is known.
-    pixel_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of damaged metadata, which we do without.
-            warnings.simplefilter('ignore')
-            with Image.open(io.BytesIO(data), formats=[kind, 'MPO'] if kind == 'JPEG' else [kind]) as image:
-                return _decode(path, data, kind, image, max_pixels)
+        with (
+            PILLOW_UNLIMITED,
+            Image.open(io.BytesIO(data), formats=[kind, 'MPO'] if kind == 'JPEG' else [kind]) as image,
+        ):
+            return _decode(path, data, kind, image, max_pixels)
     except UnidentifiedImageError as error:
         raise DataError(
             f'{path}: damaged, or a kind of {kind} that is not supported; save it anew with 8 or 16 bits in gray or RGB'
@@ -136,14 +143,10 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Pict
         raise
     except _DECODE_ERRORS as error:
         raise DataError(f'{path}: the {kind} file is damaged: {error or type(error).__name__}') from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = pixel_limit
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:
     """Read a picture as RGB, upright, gray expanded and transparency dropped.
-
-    PNG and JPEG go straight through OpenCV, for the rate that training needs.
 
     Returns:
         [H, W, 3], uint8, or uint16 for a file of 16 bits.
@@ -151,16 +154,23 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
         DataError: as `read_image`.
     """
     path = Path(path)
-    data = _read_bytes(path)
+    return decode_rgb(_read_bytes(path), path)
+
+
+def decode_rgb(data: bytes | memoryview, path: str | os.PathLike) -> np.ndarray:
+    """Do the same with the content of a file, wherever it lies; `path` is for messages.
+
+    PNG and JPEG go straight through OpenCV, for the rate that training needs.
+    """
     if _is_plain_png(data) or _is_plain_jpeg(data):
         try:
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _IMREAD_RGB | cv2.IMREAD_ANYDEPTH)
         except cv2.error:
             pixels = None
         if pixels is not None:
-            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+            return pixels if _DECODES_TO_RGB else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
     # The thorough reader takes what is left, and says what is wrong with it.
-    color = read_image(path).color
+    color = decode_image(bytes(data), path).color
     return np.repeat(color[..., None], 3, axis=2) if color.ndim == 2 else color
 
 
@@ -228,18 +238,21 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
 
 
-def _is_plain_png(data: bytes) -> bool:
+def _is_plain_png(data: bytes | memoryview) -> bool:
     """Whether a file is a PNG that reaches its end; OpenCV may return the first rows of others."""
-    return sniff_format(data) == 'PNG' and (data.endswith(_PNG_END) or _PNG_END in data)
+    return sniff_format(bytes(data[:16])) == 'PNG' and (
+        bytes(data[-len(_PNG_END) :]) == _PNG_END or _PNG_END in bytes(data)
+    )
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
+def _is_plain_jpeg(data: bytes | memoryview) -> bool:
     """Whether a file is a gray or three-channel JPEG that reaches its end.
 
     Markers are walked up to the first scan, since thumbnails before it hold ends of their own.
     """
-    if sniff_format(data) != 'JPEG':
+    if sniff_format(bytes(data[:16])) != 'JPEG':
         return False
+    data = bytes(data)
     position = 2
     while position + 10 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]

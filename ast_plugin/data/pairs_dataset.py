@@ -1,29 +1,39 @@
-"""Pairs of degraded and clean images from files."""
+"""Pairs of degraded and clean images from files or LMDBs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from ast_plugin.data import transforms
-from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.layouts import LAYOUTS, Source, check_source, list_pairs
-from ast_plugin.data.matching import Pair
-from ast_plugin.data.seeded_dataset import SeededDataset, SeededOptions
+from ast_plugin.data.pair_sources import FilePairs, LmdbPairs
+from ast_plugin.data.seeded_dataset import IoBackend, SeededDataset, SeededOptions
 from ast_plugin.errors import DataError
+
+
+class PairsIoBackend(IoBackend):
+    """Where pairs are read from, as BasicSR calls it."""
+
+    type: Literal['disk', 'lmdb'] = Field('disk', description='image files, or LMDBs in dataroot_lq and dataroot_gt')
+
+
+class PairSizeError(DataError):
+    """The images of a pair differ in size."""
 
 
 class PairsOptions(SeededOptions):
     """Keys of PairsDataset."""
 
+    io_backend: PairsIoBackend = Field(default_factory=PairsIoBackend, description='where images are read from')
     layout: str = Field('folders', description=f'how the images lie on disk: {", ".join(LAYOUTS)}')
     dataroot: str | None = Field(None, description='root of the dataset; every layout but folders')
-    dataroot_lq: str | None = Field(None, description='layout folders: degraded images')
-    dataroot_gt: str | None = Field(None, description='layout folders: clean images')
+    dataroot_lq: str | None = Field(None, description='layout folders: degraded images; or their LMDB')
+    dataroot_gt: str | None = Field(None, description='layout folders: clean images; or their LMDB')
     lq_template: str | None = Field(None, description="layout folders: degraded names, '{}_rain.png'; {} is the key")
     gt_template: str | None = Field(None, description="layout folders: clean names, '{}_clean.png'; {} is the key")
     split: str | None = Field(None, description='part of the dataset: by itself train in training, test otherwise')
@@ -41,14 +51,19 @@ class PairsOptions(SeededOptions):
     @model_validator(mode='after')
     def _layout_takes_these_keys(self) -> PairsOptions:
         check_source(self.layout, self.source())
+        if self.io_backend.type == 'lmdb' and (self.layout != 'folders' or self.lq_template or self.gt_template):
+            raise ValueError(
+                'io_backend lmdb takes dataroot_lq and dataroot_gt, two LMDBs, and neither layout nor names'
+            )
         return self
 
 
 class PairsDataset(SeededDataset):
-    """Degraded and clean images, matched by key.
+    """Degraded and clean images, matched by key, out of files or, with `io_backend: {type: lmdb}`, out of LMDBs.
 
     In training, patches of `gt_size` from anywhere in the image, flipped and turned; otherwise whole images, or their
     centres. All reading happens when a sample is asked for; that every image has its partner is checked at once.
+    Of files, their LMDB with PNG and their LMDB with raw pixels the samples are the same, bit for bit.
 
     Raises:
         DataError: if the data is not there or not whole; later, if a file cannot be read or a pair differs in size.
@@ -58,31 +73,40 @@ class PairsDataset(SeededDataset):
 
     def __init__(self, opt: Mapping[str, Any]) -> None:
         super().__init__(opt)
-        self.pairs = list_pairs(self.options.layout, self.options.source())
+        source = self.options.source()
+        if self.options.io_backend.type == 'lmdb':
+            self.pairs = LmdbPairs(source.dataroot_lq, source.dataroot_gt, source.phase)
+        else:
+            self.pairs = FilePairs(list_pairs(self.options.layout, source))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def load(self, number: int, generator: np.random.Generator) -> dict[str, Any]:
         """Return pair `number` as a sample."""
-        pair = self.pairs[number]
-        images = self._read(pair)
+        lq_path, gt_path = self.pairs.paths(number)
+
+        def make_sample(lq: np.ndarray, gt: np.ndarray) -> dict[str, Any]:
+            self._check_shapes(lq, gt, lq_path, gt_path)
+            return self.sample(*self._cut([lq, gt], generator), lq_path, gt_path)
+
+        try:
+            return self.pairs.read(number, make_sample)
+        except PairSizeError:
+            raise
+        except DataError as error:
+            pair = f'(of the pair {lq_path}, {gt_path})'
+            raise DataError(f'datasets.{self.options.phase}: {error} {pair}') from error
+
+    def _cut(self, images: list[np.ndarray], generator: np.random.Generator) -> list[np.ndarray]:
         if self.is_train:
             images = transforms.random_crop(images, self.options.gt_size, generator)
-            images = transforms.random_flip(images, self.options.use_hflip, self.options.use_rot, generator)
-        elif self.options.center_crop:
-            images = transforms.center_crop(images, self.options.center_crop)
-        return self.sample(*images, pair.lq, pair.gt)
+            return transforms.random_flip(images, self.options.use_hflip, self.options.use_rot, generator)
+        return transforms.center_crop(images, self.options.center_crop) if self.options.center_crop else images
 
-    def _read(self, pair: Pair) -> list[np.ndarray]:
-        phase = self.options.phase
-        try:
-            lq, gt = read_rgb(pair.lq), read_rgb(pair.gt)
-        except DataError as error:
-            raise DataError(f'datasets.{phase}: {error} (of the pair {pair.lq}, {pair.gt})') from error
+    def _check_shapes(self, lq: np.ndarray, gt: np.ndarray, lq_path: str, gt_path: str) -> None:
         if lq.shape != gt.shape:
-            raise DataError(
-                f'datasets.{phase}: the images of a pair must have one size; {pair.lq} has {lq.shape[1]}x{lq.shape[0]} '
-                f'pixels, {pair.gt} has {gt.shape[1]}x{gt.shape[0]}. Replace or remove them'
+            raise PairSizeError(
+                f'datasets.{self.options.phase}: the images of a pair must have one size; {lq_path} has '
+                f'{lq.shape[1]}x{lq.shape[0]} pixels, {gt_path} has {gt.shape[1]}x{gt.shape[0]}. Replace or remove them'
             )
-        return [lq, gt]

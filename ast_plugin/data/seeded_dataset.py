@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch.utils.data import Dataset, get_worker_info
 
@@ -18,7 +17,7 @@ from ast_plugin.suggest import did_you_mean
 
 
 class IoBackend(BaseModel):
-    """Where BasicSR reads images from; ours come from files."""
+    """Where images are read from, as BasicSR calls it."""
 
     model_config = ConfigDict(extra='forbid')
 
@@ -34,7 +33,7 @@ class SeededOptions(BaseModel):
     name: str = Field('', description='what logs and result folders call it')
     phase: Literal['train', 'val', 'test'] = Field('train', description='put in by BasicSR from the key of the section')
     scale: Literal[1] = Field(1, description='put in by BasicSR; degraded and clean images have one size')
-    io_backend: IoBackend = Field(default_factory=IoBackend, description='BasicSR asks for it; always type: disk')
+    io_backend: IoBackend = Field(default_factory=IoBackend, description='where images are read from')
     seed: int = Field(0, ge=0, description="put in by the command: the run's manual_seed")
 
     batch_size_per_gpu: int = Field(1, ge=1, description='patches a device gets at a time')
@@ -46,6 +45,10 @@ class SeededOptions(BaseModel):
     persistent_workers: bool = Field(False, description='keep the workers from epoch to epoch')
 
     gt_size: int | None = Field(None, ge=1, description='training: side of the square patch in pixels')
+    keep_uint8: bool = Field(
+        False,
+        description='images of 8 bits stay so up to the device; put in by the command where RestorationModel trains',
+    )
     use_hflip: bool = Field(True, description='training: flip left and right')
     use_rot: bool = Field(True, description='training: flip up and down, and turn; with use_hflip all eight symmetries')
     center_crop: int | None = Field(None, ge=1, description='validation: side of the central square, else whole images')
@@ -135,8 +138,17 @@ class SeededDataset(Dataset):
         except DataError as error:
             raise WorkerDataError(str(error)) from None
 
-    @staticmethod
-    def sample(lq: np.ndarray, gt: np.ndarray, lq_path: str | PurePath, gt_path: str | PurePath) -> dict[str, Any]:
-        """Return what BasicSR's models take: `lq`, `gt`, float32 RGB [C, H, W] in [0, 1], and where they come from."""
-        tensors: dict[str, torch.Tensor] = {'lq': transforms.to_tensor(lq), 'gt': transforms.to_tensor(gt)}
-        return {**tensors, 'lq_path': str(lq_path), 'gt_path': str(gt_path)}
+    collate = staticmethod(transforms.collate)
+
+    def sample(self, lq: np.ndarray, gt: np.ndarray, lq_path: str | PurePath, gt_path: str | PurePath) -> dict:
+        """Return what models take: `lq`, `gt`, RGB [C, H, W], and where they come from.
+
+        Images are float32 in [0, 1], as BasicSR's models want them; with `keep_uint8` those of 8 bits are uint8.
+        """
+        keep = self.options.keep_uint8
+        return {
+            'lq': transforms.to_tensor(lq, keep),
+            'gt': transforms.to_tensor(gt, keep),
+            'lq_path': str(lq_path),
+            'gt_path': str(gt_path),
+        }

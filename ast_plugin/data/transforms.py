@@ -6,9 +6,11 @@ Everything that is random is drawn from the generator that is passed in, in one 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 
 def window(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
@@ -81,6 +83,32 @@ def to_float(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image, dtype=np.float32)
 
 
-def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """Return [H, W, C] of 8 bits, 16 bits or float as a contiguous tensor [C, H, W], float32 in [0, 1]."""
-    return torch.from_numpy(to_float(image.transpose(2, 0, 1)))
+def to_tensor(image: np.ndarray, keep_uint8: bool = False) -> torch.Tensor:
+    """Return a copy of [H, W, C] as a contiguous tensor [C, H, W].
+
+    Args:
+        image: of 8 bits, 16 bits or float.
+        keep_uint8: leave 8 bits as they are; a fourth of the bytes to move, until `to_unit_range`.
+    Returns:
+        uint8 in [0, 255] if that is kept, else float32 in [0, 1].
+    """
+    planes = image.transpose(2, 0, 1)
+    if keep_uint8 and image.dtype == np.uint8:
+        return torch.from_numpy(planes.copy(order='C'))
+    return torch.from_numpy(to_float(planes))
+
+
+def to_unit_range(images: torch.Tensor) -> torch.Tensor:
+    """Return uint8 as float32 in [0, 1], the very numbers that `to_float` gives; other tensors as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    # A tensor to divide by: by a plain number CUDA multiplies with its reciprocal, which rounds otherwise.
+    return images.float().div_(torch.tensor(255.0, device=images.device))
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make a batch of samples as torch does, of images of 8 bits beside others only after `to_unit_range`."""
+    for key in ('lq', 'gt'):
+        if len({sample[key].dtype for sample in samples}) > 1:
+            samples = [{**sample, key: to_unit_range(sample[key])} for sample in samples]
+    return default_collate(samples)

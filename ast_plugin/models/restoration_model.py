@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
 from ast_plugin.data import random_states
 from ast_plugin.data.samplers import epoch_of
+from ast_plugin.data.transforms import to_unit_range
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.models import (
     batch_mixing,
@@ -135,8 +136,11 @@ class RestorationModel(SRModel):
         super().update_learning_rate(current_iter, warmup_iter)
 
     def feed_data(self, data: Mapping[str, Any]) -> None:
-        """Take a batch, and the names of its images for messages."""
-        super().feed_data(data)
+        """Take a batch, and the names of its images for messages; what is of 8 bits becomes float on the device."""
+        # Out of pinned memory the processor need not wait for the copy.
+        self.lq = to_unit_range(data['lq'].to(self.device, non_blocking=True))
+        if 'gt' in data:
+            self.gt = to_unit_range(data['gt'].to(self.device, non_blocking=True))
         self.images = list(data.get('lq_path', ()))
 
     def optimize_parameters(self, current_iter: int) -> None:

@@ -19,6 +19,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED_FOLDERS = (_PACKAGE / 'option_files', _PACKAGE.parent / 'options')
 _SUFFIXES = ('.yml', '.yaml')
 _PHASES = ('train', 'val', 'test')
+_CONVERTS_UINT8 = ('RestorationModel',)
 # The file's own value wins; these stand where BasicSR reads a key that need not be there.
 _NEUTRAL = {'num_gpu': 'auto', 'scale': 1}
 _NEUTRAL_VAL = {'save_img': False, 'suffix': None}
@@ -168,8 +169,22 @@ def _datasets(opt: dict[str, Any], is_train: bool, dataset_types: Mapping[str, o
         options_type = getattr(dataset_types.get(dataset['type']), 'options_type', None)
         if options_type is not None and 'seed' in options_type.model_fields and dataset.get('seed') is None:
             dataset['seed'] = opt['manual_seed']
+        if options_type is not None and 'keep_uint8' in options_type.model_fields:
+            _keep_uint8(key, dataset, opt.get('model_type'))
         datasets[key] = dataset
     return datasets
+
+
+def _keep_uint8(key: str, dataset: dict[str, Any], model_type: str | None) -> None:
+    """Let training images stay of 8 bits on their way to a model that makes floats of them on its device."""
+    converts = model_type in _CONVERTS_UINT8
+    if dataset.get('keep_uint8') and not converts:
+        raise OptionError(
+            f'datasets.{key}.keep_uint8: {model_type} expects floats; leave it out, or take model_type: '
+            f'{_CONVERTS_UINT8[0]}, which converts on its device'
+        )
+    if dataset.get('keep_uint8') is None and dataset['phase'] == 'train':
+        dataset['keep_uint8'] = converts
 
 
 def _paths(opt: dict[str, Any], root: Path, is_train: bool, stage: str | None) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def _begin_where_interrupted(original):
         # What a loader draws for its workers must not come out of what training draws from.
         loader.generator = torch.Generator().manual_seed(opt['manual_seed'] + opt['rank'])
         loader.worker_init_fn = functools.partial(start_apart, loader.worker_init_fn)
+        loader.collate_fn = getattr(loader.dataset, 'collate', loader.collate_fn)
         if isinstance(loader.dataset, SeededSamples):
             sampler.seed = loader.dataset.seed = opt['manual_seed']
         if opt.get('resumed_iter'):

@@ -186,7 +186,7 @@ def test_a_file_that_went_away_is_named(root):
         ({'gt_size': 0}, r'datasets\.train\.gt_size: .*greater than or equal to 1'),
         ({'gt_size': None}, 'training needs gt_size'),
         ({'scale': 2}, r'datasets\.train\.scale'),
-        ({'io_backend': {'type': 'lmdb'}}, r'datasets\.train\.io_backend\.type: .*disk'),
+        ({'io_backend': {'type': 'memcached'}}, r'datasets\.train\.io_backend\.type: .*disk'),
         ({'dataroot': 'x'}, 'does not use dataroot'),
         ({'layout': 'Spad', 'dataroot_lq': None, 'dataroot_gt': None}, 'did you mean spad'),
         ({'use_rot': 'sometimes'}, r'datasets\.train\.use_rot'),
