@@ -113,8 +113,14 @@ def find_places(layout: Layout, source: Source, faults: Faults | None = None) ->
     found = choose_place(layout.places, root, layout.names(split))
     if not found:
         raise _root_lacks(layout, source, _missing_folder(layout, root, split))
-    place, name = found
-    folders = place.folders(root, name)
+    return match_place(layout, source, *found, faults)
+
+
+def match_place(
+    layout: Layout, source: Source, place: Place, name: str, faults: Faults | None = None
+) -> Sequence[Pair]:
+    """The pairs of a place that was found; `name` is what the split's folder is called."""
+    folders = place.folders(Path(source.dataroot), name)
     pairs = match_folders(source.phase, *folders, place.lq_template, place.gt_template, deep=place.deep, faults=faults)
     if layout.numbers and not place.has_split:
         return _numbered(layout, source, pairs, faults)
@@ -155,13 +161,13 @@ def _numbered(layout: Layout, source: Source, pairs: Sequence[Pair], faults: Fau
     return chosen
 
 
-_SPAD_LISTS = {'train': 'real_world.txt', 'test': 'real_test_1000.txt'}
+SPAD_LISTS = {'train': 'real_world.txt', 'test': 'real_test_1000.txt'}
 
 
 def _find_listed(layout: Layout, source: Source, faults: Faults | None) -> Sequence[Pair]:
     """The pairs of SPAD's list files, or of another list, or of the folders that it is passed on in without lists."""
     root, split = Path(source.dataroot), layout.split(source)
-    name = source.list_file or _SPAD_LISTS.get(split)
+    name = source.list_file or SPAD_LISTS.get(split)
     if name and (root / name).is_file():
         return read_list(root / name, root, source.phase, faults)
     if not source.list_file and choose_place(layout.places, root, layout.names(split)):
@@ -169,7 +175,7 @@ def _find_listed(layout: Layout, source: Source, faults: Faults | None) -> Seque
     if name:
         raise _root_lacks(layout, source, name)
     raise OptionError(
-        f'datasets.{source.phase}.split: {layout.title} has {", ".join(_SPAD_LISTS)}; got {split!r}. '
+        f'datasets.{source.phase}.split: {layout.title} has {", ".join(SPAD_LISTS)}; got {split!r}. '
         f'For another list set list_file'
     )
 
@@ -297,8 +303,8 @@ LAYOUTS = {
         places=make_places(
             tuple(
                 (f'{{split}}/{hazy}', f'{{split}}/{clear}')
-                for hazy in ('hazy', 'haze')
-                for clear in ('clear', 'gt', 'GT')
+                for hazy in ('hazy', 'haze', 'ITS_haze')
+                for clear in ('clear', 'gt', 'GT', 'ITS_clear')
             ),
             ('{}_*', '{}'),
             ('{}', '{}'),

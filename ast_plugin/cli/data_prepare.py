@@ -1,0 +1,176 @@
+"""Find and check the pairs of a dataset as it is distributed, and write manifests to train from.
+
+  basicsr data prepare agan ~/downloads/raindrop prepared/agan
+  basicsr data prepare rain100 Rain100L prepared/rain100l --copy        the pictures too, under equal names
+  basicsr data prepare folders my_pairs prepared/mine --lq '{split}/noisy' --gt '{split}/clean'
+
+SRC is the folder as it was unpacked; the pairs may lie some folders deeper. It is never written to. Every picture is
+read to its last byte on all cores: unreadable ones, pairs of two sizes, pictures without a partner and such that are
+in the training and the test part alike are named, and nothing is prepared until they are mended or left out. A run
+that was killed goes on where it was. DST gets a manifest for each split, `train.jsonl` for example, with names, sizes
+and digests of the pixels, which `basicsr data check` verifies later.
+
+Exit status: 0 prepared, 2 refused or wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ast_plugin.errors import DataError, OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ast_plugin.data.layouts import Layout
+    from ast_plugin.data.preparing import Checks, Preparation
+    from ast_plugin.data.splits import Split
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `basicsr data prepare`."""
+    from ast_plugin.data.layouts import LAYOUTS
+    from ast_plugin.data.splits import preparable
+
+    names = preparable()
+    width = max(map(len, names))
+    parser.epilog = 'layouts:\n' + '\n'.join(f'  {name:{width}}  {LAYOUTS[name].title}' for name in names)
+    parser.add_argument('layout', metavar='LAYOUT', help=f'one of {", ".join(names)}')
+    parser.add_argument('source', metavar='SRC', type=Path, help='folder of the dataset, unpacked')
+    parser.add_argument('target', metavar='DST', type=Path, help='folder for the manifests')
+    parser.add_argument('--split', action='append', default=[], metavar='NAME', help='only this split; may be repeated')
+    parser.add_argument('--skip-faulty', action='store_true', help='leave out what is faulty, and prepare the rest')
+    parser.add_argument(
+        '--allow-duplicates', action='store_true', help='prepare although pictures to test with are trained on'
+    )
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        '--copy', dest='place', action='store_const', const='copy', help='copy the pictures to DST/SPLIT/lq and gt'
+    )
+    place.add_argument(
+        '--link', dest='place', action='store_const', const='link', help='make links to them there instead'
+    )
+    parser.add_argument('--workers', type=int, metavar='N', help='processes that read (default: one a core)')
+    plain = parser.add_argument_group('plain folders (layout folders)')
+    plain.add_argument('--lq', metavar='DIR', help="degraded images below SRC, such as '{split}/input'")
+    plain.add_argument('--gt', metavar='DIR', help='clean images below SRC')
+    plain.add_argument('--lq-template', metavar='NAME', help="their names, such as '{}_rain', '{}_*' for many to one")
+    plain.add_argument('--gt-template', metavar='NAME', help="names of the clean ones, such as '{}_clean.png'")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the dataset."""
+    from ast_plugin.data import prepare_report
+    from ast_plugin.data.preparing import Preparation
+    from ast_plugin.data.splits import find_splits
+
+    layout = _layout(args)
+    source, target = (path.expanduser().absolute() for path in (args.source, args.target))
+    splits = find_splits(layout, source, args.split)
+    preparation = Preparation(splits, source, target)
+    checks = _check(preparation, splits, args.workers)
+
+    title = layout if isinstance(layout, str) else layout.title
+    print(f'{_title(title)} in {source}\n')
+    _print(prepare_report.table(checks, source))
+    for heading, lines in (
+        ('notes', prepare_report.notes(checks)),
+        ('faults', prepare_report.faults(checks, source)),
+        ('in training and test alike', prepare_report.leaks(checks, source)),
+    ):
+        if lines:
+            print(f'\n{heading}')
+            _print(f'  {line}' for line in lines)
+    sys.stdout.flush()
+    faults = preparation.list_faults(checks) if checks.num_faults or checks.leaks else None
+    _refuse(checks, faults, args)
+    return _write(preparation, checks, faults, args)
+
+
+def _layout(args: argparse.Namespace) -> str | Layout:
+    from ast_plugin.data.splits import plain_layout, preparable
+    from ast_plugin.suggest import did_you_mean
+
+    if args.workers is not None and args.workers < 1:
+        raise OptionError(f'--workers is {args.workers}: expected a number of processes, 1 or more')
+    names = preparable()
+    if args.layout not in names:
+        raise OptionError(f'no layout {args.layout}{did_you_mean(args.layout, names)} (there are {", ".join(names)})')
+    plain = (args.lq, args.gt, args.lq_template, args.gt_template)
+    if args.layout == 'folders':
+        return plain_layout(*plain)
+    if any(value is not None for value in plain):
+        raise OptionError(f'--lq, --gt and their templates are for the layout folders, not for {args.layout}')
+    return args.layout
+
+
+def _title(layout: str) -> str:
+    from ast_plugin.data.layouts import LAYOUTS
+
+    return LAYOUTS[layout].title if layout in LAYOUTS else layout
+
+
+def _check(preparation: Preparation, splits: Sequence[Split], workers: int | None) -> Checks:
+    from ast_plugin.data.parallel import num_cores
+
+    total = sum(len(split.pairs) for split in splits)
+    # Starting processes takes longer than reading a few pictures.
+    workers = workers or (num_cores() if total > 50 else 1)
+    with _bar(total, 'checking') as bar:
+        return preparation.check(workers, bar.update)
+
+
+def _refuse(checks: Checks, faults: Path | None, args: argparse.Namespace) -> None:
+    """Stop where the user has to decide."""
+    reasons, remedies = [], []
+    if checks.num_faults and not args.skip_faulty:
+        reasons.append(f'{checks.num_faults:,} faults')
+        remedies.append('mend or remove the files, or leave them out with --skip-faulty')
+    if checks.leaks and not args.allow_duplicates:
+        reasons.append('pictures to test with that are trained on')
+        remedies.append('remove them from one side, or accept them with --allow-duplicates')
+    if reasons:
+        raise DataError(
+            f'nothing was prepared, because of {" and ".join(reasons)} (all in {faults}); {"; ".join(remedies)}'
+        )
+    if not any(len(found.good) for found in checks.found):
+        raise DataError(f'no pair of {args.source} can be used (all faults in {faults})')
+
+
+def _write(preparation: Preparation, checks: Checks, faults: Path | None, args: argparse.Namespace) -> int:
+    from ast_plugin.data import prepare_report
+
+    total = sum(len(found.good) for found in checks.found)
+    with _bar(total, {'copy': 'copying', 'link': 'linking'}.get(args.place, ''), shown=bool(args.place)) as bar:
+        manifests = preparation.write(checks, args.layout, args.place, bar.update)
+    if faults:
+        preparation.list_faults(checks)
+    print(f'\nprepared {total:,} pairs')
+    _print(f'  {path}' for path in manifests)
+    older = sorted(set(preparation.target.glob('*.jsonl')) - set(manifests))
+    if older:
+        print(f'there from an earlier run, and left as it is: {", ".join(path.name for path in older)}')
+    if checks.num_faults:
+        print(f'left out: {checks.num_faults:,} faults, listed in {faults}')
+    print('\nFor an option file:\n')
+    phases = {split.name: split.phase for split in checks.splits}
+    lines = prepare_report.option_lines((phases[path.stem], path) for path in manifests)
+    _print(f'  {line}' for line in lines)
+    return 0
+
+
+def _bar(total: int, title: str, shown: bool = True):
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total, desc=title, unit='pair', dynamic_ncols=True, file=sys.stderr, leave=False,
+        disable=not (shown and sys.stderr.isatty()),
+    )  # fmt: skip
+
+
+def _print(lines) -> None:
+    for line in lines:
+        print(line)

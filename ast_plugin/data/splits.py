@@ -1,0 +1,198 @@
+"""Finding the splits of a dataset in a folder of unpacked downloads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ast_plugin.data.layouts import LAYOUTS, SPAD_LISTS, Layout, Source, find_places, list_pairs, match_place
+from ast_plugin.data.matching import Faults, some
+from ast_plugin.data.pair_table import PairTable
+from ast_plugin.data.places import Place, make_places, search_roots
+from ast_plugin.errors import DataError, OptionError
+from ast_plugin.suggest import did_you_mean
+
+_ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.bz2', '.rar', '.7z')
+_SHOWN = 8
+
+# What plain folders of pairs are usually called.
+_PLAIN = (
+    ('lq', 'gt'),
+    ('LQ', 'GT'),
+    ('input', 'target'),
+    ('input', 'gt'),
+    ('input', 'groundtruth'),
+    ('degraded', 'clean'),
+    ('noisy', 'clean'),
+    ('rainy', 'clean'),
+    ('rain', 'norain'),
+    ('rain', 'clean'),
+    ('hazy', 'clear'),
+    ('hazy', 'gt'),
+    ('hazy', 'GT'),
+    ('data', 'gt'),
+    ('low', 'high'),
+    ('blur', 'sharp'),
+    ('source', 'target'),
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of a dataset that was found.
+
+    Attributes:
+        name: what it is called, `train` or `test_a` for example.
+        phase: `train` or `test`.
+        pairs: those that have a partner.
+        faults: what is wrong with the others.
+        where: the folder of the degraded images, or the list, for the user to see.
+    """
+
+    name: str
+    phase: str
+    pairs: PairTable
+    faults: Faults = field(default_factory=Faults)
+    where: Path = Path()
+
+
+def preparable() -> list[str]:
+    """Return the names of the layouts that datasets are distributed in."""
+    return [name for name in LAYOUTS if name != 'manifest']
+
+
+def plain_layout(lq: str | None, gt: str | None, lq_template: str | None, gt_template: str | None) -> Layout:
+    """Return the layout of two folders below a root, with usual names where none are given.
+
+    Args:
+        lq, gt: the folders, with `{split}` where each split has its own.
+        lq_template, gt_template: how images are named in them.
+    Raises:
+        OptionError: if only one folder is given, or only one of them has `{split}`.
+    """
+    if (lq is None) != (gt is None) or ('{split}' in (lq or '')) != ('{split}' in (gt or '')):
+        raise OptionError('--lq and --gt go together, and either both or none have {split} in them')
+    names = [(lq, gt)] if lq and gt else [('{split}/' + one, '{split}/' + other) for one, other in _PLAIN]
+    return Layout(
+        'A dataset of plain folders',
+        f'{lq}/ and {gt}/'
+        if lq
+        else 'input/ and target/, lq/ and gt/ or such, in train/ and test/ or directly; --lq and --gt name others',
+        find_places,
+        places=make_places(names, (lq_template or '{}', gt_template or '{}')),
+        aliases={'train': ('.',)},
+    )
+
+
+def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) -> list[Split]:
+    """Find the splits of a dataset in a folder, or in folders inside it.
+
+    Args:
+        layout: a name of `preparable`, or a layout.
+        source: the folder.
+        wanted: splits to find, which then must be there; otherwise all that there are.
+    Raises:
+        DataError: if nothing is found, or more than can be told apart; what was expected is said.
+        OptionError: if there is no such layout or split.
+    """
+    row = layout if isinstance(layout, Layout) else _row(layout)
+    known = row.train_splits + row.test_splits
+    for name in wanted:
+        if name not in known:
+            raise OptionError(f'{row.title} has no split {name}{did_you_mean(name, known)}; it has {", ".join(known)}')
+    _check_folder(source)
+    roots = list(search_roots(source))
+    found, seen = [], set()
+    for name in wanted or known:
+        phase = 'train' if name in row.train_splits else 'test'
+        split = _find_list(row, roots, name, phase) or _find_place(row, source, roots, name, phase, bool(wanted))
+        if split is None and wanted:
+            raise _nothing(row, source, f'the split {name} of {row.title}')
+        # The root itself may go for several splits; the first has it, unless numbers divide it.
+        if split and (row.numbers or split.where not in seen):
+            seen.add(split.where)
+            found.append(split)
+    if not found:
+        raise _nothing(row, source, row.title)
+    return found
+
+
+def _row(layout: str) -> Layout:
+    if layout not in preparable():
+        names = preparable()
+        raise OptionError(f'no layout {layout!r}{did_you_mean(layout, names)}; there are {", ".join(names)}')
+    return plain_layout(None, None, None, None) if layout == 'folders' else LAYOUTS[layout]
+
+
+def _check_folder(source: Path) -> None:
+    if source.is_file():
+        what = 'an archive: unpack it, and name the folder' if _is_archive(source.name) else 'a file: name the folder'
+        raise DataError(f'{source} is {what} with the dataset')
+    if not source.is_dir():
+        raise DataError(f'{source}: there is no such folder; expected the folder of the dataset as it was unpacked')
+
+
+def _find_list(row: Layout, roots: Sequence[tuple[int, Path]], name: str, phase: str) -> Split | None:
+    """The split in a list file of SPAD's."""
+    if 'list_file' not in row.may_have or name not in SPAD_LISTS:
+        return None
+    lists = [(depth, root / SPAD_LISTS[name]) for depth, root in roots if (root / SPAD_LISTS[name]).is_file()]
+    if not lists:
+        return None
+    path = _only(row, name, [path for depth, path in lists if depth == lists[0][0]])
+    faults = Faults()
+    pairs = list_pairs(row, Source(phase, str(path.parent), split=name), faults)
+    return Split(name, phase, pairs, faults, path)
+
+
+def _find_place(
+    row: Layout, source: Path, roots: Sequence[tuple[int, Path]], name: str, phase: str, is_wanted: bool
+) -> Split | None:
+    """The split in a pair of folders, as near to the top as there is one."""
+    names = row.names(name)
+    names += ('.',) if is_wanted and '.' not in names else ()
+    candidates = [(-1, source.absolute().parent, (source.absolute().name,))] if source.absolute().name in names else []
+    candidates += [(depth, root, names) for depth, root in roots]
+    hits: list[tuple[Path, Place, str]] = []
+    level = None
+    for depth, root, known in candidates:
+        if hits and depth > level:
+            break
+        for alias in known:
+            place = next((place for place in row.places if place.fits(root, alias)), None)
+            if place and not (alias == '.' and hits):
+                level = depth
+                hits.append((root, place, alias))
+    if not hits:
+        return None
+    by_folder = {
+        Path(os.path.normpath(place.folders(root, alias)[0])): (root, place, alias) for root, place, alias in hits
+    }
+    folder = _only(row, name, list(by_folder))
+    root, place, alias = by_folder[folder]
+    faults = Faults()
+    pairs = PairTable(match_place(row, Source(phase, str(root), split=name), place, alias, faults))
+    return Split(name, phase, pairs, faults, folder)
+
+
+def _only(row: Layout, name: str, places: list[Path]) -> Path:
+    if len(places) > 1:
+        raise DataError(
+            f'the split {name} of {row.title} may be in {some(map(str, places))}. Name the folder of one of them'
+        )
+    return places[0]
+
+
+def _nothing(row: Layout, source: Path, what: str) -> DataError:
+    """Return the error that nothing was found, with what is there instead."""
+    names = sorted(os.listdir(source))
+    archives = [name for name in names if _is_archive(name)]
+    there = ', '.join(names[:_SHOWN]) + (f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else '')
+    remedy = f'Unpack {some(archives)} first' if archives else 'Name its folder, or another layout'
+    return DataError(f'{what} is not in {source}: expected {row.description}; there is {there or "nothing"}. {remedy}')
+
+
+def _is_archive(name: str) -> bool:
+    return name.lower().endswith(_ARCHIVES)
