@@ -125,17 +125,17 @@ def _check(preparation: Preparation, splits: Sequence[Split], workers: int | Non
 
 def _refuse(checks: Checks, faults: Path | None, args: argparse.Namespace) -> None:
     """Stop where the user has to decide."""
-    reasons, remedies = [], []
+    lines = []
     if checks.num_faults and not args.skip_faulty:
-        reasons.append(f'{checks.num_faults:,} faults')
-        remedies.append('mend or remove the files, or leave them out with --skip-faulty')
+        lines.append(f'{checks.num_faults:,} faults: mend or remove the files, or leave them out with --skip-faulty')
     if checks.leaks and not args.allow_duplicates:
-        reasons.append('pictures to test with that are trained on')
-        remedies.append('remove them from one side, or accept them with --allow-duplicates')
-    if reasons:
-        raise DataError(
-            f'nothing was prepared, because of {" and ".join(reasons)} (all in {faults}); {"; ".join(remedies)}'
+        number = sum(leak.num for leak in checks.leaks)
+        lines.append(
+            f'{number:,} pictures in training and test alike: remove them from one side, '
+            f'or accept them with --allow-duplicates'
         )
+    if lines:
+        raise DataError('\n'.join([f'nothing was prepared; all that is wrong is listed in {faults}', *lines]))
     if not any(len(found.good) for found in checks.found):
         raise DataError(f'no pair of {args.source} can be used (all faults in {faults})')
 

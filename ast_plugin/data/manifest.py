@@ -2,9 +2,10 @@
 
 JSON Lines. The first line is about the whole:
 
-  {"manifest": 1, "layout": "spad", "phase": "train", "root": "../SPAD", "pairs": 638492, "made_by": "ast_plugin 0.1"}
+  {"manifest": 1, "layout": "spad", "phase": "train", "root": "../SPAD", "pairs": 638492, "others": [], "made_by": ".."}
 
-`root` is the folder that names are relative to, itself relative to the manifest. Each further line is a pair:
+`root` is the folder that names are relative to, itself relative to the manifest; `others` are pictures that lie among
+those of the pairs and belong to none of them. Each further line is a pair:
 
   {"key": "a", "lq": "rain/a.png", "gt": "clean/a.png", "size": [256, 256], "bytes": [9041, 8220], "digests": [.., ..]}
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -63,6 +64,7 @@ class Manifest:
         phase: `train` or `test`.
         root: the folder that names are relative to.
         num_pairs: how many lines follow.
+        others: pictures in the folders of the pairs that belong to none.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class Manifest:
     phase: str
     root: Path
     num_pairs: int
+    others: tuple[str, ...] = ()
 
     def entries(self) -> Iterator[Entry]:
         """Read the pairs one by one, in order, without keeping them.
@@ -116,17 +119,27 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     wrong = [key for key, kind in kinds.items() if not isinstance(header.get(key), kind)]
     if wrong:
         raise DataError(f'{path}: line 1 lacks {", ".join(wrong)}. Prepare the dataset again')
-    root = Path(os.path.normpath(path.parent / header['root']))
+    root = Path(os.path.normpath(path.resolve().parent / header['root']))
     if not root.is_dir():
         raise DataError(
             f'{path}: its images were in {root}, which is no folder now. Put them back there, '
             f'or set "root" in the first line to where they are'
         )
-    return Manifest(path, header['layout'], header['phase'], root, header['pairs'])
+    others = header.get('others', [])
+    if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
+        raise DataError(f'{path}: line 1: "others" is no list of names. Prepare the dataset again')
+    return Manifest(path, header['layout'], header['phase'], root, header['pairs'], tuple(others))
 
 
 def write_manifest(
-    path: str | os.PathLike, entries: Iterable[Entry], *, layout: str, phase: str, root: str | os.PathLike, pairs: int
+    path: str | os.PathLike,
+    entries: Iterable[Entry],
+    *,
+    layout: str,
+    phase: str,
+    root: str | os.PathLike,
+    pairs: int,
+    others: Sequence[str] = (),
 ) -> None:
     """Write a manifest whole or not at all.
 
@@ -136,6 +149,7 @@ def write_manifest(
         layout, phase: see `Manifest`.
         root: what the entries' names are relative to.
         pairs: how many entries there are.
+        others: see `Manifest`.
     Raises:
         DataError: if the file cannot be written, for example because the disk is full.
     """
@@ -146,6 +160,7 @@ def write_manifest(
         'phase': phase,
         'root': _relative(Path(root), path.parent),
         'pairs': pairs,
+        'others': list(others),
         'made_by': f'ast_plugin {__version__}',
     }
     with replacing(path) as file:
@@ -183,7 +198,7 @@ def replacing(path: Path) -> Iterator[IO[str]]:
 
 def _relative(root: Path, folder: Path) -> str:
     try:
-        return Path(os.path.relpath(root.absolute(), folder.absolute())).as_posix()
+        return Path(os.path.relpath(root.absolute(), folder.resolve())).as_posix()
     except ValueError:  # another drive of Windows
         return root.absolute().as_posix()
 

@@ -12,11 +12,11 @@ from ast_plugin.data.preparing import Checks
 
 _SHOWN = 5
 _TRAITS = {
-    'gray': 'gray; they are read as RGB',
-    'palette': 'drawn from a palette; they are read as RGB',
-    'transparency': 'partly transparent; transparency is dropped',
+    'gray': 'in gray; read as RGB',
+    'palette': 'with a palette; read as RGB',
+    'transparency': 'with transparency; it is dropped',
     '16 bits': 'of 16 bits',
-    'CMYK': 'in CMYK; they are converted to RGB',
+    'CMYK': 'in CMYK; converted to RGB',
 }
 
 
@@ -43,11 +43,12 @@ def notes(checks: Checks) -> list[str]:
     lines = []
     for split, found in zip(checks.splits, checks.found, strict=True):
         for trait, count in sorted(found.traits.items()):
-            what = _TRAITS.get(trait, trait.replace(' named ', ' files named ') + '; they are read by their content')
-            lines.append(f'{split.name}: {_count(count, "picture")} {"is" if count == 1 else "are"} {what}')
+            what = _TRAITS.get(trait, f'{trait}; read by content')
+            lines.append(f'{split.name}: {_count(count, "picture")} {what}')
         twins = duplicates.within(split, found)
         if twins:
-            lines.append(f'{split.name}: {_count(twins.num, "degraded picture")} there more than once: {_pairs(twins)}')
+            count = _count(twins.num, 'degraded picture')
+            lines.append(f'{split.name}: {count} there before under another name: {_pairs(twins)}')
         unchanged = duplicates.num_unchanged(found)
         if unchanged:
             lines.append(f'{split.name}: in {_count(unchanged, "pair")} the degraded picture is the clean one')

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ast_plugin.data import duplicates
 from ast_plugin.data.checked_pairs import Found, Journal
 from ast_plugin.data.manifest import Entry, replacing, write_manifest
-from ast_plugin.data.matching import Fault, is_image
+from ast_plugin.data.matching import Fault, is_image, list_images
 from ast_plugin.data.pair_table import Pair
 from ast_plugin.data.splits import Split
 from ast_plugin.errors import DataError
@@ -114,8 +116,11 @@ class Preparation:
                 root = self._place(split, found, place, on_pair) if place else _common_root(split.pairs)
                 entries = self._journal(split).entries(split.pairs, lambda name, root=root: _below(name, root))
                 entries = _renamed(entries, split, found) if place else entries
+                others = [] if place else _others(split, found, root)
                 phase, pairs = split.phase, len(found.good)
-                write_manifest(paths[number], entries, layout=layout, phase=phase, root=root, pairs=pairs)
+                write_manifest(
+                    paths[number], entries, layout=layout, phase=phase, root=root, pairs=pairs, others=others
+                )
                 written.append(paths[number])
         for split in self.splits:
             self._journal(split).remove()
@@ -208,6 +213,19 @@ def _common_root(pairs: Iterable[Pair]) -> Path:
     """The deepest folder that all pictures lie below."""
     folders = {os.path.dirname(path) for pair in pairs for path in (pair.lq, pair.gt)}
     return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders])) if folders else Path()
+
+
+def _others(split: Split, found: Found, root: Path) -> list[str]:
+    """List the pictures that lie among those of the pairs and belong to none."""
+    paths = (path for pair in _good(split, found) for path in (pair.lq, pair.gt))
+    known = np.sort(np.fromiter(map(hash, paths), np.int64, 2 * len(found.good)))
+    folders = sorted({os.path.dirname(path) for pair in _good(split, found) for path in (pair.lq, pair.gt)})
+    return [
+        _below(path, root)
+        for folder in folders
+        for path in (f'{folder}/{name}' for name in list_images(folder, split.phase))
+        if known[min(np.searchsorted(known, hash(path)), len(known) - 1)] != hash(path)
+    ]
 
 
 def _below(path: str, root: Path) -> str:
