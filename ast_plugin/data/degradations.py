@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, Field
 
+from ast_plugin.data.haze import HazeParameters, add_haze
 from ast_plugin.data.moire import MoireParameters, add_moire
 from ast_plugin.data.rain import RainParameters, add_rain
+from ast_plugin.data.raindrops import RaindropParameters, add_raindrops
 from ast_plugin.data.shadow import ShadowParameters, add_shadow
 from ast_plugin.data.snow import SnowParameters, add_snow
 
@@ -38,6 +40,8 @@ class Degradation:
 
 DEGRADATIONS = {
     'rain': Degradation(RainParameters, add_rain),
+    'raindrop': Degradation(RaindropParameters, add_raindrops, margin=176),
+    'haze': Degradation(HazeParameters, add_haze, margin=176),
     'snow': Degradation(SnowParameters, add_snow),
     'shadow': Degradation(ShadowParameters, add_shadow),
     'moire': Degradation(MoireParameters, add_moire, margin=8),

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
+
+from ast_plugin.data.ranges import PositiveRange, Range
 
 MIN_HEADROOM = 0.06  # mean of (1 - image)^2 below which a picture is too white for rain to be made stronger
 MAX_OPACITY = 0.95
@@ -23,18 +25,6 @@ VEIL_SHARE = 0.25  # at most this share of the squared error comes from the veil
 VEIL_CELL = 160  # pixels between two independent values of the veil at scale 1
 STRIP = 32  # rows blended at a time
 PROFILE_MEAN, PROFILE_SQUARE = 4 / 5, 32 / 45  # integrals over a streak of 1 - t^4, t in [-1, 1], and of its square
-
-
-def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
-    if bounds[0] > bounds[1]:
-        raise ValueError(f'a range is [lowest, highest]; got {list(bounds)}')
-    return bounds
-
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Range = Annotated[tuple[Number, Number], AfterValidator(_ordered)]
-PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 
 
 class StreakLayer(BaseModel):

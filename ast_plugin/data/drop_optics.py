@@ -1,0 +1,135 @@
+"""What is seen through a drop of water on glass: a wide view, turned over, squeezed, and dark where it is too steep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+WATER = 1.333  # refractive index
+STEEPEST = 0.98  # sine of the steepest slope: a surface seen edge on
+DARKEST = 0.3  # light that comes from past the critical angle, reflected about inside the drop
+REACH = 160  # pixels in which the view to 45 degrees aside is kept: drops are small, and squeeze it to less than that
+SLOPES = 512  # entries of the tables over the sine of the slope
+SMEARED = 0.52  # squared error that is left of a drop's when defocus has smeared it and thinned it at the rim
+
+
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    """Return, over the sine s of the slope: how far aside the view goes per focal length, and the light let through.
+
+    A ray along the axis meets the surface at asin(s) from its normal and leaves at asin(n s), by Snell; what is lost
+    is Fresnel's reflection, all of it past the critical angle.
+    """
+    s = np.linspace(0, 1, SLOPES)
+    out = np.minimum(WATER * s, 1)
+    inner, outer = np.sqrt(1 - s * s), np.sqrt(1 - out * out)
+    aside = np.tan(np.arcsin(out) - np.arcsin(s))
+    across = ((WATER * inner - outer) / np.maximum(WATER * inner + outer, 1e-9)) ** 2
+    along = ((inner - WATER * outer) / np.maximum(inner + WATER * outer, 1e-9)) ** 2
+    light = np.where(WATER * s < 1, 1 - (across + along) / 2, 0)
+    return aside.astype(np.float32), (DARKEST + (1 - DARKEST) * light).astype(np.float32)
+
+
+ASIDE, LIGHT = _tables()
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The scene as far aside as drops look, at a fraction of the resolution.
+
+    Attributes:
+        view: RGB, [h + 2 border, w + 2 border, 3].
+        border: how much of it lies beyond each edge of the picture.
+        shrink: pixels of the picture to one of `view`.
+        focal: focal length of the camera, in pixels of `view`.
+    """
+
+    view: np.ndarray
+    border: int
+    shrink: float
+    focal: float
+
+    @property
+    def picture(self) -> np.ndarray:
+        """The part that the picture shows, [h, w, 3]."""
+        inner = slice(self.border, -self.border)
+        return self.view[inner, inner]
+
+    def look(self, x: np.ndarray, y: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
+        """Return what is seen at places of the picture through slopes of water, [n, m, 3].
+
+        Args:
+            x, y: the places, in pixels of `view` from the picture's corner; these and the slopes broadcast to [n, m].
+            across, down: outward components of the sine of the slope, [n, m] float32.
+        """
+        size = np.minimum(cv2.magnitude(across, down), STEEPEST)
+        entry = (size * (SLOPES - 1)).astype(np.int32)
+        # Rays bend towards the thick of the drop, which is against the outward slope.
+        pull = ASIDE[entry] * np.float32(-self.focal) / np.maximum(size, 1e-6)
+        x = across * pull + (x + np.float32(self.border))
+        y = down * pull + (y + np.float32(self.border))
+        seen = cv2.remap(self.view, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+        seen *= cv2.cvtColor(LIGHT[entry], cv2.COLOR_GRAY2RGB)
+        return seen
+
+
+def surroundings(image: np.ndarray, focal: float, sky: float) -> Surroundings:
+    """Return the scene around a picture, [H, W, 3] in [0, 1].
+
+    Beyond the picture: its mirror image, with a sky coming up above it and the ground growing dark below it.
+
+    Args:
+        focal: pixels of the picture.
+        sky: brightness of the sky, in [0, 1].
+    """
+    height, width = image.shape[:2]
+    shrink = max(1.0, focal / REACH)
+    size = (math.ceil(width / shrink), math.ceil(height / shrink))
+    view = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    border = max(1, math.ceil(focal / shrink))
+    rows = len(view)
+    ground = 0.45 * view.reshape(-1, 3).mean(axis=0)
+    view = cv2.copyMakeBorder(view, border, border, border, border, cv2.BORDER_REFLECT)
+    height_above = (border - np.arange(len(view), dtype=np.float32))[:, None, None] / border  # 1 for 45 degrees up
+    blue = np.array([0.93, 0.98, 1.04], np.float32) * np.float32(sky)
+    view += (blue - view) * np.clip(height_above * 8, 0, 0.95)
+    view += (ground - view) * np.clip(-(height_above + rows / border) * 2, 0, 0.8)
+    return Surroundings(view, border, shrink, focal / shrink)
+
+
+def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: float) -> np.ndarray:
+    """Return what is seen through drops, colour times opacity and opacity, [h, w, 4] float32.
+
+    Args:
+        scene: what is around them.
+        opacity: where the drops are, [h, w] in [0, 1].
+        slope: [2, h, w], outward components (across, down) of the sine of the surface's slope.
+        zoom: pixels of the picture to one of these maps.
+    """
+    height, width = opacity.shape
+    ratio = np.float32(zoom / scene.shrink)
+    x = np.arange(width, dtype=np.float32) * ratio
+    y = np.arange(height, dtype=np.float32)[:, None] * ratio
+    seen = scene.look(x, y, slope[0], slope[1])
+    return cv2.merge([*cv2.split(seen * cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB)), opacity])
+
+
+def expected_error(scene: Surroundings, rim: float, directions: int = 24) -> float:
+    """Return the mean squared error that drops make where they are, before any is placed.
+
+    It is taken over places of the picture and over the surface of a round drop, whose slope grows from its middle to
+    the sine `rim` at its edge.
+    """
+    picture = scene.picture
+    step = max(1, int(math.sqrt(picture.shape[0] * picture.shape[1] / 700)))
+    clean = picture[::step, ::step].reshape(1, -1, 3)
+    rows, columns = -(-picture.shape[0] // step), -(-picture.shape[1] // step)
+    y, x = np.divmod(np.arange(rows * columns, dtype=np.float32), np.float32(columns))
+    number = np.arange(directions)[:, None]
+    radius, angle = rim * np.sqrt((number + 0.5) / directions), number * math.pi * (3 - math.sqrt(5))
+    spread = np.ones((1, rows * columns))
+    across, down = ((radius * turn(angle) * spread).astype(np.float32) for turn in (np.cos, np.sin))
+    seen = scene.look(x * step, y * step, across, down)
+    return SMEARED * float(np.mean((seen - clean) ** 2))
