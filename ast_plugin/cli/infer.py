@@ -51,12 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--param-key', metavar='KEY', help='where a .pth file holds the weights, such as params_ema')
     parser.add_argument(
         '--tile',
-        type=int,
+        type=_tile,
+        default='auto',
         metavar='N',
-        help='restore in tiles of N x N pixels; by default only what does not fit in memory is',
+        help='restore in tiles of N x N pixels; by default (auto) only what does not fit in memory is',
     )
     parser.add_argument(
         '--overlap', type=int, metavar='N', help='pixels that tiles share (default: a quarter of a tile)'
+    )
+    parser.add_argument(
+        '--batch', type=int, default=1, metavar='N', help='tiles that go through the network together (default: 1)'
+    )
+    parser.add_argument(
+        '--self-ensemble',
+        action='store_true',
+        help='give the mean of the results for the eight flips and rotations: a little better, eight times as long',
     )
     parser.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:1 ... (default: a GPU where there is one)')
     parser.add_argument(
@@ -156,13 +165,25 @@ def plan(pictures: Sequence[tuple[Path, Path]], output: Path, suffix: str, file_
     return jobs
 
 
+def _tile(text: str) -> int | str:
+    if text == 'auto':
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'expected the side of a tile in pixels, or auto, got {text}') from None
+
+
 def _check(args: argparse.Namespace) -> None:
-    if args.tile is not None and args.tile < 1:
-        raise OptionError(f'--tile is {args.tile}: expected the side of a tile in pixels, 1 or more')
+    tile = args.tile if args.tile != 'auto' else None
+    if tile is not None and tile < 1:
+        raise OptionError(f'--tile is {tile}: expected the side of a tile in pixels, 1 or more, or auto')
     if args.overlap is not None and args.overlap < 0:
         raise OptionError(f'--overlap is {args.overlap}: expected a number of pixels, 0 or more')
-    if args.tile is not None and args.overlap is not None and args.overlap >= args.tile:
-        raise OptionError(f'--overlap is {args.overlap} and --tile is {args.tile}: the overlap must be smaller')
+    if tile is not None and args.overlap is not None and args.overlap >= tile:
+        raise OptionError(f'--overlap is {args.overlap} and --tile is {tile}: the overlap must be smaller')
+    if args.batch < 1:
+        raise OptionError(f'--batch is {args.batch}: expected a number of tiles, 1 or more')
     if not 1 <= args.quality <= 100:
         raise OptionError(f'--quality is {args.quality}: expected 1 to 100')
     if not args.max_megapixels > 0:
@@ -254,6 +275,8 @@ def _load(args: argparse.Namespace) -> Restorer:
         device=args.device,
         tile=args.tile,
         overlap=args.overlap,
+        batch=args.batch,
+        self_ensemble=args.self_ensemble,
     )
     for note in restorer.notes:
         print(f'note: {args.weights}: {note}; -opt FILE names the network in full', file=sys.stderr)

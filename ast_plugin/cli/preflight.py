@@ -165,6 +165,10 @@ def _check_metrics(val: Mapping[str, Any], registered: Registered, source: str) 
     """Measure noise: a metric that stumbles over its options would do so hours later."""
     import numpy as np
 
+    from ast_plugin.models.protocols import read_protocol
+
+    with _explained(f'{source}: val.protocol', 'protocol'):
+        read_protocol(val.get('protocol'))
     image = np.random.default_rng(0).integers(0, 256, (_METRIC_IMAGE_SIDE, _METRIC_IMAGE_SIDE, 3), dtype=np.uint8)
     for key, options in (val.get('metrics') or {}).items():
         target = registered.get('metric', options['type'])

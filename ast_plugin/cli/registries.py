@@ -11,6 +11,7 @@ def load() -> Registered:
     """Import BasicSR and the plugins (seconds), and say what is registered."""
     import ast_plugin  # noqa: F401 - registers, also from a checkout that is not installed
     from ast_plugin.models.optimizers import find_optimizer
+    from ast_plugin.models.protocols import PROTOCOLS
     from ast_plugin.models.schedules import SCHEDULERS
     from ast_plugin.plugins import load_plugins
 
@@ -32,6 +33,7 @@ def load() -> Registered:
             'CosineAnnealingRestartLR': CosineAnnealingRestartLR,
         },
         own_schedulers=SCHEDULERS,
+        protocols={name: tuple(protocol.metrics) for name, protocol in PROTOCOLS.items()},
         failed_plugins=failed,
         find_optimizer=find_optimizer,
     )

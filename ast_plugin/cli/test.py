@@ -5,13 +5,15 @@
   basicsr test -opt AST_derain --weights derain.pth        any other weights
   basicsr test -opt my.yml --force_yml val:save_img=true   write the restored pictures too
 
-Tables and pictures go to results/NAME; an older folder of that name is renamed, not overwritten.
+Images are restored and measured as val.protocol says (README, "Measuring"). Tables, the worst and the best images in
+a contact sheet, and pictures go to results/NAME; an older folder of that name is renamed, not overwritten.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from ast_plugin.cli import session
 from ast_plugin.errors import OptionError
 
 if TYPE_CHECKING:
+    from ast_plugin.models.results import ValidationResults
     from ast_plugin.options.stages import Stage
 
 
@@ -40,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     import basicsr.test
 
     from ast_plugin.cli import preflight
+    from ast_plugin.models.results import collected
 
     stage, weights = _weights(run)
     opt = run.prepare(stage)
@@ -54,9 +58,23 @@ def run(args: argparse.Namespace) -> int:
             print(f'Testing the weights {weights}', flush=True)
         opt = run.prepare(stage, **process)
         opt['path'].update(paths)
-        with session.handed_over(basicsr.test, opt, run, stage):
+        with session.handed_over(basicsr.test, opt, run, stage), collected() as tested:
             basicsr.test.test_pipeline(str(run.root))
+        if process['rank'] == 0:
+            _draw(tested, Path(opt['path']['results_root']))
     return 0
+
+
+def _draw(tested: Sequence[ValidationResults], folder: Path) -> None:
+    """A sheet of the worst and the best images of each dataset."""
+    from ast_plugin.compare.contact_sheet import draw_examples, save_picture
+
+    for results in tested:
+        sheet = draw_examples(results)
+        if sheet is not None:
+            path = folder / f'{results.dataset}_worst_and_best.png'
+            save_picture(sheet, path)
+            print(f'The worst and the best images: {path}', flush=True)
 
 
 def _weights(run: session.Session) -> tuple[Stage, Path]:

@@ -1,13 +1,19 @@
 """Pictures side by side, each with a caption: what a reader looks at before any table."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ast_plugin.errors import DataError, ShapeError
+
+if TYPE_CHECKING:
+    from ast_plugin.models.results import ValidationResults
 
 PAPER, INK, FAINT = '#ffffff', '#1b1b1b', '#6b6b6b'
 GAP = 16  # pixels between pictures and around them
@@ -57,6 +63,26 @@ def draw_contact_sheet(columns: Sequence[str], rows: Sequence[Sequence[Cell]], c
     return sheet
 
 
+def draw_examples(results: ValidationResults) -> Image.Image | None:
+    """Draw the worst images of a test and its best ones: input, result and clean picture, each with its scores.
+
+    Returns:
+        The sheet; None where nothing was measured.
+    """
+    names, ranks = results.examples(), results.ranks()
+    if not names:
+        return None
+    rows = []
+    for name in names:
+        captions = [
+            f'{name}: {_scores(results.degraded.get(name, {}))}'.removesuffix(': '),
+            _scores(results.restored[name]),
+            f'{ranks[name]} of {len(ranks)} by {results.ranking.metric}',
+        ]
+        rows.append([Cell(*pair) for pair in zip(results.thumbnails[name], captions, strict=True)])
+    return draw_contact_sheet(('input', 'restored', 'ground truth'), rows)
+
+
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture as PNG.
 
@@ -72,6 +98,10 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         raise DataError(f'{path} cannot be written: {error}') from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _scores(values: Mapping[str, float]) -> str:
+    return ', '.join(f'{metric} {value:.{2 if abs(value) >= 2 else 4}f}' for metric, value in values.items())
 
 
 def _write(pen: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int, size: int, ink: str) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
 from ast_plugin.data import random_states
+from ast_plugin.data.image_files import write_bytes
 from ast_plugin.data.samplers import epoch_of
 from ast_plugin.data.transforms import to_unit_range
 from ast_plugin.errors import DataError, OptionError
@@ -31,7 +32,8 @@ from ast_plugin.models import (
 from ast_plugin.models.precision import Precision
 from ast_plugin.models.processes import Processes
 from ast_plugin.models.progress import TrainingProgress
-from ast_plugin.models.results import ValidationResults
+from ast_plugin.models.provenance import Provenance
+from ast_plugin.models.results import ValidationResults, announce
 from ast_plugin.models.run_log import RunLog
 from ast_plugin.models.training_step import TrainingStep
 from ast_plugin.models.validator import Validator
@@ -46,9 +48,9 @@ class RestorationModel(SRModel):
     kept beside the latest, weights files read safely and written whole.
 
     Option keys, beside SRModel's: those of `train` that `TrainingStep`, `Precision`, `BatchMixing` and
-    `network_switches.apply` document, and `val.best_metric`, the metric of `val.metrics` that picks the best weights
-    (the first by default). Those lie in `models/net_g_best.pth` and, with the network's options in the metadata,
-    `models/net_g_best.safetensors`.
+    `network_switches.apply` document; `val.protocol`, how images are restored and measured, see `models.protocols`; and
+    `val.best_metric`, the metric of `val.metrics` that picks the best weights (the first by default). Those lie in
+    `models/net_g_best.pth` and, with the network's options in the metadata, `models/net_g_best.safetensors`.
 
     Args:
         opt: the options as BasicSR prepares them; changed in place, as BasicSR's models do: `build_model` hands a copy.
@@ -59,6 +61,7 @@ class RestorationModel(SRModel):
         self.processes = Processes()
         self.validator = Validator.from_options(opt, self.processes, self._image_path)
         self.validated_at: dict[str, int] = {}  # by dataset: iteration of the last validation
+        self.notes: set[str] = set()  # on memory, each logged once
         self.log_dict: Mapping[str, float] = {}
         self.run_log = RunLog.from_options(opt, self.processes.rank)
         # Further parts of a run's state, with state_dict and load_state_dict.
@@ -200,13 +203,14 @@ class RestorationModel(SRModel):
         return self.net_g_ema if hasattr(self, 'net_g_ema') else self.get_bare_model(self.net_g)
 
     def test(self) -> None:
-        """Restore the pictures last fed, of any size."""
-        network = self.evaluated_network
-        was_training = network.training
-        network.eval()
-        with torch.inference_mode(), network_switches.eager_blocks():
-            self.output = network(self.lq)
-        network.train(was_training)
+        """Restore the pictures last fed, of any size, as the protocol says."""
+        with network_switches.eager_blocks():
+            self.output = self.validator.protocol.restore(self.evaluated_network, self.lq, on_note=self._note)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.add(note)
+            get_root_logger().info(note)
 
     def dist_validation(self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
         """The same among processes: each restores its share, all know the results, the first writes them down."""
@@ -236,14 +240,14 @@ class RestorationModel(SRModel):
                 tb_logger.add_image(f'{name}/{image}', strip, current_iter, dataformats='HWC')
         if not results.mean():
             return
-        self._initialize_best_metric_results(name)
         self.metric_results = results.mean()
-        improved = self._is_best(name, self.metric_results)
-        for metric, value in self.metric_results.items():
-            self._update_best_metric_result(name, metric, value, current_iter)
         if not self.is_train:
             self._write_results(results)
             return
+        self._initialize_best_metric_results(name)
+        improved = self._is_best(name, self.metric_results)
+        for metric, value in self.metric_results.items():
+            self._update_best_metric_result(name, metric, value, current_iter)
         self._log_validation_metric_values(current_iter, name, tb_logger)
         self.run_log.add_validation(current_iter, name, self.metric_results)
         if improved:
@@ -276,10 +280,13 @@ class RestorationModel(SRModel):
 
     @master_only
     def _write_results(self, results: ValidationResults) -> None:
-        folder = Path(self.opt['path']['results_root'])
-        (folder / f'{results.dataset}.csv').write_text(results.to_csv(), encoding='utf-8')
-        (folder / f'{results.dataset}.md').write_text(results.to_markdown() + '\n', encoding='utf-8')
+        validator, folder = self.validator, Path(self.opt['path']['results_root'])
+        weights = self.opt['path'].get('pretrain_network_g')
+        results.provenance = Provenance.of(validator.protocol, validator.metrics, weights, self.device)
+        write_bytes(folder / f'{results.dataset}.csv', results.to_csv().encode())
+        write_bytes(folder / f'{results.dataset}.md', f'{results.to_markdown()}\n'.encode())
         print(f'\n{results.dataset}\n\n{results.to_markdown()}\n', flush=True)
+        announce(results)
 
     # ---- weights and state
 

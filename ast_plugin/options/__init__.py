@@ -135,12 +135,24 @@ def prepare(
     if is_train:
         lengths.resolve(opt, length_of)
     if opt.get('val') is not None or not is_train:
-        opt['val'] = {**_NEUTRAL_VAL, **(opt.get('val') or {})}
+        opt['val'] = {**_NEUTRAL_VAL, **_validation(opt.get('val') or {}, is_train)}
     if is_train and 'debug' in opt['name']:
         opt['logger'].update(print_freq=1, save_checkpoint_freq=8)
         if opt.get('val') is not None:
             opt['val']['val_freq'] = 8
     return opt
+
+
+def _validation(val: Mapping[str, Any], is_train: bool) -> dict[str, Any]:
+    """The section `val` for this run: in training with what `during_training` says, in testing without it."""
+    val = dict(val)
+    during = val.pop('during_training', None) or {}
+    if not is_train or not during:
+        return val
+    # A protocol brings its own metrics: those that were written for another are not measured by it.
+    if during.get('protocol') is not None:
+        val.pop('metrics', None)
+    return {**val, **during}
 
 
 def run_name(opt: Mapping[str, Any], debug: bool = False) -> str:
@@ -163,6 +175,8 @@ def _datasets(opt: dict[str, Any], is_train: bool, dataset_types: Mapping[str, o
         if phase not in phases:
             continue
         dataset.update(phase=phase, scale=opt['scale'])
+        if phase == 'val' and not is_train:
+            dataset.pop('center_crop', None)  # what makes validations quick while training goes on is no test
         for name in [name for name in dataset if name.startswith('dataroot')]:
             if isinstance(dataset[name], str):
                 dataset[name] = os.path.expanduser(dataset[name])

@@ -61,7 +61,7 @@ def _run_faults(opt: Mapping[str, Any], registered: Registered | None, is_train:
     faults += _missing_sections(opt, is_train, _is_third_party(opt, registered))
     if registered is not None:
         faults += _registry_faults(opt, registered)
-    faults += _best_metric_faults(opt) + _rival_faults(opt)
+    faults += _best_metric_faults(opt, registered) + _rival_faults(opt)
     return list({fault.where: fault for fault in reversed(faults)}.values())[::-1]
 
 
@@ -165,12 +165,24 @@ def _rival_faults(opt: Mapping[str, Any]) -> list[Fault]:
     ]
 
 
-def _best_metric_faults(opt: Mapping[str, Any]) -> list[Fault]:
-    best = _at(opt, ('val', 'best_metric'))
-    metrics = _section(_section(opt, 'val'), 'metrics')
-    if not isinstance(best, str) or best in metrics:
+def _best_metric_faults(opt: Mapping[str, Any], registered: Registered | None) -> list[Fault]:
+    val = _section(opt, 'val')
+    best, during = val.get('best_metric'), _section(val, 'during_training')
+    if not isinstance(best, str):
         return []
-    return [Fault(('val', 'best_metric'), f'{best} is not among val.metrics: {", ".join(metrics) or "none there"}')]
+    # The best weights are picked during training; a protocol that is named there brings its own metrics.
+    deciding = during if during.get('metrics') or during.get('protocol') else val
+    metrics = deciding.get('metrics')
+    if metrics is None:
+        protocol = deciding.get('protocol') or 'basicsr'
+        name = protocol.get('type') if isinstance(protocol, dict) else protocol
+        if registered is None or name not in registered.protocols:
+            return []
+        metrics = registered.protocols[name]
+    if not isinstance(metrics, (dict, tuple)) or best in metrics:
+        return []
+    place = 'val.during_training.metrics' if deciding is during else 'val.metrics'
+    return [Fault(('val', 'best_metric'), f'{best} is not among {place}: {", ".join(metrics) or "none there"}')]
 
 
 def _registry_faults(opt: Mapping[str, Any], registered: Registered) -> list[Fault]:
@@ -190,10 +202,11 @@ def _registry_faults(opt: Mapping[str, Any], registered: Registered) -> list[Fau
         elif key.startswith('optim_'):
             faults += _optimizer_faults(value, ('train', key), registered)
     faults += _scheduler_faults(train.get('scheduler'), opt, registered)
-    for key, value in _section(_section(opt, 'val'), 'metrics').items():
-        faults += _call_faults(
-            'metric', value, ('val', 'metrics', key), registered, given=_METRIC_IMAGES, ignored=_METRIC_OWN
-        )
+    for where in (('val',), ('val', 'during_training')):
+        section = _at(opt, where)
+        for key, value in _section(section if isinstance(section, dict) else {}, 'metrics').items():
+            place = (*where, 'metrics', key)
+            faults += _call_faults('metric', value, place, registered, given=_METRIC_IMAGES, ignored=_METRIC_OWN)
     return faults
 
 

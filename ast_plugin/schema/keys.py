@@ -126,15 +126,41 @@ class Train(Section):
     tsa_iter: CountOrZero | None = Field(None, description='EDVR')
 
 
+ProtocolName = Literal['basicsr', 'spad', 'agan', 'densehaze', 'whole', 'tiled']
+
+
+class Protocol(Section):
+    """How images are restored and measured; what is left out is as the type has it."""
+
+    type: ProtocolName = Field(description='spad, agan, densehaze: as in the papers; whole; tiled: as memory allows')
+    square: Count | None = Field(None, description='zeros around the image, up to a square multiple of this')
+    tile: Count | Literal['auto'] | None = Field(None, description='side of a tile in pixels; auto: as memory allows')
+    overlap: CountOrZero | None = Field(None, description='pixels that tiles share; a quarter of a tile if not given')
+    blend: Literal['ramp', 'mean'] | None = Field(None, description='join tiles by smooth ramps, or by plain averages')
+    batch: Count | None = Field(None, description='tiles that go through the network together')
+    round: bool | None = Field(None, description='round results to 8 bits before they are measured')
+    self_ensemble: bool | None = Field(None, description='mean over the eight flips and rotations')
+
+
+class DuringTraining(Section):
+    """What differs in the validations of a training from those of a test."""
+
+    protocol: ProtocolName | Protocol | None = Field(None, description='how images are restored and measured')
+    metrics: dict[str, Metric] | None = Field(None, description="instead of the protocol's, by their printed names")
+
+
 class Val(Section):
     """Validation during training, and testing."""
+
+    protocol: ProtocolName | Protocol | None = Field(None, description='how images are restored and measured')
+    during_training: DuringTraining | None = Field(None, description='what differs in validations during training')
 
     val_freq: Count | None = Field(None, description='iterations between validations; or times_per_epoch')
     times_per_epoch: Count | None = Field(None, description='validations in an epoch of the training set')
     save_img: bool | None = Field(None, description='write the restored images')
     suffix: str | None = Field(None, description='of written images; the name of the run if not given')
     pbar: bool | None = None
-    metrics: dict[str, Metric] | None = Field(None, description='by the name they are printed under')
+    metrics: dict[str, Metric] | None = Field(None, description="instead of the protocol's, by their printed names")
     best_metric: str | None = Field(None, description='the metric that picks the best weights')
     center_frame_only: bool | None = Field(None, description='video')
     flip_seq: bool | None = Field(None, description='recurrent video')

@@ -19,6 +19,7 @@ class Registered:
         by_kind: the contents of each registry.
         schedulers: classes that `train.scheduler.type` can name with every model.
         own_schedulers: further ones that this package's models know.
+        protocols: names of each validation protocol's own metrics, by the protocol's name.
         find_optimizer: the class that `train.optim_g.type` names; OptionError if there is none. Not checked without.
         failed_plugins: one line for each plugin that could not be loaded.
     """
@@ -26,6 +27,7 @@ class Registered:
     by_kind: Mapping[str, Mapping[str, object]]
     schedulers: Mapping[str, type] = field(default_factory=dict)
     own_schedulers: Mapping[str, type] = field(default_factory=dict)
+    protocols: Mapping[str, Sequence[str]] = field(default_factory=dict)
     failed_plugins: Sequence[str] = ()
     find_optimizer: Callable[[str], type] | None = None
 

@@ -253,7 +253,7 @@ def test_tiles(run, tmp_path, weights):
 
 
 def test_short_memory_is_said(run, tmp_path, monkeypatch):
-    monkeypatch.setattr('ast_plugin.models.restorer.available_bytes', lambda device: 10**6)
+    monkeypatch.setattr('ast_plugin.models.tiling.available_bytes', lambda device: 10**6)
     put(tmp_path / 'a.png', noise(20, 150, 3))
     status, _, err = run('a.png')
     assert status == 0

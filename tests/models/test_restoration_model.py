@@ -260,5 +260,5 @@ def test_testing_prints_and_writes_the_table(tmp_path, capsys):
     table = capsys.readouterr().out
     assert '| mean ' in table and 'input psnr' in table
     assert (tmp_path / 'results' / 'pairs.md').read_text().strip() in table
-    assert (tmp_path / 'results' / 'pairs.csv').read_text().startswith('image,input psnr,psnr,input ssim,ssim\n')
+    assert (tmp_path / 'results' / 'pairs.csv').read_text().startswith('image,input psnr,psnr,input ssim,ssim,protocol,')
     assert (tmp_path / 'visualization' / 'pairs' / 'one_2_tiny.png').is_file()

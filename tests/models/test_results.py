@@ -1,6 +1,6 @@
 import numpy as np
 
-from ast_plugin.models.results import PictureResult, ValidationResults, side_by_side
+from ast_plugin.models.results import PictureResult, ValidationResults, side_by_side, thumbnails
 
 RESULTS = ValidationResults(
     'rain',
@@ -30,9 +30,9 @@ def test_comma_separated_values():
 
 
 def test_pictures_of_several_processes_come_into_the_datasets_order():
-    strip = np.zeros((2, 2, 3), np.uint8)
+    shown = (np.zeros((2, 2, 3), np.uint8),) * 3
     pictures = [
-        PictureResult(0, 'cat', {'psnr': 1.0}, {'psnr': 0.5}, strip),
+        PictureResult(0, 'cat', {'psnr': 1.0}, {'psnr': 0.5}, shown),
         PictureResult(2, 'cat', {'psnr': 3.0}),
         PictureResult(1, 'dog', {'psnr': 2.0}, {'psnr': 0.7}),
     ]
@@ -46,7 +46,7 @@ def test_pictures_of_several_processes_come_into_the_datasets_order():
 def test_side_by_side():
     blue = np.zeros((30, 1024, 3), np.uint8)
     blue[..., 0] = 255
-    strip = side_by_side([blue[:15, :512], np.full((30, 1024), 7, np.uint8), blue])
+    strip = side_by_side(thumbnails([blue[:15, :512], np.full((30, 1024), 7, np.uint8), blue]))
     assert strip.shape == (15, 3 * 512 + 2 * 8, 3)
     assert strip[3, 3].tolist() == [0, 0, 255]  # RGB
     assert strip[3, 515].tolist() == [255, 255, 255]
