@@ -91,14 +91,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _layout(args: argparse.Namespace) -> str | Layout:
-    from ast_plugin.data.splits import plain_layout, preparable
-    from ast_plugin.suggest import did_you_mean
+    from ast_plugin.data.splits import plain_layout
 
     if args.workers is not None and args.workers < 1:
         raise OptionError(f'--workers is {args.workers}: expected a number of processes, 1 or more')
-    names = preparable()
-    if args.layout not in names:
-        raise OptionError(f'no layout {args.layout}{did_you_mean(args.layout, names)} (there are {", ".join(names)})')
     plain = (args.lq, args.gt, args.lq_template, args.gt_template)
     if args.layout == 'folders':
         return plain_layout(*plain)

@@ -139,9 +139,12 @@ class Preparation:
                 (unfinished / side).mkdir(parents=True, exist_ok=True)
             (unfinished / _OURS).touch()
             wanted: set[int] = set()
+            copies: dict[int, Path] = {}
             for pair, names in zip(_good(split, found), _placed_names(split, found), strict=True):
                 for path, name in zip((pair.lq, pair.gt), names, strict=True):
-                    _put(path, unfinished / name, how)
+                    # RESIDE has up to 35 degraded pictures to a clean one, which is kept once.
+                    first = copies.setdefault(hash(path), unfinished / name)
+                    _put(path, unfinished / name, how, first)
                     wanted.add(hash(name))
                 on_pair()
             for side in ('lq', 'gt'):  # what an earlier run left and this one does without
@@ -154,7 +157,7 @@ class Preparation:
                 f'cannot {how} to {error.filename2 or error.filename or unfinished}: {error.strerror or error}. '
                 f'Make room or choose another folder, and run the command again: it goes on where it stopped'
             ) from error
-        return folder
+        return folder.resolve()
 
 
 def _take_over(folder: Path, unfinished: Path) -> None:
@@ -170,8 +173,8 @@ def _good(split: Split, found: Found) -> Iterator[Pair]:
     return (split.pairs[number] for number in found.good)
 
 
-def _put(path: str, target: Path, how: str) -> None:
-    """Copy or link a file, unless it is there already."""
+def _put(path: str, target: Path, how: str, first: Path) -> None:
+    """Copy or link a file, unless it is there already; of a file that has a copy `first`, give that another name."""
     if how == 'link':
         if target.is_symlink() or target.exists():
             target.unlink()
@@ -183,9 +186,19 @@ def _put(path: str, target: Path, how: str) -> None:
     elif target.exists() and (target.stat().st_size, target.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns):
         return
     partial = target.with_name('.part')
-    shutil.copyfile(path, partial)
-    os.utime(partial, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    partial.unlink(missing_ok=True)
+    if first == target or not _linked(first, partial):
+        shutil.copyfile(path, partial)
+        os.utime(partial, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     os.replace(partial, target)
+
+
+def _linked(first: Path, target: Path) -> bool:
+    try:
+        os.link(first, target)
+    except OSError:  # not all file systems can, and some files have too many names
+        return False
+    return True
 
 
 def _placed_names(split: Split, found: Found) -> Iterator[tuple[str, str]]:

@@ -101,7 +101,7 @@ def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) 
     known = row.train_splits + row.test_splits
     for name in wanted:
         if name not in known:
-            raise OptionError(f'{row.title} has no split {name}{did_you_mean(name, known)}; it has {", ".join(known)}')
+            raise OptionError(f'{row.title} has no split {name}{did_you_mean(name, known)} (it has {", ".join(known)})')
     _check_folder(source)
     roots = list(search_roots(source))
     found, seen = [], set()
@@ -122,7 +122,7 @@ def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) 
 def _row(layout: str) -> Layout:
     if layout not in preparable():
         names = preparable()
-        raise OptionError(f'no layout {layout!r}{did_you_mean(layout, names)}; there are {", ".join(names)}')
+        raise OptionError(f'no layout {layout}{did_you_mean(layout, names)} (there are {", ".join(names)})')
     return plain_layout(None, None, None, None) if layout == 'folders' else LAYOUTS[layout]
 
 
