@@ -77,7 +77,7 @@ def draw_examples(results: ValidationResults) -> Image.Image | None:
         captions = [
             f'{name}: {_scores(results.degraded.get(name, {}))}'.removesuffix(': '),
             _scores(results.restored[name]),
-            f'{ranks[name]} of {len(ranks)} by {results.ranking.metric}',
+            f'rank {ranks[name]} of {len(ranks)} by {results.ranking.metric}',
         ]
         rows.append([Cell(*pair) for pair in zip(results.thumbnails[name], captions, strict=True)])
     return draw_contact_sheet(('input', 'restored', 'ground truth'), rows)

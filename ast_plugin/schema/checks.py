@@ -61,6 +61,8 @@ def _run_faults(opt: Mapping[str, Any], registered: Registered | None, is_train:
     faults += _missing_sections(opt, is_train, _is_third_party(opt, registered))
     if registered is not None:
         faults += _registry_faults(opt, registered)
+    if registered is not None and not _is_ours(opt, registered) and not _is_third_party(opt, registered):
+        faults += _protocol_faults(opt)
     faults += _best_metric_faults(opt, registered) + _rival_faults(opt)
     return list({fault.where: fault for fault in reversed(faults)}.values())[::-1]
 
@@ -165,6 +167,13 @@ def _rival_faults(opt: Mapping[str, Any]) -> list[Fault]:
     ]
 
 
+def _protocol_faults(opt: Mapping[str, Any]) -> list[Fault]:
+    """Protocols that nothing would read."""
+    places = (('val', 'protocol'), ('val', 'during_training', 'protocol'))
+    message = 'read by model_type RestorationModel alone'
+    return [Fault(place, message) for place in places if _at(opt, place) is not None]
+
+
 def _best_metric_faults(opt: Mapping[str, Any], registered: Registered | None) -> list[Fault]:
     val = _section(opt, 'val')
     best, during = val.get('best_metric'), _section(val, 'during_training')
@@ -226,7 +235,12 @@ def _call_faults(
         except PluginError as error:
             return [Fault((*where, 'name'), str(error))]
         names = {**names, 'ignored': ('type', 'name')}
-    return argument_faults(target, options, where, **names)
+    faults = argument_faults(target, options, where, **names)
+    # Of a network that is made of another one.
+    for key in getattr(target, 'network_options', ()):
+        if isinstance(options.get(key), dict):
+            faults += _call_faults('arch', options[key], (*where, key), registered)
+    return faults
 
 
 def _dataset_faults(key: str, options: Any, opt: Mapping[str, Any], registered: Registered) -> list[Fault]:
