@@ -10,10 +10,10 @@ import numpy as np
 
 WATER = 1.333  # refractive index
 STEEPEST = 0.98  # sine of the steepest slope: a surface seen edge on
-DARKEST = 0.3  # light that comes from past the critical angle, reflected about inside the drop
+DARKEST = 0.22  # light that comes from past the critical angle, reflected about inside the drop
 REACH = 160  # pixels in which the view to 45 degrees aside is kept: drops are small, and squeeze it to less than that
 SLOPES = 512  # entries of the tables over the sine of the slope
-SMEARED = 0.52  # squared error that is left of a drop's when defocus has smeared it and thinned it at the rim
+SMEARED = 0.49  # squared error that is left of a drop's when defocus has smeared it and thinned it at the rim
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +90,7 @@ def surroundings(image: np.ndarray, focal: float, sky: float) -> Surroundings:
     view = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     border = max(1, math.ceil(focal / shrink))
     rows = len(view)
-    ground = 0.45 * view.reshape(-1, 3).mean(axis=0)
+    ground = 0.3 * view.reshape(-1, 3).mean(axis=0)
     view = cv2.copyMakeBorder(view, border, border, border, border, cv2.BORDER_REFLECT)
     height_above = (border - np.arange(len(view), dtype=np.float32))[:, None, None] / border  # 1 for 45 degrees up
     blue = np.array([0.93, 0.98, 1.04], np.float32) * np.float32(sky)

@@ -20,15 +20,17 @@ import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ast_plugin.data.lattice_noise import lattice_noise
 from ast_plugin.data.pseudo_depth import guess_depth
 from ast_plugin.data.ranges import PositiveRange, Range
+from ast_plugin.data.smooth_noise import fractal_noise
 from ast_plugin.errors import DataError
 
 DENSEST = 12.0  # mean optical depth beyond which more haze changes nothing
-OCTAVE_SHARE = 0.47  # of an octave of the swathes by the one before
+NOISE_DEVIATION = 0.14  # standard deviation of `fractal_noise`
 PROBE_SIDE = 48  # pixels of the shorter side at which the thickness for a wished PSNR is sought
 CONTRAST_THRESHOLD = 0.02  # contrast at which an object is held to vanish: the definition of visibility
+SKY_SHARE = 0.02  # of the picture that the farthest things must fill to be taken for what lights the haze
+SKY_LIT = 0.95  # brightness of haze by that of the sky that lights it
 STRIP = 32  # rows composed at a time
 
 
@@ -87,12 +89,12 @@ def add_haze(
     if parameters.visibility is not None and depth is None:
         raise DataError('visibility is a distance, so it needs depth in the same unit; give depth, or psnr instead')
     shape = image.shape[:2]
-    airlight = _airlight(generator, parameters)
     forward = generator.uniform(*parameters.forward)
     spread = generator.uniform(*parameters.spread) * parameters.scale
     amount = generator.uniform(*(parameters.psnr if parameters.visibility is None else parameters.visibility))
     nearest = generator.uniform(*parameters.nearest)
     depth = guess_depth(image, generator, nearest) if depth is None else fill_depth(depth, shape)
+    airlight = _airlight(image, depth, generator, parameters)
     thickness = depth * _swathes(shape, generator, parameters)
     if parameters.visibility is None:
         beta = _extinction(image, thickness, airlight, 1 - forward, 10 ** (-amount / 10))
@@ -136,23 +138,31 @@ def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return filled
 
 
-def _airlight(generator: np.random.Generator, parameters: HazeParameters) -> np.ndarray:
-    """Draw the colour of the haze, [3]: grey, slightly warm or cold."""
+def _airlight(
+    image: np.ndarray, depth: np.ndarray, generator: np.random.Generator, parameters: HazeParameters
+) -> np.ndarray:
+    """Draw the colour of the haze, [3]: grey, slightly warm or cold.
+
+    Haze is lit by the sky, so where a bright sky is seen it is nearly as bright, for grey smoke before it looks wrong.
+    """
     brightness = generator.uniform(*parameters.airlight)
+    size = (max(1, min(64, image.shape[1])), max(1, min(48, image.shape[0])))
+    small, depth = (cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in (image, depth))
+    farthest = small[depth > 0.96 * depth.max()]
+    if len(farthest) > SKY_SHARE * depth.size:
+        brightness = max(brightness, min(SKY_LIT * float(farthest.mean()), parameters.airlight[1]))
     warmth, green = generator.normal(0, parameters.tint, 2)
     return np.clip(brightness * (1 + np.array([warmth, 0.4 * green, -warmth])), 0, 1).astype(np.float32)
 
 
 def _swathes(shape: tuple[int, int], generator: np.random.Generator, parameters: HazeParameters) -> np.ndarray:
-    """Return the extinction relative to its mean, [H, W]: lognormal, of four octaves, at a quarter of the size."""
+    """Return the extinction relative to its mean, [H, W]: lognormal noise, made at a quarter of the size."""
     strength = generator.uniform(*parameters.unevenness)
     cell = generator.uniform(*parameters.cell) * parameters.scale / 4
-    small = (-(-shape[0] // 4), -(-shape[1] // 4))
-    noise = np.zeros(small, np.float32)
-    for octave in range(4):
-        noise += lattice_noise(small, generator, cell / 2**octave) * np.float32(OCTAVE_SHARE**octave)
-    noise *= np.float32(strength / 0.5)  # such a sum has a standard deviation of about 0.5
-    noise -= np.float32(strength**2 / 2)
+    noise = fractal_noise((-(-shape[0] // 4), -(-shape[1] // 4)), generator, cell)
+    noise -= np.float32(0.5)
+    noise *= np.float32(strength / NOISE_DEVIATION)
+    noise -= np.float32(strength**2 / 2)  # for a mean of 1
     return cv2.resize(cv2.exp(noise), shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from ast_plugin.data.lattice_noise import lattice_noise
 
 GUESS_SIDE = 160  # pixels of the shorter side at which depth is guessed
+SKY_COLOURS = 0.45  # distance in RGB from the sky at the upper edge beyond which nothing is sky
 SKY_ROUGHNESS = 0.035  # local contrast above which a place is no sky
 
 
@@ -53,14 +54,22 @@ def guess_depth(image: np.ndarray, generator: np.random.Generator, nearest: floa
 
 
 def _sky(gray: np.ndarray, small: np.ndarray) -> np.ndarray:
-    """Return how much each place is sky, [h, w] in [0, 1]: smooth, bright or blue, and so all the way up."""
+    """Return how much each place is sky, [h, w] in [0, 1].
+
+    It is smooth, bright or blue, and so all the way up, and not of quite another colour than at the upper edge.
+    """
     mean = cv2.blur(gray, (5, 5))
     roughness = np.sqrt(np.maximum(cv2.blur(gray * gray, (5, 5)) - mean * mean, 0))
     smooth = np.clip(2 - roughness / SKY_ROUGHNESS, 0, 1)
     blueness = small[..., 2] - small[..., 0]
     bright = np.clip((mean - 0.45) / 0.2, 0, 1) * np.clip(1 + blueness / 0.12, 0, 1)
     blue = np.clip(blueness / 0.1, 0, 1)
-    return np.minimum.accumulate(cv2.blur(smooth * np.maximum(bright, blue), (3, 3)), axis=0)
+    likely = np.minimum.accumulate(cv2.blur(smooth * np.maximum(bright, blue), (3, 3)), axis=0)
+    top = slice(0, math.ceil(len(gray) / 8))
+    weight = likely[top, :, None]
+    zenith = (small[top] * weight).sum(axis=(0, 1)) / max(float(weight.sum()), 1e-6)
+    alike = np.clip((SKY_COLOURS - np.linalg.norm(small - zenith, axis=2)) / 0.12, 0, 1)
+    return np.minimum.accumulate(likely * cv2.blur(alike, (3, 3)), axis=0)
 
 
 def _align(depth: np.ndarray, gray: np.ndarray, image: np.ndarray) -> np.ndarray:

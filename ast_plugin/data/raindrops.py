@@ -42,7 +42,7 @@ class RaindropParameters(BaseModel):
 
     type: Literal['raindrop'] = 'raindrop'
     psnr: PositiveRange = Field((16.4, 19.4), description='dB of the wet picture against the clean one, expected')
-    coverage: Range = Field((0.14, 0.46), description='limits of the share under drops that gives it, within [0, 0.5]')
+    coverage: Range = Field((0.14, 0.48), description='limits of the share under drops that gives it, within [0, 0.5]')
     radius: PositiveRange = Field(
         (3.8, 10.0), description="pixels, in [2, 100]; median of the image's drops, its logarithm uniform"
     )
@@ -51,7 +51,7 @@ class RaindropParameters(BaseModel):
     defocus: PositiveRange = Field(
         (0.5, 0.95), description='radius of the circle of confusion by the median radius, up to 3'
     )
-    film: Range = Field((0.35, 0.9), description='opacity of the film of water where it is thickest, within [0, 1]')
+    film: Range = Field((0.3, 0.75), description='opacity of the film of water where it is thickest, within [0, 1]')
     film_blur: PositiveRange = Field(
         (2.0, 5.0), description='pixels; standard deviation of the blur through the film, up to 50'
     )

@@ -5,12 +5,14 @@ import math
 import cv2
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from ast_plugin.data.drop_optics import ASIDE, DARKEST, LIGHT, SLOPES, Surroundings, refract, surroundings
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.photos import packaged_photos
 from ast_plugin.data.raindrops import RaindropParameters, add_raindrops
+from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
 
 DRY = {'film': (0, 0)}
 
@@ -219,3 +221,14 @@ def test_drops_see_a_sky_above_the_picture_and_dark_ground_below():
 def test_bad_parameters_are_refused(wrong):
     with pytest.raises(ValidationError):
         RaindropParameters(**wrong)
+
+
+@pytest.mark.parametrize('kind', ['raindrop', 'haze'])
+def test_patches_are_degraded_like_photographs(kind):
+    """Patches are cut from a degraded neighbourhood: as strong on the average as whole photographs, and seeded."""
+    options = {'phase': 'train', 'gt_size': 64, 'seed': 3, 'photos': ['coffee', 'astronaut'], 'num_per_photo': 16}
+    data = SyntheticPairsDataset({**options, 'degradation': {'type': kind}})
+    errors = [float(((sample['lq'] - sample['gt']) ** 2).mean()) for sample in data]
+    assert len(errors) == 32 and min(errors) > 0
+    assert (15, 10)[kind == 'haze'] < -10 * np.log10(np.mean(errors)) < (22, 19)[kind == 'haze']
+    assert torch.equal(data[7]['lq'], SyntheticPairsDataset(data.opt)[7]['lq'])
