@@ -224,9 +224,13 @@ _RAIN = make_places(
     ('{}x2', '{}'),
     ('{}', '{}'),
 )
-_RAIN_NAMES = {
-    'train': ('RainTrainL', 'RainTrainH', 'rain_data_train_Light', 'rain_data_train_Heavy'),
-    'test': ('Rain100L', 'Rain100H', 'rain_data_test_Light', 'rain_data_test_Heavy', '.'),
+_RAIN200_NAMES = {
+    'train': ('rain_data_train_Light', 'rain_data_train_Heavy'),
+    'test': ('rain_data_test_Light', 'rain_data_test_Heavy'),
+}
+_RAIN100_NAMES = {
+    'train': (*_RAIN200_NAMES['train'], 'RainTrainL', 'RainTrainH'),
+    'test': (*_RAIN200_NAMES['test'], 'Rain100L', 'Rain100H', '.'),
 }
 
 
@@ -278,7 +282,7 @@ LAYOUTS = {
         'rain/X2/norain-1x2.png and norain/norain-1.png, or input/ and target/ of the same names',
         find_places,
         places=_RAIN,
-        aliases=_RAIN_NAMES,
+        aliases=_RAIN100_NAMES,
     ),
     'rain200': Layout(
         'Rain200L or Rain200H',
@@ -286,7 +290,7 @@ LAYOUTS = {
         'or rain/ with norain-1x2.png or rain-1.png and norain/ with norain-1.png',
         find_places,
         places=_RAIN,
-        aliases=_RAIN_NAMES,
+        aliases=_RAIN200_NAMES,
     ),
     'reside': Layout(
         'RESIDE',

@@ -51,6 +51,8 @@ class Place:
         lq_dir, gt_dir = self.folders(root, split)
         if not (_is_folder(lq_dir) and _is_folder(gt_dir)):
             return False
+        if (lq_dir, self.lq_template) == (gt_dir, self.gt_template):
+            return False  # each image would be its own partner
         lq_keys = _keys(lq_dir, self.lq_template, self.deep)
         return bool(lq_keys) and not lq_keys.isdisjoint(_keys(gt_dir, self.gt_template, self.deep))
 

@@ -155,12 +155,15 @@ def _find_place(
     names += ('.',) if is_wanted and '.' not in names else ()
     candidates = [(-1, source.absolute().parent, (source.absolute().name,))] if source.absolute().name in names else []
     candidates += [(depth, root, names) for depth, root in roots]
+    others = {alias for other in row.train_splits + row.test_splits if other != name for alias in row.names(other)}
     hits: list[tuple[Path, Place, str]] = []
     level = None
     for depth, root, known in candidates:
         if hits and depth > level:
             break
         for alias in known:
+            if alias == '.' and not others.isdisjoint(root.parts[len(source.parts) :]):
+                continue  # in the folder of another split
             place = next((place for place in row.places if place.fits(root, alias)), None)
             if place and not (alias == '.' and hits):
                 level = depth

@@ -1,0 +1,139 @@
+"""Manifests are read as they were written, and refused when anything is wrong with them."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ast_plugin.data import manifest as manifests
+from ast_plugin.data.layouts import Source, list_pairs
+from ast_plugin.data.manifest import Entry, read_manifest, write_manifest
+from ast_plugin.errors import DataError, OptionError
+
+ENTRIES = [
+    Entry('a', 'lq/a.png', 'gt/a.png', (32, 48), (100, 90), ('0a' * 16, '0b' * 16)),
+    Entry('b c', 'lq/b c.png', 'gt/é.jpg', (48, 32), (101, 91), ('0c' * 16, '0d' * 16)),
+    Entry('\udcfe', 'lq/\udcfe.png', 'gt/\udcfe.png', (1, 1), (1, 1), ('0e' * 16, '0f' * 16)),
+]
+
+
+def write(path: Path, root: Path, entries=ENTRIES, **changes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
+    header = {
+        'layout': 'agan',
+        'phase': 'train',
+        'root': root,
+        'pairs': len(entries),
+        'others': ['lq/x.png'],
+        **changes,
+    }
+    write_manifest(path, entries, **header)
+    return path
+
+
+def test_round_trip(tmp_path):
+    path = write(tmp_path / 'prepared' / 'train.jsonl', tmp_path / 'data')
+    found = read_manifest(path)
+    assert list(found.entries()) == ENTRIES
+    assert (found.layout, found.phase, found.root, found.num_pairs) == ('agan', 'train', tmp_path / 'data', 3)
+    assert found.others == ('lq/x.png',)
+    assert [pair.gt for pair in found.pairs()] == [f'{tmp_path}/data/{entry.gt}' for entry in ENTRIES]
+    assert json.loads(path.read_text().splitlines()[0])['root'] == '../data'
+
+
+def test_a_tree_that_moves_as_a_whole_stays_readable(tmp_path):
+    write(tmp_path / 'old' / 'prepared' / 'train.jsonl', tmp_path / 'old' / 'data')
+    os.rename(tmp_path / 'old', tmp_path / 'new')
+    assert read_manifest(tmp_path / 'new/prepared/train.jsonl').root == tmp_path / 'new' / 'data'
+
+
+def test_through_links(tmp_path):
+    write(tmp_path / 'real/deep/prepared/train.jsonl', tmp_path / 'data')
+    os.symlink(tmp_path / 'real/deep/prepared', tmp_path / 'link')
+    assert read_manifest(tmp_path / 'link/train.jsonl').root == tmp_path / 'data'
+    write(tmp_path / 'link/test.jsonl', tmp_path / 'data')
+    assert read_manifest(tmp_path / 'link/test.jsonl').root == tmp_path / 'data'
+
+
+def test_as_a_layout(tmp_path):
+    path = write(tmp_path / 'train.jsonl', tmp_path / 'data')
+    assert list(list_pairs('manifest', Source(manifest=str(path)))) == list(read_manifest(path).pairs())
+    with pytest.raises(DataError, match=r'datasets\.val\.manifest') as caught:
+        list_pairs('manifest', Source('val', manifest=str(tmp_path / 'none.jsonl')))
+    assert 'basicsr data prepare' in str(caught.value)
+    with pytest.raises(OptionError, match='needs manifest'):
+        list_pairs('manifest', Source())
+
+
+HEADER = {'manifest': 1, 'layout': 'x', 'phase': 'train', 'root': '.', 'pairs': 1, 'others': []}
+PAIR = {'key': 'a', 'lq': 'a.png', 'gt': 'b.png', 'size': [1, 1], 'bytes': [1, 1], 'digests': ['aa', 'bb']}
+
+
+def without(mapping: dict, key: str) -> dict:
+    return {name: value for name, value in mapping.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ('lines', 'expected'),
+    [
+        ([], 'line 1 is no line of a manifest'),
+        (['{}'], 'no manifest'),
+        (['[1]'], 'line 1 is no line'),
+        (['not json'], 'line 1 is no line'),
+        ([HEADER | {'manifest': 2}], 'a manifest of format 2; expected one of format 1'),
+        ([without(HEADER, 'root')], 'lacks root'),
+        ([HEADER | {'pairs': 'many'}], 'lacks pairs'),
+        ([HEADER | {'others': 3}], '"others" is no list'),
+        ([HEADER | {'root': 'nowhere'}], 'nowhere, which is no folder now'),
+        ([HEADER], 'says 1 pairs, 0 follow'),
+        ([HEADER, PAIR, PAIR], 'says 1 pairs, 2 follow'),
+        ([HEADER, json.dumps(PAIR)[:40]], 'line 2 is no line'),
+        ([HEADER, ''], 'line 2 is no line'),
+        ([HEADER, without(PAIR, 'gt')], 'line 2 is no pair'),
+        ([HEADER, PAIR | {'size': [1]}], 'line 2 is no pair'),
+        ([HEADER, PAIR | {'size': 7}], 'line 2 is no pair'),
+        ([HEADER, PAIR | {'key': 7}], 'line 2 is no pair'),
+        ([HEADER, PAIR | {'lq': '../../etc/passwd.png'}], 'line 2 is no pair'),
+        ([HEADER, PAIR | {'gt': '/etc/passwd.png'}], 'line 2 is no pair'),
+        ([HEADER, PAIR | {'gt': 'a\0b.png'}], 'line 2 is no pair'),
+        (['[' * 100_000], 'line 1 is no line'),
+    ],
+)
+def test_what_is_no_manifest(tmp_path, lines, expected):
+    path = tmp_path / 'train.jsonl'
+    path.write_text(''.join((line if isinstance(line, str) else json.dumps(line)) + '\n' for line in lines))
+    with pytest.raises(DataError) as caught:
+        list(read_manifest(path).entries())
+    assert expected in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize('content', [b'\x89PNG\r\n\x1a\n', b'\xff\xfe{'])
+def test_other_files(tmp_path, content):
+    (tmp_path / 'x.jsonl').write_bytes(content)
+    with pytest.raises(DataError, match=r'x\.jsonl: no manifest, which is text'):
+        read_manifest(tmp_path / 'x.jsonl')
+
+
+@pytest.mark.parametrize('when', ['half', 'end'])
+def test_a_full_disk_leaves_the_old_manifest_and_nothing_else(tmp_path, monkeypatch, when):
+    path = write(tmp_path / 'train.jsonl', tmp_path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def entries():
+        yield ENTRIES[0]
+        full()
+
+    if when == 'end':
+        monkeypatch.setattr(manifests.os, 'fsync', full)
+    with pytest.raises(DataError, match=r'cannot write .*train\.jsonl: No space left on device'):
+        write_manifest(
+            path, entries() if when == 'half' else ENTRIES, layout='x', phase='train', root=tmp_path, pairs=3
+        )
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ['train.jsonl']

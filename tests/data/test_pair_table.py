@@ -1,0 +1,48 @@
+"""A table of pairs gives back what was put in, and takes little memory."""
+
+import pickle
+import tracemalloc
+
+import pytest
+
+from ast_plugin.data.pair_table import Pair, PairTable
+
+PAIRS = [
+    Pair('a', '/root/lq/a.png', '/root/gt/a.png'),
+    Pair('lq/b.png', '/root/lq/b.png', '/root/gt/b.png'),
+    Pair('é 雨', '/root/lq/é 雨.png', '/root/gt/x\ny.png'),
+    Pair('\udcff', '/root/lq/\udcff.png', '/root/gt/\udcff.png'),
+]
+
+
+@pytest.mark.parametrize('root', ['', '/root/'])
+def test_it_gives_back_what_was_put_in(root):
+    table = PairTable(PAIRS, root)
+    assert list(table) == PAIRS
+    assert len(table) == 4 and table[-1] == PAIRS[3] and table[1] == PAIRS[1]
+    assert list(table[1:3]) == PAIRS[1:3] and list(table[::-1]) == PAIRS[::-1]
+    assert list(pickle.loads(pickle.dumps(table))) == PAIRS
+    assert PAIRS[2] in table
+
+
+@pytest.mark.parametrize('index', [4, -5])
+def test_what_is_not_there(index):
+    with pytest.raises(IndexError, match=f'4 pairs; got index {index}'):
+        PairTable(PAIRS)[index]
+    assert list(PairTable()) == []
+
+
+def test_memory_of_many_pairs():
+    count = 20_000
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        names = (f'{number:06d}.png' for number in range(count))
+        table = PairTable(
+            (Pair(name, f'/data/spad/rain/{name}', f'/data/spad/gt/{name}') for name in names), '/data/spad/'
+        )
+        per_pair = (tracemalloc.get_traced_memory()[0] - before) / count
+    finally:
+        tracemalloc.stop()
+    assert len(table) == count and table[count - 1].gt == '/data/spad/gt/019999.png'
+    assert per_pair < 60  # as objects, about 300
