@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from ast_plugin.data import transforms
 from ast_plugin.data.degradations import DEGRADATIONS, AnyParameters
+from ast_plugin.data.degraded_patches import degraded_patch
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.photos import Photo, folder_photos, packaged_photos
 from ast_plugin.data.rain import RainParameters
@@ -89,15 +90,17 @@ class SyntheticPairsDataset(SeededDataset):
         return self.sample(lq, gt, f'{name}.png', photo.path)
 
     def _patch(self, image: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Cut a patch with the margin that the degradation needs, turn it, degrade it, and cut the margin off."""
-        size, margin = self.options.gt_size, self.degradation.margin
-        top, left = transforms.random_offset(image.shape, size, generator)
-        clean = transforms.window(image, top - margin, left - margin, size + 2 * margin, size + 2 * margin)
-        (clean,) = transforms.random_flip([clean], self.options.use_hflip, self.options.use_rot, generator)
-        clean = transforms.to_float(clean)
-        degraded, _ = self.degradation.apply(clean, generator, self.options.degradation)
-        inner = slice(margin, margin + size)
-        return degraded[inner, inner], clean[inner, inner]
+        options = self.options
+        degraded, clean, _ = degraded_patch(
+            image,
+            options.gt_size,
+            generator,
+            self.degradation,
+            options.degradation,
+            use_hflip=options.use_hflip,
+            use_rot=options.use_rot,
+        )
+        return degraded, clean
 
     def _read(self, photo: Photo) -> np.ndarray:
         image = self._cache.get(photo.path)

@@ -1,0 +1,259 @@
+"""`basicsr data synth`: the same files each time, read as pairs, and clear refusals with nothing left behind."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from ast_plugin.cli import main as command
+from ast_plugin.data import synthesis
+from ast_plugin.data.degradations import DEGRADATIONS
+from ast_plugin.data.image_files import read_rgb
+from ast_plugin.data.layouts import Source, list_pairs
+from ast_plugin.data.pairs_dataset import PairsDataset
+from ast_plugin.data.photos import packaged_photos
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_photo(path: Path, height: int = 96, width: int = 128, seed: int = 0, dtype=np.uint8) -> Path:
+    small = np.random.default_rng(seed).uniform(0, np.iinfo(dtype).max, (6, 8, 3))
+    image = np.clip(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC), 0, np.iinfo(dtype).max)
+    assert cv2.imencode(path.suffix, image.astype(dtype))[1].tofile(path) is None
+    return path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob('*')
+        if path.is_file()
+    }
+
+
+def synth(*arguments) -> int:
+    return command.main(['data', 'synth', *map(str, arguments)])
+
+
+@pytest.fixture
+def photo(tmp_path):
+    return write_photo(tmp_path / 'fenêtre ouverte.png')
+
+
+@pytest.mark.parametrize('task', ['rain', 'raindrop', 'haze', 'snow', 'shadow', 'moire'])
+def test_every_task_makes_the_same_pairs_each_time(tmp_path, photo, task, capsys):
+    for name in ('one', 'two'):
+        assert synth('--task', task, '-i', photo, '-o', tmp_path / name, '--count', 3, '--seed', 1, '--size', 64) == 0
+    files = digests(tmp_path / 'one')
+    assert files == digests(tmp_path / 'two')
+    folders = ['gt', 'lq'] + ['mask'] * (task != 'moire')
+    names = [f'{folder}/fenêtre ouverte_{number}.png' for folder in folders for number in (1, 2, 3)]
+    assert sorted(files) == sorted([*names, 'synthesis.json'])
+    assert len(set(files.values())) == len(files)
+    record = json.loads((tmp_path / 'one' / 'synthesis.json').read_text(encoding='utf-8'))
+    assert record['task'] == task and record['seed'] == 1 and str(tmp_path) not in json.dumps(record)
+    assert 'made 3 pairs' in capsys.readouterr().out
+
+
+def test_the_shipped_degradations_are_the_tasks():
+    assert list(DEGRADATIONS) == ['rain', 'raindrop', 'haze', 'snow', 'shadow', 'moire']
+
+
+def test_another_process_makes_the_same_files(tmp_path, photo):
+    assert synth('--task', 'snow', '-i', photo, '-o', tmp_path / 'one', '--seed', 7) == 0
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONHASHSEED': '3'}
+    arguments = ['data', 'synth', '--task', 'snow', '-i', str(photo), '-o', 'two', '--seed', '7']
+    subprocess.run(
+        [sys.executable, '-m', 'ast_plugin', *arguments], cwd=tmp_path, check=True, env=environment, timeout=120
+    )
+    assert digests(tmp_path / 'one') == digests(tmp_path / 'two')
+
+
+def test_pairs_are_clean_patches_and_what_became_of_them(tmp_path, photo):
+    assert synth('--task', 'rain', '-i', photo, '-o', tmp_path / 'out', '--count', 4, '--size', 48) == 0
+    clean = read_rgb(photo)
+    places = set()
+    for number in range(1, 5):
+        gt = read_rgb(tmp_path / f'out/gt/fenêtre ouverte_{number}.png')
+        lq = read_rgb(tmp_path / f'out/lq/fenêtre ouverte_{number}.png')
+        mask = cv2.imdecode(np.fromfile(tmp_path / f'out/mask/fenêtre ouverte_{number}.png', np.uint8), -1)
+        assert gt.shape == lq.shape == (48, 48, 3) and mask.shape == (48, 48) and mask.dtype == np.uint8
+        match = cv2.matchTemplate(clean, gt, cv2.TM_SQDIFF)
+        row, column = np.unravel_index(match.argmin(), match.shape)
+        assert np.array_equal(clean[row : row + 48, column : column + 48], gt)
+        places.add((row, column))
+        assert (lq != gt).any() and mask.max() > 0
+    assert len(places) == 4
+
+
+def test_they_are_read_as_pairs_and_by_the_dataset(tmp_path):
+    for number in range(3):
+        write_photo(tmp_path / f'photo{number}.jpg', seed=number)
+    out = tmp_path / 'out'
+    assert synth('--task', 'shadow', '-i', str(tmp_path / 'photo*.jpg'), '-o', out, '--count', 2) == 0
+    roots = {'dataroot_lq': str(out / 'lq'), 'dataroot_gt': str(out / 'gt')}
+    assert len(list_pairs('folders', Source(**roots))) == 6
+    data = PairsDataset({'phase': 'train', 'gt_size': 32, 'layout': 'folders', **roots})
+    assert (data[0]['lq'] <= data[0]['gt'] + 1 / 255).all()
+
+
+def test_other_photographs_and_more_pairs_change_none(tmp_path):
+    for number in range(2):
+        write_photo(tmp_path / f'photo{number}.png', seed=number)
+    assert synth('--task', 'moire', '-i', tmp_path / 'photo1.png', '-o', tmp_path / 'one', '--count', 2) == 0
+    assert synth('--task', 'moire', '-i', tmp_path / 'photo0.png', tmp_path / 'photo1.png', '-o', tmp_path / 'two') == 0
+    one, two = digests(tmp_path / 'one'), digests(tmp_path / 'two')
+    assert one['lq/photo1_1.png'] == two['lq/photo1_1.png']
+    assert synth('--task', 'moire', '-i', tmp_path / 'photo1.png', '-o', tmp_path / 'three', '--seed', 1) == 0
+    assert digests(tmp_path / 'three')['lq/photo1_1.png'] != one['lq/photo1_1.png']
+
+
+def test_16_bits_stay(tmp_path):
+    photo = write_photo(tmp_path / 'deep.png', dtype=np.uint16)
+    assert synth('--task', 'rain', '-i', photo, '-o', tmp_path / 'out') == 0
+    gt, lq = (read_rgb(tmp_path / f'out/{folder}/deep_1.png') for folder in ('gt', 'lq'))
+    assert gt.dtype == lq.dtype == np.uint16 and np.array_equal(gt, read_rgb(photo))
+
+
+def test_photographs_of_one_name_get_names_of_their_own(tmp_path):
+    for ending in ('png', 'jpg'):
+        write_photo(tmp_path / f'photo.{ending}')
+    assert synth('--task', 'rain', '-i', tmp_path, '-o', tmp_path / 'out') == 0
+    assert sorted(os.listdir(tmp_path / 'out/lq')) == ['photo_jpg_1.png', 'photo_png_1.png']
+
+
+def test_parameters_are_set(tmp_path, photo):
+    settings = ['--set', 'psnr=30', '--set', 'veil=0,0', '--set', 'angle=[0, 5]', '--set', 'scale=0.5']
+    assert synth('--task', 'rain', '-i', photo, '-o', tmp_path / 'out', *settings) == 0
+    parameters = json.loads((tmp_path / 'out/synthesis.json').read_text())['parameters']
+    assert [parameters[name] for name in ('psnr', 'veil', 'angle', 'scale')] == [[30, 30], [0, 0], [0, 5], 0.5]
+    assert synth('--task', 'shadow', '-i', photo, '-o', tmp_path / 'walls', '--set', 'casters=wall,bars') == 0
+
+
+def test_haze_takes_depth(tmp_path):
+    photo = write_photo(tmp_path / 'room.png')
+    depth = np.tile(np.linspace(1, 30, 128, dtype=np.float32), (96, 1))
+    np.save(tmp_path / 'room.npy', depth)
+    arguments = ['--task', 'haze', '-i', photo, '--set', 'visibility=30', '--set', 'unevenness=0', '--seed', 2]
+    assert synth(*arguments, '-o', tmp_path / 'one', '--depth', tmp_path / 'room.npy') == 0
+    mask = cv2.imread(str(tmp_path / 'one/mask/room_1.png'), cv2.IMREAD_UNCHANGED).astype(float)
+    assert mask[:, -8:].mean() > mask[:, :8].mean() + 100
+    assert synth(*arguments, '-o', tmp_path / 'patches', '--depth', tmp_path, '--size', 64) == 0
+    cv2.imwrite(str(tmp_path / 'gray.png'), np.round(depth * 1000).astype(np.uint16))
+    assert synth(*arguments, '-o', tmp_path / 'two', '--depth', tmp_path / 'gray.png') == 0
+    other = cv2.imread(str(tmp_path / 'two/mask/room_1.png'), cv2.IMREAD_UNCHANGED).astype(float)
+    assert other.shape == mask.shape and other.min() > mask.min()  # other units: much thicker
+
+
+def test_earlier_output_is_kept_unless_it_may_be_replaced(tmp_path, photo, capsys):
+    out = tmp_path / 'out'
+    assert synth('--task', 'snow', '-i', photo, '-o', out, '--count', 2) == 0
+    before = digests(out)
+    assert synth('--task', 'rain', '-i', photo, '-o', out) == 2
+    assert '--overwrite' in capsys.readouterr().err and digests(out) == before
+    assert synth('--task', 'rain', '-i', photo, '-o', out, '--overwrite') == 0
+    assert len(os.listdir(out / 'lq')) == 1
+    (out / 'mine.txt').write_text('x')
+    assert synth('--task', 'rain', '-i', photo, '-o', out, '--overwrite') == 2
+    assert 'mine.txt' in capsys.readouterr().err and (out / 'mine.txt').exists()
+    (out / 'mine.txt').unlink()
+    assert synth('--task', 'rain', '-i', out / 'gt', '-o', out, '--overwrite') == 2
+    assert 'lies in' in capsys.readouterr().err
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(('.part', '.old'))]
+
+
+def test_a_fault_half_way_leaves_nothing(tmp_path, photo, capsys):
+    bad = tmp_path / 'zz.png'
+    bad.write_bytes(photo.read_bytes()[:2000])
+    assert synth('--task', 'rain', '-i', photo, bad, '-o', tmp_path / 'out') == 2
+    assert 'zz.png' in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == sorted([photo.name, 'zz.png'])
+
+
+def test_a_full_disk_leaves_the_earlier_output(tmp_path, photo, monkeypatch, capsys):
+    out = tmp_path / 'out'
+    assert synth('--task', 'rain', '-i', photo, '-o', out) == 0
+    before = digests(out)
+    monkeypatch.setattr(os, 'fsync', lambda _: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    assert synth('--task', 'snow', '-i', photo, '-o', out, '--overwrite') == 2
+    assert 'No space left on device' in capsys.readouterr().err
+    assert digests(out) == before and sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'complaint'),
+    [
+        (['--task', 'rain'], '-i and -o must be given'),
+        (['-i', 'PHOTO', '-o', 'OUT'], '--task must be given'),
+        (['--task', 'rain', '-i', 'nowhere.png', '-o', 'OUT'], 'nowhere.png: cannot be read'),
+        (['--task', 'rain', '-i', 'none*.png', '-o', 'OUT'], 'no file matches this pattern'),
+        (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--count', '0'], '--count is 0: expected 1 or more'),
+        (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--size', '-1'], '--size is -1: expected 1 or more'),
+        (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--seed', '-1'], '--seed is -1: expected 0 or more'),
+        (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--size', '100'], 'has 128x96 pixels, fewer than a patch'),
+        (['--task', 'rain', '-i', 'PHOTO', '-o', 'PHOTO'], 'is no folder'),
+        (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr'], 'expected KEY=VALUE'),
+        (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psrn=3'], 'no such parameter, did you mean psnr?'),
+        (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=3,1'], 'a range is [lowest, highest]'),
+        (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=wet'], 'rain: psnr'),
+        (['--task', 'snow', '-i', 'PHOTO', '-o', 'OUT', '--set', 'veil=0,2'], 'veil must lie within [0, 1]'),
+        (['--task', 'snow', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'PHOTO'], 'snow does not depend on distances'),
+        (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'no.npy'], 'there is no such file or folder'),
+        (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'PHOTO'], 'this picture has colours'),
+        (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'small.npy'], 'the size of its photograph'),
+        (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'broken.npy'], 'cannot be read as an array'),
+        (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'empty'], 'has no fenêtre ouverte.npy'),
+        (['--sheet', 'sheet.jpg', '-o', 'OUT'], '--sheet does not go with --output'),
+        (['--sheet', 'sheet.xyz', '-i', 'PHOTO'], 'expected a name that ends in one of'),
+    ],
+)
+def test_bad_input(tmp_path, photo, monkeypatch, capsys, arguments, complaint):
+    np.save(tmp_path / 'small.npy', np.ones((5, 5)))
+    (tmp_path / 'broken.npy').write_bytes(b'\x93NUMPY not quite')
+    (tmp_path / 'empty').mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    assert synth(*({'PHOTO': photo, 'OUT': tmp_path / 'out'}.get(item, item) for item in arguments)) == 2
+    error = capsys.readouterr().err
+    assert complaint in error and 'Traceback' not in error
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_an_unknown_task_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        synth('--task', 'fog', '-i', 'x', '-o', 'y')
+    assert caught.value.code == 2 and 'rain' in capsys.readouterr().err
+
+
+def test_the_sheet_of_all_degradations(tmp_path):
+    assert synth('--sheet', tmp_path / 'sheet.jpg') == 0
+    sheet = read_rgb(tmp_path / 'sheet.jpg')
+    assert sheet.shape[0] > sheet.shape[1] > 900 and (tmp_path / 'sheet.jpg').stat().st_size <= 250_000
+    assert synth('--sheet', tmp_path / 'again.jpg') == 0
+    assert (tmp_path / 'sheet.jpg').read_bytes() == (tmp_path / 'again.jpg').read_bytes()
+    shutil.copy(packaged_photos()[0].path, tmp_path / 'own.png')
+    assert synth('--sheet', tmp_path / 'one.png', '--task', 'snow', '-i', tmp_path / 'own.png') == 0
+    assert read_rgb(tmp_path / 'one.png').shape[0] < sheet.shape[0] / 3
+
+
+def test_the_list_names_every_parameter(capsys):
+    assert synth('--list') == 0
+    printed = capsys.readouterr().out
+    for task, row in DEGRADATIONS.items():
+        assert f'{task}\n' in printed
+        assert all(f'  {name} = ' in printed for name in row.parameters.model_fields if name not in ('type', 'layers'))
+
+
+def test_depth_of_an_archive_with_two_arrays_is_refused(tmp_path):
+    np.savez(tmp_path / 'two.npz', a=np.ones((2, 2)), b=np.ones((2, 2)))
+    np.savez(tmp_path / 'one.npz', a=np.ones((2, 2)))
+    with pytest.raises(ValueError, match='expected one array, got 2'):
+        synthesis.read_depth(tmp_path / 'two.npz', (2, 2))
+    assert synthesis.read_depth(tmp_path / 'one.npz', (2, 2)).dtype == np.float32
