@@ -9,7 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ast_plugin.errors import PluginError
 
-BENCHMARKS = {'train': 'ast_plugin.compare.benchmark_training'}
+BENCHMARKS = {
+    'train': 'ast_plugin.compare.benchmark_training',
+    'data': 'ast_plugin.compare.benchmark_reading',
+}
 
 
 def main(argv: list[str] | None = None) -> int:

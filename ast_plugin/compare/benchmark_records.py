@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ('torch', 'torchvision', 'basicsr', 'numpy', 'triton')
+_PACKAGES = ('torch', 'torchvision', 'basicsr', 'numpy', 'opencv-python', 'lmdb', 'triton')
 
 
 def machine() -> dict[str, Any]:

@@ -153,7 +153,6 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
     Raises:
         DataError: as `read_image`.
     """
-    path = Path(path)
     return decode_rgb(_read_bytes(path), path)
 
 
@@ -231,9 +230,10 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
         raise DataError(f'cannot write {path}: {error.strerror or error}') from error
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: str | os.PathLike) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, 'rb', buffering=0) as file:
+            return file.read()
     except (OSError, ValueError) as error:
         raise DataError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections import Counter, deque
@@ -246,11 +247,7 @@ def _batches(pairs: Iterable[tuple[Value, Value]]) -> Iterator[list[tuple[Value,
 
 def _commit(folder: Path, values: Sequence[Value], num_before: int) -> None:
     """Add a batch, whole or not at all, unless it is there already."""
-    present = (folder / DATA).stat().st_size if (folder / DATA).exists() else 0
-    needed = present + sum(len(value.data) + 2 * _PAGE for value in values)
-    map_size = _SMALLEST_MAP
-    while map_size < needed * 1.1:
-        map_size *= 2
+    map_size = _map_size(folder, values)
     while True:
         with contextlib.closing(lmdb.open(str(folder), map_size=map_size, lock=False)) as environment:
             if environment.stat()['entries'] > num_before:
@@ -262,6 +259,13 @@ def _commit(folder: Path, values: Sequence[Value], num_before: int) -> None:
                 return
             except lmdb.MapFullError:
                 map_size *= 2
+
+
+def _map_size(folder: Path, values: Sequence[Value]) -> int:
+    """A power of two that should hold what is there and a batch more, each value with two pages to itself."""
+    present = (folder / DATA).stat().st_size if (folder / DATA).exists() else 0
+    needed = present + sum(len(value.data) + 2 * _PAGE for value in values)
+    return max(_SMALLEST_MAP, 2 ** math.ceil(math.log2(needed * 1.1)))
 
 
 def _write_texts(staging: Path, plan: Plan) -> None:

@@ -66,7 +66,8 @@ def random_flip(
         use_rot: up and down may, and rows and columns may; as BasicSR's key of that name. Both: all eight symmetries.
         generator: one number is drawn whatever the switches are.
     """
-    mirror, upside_down, transpose = (bool(bit) for bit in generator.integers(0, 8) >> np.arange(3) & 1)
+    bits = int(generator.integers(0, 8))
+    mirror, upside_down, transpose = bits & 1, bits & 2, bits & 4
     if use_hflip and mirror:
         images = [image[:, ::-1] for image in images]
     if use_rot and upside_down:

@@ -1,0 +1,309 @@
+"""How fast pairs are read for training, against what decoding alone takes and against BasicSR's dataset.
+
+  python tools/benchmark.py data
+  python tools/benchmark.py data --json benchmarks/data_cpu.json
+
+Photographs that come inside packages are cut into squares and rained on, stored once as files and packed into LMDBs;
+every reader reads the same pairs and cuts patches out of them. One process and one thread each, OpenCV's and torch's
+included. The readers take turns, a round each, so that what else the machine does hurts them alike; a ratio is the
+median of those of the rounds. `OpenCV alone` reads and decodes both files and does nothing with them. A second table is
+of torch's DataLoader with worker processes, batches and all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ast_plugin.compare import benchmark_records
+from ast_plugin.data.degradations import DEGRADATIONS
+from ast_plugin.data.image_files import Picture, read_rgb, write_image
+from ast_plugin.data.layouts import Source, list_pairs
+from ast_plugin.data.lmdb_plan import make_plan
+from ast_plugin.data.lmdb_writer import write_lmdbs
+from ast_plugin.data.pairs_dataset import PairsDataset
+from ast_plugin.data.photos import packaged_photos
+from ast_plugin.data.transforms import random_crop, to_float
+from ast_plugin.errors import OptionError
+
+OPENCV, BASICSR = 'OpenCV alone, PNG files', 'BasicSR, its PNG LMDB'
+_BATCH = 8
+_MEGABYTE = 2**20
+_WORKER_ROUNDS = 5
+
+Read = Callable[[int], Any]
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is read, and how often.
+
+    Attributes:
+        pairs: different pairs there are.
+        size: side of the images in pixels.
+        patch: side of the patches.
+        rounds: how often each reader reads all pairs.
+        workers: processes of the DataLoader; 0 leaves it out.
+    """
+
+    pairs: int
+    size: int
+    patch: int
+    rounds: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One way to read pairs: reads pair number so and so; bytes on the disk; a dataset where there is one."""
+
+    read: Read
+    num_bytes: int
+    dataset: Dataset | None = None
+
+
+def write_pairs(folder: Path, settings: Settings) -> None:
+    """Cut packaged photographs into squares, and write rained on ones to lq/, clean ones to gt/, as PNG."""
+    photos = [image for photo in packaged_photos() if min((image := read_rgb(photo.path)).shape[:2]) >= settings.size]
+    if not photos:
+        raise OptionError(f'--size {settings.size}: no packaged photograph is as large; expected 512 or less')
+    rain = DEGRADATIONS['rain']
+    for kind in ('lq', 'gt'):
+        (folder / kind).mkdir(parents=True)
+    for number in range(settings.pairs):
+        generator = np.random.default_rng(number)
+        (clean,) = random_crop([photos[number % len(photos)]], settings.size, generator)
+        rainy, _ = rain.apply(to_float(clean), generator, rain.parameters())
+        write_image(folder / f'gt/{number:05d}.png', Picture(np.ascontiguousarray(clean)))
+        write_image(folder / f'lq/{number:05d}.png', Picture(np.rint(rainy * 255).astype(np.uint8)))
+
+
+def make_readers(folder: Path, settings: Settings) -> dict[str, Reader]:
+    """Pack the pairs of `folder` every way there is, and open each.
+
+    Returns:
+        Readers by what they are called in the table.
+    """
+    from basicsr.data.paired_image_dataset import PairedImageDataset
+    from basicsr.utils.lmdb_util import make_lmdb_from_imgs
+
+    names = sorted(path.name for path in (folder / 'lq').iterdir())
+    files = [(str(folder / 'lq' / name), str(folder / 'gt' / name)) for name in names]
+    contents = [tuple(np.fromfile(path, np.uint8) for path in pair) for pair in files]
+    theirs = folder / 'basicsr'
+    theirs.mkdir()
+    for kind in ('lq', 'gt'):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            keys = [Path(name).stem for name in names]
+            make_lmdb_from_imgs(str(folder / kind), str(theirs / f'{kind}.lmdb'), names, keys)
+    listed = list_pairs('folders', Source(dataroot_lq=str(folder / 'lq'), dataroot_gt=str(folder / 'gt')))
+    # The library opens a file once in a process, so that BasicSR gets a copy of ours.
+    for name, encoding in (('png', 'png'), ('png_copy', 'png'), ('raw', 'raw')):
+        write_lmdbs(make_plan(listed, encoding), folder / name)
+
+    def dataset(kind: type[Dataset], place: Path, **options: Any) -> Reader:
+        ending = '.lmdb' if place != folder else ''
+        opt = {
+            'name': 'benchmark',
+            'phase': 'train',
+            'scale': 1,
+            'dataroot_lq': str(place / f'lq{ending}'),
+            'dataroot_gt': str(place / f'gt{ending}'),
+            'io_backend': {'type': 'lmdb' if ending else 'disk'},
+            'gt_size': settings.patch,
+            'use_hflip': True,
+            'use_rot': True,
+            **options,
+        }
+        made = kind(opt)
+        return Reader(made.__getitem__, _size(place, ending), made)
+
+    def read_files(number: int) -> None:
+        for path in files[number]:
+            cv2.imread(path)
+
+    def decode(number: int) -> None:
+        for content in contents[number]:
+            cv2.imdecode(content, cv2.IMREAD_COLOR)
+
+    on_disk = _size(folder, '')
+    return {
+        OPENCV: Reader(read_files, on_disk),
+        'OpenCV alone, PNG in memory': Reader(decode, on_disk),
+        'BasicSR, PNG files': dataset(PairedImageDataset, folder),
+        BASICSR: dataset(PairedImageDataset, theirs),
+        'BasicSR, our PNG LMDB': dataset(PairedImageDataset, folder / 'png_copy'),
+        'ours, PNG files': dataset(PairsDataset, folder, keep_uint8=True),
+        'ours, PNG LMDB': dataset(PairsDataset, folder / 'png', keep_uint8=True),
+        'ours, raw LMDB': dataset(PairsDataset, folder / 'raw', keep_uint8=True),
+        'ours, raw LMDB, floats': dataset(PairsDataset, folder / 'raw'),
+    }
+
+
+def _size(place: Path, ending: str) -> int:
+    return sum(
+        file.stat().st_size
+        for kind in ('lq', 'gt')
+        for file in (place / f'{kind}{ending}').iterdir()
+        if file.suffix in ('.png', '.mdb')
+    )
+
+
+def measure(readers: Mapping[str, Reader], settings: Settings, say: Callable[[str], None]) -> list[Line]:
+    """Read all pairs with each reader, `rounds` times, in turns.
+
+    Returns:
+        A line for each: `reader`, `pairs_per_second` (median), `of_opencv` and `of_basicsr` (medians of the rounds'
+        ratios), `bytes`, and `seconds` of every round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    with _single_threaded():
+        for turn in range(settings.rounds + 1):
+            say(f'one process: round {turn} of {settings.rounds}')
+            for name, reader in readers.items():
+                start = time.perf_counter()
+                for number in range(settings.pairs):
+                    reader.read(number)
+                if turn:  # the first one opens files and fills caches
+                    seconds[name].append(time.perf_counter() - start)
+    return [
+        {
+            'reader': name,
+            'pairs_per_second': settings.pairs / statistics.median(taken),
+            'of_opencv': _ratio(seconds[OPENCV], taken),
+            'of_basicsr': _ratio(seconds[BASICSR], taken),
+            'bytes': readers[name].num_bytes,
+            'seconds': [round(value, 5) for value in taken],
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+def measure_loader(readers: Mapping[str, Reader], settings: Settings, say: Callable[[str], None]) -> list[Line]:
+    """The same through torch's DataLoader: worker processes, batches of `_BATCH`."""
+    loaders = {
+        name: DataLoader(
+            _Repeated(reader.dataset, max(32 * _BATCH, settings.pairs)),
+            batch_size=_BATCH,
+            num_workers=settings.workers,
+            persistent_workers=True,
+            collate_fn=getattr(reader.dataset, 'collate', None),
+        )
+        for name, reader in readers.items()
+        if reader.dataset is not None
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in loaders}
+    for turn in range(_WORKER_ROUNDS + 1):
+        say(f'{settings.workers} workers: round {turn} of {_WORKER_ROUNDS}')
+        for name, loader in loaders.items():
+            start = time.perf_counter()
+            for _ in loader:
+                pass
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return [
+        {
+            'reader': name,
+            'pairs_per_second': len(loaders[name].dataset) / statistics.median(taken),
+            'of_basicsr': _ratio(seconds[BASICSR], taken),
+            'seconds': [round(value, 5) for value in taken],
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+class _Repeated(Dataset):
+    """A dataset as often as gives `length` samples."""
+
+    def __init__(self, dataset: Dataset, length: int) -> None:
+        self.dataset, self.length = dataset, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> Any:
+        return self.dataset[number % len(self.dataset)]
+
+
+def _ratio(reference: list[float], taken: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(reference, taken, strict=True))
+
+
+@contextlib.contextmanager
+def _single_threaded() -> Iterator[None]:
+    before = cv2.getNumThreads(), torch.get_num_threads()
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before[0])
+        torch.set_num_threads(before[1])
+
+
+def table(lines: list[Line], pairs: int) -> str:
+    """A Markdown table of measured lines; times are against OpenCV alone and against BasicSR on its LMDB."""
+    has_opencv = any('of_opencv' in line for line in lines)
+    head = ['reader', 'pairs/s', *(['of OpenCV alone'] * has_opencv), 'of BasicSR', *(['MB / 1000 pairs'] * has_opencv)]
+    rows = [head, ['---', *(['---:'] * (len(head) - 1))]]
+    for line in lines:
+        row = [line['reader'], f'{line["pairs_per_second"]:.0f}']
+        row += [f'{line["of_opencv"]:.2f}'] if has_opencv else []
+        row += [f'{line["of_basicsr"]:.2f}']
+        row += [f'{line["bytes"] / _MEGABYTE / pairs * 1000:.0f}'] if has_opencv else []
+        rows.append(row)
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `benchmark.py data`."""
+    parser.add_argument('--pairs', type=int, default=48, help='different pairs (48)')
+    parser.add_argument('--size', type=int, default=256, help='side of the images in pixels (256)')
+    parser.add_argument('--patch', type=int, default=128, help='side of the patches in pixels (128)')
+    parser.add_argument('--rounds', type=int, default=15, help='how often each reader reads all pairs (15)')
+    parser.add_argument('--workers', type=int, default=2, help='processes of the DataLoader (2); 0 leaves it out')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write what was measured, machine and versions')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the tables, and write the record."""
+    settings = Settings(args.pairs, args.size, args.patch, args.rounds, args.workers)
+    if min(settings.pairs, settings.size, settings.patch, settings.rounds) < 1 or settings.workers < 0:
+        raise OptionError('--pairs, --size, --patch and --rounds must be 1 or more, --workers 0 or more')
+    if settings.patch > settings.size:
+        raise OptionError(f'--patch {settings.patch} must not exceed --size {settings.size}')
+    record: dict[str, Any] = {'benchmark': 'data', 'settings': asdict(settings), 'results': {}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_pairs(folder, settings)
+        readers = make_readers(folder, settings)
+        record['results']['loader'] = measure_loader(readers, settings, _say) if settings.workers else None
+        record['results']['one_process'] = measure(readers, settings, _say)
+        results = record['results']
+    print(f'One process, one thread, patches of {settings.patch}² out of {settings.size}²:\n')
+    print(table(results['one_process'], settings.pairs))
+    if results['loader']:
+        print(f'\nDataLoader, {settings.workers} workers, batches of {_BATCH}:\n')
+        print(table(results['loader'], settings.pairs))
+    if args.json is not None:
+        benchmark_records.write(args.json, record)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

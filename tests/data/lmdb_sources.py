@@ -1,0 +1,51 @@
+"""Pairs to pack, for tests: small, noisy, every image different."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ast_plugin.data.layouts import Source, list_pairs
+from ast_plugin.data.lmdb_plan import make_plan
+from ast_plugin.data.lmdb_writer import Outcome, write_lmdbs
+
+
+def write_folders(root: Path, count: int, size: tuple[int, int] = (9, 11), seed: int = 0) -> Path:
+    """Write `count` pairs of PNG files to root/lq and root/gt."""
+    generator = np.random.default_rng(seed)
+    for kind in ('lq', 'gt'):
+        (root / kind).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            cv2.imwrite(str(root / kind / f'{number:03d}.png'), generator.integers(0, 256, (*size, 3), dtype=np.uint8))
+    return root
+
+
+def pack(root: Path, destination: Path, encoding: str = 'png', level: int | None = None, **options) -> Outcome:
+    """Pack the pairs of root/lq and root/gt."""
+    pairs = list_pairs('folders', Source(dataroot_lq=str(root / 'lq'), dataroot_gt=str(root / 'gt')))
+    return write_lmdbs(make_plan(pairs, encoding, level), destination, **options)
+
+
+def options(lq: Path, gt: Path, **more) -> dict:
+    """The section of an option file for pairs of LMDBs or, by `io_backend`, of folders."""
+    return {
+        'name': 'test',
+        'phase': 'train',
+        'scale': 1,
+        'gt_size': 6,
+        'use_hflip': True,
+        'use_rot': True,
+        'dataroot_lq': str(lq),
+        'dataroot_gt': str(gt),
+        'io_backend': {'type': 'lmdb'},
+        **more,
+    }
+
+
+def contents(destination: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its place in it."""
+    return {
+        path.relative_to(destination).as_posix(): path.read_bytes()
+        for path in sorted(destination.rglob('*'))
+        if path.is_file()
+    }
