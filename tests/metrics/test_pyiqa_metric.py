@@ -1,0 +1,146 @@
+"""Metrics of pyiqa: by a stand-in for the package, and by the package where it is installed."""
+
+import importlib.util
+import sys
+import urllib.error
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import ast_plugin  # noqa: F401 (before BasicSR)
+from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError
+from ast_plugin.metrics import directions, pyiqa_metric, toolbox_metrics
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (16, 12, 3), dtype=np.uint8)
+REFERENCE = np.random.default_rng(1).integers(0, 256, (16, 12, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    pyiqa_metric._model.cache_clear()
+    yield
+    pyiqa_metric._model.cache_clear()
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """A module of pyiqa's form with a metric with reference, one without, one out of reach and one of sets."""
+    calls = []
+
+    def create_metric(name, as_loss=False, device=None, scale=1.0):
+        calls.append((name, scale))
+        if name == 'musiq':
+            raise urllib.error.URLError('Name or service not known')
+        mode = configs[name]['metric_mode']
+
+        def model(*images):
+            assert len(images) == (2 if mode == 'FR' else 1)
+            assert all(image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1 for image in images)
+            if images[0].shape[-1] < 8:
+                raise RuntimeError('Kernel size is larger\nthan the image')
+            red = images[0][:, 0].mean() * scale
+            return red if mode == 'NR' else (red - images[1][:, 0].mean() * scale).reshape(1)
+
+        return _Callable(mode, model)
+
+    configs = {
+        'lpips': {'metric_mode': 'FR', 'lower_better': True},
+        'entropy': {'metric_mode': 'NR'},
+        'musiq': {'metric_mode': 'NR'},
+        'fid': {'metric_mode': 'NR', 'lower_better': True},
+    }
+    module = ModuleType('pyiqa')
+    module.create_metric, module.list_models = create_metric, lambda: sorted(configs)
+    settings = ModuleType('pyiqa.default_model_configs')
+    settings.DEFAULT_CONFIGS = configs
+    monkeypatch.setitem(sys.modules, 'pyiqa', module)
+    monkeypatch.setitem(sys.modules, 'pyiqa.default_model_configs', settings)
+    return calls
+
+
+class _Callable:
+    def __init__(self, metric_mode, function):
+        self.metric_mode, self.function = metric_mode, function
+
+    def __call__(self, *images):
+        return self.function(*images)
+
+
+def measure(metric, img=IMAGE, img2=REFERENCE, **options):
+    from basicsr.metrics import calculate_metric
+
+    return calculate_metric({'img': img, 'img2': img2}, {'type': 'pyiqa', 'metric': metric, **options})
+
+
+def test_images_come_as_rgb_in_the_unit_range(package):
+    red, other = (image[..., 2].mean() / 255 for image in (IMAGE, REFERENCE))
+    assert measure('entropy') == pytest.approx(red)
+    assert measure('lpips') == pytest.approx(red - other)
+    assert measure('lpips', toolbox_metrics.to_toolbox(IMAGE[..., ::-1] / 255)) == pytest.approx(red - other)
+    assert measure('entropy', crop_border=2) == pytest.approx(IMAGE[2:-2, 2:-2, 2].mean() / 255)
+
+
+def test_a_model_is_made_once_for_each_set_of_options(package):
+    for _ in range(3):
+        measure('entropy')
+        measure('entropy', scale=2.0, better='lower')
+    assert package == [('entropy', 1.0), ('entropy', 2.0)]
+
+
+def test_directions(package):
+    assert directions.better({'type': 'pyiqa', 'metric': 'lpips'}) == 'lower'
+    assert directions.better({'type': 'pyiqa', 'metric': 'entropy'}) == 'higher'
+    assert directions.better({'type': 'pyiqa', 'metric': 'lpips', 'better': 'higher'}) == 'higher'
+    assert directions.better({'type': 'calculate_niqe'}) == 'lower'
+    assert directions.better({'type': 'calculate_psnr'}) == 'higher'
+
+
+@pytest.mark.parametrize(
+    ('metric', 'options', 'error', 'message'),
+    [
+        ('lpisp', {}, OptionError, 'pyiqa has no metric lpisp, did you mean lpips'),
+        ('xyz', {}, OptionError, 'it has entropy, fid, lpips, musiq'),
+        ('fid', {}, OptionError, 'fid measures sets of images'),
+        ('entropy', {'colour': 3}, OptionError, 'entropy cannot be made with .*colour'),
+        ('musiq', {}, BackendUnavailable, 'weights of musiq cannot be fetched .*Name or service not known'),
+        ('lpips', {'crop_border': 4}, ShapeError, 'lpips fails on 4x8 pixels: Kernel size is larger$'),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_line(package, metric, options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        measure(metric, **options)
+    assert '\n' not in str(caught.value)
+
+
+def test_images_of_two_sizes(package):
+    with pytest.raises(ShapeError, match='lpips: the image is'):
+        measure('lpips', img2=REFERENCE[:8])
+    measure('entropy', img2=REFERENCE[:8])
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyiqa', None)
+    with pytest.raises(BackendUnavailable, match=r'pyiqa is not installed: pip install "ast_plugin\[metrics\]"'):
+        measure('lpips')
+    with pytest.raises(BackendUnavailable, match='not installed'):
+        directions.better({'type': 'pyiqa', 'metric': 'lpips'})
+
+
+@pytest.mark.skipif(importlib.util.find_spec('pyiqa') is None, reason='the extra `metrics` is not installed')
+def test_the_package_itself(monkeypatch):
+    """Those that need no weights; the suite reaches no network, so that the others must say so."""
+    from ast_plugin.metrics import psnr_rgb
+
+    expected = psnr_rgb(IMAGE[..., ::-1], REFERENCE[..., ::-1])
+    assert measure('psnr') == pytest.approx(expected, abs=1e-4)
+    assert directions.better({'type': 'pyiqa', 'metric': 'lpips'}) == 'lower'
+
+    def unreachable(*_, **__):
+        raise urllib.error.URLError('no network in tests')
+
+    monkeypatch.setattr('urllib.request.urlopen', unreachable)
+    monkeypatch.setenv('TORCH_HOME', '/nonexistent')
+    with pytest.raises(BackendUnavailable, match='weights of niqe cannot be fetched'):
+        measure('niqe')
