@@ -8,7 +8,7 @@ import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin import registration
 
 PROMISED = {
-    'ARCH_REGISTRY': {'AST', 'AST_XS', 'AST_T', 'AST_B', 'Spandrel'},
+    'ARCH_REGISTRY': {'AST', 'AST_XS', 'AST_T', 'AST_B', 'Mixed', 'Spandrel'},
     'MODEL_REGISTRY': {'RestorationModel'},
     'DATASET_REGISTRY': {'PairsDataset', 'SyntheticPairsDataset'},
     'LOSS_REGISTRY': {'ASTCharbonnierLoss', 'TVLoss', 'EdgeLoss', 'FFTLoss', 'PSNRLoss'},

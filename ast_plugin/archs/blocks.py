@@ -96,9 +96,14 @@ class WindowAttention(nn.Module):
             ShapeError: if the windows have another size.
         """
         side = self.window_size
-        if x.ndim != 3 or x.shape[1] != side**2:
-            raise ShapeError(f'{type(self).__name__} takes windows of {side}x{side} tokens, not {list(x.shape)}')
-        return self._attend(x.unflatten(1, (side, side)), mask, 0).flatten(1, 2)
+        if x.ndim != 3 or x.shape[1:] != (side**2, self.dim):
+            raise ShapeError(
+                f'{type(self).__name__} takes windows of {side}x{side} tokens, {self.dim} channels, not {list(x.shape)}'
+            )
+        # Windows one below the other are a map, as many in it as the mask is for.
+        count = 1 if mask is None else mask.shape[0]
+        columns = x.reshape(-1, count * side, side, self.dim)
+        return self._attend(columns, mask, 0).reshape(x.shape)
 
     def _attend(self, x: Tensor, mask: Tensor | None, shift: int) -> Tensor:
         return ops.window_attention(
@@ -327,6 +332,9 @@ def ast_block(
     check_choice('ffn', ffn, FEED_FORWARDS)
     attn = ATTENTIONS[attention](dim, num_heads, window_size, shift_size, qkv_bias, topk_ratio)
     return ASTBlock(attn, FEED_FORWARDS[ffn](dim, mlp_ratio), dim, drop_path_rate, layout)
+
+
+ast_block.works_in, ast_block.replaces = ASTBlock.works_in, ASTBlock.replaces
 
 
 def init_weights(module: nn.Module) -> None:

@@ -306,7 +306,11 @@ class RestorationModel(SRModel):
         """Write the present weights as the best, for BasicSR and, self-describing, as safetensors."""
         folder = Path(self.opt['path']['models'])
         save_torch(folder / 'net_g_best.pth', self.weights())
-        save_weights(folder / 'net_g_best.safetensors', self.evaluated_network.state_dict(), self.opt['network_g'])
+        network = self.evaluated_network
+        # What only says where training started, a file perhaps, is not needed where these weights are loaded.
+        transient = getattr(network, 'transient_options', ())
+        options = {key: value for key, value in self.opt['network_g'].items() if key not in transient}
+        save_weights(folder / 'net_g_best.safetensors', network.state_dict(), options)
 
     def save(self, epoch: int, current_iter: int) -> None:
         """Write weights and training state, each whole or not at all, and then delete those that are too old."""

@@ -109,7 +109,7 @@ class Restorer:
             raise CheckpointError(
                 f'{path} is not of the network {options["type"]} with these options: {one_line(error)}'
             ) from error
-        in_channels = next((options[key] for key in _CHANNEL_KEYS if key in options), 3)
+        in_channels = next((options[key] for key in _CHANNEL_KEYS if key in options), getattr(built, 'in_channels', 3))
         restorer = cls(
             built,
             in_channels=in_channels,

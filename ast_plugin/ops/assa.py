@@ -1,5 +1,7 @@
 """Window attention with ASSA's weights and those its ablation compares. The plain reference."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,7 +97,8 @@ def window_attention(
     N, T, _ = windows.shape
     queries = F.linear(windows, *q).reshape(N, T, num_heads, C // num_heads).transpose(1, 2)
     keys, values = F.linear(windows, *kv).reshape(N, T, 2, num_heads, C // num_heads).permute(2, 0, 3, 1, 4)
-    with torch.autocast(x.device.type, enabled=False):
+    # Shapes alone, on `meta`, are computed without autocast, which that device does not have.
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         scores = _scores(queries, keys, position_bias, window, mask)
         weights = attention_weights(scores, kind, gate, topk_ratio)
         out = (weights @ values.to(weights.dtype)).to(values.dtype)

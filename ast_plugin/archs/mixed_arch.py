@@ -1,0 +1,279 @@
+"""Any registered network with blocks exchanged by rules."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ast_plugin.archs.block_adapters import MixedIn, pass_size
+from ast_plugin.archs.blocks import ASSA
+from ast_plugin.archs.call_sites import Site, SizePlace, Watched, check_runs, find_site, watch
+from ast_plugin.archs.kept_weights import keep_weights
+from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError
+from ast_plugin.ops import pad_to_multiple
+from ast_plugin.suggest import did_you_mean
+from ast_plugin.weights_files import read_checkpoint
+
+_COMPILED = 'basicsr.ops.'
+_CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'inp_channels')
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What was done at one place: module, its class, block, operation, shape of x there, and parameters."""
+
+    where: str
+    name: str
+    was: str
+    block: str
+    op: str
+    kind: str
+    shape: tuple[int, ...]
+    options: Mapping[str, Any]
+    parameters_before: int
+    parameters_after: int
+
+
+class Mixed(nn.Module):
+    """A registered network in which rules have exchanged modules for blocks of `block_registry.BLOCKS`.
+
+        network_g:
+          type: Mixed
+          base: {type: SwinIR, upscale: 1, window_size: 8, ...}
+          mix:
+            - {match: 'layers.*.residual_group.blocks.*.attn', with: {type: ASSA}, keep_weights: true}
+            - {match: 'layers.*.residual_group.blocks.*.mlp', with: {type: FRFN, mlp_ratio: 2}}
+
+    Pictures of any size are filled up by reflection to what the base takes, and the result is cropped.
+
+    Args:
+        base: `type`, the registered name of a network, and its arguments.
+        mix: rules, see `mix_rules.Rule`. A module may be meant by one rule only.
+        base_weights: a weights file of the base, loaded before anything is exchanged: official, BasicSR's or
+            safetensors, read without running anything in it. It says where training starts; a file of the mixed
+            network's own weights holds all of them.
+        base_param_key: the key of the weights in that file; by default the first of the usual ones.
+        size_multiple: what both sides of a picture must be multiples of for the base; found out by default.
+        nominal_size: side of the pictures that it is meant for, such as the training patch: windows larger than the
+            map that such a picture has at a place are refused.
+    Raises:
+        OptionError: for a rule, a base or a file that cannot be used; says which, and what is near.
+        ShapeError: for a block that cannot stand where a rule puts it, with the shapes.
+        CheckpointError: if the weights are not those of the base.
+    """
+
+    network_options = ('base',)  # arguments that are a network's options themselves: option files are checked with it
+    transient_options = ('base_weights', 'base_param_key')  # not needed to build the network for weights of its own
+
+    def __init__(
+        self,
+        base: dict[str, Any],
+        mix: list[dict[str, Any]],
+        base_weights: str | None = None,
+        base_param_key: str | None = None,
+        size_multiple: int | None = None,
+        nominal_size: int = 64,
+    ) -> None:
+        super().__init__()
+        # mmengine, which holds the registry of blocks, is heavy: only who builds a Mixed pays for it.
+        from ast_plugin.archs.mix_rules import assign, read_rules
+
+        for key, value in (('size_multiple', size_multiple), ('nominal_size', nominal_size)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise OptionError(f'{key}: expected a whole number of 1 or more, got {value!r}')
+        rules = read_rules(mix)
+        # Bases compute while they are built, which cannot be done without values.
+        without_values = torch.get_default_device().type == 'meta'
+        with torch.device('cpu') if without_values else nullcontext():
+            self.base = build_base(base)
+            if base_weights is not None:
+                load_base_weights(self.base, base_weights, base_param_key)
+            assigned = assign(self.base, rules)
+            watched = watch(self.base, _in_channels(base, self.base), nominal_size, size_multiple)
+            self.exchanges = _exchange(self.base, assigned, watched)
+            _check_runs(self.base, watched)
+        self.in_channels = watched.channels
+        self.size_multiple, self.scale = watched.multiple, watched.scale
+        if hasattr(self.base, 'block_classes'):
+            self.block_classes = self.base.block_classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Restore pictures.
+
+        Args:
+            x: [B, C, H, W], any H and W from 1 up.
+        Returns:
+            [B, D, s·H, s·W], s being `scale`.
+        Raises:
+            ShapeError: if x has other dimensions.
+        """
+        if x.ndim != 4 or 0 in x.shape:
+            raise ShapeError(f'Mixed takes pictures [B, C, H, W] with no side of 0, not {list(x.shape)}')
+        H, W = x.shape[-2:]
+        y = self.base(pad_to_multiple(x, self.size_multiple))
+        return y[..., : self.scale * H, : self.scale * W].contiguous()
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """Load the mixed network's own weights.
+
+        Raises:
+            CheckpointError: if they are of the base alone: those are given as `base_weights`.
+        """
+        if strict and state_dict and not any(name.startswith(('base.', 'module.base.')) for name in state_dict):
+            raise CheckpointError(
+                f'these are not weights of a Mixed, whose names begin with base. (here is {next(iter(state_dict))}); '
+                'weights of the base alone are given as network_g.base_weights'
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def build_base(options: Mapping[str, Any]) -> nn.Module:
+    """Build the network that blocks are to be mixed into.
+
+    Args:
+        options: `type` and arguments.
+    Raises:
+        OptionError: if it cannot be built, is a Mixed or has one in it, or needs compiled operators.
+    """
+    import basicsr.archs  # noqa: F401 - registers the toolbox's networks
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    if not isinstance(options, Mapping) or not isinstance(options.get('type'), str):
+        raise OptionError(f'base: expected {{type: NAME, ...}}, got {options!r:.60}')
+    arguments = {key: value for key, value in options.items() if key != 'type'}
+    name = options['type']
+    if name == Mixed.__name__:
+        raise OptionError('base.type: Mixed cannot be the base of a Mixed: put the rules of both into one list')
+    registered = next((key for key in (name, f'{name}_basicsr') if key in ARCH_REGISTRY), None)
+    if registered is None:
+        known = [key.removesuffix('_basicsr') for key in ARCH_REGISTRY.keys()]  # noqa: SIM118 - not a dictionary
+        raise OptionError(
+            f'base.type: no network is registered as {name}{did_you_mean(name, known)} '
+            '(is its plugin installed? `basicsr list arch` shows what there is)'
+        )
+    try:
+        base = ARCH_REGISTRY.get(registered)(**arguments)
+    except PluginError as error:
+        raise type(error)(f'base: {error}') from error
+    except Exception as error:  # whatever somebody's network raises about its arguments
+        reason = next(iter(str(error).splitlines()), '')
+        raise OptionError(f'base: {name} cannot be built with {arguments}: {type(error).__name__}: {reason}') from error
+    for module in base.modules():
+        if isinstance(module, Mixed):
+            raise OptionError(f'base.type: {name} has a Mixed in it, which cannot be mixed again')
+        compiled = next((kind for kind in type(module).__mro__ if kind.__module__.startswith(_COMPILED)), None)
+        if compiled is not None:
+            raise OptionError(
+                f'base.type: {name} needs operators compiled for CUDA ({compiled.__module__}, {compiled.__name__}), '
+                'and Mixed has to run its base anywhere: take a network without them'
+            )
+    return base
+
+
+def load_base_weights(base: nn.Module, path: str, param_key: str | None = None) -> None:
+    """Load a weights file into the base, strictly.
+
+    Raises:
+        CheckpointError: if it cannot be read or is of another network.
+    """
+    checkpoint = read_checkpoint(Path(path).expanduser(), param_key)
+    try:
+        base.load_state_dict(checkpoint.state, strict=True)
+    except CheckpointError as error:
+        raise CheckpointError(f'base_weights: {path}: {error}') from error
+    except RuntimeError as error:
+        reason = ' '.join(' '.join(str(error).splitlines()[1:3]).split())
+        raise CheckpointError(
+            f'base_weights: {path}: weights of another network than {type(base).__name__}: {reason[:300]}'
+        ) from error
+
+
+def _in_channels(options: Mapping[str, Any], base: nn.Module) -> list[int]:
+    """Channels of pictures that the base may take, the likeliest first."""
+    given = [options[key] for key in _CHANNEL_KEYS if isinstance(options.get(key), int)]
+    own = [value for key in _CHANNEL_KEYS if isinstance(value := getattr(base, key, None), int)]
+    return list(dict.fromkeys([*given, *own, 3, 1]))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    rule: Any
+    site: Site
+    module: nn.Module
+    adapter: MixedIn
+    options: Mapping[str, Any]
+
+
+def _exchange(base: nn.Module, assigned: Mapping[str, Any], watched: Watched) -> list[Exchange]:
+    """Put a block at every place that a rule means, and say what was done."""
+    modules = dict(base.named_modules())
+    positions: dict[str, int] = {}
+    prepared = []
+    for name, rule in assigned.items():
+        position = positions[rule.where] = positions.get(rule.where, -1) + 1
+        prepared.append(_prepare(name, rule, modules[name], position, watched))
+    passed: set[SizePlace] = set()
+    # From the inside out: a module that is kept goes into its adapter with what lies in it exchanged already.
+    for item in sorted(prepared, key=lambda item: -item.site.name.count('.')):
+        for parent in list(base.modules()):
+            for key, child in list(parent._modules.items()):
+                if child is item.module and parent is not item.adapter:
+                    setattr(parent, key, item.adapter)
+        place = item.site.size
+        if place is not None and place not in passed:
+            passed.add(place)
+            pass_size(base.get_submodule(place.giver), place)
+    return [_record(item) for item in prepared]
+
+
+def _prepare(name: str, rule: Any, module: nn.Module, position: int, watched: Watched) -> _Prepared:
+    from ast_plugin.archs.mix_rules import DENSE_SHARE, build_block
+
+    try:
+        site = find_site(name, module, watched, rule.options.get('window_size'))
+    except ShapeError as error:
+        raise ShapeError(f'{rule.where}.match: {error}') from None
+    block, options = build_block(rule, site, module, position)
+    if rule.keep_weights:
+        share = rule.dense_share or (DENSE_SHARE if isinstance(block, ASSA) else None)
+        try:
+            keep_weights(block, module, share)
+        except PluginError as error:
+            raise type(error)(f'{rule.where}.keep_weights: {name}: {error}') from error
+    original = None if rule.op == 'replace' else module
+    adapter = MixedIn(block, rule.block.works_in, site, rule.op, original, rule.gain)
+    return _Prepared(rule, site, module, adapter, options)
+
+
+def _record(item: _Prepared) -> Exchange:
+    rule, site = item.rule, item.site
+    before, after = (sum(p.numel() for p in module.parameters()) for module in (item.module, item.adapter))
+    return Exchange(
+        where=rule.where,
+        name=site.name,
+        was=type(item.module).__name__,
+        block=rule.block.name,
+        op=rule.op,
+        kind=site.kind,
+        shape=site.shape,
+        options=dict(item.options),
+        parameters_before=before,
+        parameters_after=after,
+    )
+
+
+def _check_runs(base: nn.Module, watched: Watched) -> None:
+    try:
+        check_runs(base, watched)
+    except PluginError as error:
+        raise type(error)(f'the mixed network does not run: {error}') from error
+    except Exception as error:  # whatever somebody's network raises about a module that is not its own
+        reason = next(iter(str(error).splitlines()), '')
+        raise OptionError(
+            f'{type(base).__name__} does not run with these blocks in it, it does more with the modules than calling '
+            f'them: {type(error).__name__}: {reason}'
+        ) from error

@@ -1,0 +1,105 @@
+"""Networks for the tests of `Mixed`: tiny ones of BasicSR, and some that call their parts in other ways."""
+
+import torch
+from torch import Tensor, nn
+
+SWINIR = {
+    'type': 'SwinIR',
+    'upscale': 1,
+    'window_size': 4,
+    'img_size': 16,
+    'depths': [2, 2],
+    'num_heads': [2, 2],
+    'embed_dim': 8,
+    'mlp_ratio': 2,
+    'drop_path_rate': 0.0,
+}
+EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 3, 'upscale': 1, 'img_range': 1.0}
+RCAN = {**EDSR, 'type': 'RCAN', 'num_group': 2, 'num_block': 2, 'squeeze_factor': 2}
+MSRRESNET = {'type': 'MSRResNet', 'num_feat': 8, 'num_block': 3, 'upscale': 1}
+RRDBNET = {
+    'type': 'RRDBNet',
+    'num_in_ch': 3,
+    'num_out_ch': 3,
+    'num_feat': 8,
+    'num_block': 2,
+    'num_grow_ch': 4,
+    'scale': 1,
+}
+SRVGG = {'type': 'SRVGGNetCompact', 'num_feat': 8, 'num_conv': 3, 'upscale': 1}
+RIDNET = {'type': 'RIDNet', 'in_channels': 3, 'mid_channels': 16, 'out_channels': 3, 'num_block': 2}
+AST = {'type': 'AST', 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'img_size': 32, 'drop_path_rate': 0.0}
+
+
+class TokenLayer(nn.Module):
+    """Two linear layers over tokens [B, H·W, C]; what else it is called with is not its business."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
+
+    def forward(self, x: Tensor, *_, **__) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class TokenBlock(nn.Module):
+    """A residual branch that is told the tokens' size in one of several ways."""
+
+    def __init__(self, dim: int, way: str) -> None:
+        super().__init__()
+        self.ffn, self.way = TokenLayer(dim), way
+
+    def forward(self, x: Tensor, *size: int, hw: tuple[int, int] | None = None) -> Tensor:
+        if self.way == 'own numbers':
+            return x + self.ffn(x, *size)
+        return x + self.ffn(x)
+
+
+class TokenNet(nn.Module):
+    """[B, 3, H, W] through two blocks of tokens.
+
+    Args:
+        way: how the blocks' callers say H and W: 'pair' (a keyword), 'numbers', 'own numbers' (to the layer itself),
+            'map' (only the network sees a map) or 'hidden' (nobody is given them, on a map of another size).
+    """
+
+    def __init__(self, dim: int = 8, way: str = 'pair') -> None:
+        super().__init__()
+        self.way = way
+        self.first, self.last = nn.Conv2d(3, dim, 3, padding=1), nn.Conv2d(dim, 3, 3, padding=1)
+        self.blocks = nn.ModuleList(TokenBlock(dim, way) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.way == 'hidden':
+            y = nn.functional.avg_pool2d(y, 2)
+        B, C, H, W = y.shape
+        tokens = y.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            if self.way == 'pair':
+                tokens = block(tokens, hw=(H, W))
+            else:
+                tokens = block(tokens, H, W) if 'numbers' in self.way else block(tokens)
+        y = tokens.transpose(1, 2).reshape(B, C, H, W)
+        if self.way == 'hidden':
+            y = nn.functional.interpolate(y, scale_factor=2.0)
+        return x + self.last(y)
+
+
+def excite(network: nn.Module, std: float = 0.5) -> nn.Module:
+    """Draw weights so large that what attention does shows in the output; for reproducible tests, after a seed."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim >= 2:
+            scale = 1.0 if name.endswith('table') else parameter[0].numel() ** -0.5
+            nn.init.normal_(parameter, std=std * scale)
+    return network
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖."""
+    return float((got - want).norm() / want.norm())
+
+
+def picture(height: int, width: int, batch: int = 1) -> Tensor:
+    """Random pixels in [0, 1]."""
+    return torch.rand(batch, 3, height, width)
