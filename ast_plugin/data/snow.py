@@ -63,10 +63,10 @@ class SnowParameters(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True)
 
     type: Literal['snow'] = 'snow'
-    amount: PositiveRange = Field((0.7, 2.4), description='multiplies the density of every layer')
+    amount: PositiveRange = Field((0.9, 3.0), description='multiplies the density of every layer')
     angle: Range = Field((-40, 40), description='degrees from the vertical at which it falls, within [-80, 80]')
     angle_spread: float = Field(9.0, ge=0, le=45, description='standard deviation in degrees from flake to flake')
-    veil: Range = Field((0.0, 0.22), description='opacity of the snow too fine to be seen as flakes, within [0, 1]')
+    veil: Range = Field((0.0, 0.28), description='opacity of the snow too fine to be seen as flakes, within [0, 1]')
     brightness: Range = Field((0.82, 1.0), description='of the flakes, within [0, 1]')
     scale: float = Field(1.0, gt=0, le=20, description='multiplies every diameter; 1 suits pictures 500 pixels high')
     layers: tuple[FlakeLayer, ...] = Field((FAR, MIDDLE, NEAR), min_length=1, description='from far to near')

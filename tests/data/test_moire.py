@@ -33,8 +33,8 @@ def test_any_size_and_brightness(shape, value):
 
 def test_psnr_on_photographs():
     levels = [psnr(degrade('moire', photo, seed)[0], photo) for photo in photographs() for seed in range(2)]
-    assert min(levels) > 17 and max(levels) < 32
-    assert 20 < np.median(levels) < 26
+    assert min(levels) > 14 and max(levels) < 32
+    assert 19 < np.median(levels) < 24
 
 
 def bands(pitch: float, **parameters) -> np.ndarray:
@@ -54,7 +54,7 @@ def test_bands_are_where_sampling_theory_puts_them(pitch):
 
 def test_stripes_in_step_with_the_sensor_make_no_bands():
     assert np.ptp(bands(2.05)[8:-8]) > 0.1
-    assert np.ptp(bands(2.0)[8:-8]) < 0.01
+    assert np.ptp(bands(2.0)[8:-8]) < 0.03
 
 
 def test_a_soft_lens_and_a_coarse_look_weaken_bands():

@@ -21,8 +21,8 @@ def test_any_size_and_brightness(shape, value):
 
 def test_psnr_on_photographs():
     levels = [psnr(degrade('snow', photo, seed)[0], photo) for photo in photographs() for seed in range(3)]
-    assert min(levels) > 17 and max(levels) < 34
-    assert 22 < np.median(levels) < 26
+    assert min(levels) > 15 and max(levels) < 33
+    assert 20 < np.median(levels) < 25
 
 
 def test_flakes_are_light_of_the_sky_over_what_they_hide():
