@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ast_plugin import ops
 from ast_plugin.archs.layouts import check_layout, check_map, from_nhwc, to_nhwc
 from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops.residual import Residual, with_residual
 from ast_plugin.ops.window_padding import padding_mask
 
 
@@ -63,12 +64,13 @@ class WindowAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, residual: Residual | None = None) -> Tensor:
         """Attend within windows.
 
         Args:
             x: [B, H, W, C] or [B, C, H, W], as `layout` says.
             mask: [B or 1, 1, h, w] of the whole picture, see `ops.pair_mask`; or None.
+            residual: of NHWC maps, a norm before and the sum with x after it, see `ops.Residual`.
         Raises:
             ShapeError: if x has other dimensions.
         """
@@ -77,6 +79,8 @@ class WindowAttention(nn.Module):
         H, W = size = tuple(x.shape[1:3])
         missing_h, missing_w = -H % self.window_size, -W % self.window_size
         if missing_h or missing_w:
+            if residual is not None:  # the filling comes after the norm
+                return with_residual(lambda normed: self.forward(normed, mask), x, residual)
             x = nn.functional.pad(x, (0, 0, 0, missing_w, 0, missing_h))
         if mask is not None:
             mask = nn.functional.interpolate(mask.float(), size=size)
@@ -84,7 +88,7 @@ class WindowAttention(nn.Module):
         if missing_h or missing_w:
             padding = padding_mask(size, self.window_size, self.shift_size, x.device)
             mask = padding if mask is None else (mask.reshape(-1, *padding.shape) + padding).flatten(0, 1)
-        return from_nhwc(self._attend(x, mask, self.shift_size)[:, :H, :W], self.layout)
+        return from_nhwc(self._attend(x, mask, self.shift_size, residual)[:, :H, :W], self.layout)
 
     def attend_windows(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend within windows that the caller has cut, shifted or not.
@@ -105,7 +109,7 @@ class WindowAttention(nn.Module):
         columns = x.reshape(-1, count * side, side, self.dim)
         return self._attend(columns, mask, 0).reshape(x.shape)
 
-    def _attend(self, x: Tensor, mask: Tensor | None, shift: int) -> Tensor:
+    def _attend(self, x: Tensor, mask: Tensor | None, shift: int, residual: Residual | None = None) -> Tensor:
         return ops.window_attention(
             x,
             _affine(self.q),
@@ -119,6 +123,7 @@ class WindowAttention(nn.Module):
             gate=self.gate,
             mask=mask,
             topk_ratio=self.topk_ratio,
+            residual=residual,
         )
 
     def extra_repr(self) -> str:
@@ -179,11 +184,11 @@ class FRFN(nn.Module):
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.project = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
         x = to_nhwc(x, self.layout)
         check_map(x, self.expand.in_features, 'FRFN')
-        y = ops.frfn(x, self.partial_conv.weight, _affine(self.expand), _affine(self.depthwise), _affine(self.project))
-        return from_nhwc(y, self.layout)
+        layers = _affine(self.expand), _affine(self.depthwise), _affine(self.project)
+        return from_nhwc(ops.frfn(x, self.partial_conv.weight, *layers, residual), self.layout)
 
 
 class LeFF(nn.Module):
@@ -206,10 +211,11 @@ class LeFF(nn.Module):
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.project = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
         x = to_nhwc(x, self.layout)
         check_map(x, self.expand.in_features, 'LeFF')
-        return from_nhwc(ops.leff(x, _affine(self.expand), _affine(self.depthwise), _affine(self.project)), self.layout)
+        layers = _affine(self.expand), _affine(self.depthwise), _affine(self.project)
+        return from_nhwc(ops.leff(x, *layers, residual), self.layout)
 
 
 class MLP(nn.Module):
@@ -231,11 +237,11 @@ class MLP(nn.Module):
         self.expand = nn.Linear(dim, hidden)
         self.project = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
         x = to_nhwc(x, self.layout)
         if x.shape[-1] != self.expand.in_features:
             raise ShapeError(f'MLP takes {self.expand.in_features} channels, not {list(x.shape)}')
-        return from_nhwc(ops.mlp(x, _affine(self.expand), _affine(self.project)), self.layout)
+        return from_nhwc(ops.mlp(x, _affine(self.expand), _affine(self.project), residual), self.layout)
 
 
 ATTENTIONS: dict[str, type[WindowAttention]] = {
@@ -263,11 +269,15 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        scale = self.draw(x)
+        return x if scale is None else x * scale
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Draw a factor for each sample of x, [B, 1, ..., 1]; None where all stay as they are."""
         if not self.training or self.rate == 0:
-            return x
+            return None
         keep = 1 - self.rate
-        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
-        return x * (kept / keep)
+        return x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep) / keep
 
     def extra_repr(self) -> str:
         return f'{self.rate:.3f}'
@@ -306,8 +316,16 @@ class ASTBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = to_nhwc(x, self.layout)
         if self.attn is not None:
-            x = x + self.drop_path(self.attn(self.norm1(x), mask))
-        return from_nhwc(x + self.drop_path(self.ffn(self.norm2(x))), self.layout)
+            x = self._add(x, self.norm1, self.attn, mask)
+        return from_nhwc(self._add(x, self.norm2, self.ffn), self.layout)
+
+    def _add(self, x: Tensor, norm: nn.Module, branch: nn.Module, *args: Tensor | None) -> Tensor:
+        """x + drop_path(branch(norm(x), *args)); our own branches do it in one, without passes over the map between."""
+        is_ours = isinstance(branch, (WindowAttention, *FEED_FORWARDS.values())) and branch.layout == 'nhwc'
+        is_watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks
+        if is_ours and type(norm) is nn.LayerNorm and not is_watched:
+            return branch(x, *args, residual=Residual(norm.weight, norm.bias, norm.eps, self.drop_path.draw(x)))
+        return x + self.drop_path(branch(norm(x), *args))
 
 
 def ast_block(

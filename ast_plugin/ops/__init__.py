@@ -1,7 +1,12 @@
-"""AST's mathematics as functions of tensors: plain PyTorch, images NHWC, no parameters held."""
+"""AST's mathematics as functions of tensors: images NHWC, no parameters held.
 
-from ast_plugin.ops.assa import ATTENTION_KINDS, attention_weights, window_attention
-from ast_plugin.ops.frfn import frfn, leff, mlp
+`frfn`, `leff`, `mlp` and `window_attention` are computed by the fastest backend that can; see `backend`.
+"""
+
+from ast_plugin.ops.assa import ATTENTION_KINDS, attention_weights
+from ast_plugin.ops.backend import BACKENDS, explain, use_backend
+from ast_plugin.ops.functions import frfn, leff, mlp, window_attention
+from ast_plugin.ops.residual import Residual
 from ast_plugin.ops.windows import (
     merge_windows,
     pad_to_multiple,
@@ -13,7 +18,10 @@ from ast_plugin.ops.windows import (
 
 __all__ = [
     'ATTENTION_KINDS',
+    'BACKENDS',
+    'Residual',
     'attention_weights',
+    'explain',
     'frfn',
     'leff',
     'merge_windows',
@@ -23,5 +31,6 @@ __all__ = [
     'partition_windows',
     'relative_position_index',
     'shift_mask',
+    'use_backend',
     'window_attention',
 ]

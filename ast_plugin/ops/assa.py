@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops.residual import Residual, with_residual
 from ast_plugin.ops.windows import merge_windows, partition_windows, relative_position_index, shift_mask
 
 ATTENTION_KINDS = ('assa', 'dense', 'sparse', 'sparse_relu', 'topk')
@@ -64,6 +65,7 @@ def window_attention(
     gate: Tensor | None = None,
     mask: Tensor | None = None,
     topk_ratio: float = 0.5,
+    residual: Residual | None = None,
 ) -> Tensor:
     """Multi-head self-attention within (shifted) windows of a map.
 
@@ -78,6 +80,7 @@ def window_attention(
         shift: the map is rolled by this much up and left before it is cut, and back afterwards.
         kind, gate, topk_ratio: see `attention_weights`.
         mask: [num_windows or B * num_windows, window**2, window**2], added to the scores of all heads.
+        residual: a norm before and the sum with x after it, see `Residual`.
     Returns:
         [B, H, W, C].
     Raises:
@@ -90,21 +93,26 @@ def window_attention(
     if C % num_heads:
         raise ShapeError(f'{C} channels do not divide into {num_heads} heads')
     if shift:
-        x = x.roll((-shift, -shift), dims=(1, 2))
         regions = shift_mask((H, W), window, shift, x.device)
         mask = regions if mask is None else _add_by_window(mask, regions)
-    windows = partition_windows(x, window)
-    N, T, _ = windows.shape
-    queries = F.linear(windows, *q).reshape(N, T, num_heads, C // num_heads).transpose(1, 2)
-    keys, values = F.linear(windows, *kv).reshape(N, T, 2, num_heads, C // num_heads).permute(2, 0, 3, 1, 4)
-    # Shapes alone, on `meta`, are computed without autocast, which that device does not have.
-    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-        scores = _scores(queries, keys, position_bias, window, mask)
-        weights = attention_weights(scores, kind, gate, topk_ratio)
-        out = (weights @ values.to(weights.dtype)).to(values.dtype)
-    out = F.linear(out.transpose(1, 2).reshape(N, T, C), *proj)
-    out = merge_windows(out, window, (H, W))
-    return out.roll((shift, shift), dims=(1, 2)) if shift else out
+
+    def branch(x: Tensor) -> Tensor:
+        if shift:
+            x = x.roll((-shift, -shift), dims=(1, 2))
+        windows = partition_windows(x, window)
+        N, T, _ = windows.shape
+        queries = F.linear(windows, *q).reshape(N, T, num_heads, C // num_heads).transpose(1, 2)
+        keys, values = F.linear(windows, *kv).reshape(N, T, 2, num_heads, C // num_heads).permute(2, 0, 3, 1, 4)
+        # Shapes alone, on `meta`, are computed without autocast, which that device does not have.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+            scores = _scores(queries, keys, position_bias, window, mask)
+            weights = attention_weights(scores, kind, gate, topk_ratio)
+            out = (weights @ values.to(weights.dtype)).to(values.dtype)
+        out = F.linear(out.transpose(1, 2).reshape(N, T, C), *proj)
+        out = merge_windows(out, window, (H, W))
+        return out.roll((shift, shift), dims=(1, 2)) if shift else out
+
+    return with_residual(branch, x, residual)
 
 
 def _scores(queries: Tensor, keys: Tensor, position_bias: Tensor, window: int, mask: Tensor | None) -> Tensor:
