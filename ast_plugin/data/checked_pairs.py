@@ -126,7 +126,7 @@ class Journal:
     def _known_lines(self) -> Iterator[str]:
         """Yield the lines of before, and empty ones for ever after."""
         if self.path.is_file():
-            with open(self.path, encoding='utf-8') as file:
+            with open(self.path, encoding='utf-8', errors='replace') as file:
                 yield from file
         while True:
             yield ''
@@ -140,8 +140,8 @@ def _check_line(item: _Item) -> str:
         if known and json.loads(known)[0] == stamp:
             _parse(known)
             return known.rstrip('\n')
-    except (ValueError, TypeError, IndexError):
-        pass  # cut off in the middle
+    except (ValueError, TypeError, LookupError, RecursionError):
+        pass  # cut off in the middle, or no journal at all
     checked = check_pair(pair)
     if checked.fault:
         return json.dumps([stamp, [checked.fault.kind, checked.fault.name, checked.fault.text]])

@@ -101,7 +101,8 @@ class Template:
         self.is_many = '*' in text
         # The key ends where what follows it begins first, and so has no part of what `*` stands for.
         pattern = re.escape(text).replace(re.escape('{}'), '(.+?)' if self.is_many else '(.+)')
-        self._pattern = re.compile(pattern.replace(re.escape('*'), '.*'), re.IGNORECASE if self.has_suffix else 0)
+        flags = re.DOTALL | (re.IGNORECASE if self.has_suffix else 0)
+        self._pattern = re.compile(pattern.replace(re.escape('*'), '.*'), flags)
 
     def key(self, name: str) -> str | None:
         """Return what `{}` stands for in a file name; None if the name is of another kind."""
