@@ -56,10 +56,10 @@ class Ranking:
     is_lower_better: bool = False
     count: int = 0
 
-    def key(self, values: Mapping[str, float]) -> float:
-        """A number that is the higher, the better a picture is; what is not a number is the worst."""
+    def key(self, values: Mapping[str, float]) -> tuple[bool, float]:
+        """What is the greater, the better a picture is; a value that is not a number is the worst."""
         value = values.get(self.metric, math.nan)
-        return -math.inf if math.isnan(value) else -value if self.is_lower_better else value
+        return (False, 0.0) if math.isnan(value) else (True, -value if self.is_lower_better else value)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import ast_plugin  # noqa: F401  registers everything
 from ast_plugin.checkpoints import read_checkpoint
-from ast_plugin.errors import CheckpointError, DataError, OptionError
+from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError
 
 TINY = {
     'type': 'AST',
@@ -260,5 +260,65 @@ def test_testing_prints_and_writes_the_table(tmp_path, capsys):
     table = capsys.readouterr().out
     assert '| mean ' in table and 'input psnr' in table
     assert (tmp_path / 'results' / 'pairs.md').read_text().strip() in table
-    assert (tmp_path / 'results' / 'pairs.csv').read_text().startswith('image,input psnr,psnr,input ssim,ssim,protocol,')
+    assert (
+        (tmp_path / 'results' / 'pairs.csv').read_text().startswith('image,input psnr,psnr,input ssim,ssim,protocol,')
+    )
     assert (tmp_path / 'visualization' / 'pairs' / 'one_2_tiny.png').is_file()
+
+
+def test_testing_by_a_protocol(tmp_path, capsys):
+    """Its metrics, not rounded; the same restoration as the protocol's own; weights and their checksum in the files."""
+    from ast_plugin.metrics import psnr_rgb
+    from ast_plugin.models.protocols import read_protocol
+    from ast_plugin.models.results import collected
+
+    protocol = {'type': 'tiled', 'tile': 16, 'overlap': 4, 'self_ensemble': True}
+    opt = options(tmp_path)
+    opt['is_train'] = False
+    opt['val'] = {'protocol': protocol, 'suffix': None}
+    model = build(opt)
+    with collected() as tested:
+        model.validation(DataLoader(Pairs()), 'tiny', None)
+    (results,) = tested
+    sample = Pairs()[2]
+    restored = read_protocol(protocol).restore(model.net_g, sample['lq'][None])
+    assert results.restored['three']['psnr'] == pytest.approx(psnr_rgb(restored, sample['gt']), abs=1e-6)
+    assert results.degraded['three']['psnr'] == pytest.approx(psnr_rgb(sample['lq'], sample['gt']), abs=1e-6)
+    assert list(results.mean()) == ['psnr', 'ssim']
+    assert len(results.examples()) == 3 and results.thumbnails['three'][1].shape == (22, 21, 3)
+    table = capsys.readouterr().out
+    assert 'tiles of 16, overlap 4, ramp; mean over eight flips and rotations; not rounded' in table
+    assert (tmp_path / 'results' / 'pairs.md').read_text().strip() in table
+
+
+def test_only_the_extremes_are_kept_in_memory(tmp_path):
+    opt = options(tmp_path)
+    opt['is_train'] = False
+    model = build(opt)
+    results = model.measure(DataLoader(Pairs(tuple(f'{number}.png' for number in range(12)))))
+    order = sorted(results.restored, key=lambda name: results.restored[name]['psnr'])
+    assert results.examples() == [*order[:3], *order[-3:]]
+    assert set(results.thumbnails) == set(results.examples())
+
+
+def test_a_picture_that_cannot_be_measured_is_named(tmp_path):
+    class Small(Pairs):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return {**sample, 'lq': sample['lq'][:, :6], 'gt': sample['gt'][:, :6]}
+
+    opt = options(tmp_path)
+    opt['val'] = {'protocol': 'whole'}
+    with pytest.raises(ShapeError, match=r'pairs: a/one\.png: the images have 21x6 pixels: SSIM needs at least 7'):
+        build(opt).validation(DataLoader(Small()), 1, None)
+
+
+def test_what_val_leaves_out_is_put_in(tmp_path):
+    opt = options(tmp_path)
+    opt['val'] = {'protocol': 'spad'}
+    model = build(opt)
+    assert model.opt['val']['metrics']['psnr'] == {'type': 'calculate_psnr_matlab'}
+    model.validation(DataLoader(Pairs()), 1, None)
+    assert model.best_metric_results['pairs']['psnr']['better'] == 'higher'
+    opt['val'] = {'metrics': {'niqe': {'type': 'calculate_niqe', 'crop_border': 0}}}
+    assert build(opt).opt['val']['metrics']['niqe']['better'] == 'lower'

@@ -1,6 +1,23 @@
-import numpy as np
+import csv
+import hashlib
+import io
+import math
 
-from ast_plugin.models.results import PictureResult, ValidationResults, side_by_side, thumbnails
+import numpy as np
+import torch
+
+import ast_plugin
+from ast_plugin.models.protocols import read_protocol
+from ast_plugin.models.provenance import Provenance
+from ast_plugin.models.results import (
+    PictureResult,
+    Ranking,
+    ValidationResults,
+    announce,
+    collected,
+    side_by_side,
+    thumbnails,
+)
 
 RESULTS = ValidationResults(
     'rain',
@@ -51,3 +68,68 @@ def test_side_by_side():
     assert strip[3, 3].tolist() == [0, 0, 255]  # RGB
     assert strip[3, 515].tolist() == [255, 255, 255]
     assert strip[3, 600].tolist() == [7, 7, 7]
+
+
+def test_images_that_equal_their_reference_are_shown_and_left_out_of_the_mean():
+    results = ValidationResults(
+        'rain',
+        restored={'a': {'psnr': math.inf, 'ssim': 1.0}, 'b': {'psnr': 30.0, 'ssim': 0.8}},
+        degraded={'a': {'psnr': 20.0, 'ssim': 0.5}, 'b': {'psnr': 22.0, 'ssim': 0.6}},
+    )
+    assert results.mean() == {'psnr': 30.0, 'ssim': 0.9}
+    assert results.rows()[1] == ['a', '20.0000', 'inf', '0.5000', '1.0000']
+    assert results.notes() == ['psnr: 1 of 2 are inf and left out of the mean']
+    assert results.to_markdown().endswith('|\n\n- psnr: 1 of 2 are inf and left out of the mean')
+    alone = ValidationResults('rain', restored={'a': {'psnr': math.inf}})
+    assert alone.mean() == {'psnr': math.inf} and alone.notes() == []
+    broken = ValidationResults('rain', restored={'a': {'psnr': math.nan}, 'b': {'psnr': 30.0}})
+    assert math.isnan(broken.mean()['psnr'])  # not to be overlooked
+
+
+def test_files_say_how_results_were_made(tmp_path):
+    weights = tmp_path / 'w.pth'
+    weights.write_bytes(b'weights' * 1000)
+    metrics = {'psnr': {'type': 'calculate_psnr', 'crop_border': 4, 'better': 'higher'}}
+    results = ValidationResults('rain', restored={'a|b': {'psnr': 30.0}})
+    results.provenance = Provenance.of(read_protocol('agan'), metrics, weights, torch.device('cpu'))
+    (row, mean) = csv.DictReader(io.StringIO(results.to_csv()))
+    assert (row['image'], row['psnr'], mean['image']) == ('a|b', '30.0000', 'mean')
+    for line in (row, mean):
+        assert line['protocol'] == 'agan: tiles of 384, overlap 80, mean; not rounded'
+        assert line['metrics'] == 'psnr: calculate_psnr, crop_border 4'
+        assert line['weights'] == str(weights)
+        assert line['sha256'] == hashlib.sha256(b'weights' * 1000).hexdigest()
+        assert f'ast_plugin {ast_plugin.__version__}, basicsr 1.4.2, torch {torch.__version__}' in line['versions']
+        assert line['versions'].endswith('device cpu')
+    text = results.to_markdown()
+    assert '| a\\|b' in text and f'\n- sha256: {row["sha256"]}\n- versions: ' in text
+    none = Provenance.of(read_protocol(None), {}, None, torch.device('cpu'))
+    assert (none.weights, none.sha256) == ('', '')
+
+
+def pictures(values, shown=True):
+    picture = (np.zeros((2, 2, 3), np.uint8),) * 3
+    return [PictureResult(n, f'image{n}', {'m': value}, {}, picture * shown) for n, value in enumerate(values)]
+
+
+def test_the_worst_and_the_best():
+    values = [5.0, 1.0, math.nan, 4.0, math.inf, 2.0, 3.0]
+    results = ValidationResults.collect('rain', pictures(values), Ranking('m', count=2))
+    assert results.examples() == ['image2', 'image1', 'image0', 'image4']
+    assert results.ranks() == {f'image{n}': rank for rank, n in enumerate([4, 0, 3, 6, 5, 1, 2], 1)}
+    lower = ValidationResults.collect('rain', pictures(values), Ranking('m', is_lower_better=True, count=2))
+    assert lower.examples() == ['image2', 'image4', 'image5', 'image1']
+    few = ValidationResults.collect('rain', pictures(values[:3]), Ranking('m', count=2))
+    assert few.examples() == ['image2', 'image1', 'image0']
+    assert ValidationResults.collect('rain', pictures(values)).examples() == []
+    assert ValidationResults.collect('rain', pictures(values, shown=False), Ranking('m', count=2)).examples() == []
+
+
+def test_results_are_handed_to_whoever_collects_them():
+    announce(RESULTS)
+    with collected() as outer:
+        announce(RESULTS)
+        with collected() as inner:
+            announce(ValidationResults('snow'))
+    announce(RESULTS)
+    assert [results.dataset for results in outer] == ['rain'] and [results.dataset for results in inner] == ['snow']

@@ -76,6 +76,73 @@ def test_the_ramp_leaves_no_seam():
     assert result_steps.max() < 0.5
 
 
+def smooth(height, width):
+    """Slow waves: what a seam would stand out from."""
+    rows, columns = torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64)
+    waves = torch.sin(rows / 23)[:, None] + torch.cos(columns / 31)[None]
+    return (0.5 + 0.2 * waves).expand(1, 3, -1, -1)
+
+
+def border_effects(image):
+    """A network that reads zeros outside and reaches 24 pixels far, twice what an overlap of 36 leaves out."""
+    kernel = torch.full((3, 1, 9, 9), 1 / 81, dtype=image.dtype)
+    for _ in range(6):
+        image = F.conv2d(image, kernel, padding=4, groups=3)
+    return image
+
+
+def test_no_seam_shows_in_a_smooth_image():
+    """Second differences, which show a seam as a spike, stay near those of the whole image; plain means spike."""
+    image = smooth(150, 170)
+    whole = border_effects(image)
+
+    def roughness(result, inside=30):
+        # The image's own border is dark in the whole as well.
+        result = result[..., inside:-inside, inside:-inside]
+        return max(result.diff(n=2, dim=dim).abs().max().item() for dim in (-1, -2))
+
+    base = roughness(whole)
+    ramp = roughness(run_tiled(border_effects, image, 72, 36))
+    mean = roughness(run_tiled(border_effects, image, 72, 36, 'mean'))
+    none = roughness(run_tiled(border_effects, image, 72, 0))
+    assert ramp < 2 * base
+    assert mean > 10 * base and none > 100 * base
+
+
+@pytest.mark.parametrize('batch', [2, 3, 100])
+@pytest.mark.parametrize(('images', 'blend'), [(1, 'ramp'), (2, 'mean')])
+def test_tiles_in_batches_give_the_same(batch, images, blend):
+    image = torch.rand(images, 3, 40, 61, dtype=torch.float64)
+    function, sizes, calls = convolution(2), [], []
+
+    def counted(patches):
+        sizes.append(len(patches))
+        return function(patches)
+
+    result = run_tiled(counted, image, 16, 6, blend, lambda *call: calls.append(call), batch)
+    torch.testing.assert_close(result, run_tiled(function, image, 16, 6, blend), rtol=0, atol=1e-12)
+    full, rest = divmod(4 * 6, batch)
+    assert sizes == [images * batch] * full + [images * rest] * bool(rest)
+    assert calls[-1] == (24, 24) and len(calls) == len(sizes)
+
+
+def test_memory_is_bounded_by_the_tile():
+    """More than three times the image: no more memory but for the result, which is held whole."""
+    from ast_plugin.models.memory import peak_bytes
+
+    def widened(patches):
+        return torch.cat([patches] * 20, 1).sum(1, keepdim=True)
+
+    def needed(side, batch=1):
+        image = torch.rand(1, 3, side, side)
+        return peak_bytes(lambda x: run_tiled(widened, x, 48, 16, batch=batch), image) - 4 * side * side
+
+    small, large = needed(112), needed(208)
+    assert large < 1.2 * small
+    assert small < 1.5 * 60 * 4 * 48 * 48
+    assert 3 * small < needed(112, batch=4) < 5 * small
+
+
 @pytest.mark.parametrize('scale', [2, 3])
 def test_a_function_that_enlarges(scale):
     image = torch.rand(1, 3, 30, 45)
@@ -142,3 +209,8 @@ def test_an_image_of_another_shape_is_refused():
     for image in (torch.rand(3, 8, 8), torch.rand(1, 3, 0, 8)):
         with pytest.raises(ShapeError, match='expects an image'):
             run_tiled(lambda patch: patch, image, 8, 2)
+
+
+def test_no_tiles_at_once_is_refused():
+    with pytest.raises(OptionError, match='batch is 0'):
+        run_tiled(lambda patch: patch, torch.rand(1, 3, 4, 4), 8, 2, batch=0)
