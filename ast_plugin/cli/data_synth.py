@@ -9,7 +9,8 @@ DIR/mask; DIR/synthesis.json says what was made. The same photographs, task, par
     basicsr data synth --sheet all.jpg
     basicsr data synth --list
 
-They are read as any pair of folders: `layout: folders`, `dataroot_lq: out/lq`, `dataroot_gt: out/gt`.
+They are read as any pair of folders, `layout: folders` with `dataroot_lq: out/lq` and `dataroot_gt: out/gt`, or
+prepared and packed as any dataset: `basicsr data prepare folders out prepared`.
 """
 
 from __future__ import annotations

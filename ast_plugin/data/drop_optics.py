@@ -64,7 +64,8 @@ class Surroundings:
             x, y: the places, in pixels of `view` from the picture's corner; these and the slopes broadcast to [n, m].
             across, down: outward components of the sine of the slope, [n, m] float32.
         """
-        size = np.minimum(cv2.magnitude(across, down), STEEPEST)
+        # Not cv2.magnitude, whose last digit depends on where in memory its arguments lie.
+        size = np.minimum(np.sqrt(across * across + down * down), STEEPEST)
         entry = (size * (SLOPES - 1)).astype(np.int32)
         # Rays bend towards the thick of the drop, which is against the outward slope.
         pull = ASIDE[entry] * np.float32(-self.focal) / np.maximum(size, 1e-6)
