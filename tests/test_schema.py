@@ -59,6 +59,63 @@ def test_shipped_file_has_no_fault(registered, file):
     assert faults(opt, registered, is_train=False) == []
 
 
+@pytest.mark.parametrize(
+    ('value', 'fault'),
+    [
+        ('agn', ": expected 'basicsr', 'spad', 'agan', 'densehaze', 'whole' or 'tiled'"),
+        ({'type': 'agan', 'tiles': 3}, '.tiles: unknown key, did you mean tile?'),
+        ({'type': 'agan', 'tile': 0}, ".tile: expected 1 or more or 'auto', got 0"),
+        ({'type': 'agan', 'blend': 'x'}, ".blend: expected 'ramp' or 'mean', got the text 'x'"),
+        ({'tile': 3}, '.type: required, but not there'),
+    ],
+)
+def test_protocols(registered, value, fault):
+    opt = {**changed('val:protocol', value), 'model_type': 'RestorationModel'}
+    (found,) = faults(opt, registered)
+    assert found.startswith(f'val.protocol{fault}')
+    during = {**changed('val:during_training', {'protocol': value}), 'model_type': 'RestorationModel'}
+    (found,) = [text for text in faults(during, registered) if 'protocol' in text]
+    assert found.startswith(f'val.during_training.protocol{fault}')
+
+
+def test_metrics_of_training_are_checked_like_those_of_tests(registered):
+    metrics = {
+        'psnr': {'type': 'calculate_psnr', 'borders': 1, 'crop_border': 0},
+        'x': {'type': 'calculate_psnr_matlb'},
+    }
+    found = faults(changed('val:during_training', {'metrics': metrics}), registered)
+    place = 'val.during_training.metrics'
+    assert f'{place}.psnr.borders: unknown key, did you mean crop_border?' in found
+    assert any(text.startswith(f'{place}.x.type: no metric is registered as calculate_psnr_matlb') for text in found)
+
+
+@pytest.mark.parametrize(
+    ('val', 'fault'),
+    [
+        ({'protocol': 'spad', 'best_metric': 'ssim'}, None),
+        ({'protocol': {'type': 'spad', 'self_ensemble': True, 'tile': 'auto'}, 'best_metric': 'psnr'}, None),
+        ({'protocol': 'spad', 'best_metric': 'lpips'}, 'lpips is not among val.metrics: psnr, ssim'),
+        ({'best_metric': 'psnr'}, 'psnr is not among val.metrics: none there'),
+        (
+            {'protocol': 'spad', 'best_metric': 'ssim', 'during_training': {'metrics': {'psnr': {'type': 'pyiqa'}}}},
+            'ssim is not among val.during_training.metrics: psnr',
+        ),
+        (
+            {
+                'metrics': {'lpips': {'type': 'pyiqa', 'metric': 'lpips'}},
+                'best_metric': 'lpips',
+                'during_training': {'protocol': 'whole'},
+            },
+            'lpips is not among val.during_training.metrics: psnr, ssim',
+        ),
+    ],
+)
+def test_the_best_weights_are_picked_by_what_training_measures(registered, val, fault):
+    opt = {**changed('val', {'val_freq': 2, **val}), 'model_type': 'RestorationModel'}
+    found = [text for text in faults(opt, registered) if 'best_metric' in text]
+    assert found == ([f'val.best_metric: {fault}'] if fault else [])
+
+
 UNKNOWN = 'unknown key, did you mean '
 MISSING = 'required, but not there'
 CASES = [
@@ -172,6 +229,8 @@ CASES = [
     ('train:pixel_opt:weight', 1, 'train.pixel_opt.weight: unknown key'),
     ('train:edge_opt', {'type': 'EdgeLoss'}, 'train.edge_opt: unknown key'),
     ('val:val_freq', ..., f'val.val_freq: {MISSING}'),
+    ('val:protocol', 'agan', 'val.protocol: read by model_type RestorationModel alone'),
+    ('val:during_training', {'metric': {}}, f'val.during_training.metric: {UNKNOWN}metrics?'),
     ('val:save_imgs', True, f'val.save_imgs: {UNKNOWN}save_img?'),
     ('val:save_img', 'false', "val.save_img: expected true or false, got the text 'false'"),
     ('val:best_metric', 'ssim', 'val.best_metric: ssim is not among val.metrics: psnr'),

@@ -1,14 +1,19 @@
 """Training in stages, by the shipped file for raindrops on a folder laid out as AGAN-Data."""
 
+import csv
+import hashlib
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from ast_plugin.cli.main import main
+from ast_plugin.metrics import psnr_rgb
 from ast_plugin.options import stages
 
 TINY = [
@@ -93,7 +98,17 @@ def test_three_stages_each_from_the_best_of_the_last(folder, capfd):
 
     assert basicsr('test') == 0
     assert f'Testing the weights {run}/stage_3/models/net_g_best.pth' in capfd.readouterr().out
-    assert (folder / 'results' / 'AST_deraindrop' / 'AGAN_test_a.csv').is_file()
+    # By the paper's protocol, on whole images whatever the crops of training were.
+    results = folder / 'results' / 'AST_deraindrop'
+    (row, _) = csv.DictReader((results / 'AGAN_test_a.csv').open(encoding='utf-8', newline=''))
+    root = folder / 'datasets' / 'AGAN-Data' / 'test_a'
+    lq, gt = (cv2.imread(str(root / name))[..., ::-1] for name in ('data/0_rain.png', 'gt/0_clean.png'))
+    assert float(row['input psnr']) == pytest.approx(psnr_rgb(lq, gt), abs=1e-4)
+    assert row['protocol'] == 'agan: tiles of 384, overlap 80, mean; not rounded'
+    assert row['weights'] == f'{run}/stage_3/models/net_g_best.pth'
+    assert row['sha256'] == hashlib.sha256(Path(row['weights']).read_bytes()).hexdigest()
+    with Image.open(results / 'AGAN_test_a_worst_and_best.png') as sheet:
+        assert sheet.width == 3 * 480 + 4 * 16 and sheet.height > 480
 
 
 def test_a_run_that_was_cut_goes_on_where_it_was(folder, capfd, monkeypatch):

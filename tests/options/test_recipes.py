@@ -47,6 +47,8 @@ VALIDATIONS = {
     'AST_desnow': [15_630, 31_250],
     'AST_demoire': [18_985, 37_970],
 }
+# The paper's for its own tasks.
+PROTOCOLS = {'AST_derain': 'spad', 'AST_deraindrop': 'agan', 'AST_dehaze': 'densehaze'}
 LAYOUTS = {
     'AST_derain': 'spad',
     'AST_deraindrop': 'agan',
@@ -122,6 +124,20 @@ def test_what_all_stages_share(recipe):
         assert training['use_hflip'] and training['use_rot']
         # The authors validate on centres as large as the patch; on SPAD on whole images.
         assert validation.get('center_crop') == (None if name == 'AST_derain' else training['gt_size'])
+
+
+def test_how_each_task_is_measured(recipe):
+    """Training picks the best weights as the authors did; a test takes whole images by the task's protocol."""
+    name, _, read, runs = recipe
+    for stage, run in zip(read, runs, strict=True):
+        assert run['val']['protocol'] == 'whole'
+        assert run['val']['metrics'] == {'psnr': {'type': 'calculate_psnr_y_float'}}
+        test = options.prepare({**stage.opt, 'num_gpu': 0}, is_train=False)
+        assert test['val']['protocol'] == PROTOCOLS.get(name, 'tiled')
+        assert test['val'].get('metrics') is None
+        assert 'during_training' not in run['val'] and 'during_training' not in test['val']
+        assert 'center_crop' not in test['datasets']['val']
+        assert test['network_g']['img_size'] == 128
 
 
 def test_rates_of_a_stage(recipe):
