@@ -13,7 +13,7 @@ of pixels, a field of surface slopes, one look-up of the refracted view, one blu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import cv2
@@ -41,12 +41,12 @@ class RaindropParameters(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True)
 
     type: Literal['raindrop'] = 'raindrop'
-    psnr: PositiveRange = Field((16.4, 19.4), description='dB of the wet picture against the clean one, expected')
-    coverage: Range = Field((0.14, 0.48), description='limits of the share under drops that gives it, within [0, 0.5]')
+    psnr: PositiveRange = Field((16.9, 19.8), description='dB of the wet picture against the clean one')
+    coverage: Range = Field((0.14, 0.5), description='limits of the share of the pane under drops, within [0, 0.5]')
     radius: PositiveRange = Field(
         (3.8, 10.0), description="pixels, in [2, 100]; median of the image's drops, its logarithm uniform"
     )
-    contact_angle: Range = Field((43, 60), description='degrees between water and glass at the rim, within [5, 80]')
+    contact_angle: Range = Field((46, 60), description='degrees between water and glass at the rim, within [5, 80]')
     elongation: PositiveRange = Field((0.9, 1.5), description='height over width, in [0.25, 4]; one value a lobe')
     defocus: PositiveRange = Field(
         (0.5, 0.95), description='radius of the circle of confusion by the median radius, up to 3'
@@ -88,6 +88,12 @@ class _Lobes:
     radius: np.ndarray  # half the width
     above: np.ndarray  # extent from the widest row upwards
     below: np.ndarray  # and downwards: less, for water sags
+    arrival: np.ndarray  # share of the pane under drops when this one has come
+
+    def at(self, coverage: float) -> _Lobes:
+        """Return those that are there when the drops cover this share of the pane."""
+        there = self.arrival <= coverage
+        return _Lobes(*(getattr(self, field.name)[there] for field in fields(self)))
 
 
 def add_raindrops(
@@ -103,8 +109,8 @@ def add_raindrops(
     Returns:
         The picture through the glass, [H, W, 3] float32 in [0, 1], and the opacity of the water before each pixel,
         [H, W] float32 in [0, 1]; where it is 0 the picture is the clean one.
-    Numerics: psnr is an expectation over drops, met by how many there are, within the limits of `coverage`. One
-        rendering of 480 x 720 lies within about 2 dB of it; where the scene has little contrast, it stays cleaner.
+    Numerics: psnr is met within about 0.5 dB by how many drops there are; the limits of `coverage` come first, so that
+        a scene of little contrast stays cleaner, and one of very much may be worse.
     """
     height, width = image.shape[:2]
     zoom = 2 * max(1.0, parameters.scale)
@@ -112,17 +118,27 @@ def add_raindrops(
     pane = (math.ceil(height / zoom), math.ceil(width / zoom))
     error = 10 ** (-generator.uniform(*parameters.psnr) / 10)
     typical = math.exp(generator.uniform(*np.log(parameters.radius))) * unit
+    confusion = generator.uniform(*parameters.defocus) * typical
     sine = math.sin(math.radians(generator.uniform(*parameters.contact_angle)))
     small = cv2.resize(image, pane[::-1], interpolation=cv2.INTER_AREA)
-    layer, spoilt = _film(small, generator, unit, parameters)
+    film, spoilt = _film(small, generator, unit, parameters)
     scene = surroundings(image, parameters.focal * parameters.scale, generator.uniform(*parameters.sky))
-    coverage = np.clip((error - spoilt) / max(expected_error(scene, sine), 1e-6), *parameters.coverage)
-    lobes = _draw_lobes(pane, generator, typical, float(coverage), parameters)
-    opacity, steepness = _render(pane, lobes, generator, 10 * unit)
-    drops = refract(scene, opacity, steepness * np.float32(sine), zoom)
-    drops = _defocus(drops, generator.uniform(*parameters.defocus) * typical)
-    layer *= cv2.merge([1 - drops[..., 3]] * 4)
-    layer += drops
+    lobes = _draw_lobes(pane, generator, typical, parameters)
+    unrest = lattice_noise(pane, generator, 10 * unit)
+
+    def layer_at(coverage: float) -> np.ndarray:
+        opacity, steepness = _render(lobes.at(coverage), unrest)
+        drops = _defocus(refract(scene, opacity, steepness * np.float32(sine), zoom), confusion)
+        return film * cv2.merge([1 - drops[..., 3]] * 4) + drops
+
+    # As many drops as are expected to make the error that is still wanted, then once more by the error they made.
+    wanted = max(error - spoilt, 0.0)
+    coverage = float(np.clip(wanted / max(expected_error(scene, sine), 1e-9), *parameters.coverage))
+    layer = layer_at(coverage)
+    made = _error(small, layer) - spoilt
+    better = float(np.clip(coverage * wanted / max(made, wanted / 4, 1e-9), *parameters.coverage))
+    if abs(better - coverage) > 0.04 * coverage:
+        layer = layer_at(better)
     layer = cv2.resize(layer, (width, height), interpolation=cv2.INTER_LINEAR)
     opacity = np.clip(layer[..., 3], 0, 1)
     result = image * cv2.cvtColor(1 - opacity, cv2.COLOR_GRAY2RGB)
@@ -130,14 +146,19 @@ def add_raindrops(
     return np.clip(result, 0, 1, out=result), opacity
 
 
+def _error(small: np.ndarray, layer: np.ndarray) -> float:
+    """Return the mean squared error that a layer, colour times opacity and opacity, makes before a small picture."""
+    change = layer[..., :3] - small * cv2.cvtColor(layer[..., 3], cv2.COLOR_GRAY2RGB)
+    return cv2.norm(change, cv2.NORM_L2SQR) / small.size
+
+
 def _draw_lobes(
-    pane: tuple[int, int],
-    generator: np.random.Generator,
-    typical: float,
-    coverage: float,
-    parameters: RaindropParameters,
+    pane: tuple[int, int], generator: np.random.Generator, typical: float, parameters: RaindropParameters
 ) -> _Lobes:
-    """Scatter drops of the median radius `typical` over the pane and beyond its border, and give each its lobes."""
+    """Scatter drops of the median radius `typical` over the pane and beyond its border, and give each its lobes.
+
+    There are more than are wanted; they have an order in which they come.
+    """
     border = 3 * typical
     height, width = pane[0] + 2 * border, pane[1] + 2 * border
     count = generator.poisson(OFFERED * height * width / (math.pi * typical**2 * math.exp(2 * SIZE_SPREAD**2)))
@@ -145,14 +166,13 @@ def _draw_lobes(
     x, y = generator.uniform(0, width, count), generator.uniform(0, height, count)
     apart = _apart(x, y, radius, (height, width))
     x, y, radius = x[apart], y[apart], radius[apart]
-    # Of the drops for which there is room, the share that gives the coverage; spray fell thicker here than there.
+    # Spray is uneven: where it falls thicker, drops come earlier.
     spray = 1 + lattice_noise((math.ceil(height / 8), math.ceil(width / 8)), generator, 10 * typical / 8 + 4)
-    share = spray[(y / 8).astype(np.int64), (x / 8).astype(np.int64)]
-    area = LOBES_PER_BODY * math.pi * radius**2
-    for _ in range(3):  # certain drops leave more for the others to make up
-        share = np.minimum(share * coverage * height * width / max(float(np.sum(share * area)), 1e-6), 1)
-    kept = generator.random(len(x)) < share
-    return _shape(x[kept] - border, y[kept] - border, radius[kept], generator, parameters)
+    thickness = spray[(y / 8).astype(np.int64), (x / 8).astype(np.int64)]
+    order = np.argsort(generator.random(len(x)) / np.maximum(thickness, 1e-3))
+    x, y, radius = x[order], y[order], radius[order]
+    arrival = np.cumsum(LOBES_PER_BODY * math.pi * radius**2) / (height * width)
+    return _shape(x - border, y - border, radius, arrival, generator, parameters)
 
 
 def _apart(x: np.ndarray, y: np.ndarray, radius: np.ndarray, size: tuple[float, float]) -> list[int]:
@@ -168,11 +188,16 @@ def _apart(x: np.ndarray, y: np.ndarray, radius: np.ndarray, size: tuple[float, 
 
 
 def _shape(
-    x: np.ndarray, y: np.ndarray, radius: np.ndarray, generator: np.random.Generator, parameters: RaindropParameters
+    x: np.ndarray,
+    y: np.ndarray,
+    radius: np.ndarray,
+    arrival: np.ndarray,
+    generator: np.random.Generator,
+    parameters: RaindropParameters,
 ) -> _Lobes:
     """Build each drop of a body, up to two bulges on it and up to two satellites beside it."""
     count = len(x)
-    lobes = [(x, y, radius)]
+    lobes = [(x, y, radius, arrival)]
     for chance, distances, sizes in (
         (0.7, (0.3, 0.8), (0.5, 0.85)),
         (0.4, (0.3, 0.9), (0.4, 0.75)),
@@ -183,22 +208,21 @@ def _shape(
         distance = generator.uniform(*distances, count) * radius
         size = generator.uniform(*sizes, count) * radius
         has = generator.random(count) < chance
-        lobes.append(((x + np.cos(direction) * distance)[has], (y + np.sin(direction) * distance)[has], size[has]))
-    x, y, radius = (np.concatenate(values) for values in zip(*lobes, strict=True))
+        place = (x + np.cos(direction) * distance, y + np.sin(direction) * distance)
+        lobes.append(tuple(values[has] for values in (*place, size, arrival)))
+    x, y, radius, arrival = (np.concatenate(values) for values in zip(*lobes, strict=True))
     tall = np.sqrt(generator.uniform(*parameters.elongation, len(x)))
     sag = generator.uniform(0, 0.3, len(x))
-    return _Lobes(x, y, radius / tall, radius * tall * (1 + sag), radius * tall * (1 - sag))
+    return _Lobes(x, y, radius / tall, radius * tall * (1 + sag), radius * tall * (1 - sag), arrival)
 
 
-def _render(
-    pane: tuple[int, int], lobes: _Lobes, generator: np.random.Generator, cell: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _render(lobes: _Lobes, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return where there are drops, [h, w] in [0, 1], and their outward steepness, [2, h, w], of length 1 at a rim.
 
     Each lobe is a dome 1 - |p|^2, p the place in it relative to its extent. Heights of lobes join softly, slopes in
     the same proportion, so that drops which touch become one.
     """
-    height, width = pane
+    height, width = pane = unrest.shape
     weight, across, down = np.zeros((3, height * width), np.float32)
     reach = math.sqrt(1 - FLOOR)
     left, right = _covered(lobes.x - reach * lobes.radius, lobes.x + reach * lobes.radius, width)
@@ -219,7 +243,7 @@ def _render(
         np.add.at(across, place, share * u)
         np.add.at(down, place, share * v)
     level = np.log(weight + np.float32(math.exp(MERGING * FLOOR))).reshape(pane) / np.float32(MERGING)
-    level += 0.2 * lattice_noise(pane, generator, cell)  # contours waver
+    level += 0.2 * unrest  # contours waver
     opacity = np.clip(level * 6 + 0.5, 0, 1)
     steepness = np.stack([across, down]).reshape(2, *pane) / np.maximum(weight, 1e-6).reshape(pane)
     return opacity, steepness

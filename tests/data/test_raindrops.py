@@ -90,12 +90,13 @@ def test_strength_on_photographs(photo):
     assert min(shares) >= 0.23 and max(shares) <= 0.70
 
 
-@pytest.mark.parametrize('target', [17.0, 19.0, 21.0])
+@pytest.mark.parametrize('target', [16.0, 19.0, 22.0])
 def test_the_strength_that_is_asked_for(target):
     parameters = RaindropParameters(psnr=(target, target), coverage=(0.02, 0.5))
     clean = photograph('coffee')
-    levels = [psnr(add_raindrops(clean, np.random.default_rng(seed), parameters)[0], clean) for seed in range(10)]
-    assert np.mean(levels) == pytest.approx(target, abs=1)
+    for seed in range(6):
+        wet, _ = add_raindrops(clean, np.random.default_rng(seed), parameters)
+        assert psnr(wet, clean) == pytest.approx(target, abs=0.7)
 
 
 @pytest.mark.parametrize('coverage', [0.1, 0.25, 0.4])
