@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -27,10 +28,8 @@ def read_list(list_path: Path, root: Path, phase: str, faults: Faults | None = N
     """
     unread = Faults()
     pairs = PairTable(_pairs(list_path, root, unread), f'{root}/')
-    # Hashes of 8 bytes stand for the names: that one of a million is taken for another has a chance of 1 in 10^7.
-    names = (value for pair in pairs for value in (hash(pair.lq), hash(pair.gt)))
-    hashes = np.fromiter(names, np.int64, 2 * len(pairs)).reshape(-1, 2)
-    missing, torn = _missing(pairs, hashes, list_path), _torn(pairs, hashes, list_path)
+    hashes, folders = _hashes(pairs)
+    missing, torn = _missing(pairs, hashes, folders, list_path), _torn(pairs, hashes, list_path)
     if missing or torn:
         bad = {fault.name for fault in missing + torn}
         pairs = PairTable((pair for pair in pairs if pair.lq not in bad and pair.gt not in bad), f'{root}/')
@@ -91,12 +90,29 @@ def _cuts(line: str, root: Path) -> list[tuple[str, str]]:
     return cuts
 
 
-def _missing(pairs: PairTable, hashes: np.ndarray, list_path: Path) -> Faults:
+def _hashes(pairs: PairTable) -> tuple[np.ndarray, set[str]]:
+    """Return hashes of all paths, [N, 2], and the folders that they lie in.
+
+    Hashes of 8 bytes stand for the names: that one of a million is taken for another has a chance of 1 in 10^7.
+    """
+    hashes, folders = array('q'), set()
+    for pair in pairs:
+        for path in (pair.lq, pair.gt):
+            hashes.append(hash(path))
+            folders.add(path[: path.rindex('/')])
+    return np.frombuffer(hashes, np.int64).reshape(-1, 2), folders
+
+
+def _missing(pairs: PairTable, hashes: np.ndarray, folders: set[str], list_path: Path) -> Faults:
     """Look files up in listings of their folders: SPAD's million names, asked for one by one, take minutes."""
-    folders = {path.rpartition('/')[0] for pair in pairs for path in (pair.lq, pair.gt)}
-    there = [np.fromiter(map(hash, _files(folder)), np.int64) for folder in folders]
-    absent = np.argwhere(~np.isin(hashes, np.concatenate(there) if there else []))
-    names = dict.fromkeys(pairs[int(row)].gt if is_gt else pairs[int(row)].lq for row, is_gt in absent)
+    there = np.fromiter((hash(path) for folder in folders for path in _files(folder)), np.int64)
+    there.sort()
+    if not len(there):
+        absent = np.ones(hashes.shape, bool)
+    else:
+        absent = there[np.minimum(np.searchsorted(there, hashes), len(there) - 1)] != hashes
+    places = np.argwhere(absent)
+    names = dict.fromkeys(pairs[int(row)].gt if is_gt else pairs[int(row)].lq for row, is_gt in places)
     return Faults(Fault('missing', name, f'named in {list_path}') for name in names)
 
 
