@@ -48,7 +48,7 @@ def notes(checks: Checks) -> list[str]:
         twins = duplicates.within(split, found)
         if twins:
             count = _count(twins.num, 'degraded picture')
-            lines.append(f'{split.name}: {count} there before under another name: {_pairs(twins)}')
+            lines.append(f'{split.name}: {count} more than once: {_pairs(twins)}')
         unchanged = duplicates.num_unchanged(found)
         if unchanged:
             lines.append(f'{split.name}: in {_count(unchanged, "pair")} the degraded picture is the clean one')
