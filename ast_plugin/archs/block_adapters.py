@@ -79,15 +79,15 @@ class MixedIn(nn.Module):
         key = self.site.x_key
         x = args[key] if isinstance(key, int) else kwargs[key]
         if self.op in ('append', 'wrap'):
-            return self._apply(self.original(*args, **kwargs), args, kwargs)
-        y = self._apply(x, args, kwargs)
+            return self._through(self.original(*args, **kwargs), args, kwargs)
+        y = self._through(x, args, kwargs)
         if self.op == 'replace':
             return y
         if isinstance(key, int):
             return self.original(*args[:key], y, *args[key + 1 :], **kwargs)
         return self.original(*args, **{**kwargs, key: y})
 
-    def _apply(self, y: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    def _through(self, y: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """The block on y, which has the site's layout."""
         kind = self.site.kind
         last = y.permute(0, 2, 3, 1) if kind == 'nchw' else y

@@ -22,8 +22,10 @@ COMMANDS = {
     'check': 'check an option file, and print all that it comes to',
     'infer': 'restore pictures with trained weights',
     'data': 'prepare, check, pack and synthesise pairs of pictures',
+    'mix': 'show what a mixed network exchanges and costs, and try it',
     'list': 'show what networks, datasets, losses, metrics and models are registered',
     'options': 'list the option files that come along, or copy them out to edit',
+    'compare': 'train and measure several networks alike, with tables, plots and a report',
     'demo': 'train a small network on packaged photographs and write a picture of the result',
 }
 _INTERRUPTED = 130

@@ -324,6 +324,14 @@ def test_threads_do_not_mix_their_sizes(token_network):
     assert not faults
 
 
+def test_it_moves_like_any_module(token_network):
+    x = picture(9, 14)
+    with torch.no_grad():
+        want = token_network(x)
+        assert relative(copy.deepcopy(token_network).double()(x.double()).float(), want) < 1e-4
+        assert relative(copy.deepcopy(token_network).to(memory_format=torch.channels_last)(x), want) < 1e-5
+
+
 def test_copies_and_pickles(token_network):
     x = picture(9, 14)
     with torch.no_grad():

@@ -1,0 +1,174 @@
+"""Show what an option file's Mixed network exchanges, what it costs before and after, and try it.
+
+  basicsr mix -opt mix/SwinIR_ASSA_FRFN
+  basicsr mix -opt my.yml --size 63 97
+
+The network is built as for training, base_weights and all, and run forward and backward once on noise of an odd size.
+Nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ast_plugin.cli import session
+from ast_plugin.errors import OptionError, ShapeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ast_plugin.archs.mixed_arch import Exchange, Mixed
+
+_ODD = (61, 75)
+_MACS_SIDE = 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `basicsr mix`."""
+    session.add_file_arguments(parser)
+    parser.add_argument(
+        '--size',
+        nargs=2,
+        type=int,
+        default=_ODD,
+        metavar=('H', 'W'),
+        help=f'size of the picture that is tried, in pixels (default: {_ODD[0]} {_ODD[1]})',
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the exchanges and the costs, and try the network."""
+    if min(args.size) < 1:
+        raise OptionError(f'--size {args.size[0]} {args.size[1]}: expected sides of 1 or more')
+    loaded = session.read(args, is_train=None)
+    for stage in loaded.stages[:1]:  # stages differ in data and schedule, the network is one
+        options = stage.opt.get('network_g') or {}
+        if options.get('type') != 'Mixed':
+            raise OptionError(f'{loaded.source(stage)}: network_g.type: expected Mixed, got {options.get("type")}')
+        _show(options, loaded.source(stage), tuple(args.size))
+    return 0
+
+
+def _show(options: dict[str, Any], source: str, size: tuple[int, int]) -> None:
+    from ast_plugin.archs.mixed_arch import Mixed, build_base
+    from ast_plugin.errors import PluginError
+
+    arguments = {key: value for key, value in options.items() if key != 'type'}
+    try:
+        mixed = Mixed(**arguments)
+        base = build_base(options['base'])
+    except PluginError as error:
+        raise type(error)(f'{source}: network_g: {error}') from error
+    print(_exchange_table(mixed.exchanges))
+    print()
+    print(_cost_table(base, mixed))
+    print()
+    print(_trial(mixed, size), flush=True)
+
+
+def _exchange_table(exchanges: Sequence[Exchange]) -> str:
+    rows = [('rule', 'module', 'was', 'op', 'block', 'works on', 'parameters', 'sizes')]
+    rows += [
+        (
+            exchange.where,
+            exchange.name,
+            exchange.was,
+            exchange.op,
+            exchange.block,
+            f'{exchange.kind} {"x".join(map(str, exchange.shape))}',
+            f'{exchange.parameters_before:,d} -> {exchange.parameters_after:,d}',
+            ', '.join(f'{key}={value}' for key, value in exchange.options.items()),
+        )
+        for exchange in exchanges
+    ]
+    return _table(rows)
+
+
+def _cost_table(base: nn.Module, mixed: Mixed) -> str:
+    """Parameters and MACs of both, and what the count of the latter leaves out."""
+    multiple = mixed.size_multiple
+    side = -(-_MACS_SIDE // multiple) * multiple
+    rows = [('', 'before', 'after', 'change')]
+    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in (base, mixed)]
+    rows.append(('parameters', *(f'{count:,d}' for count in counts), _change(*counts)))
+    measured = [count_macs(network, mixed.in_channels, side) for network in (base, mixed)]
+    macs = [total for total, _ in measured]
+    rows.append((f'MACs at {side}x{side}', *(f'{count / 1e9:.3f} G' for count in macs), _change(*macs)))
+    left_out = sorted({name for _, names in measured for name in names})
+    return (
+        f'{_table(rows)}\nMACs are counted by mmengine: of convolutions, linear layers and matrix products, with the '
+        f'work of norms and resizing. Left out: {", ".join(left_out) or "nothing else"}, sums, shifts and copies.'
+    )
+
+
+def count_macs(network: nn.Module, channels: int, side: int) -> tuple[int, list[str]]:
+    """MACs of a network on one square picture as mmengine counts them, and the operations that it passed over.
+
+    Args:
+        network: maps [1, C, H, W].
+        channels: C.
+        side: H and W.
+    """
+    import logging
+    import warnings
+
+    import torch
+    from mmengine.analysis import FlopAnalyzer
+
+    training = network.training
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # what torch.jit says of constants in a trace
+            analyzer = FlopAnalyzer(network.eval(), (torch.zeros(1, channels, side, side),))
+            analyzer.unsupported_ops_warnings(False)
+            analyzer.uncalled_modules_warnings(False)
+            analyzer.tracer_warnings('none')
+            logging.getLogger('mmengine').setLevel(logging.ERROR)
+            total = int(analyzer.total())
+            names = [name.partition('::')[2].strip('_') for name in analyzer.unsupported_ops()]
+    finally:
+        network.train(training)
+    return total, sorted(set(names))
+
+
+def _trial(mixed: Mixed, size: tuple[int, int]) -> str:
+    """One forward and backward on noise; raises where a number is not finite."""
+    import torch
+
+    picture = torch.rand(1, mixed.in_channels, *size, generator=torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    output = mixed.train()(picture)
+    middle = time.perf_counter()
+    output.square().mean().backward()
+    end = time.perf_counter()
+    named = list(mixed.named_parameters())
+    bad = [name for name, parameter in named if parameter.grad is not None and not parameter.grad.isfinite().all()]
+    if not output.isfinite().all() or bad:
+        where = f'gradient of {bad[0]}' if bad else 'output'
+        raise ShapeError(f'on a {size[0]}x{size[1]} picture the {where} is not finite')
+    idle = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+    if idle:
+        print(f'basicsr: warning: no gradient reaches {", ".join(idle[:3])}{_more(idle, 3)}', file=sys.stderr)
+    return (
+        f'{size[0]}x{size[1]} -> {output.shape[-2]}x{output.shape[-1]}: forward {middle - start:.2f} s, backward '
+        f'{end - middle:.2f} s on the CPU, gradients of {len(named) - len(idle)} of {len(named)} parameters, all finite'
+    )
+
+
+def _more(names: Sequence[str], shown: int) -> str:
+    return f' and {len(names) - shown} more' if len(names) > shown else ''
+
+
+def _change(before: int, after: int) -> str:
+    return f'{100 * (after / before - 1):+.1f} %' if before else ''
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return '\n'.join(
+        '  '.join(f'{cell:{width}}' for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
