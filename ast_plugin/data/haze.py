@@ -43,7 +43,7 @@ class HazeParameters(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True)
 
     type: Literal['haze'] = 'haze'
-    psnr: PositiveRange = Field((10.9, 17.5), description='dB of the hazy image against the clean one')
+    psnr: PositiveRange = Field((10.8, 16.0), description='dB of the hazy image against the clean one')
     visibility: PositiveRange | None = Field(
         None, description='instead of psnr, in units of the given depth: where contrast has sunk to 2 percent'
     )

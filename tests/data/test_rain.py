@@ -92,6 +92,16 @@ def test_streaks_are_smooth_and_of_many_brightnesses():
     assert 0.02 < (streaks > 0.05).mean() < 0.6
 
 
+def test_rain_is_sparse_and_bright_or_heavy_and_fine():
+    """Of one strength in dB, so that the fewer streaks there are the brighter each is."""
+    layers = [add_rain(gray(480, 720), np.random.default_rng(seed), RainParameters())[1] for seed in range(24)]
+    covered = np.array([(streaks > 0.1).mean() for streaks in layers])
+    brightest = np.array([np.percentile(streaks[streaks > 0.1], 90) for streaks in layers])
+    assert covered.min() < 0.07 and covered.max() > 0.16
+    assert np.corrcoef(covered, brightest)[0, 1] < -0.4
+    assert brightest[covered.argmin()] > 1.4 * brightest[covered.argmax()]
+
+
 def test_scale_lengthens_streaks():
     def correlation(scale: float) -> float:
         _, streaks = add_rain(gray(256, 256), np.random.default_rng(4), RainParameters(scale=scale, angle=(0, 0)))
