@@ -226,7 +226,9 @@ class _Backward:
         self.partial_t = None if self.w.partial is None else transposed_kernel(self.w.partial)
         self.sums_dtype = dtype = torch.promote_types(settings.dtype, torch.float32)
         wanted = zip(weights, needed[1:], strict=True)
-        self.sums = Weights(*(torch.zeros(t.shape, dtype=dtype) if t is not None and n else None for t, n in wanted))
+        # Each part is written before it is added to: see `_add`.
+        self.sums = Weights(*(torch.empty(t.shape, dtype=dtype) if t is not None and n else None for t, n in wanted))
+        self.begun: set[tuple[str, int]] = set()
 
     def run(self, grad: Tensor) -> list[Tensor | None]:
         """Gradients of x and the weights, each in its tensor's dtype."""
@@ -313,18 +315,24 @@ class _Backward:
             target = strip.of(grad_x)
             torch.add(strip.of(grad).to(dn.dtype), dn, out=target) if self.settings.is_residual else target.copy_(dn)
 
-    def _add(self, name: str, value: Tensor | None, rows: slice = slice(None)) -> None:
+    def _add(self, name: str, value: Tensor | None, part: int = 0) -> None:
+        """Add to a sum; to one of the equal parts of it, one below the other, that `value` has the size of."""
         total = getattr(self.sums, name)
-        if total is not None:
-            total[rows] += value
+        if total is None:
+            return
+        rows = total[part * len(value) : (part + 1) * len(value)]
+        if (name, part) in self.begun:
+            rows += value
+        else:
+            self.begun.add((name, part))
+            rows.copy_(value)
 
     def _add_linear(self, layer: str, grad: Tensor, x: Tensor, part: int = 0) -> None:
         """Gradients of a linear layer, or of the part of it that `Weights.expansion` names."""
-        rows = slice(part * grad.shape[-1], (part + 1) * grad.shape[-1])
         if getattr(self.sums, layer) is not None:
-            self._add(layer, outer_sum(grad, x), rows)
+            self._add(layer, outer_sum(grad, x), part)
         if getattr(self.sums, f'{layer}_bias') is not None:
-            self._add(f'{layer}_bias', grad.sum((0, 1, 2), dtype=self.sums_dtype), rows)
+            self._add(f'{layer}_bias', grad.sum((0, 1, 2), dtype=self.sums_dtype), part)
 
     def _add_conv(self, layer: str, x: Tensor, grad: Tensor, edges: Edges) -> None:
         bias_layer = f'{layer}_bias' if layer != 'partial' else None
