@@ -16,7 +16,7 @@ from ast_plugin.data.image_files import Picture, read_rgb, write_image
 SHOWN_SIZE = (480, 720)  # height and width of the photographs that are degraded
 CELL_WIDTH = 300  # pixels of each on the sheet
 DETAIL = 3  # magnification of what is shown where there is no mask
-QUALITY = 78
+QUALITY = 74
 # Which photograph shows a degradation well, of those that come with packages.
 _FITTING = {
     'rain': 'rocket',
