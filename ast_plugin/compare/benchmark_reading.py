@@ -5,9 +5,9 @@
 
 Photographs that come inside packages are cut into squares and rained on, stored once as files and packed into LMDBs;
 every reader reads the same pairs and cuts patches out of them. One process and one thread each, OpenCV's and torch's
-included. The readers take turns, a round each, so that what else the machine does hurts them alike; a ratio is the
-median of those of the rounds. `OpenCV alone` reads and decodes both files and does nothing with them. A second table is
-of torch's DataLoader with worker processes, batches and all.
+included, and timed by the processor time it took. The readers take turns, a round each, so that what else the machine
+does hurts them alike; a ratio is the median of those of the rounds. `OpenCV alone` reads and decodes both files and
+does nothing with them. A second table is of torch's DataLoader with worker processes, batches and all, by the clock.
 """
 
 from __future__ import annotations
@@ -176,11 +176,11 @@ def measure(readers: Mapping[str, Reader], settings: Settings, say: Callable[[st
         for turn in range(settings.rounds + 1):
             say(f'one process: round {turn} of {settings.rounds}')
             for name, reader in readers.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 for number in range(settings.pairs):
                     reader.read(number)
                 if turn:  # the first one opens files and fills caches
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(time.process_time() - start)
     return [
         {
             'reader': name,

@@ -150,9 +150,11 @@ def test_an_lmdb_that_grows_while_it_is_open(tmp_path):
 def test_any_map_size_will_do(raw, packed, map_size):
     """What was made elsewhere may have a map much smaller than our first one, or larger than memory and disk."""
     for kind in ('lq', 'gt'):
-        with lmdb.open(str(raw / f'{kind}.lmdb'), map_size=map_size, lock=False) as environment:
-            with environment.begin(write=True) as writing:
-                writing.put(b'000', writing.get(b'000'))
+        with (
+            lmdb.open(str(raw / f'{kind}.lmdb'), map_size=map_size, lock=False) as environment,
+            environment.begin(write=True) as writing,
+        ):
+            writing.put(b'000', writing.get(b'000'))
     assert dataset(raw)[0]['lq'].equal(dataset(packed / 'raw')[0]['lq'])
 
 
@@ -192,9 +194,11 @@ def test_datasets_of_one_process_share_it_and_leave_it_closed(packed):
 
 def test_what_others_have_open_in_this_process_is_told(packed):
     data = dataset(packed / 'raw')
-    with lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False):
-        with pytest.raises(DataError, match='open already; a dataset of another type has it open in this process'):
-            data[0]
+    with (
+        lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False),
+        pytest.raises(DataError, match='open already; a dataset of another type has it open in this process'),
+    ):
+        data[0]
     data[0]
 
 

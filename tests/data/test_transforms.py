@@ -77,3 +77,32 @@ def test_tensor_keeps_every_level(dtype):
     assert tensor.min() == 0 and tensor.max() == 1
     back = (tensor.double() * top).round().numpy().astype(dtype).transpose(1, 2, 0)
     assert np.array_equal(back, levels[::-1].swapaxes(0, 1))
+
+
+def test_bytes_on_the_device_become_the_floats_of_the_file():
+    levels = np.arange(256, dtype=np.uint8).reshape(8, 32, 1).repeat(3, axis=2)
+    kept = transforms.to_tensor(levels, keep_uint8=True)
+    assert kept.dtype == torch.uint8 and kept.is_contiguous()
+    assert transforms.to_unit_range(kept).equal(transforms.to_tensor(levels))
+    floats = torch.rand(2, 3)
+    assert transforms.to_unit_range(floats) is floats
+    kept.zero_()
+    assert levels.any(), 'the tensor must not share memory with the image, which may be a file'
+
+
+def test_what_is_not_of_eight_bits_is_never_kept():
+    deep = np.full((2, 2, 3), 65535, np.uint16)
+    assert transforms.to_tensor(deep, keep_uint8=True).equal(torch.ones(3, 2, 2))
+
+
+@pytest.mark.parametrize('deep', [[], [1], [0, 1, 2]])
+def test_a_batch_of_several_depths(deep):
+    images = [
+        np.full((4, 4, 3), 51 * (257 if n in deep else 1), np.uint16 if n in deep else np.uint8) for n in range(3)
+    ]
+    samples = [
+        {'lq': transforms.to_tensor(i, True), 'gt': transforms.to_tensor(i, True), 'lq_path': 'x'} for i in images
+    ]
+    batch = transforms.collate(samples)
+    assert batch['lq'].dtype == (torch.float32 if deep else torch.uint8) and batch['lq_path'] == ['x'] * 3
+    assert torch.allclose(transforms.to_unit_range(batch['gt']), torch.full((3, 3, 4, 4), 0.2))

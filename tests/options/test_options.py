@@ -306,3 +306,28 @@ def test_debug_mode():
     assert opt['path']['experiments_root'].endswith('debug_run')
     assert (opt['val']['val_freq'], opt['logger']['print_freq'], opt['logger']['save_checkpoint_freq']) == (8, 1, 8)
     assert options.prepare({**OPT, 'val': None}, debug=True)['val'] is None
+
+
+@pytest.mark.parametrize(
+    ('model_type', 'given', 'expected'),
+    [('RestorationModel', None, True), ('RestorationModel', False, False), ('SRModel', None, False)],
+)
+def test_images_stay_of_eight_bits_for_a_model_that_converts_them(tmp_path, model_type, given, expected):
+    class Kept:
+        class options_type:
+            model_fields = {'keep_uint8': None}
+
+    datasets = {key: {'name': key, 'type': 'Kept', 'keep_uint8': given} for key in ('train', 'val')}
+    opt = {**OPT, 'model_type': model_type, 'datasets': datasets}
+    prepared = options.prepare(opt, root=tmp_path, dataset_types={'Kept': Kept})['datasets']
+    assert prepared['train']['keep_uint8'] is expected and prepared['val']['keep_uint8'] is given
+
+
+def test_bytes_for_a_model_that_expects_floats_are_refused(tmp_path):
+    class Kept:
+        class options_type:
+            model_fields = {'keep_uint8': None}
+
+    datasets = {'train': {'name': 'a', 'type': 'Kept', 'keep_uint8': True}}
+    with pytest.raises(OptionError, match=r'datasets\.train\.keep_uint8: SRModel expects floats'):
+        options.prepare({**OPT, 'datasets': datasets}, root=tmp_path, dataset_types={'Kept': Kept})
