@@ -38,7 +38,7 @@ def description() -> str:
 
 metrics = ['pyiqa>=0.1.14']
 # The second holds networks whose licences restrict their use, Restormer among them.
-baselines = ['spandrel>=0.4.2', 'spandrel-extra-arches>=0.2']
+baselines = ['spandrel>=0.4.2', 'spandrel_extra_arches>=0.2']
 optimizers = ['pytorch-optimizer>=4.0']
 photos = ['scikit-image>=0.25', 'scikit-learn>=1.5']  # both carry the colour photographs of the demonstration
 
@@ -50,6 +50,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['ast_plugin', 'ast_plugin.*']),
+    package_data={'ast_plugin.compare': ['report_template.html']},
     cmdclass={'build_py': BuildWithOptionFiles},
     python_requires='>=3.10',
     install_requires=[

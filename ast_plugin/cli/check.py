@@ -39,6 +39,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.opt is None:
         raise OptionError('check: expected -opt FILE, or --schema')
+    from ast_plugin import options
+    from ast_plugin.options.comparison import ENTRIES
+
+    if ENTRIES in options.load(options.find(args.opt), args.force_yml):
+        return _check_comparison(args)
     run = session.read(args, is_train=None)
     before: dict[str, Any] | None = None
     missing: dict[str, None] = {}
@@ -48,6 +53,19 @@ def run(args: argparse.Namespace) -> int:
     for reason in missing:
         print(f'data that cannot be used here: {reason}', file=sys.stderr, flush=True)
     print(safe_yaml.write_text(_resolved(run)), end='', flush=True)
+    return 0
+
+
+def _check_comparison(args: argparse.Namespace) -> int:
+    """Check a file for `basicsr compare`, and print the option file that each network is trained by."""
+    from ast_plugin.cli.compare import make_plan
+
+    plan = make_plan(args)
+    for network in plan.networks:
+        how = 'measured as it is' if network.train is None else 'trained, then measured'
+        print(f'{network.name}: right, {how}', file=sys.stderr, flush=True)
+    trained = {network.name: dict(network.train) for network in plan.networks if network.train is not None}
+    print(safe_yaml.write_text(trained), end='', flush=True)
     return 0
 
 

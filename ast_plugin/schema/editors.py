@@ -8,10 +8,12 @@ from typing import Any
 from ast_plugin.options import stages
 from ast_plugin.options.inheritance import BASE_KEY
 from ast_plugin.options.merging import DELETE_KEY
+from ast_plugin.schema.comparison import Head
 from ast_plugin.schema.keys import OptionFile
 from ast_plugin.schema.registered import Registered
 
 _TEXT_OR_LIST = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': {'type': 'string'}}]}
+_COMPARED = 'of a file for `basicsr compare`'
 _VARIABLE = {'type': 'string', 'pattern': r'^\$\{', 'description': '${NAME} or ${NAME:default} of the environment'}
 
 
@@ -47,6 +49,7 @@ def json_schema(registered: Registered) -> dict[str, Any]:
         BASE_KEY: {**_TEXT_OR_LIST, 'description': 'files to build on, relative to this one'},
         stages.KEY: {'type': 'array', 'minItems': 1, 'items': {'$ref': '#/$defs/Stage'}},
     }
+    _add_comparison(schema, definitions)
     schema.pop('required', None)
     return {
         '$schema': 'https://json-schema.org/draft/2020-12/schema',
@@ -54,6 +57,18 @@ def json_schema(registered: Registered) -> dict[str, Any]:
         'title': 'Option file of BasicSR with ast_plugin',
         '$defs': definitions,
     }
+
+
+def _add_comparison(schema: dict[str, Any], definitions: dict[str, Any]) -> None:
+    """The keys that make an option file one for `basicsr compare`."""
+    head = Head.model_json_schema()
+    parts = {name: part for name, part in head.pop('$defs').items() if name in ('Entry', 'Settings')}
+    parts['Entry']['properties']['network_g'] = {'$ref': '#/$defs/Network'}
+    parts['Entry']['properties']['train'] = {'$ref': '#/$defs/Train'}
+    for part in parts.values():
+        _open_to_variables(part)
+    definitions |= parts
+    schema['properties'] |= {key: {**value, 'description': _COMPARED} for key, value in head['properties'].items()}
 
 
 def _typed(description: str, names: Any) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""Processes that a comparison starts, one for each piece of work: what one of them does wrong is no other's trouble.
+
+Run as a module it becomes another module's process: `python -m ast_plugin.compare.child MODULE ARGUMENT …`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.2
+_TAIL_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended.
+
+    Attributes:
+        status: 0 if well; the negative number of a signal that ended it.
+        seconds: that it ran.
+        reason: why it failed, in a line; empty if it did not.
+    """
+
+    status: int
+    seconds: float
+    reason: str = ''
+
+
+def run_child(
+    module: str,
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    threads: int | None = None,
+    keep_open: Sequence[int] = (),
+    on_wait: Callable[[float], None] | None = None,
+) -> Outcome:
+    """Run a module in a fresh process, its output in a file, and wait for it.
+
+    Asked to stop (SIGINT, SIGTERM), it is asked to stop as well, and waited for, before the exception goes on. On Linux
+    it is also asked to stop when this process is killed.
+
+    Args:
+        module: as for `python -m`.
+        arguments: of its command line.
+        log: file that its output is appended to.
+        threads: that its libraries may use; all cores if None.
+        keep_open: descriptors that it inherits.
+        on_wait: called now and then with the seconds since its start.
+    """
+    environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
+    environment['PYTHONPATH'] = os.pathsep.join([str(_PACKAGE_PARENT), *filter(None, [os.environ.get('PYTHONPATH')])])
+    if threads is not None:
+        environment['OMP_NUM_THREADS'] = str(threads)
+    start = time.monotonic()
+    with log.open('ab') as output:
+        begin = output.tell()
+        process = subprocess.Popen(
+            [sys.executable, '-m', __name__, str(os.getpid()), module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+            pass_fds=keep_open if os.name == 'posix' else (),
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(_POLL_SECONDS)
+                if on_wait is not None:
+                    on_wait(time.monotonic() - start)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+    seconds = time.monotonic() - start
+    if process.returncode == 0:
+        return Outcome(0, seconds)
+    return Outcome(process.returncode, seconds, _reason(process.returncode, _tail(log, begin)))
+
+
+def _tail(log: Path, begin: int) -> str:
+    with log.open('rb') as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(begin, size - _TAIL_BYTES))
+        return file.read().decode('utf-8', 'replace')
+
+
+def _reason(status: int, output: str) -> str:
+    """What a failed process said last of its failure."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if line.startswith('basicsr: error:')), None)
+    if said is not None:
+        return said.removeprefix('basicsr: error:').strip()
+    if status < 0:
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else f'signal {-status}'
+        hint = ', perhaps because memory ran out' if name == 'SIGKILL' else ''
+        return f'ended by {name}{hint}'
+    # The last line that is not indented is what a traceback ends with.
+    return next((line for line in reversed(lines) if not line.startswith(('File ', '^'))), f'exit status {status}')[
+        :300
+    ]
+
+
+def _die_with(parent: int) -> None:
+    """Get SIGTERM when the parent ends in whatever way; a run that is trained saves itself then. Linux only."""
+    if not sys.platform.startswith('linux'):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == '__main__':
+    _die_with(int(sys.argv[1]))
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)

@@ -1,0 +1,234 @@
+"""Measures one thing of one network: `python -m ast_plugin.compare.measure JOB.json`, a fresh process each time.
+
+The job names the file that the record of what was measured goes to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ast_plugin.checkpoints import write_atomically
+from ast_plugin.errors import PluginError
+
+_WARM_UP = 2  # runs before those that are timed
+_MOST_SECONDS = 60.0  # for timed runs, as soon as there are three
+_FEWEST_RUNS = 3
+# Counted with the operator that they belong to, or nothing but views and copies: no multiplications are missing for
+# want of them.
+_FREE_OPERATORS = ('aten::pad', 'aten::rsub', 'aten::unflatten', 'aten::alias', 'aten::unbind', 'aten::movedim')
+_PICTURE_SIDE = 768  # longest side of the pictures that are kept for the report
+
+
+def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Latency and peak memory of a network at one size, and the multiplications that it takes.
+
+    Args:
+        job: `network`, `weights`, `param_key`, `size` (height, width), `runs`, `device`.
+    Returns:
+        `parameters`, `macs`, `uncounted` (operators that are left out of them, with how often they were called),
+        `seconds` of each run, `peak_bytes` on top of the weights (None where the system does not tell), `threads`,
+        `load` of the machine before.
+    """
+    import torch
+
+    from ast_plugin.compare.networks import load_network
+    from ast_plugin.models.restorer import find_device
+
+    device = find_device(job['device'])
+    network = load_network(job['network'], job['weights'], job['param_key']).to(device)
+    network = _fitted(network, job)
+    record: dict[str, Any] = {
+        'parameters': sum(parameter.numel() for parameter in network.parameters()),
+        'threads': torch.get_num_threads(),
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
+        'load': round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None,
+    }
+    image = torch.rand(1, job['channels'], *job['size'], device=device)
+    with torch.inference_mode():
+        record['peak_bytes'] = _peak_bytes(network, image)
+        record['seconds'] = _seconds(network, image, job['runs'])
+    record['macs'], record['uncounted'] = count_macs(network, image)
+    return record
+
+
+def count_macs(network: Any, image: Any) -> tuple[int, dict[str, int]]:
+    """Count the multiplications (with their additions) of one pass, by mmengine's analysis of a trace.
+
+    Args:
+        network: on the device of `image`.
+        image: [1, C, H, W].
+    Returns:
+        The count, and by name how often operators were called that the analysis does not count.
+    """
+    import logging
+
+    from mmengine.analysis import FlopAnalyzer
+
+    logging.getLogger('mmengine').setLevel(logging.ERROR)
+    # Faster forms of a network, of operators that the analysis has never heard of, are for inference.
+    network.requires_grad_(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            analyzer = FlopAnalyzer(network, (image,))
+            analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
+            total = int(analyzer.total())
+            uncounted = dict(analyzer.unsupported_ops())
+    finally:
+        network.requires_grad_(False)
+    return total, {name: count for name, count in sorted(uncounted.items()) if name not in _FREE_OPERATORS}
+
+
+def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Restore and measure every picture of a dataset under a protocol.
+
+    Args:
+        job: `network` (None measures the unrestored pictures), `weights`, `param_key`, `dataset` (options), `protocol`,
+            `metrics`, `device`, `pictures` (how many to keep), `folder` (where).
+    Returns:
+        `values`, by picture and metric; `protocol`, in a line; `multiple`, of which the sizes had to be; `notes`;
+        `pictures`, the names of those kept.
+    """
+    import torch
+
+    from ast_plugin.compare.networks import load_network
+    from ast_plugin.models.protocols import read_protocol
+    from ast_plugin.models.restorer import find_device
+    from ast_plugin.models.results import distinct
+
+    protocol = read_protocol(job['protocol'])
+    dataset = _dataset(job['dataset'])
+    network, notes = None, []
+    if job['network'] is not None:
+        network = load_network(job['network'], job['weights'], job['param_key']).to(find_device(job['device']))
+        network = _fitted(network, job)
+    values: dict[str, dict[str, float]] = {}
+    kept = []
+    for number in range(len(dataset)):
+        sample = dataset[number]
+        name = distinct(Path(sample['lq_path']).stem, values)
+        lq, gt = sample['lq'][None].float(), sample['gt'][None].float()
+        with torch.inference_mode():
+            restored = lq.clamp(0, 1) if network is None else protocol.restore(network, lq, on_note=notes.append)
+        values[name] = protocol.measure(restored[0], gt[0].clamp(0, 1), job['metrics'])
+        if number < job['pictures']:
+            kept.append(name)
+            _keep(Path(job['folder'], f'{number}.png'), restored[0])
+            if network is None:
+                _keep(Path(job['folder'], f'{number}_clean.png'), gt[0])
+    return {
+        'values': values,
+        'protocol': protocol.describe(),
+        'multiple': getattr(network, 'multiple', 1),
+        'notes': list(dict.fromkeys(notes)),
+        'pictures': kept,
+    }
+
+
+KINDS = {'speed': measure_speed, 'quality': measure_quality}
+
+
+def _fitted(network: Any, job: Mapping[str, Any]) -> Any:
+    """The network, padding what it gets where it takes not every size."""
+    from ast_plugin.compare.networks import AnySize, required_multiple
+
+    multiple = required_multiple(network, job['channels'])
+    return network if multiple == 1 else AnySize(network, multiple).eval()
+
+
+def _dataset(options: Mapping[str, Any]) -> Any:
+    import basicsr.data  # noqa: F401 - registers the toolbox's datasets
+    from basicsr.utils.registry import DATASET_REGISTRY
+
+    return DATASET_REGISTRY.get(options['type'])(dict(options))
+
+
+def _keep(path: Path, image: Any) -> None:
+    """Write the middle of a picture, [3, H, W] in [0, 1], as PNG."""
+    import numpy as np
+    from PIL import Image
+
+    height, width = image.shape[-2:]
+    top, left = max(0, height - _PICTURE_SIDE) // 2, max(0, width - _PICTURE_SIDE) // 2
+    part = image[..., top : top + _PICTURE_SIDE, left : left + _PICTURE_SIDE]
+    array = (part.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(array if array.shape[2] == 3 else array[..., 0])).save(path)
+
+
+def _peak_bytes(network: Any, image: Any) -> int | None:
+    """Memory that a first pass takes on top of what is there: resident of this process, or of the GPU."""
+    import torch
+
+    if image.device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(image.device)
+        before = torch.cuda.memory_allocated(image.device)
+        network(image)
+        return torch.cuda.max_memory_allocated(image.device) - before
+    with contextlib.suppress(OSError):
+        Path('/proc/self/clear_refs').write_text('5')  # let the highest size count from now on
+    before = _resident_bytes('VmRSS')
+    network(image)
+    peak = _resident_bytes('VmHWM')
+    return None if before is None or peak is None else max(0, peak - before)
+
+
+def _resident_bytes(key: str) -> int | None:
+    """The present (VmRSS) or highest (VmHWM) resident size, as Linux tells it."""
+    try:
+        lines = Path('/proc/self/status').read_text(encoding='utf-8').splitlines()
+    except OSError:
+        return None
+    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f'{key}:')]
+    return sizes[0] if sizes else None
+
+
+def _seconds(network: Any, image: Any, runs: int) -> list[float]:
+    import torch
+
+    taken: list[float] = []
+    for number in range(_WARM_UP + runs):
+        start = time.perf_counter()
+        network(image)
+        if image.device.type == 'cuda':
+            torch.cuda.synchronize(image.device)
+        if number >= _WARM_UP:
+            taken.append(round(time.perf_counter() - start, 6))
+        if len(taken) >= _FEWEST_RUNS and sum(taken) > _MOST_SECONDS:
+            break
+    return taken
+
+
+def median_milliseconds(record: Mapping[str, Any]) -> float:
+    """The latency that a record of `measure_speed` tells."""
+    return 1000 * statistics.median(record['seconds'])
+
+
+def main() -> int:
+    """Do the job that the command line names."""
+    import ast_plugin  # noqa: F401 - registers
+    from ast_plugin.plugins import load_plugins
+
+    load_plugins()
+    job = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
+    try:
+        record = KINDS[job['kind']](job)
+    except PluginError as error:
+        print(f'basicsr: error: {error}', file=sys.stderr)
+        return 2
+    content = json.dumps(record).encode()
+    write_atomically(job['record'], lambda file: file.write(content))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

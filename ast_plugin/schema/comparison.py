@@ -1,0 +1,173 @@
+"""The check of a compare file: its own keys, and every option file that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from ast_plugin.errors import OptionError
+from ast_plugin.options.comparison import ENTRIES, INPUT, SETTINGS, expand_entry, is_trained
+from ast_plugin.schema.checks import find_faults
+from ast_plugin.schema.faults import Fault, Where, faults_of, shown
+from ast_plugin.schema.keys import Count, CountOrZero, FolderName, Number, Section
+from ast_plugin.schema.registered import Registered
+
+Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+class Entry(Section):
+    """One network of a comparison."""
+
+    name: FolderName = Field(description='in tables and plots, and of its folder')
+    network_g: dict[str, Any] | None = Field(None, description='type and arguments; not needed where the weights tell')
+    weights: str | None = Field(None, description='trained weights; with train, what training starts from')
+    param_key: str | None = Field(None, description='where the weights lie in a .pth file, such as params_ema')
+    train: dict[str, Any] | None = Field(
+        None, description="what differs from the file's train; without weights not needed"
+    )
+
+
+class Settings(Section):
+    """How networks are compared."""
+
+    baseline: str | None = Field(None, description='differences are told against this network; the best if not given')
+    minutes: Number | None = Field(None, gt=0, description='of training for each network, instead of total_iter')
+    weights: Literal['latest', 'best'] = Field('latest', description='which weights of a training are measured')
+    sizes: list[Size] = Field([[256, 256]], min_length=1, description='[height, width] for speed, memory and MACs')
+    runs: Count = Field(10, description='timed runs at each size')
+    threads: Count | None = Field(None, description='of the CPU, for speed; all cores if not given')
+    device: str | None = Field(None, description='cpu, cuda, cuda:1 …; a GPU where there is one if not given')
+    resamples: Count = Field(10_000, description='of the pictures, for confidence intervals')
+    confidence: Number = Field(0.95, gt=0, lt=1, description='of the intervals')
+    pictures: CountOrZero = Field(4, description='that the report shows')
+
+
+class Head(Section):
+    """What a compare file has besides the keys of an option file."""
+
+    networks: list[Entry] = Field(min_length=1)
+    compare: Settings = Field(default_factory=Settings)
+
+
+def check_comparison(opt: Mapping[str, Any], source: str, registered: Registered) -> None:
+    """Check the options of a compare file.
+
+    Raises:
+        OptionError: listing every fault, one line each.
+    """
+    faults = find_comparison_faults(opt, registered)
+    if faults:
+        raise OptionError('\n'.join(f'{source}: {fault}' for fault in faults))
+
+
+def find_comparison_faults(opt: Mapping[str, Any], registered: Registered | None = None) -> list[Fault]:
+    """Every fault of a compare file: in its own keys, then in what it comes to for each network."""
+    head = {key: opt[key] for key in (ENTRIES, SETTINGS) if opt.get(key) is not None}
+    faults: list[Fault] = []
+    try:
+        Head.model_validate(head)
+    except ValidationError as error:
+        faults += faults_of(error, Head, head)
+    faults += [
+        Fault((key,), reason)
+        for key, reason in (
+            ('network_g', f'each network is an entry of {ENTRIES}'),
+            ('stages', 'networks are compared after one run each; compare the weights of staged runs by `weights`'),
+            ('path', 'weights are given by `weights` of a network; runs are resumed by themselves'),
+        )
+        if key in opt
+    ]
+    faults += _budget_faults(opt)
+    entries = opt.get(ENTRIES)
+    if not isinstance(entries, list):
+        return faults
+    faults += _name_faults(opt, entries) + _dataset_faults(opt)
+    shared: dict[Fault, None] = {}
+    for number, entry in enumerate(entries):
+        if isinstance(entry, Mapping) and isinstance(entry.get('name'), str):
+            own, common = _entry_faults(opt, number, entry, registered)
+            faults += own
+            shared |= dict.fromkeys(common)
+    unique = {fault.where: fault for fault in reversed([*faults, *shared])}
+    return list(unique.values())[::-1]
+
+
+def _entry_faults(
+    opt: Mapping[str, Any], number: int, entry: Mapping[str, Any], registered: Registered | None
+) -> tuple[list[Fault], list[Fault]]:
+    """Faults that the entry makes, and those that all share."""
+    place: Where = (ENTRIES, number)
+    if entry.get('network_g') is None and entry.get('weights') is None:
+        return [Fault((*place, 'network_g'), 'required, but not there (or weights that tell the network)')], []
+    if not isinstance(entry.get('train') or {}, Mapping) or not isinstance(opt.get('train') or {}, Mapping):
+        return [], []
+    try:
+        expanded = expand_entry(opt, entry)
+    except OptionError as error:
+        return [Fault(place, str(error))], []
+    own, common = [], []
+    for fault in find_faults(expanded, registered, is_train=is_trained(entry)):
+        first, rest = fault.where[0], fault.where[1:]
+        if first == 'network_g' and entry.get('network_g') is None:
+            continue
+        if first in ('name', 'path'):
+            continue  # made here
+        if first == 'network_g' or (first == 'train' and _says(entry.get('train'), rest)):
+            own.append(Fault((*place, *fault.where), fault.message, fault.unknown_key))
+        else:
+            common.append(fault)
+    return own, common
+
+
+def _says(section: Any, where: Where) -> bool:
+    """Whether the entry itself speaks of the key, at any depth."""
+    return bool(where) and isinstance(section, Mapping) and where[0] in section
+
+
+def _name_faults(opt: Mapping[str, Any], entries: list[Any]) -> list[Fault]:
+    faults = []
+    taken: dict[str, int] = {}
+    for number, entry in enumerate(entries):
+        name = entry.get('name') if isinstance(entry, Mapping) else None
+        if not isinstance(name, str):
+            continue
+        where = (ENTRIES, number, 'name')
+        # Names are names of folders, and some file systems tell no capitals.
+        key = name.casefold()
+        if key in taken:
+            faults.append(Fault(where, f'{name} is the name of {ENTRIES}.{taken[key]} already'))
+        elif key == INPUT:
+            faults.append(Fault(where, f'{INPUT} is the name of the unrestored pictures'))
+        elif 'debug' in key:
+            faults.append(Fault(where, 'BasicSR takes a name with `debug` in it for its debug mode, choose another'))
+        taken.setdefault(key, number)
+    settings = opt.get(SETTINGS)
+    baseline = settings.get('baseline') if isinstance(settings, Mapping) else None
+    names = [entry.get('name') for entry in entries if isinstance(entry, Mapping)]
+    if isinstance(baseline, str) and baseline not in names:
+        faults.append(
+            Fault((SETTINGS, 'baseline'), f'expected one of {", ".join(map(str, names))}, got {shown(baseline)}')
+        )
+    return faults
+
+
+def _budget_faults(opt: Mapping[str, Any]) -> list[Fault]:
+    settings, train = opt.get(SETTINGS), opt.get('train')
+    if not isinstance(settings, Mapping) or settings.get('minutes') is None or not isinstance(train, Mapping):
+        return []
+    given = [key for key in ('total_iter', 'total_epochs') if train.get(key) is not None]
+    return [Fault(('train', key), f'{SETTINGS}.minutes says how long networks are trained') for key in given]
+
+
+def _dataset_faults(opt: Mapping[str, Any]) -> list[Fault]:
+    datasets = opt.get('datasets')
+    keys = [key for key in datasets if str(key).startswith(('val', 'test'))] if isinstance(datasets, Mapping) else []
+    tests = [key for key in keys if key.startswith('test')]
+    measured = tests or keys
+    if len(measured) == 1:
+        return []
+    if not measured:
+        return [Fault(('datasets', 'val'), 'required, but not there (or datasets.test): what networks are compared on')]
+    return [Fault(('datasets', measured[1]), f'networks are compared on one set, and {measured[0]} is one already')]
