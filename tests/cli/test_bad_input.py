@@ -128,6 +128,10 @@ def test_five_faults_give_five_lines(folder, capfd):
             ['train:scheduler={type: CosineAnnealingRestartLR, periods: [1, 2], restart_weights: [1]}'],
             'train.scheduler: CosineAnnealingRestartLR cannot be made',
         ),
+        (
+            ['model_type=RestorationModel', 'val:protocol={type: agan, tile: 64}'],
+            'val.protocol: protocol agan: overlap is 80 and tile is 64: the overlap must be smaller',
+        ),
         (['val:metrics:psnr:crop_border=wide'], 'val.metrics.psnr: calculate_psnr cannot measure with these options'),
         (['path:pretrain_network_g=nothing.pth'], 'nothing.pth does not exist'),
         (['path:resume_state=nothing.state'], 'path.resume_state: no such file: nothing.state'),
@@ -140,6 +144,12 @@ def test_training_is_refused(folder, capfd, overrides, expected):
     message = train(folder, capfd, *overrides)
     assert expected in message
     assert len(message.splitlines()) == 1
+
+
+def test_a_metric_of_an_extra_that_is_not_there(folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyiqa', None)
+    expected = 'val.metrics.lpips: the package pyiqa is not installed: pip install "ast_plugin[metrics]"'
+    assert expected in train(folder, capfd, 'val:metrics:lpips={type: pyiqa, metric: lpips}')
 
 
 def test_missing_key_of_a_dataset(folder, capfd):

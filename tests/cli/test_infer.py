@@ -252,6 +252,42 @@ def test_tiles(run, tmp_path, weights):
     np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'a.png').color, noise(50, 70, 3))
 
 
+@pytest.fixture(scope='module')
+def lively_weights(tmp_path_factory):
+    """Weights of a network whose result depends on how the picture lies."""
+    torch.manual_seed(0)
+    network = AST(**{key: value for key, value in TINY.items() if key != 'type'})
+    torch.nn.init.normal_(network.output_proj.weight, std=0.3)
+    path = tmp_path_factory.mktemp('weights') / 'lively.safetensors'
+    save_weights(path, network.state_dict(), TINY)
+    return path
+
+
+def test_tiles_at_once_and_self_ensemble(run, tmp_path, lively_weights):
+    pixels = noise(70, 70, 3)
+    put(tmp_path / 'a.png', pixels)
+    put(tmp_path / 'b.png', np.ascontiguousarray(pixels[:, ::-1]))
+
+    def restored(name, *options):
+        assert run(name, *options, weights=lively_weights)[0] == 0
+        return read_image(tmp_path / 'out' / name).color.astype(int)
+
+    tiles = restored('a.png', '--tile', 32, '--overlap', 8)
+    np.testing.assert_allclose(restored('a.png', '--tile', 32, '--overlap', 8, '--batch', 4), tiles, atol=1)
+    whole = restored('a.png', '--tile', 'auto')
+    assert np.abs(whole - restored('b.png')[:, ::-1]).max() > 5
+    ensemble = restored('a.png', '--self-ensemble')
+    assert np.abs(whole - ensemble).max() > 1
+    np.testing.assert_allclose(restored('b.png', '--self-ensemble')[:, ::-1], ensemble, atol=1)
+
+
+def test_a_tile_that_is_no_number(run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run('a.png', '--tile', 'big')
+    assert caught.value.code == 2
+    assert 'expected the side of a tile in pixels, or auto, got big' in capsys.readouterr().err
+
+
 def test_short_memory_is_said(run, tmp_path, monkeypatch):
     monkeypatch.setattr('ast_plugin.models.tiling.available_bytes', lambda device: 10**6)
     put(tmp_path / 'a.png', noise(20, 150, 3))
@@ -292,6 +328,7 @@ def test_a_network_of_the_toolbox_that_enlarges(run, tmp_path):
     ('arguments', 'words'),
     [
         (['--tile', '0'], ['--tile is 0']),
+        (['--batch', '0'], ['--batch is 0']),
         (['--tile', '8', '--overlap', '8'], ['--overlap is 8', '--tile is 8']),
         (['--overlap', '-1'], ['--overlap is -1']),
         (['--quality', '0'], ['--quality is 0']),
