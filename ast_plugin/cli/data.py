@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(parser=parser)
 
 
+def say(text: str = '') -> None:
+    """Print a line; names of files in it need not be text that the terminal can show."""
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(text.encode(encoding, 'backslashreplace').decode(encoding))
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command that the arguments name."""
     if args.command is None:

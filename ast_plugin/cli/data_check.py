@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ast_plugin.cli.data import say
 from ast_plugin.errors import DataError, OptionError
 
 if TYPE_CHECKING:
@@ -102,9 +103,9 @@ def _check_lmdbs(path: Path, lmdbs: Sequence[Path], args: argparse.Namespace) ->
     total = 0
     for folder in lmdbs:
         lines = check_lmdb(folder, _workers(args, 1000))
-        print(f'{folder}: {f"{len(lines):,} faults" if lines else "whole"}')
+        say(f'{folder}: {f"{len(lines):,} faults" if lines else "whole"}')
         for line in lines:
-            print(f'  {line.replace(chr(10), " ")}')
+            say('  ' + line.replace('\n', ' '))
         total += len(lines)
     sys.stdout.flush()
     if manifest:
@@ -125,11 +126,10 @@ def _compare_lmdbs(path: Path, manifest: Manifest) -> int:
 def _report(path: Path, what: str, faults: Sequence[Fault]) -> None:
     kinds = Counter(fault.kind for fault in faults)
     result = ', '.join(f'{count:,} {kind}' for kind, count in kinds.items()) or 'all as they were'
-    print(f'{path}: {what}: {result}')
+    say(f'{path}: {what}: {result}')
     width = max(map(len, kinds), default=0)
     for fault in faults:
-        text = f'  {fault.kind:{width}}  {fault.name}: {fault.text}'
-        print(text.encode('utf-8', 'backslashreplace').decode().replace('\n', ' '))
+        say(f'  {fault.kind:{width}}  {fault.name}: {fault.text}'.replace('\n', '\\n'))
     sys.stdout.flush()
 
 

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ast_plugin.cli.data import say
 from ast_plugin.errors import DataError, OptionError
 
 if TYPE_CHECKING:
@@ -68,22 +69,21 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin.data.splits import find_splits
 
     layout = _layout(args)
-    source, target = (path.expanduser().absolute() for path in (args.source, args.target))
+    source, target = args.source.expanduser().absolute(), args.target.expanduser().resolve()
     splits = find_splits(layout, source, args.split)
     preparation = Preparation(splits, source, target)
     checks = _check(preparation, splits, args.workers)
 
     title = layout if isinstance(layout, str) else layout.title
-    print(f'{_title(title)} in {source}\n')
-    _print(prepare_report.table(checks, source))
+    say(f'{_title(title)} in {source}\n')
+    say('\n'.join(prepare_report.table(checks, source)))
     for heading, lines in (
         ('notes', prepare_report.notes(checks)),
         ('faults', prepare_report.faults(checks, source)),
         ('in training and test alike', prepare_report.leaks(checks, source)),
     ):
         if lines:
-            print(f'\n{heading}')
-            _print(f'  {line}' for line in lines)
+            say('\n  '.join([f'\n{heading}', *lines]))
     sys.stdout.flush()
     faults = preparation.list_faults(checks) if checks.num_faults or checks.leaks else None
     _refuse(checks, faults, args)
@@ -144,17 +144,15 @@ def _write(preparation: Preparation, checks: Checks, faults: Path | None, args: 
         manifests = preparation.write(checks, args.layout, args.place, bar.update)
     if faults:
         preparation.list_faults(checks)
-    print(f'\nprepared {total:,} pairs')
-    _print(f'  {path}' for path in manifests)
+    say('\n  '.join([f'\nprepared {total:,} pairs', *map(str, manifests)]))
     older = sorted(set(preparation.target.glob('*.jsonl')) - set(manifests))
     if older:
-        print(f'there from an earlier run, and left as it is: {", ".join(path.name for path in older)}')
+        say(f'there from an earlier run, and left as it is: {", ".join(path.name for path in older)}')
     if checks.num_faults:
-        print(f'left out: {checks.num_faults:,} faults, listed in {faults}')
-    print('\nFor an option file:\n')
+        say(f'left out: {checks.num_faults:,} faults, listed in {faults}')
     phases = {split.name: split.phase for split in checks.splits}
     lines = prepare_report.option_lines((phases[path.stem], path) for path in manifests)
-    _print(f'  {line}' for line in lines)
+    say('\n  '.join(['\nFor an option file:\n', *lines]))
     return 0
 
 
@@ -165,8 +163,3 @@ def _bar(total: int, title: str, shown: bool = True):
         total=total, desc=title, unit='pair', dynamic_ncols=True, file=sys.stderr, leave=False,
         disable=not (shown and sys.stderr.isatty()),
     )  # fmt: skip
-
-
-def _print(lines) -> None:
-    for line in lines:
-        print(line)

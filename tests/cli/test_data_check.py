@@ -160,3 +160,15 @@ def test_a_damaged_lmdb(lmdbs, capfd):
 
 def test_lmdbs_are_not_checked_quickly(lmdbs, capfd):
     assert '--quick is for folders' in check(capfd, 'lmdb', '--quick', status=2)
+
+
+def test_names_that_are_no_text(folder, capfd):
+    strange = os.fsdecode(b'fog \xff\n')
+    os.rename('haze', strange)
+    assert main(['data', 'prepare', 'densehaze', strange, f'{strange}_out']) == 0
+    out = capfd.readouterr().out
+    assert 'fog \\udcff' in out and 'prepared 6 pairs' in out
+    (folder / strange / 'GT/02_GT.png').write_bytes(b'')
+    out = check(capfd, f'{strange}_out', status=1)
+    assert '1 unreadable' in out and 'fog \\udcff\\n/GT/02_GT.png: the file is empty' in out
+    assert main(['data', 'prepare', 'densehaze', strange, f'{strange}_out']) == 2
