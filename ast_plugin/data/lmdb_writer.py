@@ -73,12 +73,12 @@ def write_lmdbs(
             is kept for the next run.
     """
     destination = Path(os.path.abspath(destination))
-    num_workers = num_workers or num_cores()
-    if _is_taken(destination, plan, overwrite):
-        shutil.rmtree(_staging_of(destination), ignore_errors=True)
-        return Outcome(len(plan.items), len(plan.items), _num_bytes(destination))
     staging = _staging_of(destination)
+    num_workers = num_workers or num_cores()
     with _explained(destination, staging):
+        if _is_taken(destination, plan, overwrite):
+            shutil.rmtree(staging, ignore_errors=True)
+            return Outcome(len(plan.items), len(plan.items), _num_bytes(destination))
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir(exist_ok=True)
         with _locked(staging):
@@ -87,7 +87,7 @@ def write_lmdbs(
             _write_texts(staging, plan)
             _verify(staging, num_workers)
             _put_in_place(staging, destination)
-    return Outcome(len(plan.items), num_done, _num_bytes(destination))
+        return Outcome(len(plan.items), num_done, _num_bytes(destination))
 
 
 def _staging_of(destination: Path) -> Path:
@@ -123,8 +123,8 @@ def _explained(destination: Path, staging: Path) -> Iterator[None]:
     except (OSError, lmdb.Error) as error:
         reason = getattr(error, 'strerror', None) or str(error).rpartition(': ')[2]
         raise DataError(
-            f'{destination}: cannot be written: {reason}. What was finished is kept in {staging}: make room, and the '
-            f'same command goes on from there; or remove that folder'
+            f'{destination}: cannot be written: {reason}. When that is mended, for instance by making room, the same '
+            f'command goes on from there: what was finished is kept in {staging}'
         ) from error
 
 
