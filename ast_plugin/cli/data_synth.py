@@ -251,7 +251,11 @@ def _put_in_place(partial: Path, output: Path) -> None:
     if output.is_dir() and any(output.iterdir()):
         old = partial.with_suffix('.old')
         output.rename(old)
-        partial.rename(output)
+        try:
+            partial.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(output)

@@ -187,6 +187,22 @@ def test_a_full_disk_leaves_the_earlier_output(tmp_path, photo, monkeypatch, cap
     assert digests(out) == before and sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
 
 
+def test_an_output_that_cannot_be_replaced_stays(tmp_path, photo, monkeypatch, capsys):
+    out = tmp_path / 'out'
+    assert synth('--task', 'rain', '-i', photo, '-o', out) == 0
+    before, rename = digests(out), Path.rename
+
+    def refuse(self, target):
+        if self.suffix == '.part':
+            raise OSError(5, 'Input/output error')
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, 'rename', refuse)
+    assert synth('--task', 'snow', '-i', photo, '-o', out, '--overwrite') == 2
+    assert 'Input/output error' in capsys.readouterr().err
+    assert digests(out) == before and sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
+
+
 @pytest.mark.parametrize(
     ('arguments', 'complaint'),
     [
