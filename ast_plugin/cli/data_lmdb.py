@@ -6,7 +6,7 @@
 
 SRC is the root of a dataset whose layout is named, a folder with the folders lq and gt, or a manifest that `basicsr
 data prepare` wrote. Both LMDBs are verified before DST appears. If this is interrupted or killed, the same command goes
-on where it was; where DST is there already, of the same files, nothing is done.
+on where it was; where DST is there already, of the same files, it is only verified again.
 
 Encoding png keeps PNG files in RGB as they are, others are encoded, and BasicSR reads it as well (type:
 PairedImageDataset, io_backend: {type: lmdb}). Encoding raw keeps pixels, of which a patch is read without decoding the

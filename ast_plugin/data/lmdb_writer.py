@@ -77,6 +77,7 @@ def write_lmdbs(
     num_workers = num_workers or num_cores()
     with _explained(destination, staging):
         if _is_taken(destination, plan, overwrite):
+            _check_whole(destination, num_workers)
             shutil.rmtree(staging, ignore_errors=True)
             return Outcome(len(plan.items), len(plan.items), _num_bytes(destination))
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +115,12 @@ def _is_taken(destination: Path, plan: Plan, overwrite: bool) -> bool:
         f'{destination}: exists, with LMDBs of other images, settings or times of files; choose another place, or '
         f'replace them with --overwrite'
     )
+
+
+def _check_whole(destination: Path, num_workers: int) -> None:
+    faults = [fault for kind in KINDS for fault in check_lmdb(destination / f'{kind}.lmdb', num_workers)]
+    if faults:
+        raise DataError(f'{destination}: exists, but is damaged: {some(faults)}. Replace it with --overwrite')
 
 
 @contextlib.contextmanager

@@ -196,6 +196,14 @@ def test_the_same_again_does_nothing(root, tmp_path):
     assert (tmp_path / 'out/lq.lmdb/data.mdb').stat().st_mtime_ns == stamp and contents(tmp_path / 'out') == before
 
 
+def test_the_same_again_does_not_pass_what_was_damaged_since(root, tmp_path):
+    pack(root, tmp_path / 'out')
+    os.truncate(tmp_path / 'out/gt.lmdb/data.mdb', 9000)
+    with pytest.raises(DataError, match=r'exists, but is damaged: .*gt\.lmdb/data\.mdb: cut off.*--overwrite'):
+        pack(root, tmp_path / 'out')
+    assert pack(root, tmp_path / 'out', overwrite=True).num_resumed == 0
+
+
 def test_something_else_is_replaced_only_when_asked_to(root, tmp_path):
     pack(root, tmp_path / 'out')
     with pytest.raises(DataError, match=r'exists, with LMDBs of other images.*--overwrite'):
