@@ -25,7 +25,7 @@ from ast_plugin.data.ranges import PositiveRange, Range
 from ast_plugin.data.smooth_noise import fractal_noise
 from ast_plugin.errors import DataError
 
-DENSEST = 12.0  # mean optical depth beyond which more haze changes nothing
+DENSEST = 2.5  # mean optical depth beyond which too little of the picture would be left to be restored
 NOISE_DEVIATION = 0.14  # standard deviation of `fractal_noise`
 PROBE_SIDE = 48  # pixels of the shorter side at which the thickness for a wished PSNR is sought
 CONTRAST_THRESHOLD = 0.02  # contrast at which an object is held to vanish: the definition of visibility
@@ -50,9 +50,9 @@ class HazeParameters(BaseModel):
     nearest: PositiveRange = Field(
         (0.1, 0.5), description='depth of the foreground by that of the sky where depth is guessed, below 1'
     )
-    airlight: Range = Field((0.55, 0.88), description='brightness of the haze itself, within [0, 1]')
+    airlight: Range = Field((0.62, 0.92), description='brightness of the haze itself, within [0, 1]')
     tint: float = Field(0.025, ge=0, le=0.2, description='standard deviation of the colours of the airlight')
-    unevenness: Range = Field((0.15, 0.9), description='standard deviation of ln(extinction) over the image, in [0, 2]')
+    unevenness: Range = Field((0.15, 0.7), description='standard deviation of ln(extinction) over the image, in [0, 2]')
     cell: PositiveRange = Field((180.0, 360.0), description='pixels between independent swathes')
     forward: Range = Field((0.1, 0.35), description='share of the scattered light that only smears, within [0, 0.9]')
     spread: PositiveRange = Field((3.0, 7.0), description='pixels; smear where the optical depth is 1')
@@ -83,8 +83,8 @@ def add_haze(
     Raises:
         DataError: if `depth` has another size, a negative value, or no finite one above 0; or if visibility is asked
             for without depth.
-    Numerics: psnr is met within 0.5 dB, unless the haze that this takes would be thicker than any: a picture of little
-        contrast, as bright as the airlight, stays cleaner.
+    Numerics: psnr is met within 0.5 dB, unless that takes a mean optical depth above 2.5, which would leave too little
+        to restore: a picture of little contrast, as bright as the airlight, stays cleaner.
     """
     if parameters.visibility is not None and depth is None:
         raise DataError('visibility is a distance, so it needs depth in the same unit; give depth, or psnr instead')
