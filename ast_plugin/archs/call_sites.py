@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops import use_backend
 
 Shape = tuple[int, ...]
 # Networks want sides that are multiples of one of these, or of a window.
@@ -146,7 +147,8 @@ def _run(twin: nn.Module, picture: Tensor) -> tuple[Tensor, dict[str, list[Call]
         module.register_forward_hook(_recorder(calls, name), with_kwargs=True) for name, module in twin.named_modules()
     ]
     try:
-        with torch.no_grad():
+        # Shapes come out of plain operators alone.
+        with torch.no_grad(), use_backend('reference'):
             output = twin(picture)
     finally:
         for handle in handles:

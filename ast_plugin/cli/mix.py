@@ -119,9 +119,11 @@ def count_macs(network: nn.Module, channels: int, side: int) -> tuple[int, list[
     import torch
     from mmengine.analysis import FlopAnalyzer
 
+    from ast_plugin.ops import use_backend
+
     training = network.training
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), use_backend('reference'):
             warnings.simplefilter('ignore')  # what torch.jit says of constants in a trace
             analyzer = FlopAnalyzer(network.eval(), (torch.zeros(1, channels, side, side),))
             analyzer.unsupported_ops_warnings(False)
