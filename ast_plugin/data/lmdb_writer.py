@@ -130,9 +130,17 @@ def _explained(destination: Path, staging: Path) -> Iterator[None]:
     except (OSError, lmdb.Error) as error:
         reason = getattr(error, 'strerror', None) or str(error).rpartition(': ')[2]
         raise DataError(
-            f'{destination}: cannot be written: {reason}. When that is mended, for instance by making room, the same '
-            f'command goes on from there: what was finished is kept in {staging}'
+            f'{destination}: cannot be written: {reason}{_room(staging)}. When that is mended, for instance by making '
+            f'room, the same command goes on from there: what was finished is kept in {staging}'
         ) from error
+
+
+def _room(folder: Path) -> str:
+    """What is free on the disk: LMDB calls a write that stops in the middle an input/output error."""
+    try:
+        return f' ({shutil.disk_usage(folder).free / 2**20:.0f} MB are free there)'
+    except OSError:
+        return ''
 
 
 @contextlib.contextmanager

@@ -420,6 +420,7 @@ def test_a_full_disk_is_told_and_gone_on_from(tmp_path):
     stopped = command(root, tmp_path / 'out', '--encoding', 'raw', limit=600_000)
     assert stopped.returncode == 2 and 'Traceback' not in stopped.stderr
     assert f'{tmp_path}/out: cannot be written: ' in stopped.stderr and 'goes on from there' in stopped.stderr
+    assert 'MB are free there' in stopped.stderr
     assert not (tmp_path / 'out').exists()
     finished = command(root, tmp_path / 'out', '--encoding', 'raw')
     assert finished.returncode == 0 and '64 of them written before' in finished.stdout
