@@ -64,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the dataset."""
-    from ast_plugin.data import prepare_report
     from ast_plugin.data.preparing import Preparation
     from ast_plugin.data.splits import find_splits
 
@@ -72,9 +71,18 @@ def run(args: argparse.Namespace) -> int:
     source, target = args.source.expanduser().absolute(), args.target.expanduser().resolve()
     splits = find_splits(layout, source, args.split)
     preparation = Preparation(splits, source, target)
-    checks = _check(preparation, splits, args.workers)
+    with preparation.alone():
+        checks = _check(preparation, splits, args.workers)
+        _show(checks, source, layout if isinstance(layout, str) else layout.title)
+        faults = preparation.list_faults(checks) if checks.num_faults or checks.leaks else None
+        _refuse(checks, faults, args)
+        return _write(preparation, checks, faults, args)
 
-    title = layout if isinstance(layout, str) else layout.title
+
+def _show(checks: Checks, source: Path, title: str) -> None:
+    """Print what was found."""
+    from ast_plugin.data import prepare_report
+
     say(f'{_title(title)} in {source}\n')
     say('\n'.join(prepare_report.table(checks, source)))
     for heading, lines in (
@@ -85,9 +93,6 @@ def run(args: argparse.Namespace) -> int:
         if lines:
             say('\n  '.join([f'\n{heading}', *lines]))
     sys.stdout.flush()
-    faults = preparation.list_faults(checks) if checks.num_faults or checks.leaks else None
-    _refuse(checks, faults, args)
-    return _write(preparation, checks, faults, args)
 
 
 def _layout(args: argparse.Namespace) -> str | Layout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,28 @@ class Preparation:
         except OSError as error:
             raise DataError(f'{target}: this folder cannot be made: {error.strerror or error}') from error
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs from preparing into the folder meanwhile; one that is killed lets go by itself.
+
+        Raises:
+            DataError: if another run is at it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        handle = os.open(self.target, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f'{self.target}: another run is preparing there; wait for it to end') from None
+            yield
+        finally:
+            os.close(handle)
+
     def check(self, workers: int, on_pair: Callable[[], None] = int) -> Checks:
         """Read all pictures; what is known from a run that was killed or refused is believed.
 
@@ -105,7 +128,7 @@ class Preparation:
         Returns:
             The manifests; a split without any good pair gets none.
         Raises:
-            DataError: if the disk is full or a file cannot be written; no manifest is there then.
+            DataError: if the disk is full or a file cannot be written; manifests that are there then are whole.
         """
         paths = [self.target / f'{split.name}.jsonl' for split in self.splits]
         for path in [*paths, self.target / FAULTS]:

@@ -301,6 +301,15 @@ def test_files_of_others_are_left_alone(tmp_path, name):
     assert (tmp_path / 'out' / name).read_text() == 'mine'
 
 
+def test_two_runs_do_not_meet(tmp_path):
+    root = make_agan(tmp_path / 'data')
+    with Preparation(find_splits('agan', root), root, tmp_path / 'out').alone():
+        run = subprocess.run([*COMMAND, root, tmp_path / 'out'], capture_output=True, text=True)
+        assert run.returncode == 2 and 'out: another run is preparing there; wait for it' in run.stderr
+        assert os.listdir(tmp_path / 'out') == []
+    assert subprocess.run([*COMMAND, root, tmp_path / 'out'], capture_output=True).returncode == 0
+
+
 # ---- copies and links
 
 
