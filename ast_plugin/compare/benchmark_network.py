@@ -1,0 +1,245 @@
+"""What each backend needs for a whole network: seconds, peak memory above the weights, distance from the floor.
+
+  python tools/benchmark.py net --size 512 --json benchmarks/net_cpu.json
+  python tools/benchmark.py net --net AST_XS --size 128 --cases forward --turns 1
+
+Lines of a case start from the same weights, as drawn for training, and the same picture, and take turns in one process;
+a line's time is the median of its turns, its CPU time what all threads spent. Memory is by how much a fresh process grows over its weights in its first call. The floor of a line
+is its matrix products and convolutions at the rate of the fastest matrix product of this run, and one copy of what each
+block reads and writes. Cases:
+
+  forward     restoring one picture of 256² and one of --size², without gradients
+  bfloat16    the latter under autocast
+  train       forward and backward of two pictures of 128²
+  photograph  480×720: zero-padded to a square of 768² as the official code does, and whole
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ast_plugin.compare import benchmark_records
+from ast_plugin.compare.benchmark_backends import (
+    Line,
+    add_ratios,
+    computing,
+    machine_rates,
+    resident_growth,
+    table,
+    take_turns,
+)
+from ast_plugin.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+CASES = ('forward', 'bfloat16', 'train', 'photograph')
+_PHOTOGRAPH = (480, 720)
+_OFFICIAL_SQUARE = 128  # the official test pads to a square of a multiple of this
+_NO_COMPILE = 'not run: inductor takes minutes for a whole network; see `benchmark.py ops` for a block'
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a case.
+
+    Attributes:
+        case, path: its row in the table.
+        net: registered name of the network.
+        backend: of `ast_plugin.ops`.
+        precision: `fp32` or `bf16`, by autocast.
+        batch, size: of the pictures, size as (height, width).
+        trains: whether gradients are computed.
+        square: zero-pad to a square that is a multiple of this first; 0 for what the network does by itself.
+    """
+
+    case: str
+    path: str
+    net: str
+    backend: str
+    precision: str
+    batch: int
+    size: tuple[int, int]
+    trains: bool = False
+    square: int = 0
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """The size that the network is given."""
+        if not self.square:
+            return self.size
+        side = -(-max(self.size) // self.square) * self.square
+        return side, side
+
+
+def ways(net: str, size: int, cases: list[str]) -> list[Way]:
+    """The lines of the table; the first of each case is what the others are compared with."""
+    found = []
+
+    def add(case: str, batch: int, picture: tuple[int, int], rows: dict[str, tuple[str, str, int]], trains=False):
+        for path, (backend, precision, square) in rows.items():
+            found.append(Way(case, path, net, backend, precision, batch, picture, trains, square))
+
+    plain = {'reference': ('reference', 'fp32', 0), 'fused': ('fused', 'fp32', 0)}
+    half = {'reference, bf16': ('reference', 'bf16', 0), 'fused, bf16': ('fused', 'bf16', 0)}
+    for side in dict.fromkeys((256, size)) if 'forward' in cases or 'bfloat16' in cases else ():
+        rows = {'reference': plain['reference']}
+        rows |= plain if 'forward' in cases else {}
+        rows |= half if 'bfloat16' in cases and side == size else {}
+        add(f'{side}² forward', 1, (side, side), rows)
+    if 'train' in cases:
+        add('2×128² forward and backward', 2, (128, 128), plain, trains=True)
+    if 'photograph' in cases:
+        square = {'reference, 768²': ('reference', 'fp32', _OFFICIAL_SQUARE)}
+        add('photograph 480×720', 1, _PHOTOGRAPH, {**square, 'fused, whole': plain['fused']})
+    return found
+
+
+def prepare(way: Way) -> Callable[[], torch.Tensor]:
+    """Build the network and its input; the same for the same settings.
+
+    Returns:
+        A function that computes once and returns the output.
+    """
+    import torch
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    torch.manual_seed(0)
+    network = ARCH_REGISTRY.get(way.net)(drop_path_rate=0.0).train(way.trains)
+    x = torch.rand(way.batch, 3, *way.size)
+    height, width = way.size
+    top, left = (way.padded[0] - height) // 2, (way.padded[1] - width) // 2
+    x = torch.nn.functional.pad(x, (left, way.padded[1] - width - left, top, way.padded[0] - height - top))
+
+    def compute() -> torch.Tensor:
+        with computing(way.backend, way.precision):
+            if not way.trains:
+                with torch.inference_mode():
+                    return network(x)[..., top : top + height, left : left + width].clone()
+            network.zero_grad()
+            output = network(x)
+            output.square().mean().backward()
+            return output.detach()
+
+    return compute
+
+
+def _memory(way: Way) -> int | None:
+    return resident_growth(prepare(way))
+
+
+def count(way: Way) -> tuple[int, int]:
+    """Operations of matrix products and convolutions, and bytes that blocks read and write, from shapes alone."""
+    import torch
+    from basicsr.utils.registry import ARCH_REGISTRY
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ast_plugin import ops
+    from ast_plugin.models import network_switches
+
+    with torch.device('meta'):
+        network = ARCH_REGISTRY.get(way.net)(drop_path_rate=0.0).train(way.trains)
+        x = torch.empty(way.batch, 3, *way.padded)
+    numbers = []
+    for block in network_switches.blocks(network):
+        block.register_forward_hook(lambda module, args, output: numbers.append(args[0].numel() + output.numel()))
+    with ops.use_backend('reference'), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(way.trains):
+        output = network(x)
+        if way.trains:
+            output.sum().backward()
+    return counter.get_total_flops(), sum(numbers) * (2 if way.precision == 'bf16' else 4) * (3 if way.trains else 1)
+
+
+def measure(
+    lines: list[Way],
+    turns: int,
+    rates: dict[str, float],
+    say: Callable[[str], None],
+    keep: Callable[[list[Line]], None],
+) -> list[Line]:
+    """Measure ways, case by case; `keep` is given what there is after each, as a run can take long.
+
+    Returns:
+        A line for each: `seconds` of every turn, `peak_bytes`, `floor` in seconds, `error` of the output against the
+        case's first; after them one that was not run, with why.
+    """
+    measured: list[Line] = []
+    for case in dict.fromkeys(way.case for way in lines):
+        here = [way for way in lines if way.case == case]
+        found = []
+        for way in here:
+            say(f'{case}, {way.path}: memory')
+            with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as fresh:
+                peak = fresh.submit(_memory, way).result()
+            operations, moved = count(way)
+            floor = operations / rates[way.precision] + moved / rates['copy']
+            found.append({'case': case, 'path': way.path, 'operations': operations, 'floor': floor, 'peak_bytes': peak})
+        say(f'{case}: {turns} turns')
+        functions = {index: prepare(way) for index, way in enumerate(here)}
+        outputs = {index: function() for index, function in functions.items()}
+        for index, taken in take_turns(functions, turns).items():
+            found[index].update(taken)
+            # Pictures that were padded otherwise differ at their edges.
+            if here[index].padded == here[0].padded:
+                found[index]['error'] = float((outputs[index] - outputs[0]).norm() / outputs[0].norm())
+        add_ratios(found)
+        measured += [*found, {'case': case, 'path': 'torch.compile', 'skipped': _NO_COMPILE}]
+        keep(measured)
+    return measured
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `benchmark.py net`."""
+    parser.add_argument('--net', default='AST_B', help='registered AST (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=512, help='side of the large picture (default: %(default)s)')
+    parser.add_argument('--turns', type=int, default=3, help='timed calls of each line (default: %(default)s)')
+    parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES), metavar='CASE', help=', '.join(CASES))
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write what was measured, machine and versions')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, and write the record."""
+    import basicsr.archs  # noqa: F401 - registers, ours too
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    if args.size < 1 or args.turns < 1:
+        raise OptionError('--size and --turns must be 1 or more')
+    if args.net not in ARCH_REGISTRY:
+        raise OptionError(f'--net {args.net}: no network of that name is registered, see `basicsr list arch`')
+    rates = machine_rates()
+    settings = {'net': args.net, 'size': args.size, 'turns': args.turns}
+    record: dict[str, Any] = {'benchmark': 'net', 'settings': settings, 'rates': rates, 'results': []}
+
+    def keep(lines: list[Line]) -> None:
+        record['results'] = lines
+        if args.json is not None:
+            benchmark_records.write(args.json, record)
+
+    measure(ways(args.net, args.size, args.cases), args.turns, rates, _say, keep)
+    print(table(record['results']))
+    for remark in remarks(record):
+        print(remark)
+    return 0
+
+
+def remarks(record: dict[str, Any]) -> list[str]:
+    """Under the table: what was run, and what the machine can do."""
+    settings, rates = record['settings'], record['rates']
+    giga = {key: f'{rate / 1e9:.0f}' for key, rate in rates.items()}
+    return [
+        '',
+        f'{settings["net"]}, {settings["turns"]} turns each. Matrix products: {giga["fp32"]} GFLOP/s in float32 '
+        f'(torch.nn.functional.linear: {giga["fp32_torch"]}), {giga["bf16"]} in bfloat16; copies: {giga["copy"]} GB/s.',
+        'CUDA: not measured, no GPU is at hand.',
+    ]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
