@@ -88,7 +88,7 @@ def add_ratios(lines: list[Line]) -> None:
         if line.get('peak_bytes') and base.get('peak_bytes'):
             line['of_memory'] = line['peak_bytes'] / base['peak_bytes']
         if line.get('floor'):
-            line['of_floor'] = line['floor'] / line['median']
+            line['of_floor'] = line['floor'] / line['fastest']
 
 
 def table(lines: list[Line]) -> str:
