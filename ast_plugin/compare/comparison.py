@@ -11,6 +11,7 @@ from typing import Any
 from ast_plugin.compare import benchmark_records
 from ast_plugin.compare.child import Outcome, run_child
 from ast_plugin.compare.journal import Journal, digest, file_digest, locked
+from ast_plugin.compare.measure import picture_path
 from ast_plugin.compare.networks import input_channels
 from ast_plugin.compare.results import Results, Row, Speed
 from ast_plugin.compare.training import Training, TrainingFailed
@@ -215,8 +216,7 @@ def _kind(network_g: Mapping[str, Any]) -> str:
 
 
 def _pictures_are_there(job: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-    kept = range(len(record.get('pictures', ())))
-    return all(Path(job['folder'], f'{number}.png').is_file() for number in kept)
+    return all(picture_path(job['folder'], name).is_file() for name in record.get('pictures', ()))
 
 
 def _read_result(path: Path) -> dict[str, Any] | None:

@@ -112,7 +112,7 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
         network = load_network(job['network'], job['weights'], job['param_key']).to(find_device(job['device']))
         network = _fitted(network, job)
     values: dict[str, dict[str, float]] = {}
-    kept = []
+    kept: list[str] = []  # the first ones by name: some datasets list their files in no order
     for number in range(len(dataset)):
         sample = dataset[number]
         name = distinct(Path(sample['lq_path']).stem, values)
@@ -120,13 +120,13 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
             restored = lq.clamp(0, 1) if network is None else protocol.restore(network, lq, on_note=notes.append)
         values[name] = protocol.measure(restored[0], gt[0].clamp(0, 1), job['metrics'])
-        if number < job['pictures']:
-            kept.append(name)
-            _keep(Path(job['folder'], f'{number}.png'), restored[0])
+        kept = sorted([*kept, name])[: job['pictures']]
+        if name in kept:
+            _keep(picture_path(job['folder'], name), restored[0])
             if network is None:
-                _keep(Path(job['folder'], f'{number}_clean.png'), gt[0])
+                _keep(picture_path(job['folder'], name, is_clean=True), gt[0])
     return {
-        'values': values,
+        'values': dict(sorted(values.items())),
         'protocol': protocol.describe(),
         'multiple': getattr(network, 'multiple', 1),
         'notes': list(dict.fromkeys(notes)),
@@ -135,6 +135,11 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 KINDS = {'speed': measure_speed, 'quality': measure_quality}
+
+
+def picture_path(folder: str | Path, name: str, is_clean: bool = False) -> Path:
+    """Where a picture is kept, or the clean one that belongs to it."""
+    return Path(folder, 'clean' if is_clean else 'restored', f'{name}.png')
 
 
 def _fitted(network: Any, job: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ast_plugin.checkpoints import write_atomically
 from ast_plugin.compare import benchmark_records, formats, plots, report
+from ast_plugin.compare.measure import picture_path
 from ast_plugin.compare.training import training_curves
 from ast_plugin.models.protocols import read_protocol
 from ast_plugin.options.comparison import INPUT
@@ -167,8 +168,8 @@ def _pictures(plan: Plan, results: Results) -> list[report.Picture]:
     folder = plan.folder / 'pictures'
     measured = [row for row in results.rows if row.values]
     pictures = []
-    for number, name in enumerate(results.images[: plan.settings['pictures']]):
-        files = {row.name: folder / row.name / f'{number}.png' for row in measured}
-        files[report.CLEAN] = folder / INPUT / f'{number}_clean.png'
+    for name in results.images[: plan.settings['pictures']]:
+        files = {row.name: picture_path(folder / row.name, name) for row in measured}
+        files[report.CLEAN] = picture_path(folder / INPUT, name, is_clean=True)
         pictures.append(report.Picture(name, {source: file for source, file in files.items() if file.is_file()}))
     return pictures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +102,7 @@ class Training:
             raise TrainingFailed(f'it left no {self.weights}; is a validation set there to find the best weights by?')
         record['is_finished'] = outcome.status == 0
         record['iterations'] = count_iterations(self.experiment / 'metrics.csv')
-        self.journal.write(note, wanted, record)
+        record = self.journal.write(note, wanted, record)
         if outcome.status != 0:
             raise TrainingFailed(outcome.reason)
         say(f'  trained {self.name} in {duration(record["seconds"])}')
@@ -165,8 +166,10 @@ class Training:
     def _put_aside(self) -> None:
         """An experiment of other options keeps its weights under another name."""
         if self.experiment.exists():
-            stamp = time.strftime('%Y%m%d_%H%M%S')
-            self.experiment.rename(self.experiment.with_name(f'{self.name}_archived_{stamp}'))
+            stamp = f'{self.name}_archived_{time.strftime("%Y%m%d_%H%M%S")}'
+            names = itertools.chain([stamp], (f'{stamp}_{number}' for number in itertools.count(2)))
+            free = (path for name in names if not (path := self.experiment.with_name(name)).exists())
+            self.experiment.rename(next(free))
 
     @property
     def _log(self) -> Path:

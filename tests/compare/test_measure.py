@@ -1,0 +1,145 @@
+"""What is measured of a network: multiplications told by hand, memory that is known, the values of metrics."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import ast_plugin  # noqa: F401 (before BasicSR)
+from ast_plugin.checkpoints import save_torch
+from ast_plugin.compare import measure
+from ast_plugin.compare.networks import load_network
+from tests import tiny_run
+
+TINY = {'type': 'SRVGGNetCompact', 'num_feat': 8, 'num_conv': 1, 'upscale': 1}
+
+
+def test_macs_of_a_convolution_and_a_product():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 3, padding=1)
+
+        def forward(self, image):
+            maps = self.conv(image).flatten(2)
+            return (maps @ maps.transpose(1, 2)).exp()
+
+    macs, uncounted = measure.count_macs(Net().eval(), torch.rand(1, 3, 8, 10))
+    assert macs == 3 * 5 * 9 * 80 + 5 * 5 * 80
+    assert uncounted == {'aten::exp': 1}
+
+
+def test_macs_of_ast_are_those_of_its_plain_form():
+    options = {'type': 'AST_XS', 'img_size': 128, 'embed_dim': 4, 'num_heads': [1] * 9}
+    network = load_network(options, None)
+    macs, uncounted = measure.count_macs(network, torch.rand(1, 3, 128, 128))
+    # input and output projections alone are some 2.7 million; what cannot be counted is elementwise
+    assert macs > 20e6
+    assert not [name for name in uncounted if 'mkldnn' in name or 'conv' in name or 'linear' in name]
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the highest resident size')
+def test_peak_memory():
+    class Net(nn.Module):
+        def forward(self, image):
+            large = torch.ones(2**24)  # 64 MiB, let go again
+            return image + large.sum()
+
+    peak = measure._peak_bytes(Net(), torch.rand(1, 3, 8, 8))
+    assert 60 * 2**20 < peak < 100 * 2**20
+
+
+def test_few_runs_where_they_take_long(monkeypatch):
+    monkeypatch.setattr(measure, '_MOST_SECONDS', 0.0)
+    calls = []
+    taken = measure._seconds(lambda image: calls.append(1), torch.rand(1, 3, 8, 8), runs=10)
+    assert len(taken) == 3 and len(calls) == 5
+
+
+def test_speed():
+    record = measure.measure_speed(
+        {
+            'network': TINY,
+            'weights': None,
+            'param_key': None,
+            'channels': 3,
+            'size': [16, 24],
+            'runs': 4,
+            'device': 'cpu',
+        }
+    )
+    network = load_network(TINY, None)
+    assert record['parameters'] == sum(parameter.numel() for parameter in network.parameters())
+    assert record['macs'] == 16 * 24 * (9 * (3 * 8 + 8 * 8 + 8 * 3) + 3)  # convolutions, and the input that is added
+    assert len(record['seconds']) == 4 and min(record['seconds']) > 0
+    assert record['threads'] == torch.get_num_threads()
+
+
+def quality_job(folder, network, **options):
+    tiny_run.write(folder)
+    dataset = {
+        'name': 'val',
+        'type': 'PairedImageDataset',
+        'dataroot_lq': str(folder / 'data/lq'),
+        'dataroot_gt': str(folder / 'data/gt'),
+        'io_backend': {'type': 'disk'},
+        'phase': 'val',
+        'scale': 1,
+    }
+    return {
+        'kind': 'quality',
+        'network': network,
+        'weights': None,
+        'param_key': None,
+        'channels': 3,
+        'dataset': dataset,
+        'protocol': None,
+        'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}},
+        'device': 'cpu',
+        'pictures': 2,
+        'folder': str(folder / 'pictures'),
+        **options,
+    }
+
+
+def test_the_unrestored_pictures(tmp_path):
+    record = measure.measure_quality(quality_job(tmp_path, None))
+    assert list(record['values']) == ['0', '1', '2', '3']
+    clean = np.asarray(Image.open(tmp_path / 'data/gt/2.png'), float)
+    degraded = np.asarray(Image.open(tmp_path / 'data/lq/2.png'), float)
+    expected = 20 * np.log10(255) - 10 * np.log10(((clean - degraded) ** 2).mean())
+    assert record['values']['2']['psnr'] == pytest.approx(expected, abs=1e-6)
+    assert record['pictures'] == ['0', '1']
+    kept = np.asarray(Image.open(tmp_path / 'pictures/restored/1.png'))
+    assert (kept == np.asarray(Image.open(tmp_path / 'data/lq/1.png'))).all()
+    kept = np.asarray(Image.open(tmp_path / 'pictures/clean/1.png'))
+    assert (kept == np.asarray(Image.open(tmp_path / 'data/gt/1.png'))).all()
+
+
+def test_a_network_with_its_weights(tmp_path):
+    network = load_network(TINY, None)
+    save_torch(tmp_path / 'w.pth', {'params': network.state_dict()})
+    record = measure.measure_quality(quality_job(tmp_path, TINY, weights=str(tmp_path / 'w.pth')))
+    lq = torch.from_numpy(np.asarray(Image.open(tmp_path / 'data/lq/0.png')).copy()).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        restored = (network(lq).clamp(0, 1) * 255).round()[0].permute(1, 2, 0).numpy()
+    clean = np.asarray(Image.open(tmp_path / 'data/gt/0.png'), float)
+    expected = 20 * np.log10(255) - 10 * np.log10(((clean - restored) ** 2).mean())
+    assert record['values']['0']['psnr'] == pytest.approx(expected, abs=1e-3)
+    assert (np.asarray(Image.open(tmp_path / 'pictures/restored/0.png')) == restored.astype(np.uint8)).all()
+
+
+def test_as_a_process(tmp_path):
+    job = quality_job(tmp_path, TINY, weights=str(tmp_path / 'missing.pth'), record=str(tmp_path / 'record.json'))
+    (tmp_path / 'job.json').write_text(json.dumps(job))
+    result = subprocess.run(
+        [sys.executable, '-m', 'ast_plugin.compare.measure', str(tmp_path / 'job.json')], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f'basicsr: error: {tmp_path}/missing.pth does not exist')
+    assert not (tmp_path / 'record.json').exists()
