@@ -13,7 +13,7 @@ BASE = {'errors', 'suggest'}
 MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itself always
     'errors': set(),
     'suggest': set(),
-    'options': BASE | {'checkpoints'},
+    'options': BASE | {'checkpoints', 'plugins'},
     'schema': BASE | {'options'},
     'plugins': BASE,
     'ops': BASE,

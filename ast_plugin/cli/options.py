@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if args.folder is not None:
         _copy(options.shipped_folder(), args.folder, args.force)
         return 0
-    files = options.shipped_files()
+    files = options.known_files()
     width = max(map(len, files), default=0)
     for name, path in files.items():
         print(f'{name:{width}}  {_first_comment(path)}'.rstrip())

@@ -306,10 +306,9 @@ class RestorationModel(SRModel):
         """Write the present weights as the best, for BasicSR and, self-describing, as safetensors."""
         folder = Path(self.opt['path']['models'])
         save_torch(folder / 'net_g_best.pth', self.weights())
-        network = self.evaluated_network
-        # What only says where training started, a file perhaps, is not needed where these weights are loaded.
-        transient = getattr(network, 'transient_options', ())
-        options = {key: value for key, value in self.opt['network_g'].items() if key not in transient}
+        network, given = self.evaluated_network, self.opt['network_g']
+        starts = getattr(network, 'transient_options', ())  # say where training began, not what the network is
+        options = {key: value for key, value in given.items() if key not in starts}
         save_weights(folder / 'net_g_best.safetensors', network.state_dict(), options)
 
     def save(self, epoch: int, current_iter: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from ast_plugin.errors import OptionError
 from ast_plugin.options import inheritance, lengths
 from ast_plugin.options.overrides import override
+from ast_plugin.plugins import option_folders
 from ast_plugin.suggest import did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -35,7 +36,18 @@ def shipped_folder() -> Path:
 
 def shipped_files() -> dict[str, Path]:
     """The shipped option files by the name `find` knows them by; parts that others inherit from are left out."""
-    folder = shipped_folder()
+    return _files_in(shipped_folder())
+
+
+def known_files() -> dict[str, Path]:
+    """The shipped option files and those of installed plugins, which are known as `PLUGIN/FILE`."""
+    files = shipped_files()
+    for plugin, folder in option_folders().items():
+        files |= {f'{plugin}/{name}': path for name, path in _files_in(folder).items()}
+    return files
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
     names = {}
     for path in sorted(folder.rglob('*.yml')):
         relative = path.relative_to(folder)
@@ -45,25 +57,25 @@ def shipped_files() -> dict[str, Path]:
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The option file meant by a path (`options/AST_derain.yml`) or by a shipped file's name (`AST_derain`).
+    """The option file meant by a path (`options/AST_derain.yml`) or by the name of a file of `known_files`.
 
     Raises:
-        OptionError: if there is no such file; it names the nearest one that is shipped.
+        OptionError: if there is no such file; it names the nearest one that is known.
     """
     path = Path(os.path.expanduser(name_or_path))
     if path.is_file():
         return path
-    shipped = shipped_files()
+    known = known_files()
     name = path.as_posix()
     for suffix in _SUFFIXES:
         name = name.removesuffix(suffix)
-    if name in shipped:
-        return shipped[name]
+    if name in known:
+        return known[name]
     if path.is_dir():
         raise OptionError(f'{name_or_path}: expected an option file, this is a folder')
     raise OptionError(
-        f'{name_or_path}: no such option file{did_you_mean(path.stem, shipped)} '
-        '(`basicsr options` lists the shipped ones)'
+        f'{name_or_path}: no such option file{did_you_mean(name, known) or did_you_mean(path.stem, known)} '
+        '(`basicsr options` lists those that come along)'
     )
 
 

@@ -1,0 +1,176 @@
+"""A package of somebody else, installed into a folder of its own, brings a network, a block and a recipe."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    'setup.py': """
+from setuptools import setup
+
+setup(
+    name='stranger',
+    version='1.2',
+    packages=['stranger', 'stranger.recipes'],
+    package_data={'stranger.recipes': ['*.yml']},
+    entry_points={
+        'basicsr.plugins': ['stranger = stranger.registration'],
+        'basicsr.options': ['stranger = stranger.recipes'],
+    },
+)
+""",
+    'stranger/__init__.py': '',
+    'stranger/recipes/__init__.py': 'raise RuntimeError("option files are found without importing anything")',
+    'stranger/registration.py': '''
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import nn
+
+from ast_plugin.archs.block_registry import BLOCKS
+
+
+@ARCH_REGISTRY.register()
+class StrangeNet(nn.Module):
+    """Tokens of windows that are as wide as the picture: H and W in one argument, in a dictionary's name."""
+
+    def __init__(self, width: int = 8, depth: int = 2):
+        super().__init__()
+        self.head = nn.Conv2d(3, width, 3, padding=1)
+        self.steps = nn.ModuleList(Step(width) for _ in range(depth))
+        self.tail = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x):
+        y = self.head(x)
+        for step in self.steps:
+            y = step(y)
+        return x + self.tail(y)
+
+
+class Step(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        return x + self.mixer(self.norm(tokens)).transpose(1, 2).reshape(x.shape)
+
+
+@BLOCKS.register_module()
+class CrossConv(nn.Module):
+    """A row and a column of weights; works in NCHW."""
+
+    works_in, replaces, sizes = 'nchw', ('tokens', 'maps'), {'width': 'dim'}
+
+    def __init__(self, width: int, reach: int = 1):
+        super().__init__()
+        side = 2 * reach + 1
+        self.row = nn.Conv2d(width, width, (1, side), padding=(0, reach), groups=width)
+        self.column = nn.Conv2d(width, width, (side, 1), padding=(reach, 0), groups=width)
+
+    def forward(self, x):
+        return self.row(x) + self.column(x)
+''',
+    'stranger/recipes/strange_rain.yml': """
+# StrangeNet with CrossConv in one step and ASSA in the other.
+name: strange_rain
+model_type: RestorationModel
+scale: 1
+num_gpu: 0
+manual_seed: 0
+datasets:
+  train:
+    name: pairs
+    type: PairedImageDataset
+    dataroot_lq: data/lq
+    dataroot_gt: data/gt
+    io_backend: {type: disk}
+    gt_size: 32
+    use_hflip: true
+    use_rot: true
+    num_worker_per_gpu: 0
+    batch_size_per_gpu: 2
+network_g:
+  type: Mixed
+  nominal_size: 32
+  base: {type: StrangeNet, width: 8}
+  mix:
+    - {match: steps.0.mixer, with: {type: CrossConv, reach: 2}}
+    - {match: steps.1.mixer, with: {type: ASSA, num_heads: 2}}
+path: {strict_load_g: true}
+train:
+  total_iter: 3
+  optim_g: {type: AdamW, lr: 1e-3}
+  scheduler: {type: MultiStepLR, milestones: [2]}
+  pixel_opt: {type: L1Loss}
+logger: {print_freq: 1, save_checkpoint_freq: 3, use_tb_logger: false}
+""",
+}
+
+
+@pytest.fixture(scope='module')
+def environment(tmp_path_factory):
+    """The environment of processes in which the package is installed, and a folder with pairs to work in."""
+    from . import tiny_run
+
+    source, target, work = (tmp_path_factory.mktemp(name) for name in ('source', 'target', 'work'))
+    for name, text in FILES.items():
+        path = source / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.lstrip('\n'), encoding='utf-8')
+    pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-build-isolation', '--no-deps', '--no-index']
+    installed = subprocess.run([*pip, '--target', target, source], capture_output=True, text=True, cwd=source)
+    assert installed.returncode == 0, installed.stderr
+    tiny_run.write(work)
+    variables = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(target), str(ROOT)]), 'OMP_NUM_THREADS': '1'}
+    return {'cwd': work, 'env': variables}
+
+
+def command(environment, *arguments):
+    return subprocess.run(
+        [sys.executable, '-m', 'ast_plugin', *arguments], capture_output=True, text=True, **environment
+    )
+
+
+def test_its_recipe_is_listed_and_its_names_are_known(environment):
+    listed = command(environment, 'options')
+    assert 'stranger/strange_rain' in listed.stdout, listed.stderr
+    assert 'StrangeNet with CrossConv' in listed.stdout
+    archs = command(environment, 'list', 'arch')
+    assert any(
+        line.split() == ['StrangeNet', 'stranger.registration', 'stranger', '1.2'] for line in archs.stdout.splitlines()
+    )
+
+
+def test_its_network_is_mixed_and_tried(environment):
+    result = command(environment, 'mix', '-opt', 'stranger/strange_rain', '--size', '13', '21')
+    assert result.returncode == 0, result.stderr
+    assert 'CrossConv' in result.stdout and 'ASSA' in result.stdout
+    assert '13x21 -> 13x21' in result.stdout and 'all finite' in result.stdout
+
+
+def test_its_recipe_trains_and_the_result_restores(environment):
+    trained = command(environment, 'train', '-opt', 'stranger/strange_rain')
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    weights = environment['cwd'] / 'experiments/strange_rain/models/net_g_3.pth'
+    assert weights.is_file()
+    restored = command(
+        environment, 'infer', '-i', 'data/lq', '-o', 'out', '--weights', str(weights), '-opt', 'stranger/strange_rain'
+    )
+    assert restored.returncode == 0, restored.stderr[-2000:]
+    assert len(list((environment['cwd'] / 'out').glob('*.png'))) == 4
+
+
+def test_mistakes_in_it_are_named(environment):
+    result = command(
+        environment, 'mix', '-opt', 'stranger/strange_rain', '--force_yml', 'network_g:base:widht=4', '--size', '9', '9'
+    )
+    assert result.returncode == 2
+    assert 'network_g.base.widht: unknown key, did you mean width?' in result.stderr
+    result = command(environment, 'mix', '-opt', 'stranger/strange_ran')
+    assert result.returncode == 2
+    assert 'did you mean stranger/strange_rain?' in result.stderr
