@@ -157,7 +157,7 @@ def _write(preparation: Preparation, checks: Checks, faults: Path | None, args: 
         say(f'left out: {checks.num_faults:,} faults, listed in {faults}')
     phases = {split.name: split.phase for split in checks.splits}
     lines = prepare_report.option_lines((phases[path.stem], path) for path in manifests)
-    say('\n  '.join(['\nFor an option file:\n', *lines]))
+    say('\n  '.join(['\nFor an option file, in place of dataroot and split:\n', *lines]))
     return 0
 
 

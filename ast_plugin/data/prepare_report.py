@@ -95,9 +95,15 @@ def option_lines(manifests: Iterable[tuple[str, Path]]) -> list[str]:
         if phase == 'train' and used[phase] > 1:
             lines.append(f'    # or manifest: {_quoted(str(path))}')
             continue
-        name = 'train' if phase == 'train' else 'val'
-        name += f'_{used[phase]}' if used[phase] > 1 else ''
-        lines += [f'  {name}:', '    type: PairsDataset', '    layout: manifest', f'    manifest: {_quoted(str(path))}']
+        key = 'train' if phase == 'train' else 'val'
+        key += f'_{used[phase]}' if used[phase] > 1 else ''
+        lines += [
+            f'  {key}:',
+            f'    name: {_quoted(f"{path.parent.name}_{path.stem}")}',
+            '    type: PairsDataset',
+            '    layout: manifest',
+            f'    manifest: {_quoted(str(path))}',
+        ]
     return lines
 
 

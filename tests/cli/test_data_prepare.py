@@ -55,9 +55,10 @@ def test_what_is_printed(folder, capfd):
 
 def test_the_lines_for_an_option_file_work(folder, capfd):
     out, _ = run(capfd, 'prepare', 'agan', 'raindrop', "it's out")
-    sections = yaml.safe_load(out.partition('For an option file:\n')[2])['datasets']
+    sections = yaml.safe_load(out.partition('in place of dataroot and split:\n')[2])['datasets']
     assert list(sections) == ['train', 'val', 'val_2']
     for name, section in sections.items():
+        assert section.pop('name').startswith("it's out_")
         assert section.pop('type') == 'PairsDataset'
         phase = name.partition('_')[0]
         options = {'phase': phase, **section, **({'gt_size': 8} if phase == 'train' else {})}
