@@ -1,8 +1,9 @@
 """`basicsr data lmdb` killed at twenty random moments, and what comes of it in the end."""
 
+import contextlib
+import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ KILLS = 20
 PAIRS = 640  # ten batches
 SEED = 4
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='this system has no SIGKILL')
+pytestmark = pytest.mark.skipif(not Path('/proc/self/fd').is_dir(), reason='asks Linux what a process has open')
 
 
 def start(source: Path, destination: Path) -> subprocess.Popen:
@@ -33,38 +34,45 @@ def num_lines(destination: Path) -> int:
         return 0
 
 
-def kill_at_random(run: subprocess.Popen, destination: Path, moments: random.Random) -> int:
-    """Let a run write some batches more, wait some milliseconds, and kill it; how far it had come, or -1: finished.
-
-    Python's start, half of a run's time, is left out: a process that has done nothing leaves nothing.
-    """
-    target = min(num_lines(destination) + moments.randrange(0, PAIRS // 3), PAIRS)
-    while num_lines(destination) < target and run.poll() is None:
+def wait_for_work(run: subprocess.Popen, destination: Path) -> float:
+    """Wait until a run has taken its folder, which is when a kill begins to matter; return that time, or its end."""
+    staging = str(destination.with_name(f'.{destination.name}.part'))
+    while run.poll() is None:
+        with contextlib.suppress(OSError):
+            if any(os.readlink(entry.path).startswith(staging) for entry in os.scandir(f'/proc/{run.pid}/fd')):
+                break
         time.sleep(0.001)
+    return time.monotonic()
+
+
+def kill_within(run: subprocess.Popen, seconds: float) -> bool:
+    """Kill a run after so many seconds; False if it has finished before."""
     try:
-        run.wait(moments.uniform(0, 0.05))
-        return -1
+        run.wait(seconds)
+        return False
     except subprocess.TimeoutExpired:
         run.kill()
         run.wait()
-        return num_lines(destination)
+        return True
 
 
 def test_twenty_kills_change_no_byte(tmp_path):
     source = write_folders(tmp_path / 'source', PAIRS, (40, 40))
-    undisturbed = tmp_path / 'undisturbed'
-    assert start(source, undisturbed).wait() == 0
+    undisturbed, destination = tmp_path / 'undisturbed', tmp_path / 'killed'
+    run = start(source, undisturbed)
+    begun = wait_for_work(run, undisturbed)
+    assert run.wait() == 0
+    duration = time.monotonic() - begun
     expected = contents(undisturbed)
 
     moments = random.Random(SEED)
-    destination = tmp_path / 'killed'
     reached: list[int] = []
     while len(reached) < KILLS:
         run = start(source, destination)
-        lines = kill_at_random(run, destination, moments)
+        wait_for_work(run, destination)
+        if kill_within(run, moments.uniform(0, 0.7 * duration)):
+            reached.append(num_lines(destination))
         run.stdout.close()
-        if lines >= 0:
-            reached.append(lines)
         if destination.exists():
             # Finished, or killed after it: compared, and all begins again.
             assert contents(destination) == expected
