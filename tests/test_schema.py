@@ -114,6 +114,7 @@ def test_the_best_weights_are_picked_by_what_training_measures(registered, val, 
     opt = {**changed('val', {'val_freq': 2, **val}), 'model_type': 'RestorationModel'}
     found = [text for text in faults(opt, registered) if 'best_metric' in text]
     assert found == ([f'val.best_metric: {fault}'] if fault else [])
+    assert not any('best_metric' in text for text in faults(opt, registered, is_train=False))  # a test picks nothing
 
 
 UNKNOWN = 'unknown key, did you mean '

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
 from ast_plugin.data import random_states
-from ast_plugin.data.image_files import write_bytes
 from ast_plugin.data.samplers import epoch_of
 from ast_plugin.data.transforms import to_unit_range
 from ast_plugin.errors import DataError, OptionError
@@ -280,15 +280,21 @@ class RestorationModel(SRModel):
 
     @master_only
     def _write_results(self, results: ValidationResults) -> None:
-        validator, folder = self.validator, Path(self.opt['path']['results_root'])
         weights = self.opt['path'].get('pretrain_network_g')
-        results.provenance = Provenance.of(validator.protocol, validator.metrics, weights, self.device)
-        write_bytes(folder / f'{results.dataset}.csv', results.to_csv().encode())
-        write_bytes(folder / f'{results.dataset}.md', f'{results.to_markdown()}\n'.encode())
+        results.provenance = Provenance.of(self.validator.protocol, self.validator.metrics, weights, self.device)
+        results.write(Path(self.opt['path']['results_root']))
         print(f'\n{results.dataset}\n\n{results.to_markdown()}\n', flush=True)
         announce(results)
 
     # ---- weights and state
+
+    def _initialize_best_metric_results(self, dataset_name: str) -> None:
+        """BasicSR's, and for metrics that were added since the run began, which a resumed state knows nothing of."""
+        super()._initialize_best_metric_results(dataset_name)
+        known = self.best_metric_results[dataset_name]
+        for metric, options in self.opt['val']['metrics'].items():
+            better = options.get('better', 'higher')
+            known.setdefault(metric, {'better': better, 'val': inf if better == 'lower' else -inf, 'iter': -1})
 
     def _best_metric(self) -> str:
         return self.opt['val'].get('best_metric') or next(iter(self.opt['val']['metrics']))

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import cv2
 import numpy as np
 
+from ast_plugin.data.image_files import write_bytes
 from ast_plugin.models.provenance import Provenance
 
 INPUT = 'input'  # column prefix of the unrestored picture's values
@@ -175,6 +177,15 @@ class ValidationResults:
         writer.writerow([*header, *(name for name, _ in made)])
         writer.writerows([*row, *(value for _, value in made)] for row in rows)
         return text.getvalue()
+
+    def write(self, folder: Path) -> None:
+        """Write the table as `DATASET.csv` and `DATASET.md`, each whole or not at all.
+
+        Raises:
+            DataError: if that fails.
+        """
+        write_bytes(folder / f'{self.dataset}.csv', self.to_csv().encode())
+        write_bytes(folder / f'{self.dataset}.md', f'{self.to_markdown()}\n'.encode())
 
 
 @contextmanager

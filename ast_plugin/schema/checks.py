@@ -63,7 +63,7 @@ def _run_faults(opt: Mapping[str, Any], registered: Registered | None, is_train:
         faults += _registry_faults(opt, registered)
     if registered is not None and not _is_ours(opt, registered) and not _is_third_party(opt, registered):
         faults += _protocol_faults(opt)
-    faults += _best_metric_faults(opt, registered) + _rival_faults(opt)
+    faults += (_best_metric_faults(opt, registered) if is_train else []) + _rival_faults(opt)
     return list({fault.where: fault for fault in reversed(faults)}.values())[::-1]
 
 

@@ -322,3 +322,17 @@ def test_what_val_leaves_out_is_put_in(tmp_path):
     assert model.best_metric_results['pairs']['psnr']['better'] == 'higher'
     opt['val'] = {'metrics': {'niqe': {'type': 'calculate_niqe', 'crop_border': 0}}}
     assert build(opt).opt['val']['metrics']['niqe']['better'] == 'lower'
+
+
+def test_a_metric_that_is_added_to_a_run_begins_anew(tmp_path):
+    model = build(options(tmp_path))
+    model.validation(DataLoader(Pairs()), 1, None)
+    model.save(0, 1)
+    opt = options(tmp_path)
+    opt['val']['metrics']['niqe'] = {'type': 'calculate_psnr', 'crop_border': 0, 'better': 'lower'}
+    resumed = build(opt)
+    resumed.resume_training(torch.load(tmp_path / 'training_states' / '1.state', weights_only=True))
+    resumed.validation(DataLoader(Pairs()), 2, None)
+    best = resumed.best_metric_results['pairs']
+    assert best['niqe'] == {'better': 'lower', 'val': best['psnr']['val'], 'iter': 2}
+    assert best['psnr']['val'] == model.best_metric_results['pairs']['psnr']['val']
