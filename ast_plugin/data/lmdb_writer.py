@@ -78,7 +78,8 @@ def write_lmdbs(
     with _explained(destination, staging):
         if _is_taken(destination, plan, overwrite):
             _check_whole(destination, num_workers)
-            shutil.rmtree(staging, ignore_errors=True)
+            if _is_of(staging, plan):  # a kill came between the last rename and tidying up
+                shutil.rmtree(staging)
             return Outcome(len(plan.items), len(plan.items), _num_bytes(destination))
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir(exist_ok=True)
@@ -166,11 +167,11 @@ def _locked(staging: Path) -> Iterator[None]:
 
 def _take_up(staging: Path, plan: Plan) -> int:
     """Make the staging folder one of this plan, and count the pairs that both LMDBs in it have."""
-    marker = staging / _PLAN
-    if marker.is_file() and marker.read_text(encoding='utf-8') == plan.digest:
+    if _is_of(staging, plan):
         num_done = _num_committed(staging, plan)
         if num_done is not None:
             return num_done
+    marker = staging / _PLAN
     marker.unlink(missing_ok=True)
     for entry in staging.iterdir():
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -180,6 +181,12 @@ def _take_up(staging: Path, plan: Plan) -> int:
     with _written(marker) as file:
         file.write(plan.digest)
     return 0
+
+
+def _is_of(staging: Path, plan: Plan) -> bool:
+    """Whether what lies in a staging folder is of this plan."""
+    marker = staging / _PLAN
+    return marker.is_file() and marker.read_bytes() == plan.digest.encode()
 
 
 def _num_committed(staging: Path, plan: Plan) -> int | None:
@@ -208,7 +215,10 @@ def _num_entries(folder: Path) -> int:
     if not (folder / DATA).exists():
         return 0
     with contextlib.closing(lmdb.open(str(folder), readonly=True, lock=False, create=False)) as environment:
-        return environment.stat()['entries']
+        statistics = environment.stat()
+        if (folder / DATA).stat().st_size < (environment.info()['last_pgno'] + 1) * statistics['psize']:
+            raise ValueError(f'{folder} is cut off')
+        return statistics['entries']
 
 
 def _write_values(staging: Path, plan: Plan, num_done: int, num_workers: int) -> None:

@@ -151,7 +151,7 @@ def test_an_interrupted_run_is_gone_on_from(root, tmp_path, small_batches, monke
     assert list(tmp_path.glob('.*')) == []
 
 
-@pytest.mark.parametrize('change', ['encoding', 'level', 'file', 'journal', 'data'])
+@pytest.mark.parametrize('change', ['encoding', 'level', 'file', 'journal', 'data', 'cut'])
 def test_unfinished_work_of_another_kind_is_begun_anew(root, tmp_path, small_batches, monkeypatch, change):
     with monkeypatch.context() as patch:
         patch.setattr(lmdb_writer, '_verify', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -165,6 +165,8 @@ def test_unfinished_work_of_another_kind_is_begun_anew(root, tmp_path, small_bat
         (tmp_path / '.out.part/journal.jsonl').write_text('["000", [9')
     if change == 'data':
         (tmp_path / '.out.part/pair/gt.lmdb/data.mdb').write_bytes(b'rubbish' * 5000)
+    if change == 'cut':
+        os.truncate(tmp_path / '.out.part/pair/gt.lmdb/data.mdb', 9000)
     assert pack(root, tmp_path / 'out', **settings).num_resumed == 0
     pack(root, tmp_path / 'expected', **settings)
     assert contents(tmp_path / 'out') == contents(tmp_path / 'expected')
@@ -227,6 +229,16 @@ def test_what_is_no_pair_of_lmdbs_is_never_replaced(root, tmp_path, overwrite, k
     with pytest.raises(DataError, match='exists, and is not a pair of LMDBs'):
         pack(root, out, overwrite=overwrite)
     assert os.path.lexists(out)
+
+
+def test_unfinished_work_of_another_plan_is_left_to_that(root, tmp_path, monkeypatch):
+    pack(root, tmp_path / 'out')
+    with monkeypatch.context() as patch:
+        patch.setattr(lmdb_writer, '_verify', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(root, tmp_path / 'out', 'raw', overwrite=True)
+    pack(root, tmp_path / 'out')
+    assert pack(root, tmp_path / 'out', 'raw', overwrite=True).num_resumed == 7
 
 
 def test_an_empty_folder_may_be_the_destination(root, tmp_path):
