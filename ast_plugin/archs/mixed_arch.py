@@ -71,8 +71,8 @@ class Mixed(nn.Module):
 
     def __init__(
         self,
-        base: dict[str, Any],
-        mix: list[dict[str, Any]],
+        base: dict,
+        mix: list,
         base_weights: str | None = None,
         base_param_key: str | None = None,
         size_multiple: int | None = None,
