@@ -143,7 +143,7 @@ def die_at(place: str, count: int) -> None:
         'renamed': (Path, 'replace', False),
         'delete': (Path, 'unlink', False),
         'weights saved': (RestorationModel, 'save_training_state', True),
-        'validation': (Validator, '_values', True),
+        'validation': (Validator, '_measure_picture', True),
     }[place]
     original = getattr(holder, name)
     calls = 0
