@@ -321,7 +321,9 @@ def test_a_network_of_the_toolbox_that_enlarges(run, tmp_path):
     restored = read_image(tmp_path / 'out' / 'a.png')
     assert restored.color.shape == (24, 20, 3)
     np.testing.assert_array_equal(restored.alpha, np.full((24, 20), 77))
-    assert_refused(run('a.png', weights=tmp_path / 'net.pth'), 'does not say which network', '-opt')
+    # What nobody recognises, spandrel where it is installed included.
+    torch.save({'params': {'strange.weight': torch.zeros(3)}}, tmp_path / 'strange.pth')
+    assert_refused(run('a.png', weights=tmp_path / 'strange.pth'), 'does not say which network', '-opt')
 
 
 @pytest.mark.parametrize(
