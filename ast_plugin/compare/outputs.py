@@ -68,6 +68,7 @@ def method(plan: Plan, results: Results) -> list[tuple[str, str]]:
             'the pictures, seed fixed, the same draws for all networks. Differences are paired, picture by picture. '
             'They tell nothing of what another training seed or other scenes would give.',
         ),
+        *_perfect(results),
         ('Multiply-adds', _uncounted(results)),
         (
             'Speed and memory',
@@ -137,6 +138,15 @@ def _uncounted(results: Results) -> str:
             left_out |= dict.fromkeys(name.removeprefix('aten::') for name in speed.uncounted)
     text = 'of convolutions, linear layers, matrix products and normalisations, by mmengine; padding included'
     return text + (f'. Left out: {", ".join(sorted(left_out))}' if left_out else '')
+
+
+def _perfect(results: Results) -> list[tuple[str, str]]:
+    numbers = {metric: len(results.perfect(metric)) for metric in results.metrics}
+    return [
+        (f'Left out of {metric}', f'{count} pictures that some row restores without any fault, of all rows alike')
+        for metric, count in numbers.items()
+        if count
+    ]
 
 
 def _remarks(results: Results) -> str:

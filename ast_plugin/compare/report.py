@@ -110,14 +110,10 @@ def _summary(results: Results) -> str:
 
 def _significance(results: Results, metric: str, best: Row) -> str:
     """Which networks the pictures do not tell from the best one."""
-    from ast_plugin.compare.bootstrap import paired_difference
-
     alike = []
     for row in results.rows:
-        if row is best or row.name == INPUT or not row.values:
-            continue
-        found = paired_difference(row.of_metric(metric), best.of_metric(metric), results.confidence, results.resamples)
-        if found.low is not None and found.low <= 0 <= found.high:
+        found = results.difference(row, metric, best) if row.name != INPUT else None
+        if found is not None and found.low is not None and found.low <= 0 <= found.high:
             alike.append(_escape(row.name))
     return f' On these pictures not to be told from it: {", ".join(alike)}.' if alike else ''
 

@@ -76,10 +76,6 @@ class Row:
     training: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def of_metric(self, metric: str) -> list[float]:
-        """The values of a metric, picture by picture."""
-        return [values[metric] for values in self.values.values()]
-
 
 @dataclass
 class Results:
@@ -111,6 +107,20 @@ class Results:
         """Names of the pictures."""
         return list(next((row.values for row in self.rows if row.values), {}))
 
+    def perfect(self, metric: str) -> list[str]:
+        """Pictures of which some row's value is not finite, as the PSNR of what equals its reference."""
+        rows = [row.values for row in self.rows if row.values]
+        return [name for name in self.images if not all(math.isfinite(values[name][metric]) for values in rows)]
+
+    def of_metric(self, row: Row, metric: str) -> list[float]:
+        """The values of a row's metric, picture by picture: those that are finite for all, so that all are alike.
+
+        Where that is none, those of all pictures.
+        """
+        perfect = set(self.perfect(metric))
+        found = [values[metric] for name, values in row.values.items() if name not in perfect]
+        return found or [values[metric] for values in row.values.values()]
+
     @property
     def sizes(self) -> list[Size]:
         """Sizes at which costs were measured."""
@@ -118,25 +128,30 @@ class Results:
 
     def estimate(self, row: Row, metric: str) -> Estimate | None:
         """The mean of a row's metric, None if it was not measured."""
-        return estimate(row.of_metric(metric), self.confidence, self.resamples) if row.values else None
+        return estimate(self.of_metric(row, metric), self.confidence, self.resamples) if row.values else None
 
     def best(self, metric: str) -> Row | None:
         """The network of the best mean; None if none was measured."""
         sign = -1 if metric in self.lower_is_better else 1
         measured = [row for row in self.rows if row.values and row.name != INPUT]
-        return max(measured, key=lambda row: sign * statistics.fmean(row.of_metric(metric)), default=None)
+        return max(measured, key=lambda row: sign * statistics.fmean(self.of_metric(row, metric)), default=None)
 
     def reference(self) -> Row | None:
         """The row that differences are told against: the named one, where it was measured, else the best."""
         named = [row for row in self.rows if row.name == self.baseline and row.values]
         return named[0] if named else self.best(self.metrics[0]) if self.metrics else None
 
-    def difference(self, row: Row, metric: str) -> Estimate | None:
-        """The paired difference of a row from the reference; None for that itself, and where nothing was measured."""
-        reference = self.reference()
+    def difference(self, row: Row, metric: str, reference: Row | None = None) -> Estimate | None:
+        """The paired difference of a row from another; None for that itself, and where nothing was measured.
+
+        Args:
+            reference: the other row; that of `reference()` if not given.
+        """
+        reference = reference or self.reference()
         if reference is None or row is reference or not row.values:
             return None
-        return paired_difference(row.of_metric(metric), reference.of_metric(metric), self.confidence, self.resamples)
+        values, others = self.of_metric(row, metric), self.of_metric(reference, metric)
+        return paired_difference(values, others, self.confidence, self.resamples)
 
     def to_csv(self) -> str:
         """Numbers in full, a row a network."""

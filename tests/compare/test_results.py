@@ -89,6 +89,19 @@ def test_markdown():
     assert set(cells[5][1:]) == {'–'}
 
 
+def test_what_one_restores_perfectly_is_left_out_of_all_means():
+    found = results()
+    _, a, b, _ = found.rows
+    a.values['two']['psnr'] = float('inf')
+    assert found.perfect('psnr') == ['two'] and found.perfect('error') == []
+    assert [found.estimate(row, 'psnr').mean for row in (a, b)] == [29, 28]
+    assert found.difference(b, 'psnr').mean == -1
+    assert found.estimate(a, 'error').mean == pytest.approx(0.2)
+    b.values['one']['psnr'] = float('inf')
+    assert found.estimate(a, 'psnr').mean == float('inf')
+    assert 'inf' in found.to_markdown()
+
+
 def test_nothing_measured():
     found = Results('none', [Row('input'), Row('A', failed='x')])
     assert found.metrics == [] and found.reference() is None
