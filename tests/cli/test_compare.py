@@ -1,0 +1,244 @@
+"""`basicsr compare`: bad input by table, and a tiny comparison that is killed, goes on, and has one that fails."""
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ast_plugin import options
+from ast_plugin.checkpoints import save_torch, save_weights
+from ast_plugin.cli import compare, registries
+from ast_plugin.cli.main import main as basicsr
+from ast_plugin.compare.networks import load_network
+from ast_plugin.options import safe_yaml
+from ast_plugin.schema.comparison import check_comparison, find_comparison_faults
+from tests import tiny_run
+
+ROOT = Path(__file__).parents[2]
+COMPACT = {'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1, 'upscale': 1}
+NETWORKS = [
+    {'name': 'good', 'network_g': COMPACT},
+    {'name': 'fast', 'network_g': {**COMPACT, 'num_conv': 2}, 'train': {'optim_g': {'lr': 1e-3}}},
+]
+
+
+def options_of(networks=NETWORKS, **changes):
+    opt = safe_yaml.read_text(tiny_run.OPTIONS, 'tiny.yml')
+    for key in ('network_g', 'path'):
+        del opt[key]
+    opt.update(name='tiny', model_type='RestorationModel', networks=networks)
+    for key, value in changes.items():
+        section, _, name = key.rpartition('__')
+        (opt.setdefault(section, {}) if section else opt)[name] = value
+    return opt
+
+
+def write(folder: Path, opt) -> Path:
+    tiny_run.write(folder)
+    file = folder / 'compare.yml'
+    file.write_text(safe_yaml.write_text(opt))
+    return file
+
+
+@pytest.fixture(scope='module')
+def registered():
+    return registries.load()
+
+
+# ---- what a compare file says
+
+
+@pytest.mark.parametrize('name', [name for name in options.shipped_files() if name.startswith('compare/')])
+def test_shipped_files_are_right(registered, name):
+    if name != 'compare/quick':
+        pytest.importorskip('spandrel_extra_arches', reason='the extra `baselines` is not installed')
+    check_comparison(options.load(options.find(name)), name, registered)
+
+
+@pytest.mark.parametrize(
+    ('opt', 'complaint'),
+    [
+        (options_of(train__total_iter=0), 'train.total_iter: expected 1 or more, got 0'),
+        (
+            options_of([{**NETWORKS[0], 'train': {'total_iter': 0}}]),
+            'networks.0.train.total_iter: expected 1 or more, got 0',
+        ),
+        (options_of(compare={'minutes': 0}), 'compare.minutes: expected more than 0'),
+        (options_of(compare={'minutes': 1}), 'train.total_iter: compare.minutes says how long networks are trained'),
+        (options_of([NETWORKS[0], NETWORKS[0]]), 'networks.1.name: good is the name of networks.0 already'),
+        (
+            options_of([NETWORKS[0], {**NETWORKS[1], 'name': 'Good'}]),
+            'networks.1.name: Good is the name of networks.0 already',
+        ),
+        (options_of([{**NETWORKS[0], 'name': 'input'}]), 'input is the name of the unrestored pictures'),
+        (options_of([{**NETWORKS[0], 'name': '../x'}]), 'networks.0.name: expected a name that can name a folder'),
+        (options_of([{**NETWORKS[0], 'name': 'debug_it'}]), 'debug mode'),
+        (
+            options_of([{'name': 'a', 'network_g': {'type': 'MSRResNett'}}]),
+            'networks.0.network_g.type: no arch is registered as MSRResNett, did you mean MSRResNet?',
+        ),
+        (
+            options_of([{'name': 'a', 'network_g': {**COMPACT, 'num_fet': 3}}]),
+            'networks.0.network_g.num_fet: unknown key, did you mean num_feat?',
+        ),
+        (
+            options_of([{'name': 'a'}]),
+            'networks.0.network_g: required, but not there (or weights that tell the network)',
+        ),
+        (options_of([{**NETWORKS[0], 'weight': 'x'}]), 'networks.0.weight: unknown key, did you mean weights?'),
+        (
+            options_of([{**NETWORKS[0], 'train': {'optim_g': {'lr': 'fast'}}}]),
+            'networks.0.train.optim_g.lr: expected a number',
+        ),
+        (options_of([]), 'networks: expected 1 items or more'),
+        (options_of(3), 'networks: expected a list'),
+        (options_of(['a']), 'networks.0: expected a mapping of keys to values'),
+        (options_of(compare={'basline': 'good'}), 'compare.basline: unknown key, did you mean baseline?'),
+        (options_of(compare={'baseline': 'best'}), "compare.baseline: expected one of good, fast, got the text 'best'"),
+        (options_of(compare={'sizes': [[256]]}), 'compare.sizes.0: expected 2 items or more'),
+        (options_of(compare={'sizes': []}), 'compare.sizes: expected 1 items or more'),
+        (options_of(compare={'confidence': 1.0}), 'compare.confidence: expected less than 1'),
+        (options_of(stages=[{}]), 'stages: networks are compared after one run each'),
+        (options_of(network_g=COMPACT), 'network_g: each network is an entry of networks'),
+        (options_of(datasets__test={'name': 't', 'type': 'Nothing'}), 'datasets.test.type: no dataset is registered'),
+        (
+            options_of(datasets__val_2={'name': 't', 'type': 'PairedImageDataset'}),
+            'datasets.val_2: networks are compared on one set, and val is one already',
+        ),
+        (
+            options_of(val__metrics={'psnr': {'type': 'calculate_psn'}}),
+            'val.metrics.psnr.type: no metric is registered',
+        ),
+    ],
+)
+def test_faults(registered, opt, complaint):
+    faults = [str(fault) for fault in find_comparison_faults(opt, registered)]
+    assert any(complaint in fault for fault in faults), faults
+
+
+def test_a_right_file_has_no_faults(registered):
+    assert find_comparison_faults(options_of(), registered) == []
+
+
+def test_what_all_share_is_told_once(registered):
+    faults = [str(fault) for fault in find_comparison_faults(options_of(datasets__train={'type': 'x'}), registered)]
+    assert len(faults) == len(set(faults)) and not any('networks.' in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'entry', 'complaint'),
+    [
+        ({}, {'name': 'a', 'weights': 'missing.pth'}, 'missing.pth does not exist'),
+        ({}, {'name': 'a', 'network_g': COMPACT, 'weights': 'missing.pth'}, 'missing.pth does not exist'),
+        ({}, {'name': 'a', 'network_g': {**COMPACT, 'num_feat': 8}, 'weights': 'w.pth'}, 'weights of another network'),
+        ({}, {'name': 'a', 'weights': 'strange.pth'}, 'does not tell its network, name it by network_g'),
+        ({}, {'name': 'a', 'network_g': {**COMPACT, 'num_feat': -1}}, 'networks.0 (a): network_g'),
+        ({'datasets__val': {**options_of()['datasets']['val'], 'dataroot_lq': 'gone'}}, NETWORKS[0], 'gone'),
+        ({'datasets__train': {**options_of()['datasets']['train'], 'dataroot_gt': 'gone'}}, NETWORKS[0], 'gone'),
+    ],
+)
+def test_what_is_found_before_anything_begins(tmp_path, monkeypatch, capsys, changes, entry, complaint):
+    monkeypatch.chdir(tmp_path)
+    save_torch(tmp_path / 'w.pth', {'params': load_network(COMPACT, None).state_dict()})
+    save_torch(tmp_path / 'strange.pth', {'params': {'strange.weight': torch.zeros(3)}})
+    file = write(tmp_path, options_of([entry], **changes))
+    assert basicsr(['compare', '-opt', str(file)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith('basicsr: error: ') and complaint in error
+    assert not (tmp_path / 'comparisons').exists()
+
+
+def test_a_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_weights(tmp_path / 'w.safetensors', load_network(COMPACT, None).state_dict(), COMPACT)
+    networks = [*NETWORKS, {'name': 'given', 'weights': 'w.safetensors'}]
+    networks.append({'name': 'tuned', 'weights': 'w.safetensors', 'train': {'total_iter': 2}})
+    arguments = options_of(networks, manual_seed=None)
+    plan = compare.make_plan(argparse.Namespace(opt=str(write(tmp_path, arguments)), root='.', force_yml=[]))
+    good, fast, given, tuned = plan.networks
+    assert plan.folder == tmp_path / 'comparisons' / 'tiny'
+    assert good.train['manual_seed'] == fast.train['manual_seed'] == 0  # never drawn anew for each
+    assert good.train['train'] == options_of()['train']
+    assert fast.train['train']['optim_g'] == {'type': 'AdamW', 'lr': 1e-3, 'betas': [0.9, 0.99]}
+    assert given.train is None and given.network_g == COMPACT and given.weights == Path('w.safetensors')
+    assert tuned.train['path'] == {'pretrain_network_g': 'w.safetensors'} and tuned.train['train']['total_iter'] == 2
+    assert plan.dataset['name'] == 'val' and plan.dataset['phase'] == 'val'
+
+
+# ---- a comparison
+
+
+def run_and_kill(folder, file, wait_for):
+    """Run the command in a process of its own, and kill that, without a word, as soon as `wait_for` is true."""
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'ast_plugin', 'compare', '-opt', str(file), '--root', str(folder)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )
+    end = time.monotonic() + 180
+    while not wait_for():
+        assert process.poll() is None and time.monotonic() < end, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs SIGKILL')
+def test_killed_it_goes_on_and_a_network_that_fails_is_no_other_trouble(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    broken = {'name': 'broken', 'network_g': COMPACT, 'train': {'optim_g': {'lr': 1e30}}}
+    opt = options_of(
+        [NETWORKS[0], broken],
+        train__total_iter=120,
+        val__val_freq=120,
+        logger__save_checkpoint_freq=10,
+        compare={'sizes': [[16, 24]], 'runs': 3, 'pictures': 2, 'resamples': 100},
+    )
+    file = write(tmp_path, opt)
+    folder = tmp_path / 'comparisons' / 'tiny'
+    states = folder / 'experiments' / 'good' / 'training_states'
+    status = run_and_kill(tmp_path, file, lambda: states.is_dir() and any(states.glob('*.state')))
+    assert status == -signal.SIGKILL
+    assert json.loads((folder / 'journal' / 'good.training.json').read_text())['is_finished'] is False
+    assert not (folder / 'report.html').exists()
+
+    assert basicsr(['compare', '-opt', str(file)]) == 1
+    said = capsys.readouterr()
+    assert 'training good, going on after' in said.out
+    assert 'restoring with input' not in said.out  # the first run had done that
+    assert 'basicsr: error: broken: training: ' in said.err
+    log = (folder / 'logs' / 'good.training.log').read_text()
+    assert 'Resuming training from epoch' in log
+
+    rows = {row['network']: row for row in csv.DictReader((folder / 'table.csv').open(newline=''))}
+    assert list(rows) == ['input', 'good', 'broken']
+    assert rows['good']['iterations'] == '120'
+    images = [row for row in csv.DictReader((folder / 'images.csv').open(newline='')) if row['network'] == 'good']
+    assert [row['image'] for row in images] == ['0', '1', '2', '3']
+    assert float(rows['good']['psnr']) == pytest.approx(sum(float(row['psnr']) for row in images) / 4)
+    assert 'nan' in rows['broken']['failed'].lower() or 'finite' in rows['broken']['failed'].lower()
+    assert rows['broken']['psnr'] == ''
+    report = (folder / 'report.html').read_text()
+    assert '<b>broken</b> failed, training: ' in report
+    assert (folder / 'plots' / 'training.png').is_file()
+    assert 'broken failed' in (folder / 'table.md').read_text()
+    done = {path.name: path.stat().st_mtime_ns for path in (folder / 'journal').glob('*good*')}
+
+    # What is done is not done again, and the failed network gets another try.
+    file.write_text(file.read_text().replace('1.0e+30', '1.0e-4'))
+    assert basicsr(['compare', '-opt', str(file)]) == 0
+    said = capsys.readouterr().out
+    assert 'training good' not in said and 'training broken' in said
+    assert done == {path.name: path.stat().st_mtime_ns for path in (folder / 'journal').glob('*good*')}
