@@ -30,7 +30,7 @@ from ast_plugin import __version__
 from ast_plugin.errors import DataError, OptionError
 
 if TYPE_CHECKING:
-    from ast_plugin.data.synthesis import Recipe, SynthesizedPair
+    from ast_plugin.data.synthesis.pair_files import Recipe, SynthesizedPair
 
 FOLDERS, RECORD = ('lq', 'gt', 'mask'), 'synthesis.json'
 _DEPTH_ENDINGS = ('.npy', '.npz', '.png', '.tif', '.tiff')
@@ -38,7 +38,7 @@ _DEPTH_ENDINGS = ('.npy', '.npz', '.png', '.tif', '.tiff')
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr data synth`."""
-    from ast_plugin.data.degradations import DEGRADATIONS
+    from ast_plugin.data.synthesis.degradations import DEGRADATIONS
 
     parser.add_argument('--task', choices=tuple(DEGRADATIONS), help='the degradation')
     parser.add_argument('-i', '--input', nargs='+', metavar='PATH', help='photographs, folders of them, or patterns')
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sheet:
         return _draw_sheet(args)
     _check(args)
-    from ast_plugin.data.synthesis import Recipe, read_parameters
+    from ast_plugin.data.synthesis.pair_files import Recipe, read_parameters
 
     parameters = read_parameters(args.task, _settings(args.set))
     recipe = Recipe(args.task, parameters, args.seed, args.count, args.size)
@@ -144,7 +144,7 @@ def _photographs(inputs: Sequence[str], output: Path, recursive: bool) -> dict[s
 
 def _depths(args: argparse.Namespace, photographs: dict[str, Path]) -> dict[str, Path | None]:
     """The map of distances of each photograph."""
-    from ast_plugin.data.synthesis import takes_depth
+    from ast_plugin.data.synthesis.pair_files import takes_depth
 
     if args.depth is None:
         return dict.fromkeys(photographs)
@@ -196,7 +196,7 @@ def _write_all(
     """Write every pair beside its place first, then put the whole folder there, so that no half of it is ever seen."""
     from tqdm import tqdm
 
-    from ast_plugin.data.synthesis import make_pairs
+    from ast_plugin.data.synthesis.pair_files import make_pairs
 
     partial = output.absolute().parent / f'.{output.name[:64]}-{secrets.token_hex(4)}.part'
     levels = []
@@ -279,7 +279,7 @@ def _draw_sheet(args: argparse.Namespace) -> int:
 
 
 def _print_parameters(task: str | None) -> int:
-    from ast_plugin.data.degradations import DEGRADATIONS
+    from ast_plugin.data.synthesis.degradations import DEGRADATIONS
 
     for name in [task] if task else DEGRADATIONS:
         print(name)

@@ -193,7 +193,7 @@ def _check_dataset(where: str, options: Mapping[str, Any], registered: Registere
 
 def _refuse_pixels(dataset_type: type, options: Mapping[str, Any]) -> None:
     """Raise DataError if a dataset of others, which decodes pictures, is given an LMDB of pixels."""
-    from ast_plugin.data.lmdb_reader import holds_pixels
+    from ast_plugin.data.lmdbs.reader import holds_pixels
 
     is_lmdb = (options.get('io_backend') or {}).get('type') == 'lmdb'
     if not is_lmdb or 'io_backend' in getattr(getattr(dataset_type, 'options_type', None), 'model_fields', ()):

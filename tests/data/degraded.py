@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from ast_plugin.data.degradations import DEGRADATIONS
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.photos import packaged_photos
+from ast_plugin.data.synthesis.degradations import DEGRADATIONS
 
 
 def degrade(name, image, seed=0, **parameters):
