@@ -19,6 +19,7 @@ from ast_plugin.ops import use_backend
 Shape = tuple[int, ...]
 # Networks want sides that are multiples of one of these, or of a window.
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)
+_USUAL_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,13 @@ def watch(network: nn.Module, in_channels: Sequence[int], nominal: int, multiple
     """
     windows = {side for module in network.modules() for side in [window_of(module)] if side}
     multiples = [multiple] if multiple else sorted({*_MULTIPLES, *windows})
+    usual = [multiple] if multiple else sorted({1, _USUAL_MULTIPLE, *windows})
     failures: list[str] = []
     for place in ('meta', None):
         twin = _twin(network, place)
         for channels in dict.fromkeys(in_channels):
-            for candidate in multiples:
+            # With values each try takes its time, and a network that has failed on `meta` for its size fails again.
+            for candidate in multiples if place == 'meta' else usual:
                 try:
                     return _watch(twin, channels, nominal, candidate, place)
                 except Exception as error:  # whatever somebody's network raises when a size does not suit it
