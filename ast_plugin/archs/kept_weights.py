@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ast_plugin.archs.blocks import MLP, WindowAttention
 from ast_plugin.archs.call_sites import window_of
 from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops import relative_position_index
 
 
 def keep_weights(block: nn.Module, source: nn.Module, dense_share: float | None = None) -> None:
@@ -87,7 +88,22 @@ def read_attention(source: nn.Module) -> AttentionWeights | None:
         factor = scale * (q.shape[0] // table.shape[1]) ** 0.5
         if not math.isclose(factor, 1):
             q, q_bias = q * factor, None if q_bias is None else q_bias * factor
-    return AttentionWeights((q, q_bias), kv, (proj.weight, proj.bias), table)
+    return AttentionWeights((q, q_bias), kv, (proj.weight, proj.bias), _in_our_order(table, source))
+
+
+def _in_our_order(table: Tensor, source: nn.Module) -> Tensor:
+    """The table of position bias, its rows in the order of `ops.relative_position_index`, should they differ."""
+    theirs, side = getattr(source, 'relative_position_index', None), window_of(source)
+    if not isinstance(theirs, Tensor) or side is None or theirs.numel() != side**4 or len(table) != (2 * side - 1) ** 2:
+        return table
+    ours, theirs = relative_position_index(side).flatten().to(table.device), theirs.flatten().long().to(table.device)
+    if torch.equal(ours, theirs):
+        return table
+    ordered = torch.empty_like(table)
+    ordered[ours] = table.detach()[theirs]
+    if not torch.equal(ordered[ours], table.detach()[theirs]):
+        raise OptionError(f'the position bias of {type(source).__name__} depends on more than relative position')
+    return ordered
 
 
 def _queries_keys_values(source: nn.Module) -> tuple | None:

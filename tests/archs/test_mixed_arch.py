@@ -10,8 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ast_plugin.archs.block_registry import BLOCKS
+from ast_plugin.archs.blocks import DenseAttention
+from ast_plugin.archs.kept_weights import keep_weights
 from ast_plugin.archs.mixed_arch import Mixed, build_base
-from ast_plugin.errors import CheckpointError
+from ast_plugin.errors import CheckpointError, OptionError
 from ast_plugin.ops import pad_to_multiple
 from ast_plugin.weights_files import save_torch, save_weights
 
@@ -164,6 +166,22 @@ def test_another_scale_of_the_queries_is_kept(tmp_path):
     mixed = Mixed(options, rules, base_weights=str(tmp_path / 'w.pth')).eval()
     assert mixed.exchanges[0].options['qkv_bias'] is False
     assert difference(network, mixed, ODD[0]) < 1e-5
+
+
+def test_another_order_of_the_position_bias_is_kept(swinir):
+    """A table that is indexed backwards, as (key - query) instead of (query - key), says the same thing otherwise."""
+    network, _ = swinir
+    attention = network.layers[0].residual_group.blocks[0].attn
+    block = DenseAttention(8, 2, 4)
+    keep_weights(block, attention)
+    want = block.position_bias.detach().clone()
+    attention.relative_position_bias_table.data = attention.relative_position_bias_table.data.flip(0)
+    attention.relative_position_index = 48 - attention.relative_position_index
+    keep_weights(block, attention)
+    assert torch.equal(block.position_bias, want)
+    attention.relative_position_index[0, 0] = 3
+    with pytest.raises(OptionError, match='depends on more than relative position'):
+        keep_weights(block, attention)
 
 
 def test_our_own_attention_is_read_too():
