@@ -41,7 +41,11 @@ def run(args: argparse.Namespace) -> int:
 
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _terminated_like_interrupted():
-        results = Run(plan, _say)()
+        try:
+            results = Run(plan, _say)()
+        except (KeyboardInterrupt, SystemExit):
+            print('basicsr: stopped; the same command goes on from here', file=sys.stderr)
+            raise
     paths = write_outputs(plan, results)
     print(f'\n{results.to_markdown()}\n\nReport: {paths["report"]}', flush=True)
     failed = [row for row in results.rows if row.failed]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.checkpoints import write_atomically
-from ast_plugin.errors import PluginError
+from ast_plugin.errors import DataError, PluginError
 
 _WARM_UP = 2  # runs before those that are timed
 _MOST_SECONDS = 60.0  # for timed runs, as soon as there are three
@@ -115,6 +115,8 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
     kept: list[str] = []  # the first ones by name: some datasets list their files in no order
     for number in range(len(dataset)):
         sample = dataset[number]
+        if 'gt' not in sample:
+            raise DataError(f'{job["dataset"]["name"]} has no clean pictures that results could be measured by')
         name = distinct(Path(sample['lq_path']).stem, values)
         lq, gt = sample['lq'][None].float(), sample['gt'][None].float()
         with torch.inference_mode():

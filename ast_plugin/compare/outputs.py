@@ -135,7 +135,7 @@ def _uncounted(results: Results) -> str:
     left_out: dict[str, None] = {}
     for row in results.rows:
         for speed in row.speeds.values():
-            left_out |= dict.fromkeys(name.removeprefix('aten::') for name in speed.uncounted)
+            left_out |= dict.fromkeys(name.removeprefix('aten::').rstrip('_') for name in speed.uncounted)
     text = 'of convolutions, linear layers, matrix products and normalisations, by mmengine; padding included'
     return text + (f'. Left out: {", ".join(sorted(left_out))}' if left_out else '')
 

@@ -20,8 +20,12 @@ INK, FAINT, GRID = '#1b1b1b', '#6b6b6b', '#dddddd'
 # Told apart by every eye, and the markers by every printer.
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#7f4f9f', '#806a4f')
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', 'h')
+_INCHES = (5.6, 4.2)
 _SMOOTHED_SHARE = 0.05  # of a run that a point of its loss looks back
 _MOST_POINTS = 2000
+
+
+Lines = Mapping[str, tuple[np.ndarray, np.ndarray]]  # iterations and values, by network
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,9 @@ def draw_all(results: Results, curves: Mapping[str, Mapping[str, Any]], validate
         points = [(row, cost) for row in results.rows if row.values and row.name != INPUT and (cost := value(row))]
         if points:
             title = f'{metric} against {label.partition(" (")[0]}'
-            plots.append(
-                _drawn(f'{metric}_against_{name}', title, 5.6, 4.2, _draw_scatter(results, metric, points, label))
-            )
-    if curves:
-        plots.append(_drawn('training', 'training', 9.6, 4.0, _draw_training(results, curves, validated)))
+            plots.append(_drawn(f'{metric}_against_{name}', title, _draw_scatter(results, metric, points, label)))
+    for name, title, lines in _learning(curves, validated):
+        plots.append(_drawn(name, title, _draw_lines(results, title, lines)))
     return plots
 
 
@@ -68,7 +70,7 @@ def _costs(results: Results) -> list[tuple[str, str, Callable[[Row], float | Non
     shown = f'{size[1]}×{size[0]}' if size else ''
 
     def at_size(key: str, factor: float = 1.0) -> Callable[[Row], float | None]:
-        return lambda row: getattr(row.speeds[size], key) * factor if size in row.speeds else None
+        return lambda row: (getattr(row.speeds[size], key) or 0) * factor if size in row.speeds else None
 
     costs: list[tuple[str, str, Callable[[Row], float | None]]] = [
         ('parameters', 'parameters', lambda row: row.parameters)
@@ -77,11 +79,12 @@ def _costs(results: Results) -> list[tuple[str, str, Callable[[Row], float | Non
         costs += [
             ('macs', f'multiply-adds (of {shown} pixels)', at_size('macs')),
             ('latency', f'seconds a picture (of {shown} pixels)', at_size('milliseconds', 1e-3)),
+            ('memory', f'peak memory in MB (of {shown} pixels)', at_size('peak_bytes', 2**-20)),
         ]
     return costs
 
 
-def _drawn(name: str, title: str, width: float, height: float, draw: Callable[[Any], None]) -> Plot:
+def _drawn(name: str, title: str, draw: Callable[[Any], None]) -> Plot:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -94,7 +97,7 @@ def _drawn(name: str, title: str, width: float, height: float, draw: Callable[[A
         'svg.hashsalt': name,  # the same drawing is the same file
     }
     with rc_context(style):
-        figure = Figure(figsize=(width, height), layout='constrained')
+        figure = Figure(figsize=_INCHES, layout='constrained')
         FigureCanvasAgg(figure)
         draw(figure)
         png, svg = io.BytesIO(), io.BytesIO()
@@ -216,34 +219,39 @@ _PLACES = (
 )
 
 
-def _draw_training(
-    results: Results, curves: Mapping[str, Mapping[str, Any]], validated: str | None
-) -> Callable[[Any], None]:
+def _learning(curves: Mapping[str, Mapping[str, Any]], validated: str | None) -> list[tuple[str, str, Lines]]:
+    """What is drawn of the trainings: name of the file, title, and lines by network."""
+    losses = {name: loss for name, columns in curves.items() if (loss := _loss(columns)) is not None}
+    scores = {
+        name: columns[validated]
+        for name, columns in curves.items()
+        if validated in columns and columns[validated][0].size > 1
+    }
+    dataset, _, metric = (validated or '').rpartition('/')
+    panels = [
+        ('training_loss', 'loss in training, a running mean', losses),
+        ('training_validation', f'{metric} of {dataset}, validated in training', scores),
+    ]
+    return [panel for panel in panels if panel[2]]
+
+
+def _draw_lines(results: Results, title: str, lines: Lines) -> Callable[[Any], None]:
     def draw(figure: Any) -> None:
-        losses = {name: loss for name, columns in curves.items() if (loss := _loss(columns)) is not None}
-        scores = {
-            name: columns[validated]
-            for name, columns in curves.items()
-            if validated in columns and columns[validated][0].size > 1
-        }
-        of_set = ' of '.join(reversed((validated or '').rpartition('/')[::2]))
-        panels = [(losses, 'loss, a running mean'), *([(scores, f'{of_set}, validated in training')] if scores else [])]
-        axes = np.atleast_1d(figure.subplots(1, len(panels)))
+        axis = figure.subplots()
+        _dress(axis)
         styles = _styles(results)
-        for axis, (lines, label) in zip(axes, panels, strict=True):
-            _dress(axis)
-            for name, (iterations, values) in lines.items():
-                colour, marker = styles.get(name, (FAINT, 'o'))
-                few = len(values) <= 40
-                axis.plot(iterations, values, color=colour, linewidth=1.6, marker=marker if few else None, markersize=4)
-            axis.set_xlabel('iteration')
-            axis.set_title(label, loc='left', fontsize=10.5, fontweight='bold')
-            axis.xaxis.set_major_formatter(lambda value, _: formats.axis_number(value))
-            if label.startswith('loss') and lines:
-                _clip_to_learning(axis, lines)
-        for axis, (lines, _) in zip(axes, panels, strict=True):
-            styled = [(n, x[-1], y[-1], styles.get(n, (FAINT, 'o'))[0]) for n, (x, y) in lines.items()]
-            _name_ends(figure, axis, styled)
+        ends = []
+        for name, (iterations, values) in lines.items():
+            colour, marker = styles.get(name, (FAINT, 'o'))
+            few = len(values) <= 40
+            axis.plot(iterations, values, color=colour, linewidth=1.6, marker=marker if few else None, markersize=4)
+            ends.append((name, iterations[-1], values[-1], colour))
+        axis.set_xlabel('iteration')
+        axis.set_title(title, loc='left', fontweight='bold')
+        axis.xaxis.set_major_formatter(lambda value, _: formats.axis_number(value))
+        if title.startswith('loss'):
+            _clip_to_learning(axis, lines)
+        _name_ends(figure, axis, ends)
 
     return draw
 
@@ -264,7 +272,7 @@ def _loss(columns: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
     return iterations[window // 2 :: step], smooth[window // 2 :: step]
 
 
-def _clip_to_learning(axis: Any, lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def _clip_to_learning(axis: Any, lines: Lines) -> None:
     """What the first few iterations lose would press all the rest to the floor."""
     values = np.concatenate([values[len(values) // 20 :] for _, values in lines.values()])
     low, high = np.nanmin(values), np.nanpercentile(values, 99)

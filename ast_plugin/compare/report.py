@@ -197,8 +197,7 @@ def _figure(drawing: plots.Plot) -> str:
     svg = svg.replace(
         '<svg ', f'<svg role="img" aria-label="{_escape(drawing.title)}; the figures are in the table" ', 1
     )
-    wide = ' class="wide"' if drawing.name == 'training' else ''
-    return f'<figure{wide}>{svg}</figure>'
+    return f'<figure>{svg}</figure>'
 
 
 def _data(results: Results, pictures: Sequence[Picture]) -> str:

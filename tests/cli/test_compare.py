@@ -232,7 +232,7 @@ def test_killed_it_goes_on_and_a_network_that_fails_is_no_other_trouble(tmp_path
     assert rows['broken']['psnr'] == ''
     report = (folder / 'report.html').read_text()
     assert '<b>broken</b> failed, training: ' in report
-    assert (folder / 'plots' / 'training.png').is_file()
+    assert (folder / 'plots' / 'training_loss.png').is_file()
     assert 'broken failed' in (folder / 'table.md').read_text()
     done = {path.name: path.stat().st_mtime_ns for path in (folder / 'journal').glob('*good*')}
 

@@ -39,7 +39,9 @@ def test_all_drawings():
         'psnr_against_parameters',
         'psnr_against_macs',
         'psnr_against_latency',
-        'training',
+        'psnr_against_memory',
+        'training_loss',
+        'training_validation',
     ]
     for plot in drawn:
         image = np.asarray(Image.open(io.BytesIO(plot.png)).convert('L'))
