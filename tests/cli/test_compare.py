@@ -17,6 +17,8 @@ from ast_plugin import options
 from ast_plugin.checkpoints import save_torch, save_weights
 from ast_plugin.cli import compare, registries
 from ast_plugin.cli.main import main as basicsr
+from ast_plugin.compare import comparison, training
+from ast_plugin.compare.child import Outcome
 from ast_plugin.compare.networks import load_network
 from ast_plugin.options import safe_yaml
 from ast_plugin.schema.comparison import check_comparison, find_comparison_faults
@@ -234,11 +236,19 @@ def test_killed_it_goes_on_and_a_network_that_fails_is_no_other_trouble(tmp_path
     assert '<b>broken</b> failed, training: ' in report
     assert (folder / 'plots' / 'training_loss.png').is_file()
     assert 'broken failed' in (folder / 'table.md').read_text()
-    done = {path.name: path.stat().st_mtime_ns for path in (folder / 'journal').glob('*good*')}
 
-    # What is done is not done again, and the failed network gets another try.
-    file.write_text(file.read_text().replace('1.0e+30', '1.0e-4'))
-    assert basicsr(['compare', '-opt', str(file)]) == 0
-    said = capsys.readouterr().out
-    assert 'training good' not in said and 'training broken' in said
-    assert done == {path.name: path.stat().st_mtime_ns for path in (folder / 'journal').glob('*good*')}
+    # What is done is not done again, and the network that failed gets another try.
+    started = []
+
+    def refuse(module, arguments, *_, **__):
+        started.append(arguments)
+        return Outcome(1, 0.1, 'refused')
+
+    monkeypatch.setattr(comparison, 'run_child', refuse)
+    monkeypatch.setattr(training, 'run_child', refuse)
+    assert basicsr(['compare', '-opt', str(file)]) == 1
+    assert 'broken: training: refused' in capsys.readouterr().err
+    assert [Path(arguments[2]).stem for arguments in started] == ['broken']
+    assert {row['network']: row for row in csv.DictReader((folder / 'table.csv').open(newline=''))}['good'] == rows[
+        'good'
+    ]
