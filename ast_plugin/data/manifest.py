@@ -116,18 +116,18 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
             f'{path}: {what}; expected one of format {FORMAT}, as `basicsr data prepare` writes it. Prepare again'
         )
     kinds = {'layout': str, 'phase': str, 'root': str, 'pairs': int}
-    wrong = [key for key, kind in kinds.items() if not isinstance(header.get(key), kind)]
+    wrong = [key for key, kind in kinds.items() if type(header.get(key)) is not kind]
     if wrong:
         raise DataError(f'{path}: line 1 lacks {", ".join(wrong)}. Prepare the dataset again')
     root = Path(os.path.normpath(path.resolve().parent / header['root']))
-    if not root.is_dir():
+    if not _is_folder(root):
         raise DataError(
             f'{path}: its images were in {root}, which is no folder now. Put them back there, '
             f'or set "root" in the first line to where they are'
         )
     others = header.get('others', [])
-    if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
-        raise DataError(f'{path}: line 1: "others" is no list of names. Prepare the dataset again')
+    if not isinstance(others, list) or not all(map(_is_inside, others)):
+        raise DataError(f'{path}: line 1: "others" is no list of names below root. Prepare the dataset again')
     return Manifest(path, header['layout'], header['phase'], root, header['pairs'], tuple(others))
 
 
@@ -196,6 +196,13 @@ def replacing(path: Path) -> Iterator[IO[str]]:
         raise DataError(f'cannot write {path}: {error.strerror or error}. Nothing is left of it') from error
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # longer than names may be, or not of letters that they may have
+        return False
+
+
 def _relative(root: Path, folder: Path) -> str:
     try:
         return Path(os.path.relpath(root.absolute(), folder.resolve())).as_posix()
@@ -233,9 +240,9 @@ def _entry(path: Path, number: int, line: str) -> Entry:
             *(value[name] for name in ('key', 'lq', 'gt')),
             *(tuple(value[name]) for name in ('size', 'bytes', 'digests')),
         )
-        if not all(_is_inside(name) for name in (entry.lq, entry.gt)) or not isinstance(entry.key, str):
+        if not all(_is_inside(name) for name in (entry.lq, entry.gt)) or not _can_be_name(entry.key):
             raise ValueError('names')
-        if [len(entry.size), len(entry.bytes), len(entry.digests)] != [2, 2, 2]:
+        if [*map(type, (*entry.size, *entry.bytes))] != [int] * 4 or [*map(type, entry.digests)] != [str] * 2:
             raise ValueError('two of each')
     except (KeyError, TypeError, ValueError):
         raise DataError(
@@ -245,8 +252,16 @@ def _entry(path: Path, number: int, line: str) -> Entry:
     return entry
 
 
+def _can_be_name(name: object) -> bool:
+    """Whether a file could have this name, bytes that are no text among it."""
+    try:
+        return isinstance(name, str) and bool(name) and b'\0' not in os.fsencode(name)
+    except UnicodeEncodeError:  # half of a pair of surrogates, which JSON can say
+        return False
+
+
 def _is_inside(name: object) -> bool:
     """Whether a name stays below the root: a manifest from elsewhere opens no other file."""
-    if not isinstance(name, str) or not name or '\0' in name:
+    if not _can_be_name(name):
         return False
     return not PurePosixPath(name).is_absolute() and '..' not in name.split('/')
