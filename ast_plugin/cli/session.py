@@ -180,11 +180,13 @@ def read(args: argparse.Namespace, *, is_train: bool | None) -> Session:
         OptionError: for whatever is wrong with arguments or file.
     """
     from ast_plugin import options
-    from ast_plugin.options import stages
+    from ast_plugin.options import comparison, stages
 
     _check_launcher(getattr(args, 'launcher', 'none'))
     file = options.find(args.opt)
     opt = options.load(file, args.force_yml)
+    if comparison.ENTRIES in opt:
+        raise OptionError(f'{file}: a comparison of several networks: `basicsr compare -opt {args.opt}`')
     from ast_plugin import schema
     from ast_plugin.cli import registries
 

@@ -252,3 +252,23 @@ def test_killed_it_goes_on_and_a_network_that_fails_is_no_other_trouble(tmp_path
     assert {row['network']: row for row in csv.DictReader((folder / 'table.csv').open(newline=''))}['good'] == rows[
         'good'
     ]
+
+
+@pytest.mark.parametrize('command', ['train', 'test'])
+def test_other_commands_name_this_one(tmp_path, capsys, command):
+    file = write(tmp_path, options_of())
+    assert basicsr([command, '-opt', str(file)]) == 2
+    assert f'a comparison of several networks: `basicsr compare -opt {file}`' in capsys.readouterr().err
+
+
+def test_check_prints_what_each_network_is_trained_by(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert basicsr(['check', '-opt', str(write(tmp_path, options_of()))]) == 0
+    said = capsys.readouterr()
+    assert 'fast: right, trained, then measured' in said.err
+    runs = safe_yaml.read_text(said.out, 'output')
+    assert list(runs) == ['good', 'fast'] and runs['fast']['train']['optim_g']['lr'] == 1e-3
+    for name, opt in runs.items():
+        file = tmp_path / f'{name}.yml'
+        file.write_text(safe_yaml.write_text(opt))
+        assert basicsr(['check', '-opt', str(file)]) == 0
