@@ -1,0 +1,240 @@
+"""Kernels of window attention between its linear layers; `triton_assa` launches them. Imported only where Triton is.
+
+A program takes one head and a block of queries, and goes through windows one after another; keys and values of a
+window lie in it whole. Positions in the map are computed, so that no shifted or cut copy of it is made. Numbers of
+tokens and channels are filled up to powers of two of at least 16, and masked.
+"""
+
+import triton
+import triton.language as tl
+
+from ast_plugin.ops.windows import MASKED
+
+_MASKED = tl.constexpr(MASKED)
+# Compiled once for all values: multiples of 16 among them would not be any faster.
+_VARYING = ('height', 'width', 'shift', 'num_windows', 'per_program', 'num_masks')
+
+
+@triton.jit
+def _place(token, window, height, width, shift, SIDE: tl.constexpr):
+    """Image, row and column in the map of tokens of a window of the shifted map, and which edges they came over."""
+    across = width // SIDE
+    in_image = (height // SIDE) * across
+    rest = window % in_image
+    row = (rest // across) * SIDE + token // SIDE + shift
+    column = (rest % across) * SIDE + token % SIDE + shift
+    below = row >= height
+    beside = column >= width
+    row = tl.where(below, row - height, row)
+    column = tl.where(beside, column - width, column)
+    return window // in_image, row, column, below.to(tl.int32) * 2 + beside.to(tl.int32)
+
+
+@triton.jit
+def _offsets(image, row, column, stride_image, stride_row, stride_column):
+    """Where tokens begin, in 64 bits: maps of many images pass 2**31 numbers."""
+    wide = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    return wide + tl.cast(image, tl.int64) * stride_image
+
+
+@triton.jit
+def _dot(a, b, WIDE: tl.constexpr):
+    """a · b in float32. WIDE: the same by way of float32, as the interpreter cannot multiply bfloat16."""
+    if WIDE:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision='ieee')
+
+
+@triton.jit
+def _scores(
+    q, k, bias, mask_ptr, window, query, key, edges_q, edges_k, scale, num_masks,
+    TOKENS: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """(q · kᵀ) · scale + bias + masks in float32; minus infinity for keys that only fill up."""
+    scores = _dot(q, tl.trans(k), WIDE) * scale + bias
+    if SHIFTED:
+        scores += tl.where(edges_q[:, None] != edges_k[None, :], _MASKED, 0.0)
+    inside = (query[:, None] < TOKENS) & (key[None, :] < TOKENS)
+    if MASK:
+        first = (window % num_masks).to(tl.int64) * (TOKENS * TOKENS)
+        scores += tl.load(mask_ptr + first + query[:, None] * TOKENS + key[None, :], mask=inside, other=0.0)
+    return tl.where(key[None, :] < TOKENS, scores, float('-inf'))
+
+
+@triton.jit
+def _softmax(scores):
+    shifted = tl.exp(scores - tl.max(scores, 1)[:, None])
+    return shifted / tl.sum(shifted, 1)[:, None]
+
+
+@triton.jit
+def _product(a, b, SCALED: tl.constexpr, WIDE: tl.constexpr):
+    """a · b in float32, a float32 rounded to b's dtype; SCALED brings its rows into float16's range and back."""
+    if SCALED:
+        top = tl.max(tl.abs(a), 1)
+        top = tl.where(top > 0.0, top, 1.0)
+        y = _dot((a / top[:, None]).to(b.dtype), b, WIDE) * top[:, None]
+    else:
+        y = _dot(a.to(b.dtype), b, WIDE)
+    return y
+
+
+@triton.jit
+def _transposed_product(a, b, SCALED: tl.constexpr, WIDE: tl.constexpr):
+    """aᵀ · b, as `_product`."""
+    if SCALED:
+        top = tl.max(tl.abs(a), 0)
+        top = tl.where(top > 0.0, top, 1.0)
+        scaled = tl.trans((a / top[None, :]).to(b.dtype))
+        y = _dot(scaled, b, WIDE) * top[:, None]
+    else:
+        y = _dot(tl.trans(a.to(b.dtype)), b, WIDE)
+    return y
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def forward(
+    qkv_ptr, bias_ptr, shares_ptr, mask_ptr, out_ptr,
+    height, width, shift, channels, num_windows, per_program, num_masks, scale,
+    qkv_image, qkv_row, qkv_column, out_image, out_row, out_column,
+    HEAD: tl.constexpr, HEAD_FULL: tl.constexpr,
+    SIDE: tl.constexpr, TOKENS: tl.constexpr, TOKENS_FULL: tl.constexpr, QUERIES: tl.constexpr,
+    DENSE: tl.constexpr, POWER: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Weights of the values times the values.
+
+    Grid: heads, groups of `per_program` windows, blocks of QUERIES queries. The map of q, k and v is [B, H, W, 3C] with
+    channels side by side, bias [heads, TOKENS, TOKENS] and masks [num_masks, TOKENS, TOKENS] float32 without gaps.
+    DENSE: whether there is a softmax; POWER: of the sparse branch's relu, or 0; with both, shares [2] of each.
+    """
+    head = tl.program_id(0)
+    query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
+    key = tl.arange(0, TOKENS_FULL)
+    channel = tl.arange(0, HEAD_FULL)
+    inside = (query[:, None] < TOKENS) & (key[None, :] < TOKENS)
+    table = bias_ptr + head * (TOKENS * TOKENS) + query[:, None] * TOKENS + key[None, :]
+    bias = tl.load(table, mask=inside, other=0.0)
+    dense_share = 1.0
+    sparse_share = 1.0
+    if DENSE and POWER > 0:
+        dense_share = tl.load(shares_ptr)
+        sparse_share = tl.load(shares_ptr + 1)
+    own = head * HEAD + channel[None, :]
+    real_q = (query[:, None] < TOKENS) & (channel[None, :] < HEAD)
+    real_k = (key[:, None] < TOKENS) & (channel[None, :] < HEAD)
+
+    first = tl.program_id(1) * per_program
+    for window in range(first, tl.minimum(first + per_program, num_windows)):
+        image, row_q, column_q, edges_q = _place(query, window, height, width, shift, SIDE)
+        image, row_k, column_k, edges_k = _place(key, window, height, width, shift, SIDE)
+        at_q = qkv_ptr + _offsets(image, row_q, column_q, qkv_image, qkv_row, qkv_column)[:, None] + own
+        at_k = qkv_ptr + _offsets(image, row_k, column_k, qkv_image, qkv_row, qkv_column)[:, None] + own
+        q = tl.load(at_q, mask=real_q, other=0.0)
+        k = tl.load(at_k + channels, mask=real_k, other=0.0)
+        v = tl.load(at_k + 2 * channels, mask=real_k, other=0.0)
+        scores = _scores(
+            q, k, bias, mask_ptr, window, query, key, edges_q, edges_k, scale, num_masks, TOKENS, SHIFTED, MASK, WIDE
+        )
+        weights = tl.zeros([QUERIES, TOKENS_FULL], dtype=tl.float32)
+        if DENSE:
+            weights += dense_share * _softmax(scores)
+        if POWER > 0:
+            positive = tl.maximum(scores, 0.0)
+            if POWER == 2:
+                positive = positive * positive
+            weights += sparse_share * positive
+        y = _product(weights, v, SCALED, WIDE)
+        at_out = out_ptr + _offsets(image, row_q, column_q, out_image, out_row, out_column)[:, None] + own
+        tl.store(at_out, y.to(out_ptr.dtype.element_ty), mask=real_q)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def backward(
+    qkv_ptr, bias_ptr, shares_ptr, mask_ptr, grad_ptr, d_q_ptr, d_kv_ptr, d_bias_ptr, d_shares_ptr,
+    height, width, shift, channels, num_windows, per_program, num_masks, scale,
+    qkv_image, qkv_row, qkv_column, grad_image, grad_row, grad_column,
+    d_q_image, d_q_row, d_q_column, d_kv_block, d_kv_image, d_kv_row, d_kv_column,
+    HEAD: tl.constexpr, HEAD_FULL: tl.constexpr,
+    SIDE: tl.constexpr, TOKENS: tl.constexpr, TOKENS_FULL: tl.constexpr, QUERIES: tl.constexpr,
+    DENSE: tl.constexpr, POWER: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradients from that of `forward`'s result; scores and weights are computed again. The grid is the same.
+
+    Of keys and values a block of queries has its own part, at `d_kv_block` one after another. Of the bias a program
+    writes one sum [QUERIES, TOKENS_FULL], of the shares two numbers, over its windows: [groups, heads, blocks, ...].
+    """
+    head = tl.program_id(0)
+    block = tl.program_id(2)
+    query = block * QUERIES + tl.arange(0, QUERIES)
+    key = tl.arange(0, TOKENS_FULL)
+    channel = tl.arange(0, HEAD_FULL)
+    inside = (query[:, None] < TOKENS) & (key[None, :] < TOKENS)
+    table = bias_ptr + head * (TOKENS * TOKENS) + query[:, None] * TOKENS + key[None, :]
+    bias = tl.load(table, mask=inside, other=0.0)
+    dense_share = 1.0
+    sparse_share = 1.0
+    if DENSE and POWER > 0:
+        dense_share = tl.load(shares_ptr)
+        sparse_share = tl.load(shares_ptr + 1)
+    own = head * HEAD + channel[None, :]
+    real_q = (query[:, None] < TOKENS) & (channel[None, :] < HEAD)
+    real_k = (key[:, None] < TOKENS) & (channel[None, :] < HEAD)
+    d_bias = tl.zeros([QUERIES, TOKENS_FULL], dtype=tl.float32)
+    d_dense_share = tl.zeros([QUERIES], dtype=tl.float32)
+    d_sparse_share = tl.zeros([QUERIES], dtype=tl.float32)
+
+    first = tl.program_id(1) * per_program
+    for window in range(first, tl.minimum(first + per_program, num_windows)):
+        image, row_q, column_q, edges_q = _place(query, window, height, width, shift, SIDE)
+        image, row_k, column_k, edges_k = _place(key, window, height, width, shift, SIDE)
+        at_q = qkv_ptr + _offsets(image, row_q, column_q, qkv_image, qkv_row, qkv_column)[:, None] + own
+        at_k = qkv_ptr + _offsets(image, row_k, column_k, qkv_image, qkv_row, qkv_column)[:, None] + own
+        at_grad = grad_ptr + _offsets(image, row_q, column_q, grad_image, grad_row, grad_column)[:, None] + own
+        q = tl.load(at_q, mask=real_q, other=0.0)
+        k = tl.load(at_k + channels, mask=real_k, other=0.0)
+        v = tl.load(at_k + 2 * channels, mask=real_k, other=0.0)
+        grad = tl.load(at_grad, mask=real_q, other=0.0)
+        scores = _scores(
+            q, k, bias, mask_ptr, window, query, key, edges_q, edges_k, scale, num_masks, TOKENS, SHIFTED, MASK, WIDE
+        )
+        d_weights = _dot(grad, tl.trans(v), WIDE)
+        weights = tl.zeros([QUERIES, TOKENS_FULL], dtype=tl.float32)
+        d_scores = tl.zeros([QUERIES, TOKENS_FULL], dtype=tl.float32)
+        if DENSE:
+            dense = _softmax(scores)
+            weights += dense_share * dense
+            d_dense = dense * d_weights
+            per_row = tl.sum(d_dense, 1)
+            d_dense_share += per_row
+            d_scores += dense_share * (d_dense - dense * per_row[:, None])
+        if POWER > 0:
+            positive = tl.maximum(scores, 0.0)
+            d_sparse = d_weights * positive
+            if POWER == 2:
+                weights += sparse_share * (positive * positive)
+                d_scores += (2.0 * sparse_share) * d_sparse
+                d_sparse_share += tl.sum(d_sparse * positive, 1)
+            else:
+                weights += sparse_share * positive
+                d_scores += tl.where(scores > 0.0, sparse_share * d_weights, 0.0)
+                d_sparse_share += tl.sum(d_sparse, 1)
+        d_bias += d_scores
+        d_v = _transposed_product(weights, grad, SCALED, WIDE)
+        d_q = _product(d_scores, k, SCALED, WIDE) * scale
+        d_k = _transposed_product(d_scores, q, SCALED, WIDE) * scale
+        at_d_q = d_q_ptr + _offsets(image, row_q, column_q, d_q_image, d_q_row, d_q_column)[:, None] + own
+        at_d_kv = d_kv_ptr + _offsets(image, row_k, column_k, d_kv_image, d_kv_row, d_kv_column)[:, None] + own
+        at_d_kv += tl.cast(block, tl.int64) * d_kv_block
+        tl.store(at_d_q, d_q.to(d_q_ptr.dtype.element_ty), mask=real_q)
+        tl.store(at_d_kv, d_k.to(d_kv_ptr.dtype.element_ty), mask=real_k)
+        tl.store(at_d_kv + channels, d_v.to(d_kv_ptr.dtype.element_ty), mask=real_k)
+
+    part = (tl.cast(tl.program_id(1), tl.int64) * tl.num_programs(0) + head) * tl.num_programs(2) + block
+    at = d_bias_ptr + part * (QUERIES * TOKENS_FULL)
+    at = at + tl.arange(0, QUERIES)[:, None] * TOKENS_FULL + key[None, :]
+    tl.store(at, d_bias)
+    tl.store(d_shares_ptr + part * 2, tl.sum(d_dense_share, 0))
+    tl.store(d_shares_ptr + part * 2 + 1, tl.sum(d_sparse_share, 0))
