@@ -234,9 +234,10 @@ def handed_over(module: ModuleType, opt: dict[str, Any], session: Session, stage
     from basicsr.utils import set_random_seed
 
     from ast_plugin.models.progress import close_bars
+    from ast_plugin.ops import use_backend
 
     set_random_seed(opt['manual_seed'] + opt['rank'])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, use_backend(opt.get('backend')):
         # BasicSR copies the option file into the experiment, after it may have renamed the folder that it lies in.
         copy = Path(folder, session.file.name)
         copy.write_bytes(_self_contained(session, stage, opt))

@@ -2,16 +2,16 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ast_plugin.errors import BackendUnavailable, OptionError
-from ast_plugin.ops import fused_cpu_kernels
+from ast_plugin.ops import fused_cpu_kernels, triton_launch
 
 AUTO = 'auto'
 VARIABLE = 'AST_BACKEND'
@@ -32,6 +32,7 @@ class Call:
         shape: [B, H, W, C] of the map.
         needs_grad: whether a backward pass may follow.
         special: what only plain operators can be put through, such as a trace; or None.
+        details: further settings of the function that count, by name: of attention its kind, window and num_heads.
     """
 
     function: str
@@ -41,6 +42,7 @@ class Call:
     shape: tuple[int, ...]
     needs_grad: bool
     special: str | None = None
+    details: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,13 @@ class Choice:
 # Fastest first; each says why it cannot run a call, or None. What it computes with is in `functions.IMPLEMENTATIONS`.
 BACKENDS: dict[str, Callable[[Call], str | None]] = {
     'fused': fused_cpu_kernels.why_not,
+    'triton': triton_launch.why_not,
     'reference': lambda call: None,
 }
+
+
+# `auto` does not ask them about maps elsewhere: that nothing faster is there for a device needs no words.
+_DEVICES = {'fused': 'cpu', 'triton': 'cuda'}
 
 
 def check_name(name: str, where: str = 'backend') -> str:
@@ -81,16 +88,16 @@ def check_name(name: str, where: str = 'backend') -> str:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str | None) -> Iterator[None]:
     """Compute by a backend within a `with`: in this thread and the tasks it starts there, and nowhere else.
 
     It comes before the environment's AST_BACKEND. A backend by name runs or raises BackendUnavailable; 'auto' takes the
-    fastest that can.
+    fastest that can; None leaves it as it is.
 
     Raises:
         OptionError: if there is no backend of that name.
     """
-    token = _asked_here.set(check_name(name))
+    token = _asked_here.set(_asked_here.get() if name is None else check_name(name))
     try:
         yield
     finally:
@@ -110,7 +117,13 @@ def asked() -> str:
 asked._dynamo_marked_constant = True
 
 
-def describe(function: str, x: Tensor, others: Iterable[Tensor | None] = (), constants: Iterable[Tensor] = ()) -> Call:
+def describe(
+    function: str,
+    x: Tensor,
+    others: Iterable[Tensor | None] = (),
+    constants: Iterable[Tensor] = (),
+    details: Mapping[str, object] | None = None,
+) -> Call:
     """What there is to know of a call on a map x with other tensors; `constants` are not to have a gradient."""
     tensors = [x, *(tensor for tensor in others if tensor is not None)]
     dtype, kind = x.dtype, x.device.type
@@ -125,6 +138,7 @@ def describe(function: str, x: Tensor, others: Iterable[Tensor | None] = (), con
         tuple(x.shape),
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
         _special(tensors, constants),
+        details or {},
     )
 
 
@@ -140,11 +154,13 @@ def choose(call: Call) -> Choice:
         if reason is not None:
             raise BackendUnavailable(
                 f"backend {name!r} cannot run {call.function}: {reason}; ask for {AUTO!r} or 'reference' "
-                f'({VARIABLE}, use_backend, or the network\'s option "backend")'
+                f'({VARIABLE}, use_backend, or the key "backend" of an option file)'
             )
         return Choice(name, name, {})
     rejected = {}
     for backend, why_not in BACKENDS.items():
+        if _DEVICES.get(backend, call.device.type) != call.device.type:
+            continue
         reason = why_not(call)
         if reason is None:
             return Choice(backend, name, rejected)
@@ -152,17 +168,18 @@ def choose(call: Call) -> Choice:
     raise BackendUnavailable(f'no backend can run {call.function}: {rejected}')
 
 
-def explain(x: Tensor, *others: Tensor | None, function: str = 'frfn') -> Choice:
+def explain(x: Tensor, *others: Tensor | None, function: str = 'frfn', **details: object) -> Choice:
     """Which backend would compute a map here and now, and why: `print(explain(x))`.
 
     Args:
         x: the map, [B, H, W, C]; its device, dtype, shape and whether it needs gradients count, no value does.
         others: further tensors of the call, such as parameters.
         function: name of the function in `ast_plugin.ops`.
+        details: settings of the function, see `Call`.
     Raises:
         BackendUnavailable: if a backend is asked for by name that cannot run it.
     """
-    return choose(describe(function, x, others))
+    return choose(describe(function, x, others, details=details))
 
 
 def say_once(choice: Choice) -> None:

@@ -279,7 +279,8 @@ class _Backward(_Attention):
         self.d_qkv, self.d_qkv_bias = torch.zeros(3 * C, C, **zeros), torch.zeros(3 * C, **zeros)
         self.d_proj, self.d_proj_bias = torch.zeros(C, C, **zeros), torch.zeros(C, **zeros)
         self.d_bias = torch.zeros_like(self.bias)
-        self.d_shares = torch.zeros(2, **zeros)
+        # The gate's gradient is a small difference of these.
+        self.d_shares = torch.zeros(2, dtype=torch.float64)
 
     def run(self, grad: Tensor) -> list[Tensor | None]:
         """Gradients of x and the weights, each in its tensor's dtype."""
@@ -306,7 +307,7 @@ class _Backward(_Attention):
         table.index_add_(0, index, self.d_bias.reshape(heads, -1).t().contiguous())
         d_gate = None
         if self.gate is not None:
-            shares = self.gate.softmax(0)
+            shares = self.gate.double().softmax(0)
             d_gate = shares * (self.d_shares - (shares * self.d_shares).sum())
         return Weights(
             *self.d_norm,
@@ -374,8 +375,8 @@ class _Backward(_Attention):
         d_dense = grad * dense
         per_row = d_dense.sum(-1, keepdim=True)
         d_sparse = grad * positive
-        self.d_shares[0] += per_row.sum()
-        self.d_shares[1] += (d_sparse * positive).sum()
+        self.d_shares[0] += per_row.sum(dtype=torch.float64)
+        self.d_shares[1] += (d_sparse * positive).sum(-1).sum(dtype=torch.float64)
         # softmax: P · (dP − Σ dP · P), with dP the dense share of the gradient; relu²: 2 · relu · its share of it
         d_scores = d_dense.addcmul_(dense, per_row, value=-1).mul_(dense_share).add_(d_sparse.mul_(2 * sparse_share))
         return dense.mul_(dense_share).addcmul_(positive, positive.mul(sparse_share)), d_scores

@@ -5,8 +5,8 @@ convolution needs from its neighbours are computed twice, which at some tens of 
 pass only the input is kept; strips are computed again. Beside its input and output a call holds a few strips, and in
 the backward pass one more map of C channels: never a whole map of hidden channels.
 
-Numerics: oneDNN accumulates in float32; gradients of parameters add up in float32 over strips, also for bfloat16. The
-order of all sums depends on shapes and the number of threads alone.
+Numerics: oneDNN accumulates in float32, and its GELU is exact up to 4e-7; gradients of parameters add up in float32
+over strips, also for bfloat16. The order of all sums depends on shapes and the number of threads alone.
 """
 
 from typing import NamedTuple

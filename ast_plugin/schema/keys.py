@@ -241,6 +241,9 @@ class OptionFile(RealESRGAN):
     scale: Number | None = Field(None, gt=0, description='of super-resolution; 1 for restoration')
     num_gpu: Annotated[Whole, Field(ge=0)] | Literal['auto'] | None = None
     manual_seed: CountOrZero | None = Field(None, description='drawn if not given')
+    backend: Literal['auto', 'fused', 'triton', 'reference'] | None = Field(
+        None, description='what computes our blocks; if not given, what AST_BACKEND names, else the fastest that can'
+    )
     find_unused_parameters: bool | None = None
     dist_params: DistParams | None = None
     datasets: dict[str, Dataset]

@@ -13,6 +13,13 @@ from ast_plugin.ops.windows import MASKED
 SHAPES = [((8, 8), 4, 0), ((4, 12), 4, 2), ((10, 5), 5, 2), ((3, 3), 3, 0), ((2, 4), 1, 0)]
 
 
+@pytest.fixture(autouse=True, params=['reference', 'auto'])
+def _backend(request):
+    """The equations hold for the plain reference, and for whatever is faster."""
+    with ops.use_backend(request.param):
+        yield
+
+
 def attention_inputs(size, window, heads=2, dim=6, batch=2, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
 

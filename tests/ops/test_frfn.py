@@ -8,6 +8,13 @@ import torch
 from ast_plugin import ops
 
 
+@pytest.fixture(autouse=True, params=['reference', 'auto'])
+def _backend(request):
+    """The equations hold for the plain reference, and for whatever is faster."""
+    with ops.use_backend(request.param):
+        yield
+
+
 def draw(*shape):
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
