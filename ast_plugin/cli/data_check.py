@@ -96,21 +96,29 @@ def _manifest_files(path: Path) -> list[Path]:
 
 
 def _check_lmdbs(path: Path, lmdbs: Sequence[Path], args: argparse.Namespace) -> int:
-    from ast_plugin.data.lmdbs.check import check_lmdb
+    from ast_plugin.data.lmdbs.check import check_lmdb, check_together
     from ast_plugin.data.manifest import read_manifest
 
     manifest = read_manifest(args.manifest.expanduser()) if args.manifest else None
     total = 0
     for folder in lmdbs:
-        lines = check_lmdb(folder, _workers(args, 1000))
-        say(f'{folder}: {f"{len(lines):,} faults" if lines else "whole"}')
-        for line in lines:
-            say('  ' + line.replace('\n', ' '))
-        total += len(lines)
+        total += _say_faults(folder, check_lmdb(folder, _workers(args, 1000)), 'whole')
+    if path not in lmdbs:
+        total += _say_faults(path, check_together(path), '')
     sys.stdout.flush()
     if manifest:
         total += _compare_lmdbs(path, manifest)
     return 1 if total else 0
+
+
+def _say_faults(folder: Path, faults: Sequence[str], otherwise: str) -> int:
+    plural = 's' if len(faults) > 1 else ''
+    result = f'{len(faults):,} fault{plural}' if faults else otherwise
+    if result:
+        say(f'{folder}: {result}')
+    for fault in faults:
+        say('  ' + fault.replace('\n', ' '))
+    return len(faults)
 
 
 def _compare_lmdbs(path: Path, manifest: Manifest) -> int:

@@ -155,7 +155,7 @@ def test_a_damaged_lmdb(lmdbs, capfd):
     data[start + 40] ^= 1
     path.write_bytes(data)
     out = check(capfd, 'lmdb', '--manifest', 'out/train.jsonl', status=1)
-    assert 'lq.lmdb: 1 faults' in out and 'gt.lmdb: whole' in out
+    assert 'lq.lmdb: 1 fault\n' in out and 'gt.lmdb: whole' in out
 
 
 def test_lmdbs_are_not_checked_quickly(lmdbs, capfd):

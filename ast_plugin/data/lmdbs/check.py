@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -10,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ast_plugin.data.image_files import decode_rgb
-from ast_plugin.data.lmdbs.format import Entry, digest_of, is_raw, read_digests, view_raw
+from ast_plugin.data.lmdbs.format import DIGESTS, KINDS, SOURCE, Entry, digest_of, is_raw, read_digests, view_raw
 from ast_plugin.data.lmdbs.reader import LmdbImages
 from ast_plugin.data.matching import some
 from ast_plugin.errors import DataError
@@ -50,6 +51,33 @@ def check_lmdb(folder: str | Path, num_workers: int = 1) -> list[str]:
                 bar.update()
                 if found:
                     faults.append(found)
+    return faults
+
+
+def check_together(folder: str | Path) -> list[str]:
+    """Find out whether the two LMDBs in a folder are those that were made together, neither lost nor in other places.
+
+    Args:
+        folder: as `basicsr data lmdb` writes it; one without its source.json is none, and has no fault.
+    Returns:
+        What is wrong, a line a fault; whether an LMDB is whole is for `check_lmdb` to say.
+    """
+    folder = Path(folder)
+    if not (folder / SOURCE).is_file():
+        return []
+    faults = [f'{folder}: {kind}.lmdb is missing' for kind in KINDS if not (folder / f'{kind}.lmdb').is_dir()]
+    try:
+        written = json.loads((folder / SOURCE).read_bytes())['digests']
+        found = {kind: digest_of((folder / f'{kind}.lmdb' / DIGESTS).read_bytes()) for kind in KINDS if not faults}
+        wrong = [kind for kind in found if written[kind] != found[kind]]
+    except FileNotFoundError:
+        return [*faults, f'{folder}: lacks digests.txt of an LMDB; copy it again']
+    except (OSError, ValueError, LookupError, TypeError):
+        return [*faults, f'{folder / SOURCE}: does not say what was written; write both anew with --overwrite']
+    if [written[kind] for kind in reversed(KINDS)] == [*found.values()] and wrong:
+        faults.append(f"{folder}: lq.lmdb and gt.lmdb are in each other's place")
+    else:
+        faults += [f'{folder / kind}.lmdb: is not the one that was written here' for kind in wrong]
     return faults
 
 

@@ -22,6 +22,9 @@ import numpy as np
 from ast_plugin.errors import DataError
 
 DATA, META_INFO, DIGESTS = 'data.mdb', 'meta_info.txt', 'digests.txt'
+SOURCE = 'source.json'
+"""Beside the two LMDBs that were made together: what they were made of, and the digest of either's digests.txt."""
+KINDS = ('lq', 'gt')
 MAX_KEY_BYTES = 511  # LMDB's own limit
 _DIGEST_BYTES = 16
 

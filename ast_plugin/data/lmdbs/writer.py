@@ -22,15 +22,14 @@ from typing import IO, NamedTuple
 import lmdb
 from tqdm import tqdm
 
-from ast_plugin.data.lmdbs.check import check_lmdb
-from ast_plugin.data.lmdbs.format import DATA, DIGESTS, META_INFO, Entry
-from ast_plugin.data.lmdbs.plan import KINDS, Plan, Value
+from ast_plugin.data.lmdbs.check import check_lmdb, check_together
+from ast_plugin.data.lmdbs.format import DATA, DIGESTS, KINDS, META_INFO, SOURCE, Entry, digest_of
+from ast_plugin.data.lmdbs.plan import Plan, Value
 from ast_plugin.data.matching import some
 from ast_plugin.data.pair_table import Pair
 from ast_plugin.data.parallel import num_cores
 from ast_plugin.errors import DataError
 
-SOURCE = 'source.json'
 COMMIT_PAIRS = 64
 COMMIT_BYTES = 32 * 2**20
 """A batch is committed when it has this many pairs or bytes; so much is lost by a kill, and lies in memory."""
@@ -72,7 +71,9 @@ def write_lmdbs(
         DataError: if an image cannot be read, the destination is taken, or the disk is full; what has been committed
             is kept for the next run.
     """
-    destination = Path(os.path.abspath(destination))
+    destination = Path(os.path.abspath(os.path.expanduser(destination)))
+    if not destination.name:
+        raise DataError(f'{destination}: exists, and is not a pair of LMDBs; choose another place')
     staging = _staging_of(destination)
     num_workers = num_workers or num_cores()
     with _explained(destination, staging):
@@ -88,6 +89,7 @@ def write_lmdbs(
             _write_values(staging, plan, num_done, num_workers)
             _write_texts(staging, plan)
             _verify(staging, num_workers)
+            _is_taken(destination, plan, overwrite)  # somebody may have put something there meanwhile
             _put_in_place(staging, destination)
         return Outcome(len(plan.items), num_done, _num_bytes(destination))
 
@@ -119,7 +121,8 @@ def _is_taken(destination: Path, plan: Plan, overwrite: bool) -> bool:
 
 
 def _check_whole(destination: Path, num_workers: int) -> None:
-    faults = [fault for kind in KINDS for fault in check_lmdb(destination / f'{kind}.lmdb', num_workers)]
+    faults = check_together(destination)
+    faults += [fault for kind in KINDS for fault in check_lmdb(destination / f'{kind}.lmdb', num_workers)]
     if faults:
         raise DataError(f'{destination}: exists, but is damaged: {some(faults)}. Replace it with --overwrite')
 
@@ -302,8 +305,10 @@ def _write_texts(staging: Path, plan: Plan) -> None:
         with _written(_folder(staging, kind) / DIGESTS) as file:
             for record in _records(staging, (item.key for item in plan.items)):
                 file.write(f'{record.digests[number]}  {record.key}\n')
+    source = {'plan': plan.digest, 'encoding': plan.encoding, 'pairs': len(plan.items)}
+    source['digests'] = {kind: digest_of((_folder(staging, kind) / DIGESTS).read_bytes()) for kind in KINDS}
     with _written(staging / _STAGED / SOURCE) as file:
-        file.write(json.dumps({'plan': plan.digest, 'encoding': plan.encoding, 'pairs': len(plan.items)}) + '\n')
+        file.write(json.dumps(source) + '\n')
 
 
 def _records(staging: Path, keys: Iterable[str]) -> Iterator[Record]:
