@@ -60,6 +60,16 @@ def test_option_files_travel(wheel):
     assert 'AST_quickstart.yml' in packed
 
 
+def test_what_is_no_code_travels(wheel):
+    others = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / 'ast_plugin').rglob('*')
+        if path.is_file() and path.suffix not in ('.py', '.pyc')
+    }
+    assert 'ast_plugin/compare/report_template.html' in others
+    assert others <= set(wheel.namelist())
+
+
 def test_wheel_holds_the_package_alone(wheel):
     tops = {name.split('/')[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith('.dist-info')} == {'ast_plugin'}
