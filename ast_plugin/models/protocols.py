@@ -133,7 +133,12 @@ class Protocol:
         height, width = image.shape[-2:]
         side = -(-max(height, width) // self.square) * self.square
         top, left = (side - height) // 2, (side - width) // 2
-        padded = F.pad(image, (left, side - width - left, top, side - height - top))
+        try:
+            padded = F.pad(image, (left, side - width - left, top, side - height - top))
+        except RuntimeError as error:
+            raise OptionError(
+                f'{width}x{height} with zeros around it, {side}x{side}, does not fit in memory; choose a smaller square'
+            ) from error
         result = self.tiling.run(network, padded, on_tile, on_note)
         scale = result.shape[-1] // side
         return result[..., top * scale : (top + height) * scale, left * scale : (left + width) * scale]
@@ -180,19 +185,22 @@ def read_protocol(value: str | Mapping[str, Any] | None) -> Protocol:
         raise OptionError(f'protocol is {value!r}: expected a name, or a mapping with a type')
     changes = {'type': value} if isinstance(value, str) else dict(value)
     name = changes.pop('type', None)
-    if name not in PROTOCOLS:
+    if not isinstance(name, str) or name not in PROTOCOLS:
         raise OptionError(
             f'no validation protocol is called {name}{did_you_mean(str(name), PROTOCOLS)}; '
             f'there are {", ".join(PROTOCOLS)}'
         )
     for key, given in changes.items():
         if key not in _KEYS:
-            raise OptionError(f'protocol.{key}: unknown key{did_you_mean(key, _KEYS)}')
+            raise OptionError(f'protocol.{key}: unknown key{did_you_mean(str(key), _KEYS)}')
         if type(given) not in [_KINDS[word] for word in _KEYS[key]]:  # True is an int, but no number of pixels
             raise OptionError(f'protocol.{key} is {given!r}: expected {" or ".join(_KEYS[key])}')
     if changes.get('square') is not None and changes['square'] < 1:
         raise OptionError(f'protocol.square is {changes["square"]}: expected a number of pixels, 1 or more')
     protocol = dataclasses.replace(PROTOCOLS[name], **changes)
+    idle = [] if protocol.tile else [key for key in ('overlap', 'blend', 'batch') if key in changes]
+    if idle:
+        raise OptionError(f'protocol.{idle[0]}: {name} has no tiles that this could say something of; set tile, too')
     try:
         protocol.tiling  # noqa: B018 - checks tile, overlap, blend and batch
     except OptionError as error:

@@ -228,11 +228,24 @@ def test_one_pass_that_does_not_fit_names_the_remedy():
         read_protocol('whole').restore(Forgetful(), image(60, 70))
 
 
+@pytest.mark.parametrize('square', [10**6, 10**9])
+def test_a_square_that_does_not_fit_is_named(square):
+    with pytest.raises(OptionError, match=f'8x4 with zeros around it, {square}x{square}, does not fit.*smaller square'):
+        read_protocol({'type': 'spad', 'square': square}).restore(nn.Identity(), image(4, 8))
+
+
 @pytest.mark.parametrize(
     ('value', 'message'),
     [
         ('agn', 'no validation protocol is called agn, did you mean agan'),
         ({'tile': 3}, 'no validation protocol is called None'),
+        ({'type': ['agan']}, r"no validation protocol is called \['agan'\]"),
+        ({'type': 'agan', 1: 2}, r'protocol\.1: unknown key'),
+        (
+            {'type': 'whole', 'overlap': 8},
+            r'protocol\.overlap: whole has no tiles that this could say something of; set',
+        ),
+        ({'type': 'agan', 'tile': None, 'batch': 2}, r'protocol\.batch: agan has no tiles'),
         (5, 'protocol is 5: expected a name, or a mapping'),
         ({'type': 'agan', 'til': 3}, r'protocol\.til: unknown key, did you mean tile'),
         ({'type': 'agan', 'tile': 0}, 'agan: tile is 0'),
