@@ -52,10 +52,12 @@ class WarmupCosineLR(LRScheduler):
             warmup_iter = warmup_epochs * iters_per_epoch
         warmup_iter = warmup_iter or 0
         self.held = iters_per_epoch if by == 'epoch' else 1
-        if self.held < 1 or not 0 <= warmup_iter < total_iter:
+        if self.held < 1:
+            raise OptionError(f'the schedule needs iters_per_epoch of 1 or more, not {iters_per_epoch}')
+        if not 0 <= warmup_iter < total_iter:
             raise OptionError(
-                f'the schedule needs iters_per_epoch >= 1 and 0 <= warm-up < total_iter, '
-                f'not {iters_per_epoch}, {warmup_iter} and {total_iter} iterations'
+                f'the warm-up of {warmup_iter} iterations does not fit into a run of {total_iter}; expected less: lower '
+                f'{"warmup_iter" if warmup_epochs is None else "warmup_epochs"}, or train longer'
             )
         self.warmup_steps = math.ceil(warmup_iter / self.held)
         self.num_steps = max(math.ceil(total_iter / self.held), self.warmup_steps + 1)

@@ -64,9 +64,12 @@ def test_warm_up_in_epochs_may_change_by_iteration():
 @pytest.mark.parametrize(
     ('options', 'told'),
     [
-        ({'total_iter': 3, 'warmup_iter': 3}, 'warm-up < total_iter'),
-        ({'total_iter': 3, 'by': 'epoch', 'iters_per_epoch': 0}, 'iters_per_epoch >= 1'),
-        ({'total_iter': 0}, 'warm-up < total_iter'),
+        (
+            {'total_iter': 3, 'warmup_iter': 3},
+            'warm-up of 3 iterations does not fit into a run of 3; .* lower warmup_iter',
+        ),
+        ({'total_iter': 3, 'by': 'epoch', 'iters_per_epoch': 0}, 'iters_per_epoch of 1 or more'),
+        ({'total_iter': 0}, 'a run of 0'),
         ({'total_iter': 3, 'warmup_iter': 1, 'warmup_epochs': 1, 'iters_per_epoch': 1}, 'not both'),
         ({'total_iter': 3, 'by': 'epoch'}, 'needs train.iters_per_epoch'),
         ({'total_iter': 3, 'warmup_epochs': 1}, 'needs train.iters_per_epoch'),
