@@ -1,11 +1,11 @@
 """AST's functions of tensors, each computed by the backend that is chosen for the call; see `backend`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from ast_plugin.ops import backend, fused_cpu_assa, fused_cpu_ffn
+from ast_plugin.ops import backend, fused_cpu_assa, fused_cpu_ffn, triton_assa, triton_frfn
 from ast_plugin.ops.assa import Affine
 from ast_plugin.ops.assa import window_attention as plain_window_attention
 from ast_plugin.ops.frfn import frfn as plain_frfn
@@ -15,11 +15,13 @@ from ast_plugin.ops.residual import Residual
 
 # One function of the same arguments for each backend of `backend.BACKENDS`.
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    'frfn': {'fused': fused_cpu_ffn.frfn, 'reference': plain_frfn},
-    'leff': {'fused': fused_cpu_ffn.leff, 'reference': plain_leff},
-    'mlp': {'fused': fused_cpu_ffn.mlp, 'reference': plain_mlp},
+    'frfn': {'fused': fused_cpu_ffn.frfn, 'triton': triton_frfn.frfn, 'reference': plain_frfn},
+    'leff': {'fused': fused_cpu_ffn.leff, 'triton': triton_frfn.leff, 'reference': plain_leff},
+    # Two products and a GELU, which PyTorch's own kernels do as well as any.
+    'mlp': {'fused': fused_cpu_ffn.mlp, 'triton': plain_mlp, 'reference': plain_mlp},
     'window_attention': {
         'fused': fused_cpu_assa.window_attention,
+        'triton': triton_assa.window_attention,
         'reference': plain_window_attention,
     },
 }
@@ -68,7 +70,8 @@ def window_attention(
     """Multi-head self-attention within (shifted) windows of a map; see `ops.assa.window_attention`, the reference."""
     tensors = (*q, *kv, *proj, position_bias, gate)
     constants = () if mask is None else (mask,)
-    return _implementation('window_attention', x, tensors, residual, constants)(
+    details = {'kind': kind, 'window': window, 'num_heads': num_heads, 'masked': mask is not None}
+    return _implementation('window_attention', x, tensors, residual, constants, details)(
         x,
         q,
         kv,
@@ -91,6 +94,7 @@ def _implementation(
     tensors: tuple[Tensor | None, ...],
     residual: Residual | None,
     constants: tuple[Tensor, ...] = (),
+    details: Mapping[str, object] | None = None,
 ) -> Callable[..., Tensor]:
     """What computes a call. `constants` are tensors that fused paths give no gradient, like a residual's scale."""
     if torch.compiler.is_compiling():
@@ -102,7 +106,7 @@ def _implementation(
     if residual is not None:
         tensors = (*tensors, residual.weight, residual.bias)
         constants = constants if residual.scale is None else (*constants, residual.scale)
-    call = backend.describe(function, x, tensors, constants)
+    call = backend.describe(function, x, tensors, constants, details)
     choice = backend.choose(call)
     if choice.rejected:
         backend.say_once(choice)
