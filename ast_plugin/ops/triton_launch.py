@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,12 @@ def why_not(call: Call) -> str | None:
     return triton_check.fault(call)
 
 
+@lru_cache(maxsize=1)
+def is_installed() -> bool:
+    """Whether there is a package of that name; whether it works, the first kernel shows."""
+    return importlib.util.find_spec('triton') is not None
+
+
 def is_interpreted() -> bool:
     """Whether kernels run on the CPU, statement by statement, to be tested."""
     return os.environ.get('TRITON_INTERPRET') == '1'
@@ -43,7 +50,7 @@ def is_interpreted() -> bool:
 def _device_reason(device: torch.device) -> str | None:
     if device.type != 'cuda' and not (device.type == 'cpu' and is_interpreted()):
         return f'it computes on CUDA devices, the map is on {device.type}'
-    if importlib.util.find_spec('triton') is None:
+    if not is_installed():
         return 'the package triton is not installed: pip install "ast_plugin[triton]"'
     if device.type == 'cuda':
         if torch.version.hip is not None:
@@ -64,6 +71,8 @@ def _shape_reason(call: Call) -> str | None:
         return f'it computes in {_name(call.dtype)}, and tensors are {", ".join(sorted(map(_name, call.dtypes)))}'
     if len(call.shape) != 4:
         return f'a map is [B, H, W, C], not {list(call.shape)}'
+    if 0 in call.shape[1:]:
+        return f'there is nothing to compute in {list(call.shape)}'
     details = call.details
     if details.get('kind', KINDS[0]) not in KINDS:
         return f'it has attention of the kinds {", ".join(KINDS)}, not {details["kind"]}'
