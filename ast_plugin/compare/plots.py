@@ -285,6 +285,7 @@ def _name_ends(figure: Any, axis: Any, ends: Sequence[tuple[str, float, float, s
     if not ends:
         return
     left, right = axis.get_xlim()
+    axis.set_xticks([tick for tick in axis.get_xticks() if left <= tick <= right])
     longest = max(len(name) for name, *_ in ends)
     axis.set_xlim(left, right + (right - left) * min(0.5, 0.028 * longest + 0.02))
     figure.canvas.draw()
