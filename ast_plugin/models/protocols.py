@@ -17,10 +17,10 @@ from basicsr.metrics import calculate_metric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ast_plugin.errors import DataError, OptionError, ShapeError
+from ast_plugin.errors import DataError, OptionError, PluginError, ShapeError
 from ast_plugin.metrics.images import as_array, eight_bits, fractions
 from ast_plugin.metrics.toolbox_metrics import to_toolbox
-from ast_plugin.models.tiling import AUTO, OnNote, OnTile, Tiling, evaluating
+from ast_plugin.models.tiling import AUTO, OnNote, OnTile, Tiling, evaluating, one_line
 from ast_plugin.suggest import did_you_mean
 
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -106,12 +106,12 @@ class Protocol:
         Returns:
             A value for each metric's name.
         Raises:
-            PluginError: if an image is no such image, or too small for a metric.
+            PluginError: if an image is no such image, or too small for a metric; the metric is named.
         """
         pair = [as_array(image) for image in (restored, reference)]
         img, img2 = (to_toolbox(eight_bits(image) if self.round else fractions(image)) for image in pair)
         chosen = self.metrics if metrics is None else metrics
-        return {name: float(calculate_metric({'img': img, 'img2': img2}, options)) for name, options in chosen.items()}
+        return {name: _measured(name, options, img, img2) for name, options in chosen.items()}
 
     def describe(self) -> str:
         """What is done, in a line: `agan: tiles of 384, overlap 80, mean; not rounded`."""
@@ -206,6 +206,17 @@ def read_protocol(value: str | Mapping[str, Any] | None) -> Protocol:
     except OptionError as error:
         raise OptionError(f'protocol {name}: {error}') from None
     return protocol
+
+
+def _measured(name: str, options: Mapping[str, Any], img: np.ndarray, img2: np.ndarray) -> float:
+    try:
+        return float(calculate_metric({'img': img, 'img2': img2}, options))
+    except PluginError as error:
+        error.args = (f'{name}: {error}', *error.args[1:])
+        raise
+    except Exception as error:  # metrics of others raise what they like
+        size = f'{img.shape[1]}x{img.shape[0]}'
+        raise DataError(f'{name}: {options["type"]} fails on an image of {size}: {one_line(error)}') from error
 
 
 def _mean_of_eight(run: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:

@@ -198,6 +198,15 @@ def test_each_protocol_has_its_definition():
     assert read_protocol('basicsr').measure(restored, clean) == {}
 
 
+def test_a_metric_that_fails_is_named_with_what_it_was_given():
+    small = image(5, 6)
+    with pytest.raises(ShapeError, match=r'^ours: the images have 6x5 pixels: SSIM needs at least 11'):
+        read_protocol('spad').measure(small, small, {'ours': {'type': 'calculate_ssim_matlab'}})
+    niqe = {'theirs': {'type': 'calculate_niqe', 'crop_border': 0}}
+    with pytest.raises(DataError, match=r'^theirs: calculate_niqe fails on an image of 6x5: '):
+        read_protocol('basicsr').measure(small, small, niqe)
+
+
 def test_results_that_are_not_finite_are_refused():
     for value in (math.nan, math.inf):
         with pytest.raises(DataError, match='not finite'):
