@@ -74,6 +74,7 @@ setup(
         'baselines': baselines,
         'optimizers': optimizers,
         'photos': photos,
+        'triton': ['triton>=3.2; sys_platform == "linux"'],  # PyTorch for CUDA brings the version that goes with it
         'wandb': ['wandb>=0.16'],
         'test': [*baselines, *optimizers, *photos, 'pytest>=8.0', 'ruff>=0.9', 'setuptools>=77', 'wheel'],
     },
