@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ast_plugin.data.matching import printable
 from ast_plugin.errors import DataError, ShapeError
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def draw_examples(results: ValidationResults) -> Image.Image | None:
     rows = []
     for name in names:
         captions = [
-            f'{name}: {_scores(results.degraded.get(name, {}))}'.removesuffix(': '),
+            f'{printable(name)}: {_scores(results.degraded.get(name, {}))}'.removesuffix(': '),
             _scores(results.restored[name]),
             f'rank {ranks[name]} of {len(ranks)} by {results.ranking.metric}',
         ]
@@ -89,15 +91,16 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     Raises:
         DataError: if that fails; no part of the file is left.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.partial')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(partial, format='PNG', optimize=True)
         partial.replace(path)
     except OSError as error:
         raise DataError(f'{path} cannot be written: {error}') from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _scores(values: Mapping[str, float]) -> str:

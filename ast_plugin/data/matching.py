@@ -50,6 +50,12 @@ def some(items: Iterable[str]) -> str:
     return ', '.join(items[:SHOWN]) + rest
 
 
+def printable(name: str) -> str:
+    """Show a name in one line of text: names may hold anything but a slash, also ends of lines and bytes of no text."""
+    shown = name.encode('utf-8', 'backslashreplace').decode()
+    return shown.translate({ord('\n'): '\\n', ord('\r'): '\\r', ord('\t'): '\\t'})
+
+
 def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]:
     """Return the sorted names of the images that lie directly in `folder`.
 

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from ast_plugin.data.image_files import write_bytes
+from ast_plugin.data.matching import printable
 from ast_plugin.models.provenance import Provenance
 
 INPUT = 'input'  # column prefix of the unrestored picture's values
@@ -137,7 +138,7 @@ class ValidationResults:
         lines.append(('mean', self.mean_input(), self.mean()))
         rows = [header]
         for name, before, after in lines:
-            row = [name]
+            row = [printable(name)]
             for metric in metrics:
                 row += [_cell(before, metric)] if self.degraded else []
                 row.append(_cell(after, metric))
@@ -153,7 +154,7 @@ class ValidationResults:
                 if count and count < len(by_image):
                     lines.append(f'{kind}{metric}: {count} of {len(by_image)} are inf and left out of the mean')
         if self.provenance is not None:
-            lines += [f'{name}: {value}' for name, value in self.provenance.items()]
+            lines += [printable(f'{name}: {value}') for name, value in self.provenance.items()]
         return lines
 
     def to_markdown(self) -> str:
@@ -175,7 +176,7 @@ class ValidationResults:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator='\n')
         writer.writerow([*header, *(name for name, _ in made)])
-        writer.writerows([*row, *(value for _, value in made)] for row in rows)
+        writer.writerows([*row, *(printable(value) for _, value in made)] for row in rows)
         return text.getvalue()
 
     def write(self, folder: Path) -> None:

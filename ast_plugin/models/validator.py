@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from basicsr.utils import imwrite, tensor2img
+import numpy as np
+from basicsr.utils import tensor2img
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ast_plugin.errors import PluginError
+from ast_plugin.data.image_files import Picture, write_image
+from ast_plugin.errors import DataError, PluginError
 from ast_plugin.metrics.directions import better
 from ast_plugin.models.processes import Processes
 from ast_plugin.models.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
@@ -111,7 +113,7 @@ class Validator:
                 if self.processes.count > 1:
                     # Which of several namesakes this one is will be known when all have been read.
                     written[number] = written[number].with_name(f'.{number}~{written[number].name}')
-                imwrite(tensor2img([visuals['result']]), str(written[number]))
+                _write(written[number], tensor2img([visuals['result']]))
         results = ValidationResults.collect(dataset, self.processes.gather(pictures), self.ranking())
         names = list(results.restored)
         for number, path in written.items():
@@ -160,3 +162,12 @@ class Validator:
             shown.sort(key=lambda place: ranking.key(pictures[place].restored))
             middle = shown[self.num_examples]
             pictures[middle] = replace(pictures[middle], thumbnails=())
+
+
+def _write(path: Path, picture: np.ndarray) -> None:
+    """Write BGR or gray, uint8: OpenCV would not say why it cannot, and ends the process at names that are no text."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f'{path.parent}: this folder cannot be made: {error.strerror or error}') from error
+    write_image(path, Picture(picture if picture.ndim == 2 else picture[..., ::-1]))

@@ -1,12 +1,21 @@
 """Sheets of pictures: what stands where, looked up in their pixels."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 
-from ast_plugin.compare.contact_sheet import CAPTION, GAP, HEADING, Cell, draw_contact_sheet, draw_examples
-from ast_plugin.errors import ShapeError
+from ast_plugin.compare.contact_sheet import (
+    CAPTION,
+    GAP,
+    HEADING,
+    Cell,
+    draw_contact_sheet,
+    draw_examples,
+    save_picture,
+)
+from ast_plugin.errors import DataError, ShapeError
 from ast_plugin.models.results import PictureResult, Ranking, ValidationResults
 
 COLOURS = {'input': (200, 0, 0), 'restored': (0, 200, 0), 'ground truth': (0, 0, 200)}
@@ -59,3 +68,20 @@ def test_rows_of_other_sizes_are_refused():
         draw_contact_sheet(('a', 'b'), [[Cell(flat(0)), Cell(flat(0, width=41))]])
     with pytest.raises(ShapeError, match='a row needs 2'):
         draw_contact_sheet(('a', 'b'), [[Cell(flat(0))]])
+
+
+def test_names_that_are_no_text_are_drawn():
+    odd = results([20.0])
+    name = os.fsdecode(b'line\n\xff')
+    for part in (odd.restored, odd.degraded, odd.thumbnails):
+        part[name] = part.pop('image0')
+    assert draw_examples(odd).size[0] == 3 * 480 + 4 * GAP
+
+
+@pytest.mark.parametrize('place', ['file/sheet.png', 'folder'])
+def test_a_sheet_that_cannot_be_written(tmp_path, place):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'folder').mkdir()
+    with pytest.raises(DataError, match=f'{place} cannot be written'):
+        save_picture(draw_contact_sheet(('a',), [[Cell(flat(0))]]), tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder']

@@ -309,7 +309,9 @@ def test_a_picture_that_cannot_be_measured_is_named(tmp_path):
 
     opt = options(tmp_path)
     opt['val'] = {'protocol': 'whole'}
-    with pytest.raises(ShapeError, match=r'pairs: a/one\.png: the images have 21x6 pixels: SSIM needs at least 7'):
+    with pytest.raises(
+        ShapeError, match=r'pairs: a/one\.png: ssim: the images have 21x6 pixels: SSIM needs at least 7'
+    ):
         build(opt).validation(DataLoader(Small()), 1, None)
 
 

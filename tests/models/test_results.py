@@ -2,6 +2,7 @@ import csv
 import hashlib
 import io
 import math
+import os
 
 import numpy as np
 import torch
@@ -44,6 +45,16 @@ def test_comma_separated_values():
     assert RESULTS.to_csv().splitlines()[2] == 'china town,22.5000,32.0000,0.6000,0.8000'
     alone = ValidationResults('rain', restored={'a,b': {'psnr': 1.0}})
     assert alone.to_csv() == 'image,psnr\n"a,b",1.0000\nmean,1.0000\n'
+
+
+def test_names_that_are_no_text_are_shown_all_the_same(tmp_path):
+    made = Provenance('whole', 'psnr', os.fsdecode(b'w\xff.pth'), '', '')
+    odd = ValidationResults('rain', restored={os.fsdecode(b'a\xff\nb'): {'psnr': 1.0}}, provenance=made)
+    odd.write(tmp_path)
+    table = (tmp_path / 'rain.md').read_text()
+    assert table.splitlines()[2] == r'| a\udcff\nb | 1.0000 |' and r'weights: w\udcff.pth' in table
+    rows = list(csv.reader((tmp_path / 'rain.csv').read_text().splitlines()))
+    assert [row[0] for row in rows] == ['image', r'a\udcff\nb', 'mean'] and r'w\udcff.pth' in rows[1]
 
 
 def test_pictures_of_several_processes_come_into_the_datasets_order():

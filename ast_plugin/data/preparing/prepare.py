@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ast_plugin.data.manifest import Entry, replacing, write_manifest
-from ast_plugin.data.matching import Fault, is_image, list_images
+from ast_plugin.data.matching import Fault, is_image, list_images, printable
 from ast_plugin.data.pair_table import Pair
 from ast_plugin.data.preparing import duplicates
 from ast_plugin.data.preparing.checked_pairs import Found, Journal
@@ -111,10 +111,10 @@ class Preparation:
         with replacing(path) as file:
             for number, split in enumerate(self.splits):
                 for fault in checks.faults(number):
-                    file.write(f'{split.name}\t{fault.kind}\t{_printable(fault.name)}\t{_printable(fault.text)}\n')
+                    file.write(f'{split.name}\t{fault.kind}\t{printable(fault.name)}\t{printable(fault.text)}\n')
             for leak in checks.leaks:
                 for trained, tested in leak.examples:
-                    file.write(f'{leak.second}\tin {leak.first}, too\t{_printable(tested)}\t{_printable(trained)}\n')
+                    file.write(f'{leak.second}\tin {leak.first}, too\t{printable(tested)}\t{printable(trained)}\n')
         return path
 
     def write(self, checks: Checks, layout: str, place: str | None, on_pair: Callable[[], None] = int) -> list[Path]:
@@ -281,8 +281,3 @@ def _remove(path: Path) -> None:
         path.unlink()
     except OSError as error:
         raise DataError(f'{path}: of an earlier run, and cannot be removed: {error.strerror or error}') from error
-
-
-def _printable(text: str) -> str:
-    """Names may hold anything but a slash, also ends of lines and bytes that are no text."""
-    return text.encode('utf-8', 'backslashreplace').decode().replace('\n', '\\n').replace('\t', '\\t')

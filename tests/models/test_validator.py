@@ -1,0 +1,53 @@
+"""Restored pictures are written whatever their names, and where they cannot be, a line says so."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ast_plugin.data.image_files import read_rgb
+from ast_plugin.errors import DataError
+from ast_plugin.models.processes import Processes
+from ast_plugin.models.validator import Validator
+
+
+class Pictures(Dataset):
+    opt = {'name': 'odd'}
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, number: int) -> dict:
+        return {'lq': torch.arange(60).reshape(3, 4, 5) / 255, 'lq_path': f'/data/{self.name}.png'}
+
+
+def measure(name: str, folder: Path) -> Path:
+    path = folder / 'made' / f'{name}.png'
+    validator = Validator({}, Processes(), lambda *_: path)
+    restore = lambda sample: {'lq': sample['lq'], 'result': sample['lq']}  # noqa: E731
+    validator.measure(restore, DataLoader(Pictures(name)), save_img=True)
+    return path
+
+
+@pytest.mark.parametrize('name', ['plain', 'a b|ü', os.fsdecode(b'bad\xff'), 'line\nbreak'])
+def test_any_name(tmp_path, name):
+    pixels = read_rgb(measure(name, tmp_path))
+    assert np.array_equal(pixels, np.arange(60, dtype=np.uint8).reshape(3, 4, 5).transpose(1, 2, 0))
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(DataError, match=r'cannot write .*xxx\.png: File name too long'):
+        measure('x' * 252, tmp_path)
+    assert list((tmp_path / 'made').iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / 'made').touch()
+    with pytest.raises(DataError, match='made: this folder cannot be made: '):
+        measure('plain', tmp_path)
