@@ -12,6 +12,7 @@ rate of the fastest matrix product of this run, and one copy of what each block 
   bfloat16    the latter under autocast
   train       forward and backward of two pictures of 128²
   photograph  480×720: zero-padded to a square of 768² as the official code does, and whole
+  gpu         in bfloat16 on CUDA, forward 512² and training 8×256²; see `benchmark_cuda`
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from ast_plugin.errors import OptionError
 if TYPE_CHECKING:
     import torch
 
-CASES = ('forward', 'bfloat16', 'train', 'photograph')
+CASES = ('forward', 'bfloat16', 'train', 'photograph', 'gpu')
 _PHOTOGRAPH = (480, 720)
 _OFFICIAL_SQUARE = 128  # the official test pads to a square of a multiple of this
 _NO_COMPILE = 'not run: inductor takes minutes for a whole network; see `benchmark.py ops` for a block'
@@ -224,7 +225,11 @@ def run(args: argparse.Namespace) -> int:
         if args.json is not None:
             benchmark_records.write(args.json, record)
 
-    measure(ways(args.net, args.size, args.cases), args.turns, rates, _say, keep)
+    lines = measure(ways(args.net, args.size, args.cases), args.turns, rates, _say, keep)
+    if 'gpu' in args.cases:
+        from ast_plugin.compare import benchmark_cuda
+
+        keep(lines + benchmark_cuda.measure(args.net, args.turns, _say))
     print(table(record['results']))
     for remark in remarks(record):
         print(remark)
@@ -239,7 +244,6 @@ def remarks(record: dict[str, Any]) -> list[str]:
         '',
         f'{settings["net"]}, {settings["turns"]} turns each. Matrix products: {giga["fp32"]} GFLOP/s in float32 '
         f'(torch.nn.functional.linear: {giga["fp32_torch"]}), {giga["bf16"]} in bfloat16; copies: {giga["copy"]} GB/s.',
-        'CUDA: not measured, no GPU is at hand.',
     ]
 
 
