@@ -76,7 +76,21 @@ def window_attention(
 
 
 def attend(settings: Settings, qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Attention of q, k and v, [B, H, W, 3C] side by side: [B, H, W, C]; bias [heads, window**2, window**2]."""
+    """Attention of q, k and v, [B, H, W, 3C] side by side: [B, H, W, C]; bias [heads, window**2, window**2].
+
+    Raises:
+        ShapeError: if the sizes do not go together; a kernel would read what is not there.
+    """
+    B, H, W, channels = qkv.shape
+    heads, side, tokens = settings.num_heads, settings.window, settings.window**2
+    if H % side or W % side or channels % (3 * heads):
+        raise ShapeError(f'q, k and v are {list(qkv.shape)}: expected multiples of {side}, {side} and 3·{heads}')
+    if bias.shape != (heads, tokens, tokens):
+        raise ShapeError(f'the position bias is {list(bias.shape)}: expected {[heads, tokens, tokens]}')
+    num_windows = (H // side) * (W // side)
+    if mask is not None and mask.shape not in ((num_windows, tokens, tokens), (B * num_windows, tokens, tokens)):
+        expected = f'[{num_windows} or {B * num_windows}, {tokens}, {tokens}]'
+        raise ShapeError(f'the mask is {list(mask.shape)}: expected {expected}')
     return _Attention.apply(settings, qkv, bias, gate if settings.kind == 'assa' else None, mask)
 
 
@@ -126,7 +140,8 @@ class _Attention(torch.autograd.Function):
         qkv, bias, gate, mask = ctx.saved_tensors
         if torch.is_grad_enabled():
             # Gradients of gradients are asked for: autograd has the formulas of plain operators.
-            out = plain_attend(ctx.settings, qkv, bias, gate, mask)
+            with torch.autocast(qkv.device.type, enabled=False):
+                out = plain_attend(ctx.settings, qkv, bias, gate, mask)
             found = gradients_of(out, grad, (qkv, bias, gate), ctx.needs_input_grad[1:4])
         elif ctx.settings.window**2 > _MOST_TOKENS and len(qkv) > 1:
             found = _image_by_image(ctx.settings, qkv, bias, gate, mask, grad)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from ast_plugin.errors import ShapeError
 from ast_plugin.ops.assa import Affine
 from ast_plugin.ops.fused_cpu_kernels import gradients_of
 from ast_plugin.ops.residual import Residual, with_residual
@@ -52,7 +53,13 @@ def activate(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: [h], or None.
     Returns:
         [B, H, W, h].
+    Raises:
+        ShapeError: if the sizes do not go together; a kernel would read what is not there.
     """
+    h = len(weight)
+    if z.shape[-1] not in (h, 2 * h) or weight.shape != (h, 1, 3, 3) or (bias is not None and bias.shape != (h,)):
+        sizes = ', '.join(str(list(tensor.shape)) for tensor in (z, weight, bias) if tensor is not None)
+        raise ShapeError(f'map, depthwise weight and bias are {sizes}: expected [B, H, W, h or 2h], [h, 1, 3, 3], [h]')
     return _Activate.apply(z, weight, bias)
 
 
@@ -79,7 +86,9 @@ class _Activate(torch.autograd.Function):
         z, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
             # Gradients of gradients are asked for: autograd has the formulas of plain operators.
-            return tuple(gradients_of(plain_activate(z, weight, bias), grad, (z, weight, bias), ctx.needs_input_grad))
+            with torch.autocast(z.device.type, enabled=False):
+                out = plain_activate(z, weight, bias)
+            return tuple(gradients_of(out, grad, (z, weight, bias), ctx.needs_input_grad))
         return _Launch(z, weight, bias).backward(grad)
 
 

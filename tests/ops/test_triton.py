@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ast_plugin import ops
-from ast_plugin.errors import BackendUnavailable
+from ast_plugin.errors import BackendUnavailable, ShapeError
 from ast_plugin.ops import assa, triton_assa, triton_check, triton_frfn
 from ast_plugin.ops.frfn import frfn as plain_frfn
 from ast_plugin.ops.frfn import leff as plain_leff
@@ -39,6 +39,9 @@ def place(monkeypatch, device):
         device = torch.device('cpu')
     elif device.type != 'cuda':
         device = torch.device('cuda')
+    # TF32, which convolutions take by default, is none of the precisions that are compared here.
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
     with ops.use_backend('triton'):
         yield device
 
@@ -324,6 +327,28 @@ def test_what_is_kept_for_the_backward_pass(place):
     fixed = 3 * C * C + 2 * 16 * 16 + 2 * 16 * 16  # joined weights, position bias and its 64-bit indices
     assert sum(kept.values()) <= 4 * (positions * (4 * C + 3 * C + 3 * h) + fixed)
     assert y.requires_grad
+
+
+@pytest.mark.parametrize(
+    ('changed', 'message'),
+    [
+        ({'position_bias': (49, 3)}, r'bias is \[3, 16, 16\]: expected \[2, 16, 16\]'),
+        ({'mask': (3, 16, 16)}, r'mask is \[3, 16, 16\]: expected \[2 or 4, 16, 16\]'),
+        ({'x': (2, 4, 6, 32)}, '4x6 map does not divide into windows of 4x4'),
+        ({'x': (2, 4, 8, 33)}, '33 channels do not divide into 2 heads'),
+    ],
+)
+def test_sizes_that_do_not_go_together(place, changed, message):
+    tensors = {name: cast(value, torch.float32, place) for name, value in attention_inputs((4, 8), 4).items()}
+    tensors |= {name: draw(*shape).float().to(place) for name, shape in changed.items()}
+    with pytest.raises(ShapeError, match=message):
+        ops.window_attention(**tensors, num_heads=2, window=4)
+
+
+def test_hidden_channels_that_do_not_go_together(place):
+    z, weight = draw(1, 2, 2, 9).float().to(place), draw(4, 1, 3, 3).float().to(place)
+    with pytest.raises(ShapeError, match=r'are \[1, 2, 2, 9\], \[4, 1, 3, 3\]: expected'):
+        triton_frfn.activate(z, weight, None)
 
 
 @pytest.mark.parametrize('needs_grad', [False, True])
