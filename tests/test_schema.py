@@ -229,6 +229,8 @@ CASES = [
     ('train:pixel_opt:type', 'L1', 'train.pixel_opt.type: no loss is registered as L1'),
     ('train:pixel_opt:weight', 1, 'train.pixel_opt.weight: unknown key'),
     ('train:edge_opt', {'type': 'EdgeLoss'}, 'train.edge_opt: unknown key'),
+    ('datasets:val:name', 'a/b', 'datasets.val.name: expected a name that can name a folder'),
+    ('datasets:val:name', '..', 'datasets.val.name: expected a name that can name a folder'),
     ('val:val_freq', ..., f'val.val_freq: {MISSING}'),
     ('val:protocol', 'agan', 'val.protocol: read by model_type RestorationModel alone'),
     ('val:during_training', {'metric': {}}, f'val.during_training.metric: {UNKNOWN}metrics?'),
@@ -257,6 +259,12 @@ def test_one_fault_gives_one_line(registered, path, value, message):
 def test_dataset_keys(registered, key):
     found = faults(changed(f'datasets:{key}', TINY['datasets']['val']), registered)
     assert found == [f'datasets.{key}: expected train, val or test, with or without a number behind _ (val_2)']
+
+
+def test_sets_to_measure_have_names_of_their_own(registered):
+    datasets = changed('scale', 1)['datasets']
+    opt = changed('datasets', {**datasets, 'val_2': {**datasets['val']}})
+    assert faults(opt, registered) == [f'datasets.val_2.name: datasets.val is called {datasets["val"]["name"]}, too']
 
 
 def test_all_faults_at_once_in_the_order_of_the_file(registered):

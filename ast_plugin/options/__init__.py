@@ -146,6 +146,7 @@ def prepare(
         opt['name'] = f'{opt["name"]}_{stage}'
     if is_train:
         lengths.resolve(opt, length_of)
+        opt['logger'].setdefault('use_tb_logger', False)  # which BasicSR reads without asking whether it is there
     if opt.get('val') is not None or not is_train:
         opt['val'] = {**_NEUTRAL_VAL, **_validation(opt.get('val') or {}, is_train)}
     if is_train and 'debug' in opt['name']:

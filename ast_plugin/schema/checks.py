@@ -64,6 +64,7 @@ def _run_faults(opt: Mapping[str, Any], registered: Registered | None, is_train:
     if registered is not None and not _is_ours(opt, registered) and not _is_third_party(opt, registered):
         faults += _protocol_faults(opt)
     faults += (_best_metric_faults(opt, registered) if is_train else []) + _rival_faults(opt)
+    faults += _namesake_faults(_section(opt, 'datasets'))
     return list({fault.where: fault for fault in reversed(faults)}.values())[::-1]
 
 
@@ -165,6 +166,16 @@ def _rival_faults(opt: Mapping[str, Any]) -> list[Fault]:
         if isinstance(_at(opt, where), dict)
         and len(given := [key for key in _at(opt, where) if key in pair and _at(opt, (*where, key)) is not None]) > 1
     ]
+
+
+def _namesake_faults(datasets: Mapping[str, Any]) -> list[Fault]:
+    """Sets to measure that share a name, and so the files of their results."""
+    faults, first = [], {}
+    for key, dataset in datasets.items():
+        name = dataset.get('name') if isinstance(dataset, dict) and key.startswith(('val', 'test')) else None
+        if isinstance(name, str) and first.setdefault(name, key) != key:
+            faults.append(Fault(('datasets', key, 'name'), f'datasets.{first[name]} is called {name}, too'))
+    return faults
 
 
 def _protocol_faults(opt: Mapping[str, Any]) -> list[Fault]:

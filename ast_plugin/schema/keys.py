@@ -63,7 +63,7 @@ class IOBackend(Typed):
 class Dataset(Typed):
     """The keys that BasicSR's pipelines and loaders read of every dataset."""
 
-    name: str = Field(min_length=1, description='name in messages, tables and result folders')
+    name: FolderName = Field(description='name in messages, of tables and result folders')
     io_backend: IOBackend | None = None
     batch_size_per_gpu: Count | None = Field(None, description='training images a step, on each device')
     num_worker_per_gpu: CountOrZero | None = Field(None, description='reading processes, for each device')

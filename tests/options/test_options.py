@@ -284,6 +284,7 @@ def test_prepare_for_training(tmp_path):
     process = {'is_train': True, 'rank': 1, 'world_size': 2, 'dist': True, 'auto_resume': False}
     assert {key: opt[key] for key in process} == process
     assert opt['val'] == {'val_freq': 5, 'save_img': False, 'suffix': None}
+    assert opt['logger'] == {**OPT['logger'], 'use_tb_logger': False}  # which BasicSR reads whether it is there or not
     assert os.listdir(tmp_path) == []
 
 

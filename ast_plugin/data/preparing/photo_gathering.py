@@ -62,8 +62,18 @@ def folder_pictures(folder: Path) -> Iterator[tuple[str, bytes]]:
             except OSError as error:
                 raise DataError(f'{path}: cannot be read: {error.strerror}') from error
             if start[:4] == MAGIC:
-                inside = ((name, data) for name, data in resource_files(path) if sniff_format(data[:16]))
-                yield from ((str(path.relative_to(folder) / name), data) for name, data in inside)
+                yield from _resource_pictures(path, folder)
+
+
+def _resource_pictures(path: Path, folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the pictures inside Qt's resources; for what is damaged no bytes, so that the rest is gathered."""
+    place = path.relative_to(folder)
+    try:
+        for name, data in resource_files(path):
+            if sniff_format(data[:16]):
+                yield str(place / name), data
+    except DataError:
+        yield str(place), b''
 
 
 def gather(pictures: Iterator[tuple[str, bytes]], destination: Path, min_side: int = MIN_SIDE) -> Gathered:

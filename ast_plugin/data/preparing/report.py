@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ast_plugin.data.matching import Fault
+from ast_plugin.data.matching import Fault, printable
 from ast_plugin.data.preparing import duplicates
 from ast_plugin.data.preparing.prepare import Checks
 
@@ -99,12 +99,18 @@ def option_lines(manifests: Iterable[tuple[str, Path]]) -> list[str]:
         key += f'_{used[phase]}' if used[phase] > 1 else ''
         lines += [
             f'  {key}:',
-            f'    name: {_quoted(f"{path.parent.name}_{path.stem}")}',
+            f'    name: {_quoted(_dataset_name(path))}',
             '    type: PairsDataset',
             '    layout: manifest',
             f'    manifest: {_quoted(str(path))}',
         ]
     return lines
+
+
+def _dataset_name(manifest: Path) -> str:
+    """A name that files of results can have: the folder's, as far as that may be, and the split's."""
+    folder = printable(manifest.parent.name).replace('\\', '_').lstrip('. ')[:80]
+    return f'{folder}_{manifest.stem}'.lstrip('_')
 
 
 def _quoted(text: str) -> str:

@@ -177,6 +177,13 @@ def test_damaged_resources_are_named(tmp_path):
         list(resource_files(path))
 
 
+def test_damaged_resources_do_not_keep_the_rest_back(tmp_path):
+    (tmp_path / 'broken.rcc').write_bytes(b'qres\0\0')
+    (tmp_path / 'z.png').write_bytes(b'\x89PNG\r\n\x1a\n')
+    assert dict(folder_pictures(tmp_path)) == {'broken.rcc': b'', 'z.png': b'\x89PNG\r\n\x1a\n'}
+    assert gather(folder_pictures(tmp_path), tmp_path / 'out').left_out == {'unreadable': 2}
+
+
 def test_the_command_gathers_from_a_folder(tmp_path, capsys):
     source = tmp_path / 'my pictures'
     source.mkdir()
