@@ -123,6 +123,18 @@ def test_shapes_and_shifts(place, tolerances, monkeypatch, size, window, shift, 
     check_attention(place, tolerances[torch.float32], size, window, shift, **options)
 
 
+def test_the_last_group_has_fewer_windows(place, monkeypatch):
+    """Of three windows a program takes two; behind them in memory lies another picture, which is not to be read."""
+    monkeypatch.setattr(triton_assa, '_PROGRAMS', 2)
+    settings, qkv, grad = triton_assa.Settings(1, 4, 0, 'dense'), draw(2, 4, 12, 24), draw(2, 4, 12, 8)
+    qkv, grad, bias = qkv.float().to(place), grad.float().to(place), draw(1, 16, 16).float().to(place).requires_grad_()
+    got, want = (
+        torch.autograd.grad(attend(settings, qkv[:1], bias, None, None), bias, grad[:1])[0]
+        for attend in (triton_assa.attend, triton_assa.plain_attend)
+    )
+    near(got, want)
+
+
 @pytest.mark.parametrize('kind', ['assa', 'dense', 'sparse', 'sparse_relu'])
 @pytest.mark.parametrize('masks', [0, 2, 4])
 def test_kinds_and_masks(place, tolerances, kind, masks):

@@ -1,6 +1,7 @@
-"""Triton's kernels compiled for devices that need not be there: what only the interpreter takes would fail here.
+"""Triton's kernels with the arguments of real calls, compiled for devices that need not be there.
 
-In a process of its own, as kernels that the interpreter runs cannot be compiled.
+What only the interpreter takes would fail here. All is done but for the start on a device; in a process of its own, as
+kernels that the interpreter runs cannot be compiled.
 """
 
 import importlib.util
@@ -13,52 +14,57 @@ if importlib.util.find_spec('triton') is None:
     pytest.skip('needs Triton: pip install "ast_plugin[triton]"', allow_module_level=True)
 
 SCRIPT = """
-import sys
-import triton
+import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from ast_plugin.ops import triton_assa_kernels as attention, triton_frfn_kernels as activation
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+from ast_plugin.ops import triton_assa, triton_frfn
 
-FLOATS = {'weight_ptr', 'bias_ptr', 'sums_ptr', 'shares_ptr', 'mask_ptr', 'd_bias_ptr', 'd_shares_ptr'}
+
+class Pretended:
+    capability = 80
+
+    def get_current_target(self):
+        return GPUTarget('cuda', self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability  # compiled kernels are kept by device
+
+    def get_current_stream(self, device):
+        return 0
 
 
-def check(kernel, capability, dtype, warps, **constants):
-    signature, attributes, values = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], values[(index,)] = 'constexpr', constants[name]
-        elif name.endswith('_ptr'):
-            signature[name] = '*fp32' if name in FLOATS else f'*{dtype}'
-            attributes[(index,)] = [['tt.divisibility', 16]]
-        else:
-            signature[name] = 'fp32' if name == 'scale' else 'i32'
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    options = {'num_warps': warps, 'num_stages': 1}
-    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
+def compile_only(self, *args, grid, warmup, **options):
+    compiled = run(self, *args, grid=grid, warmup=True, **options)
     assert len(compiled.asm['cubin']) > 1000
-    print(kernel.fn.__name__, capability, dtype, compiled.metadata.shared)
+    print(self.fn.__name__, Pretended.capability, compiled.metadata.shared)
 
 
-def attend(capability, dtype, side, queries, kind, **more):
-    tokens = side**2
-    given = {'HEAD': 32, 'HEAD_FULL': 32, 'SIDE': side, 'TOKENS': tokens, 'DENSE': kind[0], 'POWER': kind[1]}
-    given |= {'TOKENS_FULL': 1 << (tokens - 1).bit_length(), 'QUERIES': queries, 'SHIFTED': True, 'WIDE': False}
-    for kernel in (attention.forward, attention.backward):
-        check(kernel, capability, dtype, 4 if tokens <= 64 else 8, **given, **more)
+def draw(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
 
-def activate(capability, dtype):
-    for kernel in (activation.forward, activation.backward_gate, activation.backward_convolution):
-        gated = {'GATED': True} if 'GATED' in kernel.arg_names else {}
-        check(kernel, capability, dtype, 8, BLOCK=64, ROWS=4, COLUMNS=8, **gated)
+def attend(capability, dtype, window, kind, masked=False):
+    Pretended.capability = capability
+    mask = torch.zeros(6, window**2, window**2) if masked else None
+    settings, gate = triton_assa.Settings(2, window, window // 2, kind), draw(2) if kind == 'assa' else None
+    qkv = draw(1, 2 * window, 3 * window, 192, dtype=dtype)
+    triton_assa.attend(settings, qkv, draw(2, window**2, window**2), gate, mask).sum().backward()
 
 
-attend(80, 'bf16', 8, 64, (True, 2), MASK=False, SCALED=False)
-attend(90, 'fp16', 8, 64, (True, 2), MASK=True, SCALED=True)
-attend(80, 'bf16', 10, 16, (False, 1), MASK=True, SCALED=False)
-attend(90, 'fp32', 4, 16, (True, 0), MASK=False, SCALED=False)
-activate(80, 'fp32')
-activate(90, 'bf16')
+def activate(capability, dtype, hidden):
+    Pretended.capability = capability
+    triton_frfn.activate(draw(2, 7, 9, hidden, dtype=dtype), draw(80, 1, 3, 3), draw(80)).sum().backward()
+
+
+driver.set_active(Pretended())
+run, JITFunction.run = JITFunction.run, compile_only
+attend(80, torch.bfloat16, 8, 'assa')
+attend(90, torch.float16, 8, 'assa', masked=True)
+attend(80, torch.bfloat16, 10, 'sparse_relu', masked=True)
+attend(90, torch.float32, 4, 'dense')
+activate(80, torch.float32, 160)
+activate(90, torch.bfloat16, 80)
 """
 
 
