@@ -5,6 +5,7 @@ What `works_in` and `replaces` say is explained in `archs.block_registry`.
 """
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,15 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = check_layout(layout)
-        if num_heads < 1 or dim % num_heads:
+        _check_counts(dim=dim, num_heads=num_heads, window_size=window_size)
+        if dim % num_heads:
             raise OptionError(f'{dim} channels do not divide into {num_heads} heads')
-        if not 0 <= shift_size < window_size:
-            raise OptionError(f'shift_size must be in [0, {window_size}), the window, not {shift_size}')
+        if not isinstance(shift_size, Integral) or not 0 <= shift_size < window_size:
+            raise OptionError(f'shift_size must be in [0, {window_size}), the window, not {shift_size!r}')
+        if not isinstance(qkv_bias, bool):
+            raise OptionError(f'qkv_bias must be true or false, not {qkv_bias!r}')
+        if not isinstance(topk_ratio, Real) or not 0 < topk_ratio <= 1:
+            raise OptionError(f'topk_ratio must be in (0, 1], not {topk_ratio!r}')
         self.dim, self.num_heads = dim, num_heads
         self.window_size, self.shift_size, self.topk_ratio = window_size, shift_size, topk_ratio
         self.position_bias = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
@@ -178,7 +184,7 @@ class FRFN(nn.Module):
         self.layout = check_layout(layout)
         if dim < 4:
             raise OptionError(f'FRFN convolves a quarter of the channels and needs at least 4 of them, not {dim}')
-        hidden = int(dim * mlp_ratio)
+        hidden = _hidden(dim, mlp_ratio)
         self.partial_conv = nn.Conv2d(dim // 4, dim // 4, 3, padding=1, bias=False)
         self.expand = nn.Linear(dim, 2 * hidden)
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
@@ -206,7 +212,7 @@ class LeFF(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
         super().__init__()
         self.layout = check_layout(layout)
-        hidden = int(dim * mlp_ratio)
+        hidden = _hidden(dim, mlp_ratio)
         self.expand = nn.Linear(dim, hidden)
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.project = nn.Linear(hidden, dim)
@@ -233,7 +239,7 @@ class MLP(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
         super().__init__()
         self.layout = check_layout(layout)
-        hidden = int(dim * mlp_ratio)
+        hidden = _hidden(dim, mlp_ratio)
         self.expand = nn.Linear(dim, hidden)
         self.project = nn.Linear(hidden, dim)
 
@@ -241,7 +247,9 @@ class MLP(nn.Module):
         x = to_nhwc(x, self.layout)
         if x.shape[-1] != self.expand.in_features:
             raise ShapeError(f'MLP takes {self.expand.in_features} channels, not {list(x.shape)}')
-        return from_nhwc(ops.mlp(x, _affine(self.expand), _affine(self.project), residual), self.layout)
+        y = x.unsqueeze(1) if x.ndim == 3 else x  # tokens are a map of one row, which all backends take
+        y = ops.mlp(y, _affine(self.expand), _affine(self.project), residual)
+        return from_nhwc(y.reshape(x.shape), self.layout)
 
 
 ATTENTIONS: dict[str, type[WindowAttention]] = {
@@ -371,6 +379,22 @@ def check_choice(key: str, value: str, choices: Mapping[str, object]) -> None:
     """
     if value not in choices:
         raise OptionError(f'{key} must be one of {", ".join(choices)}, not {value!r}')
+
+
+def _check_counts(**counts: int) -> None:
+    for key, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise OptionError(f'{key} must be a whole number of 1 or more, not {value!r}')
+
+
+def _hidden(dim: int, mlp_ratio: float) -> int:
+    """Hidden channels of a feed-forward network."""
+    _check_counts(dim=dim)
+    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, Real) or not 1 <= dim * mlp_ratio < float('inf'):
+        raise OptionError(
+            f'mlp_ratio must be a number that gives {dim} channels at least 1 hidden one, not {mlp_ratio!r}'
+        )
+    return int(dim * mlp_ratio)
 
 
 def _affine(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor | None]:

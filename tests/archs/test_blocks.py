@@ -136,6 +136,13 @@ def test_every_row_of_the_padding_mask_keeps_something():
         assert (mask.max(-1).values == 0).all()
 
 
+def test_tokens_go_through_an_mlp_as_maps_do():
+    block = excite(MLP(DIM, 2.0).float())
+    x = torch.randn(2, 12, DIM, dtype=torch.float32)
+    with torch.no_grad(), ops.use_backend('fused'):
+        torch.testing.assert_close(block(x), block(x.unflatten(1, (3, 4))).flatten(1, 2))
+
+
 @pytest.mark.parametrize(
     ('build', 'x', 'words'),
     [
@@ -157,6 +164,15 @@ def test_wrong_shapes_are_named(build, x, words):
         (lambda: ASSA(DIM, 2, layout='hwc'), "layout must be nhwc or nchw, not 'hwc'"),
         (lambda: ast_block(DIM, 2, ffn='swiglu'), "ffn must be one of frfn, leff, mlp, not 'swiglu'"),
         (lambda: ast_block(DIM, 2, attention='flash'), 'attention must be one of assa'),
+        (lambda: ASSA(DIM, 2.0), 'num_heads must be a whole number of 1 or more, not 2.0'),
+        (lambda: ASSA(DIM, True), 'num_heads must be a whole number of 1 or more, not True'),
+        (lambda: ASSA(DIM, 2, window_size=(8, 8)), r'window_size must be a whole number .*\(8, 8\)'),
+        (lambda: ASSA(DIM, 2, shift_size=1.5), r'shift_size must be in \[0, 8\), the window, not 1.5'),
+        (lambda: ASSA(DIM, 2, qkv_bias='no'), "qkv_bias must be true or false, not 'no'"),
+        (lambda: ATTENTIONS['topk'](DIM, 2, topk_ratio=5), r'topk_ratio must be in \(0, 1\], not 5'),
+        (lambda: FRFN(DIM, '2'), "mlp_ratio must be a number that gives 8 channels at least 1 hidden one, not '2'"),
+        (lambda: FEED_FORWARDS['leff'](DIM, 0.1), 'mlp_ratio must be a number .*, not 0.1'),
+        (lambda: MLP(DIM, float('nan')), 'mlp_ratio must be a number .*, not nan'),
     ],
 )
 def test_wrong_options_are_named(build, words):
