@@ -1,7 +1,8 @@
 """A block in the place of a module of somebody's network: layouts are turned, tokens get their size from the caller."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from ast_plugin.errors import ShapeError
 OPERATIONS = ('replace', 'append', 'prepend', 'wrap')
 
 # (H, W) by where they are read, while that module runs. Each thread has its own, the recomputation of checkpoints sets
-# it anew, and torch.compile sees through it (it does not see through a ContextVar).
+# it anew where that module is recomputed (`sizes_kept` is for those below it), and torch.compile sees through it (it
+# does not see through a ContextVar).
 _sizes = threading.local()
 
 
@@ -41,6 +43,23 @@ def pass_size(giver: nn.Module, place: SizePlace) -> None:
     """Let `giver` tell the blocks below it the size that it is called with."""
     giver.register_forward_pre_hook(PassSize(place), with_kwargs=True)
     giver.register_forward_hook(ForgetSize(place), always_call=True)
+
+
+def sizes_kept() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """`context_fn` of torch's checkpoints: what is computed again, in whatever thread, sees the sizes it saw before."""
+    return nullcontext(), _with_sizes(dict(vars(_sizes)))
+
+
+@contextmanager
+def _with_sizes(kept: Mapping[str, Any]) -> Iterator[None]:
+    sizes = vars(_sizes)
+    before = dict(sizes)
+    sizes.update(kept)
+    try:
+        yield
+    finally:
+        sizes.clear()
+        sizes.update(before)
 
 
 class MixedIn(nn.Module):
@@ -121,11 +140,12 @@ class MixedIn(nn.Module):
 
     def _size(self, x: Tensor) -> tuple[int, int]:
         size = getattr(_sizes, self.size_key, None)
-        giver = f'{self.site.size.giver or "the base"} of {self.site.name}'
+        giver = self.site.size.giver or 'the base'
+        tokens = f'the tokens {list(x.shape)} of {self.site.name}'
         if size is None:
-            raise ShapeError(f'the tokens {list(x.shape)} of {self.site.name} have no size outside of {giver}')
+            raise ShapeError(f'{tokens} have no size outside of {giver}, which is told height and width')
         if size[0] * size[1] != x.shape[1]:
-            raise ShapeError(f'{giver} says {size[0]}x{size[1]}, and the tokens are {list(x.shape)}')
+            raise ShapeError(f'{tokens} are not the {size[0]}x{size[1]} that {giver} is told')
         return size
 
     def _window_mask(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -77,7 +77,7 @@ def watch(network: nn.Module, in_channels: Sequence[int], nominal: int, multiple
     windows = {side for module in network.modules() for side in [window_of(module)] if side}
     multiples = [multiple] if multiple else sorted({*_MULTIPLES, *windows})
     usual = [multiple] if multiple else sorted({1, _USUAL_MULTIPLE, *windows})
-    failures: list[str] = []
+    failure = ''
     for place in ('meta', None):
         twin = _twin(network, place)
         for channels in dict.fromkeys(in_channels):
@@ -86,11 +86,11 @@ def watch(network: nn.Module, in_channels: Sequence[int], nominal: int, multiple
                 try:
                     return _watch(twin, channels, nominal, candidate, place)
                 except Exception as error:  # whatever somebody's network raises when a size does not suit it
-                    reason = next(iter(str(error).splitlines()), '')
-                    failures.append(f'{type(error).__name__}: {reason}')
+                    if channels == in_channels[0]:
+                        failure = f'{type(error).__name__}: {next(iter(str(error).splitlines()), "")}'
     raise OptionError(
         f'{type(network).__name__} does not run on pictures [1, {in_channels[0]}, H, W] with sides that are multiples '
-        f'of {multiples[-1]}, as networks for Mixed must: {failures[-1]}'
+        f'of {multiples[-1]}, as networks for Mixed must: {failure}'
     )
 
 
@@ -141,6 +141,10 @@ def _twin(network: nn.Module, place: str | None) -> nn.Module:
                 kind = getattr(module, name)
                 meta = torch.empty_like(tensor, device=place)
                 memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(kind, nn.Parameter) else meta
+    for module in network.modules():
+        for tensor in vars(module).values():
+            if isinstance(tensor, Tensor):  # computed, as weight_norm does: no deepcopy of what has a history
+                memo[id(tensor)] = tensor.detach().to(place or tensor.device, copy=True)
     return copy.deepcopy(network, memo).eval()
 
 
@@ -187,10 +191,14 @@ def _described(output: Any) -> str:
 
 def window_of(module: nn.Module) -> int | None:
     """The side of a module's windows, where it says so and they are square."""
-    side = getattr(module, 'window_size', getattr(module, 'win_size', None))
-    if isinstance(side, (tuple, list)) and len(set(side)) == 1:
-        side = side[0]
-    return side if isinstance(side, int) and not isinstance(side, bool) and side > 0 else None
+    return square_side(getattr(module, 'window_size', getattr(module, 'win_size', None))) or None
+
+
+def square_side(said: Any) -> int | None:
+    """n, said as n or as (n, n), from 0 up; otherwise None."""
+    if isinstance(said, (tuple, list)) and len(said) == 2 and said[0] == said[1]:
+        said = said[0]
+    return said if type(said) is int and said >= 0 else None
 
 
 # ---- what a module works on
@@ -255,15 +263,18 @@ class Site:
         return 'maps' if self.kind in ('nchw', 'nhwc') else self.kind
 
 
-def find_site(name: str, module: nn.Module, watched: Watched, window: int | None = None) -> Site:
+def find_site(
+    name: str, module: nn.Module, watched: Watched, window: int | None = None, needs_window: bool = True
+) -> Site:
     """What a module works on.
 
     Args:
         name, module: of the network that was watched.
         watched: what `watch` found.
         window: side of its windows, if it does not say so itself.
+        needs_window: whether windows whose side nobody says are refused.
     Raises:
-        ShapeError: if it is not called, or that cannot be told, with the shapes.
+        ShapeError: if it is not called, or in different ways, or that cannot be told, with the shapes.
     """
     what = f'{name} ({type(module).__name__})'
     calls = [run.get(name, []) for run in watched.calls]
@@ -273,6 +284,10 @@ def find_site(name: str, module: nn.Module, watched: Watched, window: int | None
     if first is None or second is None:
         raise ShapeError(f'{what} is given no tensor')
     kind, axis = _kind(first, second)
+    for others in zip(*calls, strict=False):
+        (other_key, shape), (_, other) = map(_first_tensor, others)
+        if other_key != key or shape is None or other is None or _kind(shape, other)[0] != kind:
+            raise ShapeError(f'{what} is called in different ways, with {list(first)} and with {list(shape or ())}')
     if kind is None:
         raise ShapeError(
             f'{what} works on {list(first)}, then on {list(second)} for pictures {_by(watched.sizes[0])} and '
@@ -289,12 +304,12 @@ def find_site(name: str, module: nn.Module, watched: Watched, window: int | None
             nominal = _values(size, watched.calls[0][size.giver][0])
     elif kind == 'windows':
         side = window_of(module) or window
-        if side is None or side**2 != first[1]:
+        if (side is None and needs_window) or (side is not None and side**2 != first[1]):
             raise ShapeError(
                 f'{what} works on {list(first)}, which must be windows of {first[1]} tokens, and its window_size '
                 f'is {side or "not known"}: give it under `with`'
             )
-        nominal = (side, side)
+        nominal = (side, side) if side else (0, 0)
     else:
         nominal = first[2:] if kind == 'nchw' else first[1:3]
     return Site(name, kind, key, first, calls[0][0].output, size, nominal, others)

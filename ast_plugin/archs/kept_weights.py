@@ -11,6 +11,12 @@ from ast_plugin.archs.call_sites import window_of
 from ast_plugin.errors import OptionError, ShapeError
 from ast_plugin.ops import relative_position_index
 
+# Names in the state of a window attention that can be read; the gate of one of ours is what `dense_share` says.
+_READ = {
+    *('qkv', 'q', 'kv', 'to_q', 'to_kv', 'proj', 'weight', 'bias'),
+    *('relative_position_bias_table', 'position_bias', 'gate'),
+}
+
 
 def keep_weights(block: nn.Module, source: nn.Module, dense_share: float | None = None) -> None:
     """Put what `source` has learned into `block`.
@@ -25,7 +31,7 @@ def keep_weights(block: nn.Module, source: nn.Module, dense_share: float | None 
             or `to_q` and `to_kv`.
         dense_share: in (0, 1), for ASSA alone.
     Raises:
-        OptionError: if the block can keep nothing of such a module.
+        OptionError: if the block can keep nothing of such a module, or not all of it.
         ShapeError: if their sizes differ.
     """
     names = f'{type(block).__name__} can keep nothing of {type(source).__name__}'
@@ -33,11 +39,14 @@ def keep_weights(block: nn.Module, source: nn.Module, dense_share: float | None 
         found = read_attention(source)
         if found is None:
             raise OptionError(f'{names}: it is no window attention with qkv, proj and a table of position bias')
+        _refuse(names, [name for name, _ in source.named_parameters() if not _READ.issuperset(name.split('.'))])
         _fill_attention(block, found)
     elif isinstance(block, MLP):
         layers = [module for module in source.modules() if isinstance(module, nn.Linear)]
         if len(layers) != 2 or not any(_is_exact_gelu(module) for module in source.modules()):
             raise OptionError(f'{names}: it is not two linear layers with a GELU between')
+        carried = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        _refuse(names, [name for name, parameter in source.named_parameters() if id(parameter) not in carried])
         for ours, theirs in zip((block.expand, block.project), layers, strict=True):
             _copy_layer(ours, theirs.weight, theirs.bias)
     elif hasattr(block, 'keep_weights'):
@@ -46,6 +55,11 @@ def keep_weights(block: nn.Module, source: nn.Module, dense_share: float | None 
         raise OptionError(f'{names}: leave keep_weights out')
     if dense_share is not None:
         set_dense_share(block, dense_share)
+
+
+def _refuse(names: str, further: list[str]) -> None:
+    if further:
+        raise OptionError(f'{names}: it has learned more than the block has a place for, {", ".join(further[:4])}')
 
 
 def set_dense_share(block: nn.Module, share: float) -> None:

@@ -1,7 +1,9 @@
 """The rules of `Mixed`: what they may say, which modules they mean, and what blocks they put there."""
 
 import difflib
+import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +14,7 @@ from torch import nn
 from ast_plugin.archs import blocks
 from ast_plugin.archs.block_adapters import OPERATIONS
 from ast_plugin.archs.block_registry import Declaration, declaration
-from ast_plugin.archs.call_sites import Site, window_of
+from ast_plugin.archs.call_sites import Site, square_side, window_of
 from ast_plugin.errors import OptionError, PluginError, ShapeError
 from ast_plugin.suggest import did_you_mean
 
@@ -80,7 +82,7 @@ def _read_rule(where: str, rule: Any) -> Rule:
     for key in own:
         known = [name for name in block.parameters or () if name != 'layout']
         if key == 'layout' or (block.parameters is not None and key not in known):
-            raise OptionError(f'{where}.with.{key}: {block.name} takes no such option{did_you_mean(key, known)}')
+            raise OptionError(f'{where}.with.{key}: {block.name} takes no such option{did_you_mean(str(key), known)}')
     op = rule.get('op', 'replace')
     if op not in OPERATIONS:
         raise OptionError(f'{where}.op: expected one of {", ".join(OPERATIONS)}, got {op!r}')
@@ -105,7 +107,7 @@ def _weights_options(where: str, rule: Mapping[str, Any], op: str) -> dict[str, 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float('inf')
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 # ---- which modules
@@ -118,9 +120,11 @@ def assign(network: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
         OptionError: if a rule means none, with near names, or two mean the same, or one inside of a replaced one.
     """
     assigned: dict[str, Rule] = {}
-    modules = {name: module for name, module in network.named_modules() if name}
+    modules = {name: module for name, module in network.named_modules(remove_duplicate=False) if name}
+    first = {module: name for name, module in reversed(modules.items())}  # a module may have further names
     for rule in rules:
-        names = [name for name, module in modules.items() if _means(rule.match, name, module)]
+        meant = [module for name, module in modules.items() if _means(rule.match, name, module)]
+        names = list(dict.fromkeys(first[module] for module in meant))
         if not names:
             raise OptionError(f'{rule.where}.match: no module is meant by {rule.match}; {_near(rule.match, modules)}')
         for name in names:
@@ -247,6 +251,8 @@ def _check_sizes(what: str, rule: Rule, site: Site, options: Mapping[str, Any], 
     if not isinstance(window, int) or isinstance(window, bool):
         return
     height, width = site.nominal
+    if site.kind == 'windows' and given.get('shift_size'):
+        raise ShapeError(f'{what}: shift_size {given["shift_size"]} asked for, it is the caller who cuts the windows')
     if site.kind == 'windows' and window != height:
         raise ShapeError(f'{what}: window_size {window} asked for, the caller cuts windows of {height}x{width}')
     if site.kind != 'windows' and window > min(height, width):
@@ -259,33 +265,42 @@ def _check_sizes(what: str, rule: Rule, site: Site, options: Mapping[str, Any], 
 def infer_sizes(module: nn.Module, site: Site, dim: int, position: int, window: Any = None) -> dict[str, Any]:
     """Sizes for a block in the place of a module, by their names in `block_registry.SIZES`.
 
-    Heads, window, shift, ratio of the hidden channels and bias are the module's own where it has them. Otherwise there
+    Heads (of what lies in it, too), window, shift, ratio of the hidden channels and bias are the module's own where it
+    has them. Otherwise there
     is a head for each 32 channels, the window is 8, every second block shifts by half of it, and the rest is left out.
     A `window` that is asked for stands for all of these, and the shift is half of it.
     """
-    heads = next(
-        (h for key in ('num_heads', 'heads', 'n_heads') if isinstance(h := getattr(module, key, None), int)), 0
-    )
+    own_heads = _heads_of(module)
+    heads = own_heads or next(filter(None, map(_heads_of, module.modules())), 0)
     own = site.nominal[0] if site.kind == 'windows' else window_of(module)
     window = window if type(window) is int else own or WINDOW_SIZE
     shift = window // 2 if position % 2 else 0
     if site.kind == 'windows':
         shift = 0
     elif window == own:
-        shift = getattr(module, 'shift_size', shift)
+        shift = square_side(getattr(module, 'shift_size', shift))
     sizes = {'dim': dim, 'num_heads': heads or _num_heads(dim), 'window_size': window}
     if isinstance(shift, int) and 0 <= shift < window:
         sizes['shift_size'] = shift
     ratio = getattr(module, 'mlp_ratio', None)
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    if ratio is None and not heads and layers and layers[-1].out_features == dim:
-        ratio = layers[-1].in_features / dim
+    if ratio is None and not own_heads and layers and layers[-1].out_features == dim:
+        hidden = layers[-1].in_features
+        ratio = hidden / dim
+        if int(ratio * dim) < hidden:  # rounded down
+            ratio = math.nextafter(ratio, math.inf)
     if isinstance(ratio, (int, float)):
         sizes['mlp_ratio'] = float(ratio)
     queries = getattr(module, 'qkv', getattr(module, 'q', None))
     if isinstance(queries, nn.Linear):
         sizes['qkv_bias'] = queries.bias is not None
     return sizes
+
+
+def _heads_of(module: nn.Module) -> int:
+    """The number of heads that a module says it has, 0 if none."""
+    said = (getattr(module, key, None) for key in ('num_heads', 'heads', 'n_heads'))
+    return next((heads for heads in said if isinstance(heads, int)), 0)
 
 
 def _num_heads(dim: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ast_plugin.archs.block_adapters import MixedIn, pass_size
 from ast_plugin.archs.blocks import ASSA
-from ast_plugin.archs.call_sites import Site, SizePlace, Watched, check_runs, find_site, watch
+from ast_plugin.archs.call_sites import Site, Watched, check_runs, find_site, watch
 from ast_plugin.archs.kept_weights import keep_weights
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError
 from ast_plugin.ops import pad_to_multiple
@@ -109,12 +109,17 @@ class Mixed(nn.Module):
         Returns:
             [B, D, s·H, s·W], s being `scale`.
         Raises:
-            ShapeError: if x has other dimensions.
+            ShapeError: if x has other dimensions, or the base gives no tensor, as some networks do in training.
         """
         if x.ndim != 4 or 0 in x.shape:
             raise ShapeError(f'Mixed takes pictures [B, C, H, W] with no side of 0, not {list(x.shape)}')
         H, W = x.shape[-2:]
         y = self.base(pad_to_multiple(x, self.size_multiple))
+        if not isinstance(y, Tensor):
+            raise ShapeError(
+                f'{type(self.base).__name__} returns a {type(y).__name__}{" in training" if self.training else ""}, '
+                'Mixed takes networks that return one tensor of pictures'
+            )
         return y[..., : self.scale * H, : self.scale * W].contiguous()
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
@@ -196,7 +201,8 @@ def _in_channels(options: Mapping[str, Any], base: nn.Module) -> list[int]:
     """Channels of pictures that the base may take, the likeliest first."""
     given = [options[key] for key in _CHANNEL_KEYS if isinstance(options.get(key), int)]
     own = [value for key in _CHANNEL_KEYS if isinstance(value := getattr(base, key, None), int)]
-    return list(dict.fromkeys([*given, *own, 3, 1]))
+    first = [module.in_channels for module in base.modules() if isinstance(module, nn.Conv2d)][:1]
+    return list(dict.fromkeys([*given, *own, 3, 1, *first]))
 
 
 @dataclass(frozen=True)
@@ -216,17 +222,16 @@ def _exchange(base: nn.Module, assigned: Mapping[str, Any], watched: Watched) ->
     for name, rule in assigned.items():
         position = positions[rule.where] = positions.get(rule.where, -1) + 1
         prepared.append(_prepare(name, rule, modules[name], position, watched))
-    passed: set[SizePlace] = set()
     # From the inside out: a module that is kept goes into its adapter with what lies in it exchanged already.
     for item in sorted(prepared, key=lambda item: -item.site.name.count('.')):
         for parent in list(base.modules()):
             for key, child in list(parent._modules.items()):
                 if child is item.module and parent is not item.adapter:
                     setattr(parent, key, item.adapter)
-        place = item.site.size
-        if place is not None and place not in passed:
-            passed.add(place)
-            pass_size(base.get_submodule(place.giver), place)
+    # Who is exchanged himself tells his adapter's block, too: the hooks go around both.
+    outermost = {**modules, **{item.site.name: item.adapter for item in prepared}}
+    for place in dict.fromkeys(item.site.size for item in prepared if item.site.size is not None):
+        pass_size(outermost[place.giver], place)
     return [_record(item) for item in prepared]
 
 
@@ -234,7 +239,7 @@ def _prepare(name: str, rule: Any, module: nn.Module, position: int, watched: Wa
     from ast_plugin.archs.mix_rules import DENSE_SHARE, build_block
 
     try:
-        site = find_site(name, module, watched, rule.options.get('window_size'))
+        site = find_site(name, module, watched, rule.options.get('window_size'), rule.block.works_in != 'any')
     except ShapeError as error:
         raise ShapeError(f'{rule.where}.match: {error}') from None
     block, options = build_block(rule, site, module, position)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ast_plugin.archs.block_adapters import sizes_kept
 from ast_plugin.errors import OptionError
 
 DEFAULT_BACKEND = 'inductor'
@@ -90,7 +91,7 @@ class _Checkpointed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().__call__(*args, **kwargs)
-        return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)
+        return checkpoint(super().__call__, *args, use_reentrant=False, context_fn=sizes_kept, **kwargs)
 
 
 def _compile(found: list[nn.Module], backend: str) -> None:

@@ -86,6 +86,36 @@ class TokenNet(nn.Module):
         return x + self.last(y)
 
 
+class TimmBlock(nn.Module):
+    """A Swin block on [B, H, W, C] whose feed-forward network works in the windows; sides must be multiples of 4."""
+
+    def __init__(self, dim: int, shift: int) -> None:
+        super().__init__()
+        self.window_size, self.shift_size = (4, 4), (shift, shift)
+        self.attn = nn.Linear(dim, dim)
+        self.attn.num_heads = 3
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        shift = self.shift_size[0]
+        y = torch.roll(x, (-shift, -shift), (1, 2)).reshape(B, H // 4, 4, W // 4, 4, C).transpose(2, 3)
+        y = self.mlp(self.attn(y.reshape(-1, 16, C))).reshape(B, H // 4, W // 4, 4, 4, C).transpose(2, 3)
+        return x + torch.roll(y.reshape(B, H, W, C), (shift, shift), (1, 2))
+
+
+class Timm(nn.Module):
+    """[B, 3, H, W] through two such blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 3, 1)
+        self.blocks = nn.Sequential(TimmBlock(12, 0), TimmBlock(12, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.blocks(self.first(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
 def excite(network: nn.Module, std: float = 0.5) -> nn.Module:
     """Draw weights so large that what attention does shows in the output; for reproducible tests, after a seed."""
     for name, parameter in network.named_parameters():

@@ -52,7 +52,19 @@ def _networks(monkeypatch):
         def forward(self, x, y):
             return x + y
 
-    for network in (Gossip, Nested, Pooled, TokenNet):
+    class Twice(nn.Module):
+        """A layer for a map, then for its mean; and a feed-forward network with a convolution in it."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.conv = nn.Linear(3, 3), nn.Conv2d(3, 3, 3, padding=1)
+            self.mlp = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3))
+
+        def forward(self, x):
+            y = self.mlp(x.permute(0, 2, 3, 1))
+            return self.conv((self.layer(y) * self.layer(y.mean((1, 2)))[:, None, None]).permute(0, 3, 1, 2))
+
+    for network in (Gossip, Nested, Pooled, Twice, TokenNet):
         monkeypatch.setitem(ARCH_REGISTRY._obj_map, network.__name__, network)
 
 
@@ -82,6 +94,9 @@ def _networks(monkeypatch):
         ([{**ATTN, 'keep_weights': True, 'dense_share': 'all'}], r'dense_share: expected a number'),
         ([{**ATTN, 'gain': 0.1}], r'gain: a number, for op: wrap alone'),
         ([{**ATTN, 'op': 'wrap', 'gain': float('nan')}], r'gain: a number'),
+        ([{**ATTN, 'op': 'wrap', 'gain': 10**400}], r'gain: a number'),
+        ([{'match': 'a', 'with': {**ASSA, 3: 4}}], r'with\.3: ASSA takes no such option'),
+        ([{**ATTN, 'op': ['wrap']}], r"op: expected one of .*, got \['wrap'\]"),
     ],
 )
 def test_rules_that_cannot_be_read(rules, words):
@@ -158,7 +173,25 @@ def test_rules_that_cannot_be_read(rules, words):
             OptionError,
             'does more with the modules than calling',
         ),
+        (
+            {'type': 'Twice'},
+            [{'match': 'layer', 'with': {'type': 'MLP'}}],
+            ShapeError,
+            r'layer \(Linear\) is called in different ways, with \[1, 64, 65, 3\] and with \[1, 3\]',
+        ),
         # sizes
+        (
+            SWINIR,
+            [{'match': '**.attn', 'with': {**ASSA, 'shift_size': 2}}],
+            ShapeError,
+            'shift_size 2 asked for, it is the caller who cuts the windows',
+        ),
+        (
+            SWINIR,
+            [{'match': '**.mlp', 'with': {'type': 'FRFN', 'mlp_ratio': '2'}}],
+            OptionError,
+            r"mix\.0: FRFN at layers.*mlp_ratio must be a number .*, not '2'",
+        ),
         (
             SWINIR,
             [{'match': '**.attn', 'with': {**ASSA, 'num_heads': 3}}],
@@ -213,6 +246,12 @@ def test_rules_that_cannot_be_read(rules, words):
             [{'match': 'body.*', 'with': {'type': 'MLP'}, 'keep_weights': True}],
             OptionError,
             'MLP can keep nothing of Residual',
+        ),
+        (
+            {'type': 'Twice'},
+            [{'match': 'mlp', 'with': {'type': 'MLP'}, 'keep_weights': True}],
+            OptionError,
+            r'it has learned more than the block has a place for, 1\.weight, 1\.bias',
         ),
         (EDSR, [{'match': 'body.*', 'with': ASSA, 'keep_weights': True}], OptionError, 'it is no window attention'),
         (

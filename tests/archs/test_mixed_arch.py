@@ -13,7 +13,7 @@ from ast_plugin.archs.block_registry import BLOCKS
 from ast_plugin.archs.blocks import DenseAttention
 from ast_plugin.archs.kept_weights import keep_weights
 from ast_plugin.archs.mixed_arch import Mixed, build_base
-from ast_plugin.errors import CheckpointError, OptionError
+from ast_plugin.errors import CheckpointError, OptionError, ShapeError
 from ast_plugin.ops import pad_to_multiple
 from ast_plugin.weights_files import save_torch, save_weights
 
@@ -26,6 +26,7 @@ from .networks import (
     RRDBNET,
     SRVGG,
     SWINIR,
+    Timm,
     TokenNet,
     excite,
     picture,
@@ -350,6 +351,20 @@ def test_it_moves_like_any_module(token_network):
         assert relative(copy.deepcopy(token_network).to(memory_format=torch.channels_last)(x), want) < 1e-5
 
 
+@pytest.mark.parametrize('way', ['map', 'pair'])
+def test_blocks_computed_again_outside_of_who_knows_their_size(registered, way):
+    from ast_plugin.models import network_switches
+
+    registered(TokenNet=TokenNet)
+    network = Mixed({'type': 'TokenNet', 'way': way}, [{'match': 'blocks.*.ffn', 'with': {'type': 'FRFN'}}])
+    saving = network_switches.apply(copy.deepcopy(network), {'gradient_checkpointing': True})
+    wide, high = picture(8, 12), picture(12, 8)  # as many tokens: the size has to be that of each pass
+    for each in (network, saving):
+        (each(wide).square().mean() + each(high).square().mean()).backward()
+    for plain, again in zip(network.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(again.grad, plain.grad)
+
+
 def test_copies_and_pickles(token_network):
     x = picture(9, 14)
     with torch.no_grad():
@@ -444,9 +459,11 @@ def test_a_module_under_two_names_is_exchanged_under_both(registered):
             return self.b(self.a(x))
 
     registered(Shared=Shared)
-    network = Mixed({'type': 'Shared'}, [{'match': 'a', 'with': {'type': 'MLP'}}])
-    assert network.base.a is network.base.b
-    assert type(network.base.a.block).__name__ == 'MLP'
+    for name in ('a', 'b', '*'):
+        network = Mixed({'type': 'Shared'}, [{'match': name, 'with': {'type': 'MLP'}}])
+        assert network.base.a is network.base.b
+        assert type(network.base.a.block).__name__ == 'MLP'
+        assert [exchange.name for exchange in network.exchanges] == ['a']
 
 
 def test_kept_modules_around_exchanged_ones():
@@ -458,3 +475,95 @@ def test_kept_modules_around_exchanged_ones():
     assert [exchange.op for exchange in network.exchanges] == ['append'] * 2 + ['replace'] * 4
     assert type(network.base.layers[0].original.residual_group.blocks[1].attn.block).__name__ == 'ASSA'
     assert network(picture(9, 10)).shape == (1, 3, 9, 10)
+
+
+@pytest.mark.parametrize('op', ['append', 'prepend', 'wrap'])
+def test_who_knows_the_size_may_be_exchanged_too(op):
+    """A block of SwinIR tells its own adapter and the one of its feed-forward network height and width."""
+    rules = [
+        {'match': 'class:SwinTransformerBlock', 'op': op, 'with': {'type': 'ASTBlock', 'mlp_ratio': 1}},
+        {'match': FEED_FORWARDS, 'with': {'type': 'FRFN'}},
+        {'match': 'class:RSTB', 'op': op, 'with': BLOCK},
+    ]
+    assert Mixed(SWINIR, rules)(picture(9, 14)).shape == (1, 3, 9, 14)
+
+
+class Plain(nn.Module):
+    """Convolutions, the middle one of which a test changes."""
+
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, channels, 3, padding=1)
+        self.middle = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return x + self.last(self.middle(self.first(x)))
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm')
+@pytest.mark.parametrize('norm', [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
+def test_weights_that_are_computed(registered, norm):
+    class Normed(Plain):
+        def __init__(self):
+            super().__init__()
+            norm(self.first)
+
+    registered(Normed=Normed)
+    network = Mixed({'type': 'Normed'}, [{'match': 'middle', 'with': {'type': 'FRFN'}}])
+    network(picture(5, 6)).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_channels_that_no_argument_of_a_known_name_says(registered):
+    class Raw(Plain):
+        def __init__(self, colours: int):
+            super().__init__(colours)
+
+    registered(Raw=Raw)
+    network = Mixed({'type': 'Raw', 'colours': 4}, [{'match': 'middle', 'with': {'type': 'MLP'}}])
+    assert network.in_channels == 4
+
+
+def test_networks_that_give_more_in_training(registered):
+    class Supervised(Plain):
+        def forward(self, x):
+            y = super().forward(x)
+            return [y, y] if self.training else y
+
+    registered(Supervised=Supervised)
+    network = Mixed({'type': 'Supervised'}, [{'match': 'middle', 'with': {'type': 'MLP'}}])
+    assert network.eval()(picture(5, 6)).shape == (1, 3, 5, 6)
+    with pytest.raises(ShapeError, match='Supervised returns a list in training'):
+        network.train()(picture(5, 6))
+
+
+def test_blocks_as_timm_has_them(registered):
+    """Sizes in pairs, heads of the attention inside, feed-forward networks in windows that do not say how large."""
+    registered(Timm=Timm)
+    network = Mixed({'type': 'Timm'}, [{'match': 'blocks.*', 'with': {'type': 'ASTBlock'}}])
+    for number, exchange in enumerate(network.exchanges):
+        want = {'dim': 12, 'num_heads': 3, 'window_size': 4, 'shift_size': 2 * number, 'mlp_ratio': 2.0}
+        assert dict(exchange.options) == want
+    torch.manual_seed(4)
+    base = build_base({'type': 'Timm'}).eval()
+    torch.manual_seed(4)
+    network = Mixed({'type': 'Timm'}, [{'match': '**.mlp', 'with': {'type': 'MLP'}, 'keep_weights': True}]).eval()
+    assert {exchange.kind for exchange in network.exchanges} == {'windows'}
+    x = picture(8, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), base(x))
+
+
+def test_hidden_channels_are_as_many_as_before(registered):
+    class Awkward(Plain):
+        def __init__(self):
+            super().__init__()
+            self.middle = nn.Sequential(nn.Linear(22, 30), nn.GELU(), nn.Linear(30, 22))  # int(22 · (30 / 22)) is 29
+            self.first, self.last = nn.Conv2d(3, 22, 1), nn.Conv2d(22, 3, 1)
+
+        def forward(self, x):
+            return self.last(self.middle(self.first(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+    registered(Awkward=Awkward)
+    network = Mixed({'type': 'Awkward'}, [{'match': 'middle', 'with': {'type': 'MLP'}, 'keep_weights': True}])
+    assert network.base.middle.block.expand.out_features == 30
