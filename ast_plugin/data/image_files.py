@@ -4,6 +4,7 @@ Pillow reads everything of 8 bits and all metadata; OpenCV reads what has 16, wh
 """
 
 import io
+import math
 import os
 import secrets
 import struct
@@ -169,7 +170,7 @@ def decode_rgb(data: bytes | memoryview, path: str | os.PathLike) -> np.ndarray:
         if pixels is not None:
             return pixels if _DECODES_TO_RGB else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
     # The thorough reader takes what is left, and says what is wrong with it.
-    color = decode_image(bytes(data), path).color
+    color = decode_image(bytes(data), path, max_pixels=MAX_PIXELS).color
     return np.repeat(color[..., None], 3, axis=2) if color.ndim == 2 else color
 
 
@@ -239,14 +240,17 @@ def _read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def _is_plain_png(data: bytes | memoryview) -> bool:
-    """Whether a file is a PNG that reaches its end; OpenCV may return the first rows of others."""
-    return sniff_format(bytes(data[:16])) == 'PNG' and (
-        bytes(data[-len(_PNG_END) :]) == _PNG_END or _PNG_END in bytes(data)
+    """Whether a file is a PNG of some size that reaches its end; OpenCV may return the first rows of others."""
+    return (
+        sniff_format(bytes(data[:16])) == 'PNG'
+        and (bytes(data[-len(_PNG_END) :]) == _PNG_END or _PNG_END in bytes(data))
+        and len(data) >= 24
+        and math.prod(struct.unpack_from('>II', data, 16)) <= MAX_PIXELS
     )
 
 
 def _is_plain_jpeg(data: bytes | memoryview) -> bool:
-    """Whether a file is a gray or three-channel JPEG that reaches its end.
+    """Whether a file is a gray or three-channel JPEG of some size that reaches its end.
 
     Markers are walked up to the first scan, since thumbnails before it hold ends of their own.
     """
@@ -259,8 +263,10 @@ def _is_plain_jpeg(data: bytes | memoryview) -> bool:
         if marker == 0xFF:
             position += 1
             continue
-        if marker in (0xC0, 0xC1, 0xC2) and data[position + 9] not in (1, 3):
-            return False
+        if marker in (0xC0, 0xC1, 0xC2):
+            height, width, channels = struct.unpack_from('>HHB', data, position + 5)
+            if channels not in (1, 3) or height * width > MAX_PIXELS:
+                return False
         if marker == 0xDA:
             return data.rfind(b'\xff\xd9', position) >= 0
         position += 2 + int.from_bytes(data[position + 2 : position + 4], 'big')
@@ -272,7 +278,8 @@ def _decode(path: Path, data: bytes, kind: str, image: Image.Image, max_pixels: 
     if width * height > max_pixels:
         raise DataError(
             f'{path}: {width}x{height} is {width * height / 1e6:.0f} million pixels, more than the '
-            f'{max_pixels / 1e6:.0f} million allowed; if you trust the file, raise --max-megapixels'
+            f'{max_pixels / 1e6:.0f} million allowed; scale it down, or if you trust the file and the '
+            'command has that, raise --max-megapixels'
         )
     frames = getattr(image, 'n_frames', 1)
     notes = []

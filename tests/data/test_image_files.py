@@ -10,6 +10,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms
 
+from ast_plugin.data import image_files
 from ast_plugin.data.image_files import Picture, read_image, read_rgb, sniff_format, write_image
 from ast_plugin.errors import DataError
 
@@ -325,6 +326,23 @@ def test_the_first_picture_of_a_stereo_jpeg(tmp_path):
     frames[0].save(tmp_path / 'a.jpg', format='MPO', save_all=True, append_images=frames[1:])
     picture = read_image(tmp_path / 'a.jpg')
     assert picture.format == 'JPEG' and 'only the first' in picture.notes[0]
+
+
+@pytest.mark.parametrize('kind', ['png', 'jpg'])
+def test_what_training_reads_is_refused_before_decoding_too(tmp_path, monkeypatch, kind):
+    path = tmp_path / f'large.{kind}'
+    cv2.imwrite(str(path), smooth(20, 30))
+    assert read_rgb(path).shape == (20, 30, 3)
+    monkeypatch.setattr(image_files, 'MAX_PIXELS', 599)
+    monkeypatch.setattr(image_files.cv2, 'imdecode', lambda *_: pytest.fail('decoded'))
+    with pytest.raises(DataError, match='30x20 is 0 million pixels, more than the'):
+        read_rgb(path)
+
+
+def test_a_png_of_nothing_but_its_end(tmp_path):
+    (tmp_path / 'x.png').write_bytes(b'\x89PNG\r\n\x1a\nIEND\xaeB`\x82')
+    with pytest.raises(DataError, match=r'x\.png'):
+        read_rgb(tmp_path / 'x.png')
 
 
 def test_decompression_bombs_are_refused_before_decoding(tmp_path):
