@@ -43,13 +43,13 @@ def resident_growth(function: Callable[[], object]) -> int | None:
 
 
 @contextlib.contextmanager
-def computing(backend: str, precision: str) -> Iterator[None]:
+def computing(backend: str, precision: str, device: str = 'cpu') -> Iterator[None]:
     """Compute by a backend, in `fp32` or under bfloat16's autocast."""
     import torch
 
     from ast_plugin import ops
 
-    with ops.use_backend(backend), torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
+    with ops.use_backend(backend), torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):
         yield
 
 

@@ -34,16 +34,17 @@ def measure(net: str, turns: int, say: Callable[[str], None]) -> list[Line]:
 
 
 def rates(device: torch.device, side: int) -> dict[str, float]:
-    """Operations a second of a matrix product in bfloat16, and bytes a second of a copy; the best of five each."""
+    """Operations a second of a matrix product by precision, and bytes a second of a copy; the best of five each."""
     import torch
 
-    x = torch.randn(side, side, device=device).bfloat16()
-    target = torch.empty_like(x)
-    calls = {'product': lambda: x @ x, 'copy': lambda: target.copy_(x)}
-    taken = take_turns({name: _finished(call, device) for name, call in calls.items()}, 6)
-    # The first product prepares the library.
-    fastest = {name: min(line['seconds'][1:]) for name, line in taken.items()}
-    return {'bf16': 2 * side**3 / max(fastest['product'], 1e-9), 'copy': x.nbytes / max(fastest['copy'], 1e-9)}
+    single = torch.randn(side, side, device=device)
+    half, target = single.bfloat16(), torch.empty_like(single)
+    calls = {'fp32': lambda: single @ single, 'bf16': lambda: half @ half, 'copy': lambda: target.copy_(single)}
+    taken = take_turns({name: finished(call, device) for name, call in calls.items()}, 6)
+    # The first product prepares the library. Clocks have steps.
+    fastest = {name: max(min(line['seconds'][1:]), 1e-9) for name, line in taken.items()}
+    work = {'fp32': 2 * side**3, 'bf16': 2 * side**3, 'copy': single.nbytes}
+    return {name: work[name] / fastest[name] for name in calls}
 
 
 def measure_case(
@@ -99,10 +100,10 @@ def prepare(
                 output.float().square().mean().backward()
             return output.detach().clone()
 
-    return _finished(compute, device)
+    return finished(compute, device)
 
 
-def _finished(function: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+def finished(function: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
     """The function, which returns when the device is done."""
     import torch
 

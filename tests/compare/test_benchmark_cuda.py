@@ -2,8 +2,9 @@ import pytest
 import torch
 
 import ast_plugin  # noqa: F401  registers everything
-from ast_plugin.compare import benchmark_cuda, benchmark_network
+from ast_plugin.compare import benchmark_cuda, benchmark_network, benchmark_ops
 from ast_plugin.compare.benchmark_backends import table
+from ast_plugin.errors import OptionError
 from tests.compare.test_benchmark_backends import parsed
 
 
@@ -13,6 +14,12 @@ def test_without_a_gpu_every_line_says_so(monkeypatch, capsys):
     rows = [row for row in capsys.readouterr().out.splitlines() if 'CUDA' in row]
     assert len(rows) == len(benchmark_cuda.CASES) * len(benchmark_cuda.PATHS)
     assert all('not run: torch finds no GPU here' in row for row in rows)
+
+
+def test_halves_of_blocks_need_a_gpu_for_theirs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(OptionError, match='--device cuda: torch finds no GPU here'):
+        benchmark_ops.run(parsed(benchmark_ops, '--device', 'cuda'))
 
 
 @pytest.mark.parametrize('trains', [False, True])
