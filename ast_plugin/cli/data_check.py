@@ -6,7 +6,7 @@
 
 Names the pictures that are missing, changed (other pixels; a file written anew without loss is the same), unreadable,
 or that have come since. LMDBs are read whole and compared with the digests that were written with them, or else
-decoded; with --manifest also with the pixels they were made of.
+decoded, and must be the two that were made together; with --manifest also with the pixels they were made of.
 
 Exit status: 0 all as it was, 1 something is wrong, 2 there is nothing to check or wrong usage.
 """
