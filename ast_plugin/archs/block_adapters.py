@@ -151,8 +151,14 @@ class MixedIn(nn.Module):
     def _window_mask(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Of what the caller gives besides x, the tensor [num_windows, T, T]."""
         tokens = x.shape[1]
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.shape[1:] == (tokens, tokens) and value.is_floating_point():
+        for key, value in (*enumerate(args), *kwargs.items()):
+            # x looks the same where a window has as many tokens as there are channels
+            if (
+                key != self.site.x_key
+                and isinstance(value, Tensor)
+                and value.shape[1:] == (tokens, tokens)
+                and value.is_floating_point()
+            ):
                 return value
         return None
 

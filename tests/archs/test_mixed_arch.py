@@ -143,6 +143,20 @@ def test_keep_weights_starts_as_close_as_asked(swinir):
     assert gates == pytest.approx([0.999] * 4)
 
 
+def test_windows_with_as_many_tokens_as_channels():
+    """16 tokens of 16 channels look like a mask of 16 x 16."""
+    options = {**SWINIR, 'embed_dim': 16}
+    torch.manual_seed(3)
+    network = build_base(options).eval()
+    torch.manual_seed(3)
+    rules = [{'match': ATTENTIONS, 'with': {'type': 'DenseAttention'}, 'keep_weights': True}]
+    mixed = Mixed(options, rules)
+    for theirs in (network, mixed):  # the same large weights in both
+        for parameter in theirs.parameters():
+            parameter.data *= 3
+    assert difference(network, mixed.eval(), ODD[0]) < 1e-5
+
+
 def test_the_share_is_099_if_not_said():
     network = Mixed(SWINIR, [{'match': ATTENTIONS, 'with': {'type': 'ASSA'}, 'keep_weights': True}])
     gates = [module.gate.softmax(0)[0].item() for module in network.modules() if hasattr(module, 'gate')]
