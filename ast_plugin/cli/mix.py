@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ast_plugin.cli import session
-from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.errors import OptionError, PluginError, ShapeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +55,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(options: dict[str, Any], source: str, size: tuple[int, int]) -> None:
     from ast_plugin.archs.mixed_arch import Mixed, build_base
-    from ast_plugin.errors import PluginError
 
     arguments = {key: value for key, value in options.items() if key != 'type'}
     try:
@@ -138,14 +137,27 @@ def count_macs(network: nn.Module, channels: int, side: int) -> tuple[int, list[
 
 
 def _trial(mixed: Mixed, size: tuple[int, int]) -> str:
-    """One forward and backward on noise; raises where a number is not finite."""
+    """One forward and backward on noise.
+
+    Raises:
+        ShapeError: where the network does not run, or a number is not finite.
+    """
     import torch
 
     picture = torch.rand(1, mixed.in_channels, *size, generator=torch.Generator().manual_seed(0))
     start = time.perf_counter()
-    output = mixed.train()(picture)
-    middle = time.perf_counter()
-    output.square().mean().backward()
+    try:
+        output = mixed.train()(picture)
+        middle = time.perf_counter()
+        output.square().mean().backward()
+    except PluginError:
+        raise
+    except Exception as error:  # whatever somebody's network raises in training alone
+        reason = next(iter(str(error).splitlines()), '')
+        raise ShapeError(
+            f'{type(mixed.base).__name__} does not train on one {size[0]}x{size[1]} picture: '
+            f'{type(error).__name__}: {reason}'
+        ) from error
     end = time.perf_counter()
     named = list(mixed.named_parameters())
     bad = [name for name, parameter in named if parameter.grad is not None and not parameter.grad.isfinite().all()]

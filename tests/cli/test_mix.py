@@ -77,6 +77,26 @@ def test_networks_that_go_out_of_range(mix):
     assert 'is not finite' in err
 
 
+def test_networks_that_do_not_train_on_one_picture(mix, monkeypatch):
+    from basicsr.archs.edsr_arch import EDSR
+    from basicsr.utils.registry import ARCH_REGISTRY
+    from torch import nn
+
+    class Pooled(EDSR):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.weigh = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+        def forward(self, x):
+            return super().forward(x) * self.weigh(x)
+
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Pooled', Pooled)
+    status, _, err = mix({**MIXED, 'base': {**BASE, 'type': 'Pooled'}})
+    assert status == 2
+    assert 'Pooled does not train on one 61x75 picture: ValueError: Expected more than 1 value per channel' in err
+    assert 'Traceback' not in err
+
+
 @pytest.mark.parametrize(
     ('network', 'words'),
     [
