@@ -128,7 +128,7 @@ def _refuse(checks: Checks, faults: Path | None, args: argparse.Namespace) -> No
     """Stop where the user has to decide."""
     lines = []
     if checks.num_faults and not args.skip_faulty:
-        lines.append(f'{checks.num_faults:,} faults: mend or remove the files, or leave them out with --skip-faulty')
+        lines.append(f'faults: {checks.num_faults:,}; mend or remove the files, or leave them out with --skip-faulty')
     if checks.leaks and not args.allow_duplicates:
         number = sum(leak.num for leak in checks.leaks)
         lines.append(
@@ -154,7 +154,7 @@ def _write(preparation: Preparation, checks: Checks, faults: Path | None, args: 
     if older:
         say(f'there from an earlier run, and left as it is: {", ".join(path.name for path in older)}')
     if checks.num_faults:
-        say(f'left out: {checks.num_faults:,} faults, listed in {faults}')
+        say(f'left out for faults: {checks.num_faults:,}, listed in {faults}')
     phases = {split.name: split.phase for split in checks.splits}
     lines = prepare_report.option_lines((phases[path.stem], path) for path in manifests)
     say('\n  '.join(['\nFor an option file, in place of dataroot and split:\n', *lines]))

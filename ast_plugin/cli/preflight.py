@@ -68,7 +68,9 @@ def _explained(
         yield
     except PluginError as error:
         message = str(error)
-        raise type(error)(message if where in message else f'{where}: {message}') from error
+        key = where.rpartition(' ')[2]  # some messages begin with it, as they are used without a file, too
+        message = message if where in message else f'{where}: {message.removeprefix(f"{key}: ")}'
+        raise type(error)(message) from error
     except KeyError as error:
         raise kind(f'{where}: {what} needs the key {error}, which is not there') from error
     except OSError as error:

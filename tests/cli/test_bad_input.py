@@ -146,6 +146,14 @@ def test_training_is_refused(folder, capfd, overrides, expected):
     assert len(message.splitlines()) == 1
 
 
+def test_a_dataset_that_names_its_key_itself_is_named_once(folder, capfd):
+    (folder / 'real_world.txt').write_text('\n')
+    source = '{name: rain, type: PairsDataset, layout: spad, dataroot: .'
+    loader = 'gt_size: 8, batch_size_per_gpu: 2, num_worker_per_gpu: 0}'
+    message = train(folder, capfd, f'datasets:train={source}, {loader}')
+    assert 'tiny.yml: datasets.train: real_world.txt is empty' in message
+
+
 def test_a_metric_of_an_extra_that_is_not_there(folder, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyiqa', None)
     expected = 'val.metrics.lpips: the package pyiqa is not installed: pip install "ast_plugin[metrics]"'

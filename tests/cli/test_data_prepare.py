@@ -72,12 +72,12 @@ def test_faults_are_refused_and_then_left_out(folder, capfd):
     assert '1 x unreadable' in out and 'train/train/data/1_rain.png: the file is empty' in out
     assert '1 x no partner' in out and '2_rain.png: no 2_clean.* in train/train/gt' in out
     assert err.startswith('basicsr: error: nothing was prepared')
-    assert '2 faults: mend or remove the files, or leave them out with --skip-faulty' in err
+    assert 'faults: 2; mend or remove the files, or leave them out with --skip-faulty' in err
     faults = (folder / 'out/faults.txt').read_text()
     assert f'{folder}/out/faults.txt' in err and faults.count('\n') == 2
     assert not list((folder / 'out').glob('*.jsonl'))
     out, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--skip-faulty')
-    assert 'prepared 6 pairs' in out and 'left out: 2 faults' in out
+    assert 'prepared 6 pairs' in out and 'left out for faults: 2' in out
     assert (folder / 'out/faults.txt').read_text() == faults
 
 
