@@ -56,8 +56,8 @@ class WarmupCosineLR(LRScheduler):
             raise OptionError(f'the schedule needs iters_per_epoch of 1 or more, not {iters_per_epoch}')
         if not 0 <= warmup_iter < total_iter:
             raise OptionError(
-                f'the warm-up of {warmup_iter} iterations does not fit into a run of {total_iter}; expected less: lower '
-                f'{"warmup_iter" if warmup_epochs is None else "warmup_epochs"}, or train longer'
+                f'the warm-up of {warmup_iter} iterations does not fit into a run of {total_iter}; expected less: '
+                f'lower {"warmup_iter" if warmup_epochs is None else "warmup_epochs"}, or train longer'
             )
         self.warmup_steps = math.ceil(warmup_iter / self.held)
         self.num_steps = max(math.ceil(total_iter / self.held), self.warmup_steps + 1)
