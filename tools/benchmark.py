@@ -12,6 +12,7 @@ from ast_plugin.errors import PluginError
 BENCHMARKS = {
     'train': 'ast_plugin.compare.benchmark_training',
     'data': 'ast_plugin.compare.benchmark_reading',
+    'synthesis': 'ast_plugin.compare.benchmark_synthesis',
     'net': 'ast_plugin.compare.benchmark_network',
     'ops': 'ast_plugin.compare.benchmark_ops',
     'table': 'ast_plugin.compare.benchmark_table',

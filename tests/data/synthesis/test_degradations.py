@@ -1,8 +1,5 @@
 """The table of degradations: every row as an option, in a dataset, and as fast as it has to be."""
 
-import time
-
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,7 +9,7 @@ from ast_plugin.data.synthesis.degradations import DEGRADATIONS, AnyParameters
 from ast_plugin.data.synthesis.degraded_patches import degraded_patch
 from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
 from ast_plugin.errors import OptionError
-from tests.data.degraded import degrade, gray, photographs
+from tests.data.degraded import degrade, gray
 
 OPTION = TypeAdapter(AnyParameters)
 
@@ -91,23 +88,6 @@ def test_bits_do_not_depend_on_what_lies_where_in_memory(name):
             kept.append(np.empty(size, np.uint8))
             results.append(degrade(name, image)[0])
         assert all(np.array_equal(result, results[0]) for result in results)
-
-
-@pytest.mark.parametrize(('name', 'limit'), [(name, 15 if name == 'rain' else 80) for name in DEGRADATIONS])
-def test_speed(name, limit):
-    """Milliseconds of processor time for a photograph of 480 x 720; the best of several, as the machine may be busy."""
-    photo = photographs()[0]
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        times = []
-        for seed in range(6):
-            start = time.process_time()
-            degrade(name, photo, seed)
-            times.append(time.process_time() - start)
-    finally:
-        cv2.setNumThreads(threads)
-    assert min(times) * 1000 <= limit
 
 
 @pytest.mark.parametrize('name', DEGRADATIONS)

@@ -1,0 +1,110 @@
+"""How strong each degradation is on the packaged photographs, and how long one takes.
+
+  python tools/benchmark.py synthesis
+  python tools/benchmark.py synthesis --json benchmarks/synthesis_cpu.json
+
+Photographs are scaled and cut to 480 x 720 and degraded with one seed after the other by the default parameters. PSNR
+is that of the degraded against the clean photograph. Time is that of the processor on one thread, OpenCV's included,
+the median over all photographs and seeds; the degradations take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ast_plugin.compare import benchmark_records
+from ast_plugin.data.image_files import read_rgb
+from ast_plugin.data.photos import packaged_photos
+from ast_plugin.data.synthesis.degradations import DEGRADATIONS
+from ast_plugin.data.transforms import to_float
+from ast_plugin.errors import OptionError
+from ast_plugin.metrics import psnr_rgb
+
+HEIGHT, WIDTH = 480, 720
+
+Line = dict[str, Any]
+
+
+def scaled_photos() -> list[np.ndarray]:
+    """The packaged photographs, their middles, as [480, 720, 3] float32 in [0, 1]."""
+    photos = []
+    for photo in packaged_photos():
+        image = to_float(read_rgb(photo.path))
+        scale = max(HEIGHT / image.shape[0], WIDTH / image.shape[1])
+        interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=interpolation)
+        top, left = (image.shape[0] - HEIGHT) // 2, (image.shape[1] - WIDTH) // 2
+        photos.append(np.ascontiguousarray(image[top : top + HEIGHT, left : left + WIDTH]).clip(0, 1))
+    return photos
+
+
+def measure(photos: list[np.ndarray], seeds: int, say: Callable[[str], None]) -> list[Line]:
+    """Degrade every photograph with every seed in every way.
+
+    Returns:
+        A line for each degradation: its name, `psnr` (least, 5 %, median, 95 %, most, in dB) and median
+        `milliseconds`.
+    """
+    levels: dict[str, list[float]] = {name: [] for name in DEGRADATIONS}
+    seconds: dict[str, list[float]] = {name: [] for name in DEGRADATIONS}
+    for number, clean in enumerate(photos):
+        say(f'photograph {number + 1} of {len(photos)}')
+        for seed in range(seeds):
+            for name, row in DEGRADATIONS.items():
+                generator = np.random.default_rng(seed)
+                begun = time.process_time()
+                degraded, _ = row.apply(clean, generator, row.parameters())
+                seconds[name].append(time.process_time() - begun)
+                levels[name].append(psnr_rgb(degraded.clip(0, 1), clean))
+    return [
+        {
+            'degradation': name,
+            'psnr': [round(float(level), 2) for level in np.percentile(levels[name], [0, 5, 50, 95, 100])],
+            'milliseconds': round(1000 * statistics.median(seconds[name]), 1),
+        }
+        for name in DEGRADATIONS
+    ]
+
+
+def table(lines: list[Line]) -> str:
+    """The lines in Markdown."""
+    rows = ['| degradation | PSNR in dB: least, 5 %, median, 95 %, most | ms |', '| --- | --- | ---: |']
+    for line in lines:
+        levels = ', '.join(f'{level:.1f}' for level in line['psnr'])
+        rows.append(f'| {line["degradation"]} | {levels} | {line["milliseconds"]:.0f} |')
+    return '\n'.join(rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `tools/benchmark.py synthesis`."""
+    parser.add_argument('--seeds', type=int, default=16, metavar='N', help='how many of each photograph (%(default)s)')
+    parser.add_argument('--json', metavar='FILE', help='write the measurements with machine and versions to FILE')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, and write the record if asked for."""
+    if args.seeds < 1:
+        raise OptionError(f'--seeds must be 1 or more, not {args.seeds}')
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        lines = measure(scaled_photos(), args.seeds, _say)
+    finally:
+        cv2.setNumThreads(threads)
+    print(f'\n{table(lines)}')
+    if args.json:
+        settings = {'seeds': args.seeds, 'size': [HEIGHT, WIDTH]}
+        benchmark_records.write(args.json, {'benchmark': 'synthesis', 'settings': settings, 'results': lines})
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
