@@ -272,7 +272,7 @@ class _Backward(_Attention):
     ) -> None:
         super().__init__(settings, x, mask, scale, weights)
         self.needed_x, self.needed = needed[0], Weights(*needed[1:])
-        self.qkv_t, self.proj_t = self.qkv.t().contiguous(), self.proj.t().contiguous()
+        self.qkv_t, self.proj_t = self.qkv.t(), self.proj.t()
         C = x.shape[-1]
         zeros = {'dtype': self.core, 'device': x.device}
         self.d_norm = torch.zeros(2, C, **zeros)
