@@ -21,6 +21,7 @@ COMMANDS = {
     'test': 'measure trained weights on the validation and test sets of an option file',
     'check': 'check an option file, and print all that it comes to',
     'infer': 'restore pictures with trained weights',
+    'info': 'tell what a network needs: parameters, multiplications, memory, time',
     'data': 'prepare, check, pack and synthesise pairs of pictures',
     'mix': 'show what a mixed network exchanges and costs, and try it',
     'list': 'show what networks, datasets, losses, metrics and models are registered',

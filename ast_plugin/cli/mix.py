@@ -89,51 +89,23 @@ def _exchange_table(exchanges: Sequence[Exchange]) -> str:
 
 def _cost_table(base: nn.Module, mixed: Mixed) -> str:
     """Parameters and MACs of both, and what the count of the latter leaves out."""
+    import torch
+
+    from ast_plugin.models.complexity import count_macs
+
     multiple = mixed.size_multiple
     side = -(-_MACS_SIDE // multiple) * multiple
     rows = [('', 'before', 'after', 'change')]
     counts = [sum(parameter.numel() for parameter in network.parameters()) for network in (base, mixed)]
     rows.append(('parameters', *(f'{count:,d}' for count in counts), _change(*counts)))
-    measured = [count_macs(network, mixed.in_channels, side) for network in (base, mixed)]
+    measured = [count_macs(network, torch.zeros(1, mixed.in_channels, side, side)) for network in (base, mixed)]
     macs = [total for total, _ in measured]
     rows.append((f'MACs at {side}x{side}', *(f'{count / 1e9:.3f} G' for count in macs), _change(*macs)))
-    left_out = sorted({name for _, names in measured for name in names})
+    left_out = sorted({name.partition('::')[2].strip('_') for _, names in measured for name in names})
     return (
         f'{_table(rows)}\nMACs are counted by mmengine: of convolutions, linear layers and matrix products, with the '
         f'work of norms and resizing. Left out: {", ".join(left_out) or "nothing else"}, sums, shifts and copies.'
     )
-
-
-def count_macs(network: nn.Module, channels: int, side: int) -> tuple[int, list[str]]:
-    """MACs of a network on one square picture as mmengine counts them, and the operations that it passed over.
-
-    Args:
-        network: maps [1, C, H, W].
-        channels: C.
-        side: H and W.
-    """
-    import logging
-    import warnings
-
-    import torch
-    from mmengine.analysis import FlopAnalyzer
-
-    from ast_plugin.ops import use_backend
-
-    training = network.training
-    try:
-        with torch.no_grad(), warnings.catch_warnings(), use_backend('reference'):
-            warnings.simplefilter('ignore')  # what torch.jit says of constants in a trace
-            analyzer = FlopAnalyzer(network.eval(), (torch.zeros(1, channels, side, side),))
-            analyzer.unsupported_ops_warnings(False)
-            analyzer.uncalled_modules_warnings(False)
-            analyzer.tracer_warnings('none')
-            logging.getLogger('mmengine').setLevel(logging.ERROR)
-            total = int(analyzer.total())
-            names = [name.partition('::')[2].strip('_') for name in analyzer.unsupported_ops()]
-    finally:
-        network.train(training)
-    return total, sorted(set(names))
 
 
 def _trial(mixed: Mixed, size: tuple[int, int]) -> str:

@@ -11,7 +11,6 @@ import os
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,6 @@ from ast_plugin.errors import DataError, PluginError
 _WARM_UP = 2  # runs before those that are timed
 _MOST_SECONDS = 60.0  # for timed runs, as soon as there are three
 _FEWEST_RUNS = 3
-# Counted with the operator that they belong to, or nothing but views and copies: no multiplications are missing for
-# want of them.
-_FREE_OPERATORS = ('aten::pad', 'aten::rsub', 'aten::unflatten', 'aten::alias', 'aten::unbind', 'aten::movedim')
 _PICTURE_SIDE = 768  # longest side of the pictures that are kept for the report
 
 
@@ -32,7 +28,8 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
     """Latency and peak memory of a network at one size, and the multiplications that it takes.
 
     Args:
-        job: `network`, `weights`, `param_key`, `size` (height, width), `runs`, `device`.
+        job: `network`, `weights`, `param_key`, `channels`, `size` (height, width), `runs`, `device`; `counts` false
+            leaves out the multiplications.
     Returns:
         `parameters`, `macs`, `uncounted` (operators that are left out of them, with how often they were called),
         `seconds` of each run, `peak_bytes` on top of the weights (None where the system does not tell), `threads`,
@@ -41,6 +38,7 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from ast_plugin.compare.networks import load_network
+    from ast_plugin.models.complexity import count_macs
     from ast_plugin.models.restorer import find_device
 
     device = find_device(job['device'])
@@ -56,36 +54,26 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
     with torch.inference_mode():
         record['peak_bytes'] = _peak_bytes(network, image)
         record['seconds'] = _seconds(network, image, job['runs'])
-    record['macs'], record['uncounted'] = count_macs(network, image)
+    if job.get('counts', True):
+        record['macs'], record['uncounted'] = count_macs(network, image)
     return record
 
 
-def count_macs(network: Any, image: Any) -> tuple[int, dict[str, int]]:
-    """Count the multiplications (with their additions) of one pass, by mmengine's analysis of a trace.
+def measure_memory(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Peak memory of a pass on a CPU on top of the weights, after one on a small picture.
 
     Args:
-        network: on the device of `image`.
-        image: [1, C, H, W].
+        job: `network`, `weights`, `param_key`, `channels`, `size` (height, width).
     Returns:
-        The count, and by name how often operators were called that the analysis does not count.
+        `peak_bytes`; None where the system does not tell.
     """
-    import logging
+    import torch
 
-    from mmengine.analysis import FlopAnalyzer
+    from ast_plugin.compare.networks import load_network
 
-    logging.getLogger('mmengine').setLevel(logging.ERROR)
-    # Faster forms of a network, of operators that the analysis has never heard of, are for inference.
-    network.requires_grad_(True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            analyzer = FlopAnalyzer(network, (image,))
-            analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
-            total = int(analyzer.total())
-            uncounted = dict(analyzer.unsupported_ops())
-    finally:
-        network.requires_grad_(False)
-    return total, {name: count for name, count in sorted(uncounted.items()) if name not in _FREE_OPERATORS}
+    network = _fitted(load_network(job['network'], job['weights'], job['param_key']), job)
+    with torch.inference_mode():
+        return {'peak_bytes': _peak_bytes(network, torch.rand(1, job['channels'], *job['size']))}
 
 
 def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +124,7 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-KINDS = {'speed': measure_speed, 'quality': measure_quality}
+KINDS = {'speed': measure_speed, 'memory': measure_memory, 'quality': measure_quality}
 
 
 def picture_path(folder: str | Path, name: str, is_clean: bool = False) -> Path:

@@ -1,0 +1,172 @@
+"""Tell what an option file's network is and needs: parameters, multiplications, memory, and how it is computed.
+
+  basicsr info -opt AST_derain --size 480x720
+  basicsr info -opt my.yml --size 512x512 --run
+
+Memory is predicted from two small pictures that are put through in processes of their own; --run puts one of the size
+asked for through, and measures time and memory. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ast_plugin.cli import session
+from ast_plugin.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_MOST_PIXELS = 2**26
+_PROBES = ((256, 256), (256, 512))
+_RUNS = 3
+_MEBIBYTE = 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `basicsr info`."""
+    session.add_file_arguments(parser)
+    parser.add_argument(
+        '--size', default='256x256', metavar='HxW', help='of a picture in pixels (default: %(default)s)'
+    )
+    parser.add_argument('--weights', metavar='FILE', help='load these weights, and see that they fit')
+    parser.add_argument('--param-key', metavar='KEY', help='where a .pth file holds the weights, such as params_ema')
+    parser.add_argument('--run', action='store_true', help='put a picture of the size through on the CPU, and measure')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what there is to know."""
+    size = parse_size(args.size)
+    loaded = session.read(args, is_train=None)
+    stage = loaded.stages[0]  # stages differ in data and schedule, the network is one
+    options = stage.opt.get('network_g')
+    if not isinstance(options, dict) or 'type' not in options:
+        raise OptionError(f'{loaded.source(stage)}: expected network_g with a type and its arguments')
+    weights = None if args.weights is None else str(Path(args.weights).expanduser())
+    from ast_plugin.compare.networks import AnySize, input_channels, load_network, required_multiple
+
+    job = {'network': options, 'weights': weights, 'param_key': args.param_key, 'channels': input_channels(options)}
+    try:
+        network = load_network(options, weights, args.param_key)
+        multiple = required_multiple(network, job['channels'])
+    except OptionError as error:
+        raise OptionError(f'{loaded.source(stage)}: network_g: {error}') from error
+    if multiple > 1:
+        network = AnySize(network, multiple).eval()
+    multiple = getattr(network, 'size_multiple', multiple)
+    _print('network', f'{options["type"]}, {loaded.source(stage)}')
+    count = sum(parameter.numel() for parameter in network.parameters())
+    held = sum(parameter.nbytes for parameter in network.parameters())
+    _print('parameters', f'{count:,d}, {held / _MEBIBYTE:.1f} MiB')
+    _print('MACs', _macs(network, job['channels'], size, multiple))
+    _print('backend', _backend(network))
+    predicted = predict_memory(job, size, multiple)
+    _print('memory', _memory(predicted))
+    if args.run:
+        _print('measured', _measured(job, size, predicted))
+    return 0
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width of 'HxW'.
+
+    Raises:
+        OptionError: if it is none, or of no picture that a network could be given.
+    """
+    match = re.fullmatch(r'([0-9]{1,9})[x×]([0-9]{1,9})', text.strip().lower())
+    if match is None:
+        raise OptionError(f'--size {text}: expected height and width in pixels, such as 480x720')
+    height, width = map(int, match.groups())
+    if not (height and width) or height * width > _MOST_PIXELS:
+        raise OptionError(f'--size {text}: expected sides of 1 or more and at most {_MOST_PIXELS:,d} pixels in all')
+    return height, width
+
+
+def predict_memory(job: dict[str, Any], size: tuple[int, int], multiple: int) -> int | None:
+    """Peak memory of a pass on a CPU above the weights, in bytes, on a line through two that were measured.
+
+    Args:
+        job: what `compare.measure` is told of the network.
+        size: height and width of the picture.
+        multiple: what the network pads sides to.
+    Returns:
+        None where the system does not tell.
+    """
+
+    def pixels(size: tuple[int, int]) -> int:
+        return (-(-size[0] // multiple) * multiple) * (-(-size[1] // multiple) * multiple)
+
+    small, large = (_child('memory', {**job, 'size': probe})['peak_bytes'] for probe in _PROBES)
+    if small is None or large is None:
+        return None
+    each = max(0.0, (large - small) / (pixels(_PROBES[1]) - pixels(_PROBES[0])))
+    return max(0, round(small + each * (pixels(size) - pixels(_PROBES[0]))))
+
+
+def _macs(network: nn.Module, channels: int, size: tuple[int, int], multiple: int) -> str:
+    from ast_plugin.models.complexity import count_macs_of_size
+
+    total, uncounted, is_scaled = count_macs_of_size(network, channels, size, multiple)
+    names = ', '.join(sorted({name.partition('::')[2].strip('_') for name in uncounted}))
+    how = 'counted by mmengine on smaller pictures' if is_scaled else 'counted by mmengine'
+    return f'{total / 1e9:.2f} G for {size[0]}x{size[1]}, {how}; left out: {names or "nothing"}'
+
+
+def _backend(network: nn.Module) -> str:
+    import torch
+
+    from ast_plugin import ops
+    from ast_plugin.archs.blocks import FEED_FORWARDS, WindowAttention
+
+    if not any(isinstance(module, (WindowAttention, *FEED_FORWARDS.values())) for module in network.modules()):
+        return "PyTorch's operators: the network has no blocks of AST"
+    with torch.inference_mode():
+        return f'{ops.explain(torch.zeros(1, 8, 8, 1))}, on the CPU'
+
+
+def _memory(predicted: int | None) -> str:
+    if predicted is None:
+        return 'not predicted: this system does not tell how large a process is'
+    return f'about {predicted / _MEBIBYTE:.0f} MiB above the parameters, predicted from smaller pictures'
+
+
+def _measured(job: dict[str, Any], size: tuple[int, int], predicted: int | None) -> str:
+    import torch
+
+    from ast_plugin.models.memory import available_bytes
+
+    free = available_bytes(torch.device('cpu'))
+    if predicted is not None and predicted > free:
+        raise OptionError(
+            f'--size {size[0]}x{size[1]}: needs about {predicted / _MEBIBYTE:.0f} MiB, of which '
+            f'{free / _MEBIBYTE:.0f} MiB are free: choose a smaller picture, or restore it in tiles'
+        )
+    peak = _child('memory', {**job, 'size': size})['peak_bytes']
+    record = _child('speed', {**job, 'size': size, 'runs': _RUNS, 'device': 'cpu', 'counts': False})
+    median = statistics.median(record['seconds'])
+    memory = 'unknown memory' if peak is None else f'{peak / _MEBIBYTE:.0f} MiB above the parameters'
+    load = '' if record['load'] is None else f', load {record["load"]}'
+    return f'{median:.3f} s (median of {len(record["seconds"])}, {record["threads"]} threads{load}), {memory}'
+
+
+def _child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
+    """The record of a measurement in a fresh process."""
+    from ast_plugin.compare.child import run_child
+
+    with tempfile.TemporaryDirectory(prefix='basicsr_info_') as folder:
+        file, record = Path(folder, 'job.json'), Path(folder, 'record.json')
+        file.write_text(json.dumps({**job, 'kind': kind, 'record': str(record)}), encoding='utf-8')
+        outcome = run_child('ast_plugin.compare.measure', [str(file)], Path(folder, 'log'))
+        if outcome.status:
+            raise OptionError(f'cannot be put through at {job["size"][0]}x{job["size"][1]}: {outcome.reason}')
+        return json.loads(record.read_text(encoding='utf-8'))
+
+
+def _print(name: str, text: str) -> None:
+    print(f'{name:10}  {text}', flush=True)

@@ -1,0 +1,70 @@
+"""`basicsr info`: what it tells of a small network, and what it says of wrong sizes, files and weights."""
+
+import re
+import sys
+
+import pytest
+import yaml
+
+from ast_plugin.cli import main as command
+from ast_plugin.cli.info import parse_size, predict_memory
+from ast_plugin.errors import OptionError
+
+from .. import tiny_run
+
+NET = {'type': 'SRVGGNetCompact', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_conv': 1, 'upscale': 1}
+
+
+@pytest.fixture
+def info(tmp_path, capsys):
+    """Run the command on an option file with the given network, and return status, output and errors."""
+    opt = yaml.safe_load(tiny_run.OPTIONS)
+
+    def run(network, *arguments):
+        opt['network_g'] = network
+        path = tmp_path / 'info.yml'
+        path.write_text(yaml.safe_dump(opt, sort_keys=False), encoding='utf-8')
+        status = command.main(['info', '-opt', str(path), *arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux tells how large a process is')
+def test_what_it_tells(info):
+    status, out, _ = info(NET, '--size', '40x300', '--run')
+    assert status == 0
+    # convolutions 3 -> 8, 8 -> 8 and 8 -> 3, and a slope for each of two activations' channels
+    assert f'parameters  {(3 * 8 + 8 * 8 + 8 * 3) * 9 + 8 + 8 + 3 + 16:,d}, ' in out
+    assert f'MACs        {40 * 300 * (3 * 8 + 8 * 8 + 8 * 3) * 9 / 1e9:.2f} G' in out
+    assert 'no blocks of AST' in out
+    assert re.search(r'memory {6}about \d+ MiB', out)
+    assert re.search(r'measured {4}\d+\.\d{3} s \(median of 3, \d+ threads', out)
+
+
+def test_memory_lies_on_a_line_through_what_was_measured(monkeypatch):
+    measured = {(256, 256): 1000, (256, 512): 1500}
+    monkeypatch.setattr('ast_plugin.cli.info._child', lambda kind, job: {'peak_bytes': measured[job['size']]})
+    assert [predict_memory({}, size, 128) for size in ((256, 256), (200, 512), (512, 512))] == [1000, 1500, 2500]
+
+
+@pytest.mark.parametrize('text', ['', '480', '480x', '0x5', '-3x5', '4.5x3', 'axb', '480x720x3', '99999999x2', '٣x٣'])
+def test_wrong_sizes(text):
+    with pytest.raises(OptionError, match='--size'):
+        parse_size(text)
+
+
+def test_sizes():
+    assert parse_size('480x720') == parse_size('480X720') == parse_size('480×720') == (480, 720)
+
+
+def test_wrong_files(info, tmp_path):
+    for network, arguments, says in (
+        (None, [], 'network_g'),
+        ({**NET, 'num_feat': 0}, [], 'network_g'),
+        (NET, ['--weights', str(tmp_path / 'none.pth')], 'none.pth'),
+        (NET, ['--size', 'large'], '--size'),
+    ):
+        status, _, err = info(network, *arguments)
+        assert status == 2, (network, arguments)
+        assert says in err and 'Traceback' not in err
