@@ -43,9 +43,9 @@ def test_what_it_tells(info):
 
 
 def test_memory_lies_on_a_line_through_what_was_measured(monkeypatch):
-    measured = {(256, 256): 1000, (256, 512): 1500}
+    measured = {(256, 256): 1000, (512, 512): 2500}
     monkeypatch.setattr('ast_plugin.cli.info._child', lambda kind, job: {'peak_bytes': measured[job['size']]})
-    assert [predict_memory({}, size, 128) for size in ((256, 256), (200, 512), (512, 512))] == [1000, 1500, 2500]
+    assert [predict_memory({}, size, 128) for size in ((256, 256), (200, 512), (1024, 512))] == [1000, 1500, 4500]
 
 
 @pytest.mark.parametrize('text', ['', '480', '480x', '0x5', '-3x5', '4.5x3', 'axb', '480x720x3', '99999999x2', '٣x٣'])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ast_plugin  # noqa: F401  registers everything
-from ast_plugin.compare import benchmark_network, benchmark_ops, benchmark_table
+from ast_plugin.compare import benchmark_network, benchmark_ops, benchmark_table, benchmark_targets
 from ast_plugin.compare.benchmark_backends import add_ratios, resident_growth, table, take_turns
 from ast_plugin.compare.benchmark_network import Way, count, prepare, ways
 from ast_plugin.errors import DataError, OptionError
@@ -133,3 +133,19 @@ def test_the_command_has_them():
 def test_records_of_the_project_can_be_read(file, capsys):
     benchmark_table.run(parsed(benchmark_table, str(file)))
     assert '| 512² forward | fused |' in capsys.readouterr().out
+
+
+def test_whether_targets_are_reached():
+    lines = [
+        {'case': '512² forward', 'path': 'reference', 'median': 8.0},
+        {'case': '512² forward', 'path': 'fused', 'faster': 2.6, 'of_memory': 0.3},
+        {'case': '512² forward', 'path': 'fused, bf16', 'faster': 4.9, 'of_memory': 0.3},
+        {'case': '2×128² forward and backward', 'path': 'fused', 'faster': 2.0, 'of_memory': 0.7},
+        {'case': '64² forward', 'path': 'fused', 'faster': 9.0},
+    ]
+    said = benchmark_targets.reached(lines)
+    assert [': reached:' in line for line in said] == [True, False, False]
+    # 16 s at 193 GFLOP/s are 8 s at twice the rate.
+    text = benchmark_targets.official(lines, 386e9)
+    assert len(text) == 1
+    assert 'the reference takes 8.00 s, the official network 8.00 s' in text[0]
