@@ -135,7 +135,8 @@ def prepare(way: Way) -> Callable[[], torch.Tensor]:
 
 
 def _memory(way: Way) -> int | None:
-    prepare(replace(way, size=_WARM_UP, batch=1))()  # what libraries take at their first call belongs to no line
+    # What libraries take at their first call belongs to no line. A pass for training would leave gradients behind.
+    prepare(replace(way, size=_WARM_UP, batch=1, trains=False))()
     return resident_growth(prepare(way))
 
 
