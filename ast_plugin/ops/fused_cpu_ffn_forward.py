@@ -124,7 +124,8 @@ def forward_keeping(
             y = linear(part, layer, w.project_bias)
     if settings.is_residual and not is_added:
         y = x + (y if scale is None else y * scale)
-    return y, hidden
+    # What oneDNN returns is a view; autograd forbids to change views that come out of a Function in place.
+    return y.clone() if y._is_view() else y, hidden
 
 
 def hidden_of(settings: Settings, x: Tensor, w: Weights, near: Strip, far: Strip) -> tuple[Hidden, Tensor]:

@@ -182,6 +182,18 @@ def test_inputs_are_left_as_they_are(case):
     assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize('case', CASES)
+def test_the_output_may_be_changed_in_place(case, dtype):
+    """Networks of others go on with ReLU(inplace=True), on NCHW views of what a block gives."""
+    function, tensors = CASES[case]()
+    leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+    with ops.use_backend('fused'):
+        output = function(**leaves).permute(0, 3, 1, 2)
+        output.relu_().sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves.values())
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_only_gradients_that_are_asked_for(case):
     function, tensors = CASES[case]()
