@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
-
-from ast_plugin.compare.benchmark_training import _resident_bytes as resident_bytes
 
 Line = dict[str, Any]
 _MEGABYTE = 2**20
@@ -31,18 +27,6 @@ def take_turns(functions: Mapping[Any, Callable[[], object]], turns: int) -> dic
             taken[key]['seconds'].append(round(time.perf_counter() - start, 5))
             taken[key]['cpu_seconds'].append(round(time.process_time() - cpu_start, 5))
     return taken
-
-
-def resident_growth(function: Callable[[], object]) -> int | None:
-    """By how many bytes a call lets this process grow at most; None where the system does not tell."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of earlier calls would hide what this one needs
-    with contextlib.suppress(OSError):
-        Path('/proc/self/clear_refs').write_text('5')  # let the highest size count from now on
-    before = resident_bytes('VmRSS')
-    function()
-    peak = resident_bytes('VmHWM')
-    return None if before is None or peak is None else peak - before
 
 
 @contextlib.contextmanager

@@ -32,11 +32,11 @@ from ast_plugin.compare.benchmark_backends import (
     add_ratios,
     computing,
     machine_rates,
-    resident_growth,
     table,
     take_turns,
 )
 from ast_plugin.compare.benchmark_targets import official, reached
+from ast_plugin.compare.resident_memory import resident_growth
 from ast_plugin.errors import OptionError
 
 if TYPE_CHECKING:

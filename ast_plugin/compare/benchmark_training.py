@@ -12,7 +12,6 @@ network's weights: on a CPU by the resident size of a fresh process, on CUDA as 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.compare import benchmark_records
+from ast_plugin.compare.resident_memory import resident_growth
 from ast_plugin.errors import OptionError, PluginError
 
 REFERENCE = 'fp32'
@@ -169,23 +169,12 @@ def _peak_bytes(settings: Settings, train: Mapping[str, Any]) -> tuple[int | Non
 def _resident_growth(settings: Settings, train: Mapping[str, Any]) -> int | None:
     """By how much the first steps let this process grow; None where the system does not tell."""
     step = prepare_step(settings, train)
-    with contextlib.suppress(OSError):
-        Path('/proc/self/clear_refs').write_text('5')  # let the highest size count from now on
-    before = _resident_bytes('VmRSS')
-    for iteration in range(1, _WARM_UP + 1):
-        step(iteration)
-    peak = _resident_bytes('VmHWM')
-    return None if before is None or peak is None else peak - before
 
+    def begin() -> None:
+        for iteration in range(1, _WARM_UP + 1):
+            step(iteration)
 
-def _resident_bytes(key: str) -> int | None:
-    """The present (VmRSS) or highest (VmHWM) resident size, as Linux tells it."""
-    try:
-        lines = Path('/proc/self/status').read_text(encoding='utf-8').splitlines()
-    except OSError:
-        return None
-    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f'{key}:')]
-    return sizes[0] if sizes else None
+    return resident_growth(begin)
 
 
 def table(results: Mapping[str, list[Line]]) -> str:

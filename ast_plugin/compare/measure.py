@@ -5,7 +5,6 @@ The job names the file that the record of what was measured goes to.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import statistics
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.checkpoints import write_atomically
+from ast_plugin.compare.resident_memory import resident_growth
 from ast_plugin.errors import DataError, PluginError
 
 _WARM_UP = 2  # runs before those that are timed
@@ -169,22 +169,7 @@ def _peak_bytes(network: Any, image: Any) -> int | None:
         before = torch.cuda.memory_allocated(image.device)
         network(image)
         return torch.cuda.max_memory_allocated(image.device) - before
-    with contextlib.suppress(OSError):
-        Path('/proc/self/clear_refs').write_text('5')  # let the highest size count from now on
-    before = _resident_bytes('VmRSS')
-    network(image)
-    peak = _resident_bytes('VmHWM')
-    return None if before is None or peak is None else max(0, peak - before)
-
-
-def _resident_bytes(key: str) -> int | None:
-    """The present (VmRSS) or highest (VmHWM) resident size, as Linux tells it."""
-    try:
-        lines = Path('/proc/self/status').read_text(encoding='utf-8').splitlines()
-    except OSError:
-        return None
-    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f'{key}:')]
-    return sizes[0] if sizes else None
+    return resident_growth(lambda: network(image))
 
 
 def _seconds(network: Any, image: Any, runs: int) -> list[float]:

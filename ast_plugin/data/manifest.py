@@ -15,6 +15,7 @@ pixels (`picture_checks.digest`), so that a file written anew without loss is st
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import secrets
@@ -32,6 +33,7 @@ FORMAT = 1
 """Number of this format, the value of `manifest` in the first line."""
 
 _ENCODING = {'encoding': 'utf-8'}
+_PARTIAL = '.part'
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     Raises:
         DataError: if it cannot be written.
     """
-    partial = path.parent / f'.{os.getpid()}-{secrets.token_hex(4)}.part'
+    partial = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}')
     try:
         try:
             with open(partial, 'x', newline='\n', **_ENCODING) as file:
@@ -194,6 +196,11 @@ def replacing(path: Path) -> Iterator[IO[str]]:
             raise
     except OSError as error:
         raise DataError(f'cannot write {path}: {error.strerror or error}. Nothing is left of it') from error
+
+
+def partials_of(path: Path) -> list[Path]:
+    """What runs of `replacing` that were killed have left beside `path`."""
+    return list(path.parent.glob(f'.{glob.escape(path.name)}.*{_PARTIAL}'))
 
 
 def _is_folder(path: Path) -> bool:

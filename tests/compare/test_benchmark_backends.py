@@ -9,8 +9,9 @@ import torch
 
 import ast_plugin  # noqa: F401  registers everything
 from ast_plugin.compare import benchmark_network, benchmark_ops, benchmark_table, benchmark_targets
-from ast_plugin.compare.benchmark_backends import add_ratios, resident_growth, table, take_turns
+from ast_plugin.compare.benchmark_backends import add_ratios, table, take_turns
 from ast_plugin.compare.benchmark_network import Way, count, prepare, ways
+from ast_plugin.compare.resident_memory import resident_growth
 from ast_plugin.errors import DataError, OptionError
 
 ROOT = Path(__file__).parents[2]

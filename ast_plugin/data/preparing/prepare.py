@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ast_plugin.data.manifest import Entry, replacing, write_manifest
+from ast_plugin.data.manifest import Entry, partials_of, replacing, write_manifest
 from ast_plugin.data.matching import Fault, is_image, list_images, printable
 from ast_plugin.data.pair_table import Pair
 from ast_plugin.data.preparing import duplicates
@@ -132,7 +132,8 @@ class Preparation:
         """
         paths = [self.target / f'{split.name}.jsonl' for split in self.splits]
         for path in [*paths, self.target / FAULTS]:
-            _remove(path)
+            for old in (path, *partials_of(path)):
+                _remove(old)
         written = []
         for number, (split, found) in enumerate(zip(checks.splits, checks.found, strict=True)):
             if found.good:

@@ -217,6 +217,16 @@ def test_rubbish_in_a_journal_is_not_believed(tmp_path, monkeypatch):
 COMMAND = [sys.executable, '-m', 'ast_plugin', 'data', 'prepare', 'agan']
 
 
+def test_what_a_killed_run_left_of_a_manifest_is_removed(tmp_path):
+    root = make_agan(tmp_path / 'data', train=1, test=1)
+    left, own = tmp_path / 'out/.train.jsonl.17-0a1b2c3d.part', tmp_path / 'out/.train.jsonl.mine'
+    left.parent.mkdir()
+    left.touch()
+    own.touch()
+    prepare(root, tmp_path / 'out')
+    assert not left.exists() and own.exists()
+
+
 def test_killed_at_any_moment(tmp_path):
     root = make_agan(tmp_path / 'data', train=150, test=60)
     command = [*COMMAND, root, tmp_path / 'out', '--workers', '2', '--copy']
