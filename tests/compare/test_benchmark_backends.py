@@ -73,6 +73,8 @@ def test_counted_operations():
     assert moved > 0
     small = [count(Way('', '', 'AST_XS', 'fused', 'fp32', batch, (128, 128)))[0] for batch in (1, 2)]
     assert small[1] == 2 * small[0]
+    trained = count(Way('', '', 'AST_XS', 'fused', 'fp32', 1, (128, 128), True))[0]
+    assert trained == 3 * small[0]
 
 
 @pytest.mark.parametrize('trains', [False, True])
