@@ -50,7 +50,7 @@ def test_ratios_are_against_the_first_line_of_a_case():
 def test_growth_is_what_a_call_needs():
     if not Path('/proc/self/status').exists():
         pytest.skip('only Linux tells')
-    assert 2**27 * 0.9 < resident_growth(lambda: bytearray(b'x' * 2**27)) < 2**28
+    assert 2**28 * 0.9 < resident_growth(lambda: bytearray(b'x' * 2**27)) < 2**28 * 1.5  # the bytes, and their copy
 
 
 def test_the_lines_of_a_network():
