@@ -8,14 +8,14 @@ import pytest
 from ast_plugin.data.pair_table import Pair, PairTable
 
 PAIRS = [
-    Pair('a', '/root/lq/a.png', '/root/gt/a.png'),
-    Pair('lq/b.png', '/root/lq/b.png', '/root/gt/b.png'),
-    Pair('é 雨', '/root/lq/é 雨.png', '/root/gt/x\ny.png'),
-    Pair('\udcff', '/root/lq/\udcff.png', '/root/gt/\udcff.png'),
+    Pair('a', '/data/lq/a.png', '/data/gt/a.png'),
+    Pair('lq/b.png', '/data/lq/b.png', '/data/gt/b.png'),
+    Pair('é 雨', '/data/lq/é 雨.png', '/data/gt/x\ny.png'),
+    Pair('\udcff', '/data/lq/\udcff.png', '/data/gt/\udcff.png'),
 ]
 
 
-@pytest.mark.parametrize('root', ['', '/root/'])
+@pytest.mark.parametrize('root', ['', '/data/'])
 def test_it_gives_back_what_was_put_in(root):
     table = PairTable(PAIRS, root)
     assert list(table) == PAIRS
