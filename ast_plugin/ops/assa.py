@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.errors import OptionError
 from ast_plugin.ops.residual import Residual, with_residual
-from ast_plugin.ops.windows import merge_windows, partition_windows, relative_position_index, shift_mask
+from ast_plugin.ops.windows import check_windows, merge_windows, partition_windows, relative_position_index, shift_mask
 
 ATTENTION_KINDS = ('assa', 'dense', 'sparse', 'sparse_relu', 'topk')
 
@@ -89,9 +89,8 @@ def window_attention(
         branch is not normalised and leaves float16's range. float64 stays float64.
     Source: Zhou et al., CVPR 2024, section 3.2.
     """
+    check_windows(x.shape, num_heads, window)
     _, H, W, C = x.shape
-    if C % num_heads:
-        raise ShapeError(f'{C} channels do not divide into {num_heads} heads')
     if shift:
         regions = shift_mask((H, W), window, shift, x.device)
         mask = regions if mask is None else _add_by_window(mask, regions)

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ast_plugin.errors import ShapeError
 from ast_plugin.ops.assa import Affine, attention_weights
 from ast_plugin.ops.assa import window_attention as plain_window_attention
 from ast_plugin.ops.fused_cpu_kernels import Strip, gradients_of, linear, outer_sum, strips, without_autocast
 from ast_plugin.ops.fused_cpu_windows import edge_masks, pieces, rolled
 from ast_plugin.ops.residual import Residual
-from ast_plugin.ops.windows import relative_position_index
+from ast_plugin.ops.windows import check_windows, relative_position_index
 
 
 class Weights(NamedTuple):
@@ -70,11 +69,7 @@ def window_attention(
     residual: Residual | None,
 ) -> Tensor:
     """See `assa.window_attention`."""
-    _, H, W, C = x.shape
-    if C % num_heads:
-        raise ShapeError(f'{C} channels do not divide into {num_heads} heads')
-    if H % window or W % window:
-        raise ShapeError(f'a {H}x{W} map does not divide into windows of {window}x{window}: pad it first')
+    check_windows(x.shape, num_heads, window)
     norm = (None, None) if residual is None else (residual.weight, residual.bias)
     weights = Weights(*norm, *q, *kv, *proj, position_bias, gate)
     scale = None if residual is None else residual.scale

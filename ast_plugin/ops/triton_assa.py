@@ -22,7 +22,7 @@ from ast_plugin.ops.assa import Affine, attention_weights
 from ast_plugin.ops.fused_cpu_kernels import gradients_of
 from ast_plugin.ops.residual import Residual, with_residual
 from ast_plugin.ops.triton_launch import is_interpreted, next_power_of_2, on_device, packed
-from ast_plugin.ops.windows import merge_windows, partition_windows, relative_position_index, shift_mask
+from ast_plugin.ops.windows import check_windows, merge_windows, partition_windows, relative_position_index, shift_mask
 
 # Whether there is a softmax, and the power of the sparse branch's relu or 0.
 KINDS = {'assa': (True, 2), 'dense': (True, 0), 'sparse': (False, 2), 'sparse_relu': (False, 1)}
@@ -60,11 +60,7 @@ def window_attention(
     residual: Residual | None,
 ) -> Tensor:
     """See `assa.window_attention`; `topk` is not among the kinds."""
-    _, H, W, C = x.shape
-    if C % num_heads:
-        raise ShapeError(f'{C} channels do not divide into {num_heads} heads')
-    if H % window or W % window:
-        raise ShapeError(f'a {H}x{W} map does not divide into windows of {window}x{window}: pad it first')
+    check_windows(x.shape, num_heads, window)
     settings = Settings(num_heads, window, shift, kind)
 
     def branch(x: Tensor) -> Tensor:

@@ -11,6 +11,23 @@ from ast_plugin.errors import ShapeError
 MASKED = -100.0  # added to the score of a pair that must not attend; the official network's value, kept for parity
 
 
+def check_windows(shape: torch.Size, num_heads: int, window: int) -> None:
+    """Check that a map [B, H, W, C] divides into windows, and its channels into heads.
+
+    Raises:
+        ShapeError: if not.
+    """
+    _, H, W, C = shape
+    if C % num_heads:
+        raise ShapeError(f'{C} channels do not divide into {num_heads} heads')
+    _check_size(H, W, window)
+
+
+def _check_size(H: int, W: int, window: int) -> None:
+    if H % window or W % window:
+        raise ShapeError(f'a {H}x{W} map does not divide into windows of {window}x{window}: pad it first')
+
+
 def partition_windows(x: Tensor, window: int) -> Tensor:
     """Cut a map into windows.
 
@@ -23,8 +40,7 @@ def partition_windows(x: Tensor, window: int) -> Tensor:
         ShapeError: if H or W is not a multiple of `window`.
     """
     B, H, W, C = x.shape
-    if H % window or W % window:
-        raise ShapeError(f'a {H}x{W} map does not divide into windows of {window}x{window}: pad it first')
+    _check_size(H, W, window)
     x = x.reshape(B, H // window, window, W // window, window, C)
     return x.transpose(2, 3).reshape(-1, window * window, C)
 
