@@ -298,9 +298,10 @@ def _prepare_folders(jobs: Sequence[Job], output: Path) -> None:
 
 def _restore_all(jobs: Sequence[Job], restorer: Restorer, args: argparse.Namespace, output: Path) -> int:
     from ast_plugin.data.image_files import write_bytes
+    from ast_plugin.ops import frozen_weights
 
     start, failed = time.perf_counter(), 0
-    with _Report(len(jobs)) as report:
+    with _Report(len(jobs)) as report, frozen_weights():
         for job in jobs:
             report.begin(job)
             try:

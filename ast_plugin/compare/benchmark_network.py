@@ -11,14 +11,18 @@ rate of the fastest matrix product of this run, and one copy of what each block 
   forward     restoring one picture of 256² and one of --size², without gradients
   bfloat16    the latter under autocast
   train       forward and backward of two pictures of 128²
-  photograph  480×720: zero-padded to a square of 768² as the official code does, and whole
+  photograph  480×720: zero-padded to a square of 768² as the official code does, whole, and whole by `basicsr infer`,
+              from reading weights and picture to writing the result
   gpu         in bfloat16 on CUDA, forward 512² and training 8×256²; see `benchmark_cuda`
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -61,6 +65,7 @@ class Way:
         batch, size: of the pictures, size as (height, width).
         trains: whether gradients are computed.
         square: zero-pad to a square that is a multiple of this first; 0 for what the network does by itself.
+        is_command: whether `basicsr infer` computes, with files.
     """
 
     case: str
@@ -72,6 +77,7 @@ class Way:
     size: tuple[int, int]
     trains: bool = False
     square: int = 0
+    is_command: bool = False
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -102,6 +108,7 @@ def ways(net: str, size: int, cases: list[str]) -> list[Way]:
     if 'photograph' in cases:
         square = {'reference, 768²': ('reference', 'fp32', _OFFICIAL_SQUARE)}
         add('photograph 480×720', 1, _PHOTOGRAPH, {**square, 'fused, whole': plain['fused']})
+        found.append(replace(found[-1], path='basicsr infer', is_command=True))
     return found
 
 
@@ -117,6 +124,8 @@ def prepare(way: Way) -> Callable[[], torch.Tensor]:
     torch.manual_seed(0)
     network = ARCH_REGISTRY.get(way.net)(drop_path_rate=0.0).train(way.trains)
     x = torch.rand(way.batch, 3, *way.size)
+    if way.is_command:
+        return _prepare_command(way, network, x[0])
     height, width = way.size
     top, left = (way.padded[0] - height) // 2, (way.padded[1] - width) // 2
     x = torch.nn.functional.pad(x, (left, way.padded[1] - width - left, top, way.padded[0] - height - top))
@@ -130,6 +139,34 @@ def prepare(way: Way) -> Callable[[], torch.Tensor]:
             output = network(x)
             output.square().mean().backward()
             return output.detach()
+
+    return compute
+
+
+def _prepare_command(way: Way, network: torch.nn.Module, picture: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """`basicsr infer` on a file, in this process: what the interpreter and the libraries take to start is left out."""
+    import cv2
+    import numpy as np
+    import torch
+
+    from ast_plugin.cli import infer
+    from ast_plugin.weights_files import save_weights
+
+    held = tempfile.TemporaryDirectory(prefix='basicsr_benchmark_')
+    folder = Path(held.name)
+    source, weights, output = folder / 'picture.png', folder / 'weights.safetensors', folder / 'restored'
+    save_weights(weights, network.state_dict(), {'type': way.net})
+    cv2.imwrite(str(source), np.ascontiguousarray((picture * 255).round().byte().permute(1, 2, 0).numpy()[..., ::-1]))
+    parser = argparse.ArgumentParser()
+    infer.add_arguments(parser)
+    args = parser.parse_args(['-i', str(source), '-o', str(output), '--weights', str(weights), '--device', 'cpu'])
+
+    def compute() -> torch.Tensor:
+        with computing(way.backend, way.precision), contextlib.redirect_stdout(io.StringIO()):
+            infer.run(args)
+        # The folder lives as long as this function, which holds it.
+        restored = cv2.imread(str(Path(held.name, output.name, source.name)))
+        return torch.from_numpy(np.ascontiguousarray(restored[..., ::-1])).permute(2, 0, 1)[None] / 255
 
     return compute
 
@@ -180,9 +217,10 @@ def measure(
         here = [way for way in lines if way.case == case]
         found = []
         for way in here:
-            say(f'{case}, {way.path}: memory')
             peak = None
-            if not way.square:  # what was padded to another size is not compared
+            # What was padded to another size is not compared, nor what reads its weights itself.
+            if not (way.square or way.is_command):
+                say(f'{case}, {way.path}: memory')
                 with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as fresh:
                     peak = fresh.submit(_memory, way).result()
             operations, moved = count(way)

@@ -40,6 +40,7 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
     from ast_plugin.compare.networks import load_network
     from ast_plugin.models.complexity import count_macs
     from ast_plugin.models.restorer import find_device
+    from ast_plugin.ops import frozen_weights
 
     device = find_device(job['device'])
     network = load_network(job['network'], job['weights'], job['param_key']).to(device)
@@ -51,7 +52,7 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
         'load': round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None,
     }
     image = torch.rand(1, job['channels'], *job['size'], device=device)
-    with torch.inference_mode():
+    with torch.inference_mode(), frozen_weights():
         record['peak_bytes'] = _peak_bytes(network, image)
         record['seconds'] = _seconds(network, image, job['runs'])
     if job.get('counts', True):

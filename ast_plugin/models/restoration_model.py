@@ -37,6 +37,7 @@ from ast_plugin.models.results import ValidationResults, announce
 from ast_plugin.models.run_log import RunLog
 from ast_plugin.models.training_step import TrainingStep
 from ast_plugin.models.validator import Validator
+from ast_plugin.ops import frozen_weights
 from ast_plugin.training_states import STATE, WEIGHTS, keep_newest, read_state
 
 
@@ -260,7 +261,8 @@ class RestorationModel(SRModel):
         self, dataloader: DataLoader, current_iter: int | str = '', save_img: bool = False
     ) -> ValidationResults:
         """Restore a dataset picture by picture, with the metrics of `val.metrics` before and after."""
-        return self.validator.measure(self._restore, dataloader, current_iter, save_img)
+        with frozen_weights():
+            return self.validator.measure(self._restore, dataloader, current_iter, save_img)
 
     def _restore(self, sample: dict[str, Any]) -> Mapping[str, Tensor]:
         if self.is_train and self.processes.count == 1:  # several do not keep step here

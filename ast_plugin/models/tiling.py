@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ast_plugin.errors import OptionError, PluginError, ShapeError
 from ast_plugin.models.memory import available_bytes, peak_bytes
+from ast_plugin.ops import frozen_weights
 from ast_plugin.ops.tiles import BLENDS, check_tiling, run_tiled
 
 AUTO = 'auto'
@@ -153,12 +154,12 @@ def check_tile_options(tile: int | str | None, overlap: int | None, blend: str =
 
 @contextmanager
 def evaluating(network: nn.Module | Callable) -> Iterator[None]:
-    """Put a module into evaluation mode, and compute what is measured in float32 without gradients."""
+    """Put a module into evaluation mode, and compute what is measured in float32, without gradients, weights frozen."""
     was_training = isinstance(network, nn.Module) and network.training
     if was_training:
         network.eval()
     try:
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.inference_mode(), frozen_weights(), torch.backends.cudnn.flags(allow_tf32=False):
             yield
     finally:
         if was_training:

@@ -5,6 +5,7 @@
 
 from ast_plugin.ops.assa import ATTENTION_KINDS, attention_weights
 from ast_plugin.ops.backend import BACKENDS, explain, use_backend
+from ast_plugin.ops.frozen_weights import frozen_weights
 from ast_plugin.ops.functions import frfn, leff, mlp, window_attention
 from ast_plugin.ops.residual import Residual
 from ast_plugin.ops.windows import (
@@ -23,6 +24,7 @@ __all__ = [
     'attention_weights',
     'explain',
     'frfn',
+    'frozen_weights',
     'leff',
     'merge_windows',
     'mlp',

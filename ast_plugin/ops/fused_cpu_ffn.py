@@ -20,6 +20,7 @@ from ast_plugin.ops.assa import Affine
 from ast_plugin.ops.frfn import frfn as plain_frfn
 from ast_plugin.ops.frfn import leff as plain_leff
 from ast_plugin.ops.frfn import mlp as plain_mlp
+from ast_plugin.ops.frozen_weights import made_of
 from ast_plugin.ops.fused_cpu_ffn_backward import Backward
 from ast_plugin.ops.fused_cpu_ffn_forward import Hidden, Settings, Weights, forward_keeping, forward_strips
 from ast_plugin.ops.fused_cpu_kernels import gradients_of, without_autocast
@@ -63,7 +64,7 @@ def _run(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, *weights)):
         return _FeedForward.apply(settings, x, scale, *weights)
     with without_autocast():
-        return forward_strips(settings, x, scale, weights)
+        return forward_strips(settings, x, scale, made_of(lambda: weights.to(dtype), weights, Weights, dtype))
 
 
 class _FeedForward(torch.autograd.Function):
@@ -72,7 +73,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, settings: Settings, x: Tensor, scale: Tensor | None, *weights: Tensor | None):
         ctx.settings = settings
-        w = Weights(*weights)
+        w = Weights(*weights).to(settings.dtype)
         with without_autocast():
             if x[..., 0].numel() * w.hidden * settings.dtype.itemsize > KEPT_BYTES:
                 out, hidden = forward_strips(settings, x, scale, w), ()

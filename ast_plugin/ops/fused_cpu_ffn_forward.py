@@ -76,9 +76,8 @@ class Hidden(NamedTuple):
     before_gate: Tensor | None
 
 
-def forward_strips(settings: Settings, x: Tensor, scale: Tensor | None, weights: Weights) -> Tensor:
-    """The network strip by strip, without what a backward pass would need."""
-    w = weights.to(settings.dtype)
+def forward_strips(settings: Settings, x: Tensor, scale: Tensor | None, w: Weights) -> Tensor:
+    """The network strip by strip, without what a backward pass would need; `w` in the dtype that is computed in."""
     kept = torch.promote_types(x.dtype, settings.dtype) if settings.is_residual else settings.dtype
     out = torch.empty(x.shape, dtype=kept, device=x.device)
     for strip in strips_of(x, w):
@@ -102,10 +101,9 @@ def forward_strips(settings: Settings, x: Tensor, scale: Tensor | None, weights:
 
 
 def forward_keeping(
-    settings: Settings, x: Tensor, scale: Tensor | None, weights: Weights
+    settings: Settings, x: Tensor, scale: Tensor | None, w: Weights
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """`forward_strips` of a small map as a whole, and its `Hidden`."""
-    w = weights.to(settings.dtype)
     whole = everything(x)
     hidden, u = hidden_of(settings, x, w, whole, whole)
     v = u if hidden.before_v is None else F.gelu(hidden.before_v)

@@ -2,6 +2,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,14 @@ def test_ways_compute_the_same(trains):
         assert torch.equal(compute(), outputs[-1])
     assert outputs[0].shape == (1, 3, 40, 56)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_restores_as_the_network():
+    way = Way('', '', 'AST_XS', 'fused', 'fp32', 1, (40, 56))
+    plain, command = prepare(way)(), prepare(replace(way, is_command=True))()
+    # Written with 8 bits, from a picture of 8 bits.
+    assert (plain.clamp(0, 1) - command).abs().max() < 3 / 255
+    assert command.unique().numel() > 50
 
 
 def test_halves_of_blocks():

@@ -1,0 +1,138 @@
+"""What is made of weights: once within `frozen_weights`, anew in every call elsewhere."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from ast_plugin import ops
+from ast_plugin.archs.ast_arch import AST_XS
+from ast_plugin.ops.frozen_weights import frozen_weights, made_of
+
+
+class Counted:
+    """Makes something of a weight, and counts how often."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.count = weight, 0
+
+    def __call__(self, *settings) -> float:
+        def make() -> float:
+            self.count += 1
+            return float(self.weight.sum())
+
+        return made_of(make, (self.weight, None), *settings)
+
+
+@pytest.fixture
+def counted() -> Counted:
+    return Counted(nn.Parameter(torch.ones(3)))
+
+
+def test_elsewhere_each_call_makes_its_own(counted):
+    assert [counted(), counted()] == [3, 3]
+    assert counted.count == 2
+
+
+def test_within_it_is_made_once_for_each_of_the_settings(counted):
+    with frozen_weights():
+        assert [counted('a'), counted('a'), counted('b'), counted('a')] == [3] * 4
+    assert counted.count == 2
+
+
+def test_what_was_kept_ends_with_the_outermost(counted):
+    with frozen_weights():
+        counted()
+        with frozen_weights():
+            counted()
+        counted()
+    assert counted.count == 1
+    counted.weight.data.zero_()
+    with frozen_weights():
+        assert counted() == 0
+
+
+def test_it_ends_with_an_error_too(counted):
+    with pytest.raises(KeyError), frozen_weights():
+        counted()
+        raise KeyError
+    counted()
+    assert counted.count == 2
+
+
+def test_of_what_is_no_parameter_nothing_is_kept():
+    counted = Counted(torch.ones(3))
+    with frozen_weights():
+        counted()
+        counted()
+    assert counted.count == 2
+
+
+def test_weights_that_come_in_the_place_of_others_are_not_taken_for_them():
+    with frozen_weights():
+        sums = [Counted(nn.Parameter(torch.full((3,), float(value))))() for value in range(20)]
+    assert sums == [3.0 * value for value in range(20)]
+
+
+def test_other_threads_are_not_bound(counted):
+    with frozen_weights():
+        counted()
+        thread = threading.Thread(target=counted)
+        thread.start()
+        thread.join()
+    assert counted.count == 2
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('attention', ['assa', 'topk'])
+def test_a_network_computes_the_same(attention, dtype):
+    torch.manual_seed(0)
+    network = AST_XS(attention=attention).eval()
+    pictures = torch.rand(2, 1, 3, 48, 72)
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=dtype is torch.bfloat16):
+        plain = [network(picture) for picture in pictures]
+        with ops.frozen_weights():
+            frozen = [network(picture) for picture in pictures]
+    assert all(torch.equal(a, b) for a, b in zip(plain, frozen, strict=True))
+
+
+def test_autocast_and_float32_do_not_share_what_is_made():
+    torch.manual_seed(0)
+    network, picture = AST_XS().eval(), torch.rand(1, 3, 32, 32)
+    with torch.inference_mode(), ops.frozen_weights():
+        with torch.autocast('cpu', torch.bfloat16):
+            network(picture)
+        within = network(picture)
+    with torch.inference_mode():
+        assert torch.equal(within, network(picture))
+
+
+def test_a_training_step_within_sees_its_own_update():
+    torch.manual_seed(0)
+    network, picture = AST_XS(drop_path_rate=0.0), torch.rand(1, 3, 32, 32)
+    losses = []
+    with ops.frozen_weights():
+        for _ in range(3):
+            network.zero_grad()
+            loss = network(picture).square().mean()
+            loss.backward()
+            losses.append(loss.item())
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.05 * parameter.grad
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_a_network_makes_its_weights_once(monkeypatch):
+    from ast_plugin.ops.fused_cpu_ffn_forward import Weights
+
+    calls = []
+    made = Weights.to
+    monkeypatch.setattr(Weights, 'to', lambda self, dtype: calls.append(dtype) or made(self, dtype))
+    network = AST_XS().eval()
+    with ops.use_backend('fused'), torch.inference_mode(), ops.frozen_weights():
+        for side in (32, 64, 64):
+            network(torch.rand(1, 3, side, side))
+    assert len(calls) == 9  # a feed-forward network at each of the nine levels
