@@ -38,6 +38,7 @@ def _half(
     from ast_plugin.ops.residual import Residual
 
     channels = _CHANNELS_AT_256[side]
+    torch.compiler.reset()  # of one function it compiles eight variants and no more, and there are more halves
     torch.manual_seed(0)
     block = ASTBlock(ASSA(channels, max(1, channels // 32), shift_size=4), FRFN(channels), channels).to(device)
     branch, norm = (block.attn, block.norm1) if kind == 'ASSA' else (block.ffn, block.norm2)

@@ -16,39 +16,30 @@ from ast_plugin.metrics.ssim import ssim_rgb, ssim_y_matlab
 _ORDERS = ('HWC', 'CHW')
 
 
-def calculate_psnr_matlab(
-    img: np.ndarray, img2: np.ndarray, crop_border: int = 0, input_order: str = 'HWC', **kwargs
-) -> float:
-    """PSNR of the luma of 8 bits, as MATLAB has it: see `psnr_y_matlab`."""
-    return _measure(psnr_y_matlab, img, img2, crop_border, input_order)
+def _metric(name: str, measure: Callable[[np.ndarray, np.ndarray], float], what: str) -> Callable[..., float]:
+    """`measure` as a metric of BasicSR's, which finds its arguments by these names and passes others on."""
+
+    def calculate(img: np.ndarray, img2: np.ndarray, crop_border: int = 0, input_order: str = 'HWC', **kwargs) -> float:
+        return measure(*(from_toolbox(image, crop_border, input_order) for image in (img, img2)))
+
+    calculate.__name__ = calculate.__qualname__ = name
+    calculate.__doc__ = f'{what}: see `{measure.__name__}`.'
+    return calculate
 
 
-def calculate_ssim_matlab(
-    img: np.ndarray, img2: np.ndarray, crop_border: int = 0, input_order: str = 'HWC', **kwargs
-) -> float:
-    """SSIM of the luma of 8 bits, as MATLAB has it: see `ssim_y_matlab`."""
-    return _measure(ssim_y_matlab, img, img2, crop_border, input_order)
-
-
-def calculate_psnr_skimage(
-    img: np.ndarray, img2: np.ndarray, crop_border: int = 0, input_order: str = 'HWC', **kwargs
-) -> float:
-    """PSNR of RGB that is not rounded, as scikit-image has it: see `psnr_rgb`."""
-    return _measure(psnr_rgb, img, img2, crop_border, input_order)
-
-
-def calculate_ssim_skimage(
-    img: np.ndarray, img2: np.ndarray, crop_border: int = 0, input_order: str = 'HWC', **kwargs
-) -> float:
-    """SSIM of RGB that is not rounded, as scikit-image has it: see `ssim_rgb`."""
-    return _measure(ssim_rgb, img, img2, crop_border, input_order)
-
-
-def calculate_psnr_y_float(
-    img: np.ndarray, img2: np.ndarray, crop_border: int = 0, input_order: str = 'HWC', **kwargs
-) -> float:
-    """PSNR of luma that is not rounded, by which the authors pick the best weights: see `psnr_y_float`."""
-    return _measure(psnr_y_float, img, img2, crop_border, input_order)
+calculate_psnr_matlab = _metric('calculate_psnr_matlab', psnr_y_matlab, 'PSNR of the luma of 8 bits, as MATLAB has it')
+calculate_ssim_matlab = _metric('calculate_ssim_matlab', ssim_y_matlab, 'SSIM of the luma of 8 bits, as MATLAB has it')
+calculate_psnr_skimage = _metric(
+    'calculate_psnr_skimage', psnr_rgb, 'PSNR of RGB that is not rounded, as scikit-image has it'
+)
+calculate_ssim_skimage = _metric(
+    'calculate_ssim_skimage', ssim_rgb, 'SSIM of RGB that is not rounded, as scikit-image has it'
+)
+calculate_psnr_y_float = _metric(
+    'calculate_psnr_y_float',
+    psnr_y_float,
+    'PSNR of luma that is not rounded, by which the authors pick weights',
+)
 
 
 def to_toolbox(image: np.ndarray) -> np.ndarray:
@@ -83,7 +74,3 @@ def from_toolbox(image: np.ndarray, crop_border: int = 0, input_order: str = 'HW
     if not (low >= -1e-3 and high <= 255 + 1e-3):
         raise DataError(f'an image has values from {low:g} to {high:g}: expected [0, 255], as BasicSR gives them')
     return np.divide(image, 255, dtype=np.result_type(image.dtype, np.float32)).clip(0, 1)
-
-
-def _measure(measure: Callable, img: np.ndarray, img2: np.ndarray, crop_border: int, input_order: str) -> float:
-    return measure(*(from_toolbox(image, crop_border, input_order) for image in (img, img2)))

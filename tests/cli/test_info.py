@@ -2,32 +2,19 @@
 
 import re
 import sys
+from functools import partial
 
 import pytest
-import yaml
 
-from ast_plugin.cli import main as command
 from ast_plugin.cli.info import parse_size, predict_memory
 from ast_plugin.errors import OptionError
-
-from .. import tiny_run
 
 NET = {'type': 'SRVGGNetCompact', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_conv': 1, 'upscale': 1}
 
 
 @pytest.fixture
-def info(tmp_path, capsys):
-    """Run the command on an option file with the given network, and return status, output and errors."""
-    opt = yaml.safe_load(tiny_run.OPTIONS)
-
-    def run(network, *arguments):
-        opt['network_g'] = network
-        path = tmp_path / 'info.yml'
-        path.write_text(yaml.safe_dump(opt, sort_keys=False), encoding='utf-8')
-        status = command.main(['info', '-opt', str(path), *arguments])
-        return status, *capsys.readouterr()
-
-    return run
+def info(run_on_network):
+    return partial(run_on_network, 'info')
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='only Linux tells how large a process is')

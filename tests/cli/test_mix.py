@@ -1,6 +1,7 @@
 """`basicsr mix`: what it prints, and what it says of wrong files."""
 
 import re
+from functools import partial
 
 import pytest
 import yaml
@@ -15,18 +16,8 @@ MIXED = {'type': 'Mixed', 'base': BASE, 'mix': [RULE]}
 
 
 @pytest.fixture
-def mix(tmp_path, capsys):
-    """Run the command on an option file with the given network, and return status, output and errors."""
-    opt = yaml.safe_load(tiny_run.OPTIONS)
-
-    def run(network, *arguments):
-        opt['network_g'] = network
-        path = tmp_path / 'mixed.yml'
-        path.write_text(yaml.safe_dump(opt, sort_keys=False), encoding='utf-8')
-        status = command.main(['mix', '-opt', str(path), *arguments])
-        return status, *capsys.readouterr()
-
-    return run
+def mix(run_on_network):
+    return partial(run_on_network, 'mix')
 
 
 def test_what_it_shows(mix):

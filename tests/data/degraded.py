@@ -22,11 +22,11 @@ def gray(height=120, width=160, value=0.4) -> np.ndarray:
     return np.full((height, width, 3), value, np.float32)
 
 
-def photographs() -> list[np.ndarray]:
+def photographs(names: list[str] | None = None) -> list[np.ndarray]:
     """The packaged photographs, 480 x 720."""
     return [
         cv2.resize(read_rgb(photo.path), (720, 480), interpolation=cv2.INTER_AREA) / np.float32(255)
-        for photo in packaged_photos()
+        for photo in packaged_photos(names=names)
     ]
 
 
@@ -45,9 +45,11 @@ def check_purity(name) -> None:
         assert np.array_equal(results[0][1], results[1][1])
 
 
-def check_any_image(name, shape, value) -> None:
+def check_any_image(name, shape, value, **parameters) -> None:
+    """A picture of any size and brightness becomes another in range, and stays as it was."""
     image = gray(*shape, value)
-    degraded, mask = degrade(name, image)
+    degraded, mask = degrade(name, image, **parameters)
+    assert np.array_equal(image, gray(*shape, value))
     assert degraded.shape == image.shape and degraded.dtype == np.float32 and degraded.flags.c_contiguous
     assert np.isfinite(degraded).all() and degraded.min() >= 0 and degraded.max() <= 1
     if mask is not None:

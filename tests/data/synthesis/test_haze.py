@@ -3,7 +3,6 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -13,12 +12,9 @@ from ast_plugin.data.photos import packaged_photos
 from ast_plugin.data.synthesis.haze import HazeParameters, add_haze, fill_depth
 from ast_plugin.data.synthesis.pseudo_depth import guess_depth
 from ast_plugin.errors import DataError
+from tests.data.degraded import check_any_image, check_purity, photographs, psnr, shapes, values
 
 EVEN = {'unevenness': (0, 0), 'forward': (0, 0), 'tint': 0, 'airlight': (0.8, 0.8)}
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(-10 * np.log10(np.mean((a.astype(np.float64) - b) ** 2)))
 
 
 def scene(height: int = 120, width: int = 160) -> np.ndarray:
@@ -28,28 +24,15 @@ def scene(height: int = 120, width: int = 160) -> np.ndarray:
     return image.astype(np.float32)
 
 
-def photograph(path: Path) -> np.ndarray:
-    return cv2.resize(read_rgb(path), (720, 480), interpolation=cv2.INTER_AREA) / np.float32(255)
-
-
 def test_the_same_seed_gives_the_same_haze_bit_for_bit():
-    results = [add_haze(scene(), np.random.default_rng(seed), HazeParameters()) for seed in (5, 5, 6)]
-    assert np.array_equal(results[0][0], results[1][0]) and np.array_equal(results[0][1], results[1][1])
-    assert not np.array_equal(results[0][0], results[2][0])
+    check_purity('haze')
 
 
-@pytest.mark.parametrize('shape', [(1, 1), (1, 50), (50, 1), (2, 2), (7, 3), (65, 131)])
-@pytest.mark.parametrize('value', [0.0, 0.5, 1.0])
-def test_any_size_and_brightness(shape, value):
-    image = np.full((*shape, 3), value, np.float32)
-    before = image.copy()
-    for parameters in (HazeParameters(), HazeParameters(scale=20), HazeParameters(scale=0.05)):
-        hazy, opacity = add_haze(image, np.random.default_rng(0), parameters)
-        assert hazy.shape == image.shape and hazy.dtype == np.float32
-        assert opacity.shape == shape and opacity.dtype == np.float32
-        for result in (hazy, opacity):
-            assert np.isfinite(result).all() and result.min() >= 0 and result.max() <= 1
-    assert np.array_equal(image, before)
+@shapes
+@values
+@pytest.mark.parametrize('scale', [1, 20, 0.05])
+def test_any_size_and_brightness(shape, value, scale):
+    check_any_image('haze', shape, value, scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +57,7 @@ def test_extremes_stay_pictures(extreme):
 
 @pytest.mark.parametrize('photo', packaged_photos(), ids=lambda photo: photo.name)
 def test_psnr_on_photographs(photo):
-    clean = photograph(photo.path)
+    clean = photographs([photo.name])[0]
     levels = [psnr(add_haze(clean, np.random.default_rng(seed), HazeParameters())[0], clean) for seed in range(10)]
     assert min(levels) >= 10 and max(levels) <= 19
     assert max(levels) - min(levels) > 2
@@ -82,7 +65,7 @@ def test_psnr_on_photographs(photo):
 
 @pytest.mark.parametrize('target', [12.0, 16.0, 22.0])
 def test_the_strength_that_is_asked_for(target):
-    clean = photograph(packaged_photos(names=['coffee'])[0].path)
+    clean = photographs(['coffee'])[0]
     parameters = HazeParameters(psnr=(target, target))
     for seed in range(5):
         assert psnr(add_haze(clean, np.random.default_rng(seed), parameters)[0], clean) == pytest.approx(
@@ -185,7 +168,7 @@ def test_depth_of_any_type(dtype):
 
 
 def test_guessed_depth_is_far_in_the_sky_and_near_at_the_feet():
-    image = photograph(packaged_photos(names=['china'])[0].path)
+    image = photographs(['china'])[0]
     for seed in range(5):
         depth = guess_depth(image, np.random.default_rng(seed), 0.2)
         assert depth.shape == (480, 720) and depth.min() >= 0.1 and depth.max() <= 1

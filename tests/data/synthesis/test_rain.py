@@ -5,39 +5,24 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.photos import packaged_photos
 from ast_plugin.data.synthesis.rain import FINE, RainParameters, add_rain
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(-10 * np.log10(np.mean((a.astype(np.float64) - b) ** 2)))
-
-
-def gray(height: int = 120, width: int = 160, value: float = 0.4) -> np.ndarray:
-    return np.full((height, width, 3), value, np.float32)
+from tests.data.degraded import check_any_image, check_purity, gray, photographs, psnr, shapes, values
 
 
 def test_the_same_seed_gives_the_same_rain_bit_for_bit():
-    results = [add_rain(gray(), np.random.default_rng(seed), RainParameters()) for seed in (5, 5, 6)]
-    assert np.array_equal(results[0][0], results[1][0]) and np.array_equal(results[0][1], results[1][1])
-    assert not np.array_equal(results[0][0], results[2][0])
+    check_purity('rain')
 
 
-@pytest.mark.parametrize('shape', [(1, 1), (1, 50), (50, 1), (7, 3), (65, 130)])
-@pytest.mark.parametrize('value', [0.0, 0.5, 1.0])
+@shapes
+@values
 def test_any_size_and_brightness(shape, value):
-    image = gray(*shape, value)
-    before = image.copy()
-    rainy, streaks = add_rain(image, np.random.default_rng(0), RainParameters())
-    assert rainy.shape == image.shape and rainy.dtype == np.float32 and streaks.shape == shape
-    assert np.isfinite(rainy).all() and rainy.min() >= 0 and rainy.max() <= 1
-    assert np.array_equal(image, before)
+    check_any_image('rain', shape, value)
 
 
 @pytest.mark.parametrize('photo', packaged_photos(), ids=lambda photo: photo.name)
 def test_psnr_on_photographs(photo):
-    clean = cv2.resize(read_rgb(photo.path), (720, 480), interpolation=cv2.INTER_AREA) / np.float32(255)
+    (clean,) = photographs([photo.name])
     levels = [psnr(add_rain(clean, np.random.default_rng(seed), RainParameters())[0], clean) for seed in range(12)]
     assert min(levels) >= 20 and max(levels) <= 26
     assert max(levels) - min(levels) > 1

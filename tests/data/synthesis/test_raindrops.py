@@ -8,17 +8,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.photos import packaged_photos
 from ast_plugin.data.synthesis.drop_optics import ASIDE, DARKEST, LIGHT, SLOPES, Surroundings, refract, surroundings
 from ast_plugin.data.synthesis.raindrops import RaindropParameters, add_raindrops
 from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
+from tests.data.degraded import check_any_image, check_purity, photographs, psnr, shapes, values
 
 DRY = {'film': (0, 0)}
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(-10 * np.log10(np.mean((a.astype(np.float64) - b) ** 2)))
 
 
 def scene(height: int = 120, width: int = 160) -> np.ndarray:
@@ -27,29 +23,15 @@ def scene(height: int = 120, width: int = 160) -> np.ndarray:
     return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
 
 
-def photograph(name: str) -> np.ndarray:
-    (photo,) = packaged_photos(names=[name])
-    return cv2.resize(read_rgb(photo.path), (720, 480), interpolation=cv2.INTER_AREA) / np.float32(255)
-
-
 def test_the_same_seed_gives_the_same_drops_bit_for_bit():
-    results = [add_raindrops(scene(), np.random.default_rng(seed), RaindropParameters()) for seed in (5, 5, 6)]
-    assert np.array_equal(results[0][0], results[1][0]) and np.array_equal(results[0][1], results[1][1])
-    assert not np.array_equal(results[0][0], results[2][0])
+    check_purity('raindrop')
 
 
-@pytest.mark.parametrize('shape', [(1, 1), (1, 50), (50, 1), (2, 2), (7, 3), (65, 131)])
-@pytest.mark.parametrize('value', [0.0, 0.5, 1.0])
-def test_any_size_and_brightness(shape, value):
-    image = np.full((*shape, 3), value, np.float32)
-    before = image.copy()
-    for parameters in (RaindropParameters(), RaindropParameters(scale=20), RaindropParameters(scale=0.3)):
-        wet, opacity = add_raindrops(image, np.random.default_rng(0), parameters)
-        assert wet.shape == image.shape and wet.dtype == np.float32
-        assert opacity.shape == shape and opacity.dtype == np.float32
-        for result in (wet, opacity):
-            assert np.isfinite(result).all() and result.min() >= 0 and result.max() <= 1
-    assert np.array_equal(image, before)
+@shapes
+@values
+@pytest.mark.parametrize('scale', [1, 20, 0.3])
+def test_any_size_and_brightness(shape, value, scale):
+    check_any_image('raindrop', shape, value, scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +61,7 @@ def test_extremes_stay_pictures(extreme):
 
 @pytest.mark.parametrize('photo', packaged_photos(), ids=lambda photo: photo.name)
 def test_strength_on_photographs(photo):
-    clean = photograph(photo.name)
+    clean = photographs([photo.name])[0]
     levels, shares = [], []
     for seed in range(10):
         wet, _ = add_raindrops(clean, np.random.default_rng(seed), RaindropParameters())
@@ -93,7 +75,7 @@ def test_strength_on_photographs(photo):
 @pytest.mark.parametrize('target', [16.0, 19.0, 22.0])
 def test_the_strength_that_is_asked_for(target):
     parameters = RaindropParameters(psnr=(target, target), coverage=(0.02, 0.5))
-    clean = photograph('coffee')
+    clean = photographs(['coffee'])[0]
     for seed in range(6):
         wet, _ = add_raindrops(clean, np.random.default_rng(seed), parameters)
         assert psnr(wet, clean) == pytest.approx(target, abs=0.7)
@@ -107,7 +89,7 @@ def test_drops_cover_what_is_asked(coverage):
 
 
 def test_the_mask_is_where_the_picture_changed():
-    clean = photograph('motorcycle_left')
+    clean = photographs(['motorcycle_left'])[0]
     wet, opacity = add_raindrops(clean, np.random.default_rng(2), RaindropParameters(**DRY))
     change = np.abs(wet - clean).max(axis=2)
     dry = opacity == 0
@@ -125,7 +107,7 @@ def test_no_water_is_a_clean_pane():
 
 
 def test_the_film_blurs_and_pales():
-    clean = photograph('china')
+    clean = photographs(['china'])[0]
     parameters = RaindropParameters(coverage=(0, 0), film=(1, 1))
     wet, opacity = add_raindrops(clean, np.random.default_rng(3), parameters)
 
