@@ -3,8 +3,9 @@
   basicsr info -opt AST_derain --size 480x720
   basicsr info -opt my.yml --size 512x512 --run
 
-Memory is predicted from pictures of 256x256 and 512x512 that are put through in processes of their own; --run puts one
-of the size asked for through, and measures time and memory. Nothing is written.
+Memory is predicted from pictures of 256x256 and 512x512 that are put through in processes of their own, that of larger
+ones from 512x512 and 1024x1024 where these fit in memory; --run puts one of the size asked for through, and measures
+time and memory. Nothing is written.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 _MOST_PIXELS = 2**26
 _PROBES = ((256, 256), (512, 512))
+# glibc's allocator keeps freed maps of up to 32 MB: larger pictures need less for each pixel, and are not predicted
+# from small ones alone.
+_LARGE_PROBE = (1024, 1024)
+_LARGE = 512 * 768
 _RUNS = 3
 _MEBIBYTE = 2**20
 
@@ -89,7 +94,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def predict_memory(job: dict[str, Any], size: tuple[int, int], multiple: int) -> int | None:
-    """Peak memory of a pass on a CPU above the weights, in bytes, on a line through two that were measured.
+    """Peak memory of a pass on a CPU above the weights, in bytes, on a line through two sizes that were measured.
 
     Args:
         job: what `compare.measure` is told of the network.
@@ -98,15 +103,22 @@ def predict_memory(job: dict[str, Any], size: tuple[int, int], multiple: int) ->
     Returns:
         None where the system does not tell.
     """
+    import torch
 
-    def pixels(size: tuple[int, int]) -> int:
-        return (-(-size[0] // multiple) * multiple) * (-(-size[1] // multiple) * multiple)
+    from ast_plugin.models.complexity import on_line, padded_pixels
+    from ast_plugin.models.memory import available_bytes
 
-    small, large = (_child('memory', {**job, 'size': probe})['peak_bytes'] for probe in _PROBES)
-    if small is None or large is None:
+    points = [(padded_pixels(probe, multiple), _peak_bytes(job, probe)) for probe in _PROBES]
+    if any(peak is None for _, peak in points):
         return None
-    each = max(0.0, (large - small) / (pixels(_PROBES[1]) - pixels(_PROBES[0])))
-    return max(0, round(small + each * (pixels(size) - pixels(_PROBES[0]))))
+    asked, large = (padded_pixels(each, multiple) for each in (size, _LARGE_PROBE))
+    if asked > _LARGE and on_line(large, *points) < available_bytes(torch.device('cpu')) / 2:
+        points = [points[1], (large, _peak_bytes(job, _LARGE_PROBE))]
+    return max(0, round(on_line(asked, *points)))
+
+
+def _peak_bytes(job: dict[str, Any], size: tuple[int, int]) -> int | None:
+    return _child('memory', {**job, 'size': size})['peak_bytes']
 
 
 def _macs(network: nn.Module, channels: int, size: tuple[int, int], multiple: int) -> str:
@@ -133,7 +145,7 @@ def _backend(network: nn.Module) -> str:
 def _memory(predicted: int | None) -> str:
     if predicted is None:
         return 'not predicted: this system does not tell how large a process is'
-    return f'about {predicted / _MEBIBYTE:.0f} MiB above the parameters, predicted from 256x256 and 512x512'
+    return f'about {predicted / _MEBIBYTE:.0f} MiB above the parameters, predicted from other sizes'
 
 
 def _measured(job: dict[str, Any], size: tuple[int, int], predicted: int | None) -> str:
@@ -147,7 +159,7 @@ def _measured(job: dict[str, Any], size: tuple[int, int], predicted: int | None)
             f'--size {size[0]}x{size[1]}: needs about {predicted / _MEBIBYTE:.0f} MiB, of which '
             f'{free / _MEBIBYTE:.0f} MiB are free: choose a smaller picture, or restore it in tiles'
         )
-    peak = _child('memory', {**job, 'size': size})['peak_bytes']
+    peak = _peak_bytes(job, size)
     record = _child('speed', {**job, 'size': size, 'runs': _RUNS, 'device': 'cpu', 'counts': False})
     median = statistics.median(record['seconds'])
     memory = 'unknown memory' if peak is None else f'{peak / _MEBIBYTE:.0f} MiB above the parameters'

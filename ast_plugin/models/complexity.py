@@ -58,14 +58,22 @@ def count_macs_of_size(
         The count, the operators left out, and whether it is from the line.
     """
 
-    def pixels(size: tuple[int, int]) -> int:
-        return (-(-size[0] // multiple) * multiple) * (-(-size[1] // multiple) * multiple)
-
     def count(size: tuple[int, int]) -> tuple[int, dict[str, int]]:
         return count_macs(network, torch.zeros(1, channels, *size))
 
-    if pixels(size) <= pixels(_SMALL[1]):
+    asked, *small = (padded_pixels(each, multiple) for each in (size, *_SMALL))
+    if asked <= small[1]:
         return (*count(size), False)
     (first, _), (second, uncounted) = map(count, _SMALL)
-    each = (second - first) / (pixels(_SMALL[1]) - pixels(_SMALL[0]))
-    return round(first + each * (pixels(size) - pixels(_SMALL[0]))), uncounted, True
+    return round(on_line(asked, *zip(small, (first, second), strict=True))), uncounted, True
+
+
+def padded_pixels(size: tuple[int, int], multiple: int) -> int:
+    """How many pixels a picture of a size has once its sides are padded to a multiple."""
+    height, width = (-(-side // multiple) * multiple for side in size)
+    return height * width
+
+
+def on_line(x: float, first: tuple[float, float], second: tuple[float, float]) -> float:
+    """The value at x of the line through two points."""
+    return first[1] + (second[1] - first[1]) / (second[0] - first[0]) * (x - first[0])
