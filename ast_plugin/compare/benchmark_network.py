@@ -50,7 +50,7 @@ CASES = ('forward', 'bfloat16', 'train', 'photograph', 'gpu')
 _PHOTOGRAPH = (480, 720)
 _WARM_UP = (128, 128)
 _OFFICIAL_SQUARE = 128  # the official test pads to a square of a multiple of this
-_NO_COMPILE = 'not run: inductor takes minutes for a whole network; see `benchmark.py ops` for a block'
+_NO_COMPILE = 'not run: inductor takes minutes for a whole network; --compile runs it'
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Way:
         trains: whether gradients are computed.
         square: zero-pad to a square that is a multiple of this first; 0 for what the network does by itself.
         is_command: whether `basicsr infer` computes, with files.
+        is_compiled: whether the network goes through torch.compile.
     """
 
     case: str
@@ -78,6 +79,7 @@ class Way:
     trains: bool = False
     square: int = 0
     is_command: bool = False
+    is_compiled: bool = False
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -88,13 +90,15 @@ class Way:
         return side, side
 
 
-def ways(net: str, size: int, cases: list[str]) -> list[Way]:
+def ways(net: str, size: int, cases: list[str], compiles: bool = False) -> list[Way]:
     """The lines of the table; the first of each case is what the others are compared with."""
-    found = []
+    found: list[Way] = []
 
     def add(case: str, batch: int, picture: tuple[int, int], rows: dict[str, tuple[str, str, int]], trains=False):
         for path, (backend, precision, square) in rows.items():
             found.append(Way(case, path, net, backend, precision, batch, picture, trains, square))
+        if compiles:
+            found.append(Way(case, 'torch.compile', net, 'reference', 'fp32', batch, picture, trains, is_compiled=True))
 
     plain = {'reference': ('reference', 'fp32', 0), 'fused': ('fused', 'fp32', 0)}
     half = {'fused, bf16': ('fused', 'bf16', 0)}
@@ -108,7 +112,8 @@ def ways(net: str, size: int, cases: list[str]) -> list[Way]:
     if 'photograph' in cases:
         square = {'reference, 768²': ('reference', 'fp32', _OFFICIAL_SQUARE)}
         add('photograph 480×720', 1, _PHOTOGRAPH, {**square, 'fused, whole': plain['fused']})
-        found.append(replace(found[-1], path='basicsr infer', is_command=True))
+        whole = next(way for way in found if way.path == 'fused, whole')
+        found.append(replace(whole, path='basicsr infer', is_command=True))
     return found
 
 
@@ -126,6 +131,8 @@ def prepare(way: Way) -> Callable[[], torch.Tensor]:
     x = torch.rand(way.batch, 3, *way.size)
     if way.is_command:
         return _prepare_command(way, network, x[0])
+    if way.is_compiled:
+        network = torch.compile(network, dynamic=False)
     height, width = way.size
     top, left = (way.padded[0] - height) // 2, (way.padded[1] - width) // 2
     x = torch.nn.functional.pad(x, (left, way.padded[1] - width - left, top, way.padded[0] - height - top))
@@ -210,7 +217,7 @@ def measure(
 
     Returns:
         A line for each: `seconds` of every turn, `peak_bytes`, `floor` in seconds, `error` of the output against the
-        case's first; after them one that was not run, with why.
+        case's first; after those of a case torch.compile's where it was not run, with why.
     """
     measured: list[Line] = []
     for case in dict.fromkeys(way.case for way in lines):
@@ -218,8 +225,8 @@ def measure(
         found = []
         for way in here:
             peak = None
-            # What was padded to another size is not compared, nor what reads its weights itself.
-            if not (way.square or way.is_command):
+            # What was padded to another size is not compared, nor what reads its weights or compiles in the same call.
+            if not (way.square or way.is_command or way.is_compiled):
                 say(f'{case}, {way.path}: memory')
                 with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as fresh:
                     peak = fresh.submit(_memory, way).result()
@@ -235,7 +242,9 @@ def measure(
             if here[index].padded == here[0].padded:
                 found[index]['error'] = float((outputs[index] - outputs[0]).norm() / outputs[0].norm())
         add_ratios(found)
-        measured += [*found, {'case': case, 'path': 'torch.compile', 'skipped': _NO_COMPILE}]
+        measured += found
+        if not any(way.is_compiled for way in here):
+            measured.append({'case': case, 'path': 'torch.compile', 'skipped': _NO_COMPILE})
         keep(measured)
     return measured
 
@@ -246,6 +255,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--size', type=int, default=512, help='side of the large picture (default: %(default)s)')
     parser.add_argument('--turns', type=int, default=3, help='timed calls of each line (default: %(default)s)')
     parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES), metavar='CASE', help=', '.join(CASES))
+    parser.add_argument('--compile', action='store_true', help='torch.compile, too: minutes for each line')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write what was measured, machine and versions')
 
 
@@ -267,7 +277,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json is not None:
             benchmark_records.write(args.json, record)
 
-    lines = measure(ways(args.net, args.size, args.cases), args.turns, rates, _say, keep)
+    lines = measure(ways(args.net, args.size, args.cases, args.compile), args.turns, rates, _say, keep)
     if 'gpu' in args.cases:
         from ast_plugin.compare import benchmark_cuda
 

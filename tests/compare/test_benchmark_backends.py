@@ -89,6 +89,14 @@ def test_ways_compute_the_same(trains):
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
+def test_torch_compile_is_a_line_of_each_case_where_it_is_asked_for(monkeypatch):
+    compiled = [way for way in ways('AST_XS', 128, ['forward', 'train', 'photograph'], True) if way.is_compiled]
+    assert [way.case[:5] for way in compiled] == ['256² ', '128² ', '2×128', 'photo']
+    monkeypatch.setattr(torch, 'compile', lambda network, dynamic: lambda x: network(x) + 1)
+    outputs = [prepare(replace(compiled[0], size=(32, 40), is_compiled=is_compiled))() for is_compiled in (False, True)]
+    torch.testing.assert_close(outputs[0] + 1, outputs[1])
+
+
 def test_the_command_restores_as_the_network():
     way = Way('', '', 'AST_XS', 'fused', 'fp32', 1, (40, 56))
     plain, command = prepare(way)(), prepare(replace(way, is_command=True))()
