@@ -297,7 +297,7 @@ def _prepare_folders(jobs: Sequence[Job], output: Path) -> None:
 
 
 def _restore_all(jobs: Sequence[Job], restorer: Restorer, args: argparse.Namespace, output: Path) -> int:
-    from ast_plugin.data.image_files import write_bytes
+    from ast_plugin.data.whole_files import write_bytes
     from ast_plugin.ops import frozen_weights
 
     start, failed = time.perf_counter(), 0

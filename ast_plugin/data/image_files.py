@@ -6,7 +6,6 @@ Pillow reads everything of 8 bits and all metadata; OpenCV reads what has 16, wh
 import io
 import math
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ast_plugin.data.image_codecs import encode_picture
 from ast_plugin.data.pillow_limits import PILLOW_UNLIMITED
+from ast_plugin.data.whole_files import write_bytes
 from ast_plugin.errors import DataError
 
 SUFFIXES = {
@@ -206,29 +206,6 @@ def encode_image(path: str | os.PathLike, picture: Picture, *, quality: int = 95
         return encode_picture(picture, kind, quality)
     except (OSError, ValueError, struct.error, cv2.error) as error:
         raise DataError(f'{path}: this picture cannot be written as {kind}: {error}') from error
-
-
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file whole or not at all: beside its place first, then renamed, so that no crash leaves half of it.
-
-    Raises:
-        DataError: if the file cannot be written; what was there stays.
-    """
-    path = Path(path)
-    # The name is short and of its own: the file's own name may already be as long as the file system allows.
-    partial = path.parent / f'.{os.getpid()}-{secrets.token_hex(4)}.part'
-    try:
-        try:
-            with open(partial, 'xb') as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise DataError(f'cannot write {path}: {error.strerror or error}') from error
 
 
 def _read_bytes(path: str | os.PathLike) -> bytes:
