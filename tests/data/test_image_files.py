@@ -11,7 +11,8 @@ import tifffile
 from PIL import Image, ImageCms
 
 from ast_plugin.data import image_files
-from ast_plugin.data.image_files import Picture, read_image, read_rgb, sniff_format, write_image
+from ast_plugin.data.image_files import Picture, read_image, read_rgb, write_image
+from ast_plugin.data.image_headers import sniff_format
 from ast_plugin.errors import DataError
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
