@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ast_plugin.archs.registered_arch import stated_channels
 from ast_plugin.checkpoints import infer_network, read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError
 from ast_plugin.models.restorer import build_network
 
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
-_CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'img_channel', 'inp_channels')
 
 
 class AnySize(nn.Module):
@@ -115,4 +115,4 @@ def _counts(multiple: int) -> tuple[int, int]:
 
 def input_channels(options: Mapping[str, Any]) -> int:
     """How many channels a network's options say that it takes; 3 if they do not."""
-    return next((options[key] for key in _CHANNEL_KEYS if isinstance(options.get(key), int)), 3)
+    return next(iter(stated_channels(options)), 3)
