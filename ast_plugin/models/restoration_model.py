@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import master_only
@@ -19,7 +18,7 @@ from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
 from ast_plugin.data import random_states
 from ast_plugin.data.samplers import epoch_of
 from ast_plugin.data.transforms import to_unit_range
-from ast_plugin.errors import DataError, OptionError
+from ast_plugin.errors import DataError
 from ast_plugin.models import (
     batch_mixing,
     moving_average,
@@ -27,6 +26,7 @@ from ast_plugin.models import (
     run_state,
     schedules,
     stop_signals,
+    training_losses,
     training_step,
 )
 from ast_plugin.models.precision import Precision
@@ -86,19 +86,13 @@ class RestorationModel(SRModel):
             path = self.opt['path'].get('pretrain_network_g')
             if path is not None:
                 self.load_network(self.net_g_ema, path, self.opt['path'].get('strict_load_g', True), 'params_ema')
-        self.losses = {
-            f'l_{key.removesuffix("_opt").replace("pixel", "pix")}': build_loss(options).to(self.device)
-            for key, options in train_opt.items()
-            if key.endswith('_opt') and options
-        }
-        if not self.losses:
-            raise OptionError('train names no loss: set pixel_opt, for instance to {type: ASTCharbonnierLoss}')
+        self.losses = training_losses.build(train_opt, self.device)
+        training_losses.check_reductions(train_opt, self.losses)
         precision = Precision(train_opt.get('precision') or 'fp32', self.device)
         precision.check_wrapper(self.net_g)
         self.setup_optimizers()
         self.setup_schedulers()
         self.mixing = batch_mixing.from_options(train_opt, self.opt.get('manual_seed') or 0, self.opt.get('rank', 0))
-        training_step.check_losses(train_opt, self.losses)
         self.step = TrainingStep(
             self.net_g,
             self.optimizer_g,
@@ -158,16 +152,8 @@ class RestorationModel(SRModel):
         self._end_step(current_iter)
 
     def compute_losses(self, output: Tensor, target: Tensor) -> OrderedDict[str, Tensor]:
-        """Every loss by its name in the log. BasicSR's perceptual loss comes in two parts, either may be None."""
-        losses = OrderedDict()
-        for name, criterion in self.losses.items():
-            value = criterion(output, target)
-            if isinstance(value, tuple):
-                content, style = value
-                losses.update({k: v for k, v in ((name, content), ('l_style', style)) if v is not None})
-            else:
-                losses[name] = value
-        return losses
+        """Every loss by its name in the log."""
+        return training_losses.compute(self.losses, output, target)
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the averaged weights towards the present ones."""
