@@ -24,6 +24,8 @@ WINDOW_SIZE = 8
 HEAD_DIM = 32  # channels of a head where nothing says how many heads there are, as in AST's first level
 _CLASS = 'class:'
 _NEAR = 4  # names that a message lists
+# Blocks whose linear layers start as AST's do; those of others start as their authors have them.
+_DRAWN_ANEW = (blocks.ASTBlock, *blocks.ATTENTIONS.values(), *blocks.FEED_FORWARDS.values())
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def build_block(rule: Rule, site: Site, module: nn.Module, position: int) -> tup
         raise type(error)(f'{what}: {error}') from error
     except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError, LookupError) as error:
         raise OptionError(f'{what} cannot be made of {options}: {type(error).__name__}: {error}') from error
-    if type(block).__module__ == blocks.__name__:
+    if type(block) in _DRAWN_ANEW:
         block.apply(blocks.init_weights)
     if (
         site.kind == 'windows'

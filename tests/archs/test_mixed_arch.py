@@ -90,6 +90,14 @@ def test_networks_run_and_learn_on_odd_sizes(base, rules, kinds, count):
     assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
 
 
+@pytest.mark.parametrize('block', ['ASSA', 'FRFN', 'LeFF', 'MLP', 'ASTBlock'])
+def test_our_blocks_start_as_those_of_ast(block):
+    mixed = Mixed(SWINIR, [{'match': 'layers.0.residual_group.blocks.0', 'with': {'type': block}}])
+    made = mixed.base.layers[0].residual_group.blocks[0].block
+    linear = [layer for layer in made.modules() if isinstance(layer, nn.Linear)]
+    assert linear and all(not layer.bias.any() and layer.weight.std() < 0.03 for layer in linear)
+
+
 def test_scale_is_that_of_the_base():
     network = Mixed({**EDSR, 'upscale': 2}, [{'match': 'body.*', 'op': 'append', 'with': BLOCK}])
     assert network.scale == 2
