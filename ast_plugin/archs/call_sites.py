@@ -201,9 +201,6 @@ def square_side(said: Any) -> int | None:
     return said if type(said) is int and said >= 0 else None
 
 
-# ---- what a module works on
-
-
 @dataclass(frozen=True)
 class SizePlace:
     """Where the (H, W) of tokens are found in the call of a module.

@@ -112,9 +112,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-# ---- which modules
-
-
 def assign(network: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
     """The rule of each module that one means, by the module's name.
 
@@ -170,9 +167,6 @@ def _near(pattern: str, modules: Mapping[str, nn.Module]) -> str:
         last = pattern.split('.')[-1]
         near = [name for name in known if last in name.split('.')][:_NEAR] or known[:_NEAR]
     return f'near it are {", ".join(near)}'
-
-
-# ---- what is put there
 
 
 def build_block(rule: Rule, site: Site, module: nn.Module, position: int) -> tuple[nn.Module, dict[str, Any]]:

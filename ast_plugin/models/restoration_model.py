@@ -65,12 +65,9 @@ class RestorationModel(SRModel):
         self.notes: set[str] = set()  # on memory, each logged once
         self.log_dict: Mapping[str, float] = {}
         self.run_log = RunLog.from_options(opt, self.processes.rank)
-        # Further parts of a run's state, with state_dict and load_state_dict.
-        self.stateful: dict[str, Any] = {'run_log': self.run_log}
+        self.stateful: dict[str, run_state.Stateful] = {'run_log': self.run_log}
         self.iteration = self.saved_at = 0
         super().__init__(opt)
-
-    # ---- setting up
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
         """Switch on what training asks of the network, move it, wrap it for parallel training."""
@@ -119,8 +116,6 @@ class RestorationModel(SRModel):
         count = sum(parameter.numel() for parameter in net.parameters())
         get_root_logger().info(f'Network: {type(net).__name__}, with parameters: {count:,d}')
 
-    # ---- training
-
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
         """Before each iteration: step the schedules, then BasicSR's linear warm-up over what they say.
 
@@ -159,8 +154,6 @@ class RestorationModel(SRModel):
         """Move the averaged weights towards the present ones."""
         moving_average.update(self.net_g_ema, self.get_bare_model(self.net_g), decay)
 
-    # ---- watching
-
     def _begin_step(self, current_iter: int) -> None:
         if self.progress is None:
             self.progress = TrainingProgress(
@@ -181,8 +174,6 @@ class RestorationModel(SRModel):
         self.run_log.draw(at_once=is_over)
         if self.progress is not None:
             self.progress.pause()
-
-    # ---- validation
 
     @property
     def evaluated_network(self) -> nn.Module:
@@ -273,8 +264,6 @@ class RestorationModel(SRModel):
         results.write(Path(self.opt['path']['results_root']))
         print(f'\n{results.dataset}\n\n{results.to_markdown()}\n', flush=True)
         announce(results)
-
-    # ---- weights and state
 
     def _initialize_best_metric_results(self, dataset_name: str) -> None:
         """BasicSR's, and for metrics that were added since the run began, which a resumed state knows nothing of."""

@@ -120,11 +120,6 @@ class Restorer:
         restorer.notes = tuple(notes)
         return restorer
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of values that the network has learned."""
-        return sum(parameter.numel() for parameter in self.network.parameters())
-
     def restore(
         self,
         image: np.ndarray,
