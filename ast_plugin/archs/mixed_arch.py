@@ -14,7 +14,7 @@ from ast_plugin.archs.blocks import ASSA
 from ast_plugin.archs.call_sites import Site, Watched, check_runs, find_site, watch
 from ast_plugin.archs.kept_weights import keep_weights
 from ast_plugin.archs.registered_arch import registered_network, stated_channels
-from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError
+from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line
 from ast_plugin.ops import pad_to_multiple
 from ast_plugin.weights_files import read_checkpoint
 
@@ -158,8 +158,9 @@ def build_base(options: Mapping[str, Any]) -> nn.Module:
     except PluginError as error:
         raise type(error)(f'base: {error}') from error
     except Exception as error:  # whatever somebody's network raises about its arguments
-        reason = next(iter(str(error).splitlines()), '')
-        raise OptionError(f'base: {name} cannot be built with {arguments}: {type(error).__name__}: {reason}') from error
+        raise OptionError(
+            f'base: {name} cannot be built with {arguments}: {type(error).__name__}: {first_line(error)}'
+        ) from error
     for module in base.modules():
         if isinstance(module, Mixed):
             raise OptionError(f'base.type: {name} has a Mixed in it, which cannot be mixed again')
@@ -268,8 +269,7 @@ def _check_runs(base: nn.Module, watched: Watched) -> None:
     except PluginError as error:
         raise type(error)(f'the mixed network does not run: {error}') from error
     except Exception as error:  # whatever somebody's network raises about a module that is not its own
-        reason = next(iter(str(error).splitlines()), '')
         raise OptionError(
             f'{type(base).__name__} does not run with these blocks in it, it does more with the modules than calling '
-            f'them: {type(error).__name__}: {reason}'
+            f'them: {type(error).__name__}: {first_line(error)}'
         ) from error

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError
+from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,8 +76,7 @@ def _explained(
     except OSError as error:
         raise kind(f'{where}: {what}: {error.strerror or error}: {error.filename or ""}'.rstrip(': ')) from error
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), '')
-        raise kind(f'{where}: {what} {failure}: {type(error).__name__}: {reason}') from error
+        raise kind(f'{where}: {what} {failure}: {type(error).__name__}: {first_line(error)}') from error
 
 
 def _check_disk(opt: Mapping[str, Any]) -> None:

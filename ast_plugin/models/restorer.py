@@ -10,9 +10,9 @@ from torch import nn
 
 from ast_plugin.archs.registered_arch import registered_network, stated_channels
 from ast_plugin.checkpoints import infer_network, read_checkpoint
-from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, ShapeError
+from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, ShapeError, one_line
 from ast_plugin.models.protocols import Protocol
-from ast_plugin.models.tiling import AUTO, OnNote, OnTile, check_tile_options, one_line
+from ast_plugin.models.tiling import AUTO, OnNote, OnTile, check_tile_options
 
 _LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
