@@ -16,7 +16,7 @@ from ast_plugin.archs.kept_weights import keep_weights
 from ast_plugin.archs.registered_arch import registered_network, stated_channels
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line
 from ast_plugin.ops import pad_to_multiple
-from ast_plugin.weights_files import read_checkpoint
+from ast_plugin.weights_files import load_into, read_checkpoint
 
 _COMPILED = 'basicsr.ops.'
 
@@ -179,16 +179,10 @@ def load_base_weights(base: nn.Module, path: str, param_key: str | None = None) 
     Raises:
         CheckpointError: if it cannot be read or is of another network.
     """
-    checkpoint = read_checkpoint(Path(path).expanduser(), param_key)
     try:
-        base.load_state_dict(checkpoint.state, strict=True)
+        load_into(base, read_checkpoint(Path(path).expanduser(), param_key))
     except CheckpointError as error:
-        raise CheckpointError(f'base_weights: {path}: {error}') from error
-    except RuntimeError as error:
-        reason = ' '.join(' '.join(str(error).splitlines()[1:3]).split())
-        raise CheckpointError(
-            f'base_weights: {path}: weights of another network than {type(base).__name__}: {reason[:300]}'
-        ) from error
+        raise CheckpointError(f'base_weights: {error}') from error
 
 
 def _in_channels(options: Mapping[str, Any], base: nn.Module) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ast_plugin.archs.registered_arch import stated_channels
-from ast_plugin.checkpoints import infer_network, read_checkpoint
+from ast_plugin.checkpoints import infer_network, load_into, read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError
 from ast_plugin.models.restorer import build_network
 
@@ -55,12 +55,7 @@ def load_network(options: Mapping[str, Any], weights: str | None, param_key: str
     """
     network = build_network(options)
     if weights is not None:
-        checkpoint = read_checkpoint(weights, param_key)
-        try:
-            network.load_state_dict(checkpoint.state, strict=True)
-        except RuntimeError as error:
-            reason = ' '.join(str(error).split())[:300]
-            raise CheckpointError(f'{weights} is not of the network {options["type"]} as given: {reason}') from error
+        load_into(network, read_checkpoint(weights, param_key))
     return network.eval().requires_grad_(False)
 
 

@@ -14,7 +14,7 @@ from basicsr.utils.dist_util import master_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
+from ast_plugin.checkpoints import load_into, read_checkpoint, save_torch, save_weights
 from ast_plugin.data import random_states
 from ast_plugin.data.samplers import epoch_of
 from ast_plugin.data.transforms import to_unit_range
@@ -391,4 +391,4 @@ class RestorationModel(SRModel):
         net = self.get_bare_model(net)
         if not strict:
             self._print_different_keys_loading(net, checkpoint.state, strict)
-        net.load_state_dict(checkpoint.state, strict=strict)
+        load_into(net, checkpoint, strict=strict)

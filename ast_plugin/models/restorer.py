@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ast_plugin.archs.registered_arch import registered_network, stated_channels
-from ast_plugin.checkpoints import infer_network, read_checkpoint
+from ast_plugin.checkpoints import infer_network, load_into, read_checkpoint
 from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, ShapeError, one_line
 from ast_plugin.models.protocols import Protocol
 from ast_plugin.models.tiling import AUTO, OnNote, OnTile, check_tile_options
@@ -100,14 +100,7 @@ class Restorer:
                     'with an option file (-opt)'
                 ) from error
         built = build_network(options)
-        try:
-            built.load_state_dict(checkpoint.state, strict=True)
-        except CheckpointError as error:
-            raise CheckpointError(f'{path}: {error}') from error
-        except RuntimeError as error:
-            raise CheckpointError(
-                f'{path} is not of the network {options["type"]} with these options: {one_line(error)}'
-            ) from error
+        load_into(built, checkpoint)
         restorer = cls(
             built,
             in_channels=next(iter(stated_channels(options, built)), 3),

@@ -227,7 +227,7 @@ def test_networks_of_the_toolbox(tmp_path):
     torch.save({'params_ema': {'strange.weight': torch.zeros(3)}}, tmp_path / 'b.pth')
     with pytest.raises(CheckpointError, match=r'b\.pth does not say which network.*-opt'):
         Restorer.from_weights(tmp_path / 'b.pth', device='cpu')
-    with pytest.raises(CheckpointError, match=r'a\.pth is not of the network SRVGGNetCompact'):
+    with pytest.raises(CheckpointError, match=r'a\.pth: weights of another network than SRVGGNetCompact'):
         Restorer.from_weights(tmp_path / 'a.pth', network=options | {'num_feat': 8}, device='cpu')
 
 
