@@ -11,6 +11,7 @@ from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
 from ast_plugin.weights_files import (
     TEMPORARY_SUFFIX,
     Checkpoint,
+    load_into,
     read_checkpoint,
     save_torch,
     save_weights,
@@ -21,6 +22,7 @@ __all__ = [
     'TEMPORARY_SUFFIX',
     'Checkpoint',
     'infer_network',
+    'load_into',
     'read_checkpoint',
     'save_torch',
     'save_weights',

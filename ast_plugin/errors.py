@@ -27,3 +27,14 @@ class ShapeError(PluginError, ValueError):
 
 class BackendUnavailable(PluginError, RuntimeError):
     """A backend asked for by name cannot run here."""
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error of somebody's code says, in a line of at most some 300 characters; else its name."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f'{text[:300]}…'
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of somebody's code says, or its name: torch's go on with what helps nobody."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

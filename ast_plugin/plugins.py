@@ -20,6 +20,8 @@ import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from ast_plugin.errors import first_line
+
 GROUP = 'basicsr.plugins'
 OPTIONS_GROUP = 'basicsr.options'
 
@@ -40,7 +42,7 @@ def load_plugins() -> tuple[str, ...]:
             if inspect.isroutine(loaded):
                 loaded()
         except Exception as error:  # whatever a stranger's module raises
-            failures.append(f'{_description(point)} failed to load: {type(error).__name__}: {_first_line(error)}')
+            failures.append(f'{_description(point)} failed to load: {type(error).__name__}: {first_line(error)}')
             print(f'basicsr: warning: {failures[-1]}', file=sys.stderr)
     return tuple(failures)
 
@@ -66,7 +68,3 @@ def option_folders() -> dict[str, Path]:
 def _description(point: EntryPoint) -> str:
     distribution = f' of {point.dist.name} {point.dist.version}' if point.dist is not None else ''
     return f'plugin {point.name}{distribution}'
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), '')

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ast_plugin.errors import CheckpointError
 
@@ -67,6 +67,24 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
     if not _is_state(state):
         raise CheckpointError(f'{path} holds no weights: expected names and tensors, found {_some(content)}')
     return Checkpoint(path, _without_module(state), None, found)
+
+
+def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True, assign: bool = False) -> None:
+    """Load the weights of a file into a network; `strict` and `assign` as torch has them.
+
+    Raises:
+        CheckpointError: if they are of another network; says by which names and shapes.
+    """
+    try:
+        network.load_state_dict(checkpoint.state, strict=strict, assign=assign)
+    except CheckpointError as error:
+        raise CheckpointError(f'{checkpoint.path}: {error}') from error
+    except RuntimeError as error:
+        lines = ' '.join(' '.join(str(error).splitlines()[1:3]).split())  # the first one says only that there are some
+        raise CheckpointError(
+            f'{checkpoint.path}: weights of another network than {type(network).__name__} with these options: '
+            f'{lines[:300]}{"…" if len(lines) > 300 else ""}'
+        ) from error
 
 
 def save_weights(path: str | os.PathLike, state: Mapping[str, Tensor], network: Mapping[str, Any]) -> None:

@@ -2,19 +2,14 @@
 
 import copy
 import random
-from typing import Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import nn
 
 from ast_plugin import options, schema
 from ast_plugin.cli import registries
 from ast_plugin.errors import OptionError
 from ast_plugin.options import safe_yaml, stages
-from ast_plugin.schema.faults import dotted, faults_of
 from ast_plugin.schema.keys import OptionFile
-from ast_plugin.schema.signatures import argument_faults, keys_read_by
 from tests import tiny_run
 
 TINY = safe_yaml.read_text(tiny_run.OPTIONS, 'tiny.yml')
@@ -353,123 +348,10 @@ def test_failed_plugin_is_named(registered):
     ]
 
 
-# ---- datasets that describe their options
-
-
-class Inner(BaseModel):
-    model_config = ConfigDict(extra='forbid')
-
-    kind: Literal['rain', 'haze']
-
-
-class Options(BaseModel):
-    model_config = ConfigDict(extra='forbid')
-
-    name: str
-    type: str
-    phase: str
-    scale: int
-    gt_size: int | None = Field(None, ge=8)
-    degradation: Inner | list[Inner] | None = None
-
-    @model_validator(mode='after')
-    def _size(self):
-        if self.phase == 'train' and self.gt_size is None:
-            raise ValueError('training needs gt_size')
-        return self
-
-
-class Described:
-    options_type = Options
-
-
-@pytest.mark.parametrize(
-    ('options', 'expected'),
-    [
-        ({'gt_size': 8}, []),
-        ({'gt_size': 8, 'degradation': {'kind': 'rain'}}, []),
-        ({'gt_sise': 8, 'gt_size': 8}, [f'datasets.train.gt_sise: {UNKNOWN}gt_size?']),
-        ({'gt_size': 4}, ['datasets.train.gt_size: expected 8 or more, got 4']),
-        ({}, ['datasets.train: training needs gt_size']),
-        (
-            {'gt_size': 8, 'degradation': {'kind': 'rian'}},
-            ["datasets.train.degradation.kind: expected 'rain' or 'haze', got the text 'rian'"],
-        ),
-    ],
-)
-def test_described_dataset(options, expected):
-    value = {'name': 'a', 'type': 'Described', 'phase': 'train', 'scale': 1, **options}
-    try:
-        Options.model_validate(value)
-        found = []
-    except ValueError as error:
-        found = [str(fault) for fault in faults_of(error, Options, value, ('datasets', 'train'))]
-    assert found == expected
-
-
-# ---- signatures
-
-
-class Open(nn.Module):
-    def __init__(self, size, depth=3, **kwargs):
-        super().__init__()
-
-
-class Child(Open):
-    def __init__(self, width: int = 1, **kwargs):
-        super().__init__(**kwargs)
-
-
-def factory(scale=1, **kwargs) -> Open:
-    return Open(**kwargs)
-
-
-def forwards(**kwargs):
-    return dict(**kwargs)
-
-
-@pytest.mark.parametrize(
-    ('target', 'arguments', 'expected'),
-    [
-        (Open, {'size': 1, 'dept': 1}, [f'dept: {UNKNOWN}depth?']),
-        (Open, {}, ['size: required by Open, but not there']),
-        (Child, {'size': 1, 'width': 2, 'depth': 3}, []),
-        (Child, {'size': 1, 'widht': 2}, [f'widht: {UNKNOWN}width?']),
-        (Child, {'size': 1, 'width': 'x'}, ["width: expected a whole number, got the text 'x'"]),
-        (Child, {'size': 1, 'width': True}, ['width: expected a whole number, got true']),
-        (factory, {'size': 1, 'scale': 2}, []),
-        (factory, {'size': 1, 'scael': 2}, [f'scael: {UNKNOWN}scale?']),
-        (forwards, {'anything': 1}, []),
-        (Open, {'size': 1, 'depth': [1, 2]}, []),
-    ],
-)
-def test_signatures(target, arguments, expected):
-    assert sorted(str(fault) for fault in argument_faults(target, arguments, ())) == sorted(expected)
-
-
-class Opaque:
-    def __init__(self, opt):
-        self.root = opt['dataroot_x']
-
-
-def test_keys_in_source():
-    keys = keys_read_by(Opaque)
-    assert 'dataroot_x' in keys
-    assert 'a sentence with spaces' not in keys
-    assert keys_read_by(type('Dynamic', (), {'__module__': 'nowhere'})) is None
-
-
-def test_dotted():
-    assert dotted(('a', 0, 'b')) == 'a.0.b'
-    assert dotted(()) == 'top level'
-
-
 def test_json_schema_of_the_keys():
     properties = OptionFile.model_json_schema()['properties']
     assert {'name', 'datasets', 'train', 'val', 'logger', 'path', 'queue_size'} <= set(properties)
 
-
-# ---- fuzz
 
 WRONG = [
     None,

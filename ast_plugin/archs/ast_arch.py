@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ast_plugin.archs.ast_state import describe_mismatch, plain_state, rename_official_hook
-from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, check_choice, init_weights
+from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, init_weights
+from ast_plugin.archs.sizes import check_choice
 from ast_plugin.errors import CheckpointError, OptionError, ShapeError
 from ast_plugin.ops import pad_to_multiple
 

@@ -1,20 +1,40 @@
 """AST's building blocks. Modules hold parameters and state their sizes; the mathematics is in `ast_plugin.ops`.
 
 Every block maps [B, H, W, C] to [B, H, W, C], or with `layout='nchw'` [B, C, H, W] to [B, C, H, W], of any H and W.
-What `works_in` and `replaces` say is explained in `archs.block_registry`.
+What `works_in` and `replaces` say is explained in `archs.block_registry`. The feed-forward networks are defined in
+`archs.feed_forwards` and can be had from here.
 """
 
-from collections.abc import Mapping
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
 from ast_plugin import ops
+from ast_plugin.archs.feed_forwards import FEED_FORWARDS, FRFN, MLP, LeFF, affine
 from ast_plugin.archs.layouts import check_layout, check_map, from_nhwc, to_nhwc
+from ast_plugin.archs.sizes import check_choice, check_counts
 from ast_plugin.errors import OptionError, ShapeError
 from ast_plugin.ops.residual import Residual, with_residual
 from ast_plugin.ops.window_padding import padding_mask
+
+__all__ = [
+    'ASSA',
+    'ATTENTIONS',
+    'FEED_FORWARDS',
+    'FRFN',
+    'MLP',
+    'ASTBlock',
+    'DenseAttention',
+    'DropPath',
+    'LeFF',
+    'ReLUAttention',
+    'SparseAttention',
+    'TopKAttention',
+    'WindowAttention',
+    'ast_block',
+    'init_weights',
+]
 
 
 class WindowAttention(nn.Module):
@@ -52,7 +72,7 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = check_layout(layout)
-        _check_counts(dim=dim, num_heads=num_heads, window_size=window_size)
+        check_counts(dim=dim, num_heads=num_heads, window_size=window_size)
         if dim % num_heads:
             raise OptionError(f'{dim} channels do not divide into {num_heads} heads')
         if not isinstance(shift_size, Integral) or not 0 <= shift_size < window_size:
@@ -118,9 +138,9 @@ class WindowAttention(nn.Module):
     def _attend(self, x: Tensor, mask: Tensor | None, shift: int, residual: Residual | None = None) -> Tensor:
         return ops.window_attention(
             x,
-            _affine(self.q),
-            _affine(self.kv),
-            _affine(self.proj),
+            affine(self.q),
+            affine(self.kv),
+            affine(self.proj),
             self.position_bias,
             num_heads=self.num_heads,
             window=self.window_size,
@@ -166,92 +186,6 @@ class TopKAttention(WindowAttention):
     kind = 'topk'
 
 
-class FRFN(nn.Module):
-    """Feature refinement feed-forward network.
-
-    Args:
-        dim: channels, at least 4: a quarter of them goes through the partial convolution.
-        mlp_ratio: hidden channels as a multiple of `dim`.
-        layout: 'nhwc' or 'nchw', of what comes in and goes out.
-    Source: Zhou et al., CVPR 2024, section 3.3.
-    """
-
-    works_in = 'nhwc'
-    replaces = ('tokens', 'maps')
-
-    def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
-        super().__init__()
-        self.layout = check_layout(layout)
-        if dim < 4:
-            raise OptionError(f'FRFN convolves a quarter of the channels and needs at least 4 of them, not {dim}')
-        hidden = _hidden(dim, mlp_ratio)
-        self.partial_conv = nn.Conv2d(dim // 4, dim // 4, 3, padding=1, bias=False)
-        self.expand = nn.Linear(dim, 2 * hidden)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.project = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
-        x = to_nhwc(x, self.layout)
-        check_map(x, self.expand.in_features, 'FRFN')
-        layers = _affine(self.expand), _affine(self.depthwise), _affine(self.project)
-        return from_nhwc(ops.frfn(x, self.partial_conv.weight, *layers, residual), self.layout)
-
-
-class LeFF(nn.Module):
-    """Locally-enhanced feed-forward network of Uformer (Wang et al., CVPR 2022).
-
-    Args:
-        dim: channels.
-        mlp_ratio: hidden channels as a multiple of `dim`.
-        layout: 'nhwc' or 'nchw', of what comes in and goes out.
-    """
-
-    works_in = 'nhwc'
-    replaces = ('tokens', 'maps')
-
-    def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
-        super().__init__()
-        self.layout = check_layout(layout)
-        hidden = _hidden(dim, mlp_ratio)
-        self.expand = nn.Linear(dim, hidden)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.project = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
-        x = to_nhwc(x, self.layout)
-        check_map(x, self.expand.in_features, 'LeFF')
-        layers = _affine(self.expand), _affine(self.depthwise), _affine(self.project)
-        return from_nhwc(ops.leff(x, *layers, residual), self.layout)
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between.
-
-    Args:
-        dim: channels.
-        mlp_ratio: hidden channels as a multiple of `dim`.
-        layout: 'nhwc' or 'nchw', of what comes in and goes out.
-    """
-
-    works_in = 'any'
-    replaces = ('windows', 'tokens', 'maps')
-
-    def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
-        super().__init__()
-        self.layout = check_layout(layout)
-        hidden = _hidden(dim, mlp_ratio)
-        self.expand = nn.Linear(dim, hidden)
-        self.project = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
-        x = to_nhwc(x, self.layout)
-        if x.shape[-1] != self.expand.in_features:
-            raise ShapeError(f'MLP takes {self.expand.in_features} channels, not {list(x.shape)}')
-        y = x.unsqueeze(1) if x.ndim == 3 else x  # tokens are a map of one row, which all backends take
-        y = ops.mlp(y, _affine(self.expand), _affine(self.project), residual)
-        return from_nhwc(y.reshape(x.shape), self.layout)
-
-
 ATTENTIONS: dict[str, type[WindowAttention]] = {
     'assa': ASSA,
     'dense': DenseAttention,
@@ -259,7 +193,6 @@ ATTENTIONS: dict[str, type[WindowAttention]] = {
     'sparse_relu': ReLUAttention,
     'topk': TopKAttention,
 }
-FEED_FORWARDS: dict[str, type[nn.Module]] = {'frfn': FRFN, 'leff': LeFF, 'mlp': MLP}
 
 
 class DropPath(nn.Module):
@@ -369,33 +302,3 @@ def init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def check_choice(key: str, value: str, choices: Mapping[str, object]) -> None:
-    """See that a value is one of those there are.
-
-    Raises:
-        OptionError: otherwise, naming them.
-    """
-    if value not in choices:
-        raise OptionError(f'{key} must be one of {", ".join(choices)}, not {value!r}')
-
-
-def _check_counts(**counts: int) -> None:
-    for key, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise OptionError(f'{key} must be a whole number of 1 or more, not {value!r}')
-
-
-def _hidden(dim: int, mlp_ratio: float) -> int:
-    """Hidden channels of a feed-forward network."""
-    _check_counts(dim=dim)
-    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, Real) or not 1 <= dim * mlp_ratio < float('inf'):
-        raise OptionError(
-            f'mlp_ratio must be a number that gives {dim} channels at least 1 hidden one, not {mlp_ratio!r}'
-        )
-    return int(dim * mlp_ratio)
-
-
-def _affine(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    return layer.weight, layer.bias

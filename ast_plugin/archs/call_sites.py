@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.errors import OptionError, ShapeError, first_line
 from ast_plugin.ops import use_backend
 
 Shape = tuple[int, ...]
@@ -87,7 +87,7 @@ def watch(network: nn.Module, in_channels: Sequence[int], nominal: int, multiple
                     return _watch(twin, channels, nominal, candidate, place)
                 except Exception as error:  # whatever somebody's network raises when a size does not suit it
                     if channels == in_channels[0]:
-                        failure = f'{type(error).__name__}: {next(iter(str(error).splitlines()), "")}'
+                        failure = f'{type(error).__name__}: {first_line(error)}'
     raise OptionError(
         f'{type(network).__name__} does not run on pictures [1, {in_channels[0]}, H, W] with sides that are multiples '
         f'of {multiples[-1]}, as networks for Mixed must: {failure}'
@@ -137,10 +137,9 @@ def _twin(network: nn.Module, place: str | None) -> nn.Module:
     memo = {}
     if place is not None:
         for module in network.modules():
-            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                kind = getattr(module, name)
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 meta = torch.empty_like(tensor, device=place)
-                memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(kind, nn.Parameter) else meta
+                memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
     for module in network.modules():
         for tensor in vars(module).values():
             if isinstance(tensor, Tensor):  # computed, as weight_norm does: no deepcopy of what has a history
@@ -199,9 +198,6 @@ def square_side(said: Any) -> int | None:
     if isinstance(said, (tuple, list)) and len(said) == 2 and said[0] == said[1]:
         said = said[0]
     return said if type(said) is int and said >= 0 else None
-
-
-# ---- what a module works on
 
 
 @dataclass(frozen=True)

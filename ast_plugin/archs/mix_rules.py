@@ -24,6 +24,8 @@ WINDOW_SIZE = 8
 HEAD_DIM = 32  # channels of a head where nothing says how many heads there are, as in AST's first level
 _CLASS = 'class:'
 _NEAR = 4  # names that a message lists
+# Blocks whose linear layers start as AST's do; those of others start as their authors have them.
+_DRAWN_ANEW = (blocks.ASTBlock, *blocks.ATTENTIONS.values(), *blocks.FEED_FORWARDS.values())
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-# ---- which modules
-
-
 def assign(network: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
     """The rule of each module that one means, by the module's name.
 
@@ -170,9 +169,6 @@ def _near(pattern: str, modules: Mapping[str, nn.Module]) -> str:
     return f'near it are {", ".join(near)}'
 
 
-# ---- what is put there
-
-
 def build_block(rule: Rule, site: Site, module: nn.Module, position: int) -> tuple[nn.Module, dict[str, Any]]:
     """Make the block of a rule for one place.
 
@@ -201,7 +197,7 @@ def build_block(rule: Rule, site: Site, module: nn.Module, position: int) -> tup
         raise type(error)(f'{what}: {error}') from error
     except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError, LookupError) as error:
         raise OptionError(f'{what} cannot be made of {options}: {type(error).__name__}: {error}') from error
-    if type(block).__module__ == blocks.__name__:
+    if type(block) in _DRAWN_ANEW:
         block.apply(blocks.init_weights)
     if (
         site.kind == 'windows'

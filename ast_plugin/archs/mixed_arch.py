@@ -13,13 +13,12 @@ from ast_plugin.archs.block_adapters import MixedIn, pass_size
 from ast_plugin.archs.blocks import ASSA
 from ast_plugin.archs.call_sites import Site, Watched, check_runs, find_site, watch
 from ast_plugin.archs.kept_weights import keep_weights
-from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError
+from ast_plugin.archs.registered_arch import registered_network, stated_channels
+from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line
 from ast_plugin.ops import pad_to_multiple
-from ast_plugin.suggest import did_you_mean
-from ast_plugin.weights_files import read_checkpoint
+from ast_plugin.weights_files import load_into, read_checkpoint
 
 _COMPILED = 'basicsr.ops.'
-_CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'inp_channels')
 
 
 @dataclass(frozen=True)
@@ -144,29 +143,24 @@ def build_base(options: Mapping[str, Any]) -> nn.Module:
     Raises:
         OptionError: if it cannot be built, is a Mixed or has one in it, or needs compiled operators.
     """
-    import basicsr.archs  # noqa: F401 - registers the toolbox's networks
-    from basicsr.utils.registry import ARCH_REGISTRY
-
     if not isinstance(options, Mapping) or not isinstance(options.get('type'), str):
         raise OptionError(f'base: expected {{type: NAME, ...}}, got {options!r:.60}')
     arguments = {key: value for key, value in options.items() if key != 'type'}
     name = options['type']
     if name == Mixed.__name__:
         raise OptionError('base.type: Mixed cannot be the base of a Mixed: put the rules of both into one list')
-    registered = next((key for key in (name, f'{name}_basicsr') if key in ARCH_REGISTRY), None)
-    if registered is None:
-        known = [key.removesuffix('_basicsr') for key in ARCH_REGISTRY.keys()]  # noqa: SIM118 - not a dictionary
-        raise OptionError(
-            f'base.type: no network is registered as {name}{did_you_mean(name, known)} '
-            '(is its plugin installed? `basicsr list arch` shows what there is)'
-        )
     try:
-        base = ARCH_REGISTRY.get(registered)(**arguments)
+        network = registered_network(name)
+    except OptionError as error:
+        raise OptionError(f'base.type: {error}') from None
+    try:
+        base = network(**arguments)
     except PluginError as error:
         raise type(error)(f'base: {error}') from error
     except Exception as error:  # whatever somebody's network raises about its arguments
-        reason = next(iter(str(error).splitlines()), '')
-        raise OptionError(f'base: {name} cannot be built with {arguments}: {type(error).__name__}: {reason}') from error
+        raise OptionError(
+            f'base: {name} cannot be built with {arguments}: {type(error).__name__}: {first_line(error)}'
+        ) from error
     for module in base.modules():
         if isinstance(module, Mixed):
             raise OptionError(f'base.type: {name} has a Mixed in it, which cannot be mixed again')
@@ -185,24 +179,16 @@ def load_base_weights(base: nn.Module, path: str, param_key: str | None = None) 
     Raises:
         CheckpointError: if it cannot be read or is of another network.
     """
-    checkpoint = read_checkpoint(Path(path).expanduser(), param_key)
     try:
-        base.load_state_dict(checkpoint.state, strict=True)
+        load_into(base, read_checkpoint(Path(path).expanduser(), param_key))
     except CheckpointError as error:
-        raise CheckpointError(f'base_weights: {path}: {error}') from error
-    except RuntimeError as error:
-        reason = ' '.join(' '.join(str(error).splitlines()[1:3]).split())
-        raise CheckpointError(
-            f'base_weights: {path}: weights of another network than {type(base).__name__}: {reason[:300]}'
-        ) from error
+        raise CheckpointError(f'base_weights: {error}') from error
 
 
 def _in_channels(options: Mapping[str, Any], base: nn.Module) -> list[int]:
     """Channels of pictures that the base may take, the likeliest first."""
-    given = [options[key] for key in _CHANNEL_KEYS if isinstance(options.get(key), int)]
-    own = [value for key in _CHANNEL_KEYS if isinstance(value := getattr(base, key, None), int)]
     first = [module.in_channels for module in base.modules() if isinstance(module, nn.Conv2d)][:1]
-    return list(dict.fromkeys([*given, *own, 3, 1, *first]))
+    return list(dict.fromkeys([*stated_channels(options, base), 3, 1, *first]))
 
 
 @dataclass(frozen=True)
@@ -277,8 +263,7 @@ def _check_runs(base: nn.Module, watched: Watched) -> None:
     except PluginError as error:
         raise type(error)(f'the mixed network does not run: {error}') from error
     except Exception as error:  # whatever somebody's network raises about a module that is not its own
-        reason = next(iter(str(error).splitlines()), '')
         raise OptionError(
             f'{type(base).__name__} does not run with these blocks in it, it does more with the modules than calling '
-            f'them: {type(error).__name__}: {reason}'
+            f'them: {type(error).__name__}: {first_line(error)}'
         ) from error

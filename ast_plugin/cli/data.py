@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.cli import commands
 
 # Each is the module `data_NAME` of this package, with `add_arguments(parser)` and `run(args) -> int`.
 COMMANDS = {
@@ -20,10 +19,8 @@ COMMANDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr data`: a command, and what is left to it."""
-    width = max(map(len, COMMANDS))
-    commands = '\n'.join(f'  {name:{width}}  {text}' for name, text in COMMANDS.items())
     parser.usage = 'basicsr data COMMAND ...'
-    parser.epilog = f'commands:\n{commands}\n\n`basicsr data COMMAND --help` says more, with examples.'
+    parser.epilog = f'{commands.listed(COMMANDS)}\n\n`basicsr data COMMAND --help` says more, with examples.'
     parser.add_argument('command', nargs='?', help=argparse.SUPPRESS)
     parser.add_argument('arguments', nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.set_defaults(parser=parser)
@@ -41,15 +38,5 @@ def run(args: argparse.Namespace) -> int:
         args.parser.print_help(sys.stderr)
         return 2
     if args.command not in COMMANDS:
-        args.parser.error(
-            f'no command {args.command}{did_you_mean(args.command, COMMANDS)} (there are {", ".join(COMMANDS)})'
-        )
-    module = importlib.import_module(f'ast_plugin.cli.data_{args.command}')
-    parser = argparse.ArgumentParser(
-        prog=f'basicsr data {args.command}',
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(args.arguments))
+        args.parser.error(commands.unknown(args.command, COMMANDS))
+    return commands.run_module(f'data_{args.command}', f'basicsr data {args.command}', args.arguments)

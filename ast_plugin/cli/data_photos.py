@@ -74,7 +74,7 @@ def _report(gathered: Gathered, destination: Path, source: object) -> None:
 
 
 def _state_licences(licences: Path | None, destination: Path, package: str) -> None:
-    from ast_plugin.data.image_files import write_bytes
+    from ast_plugin.data.whole_files import write_bytes
 
     if licences is None:
         print(f'{package} states no licences; find out whose the photographs are before you pass them on')

@@ -232,7 +232,7 @@ def _write_pair(folder: Path, pair: SynthesizedPair) -> None:
 
 
 def _write_record(folder: Path, photographs: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe) -> None:
-    from ast_plugin.data.image_files import write_bytes
+    from ast_plugin.data.whole_files import write_bytes
 
     record = {
         'task': recipe.task,

@@ -113,7 +113,7 @@ def find_pictures(inputs: Iterable[str | os.PathLike], output: Path, recursive: 
     Raises:
         DataError: if an input is missing, no picture, or a folder without any.
     """
-    from ast_plugin.data.image_files import sniff_format
+    from ast_plugin.data.image_headers import sniff_format
 
     found: dict[tuple[int, int], tuple[Path, Path]] = {}
     for given in inputs:
@@ -220,7 +220,8 @@ def _first_bytes(path: Path) -> bytes:
 
 def _ending(source: Path, file_format: str) -> str:
     """The result's file name ending: the input's own, unless that is not of the format that will be written."""
-    from ast_plugin.data.image_files import SUFFIXES, sniff_format
+    from ast_plugin.data.image_files import SUFFIXES
+    from ast_plugin.data.image_headers import sniff_format
 
     kind = sniff_format(_first_bytes(source)) if file_format == 'keep' else file_format.upper()
     if kind is None or source.suffix.lower() in SUFFIXES[kind]:
@@ -297,7 +298,7 @@ def _prepare_folders(jobs: Sequence[Job], output: Path) -> None:
 
 
 def _restore_all(jobs: Sequence[Job], restorer: Restorer, args: argparse.Namespace, output: Path) -> int:
-    from ast_plugin.data.image_files import write_bytes
+    from ast_plugin.data.whole_files import write_bytes
     from ast_plugin.ops import frozen_weights
 
     start, failed = time.perf_counter(), 0

@@ -6,14 +6,13 @@ Exit status: 0 done, 1 done in part, 2 wrong usage or input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from ast_plugin import __version__
+from ast_plugin.cli import commands
 from ast_plugin.errors import PluginError
-from ast_plugin.suggest import did_you_mean
 
 # Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`, its docstring is its help.
 COMMANDS = {
@@ -60,33 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         return _without_command(arguments)
-    name = arguments[0]
-    module = importlib.import_module(f'ast_plugin.cli.{name}')
-    parser = argparse.ArgumentParser(
-        prog=f'basicsr {name}',
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(arguments[1:]))
+    name, *rest = arguments
+    return commands.run_module(name, f'basicsr {name}', rest)
 
 
 def _without_command(arguments: list[str]) -> int:
-    width = max(map(len, COMMANDS))
-    commands = '\n'.join(f'  {name:{width}}  {text}' for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog='basicsr',
         usage='basicsr COMMAND ...',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Train, test and use image restoration networks with BasicSR and its plugins.',
-        epilog=f'commands:\n{commands}\n\n`basicsr COMMAND --help` says more, with an example.',
+        epilog=f'{commands.listed(COMMANDS)}\n\n`basicsr COMMAND --help` says more, with an example.',
     )
     parser.add_argument('--version', action='version', version=f'basicsr (ast_plugin {__version__})')
     if arguments and not arguments[0].startswith('-'):
-        parser.error(
-            f'no command {arguments[0]}{did_you_mean(arguments[0], COMMANDS)} (there are {", ".join(COMMANDS)})'
-        )
+        parser.error(commands.unknown(arguments[0], COMMANDS))
     parser.parse_args(arguments)
     parser.print_help(sys.stderr)
     return 2

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ast_plugin.cli import session
-from ast_plugin.errors import OptionError, PluginError, ShapeError
+from ast_plugin.errors import OptionError, PluginError, ShapeError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -125,10 +125,9 @@ def _trial(mixed: Mixed, size: tuple[int, int]) -> str:
     except PluginError:
         raise
     except Exception as error:  # whatever somebody's network raises in training alone
-        reason = next(iter(str(error).splitlines()), '')
         raise ShapeError(
             f'{type(mixed.base).__name__} does not train on one {size[0]}x{size[1]} picture: '
-            f'{type(error).__name__}: {reason}'
+            f'{type(error).__name__}: {first_line(error)}'
         ) from error
     end = time.perf_counter()
     named = list(mixed.named_parameters())

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError
+from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,8 +76,7 @@ def _explained(
     except OSError as error:
         raise kind(f'{where}: {what}: {error.strerror or error}: {error.filename or ""}'.rstrip(': ')) from error
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), '')
-        raise kind(f'{where}: {what} {failure}: {type(error).__name__}: {reason}') from error
+        raise kind(f'{where}: {what} {failure}: {type(error).__name__}: {first_line(error)}') from error
 
 
 def _check_disk(opt: Mapping[str, Any]) -> None:
@@ -237,7 +236,7 @@ def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], register
     Raises:
         PluginError: if the weights would not fit.
     """
-    from ast_plugin.checkpoints import Checkpoint
+    from ast_plugin.checkpoints import Checkpoint, load_into
 
     if 'network_g' not in before or 'network_g' not in after or not after['path'].get('strict_load_g', True):
         return
@@ -247,11 +246,11 @@ def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], register
             for opt in (before, after)
         )
     weights = Checkpoint(Path(f'{source}: network_g, which starts from the stage before'), old.state_dict(), None, None)
-    _check_fit(new, weights, after['network_g']['type'])
+    load_into(new, weights, assign=True)
 
 
 def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[str, Checkpoint]:
-    from ast_plugin.checkpoints import read_checkpoint
+    from ast_plugin.checkpoints import load_into, read_checkpoint
 
     checkpoints = {}
     for key, options in _networks(opt).items():
@@ -267,7 +266,7 @@ def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str)
         param_key = opt['path'].get(f'param_key_{letter}')
         checkpoints[key] = read_checkpoint(weights, param_key)
         if opt['path'].get(f'strict_load_{letter}', True):
-            _check_fit(network, checkpoints[key], options['type'])
+            load_into(network, checkpoints[key], assign=True)
     return checkpoints
 
 
@@ -301,17 +300,3 @@ def _build_network(network_type: Callable[..., nn.Module], options: Mapping[str,
     except (NotImplementedError, RuntimeError):
         # Some constructors compute with tensors; on the second try a fault of the options shows as what it is.
         return network_type(**_arguments(options))
-
-
-def _check_fit(network: nn.Module, checkpoint: Checkpoint, name: str) -> None:
-    try:
-        network.load_state_dict(checkpoint.state, strict=True, assign=True)
-    except CheckpointError as error:
-        raise CheckpointError(f'{checkpoint.path}: {error}') from error
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        reason = ' '.join(' '.join(lines[:2]).split())
-        raise CheckpointError(
-            f'{checkpoint.path}: weights of another network than {name} with these options: '
-            f'{reason[:300]}{"…" if len(reason) > 300 else ""}'
-        ) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ast_plugin.compare.benchmark_backends import Line, add_ratios, take_turns
 from ast_plugin.compare.benchmark_network import Way, count
+from ast_plugin.errors import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ def measure_case(
             lines[path]['peak_bytes'] = _peak(function, device)
         # What does not fit, or has no compiler, leaves the other lines.
         except RuntimeError as error:
-            lines[path]['skipped'] = f'failed: {next(iter(str(error).splitlines()), "")[:120]}'
+            lines[path]['skipped'] = f'failed: {first_line(error)[:120]}'
             continue
         functions[path] = function
     for path, taken in take_turns(functions, turns).items():

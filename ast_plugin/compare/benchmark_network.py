@@ -156,7 +156,7 @@ def _prepare_command(way: Way, network: torch.nn.Module, picture: torch.Tensor) 
     import numpy as np
     import torch
 
-    from ast_plugin.cli import infer
+    from ast_plugin.__main__ import main as basicsr
     from ast_plugin.weights_files import save_weights
 
     held = tempfile.TemporaryDirectory(prefix='basicsr_benchmark_')
@@ -164,13 +164,13 @@ def _prepare_command(way: Way, network: torch.nn.Module, picture: torch.Tensor) 
     source, weights, output = folder / 'picture.png', folder / 'weights.safetensors', folder / 'restored'
     save_weights(weights, network.state_dict(), {'type': way.net})
     cv2.imwrite(str(source), np.ascontiguousarray((picture * 255).round().byte().permute(1, 2, 0).numpy()[..., ::-1]))
-    parser = argparse.ArgumentParser()
-    infer.add_arguments(parser)
-    args = parser.parse_args(['-i', str(source), '-o', str(output), '--weights', str(weights), '--device', 'cpu'])
+    command = ['infer', '-i', str(source), '-o', str(output), '--weights', str(weights), '--device', 'cpu']
 
     def compute() -> torch.Tensor:
         with computing(way.backend, way.precision), contextlib.redirect_stdout(io.StringIO()):
-            infer.run(args)
+            status = basicsr(command)
+        if status:
+            raise RuntimeError(f'basicsr {" ".join(command)} ended with {status}')
         # The folder lives as long as this function, which holds it.
         restored = cv2.imread(str(Path(held.name, output.name, source.name)))
         return torch.from_numpy(np.ascontiguousarray(restored[..., ::-1])).permute(2, 0, 1)[None] / 255

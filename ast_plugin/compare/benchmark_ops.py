@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ast_plugin.compare import benchmark_records
 from ast_plugin.compare.benchmark_backends import Line, add_ratios, computing, machine_rates, table, take_turns
-from ast_plugin.errors import OptionError
+from ast_plugin.errors import OptionError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ def _case(case: str, functions: dict[str, Callable[[], torch.Tensor]], turns: in
             outputs[path] = function().float()
         # An installation without a compiler has the other paths.
         except RuntimeError as error:
-            lines[path]['skipped'] = f'failed: {next(iter(str(error).splitlines()), "")[:80]}'
+            lines[path]['skipped'] = f'failed: {first_line(error)[:80]}'
             del functions[path]
     for path, taken in take_turns(functions, turns).items():
         lines[path].update(taken)

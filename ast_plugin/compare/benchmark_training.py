@@ -24,7 +24,7 @@ from typing import Any
 
 from ast_plugin.compare import benchmark_records
 from ast_plugin.compare.resident_memory import resident_growth
-from ast_plugin.errors import OptionError, PluginError
+from ast_plugin.errors import OptionError, PluginError, first_line
 
 REFERENCE = 'fp32'
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -137,7 +137,7 @@ def measure(settings: Settings, switches: Mapping[str, Mapping[str, Any]], say: 
         # A switch that does not work here is a line of the table.
         except (PluginError, RuntimeError) as error:
             steps.pop(name, None)
-            lines[name]['failed'] = f'{type(error).__name__}: {next(iter(str(error).splitlines()), "")}'
+            lines[name]['failed'] = f'{type(error).__name__}: {first_line(error)}'
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(settings.iters):
         say(f'{settings.device}: turn {turn + 1} of {settings.iters}')

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -187,11 +186,6 @@ def _seconds(network: Any, image: Any, runs: int) -> list[float]:
         if len(taken) >= _FEWEST_RUNS and sum(taken) > _MOST_SECONDS:
             break
     return taken
-
-
-def median_milliseconds(record: Mapping[str, Any]) -> float:
-    """The latency that a record of `measure_speed` tells."""
-    return 1000 * statistics.median(record['seconds'])
 
 
 def main() -> int:

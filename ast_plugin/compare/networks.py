@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ast_plugin.checkpoints import infer_network, read_checkpoint
+from ast_plugin.archs.registered_arch import stated_channels
+from ast_plugin.checkpoints import infer_network, load_into, read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError
 from ast_plugin.models.restorer import build_network
 
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
-_CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'img_channel', 'inp_channels')
 
 
 class AnySize(nn.Module):
@@ -55,12 +55,7 @@ def load_network(options: Mapping[str, Any], weights: str | None, param_key: str
     """
     network = build_network(options)
     if weights is not None:
-        checkpoint = read_checkpoint(weights, param_key)
-        try:
-            network.load_state_dict(checkpoint.state, strict=True)
-        except RuntimeError as error:
-            reason = ' '.join(str(error).split())[:300]
-            raise CheckpointError(f'{weights} is not of the network {options["type"]} as given: {reason}') from error
+        load_into(network, read_checkpoint(weights, param_key))
     return network.eval().requires_grad_(False)
 
 
@@ -115,4 +110,4 @@ def _counts(multiple: int) -> tuple[int, int]:
 
 def input_channels(options: Mapping[str, Any]) -> int:
     """How many channels a network's options say that it takes; 3 if they do not."""
-    return next((options[key] for key in _CHANNEL_KEYS if isinstance(options.get(key), int)), 3)
+    return next(iter(stated_channels(options)), 3)

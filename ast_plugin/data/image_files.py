@@ -4,9 +4,7 @@ Pillow reads everything of 8 bits and all metadata; OpenCV reads what has 16, wh
 """
 
 import io
-import math
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Callable
@@ -18,7 +16,9 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ast_plugin.data.image_codecs import encode_picture
+from ast_plugin.data.image_headers import count_plain_pixels, is_lossless_webp, sniff_format
 from ast_plugin.data.pillow_limits import PILLOW_UNLIMITED
+from ast_plugin.data.whole_files import write_bytes
 from ast_plugin.errors import DataError
 
 SUFFIXES = {
@@ -37,7 +37,6 @@ MAX_PIXELS = 200_000_000
 _DECODES_TO_RGB = hasattr(cv2, 'IMREAD_COLOR_RGB')
 _IMREAD_RGB = cv2.IMREAD_COLOR_RGB if _DECODES_TO_RGB else cv2.IMREAD_COLOR
 
-_PNG_END = b'IEND\xaeB`\x82'
 _ORIENTATION_TAG = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 258, 262, 284, 338
 # What decoders raise on damaged data: they index, unpack and convert what the file claims.
@@ -95,19 +94,6 @@ class Picture:
         return self.color.ndim == 2
 
 
-def sniff_format(data: bytes) -> str | None:
-    """Format of a file by its first bytes (16 are enough), a key of `SUFFIXES`, or None for any other."""
-    if data.startswith(b'\x89PNG\r\n\x1a\n'):
-        return 'PNG'
-    if data.startswith(b'\xff\xd8\xff'):
-        return 'JPEG'
-    if data[:4] == b'RIFF' and data[8:12] == b'WEBP':
-        return 'WEBP'
-    if data[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
-        return 'TIFF'
-    return 'BMP' if data.startswith(b'BM') else None
-
-
 def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Picture:
     """Read a PNG, JPEG, WebP, TIFF or BMP file of 1 to 16 bits, gray or colour, with or without transparency.
 
@@ -162,7 +148,8 @@ def decode_rgb(data: bytes | memoryview, path: str | os.PathLike) -> np.ndarray:
 
     PNG and JPEG go straight through OpenCV, for the rate that training needs.
     """
-    if _is_plain_png(data) or _is_plain_jpeg(data):
+    num_pixels = count_plain_pixels(data)
+    if num_pixels is not None and num_pixels <= MAX_PIXELS:
         try:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _IMREAD_RGB | cv2.IMREAD_ANYDEPTH)
         except cv2.error:
@@ -208,69 +195,12 @@ def encode_image(path: str | os.PathLike, picture: Picture, *, quality: int = 95
         raise DataError(f'{path}: this picture cannot be written as {kind}: {error}') from error
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file whole or not at all: beside its place first, then renamed, so that no crash leaves half of it.
-
-    Raises:
-        DataError: if the file cannot be written; what was there stays.
-    """
-    path = Path(path)
-    # The name is short and of its own: the file's own name may already be as long as the file system allows.
-    partial = path.parent / f'.{os.getpid()}-{secrets.token_hex(4)}.part'
-    try:
-        try:
-            with open(partial, 'xb') as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise DataError(f'cannot write {path}: {error.strerror or error}') from error
-
-
 def _read_bytes(path: str | os.PathLike) -> bytes:
     try:
         with open(path, 'rb', buffering=0) as file:
             return file.read()
     except (OSError, ValueError) as error:
         raise DataError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
-
-
-def _is_plain_png(data: bytes | memoryview) -> bool:
-    """Whether a file is a PNG of some size that reaches its end; OpenCV may return the first rows of others."""
-    return (
-        sniff_format(bytes(data[:16])) == 'PNG'
-        and (bytes(data[-len(_PNG_END) :]) == _PNG_END or _PNG_END in bytes(data))
-        and len(data) >= 24
-        and math.prod(struct.unpack_from('>II', data, 16)) <= MAX_PIXELS
-    )
-
-
-def _is_plain_jpeg(data: bytes | memoryview) -> bool:
-    """Whether a file is a gray or three-channel JPEG of some size that reaches its end.
-
-    Markers are walked up to the first scan, since thumbnails before it hold ends of their own.
-    """
-    if sniff_format(bytes(data[:16])) != 'JPEG':
-        return False
-    data = bytes(data)
-    position = 2
-    while position + 10 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:
-            position += 1
-            continue
-        if marker in (0xC0, 0xC1, 0xC2):
-            height, width, channels = struct.unpack_from('>HHB', data, position + 5)
-            if channels not in (1, 3) or height * width > MAX_PIXELS:
-                return False
-        if marker == 0xDA:
-            return data.rfind(b'\xff\xd9', position) >= 0
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], 'big')
-    return False
 
 
 def _decode(path: Path, data: bytes, kind: str, image: Image.Image, max_pixels: int) -> Picture:
@@ -306,7 +236,7 @@ def _decode(path: Path, data: bytes, kind: str, image: Image.Image, max_pixels: 
     # Decoders of TIFF have applied the orientation already.
     upright = _UPRIGHT.get(1 if kind == 'TIFF' else orientation, lambda array: array)
     color, alpha = (None if part is None else np.ascontiguousarray(upright(part)) for part in (color, alpha))
-    lossless = kind != 'JPEG' and (kind != 'WEBP' or _is_lossless_webp(data))
+    lossless = kind != 'JPEG' and (kind != 'WEBP' or is_lossless_webp(data))
     dpi = image.info.get('dpi') if kind != 'WEBP' else None
     return Picture(color, alpha, kind, lossless, profile, exif, dpi, tuple(notes))
 
@@ -373,13 +303,3 @@ def _exif(image: Image.Image, kind: str) -> tuple[bytes | None, int]:
         return (exif.tobytes() if len(exif) and kind != 'TIFF' else None), orientation
     except _DECODE_ERRORS:
         return None, 1  # damaged metadata do not cost the picture
-
-
-def _is_lossless_webp(data: bytes) -> bool:
-    position = 12
-    while position + 8 <= len(data):
-        if data[position : position + 4] in (b'VP8L', b'VP8 '):
-            return data[position : position + 4] == b'VP8L'
-        size = int.from_bytes(data[position + 4 : position + 8], 'little')
-        position += 8 + size + size % 2
-    return False

@@ -15,25 +15,21 @@ pixels (`picture_checks.digest`), so that a file written anew without loss is st
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from ast_plugin import __version__
 from ast_plugin.data.pair_table import Pair, PairTable
+from ast_plugin.data.whole_files import replacing
 from ast_plugin.errors import DataError
 
 FORMAT = 1
 """Number of this format, the value of `manifest` in the first line."""
-
-_ENCODING = {'encoding': 'utf-8'}
-_PARTIAL = '.part'
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,33 +172,6 @@ def encode_entry(entry: Entry) -> str:
     return json.dumps({name: getattr(entry, name) for name in Entry.__slots__})
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
-    """Open a text file that takes the place of `path` when all is written, and leaves nothing behind otherwise.
-
-    Raises:
-        DataError: if it cannot be written.
-    """
-    partial = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}')
-    try:
-        try:
-            with open(partial, 'x', newline='\n', **_ENCODING) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise DataError(f'cannot write {path}: {error.strerror or error}. Nothing is left of it') from error
-
-
-def partials_of(path: Path) -> list[Path]:
-    """What runs of `replacing` that were killed have left beside `path`."""
-    return list(path.parent.glob(f'.{glob.escape(path.name)}.*{_PARTIAL}'))
-
-
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
@@ -220,7 +189,7 @@ def _relative(root: Path, folder: Path) -> str:
 @contextmanager
 def _reading(path: Path) -> Iterator[Iterator[str]]:
     try:
-        with open(path, **_ENCODING) as file:
+        with open(path, encoding='utf-8') as file:
             yield iter(file)
     except OSError as error:
         raise DataError(f'{path}: this manifest cannot be read: {error.strerror or error}') from error

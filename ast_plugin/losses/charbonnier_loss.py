@@ -21,7 +21,11 @@ def charbonnier_loss(
     Numerics: at least float32, whatever comes in.
     Source: Zhou et al., "Adapt or Perish", CVPR 2024.
     """
-    error = difference(pred, target)
+    return charbonnier(difference(pred, target), weight, eps, reduction)
+
+
+def charbonnier(error: Tensor, weight: Tensor | None, eps: float, reduction: Reduction) -> Tensor:
+    """Return the same of a difference that is known already, of any shape; see `charbonnier_loss`."""
     return reduce_loss(torch.sqrt(error * error + eps), weight, reduction)
 
 

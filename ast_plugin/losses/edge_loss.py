@@ -1,10 +1,11 @@
 """A loss on what a Gaussian pyramid leaves out: edges and fine texture."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ast_plugin.losses.reduction import Reduction, check_image, check_reduction, difference, reduce_loss
+from ast_plugin.losses.charbonnier_loss import ASTCharbonnierLoss, charbonnier
+from ast_plugin.losses.reduction import Reduction, check_image, difference
 
 BINOMIAL = (0.05, 0.25, 0.4, 0.25, 0.05)
 """The five taps of Burt and Adelson's generating kernel (a = 0.4)."""
@@ -44,17 +45,11 @@ def edge_loss(
     error = difference(check_image(pred, 'the edge loss'), target)
     with torch.autocast(error.device.type, enabled=False):
         edges = laplacian(error)
-    return reduce_loss(torch.sqrt(edges * edges + eps), weight, reduction)
+    return charbonnier(edges, weight, eps, reduction)
 
 
-class EdgeLoss(nn.Module):
+class EdgeLoss(ASTCharbonnierLoss):
     """`edge_loss` times `loss_weight`; MPRNet adds it to the Charbonnier loss with a weight of 0.05."""
-
-    def __init__(self, loss_weight: float = 1.0, reduction: Reduction = 'mean', eps: float = 1e-6) -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
-        self.reduction = check_reduction(reduction)
-        self.eps = eps
 
     def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None, **kwargs) -> Tensor:
         """Return the weighted loss; further arguments, which BasicSR's losses take, are ignored."""

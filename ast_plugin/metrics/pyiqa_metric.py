@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError
+from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError, first_line
 from ast_plugin.metrics.toolbox_metrics import from_toolbox
 from ast_plugin.suggest import did_you_mean
 
@@ -56,7 +56,7 @@ def pyiqa(
             value = model(*(tensors if needs_reference else tensors[:1]))
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         height, width = pair[0].shape[:2]
-        raise ShapeError(f'pyiqa: {metric} fails on {width}x{height} pixels: {_first_line(error)}') from error
+        raise ShapeError(f'pyiqa: {metric} fails on {width}x{height} pixels: {first_line(error)}') from error
     return float(value)
 
 
@@ -97,12 +97,8 @@ def _model(metric: str, options: str) -> Any:
         return _package().create_metric(metric, **json.loads(options))
     except OSError as error:  # of urllib, requests and huggingface_hub alike
         raise BackendUnavailable(
-            f'pyiqa: the weights of {metric} cannot be fetched ({_first_line(error)}); '
+            f'pyiqa: the weights of {metric} cannot be fetched ({first_line(error)}); '
             'where there is a network, use it once there and copy the folders ~/.cache/torch and ~/.cache/huggingface'
         ) from error
     except (TypeError, ValueError, KeyError, AssertionError) as error:
-        raise OptionError(f'pyiqa: {metric} cannot be made with {options}: {_first_line(error)}') from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise OptionError(f'pyiqa: {metric} cannot be made with {options}: {first_line(error)}') from error

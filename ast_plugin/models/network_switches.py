@@ -45,7 +45,7 @@ def apply(network: nn.Module, train: Mapping[str, Any]) -> nn.Module:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The repeated building blocks of a network, outermost first come, none inside another.
+    """The repeated building blocks of a network in the order of its modules, none inside another.
 
     They are the instances of the classes that the network names in `block_classes`; of networks without that, the
     outermost modules with weights whose class, not one of torch's, comes more than once.

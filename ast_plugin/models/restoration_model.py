@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import master_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
+from ast_plugin.checkpoints import load_into, read_checkpoint, save_torch, save_weights
 from ast_plugin.data import random_states
 from ast_plugin.data.samplers import epoch_of
 from ast_plugin.data.transforms import to_unit_range
-from ast_plugin.errors import DataError, OptionError
+from ast_plugin.errors import DataError
 from ast_plugin.models import (
     batch_mixing,
     moving_average,
@@ -27,6 +26,7 @@ from ast_plugin.models import (
     run_state,
     schedules,
     stop_signals,
+    training_losses,
     training_step,
 )
 from ast_plugin.models.precision import Precision
@@ -65,12 +65,9 @@ class RestorationModel(SRModel):
         self.notes: set[str] = set()  # on memory, each logged once
         self.log_dict: Mapping[str, float] = {}
         self.run_log = RunLog.from_options(opt, self.processes.rank)
-        # Further parts of a run's state, with state_dict and load_state_dict.
-        self.stateful: dict[str, Any] = {'run_log': self.run_log}
+        self.stateful: dict[str, run_state.Stateful] = {'run_log': self.run_log}
         self.iteration = self.saved_at = 0
         super().__init__(opt)
-
-    # ---- setting up
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
         """Switch on what training asks of the network, move it, wrap it for parallel training."""
@@ -86,19 +83,13 @@ class RestorationModel(SRModel):
             path = self.opt['path'].get('pretrain_network_g')
             if path is not None:
                 self.load_network(self.net_g_ema, path, self.opt['path'].get('strict_load_g', True), 'params_ema')
-        self.losses = {
-            f'l_{key.removesuffix("_opt").replace("pixel", "pix")}': build_loss(options).to(self.device)
-            for key, options in train_opt.items()
-            if key.endswith('_opt') and options
-        }
-        if not self.losses:
-            raise OptionError('train names no loss: set pixel_opt, for instance to {type: ASTCharbonnierLoss}')
+        self.losses = training_losses.build(train_opt, self.device)
+        training_losses.check_reductions(train_opt, self.losses)
         precision = Precision(train_opt.get('precision') or 'fp32', self.device)
         precision.check_wrapper(self.net_g)
         self.setup_optimizers()
         self.setup_schedulers()
         self.mixing = batch_mixing.from_options(train_opt, self.opt.get('manual_seed') or 0, self.opt.get('rank', 0))
-        training_step.check_losses(train_opt, self.losses)
         self.step = TrainingStep(
             self.net_g,
             self.optimizer_g,
@@ -124,8 +115,6 @@ class RestorationModel(SRModel):
         net = self.get_bare_model(net)
         count = sum(parameter.numel() for parameter in net.parameters())
         get_root_logger().info(f'Network: {type(net).__name__}, with parameters: {count:,d}')
-
-    # ---- training
 
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
         """Before each iteration: step the schedules, then BasicSR's linear warm-up over what they say.
@@ -158,22 +147,12 @@ class RestorationModel(SRModel):
         self._end_step(current_iter)
 
     def compute_losses(self, output: Tensor, target: Tensor) -> OrderedDict[str, Tensor]:
-        """Every loss by its name in the log. BasicSR's perceptual loss comes in two parts, either may be None."""
-        losses = OrderedDict()
-        for name, criterion in self.losses.items():
-            value = criterion(output, target)
-            if isinstance(value, tuple):
-                content, style = value
-                losses.update({k: v for k, v in ((name, content), ('l_style', style)) if v is not None})
-            else:
-                losses[name] = value
-        return losses
+        """Every loss by its name in the log."""
+        return training_losses.compute(self.losses, output, target)
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the averaged weights towards the present ones."""
         moving_average.update(self.net_g_ema, self.get_bare_model(self.net_g), decay)
-
-    # ---- watching
 
     def _begin_step(self, current_iter: int) -> None:
         if self.progress is None:
@@ -195,8 +174,6 @@ class RestorationModel(SRModel):
         self.run_log.draw(at_once=is_over)
         if self.progress is not None:
             self.progress.pause()
-
-    # ---- validation
 
     @property
     def evaluated_network(self) -> nn.Module:
@@ -287,8 +264,6 @@ class RestorationModel(SRModel):
         results.write(Path(self.opt['path']['results_root']))
         print(f'\n{results.dataset}\n\n{results.to_markdown()}\n', flush=True)
         announce(results)
-
-    # ---- weights and state
 
     def _initialize_best_metric_results(self, dataset_name: str) -> None:
         """BasicSR's, and for metrics that were added since the run began, which a resumed state knows nothing of."""
@@ -416,4 +391,4 @@ class RestorationModel(SRModel):
         net = self.get_bare_model(net)
         if not strict:
             self._print_different_keys_loading(net, checkpoint.state, strict)
-        net.load_state_dict(checkpoint.state, strict=strict)
+        load_into(net, checkpoint, strict=strict)

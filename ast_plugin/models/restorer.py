@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ast_plugin.checkpoints import infer_network, read_checkpoint
-from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, ShapeError
+from ast_plugin.archs.registered_arch import registered_network, stated_channels
+from ast_plugin.checkpoints import infer_network, load_into, read_checkpoint
+from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, ShapeError, one_line
 from ast_plugin.models.protocols import Protocol
-from ast_plugin.models.tiling import AUTO, OnNote, OnTile, check_tile_options, one_line
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.models.tiling import AUTO, OnNote, OnTile, check_tile_options
 
 _LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
-_CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch')
 
 
 class Restorer:
@@ -101,18 +100,10 @@ class Restorer:
                     'with an option file (-opt)'
                 ) from error
         built = build_network(options)
-        try:
-            built.load_state_dict(checkpoint.state, strict=True)
-        except CheckpointError as error:
-            raise CheckpointError(f'{path}: {error}') from error
-        except RuntimeError as error:
-            raise CheckpointError(
-                f'{path} is not of the network {options["type"]} with these options: {one_line(error)}'
-            ) from error
-        in_channels = next((options[key] for key in _CHANNEL_KEYS if key in options), getattr(built, 'in_channels', 3))
+        load_into(built, checkpoint)
         restorer = cls(
             built,
-            in_channels=in_channels,
+            in_channels=next(iter(stated_channels(options, built)), 3),
             device=found_device,
             tile=tile,
             overlap=overlap,
@@ -121,11 +112,6 @@ class Restorer:
         )
         restorer.notes = tuple(notes)
         return restorer
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of values that the network has learned."""
-        return sum(parameter.numel() for parameter in self.network.parameters())
 
     def restore(
         self,
@@ -196,20 +182,11 @@ def build_network(options: Mapping[str, Any]) -> nn.Module:
     Raises:
         OptionError: if no such network is registered, or it does not take these arguments.
     """
-    import basicsr.archs  # noqa: F401 - registers the toolbox's networks
-    from basicsr.utils.registry import ARCH_REGISTRY
-
     arguments = dict(options)
     name = arguments.pop('type', None)
-    registered = next((key for key in (name, f'{name}_basicsr') if key in ARCH_REGISTRY), None)
-    if registered is None:
-        known = [key.removesuffix('_basicsr') for key in ARCH_REGISTRY.keys()]  # noqa: SIM118 - not a dictionary
-        raise OptionError(
-            f'no network is registered as {name}{did_you_mean(str(name), known)} '
-            '(is its plugin installed? `basicsr list arch` shows what there is)'
-        )
+    network = registered_network(name)
     try:
-        return ARCH_REGISTRY.get(registered)(**arguments)
+        return network(**arguments)
     except PluginError:
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:

@@ -14,8 +14,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ast_plugin.data.image_files import write_bytes
 from ast_plugin.data.matching import printable
+from ast_plugin.data.whole_files import write_bytes
 from ast_plugin.models.provenance import Provenance
 
 INPUT = 'input'  # column prefix of the unrestored picture's values

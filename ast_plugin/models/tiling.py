@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.errors import OptionError, PluginError, ShapeError
+from ast_plugin.errors import OptionError, PluginError, ShapeError, one_line
 from ast_plugin.models.memory import available_bytes, peak_bytes
 from ast_plugin.ops import frozen_weights
 from ast_plugin.ops.tiles import BLENDS, check_tiling, run_tiled
@@ -164,12 +164,6 @@ def evaluating(network: nn.Module | Callable) -> Iterator[None]:
     finally:
         if was_training:
             network.train()
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in a line of at most some 300 characters."""
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f'{text[:300]}…'
 
 
 def _device_of(network: Callable, image: Tensor) -> torch.device:

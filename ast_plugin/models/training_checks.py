@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ast_plugin.models import batch_mixing, network_switches, training_step
+from ast_plugin.models import batch_mixing, network_switches, training_losses, training_step
 from ast_plugin.models.precision import Precision
 from ast_plugin.models.training_step import TrainingStep
 
@@ -22,7 +22,7 @@ def check(opt: Mapping[str, Any], network: nn.Module, losses: Mapping[str, nn.Mo
         OptionError: naming the first switch that does not apply to network, losses, batch or device.
     """
     train = opt['train']
-    training_step.check_losses(train, losses)
+    training_losses.check_reductions(train, losses)
     network_switches.apply(network, train)
     batch_mixing.from_options(train, seed=0, rank=0)
     # A GPU is left alone: each process takes its own later, and would take memory of the first one now.

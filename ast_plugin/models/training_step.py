@@ -191,14 +191,3 @@ def batch_size(opt: Mapping[str, Any]) -> int | None:
     """Images that a process trains on at a time, by BasicSR's options; None where they do not tell."""
     per_device = opt.get('datasets', {}).get('train', {}).get('batch_size_per_gpu')
     return per_device and per_device * (1 if opt['dist'] else max(1, opt['num_gpu']))
-
-
-def check_losses(train: Mapping[str, Any], losses: Mapping[str, nn.Module]) -> None:
-    """Refuse losses that do not add up over micro-batches.
-
-    Raises:
-        OptionError: if one is a sum over the batch, and not a mean.
-    """
-    sums = [name for name, criterion in losses.items() if getattr(criterion, 'reduction', 'mean') != 'mean']
-    if sums and (train.get('accumulate') or 1) > 1:
-        raise OptionError(f'train.accumulate needs losses with reduction: mean, which {", ".join(sums)} is not')

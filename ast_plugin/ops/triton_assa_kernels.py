@@ -63,6 +63,20 @@ def _scores(
 
 
 @triton.jit
+def _of_head(head, query, key, bias_ptr, shares_ptr, TOKENS: tl.constexpr, DENSE: tl.constexpr, POWER: tl.constexpr):
+    """What is the same for all windows: the position bias, and the shares of the dense and the sparse branch."""
+    inside = (query[:, None] < TOKENS) & (key[None, :] < TOKENS)
+    table = bias_ptr + head * (TOKENS * TOKENS) + query[:, None] * TOKENS + key[None, :]
+    bias = tl.load(table, mask=inside, other=0.0)
+    dense_share = 1.0
+    sparse_share = 1.0
+    if DENSE and POWER > 0:
+        dense_share = tl.load(shares_ptr)
+        sparse_share = tl.load(shares_ptr + 1)
+    return bias, dense_share, sparse_share
+
+
+@triton.jit
 def _softmax(scores):
     shifted = tl.exp(scores - tl.max(scores, 1)[:, None])
     return shifted / tl.sum(shifted, 1)[:, None]
@@ -113,14 +127,7 @@ def forward(
     query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
     key = tl.arange(0, TOKENS_FULL)
     channel = tl.arange(0, HEAD_FULL)
-    inside = (query[:, None] < TOKENS) & (key[None, :] < TOKENS)
-    table = bias_ptr + head * (TOKENS * TOKENS) + query[:, None] * TOKENS + key[None, :]
-    bias = tl.load(table, mask=inside, other=0.0)
-    dense_share = 1.0
-    sparse_share = 1.0
-    if DENSE and POWER > 0:
-        dense_share = tl.load(shares_ptr)
-        sparse_share = tl.load(shares_ptr + 1)
+    bias, dense_share, sparse_share = _of_head(head, query, key, bias_ptr, shares_ptr, TOKENS, DENSE, POWER)
     own = head * HEAD + channel[None, :]
     real_q = (query[:, None] < TOKENS) & (channel[None, :] < HEAD)
     real_k = (key[:, None] < TOKENS) & (channel[None, :] < HEAD)
@@ -171,14 +178,7 @@ def backward(
     query = block * QUERIES + tl.arange(0, QUERIES)
     key = tl.arange(0, TOKENS_FULL)
     channel = tl.arange(0, HEAD_FULL)
-    inside = (query[:, None] < TOKENS) & (key[None, :] < TOKENS)
-    table = bias_ptr + head * (TOKENS * TOKENS) + query[:, None] * TOKENS + key[None, :]
-    bias = tl.load(table, mask=inside, other=0.0)
-    dense_share = 1.0
-    sparse_share = 1.0
-    if DENSE and POWER > 0:
-        dense_share = tl.load(shares_ptr)
-        sparse_share = tl.load(shares_ptr + 1)
+    bias, dense_share, sparse_share = _of_head(head, query, key, bias_ptr, shares_ptr, TOKENS, DENSE, POWER)
     own = head * HEAD + channel[None, :]
     real_q = (query[:, None] < TOKENS) & (channel[None, :] < HEAD)
     real_k = (key[:, None] < TOKENS) & (channel[None, :] < HEAD)

@@ -30,6 +30,16 @@ SRVGG = {'type': 'SRVGGNetCompact', 'num_feat': 8, 'num_conv': 3, 'upscale': 1}
 RIDNET = {'type': 'RIDNet', 'in_channels': 3, 'mid_channels': 16, 'out_channels': 3, 'num_block': 2}
 AST = {'type': 'AST', 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'img_size': 32, 'drop_path_rate': 0.0}
 
+ODD = [(13, 22), (7, 31), (19, 5)]
+"""Sizes of pictures, (height, width), that no window divides."""
+
+ATTENTIONS = 'layers.*.residual_group.blocks.*.attn'
+FEED_FORWARDS = 'layers.*.residual_group.blocks.*.mlp'
+"""Names of SwinIR's attentions and feed-forward networks, for rules to match."""
+
+BLOCK = {'type': 'ASTBlock', 'window_size': 4, 'mlp_ratio': 2}
+"""A block that is small enough for all networks here."""
+
 
 class TokenLayer(nn.Module):
     """Two linear layers over tokens [B, H·W, C]; what else it is called with is not its business."""

@@ -83,7 +83,7 @@ def test_weights(tmp_path):
     again = load_network(EDSR, str(tmp_path / 'w.pth'))
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
     assert not again.training
-    with pytest.raises(CheckpointError, match='is not of the network EDSR as given'):
+    with pytest.raises(CheckpointError, match='weights of another network than EDSR'):
         load_network({**EDSR, 'num_feat': 8}, str(tmp_path / 'w.pth'))
 
 

@@ -1,41 +1,16 @@
-import io
-import os
 import struct
-import zlib
 from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image, ImageCms
+from PIL import Image
 
-from ast_plugin.data import image_files
-from ast_plugin.data.image_files import Picture, read_image, read_rgb, sniff_format, write_image
+from ast_plugin.data.image_files import Picture, read_image, read_rgb, write_image
+from ast_plugin.data.image_headers import sniff_format
 from ast_plugin.errors import DataError
-
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
-
-
-def noise(*shape, dtype=np.uint8, seed=0):
-    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
-
-
-def smooth(height, width):
-    rows, columns = np.mgrid[0:height, 0:width]
-    return np.stack([rows * 3, columns * 3, rows + columns], axis=2).astype(np.uint8)
-
-
-def write_png(path, pixels, color_type, depth=16, extra=()):
-    """A PNG written by the letter of its specification, independent of the readers under test."""
-    chunks = [(b'IHDR', struct.pack('>IIBBBBB', pixels.shape[1], pixels.shape[0], depth, color_type, 0, 0, 0)), *extra]
-    rows = b''.join(b'\0' + row.astype('>u2' if depth == 16 else 'u1').tobytes() for row in pixels)
-    chunks += [(b'IDAT', zlib.compress(rows)), (b'IEND', b'')]
-    body = b''.join(
-        struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data)) for name, data in chunks
-    )
-    path.write_bytes(b'\x89PNG\r\n\x1a\n' + body)
-    return path
+from tests.data.pictures import SRGB, noise, save, smooth, write_png
 
 
 def assert_pixels(picture, color, alpha=None):
@@ -46,12 +21,6 @@ def assert_pixels(picture, color, alpha=None):
     else:
         np.testing.assert_array_equal(picture.alpha, alpha)
         assert picture.alpha.dtype == color.dtype
-
-
-def save(path, pixels, mode=None, **options):
-    image = Image.fromarray(pixels)
-    (image.convert(mode) if mode else image).save(path, **options)
-    return path
 
 
 @pytest.mark.parametrize('suffix', ['.png', '.bmp', '.tif', '.webp'])
@@ -285,135 +254,11 @@ def test_jpeg_keeps_quality_profile_and_resolution(tmp_path):
     assert again.icc_profile == SRGB and again.dpi == (240, 240)
 
 
-@pytest.mark.parametrize('suffix', ['.png', '.jpg', '.webp', '.tif', '.bmp'])
-@pytest.mark.parametrize('reader', [read_image, read_rgb])
-def test_truncated_files_are_refused(tmp_path, suffix, reader):
-    """Wherever a file ends early, it is refused by name; OpenCV would return the rows that it has."""
-    whole = save(tmp_path / f'whole{suffix}', noise(64, 64, 3)).read_bytes()
-    path = tmp_path / f'broken{suffix}'
-    for length in (1, 10, 40, len(whole) // 2, len(whole) - 40):
-        path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match='broken'):
-            reader(path)
-
-
-def test_truncation_is_seen_through_a_thumbnail(tmp_path):
-    """A thumbnail before the picture holds a whole JPEG with an end of its own."""
-    thumbnail = io.BytesIO()
-    Image.fromarray(noise(16, 16, 3)).save(thumbnail, 'JPEG')
-    application = b'Exif\0\0' + thumbnail.getvalue()
-    whole = save(tmp_path / 'a.jpg', noise(64, 64, 3)).read_bytes()
-    whole = whole[:2] + b'\xff\xe1' + struct.pack('>H', len(application) + 2) + application + whole[2:]
-    (tmp_path / 'a.jpg').write_bytes(whole)
-    assert read_rgb(tmp_path / 'a.jpg').shape == (64, 64, 3)
-    (tmp_path / 'a.jpg').write_bytes(whole[:-200])
-    for reader in (read_image, read_rgb):
-        with pytest.raises(DataError, match=r'a\.jpg'):
-            reader(tmp_path / 'a.jpg')
-
-
-@pytest.mark.parametrize('suffix', ['.png', '.webp', '.tif'])
-def test_animated_files_are_refused(tmp_path, suffix):
-    frames = [Image.fromarray(noise(16, 16, 3, seed=seed)) for seed in range(3)]
-    path = tmp_path / f'a{suffix}'
-    frames[0].save(path, save_all=True, append_images=frames[1:])
-    with pytest.raises(DataError, match='3 frames or pages'):
-        read_image(path)
-
-
 def test_the_first_picture_of_a_stereo_jpeg(tmp_path):
     frames = [Image.fromarray(smooth(16, 16)) for _ in range(2)]
     frames[0].save(tmp_path / 'a.jpg', format='MPO', save_all=True, append_images=frames[1:])
     picture = read_image(tmp_path / 'a.jpg')
     assert picture.format == 'JPEG' and 'only the first' in picture.notes[0]
-
-
-@pytest.mark.parametrize('kind', ['png', 'jpg'])
-def test_what_training_reads_is_refused_before_decoding_too(tmp_path, monkeypatch, kind):
-    path = tmp_path / f'large.{kind}'
-    cv2.imwrite(str(path), smooth(20, 30))
-    assert read_rgb(path).shape == (20, 30, 3)
-    monkeypatch.setattr(image_files, 'MAX_PIXELS', 599)
-    monkeypatch.setattr(image_files.cv2, 'imdecode', lambda *_: pytest.fail('decoded'))
-    with pytest.raises(DataError, match='30x20 is 0 million pixels, more than the'):
-        read_rgb(path)
-
-
-def test_a_png_of_nothing_but_its_end(tmp_path):
-    (tmp_path / 'x.png').write_bytes(b'\x89PNG\r\n\x1a\nIEND\xaeB`\x82')
-    with pytest.raises(DataError, match=r'x\.png'):
-        read_rgb(tmp_path / 'x.png')
-
-
-def test_decompression_bombs_are_refused_before_decoding(tmp_path):
-    header = struct.pack('>IIBBBBB', 40000, 30000, 8, 2, 0, 0, 0)
-    rows = zlib.compress(bytes(1000))
-    body = b''.join(
-        struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
-        for name, data in [(b'IHDR', header), (b'IDAT', rows), (b'IEND', b'')]
-    )
-    (tmp_path / 'bomb.png').write_bytes(b'\x89PNG\r\n\x1a\n' + body)
-    with pytest.raises(DataError, match=r'bomb\.png: 40000x30000 is 1200 million pixels.*--max-megapixels'):
-        read_image(tmp_path / 'bomb.png')
-    save(tmp_path / 'a.png', noise(20, 20, 3))
-    with pytest.raises(DataError, match='20x20'):
-        read_image(tmp_path / 'a.png', max_pixels=399)
-    limit = Image.MAX_IMAGE_PIXELS
-    assert read_image(tmp_path / 'a.png', max_pixels=400).color.shape == (20, 20, 3)
-    assert limit == Image.MAX_IMAGE_PIXELS
-
-
-@pytest.mark.parametrize('reader', [read_image, read_rgb])
-def test_what_is_no_picture(tmp_path, reader):
-    (tmp_path / 'text.png').write_text('hello')
-    (tmp_path / 'empty.png').write_bytes(b'')
-    (tmp_path / 'folder.png').mkdir()
-    for name, reason in [('text', 'not a PNG'), ('empty', 'empty'), ('folder', 'cannot be read'), ('none', 'No such')]:
-        with pytest.raises(DataError, match=rf'{name}\.png.*{reason}'):
-            reader(tmp_path / f'{name}.png')
-
-
-@pytest.mark.parametrize(
-    'pixels',
-    [
-        noise(8, 8, 3).astype(np.float32),
-        noise(8, 8).astype(np.float32),
-        noise(8, 8).astype(np.int32),
-        noise(3, 8, 8, dtype=np.uint16),
-    ],
-)
-def test_tiffs_of_other_kinds_are_refused(tmp_path, pixels):
-    planar = pixels.dtype == np.uint16
-    options = {'planarconfig': 'separate'} if planar else {}
-    tifffile.imwrite(tmp_path / 'a.tif', pixels, photometric='rgb' if pixels.ndim == 3 else 'minisblack', **options)
-    with pytest.raises(DataError, match=r'a\.tif.*support'):
-        read_image(tmp_path / 'a.tif')
-
-
-def test_damaged_files_never_raise_anything_else(tmp_path):
-    """Flips bytes all over small files of every format and depth; a picture or a DataError must come out."""
-    sources = {
-        'png': save(tmp_path / 'a.png', noise(9, 9, 3)),
-        'jpg': save(tmp_path / 'a.jpg', noise(9, 9, 3)),
-        'webp': save(tmp_path / 'a.webp', noise(9, 9, 4)),
-        'bmp': save(tmp_path / 'a.bmp', noise(9, 9, 3)),
-        'tif': save(tmp_path / 'a.tif', noise(9, 9, 3), compression='tiff_adobe_deflate'),
-    }
-    write_image(tmp_path / 'b.tif', Picture(noise(9, 9, 3, dtype=np.uint16)))
-    write_image(tmp_path / 'b.png', Picture(noise(9, 9, 3, dtype=np.uint16), icc_profile=SRGB))
-    rng = np.random.default_rng(0)
-    for path in [*sources.values(), tmp_path / 'b.tif', tmp_path / 'b.png']:
-        whole = np.frombuffer(path.read_bytes(), np.uint8)
-        broken = tmp_path / f'broken{path.suffix}'
-        for _ in range(40):
-            data = whole.copy()
-            data[rng.integers(0, len(data), 3)] = rng.integers(0, 256, 3)
-            broken.write_bytes(data.tobytes())
-            for reader in (read_image, read_rgb):
-                try:
-                    reader(broken)
-                except DataError as error:
-                    assert 'broken' in str(error)
 
 
 @pytest.mark.parametrize(
@@ -430,40 +275,6 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, suffix, picture, reason)
     with pytest.raises(DataError, match=reason):
         write_image(tmp_path / f'a{suffix}', picture)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_leaves_the_earlier_file(tmp_path, monkeypatch):
-    path = tmp_path / 'a.png'
-    path.write_bytes(b'earlier')
-
-    def full(_descriptor):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(DataError, match=r'cannot write .*a\.png: No space left on device'):
-        write_image(path, Picture(noise(4, 4, 3)))
-    assert path.read_bytes() == b'earlier'
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_interrupted_write_leaves_the_earlier_file(tmp_path, monkeypatch):
-    path = tmp_path / 'a.png'
-    path.write_bytes(b'earlier')
-
-    def interrupt(*_arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, 'replace', interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_image(path, Picture(noise(4, 4, 3)))
-    assert path.read_bytes() == b'earlier'
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_names_as_long_as_allowed(tmp_path):
-    path = tmp_path / ('x' * 251 + '.png')
-    write_image(path, Picture(noise(4, 4, 3)))
-    assert read_image(path).color.shape == (4, 4, 3)
 
 
 def test_write_takes_every_suffix_of_a_format(tmp_path):

@@ -338,3 +338,12 @@ def test_a_metric_that_is_added_to_a_run_begins_anew(tmp_path):
     best = resumed.best_metric_results['pairs']
     assert best['niqe'] == {'better': 'lower', 'val': best['psnr']['val'], 'iter': 2}
     assert best['psnr']['val'] == model.best_metric_results['pairs']['psnr']['val']
+
+
+def test_weights_of_another_network_are_named(tmp_path):
+    compact = {'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1, 'upscale': 1}
+    model = build({**options(tmp_path), 'network_g': compact})
+    model.save_best()
+    other = build({**options(tmp_path), 'network_g': {**compact, 'num_feat': 8}})
+    with pytest.raises(CheckpointError, match=r'net_g_best\.pth: weights of another network than SRVGGNetCompact'):
+        other.load_network(other.net_g, str(tmp_path / 'models/net_g_best.pth'))

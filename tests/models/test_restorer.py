@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ast_plugin.archs.ast_arch import AST
+from ast_plugin.archs.registered_arch import CHANNEL_KEYS
 from ast_plugin.checkpoints import save_weights
 from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError
 from ast_plugin.models import tiling
@@ -226,7 +227,7 @@ def test_networks_of_the_toolbox(tmp_path):
     torch.save({'params_ema': {'strange.weight': torch.zeros(3)}}, tmp_path / 'b.pth')
     with pytest.raises(CheckpointError, match=r'b\.pth does not say which network.*-opt'):
         Restorer.from_weights(tmp_path / 'b.pth', device='cpu')
-    with pytest.raises(CheckpointError, match=r'a\.pth is not of the network SRVGGNetCompact'):
+    with pytest.raises(CheckpointError, match=r'a\.pth: weights of another network than SRVGGNetCompact'):
         Restorer.from_weights(tmp_path / 'a.pth', network=options | {'num_feat': 8}, device='cpu')
 
 
@@ -242,6 +243,16 @@ def test_networks_of_the_toolbox(tmp_path):
 def test_networks_that_cannot_be_built(options, message):
     with pytest.raises(OptionError, match=message):
         build_network(options)
+
+
+@pytest.mark.parametrize('key', CHANNEL_KEYS)
+def test_gray_networks_are_known_whatever_they_call_their_channels(tmp_path, monkeypatch, key):
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Gray', lambda **options: nn.Sequential(nn.Conv2d(options[key], 1, 1)))
+    torch.save({'params': nn.Sequential(nn.Conv2d(1, 1, 1)).state_dict()}, tmp_path / 'a.pth')
+    restorer = Restorer.from_weights(tmp_path / 'a.pth', network={'type': 'Gray', key: 1}, device='cpu')
+    assert restorer.restore(noise(8, 8)).shape == (8, 8)
 
 
 def test_networks_of_strange_channels_are_refused():

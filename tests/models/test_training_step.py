@@ -14,7 +14,8 @@ from ast_plugin.losses.charbonnier_loss import ASTCharbonnierLoss
 from ast_plugin.losses.fft_loss import FFTLoss
 from ast_plugin.losses.psnr_loss import PSNRLoss
 from ast_plugin.models.precision import Precision
-from ast_plugin.models.training_step import TrainingStep, batch_size, check_losses
+from ast_plugin.models.training_losses import check_reductions
+from ast_plugin.models.training_step import TrainingStep, batch_size
 
 LOSSES = {'l_pix': ASTCharbonnierLoss(), 'l_fft': FFTLoss(loss_weight=0.1), 'l_psnr': PSNRLoss(loss_weight=0.01)}
 NAMES = ['a.png', 'b.png', 'c.png', 'd.png']
@@ -193,6 +194,6 @@ def test_batches_and_losses_that_cannot_be_cut(device):
     with pytest.raises(OptionError, match='batch of 2 cannot be cut into 3'):
         TrainingStep(network, optimizer, Precision('fp32', device), {'accumulate': 3}, batch=2)
     sums = {'l_pix': nn.L1Loss(), 'l_sum': nn.L1Loss(reduction='sum')}
-    check_losses({}, sums)
+    check_reductions({}, sums)
     with pytest.raises(OptionError, match='l_sum'):
-        check_losses({'accumulate': 2}, sums)
+        check_reductions({'accumulate': 2}, sums)

@@ -22,7 +22,6 @@ from ast_plugin.data.pair_table import Pair, PairTable
 from ast_plugin.errors import DataError
 
 Encoding = Literal['png', 'raw']
-ENCODINGS = ('png', 'raw')
 
 _LEVEL = 1
 """Level of PNG files that we make of other formats: as BasicSR's; more costs time and gains a twentieth."""

@@ -13,8 +13,10 @@ from pathlib import Path, PurePosixPath
 import cv2
 import numpy as np
 
-from ast_plugin.data.image_files import SUFFIXES, Picture, decode_image, sniff_format, write_bytes
+from ast_plugin.data.image_files import SUFFIXES, Picture, decode_image
+from ast_plugin.data.image_headers import sniff_format
 from ast_plugin.data.preparing.qt_resources import MAGIC, resource_files
+from ast_plugin.data.whole_files import write_bytes
 from ast_plugin.errors import DataError
 
 MIN_SIDE = 256

@@ -13,7 +13,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ast_plugin.data.image_files import MAX_PIXELS, SUFFIXES, read_image, read_rgb, sniff_format
+from ast_plugin.data.image_files import MAX_PIXELS, SUFFIXES, read_image, read_rgb
+from ast_plugin.data.image_headers import jpeg_frame, jpeg_segments, sniff_format
 from ast_plugin.data.matching import Fault, Pair
 from ast_plugin.errors import DataError
 
@@ -140,16 +141,10 @@ def _header(path: Path, data: bytes, kind: str | None) -> tuple[tuple[int, int] 
 
 
 def _jpeg_header(data: bytes) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
-    position = 2
-    while position + 10 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:
-            position += 1
-            continue
+    for marker, position in jpeg_segments(data):
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = (int.from_bytes(data[position + at : position + at + 2], 'big') for at in (5, 7))
-            return (height, width), _JPEG_KINDS.get(data[position + 9], ())
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], 'big')
+            height, width, channels = jpeg_frame(data, position)
+            return (height, width), _JPEG_KINDS.get(channels, ())
     return None, ()
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ast_plugin.data.manifest import Entry, partials_of, replacing, write_manifest
+from ast_plugin.data.manifest import Entry, write_manifest
 from ast_plugin.data.matching import Fault, is_image, list_images, printable
 from ast_plugin.data.pair_table import Pair
 from ast_plugin.data.preparing import duplicates
 from ast_plugin.data.preparing.checked_pairs import Found, Journal
 from ast_plugin.data.preparing.splits import Split
+from ast_plugin.data.whole_files import partials_of, replacing
 from ast_plugin.errors import DataError
 
 FAULTS = 'faults.txt'

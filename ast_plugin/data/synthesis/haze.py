@@ -18,11 +18,11 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ast_plugin.data.synthesis.noise import fractal_noise
 from ast_plugin.data.synthesis.pseudo_depth import guess_depth
-from ast_plugin.data.synthesis.ranges import PositiveRange, Range
+from ast_plugin.data.synthesis.ranges import Parameters, PositiveRange, Range
 from ast_plugin.errors import DataError
 
 DENSEST = 2.5  # mean optical depth beyond which too little of the picture would be left to be restored
@@ -34,13 +34,11 @@ SKY_LIT = 0.95  # brightness of haze by that of the sky that lights it
 STRIP = 32  # rows composed at a time
 
 
-class HazeParameters(BaseModel):
+class HazeParameters(Parameters):
     """What haze may look like; each [lowest, highest] is drawn from uniformly, once an image.
 
     Pixels are those of a photograph about 500 pixels high, see `scale`.
     """
-
-    model_config = ConfigDict(extra='forbid', frozen=True)
 
     type: Literal['haze'] = 'haze'
     psnr: PositiveRange = Field((10.8, 16.0), description='dB of the hazy image against the clean one')
@@ -58,13 +56,7 @@ class HazeParameters(BaseModel):
     spread: PositiveRange = Field((3.0, 7.0), description='pixels; smear where the optical depth is 1')
     scale: float = Field(1.0, gt=0, description='multiplies every length; 1 suits pictures 500 pixels high')
 
-    def model_post_init(self, context: object, /) -> None:
-        """Check what the types of single values cannot say."""
-        limits = {'nearest': (0, 0.99), 'airlight': (0, 1), 'unevenness': (0, 2), 'forward': (0, 0.9)}
-        for name, (lowest, highest) in limits.items():
-            values = getattr(self, name)
-            if not lowest <= values[0] <= values[1] <= highest:
-                raise ValueError(f'{name} must lie within [{lowest}, {highest}]; got {list(values)}')
+    LIMITS = {'nearest': (0, 0.99), 'airlight': (0, 1), 'unevenness': (0, 2), 'forward': (0, 0.9)}
 
 
 def add_haze(

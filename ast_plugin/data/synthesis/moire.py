@@ -18,9 +18,9 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from ast_plugin.data.synthesis.ranges import PositiveRange, Range
+from ast_plugin.data.synthesis.ranges import Parameters, PositiveRange, Range
 
 SENSOR = 2  # pixels of the sensor by those of the picture, along each side
 FRAME = (480, 720)  # height and width in pixels of the photograph that a smaller patch is taken to be cut from
@@ -34,10 +34,8 @@ GAMMA = 2.2
 STRIP = 64  # rows worked on at a time
 
 
-class MoireParameters(BaseModel):
+class MoireParameters(Parameters):
     """What a photographed screen may be like; each [lowest, highest] is drawn from uniformly, once an image."""
-
-    model_config = ConfigDict(extra='forbid', frozen=True)
 
     type: Literal['moire'] = 'moire'
     pitch: PositiveRange = Field((1.9, 2.12), description="pixels of the sensor by the screen's, within [1, 4]")
@@ -52,15 +50,18 @@ class MoireParameters(BaseModel):
     noise: Range = Field((0.002, 0.012), description='standard deviation at middle gray, within [0, 0.2]')
     quality: Range = Field((75, 96), description='of the JPEG that the camera writes, within [1, 100]')
 
-    def model_post_init(self, context: object, /) -> None:
-        """Check what the types of single values cannot say."""
-        limits = {'pitch': (1, 4), 'rotation': (-45, 45), 'perspective': (0, 0.3), 'distortion': (-0.2, 0.2)}
-        limits |= {'blur': (0, 4), 'balance': (-0.5, 0.5), 'glare': (0, 0.5), 'noise': (0, 0.2), 'quality': (1, 100)}
-        limits |= {'exposure': (0.1, 4)}
-        for name, (least, most) in limits.items():
-            low, high = getattr(self, name)
-            if low < least or high > most:
-                raise ValueError(f'{name} must lie within [{least}, {most}]; got {[low, high]}')
+    LIMITS = {
+        'pitch': (1, 4),
+        'rotation': (-45, 45),
+        'perspective': (0, 0.3),
+        'distortion': (-0.2, 0.2),
+        'blur': (0, 4),
+        'exposure': (0.1, 4),
+        'balance': (-0.5, 0.5),
+        'glare': (0, 0.5),
+        'noise': (0, 0.2),
+        'quality': (1, 100),
+    }
 
 
 def add_moire(

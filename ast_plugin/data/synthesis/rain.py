@@ -15,9 +15,9 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from ast_plugin.data.synthesis.ranges import PositiveRange, Range
+from ast_plugin.data.synthesis.ranges import Parameters, PositiveRange, Range
 
 MIN_HEADROOM = 0.06  # mean of (1 - image)^2 below which a picture is too white for rain to be made stronger
 MAX_OPACITY = 0.95
@@ -27,10 +27,8 @@ STRIP = 32  # rows blended at a time
 PROFILE_MEAN, PROFILE_SQUARE = 4 / 5, 32 / 45  # integrals over a streak of 1 - t^4, t in [-1, 1], and of its square
 
 
-class StreakLayer(BaseModel):
+class StreakLayer(Parameters):
     """Ranges of one layer of streaks. Pixels are those of a photograph about 500 pixels high, see `scale`."""
-
-    model_config = ConfigDict(extra='forbid', frozen=True)
 
     density: PositiveRange = Field(description='streaks per 10,000 pixels; one value an image, its logarithm uniform')
     length: PositiveRange = Field(description='pixels; one value a streak')
@@ -43,10 +41,8 @@ MIDDLE = StreakLayer(density=(0.8, 10), length=(22, 60), width=(1.3, 2.4), brigh
 NEAR = StreakLayer(density=(0.12, 0.9), length=(60, 130), width=(3.0, 5.5), brightness=(0.15, 0.45))
 
 
-class RainParameters(BaseModel):
+class RainParameters(Parameters):
     """What rain may look like; each [lowest, highest] is drawn from uniformly, once an image unless said otherwise."""
-
-    model_config = ConfigDict(extra='forbid', frozen=True)
 
     type: Literal['rain'] = 'rain'
     psnr: PositiveRange = Field((21.2, 25.0), description='dB of the rainy image against the clean one, expected')
@@ -56,12 +52,7 @@ class RainParameters(BaseModel):
     scale: float = Field(1.0, gt=0, description='multiplies every length and width; 1 suits pictures 500 pixels high')
     layers: tuple[StreakLayer, ...] = Field((FINE, MIDDLE, NEAR), min_length=1, description='from far to near')
 
-    def model_post_init(self, context: object, /) -> None:
-        """Check what the types of single values cannot say."""
-        if max(map(abs, self.angle)) > 60:
-            raise ValueError(f'angle must lie within [-60, 60] degrees; got {list(self.angle)}')
-        if not 0 <= self.veil[0] <= self.veil[1] <= 1:
-            raise ValueError(f'veil must lie within [0, 1]; got {list(self.veil)}')
+    LIMITS = {'angle': (-60, 60), 'veil': (0, 1)}
 
 
 @dataclass(frozen=True)

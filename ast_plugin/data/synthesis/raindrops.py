@@ -18,11 +18,11 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ast_plugin.data.synthesis.drop_optics import expected_error, refract, surroundings
 from ast_plugin.data.synthesis.noise import lattice_noise
-from ast_plugin.data.synthesis.ranges import PositiveRange, Range
+from ast_plugin.data.synthesis.ranges import Parameters, PositiveRange, Range
 
 MERGING = 4.0  # how sharply lobes join: h = log(sum(exp(MERGING * h_i))) / MERGING
 FLOOR = -0.8  # height of the bare pane, where a drop's rim is at 0 and its middle at 1
@@ -32,13 +32,11 @@ OFFERED = 2.5  # area of the drops offered a place, by that of the pane
 LOBES_PER_BODY = 1.12  # area of a drop by that of its body
 
 
-class RaindropParameters(BaseModel):
+class RaindropParameters(Parameters):
     """What drops may look like; each [lowest, highest] is drawn from uniformly, once an image unless said otherwise.
 
     Pixels are those of a photograph about 500 pixels high, see `scale`.
     """
-
-    model_config = ConfigDict(extra='forbid', frozen=True)
 
     type: Literal['raindrop'] = 'raindrop'
     psnr: PositiveRange = Field((16.9, 19.8), description='dB of the wet picture against the clean one')
@@ -61,22 +59,16 @@ class RaindropParameters(BaseModel):
         1.0, ge=0.3, le=20, description='in [0.3, 20]; multiplies every length; 1 suits pictures 500 pixels high'
     )
 
-    def model_post_init(self, context: object, /) -> None:
-        """Check what the types of single values cannot say."""
-        limits = {
-            'coverage': (0, 0.5),
-            'radius': (2, 100),
-            'contact_angle': (5, 80),
-            'elongation': (0.25, 4),
-            'defocus': (0, 3),
-            'film': (0, 1),
-            'film_blur': (0, 50),
-            'sky': (0, 1),
-        }
-        for name, (lowest, highest) in limits.items():
-            values = getattr(self, name)
-            if not lowest <= values[0] <= values[1] <= highest:
-                raise ValueError(f'{name} must lie within [{lowest}, {highest}]; got {list(values)}')
+    LIMITS = {
+        'coverage': (0, 0.5),
+        'radius': (2, 100),
+        'contact_angle': (5, 80),
+        'elongation': (0.25, 4),
+        'defocus': (0, 3),
+        'film': (0, 1),
+        'film_blur': (0, 50),
+        'sky': (0, 1),
+    }
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ast_plugin.data.synthesis.noise import lattice_noise
-from ast_plugin.data.synthesis.ranges import PositiveRange, Range
+from ast_plugin.data.synthesis.ranges import Parameters, PositiveRange, Range
 from ast_plugin.data.synthesis.shadow_casters import CASTERS, Caster
 
 FRAME = (
@@ -32,10 +32,8 @@ PENUMBRAS = 5  # widths of the edge that are rendered; between them is interpola
 CasterName = Literal['wall', 'object', 'figure', 'foliage', 'bars']
 
 
-class ShadowParameters(BaseModel):
+class ShadowParameters(Parameters):
     """What a shadow may be like; each [lowest, highest] is drawn from uniformly, once an image."""
-
-    model_config = ConfigDict(extra='forbid', frozen=True)
 
     type: Literal['shadow'] = 'shadow'
     casters: tuple[CasterName, ...] = Field(
@@ -52,12 +50,7 @@ class ShadowParameters(BaseModel):
     widening: Range = Field((2.0, 12.0), description='pixels by which it grows across the height of the photograph')
     scale: float = Field(1.0, gt=0, le=20, description='size of photographs that patches come from: 1 for 480x720')
 
-    def model_post_init(self, context: object, /) -> None:
-        """Check what the types of single values cannot say."""
-        for name, limit in (('coverage', 1), ('ambient', 1), ('tint', 0.99), ('penumbra', 40), ('widening', 80)):
-            low, high = getattr(self, name)
-            if low < 0 or high > limit:
-                raise ValueError(f'{name} must lie within [0, {limit}]; got {[low, high]}')
+    LIMITS = {'coverage': (0, 1), 'ambient': (0, 1), 'tint': (0, 0.99), 'penumbra': (0, 40), 'widening': (0, 80)}
 
 
 def add_shadow(

@@ -14,10 +14,10 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ast_plugin.data.synthesis.noise import fractal_noise
-from ast_plugin.data.synthesis.ranges import PositiveRange, Range
+from ast_plugin.data.synthesis.ranges import Parameters, PositiveRange, Range
 
 CLUMPS, CLUMP_SIDE = 16, 64  # outlines of flakes that are kept, and the side in pixels at which they are kept
 SPRITES = 24  # flakes of a layer that are rendered for an image; each is put down many times
@@ -30,10 +30,8 @@ LIGHT = (0.93, 0.965, 1.0)  # of snow under an overcast sky, relative to its bri
 REACH = 240  # pixels at scale 1 that a flake may lie outside and still reach in
 
 
-class FlakeLayer(BaseModel):
+class FlakeLayer(Parameters):
     """Ranges of one layer of flakes. Pixels are those of a photograph about 500 pixels high, see `scale`."""
-
-    model_config = ConfigDict(extra='forbid', frozen=True)
 
     density: PositiveRange = Field(description='flakes per 10,000 pixels; one value an image, its logarithm uniform')
     diameter: PositiveRange = Field(description='pixels; one value a flake, its logarithm uniform')
@@ -41,15 +39,7 @@ class FlakeLayer(BaseModel):
     motion: Range = Field(description='way during the exposure by the diameter of the flake, at least 0')
     opacity: PositiveRange = Field(description='of its middle, within (0, 1]; one value a flake')
 
-    def model_post_init(self, context: object, /) -> None:
-        """Check what the types of single values cannot say."""
-        for name in ('defocus', 'motion'):
-            if getattr(self, name)[0] < 0 or getattr(self, name)[1] > 4:
-                raise ValueError(f'{name} must lie within [0, 4]; got {list(getattr(self, name))}')
-        if self.opacity[1] > 1:
-            raise ValueError(f'opacity must lie within (0, 1]; got {list(self.opacity)}')
-        if self.diameter[1] > 60:
-            raise ValueError(f'diameter must be at most 60 pixels; got {list(self.diameter)}')
+    LIMITS = {'diameter': (0, 60), 'defocus': (0, 4), 'motion': (0, 4), 'opacity': (0, 1)}
 
 
 FAR = FlakeLayer(density=(30, 150), diameter=(1.0, 2.4), defocus=(0, 0), motion=(0, 0), opacity=(0.3, 0.95))
@@ -57,10 +47,8 @@ MIDDLE = FlakeLayer(density=(5, 26), diameter=(2.6, 8), defocus=(0.0, 0.35), mot
 NEAR = FlakeLayer(density=(0.3, 1.6), diameter=(9, 34), defocus=(0.15, 0.7), motion=(0.1, 0.9), opacity=(0.45, 0.95))
 
 
-class SnowParameters(BaseModel):
+class SnowParameters(Parameters):
     """What snow may look like; each [lowest, highest] is drawn from uniformly, once an image unless said otherwise."""
-
-    model_config = ConfigDict(extra='forbid', frozen=True)
 
     type: Literal['snow'] = 'snow'
     amount: PositiveRange = Field((0.9, 3.0), description='multiplies the density of every layer')
@@ -71,14 +59,7 @@ class SnowParameters(BaseModel):
     scale: float = Field(1.0, gt=0, le=20, description='multiplies every diameter; 1 suits pictures 500 pixels high')
     layers: tuple[FlakeLayer, ...] = Field((FAR, MIDDLE, NEAR), min_length=1, description='from far to near')
 
-    def model_post_init(self, context: object, /) -> None:
-        """Check what the types of single values cannot say."""
-        if max(map(abs, self.angle)) > 80:
-            raise ValueError(f'angle must lie within [-80, 80] degrees; got {list(self.angle)}')
-        for name in ('veil', 'brightness'):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high <= 1:
-                raise ValueError(f'{name} must lie within [0, 1]; got {[low, high]}')
+    LIMITS = {'angle': (-80, 80), 'veil': (0, 1), 'brightness': (0, 1)}
 
 
 def add_snow(

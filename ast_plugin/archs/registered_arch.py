@@ -1,0 +1,40 @@
+"""Networks that options name: found by their registered name, and the channels of the pictures that they take."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ast_plugin.errors import OptionError
+from ast_plugin.suggest import did_you_mean
+
+CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'img_channel', 'inp_channels')
+"""What networks call the number of channels that they take."""
+
+_FALLBACK_SUFFIX = '_basicsr'  # under which BasicSR registers some of its own, and finds them without it
+
+
+def registered_network(name: Any) -> Callable[..., nn.Module]:
+    """Return what builds the network that is registered under a name.
+
+    Raises:
+        OptionError: if there is none; says what is near.
+    """
+    import basicsr.archs  # noqa: F401 - registers the toolbox's networks
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    for key in (name, f'{name}{_FALLBACK_SUFFIX}'):
+        if key in ARCH_REGISTRY:
+            return ARCH_REGISTRY.get(key)
+    known = [key.removesuffix(_FALLBACK_SUFFIX) for key in ARCH_REGISTRY.keys()]  # noqa: SIM118 - not a dictionary
+    raise OptionError(
+        f'no network is registered as {name}{did_you_mean(str(name), known)} '
+        '(is its plugin installed? `basicsr list arch` shows what there is)'
+    )
+
+
+def stated_channels(options: Mapping[str, Any], network: nn.Module | None = None) -> list[int]:
+    """Channels of the pictures that a network takes, as its options or it itself say, the likeliest first."""
+    given = [options[key] for key in CHANNEL_KEYS if isinstance(options.get(key), int)]
+    own = [value for key in CHANNEL_KEYS if isinstance(value := getattr(network, key, None), int)]
+    return [*given, *own]

@@ -1,0 +1,36 @@
+"""Pictures, and files of them that the readers under test had no part in."""
+
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageCms
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+
+
+def noise(*shape, dtype=np.uint8, seed=0):
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
+
+
+def smooth(height, width):
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows * 3, columns * 3, rows + columns], axis=2).astype(np.uint8)
+
+
+def write_png(path, pixels, color_type, depth=16, extra=()):
+    """A PNG written by the letter of its specification, independent of the readers under test."""
+    chunks = [(b'IHDR', struct.pack('>IIBBBBB', pixels.shape[1], pixels.shape[0], depth, color_type, 0, 0, 0)), *extra]
+    rows = b''.join(b'\0' + row.astype('>u2' if depth == 16 else 'u1').tobytes() for row in pixels)
+    chunks += [(b'IDAT', zlib.compress(rows)), (b'IEND', b'')]
+    body = b''.join(
+        struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data)) for name, data in chunks
+    )
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + body)
+    return path
+
+
+def save(path, pixels, mode=None, **options):
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path

@@ -1,0 +1,57 @@
+"""What constructors and functions take, as far as signatures and sources tell."""
+
+import pytest
+from torch import nn
+
+from ast_plugin.schema.signatures import argument_faults, keys_read_by
+
+UNKNOWN = 'unknown key, did you mean '
+
+
+class Open(nn.Module):
+    def __init__(self, size, depth=3, **kwargs):
+        super().__init__()
+
+
+class Child(Open):
+    def __init__(self, width: int = 1, **kwargs):
+        super().__init__(**kwargs)
+
+
+def factory(scale=1, **kwargs) -> Open:
+    return Open(**kwargs)
+
+
+def forwards(**kwargs):
+    return dict(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ('target', 'arguments', 'expected'),
+    [
+        (Open, {'size': 1, 'dept': 1}, [f'dept: {UNKNOWN}depth?']),
+        (Open, {}, ['size: required by Open, but not there']),
+        (Child, {'size': 1, 'width': 2, 'depth': 3}, []),
+        (Child, {'size': 1, 'widht': 2}, [f'widht: {UNKNOWN}width?']),
+        (Child, {'size': 1, 'width': 'x'}, ["width: expected a whole number, got the text 'x'"]),
+        (Child, {'size': 1, 'width': True}, ['width: expected a whole number, got true']),
+        (factory, {'size': 1, 'scale': 2}, []),
+        (factory, {'size': 1, 'scael': 2}, [f'scael: {UNKNOWN}scale?']),
+        (forwards, {'anything': 1}, []),
+        (Open, {'size': 1, 'depth': [1, 2]}, []),
+    ],
+)
+def test_signatures(target, arguments, expected):
+    assert sorted(str(fault) for fault in argument_faults(target, arguments, ())) == sorted(expected)
+
+
+class Opaque:
+    def __init__(self, opt):
+        self.root = opt['dataroot_x']
+
+
+def test_keys_in_source():
+    keys = keys_read_by(Opaque)
+    assert 'dataroot_x' in keys
+    assert 'a sentence with spaces' not in keys
+    assert keys_read_by(type('Dynamic', (), {'__module__': 'nowhere'})) is None
