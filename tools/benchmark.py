@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ast_plugin.compare import benchmark_records
 from ast_plugin.errors import PluginError
 
 BENCHMARKS = {
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     try:
+        if getattr(args, 'json', None):
+            benchmark_records.check_writable(args.json)
         return args.run(args)
     except PluginError as error:
         print(f'benchmark.py: error: {error}', file=sys.stderr)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ast_plugin.archs.ast_state import describe_mismatch, plain_state, rename_official_hook
 from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, init_weights
+from ast_plugin.archs.recomputation import recomputed
 from ast_plugin.archs.sizes import check_choice
 from ast_plugin.errors import CheckpointError, OptionError, ShapeError
 from ast_plugin.ops import pad_to_multiple
@@ -48,7 +48,7 @@ class Stage(nn.Module):
         """Run the blocks over x, [B, H, W, C]."""
         for block in self.blocks:
             if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = recomputed(block, x, mask)
             else:
                 x = block(x, mask)
         return x

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ast_plugin.errors import ShapeError
 OPERATIONS = ('replace', 'append', 'prepend', 'wrap')
 
 # (H, W) by where they are read, while that module runs. Each thread has its own, the recomputation of checkpoints sets
-# it anew where that module is recomputed (`sizes_kept` is for those below it), and torch.compile sees through it (it
+# it anew where that module is recomputed (`with_sizes` is for those below it), and torch.compile sees through it (it
 # does not see through a ContextVar).
 _sizes = threading.local()
 
@@ -45,13 +45,14 @@ def pass_size(giver: nn.Module, place: SizePlace) -> None:
     giver.register_forward_hook(ForgetSize(place), always_call=True)
 
 
-def sizes_kept() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """`context_fn` of torch's checkpoints: what is computed again, in whatever thread, sees the sizes it saw before."""
-    return nullcontext(), _with_sizes(dict(vars(_sizes)))
+def known_sizes() -> dict[str, Any]:
+    """The sizes that blocks see here and now."""
+    return dict(vars(_sizes))
 
 
 @contextmanager
-def _with_sizes(kept: Mapping[str, Any]) -> Iterator[None]:
+def with_sizes(kept: Mapping[str, Any]) -> Iterator[None]:
+    """Let blocks see what `known_sizes` gave elsewhere, such as before they are computed again in another thread."""
     sizes = vars(_sizes)
     before = dict(sizes)
     sizes.update(kept)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import sys
 import tempfile
@@ -268,6 +269,8 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError('--size and --turns must be 1 or more')
     if args.net not in ARCH_REGISTRY:
         raise OptionError(f'--net {args.net}: no network of that name is registered, see `basicsr list arch`')
+    if 'drop_path_rate' not in inspect.signature(ARCH_REGISTRY.get(args.net)).parameters:
+        raise OptionError(f'--net {args.net}: expected an AST, such as AST_XS')
     rates = machine_rates()
     settings = {'net': args.net, 'size': args.size, 'turns': args.turns}
     record: dict[str, Any] = {'benchmark': 'net', 'settings': settings, 'rates': rates, 'results': []}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from ast_plugin.errors import DataError
 
 _PACKAGES = ('torch', 'torchvision', 'basicsr', 'numpy', 'opencv-python', 'lmdb', 'triton')
 
@@ -38,6 +41,23 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def check_writable(path: str | Path) -> None:
+    """See that a record can be written before it is measured, which can take an hour.
+
+    Raises:
+        DataError: if not.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            is_folder = path.is_dir()
+    except OSError as error:
+        raise DataError(f'--json {path}: cannot be written: {error.strerror}') from error
+    if is_folder:
+        raise DataError(f'--json {path}: is a folder, expected a file to write')
 
 
 def write(path: str | Path, record: Mapping[str, Any]) -> None:

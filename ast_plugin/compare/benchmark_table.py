@@ -24,12 +24,10 @@ def run(args: argparse.Namespace) -> int:
         try:
             record = json.loads(path.read_text(encoding='utf-8'))
             text = table(record['results'])
-            machine, versions = record['machine'], record['versions']
+            machine = '{processor}, {threads} threads, load {load} at the end'.format(**record['machine'])
+            torch_version = record['versions']['torch']
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f'{path} is no record of `benchmark.py net` or `ops`: {error!r}') from error
         print(text)
-        print(
-            f'\n{machine["processor"]}, {machine["threads"]} threads, load {machine["load"]} at the end; '
-            f'torch {versions["torch"]}'
-        )
+        print(f'\n{machine}; torch {torch_version}')
     return 0

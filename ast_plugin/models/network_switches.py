@@ -1,7 +1,6 @@
 """Switches of training that change how a network computes, and neither what it computes nor its state's names."""
 
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -9,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from ast_plugin.archs.block_adapters import sizes_kept
+from ast_plugin.archs.recomputation import recomputed
 from ast_plugin.errors import OptionError
 
 DEFAULT_BACKEND = 'inductor'
@@ -91,7 +89,7 @@ class _Checkpointed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().__call__(*args, **kwargs)
-        return checkpoint(super().__call__, *args, use_reentrant=False, context_fn=sizes_kept, **kwargs)
+        return recomputed(super().__call__, *args, **kwargs)
 
 
 def _compile(found: list[nn.Module], backend: str) -> None:
@@ -99,8 +97,6 @@ def _compile(found: list[nn.Module], backend: str) -> None:
     if backend not in known:
         raise OptionError(f'train.compile: torch has no backend {backend!r}: true, or one of {", ".join(known)}')
     _allow_compilations(2 * len(found))
-    # What the operators keep in caches never changes.
-    warnings.filterwarnings('ignore', 'Dynamo detected a call to a `functools.lru_cache`', UserWarning)
     for block in found:
         # Patches have one size throughout a run.
         block.compile(backend=backend, dynamic=False)

@@ -84,12 +84,12 @@ def window_attention(
     Returns:
         [B, H, W, C].
     Raises:
-        ShapeError: if sizes do not divide.
+        ShapeError: if sizes do not divide, or the shift is not within a window.
     Numerics: scores, weights and their product with the values are computed in float32 for half inputs: the sparse
         branch is not normalised and leaves float16's range. float64 stays float64.
     Source: Zhou et al., CVPR 2024, section 3.2.
     """
-    check_windows(x.shape, num_heads, window)
+    check_windows(x.shape, num_heads, window, shift)
     _, H, W, C = x.shape
     if shift:
         regions = shift_mask((H, W), window, shift, x.device)

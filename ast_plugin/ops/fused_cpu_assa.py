@@ -40,7 +40,7 @@ def window_attention(
     residual: Residual | None,
 ) -> Tensor:
     """See `assa.window_attention`."""
-    check_windows(x.shape, num_heads, window)
+    check_windows(x.shape, num_heads, window, shift)
     norm = (None, None) if residual is None else (residual.weight, residual.bias)
     weights = Weights(*norm, *q, *kv, *proj, position_bias, gate)
     scale = None if residual is None else residual.scale

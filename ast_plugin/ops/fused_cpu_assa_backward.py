@@ -104,11 +104,17 @@ class Backward(Attention):
             return dx
         norm = self.weights.norm_weight, self.weights.norm_bias
         dx, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-            dx.to(x.dtype), x.contiguous(), x.shape[-1:], mean, rstd, *norm, (True, True, norm[1] is not None)
+            dx.to(x.dtype),
+            x.contiguous(),
+            x.shape[-1:],
+            mean,
+            rstd,
+            *norm,
+            (True, *(tensor is not None for tensor in norm)),
         )
-        self.d_norm[0] += d_weight
-        if d_bias is not None:
-            self.d_norm[1] += d_bias
+        for total, part in zip(self.d_norm, (d_weight, d_bias), strict=True):
+            if part is not None:
+                total += part
         return dx
 
     def _split_one(self, rows: Tensor) -> Tensor:

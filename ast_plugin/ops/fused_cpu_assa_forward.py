@@ -67,16 +67,17 @@ class Layers(NamedTuple):
     def of(cls, settings: Settings, weights: Weights) -> Layers:
         dtype, core, tokens = settings.dtype, settings.core, settings.window**2
 
-        def joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-            return None if first is None else torch.cat([first.detach().to(dtype), second.detach().to(dtype)])
-
         def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             return None if tensor is None else tensor.detach().to(dtype)
 
+        qkv_bias = None
+        if weights.q_bias is not None or weights.kv_bias is not None:
+            layers = (weights.q, weights.q_bias), (weights.kv, weights.kv_bias)
+            qkv_bias = torch.cat([cast(w.new_zeros(len(w)) if b is None else b, dtype) for w, b in layers])
         bias = cast(weights.position_bias, core)[relative_position_index(settings.window).flatten()]
         return cls(
-            joined(weights.q, weights.kv),
-            joined(weights.q_bias, weights.kv_bias),
+            torch.cat([cast(weights.q, dtype), cast(weights.kv, dtype)]),
+            qkv_bias,
             cast(weights.proj, dtype),
             cast(weights.proj_bias, dtype),
             bias.t().reshape(settings.num_heads, 1, tokens, tokens).contiguous(),

@@ -60,7 +60,7 @@ def window_attention(
     residual: Residual | None,
 ) -> Tensor:
     """See `assa.window_attention`; `topk` is not among the kinds."""
-    check_windows(x.shape, num_heads, window)
+    check_windows(x.shape, num_heads, window, shift)
     settings = Settings(num_heads, window, shift, kind)
 
     def branch(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Cutting maps into windows, and the masks and indices that window attention needs."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +12,42 @@ from ast_plugin.errors import ShapeError
 MASKED = -100.0  # added to the score of a pair that must not attend; the official network's value, kept for parity
 
 
-def check_windows(shape: torch.Size, num_heads: int, window: int) -> None:
-    """Check that a map [B, H, W, C] divides into windows, and its channels into heads.
+def check_windows(shape: torch.Size, num_heads: int, window: int, shift: int) -> None:
+    """Check that a map is [B, H, W, C] and divides into windows, its channels into heads, and a shift is within one.
 
     Raises:
         ShapeError: if not.
     """
+    if len(shape) != 4:
+        raise ShapeError(f'expected a map [B, H, W, C], got {list(shape)}')
     _, H, W, C = shape
+    if not 0 <= shift < window:
+        raise ShapeError(f'a shift of {shift} is not in [0, {window}), the window')
     if C % num_heads:
         raise ShapeError(f'{C} channels do not divide into {num_heads} heads')
     _check_size(H, W, window)
 
 
 def _check_size(H: int, W: int, window: int) -> None:
-    if H % window or W % window:
+    if not H or not W or H % window or W % window:
         raise ShapeError(f'a {H}x{W} map does not divide into windows of {window}x{window}: pad it first')
+
+
+def _kept(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what a function of sizes gives, but where a compiler, a trace or a transform follows: there it is theirs."""
+    kept = lru_cache(maxsize=32)(function)
+
+    @wraps(function)
+    def found(*args: object) -> Tensor:
+        is_followed = (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or type(torch.empty(0, device='cpu')) is not Tensor  # fake tensors
+        )
+        return (function if is_followed else kept)(*args)
+
+    return found
 
 
 def partition_windows(x: Tensor, window: int) -> Tensor:
@@ -61,7 +83,7 @@ def merge_windows(windows: Tensor, window: int, size: tuple[int, int]) -> Tensor
     return x.transpose(2, 3).reshape(-1, H, W, C)
 
 
-@lru_cache(maxsize=32)
+@_kept
 def relative_position_index(window: int) -> Tensor:
     """Row of the position bias table for every pair of tokens of a window.
 
@@ -76,7 +98,7 @@ def relative_position_index(window: int) -> Tensor:
         return index.reshape(window * window, window * window)
 
 
-@lru_cache(maxsize=32)
+@_kept
 def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
     """Mask that keeps apart what a cyclic shift brought together.
 

@@ -118,6 +118,7 @@ def test_halves_of_blocks():
     [
         (benchmark_network, ['--turns', '0'], '1 or more'),
         (benchmark_network, ['--net', 'AST_C'], 'AST_C: no network'),
+        (benchmark_network, ['--net', 'MSRResNet'], 'MSRResNet: expected an AST'),
         (benchmark_ops, ['--turns', '0'], '1 or more'),
     ],
 )
@@ -126,11 +127,30 @@ def test_wrong_arguments(module, words, message):
         module.run(parsed(module, *words))
 
 
-@pytest.mark.parametrize('content', ['{', '[]', '{"results": []}', '{"results": [1], "machine": {}, "versions": {}}'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        '{',
+        '[]',
+        '{"results": []}',
+        '{"results": [1], "machine": {}, "versions": {}}',
+        '{"results": [], "machine": {}, "versions": {"torch": ""}}',
+        '{"results": [], "machine": {"processor": "", "threads": 1, "load": 1}, "versions": {}}',
+    ],
+)
 def test_files_that_are_no_records(content, tmp_path):
     (tmp_path / 'a.json').write_text(content)
     with pytest.raises(DataError, match=r'a\.json is no record'):
         benchmark_table.run(parsed(benchmark_table, str(tmp_path / 'a.json')))
+
+
+@pytest.mark.parametrize(('name', 'message'), [('folder', 'is a folder'), ('file/out.json', 'cannot be written')])
+def test_records_that_cannot_be_written_are_refused_first(name, message, tmp_path):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'file').touch()
+    words = [sys.executable, ROOT / 'tools' / 'benchmark.py', 'net', '--turns', '0', '--json', tmp_path / name]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 2 and message in result.stderr
 
 
 def test_a_run_prints_a_table_and_writes_a_record(tmp_path, capsys):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from ast_plugin import ops
 from ast_plugin.archs.ast_arch import AST
 from ast_plugin.archs.blocks import ASTBlock
 from ast_plugin.errors import OptionError
@@ -86,6 +87,20 @@ def test_checkpointing_saves_most_of_the_memory_and_replaces_the_networks_own():
         assert kept_bytes(network) == own < before / 3
         for got, expected in zip(gradients(network), gradients(ast()), strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize('options', [{}, {'use_checkpoint': True}], ids=['switch', 'own'])
+@pytest.mark.parametrize('backend', ['reference', 'fused'])
+def test_checkpoints_are_recomputed_by_the_backend_of_before(options, backend):
+    """On a GPU in threads of autograd, which know nothing of a `with`; here outside of it, twice through one graph."""
+    network = ast(**options)
+    if not options:
+        network_switches.apply(network, {'gradient_checkpointing': True})
+    with ops.use_backend(backend):
+        loss = network(torch.rand(1, 3, 32, 32)).square().mean()
+    with ops.use_backend('fused' if backend == 'reference' else 'reference'):
+        first, second = (torch.autograd.grad(loss, list(network.parameters()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_copies_of_checkpointed_networks_are_their_own():

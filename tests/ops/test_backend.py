@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ast_plugin import ops
+from ast_plugin.archs.blocks import ASSA
 from ast_plugin.errors import BackendUnavailable, OptionError
 from ast_plugin.ops import backend, fused_cpu_kernels
 
@@ -124,6 +125,11 @@ def test_what_is_asked_for_stays_in_its_thread():
     assert seen == {'other': 'reference', 'here': 'fused'}
 
 
+def test_an_export_by_name_says_what_is_missing():
+    with ops.use_backend('fused'), pytest.raises(BackendUnavailable, match='it is given a FakeTensor, no plain tensor'):
+        torch.export.export(ASSA(4, 1, window_size=2), (torch.rand(1, 4, 4, 4),), strict=False)
+
+
 def test_falling_back_is_said_once(caplog):
     with caplog.at_level(logging.WARNING, 'ast_plugin.ops.backend'):
         for _ in range(3):
@@ -136,7 +142,7 @@ def test_falling_back_is_said_once(caplog):
 def test_callers_that_follow_single_operators():
     x = torch.rand(1, 4, 4, 8, dtype=torch.float64)
     want = attend(x)
-    traced = torch.jit.trace(attend, (x,), check_trace=False)
+    traced = torch.jit.trace(attend, (x,))
     torch.testing.assert_close(traced(x), want)
     assert 'aten::softmax' in str(traced.graph)
     _, directional = torch.func.jvp(attend, (x,), (torch.ones_like(x),))

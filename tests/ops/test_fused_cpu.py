@@ -152,6 +152,13 @@ def test_attentions(kind, residual, bias, tolerances):
         check(function, tensors, dtype, tolerances[dtype])
 
 
+@pytest.mark.parametrize('missing', [{'q_bias'}, {'kv_bias'}, {'norm', 'norm_bias'}, {'norm_bias'}], ids=str)
+def test_layers_may_lack_some_parameters(missing, tolerances):
+    for function, tensors in (attention('assa', WINDOWS[0]), feed_forward('frfn', True, (2, 6, 5))):
+        some = {name: tensor for name, tensor in tensors.items() if name not in missing}
+        check(function, some, torch.float64, tolerances[torch.float64])
+
+
 CASES = {'frfn': lambda: feed_forward('frfn', True, (2, 8, 8)), 'assa': lambda: attention('assa', (2, 8, 8, 4, 2))}
 
 
@@ -294,6 +301,23 @@ def test_sizes_that_do_not_divide():
     function, tensors = attention('assa', (1, 8, 8, 4, 0))
     with ops.use_backend('fused'), pytest.raises(ShapeError, match='7x8'):
         function(**{**tensors, 'x': tensors['x'][:, :7]})
+
+
+@pytest.mark.parametrize('backend', ['reference', 'fused'])
+@pytest.mark.parametrize('shift', [-1, 4, 5])
+def test_a_shift_is_within_a_window(backend, shift):
+    function, tensors = attention('assa', (1, 8, 8, 4, shift))
+    with ops.use_backend(backend), pytest.raises(ShapeError, match=rf'shift of {shift} is not in \[0, 4\)'):
+        function(**tensors)
+
+
+@pytest.mark.parametrize('shape', [(0, 8), (8, 0)])
+def test_maps_of_nothing_have_no_windows(shape):
+    function, tensors = attention('assa', (1, 8, 8, 4, 1))
+    with pytest.raises(ShapeError, match='{}x{} map'.format(*shape)):
+        function(**{**tensors, 'x': torch.zeros(1, *shape, C)})
+    with pytest.raises(ShapeError, match=r'expected a map \[B, H, W, C\], got \[8, 8, 8\]'):
+        function(**{**tensors, 'x': tensors['x'][0]})
 
 
 def test_memory_of_a_call_does_not_grow_with_hidden_channels():

@@ -1,7 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ast_plugin import ops
+from ast_plugin.archs.blocks import ASSA
 from ast_plugin.errors import ShapeError
 from ast_plugin.ops.windows import MASKED
 
@@ -51,6 +56,38 @@ def test_shift_mask_keeps_apart_what_was_apart(size, window, shift):
     together = (tokens[:, :, None] == tokens[:, None, :]).all(-1)
     assert torch.equal(mask == 0, together)
     assert set(mask.unique().tolist()) == {MASKED, 0.0}
+
+
+# Windows of sides that no other test has, of which nothing is kept yet.
+@pytest.mark.parametrize(('follower', 'window'), [('export', 9), ('trace', 10), ('functionalize', 11), ('make_fx', 13)])
+def test_what_is_kept_belongs_to_no_follower(follower, window):
+    """Fake tensors and those of a transform would be found by every later call of the same sizes."""
+    attention = ASSA(4, 1, window_size=window, shift_size=1).eval()
+    x = torch.rand(1, window, 2 * window, 4)
+    followers = {
+        'export': lambda: torch.export.export(attention, (x,), strict=False),
+        'trace': lambda: torch.jit.trace(attention, x),
+        'functionalize': lambda: torch.func.functionalize(attention)(x),
+        'make_fx': lambda: make_fx(partial(functional_call, attention), tracing_mode='fake')(
+            dict(attention.named_parameters()), (x,)
+        ),
+    }
+    with torch.no_grad():
+        followers[follower]()
+        for backend in ('reference', 'fused'):
+            with ops.use_backend(backend):
+                assert type(attention(x)) is torch.Tensor
+                assert not torch._is_functional_tensor(attention(x))
+    index = ops.relative_position_index(window)
+    assert type(index) is torch.Tensor and index is ops.relative_position_index(window)
+
+
+def test_an_export_takes_maps_of_any_size():
+    attention = ASSA(4, 1, window_size=3, shift_size=1).eval()
+    sides = {1: 3 * torch.export.Dim('rows', min=2, max=50), 2: 3 * torch.export.Dim('columns', min=2, max=50)}
+    exported = torch.export.export(attention, (torch.rand(1, 6, 9, 4),), dynamic_shapes=(sides,), strict=False).module()
+    x = torch.rand(1, 12, 6, 4)
+    torch.testing.assert_close(exported(x), attention(x))
 
 
 def test_pair_mask_parts_marked_tokens_from_one_another_only():
