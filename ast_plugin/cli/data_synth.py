@@ -22,14 +22,17 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ast_plugin import __version__
 from ast_plugin.errors import DataError, OptionError
+from ast_plugin.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from ast_plugin.data.synthesis.pair_files import Recipe, SynthesizedPair
 
 FOLDERS, RECORD = ('lq', 'gt', 'mask'), 'synthesis.json'
@@ -71,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
     if args.sheet:
         return _draw_sheet(args)
     _check(args)
-    from ast_plugin.data.synthesis.pair_files import Recipe, read_parameters
+    from ast_plugin.data.synthesis.pair_files import Recipe
 
-    parameters = read_parameters(args.task, _settings(args.set))
+    parameters = _parameters(args.task, _settings(args.set))
     recipe = Recipe(args.task, parameters, args.seed, args.count, args.size)
     output = Path(args.output).expanduser()
     photographs = _photographs(args.input, output, args.recursive)
@@ -116,6 +119,48 @@ def _value(text: str) -> object:
         except ValueError:
             continue
     return [item.strip() for item in text.split(',')] if ',' in text else text
+
+
+def _parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
+    """The ranges of a degradation with those of `settings`; one value stands for a range of that value alone.
+
+    Raises:
+        OptionError: with a line on each that is unknown or wrong.
+    """
+    from pydantic import ValidationError
+
+    from ast_plugin.data.synthesis.degradations import DEGRADATIONS
+    from ast_plugin.schema.faults import faults_of
+
+    model = DEGRADATIONS[task].parameters
+    properties = model.model_json_schema()['properties']
+    known = [name for name in properties if name != 'type']
+    unknown = [name for name in settings if name not in known]
+    lines = [
+        f'{name}: {task} has no such parameter{did_you_mean(name, known)}; it has {", ".join(known)}'
+        for name in unknown
+    ]
+    values = {
+        name: [value, value] if _is_range(properties[name]) and _may_be_bound(value) else value
+        for name, value in settings.items()
+        if name in known
+    }
+    try:
+        parameters = model.model_validate(values)
+    except ValidationError as error:
+        faults = faults_of(error, model, values)
+        lines += [f'{fault.where[0]}: {fault.message}' if fault.where else fault.message for fault in faults]
+    if lines:
+        raise OptionError('\n'.join(f'{task}: {line}' for line in dict.fromkeys(lines)))
+    return parameters
+
+
+def _is_range(schema: Mapping[str, Any]) -> bool:
+    return any(kind.get('maxItems') == 2 for kind in (schema, *schema.get('anyOf', ())))
+
+
+def _may_be_bound(value: object) -> bool:
+    return isinstance(value, (int, float, str)) and not isinstance(value, bool)
 
 
 def _photographs(inputs: Sequence[str], output: Path, recursive: bool) -> dict[str, Path]:

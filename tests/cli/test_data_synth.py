@@ -218,7 +218,19 @@ def test_an_output_that_cannot_be_replaced_stays(tmp_path, photo, monkeypatch, c
         (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr'], 'expected KEY=VALUE'),
         (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psrn=3'], 'no such parameter, did you mean psnr?'),
         (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=3,1'], 'a range is [lowest, highest]'),
-        (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=wet'], 'rain: psnr'),
+        (
+            ['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=wet', '--set', 'angle=1,2,3'],
+            "rain: psnr: expected a number, got the text 'wet'\nrain: angle: expected 2 items or fewer, got the list",
+        ),
+        (
+            ['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=nan', '--set', 'veil=0,Infinity'],
+            "rain: psnr: expected a finite number, got the text 'nan'\nrain: veil: expected a finite number, got inf\n",
+        ),
+        (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=true'], 'haze: psnr: expected a list, got true'),
+        (
+            ['--task', 'shadow', '-i', 'PHOTO', '-o', 'OUT', '--set', 'casters=wall,sun'],
+            "shadow: casters: expected 'wall', 'object', 'figure', 'foliage' or 'bars', got the text 'sun'",
+        ),
         (['--task', 'snow', '-i', 'PHOTO', '-o', 'OUT', '--set', 'veil=0,2'], 'veil must lie within [0, 1]'),
         (['--task', 'snow', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'PHOTO'], 'snow does not depend on distances'),
         (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'no.npy'], 'there is no such file or folder'),
