@@ -19,7 +19,6 @@ import argparse
 import glob
 import json
 import os
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -238,30 +237,47 @@ def _check_output(output: Path, photographs: dict[str, Path], overwrite: bool) -
 def _write_all(
     photographs: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe, output: Path
 ) -> list[float]:
-    """Write every pair beside its place first, then put the whole folder there, so that no half of it is ever seen."""
+    """Write every pair beside its place first, then put the whole folder there, so that no half of it is ever seen.
+
+    What a run that was killed has left beside its place goes.
+    """
+    from ast_plugin.data.folder_lock import alone_in
+
+    partial = output.absolute().parent / f'.{output.name[:64]}.synth.part'
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with alone_in(partial, 'another run is making pairs there'):
+            try:
+                for left_over in partial.iterdir():
+                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+                levels = _write_pairs(photographs, depths, recipe, partial)
+                _write_record(partial, photographs, depths, recipe)
+                _put_in_place(partial, output)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f'cannot write {output}: {error.strerror or error}') from error
+    return levels
+
+
+def _write_pairs(
+    photographs: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe, folder: Path
+) -> list[float]:
+    """Write every pair, and return what PSNR each has."""
     from tqdm import tqdm
 
     from ast_plugin.data.synthesis.pair_files import make_pairs
 
-    partial = output.absolute().parent / f'.{output.name[:64]}-{secrets.token_hex(4)}.part'
+    for kind in ('lq', 'gt'):
+        (folder / kind).mkdir()
     levels = []
-    try:
-        try:
-            for folder in ('lq', 'gt'):
-                (partial / folder).mkdir(parents=True)
-            total = len(photographs) * recipe.count
-            with tqdm(total=total, unit='pair', dynamic_ncols=True, disable=None, leave=False) as bar:
-                for name, path in photographs.items():
-                    for pair in make_pairs(name, path, recipe, depths[name]):
-                        _write_pair(partial, pair)
-                        levels.append(pair.psnr)
-                        bar.update()
-            _write_record(partial, photographs, depths, recipe)
-            _put_in_place(partial, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise DataError(f'cannot write {output}: {error.strerror or error}') from error
+    total = len(photographs) * recipe.count
+    with tqdm(total=total, unit='pair', dynamic_ncols=True, disable=None, leave=False) as bar:
+        for name, path in photographs.items():
+            for pair in make_pairs(name, path, recipe, depths[name]):
+                _write_pair(folder, pair)
+                levels.append(pair.psnr)
+                bar.update()
     return levels
 
 
@@ -293,17 +309,18 @@ def _write_record(folder: Path, photographs: dict[str, Path], depths: dict[str, 
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
+    old = partial.with_suffix('.old')
     if output.is_dir() and any(output.iterdir()):
-        old = partial.with_suffix('.old')
+        shutil.rmtree(old, ignore_errors=True)
         output.rename(old)
         try:
             partial.rename(output)
         except OSError:
             old.rename(output)
             raise
-        shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _draw_sheet(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -201,6 +202,32 @@ def test_an_output_that_cannot_be_replaced_stays(tmp_path, photo, monkeypatch, c
     assert synth('--task', 'snow', '-i', photo, '-o', out, '--overwrite') == 2
     assert 'Input/output error' in capsys.readouterr().err
     assert digests(out) == before and sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
+
+
+def test_what_a_kill_leaves_is_cleared_by_the_next_run(tmp_path, photo):
+    arguments = ['data', 'synth', '--task', 'snow', '-i', str(photo), '-o', 'out', '--overwrite', '--count']
+    run = subprocess.Popen(
+        [sys.executable, '-m', 'ast_plugin', *arguments, '100000'],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )
+    while run.poll() is None and not (tmp_path / '.out.synth.part/lq').is_dir():
+        time.sleep(0.01)
+    again = subprocess.run(
+        [sys.executable, '-m', 'ast_plugin', *arguments, '1'],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 2 and 'another run is making pairs there; wait for it to end' in again.stderr
+    run.kill()
+    run.wait()
+    assert sorted(os.listdir(tmp_path)) == sorted(['.out.synth.part', photo.name])
+    shutil.copytree(tmp_path / '.out.synth.part', tmp_path / '.out.synth.old')  # a kill between two renames
+    assert synth('--task', 'snow', '-i', photo, '-o', tmp_path / 'out') == 0
+    assert sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
+    assert len(os.listdir(tmp_path / 'out/lq')) == 1
 
 
 @pytest.mark.parametrize(
