@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +48,15 @@ def build_msrresnet_at_scale_1():
     except AttributeError:
         return False
     return network(torch.zeros(1, 3, 7, 9)).shape == (1, 3, 7, 9)
+
+
+def build_swinir_without_warning():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        torch.set_warn_always(True)
+        ARCH_REGISTRY.get('SwinIR')(img_size=8, window_size=8, depths=[1], embed_dim=4, num_heads=[1])
+        torch.set_warn_always(False)
+    return not [warning for warning in told if 'meshgrid' in str(warning.message)]
 
 
 def explain_unknown_names():
@@ -141,6 +151,20 @@ def archive_under_free_names():
     finally:
         misc.get_time_str = get_time_str
     return len(list(folder.parent.glob('experiment_archived_now*'))) >= 2
+
+
+def purge_tensorboard():
+    """Four steps, of which the last is not in the state that is resumed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    opt = {'name': 'resumed', 'logger': {'use_tb_logger': True}, 'root_path': tempfile.mkdtemp(dir=sys.argv[2])}
+    for number, (first, last) in enumerate([(1, 3), (3, 4)]):
+        tb_logger = train.init_tb_loggers({**opt, 'resumed_iter': 2} if number else opt)
+        for step in range(first, last + 1):
+            tb_logger.add_scalar('loss', number, step)
+        tb_logger.close()
+    events = EventAccumulator(tb_logger.log_dir).Reload().Scalars('loss')
+    return [(event.step, event.value) for event in events] == [(1, 0), (2, 0), (3, 1), (4, 1)]
 
 
 def count_down_to_zero():

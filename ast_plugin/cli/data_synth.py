@@ -19,17 +19,19 @@ import argparse
 import glob
 import json
 import os
-import secrets
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ast_plugin import __version__
 from ast_plugin.errors import DataError, OptionError
+from ast_plugin.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from ast_plugin.data.synthesis.pair_files import Recipe, SynthesizedPair
 
 FOLDERS, RECORD = ('lq', 'gt', 'mask'), 'synthesis.json'
@@ -71,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
     if args.sheet:
         return _draw_sheet(args)
     _check(args)
-    from ast_plugin.data.synthesis.pair_files import Recipe, read_parameters
+    from ast_plugin.data.synthesis.pair_files import Recipe
 
-    parameters = read_parameters(args.task, _settings(args.set))
+    parameters = _parameters(args.task, _settings(args.set))
     recipe = Recipe(args.task, parameters, args.seed, args.count, args.size)
     output = Path(args.output).expanduser()
     photographs = _photographs(args.input, output, args.recursive)
@@ -116,6 +118,48 @@ def _value(text: str) -> object:
         except ValueError:
             continue
     return [item.strip() for item in text.split(',')] if ',' in text else text
+
+
+def _parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
+    """The ranges of a degradation with those of `settings`; one value stands for a range of that value alone.
+
+    Raises:
+        OptionError: with a line on each that is unknown or wrong.
+    """
+    from pydantic import ValidationError
+
+    from ast_plugin.data.synthesis.degradations import DEGRADATIONS
+    from ast_plugin.schema.faults import faults_of
+
+    model = DEGRADATIONS[task].parameters
+    properties = model.model_json_schema()['properties']
+    known = [name for name in properties if name != 'type']
+    unknown = [name for name in settings if name not in known]
+    lines = [
+        f'{name}: {task} has no such parameter{did_you_mean(name, known)}; it has {", ".join(known)}'
+        for name in unknown
+    ]
+    values = {
+        name: [value, value] if _is_range(properties[name]) and _may_be_bound(value) else value
+        for name, value in settings.items()
+        if name in known
+    }
+    try:
+        parameters = model.model_validate(values)
+    except ValidationError as error:
+        faults = faults_of(error, model, values)
+        lines += [f'{fault.where[0]}: {fault.message}' if fault.where else fault.message for fault in faults]
+    if lines:
+        raise OptionError('\n'.join(f'{task}: {line}' for line in dict.fromkeys(lines)))
+    return parameters
+
+
+def _is_range(schema: Mapping[str, Any]) -> bool:
+    return any(kind.get('maxItems') == 2 for kind in (schema, *schema.get('anyOf', ())))
+
+
+def _may_be_bound(value: object) -> bool:
+    return isinstance(value, (int, float, str)) and not isinstance(value, bool)
 
 
 def _photographs(inputs: Sequence[str], output: Path, recursive: bool) -> dict[str, Path]:
@@ -193,30 +237,47 @@ def _check_output(output: Path, photographs: dict[str, Path], overwrite: bool) -
 def _write_all(
     photographs: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe, output: Path
 ) -> list[float]:
-    """Write every pair beside its place first, then put the whole folder there, so that no half of it is ever seen."""
+    """Write every pair beside its place first, then put the whole folder there, so that no half of it is ever seen.
+
+    What a run that was killed has left beside its place goes.
+    """
+    from ast_plugin.data.folder_lock import alone_in
+
+    partial = output.absolute().parent / f'.{output.name[:64]}.synth.part'
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with alone_in(partial, 'another run is making pairs there'):
+            try:
+                for left_over in partial.iterdir():
+                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+                levels = _write_pairs(photographs, depths, recipe, partial)
+                _write_record(partial, photographs, depths, recipe)
+                _put_in_place(partial, output)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f'cannot write {output}: {error.strerror or error}') from error
+    return levels
+
+
+def _write_pairs(
+    photographs: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe, folder: Path
+) -> list[float]:
+    """Write every pair, and return what PSNR each has."""
     from tqdm import tqdm
 
     from ast_plugin.data.synthesis.pair_files import make_pairs
 
-    partial = output.absolute().parent / f'.{output.name[:64]}-{secrets.token_hex(4)}.part'
+    for kind in ('lq', 'gt'):
+        (folder / kind).mkdir()
     levels = []
-    try:
-        try:
-            for folder in ('lq', 'gt'):
-                (partial / folder).mkdir(parents=True)
-            total = len(photographs) * recipe.count
-            with tqdm(total=total, unit='pair', dynamic_ncols=True, disable=None, leave=False) as bar:
-                for name, path in photographs.items():
-                    for pair in make_pairs(name, path, recipe, depths[name]):
-                        _write_pair(partial, pair)
-                        levels.append(pair.psnr)
-                        bar.update()
-            _write_record(partial, photographs, depths, recipe)
-            _put_in_place(partial, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise DataError(f'cannot write {output}: {error.strerror or error}') from error
+    total = len(photographs) * recipe.count
+    with tqdm(total=total, unit='pair', dynamic_ncols=True, disable=None, leave=False) as bar:
+        for name, path in photographs.items():
+            for pair in make_pairs(name, path, recipe, depths[name]):
+                _write_pair(folder, pair)
+                levels.append(pair.psnr)
+                bar.update()
     return levels
 
 
@@ -248,17 +309,18 @@ def _write_record(folder: Path, photographs: dict[str, Path], depths: dict[str, 
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
+    old = partial.with_suffix('.old')
     if output.is_dir() and any(output.iterdir()):
-        old = partial.with_suffix('.old')
+        shutil.rmtree(old, ignore_errors=True)
         output.rename(old)
         try:
             partial.rename(output)
         except OSError:
             old.rename(output)
             raise
-        shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _draw_sheet(args: argparse.Namespace) -> int:

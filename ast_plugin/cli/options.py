@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from ast_plugin.errors import OptionError
@@ -51,10 +52,14 @@ def _copy(source: Path, folder: Path, force: bool) -> None:
             f'{", ".join(edited)}: there already and different; nothing was copied. '
             'Choose another folder, or --force to replace'
         )
-    try:
-        for path, copy in new.items():
+    for path, copy in new.items():
+        partial = copy.with_name(f'.{copy.name}.part')
+        try:
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-    except OSError as error:
-        raise OptionError(f'{error.filename}: cannot be written: {error.strerror}') from None
+            shutil.copyfile(path, partial)
+            partial.replace(copy)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise OptionError(f'{copy}: cannot be written: {error.strerror}') from None
     print(f'{len(new)} option files copied to {folder}, {len(copies) - len(new)} were there already')

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from basicsr.utils import tensor2img
+from basicsr.utils import get_root_logger, tensor2img
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -75,6 +75,9 @@ class Validator:
         }
         if opt.get('val') is not None:
             val['metrics'] = metrics
+            if not metrics:
+                other = '' if protocol.metrics else f', and protocol {protocol.type} has none of its own'
+                get_root_logger().warning(f'Nothing is measured: val.metrics names no metric{other}')
         return cls(metrics, processes, image_path, num_strips, protocol, 0 if opt['is_train'] else _EXAMPLES)
 
     def measure(

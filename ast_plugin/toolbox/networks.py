@@ -1,6 +1,7 @@
 """Repairs of BasicSR's networks. See `toolbox`."""
 
 import functools
+import warnings
 
 
 def build_msrresnet_at_scale_1() -> bool:
@@ -28,4 +29,26 @@ def build_msrresnet_at_scale_1() -> bool:
     return True
 
 
-REPAIRS = (build_msrresnet_at_scale_1,)
+def build_swinir_without_warning() -> bool:
+    """Let SwinIR be built without a warning of torch's about `torch.meshgrid`.
+
+    Fault: its `WindowAttention` does not say which indexing it wants, which torch 1.10 began to ask for; what it gets
+    is what it means. No upstream issue known.
+    """
+    from basicsr.archs.swinir_arch import WindowAttention
+
+    original = WindowAttention.__init__
+    if hasattr(original, '__wrapped__') or 'indexing' in str(original.__code__.co_consts):
+        return False
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'torch.meshgrid: in an upcoming release', UserWarning)
+            original(self, *args, **kwargs)
+
+    WindowAttention.__init__ = __init__
+    return True
+
+
+REPAIRS = (build_msrresnet_at_scale_1, build_swinir_without_warning)

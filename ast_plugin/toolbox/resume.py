@@ -187,4 +187,30 @@ def _free(prefix: str, name: str) -> str:
     return candidate
 
 
-REPAIRS = (resume_anywhere, resume_within_epochs, start_loading_once, archive_under_free_names)
+def purge_tensorboard() -> bool:
+    """Let TensorBoard forget what a run wrote after the state that is resumed.
+
+    Fault: the loop writes the same steps once more, into another file, and both are shown. No upstream issue known.
+    """
+    from basicsr import train
+
+    original = train.init_tb_loggers
+    if hasattr(original, '__wrapped__'):
+        return False
+
+    @functools.wraps(original)
+    def init_tb_loggers(opt):
+        tb_logger = original(opt)
+        if tb_logger is not None and opt.get('resumed_iter'):
+            # What SummaryWriter does with `purge_step`, which BasicSR does not give it.
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            start = Event(step=opt['resumed_iter'] + 1, session_log=SessionLog(status=SessionLog.START))
+            tb_logger.file_writer.add_event(start)
+        return tb_logger
+
+    train.init_tb_loggers = init_tb_loggers
+    return True
+
+
+REPAIRS = (resume_anywhere, resume_within_epochs, start_loading_once, archive_under_free_names, purge_tensorboard)

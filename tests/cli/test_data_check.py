@@ -101,6 +101,15 @@ def test_the_same_pixels_in_another_file_are_no_change(folder, capfd):
     assert '1 changed' in check(capfd, 'out', '--quick', status=1)
 
 
+def test_a_key_of_two_pairs_is_told_as_it_is_when_they_are_packed(folder, capfd):
+    path = folder / 'out/train.jsonl'
+    path.write_text(path.read_text().replace('"key": "02"', '"key": "01"'))
+    assert 'key twice  01: line 3' in check(capfd, 'out', status=1)
+    assert '1 key twice' in check(capfd, 'out', '--quick', status=1)
+    assert main(['data', 'lmdb', 'out/train.jsonl', 'lmdb']) == 2
+    assert 'belong to several pairs' in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('arguments', 'expected'),
     [

@@ -135,6 +135,10 @@ def test_copies_can_be_read_by_basicsr(folder, capfd):
         (['agn', 'raindrop', 'out'], 'no layout agn, did you mean agan?'),
         (['agan', 'nowhere', 'out'], 'nowhere: there is no such folder'),
         (['istd', 'raindrop', 'out'], 'ISTD is not in'),
+        (
+            ['folders', 'raindrop/train/train', 'out', '--lq', 'data', '--gt', 'gt'],
+            'there is data, gt, but no picture of data has a partner in gt. Name',
+        ),
         (['agan', 'raindrop', 'raindrop/out'], 'lies in the dataset'),
         (['agan', 'raindrop', 'out', '--workers', '0'], '--workers is 0'),
         (['agan', 'raindrop', 'out', '--split', 'val'], 'no split val'),

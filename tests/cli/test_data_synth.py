@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -203,6 +204,32 @@ def test_an_output_that_cannot_be_replaced_stays(tmp_path, photo, monkeypatch, c
     assert digests(out) == before and sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
 
 
+def test_what_a_kill_leaves_is_cleared_by_the_next_run(tmp_path, photo):
+    arguments = ['data', 'synth', '--task', 'snow', '-i', str(photo), '-o', 'out', '--overwrite', '--count']
+    run = subprocess.Popen(
+        [sys.executable, '-m', 'ast_plugin', *arguments, '100000'],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )
+    while run.poll() is None and not (tmp_path / '.out.synth.part/lq').is_dir():
+        time.sleep(0.01)
+    again = subprocess.run(
+        [sys.executable, '-m', 'ast_plugin', *arguments, '1'],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 2 and 'another run is making pairs there; wait for it to end' in again.stderr
+    run.kill()
+    run.wait()
+    assert sorted(os.listdir(tmp_path)) == sorted(['.out.synth.part', photo.name])
+    shutil.copytree(tmp_path / '.out.synth.part', tmp_path / '.out.synth.old')  # a kill between two renames
+    assert synth('--task', 'snow', '-i', photo, '-o', tmp_path / 'out') == 0
+    assert sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
+    assert len(os.listdir(tmp_path / 'out/lq')) == 1
+
+
 @pytest.mark.parametrize(
     ('arguments', 'complaint'),
     [
@@ -218,7 +245,19 @@ def test_an_output_that_cannot_be_replaced_stays(tmp_path, photo, monkeypatch, c
         (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr'], 'expected KEY=VALUE'),
         (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psrn=3'], 'no such parameter, did you mean psnr?'),
         (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=3,1'], 'a range is [lowest, highest]'),
-        (['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=wet'], 'rain: psnr'),
+        (
+            ['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=wet', '--set', 'angle=1,2,3'],
+            "rain: psnr: expected a number, got the text 'wet'\nrain: angle: expected 2 items or fewer, got the list",
+        ),
+        (
+            ['--task', 'rain', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=nan', '--set', 'veil=0,Infinity'],
+            "rain: psnr: expected a finite number, got the text 'nan'\nrain: veil: expected a finite number, got inf\n",
+        ),
+        (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--set', 'psnr=true'], 'haze: psnr: expected a list, got true'),
+        (
+            ['--task', 'shadow', '-i', 'PHOTO', '-o', 'OUT', '--set', 'casters=wall,sun'],
+            "shadow: casters: expected 'wall', 'object', 'figure', 'foliage' or 'bars', got the text 'sun'",
+        ),
         (['--task', 'snow', '-i', 'PHOTO', '-o', 'OUT', '--set', 'veil=0,2'], 'veil must lie within [0, 1]'),
         (['--task', 'snow', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'PHOTO'], 'snow does not depend on distances'),
         (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'no.npy'], 'there is no such file or folder'),

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -142,6 +143,12 @@ def test_options_are_listed(shipped, capsys):
     assert capsys.readouterr().out == 'AST_a       The first one.\nAST_longer\n'
 
 
+def test_each_shipped_file_is_told_in_whole_sentences(capsys):
+    assert command.main(['options']) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert line.endswith(('.', '?')), line
+
+
 def test_options_are_copied_and_edited_ones_kept(shipped, capsys):
     copy = Path('new/folder')
     assert command.main(['options', str(copy)]) == 0
@@ -167,6 +174,18 @@ def test_options_are_not_copied_into_a_file(shipped, capsys):
 
 
 # ---- list and plugins
+
+
+def test_a_full_disk_leaves_no_half_of_an_option_file(shipped, tmp_path, monkeypatch, capsys):
+    def fill_disk(source, target):
+        target.write_text('name: ha')
+        raise OSError(28, 'No space left on device', str(source))
+
+    monkeypatch.setattr(shutil, 'copyfile', fill_disk)
+    assert command.main(['options', str(tmp_path / 'mine')]) == 2
+    error = capsys.readouterr().err
+    assert f'error: {tmp_path}/mine/' in error and error.endswith('.yml: cannot be written: No space left on device\n')
+    assert not list((tmp_path / 'mine').iterdir())
 
 
 def test_list(capsys):

@@ -1,6 +1,7 @@
 """RestorationModel, driven step by step as BasicSR's loop drives it, on a tiny network and random pictures."""
 
 import json
+import logging
 from copy import deepcopy
 
 import pytest
@@ -264,6 +265,25 @@ def test_testing_prints_and_writes_the_table(tmp_path, capsys):
         (tmp_path / 'results' / 'pairs.csv').read_text().startswith('image,input psnr,psnr,input ssim,ssim,protocol,')
     )
     assert (tmp_path / 'visualization' / 'pairs' / 'one_2_tiny.png').is_file()
+
+
+@pytest.mark.parametrize(
+    ('val', 'end'),
+    [
+        ({'protocol': 'basicsr'}, ', and protocol basicsr has none of its own\n'),
+        ({'metrics': None}, ', and protocol basicsr has none of its own\n'),
+        ({'protocol': 'whole', 'metrics': {}}, '\n'),
+    ],
+)
+def test_that_nothing_is_measured_is_said_at_once(tmp_path, caplog, monkeypatch, val, end):
+    from ast_plugin.models.restoration_model import RestorationModel
+
+    monkeypatch.setattr(logging.getLogger('basicsr'), 'propagate', True)
+    RestorationModel({**options(tmp_path), 'val': val})
+    assert f'Nothing is measured: val.metrics names no metric{end}' in caplog.text
+    caplog.clear()
+    RestorationModel({**options(tmp_path), 'val': {'protocol': 'whole'}})
+    assert 'Nothing is measured' not in caplog.text
 
 
 def test_testing_by_a_protocol(tmp_path, capsys):

@@ -22,6 +22,7 @@ from typing import IO, NamedTuple
 import lmdb
 from tqdm import tqdm
 
+from ast_plugin.data.folder_lock import alone_in
 from ast_plugin.data.lmdbs.check import check_lmdb, check_together
 from ast_plugin.data.lmdbs.format import DATA, DIGESTS, KINDS, META_INFO, SOURCE, Entry, digest_of
 from ast_plugin.data.lmdbs.plan import Plan, Value
@@ -84,7 +85,7 @@ def write_lmdbs(
             return Outcome(len(plan.items), len(plan.items), _num_bytes(destination))
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir(exist_ok=True)
-        with _locked(staging):
+        with alone_in(staging, 'another process is writing there'):
             num_done = _take_up(staging, plan)
             _write_values(staging, plan, num_done, num_workers)
             _write_texts(staging, plan)
@@ -145,27 +146,6 @@ def _room(folder: Path) -> str:
         return f' ({shutil.disk_usage(folder).free / 2**20:.0f} MB are free there)'
     except OSError:
         return ''
-
-
-@contextlib.contextmanager
-def _locked(staging: Path) -> Iterator[None]:
-    """Keep other processes from writing there; a process that is killed lets go by itself."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: files that are open cannot be removed there, which is protection enough
-        yield
-        return
-    handle = os.open(staging, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f'{staging}: another process is writing there; wait for it') from None
-        if not staging.exists() or not os.path.samestat(os.fstat(handle), os.stat(staging)):
-            raise DataError(f'{staging}: another process has just finished there; give the command again')
-        yield
-    finally:
-        os.close(handle)
 
 
 def _take_up(staging: Path, plan: Plan) -> int:

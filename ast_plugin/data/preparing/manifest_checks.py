@@ -29,7 +29,7 @@ class _Half(NamedTuple):
 def check_files(
     manifest: Manifest, workers: int, *, quick: bool = False, on_pair: Callable[[], None] = int
 ) -> list[Fault]:
-    """Find the pictures of a manifest that are missing, changed or unreadable, and those that have come since.
+    """Find the pictures of a manifest that are missing, changed or unreadable, and keys that belong to several pairs.
 
     A file that was written anew with the same pixels is not changed.
 
@@ -41,10 +41,9 @@ def check_files(
     Raises:
         DataError: if the manifest is damaged.
     """
-    faults = []
-    for found in map_in_order(
-        partial(_check_entry, manifest.root, quick), manifest.entries(), workers, prepare=quiet_threads
-    ):
+    faults: list[Fault] = []
+    entries = _with_own_keys(manifest, faults)
+    for found in map_in_order(partial(_check_entry, manifest.root, quick), entries, workers, prepare=quiet_threads):
         faults += found
         on_pair()
     return faults
@@ -110,6 +109,16 @@ def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = 
         for key in sorted({found.key for found in images.entries()} - set(order)):
             faults.append(Fault('extra', images.path(key), f'not in {manifest.path}'))
     return faults
+
+
+def _with_own_keys(manifest: Manifest, faults: list[Fault]) -> Iterator[Entry]:
+    """The entries, one by one; a key that an earlier pair has, of other pictures, adds to the faults."""
+    owners: dict[int, int] = {}
+    for number, entry in enumerate(manifest.entries(), 2):
+        pictures = hash((entry.lq, entry.gt))
+        if owners.setdefault(hash(entry.key), pictures) != pictures:
+            faults.append(Fault('key twice', entry.key, f'line {number} gives it to another pair than a line before'))
+        yield entry
 
 
 def _check_entry(root: Path, quick: bool, entry: Entry) -> list[Fault]:

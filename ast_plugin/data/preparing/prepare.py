@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ast_plugin.data.folder_lock import alone_in
 from ast_plugin.data.manifest import Entry, write_manifest
 from ast_plugin.data.matching import Fault, is_image, list_images, printable
 from ast_plugin.data.pair_table import Pair
@@ -72,27 +73,9 @@ class Preparation:
         except OSError as error:
             raise DataError(f'{target}: this folder cannot be made: {error.strerror or error}') from error
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other runs from preparing into the folder meanwhile; one that is killed lets go by itself.
-
-        Raises:
-            DataError: if another run is at it.
-        """
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            yield
-            return
-        handle = os.open(self.target, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f'{self.target}: another run is preparing there; wait for it to end') from None
-            yield
-        finally:
-            os.close(handle)
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other runs from preparing into the folder meanwhile; see `alone_in`."""
+        return alone_in(self.target, 'another run is preparing there')
 
     def check(self, workers: int, on_pair: Callable[[], None] = int) -> Checks:
         """Read all pictures; what is known from a run that was killed or refused is believed.

@@ -77,7 +77,7 @@ def plain_layout(lq: str | None, gt: str | None, lq_template: str | None, gt_tem
     names = [(lq, gt)] if lq and gt else [('{split}/' + one, '{split}/' + other) for one, other in _PLAIN]
     return Layout(
         'A dataset of plain folders',
-        f'{lq}/ and {gt}/'
+        f'{lq}/ and {gt}/, with partners of equal names or as --lq-template and --gt-template say'
         if lq
         else 'input/ and target/, lq/ and gt/ or such, in train/ and test/ or directly; --lq and --gt name others',
         find_places,
@@ -194,7 +194,20 @@ def _nothing(row: Layout, source: Path, what: str) -> DataError:
     archives = [name for name in names if _is_archive(name)]
     there = ', '.join(names[:_SHOWN]) + (f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else '')
     remedy = f'Unpack {some(archives)} first' if archives else 'Name its folder, or another layout'
-    return DataError(f'{what} is not in {source}: expected {row.description}; there is {there or "nothing"}. {remedy}')
+    there = f'{there or "nothing"}{_unmatched(row, source)}'
+    return DataError(f'{what} is not in {source}: expected {row.description}; there is {there}. {remedy}')
+
+
+def _unmatched(row: Layout, source: Path) -> str:
+    """What is to be said of folders that are as expected, where no picture has a partner."""
+    for name in row.train_splits + row.test_splits:
+        for alias in row.names(name):
+            for place in row.places:
+                lq_dir, gt_dir = place.folders(source, alias)
+                if lq_dir != gt_dir and place.exists(source, alias):
+                    lq, gt = (os.path.relpath(folder, source) for folder in (lq_dir, gt_dir))
+                    return f', but no picture of {lq} has a partner in {gt}'
+    return ''
 
 
 def _is_archive(name: str) -> bool:

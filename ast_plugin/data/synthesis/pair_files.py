@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from ast_plugin.data import transforms
 from ast_plugin.data.image_files import read_image, read_rgb
 from ast_plugin.data.synthesis.degradations import DEGRADATIONS, Degradation
 from ast_plugin.data.synthesis.degraded_patches import degraded_patch
-from ast_plugin.errors import DataError, OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -151,36 +150,3 @@ def _load_array(path: Path) -> np.ndarray:
     if loaded.ndim != 2 or loaded.dtype.kind not in 'fiu':
         raise DataError(f'{path}: expected an array of numbers [H, W]; got {loaded.dtype} {list(loaded.shape)}')
     return loaded
-
-
-def read_parameters(task: str, given: Mapping[str, object]) -> BaseModel:
-    """Return the ranges of a degradation with those of `given`; a number stands for a range of that number alone.
-
-    Raises:
-        OptionError: with a line on each that is unknown or wrong.
-    """
-    model = DEGRADATIONS[task].parameters
-    known = [name for name in model.model_fields if name != 'type']
-    schema = model.model_json_schema()['properties']
-    values, faults = {}, []
-    for name, value in given.items():
-        if name not in known:
-            faults.append(f'{name}: {task} has no such parameter{did_you_mean(name, known)}; it has {", ".join(known)}')
-            continue
-        if _is_range(schema[name]) and isinstance(value, int | float) and not isinstance(value, bool):
-            value = [value, value]
-        values[name] = value
-    try:
-        parameters = model.model_validate(values)
-    except ValidationError as error:
-        for report in error.errors():
-            where = '.'.join(map(str, report['loc']))
-            message = report['msg'].removeprefix('Value error, ')
-            faults.append(f'{where}: {message}' if where else message)
-    if faults:
-        raise OptionError('\n'.join(f'{task}: {fault}' for fault in faults))
-    return parameters
-
-
-def _is_range(schema: Mapping) -> bool:
-    return any(kind.get('maxItems') == 2 for kind in (schema, *schema.get('anyOf', ())))
