@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ast_plugin.archs.registered_arch import stated_channels
 from ast_plugin.checkpoints import infer_network, load_into, read_checkpoint
-from ast_plugin.errors import CheckpointError, OptionError
+from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
 from ast_plugin.models.restorer import build_network
 
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
@@ -80,7 +80,8 @@ def required_multiple(network: nn.Module, channels: int = 3) -> int:
     """Of what height and width must be for a network to give a result of its input's size, found by trying.
 
     Raises:
-        OptionError: if it works on no size up to a few times 64.
+        OptionError: if it works on no size up to a few times 64, or a backend is asked for that there is not.
+        BackendUnavailable: if one is asked for by name that cannot run here.
     """
     device = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
     last: Exception | None = None
@@ -90,6 +91,8 @@ def required_multiple(network: nn.Module, channels: int = 3) -> int:
         with torch.inference_mode():
             try:
                 output = network(torch.rand(1, channels, height, width, device=device))
+            except (BackendUnavailable, OptionError):
+                raise  # of no size's making
             except (RuntimeError, AssertionError, ValueError, IndexError) as error:
                 last = error
                 continue

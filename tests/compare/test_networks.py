@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import ast_plugin  # noqa: F401 (before BasicSR)
+from ast_plugin.archs.ast_arch import AST_XS
 from ast_plugin.checkpoints import save_torch, save_weights
 from ast_plugin.compare.networks import AnySize, input_channels, load_network, network_of, required_multiple
-from ast_plugin.errors import CheckpointError, OptionError
+from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
 
 EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_block': 1, 'upscale': 1}
 SWINIR = {
@@ -98,3 +99,11 @@ def test_a_file_that_describes_itself_is_enough(tmp_path):
 @pytest.mark.parametrize(('options', 'channels'), [(EDSR, 3), ({'in_chans': 1}, 1), ({}, 3), ({'in_chans': None}, 3)])
 def test_channels(options, channels):
     assert input_channels(options) == channels
+
+
+@pytest.mark.parametrize(('backend', 'error'), [('nope', OptionError), ('triton', BackendUnavailable)])
+def test_a_backend_that_is_not_there_is_not_taken_for_a_size_that_does_not_fit(backend, error, monkeypatch):
+    monkeypatch.setenv('AST_BACKEND', backend)
+    with pytest.raises(error, match=rf"'{backend}'") as raised:
+        required_multiple(AST_XS())
+    assert 'size' not in str(raised.value)
