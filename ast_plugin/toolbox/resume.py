@@ -203,7 +203,7 @@ def purge_tensorboard() -> bool:
         tb_logger = original(opt)
         if tb_logger is not None and opt.get('resumed_iter'):
             # What SummaryWriter does with `purge_step`, which BasicSR does not give it.
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from torch.utils.tensorboard.writer import Event, SessionLog
 
             start = Event(step=opt['resumed_iter'] + 1, session_log=SessionLog(status=SessionLog.START))
             tb_logger.file_writer.add_event(start)

@@ -20,7 +20,7 @@ class Counted:
     def __call__(self, *settings) -> float:
         def make() -> float:
             self.count += 1
-            return float(self.weight.sum())
+            return self.weight.sum().item()
 
         return made_of(make, (self.weight, None), *settings)
 
