@@ -72,7 +72,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if opt.get('manual_seed') is None:
         opt['manual_seed'] = 0  # the same for all, and when the command is given again
     from ast_plugin.compare.comparison import Plan
-    from ast_plugin.models.protocols import read_protocol
+    from ast_plugin.evaluation.protocols import read_protocol
 
     folder = Path(args.root).expanduser().resolve() / 'comparisons' / opt['name']
     settings = Settings.model_validate(opt.get('compare') or {}).model_dump()

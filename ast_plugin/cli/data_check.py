@@ -66,7 +66,7 @@ def _lmdbs(path: Path) -> list[Path]:
 
 def _check_manifests(path: Path, args: argparse.Namespace) -> int:
     from ast_plugin.data.manifest import read_manifest
-    from ast_plugin.data.preparing.manifest_checks import check_files, find_extra
+    from ast_plugin.data.prepare.manifest_checks import check_files, find_extra
 
     manifests = [read_manifest(file) for file in _manifest_files(path)]
     total = 0
@@ -96,7 +96,7 @@ def _manifest_files(path: Path) -> list[Path]:
 
 
 def _check_lmdbs(path: Path, lmdbs: Sequence[Path], args: argparse.Namespace) -> int:
-    from ast_plugin.data.lmdbs.check import check_lmdb, check_together
+    from ast_plugin.data.lmdb.check import check_lmdb, check_together
     from ast_plugin.data.manifest import read_manifest
 
     manifest = read_manifest(args.manifest.expanduser()) if args.manifest else None
@@ -122,7 +122,7 @@ def _say_faults(folder: Path, faults: Sequence[str], otherwise: str) -> int:
 
 
 def _compare_lmdbs(path: Path, manifest: Manifest) -> int:
-    from ast_plugin.data.preparing.manifest_checks import check_lmdbs
+    from ast_plugin.data.prepare.manifest_checks import check_lmdbs
 
     folder = path.parent if (path / _LMDB_FILE).is_file() else path
     with _bar(manifest.num_pairs, 'comparing') as bar:

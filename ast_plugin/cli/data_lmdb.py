@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 1:
         raise OptionError(f'--workers: expected 1 or more, got {args.workers}')
 
-    from ast_plugin.data.lmdbs.plan import make_plan
-    from ast_plugin.data.lmdbs.writer import write_lmdbs
+    from ast_plugin.data.lmdb.plan import make_plan
+    from ast_plugin.data.lmdb.writer import write_lmdbs
 
     plan = make_plan(_pairs(args), args.encoding, args.compress_level)
     outcome = write_lmdbs(plan, args.destination, args.workers, args.overwrite)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from ast_plugin.errors import DataError, OptionError
 
 if TYPE_CHECKING:
-    from ast_plugin.data.preparing.photo_gathering import Gathered
+    from ast_plugin.data.prepare.photo_gathering import Gathered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: if the source cannot be had, or has no photograph.
     """
-    from ast_plugin.data.preparing.photo_gathering import folder_pictures, gather, unpack_debian
+    from ast_plugin.data.prepare.photo_gathering import folder_pictures, gather, unpack_debian
 
     if args.min_side < 16:
         raise OptionError(f'--min-side is {args.min_side}: expected 16 or more')

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ast_plugin.data.layouts import Layout
-    from ast_plugin.data.preparing.prepare import Checks, Preparation
-    from ast_plugin.data.preparing.splits import Split
+    from ast_plugin.data.prepare.prepare import Checks, Preparation
+    from ast_plugin.data.prepare.splits import Split
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr data prepare`."""
     from ast_plugin.data.layouts import LAYOUTS
-    from ast_plugin.data.preparing.splits import preparable
+    from ast_plugin.data.prepare.splits import preparable
 
     names = preparable()
     width = max(map(len, names))
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the dataset."""
-    from ast_plugin.data.preparing.prepare import Preparation
-    from ast_plugin.data.preparing.splits import find_splits
+    from ast_plugin.data.prepare.prepare import Preparation
+    from ast_plugin.data.prepare.splits import find_splits
 
     layout = _layout(args)
     source, target = args.source.expanduser().absolute(), args.target.expanduser().resolve()
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(checks: Checks, source: Path, title: str) -> None:
     """Print what was found."""
-    from ast_plugin.data.preparing import report as prepare_report
+    from ast_plugin.data.prepare import report as prepare_report
 
     say(f'{_title(title)} in {source}\n')
     say('\n'.join(prepare_report.table(checks, source)))
@@ -96,7 +96,7 @@ def _show(checks: Checks, source: Path, title: str) -> None:
 
 
 def _layout(args: argparse.Namespace) -> str | Layout:
-    from ast_plugin.data.preparing.splits import plain_layout
+    from ast_plugin.data.prepare.splits import plain_layout
 
     if args.workers is not None and args.workers < 1:
         raise OptionError(f'--workers is {args.workers}: expected a number of processes, 1 or more')
@@ -142,7 +142,7 @@ def _refuse(checks: Checks, faults: Path | None, args: argparse.Namespace) -> No
 
 
 def _write(preparation: Preparation, checks: Checks, faults: Path | None, args: argparse.Namespace) -> int:
-    from ast_plugin.data.preparing import report as prepare_report
+    from ast_plugin.data.prepare import report as prepare_report
 
     total = sum(len(found.good) for found in checks.found)
     with _bar(total, {'copy': 'copying', 'link': 'linking'}.get(args.place, ''), shown=bool(args.place)) as bar:

@@ -32,7 +32,7 @@ from ast_plugin.suggest import did_you_mean
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from ast_plugin.data.synthesis.pair_files import Recipe, SynthesizedPair
+    from ast_plugin.data.pair_files import Recipe, SynthesizedPair
 
 FOLDERS, RECORD = ('lq', 'gt', 'mask'), 'synthesis.json'
 _DEPTH_ENDINGS = ('.npy', '.npz', '.png', '.tif', '.tiff')
@@ -40,7 +40,7 @@ _DEPTH_ENDINGS = ('.npy', '.npz', '.png', '.tif', '.tiff')
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr data synth`."""
-    from ast_plugin.data.synthesis.degradations import DEGRADATIONS
+    from ast_plugin.degradations.degradations import DEGRADATIONS
 
     parser.add_argument('--task', choices=tuple(DEGRADATIONS), help='the degradation')
     parser.add_argument('-i', '--input', nargs='+', metavar='PATH', help='photographs, folders of them, or patterns')
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sheet:
         return _draw_sheet(args)
     _check(args)
-    from ast_plugin.data.synthesis.pair_files import Recipe
+    from ast_plugin.data.pair_files import Recipe
 
     parameters = _parameters(args.task, _settings(args.set))
     recipe = Recipe(args.task, parameters, args.seed, args.count, args.size)
@@ -128,7 +128,7 @@ def _parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
     """
     from pydantic import ValidationError
 
-    from ast_plugin.data.synthesis.degradations import DEGRADATIONS
+    from ast_plugin.degradations.degradations import DEGRADATIONS
     from ast_plugin.schema.faults import faults_of
 
     model = DEGRADATIONS[task].parameters
@@ -188,7 +188,7 @@ def _photographs(inputs: Sequence[str], output: Path, recursive: bool) -> dict[s
 
 def _depths(args: argparse.Namespace, photographs: dict[str, Path]) -> dict[str, Path | None]:
     """The map of distances of each photograph."""
-    from ast_plugin.data.synthesis.pair_files import takes_depth
+    from ast_plugin.data.pair_files import takes_depth
 
     if args.depth is None:
         return dict.fromkeys(photographs)
@@ -266,7 +266,7 @@ def _write_pairs(
     """Write every pair, and return what PSNR each has."""
     from tqdm import tqdm
 
-    from ast_plugin.data.synthesis.pair_files import make_pairs
+    from ast_plugin.data.pair_files import make_pairs
 
     for kind in ('lq', 'gt'):
         (folder / kind).mkdir()
@@ -341,7 +341,7 @@ def _draw_sheet(args: argparse.Namespace) -> int:
 
 
 def _print_parameters(task: str | None) -> int:
-    from ast_plugin.data.synthesis.degradations import DEGRADATIONS
+    from ast_plugin.degradations.degradations import DEGRADATIONS
 
     for name in [task] if task else DEGRADATIONS:
         print(name)

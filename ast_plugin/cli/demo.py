@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ast_plugin.compare.contact_sheet import Cell
+    from ast_plugin.evaluation.contact_sheet import Cell
 
 OPTION_FILE = 'AST_quickstart'
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 def _show(root: Path) -> int:
     from ast_plugin import options
     from ast_plugin.cli import registries
-    from ast_plugin.compare.contact_sheet import draw_contact_sheet, save_picture
+    from ast_plugin.evaluation.contact_sheet import draw_contact_sheet, save_picture
 
     datasets = registries.load().by_kind['dataset']
     opt = options.prepare(options.load(options.find(OPTION_FILE)), root=root, is_train=False, dataset_types=datasets)
@@ -74,8 +74,8 @@ def _show(root: Path) -> int:
 
 def _row(sample: dict, pictures: Path, measured: dict[str, dict[str, str]], suffix: str) -> list[Cell]:
     """One photograph: the rainy one, what the network made of it, the clean one."""
-    from ast_plugin.compare.contact_sheet import Cell
     from ast_plugin.data.image_files import read_rgb
+    from ast_plugin.evaluation.contact_sheet import Cell
 
     name = Path(sample['lq_path']).stem
     values = measured[name]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ast_plugin.data.image_files import Picture
-    from ast_plugin.models.restorer import Restorer
+    from ast_plugin.evaluation.restorer import Restorer
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _protect_inputs(jobs: Sequence[Job]) -> None:
 
 def _load(args: argparse.Namespace) -> Restorer:
     from ast_plugin import options
-    from ast_plugin.models.restorer import Restorer
+    from ast_plugin.evaluation.restorer import Restorer
     from ast_plugin.plugins import load_plugins
 
     load_plugins()

@@ -166,7 +166,7 @@ def _check_metrics(val: Mapping[str, Any], registered: Registered, source: str) 
     """Measure noise: a metric that stumbles over its options would do so hours later."""
     import numpy as np
 
-    from ast_plugin.models.protocols import read_protocol
+    from ast_plugin.evaluation.protocols import read_protocol
 
     with _explained(f'{source}: val.protocol', 'protocol'):
         read_protocol(val.get('protocol'))
@@ -194,7 +194,7 @@ def _check_dataset(where: str, options: Mapping[str, Any], registered: Registere
 
 def _refuse_pixels(dataset_type: type, options: Mapping[str, Any]) -> None:
     """Raise DataError if a dataset of others, which decodes pictures, is given an LMDB of pixels."""
-    from ast_plugin.data.lmdbs.reader import holds_pixels
+    from ast_plugin.data.lmdb.reader import holds_pixels
 
     is_lmdb = (options.get('io_backend') or {}).get('type') == 'lmdb'
     if not is_lmdb or 'io_backend' in getattr(getattr(dataset_type, 'options_type', None), 'model_fields', ()):

@@ -21,7 +21,7 @@ from ast_plugin.cli import session
 from ast_plugin.errors import OptionError
 
 if TYPE_CHECKING:
-    from ast_plugin.models.results import ValidationResults
+    from ast_plugin.evaluation.results import ValidationResults
     from ast_plugin.options.stages import Stage
 
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     import basicsr.test
 
     from ast_plugin.cli import preflight
-    from ast_plugin.models.results import collected
+    from ast_plugin.evaluation.results import collected
 
     stage, weights = _weights(run)
     opt = run.prepare(stage)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _draw(tested: Sequence[ValidationResults], folder: Path) -> None:
     """A sheet of the worst and the best images of each dataset."""
-    from ast_plugin.compare.contact_sheet import draw_examples, save_picture
+    from ast_plugin.evaluation.contact_sheet import draw_examples, save_picture
 
     for results in tested:
         sheet = draw_examples(results)

@@ -32,12 +32,12 @@ from torch.utils.data import DataLoader, Dataset
 from ast_plugin.compare import benchmark_records
 from ast_plugin.data.image_files import Picture, read_rgb, write_image
 from ast_plugin.data.layouts import Source, list_pairs
-from ast_plugin.data.lmdbs.plan import make_plan
-from ast_plugin.data.lmdbs.writer import write_lmdbs
+from ast_plugin.data.lmdb.plan import make_plan
+from ast_plugin.data.lmdb.writer import write_lmdbs
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.data.photos import packaged_photos
-from ast_plugin.data.synthesis.degradations import DEGRADATIONS
 from ast_plugin.data.transforms import random_crop, to_float
+from ast_plugin.degradations.degradations import DEGRADATIONS
 from ast_plugin.errors import OptionError
 
 OPENCV, BASICSR = 'OpenCV alone, PNG files', 'BasicSR, its PNG LMDB'

@@ -23,8 +23,8 @@ import numpy as np
 from ast_plugin.compare import benchmark_records
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.photos import packaged_photos
-from ast_plugin.data.synthesis.degradations import DEGRADATIONS
 from ast_plugin.data.transforms import to_float
+from ast_plugin.degradations.degradations import DEGRADATIONS
 from ast_plugin.errors import OptionError
 from ast_plugin.metrics import psnr_rgb
 

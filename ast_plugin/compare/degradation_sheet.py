@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ast_plugin.compare.contact_sheet import Cell, draw_contact_sheet
 from ast_plugin.data.image_files import Picture, read_rgb, write_image
-from ast_plugin.data.synthesis.degradations import DEGRADATIONS
+from ast_plugin.degradations.degradations import DEGRADATIONS
+from ast_plugin.evaluation.contact_sheet import Cell, draw_contact_sheet
 
 SHOWN_SIZE = (480, 720)  # height and width of the photographs that are degraded
 CELL_WIDTH = 300  # pixels of each on the sheet

@@ -37,8 +37,8 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from ast_plugin.compare.networks import load_network
-    from ast_plugin.models.complexity import count_macs
-    from ast_plugin.models.restorer import find_device
+    from ast_plugin.evaluation.complexity import count_macs
+    from ast_plugin.evaluation.restorer import find_device
     from ast_plugin.ops import frozen_weights
 
     device = find_device(job['device'])
@@ -89,9 +89,9 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from ast_plugin.compare.networks import load_network
-    from ast_plugin.models.protocols import read_protocol
-    from ast_plugin.models.restorer import find_device
-    from ast_plugin.models.results import distinct
+    from ast_plugin.evaluation.protocols import read_protocol
+    from ast_plugin.evaluation.restorer import find_device
+    from ast_plugin.evaluation.results import distinct
 
     protocol = read_protocol(job['protocol'])
     dataset = _dataset(job['dataset'])

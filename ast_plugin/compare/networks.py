@@ -13,7 +13,7 @@ from torch.nn import functional
 from ast_plugin.archs.registered_arch import stated_channels
 from ast_plugin.checkpoints import infer_network, load_into, read_checkpoint
 from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
-from ast_plugin.models.restorer import build_network
+from ast_plugin.evaluation.restorer import build_network
 
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 

@@ -9,7 +9,7 @@ from ast_plugin.checkpoints import write_atomically
 from ast_plugin.compare import benchmark_records, formats, plots, report
 from ast_plugin.compare.measure import picture_path
 from ast_plugin.compare.training import training_curves
-from ast_plugin.models.protocols import read_protocol
+from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.options.comparison import INPUT
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy as np
 
 from ast_plugin.data.image_files import decode_rgb, read_rgb
-from ast_plugin.data.lmdbs.format import decode_key, is_raw, view_raw
-from ast_plugin.data.lmdbs.reader import LmdbImages
+from ast_plugin.data.lmdb.format import decode_key, is_raw, view_raw
+from ast_plugin.data.lmdb.reader import LmdbImages
 from ast_plugin.data.matching import some
 from ast_plugin.data.pair_table import Pair, PairTable
 from ast_plugin.errors import DataError

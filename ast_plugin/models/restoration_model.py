@@ -19,6 +19,8 @@ from ast_plugin.data import random_states
 from ast_plugin.data.samplers import epoch_of
 from ast_plugin.data.transforms import to_unit_range
 from ast_plugin.errors import DataError
+from ast_plugin.evaluation.provenance import Provenance
+from ast_plugin.evaluation.results import ValidationResults, announce
 from ast_plugin.models import (
     batch_mixing,
     moving_average,
@@ -32,8 +34,6 @@ from ast_plugin.models import (
 from ast_plugin.models.precision import Precision
 from ast_plugin.models.processes import Processes
 from ast_plugin.models.progress import TrainingProgress
-from ast_plugin.models.provenance import Provenance
-from ast_plugin.models.results import ValidationResults, announce
 from ast_plugin.models.run_log import RunLog
 from ast_plugin.models.training_step import TrainingStep
 from ast_plugin.models.validator import Validator
@@ -49,8 +49,9 @@ class RestorationModel(SRModel):
     kept beside the latest, weights files read safely and written whole.
 
     Option keys, beside SRModel's: those of `train` that `TrainingStep`, `Precision`, `BatchMixing` and
-    `network_switches.apply` document; `val.protocol`, how images are restored and measured, see `models.protocols`; and
-    `val.best_metric`, the metric of `val.metrics` that picks the best weights (the first by default). Those lie in
+    `network_switches.apply` document; `val.protocol`, how images are restored and measured, see
+    `evaluation.protocols`; and `val.best_metric`, the metric of `val.metrics` that picks the best weights (the first by
+    default). Those lie in
     `models/net_g_best.pth` and, with the network's options in the metadata, `models/net_g_best.safetensors`.
 
     Args:

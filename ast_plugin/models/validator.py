@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from ast_plugin.data.image_files import Picture, write_image
 from ast_plugin.errors import DataError, PluginError
+from ast_plugin.evaluation.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
+from ast_plugin.evaluation.results import PictureResult, Ranking, ValidationResults, distinct, thumbnails
 from ast_plugin.metrics.directions import better
 from ast_plugin.models.processes import Processes
-from ast_plugin.models.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
-from ast_plugin.models.results import PictureResult, Ranking, ValidationResults, distinct, thumbnails
 
 Restore = Callable[[dict[str, Any]], Mapping[str, Tensor]]
 ImagePath = Callable[[str, str, int | str], Path]

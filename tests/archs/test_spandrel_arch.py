@@ -13,7 +13,7 @@ from ast_plugin.archs.spandrel_arch import Spandrel
 from ast_plugin.checkpoints import infer_network, save_torch
 from ast_plugin.cli import registries
 from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
-from ast_plugin.models.restorer import Restorer
+from ast_plugin.evaluation.restorer import Restorer
 
 TINY = {
     'NAFNet': {'width': 4, 'middle_blk_num': 1, 'enc_blk_nums': [1, 1], 'dec_blk_nums': [1, 1]},

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from ast_plugin.cli import main as command
+from ast_plugin.data import pair_files as synthesis
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.data.photos import packaged_photos
-from ast_plugin.data.synthesis import pair_files as synthesis
-from ast_plugin.data.synthesis.degradations import DEGRADATIONS
+from ast_plugin.degradations.degradations import DEGRADATIONS
 
 ROOT = Path(__file__).parents[2]
 

@@ -289,7 +289,7 @@ def test_a_tile_that_is_no_number(run, capsys):
 
 
 def test_short_memory_is_said(run, tmp_path, monkeypatch):
-    monkeypatch.setattr('ast_plugin.models.tiling.available_bytes', lambda device: 10**6)
+    monkeypatch.setattr('ast_plugin.evaluation.tiling.available_bytes', lambda device: 10**6)
     put(tmp_path / 'a.png', noise(20, 150, 3))
     status, _, err = run('a.png')
     assert status == 0

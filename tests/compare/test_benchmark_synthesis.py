@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ast_plugin.compare import benchmark_synthesis
-from ast_plugin.data.synthesis.degradations import DEGRADATIONS
+from ast_plugin.degradations.degradations import DEGRADATIONS
 from tools import benchmark
 
 

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from ast_plugin.data import synthetic_dataset
 from ast_plugin.data.samplers import EpochSampler
-from ast_plugin.data.synthesis.degradations import DEGRADATIONS, Degradation
 from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
+from ast_plugin.degradations.degradations import DEGRADATIONS, Degradation
 from ast_plugin.errors import DataError, OptionError
 
 

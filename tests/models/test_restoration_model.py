@@ -288,9 +288,9 @@ def test_that_nothing_is_measured_is_said_at_once(tmp_path, caplog, monkeypatch,
 
 def test_testing_by_a_protocol(tmp_path, capsys):
     """Its metrics, not rounded; the same restoration as the protocol's own; weights and their checksum in the files."""
+    from ast_plugin.evaluation.protocols import read_protocol
+    from ast_plugin.evaluation.results import collected
     from ast_plugin.metrics import psnr_rgb
-    from ast_plugin.models.protocols import read_protocol
-    from ast_plugin.models.results import collected
 
     protocol = {'type': 'tiled', 'tile': 16, 'overlap': 4, 'self_ensemble': True}
     opt = options(tmp_path)

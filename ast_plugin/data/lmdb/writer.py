@@ -1,0 +1,347 @@
+"""Writing pairs of LMDBs that are whole or not there, the same ones whoever disturbs it.
+
+All is written in a folder of its own beside the destination, `.NAME.part`, and renamed when it has been read back.
+Pairs are committed in batches whose bounds depend on the pairs alone. What a killed run has committed, the next one
+with the same plan goes on from; with another plan it begins anew. The very bytes of the files come out the same: what
+LMDB keeps in memory from commit to commit, and copies into unused bytes of pages, is dropped by closing it each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import lmdb
+from tqdm import tqdm
+
+from ast_plugin.data.folder_lock import alone_in
+from ast_plugin.data.lmdb.check import check_lmdb, check_together
+from ast_plugin.data.lmdb.format import DATA, DIGESTS, KINDS, META_INFO, SOURCE, Entry, digest_of
+from ast_plugin.data.lmdb.plan import Plan, Value
+from ast_plugin.data.matching import some
+from ast_plugin.data.pair_table import Pair
+from ast_plugin.data.parallel import num_cores
+from ast_plugin.errors import DataError
+
+COMMIT_PAIRS = 64
+COMMIT_BYTES = 32 * 2**20
+"""A batch is committed when it has this many pairs or bytes; so much is lost by a kill, and lies in memory."""
+
+_SMALLEST_MAP = 2**24
+_PAGE = 4096
+_STAGED = 'pair'  # in the staging folder: what becomes the destination
+_JOURNAL, _PLAN, _OLD = 'journal.jsonl', 'plan.json', 'old'
+
+
+class Record(NamedTuple):
+    """What is known of a committed pair beside its values."""
+
+    key: str
+    shape: tuple[int, int, int]
+    details: tuple[int, int]
+    digests: tuple[str, str]
+
+
+class Outcome(NamedTuple):
+    """What came of it: pairs in the LMDBs, how many of them an earlier run had written, bytes of both."""
+
+    num_pairs: int
+    num_resumed: int
+    num_bytes: int
+
+
+def write_lmdbs(
+    plan: Plan, destination: str | Path, num_workers: int | None = None, overwrite: bool = False
+) -> Outcome:
+    """Write `lq.lmdb` and `gt.lmdb` into the folder `destination`.
+
+    Args:
+        plan: what is in them.
+        destination: appears when both are written and verified.
+        num_workers: threads that read and encode; by itself one a core. The result does not depend on it.
+        overwrite: replace a destination that holds such LMDBs of something else.
+    Raises:
+        DataError: if an image cannot be read, the destination is taken, or the disk is full; what has been committed
+            is kept for the next run.
+    """
+    destination = Path(os.path.abspath(os.path.expanduser(destination)))
+    if not destination.name:
+        raise DataError(f'{destination}: exists, and is not a pair of LMDBs; choose another place')
+    staging = _staging_of(destination)
+    num_workers = num_workers or num_cores()
+    with _explained(destination, staging):
+        if _is_taken(destination, plan, overwrite):
+            _check_whole(destination, num_workers)
+            if _is_of(staging, plan):  # a kill came between the last rename and tidying up
+                shutil.rmtree(staging)
+            return Outcome(len(plan.items), len(plan.items), _num_bytes(destination))
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir(exist_ok=True)
+        with alone_in(staging, 'another process is writing there'):
+            num_done = _take_up(staging, plan)
+            _write_values(staging, plan, num_done, num_workers)
+            _write_texts(staging, plan)
+            _verify(staging, num_workers)
+            _is_taken(destination, plan, overwrite)  # somebody may have put something there meanwhile
+            _put_in_place(staging, destination)
+        return Outcome(len(plan.items), num_done, _num_bytes(destination))
+
+
+def _staging_of(destination: Path) -> Path:
+    return destination.with_name(f'.{destination.name}.part')
+
+
+def _is_taken(destination: Path, plan: Plan, overwrite: bool) -> bool:
+    """Whether the destination is what the plan would make of it.
+
+    Raises:
+        DataError: if it is something else that is not to be overwritten.
+    """
+    if not os.path.lexists(destination) or (destination.is_dir() and not any(destination.iterdir())):
+        return False
+    names = set(os.listdir(destination)) if destination.is_dir() else set()
+    if not names or not names <= {SOURCE, *(f'{kind}.lmdb' for kind in KINDS)}:
+        raise DataError(f'{destination}: exists, and is not a pair of LMDBs; choose another place')
+    if overwrite:
+        return False
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if json.loads((destination / SOURCE).read_text(encoding='utf-8')).get('plan') == plan.digest:
+            return True
+    raise DataError(
+        f'{destination}: exists, with LMDBs of other images, settings or times of files; choose another place, or '
+        f'replace them with --overwrite'
+    )
+
+
+def _check_whole(destination: Path, num_workers: int) -> None:
+    faults = check_together(destination)
+    faults += [fault for kind in KINDS for fault in check_lmdb(destination / f'{kind}.lmdb', num_workers)]
+    if faults:
+        raise DataError(f'{destination}: exists, but is damaged: {some(faults)}. Replace it with --overwrite')
+
+
+@contextlib.contextmanager
+def _explained(destination: Path, staging: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, lmdb.Error) as error:
+        reason = getattr(error, 'strerror', None) or str(error).rpartition(': ')[2]
+        raise DataError(
+            f'{destination}: cannot be written: {reason}{_room(staging)}. When that is mended, for instance by making '
+            f'room, the same command goes on from there: what was finished is kept in {staging}'
+        ) from error
+
+
+def _room(folder: Path) -> str:
+    """What is free on the disk: LMDB calls a write that stops in the middle an input/output error."""
+    try:
+        return f' ({shutil.disk_usage(folder).free / 2**20:.0f} MB are free there)'
+    except OSError:
+        return ''
+
+
+def _take_up(staging: Path, plan: Plan) -> int:
+    """Make the staging folder one of this plan, and count the pairs that both LMDBs in it have."""
+    if _is_of(staging, plan):
+        num_done = _num_committed(staging, plan)
+        if num_done is not None:
+            return num_done
+    marker = staging / _PLAN
+    marker.unlink(missing_ok=True)
+    for entry in staging.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    for kind in KINDS:
+        _folder(staging, kind).mkdir(parents=True)
+    (staging / _JOURNAL).touch()
+    with _written(marker) as file:
+        file.write(plan.digest)
+    return 0
+
+
+def _is_of(staging: Path, plan: Plan) -> bool:
+    """Whether what lies in a staging folder is of this plan."""
+    marker = staging / _PLAN
+    return marker.is_file() and marker.read_bytes() == plan.digest.encode()
+
+
+def _num_committed(staging: Path, plan: Plan) -> int | None:
+    """Count the pairs that are in both LMDBs and in the journal, which is cut to them; None if they do not agree.
+
+    The journal is written first, then the degraded, then the clean images: each may be a batch ahead of the next.
+    """
+    try:
+        counts = [_num_entries(_folder(staging, kind)) for kind in KINDS]
+        num_done = min(counts)
+        with open(staging / _JOURNAL, 'rb+') as journal:
+            for item in plan.items[:num_done]:
+                if json.loads(journal.readline())[0] != item.key:
+                    return None
+            journal.truncate(journal.tell())
+    except (OSError, ValueError, LookupError, lmdb.Error):
+        return None
+    return num_done if counts[0] >= counts[1] else None
+
+
+def _folder(staging: Path, kind: str) -> Path:
+    return staging / _STAGED / f'{kind}.lmdb'
+
+
+def _num_entries(folder: Path) -> int:
+    if not (folder / DATA).exists():
+        return 0
+    with contextlib.closing(lmdb.open(str(folder), readonly=True, lock=False, create=False)) as environment:
+        statistics = environment.stat()
+        if (folder / DATA).stat().st_size < (environment.info()['last_pgno'] + 1) * statistics['psize']:
+            raise ValueError(f'{folder} is cut off')
+        return statistics['entries']
+
+
+def _write_values(staging: Path, plan: Plan, num_done: int, num_workers: int) -> None:
+    with (
+        open(staging / _JOURNAL, 'ab') as journal,
+        tqdm(total=len(plan.items), initial=num_done, desc='pack', unit='pair', disable=None) as bar,
+    ):
+        for batch in _batches(_encoded(plan, plan.items[num_done:], num_workers)):
+            for lq, gt in batch:
+                record = Record(
+                    lq.entry.key, lq.entry.shape, (lq.entry.detail, gt.entry.detail), (lq.digest, gt.digest)
+                )
+                journal.write(json.dumps(record).encode() + b'\n')
+            journal.flush()
+            os.fsync(journal.fileno())
+            for kind, values in zip(KINDS, zip(*batch, strict=True), strict=True):
+                _commit(_folder(staging, kind), values, num_done)
+            num_done += len(batch)
+            bar.update(len(batch))
+
+
+def _encoded(plan: Plan, items: Iterable[Pair], num_workers: int) -> Iterator[tuple[Value, Value]]:
+    """Encode pairs on several threads, in their order, a few ahead of the one that is asked for.
+
+    Reading, decoding, encoding and digests all leave Python's lock to the others.
+    """
+    waiting = deque()
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        for item in items:
+            waiting.append(pool.submit(plan.encode, item))
+            if len(waiting) > 2 * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(pairs: Iterable[tuple[Value, Value]]) -> Iterator[list[tuple[Value, Value]]]:
+    batch, size = [], 0
+    for pair in pairs:
+        batch.append(pair)
+        size += sum(len(value.data) for value in pair)
+        if len(batch) >= COMMIT_PAIRS or size >= COMMIT_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _commit(folder: Path, values: Sequence[Value], num_before: int) -> None:
+    """Add a batch, whole or not at all, unless it is there already."""
+    map_size = _map_size(folder, values)
+    while True:
+        with contextlib.closing(lmdb.open(str(folder), map_size=map_size, lock=False)) as environment:
+            if environment.stat()['entries'] > num_before:
+                return
+            try:
+                with environment.begin(write=True) as transaction:
+                    for value in values:
+                        transaction.put(value.entry.key.encode(), value.data)
+                return
+            except lmdb.MapFullError:
+                map_size *= 2
+
+
+def _map_size(folder: Path, values: Sequence[Value]) -> int:
+    """A power of two that should hold what is there and a batch more, each value with two pages to itself."""
+    present = (folder / DATA).stat().st_size if (folder / DATA).exists() else 0
+    needed = present + sum(len(value.data) + 2 * _PAGE for value in values)
+    return max(_SMALLEST_MAP, 2 ** math.ceil(math.log2(needed * 1.1)))
+
+
+def _write_texts(staging: Path, plan: Plan) -> None:
+    """Write what goes beside the data, out of the journal."""
+    for number, kind in enumerate(KINDS):
+        with _written(_folder(staging, kind) / META_INFO) as file:
+            for record in _records(staging, plan.order):
+                file.write(Entry(record.key, plan.encoding, record.shape, record.details[number]).line() + '\n')
+        with _written(_folder(staging, kind) / DIGESTS) as file:
+            for record in _records(staging, (item.key for item in plan.items)):
+                file.write(f'{record.digests[number]}  {record.key}\n')
+    source = {'plan': plan.digest, 'encoding': plan.encoding, 'pairs': len(plan.items)}
+    source['digests'] = {kind: digest_of((_folder(staging, kind) / DIGESTS).read_bytes()) for kind in KINDS}
+    with _written(staging / _STAGED / SOURCE) as file:
+        file.write(json.dumps(source) + '\n')
+
+
+def _records(staging: Path, keys: Iterable[str]) -> Iterator[Record]:
+    """The journal's record of each key; the journal has them in the order in which they first come."""
+    keys = list(keys)
+    kept = {key: None for key, count in Counter(keys).items() if count > 1}
+    with open(staging / _JOURNAL, encoding='utf-8') as journal:
+        for key in keys:
+            record = kept.get(key) or Record(*json.loads(next(journal)))
+            if key in kept:
+                kept[key] = record
+            yield record
+
+
+def _verify(staging: Path, num_workers: int) -> None:
+    """Read all back; what does not pass will not be gone on from."""
+    faults = [fault for kind in KINDS for fault in check_lmdb(_folder(staging, kind), num_workers)]
+    if faults:
+        (staging / _PLAN).unlink()
+        raise DataError(
+            f'{len(faults)} images came back other than they were written: {some(faults)}. The disk or the memory of '
+            f'this machine is at fault; the same command begins anew'
+        )
+
+
+def _put_in_place(staging: Path, destination: Path) -> None:
+    if destination.is_dir() and any(destination.iterdir()):
+        shutil.rmtree(staging / _OLD, ignore_errors=True)
+        destination.rename(staging / _OLD)
+    if os.name == 'nt' and destination.is_dir():
+        destination.rmdir()
+    (staging / _STAGED).rename(destination)
+    _sync_folder(destination.parent)
+    shutil.rmtree(staging)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[IO[str]]:
+    """Open a file of the staging folder to write it from the beginning, and see it on the disk."""
+    with open(path, 'w', encoding='utf-8', newline='\n') as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != 'nt':
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _num_bytes(destination: Path) -> int:
+    return sum((destination / f'{kind}.lmdb' / DATA).stat().st_size for kind in KINDS)

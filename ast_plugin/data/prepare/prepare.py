@@ -1,0 +1,268 @@
+"""Turning a dataset as it was unpacked into manifests that can be trained from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ast_plugin.data.folder_lock import alone_in
+from ast_plugin.data.manifest import Entry, write_manifest
+from ast_plugin.data.matching import Fault, is_image, list_images, printable
+from ast_plugin.data.pair_table import Pair
+from ast_plugin.data.prepare import duplicates
+from ast_plugin.data.prepare.checked_pairs import Found, Journal
+from ast_plugin.data.prepare.splits import Split
+from ast_plugin.data.whole_files import partials_of, replacing
+from ast_plugin.errors import DataError
+
+FAULTS = 'faults.txt'
+_OURS = '.prepared'  # marks folders that may be changed by the next run
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What checking a dataset came to.
+
+    Attributes:
+        splits: the splits.
+        found: what each came to.
+        leaks: pictures to be tested with that are trained on.
+    """
+
+    splits: Sequence[Split]
+    found: Sequence[Found]
+    leaks: Sequence[duplicates.Twins]
+
+    def faults(self, number: int) -> list[Fault]:
+        """Return what is wrong with split `number`: with files that have no partner, then with pairs."""
+        return [*self.splits[number].faults, *self.found[number].faults]
+
+    @property
+    def num_faults(self) -> int:
+        """How many faults there are in all."""
+        return sum(len(self.faults(number)) for number in range(len(self.splits)))
+
+
+class Preparation:
+    """A dataset being prepared into a folder.
+
+    Nothing in the folder looks finished before it is: manifests are written last, whole or not at all, and those of an
+    earlier run are taken away first. What was checked is kept in hidden journals until then.
+
+    Args:
+        splits: what to prepare.
+        target: the folder, made where it is not there.
+        source: where the dataset is, which is never written to.
+    Raises:
+        DataError: if the target cannot be written, or lies in the dataset.
+    """
+
+    def __init__(self, splits: Sequence[Split], source: Path, target: Path) -> None:
+        self.splits, self.source, self.target = splits, source, target
+        inside = [target.resolve(), *target.resolve().parents]
+        if source.resolve() in inside:
+            raise DataError(f'{target} lies in the dataset {source}, which is left as it is; name a folder elsewhere')
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f'{target}: this folder cannot be made: {error.strerror or error}') from error
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other runs from preparing into the folder meanwhile; see `alone_in`."""
+        return alone_in(self.target, 'another run is preparing there')
+
+    def check(self, workers: int, on_pair: Callable[[], None] = int) -> Checks:
+        """Read all pictures; what is known from a run that was killed or refused is believed.
+
+        Args:
+            workers: processes to read with.
+            on_pair: called after each pair.
+        Raises:
+            DataError: if the folder cannot be written to.
+        """
+        found = [self._journal(split).check(split.pairs, workers, on_pair) for split in self.splits]
+        return Checks(self.splits, found, duplicates.across(self.splits, found))
+
+    def list_faults(self, checks: Checks) -> Path:
+        """Write all faults to a file, a line each, and return its path."""
+        path = self.target / FAULTS
+        with replacing(path) as file:
+            for number, split in enumerate(self.splits):
+                for fault in checks.faults(number):
+                    file.write(f'{split.name}\t{fault.kind}\t{printable(fault.name)}\t{printable(fault.text)}\n')
+            for leak in checks.leaks:
+                for trained, tested in leak.examples:
+                    file.write(f'{leak.second}\tin {leak.first}, too\t{printable(tested)}\t{printable(trained)}\n')
+        return path
+
+    def write(self, checks: Checks, layout: str, place: str | None, on_pair: Callable[[], None] = int) -> list[Path]:
+        """Write the manifests, and copies or links of the good pairs where wanted.
+
+        Args:
+            checks: from `check`.
+            layout: what the manifests call the layout.
+            place: `copy` or `link` to make folders of equal names in the target; None to leave pictures where they are.
+            on_pair: called after each pair that was copied or linked.
+        Returns:
+            The manifests; a split without any good pair gets none.
+        Raises:
+            DataError: if the disk is full or a file cannot be written; manifests that are there then are whole.
+        """
+        paths = [self.target / f'{split.name}.jsonl' for split in self.splits]
+        for path in [*paths, self.target / FAULTS]:
+            for old in (path, *partials_of(path)):
+                _remove(old)
+        written = []
+        for number, (split, found) in enumerate(zip(checks.splits, checks.found, strict=True)):
+            if found.good:
+                root = self._place(split, found, place, on_pair) if place else _common_root(split.pairs)
+                entries = self._journal(split).entries(split.pairs, lambda name, root=root: _below(name, root))
+                entries = _renamed(entries, split, found) if place else entries
+                others = [] if place else _others(split, found, root)
+                phase, pairs = split.phase, len(found.good)
+                write_manifest(
+                    paths[number], entries, layout=layout, phase=phase, root=root, pairs=pairs, others=others
+                )
+                written.append(paths[number])
+        for split in self.splits:
+            self._journal(split).remove()
+        return written
+
+    def _journal(self, split: Split) -> Journal:
+        return Journal(self.target / f'.{split.name}.checked')
+
+    def _place(self, split: Split, found: Found, how: str, on_pair: Callable[[], None]) -> Path:
+        """Copy or link the good pairs to `SPLIT/lq` and `SPLIT/gt`, under equal names where endings allow."""
+        folder, unfinished = self.target / split.name, self.target / f'.{split.name}.part'
+        try:
+            if folder.exists():
+                _take_over(folder, unfinished)
+            for side in ('lq', 'gt'):
+                (unfinished / side).mkdir(parents=True, exist_ok=True)
+            (unfinished / _OURS).touch()
+            wanted: set[int] = set()
+            copies: dict[int, Path] = {}
+            for pair, names in zip(_good(split, found), _placed_names(split, found), strict=True):
+                for path, name in zip((pair.lq, pair.gt), names, strict=True):
+                    # RESIDE has up to 35 degraded pictures to a clean one, which is kept once.
+                    first = copies.setdefault(hash(path), unfinished / name)
+                    _put(path, unfinished / name, how, first)
+                    wanted.add(hash(name))
+                on_pair()
+            for side in ('lq', 'gt'):  # what an earlier run left and this one does without
+                for entry in os.scandir(unfinished / side):
+                    if hash(f'{side}/{entry.name}') not in wanted:
+                        os.unlink(entry.path)
+            os.replace(unfinished, folder)
+        except OSError as error:
+            raise DataError(
+                f'cannot {how} to {error.filename2 or error.filename or unfinished}: {error.strerror or error}. '
+                f'Make room or choose another folder, and run the command again: it goes on where it stopped'
+            ) from error
+        return folder.resolve()
+
+
+def _take_over(folder: Path, unfinished: Path) -> None:
+    """Go on with what an earlier run made; never with anything else, as what is left over is removed in the end."""
+    if not (folder / _OURS).is_file():
+        raise DataError(f'{folder} is there already, and not from an earlier run; move it, or name another folder')
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    os.replace(folder, unfinished)
+
+
+def _good(split: Split, found: Found) -> Iterator[Pair]:
+    return (split.pairs[number] for number in found.good)
+
+
+def _put(path: str, target: Path, how: str, first: Path) -> None:
+    """Copy or link a file, unless it is there already; of a file that has a copy `first`, give that another name."""
+    if how == 'link':
+        if target.is_symlink() or target.exists():
+            target.unlink()
+        target.symlink_to(os.path.relpath(os.path.realpath(path), os.path.realpath(target.parent)))
+        return
+    stat = os.stat(path)
+    if target.is_symlink():
+        target.unlink()
+    elif target.exists() and (target.stat().st_size, target.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+        return
+    partial = target.with_name('.part')
+    partial.unlink(missing_ok=True)
+    if first == target or not _linked(first, partial):
+        shutil.copyfile(path, partial)
+        os.utime(partial, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(partial, target)
+
+
+def _linked(first: Path, target: Path) -> bool:
+    try:
+        os.link(first, target)
+    except OSError:  # not all file systems can, and some files have too many names
+        return False
+    return True
+
+
+def _placed_names(split: Split, found: Found) -> Iterator[tuple[str, str]]:
+    """Name the copies: the pair's key without folders, distinct also where capitals are not told from small letters."""
+    taken: set[int] = set()
+    for pair in _good(split, found):
+        stem = pair.key.replace('/', '_')
+        stem = os.path.splitext(stem)[0] if is_image(stem) else stem
+        name, count = stem, 1
+        while hash(name.casefold()) in taken:
+            count += 1
+            name = f'{stem}_{count}'
+        taken.add(hash(name.casefold()))
+        yield tuple(
+            f'{side}/{name}{os.path.splitext(path)[1].lower()}' for side, path in (('lq', pair.lq), ('gt', pair.gt))
+        )
+
+
+def _renamed(entries: Iterable[Entry], split: Split, found: Found) -> Iterator[Entry]:
+    for entry, (lq, gt) in zip(entries, _placed_names(split, found), strict=True):
+        yield Entry(os.path.splitext(lq)[0].removeprefix('lq/'), lq, gt, entry.size, entry.bytes, entry.digests)
+
+
+def _common_root(pairs: Iterable[Pair]) -> Path:
+    """The deepest folder that all pictures lie below."""
+    folders = {os.path.dirname(path) for pair in pairs for path in (pair.lq, pair.gt)}
+    return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders])) if folders else Path()
+
+
+def _others(split: Split, found: Found, root: Path) -> list[str]:
+    """List the pictures that lie among those of the pairs and belong to none."""
+    paths = (path for pair in _good(split, found) for path in (pair.lq, pair.gt))
+    known = np.sort(np.fromiter(map(hash, paths), np.int64, 2 * len(found.good)))
+    folders = sorted({os.path.dirname(path) for pair in _good(split, found) for path in (pair.lq, pair.gt)})
+    return [
+        _below(path, root)
+        for folder in folders
+        for path in (f'{folder}/{name}' for name in list_images(folder, split.phase))
+        if known[min(np.searchsorted(known, hash(path)), len(known) - 1)] != hash(path)
+    ]
+
+
+def _below(path: str, root: Path) -> str:
+    name = path.removeprefix(f'{root}/')
+    return name if name != path else Path(os.path.relpath(os.path.abspath(path), root)).as_posix()
+
+
+def _remove(path: Path) -> None:
+    """Remove a manifest or list of an earlier run, and no file that only has its name."""
+    try:
+        if not path.is_file():
+            return
+        with open(path, 'rb') as file:
+            start = file.read(16)
+        if path.suffix == '.jsonl' and not start.startswith(b'{"manifest"'):
+            raise DataError(f'{path} is there already, and no manifest; move it, or name another folder')
+        path.unlink()
+    except OSError as error:
+        raise DataError(f'{path}: of an earlier run, and cannot be removed: {error.strerror or error}') from error

@@ -1,0 +1,209 @@
+"""Synthesis of moiré: a photograph is shown on a screen, and the screen is photographed.
+
+A screen has a red, a green and a blue stripe in each of its pixels, a camera a red, a green or a blue filter before
+each of its own. Stripes that come about as fast as the camera's pixels of one colour are sampled too seldom: they
+appear as broad bands, coloured since each colour is sampled elsewhere, and curved by perspective and lens. Nothing of
+this is drawn here: stripes are sampled through the filters of a sensor with `SENSOR` times the pixels of the picture,
+demosaiced, and scaled down to it, as happens to a telephone's photographs.
+
+The camera stands such that what the screen shows lies in place, so that pairs are aligned: only the screen's pixels are
+turned, scaled and bent against the sensor's. The picture is smooth against them; its light and the stripes multiply.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+from pydantic import Field
+
+from ast_plugin.degradations.ranges import Parameters, PositiveRange, Range
+
+SENSOR = 2  # pixels of the sensor by those of the picture, along each side
+FRAME = (480, 720)  # height and width in pixels of the photograph that a smaller patch is taken to be cut from
+STRIPES = (1 / 6, 1 / 2, 5 / 6)  # middles of the red, green and blue stripe, in pixels of the screen
+STRIPE_WIDTH, ROW_HEIGHT = 0.27, 0.76  # what of a pixel of the screen gives light, across the stripes and along them
+HARMONICS = 4  # of the screen's grid; the lens lets no finer ones through
+BAYER = ((0, 1), (1, 2))  # colours of the sensor's filters, by the parity of row and column
+PHASES = 256  # steps in which a place within a pixel of the screen is told
+FULL = 16384  # what the sensor reads where the screen shows white, so that bright bands have room above
+GAMMA = 2.2
+STRIP = 64  # rows worked on at a time
+
+
+class MoireParameters(Parameters):
+    """What a photographed screen may be like; each [lowest, highest] is drawn from uniformly, once an image."""
+
+    type: Literal['moire'] = 'moire'
+    pitch: PositiveRange = Field((1.9, 2.12), description="pixels of the sensor by the screen's, within [1, 4]")
+    rotation: Range = Field((-5, 5), description='degrees of the screen against the camera, within [-45, 45]')
+    sideways: float = Field(0.3, ge=0, le=1, description='chance that the screen lies on its side, stripes across')
+    perspective: Range = Field((0, 0.09), description='change of pitch across the picture, within [0, 0.3]')
+    distortion: Range = Field((-0.06, 0.06), description='of the lens, at the corners, within [-0.2, 0.2]')
+    blur: PositiveRange = Field((0.35, 0.58), description="of the lens, standard deviation in the sensor's pixels")
+    exposure: PositiveRange = Field((0.55, 1.1), description='light of the photograph by that of the picture')
+    balance: Range = Field((-0.08, 0.08), description='error of red and of blue against green, within [-0.5, 0.5]')
+    glare: Range = Field((0, 0.03), description='light of the room on the screen, of white, within [0, 0.5]')
+    noise: Range = Field((0.002, 0.012), description='standard deviation at middle gray, within [0, 0.2]')
+    quality: Range = Field((75, 96), description='of the JPEG that the camera writes, within [1, 100]')
+
+    LIMITS = {
+        'pitch': (1, 4),
+        'rotation': (-45, 45),
+        'perspective': (0, 0.3),
+        'distortion': (-0.2, 0.2),
+        'blur': (0, 4),
+        'exposure': (0.1, 4),
+        'balance': (-0.5, 0.5),
+        'glare': (0, 0.5),
+        'noise': (0, 0.2),
+        'quality': (1, 100),
+    }
+
+
+def add_moire(
+    image: np.ndarray, generator: np.random.Generator, parameters: MoireParameters
+) -> tuple[np.ndarray, None]:
+    """Show a clean photograph on a screen and photograph that.
+
+    Args:
+        image: RGB, [H, W, 3], float32 in [0, 1], any size; a patch gets what a place of `FRAME` in a photograph gets.
+        generator: source of all randomness; the same state gives the same result, bit for bit.
+        parameters: ranges to draw from.
+    Returns:
+        The photograph of the screen, [H, W, 3] float32 in [0, 1], of 256 levels; and None, as every pixel is degraded.
+    Source: Yuan et al., "AIM 2019 challenge on image demoiréing", for photographing a simulated screen.
+    """
+    height, width = image.shape[:2]
+    camera = _draw_camera(generator, parameters, (height, width))
+    bands = _bands(camera, (height, width))
+    photograph = _expose(image, bands, generator, parameters)
+    quality = round(generator.uniform(*parameters.quality))
+    code = cv2.imencode('.jpg', photograph, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    decoded = cv2.cvtColor(cv2.imdecode(code, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    return np.multiply(decoded, np.float32(1 / 255), dtype=np.float32), None
+
+
+@dataclass(frozen=True)
+class _Camera:
+    """How the screen's pixels lie on the sensor.
+
+    Attributes:
+        pitch: pixels of the sensor a pixel of the screen, at the middle of the frame.
+        angle: radians from the sensor's rows to across the stripes.
+        tilt: relative change of pitch a pixel of the sensor, (down, right).
+        bend: relative change of pitch by the square of the distance from the middle, in pixels of the sensor.
+        start: place on the screen of the sensor's upper left pixel's middle, relative to the frame's, (down, right).
+        phase: where the middle lies within a pixel of the screen, (across the stripes, along them).
+        blur: standard deviation of the lens in pixels of the sensor.
+    """
+
+    pitch: float
+    angle: float
+    tilt: tuple[float, float]
+    bend: float
+    start: tuple[float, float]
+    phase: tuple[float, float]
+    blur: float
+
+
+def _draw_camera(generator: np.random.Generator, parameters: MoireParameters, shape: tuple[int, int]) -> _Camera:
+    frame = [SENSOR * max(side, length) for side, length in zip(shape, FRAME, strict=True)]
+    half = math.hypot(*frame) / 2
+    angle = math.radians(generator.uniform(*parameters.rotation))
+    if generator.random() < parameters.sideways:
+        angle += math.pi / 2
+    slope, direction = generator.uniform(*parameters.perspective) / (2 * half), generator.uniform(0, 2 * math.pi)
+    start = [generator.uniform(0, side - SENSOR * length) - side / 2 for side, length in zip(frame, shape, strict=True)]
+    return _Camera(
+        pitch=generator.uniform(*parameters.pitch),
+        angle=angle,
+        tilt=(slope * math.sin(direction), slope * math.cos(direction)),
+        bend=generator.uniform(*parameters.distortion) / half**2,
+        start=(start[0], start[1]),
+        phase=tuple(generator.uniform(0, 1, 2)),
+        blur=generator.uniform(*parameters.blur),
+    )
+
+
+def _bands(camera: _Camera, shape: tuple[int, int]) -> np.ndarray:
+    """Photograph the screen while it shows white; light by its mean, [H, W, 3] float32."""
+    rows, columns = SENSOR * shape[0], SENSOR * shape[1]
+    border = 4  # pixels of the sensor, for the demosaicing
+    mosaic = np.empty((rows + 2 * border, columns + 2 * border), np.uint16)
+    across = [_profile(camera, middle, STRIPE_WIDTH) for middle in STRIPES]
+    along = _profile(camera, 0.5, ROW_HEIGHT)
+    for i in range(2):
+        for j in range(2):
+            y = np.arange(i - border, rows + border, 2, dtype=np.float32)[:, None] + np.float32(camera.start[0])
+            x = np.arange(j - border, columns + border, 2, dtype=np.float32) + np.float32(camera.start[1])
+            light = across[BAYER[i][j]]
+            for top in range(0, len(y), STRIP):
+                s, t = _on_screen(camera, y[top : top + STRIP], x)
+                mosaic[2 * top + i : 2 * (top + STRIP) + i : 2, j::2] = cv2.multiply(
+                    cv2.LUT(s, light), cv2.LUT(t, along), scale=FULL
+                )
+    # OpenCV names a pattern by the second row and column.
+    colors = cv2.demosaicing(mosaic, cv2.COLOR_BayerBG2RGB)
+    colors = colors[border:-border, border:-border]
+    bands = cv2.resize(colors, shape[::-1], interpolation=cv2.INTER_AREA)
+    return np.multiply(bands, np.float32(1 / FULL), dtype=np.float32)
+
+
+def _on_screen(camera: _Camera, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where pixels of the sensor lie within the screen's: across the stripes and along them, uint8 each."""
+    stretch = (y * y + x * x) * np.float32(camera.bend)
+    stretch += y * np.float32(camera.tilt[0]) + x * np.float32(camera.tilt[1])
+    stretch += 1
+    stretch *= np.float32(PHASES / camera.pitch)
+    cos, sin = np.float32(math.cos(camera.angle)), np.float32(math.sin(camera.angle))
+    places = ((x * cos + y * sin, camera.phase[0]), (y * cos - x * sin, camera.phase[1]))
+    return tuple(
+        (place * stretch + np.float32(phase * PHASES)).astype(np.int32).astype(np.uint8) for place, phase in places
+    )
+
+
+def _profile(camera: _Camera, middle: float, width: float) -> np.ndarray:
+    """Light of a row of stripes behind lens and sensor pixel by its mean, over a pixel of the screen, [PHASES] float32.
+
+    A Fourier series: each harmonic of the stripes is weakened by the lens, a Gaussian, and by the area of a pixel of
+    the sensor, which is taken as square along the screen's grid.
+    """
+    place = (np.arange(PHASES) + 0.5) / PHASES
+    light = np.ones(PHASES)
+    for order in range(1, HARMONICS + 1):
+        frequency = order / camera.pitch  # in cycles a pixel of the sensor
+        passed = math.exp(-2 * (math.pi * camera.blur * frequency) ** 2) * np.sinc(frequency)
+        light += 2 * np.sinc(order * width) * passed * np.cos(2 * math.pi * order * (place - middle))
+    return np.maximum(light, 0).astype(np.float32)
+
+
+def _expose(
+    image: np.ndarray, bands: np.ndarray, generator: np.random.Generator, parameters: MoireParameters
+) -> np.ndarray:
+    """Return the photograph as BGR, [H, W, 3] uint8: the picture's light through the bands, exposed, with noise."""
+    exposure = generator.uniform(*parameters.exposure)
+    red, blue = 1 + generator.uniform(*parameters.balance, 2)
+    gain = (exposure * np.array([red, 1, blue])).astype(np.float32)
+    glare = np.float32(generator.uniform(*parameters.glare))
+    noise = np.float32(generator.uniform(*parameters.noise))
+    # The screen's own pixels and the lens soften the picture.
+    soft = cv2.GaussianBlur(image, (5, 5), 0.55)
+    result = np.empty(image.shape, np.uint8)
+    for top in range(0, len(image), STRIP):
+        rows = slice(top, top + STRIP)
+        light = cv2.pow(soft[rows], GAMMA)
+        light *= bands[rows]
+        light += glare
+        light *= gain
+        np.minimum(light, 1, out=light)
+        levels = cv2.pow(light, 1 / GAMMA)
+        levels += generator.standard_normal(levels.shape, np.float32) * noise
+        levels *= 255
+        levels += np.float32(0.5)
+        np.clip(levels, 0, 255, out=levels)
+        result[rows] = levels[..., ::-1]
+    return result

@@ -1,0 +1,218 @@
+"""Synthesis of falling snow.
+
+Flakes fall through the whole depth of a scene: far ones are many, fine and sharp; near ones are few, large, out of
+focus, and so faint, for defocus spreads the light of a flake over a wider disc. Each is a clump of irregular outline
+that the exposure draws out along its way. What is behind shows through, and the snow between, too fine to be seen as
+flakes, veils the scene unevenly.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Literal
+
+import cv2
+import numpy as np
+from pydantic import Field
+
+from ast_plugin.degradations.noise import fractal_noise
+from ast_plugin.degradations.ranges import Parameters, PositiveRange, Range
+
+CLUMPS, CLUMP_SIDE = 16, 64  # outlines of flakes that are kept, and the side in pixels at which they are kept
+SPRITES = 24  # flakes of a layer that are rendered for an image; each is put down many times
+MIN_STAMPED = 2.5  # diameter in pixels below which a flake is a point shared among four pixels
+VEIL_CELL = 260  # pixels between independent values of the veil at scale 1
+MAX_OPACITY = 0.97
+VEIL_LIGHT = 0.92  # of the veil relative to the flakes
+STRIP = 32  # rows blended at a time
+LIGHT = (0.93, 0.965, 1.0)  # of snow under an overcast sky, relative to its brightest channel
+REACH = 240  # pixels at scale 1 that a flake may lie outside and still reach in
+
+
+class FlakeLayer(Parameters):
+    """Ranges of one layer of flakes. Pixels are those of a photograph about 500 pixels high, see `scale`."""
+
+    density: PositiveRange = Field(description='flakes per 10,000 pixels; one value an image, its logarithm uniform')
+    diameter: PositiveRange = Field(description='pixels; one value a flake, its logarithm uniform')
+    defocus: Range = Field(description='diameter of the disc of confusion by the diameter of the flake, at least 0')
+    motion: Range = Field(description='way during the exposure by the diameter of the flake, at least 0')
+    opacity: PositiveRange = Field(description='of its middle, within (0, 1]; one value a flake')
+
+    LIMITS = {'diameter': (0, 60), 'defocus': (0, 4), 'motion': (0, 4), 'opacity': (0, 1)}
+
+
+FAR = FlakeLayer(density=(30, 150), diameter=(1.0, 2.4), defocus=(0, 0), motion=(0, 0), opacity=(0.3, 0.95))
+MIDDLE = FlakeLayer(density=(5, 26), diameter=(2.6, 8), defocus=(0.0, 0.35), motion=(0.1, 0.9), opacity=(0.6, 1.0))
+NEAR = FlakeLayer(density=(0.3, 1.6), diameter=(9, 34), defocus=(0.15, 0.7), motion=(0.1, 0.9), opacity=(0.45, 0.95))
+
+
+class SnowParameters(Parameters):
+    """What snow may look like; each [lowest, highest] is drawn from uniformly, once an image unless said otherwise."""
+
+    type: Literal['snow'] = 'snow'
+    amount: PositiveRange = Field((0.9, 3.0), description='multiplies the density of every layer')
+    angle: Range = Field((-40, 40), description='degrees from the vertical at which it falls, within [-80, 80]')
+    angle_spread: float = Field(9.0, ge=0, le=45, description='standard deviation in degrees from flake to flake')
+    veil: Range = Field((0.0, 0.28), description='opacity of the snow too fine to be seen as flakes, within [0, 1]')
+    brightness: Range = Field((0.82, 1.0), description='of the flakes, within [0, 1]')
+    scale: float = Field(1.0, gt=0, le=20, description='multiplies every diameter; 1 suits pictures 500 pixels high')
+    layers: tuple[FlakeLayer, ...] = Field((FAR, MIDDLE, NEAR), min_length=1, description='from far to near')
+
+    LIMITS = {'angle': (-80, 80), 'veil': (0, 1), 'brightness': (0, 1)}
+
+
+def add_snow(
+    image: np.ndarray, generator: np.random.Generator, parameters: SnowParameters
+) -> tuple[np.ndarray, np.ndarray]:
+    """Let snow fall before a clean photograph.
+
+    Args:
+        image: RGB, [H, W, 3], float32 in [0, 1], any size; a patch gets the snow that its photograph would get.
+        generator: source of all randomness; the same state gives the same result, bit for bit.
+        parameters: ranges to draw from.
+    Returns:
+        The snowy image, [H, W, 3] float32 in [0, 1], and the opacity of the flakes alone, [H, W] float32 in [0, 1].
+    Source: Liu et al., "DesnowNet", TIP 2018, for what is seen through a flake; Chen et al., ICCV 2021, for the veil.
+    """
+    shape = image.shape[:2]
+    angle = math.radians(generator.uniform(*parameters.angle))
+    amount = generator.uniform(*parameters.amount)
+    veil_opacity = generator.uniform(*parameters.veil)
+    light = np.asarray(LIGHT) + generator.normal(0, 0.008, 3)
+    light = np.clip(light * generator.uniform(*parameters.brightness), 0, 1).astype(np.float32)
+    veil = fractal_noise(shape, generator, VEIL_CELL * parameters.scale)
+    veil *= np.float32(0.65)
+    veil += np.float32(0.35)
+    veil *= np.float32(veil_opacity)
+    clear = np.ones(shape, np.float32)  # what the flakes let through
+    for layer in parameters.layers:
+        _fall(clear, generator, layer, amount, angle, parameters)
+    np.maximum(clear, 1 - MAX_OPACITY, out=clear)
+    flakes = 1 - clear
+    return _blend(image, veil, clear, light), flakes
+
+
+def _blend(image: np.ndarray, veil: np.ndarray, clear: np.ndarray, light: np.ndarray) -> np.ndarray:
+    """Between scene and lens come first the veil, a little darker than the flakes themselves, then the flakes.
+
+    In strips and in place: at whole images, touching new memory costs several times the arithmetic.
+    """
+    result = np.empty_like(image)
+    for top in range(0, len(image), STRIP):
+        rows = slice(top, top + STRIP)
+        haze, seen = veil[rows], clear[rows]
+        added = (haze * seen) * np.float32(VEIL_LIGHT) + (1 - seen)
+        strip = np.multiply(image[rows], cv2.cvtColor((1 - haze) * seen, cv2.COLOR_GRAY2RGB), out=result[rows])
+        strip += cv2.cvtColor(added, cv2.COLOR_GRAY2RGB) * light
+        np.minimum(strip, 1, out=strip)
+    return result
+
+
+def _fall(
+    clear: np.ndarray,
+    generator: np.random.Generator,
+    layer: FlakeLayer,
+    amount: float,
+    angle: float,
+    parameters: SnowParameters,
+) -> None:
+    """Multiply `clear` by what one layer lets through."""
+    scale = parameters.scale
+    height, width = clear.shape
+    density = math.exp(generator.uniform(*np.log(layer.density))) * amount / 1e4 / scale**2
+    border = min(REACH, layer.diameter[1] * (1 + layer.defocus[1] + layer.motion[1])) * scale / 2 + 2
+    count = generator.poisson(density * (height + 2 * border) * (width + 2 * border))
+    y = generator.uniform(-border, height + border, count)
+    x = generator.uniform(-border, width + border, count)
+    opacity = generator.uniform(*layer.opacity, count)
+    diameters = np.exp(generator.uniform(*np.log(layer.diameter), SPRITES)) * scale
+    chosen = generator.integers(0, SPRITES, count)
+    if layer.diameter[1] * scale < MIN_STAMPED:
+        _scatter(clear, y, x, opacity * np.minimum((diameters / 2) ** 2, 1)[chosen])
+        return
+    sprites = [_sprite(generator, diameter, layer, angle, parameters.angle_spread) for diameter in diameters]
+    places = zip(chosen, np.round(y).astype(int), np.round(x).astype(int), opacity.astype(np.float32), strict=True)
+    for sprite, row, column, strength in places:
+        _stamp(clear, sprites[sprite], row, column, strength)
+
+
+def _scatter(clear: np.ndarray, y: np.ndarray, x: np.ndarray, opacity: np.ndarray) -> None:
+    """Put down flakes of about a pixel, each shared among four pixels in proportion."""
+    height, width = clear.shape
+    top, left = np.floor(y).astype(int), np.floor(x).astype(int)
+    y, x = y - top, x - left
+    canvas = np.zeros((height + 2) * (width + 2), np.float32)
+    inside = (top >= -1) & (top < height) & (left >= -1) & (left < width)
+    place = ((top + 1) * (width + 2) + left + 1)[inside]
+    for row, column, share in ((0, 0, (1 - y) * (1 - x)), (0, 1, (1 - y) * x), (1, 0, y * (1 - x)), (1, 1, y * x)):
+        np.add.at(canvas, place + row * (width + 2) + column, (opacity * share)[inside].astype(np.float32))
+    canvas = cv2.GaussianBlur(canvas.reshape(height + 2, width + 2), (3, 3), 0.5, borderType=cv2.BORDER_CONSTANT)
+    clear *= 1 - np.minimum(canvas[1:-1, 1:-1] * np.float32(1.3), MAX_OPACITY)
+
+
+def _stamp(clear: np.ndarray, sprite: np.ndarray, y: int, x: int, strength: float) -> None:
+    height, width = clear.shape
+    top, left = y - sprite.shape[0] // 2, x - sprite.shape[1] // 2
+    bottom, right = min(top + sprite.shape[0], height), min(left + sprite.shape[1], width)
+    first, start = max(top, 0), max(left, 0)
+    if first < bottom and start < right:
+        clear[first:bottom, start:right] *= 1 - sprite[first - top : bottom - top, start - left : right - left] * (
+            np.float32(strength)
+        )
+
+
+def _sprite(
+    generator: np.random.Generator, diameter: float, layer: FlakeLayer, angle: float, spread: float
+) -> np.ndarray:
+    """Render one flake: a clump, turned, scaled, out of focus and moving. Opacity, [n, n] float32 in [0, 1]."""
+    clump = _clumps()[generator.integers(CLUMPS)]
+    disc = diameter * generator.uniform(*layer.defocus)
+    way = diameter * generator.uniform(*layer.motion)
+    turn = generator.uniform(0, 360)
+    aspect = generator.uniform(0.7, 1.0)
+    lean = angle + math.radians(generator.normal(0, spread))
+    reach = math.ceil((1.3 * diameter + disc + way) / 2) + 2
+    side = 2 * reach + 1
+    # A clump fills about two thirds of its tile; shrinking it by averaging needs a blur of half its scale before.
+    zoom = diameter / (CLUMP_SIDE * 0.62)
+    soft = cv2.GaussianBlur(clump, (0, 0), 0.45 / zoom) if zoom < 1 else clump
+    matrix = cv2.getRotationMatrix2D((CLUMP_SIDE / 2 - 0.5, CLUMP_SIDE / 2 - 0.5), turn, zoom)
+    matrix[0] *= aspect
+    matrix[:, 2] = reach - matrix[:, :2] @ [CLUMP_SIDE / 2 - 0.5, CLUMP_SIDE / 2 - 0.5]
+    sprite = cv2.warpAffine(soft, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    kernel = _blur_kernel(disc, way, lean)
+    return cv2.filter2D(sprite, cv2.CV_32F, kernel, borderType=cv2.BORDER_CONSTANT)
+
+
+def _blur_kernel(disc: float, way: float, lean: float) -> np.ndarray:
+    """The disc of confusion drawn along the way; sums to 1."""
+    reach = math.ceil((disc + way) / 2) + 1
+    kernel = np.zeros((2 * reach + 1, 2 * reach + 1), np.float32)
+    step = way / 2 * np.array([math.sin(lean), math.cos(lean)])
+    start, end = (np.round((reach + step * sign) * 16).astype(int).tolist() for sign in (-1, 1))
+    cv2.line(kernel, start, end, 1.0, max(1, round(disc)), cv2.LINE_8, shift=4)
+    kernel = cv2.GaussianBlur(kernel, (3, 3), 0.6, borderType=cv2.BORDER_CONSTANT)
+    return kernel / kernel.sum()
+
+
+@lru_cache(maxsize=1)
+def _clumps() -> np.ndarray:
+    """Outlines of flakes, the same in every run: crystals that hang together. Opacity, [CLUMPS, side, side] float32."""
+    generator = np.random.default_rng(20180412)
+    clumps = np.zeros((CLUMPS, CLUMP_SIDE * 2, CLUMP_SIDE * 2), np.uint8)
+    middle = CLUMP_SIDE
+    for clump in clumps:
+        for _ in range(generator.integers(5, 11)):
+            distance, direction = generator.uniform(0, 22), generator.uniform(0, 2 * math.pi)
+            centre = (
+                round(middle + distance * math.cos(direction)),
+                round(middle + distance * math.sin(direction)),
+            )
+            axes = generator.uniform(7, 20, 2).round().astype(int).tolist()
+            cv2.ellipse(clump, centre, axes, generator.uniform(0, 180), 0, 360, 255, cv2.FILLED)
+    smooth = [cv2.GaussianBlur(clump.astype(np.float32) / 255, (0, 0), 3.0) for clump in clumps]
+    rough = [fractal_noise((CLUMP_SIDE * 2, CLUMP_SIDE * 2), generator, 24, octaves=3) for _ in clumps]
+    # Noise frays the outline and thins the inside.
+    frayed = [np.clip((s + 0.7 * (r - 0.5) - 0.25) / 0.5, 0, 1) * s for s, r in zip(smooth, rough, strict=True)]
+    return np.stack([cv2.resize(flake, (CLUMP_SIDE, CLUMP_SIDE), interpolation=cv2.INTER_AREA) for flake in frayed])

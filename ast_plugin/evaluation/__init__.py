@@ -1,0 +1,1 @@
+"""Restore images with a network and measure the results: tiling, protocols, metrics, tables."""

@@ -1,0 +1,234 @@
+"""Validation protocols by name: how an image is restored, whether it is rounded, and what it is measured by.
+
+protocol = read_protocol('agan')                        # or {'type': 'agan', 'self_ensemble': True}
+restored = protocol.restore(network, lq)                # [1, 3, H, W], float32 in [0, 1]
+scores = protocol.measure(restored, gt)                 # {'psnr': 31.2, 'ssim': 0.92}
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ast_plugin.errors import DataError, OptionError, PluginError, ShapeError, one_line
+from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, Tiling, evaluating
+from ast_plugin.metrics.images import as_array, eight_bits, fractions
+from ast_plugin.metrics.toolbox_metrics import to_toolbox
+from ast_plugin.suggest import did_you_mean
+
+Metrics = Mapping[str, Mapping[str, Any]]
+
+_MATLAB = {'psnr': {'type': 'calculate_psnr_matlab'}, 'ssim': {'type': 'calculate_ssim_matlab'}}
+_SKIMAGE = {'psnr': {'type': 'calculate_psnr_skimage'}, 'ssim': {'type': 'calculate_ssim_skimage'}}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a network's results are made and measured.
+
+    Attributes:
+        type: name in the table.
+        metrics: options of each metric, by the name it is printed under; those of an option file's `val.metrics` take
+            their place.
+        square: zeros are put around the image, which stays in the middle, up to a square whose side is a multiple of
+            this; cut away again after the network. None for no padding.
+        tile, overlap, blend, batch: see `ast_plugin.evaluation.tiling.Tiling`.
+        round: results and references are rounded to 8 bits before they are measured, as files hold them.
+        self_ensemble: the result is the mean over the eight flips and rotations of the image.
+    """
+
+    type: str
+    metrics: Metrics = field(default_factory=dict)
+    square: int | None = None
+    tile: int | str | None = None
+    overlap: int | None = None
+    blend: str = 'ramp'
+    batch: int = 1
+    round: bool = False
+    self_ensemble: bool = False
+
+    @cached_property
+    def tiling(self) -> Tiling:
+        """What runs the network."""
+        return Tiling(self.tile, self.overlap, self.blend, self.batch)
+
+    def restore(
+        self,
+        network: nn.Module | Callable[[Tensor], Tensor],
+        lq: Tensor,
+        on_tile: OnTile | None = None,
+        on_note: OnNote | None = None,
+    ) -> Tensor:
+        """Restore an image.
+
+        Args:
+            network: maps [N, C, h, w] in [0, 1] to [N, D, s·h, s·w]; a module is run in evaluation mode, on its own
+                device, and given back in the mode it was in.
+            lq: [B, C, H, W], in [0, 1], on any device.
+            on_tile: called with (tiles done, tiles in all), eight times over with `self_ensemble`.
+            on_note: called with a line when memory is short and tiles are made smaller.
+        Returns:
+            [B, D, s·H, s·W], clamped to [0, 1], rounded to 255ths if `round`; float32 (float64 of float64) on the
+            device of `lq`.
+        Raises:
+            OptionError: if the image does not fit in memory.
+            ShapeError: if `lq` is not [B, C, H, W], or the network does not take it.
+            DataError: if the result is not finite.
+        """
+        if lq.ndim != 4 or 0 in lq.shape:
+            raise ShapeError(f'a protocol restores images [B, C, H, W] that are not empty, got {list(lq.shape)}')
+
+        def run(image: Tensor) -> Tensor:
+            return self._run_padded(network, image, on_tile, on_note)
+
+        with evaluating(network):
+            result = _mean_of_eight(run, lq) if self.self_ensemble else run(lq)
+            if not torch.isfinite(result).all():
+                raise DataError('the network gave values that are not finite; its weights or the image are at fault')
+            result = result.clamp(0, 1)
+            return (result * 255).round_().div_(255) if self.round else result
+
+    def measure(
+        self, restored: np.ndarray | Tensor, reference: np.ndarray | Tensor, metrics: Metrics | None = None
+    ) -> dict[str, float]:
+        """Measure an image against its reference.
+
+        Args:
+            restored, reference: RGB or gray, see `ast_plugin.metrics.images.check_pair`.
+            metrics: other ones than the protocol's, in BasicSR's form; each gets BGR in [0, 255], uint8 if `round`.
+        Returns:
+            A value for each metric's name.
+        Raises:
+            PluginError: if an image is no such image, or too small for a metric; the metric is named.
+        """
+        pair = [as_array(image) for image in (restored, reference)]
+        img, img2 = (to_toolbox(eight_bits(image) if self.round else fractions(image)) for image in pair)
+        chosen = self.metrics if metrics is None else metrics
+        return {name: _measured(name, options, img, img2) for name, options in chosen.items()}
+
+    def describe(self) -> str:
+        """What is done, in a line: `agan: tiles of 384, overlap 80, mean; not rounded`."""
+        parts = [f'zeros around to a square multiple of {self.square}'] if self.square else []
+        if self.tile is None:
+            parts.append('one pass')
+        elif self.tile == AUTO:
+            overlap = 'a quarter' if self.overlap is None else self.overlap
+            parts.append(f'one pass or tiles as memory allows, overlap {overlap}, {self.blend}')
+        else:
+            overlap = self.tile // 4 if self.overlap is None else self.overlap
+            parts.append(f'tiles of {self.tile}, overlap {overlap}, {self.blend}')
+        parts += ['mean over eight flips and rotations'] if self.self_ensemble else []
+        return f'{self.type}: {"; ".join(parts)}; {"rounded to 8 bits" if self.round else "not rounded"}'
+
+    def _run_padded(self, network: Callable, image: Tensor, on_tile: OnTile | None, on_note: OnNote | None) -> Tensor:
+        if self.square is None:
+            return self.tiling.run(network, image, on_tile, on_note)
+        height, width = image.shape[-2:]
+        side = -(-max(height, width) // self.square) * self.square
+        top, left = (side - height) // 2, (side - width) // 2
+        try:
+            padded = F.pad(image, (left, side - width - left, top, side - height - top))
+        except RuntimeError as error:
+            raise OptionError(
+                f'{width}x{height} with zeros around it, {side}x{side}, does not fit in memory; choose a smaller square'
+            ) from error
+        result = self.tiling.run(network, padded, on_tile, on_note)
+        scale = result.shape[-1] // side
+        return result[..., top * scale : (top + height) * scale, left * scale : (left + width) * scale]
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.type: protocol
+    for protocol in (
+        Protocol('basicsr', round=True),  # as BasicSR's own models; measures by val.metrics alone
+        Protocol('spad', _MATLAB, square=128, round=True),
+        Protocol('agan', _SKIMAGE, tile=384, overlap=80, blend='mean'),
+        Protocol('densehaze', _SKIMAGE, tile=1152, overlap=384, blend='mean'),
+        Protocol('whole', _SKIMAGE),
+        Protocol('tiled', _SKIMAGE, tile=AUTO),
+    )
+}
+"""The protocols by name. Source of spad, agan, densehaze: test scripts of the AST release (Zhou et al., CVPR 2024)."""
+
+_WHOLE, _TEXT, _SWITCH, _NOTHING = 'a whole number', 'text', 'true or false', 'nothing'
+_KINDS = {_WHOLE: int, _TEXT: str, _SWITCH: bool, _NOTHING: type(None)}
+_KEYS = {
+    'square': (_WHOLE, _NOTHING),
+    'tile': (_WHOLE, _TEXT, _NOTHING),
+    'overlap': (_WHOLE, _NOTHING),
+    'blend': (_TEXT,),
+    'batch': (_WHOLE,),
+    'round': (_SWITCH,),
+    'self_ensemble': (_SWITCH,),
+}
+
+
+def read_protocol(value: str | Mapping[str, Any] | None) -> Protocol:
+    """The protocol that an option file names.
+
+    Args:
+        value: a name of `PROTOCOLS`; or a mapping with that as `type`, and any of square, tile, overlap, blend, batch,
+            round and self_ensemble, which take the place of the protocol's own. None for BasicSR's own way.
+    Raises:
+        OptionError: if there is no such protocol, or its parameters make no sense.
+    """
+    if value is None:
+        return PROTOCOLS['basicsr']
+    if not isinstance(value, (str, Mapping)):
+        raise OptionError(f'protocol is {value!r}: expected a name, or a mapping with a type')
+    changes = {'type': value} if isinstance(value, str) else dict(value)
+    name = changes.pop('type', None)
+    if not isinstance(name, str) or name not in PROTOCOLS:
+        raise OptionError(
+            f'no validation protocol is called {name}{did_you_mean(str(name), PROTOCOLS)}; '
+            f'there are {", ".join(PROTOCOLS)}'
+        )
+    for key, given in changes.items():
+        if key not in _KEYS:
+            raise OptionError(f'protocol.{key}: unknown key{did_you_mean(str(key), _KEYS)}')
+        if type(given) not in [_KINDS[word] for word in _KEYS[key]]:  # True is an int, but no number of pixels
+            raise OptionError(f'protocol.{key} is {given!r}: expected {" or ".join(_KEYS[key])}')
+    if changes.get('square') is not None and changes['square'] < 1:
+        raise OptionError(f'protocol.square is {changes["square"]}: expected a number of pixels, 1 or more')
+    protocol = dataclasses.replace(PROTOCOLS[name], **changes)
+    idle = [] if protocol.tile else [key for key in ('overlap', 'blend', 'batch') if key in changes]
+    if idle:
+        raise OptionError(f'protocol.{idle[0]}: {name} has no tiles that this could say something of; set tile, too')
+    try:
+        protocol.tiling  # noqa: B018 - checks tile, overlap, blend and batch
+    except OptionError as error:
+        raise OptionError(f'protocol {name}: {error}') from None
+    return protocol
+
+
+def _measured(name: str, options: Mapping[str, Any], img: np.ndarray, img2: np.ndarray) -> float:
+    try:
+        from basicsr.metrics import calculate_metric  # here: images are restored without BasicSR
+
+        return float(calculate_metric({'img': img, 'img2': img2}, options))
+    except PluginError as error:
+        error.args = (f'{name}: {error}', *error.args[1:])
+        raise
+    except Exception as error:  # metrics of others raise what they like
+        size = f'{img.shape[1]}x{img.shape[0]}'
+        raise DataError(f'{name}: {options["type"]} fails on an image of {size}: {one_line(error)}') from error
+
+
+def _mean_of_eight(run: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """The mean of the results for the eight symmetries of a square, each turned back."""
+    total = None
+    for number in range(8):
+        mirror, upside_down, transpose = number & 1, number & 2, number & 4
+        dims = [dim for dim, is_flipped in ((-1, mirror), (-2, upside_down)) if is_flipped]
+        turned = image.flip(dims) if dims else image
+        result = run(turned.transpose(-1, -2).contiguous() if transpose else turned)
+        result = result.transpose(-1, -2) if transpose else result
+        result = result.flip(dims) if dims else result
+        total = result if total is None else total + result
+    return total / 8

@@ -1,0 +1,194 @@
+"""Restoring pictures with a trained network: weights, device, memory and tiles behind one class."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ast_plugin.archs.registered_arch import registered_network, stated_channels
+from ast_plugin.checkpoints import infer_network, load_into, read_checkpoint
+from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, ShapeError, one_line
+from ast_plugin.evaluation.protocols import Protocol
+from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, check_tile_options
+
+_LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+
+
+class Restorer:
+    """A network ready to restore pictures.
+
+        restorer = Restorer.from_weights('AST_derain.safetensors')
+        restored = restorer.restore(photograph)     # RGB [H, W, 3], uint8, as is `photograph`
+
+    Pictures that do not fit in memory are restored in tiles. The network runs in float32, in evaluation mode.
+
+    Args:
+        network: maps [1, C, H, W] in [0, 1] to [1, D, s·H, s·W], C and D being 1 or 3.
+        in_channels: C.
+        device: 'cpu', 'cuda', 'cuda:1' …; None takes a GPU where there is one.
+        tile: side of a tile in pixels; 'auto' or None chooses by the free memory, and takes the whole where it fits.
+        overlap: pixels that neighbouring tiles share; None takes a quarter of the tile.
+        batch: tiles that go through the network together.
+        self_ensemble: give the mean of the results for the eight flips and rotations of the picture.
+    Attributes:
+        notes: lines on what was assumed about the network.
+    Raises:
+        OptionError: if the device is not there, or tile and overlap make no sense.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        in_channels: int = 3,
+        device: str | torch.device | None = None,
+        tile: int | str | None = None,
+        overlap: int | None = None,
+        batch: int = 1,
+        self_ensemble: bool = False,
+    ) -> None:
+        check_tile_options(tile, overlap, batch=batch)
+        if in_channels not in (1, 3):
+            raise OptionError(f'the network takes {in_channels} channels: expected 1 (gray) or 3 (RGB)')
+        self.device = find_device(device)
+        self.network = network.to(self.device, torch.float32).eval().requires_grad_(False)
+        self.in_channels = in_channels
+        self.protocol = Protocol(
+            'tiled', tile=AUTO if tile is None else tile, overlap=overlap, batch=batch, self_ensemble=self_ensemble
+        )
+        self.notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_weights(
+        cls,
+        path: str | os.PathLike,
+        *,
+        network: Mapping[str, Any] | None = None,
+        param_key: str | None = None,
+        device: str | torch.device | None = None,
+        tile: int | str | None = None,
+        overlap: int | None = None,
+        batch: int = 1,
+        self_ensemble: bool = False,
+    ) -> 'Restorer':
+        """Build the network that a weights file is of, and load it.
+
+        Args:
+            path: safetensors or .pth, ours, BasicSR's or official.
+            network: its options, as under `network_g` of an option file. None takes those in the file's metadata,
+                else what names and shapes of an AST's weights tell; what they do not tell is said in `notes`.
+            param_key: where the weights lie in a .pth file, such as 'params_ema'; None looks in the usual places.
+            device, tile, overlap, batch, self_ensemble: see `Restorer`.
+        Raises:
+            CheckpointError: if the file cannot be used, or is not of this network.
+            OptionError: if the network's options, the device or the tiles are wrong.
+        """
+        check_tile_options(tile, overlap, batch=batch)
+        found_device = find_device(device)
+        checkpoint = read_checkpoint(path, param_key)
+        notes: list[str] = []
+        options = network or checkpoint.network
+        if options is None:
+            try:
+                options, notes = infer_network(checkpoint.state)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f'{path} does not say which network it is of, and {error}; name the network '
+                    'with an option file (-opt)'
+                ) from error
+        built = build_network(options)
+        load_into(built, checkpoint)
+        restorer = cls(
+            built,
+            in_channels=next(iter(stated_channels(options, built)), 3),
+            device=found_device,
+            tile=tile,
+            overlap=overlap,
+            batch=batch,
+            self_ensemble=self_ensemble,
+        )
+        restorer.notes = tuple(notes)
+        return restorer
+
+    def restore(
+        self,
+        image: np.ndarray,
+        *,
+        on_tile: OnTile | None = None,
+        on_note: OnNote | None = None,
+    ) -> np.ndarray:
+        """Restore one picture.
+
+        A gray picture goes through a network of RGB as three equal channels, whose mean comes back.
+
+        Args:
+            image: gray [H, W] or RGB [H, W, 3]; uint8, uint16, or floating point in [0, 1].
+            on_tile: called with (tiles done, tiles in all).
+            on_note: called with a line when tiles are chosen because memory is short.
+        Returns:
+            The restored picture, [s·H, s·W] or [s·H, s·W, 3], clamped to the range of its dtype and rounded to the
+            nearest value: the input's dtype, float32 for floating point.
+        Raises:
+            ShapeError: if the array is no such picture, or the network does not take its size.
+            DataError: if colours are given to a network for gray, or the network's result is not finite.
+            OptionError: if the picture does not fit in memory with the tiles asked for.
+        """
+        largest = _LARGEST.get(image.dtype, 1)
+        if largest == 1 and not np.issubdtype(image.dtype, np.floating):
+            raise ShapeError(f'a picture has uint8, uint16 or floating point values, not {image.dtype}')
+        is_gray = image.ndim == 2
+        if not (is_gray or (image.ndim == 3 and image.shape[2] == 3)) or 0 in image.shape:
+            raise ShapeError(f'a picture is [H, W] or [H, W, 3], not {list(image.shape)}')
+        if self.in_channels == 1 and not is_gray:
+            raise DataError('the picture has colours, the network takes gray pictures only')
+        values = torch.from_numpy(image.astype(np.float32)).div_(largest)
+        batch = values[None, None].expand(1, self.in_channels, -1, -1) if is_gray else values.permute(2, 0, 1)[None]
+        result = self.protocol.restore(self.network, batch, on_tile, on_note)[0]
+        with torch.inference_mode():
+            if is_gray and len(result) == 3:
+                result = result.mean(0, keepdim=True)
+            result = result * largest
+            result = result.round_() if largest > 1 else result
+            array = result.movedim(0, -1).numpy().astype(image.dtype if largest > 1 else np.float32)
+        return np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name; None takes the first GPU, or the CPU where there is none.
+
+    Raises:
+        OptionError: if there is no such device here.
+    """
+    if name is None:
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        count = torch.cuda.device_count()
+        have = f'cpu, cuda:0 to cuda:{count - 1}' if count > 1 else 'cpu, cuda' if count else 'cpu'
+        raise OptionError(f'device {name!s} cannot be used here, there is: {have} ({one_line(error)})') from error
+    return device
+
+
+def build_network(options: Mapping[str, Any]) -> nn.Module:
+    """Build a registered network, without the toolbox's log lines.
+
+    Args:
+        options: `type`, the registered name, and the network's arguments.
+    Raises:
+        OptionError: if no such network is registered, or it does not take these arguments.
+    """
+    arguments = dict(options)
+    name = arguments.pop('type', None)
+    network = registered_network(name)
+    try:
+        return network(**arguments)
+    except PluginError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        # Networks of others check their arguments each in their own way.
+        raise OptionError(f'the network {name} cannot be built with {arguments}: {one_line(error)}') from error

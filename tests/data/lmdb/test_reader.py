@@ -1,0 +1,277 @@
+"""Reading LMDBs: by many at once, and what is said of those that cannot be read."""
+
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from ast_plugin.cli.main import main
+from ast_plugin.data.lmdb.check import check_lmdb
+from ast_plugin.data.lmdb.reader import LmdbImages
+from ast_plugin.data.pairs_dataset import PairsDataset
+from ast_plugin.errors import DataError, OptionError
+from tests import tiny_run
+from tests.data.lmdb_sources import options, pack, write_folders
+
+
+@pytest.fixture(scope='module')
+def packed(tmp_path_factory) -> Path:
+    root = write_folders(tmp_path_factory.mktemp('packed'), 12)
+    pack(root, root / 'png')
+    pack(root, root / 'raw', 'raw')
+    return root
+
+
+@pytest.fixture
+def raw(packed, tmp_path) -> Path:
+    return Path(shutil.copytree(packed / 'raw', tmp_path / 'raw'))
+
+
+def dataset(folder: Path, **more) -> PairsDataset:
+    return PairsDataset(options(folder / 'lq.lmdb', folder / 'gt.lmdb', **more))
+
+
+def rewrite(folder: Path, change) -> None:
+    """Let `change(transaction)` alter an LMDB."""
+    with lmdb.open(str(folder), lock=False, map_size=2**24) as environment, environment.begin(write=True) as writing:
+        change(writing)
+
+
+def test_a_missing_key_is_named_with_the_lmdb(raw):
+    rewrite(raw / 'gt.lmdb', lambda writing: writing.delete(b'003'))
+    data = dataset(raw)
+    data[2]
+    with pytest.raises(DataError, match=r"datasets\.train: .*gt\.lmdb: no image has the key '003'.*basicsr data"):
+        data[3]
+    assert any("no image has the key '003'" in fault for fault in check_lmdb(raw / 'gt.lmdb'))
+
+
+@pytest.mark.parametrize('share', [0.0, 0.001, 0.3, 0.7, 0.999])
+def test_a_cut_file_is_refused(raw, share):
+    file = raw / 'lq.lmdb/data.mdb'
+    os.truncate(file, int(file.stat().st_size * share))
+    with pytest.raises(DataError, match=re.escape(str(file)) + r': (cut off|cannot be opened).*basicsr data lmdb'):
+        dataset(raw)[0]
+    assert len(check_lmdb(raw / 'lq.lmdb')) == 1
+
+
+@pytest.mark.parametrize('content', [b'rubbish' * 9999, b'\0' * 65536])
+def test_what_is_no_lmdb_is_refused(raw, content):
+    (raw / 'lq.lmdb/data.mdb').write_bytes(content)
+    with pytest.raises(DataError, match=r'data\.mdb: cannot be opened: .*not an LMDB'):
+        dataset(raw)[0]
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('data.mdb', r'gt\.lmdb/data\.mdb: there is no such file'),
+        ('meta_info.txt', r'gt\.lmdb/meta_info\.txt: there is no such file'),
+        ('', r'gt\.lmdb: there is no such LMDB'),
+    ],
+)
+def test_missing_files_are_named(raw, name, message):
+    path = raw / 'gt.lmdb' / name
+    path.unlink() if name else shutil.rmtree(path)
+    with pytest.raises(DataError, match=r'datasets\.train: .*' + message):
+        dataset(raw)
+
+
+@pytest.mark.parametrize('line', ['004.png', '004.jpg (9,11,3) 1', '\xff\xfe'])
+def test_a_wrong_line_is_shown(raw, line):
+    with open(raw / 'lq.lmdb/meta_info.txt', 'a', encoding='utf-8') as file:
+        file.write(line)
+    with pytest.raises(DataError, match=r'meta_info\.txt: line 13 is .*expected'):
+        dataset(raw)
+
+
+def test_lmdbs_that_do_not_belong_together(raw, packed):
+    (raw / 'gt.lmdb/meta_info.txt').write_text('000.raw (9,11,3) 8\n')
+    with pytest.raises(DataError, match=r'same keys.*001, 002, 003 and 8 more'):
+        dataset(raw)
+    for kind in ('lq', 'gt'):
+        (raw / f'{kind}.lmdb/meta_info.txt').write_text('')
+    with pytest.raises(DataError, match=r'same keys, and have none'):
+        dataset(raw)
+
+
+@pytest.mark.parametrize(
+    'damage', [lambda value: value[:-1], lambda value: value[:15], lambda value: value[:8] + b'\xff' * 20]
+)
+def test_a_damaged_value_is_named(raw, damage):
+    with_value = LmdbImages(raw / 'lq.lmdb').read('005', bytes)
+    rewrite(raw / 'lq.lmdb', lambda writing: writing.put(b'005', damage(with_value)))
+    with pytest.raises(DataError, match=r'lq\.lmdb/005: damaged: '):
+        dataset(raw)[5]
+    assert check_lmdb(raw / 'lq.lmdb') == [f'{raw}/lq.lmdb/005: differs from what was written: damaged']
+    (raw / 'lq.lmdb/digests.txt').unlink()
+    assert '005: damaged' in ' '.join(check_lmdb(raw / 'lq.lmdb'))
+
+
+def test_a_check_finds_nothing_wrong_and_all_that_is(packed, raw):
+    assert all(
+        check_lmdb(packed / encoding / f'{kind}.lmdb') == [] for encoding in ('png', 'raw') for kind in ('lq', 'gt')
+    )
+    rewrite(raw / 'gt.lmdb', lambda writing: writing.put(b'more', b'x'))
+    (raw / 'gt.lmdb/digests.txt').unlink()
+    (raw / 'gt.lmdb/meta_info.txt').write_text(
+        (raw / 'gt.lmdb/meta_info.txt').read_text().replace('007.raw (9,11,3)', '007.raw (8,11,3)')
+    )
+    first, second = check_lmdb(raw / 'gt.lmdb', num_workers=3)
+    assert 'holds 13 images, of which meta_info.txt names 12' in first
+    assert '007: has 11x9 pixels, meta_info.txt says 11x8' in second
+
+
+def test_an_lmdb_that_grows_while_it_is_open(tmp_path):
+    with lmdb.open(str(tmp_path), map_size=2**16, lock=False) as environment, environment.begin(write=True) as writing:
+        writing.put(b'a', b'1' * 1000)
+    (tmp_path / 'meta_info.txt').write_text('a.png (1,1,3) 1\nb.png (1,1,3) 1\n')
+    images = LmdbImages(tmp_path)
+    assert images.read('a', len) == 1000
+    code = (
+        f'import lmdb; e = lmdb.open({str(tmp_path)!r}, map_size=2**26, lock=False); '
+        'w = e.begin(write=True); w.put(b"b", b"2" * 9000000); w.commit()'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
+    assert images.read('b', len) == 9_000_000
+
+
+@pytest.mark.parametrize('map_size', [2**20, 2**40])
+def test_any_map_size_will_do(raw, packed, map_size):
+    """What was made elsewhere may have a map much smaller than our first one, or larger than memory and disk."""
+    for kind in ('lq', 'gt'):
+        with (
+            lmdb.open(str(raw / f'{kind}.lmdb'), map_size=map_size, lock=False) as environment,
+            environment.begin(write=True) as writing,
+        ):
+            writing.put(b'000', writing.get(b'000'))
+    assert dataset(raw)[0]['lq'].equal(dataset(packed / 'raw')[0]['lq'])
+
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create 8 worker processes')
+@pytest.mark.parametrize(('method', 'count'), [('fork', 8), ('spawn', 1)])  # what is spawned imports torch first
+def test_processes_read_while_it_is_open_elsewhere(packed, method, count):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip('no fork here')
+    data = dataset(packed / 'raw')
+    expected = sum(float(data[0, number]['gt'].sum()) for number in range(60))
+    sampler = [(0, number) for number in range(60)]
+    loader = DataLoader(data, sampler=sampler, num_workers=count, multiprocessing_context=method)
+    holder = subprocess.Popen(
+        [sys.executable, '-c', f'import lmdb; e = lmdb.open({str(packed / "raw/gt.lmdb")!r}); print("open"); input()'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        holder.stdout.readline()
+        assert sum(float(sample['gt'].sum()) for sample in loader) == pytest.approx(expected)
+    finally:
+        holder.communicate('\n')
+    assert data[0, 1]['gt'].equal(dataset(packed / 'raw')[0, 1]['gt'])
+
+
+def test_datasets_of_one_process_share_it_and_leave_it_closed(packed):
+    one, other = dataset(packed / 'raw'), dataset(packed / 'raw', seed=5)
+    assert one[0]['lq'].shape == other[0]['lq'].shape == (3, 6, 6)
+    del one
+    other[1]
+    with pytest.raises(lmdb.Error, match='already open'):
+        lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False)
+    del other
+    lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False).close()
+
+
+def test_what_others_have_open_in_this_process_is_told(packed):
+    data = dataset(packed / 'raw')
+    with (
+        lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False),
+        pytest.raises(DataError, match='open already; a dataset of another type has it open in this process'),
+    ):
+        data[0]
+    data[0]
+
+
+def test_it_travels_open_or_not(packed):
+    data = dataset(packed / 'raw')
+    first = data[0]['lq']
+    assert pickle.loads(pickle.dumps(data))[0]['lq'].equal(first)
+
+
+def test_samples_outlive_the_map(packed):
+    data = dataset(packed / 'raw', phase='val', keep_uint8=True)
+    sample = data[4]
+    before = sample['lq'].clone()
+    del data
+    assert sample['lq'].dtype == torch.uint8 and sample['lq'].equal(before)
+    sample['lq'].zero_()  # writable, and not the file
+
+
+def test_the_loader_takes_bytes_to_the_same_floats(packed):
+    floats, kept = dataset(packed / 'raw'), dataset(packed / 'png', keep_uint8=True)
+    for number in range(12):
+        assert kept[0, number]['lq'].dtype == torch.uint8
+        assert np.array_equal((kept[0, number]['lq'].float() / 255).numpy(), floats[0, number]['lq'].numpy())
+
+
+@pytest.mark.parametrize('options', [{'layout': 'agan'}, {'lq_template': '{}_rain'}])
+def test_layouts_and_templates_are_of_files(packed, options):
+    with pytest.raises(OptionError, match='io_backend lmdb takes dataroot_lq and dataroot_gt'):
+        more = {'dataroot_lq': None, 'dataroot_gt': None, 'dataroot': 'x'} if 'layout' in options else {}
+        dataset(packed / 'raw', **options, **more)
+
+
+@pytest.mark.parametrize('encoding', ['png', 'raw'])
+def test_basicsr_dataset_is_told_to_leave_pixels_alone(packed, tmp_path, capsys, encoding):
+    file = tiny_run.write(tmp_path)
+    text = (
+        file.read_text()
+        .replace('data/lq', f'{packed}/{encoding}/lq.lmdb')
+        .replace('data/gt', f'{packed}/{encoding}/gt.lmdb')
+    )
+    file.write_text(text.replace('{type: disk}', '{type: lmdb}').replace('gt_size: 32', 'gt_size: 8'))
+    from ast_plugin import options as option_files
+    from ast_plugin.cli import preflight, registries
+
+    registered = registries.load()
+    opt = option_files.prepare(option_files.load(file), root=tmp_path, dataset_types=registered.by_kind['dataset'])
+    if encoding == 'png':
+        preflight.check(opt, registered, 'tiny.yml')
+        return
+    with pytest.raises(DataError, match=r'PairedImageDataset reads LMDBs of PNG files.*holds pixels.*PairsDataset'):
+        preflight.check(opt, registered, 'tiny.yml')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['{}/nowhere', '{}/out'], 'no such dataset, folder or manifest'),
+        (['{}/lq', '{}/out'], 'expected the folders lq and gt in it'),
+        (['{}', '{}/out', '--split', 'train'], 'a folder without --layout does not use --split'),
+        (['{}', '{}/out', '--layout', 'agan', '--lq-dir', 'x'], 'layout agan does not use --lq-dir'),
+        (['{}', '{}/out', '--layout', 'agam'], 'did you mean agan'),
+        (['{}', '{}/out', '--layout', 'agan'], 'AGAN-Data is not at'),
+        (['{}', '{}/out', '--encoding', 'raw', '--compress-level', '1'], 'raw pixels are not compressed'),
+        (['{}', '{}/out', '--workers', '0'], '--workers: expected 1 or more, got 0'),
+        (['{}/lq/000.png', '{}/out'], '000.png: no manifest'),
+        (['{}/lq/000.png', '{}/out', '--layout', 'agan'], 'a manifest does not use --layout'),
+        (['{}/empty', '{}/out'], 'no image in folder'),
+    ],
+)
+def test_wrong_commands(packed, tmp_path, capsys, arguments, message):
+    for kind in ('lq', 'gt'):
+        (packed / 'empty' / kind).mkdir(parents=True, exist_ok=True)
+    assert main(['data', 'lmdb', *(argument.format(packed) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('basicsr: error: ') and message in error
+    assert not (packed / 'out').exists()

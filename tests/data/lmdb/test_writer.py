@@ -1,0 +1,309 @@
+"""Packing pairs into LMDBs: what is in them, that nothing changes it, and what stops it."""
+
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import cv2
+import lmdb
+import numpy as np
+import pytest
+from PIL import Image
+
+from ast_plugin.cli.main import main
+from ast_plugin.data.image_files import read_rgb
+from ast_plugin.data.layouts import Source, list_pairs
+from ast_plugin.data.lmdb import writer as lmdb_writer
+from ast_plugin.data.lmdb.format import decode_key, encode_key, read_digests, read_meta_info, view_raw
+from ast_plugin.data.lmdb.plan import Plan, make_plan
+from ast_plugin.data.lmdb.reader import LmdbImages
+from ast_plugin.data.manifest import Entry, write_manifest
+from ast_plugin.data.pair_table import Pair
+from ast_plugin.data.pairs_dataset import PairsDataset
+from ast_plugin.errors import DataError
+from tests.data.lmdb_sources import contents, options, pack, write_folders
+
+
+def value(folder: Path, key: str) -> bytes:
+    return LmdbImages(folder).read(key, bytes)
+
+
+def test_files_in_rgb_stay_as_they_are(root, tmp_path):
+    pack(root, tmp_path / 'out')
+    for kind in ('lq', 'gt'):
+        folder = tmp_path / f'out/{kind}.lmdb'
+        assert value(folder, '004') == (root / kind / '004.png').read_bytes()
+        assert sorted(path.name for path in folder.iterdir()) == ['data.mdb', 'digests.txt', 'meta_info.txt']
+        lines = (folder / 'meta_info.txt').read_text().splitlines()
+        assert [line.split('.')[0] for line in lines] == [f'{number:03d}' for number in range(7)]
+        assert all(re.fullmatch(r'\d{3}\.png \(9,11,3\) \d', line) for line in lines)
+    assert list(tmp_path.glob('.*')) == []
+
+
+def test_basicsr_reads_them(root, tmp_path):
+    from basicsr.data.paired_image_dataset import PairedImageDataset
+    from basicsr.utils import FileClient
+
+    pack(root, tmp_path / 'out')
+    lq, gt = tmp_path / 'out/lq.lmdb', tmp_path / 'out/gt.lmdb'
+    theirs = PairedImageDataset(options(lq, gt, phase='val'))
+    files = PairedImageDataset(options(root / 'lq', root / 'gt', phase='val', io_backend={'type': 'disk'}))
+    by_path = {Path(sample['gt_path']).stem: sample for sample in (files[number] for number in range(7))}
+    assert len(theirs) == 7
+    for number in range(7):
+        sample = theirs[number]
+        for kind in ('lq', 'gt'):
+            assert sample[kind].equal(by_path[sample['gt_path']][kind])
+    del theirs, sample
+    client = FileClient('lmdb', db_paths=[str(lq)], client_keys=['lq'])
+    assert client.get('002', 'lq') == (root / 'lq/002.png').read_bytes()
+
+
+@pytest.mark.parametrize('encoding', ['png', 'raw'])
+@pytest.mark.parametrize('phase', ['train', 'val'])
+def test_samples_are_those_of_the_files(root, tmp_path, encoding, phase):
+    pack(root, tmp_path / 'out', encoding)
+    files = PairsDataset(options(root / 'lq', root / 'gt', phase=phase, io_backend={'type': 'disk'}))
+    packed = PairsDataset(options(tmp_path / 'out/lq.lmdb', tmp_path / 'out/gt.lmdb', phase=phase))
+    assert len(packed) == len(files)
+    for number in range(14):
+        one, other = files[3, number], packed[3, number]
+        assert one['lq'].equal(other['lq']) and one['gt'].equal(other['gt'])
+        assert Path(one['lq_path']).name == Path(other['lq_path']).name
+
+
+def odd_images() -> dict[str, np.ndarray | Image.Image]:
+    ramp = np.arange(9 * 11 * 3, dtype=np.uint8).reshape(9, 11, 3)
+    return {
+        'gray.png': Image.fromarray(ramp[..., 0]),
+        'alpha.png': Image.fromarray(np.dstack([ramp, ramp[..., :1]])),
+        'palette.png': Image.fromarray(ramp).quantize(16),
+        'photo.jpg': Image.fromarray(ramp),
+        'picture.webp': Image.fromarray(ramp),
+        'deep.png': ramp.astype(np.uint16) * 257 + 1,
+        'plain.png': Image.fromarray(ramp),
+    }
+
+
+@pytest.mark.parametrize('encoding', ['png', 'raw'])
+@pytest.mark.parametrize('level', [None, 0])
+def test_every_kind_of_file_keeps_its_pixels(tmp_path, encoding, level):
+    for kind in ('lq', 'gt'):
+        (tmp_path / kind).mkdir()
+        for name, image in odd_images().items():
+            path = tmp_path / kind / name
+            cv2.imwrite(str(path), image) if isinstance(image, np.ndarray) else image.save(path)
+    pack(tmp_path, tmp_path / 'out', encoding, None if encoding == 'raw' else level)
+    packed = LmdbImages(tmp_path / 'out/lq.lmdb')
+    for entry in packed.entries():
+        (path,) = (tmp_path / 'lq').glob(f'{entry.key}.*')
+        data = packed.read(entry.key, bytes)
+        if encoding == 'raw':
+            assert np.array_equal(view_raw(data), read_rgb(path))
+        else:
+            copy = tmp_path / 'copy.png'
+            copy.write_bytes(data)
+            assert np.array_equal(read_rgb(copy), read_rgb(path)) and read_rgb(copy).dtype == read_rgb(path).dtype
+            assert data[25] == 2, 'expected RGB'
+        assert entry.shape == (9, 11, 3)
+
+
+@pytest.mark.parametrize('encoding', ['png', 'raw'])
+def test_workers_change_no_byte(root, tmp_path, small_batches, encoding):
+    pack(root, tmp_path / 'one', encoding, num_workers=1)
+    pack(root, tmp_path / 'many', encoding, num_workers=5)
+    assert contents(tmp_path / 'one') == contents(tmp_path / 'many')
+
+
+def test_what_comes_back_otherwise_is_not_kept(root, tmp_path, monkeypatch):
+    texts = lmdb_writer._write_texts
+
+    def damaged(staging, plan):
+        texts(staging, plan)
+        file = staging / 'pair/gt.lmdb/data.mdb'
+        data = bytearray(file.read_bytes())
+        data[data.index(b'IDAT') + 9] ^= 1
+        file.write_bytes(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lmdb_writer, '_write_texts', damaged)
+        with pytest.raises(DataError, match='1 images came back other than they were written'):
+            pack(root, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+    assert pack(root, tmp_path / 'out').num_resumed == 0
+
+
+def test_the_same_again_does_nothing(root, tmp_path):
+    pack(root, tmp_path / 'out')
+    before = contents(tmp_path / 'out')
+    stamp = (tmp_path / 'out/lq.lmdb/data.mdb').stat().st_mtime_ns
+    assert pack(root, tmp_path / 'out').num_resumed == 7
+    assert (tmp_path / 'out/lq.lmdb/data.mdb').stat().st_mtime_ns == stamp and contents(tmp_path / 'out') == before
+
+
+def test_the_same_again_does_not_pass_what_was_damaged_since(root, tmp_path):
+    pack(root, tmp_path / 'out')
+    os.truncate(tmp_path / 'out/gt.lmdb/data.mdb', 9000)
+    with pytest.raises(DataError, match=r'exists, but is damaged: .*gt\.lmdb/data\.mdb: cut off.*--overwrite'):
+        pack(root, tmp_path / 'out')
+    assert pack(root, tmp_path / 'out', overwrite=True).num_resumed == 0
+
+
+def test_something_else_is_replaced_only_when_asked_to(root, tmp_path):
+    pack(root, tmp_path / 'out')
+    with pytest.raises(DataError, match=r'exists, with LMDBs of other images.*--overwrite'):
+        pack(root, tmp_path / 'out', 'raw')
+    pack(root, tmp_path / 'out', 'raw', overwrite=True)
+    assert next(read_meta_info(tmp_path / 'out/gt.lmdb')).encoding == 'raw'
+    assert [path.name for path in tmp_path.iterdir() if path.name != 'source'] == ['out']
+
+
+@pytest.mark.parametrize('overwrite', [False, True])
+@pytest.mark.parametrize('kind', ['folder', 'file', 'link'])
+def test_what_is_no_pair_of_lmdbs_is_never_replaced(root, tmp_path, overwrite, kind):
+    out = tmp_path / 'out'
+    if kind == 'folder':
+        out.mkdir()
+        (out / 'thesis.tex').write_text('four years')
+    elif kind == 'file':
+        out.write_text('four years')
+    else:
+        out.symlink_to(tmp_path / 'nowhere')
+    with pytest.raises(DataError, match='exists, and is not a pair of LMDBs'):
+        pack(root, out, overwrite=overwrite)
+    assert os.path.lexists(out)
+
+
+def test_an_empty_folder_may_be_the_destination(root, tmp_path):
+    (tmp_path / 'out').mkdir()
+    assert pack(root, tmp_path / 'out').num_pairs == 7
+
+
+def test_the_map_grows_with_what_comes(tmp_path, monkeypatch):
+    root = write_folders(tmp_path / 'source', 40, (40, 40))
+    # Too little for a single batch: the map fills up, several times over.
+    monkeypatch.setattr(lmdb_writer, '_map_size', lambda *_: 2**15)
+    sizes, opened = [], lmdb.open
+    monkeypatch.setattr(lmdb, 'open', lambda *a, **k: sizes.append(k.get('map_size')) or opened(*a, **k))
+    pack(root, tmp_path / 'out', 'raw')
+    assert {2**15, 2**16, 2**17} <= set(sizes)
+    assert LmdbImages(tmp_path / 'out/lq.lmdb').count() == 40
+
+
+@pytest.mark.parametrize('size', [0, 10**3, 10**9, 10**13])
+def test_the_map_has_room_for_a_batch(tmp_path, size):
+    class Large(bytes):
+        def __len__(self) -> int:
+            return size
+
+    assert lmdb_writer._map_size(tmp_path, [lmdb_writer.Value(None, '', Large())]) >= max(size * 1.1, 2**24)
+
+
+def test_few_pairs_are_under_way_at_a_time(root, monkeypatch):
+    pairs = list_pairs('folders', Source(dataroot_lq=str(root / 'lq'), dataroot_gt=str(root / 'gt')))
+    plan, begun = make_plan(pairs), []
+    encode = Plan.encode
+    monkeypatch.setattr(Plan, 'encode', lambda self, item: begun.append(1) or encode(self, item))
+    encoded = lmdb_writer._encoded(plan, plan.items, num_workers=1)
+    next(encoded)
+    time.sleep(0.05)
+    assert len(begun) <= 3
+    encoded.close()
+
+
+NAMES = ['ä ö', 'a.b.c', '雨', 'x' * 200, '雨' * 80, "it's", '100%', 'a%20b', 'a b', '(1,2,3) 4', '-', '~']
+
+
+def test_odd_names(tmp_path):
+    for kind in ('lq', 'gt'):
+        (tmp_path / kind).mkdir()
+        for number, name in enumerate(NAMES):
+            cv2.imwrite(str(tmp_path / 'image.png'), np.full((4, 5, 3), number, np.uint8))
+            shutil.move(tmp_path / 'image.png', tmp_path / kind / f'{name}.png')
+    pack(tmp_path, tmp_path / 'out')
+    dataset = PairsDataset(options(tmp_path / 'out/lq.lmdb', tmp_path / 'out/gt.lmdb', phase='val'))
+    keys = [entry.key for entry in read_meta_info(tmp_path / 'out/lq.lmdb')]
+    assert len(dataset) == len(set(keys)) == len(NAMES)
+    assert all(key.isascii() and len(key) <= 511 and not set(key) & set('. ') for key in keys)
+    seen = {Path(sample['lq_path']).stem: int((sample['lq'][0, 0, 0] * 255).round()) for sample in dataset}
+    whole = {name: number for number, name in enumerate(NAMES) if name != '雨' * 80}
+    assert whole.items() <= seen.items() and len(seen) == len(NAMES)
+
+    from basicsr.data.data_util import paired_paths_from_lmdb
+
+    paths = paired_paths_from_lmdb([str(tmp_path / 'out/lq.lmdb'), str(tmp_path / 'out/gt.lmdb')], ['lq', 'gt'])
+    assert sorted(path['lq_path'] for path in paths) == sorted(keys)
+
+
+def test_keys_are_told_apart_and_told_back():
+    names = [*NAMES, 'dir/a', 'dira', 'a%2Eb', 'a.b', os.fsdecode(b'\xff.raw'), '雨' * 80 + 'x', '雨' * 81]
+    keys = [encode_key(name) for name in names]
+    assert len(set(keys)) == len(keys)
+    assert [decode_key(key) for key, name in zip(keys, names, strict=True) if len(name) < 80 or name[0] == 'x'] == [
+        name for name in names if len(name) < 80 or name[0] == 'x'
+    ]
+
+
+def test_one_stem_in_several_folders_and_one_pair_twice(tmp_path):
+    for folder in ('a', 'b', 'a_gt', 'b_gt'):
+        (tmp_path / folder).mkdir()
+        for number, name in enumerate(('0.png', '0.jpg')):
+            image = np.full((8, 8, 3), 40 * number + 3 * len(folder) + ord(folder[0]), np.uint8)
+            cv2.imwrite(str(tmp_path / folder / name), image)
+    rows = ['/b/0.png /b_gt/0.png', '/a/0.png /a_gt/0.png', '/a/0.jpg /a_gt/0.jpg', '/b/0.png /b_gt/0.png']
+    (tmp_path / 'real_world.txt').write_text('\n'.join(rows))
+    pairs = list_pairs('spad', Source(dataroot=str(tmp_path)))
+    lmdb_writer.write_lmdbs(make_plan(pairs, 'raw'), tmp_path / 'out')
+    folder = tmp_path / 'out/lq.lmdb'
+    keys = [entry.key for entry in read_meta_info(folder)]
+    assert len(keys) == 4 and keys[0] == keys[3] == 'b/0' and LmdbImages(folder).count() == 3
+    assert [decode_key(key) for key in keys[1:3]] == ['a/0.png', 'a/0.jpg']
+    assert set(read_digests(folder)) == set(keys)
+    files = PairsDataset({**options('', ''), 'layout': 'spad', 'dataroot': str(tmp_path), **FROM_FILES})
+    packed = PairsDataset(options(folder, tmp_path / 'out/gt.lmdb'))
+    assert all(files[0, number]['lq'].equal(packed[0, number]['lq']) for number in range(8))
+
+
+FROM_FILES = {'io_backend': {'type': 'disk'}, 'dataroot_lq': None, 'dataroot_gt': None}
+
+
+def test_different_pairs_with_one_key_are_refused(root):
+    with pytest.raises(DataError, match=r'1 keys belong to several pairs: same; the first to .*000.png, .*001.png'):
+        make_plan([Pair('same', str(root / f'lq/00{n}.png'), str(root / f'gt/00{n}.png')) for n in (0, 1)])
+
+
+def test_pairs_of_a_manifest(root, tmp_path):
+    entries = [
+        Entry(f'pair {number}', f'lq/{number:03d}.png', f'gt/{number:03d}.png', (9, 11), (1, 1), ('', ''))
+        for number in (4, 2)
+    ]
+    write_manifest(tmp_path / 'two.jsonl', entries, layout='folders', phase='train', root=root, pairs=2)
+    assert main(['data', 'lmdb', str(tmp_path / 'two.jsonl'), str(tmp_path / 'out')]) == 0
+    assert [entry.key for entry in read_meta_info(tmp_path / 'out/gt.lmdb')] == ['pair%204', 'pair%202']
+    assert value(tmp_path / 'out/gt.lmdb', 'pair%202') == (root / 'gt/002.png').read_bytes()
+
+
+@pytest.mark.parametrize('place', ['file/out', 'x' * 300])
+def test_a_place_that_cannot_be_written(root, tmp_path, place):
+    (tmp_path / 'file').write_text('a file')
+    with pytest.raises(DataError, match=r'cannot be written: .*(directory|exists|too long)'):
+        pack(root, tmp_path / place)
+
+
+def break_size(root: Path) -> None:
+    cv2.imwrite(str(root / 'gt/005.png'), np.zeros((9, 12, 3), np.uint8))
+
+
+def break_file(root: Path) -> None:
+    file = root / 'lq/005.png'
+    file.write_bytes(file.read_bytes()[:60])
+
+
+@pytest.mark.parametrize(('damage', 'message'), [(break_size, 'must have one size.*005.png'), (break_file, '005.png')])
+def test_a_bad_pair_is_named_and_nothing_appears(root, tmp_path, small_batches, damage, message):
+    damage(root)
+    with pytest.raises(DataError, match=message):
+        pack(root, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()

@@ -1,0 +1,180 @@
+"""Every way in which a picture can be broken is found before training, and named."""
+
+import os
+import re
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from ast_plugin.data.image_files import read_rgb
+from ast_plugin.data.matching import Pair
+from ast_plugin.data.prepare.picture_checks import check_pair, check_picture, digest
+from ast_plugin.errors import DataError
+
+
+def smooth(height=48, width=64, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    return cv2.GaussianBlur(noise, (0, 0), 2)
+
+
+def image():
+    return Image.fromarray(smooth())
+
+
+def encoded(ending, pixels=None):
+    return cv2.imencode(ending, smooth() if pixels is None else pixels)[1].tobytes()
+
+
+def chunk(name, data):
+    return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+
+
+def bomb():
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', 60000, 60000, 8, 2, 0, 0, 0))
+    return b'\x89PNG\r\n\x1a\n' + header + chunk(b'IDAT', zlib.compress(bytes(999))) + chunk(b'IEND', b'')
+
+
+def jpeg_bomb():
+    data = bytearray(encoded('.jpg'))
+    place = data.index(b'\xff\xc0') + 5
+    data[place : place + 4] = b'\xff\xff\xff\xff'
+    return bytes(data)
+
+
+def flipped(data, place):
+    return data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
+
+
+def write_animated(path):
+    image().save(path, save_all=True, append_images=[Image.fromarray(smooth(seed=1))])
+
+
+def write_webp(path):
+    image().save(path, save_all=True, append_images=[Image.fromarray(smooth(seed=1))], duration=50)
+
+
+BROKEN = {
+    'empty': ('a.png', b'', 'the file is empty'),
+    'text': ('a.png', b'<html>404</html>', 'not a PNG, JPEG, WebP, TIFF or BMP file'),
+    'gif': ('a.png', b'GIF89a' + bytes(50), 'not a PNG'),
+    'one byte': ('a.jpg', b'\xff', 'not a PNG'),
+    'cut PNG': ('a.png', encoded('.png')[:-500], 'damaged'),
+    'cut PNG in the header': ('a.png', encoded('.png')[:20], 'damaged'),
+    'PNG with a wrong bit': ('a.png', flipped(encoded('.png'), 2000), 'damaged'),
+    'PNG with its end, but cut': ('a.png', encoded('.png')[:3000] + encoded('.png')[-12:], 'damaged'),
+    'cut JPEG': ('a.jpg', encoded('.jpg')[:-300], 'damaged'),
+    'cut JPEG with its end': ('a.jpg', encoded('.jpg')[:1200] + b'\xff\xd9', 'damaged'),
+    'cut BMP': ('a.bmp', encoded('.bmp')[:-500], 'damaged'),
+    'cut WebP': ('a.webp', encoded('.webp')[:-200], 'damaged'),
+    'cut TIFF': ('a.tif', encoded('.tif')[:-500], 'damaged'),
+    'animated PNG': ('a.png', write_animated, 'animated'),
+    'animated WebP': ('a.webp', write_webp, 'animated'),
+    'bomb': ('a.png', bomb(), '3600 million pixels, more than the 200 million allowed'),
+    'JPEG bomb': ('a.jpg', jpeg_bomb(), '4295 million pixels'),
+}
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_broken_pictures(tmp_path, capfd, name):
+    file, content, expected = BROKEN[name]
+    path = tmp_path / file
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        check_picture(path)
+    assert str(caught.value).startswith(f'{path}: ') and expected in str(caught.value), str(caught.value)
+    assert 'JPEG' not in capfd.readouterr().err  # libraries keep quiet in the terminal
+
+
+def test_files_that_cannot_be_opened(tmp_path):
+    os.symlink('loop.png', tmp_path / 'loop.png')
+    (tmp_path / 'folder.png').mkdir()
+    for name, expected in (('loop.png', 'symbolic links'), ('folder.png', 'directory'), ('none.png', 'No such file')):
+        with pytest.raises(DataError, match=f'{name}: cannot be read: .*{expected}'):
+            check_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ('name', 'save', 'traits'),
+    [
+        ('a.png', lambda path: image().save(path), ()),
+        ('a.jpg', lambda path: image().save(path), ()),
+        ('a.JPG', lambda path: image().save(path, 'JPEG', progressive=True), ()),
+        ('a.bmp', lambda path: image().save(path), ()),
+        ('a.png', lambda path: image().convert('L').save(path), ('gray',)),
+        ('a.jpg', lambda path: image().convert('L').save(path), ('gray',)),
+        ('a.tif', lambda path: image().convert('L').save(path), ('gray',)),
+        ('a.png', lambda path: image().convert('LA').save(path), ('gray', 'transparency')),
+        ('a.png', lambda path: image().convert('RGBA').save(path), ('transparency',)),
+        ('a.png', lambda path: image().quantize(16).save(path), ('palette',)),
+        ('a.jpg', lambda path: image().convert('CMYK').save(path), ('CMYK',)),
+        ('a.png', lambda path: cv2.imwrite(str(path), smooth().astype(np.uint16) * 257), ('16 bits',)),
+        ('a.jpg', lambda path: image().save(path, 'PNG'), ('PNG named .jpg',)),
+        ('a.png', lambda path: image().save(path, 'JPEG'), ('JPEG named .png',)),
+        ('a b é雨.png', lambda path: image().save(path), ()),
+    ],
+)
+def test_readable_pictures(tmp_path, name, save, traits):
+    path = tmp_path / name
+    save(path)
+    found = check_picture(path)
+    assert (found.size, found.num_bytes, found.traits) == ((48, 64), path.stat().st_size, traits)
+    assert found.digest == digest(read_rgb(path))
+
+
+def test_a_digest_is_of_pixels_alone():
+    pixels = smooth()
+    assert digest(pixels) == digest(pixels.copy())
+    assert digest(pixels) == digest(np.asfortranarray(pixels))
+    changed = pixels.copy()
+    changed[-1, -1, -1] ^= 1
+    others = [changed, pixels.reshape(64, 48, 3), pixels.astype(np.uint16), pixels[..., ::-1]]
+    assert len({digest(pixels), *map(digest, others)}) == 5
+
+
+def test_files_of_equal_pixels_have_one_digest(tmp_path):
+    cv2.imwrite(str(tmp_path / 'a.png'), smooth(), [cv2.IMWRITE_PNG_COMPRESSION, 0])
+    cv2.imwrite(str(tmp_path / 'b.png'), smooth(), [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    cv2.imwrite(str(tmp_path / 'c.bmp'), smooth())
+    found = [check_picture(tmp_path / name) for name in ('a.png', 'b.png', 'c.bmp')]
+    assert len({one.digest for one in found}) == 1 and len({one.num_bytes for one in found}) == 3
+
+
+@pytest.mark.parametrize(
+    ('lq', 'gt', 'expected'),
+    [
+        ((48, 64), (64, 48), 'turned by 90 degrees'),
+        ((24, 32), (48, 64), '2 times smaller'),
+        ((48, 64), (48, 63), '64x48 pixels, its clean partner .*gt.png 63x48$'),
+    ],
+)
+def test_pairs_of_two_sizes(tmp_path, lq, gt, expected):
+    for name, size in (('lq', lq), ('gt', gt)):
+        cv2.imwrite(str(tmp_path / f'{name}.png'), smooth(*size))
+    fault = check_pair(Pair('a', str(tmp_path / 'lq.png'), str(tmp_path / 'gt.png'))).fault
+    assert fault.kind == 'sizes differ' and fault.name == str(tmp_path / 'lq.png')
+    assert re.search(expected, fault.text)
+
+
+def test_exif_rotation_counts(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image().save(tmp_path / 'a.jpg', exif=exif)
+    assert check_picture(tmp_path / 'a.jpg').size == (64, 48)
+
+
+def test_a_broken_half_is_named(tmp_path):
+    for name in ('lq', 'gt'):
+        cv2.imwrite(str(tmp_path / f'{name}.png'), smooth())
+    pair = Pair('a', str(tmp_path / 'lq.png'), str(tmp_path / 'gt.png'))
+    checked = check_pair(pair)
+    assert checked.fault is None and checked.lq == checked.gt
+    (tmp_path / 'gt.png').write_bytes(b'')
+    fault = check_pair(pair).fault
+    assert (fault.kind, fault.name, fault.text) == ('unreadable', pair.gt, 'the file is empty')

@@ -1,0 +1,370 @@
+"""Preparing: what is found, what is left out, and that no run leaves anything that looks finished and is not."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from ast_plugin.data.manifest import read_manifest
+from ast_plugin.data.pairs_dataset import PairsDataset
+from ast_plugin.data.prepare import checked_pairs, picture_checks
+from ast_plugin.data.prepare import prepare as preparing
+from ast_plugin.data.prepare.prepare import Preparation
+from ast_plugin.data.prepare.splits import find_splits
+from ast_plugin.errors import DataError
+
+
+def picture(path: Path, seed, size=(16, 24)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+    cv2.imwrite(str(path), noise)
+    return path
+
+
+def make_agan(root: Path, train=6, test=3) -> Path:
+    for split, count in (('train', train), ('test_a', test)):
+        for number in range(count):
+            picture(root / split / 'data' / f'{number}_rain.png', [len(split), number, 0])
+            picture(root / split / 'gt' / f'{number}_clean.png', [len(split), number, 1])
+    return root
+
+
+def prepare(root: Path, target: Path, place=None, workers=1, layout='agan'):
+    preparation = Preparation(find_splits(layout, root), root, target)
+    checks = preparation.check(workers)
+    return checks, preparation.write(checks, layout, place)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_manifest_of_each_split(tmp_path, workers):
+    root = make_agan(tmp_path / 'data')
+    before = tree(root)
+    checks, paths = prepare(root, tmp_path / 'out', workers=workers)
+    assert [path.name for path in paths] == ['train.jsonl', 'test_a.jsonl'] == [path.name for path in paths]
+    assert sorted(os.listdir(tmp_path / 'out')) == ['test_a.jsonl', 'train.jsonl']
+    assert checks.num_faults == 0 and checks.leaks == []
+    entry = next(read_manifest(paths[0]).entries())
+    lq = root / 'train/data/0_rain.png'
+    assert (entry.key, entry.lq, entry.gt, entry.size) == ('0', 'data/0_rain.png', 'gt/0_clean.png', (16, 24))
+    assert entry.bytes[0] == lq.stat().st_size
+    assert entry.digests[0] == picture_checks.digest(cv2.imread(str(lq))[..., ::-1]).hex()
+    assert tree(root) == before
+
+
+def test_training_from_a_manifest_gives_the_samples_of_the_folder(tmp_path):
+    root = make_agan(tmp_path / 'data')
+    _, (train, _) = prepare(root, tmp_path / 'out')
+    common = {'phase': 'train', 'gt_size': 8, 'scale': 1, 'seed': 3}
+    folder = PairsDataset({**common, 'layout': 'agan', 'dataroot': str(root)})
+    listed = PairsDataset({**common, 'layout': 'manifest', 'manifest': str(train)})
+    assert len(folder) == len(listed) == 6
+    for number in range(6):
+        for key in ('lq', 'gt'):
+            np.testing.assert_array_equal(np.asarray(folder[number][key]), np.asarray(listed[number][key]))
+
+
+def test_what_is_not_plain_is_counted(tmp_path):
+    root = make_agan(tmp_path / 'data')
+    gray = cv2.imread(str(root / 'train/data/0_rain.png'), cv2.IMREAD_GRAYSCALE)
+    cv2.imwrite(str(root / 'train/data/0_rain.png'), gray)
+    picture(root / 'train/data/1_rain.png', 9, (8, 8))
+    picture(root / 'train/gt/1_clean.png', 8, (8, 8))
+    found = prepare(root, tmp_path / 'out')[0].found[0]
+    assert found.traits == {'gray': 1}
+    assert found.sizes == {(16, 24): 5, (8, 8): 1}
+    assert found.num_bytes == sum(path.stat().st_size for path in (root / 'train').rglob('*.png'))
+
+
+def test_faulty_pairs_are_left_out(tmp_path):
+    root = make_agan(tmp_path / 'data')
+    (root / 'train/data/2_rain.png').write_bytes(b'')
+    (root / 'train/gt/3_clean.png').unlink()
+    checks, (train, _) = prepare(root, tmp_path / 'out')
+    assert [(fault.kind, Path(fault.name).name) for fault in checks.faults(0)] == [
+        ('no partner', '3_rain.png'),
+        ('unreadable', '2_rain.png'),
+    ]
+    manifest = read_manifest(train)
+    assert [entry.key for entry in manifest.entries()] == ['0', '1', '4', '5']
+    assert sorted(manifest.others) == ['data/2_rain.png', 'data/3_rain.png', 'gt/2_clean.png']
+
+
+def test_a_split_without_a_good_pair_gets_no_manifest(tmp_path):
+    root = make_agan(tmp_path / 'data', test=1)
+    (root / 'test_a/data/0_rain.png').write_bytes(b'')
+    assert [path.name for path in prepare(root, tmp_path / 'out')[1]] == ['train.jsonl']
+
+
+def test_list_of_faults_holds_names_that_are_no_text(tmp_path):
+    root = make_agan(tmp_path / 'data')
+    os.rename(root / 'train/data/0_rain.png', root / 'train/data/a\nb\udcff_rain.png')
+    preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
+    lines = preparation.list_faults(preparation.check(1)).read_text().splitlines()
+    assert len(lines) == 2
+    assert lines[0].split('\t')[:3] == ['train', 'no partner', f'{root}/train/data/a\\nb\\udcff_rain.png']
+
+
+# ---- duplicates
+
+
+def test_leaks_of_test_pictures_into_training(tmp_path):
+    root = make_agan(tmp_path / 'data')
+    shutil.copy(root / 'train/data/4_rain.png', root / 'test_a/data/1_rain.png')
+    shutil.copy(root / 'train/gt/5_clean.png', root / 'test_a/gt/2_clean.png')
+    pixels = cv2.imread(str(root / 'train/gt/0_clean.png'))  # the same pixels in another file
+    cv2.imwrite(str(root / 'test_a/gt/0_clean.png'), pixels, [cv2.IMWRITE_PNG_COMPRESSION, 0])
+    leaks = prepare(root, tmp_path / 'out')[0].leaks
+    assert [(leak.first, leak.second, leak.what, leak.num) for leak in leaks] == [
+        ('train', 'test_a', 'degraded', 1),
+        ('train', 'test_a', 'clean', 2),
+    ]
+    names = [[tuple(Path(name).name for name in pair) for pair in leak.examples] for leak in leaks]
+    assert names == [[('4_rain.png', '1_rain.png')], [('0_clean.png', '0_clean.png'), ('5_clean.png', '2_clean.png')]]
+
+
+def test_pictures_that_one_split_has_twice(tmp_path):
+    root = make_agan(tmp_path / 'data')
+    shutil.copy(root / 'train/data/1_rain.png', root / 'train/data/4_rain.png')
+    shutil.copy(root / 'train/gt/0_clean.png', root / 'train/gt/2_clean.png')
+    shutil.copy(root / 'train/gt/3_clean.png', root / 'train/data/3_rain.png')
+    checks, _ = prepare(root, tmp_path / 'out')
+    twins = preparing.duplicates.within(checks.splits[0], checks.found[0])
+    assert (twins.num, [Path(name).name for name in twins.examples[0]]) == (1, ['1_rain.png', '4_rain.png'])
+    assert preparing.duplicates.num_clean(checks.found[0]) == 5
+    assert preparing.duplicates.num_unchanged(checks.found[0]) == 1
+    assert preparing.duplicates.within(checks.splits[1], checks.found[1]) is None
+
+
+# ---- killed, and run again
+
+
+def count_checks(monkeypatch) -> list[str]:
+    """Note which pairs are read from now on."""
+    read, check = [], checked_pairs.check_pair
+
+    def noted(pair):
+        read.append(Path(pair.lq).name)
+        return check(pair)
+
+    monkeypatch.setattr(checked_pairs, 'check_pair', noted)
+    return read
+
+
+def stop_after(pairs: int):
+    """A callback that ends a run as Ctrl-C does."""
+    done = 0
+
+    def on_pair():
+        nonlocal done
+        done += 1
+        if done == pairs:
+            raise KeyboardInterrupt
+
+    return on_pair
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    root = make_agan(tmp_path / 'data')
+    prepare(root, tmp_path / 'whole')
+    preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
+    with pytest.raises(KeyboardInterrupt):
+        preparation.check(1, stop_after(4))
+    assert not list((tmp_path / 'out').glob('*.jsonl'))
+    journal = next((tmp_path / 'out').iterdir())
+    journal.write_bytes(journal.read_bytes()[:-20])  # as when killed in the middle of a line
+    read = count_checks(monkeypatch)
+    prepare(root, tmp_path / 'out')
+    assert read == ['3_rain.png', '4_rain.png', '5_rain.png', '0_rain.png', '1_rain.png', '2_rain.png']
+    assert tree(tmp_path / 'out') == tree(tmp_path / 'whole')
+
+
+def test_a_refused_run_reads_only_what_was_mended(tmp_path, monkeypatch):
+    root = make_agan(tmp_path / 'data')
+    (root / 'train/data/2_rain.png').write_bytes(b'')
+    preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
+    assert preparation.check(1).num_faults == 1
+    read = count_checks(monkeypatch)
+    assert preparation.check(1).num_faults == 1 and read == []
+    picture(root / 'train/data/2_rain.png', 77)
+    assert preparation.check(1).num_faults == 0 and read == ['2_rain.png']
+
+
+def test_rubbish_in_a_journal_is_not_believed(tmp_path, monkeypatch):
+    root = make_agan(tmp_path / 'data')
+    prepare(root, tmp_path / 'whole')
+    (tmp_path / 'out').mkdir()
+    lines = ['', 'null', '[]', '{"a": 1}', '[["x"]]', '\x00', '[' * 2000]
+    (tmp_path / 'out/.train.checked').write_text('\n'.join(lines))
+    read = count_checks(monkeypatch)
+    prepare(root, tmp_path / 'out')
+    assert len(read) == 9 and tree(tmp_path / 'out') == tree(tmp_path / 'whole')
+
+
+COMMAND = [sys.executable, '-m', 'ast_plugin', 'data', 'prepare', 'agan']
+
+
+def test_what_a_killed_run_left_of_a_manifest_is_removed(tmp_path):
+    root = make_agan(tmp_path / 'data', train=1, test=1)
+    left, own = tmp_path / 'out/.train.jsonl.17-0a1b2c3d.part', tmp_path / 'out/.train.jsonl.mine'
+    left.parent.mkdir()
+    left.touch()
+    own.touch()
+    prepare(root, tmp_path / 'out')
+    assert not left.exists() and own.exists()
+
+
+def test_killed_at_any_moment(tmp_path):
+    root = make_agan(tmp_path / 'data', train=150, test=60)
+    command = [*COMMAND, root, tmp_path / 'out', '--workers', '2', '--copy']
+    prepare(root, tmp_path / 'whole', 'copy')
+    rng, kills = np.random.default_rng(5), 0
+    for _ in range(5):
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, 1.5))
+        run.send_signal(signal.SIGKILL)
+        kills += run.wait() == -signal.SIGKILL
+        for path in (tmp_path / 'out').glob('*.jsonl'):
+            assert read_manifest(path).num_pairs == len(read_manifest(path).pairs())
+    assert kills
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert tree(tmp_path / 'out') == tree(tmp_path / 'whole')
+
+
+# ---- full disks and other hindrances
+
+
+def limited():
+    """A file system that takes no file of more than 2 kB; Python sees an error where the disk is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+
+
+@pytest.mark.parametrize('place', [[], ['--copy']])
+def test_a_full_disk(tmp_path, place):
+    root = make_agan(tmp_path / 'data', train=20)
+    if place:  # the journal is there already, and the pictures are larger than the limit
+        picture(root / 'train/data/7_rain.png', 1, (64, 64))
+        picture(root / 'train/gt/7_clean.png', 2, (64, 64))
+        Preparation(find_splits('agan', root), root, tmp_path / 'out').check(1)
+    command = [*COMMAND, root, tmp_path / 'out', *place]
+    run = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
+    assert run.returncode == 2
+    assert run.stderr.startswith('basicsr: error: cannot ') and 'File too large' in run.stderr
+    assert 'Traceback' not in run.stderr
+    assert not list((tmp_path / 'out').glob('*.jsonl'))
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    prepare(root, tmp_path / 'whole', 'copy' if place else None)
+    assert tree(tmp_path / 'out') == tree(tmp_path / 'whole')
+
+
+def test_a_full_disk_while_writing_the_manifest(tmp_path, monkeypatch):
+    root = make_agan(tmp_path / 'data')
+    preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
+    checks = preparation.check(1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'fsync', full)
+        with pytest.raises(DataError, match=r'cannot write .*train\.jsonl: No space left on device'):
+            preparation.write(checks, 'agan', None)
+    assert not list((tmp_path / 'out').glob('*.jsonl')) and not list((tmp_path / 'out').glob('.*.part'))
+    assert len(preparation.write(checks, 'agan', None)) == 2
+
+
+def test_the_dataset_is_never_written_to(tmp_path):
+    root = make_agan(tmp_path / 'data')
+    os.symlink(root, tmp_path / 'link')
+    for target in (root, root / 'out', tmp_path / 'link' / 'deep' / 'out'):
+        with pytest.raises(DataError, match='lies in the dataset'):
+            Preparation(find_splits('agan', root), root, target)
+
+
+def test_targets_that_are_no_folders(tmp_path):
+    root = make_agan(tmp_path / 'data')
+    (tmp_path / 'file').touch()
+    for target in (tmp_path / 'file', tmp_path / 'file' / 'out'):
+        with pytest.raises(DataError, match='cannot be made'):
+            Preparation(find_splits('agan', root), root, target)
+
+
+@pytest.mark.parametrize('name', ['train.jsonl', 'train/mine.png'])
+def test_files_of_others_are_left_alone(tmp_path, name):
+    root = make_agan(tmp_path / 'data')
+    (tmp_path / 'out' / name).parent.mkdir(parents=True)
+    (tmp_path / 'out' / name).write_text('mine')
+    with pytest.raises(DataError, match='is there already'):
+        prepare(root, tmp_path / 'out', 'copy')
+    assert (tmp_path / 'out' / name).read_text() == 'mine'
+
+
+def test_two_runs_do_not_meet(tmp_path):
+    root = make_agan(tmp_path / 'data')
+    with Preparation(find_splits('agan', root), root, tmp_path / 'out').alone():
+        run = subprocess.run([*COMMAND, root, tmp_path / 'out'], capture_output=True, text=True)
+        assert run.returncode == 2 and 'out: another run is preparing there; wait for it' in run.stderr
+        assert os.listdir(tmp_path / 'out') == []
+    assert subprocess.run([*COMMAND, root, tmp_path / 'out'], capture_output=True).returncode == 0
+
+
+# ---- copies and links
+
+
+@pytest.mark.parametrize('place', ['copy', 'link'])
+def test_copies_and_links(tmp_path, place):
+    root = make_agan(tmp_path / 'data')
+    _, (train, _) = prepare(root, tmp_path / 'out', place)
+    manifest = read_manifest(train)
+    assert json.loads(train.read_text().splitlines()[0])['root'] == 'train'
+    for entry, pair in zip(manifest.entries(), manifest.pairs(), strict=True):
+        assert (entry.lq, entry.gt) == (f'lq/{entry.key}.png', f'gt/{entry.key}.png')
+        assert Path(pair.lq).read_bytes() == (root / f'train/data/{entry.key}_rain.png').read_bytes()
+        assert Path(pair.gt).is_symlink() == (place == 'link')
+
+
+def test_a_second_run_drops_what_is_gone(tmp_path):
+    root = make_agan(tmp_path / 'data')
+    prepare(root, tmp_path / 'out', 'copy')
+    for name in ('data/0_rain.png', 'gt/0_clean.png'):
+        (root / 'train' / name).unlink()
+    picture(root / 'train/data/1_rain.png', 55)
+    prepare(root, tmp_path / 'out', 'copy')
+    prepare(root, tmp_path / 'anew', 'copy')
+    assert tree(tmp_path / 'out') == tree(tmp_path / 'anew')
+    prepare(root, tmp_path / 'out', 'link')
+    assert (tmp_path / 'out/train/lq/1.png').is_symlink()
+
+
+def test_copies_keep_apart_names_that_some_file_systems_do_not(tmp_path):
+    root = tmp_path / 'data'
+    for number, name in enumerate(('a', 'A', 'sub_x')):
+        picture(root / 'lq' / f'{name}.png', number)
+        picture(root / 'gt' / f'{name}.png', number + 10)
+    _, (train,) = prepare(root, tmp_path / 'out', 'copy', layout='folders')
+    assert sorted(os.listdir(tmp_path / 'out/train/lq')) == ['A.png', 'a_2.png', 'sub_x.png']
+    for pair in read_manifest(train).pairs():
+        assert Path(pair.lq).name == Path(pair.gt).name
+
+
+def test_a_clean_picture_of_many_is_copied_once(tmp_path):
+    root = tmp_path / 'data'
+    picture(root / 'ITS/clear/1.png', 0)
+    for number in range(4):
+        picture(root / f'ITS/hazy/1_{number}_0.9.png', number + 1)
+    _, (manifest,) = prepare(root, tmp_path / 'out', 'copy', layout='reside')
+    clean = [Path(pair.gt) for pair in read_manifest(manifest).pairs()]
+    assert len(clean) == 4 and len({path.stat().st_ino for path in clean}) == 1

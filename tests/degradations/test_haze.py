@@ -1,0 +1,209 @@
+"""Synthesis of haze: as thick as asked, thicker with depth, and true to Koschmieder's law."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from ast_plugin.data.image_files import read_rgb
+from ast_plugin.data.photos import packaged_photos
+from ast_plugin.degradations.haze import HazeParameters, add_haze, fill_depth
+from ast_plugin.degradations.pseudo_depth import guess_depth
+from ast_plugin.errors import DataError
+from tests.data.degraded import photographs, psnr
+
+EVEN = {'unevenness': (0, 0), 'forward': (0, 0), 'tint': 0, 'airlight': (0.8, 0.8)}
+
+
+def scene(height: int = 120, width: int = 160) -> np.ndarray:
+    """Noise of middling brightness over a gradient."""
+    rng = np.random.default_rng(9)
+    image = np.linspace(0.1, 0.5, height)[:, None, None] + 0.3 * rng.random((height, width, 3))
+    return image.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    'extreme',
+    [
+        {'psnr': (1, 1)},
+        {'psnr': (80, 80)},
+        {'unevenness': (2, 2)},
+        {'forward': (0.9, 0.9), 'spread': (60, 60)},
+        {'airlight': (0, 0)},
+        {'airlight': (1, 1), 'tint': 0.2},
+        {'cell': (1e-3, 1e-3)},
+        {'cell': (1e6, 1e6)},
+        {'nearest': (1e-3, 1e-3)},
+    ],
+)
+def test_extremes_stay_pictures(extreme):
+    hazy, opacity = add_haze(scene(), np.random.default_rng(1), HazeParameters(**extreme))
+    for result in (hazy, opacity):
+        assert np.isfinite(result).all() and result.min() >= 0 and result.max() <= 1
+
+
+@pytest.mark.parametrize('photo', packaged_photos(), ids=lambda photo: photo.name)
+def test_psnr_on_photographs(photo):
+    clean = photographs([photo.name])[0]
+    levels = [psnr(add_haze(clean, np.random.default_rng(seed), HazeParameters())[0], clean) for seed in range(10)]
+    assert min(levels) >= 10 and max(levels) <= 19
+    assert max(levels) - min(levels) > 2
+
+
+@pytest.mark.parametrize('target', [12.0, 16.0, 22.0])
+def test_the_strength_that_is_asked_for(target):
+    clean = photographs(['coffee'])[0]
+    parameters = HazeParameters(psnr=(target, target))
+    for seed in range(5):
+        assert psnr(add_haze(clean, np.random.default_rng(seed), parameters)[0], clean) == pytest.approx(
+            target, abs=0.5
+        )
+
+
+def test_even_haze_is_koschmieders_law():
+    depth = np.linspace(1, 40, 160, dtype=np.float32) + np.zeros((120, 1), np.float32)
+    parameters = HazeParameters(visibility=(50, 50), **EVEN)
+    hazy, opacity = add_haze(scene(), np.random.default_rng(2), parameters, depth)
+    transmission = np.exp(np.log(0.02) / 50 * depth)
+    np.testing.assert_allclose(opacity, 1 - transmission, atol=1e-5)
+    expected = scene() * transmission[..., None] + 0.8 * (1 - transmission[..., None])
+    np.testing.assert_allclose(hazy, expected, atol=1e-5)
+
+
+def test_opacity_is_what_the_airlight_covers():
+    black = np.zeros((90, 120, 3), np.float32)
+    hazy, opacity = add_haze(black, np.random.default_rng(3), HazeParameters(tint=0, airlight=(0.7, 0.7)))
+    np.testing.assert_allclose(hazy, 0.7 * np.repeat(opacity[..., None], 3, axis=2), atol=1e-5)
+    assert opacity.max() > 0.1
+
+
+def test_haze_smears_and_the_more_the_thicker_it_is():
+    """A step stays sharp without forward scattering, and softens more where the haze is thick."""
+    image = np.zeros((64, 256, 3), np.float32)
+    image[:, 128:] = 1
+
+    def beyond_the_edge(forward: float, visibility: float) -> float:
+        parameters = HazeParameters(**{**EVEN, 'forward': (forward, forward)}, visibility=(visibility, visibility))
+        hazy, opacity = add_haze(image, np.random.default_rng(4), parameters, np.ones((64, 256), np.float32))
+        seen = (hazy[32, :, 0] - 0.8 * opacity[32]) / (1 - opacity[32])  # the scene without the airlight
+        return float(seen[118:128].mean())
+
+    assert beyond_the_edge(0, 2) == pytest.approx(0, abs=1e-4)
+    assert beyond_the_edge(0.4, 1.5) > 1.3 * beyond_the_edge(0.4, 10) > 0.01
+
+
+def test_haze_is_uneven_as_asked():
+    depth = np.ones((480, 720), np.float32)
+
+    def spread(unevenness: float) -> float:
+        parameters = HazeParameters(unevenness=(unevenness, unevenness), psnr=(22, 22))
+        taus = [
+            np.log1p(-add_haze(scene(480, 720), np.random.default_rng(seed), parameters, depth)[1]) for seed in range(4)
+        ]
+        return float(np.mean([np.log(-tau).std() for tau in taus]))
+
+    assert spread(0) < 1e-3
+    assert spread(0.4) == pytest.approx(0.4, rel=0.35)
+    assert spread(0.8) == pytest.approx(2 * spread(0.4), rel=0.05)
+
+
+def test_airlight_is_coloured_but_little():
+    black = np.zeros((8, 8, 3), np.float32)
+    colours = np.array(
+        [add_haze(black, np.random.default_rng(seed), HazeParameters(psnr=(3, 3)))[0][0, 0] for seed in range(40)]
+    )
+    ratios = colours[:, 0] / colours[:, 2]
+    assert 0.02 < ratios.std() < 0.1 and np.abs(ratios - 1).max() < 0.25
+
+
+def test_real_depth_of_the_motorcycle():
+    """Middlebury's motorcycle: depth from disparity; far things lie deeper in haze than near ones."""
+    data = Path(find_spec('skimage').origin).parent / 'data'
+    image = read_rgb(data / 'motorcycle_left.png') / np.float32(255)
+    disparity = np.load(data / 'motorcycle_disp.npz')['arr_0'].astype(np.float32)
+    # Focal length (pixels), baseline (metres) and offset of the principal points of this scene at this size.
+    depth = 994.978 * 0.193001 / (disparity + 31.086)
+    unknown = ~np.isfinite(disparity)
+    assert 0.01 < unknown.mean() < 0.3 and (depth[unknown] == 0).all()
+    hazy, opacity = add_haze(
+        image, np.random.default_rng(0), HazeParameters(visibility=(12, 12), unevenness=(0, 0)), depth
+    )
+    assert 2 < depth[~unknown].min() < 3 and 4 < depth.max() < 6  # metres
+    assert np.corrcoef(depth[~unknown], opacity[~unknown])[0, 1] > 0.95
+    assert opacity[unknown].min() > 0.3  # filled in from around, not taken for the lens
+    assert 10 < psnr(hazy, image) < 19
+
+
+def test_unknown_depth_is_filled_from_around_and_infinite_is_far():
+    depth = np.full((40, 60), 2.0, np.float32)
+    depth[:, 30:] = 8
+    depth[10:14, 5:9] = np.nan
+    depth[10:14, 50:54] = 0
+    depth[:4] = np.inf
+    filled = fill_depth(depth, depth.shape)
+    assert np.isfinite(filled).all()
+    np.testing.assert_allclose(filled[10:14, 5:9], 2)
+    np.testing.assert_allclose(filled[10:14, 50:54], 8)
+    np.testing.assert_allclose(filled[:4], 16)
+    np.testing.assert_array_equal(filled[20:], depth[20:])
+
+
+@pytest.mark.parametrize('dtype', [np.uint16, np.float64])
+def test_depth_of_any_type(dtype):
+    depth = np.arange(1, 13).reshape(3, 4).astype(dtype)
+    np.testing.assert_array_equal(fill_depth(depth, (3, 4)), depth.astype(np.float32))
+
+
+def test_guessed_depth_is_far_in_the_sky_and_near_at_the_feet():
+    image = photographs(['china'])[0]
+    for seed in range(5):
+        depth = guess_depth(image, np.random.default_rng(seed), 0.2)
+        assert depth.shape == (480, 720) and depth.min() >= 0.1 and depth.max() <= 1
+        sky, pagoda, trees = depth[20:80, 450:650], depth[130:230, 150:330], depth[430:, 100:600]
+        assert sky.mean() > 0.95
+        assert sky.mean() > 1.3 * pagoda.mean() and pagoda.mean() > 1.2 * trees.mean()
+
+
+@pytest.mark.parametrize(
+    ('depth', 'expected'),
+    [
+        (np.ones((3, 4)), r'size of the image, \[120, 160\]; got \[3, 4\]'),
+        (np.full((120, 160), -1.0), 'negative'),
+        (np.full((120, 160), np.nan), 'finite value above 0'),
+        (np.zeros((120, 160)), 'finite value above 0'),
+        (np.ones((120, 160, 3)), 'size of the image'),
+    ],
+)
+def test_bad_depth_is_refused(depth, expected):
+    with pytest.raises(DataError, match=expected):
+        add_haze(scene(), np.random.default_rng(0), HazeParameters(), depth)
+
+
+def test_visibility_needs_depth():
+    with pytest.raises(DataError, match='needs depth'):
+        add_haze(scene(), np.random.default_rng(0), HazeParameters(visibility=(10, 20)))
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        {'psnr': (18, 12)},
+        {'psnr': (0, 12)},
+        {'visibility': (0, 10)},
+        {'airlight': (0.5, 1.2)},
+        {'tint': -1},
+        {'unevenness': (-1, 0)},
+        {'unevenness': (0, 3)},
+        {'nearest': (0.5, 1.0)},
+        {'forward': (0, 1)},
+        {'spread': (0, 1)},
+        {'scale': 0},
+        {'cell': (float('inf'), float('inf'))},
+        {'betta': 3},
+    ],
+)
+def test_bad_parameters_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        HazeParameters(**wrong)

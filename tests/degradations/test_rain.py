@@ -1,0 +1,105 @@
+"""Synthesis of rain: as strong as asked, and streaks to look at."""
+
+import cv2
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from ast_plugin.data.photos import packaged_photos
+from ast_plugin.degradations.rain import FINE, RainParameters, add_rain
+from tests.data.degraded import gray, photographs, psnr
+
+
+@pytest.mark.parametrize('photo', packaged_photos(), ids=lambda photo: photo.name)
+def test_psnr_on_photographs(photo):
+    (clean,) = photographs([photo.name])
+    levels = [psnr(add_rain(clean, np.random.default_rng(seed), RainParameters())[0], clean) for seed in range(12)]
+    assert min(levels) >= 20 and max(levels) <= 26
+    assert max(levels) - min(levels) > 1
+
+
+@pytest.mark.parametrize('target', [22.0, 26.0, 30.0])
+def test_the_strength_that_is_asked_for(target):
+    parameters = RainParameters(psnr=(target, target))
+    levels = [psnr(*(add_rain(gray(480, 720), np.random.default_rng(seed), parameters)[0], 0.4)) for seed in range(8)]
+    assert np.mean(levels) == pytest.approx(target, abs=0.4)
+    assert max(abs(level - target) for level in levels) < 1.6
+
+
+def test_patches_get_the_rain_of_the_whole():
+    parameters = RainParameters(psnr=(23, 23))
+    errors = [
+        np.mean((add_rain(gray(64, 64), np.random.default_rng(seed), parameters)[0] - 0.4) ** 2) for seed in range(300)
+    ]
+    assert -10 * np.log10(np.mean(errors)) == pytest.approx(23, abs=0.5)
+
+
+def test_rain_only_brightens_where_there_is_no_veil():
+    rainy, streaks = add_rain(gray(), np.random.default_rng(0), RainParameters(veil=(0, 0)))
+    assert (rainy >= gray() - 1e-6).all()
+    np.testing.assert_allclose(rainy, gray() + streaks[..., None] * 0.6, atol=1e-6)
+
+
+def test_the_veil_pales_and_is_uneven():
+    thin = RainParameters(veil=(0.08, 0.08), psnr=(20, 20), layers=[{**FINE.model_dump(), 'density': (1e-6, 1e-6)}])
+    rainy, _ = add_rain(gray(400, 400, 0.1), np.random.default_rng(1), thin)
+    change = rainy.mean(axis=2) - 0.1
+    assert change.min() > 0.005 and change.max() < 0.09 and change.std() > 0.002
+
+
+@pytest.mark.parametrize('angle', [-40, -15, 0, 25, 50])
+def test_streaks_lean_as_asked(angle):
+    parameters = RainParameters(angle=(angle, angle), angle_spread=0, veil=(0, 0))
+    _, streaks = add_rain(gray(300, 300), np.random.default_rng(2), parameters)
+    dx, dy = cv2.Sobel(streaks, cv2.CV_32F, 1, 0), cv2.Sobel(streaks, cv2.CV_32F, 0, 1)
+    # Structure tensor: along a streak brightness changes least.
+    xx, xy, yy = (float((a * b).sum()) for a, b in ((dx, dx), (dx, dy), (dy, dy)))
+    values, vectors = np.linalg.eigh([[xx, xy], [xy, yy]])
+    x, y = vectors[:, 0] * np.sign(vectors[1, 0])
+    assert np.degrees(np.arctan2(x, y)) == pytest.approx(angle, abs=4)
+    assert values[0] < 0.25 * values[1]
+
+
+def test_streaks_are_smooth_and_of_many_brightnesses():
+    _, streaks = add_rain(gray(480, 720), np.random.default_rng(3), RainParameters())
+    levels = np.histogram(streaks, bins=10, range=(0.02, 0.5))[0]
+    assert (levels > 0).all()
+    assert 0.02 < (streaks > 0.05).mean() < 0.6
+
+
+def test_rain_is_sparse_and_bright_or_heavy_and_fine():
+    """Of one strength in dB, so that the fewer streaks there are the brighter each is."""
+    layers = [add_rain(gray(480, 720), np.random.default_rng(seed), RainParameters())[1] for seed in range(24)]
+    covered = np.array([(streaks > 0.1).mean() for streaks in layers])
+    brightest = np.array([np.percentile(streaks[streaks > 0.1], 90) for streaks in layers])
+    assert covered.min() < 0.07 and covered.max() > 0.16
+    assert np.corrcoef(covered, brightest)[0, 1] < -0.4
+    assert brightest[covered.argmin()] > 1.4 * brightest[covered.argmax()]
+
+
+def test_scale_lengthens_streaks():
+    def correlation(scale: float) -> float:
+        _, streaks = add_rain(gray(256, 256), np.random.default_rng(4), RainParameters(scale=scale, angle=(0, 0)))
+        streaks = streaks - streaks.mean()
+        return float((streaks[:-20] * streaks[20:]).mean() / (streaks**2).mean())
+
+    assert correlation(3) > correlation(1) + 0.1
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        {'psnr': (25, 20)},
+        {'angle': (-80, 0)},
+        {'veil': (0, 2)},
+        {'veil': (-0.1, 0)},
+        {'scale': 0},
+        {'layers': []},
+        {'lenght': 3},
+        {'psnr': (float('nan'), 20)},
+        {'layers': [{**FINE.model_dump(), 'density': (0, 1)}]},
+    ],
+)
+def test_bad_parameters_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        RainParameters(**wrong)

@@ -1,0 +1,301 @@
+"""Validation protocols: each against its definition written out, and what option files may make of them."""
+
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ast_plugin.errors import DataError, OptionError, ShapeError
+from ast_plugin.evaluation import tiling
+from ast_plugin.evaluation.protocols import PROTOCOLS, read_protocol
+from ast_plugin.metrics import psnr_rgb, psnr_y_matlab, ssim_rgb, ssim_y_matlab
+from ast_plugin.schema import keys
+
+
+class Blur(nn.Module):
+    """Sees 2 pixels far and, through a mean of the whole, where it was cut and padded; changes under flips."""
+
+    def __init__(self, enlarge=1):
+        super().__init__()
+        kernel = torch.randn(3, 3, 5, 5, generator=torch.Generator().manual_seed(0)) / 20
+        self.kernel = nn.Parameter(kernel)
+        self.enlarge = enlarge
+        self.shapes = []
+
+    def forward(self, x):
+        assert not self.training and not torch.is_grad_enabled()
+        self.shapes.append(tuple(x.shape))
+        result = x + F.conv2d(x, self.kernel, padding=2) + x.mean((2, 3), keepdim=True) / 4
+        return result.repeat_interleave(self.enlarge, -1).repeat_interleave(self.enlarge, -2)
+
+
+def image(height, width, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).random((1, 3, height, width), dtype=np.float32))
+
+
+def apply(network, x):
+    with torch.no_grad():
+        return network.eval()(x)
+
+
+@pytest.mark.parametrize(('height', 'width', 'side'), [(100, 61, 128), (130, 90, 256), (128, 128, 128), (7, 129, 256)])
+def test_spad_is_the_middle_of_a_square_of_zeros(height, width, side):
+    network, lq = Blur(), image(height, width)
+    square = torch.zeros(1, 3, side, side)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, :, top : top + height, left : left + width] = lq
+    expected = apply(network, square)[:, :, top : top + height, left : left + width]
+    restored = read_protocol('spad').restore(network, lq)
+    levels = (restored * 255).round()
+    torch.testing.assert_close(levels, (expected.clamp(0, 1) * 255).round(), rtol=0, atol=0)
+    torch.testing.assert_close(restored, levels / 255, rtol=0, atol=0)
+    assert network.shapes[-1] == (1, 3, side, side)
+
+
+def averaged_tiles(network, lq, tile, overlap):
+    """The official protocol for raindrops and haze, written out."""
+    total, count = torch.zeros_like(lq), torch.zeros_like(lq)
+    starts = []
+    for size in lq.shape[-2:]:
+        starts.append([start for start in range(0, size, tile - overlap) if start + tile < size] + [size - tile])
+    for top in starts[0]:
+        for left in starts[1]:
+            place = (..., slice(top, top + tile), slice(left, left + tile))
+            total[place] += apply(network, lq[place])
+            count[place] += 1
+    return (total / count).clamp(0, 1)
+
+
+@pytest.mark.parametrize(('height', 'width'), [(384, 400), (390, 700)])
+def test_agan_averages_tiles(height, width):
+    network, lq = Blur(), image(height, width)
+    restored = read_protocol('agan').restore(network, lq)
+    torch.testing.assert_close(restored, averaged_tiles(network, lq, 384, 80), rtol=0, atol=5e-7)
+    assert set(network.shapes) == {(1, 3, 384, 384)}
+
+
+def test_densehaze_has_larger_tiles():
+    protocol = read_protocol('densehaze')
+    assert (protocol.tile, protocol.overlap, protocol.blend, protocol.round) == (1152, 384, 'mean', False)
+    # What the authors' sizes do, at an eighth of them.
+    network, lq = Blur(), image(150, 200)
+    restored = read_protocol({'type': 'densehaze', 'tile': 144, 'overlap': 48}).restore(network, lq)
+    torch.testing.assert_close(restored, averaged_tiles(network, lq, 144, 48), rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize('name', ['whole', 'tiled', 'basicsr'])
+@pytest.mark.parametrize(('height', 'width'), [(1, 1), (37, 61), (200, 90)])
+def test_one_pass(name, height, width):
+    network, lq = Blur(), image(height, width)
+    expected = apply(network, lq).clamp(0, 1)
+    restored = read_protocol(name).restore(network, lq)
+    if name == 'basicsr':
+        expected = (expected * 255).round() / 255
+    torch.testing.assert_close(restored, expected, rtol=0, atol=0)
+    assert network.shapes[-1] == (1, 3, height, width)
+
+
+def test_tiled_follows_the_free_memory(monkeypatch):
+    monkeypatch.setattr(tiling, 'available_bytes', lambda device: 10**7)
+    monkeypatch.setattr(tiling, 'peak_bytes', lambda network, image: 150 * 128 * 128)
+    network, notes = Blur(), []
+    lq = image(130, 500)
+    restored = read_protocol('tiled').restore(network, lq, on_note=notes.append)
+    assert {shape[2:] for shape in network.shapes} == {(128, 128)}
+    assert len(notes) == 1 and 'restored in tiles of 128' in notes[0]
+    expected = read_protocol({'type': 'tiled', 'tile': 128, 'overlap': 32}).restore(network, lq)
+    torch.testing.assert_close(restored, expected)
+
+
+SYMMETRIES = [
+    lambda x: x,
+    lambda x: x.flip(-1),
+    lambda x: x.flip(-2),
+    lambda x: x.flip(-1, -2),
+    lambda x: x.transpose(-1, -2),
+    lambda x: x.rot90(1, (-2, -1)),
+    lambda x: x.rot90(-1, (-2, -1)),
+    lambda x: x.rot90(1, (-2, -1)).flip(-1),
+]
+
+
+@pytest.mark.parametrize(
+    'name', ['whole', {'type': 'agan', 'tile': 24, 'overlap': 5}, {'type': 'spad', 'round': False}]
+)
+def test_self_ensemble_is_a_switch_on_any(name):
+    """Its result turns with the image, which the network's own does not."""
+    options = {'type': name} if isinstance(name, str) else name
+    # A square, so that zeros and tiles lie alike on all sides.
+    network, lq = Blur(), image(43, 43)
+    plain, ensemble = (read_protocol({**options, 'self_ensemble': switch}) for switch in (False, True))
+    results = [ensemble.restore(network, turn(lq)) for turn in SYMMETRIES]
+    mean = sum(plain_unclamped(plain, network, turn, lq) for turn in SYMMETRIES) / 8
+    torch.testing.assert_close(results[0], mean.clamp(0, 1), rtol=0, atol=2e-6)
+    for turn, result in zip(SYMMETRIES, results, strict=True):
+        torch.testing.assert_close(result, turn(results[0]), rtol=0, atol=2e-6)
+    assert (plain.restore(network, lq.flip(-1)) - plain.restore(network, lq).flip(-1)).abs().max() > 0.01
+
+
+def plain_unclamped(protocol, network, turn, lq):
+    """One turn of the ensemble, turned back: found among the symmetries as the one that undoes it."""
+    back = next(undo for undo in SYMMETRIES if torch.equal(undo(turn(lq)), lq))
+    with tiling.evaluating(network):
+        return back(protocol._run_padded(network, turn(lq).contiguous(), None, None))
+
+
+def test_self_ensemble_of_a_portrait():
+    network = Blur()
+    lq = image(20, 33)
+    restored = read_protocol({'type': 'whole', 'self_ensemble': True}).restore(network, lq)
+    assert restored.shape == lq.shape
+    assert {shape[2:] for shape in network.shapes} == {(20, 33), (33, 20)} and len(network.shapes) == 8
+
+
+@pytest.mark.parametrize('options', ['spad', {'type': 'whole', 'self_ensemble': True}, {'type': 'agan', 'tile': 90}])
+def test_networks_that_enlarge(options):
+    lq = image(100, 61)
+    assert read_protocol(options).restore(Blur(enlarge=2), lq).shape == (1, 3, 200, 122)
+    doubled = read_protocol(options).restore(nn.Upsample(scale_factor=2), lq)
+    torch.testing.assert_close(doubled, F.interpolate(lq, scale_factor=2), rtol=0, atol=0.002)
+
+
+def test_the_network_is_given_back_in_its_mode_and_the_input_as_it_was():
+    network, lq = Blur().train(), image(9, 9)
+    before = lq.clone()
+    for name in PROTOCOLS:
+        restored = read_protocol(name).restore(network, lq)
+        assert network.training and torch.equal(lq, before) and restored.dtype == torch.float32
+    assert read_protocol('whole').restore(nn.Identity(), lq).data_ptr() != lq.data_ptr()
+    with pytest.raises(ShapeError):
+        read_protocol('whole').restore(network, torch.rand(1, 4, 9, 9))
+    assert network.training
+
+
+def test_what_is_measured_is_rounded_only_where_the_protocol_says_so():
+    clean = torch.full((1, 3, 16, 16), 0.5)
+    close = clean + 0.0002
+    assert read_protocol('agan').measure(close, clean)['psnr'] == pytest.approx(20 * math.log10(1 / 0.0002), abs=0.01)
+    assert read_protocol('spad').measure(close, clean) == {'psnr': math.inf, 'ssim': 1}
+    rounded = read_protocol({'type': 'agan', 'round': True})
+    assert rounded.measure(close, clean) == {'psnr': math.inf, 'ssim': 1}
+    own = {'mine': {'type': 'calculate_psnr', 'crop_border': 2}}
+    for name, finite in (('whole', True), ('basicsr', False)):
+        assert math.isfinite(read_protocol(name).measure(close, clean, own)['mine']) == finite
+
+
+def test_each_protocol_has_its_definition():
+    restored, clean = image(40, 30), image(40, 30, seed=1)
+    eight = [(values * 255).round().byte() for values in (restored, clean)]
+    expected = {'psnr': psnr_y_matlab(*eight), 'ssim': ssim_y_matlab(*eight)}
+    assert read_protocol('spad').measure(restored, clean) == pytest.approx(expected)
+    for name in ('agan', 'densehaze', 'whole', 'tiled'):
+        expected = {'psnr': psnr_rgb(restored, clean), 'ssim': ssim_rgb(restored, clean)}
+        assert read_protocol(name).measure(restored, clean) == pytest.approx(expected)
+    assert read_protocol('basicsr').measure(restored, clean) == {}
+
+
+def test_a_metric_that_fails_is_named_with_what_it_was_given():
+    small = image(5, 6)
+    with pytest.raises(ShapeError, match=r'^ours: the images have 6x5 pixels: SSIM needs at least 11'):
+        read_protocol('spad').measure(small, small, {'ours': {'type': 'calculate_ssim_matlab'}})
+    niqe = {'theirs': {'type': 'calculate_niqe', 'crop_border': 0}}
+    with pytest.raises(DataError, match=r'^theirs: calculate_niqe fails on an image of 6x5: '):
+        read_protocol('basicsr').measure(small, small, niqe)
+
+
+def test_results_that_are_not_finite_are_refused():
+    for value in (math.nan, math.inf):
+        with pytest.raises(DataError, match='not finite'):
+            read_protocol('whole').restore(lambda x, value=value: x * value, torch.ones(1, 3, 4, 4))
+
+
+class Forgetful(Blur):
+    """Runs out of memory above so many pixels at once, as PyTorch says so on a CPU."""
+
+    largest = 2 * 32 * 32
+
+    def forward(self, x):
+        if x.shape[0] * x.shape[-1] * x.shape[-2] > self.largest:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return super().forward(x)
+
+
+def test_fewer_tiles_at_once_where_memory_runs_out():
+    notes, lq = [], image(70, 70)
+    options = {'type': 'agan', 'tile': 32, 'overlap': 8}
+    restored = read_protocol({**options, 'batch': 8}).restore(Forgetful(), lq, on_note=notes.append)
+    torch.testing.assert_close(restored, read_protocol(options).restore(Blur(), lq))
+    assert ['trying 4' in notes[0], 'trying 2' in notes[1]] == [True, True] and len(notes) == 2
+
+
+def test_one_pass_that_does_not_fit_names_the_remedy():
+    with pytest.raises(OptionError, match=r'70x60 does not fit in the memory of cpu.*tiled'):
+        read_protocol('whole').restore(Forgetful(), image(60, 70))
+
+
+@pytest.mark.parametrize('square', [10**6, 10**9])
+def test_a_square_that_does_not_fit_is_named(square):
+    with pytest.raises(OptionError, match=f'8x4 with zeros around it, {square}x{square}, does not fit.*smaller square'):
+        read_protocol({'type': 'spad', 'square': square}).restore(nn.Identity(), image(4, 8))
+
+
+@pytest.mark.parametrize(
+    ('value', 'message'),
+    [
+        ('agn', 'no validation protocol is called agn, did you mean agan'),
+        ({'tile': 3}, 'no validation protocol is called None'),
+        ({'type': ['agan']}, r"no validation protocol is called \['agan'\]"),
+        ({'type': 'agan', 1: 2}, r'protocol\.1: unknown key'),
+        (
+            {'type': 'whole', 'overlap': 8},
+            r'protocol\.overlap: whole has no tiles that this could say something of; set',
+        ),
+        ({'type': 'agan', 'tile': None, 'batch': 2}, r'protocol\.batch: agan has no tiles'),
+        (5, 'protocol is 5: expected a name, or a mapping'),
+        ({'type': 'agan', 'til': 3}, r'protocol\.til: unknown key, did you mean tile'),
+        ({'type': 'agan', 'tile': 0}, 'agan: tile is 0'),
+        ({'type': 'agan', 'tile': 64}, 'overlap is 80 and tile is 64'),
+        ({'type': 'agan', 'tile': True}, r'protocol\.tile is True: expected a whole number or text or nothing'),
+        ({'type': 'agan', 'tile': 'all'}, "tile is 'all': expected the side of a tile in pixels, or auto"),
+        ({'type': 'agan', 'overlap': -1}, 'overlap is -1'),
+        ({'type': 'tiled', 'overlap': -1}, 'overlap is -1'),
+        ({'type': 'agan', 'blend': 'gauss'}, "blend is 'gauss': expected one of ramp, mean"),
+        ({'type': 'agan', 'batch': 0}, 'batch is 0'),
+        ({'type': 'spad', 'square': 0}, r'protocol\.square is 0'),
+        ({'type': 'whole', 'self_ensemble': 1}, r'protocol\.self_ensemble is 1: expected true or false'),
+    ],
+)
+def test_protocols_that_make_no_sense(value, message):
+    with pytest.raises(OptionError, match=message):
+        read_protocol(value)
+
+
+def test_images_that_are_none():
+    for wrong in (torch.rand(3, 8, 8), torch.rand(1, 3, 0, 8)):
+        with pytest.raises(ShapeError, match='restores images'):
+            read_protocol('whole').restore(nn.Identity(), wrong)
+    with pytest.raises(ShapeError, match='failed on 8x8'):
+        read_protocol('whole').restore(Blur(), torch.rand(1, 1, 8, 8))
+
+
+def test_a_line_says_what_is_done():
+    assert read_protocol('agan').describe() == 'agan: tiles of 384, overlap 80, mean; not rounded'
+    line = read_protocol({'type': 'spad', 'self_ensemble': True}).describe()
+    assert line == (
+        'spad: zeros around to a square multiple of 128; one pass; mean over eight flips and rotations; '
+        'rounded to 8 bits'
+    )
+    assert (
+        read_protocol({'type': 'whole', 'tile': 64}).describe() == 'whole: tiles of 64, overlap 16, ramp; not rounded'
+    )
+
+
+def test_the_schema_knows_the_same():
+    assert set(get_args(keys.ProtocolName)) == set(PROTOCOLS)
+    for key in set(keys.Protocol.model_fields) - {'type'}:
+        value = getattr(PROTOCOLS['agan'], key)
+        assert getattr(read_protocol({'type': 'agan', key: value}), key) == value

@@ -1,0 +1,287 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ast_plugin.archs.ast_arch import AST
+from ast_plugin.archs.registered_arch import CHANNEL_KEYS
+from ast_plugin.checkpoints import save_weights
+from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError
+from ast_plugin.evaluation import tiling
+from ast_plugin.evaluation.memory import _free_in_group, _free_in_machine, available_bytes, peak_bytes
+from ast_plugin.evaluation.restorer import Restorer, build_network, find_device
+
+TINY = {'type': 'AST', 'img_size': 64, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9}
+
+
+class Scale(nn.Module):
+    """Multiplies, and enlarges by repeating pixels."""
+
+    def __init__(self, factor=1.0, enlarge=1, out_channels=None):
+        super().__init__()
+        self.factor, self.enlarge, self.out_channels = factor, enlarge, out_channels
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(tuple(x.shape[-2:]))
+        x = x[:, : self.out_channels] * self.factor
+        return x.repeat_interleave(self.enlarge, -1).repeat_interleave(self.enlarge, -2)
+
+
+def noise(*shape, dtype=np.uint8):
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
+
+
+def tiny_weights(path, **changes):
+    options = TINY | changes
+    torch.manual_seed(0)
+    network = build_network(options)
+    save_weights(path, network.state_dict(), options)
+    return path, network
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('shape', [(5, 7, 3), (5, 7), (1, 1, 3), (1, 1)])
+def test_every_value_survives_an_identity(dtype, shape):
+    image = noise(*shape, dtype=dtype)
+    restored = Restorer(Scale()).restore(image)
+    assert restored.dtype == dtype
+    np.testing.assert_array_equal(restored, image)
+
+
+def test_all_levels_of_both_depths_survive():
+    for dtype, levels in ((np.uint8, 256), (np.uint16, 65536)):
+        image = np.arange(levels).reshape(16, -1).astype(dtype)
+        np.testing.assert_array_equal(Restorer(Scale()).restore(image), image)
+
+
+def test_results_are_clamped_and_rounded_to_the_nearest():
+    image = np.array([[100, 101, 255, 0]], np.uint8)
+    np.testing.assert_array_equal(Restorer(Scale(1.3)).restore(image), [[130, 131, 255, 0]])
+    np.testing.assert_array_equal(Restorer(Scale(-1)).restore(image), np.zeros((1, 4)))
+    image = np.array([[10000, 60000]], np.uint16)
+    np.testing.assert_array_equal(Restorer(Scale(1.00004)).restore(image), [[10000, 60002]])
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64, np.float16])
+def test_floating_point_stays_unrounded(dtype):
+    image = np.random.default_rng(0).random((5, 7, 3)).astype(dtype)
+    restored = Restorer(Scale(0.5)).restore(image)
+    assert restored.dtype == np.float32
+    np.testing.assert_allclose(restored, image.astype(np.float32) / 2, atol=1e-7)
+
+
+def test_the_input_is_left_alone():
+    image = np.full((4, 4, 3), 0.9, np.float32)
+    Restorer(nn.Identity()).restore(image)
+    Restorer(Scale(5)).restore(image)
+    assert (image == np.float32(0.9)).all()
+
+
+def test_gray_through_a_network_for_colours_and_for_gray():
+    gray, color = noise(6, 5), noise(6, 5, 3)
+    assert Restorer(Scale(), in_channels=1).restore(gray).shape == (6, 5)
+    assert Restorer(Scale(out_channels=1)).restore(color).shape == (6, 5)
+    with pytest.raises(DataError, match='gray pictures only'):
+        Restorer(Scale(), in_channels=1).restore(color)
+
+
+@pytest.mark.parametrize('tile', [None, 16])
+def test_networks_that_enlarge(tile):
+    image = noise(20, 30, 3)
+    restored = Restorer(Scale(enlarge=2), tile=tile).restore(image)
+    np.testing.assert_array_equal(restored, image.repeat(2, 0).repeat(2, 1))
+
+
+@pytest.mark.parametrize(
+    'image',
+    [
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4,), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4, 4), np.int32),
+        np.zeros((4, 4), bool),
+    ],
+)
+def test_arrays_that_are_no_pictures(image):
+    with pytest.raises(ShapeError, match='a picture'):
+        Restorer(Scale()).restore(image)
+
+
+def test_values_that_are_not_finite_are_refused():
+    with pytest.raises(DataError, match='not finite'):
+        Restorer(Scale(float('nan'))).restore(noise(4, 4, 3))
+
+
+def test_what_a_network_raises_is_named():
+    class Fussy(nn.Module):
+        def forward(self, x):
+            return x.reshape(7)
+
+    with pytest.raises(ShapeError, match='failed on 5x4: shape'):
+        Restorer(Fussy()).restore(noise(4, 5, 3))
+
+
+def test_tiles_asked_for_bound_what_the_network_sees():
+    network = Scale()
+    progress = []
+    image = noise(50, 40, 3)
+    restored = Restorer(network, tile=32, overlap=8).restore(image, on_tile=lambda *call: progress.append(call))
+    np.testing.assert_array_equal(restored, image)
+    assert set(network.sizes) == {(32, 32)}
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_tiles_are_chosen_when_memory_is_short(monkeypatch):
+    network, notes = Scale(), []
+    monkeypatch.setattr(tiling, 'available_bytes', lambda device: 10**7)
+    monkeypatch.setattr(tiling, 'peak_bytes', lambda network, image: 150 * 128 * 128)
+    image = noise(130, 500, 3)
+    np.testing.assert_array_equal(Restorer(network).restore(image, on_note=notes.append), image)
+    assert set(network.sizes) == {(128, 128)}
+    assert len(notes) == 1 and 'restored in tiles of 128' in notes[0]
+
+
+def test_nothing_is_measured_when_memory_is_ample(monkeypatch):
+    network, notes = Scale(), []
+    monkeypatch.setattr(tiling, 'peak_bytes', None)
+    Restorer(network).restore(noise(150, 200, 3), on_note=notes.append)
+    assert network.sizes == [(150, 200)] and not notes
+
+
+class Forgetful(Scale):
+    """Runs out of memory above a size, as PyTorch says so on a CPU."""
+
+    def forward(self, x):
+        if x.shape[-1] * x.shape[-2] > 128 * 128:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        return super().forward(x)
+
+
+def test_smaller_tiles_are_tried_when_memory_runs_out_all_the_same():
+    network, notes = Forgetful(), []
+    image = noise(300, 600, 3)
+    np.testing.assert_array_equal(Restorer(network).restore(image, on_note=notes.append), image)
+    assert set(network.sizes) == {(128, 128)}
+    assert 'trying tiles of 256' in notes[0] and 'trying tiles of 128' in notes[1]
+
+
+def test_memory_that_runs_out_with_the_tiles_asked_for_is_an_error():
+    with pytest.raises(OptionError, match='choose tiles smaller than 256'):
+        Restorer(Forgetful(), tile=256).restore(noise(300, 300, 3))
+
+
+@pytest.mark.parametrize(('tile', 'overlap'), [(0, None), (-1, None), (8, 8), (8, -1), (None, -1), ('all', None)])
+def test_senseless_tiles_are_refused_at_once(tmp_path, tile, overlap):
+    with pytest.raises(OptionError):
+        Restorer(Scale(), tile=tile, overlap=overlap)
+    with pytest.raises(OptionError):
+        Restorer.from_weights(tmp_path / 'missing.pth', tile=tile, overlap=overlap)
+
+
+@pytest.mark.parametrize('name', ['nonsense', 'cuda:99', 'meta:x'])
+def test_devices_that_are_not_there(name):
+    with pytest.raises(OptionError, match=f'{name} cannot be used here, there is: cpu'):
+        find_device(name)
+
+
+def test_metadata_name_the_network(tmp_path):
+    path, network = tiny_weights(tmp_path / 'a.safetensors')
+    restorer = Restorer.from_weights(path, device='cpu')
+    assert restorer.notes == ()
+    assert restorer.network.bottleneck.blocks[0].attn.window_size == network.bottleneck.blocks[0].attn.window_size
+    image = noise(40, 33, 3)
+    values = torch.from_numpy(image).float().div(255).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        expected = network.eval()(values)[0].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
+    assert np.abs(restorer.restore(image).astype(int) - expected).max() <= 1
+
+
+def test_names_and_shapes_tell_the_rest_and_what_they_do_not_tell_is_said(tmp_path):
+    network = build_network(TINY | {'img_size': 256})
+    torch.save({'params': network.state_dict()}, tmp_path / 'a.pth')
+    restorer = Restorer.from_weights(tmp_path / 'a.pth', device='cpu')
+    assert isinstance(restorer.network, AST)
+    assert any('img_size' in note for note in restorer.notes)
+    assert restorer.restore(noise(16, 16, 3)).shape == (16, 16, 3)
+
+
+def test_options_override_the_metadata(tmp_path):
+    path, _ = tiny_weights(tmp_path / 'a.safetensors')
+    with pytest.raises(CheckpointError, match=r'a\.safetensors.*embed_dim'):
+        Restorer.from_weights(path, network=TINY | {'embed_dim': 8})
+    assert Restorer.from_weights(path, network=TINY, device='cpu').restore(noise(8, 8)).shape == (8, 8)
+
+
+def test_networks_of_the_toolbox(tmp_path):
+    options = {'type': 'SRVGGNetCompact', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_conv': 1, 'upscale': 2}
+    network = build_network(options)
+    torch.save({'params_ema': network.state_dict()}, tmp_path / 'a.pth')
+    restorer = Restorer.from_weights(tmp_path / 'a.pth', network=options, device='cpu', tile=24, overlap=12)
+    whole = Restorer.from_weights(tmp_path / 'a.pth', network=options, device='cpu')
+    image = noise(40, 33, 3)
+    restored = restorer.restore(image)
+    assert restored.shape == (80, 66, 3)
+    assert np.abs(restored.astype(int) - whole.restore(image)).max() <= 1
+    # What nobody recognises, spandrel where it is installed included.
+    torch.save({'params_ema': {'strange.weight': torch.zeros(3)}}, tmp_path / 'b.pth')
+    with pytest.raises(CheckpointError, match=r'b\.pth does not say which network.*-opt'):
+        Restorer.from_weights(tmp_path / 'b.pth', device='cpu')
+    with pytest.raises(CheckpointError, match=r'a\.pth: weights of another network than SRVGGNetCompact'):
+        Restorer.from_weights(tmp_path / 'a.pth', network=options | {'num_feat': 8}, device='cpu')
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'type': 'ATS'}, 'no network is registered as ATS, did you mean AST'),
+        ({'type': None}, 'no network is registered as None'),
+        ({'type': 'EDSR', 'colour': 3}, r'EDSR cannot be built.*colour'),
+        ({'type': 'AST', 'depths': [1]}, 'depths'),
+    ],
+)
+def test_networks_that_cannot_be_built(options, message):
+    with pytest.raises(OptionError, match=message):
+        build_network(options)
+
+
+@pytest.mark.parametrize('key', CHANNEL_KEYS)
+def test_gray_networks_are_known_whatever_they_call_their_channels(tmp_path, monkeypatch, key):
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Gray', lambda **options: nn.Sequential(nn.Conv2d(options[key], 1, 1)))
+    torch.save({'params': nn.Sequential(nn.Conv2d(1, 1, 1)).state_dict()}, tmp_path / 'a.pth')
+    restorer = Restorer.from_weights(tmp_path / 'a.pth', network={'type': 'Gray', key: 1}, device='cpu')
+    assert restorer.restore(noise(8, 8)).shape == (8, 8)
+
+
+def test_networks_of_strange_channels_are_refused():
+    with pytest.raises(OptionError, match='takes 4 channels'):
+        Restorer(Scale(), in_channels=4)
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    def function(x):
+        a = x + 1  # 1 lives
+        b = a * 2  # 2 live
+        del a
+        c = b.exp()  # 2 live
+        return c.view(-1)[2:]
+
+    with torch.inference_mode():
+        assert peak_bytes(function, torch.zeros(1000)) == 2 * 4000
+
+
+def test_the_system_tells_its_memory(tmp_path, monkeypatch):
+    assert 0 < available_bytes(torch.device('cpu')) < 2**50
+    information = tmp_path / 'meminfo'
+    information.write_text('MemTotal:  99 kB\nMemFree:   10 kB\nMemAvailable:   42 kB\n')
+    monkeypatch.setattr('ast_plugin.evaluation.memory._MEMORY_INFO', information)
+    assert _free_in_machine() == 42 * 1024
+    files = tuple(tmp_path / name for name in ('max', 'current', 'stat'))
+    assert _free_in_group(files) is None
+    for file, text in zip(files, ('1000\n', '700\n', 'anon 1\ninactive_file 50\n'), strict=True):
+        file.write_text(text)
+    assert _free_in_group(files) == 350
+    files[0].write_text('max\n')
+    assert _free_in_group(files) is None
