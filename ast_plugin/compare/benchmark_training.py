@@ -86,7 +86,7 @@ def prepare_step(settings: Settings, train: Mapping[str, Any]) -> Step:
     import torch
     from basicsr.utils.registry import ARCH_REGISTRY
 
-    from ast_plugin.losses.charbonnier_loss import ASTCharbonnierLoss
+    from ast_plugin.losses.restoration_loss import ASTCharbonnierLoss
     from ast_plugin.models import batch_mixing, moving_average, network_switches
     from ast_plugin.models.optimizers import build_optimizer
     from ast_plugin.models.precision import Precision

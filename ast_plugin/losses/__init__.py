@@ -1,1 +1,1 @@
-"""Losses of image restoration: functions that do the mathematics, and thin Modules that BasicSR builds by name."""
+"""Losses of image restoration, see `restoration_loss`."""

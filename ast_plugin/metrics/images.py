@@ -1,9 +1,9 @@
-"""What measures take: pairs of images of one size, checked, and their pixels as 8 bits, fractions or luma."""
+"""Images as metrics take them: checked pairs of one size; pixels as 8 bits, fractions, luma, or as BasicSR has them."""
 
 import numpy as np
 from torch import Tensor
 
-from ast_plugin.errors import DataError, ShapeError
+from ast_plugin.errors import DataError, OptionError, ShapeError
 
 LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 LUMA = np.array([65.481, 128.553, 24.966])
@@ -77,6 +77,40 @@ def matlab_luma(image: np.ndarray) -> np.ndarray:
     if image.shape[2] == 1:
         return image[..., 0].astype(np.float64)
     return np.floor(image.astype(np.float64) @ (LUMA / 255) + 16.5)
+
+
+def to_toolbox(image: np.ndarray) -> np.ndarray:
+    """RGB or gray, [H, W, C], uint8 or floating point in [0, 1], as BasicSR's metrics take it: BGR in [0, 255]."""
+    image = image[..., ::-1]
+    return np.ascontiguousarray(image if image.dtype == np.uint8 else image * image.dtype.type(255))
+
+
+def from_toolbox(image: np.ndarray, crop_border: int = 0, input_order: str = 'HWC') -> np.ndarray:
+    """BGR or gray in [0, 255], as BasicSR gives it, as RGB or gray, uint8 or floating point in [0, 1], [H, W, C].
+
+    Raises:
+        OptionError: for an order that BasicSR has not, or a border below 0.
+        ShapeError: if it is no such image, or the border leaves nothing of it.
+        DataError: if there are values outside of [0, 255].
+    """
+    if input_order not in ('HWC', 'CHW'):
+        raise OptionError(f'input_order is {input_order!r}: expected HWC or CHW')
+    if crop_border < 0:
+        raise OptionError(f'crop_border is {crop_border}: expected a number of pixels, 0 or more')
+    if image.ndim == 2:
+        image = image[..., None]
+    elif input_order == 'CHW':
+        image = image.transpose(1, 2, 0)
+    height, width, _ = image.shape
+    if min(height, width) <= 2 * crop_border:
+        raise ShapeError(f'crop_border {crop_border} leaves nothing of an image of {width}x{height} pixels')
+    image = image[crop_border : height - crop_border, crop_border : width - crop_border, ::-1]
+    if image.dtype == np.uint8:
+        return image
+    low, high = float(image.min()), float(image.max())
+    if not (low >= -1e-3 and high <= 255 + 1e-3):
+        raise DataError(f'an image has values from {low:g} to {high:g}: expected [0, 255], as BasicSR gives them')
+    return np.divide(image, 255, dtype=np.result_type(image.dtype, np.float32)).clip(0, 1)
 
 
 def _shown(image: np.ndarray) -> str:

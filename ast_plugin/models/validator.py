@@ -15,7 +15,7 @@ from ast_plugin.data.image_files import Picture, write_image
 from ast_plugin.errors import DataError, PluginError
 from ast_plugin.evaluation.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
 from ast_plugin.evaluation.results import PictureResult, Ranking, ValidationResults, distinct, thumbnails
-from ast_plugin.metrics.directions import better
+from ast_plugin.metrics.registered_metrics import better_direction
 from ast_plugin.models.processes import Processes
 
 Restore = Callable[[dict[str, Any]], Mapping[str, Tensor]]
@@ -70,7 +70,7 @@ class Validator:
         metrics = protocol.metrics if val.get('metrics') is None else val['metrics']
         # Only where it must be said: other packages' metrics may not take the argument.
         metrics = {
-            name: {**options, 'better': 'lower'} if better(options) == 'lower' else dict(options)
+            name: {**options, 'better': 'lower'} if better_direction(options) == 'lower' else dict(options)
             for name, options in metrics.items()
         }
         if opt.get('val') is not None:
@@ -129,7 +129,7 @@ class Validator:
     def ranking(self) -> Ranking | None:
         """By the first metric."""
         for name, options in self.metrics.items():
-            return Ranking(name, better(options) == 'lower', self.num_examples)
+            return Ranking(name, better_direction(options) == 'lower', self.num_examples)
         return None
 
     def _bar(self, loader: DataLoader, dataset: str) -> tqdm:

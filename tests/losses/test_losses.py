@@ -6,11 +6,21 @@ import pytest
 import torch
 
 from ast_plugin.errors import OptionError, ShapeError
-from ast_plugin.losses.charbonnier_loss import ASTCharbonnierLoss, charbonnier_loss
-from ast_plugin.losses.edge_loss import BINOMIAL, EdgeLoss, blur, edge_loss, laplacian
-from ast_plugin.losses.fft_loss import FFTLoss, fft_loss
-from ast_plugin.losses.psnr_loss import PSNRLoss, psnr_loss
-from ast_plugin.losses.tv_loss import TVLoss, total_variation
+from ast_plugin.losses.restoration_loss import (
+    BINOMIAL,
+    ASTCharbonnierLoss,
+    EdgeLoss,
+    FFTLoss,
+    PSNRLoss,
+    TVLoss,
+    _blur,
+    charbonnier_loss,
+    edge_loss,
+    fft_loss,
+    laplacian,
+    psnr_loss,
+    total_variation,
+)
 
 PAIRED = {
     'charbonnier': (ASTCharbonnierLoss, charbonnier_loss),
@@ -131,7 +141,7 @@ def test_total_variation_known_values():
 def test_blur_and_laplacian_known_values():
     dot = torch.zeros(1, 1, 9, 9)
     dot[..., 4, 4] = 1
-    torch.testing.assert_close(blur(dot)[0, 0, 4, 2:7], 0.4 * torch.tensor(BINOMIAL))
+    torch.testing.assert_close(_blur(dot)[0, 0, 4, 2:7], 0.4 * torch.tensor(BINOMIAL))
     torch.testing.assert_close(laplacian(torch.full((1, 2, 8, 8), 0.7))[..., 2:6, 2:6], torch.zeros(1, 2, 4, 4))
     # By hand: the even positions of the blurred dot are 0.05, 0.4, 0.05 in each direction, doubled, then blurred again.
     coarse = 2 * (0.05 * 0.05 + 0.4 * 0.4 + 0.05 * 0.05)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ast_plugin.errors import OptionError, TrainingError
-from ast_plugin.losses.charbonnier_loss import ASTCharbonnierLoss
 from ast_plugin.losses.fft_loss import FFTLoss
 from ast_plugin.losses.psnr_loss import PSNRLoss
+from ast_plugin.losses.restoration_loss import ASTCharbonnierLoss
 from ast_plugin.models.precision import Precision
 from ast_plugin.models.training_losses import check_reductions
 from ast_plugin.models.training_step import TrainingStep, batch_size

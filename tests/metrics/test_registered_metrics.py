@@ -11,7 +11,7 @@ import torch
 
 import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError
-from ast_plugin.metrics import directions, pyiqa_metric, toolbox_metrics
+from ast_plugin.metrics import images, registered_metrics
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 12, 3), dtype=np.uint8)
 REFERENCE = np.random.default_rng(1).integers(0, 256, (16, 12, 3), dtype=np.uint8)
@@ -19,9 +19,9 @@ REFERENCE = np.random.default_rng(1).integers(0, 256, (16, 12, 3), dtype=np.uint
 
 @pytest.fixture(autouse=True)
 def _forget():
-    pyiqa_metric._model.cache_clear()
+    registered_metrics._pyiqa_model.cache_clear()
     yield
-    pyiqa_metric._model.cache_clear()
+    registered_metrics._pyiqa_model.cache_clear()
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_images_come_as_rgb_in_the_unit_range(package):
     red, other = (image[..., 2].mean() / 255 for image in (IMAGE, REFERENCE))
     assert measure('entropy') == pytest.approx(red)
     assert measure('lpips') == pytest.approx(red - other)
-    assert measure('lpips', toolbox_metrics.to_toolbox(IMAGE[..., ::-1] / 255)) == pytest.approx(red - other)
+    assert measure('lpips', images.to_toolbox(IMAGE[..., ::-1] / 255)) == pytest.approx(red - other)
     assert measure('entropy', crop_border=2) == pytest.approx(IMAGE[2:-2, 2:-2, 2].mean() / 255)
 
 
@@ -90,11 +90,11 @@ def test_a_model_is_made_once_for_each_set_of_options(package):
 
 
 def test_directions(package):
-    assert directions.better({'type': 'pyiqa', 'metric': 'lpips'}) == 'lower'
-    assert directions.better({'type': 'pyiqa', 'metric': 'entropy'}) == 'higher'
-    assert directions.better({'type': 'pyiqa', 'metric': 'lpips', 'better': 'higher'}) == 'higher'
-    assert directions.better({'type': 'calculate_niqe'}) == 'lower'
-    assert directions.better({'type': 'calculate_psnr'}) == 'higher'
+    assert registered_metrics.better_direction({'type': 'pyiqa', 'metric': 'lpips'}) == 'lower'
+    assert registered_metrics.better_direction({'type': 'pyiqa', 'metric': 'entropy'}) == 'higher'
+    assert registered_metrics.better_direction({'type': 'pyiqa', 'metric': 'lpips', 'better': 'higher'}) == 'higher'
+    assert registered_metrics.better_direction({'type': 'calculate_niqe'}) == 'lower'
+    assert registered_metrics.better_direction({'type': 'calculate_psnr'}) == 'higher'
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
     with pytest.raises(BackendUnavailable, match=r'pyiqa is not installed: pip install "ast_plugin\[metrics\]"'):
         measure('lpips')
     with pytest.raises(BackendUnavailable, match='not installed'):
-        directions.better({'type': 'pyiqa', 'metric': 'lpips'})
+        registered_metrics.better_direction({'type': 'pyiqa', 'metric': 'lpips'})
 
 
 @pytest.mark.skipif(importlib.util.find_spec('pyiqa') is None, reason='the extra `metrics` is not installed')
@@ -135,7 +135,7 @@ def test_the_package_itself(monkeypatch):
 
     expected = psnr_rgb(IMAGE[..., ::-1], REFERENCE[..., ::-1])
     assert measure('psnr') == pytest.approx(expected, abs=1e-4)
-    assert directions.better({'type': 'pyiqa', 'metric': 'lpips'}) == 'lower'
+    assert registered_metrics.better_direction({'type': 'pyiqa', 'metric': 'lpips'}) == 'lower'
 
     def unreachable(*_, **__):
         raise urllib.error.URLError('no network in tests')

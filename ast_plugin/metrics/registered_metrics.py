@@ -1,0 +1,133 @@
+"""Metrics in BasicSR's registry: PSNR and SSIM as papers define them, and `pyiqa` for all that the package measures.
+
+Images come as BasicSR gives them: BGR or gray, [H, W, 3], [H, W, 1] or [H, W], in [0, 255]. Its own model rounds them
+to uint8; floating point is measured as it is, which BasicSR's `calculate_psnr` and `calculate_ssim` do as well.
+"""
+
+import functools
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError, first_line
+from ast_plugin.metrics.images import from_toolbox
+from ast_plugin.metrics.psnr_ssim import psnr_rgb, psnr_y_float, psnr_y_matlab, ssim_rgb, ssim_y_matlab
+from ast_plugin.suggest import did_you_mean
+
+_LOWER_IS_BETTER = ('calculate_niqe', 'calculate_fid')
+_INSTALL = 'pip install "ast_plugin[metrics]"'
+_OF_SETS = ('fid', 'sfid', 'fid_dinov2', 'inception_score')  # pyiqa's metrics of sets of images, not of one
+
+
+def _metric(name: str, measure: Callable[[np.ndarray, np.ndarray], float], what: str) -> Callable[..., float]:
+    """Return `measure` as a metric of BasicSR's, which finds its arguments by these names and passes others on."""
+
+    def calculate(img: np.ndarray, img2: np.ndarray, crop_border: int = 0, input_order: str = 'HWC', **kwargs) -> float:
+        return measure(*(from_toolbox(image, crop_border, input_order) for image in (img, img2)))
+
+    calculate.__name__ = calculate.__qualname__ = name
+    calculate.__doc__ = f'{what}: see `{measure.__name__}`.'
+    return calculate
+
+
+calculate_psnr_matlab = _metric('calculate_psnr_matlab', psnr_y_matlab, 'PSNR of the 8-bit luma, as in MATLAB')
+calculate_ssim_matlab = _metric('calculate_ssim_matlab', ssim_y_matlab, 'SSIM of the 8-bit luma, as in MATLAB')
+calculate_psnr_skimage = _metric('calculate_psnr_skimage', psnr_rgb, 'PSNR of unrounded RGB, as in scikit-image')
+calculate_ssim_skimage = _metric('calculate_ssim_skimage', ssim_rgb, 'SSIM of unrounded RGB, as in scikit-image')
+calculate_psnr_y_float = _metric(
+    'calculate_psnr_y_float', psnr_y_float, 'PSNR of the unrounded luma, by which the authors pick weights'
+)
+
+
+def pyiqa(
+    img: np.ndarray,
+    img2: np.ndarray,
+    metric: str,
+    crop_border: int = 0,
+    input_order: str = 'HWC',
+    better: str | None = None,
+    **options: Any,
+) -> float:
+    """Measure one image by a metric of pyiqa (LPIPS, DISTS, NIQE …), which downloads the metric's weights once.
+
+    Args:
+        img, img2: the image and its reference, which metrics without reference do not look at.
+        metric: its name in pyiqa, such as lpips, dists or niqe.
+        crop_border, input_order: as of BasicSR's metrics.
+        better: what BasicSR leaves among the options; without effect here.
+        options: the metric's own.
+    Raises:
+        BackendUnavailable: if pyiqa is not installed, or the weights cannot be downloaded.
+        OptionError: if pyiqa has no such metric, or it measures sets of images.
+        ShapeError: if the images are too small for the metric, or differ in size.
+    """
+    pair = [from_toolbox(image, crop_border, input_order) for image in (img, img2)]
+    model = _pyiqa_model(metric, json.dumps(options, sort_keys=True))
+    scales = [255 if image.dtype == np.uint8 else 1 for image in pair]
+    tensors = [
+        torch.from_numpy(np.array(image, np.float32).transpose(2, 0, 1)[None]).div(scale)
+        for image, scale in zip(pair, scales, strict=True)
+    ]
+    needs_reference = model.metric_mode == 'FR'
+    if needs_reference and tensors[0].shape != tensors[1].shape:
+        raise ShapeError(f'{metric}: the image is {list(pair[0].shape)} and the reference {list(pair[1].shape)}')
+    try:
+        with torch.inference_mode():
+            return float(model(*(tensors if needs_reference else tensors[:1])))
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        height, width = pair[0].shape[:2]
+        raise ShapeError(f'pyiqa: {metric} fails on {width}x{height} pixels: {first_line(error)}') from error
+
+
+def better_direction(options: Mapping[str, Any]) -> str:
+    """Return 'higher' or 'lower' for the options of a metric: its `better`, else what is known of its `type`.
+
+    Raises:
+        BackendUnavailable, OptionError: if it is of pyiqa, and that is not there or has no such metric.
+    """
+    if options.get('better'):
+        return options['better']
+    if options['type'] == 'pyiqa':
+        return 'lower' if _pyiqa_entry(options['metric']).get('lower_better') else 'higher'
+    return 'lower' if options['type'] in _LOWER_IS_BETTER else 'higher'
+
+
+@functools.lru_cache(maxsize=8)
+def _pyiqa_model(metric: str, options: str) -> Any:
+    """The metric's network, made once; on the GPU where there is one, as pyiqa has it."""
+    _pyiqa_entry(metric)
+    try:
+        return _pyiqa_package().create_metric(metric, **json.loads(options))
+    except OSError as error:  # of urllib, requests and huggingface_hub alike
+        raise BackendUnavailable(
+            f'pyiqa: the weights of {metric} cannot be fetched ({first_line(error)}); '
+            'where there is a network, use it once there and copy the folders ~/.cache/torch and ~/.cache/huggingface'
+        ) from error
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        raise OptionError(f'pyiqa: {metric} cannot be made with {options}: {first_line(error)}') from error
+
+
+def _pyiqa_entry(metric: str) -> dict[str, Any]:
+    """What pyiqa's table says of a metric; nothing is downloaded."""
+    package = _pyiqa_package()
+    known = importlib.import_module('pyiqa.default_model_configs').DEFAULT_CONFIGS
+    if metric in _OF_SETS:
+        raise OptionError(f'pyiqa: {metric} measures sets of images, not one after the other')
+    if metric not in known:
+        suggestion = did_you_mean(str(metric), known) or f'; it has {", ".join(package.list_models())}'
+        raise OptionError(f'pyiqa has no metric {metric}{suggestion}')
+    return known[metric]
+
+
+def _pyiqa_package() -> ModuleType:
+    try:
+        return importlib.import_module('pyiqa')
+    except ModuleNotFoundError as error:
+        if error.name != 'pyiqa':
+            raise BackendUnavailable(f'pyiqa lacks the package {error.name}: {_INSTALL}') from error
+        raise BackendUnavailable(f'the package pyiqa is not installed: {_INSTALL}') from error
