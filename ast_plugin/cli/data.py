@@ -13,7 +13,6 @@ COMMANDS = {
     'lmdb': 'pack pairs into LMDBs, which are read faster than many files',
     'check': 'verify a folder or an LMDB against its manifest',
     'synth': 'make degraded pictures from clean photographs',
-    'photos': 'gather clean photographs to synthesise from',
 }
 
 
