@@ -1,5 +1,10 @@
 """What can go wrong, by kind. Every message says what was expected, what came, and what to do."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class PluginError(Exception):
     """Base of the errors a user can mend. The command line prints the message and exits with status 2."""
@@ -14,7 +19,11 @@ class DataError(PluginError, ValueError):
 
 
 class CheckpointError(PluginError, RuntimeError):
-    """A weights file cannot be read, is unsafe, or belongs to another network."""
+    """A weights or state file cannot be read, is unsafe, or belongs to another network."""
+
+
+class FileError(PluginError, RuntimeError):
+    """A file cannot be written, or another process is at work in its folder."""
 
 
 class TrainingError(PluginError, RuntimeError):
@@ -38,3 +47,16 @@ def one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error of somebody's code says, or its name: torch's go on with what helps nobody."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`', did you mean NAME?'`, to be put behind a complaint; empty when nothing is near."""
+    match = nearest(name, known)
+    return f', did you mean {match}?' if match else ''
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, whatever the case of its letters; None when nothing is near."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[matches[0]] if matches else None

@@ -40,7 +40,7 @@ def test_the_three_that_are_promised_are_there():
 def test_option_files(text, tmp_path):
     """Those with a Mixed are built; the weights that they name are those of their base."""
     from ast_plugin.archs.mixed_arch import Mixed, build_base
-    from ast_plugin.weights_files import save_torch
+    from ast_plugin.checkpoints import save_torch
 
     network = safe_yaml.read_text(text, 'example')['network_g']
     base = {**network['base'], 'depths': [2], 'num_heads': [2], 'embed_dim': 8}

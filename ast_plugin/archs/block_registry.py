@@ -33,8 +33,7 @@ from mmengine.registry import Registry
 from torch import nn
 
 from ast_plugin.archs import blocks
-from ast_plugin.errors import OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import OptionError, did_you_mean
 
 WORKS_IN = ('nhwc', 'nchw', 'tokens', 'windows', 'any')
 PLACES = ('windows', 'tokens', 'maps')

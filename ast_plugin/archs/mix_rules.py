@@ -15,8 +15,7 @@ from ast_plugin.archs import blocks
 from ast_plugin.archs.block_adapters import OPERATIONS
 from ast_plugin.archs.block_registry import Declaration, declaration
 from ast_plugin.archs.call_sites import Site, square_side, window_of
-from ast_plugin.errors import OptionError, PluginError, ShapeError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import OptionError, PluginError, ShapeError, did_you_mean
 
 KEYS = ('match', 'with', 'op', 'keep_weights', 'dense_share', 'gain')
 DENSE_SHARE = 0.99

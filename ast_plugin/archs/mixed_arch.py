@@ -13,10 +13,10 @@ from ast_plugin.archs.block_adapters import MixedIn, pass_size
 from ast_plugin.archs.blocks import ASSA
 from ast_plugin.archs.call_sites import Site, Watched, check_runs, find_site, watch
 from ast_plugin.archs.kept_weights import keep_weights
-from ast_plugin.archs.registered_arch import registered_network, stated_channels
+from ast_plugin.archs.networks import registered_network, stated_channels
+from ast_plugin.checkpoints import load_into, read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line
 from ast_plugin.ops import pad_to_multiple
-from ast_plugin.weights_files import load_into, read_checkpoint
 
 _COMPILED = 'basicsr.ops.'
 

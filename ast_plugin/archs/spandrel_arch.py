@@ -17,8 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ast_plugin.errors import BackendUnavailable, OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import BackendUnavailable, OptionError, did_you_mean
 
 _EXTRA = 'pip install "ast_plugin[baselines]"'
 _PREFIX = 'network.'

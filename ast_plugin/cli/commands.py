@@ -4,7 +4,7 @@ import argparse
 import importlib
 from collections.abc import Mapping, Sequence
 
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import did_you_mean
 
 
 def listed(commands: Mapping[str, str]) -> str:

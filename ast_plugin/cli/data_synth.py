@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ast_plugin import __version__
-from ast_plugin.errors import DataError, OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import DataError, OptionError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -241,12 +240,12 @@ def _write_all(
 
     What a run that was killed has left beside its place goes.
     """
-    from ast_plugin.data.folder_lock import alone_in
+    from ast_plugin.files import lock_folder
 
     partial = output.absolute().parent / f'.{output.name[:64]}.synth.part'
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with alone_in(partial, 'another run is making pairs there'):
+        with lock_folder(partial, 'another run is making pairs there'):
             try:
                 for left_over in partial.iterdir():
                     shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
@@ -293,7 +292,7 @@ def _write_pair(folder: Path, pair: SynthesizedPair) -> None:
 
 
 def _write_record(folder: Path, photographs: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe) -> None:
-    from ast_plugin.data.whole_files import write_bytes
+    from ast_plugin.files import write_file
 
     record = {
         'task': recipe.task,
@@ -305,7 +304,7 @@ def _write_record(folder: Path, photographs: dict[str, Path], depths: dict[str, 
         'depths': {name: path.name for name, path in depths.items() if path is not None},
         'ast_plugin': __version__,
     }
-    write_bytes(folder / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + '\n').encode())
+    write_file(folder / RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + '\n').encode())
 
 
 def _put_in_place(partial: Path, output: Path) -> None:

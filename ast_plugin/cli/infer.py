@@ -298,7 +298,7 @@ def _prepare_folders(jobs: Sequence[Job], output: Path) -> None:
 
 
 def _restore_all(jobs: Sequence[Job], restorer: Restorer, args: argparse.Namespace, output: Path) -> int:
-    from ast_plugin.data.whole_files import write_bytes
+    from ast_plugin.files import write_file
     from ast_plugin.ops import frozen_weights
 
     start, failed = time.perf_counter(), 0
@@ -312,7 +312,7 @@ def _restore_all(jobs: Sequence[Job], restorer: Restorer, args: argparse.Namespa
                 report.fail(job, error)
                 continue
             # A disk that takes no more ends the run: what follows would be restored in vain.
-            write_bytes(job.target, data)
+            write_file(job.target, data)
             report.end(job)
     seconds = time.perf_counter() - start
     of_all = f' of {len(jobs)}' if failed else ''

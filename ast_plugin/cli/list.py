@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from ast_plugin.errors import OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import OptionError, did_you_mean
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

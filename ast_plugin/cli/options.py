@@ -8,11 +8,10 @@ basicsr train -opt AST_derain uses one without copying it
 from __future__ import annotations
 
 import argparse
-import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from ast_plugin.errors import OptionError
+from ast_plugin.files import write_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,13 +52,5 @@ def _copy(source: Path, folder: Path, force: bool) -> None:
             'Choose another folder, or --force to replace'
         )
     for path, copy in new.items():
-        partial = copy.with_name(f'.{copy.name}.part')
-        try:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, partial)
-            partial.replace(copy)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise OptionError(f'{copy}: cannot be written: {error.strerror}') from None
+        write_file(copy, path.read_bytes(), make_folder=True)
     print(f'{len(new)} option files copied to {folder}, {len(copies) - len(new)} were there already')

@@ -104,7 +104,7 @@ def _check_logger(opt: Mapping[str, Any], source: str) -> None:
 
 
 def _check_resume(opt: Mapping[str, Any]) -> None:
-    from ast_plugin.training_states import read_state
+    from ast_plugin.checkpoints import read_state
 
     state = opt['path'].get('resume_state')
     if state is None:

@@ -16,8 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ast_plugin.errors import OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import OptionError, did_you_mean
 
 if TYPE_CHECKING:
     from ast_plugin.options.stages import Stage

@@ -115,9 +115,8 @@ def _find_start(run: session.Session, stage: Stage, opt: dict[str, Any]) -> tupl
     Raises:
         CheckpointError: if the stage before has left no weights.
     """
-    from ast_plugin.checkpoints import read_checkpoint
+    from ast_plugin.checkpoints import newest_whole, read_checkpoint
     from ast_plugin.options import stages
-    from ast_plugin.training_states import newest_whole
 
     paths: dict[str, Any] = {}
     line = ''

@@ -158,7 +158,7 @@ def _prepare_command(way: Way, network: torch.nn.Module, picture: torch.Tensor) 
     import torch
 
     from ast_plugin.__main__ import main as basicsr
-    from ast_plugin.weights_files import save_weights
+    from ast_plugin.checkpoints import save_weights
 
     held = tempfile.TemporaryDirectory(prefix='basicsr_benchmark_')
     folder = Path(held.name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.errors import DataError
+from ast_plugin.files import write_file
 
 _PACKAGES = ('torch', 'torchvision', 'basicsr', 'numpy', 'opencv-python', 'lmdb', 'triton')
 
@@ -62,12 +63,8 @@ def check_writable(path: str | Path) -> None:
 
 def write(path: str | Path, record: Mapping[str, Any]) -> None:
     """Write a record with machine and versions as JSON, the file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.tmp')
     content = {**record, 'machine': machine(), 'versions': versions()}
-    temporary.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-    temporary.replace(path)
+    write_file(path, (json.dumps(content, indent=2) + '\n').encode(), make_folder=True)
 
 
 def _processor() -> str:

@@ -10,13 +10,16 @@ from typing import Any
 
 from ast_plugin.compare import benchmark_records
 from ast_plugin.compare.child import Outcome, run_child
-from ast_plugin.compare.journal import Journal, digest, file_digest, locked
+from ast_plugin.compare.journal import Journal, digest
 from ast_plugin.compare.measure import picture_path
 from ast_plugin.compare.networks import input_channels
 from ast_plugin.compare.results import Results, Row, Speed
 from ast_plugin.compare.training import Training, TrainingFailed
-from ast_plugin.errors import CheckpointError
+from ast_plugin.errors import CheckpointError, FileError
+from ast_plugin.files import file_digest, lock_folder
 from ast_plugin.options.comparison import INPUT
+
+_PATIENCE = 30.0  # seconds that what a killed comparison has started may take to end
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,10 @@ class Run:
         """Train and measure. A network that fails is a row that says so.
 
         Raises:
-            OptionError: if another comparison is at work in the folder.
+            FileError: if another comparison is at work in the folder.
         """
-        with locked(self.plan.folder) as self._keep_open:
+        occupied = 'another comparison is at work there, choose another name or --root'
+        with lock_folder(self.plan.folder, occupied, _PATIENCE) as self._keep_open:
             self.rows = {INPUT: Row(INPUT)}
             self._measure_quality(self.rows[INPUT], None, None, None)
             for number, network in enumerate(self.plan.networks, 1):
@@ -121,7 +125,7 @@ class Run:
             try:
                 weights, row.training = training.run(self.say)
                 param_key = None
-            except (TrainingFailed, CheckpointError) as error:
+            except (TrainingFailed, CheckpointError, FileError) as error:
                 self._fail(row, 'training', str(error))
                 return
         self._measure_quality(row, network.network_g, weights, param_key)

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ast_plugin.checkpoints import write_atomically
 from ast_plugin.compare.resident_memory import resident_growth
 from ast_plugin.errors import DataError, PluginError
+from ast_plugin.files import write_file
 
 _WARM_UP = 2  # runs before those that are timed
 _MOST_SECONDS = 60.0  # for timed runs, as soon as there are three
@@ -201,7 +201,7 @@ def main() -> int:
         print(f'basicsr: error: {error}', file=sys.stderr)
         return 2
     content = json.dumps(record).encode()
-    write_atomically(job['record'], lambda file: file.write(content))
+    write_file(job['record'], content)
     return 0
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ast_plugin.checkpoints import write_atomically
 from ast_plugin.compare import benchmark_records, formats, plots, report
 from ast_plugin.compare.measure import picture_path
 from ast_plugin.compare.training import training_curves
 from ast_plugin.evaluation.protocols import read_protocol
+from ast_plugin.files import write_file
 from ast_plugin.options.comparison import INPUT
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def write_outputs(plan: Plan, results: Results) -> dict[str, Path]:
     Returns:
         The files, by what they are: `table`, `csv`, `images`, `report`, and each plot by its name.
     Raises:
-        CheckpointError: if one cannot be written.
+        FileError: if one cannot be written.
     """
     drawings = plots.draw_all(results, _curves(plan), _validated(plan, results))
     page = report.write_page(results, _pictures(plan, results), drawings, method(plan, results))
@@ -39,7 +39,7 @@ def write_outputs(plan: Plan, results: Results) -> dict[str, Path]:
         contents[f'{drawing.name} svg'] = (plan.folder / 'plots' / f'{drawing.name}.svg', drawing.svg.encode())
     for path, content in contents.values():
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, lambda file, content=content: file.write(content))
+        write_file(path, content)
     return {key: path for key, (path, _) in contents.items()}
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from ast_plugin.compare import benchmark_records
 from ast_plugin.compare.child import run_child
 from ast_plugin.compare.formats import duration
-from ast_plugin.compare.journal import Journal, digest, file_digest
+from ast_plugin.compare.journal import Journal, digest
+from ast_plugin.files import file_digest
 from ast_plugin.options import safe_yaml
 
 _WEIGHTS = {'latest': 'net_g_latest.pth', 'best': 'net_g_best.pth'}

@@ -18,8 +18,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from ast_plugin.data.image_codecs import encode_picture
 from ast_plugin.data.image_headers import count_plain_pixels, is_lossless_webp, sniff_format
 from ast_plugin.data.pillow_limits import PILLOW_UNLIMITED
-from ast_plugin.data.whole_files import write_bytes
 from ast_plugin.errors import DataError
+from ast_plugin.files import write_file
 
 SUFFIXES = {
     'PNG': ('.png',),
@@ -173,7 +173,7 @@ def write_image(path: str | os.PathLike, picture: Picture, *, quality: int = 95)
     Raises:
         DataError: if the format cannot hold the picture, or the file cannot be written.
     """
-    write_bytes(path, encode_image(path, picture, quality=quality))
+    write_file(path, encode_image(path, picture, quality=quality))
 
 
 def encode_image(path: str | os.PathLike, picture: Picture, *, quality: int = 95) -> bytes:

@@ -11,8 +11,7 @@ from ast_plugin.data.manifest import read_manifest
 from ast_plugin.data.matching import Fault, Faults, Pair, match_folders, some
 from ast_plugin.data.pair_table import PairTable
 from ast_plugin.data.places import Place, choose_place, make_places
-from ast_plugin.errors import DataError, OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import DataError, OptionError, did_you_mean
 
 
 @dataclass(frozen=True)

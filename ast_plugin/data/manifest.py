@@ -25,8 +25,8 @@ from typing import Any
 
 from ast_plugin import __version__
 from ast_plugin.data.pair_table import Pair, PairTable
-from ast_plugin.data.whole_files import replacing
 from ast_plugin.errors import DataError
+from ast_plugin.files import replace_text
 
 FORMAT = 1
 """Number of this format, the value of `manifest` in the first line."""
@@ -161,7 +161,7 @@ def write_manifest(
         'others': list(others),
         'made_by': f'ast_plugin {__version__}',
     }
-    with replacing(path) as file:
+    with replace_text(path) as file:
         file.write(json.dumps(header) + '\n')
         for entry in entries:
             file.write(encode_entry(entry) + '\n')

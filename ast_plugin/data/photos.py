@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ast_plugin.data.matching import list_images
-from ast_plugin.errors import DataError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import DataError, did_you_mean
 
 
 @dataclass(frozen=True)

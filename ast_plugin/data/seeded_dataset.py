@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch.utils.data import Dataset, get_worker_info
 
 from ast_plugin.data import transforms
-from ast_plugin.errors import DataError, OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import DataError, OptionError, did_you_mean
 
 
 class IoBackend(BaseModel):

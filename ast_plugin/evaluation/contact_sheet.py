@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ast_plugin.data.matching import printable
-from ast_plugin.errors import DataError, ShapeError
+from ast_plugin.errors import ShapeError
+from ast_plugin.files import write_file
 
 if TYPE_CHECKING:
     from ast_plugin.evaluation.results import ValidationResults
@@ -86,21 +87,14 @@ def draw_examples(results: ValidationResults) -> Image.Image | None:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG.
+    """Write a picture as PNG, in a folder that is made where it is not there.
 
     Raises:
-        DataError: if that fails; no part of the file is left.
+        FileError: if that fails; no part of the file is left.
     """
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(partial, format='PNG', optimize=True)
-        partial.replace(path)
-    except OSError as error:
-        raise DataError(f'{path} cannot be written: {error}') from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    buffer = io.BytesIO()
+    picture.save(buffer, format='PNG', optimize=True)
+    write_file(path, buffer.getvalue(), make_folder=True)
 
 
 def _scores(values: Mapping[str, float]) -> str:

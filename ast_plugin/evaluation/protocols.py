@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ast_plugin.errors import DataError, OptionError, PluginError, ShapeError, one_line
+from ast_plugin.errors import DataError, OptionError, PluginError, ShapeError, did_you_mean, one_line
 from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, Tiling, evaluating
 from ast_plugin.metrics.images import as_array, eight_bits, fractions, to_toolbox
-from ast_plugin.suggest import did_you_mean
 
 Metrics = Mapping[str, Mapping[str, Any]]
 

@@ -1,18 +1,15 @@
 """How a result was made: protocol, metrics, weights and versions, without which a figure cannot be compared."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
 import ast_plugin
 from ast_plugin.evaluation.protocols import Metrics, Protocol
-
-_BLOCK_BYTES = 1 << 20
+from ast_plugin.files import file_digest
 
 
 @dataclass(frozen=True)
@@ -48,22 +45,13 @@ class Provenance:
             protocol=protocol.describe(),
             metrics='; '.join(f'{name}: {_described(options)}' for name, options in metrics.items()),
             weights=str(weights or ''),
-            sha256=checksum(weights) if weights else '',
+            sha256=file_digest(weights) if weights else '',
             versions=', '.join([*(f'{package} {number}' for package, number in found.items()), f'device {name}']),
         )
 
     def items(self) -> Iterator[tuple[str, str]]:
         """Name and value of each."""
         return iter(vars(self).items())
-
-
-def checksum(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, as sha256sum prints it."""
-    digest = hashlib.sha256()
-    with Path(path).open('rb') as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _described(options: dict) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ast_plugin.archs.registered_arch import registered_network, stated_channels
-from ast_plugin.checkpoints import infer_network, load_into, read_checkpoint
+from ast_plugin.archs.networks import infer_network, registered_network, stated_channels
+from ast_plugin.checkpoints import load_into, read_checkpoint
 from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, ShapeError, one_line
 from ast_plugin.evaluation.protocols import Protocol
 from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, check_tile_options

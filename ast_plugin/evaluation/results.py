@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 
 from ast_plugin.data.matching import printable
-from ast_plugin.data.whole_files import write_bytes
 from ast_plugin.evaluation.provenance import Provenance
+from ast_plugin.files import write_file
 
 INPUT = 'input'  # column prefix of the unrestored picture's values
 
@@ -185,8 +185,8 @@ class ValidationResults:
         Raises:
             DataError: if that fails.
         """
-        write_bytes(folder / f'{self.dataset}.csv', self.to_csv().encode())
-        write_bytes(folder / f'{self.dataset}.md', f'{self.to_markdown()}\n'.encode())
+        write_file(folder / f'{self.dataset}.csv', self.to_csv().encode())
+        write_file(folder / f'{self.dataset}.md', f'{self.to_markdown()}\n'.encode())
 
 
 @contextmanager

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError, first_line
+from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError, did_you_mean, first_line
 from ast_plugin.metrics.images import from_toolbox
 from ast_plugin.metrics.psnr_ssim import psnr_rgb, psnr_y_float, psnr_y_matlab, ssim_rgb, ssim_y_matlab
-from ast_plugin.suggest import did_you_mean
 
 _LOWER_IS_BETTER = ('calculate_niqe', 'calculate_fid')
 _INSTALL = 'pip install "ast_plugin[metrics]"'

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ast_plugin.errors import OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import OptionError, did_you_mean
 
 EXTRA = 'pytorch_optimizer'
 

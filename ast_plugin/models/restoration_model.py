@@ -14,7 +14,16 @@ from basicsr.utils.dist_util import master_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ast_plugin.checkpoints import load_into, read_checkpoint, save_torch, save_weights
+from ast_plugin.checkpoints import (
+    STATE,
+    WEIGHTS,
+    keep_newest,
+    load_into,
+    read_checkpoint,
+    read_state,
+    save_torch,
+    save_weights,
+)
 from ast_plugin.data import random_states
 from ast_plugin.data.samplers import epoch_of
 from ast_plugin.data.transforms import to_unit_range
@@ -38,7 +47,6 @@ from ast_plugin.models.run_log import RunLog
 from ast_plugin.models.training_step import TrainingStep
 from ast_plugin.models.validator import Validator
 from ast_plugin.ops import frozen_weights
-from ast_plugin.training_states import STATE, WEIGHTS, keep_newest, read_state
 
 
 class RestorationModel(SRModel):

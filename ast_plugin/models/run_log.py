@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ast_plugin.checkpoints import write_atomically
-from ast_plugin.errors import CheckpointError
+from ast_plugin.errors import FileError
+from ast_plugin.files import write_file
 
 FIXED = ('iter', 'epoch', 'lr')  # columns before the losses'
 _MOST_ROWS_IN_MEMORY = 1000
@@ -109,7 +109,7 @@ class RunLog:
         """Write what waits, where `durably` down to the disk itself.
 
         Raises:
-            CheckpointError: if that fails.
+            FileError: if that fails.
         """
         if self.folder is None or not self._is_open or not (self._rows or durably):
             return
@@ -120,7 +120,7 @@ class RunLog:
                     file.flush()
                     os.fsync(file.fileno())
         except OSError as error:
-            raise CheckpointError(f'{self.table} cannot be written: {error}') from error
+            raise FileError(f'{self.table} cannot be written: {error}') from error
         self._num_written += len(self._rows)
         self._rows.clear()
 
@@ -138,8 +138,8 @@ class RunLog:
             from ast_plugin.models.curve import draw_curve
 
             picture = draw_curve(read_columns(self.table), self.name, self.best_metric, self.higher_is_better)
-            write_atomically(self.curve, lambda file: file.write(picture))
-        except (ImportError, CheckpointError) as error:
+            write_file(self.curve, picture)
+        except (ImportError, FileError) as error:
             logging.getLogger('basicsr').warning(f'{self.curve} is not drawn: {error}')
         self._num_drawn = self._num_written
         end = time.monotonic()
@@ -179,7 +179,7 @@ class RunLog:
         atexit.register(self._flush_at_the_end)  # of a run that fails, too: the last losses tell most about it
 
     def _flush_at_the_end(self) -> None:
-        with suppress(CheckpointError):
+        with suppress(FileError):
             self.flush()
 
     def _goes_on(self, current_iter: int) -> bool:
@@ -195,7 +195,7 @@ class RunLog:
         header = io.StringIO()
         csv.writer(header, lineterminator='').writerow(self._columns)
         text = '\n'.join([header.getvalue(), *rows, ''])
-        write_atomically(self.table, lambda file: file.write(text.encode()))
+        write_file(self.table, text.encode())
         self._num_written = len(rows)
 
 

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ast_plugin.errors import OptionError
+from ast_plugin.errors import OptionError, did_you_mean
 from ast_plugin.options import inheritance, lengths
 from ast_plugin.options.overrides import override
 from ast_plugin.plugins import option_folders
-from ast_plugin.suggest import did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel the shipped files lie inside the package, in a checkout beside it.

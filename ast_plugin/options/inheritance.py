@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ast_plugin.errors import OptionError
+from ast_plugin.errors import OptionError, did_you_mean
 from ast_plugin.options import safe_yaml
 from ast_plugin.options.merging import merge
-from ast_plugin.suggest import did_you_mean
 
 BASE_KEY = '_base_'
 # More files than any chain needs; two files that name one another twice each would otherwise be read for ever.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ast_plugin.errors import OptionError
+from ast_plugin.errors import OptionError, did_you_mean
 from ast_plugin.options import safe_yaml
 from ast_plugin.options.merging import DELETE_KEY, rivals
-from ast_plugin.suggest import did_you_mean
 
 
 def override(opt: dict[str, Any], text: str) -> None:

@@ -87,12 +87,12 @@ def mark_finished(experiment: Path, total_iter: int) -> None:
     """Say that a run has reached its end: `is_finished` knows then.
 
     Raises:
-        CheckpointError: if that cannot be written.
+        FileError: if that cannot be written.
     """
-    from ast_plugin.checkpoints import write_atomically
+    from ast_plugin.files import write_file
 
     content = json.dumps({'total_iter': total_iter}).encode()
-    write_atomically(experiment / _FINISHED, lambda file: file.write(content))
+    write_file(experiment / _FINISHED, content)
 
 
 def is_finished(experiment: Path, total_iter: int) -> bool:

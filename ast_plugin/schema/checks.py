@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ast_plugin.errors import OptionError, PluginError
+from ast_plugin.errors import OptionError, PluginError, did_you_mean
 from ast_plugin.options import phase_of, stages
 from ast_plugin.options.merging import RIVALS, rivals
 from ast_plugin.schema.faults import Fault, Where, faults_of, shown, unknown_key
@@ -15,7 +15,6 @@ from ast_plugin.schema.keys import Dataset, OptionFile, Paths
 from ast_plugin.schema.registered import Registered
 from ast_plugin.schema.signatures import argument_faults, keys_read_by
 from ast_plugin.schema.staged import staged_faults
-from ast_plugin.suggest import did_you_mean
 
 _PATH_PATTERNS = {'pretrain_network_': str, 'param_key_': str, 'strict_load_': bool}
 _METRIC_IMAGES = ('img', 'img2')

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import did_you_mean
 
 Where = tuple[str | int, ...]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import did_you_mean
 
 # BasicSR registers some of its own under NAME_basicsr, and falls back to that when NAME is not taken.
 _FALLBACK_SUFFIX = '_basicsr'

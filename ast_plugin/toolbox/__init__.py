@@ -15,8 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ast_plugin.errors import OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import OptionError, did_you_mean
 from ast_plugin.toolbox import networks, resume, runs
 
 _applied: dict[str, bool] = {}

@@ -36,15 +36,15 @@ def load_resume_state(opt: dict) -> dict | None:
     """
     from basicsr.utils import check_resume
 
-    from ast_plugin import training_states
+    from ast_plugin import checkpoints
 
     path = opt['path'].get('resume_state')
     if opt['auto_resume']:
-        path = training_states.newest_whole(opt['path']['training_states']) or path
+        path = checkpoints.newest_whole(opt['path']['training_states']) or path
         opt['path']['resume_state'] = path and str(path)
     if path is None:
         return None
-    state = training_states.read_state(path)
+    state = checkpoints.read_state(path)
     opt['resumed_iter'] = state['iter']
     has_weights = state.pop('params', None) is not None and 'network_g' in opt
     has_weights = has_weights and 'network_g' not in (opt['path'].get('ignore_resume_networks') or ())

@@ -9,8 +9,9 @@ import torch
 import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin import schema
 from ast_plugin.archs import spandrel_arch
+from ast_plugin.archs.networks import infer_network
 from ast_plugin.archs.spandrel_arch import Spandrel
-from ast_plugin.checkpoints import infer_network, save_torch
+from ast_plugin.checkpoints import save_torch
 from ast_plugin.cli import registries
 from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
 from ast_plugin.evaluation.restorer import Restorer

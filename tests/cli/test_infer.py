@@ -400,7 +400,7 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(os, 'fsync', full)
-    assert_refused(run('photos'), f'cannot write {tmp_path / "out" / "a.png"}: No space left on device')
+    assert_refused(run('photos'), f'{tmp_path / "out" / "a.png"} cannot be written: No space left on device')
     assert files_below(tmp_path / 'out') == []
 
 

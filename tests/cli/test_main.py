@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -177,14 +176,13 @@ def test_options_are_not_copied_into_a_file(shipped, capsys):
 
 
 def test_a_full_disk_leaves_no_half_of_an_option_file(shipped, tmp_path, monkeypatch, capsys):
-    def fill_disk(source, target):
-        target.write_text('name: ha')
-        raise OSError(28, 'No space left on device', str(source))
+    def fill_disk(_):
+        raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(shutil, 'copyfile', fill_disk)
+    monkeypatch.setattr(os, 'fsync', fill_disk)
     assert command.main(['options', str(tmp_path / 'mine')]) == 2
     error = capsys.readouterr().err
-    assert f'error: {tmp_path}/mine/' in error and error.endswith('.yml: cannot be written: No space left on device\n')
+    assert f'error: {tmp_path}/mine/' in error and error.endswith('.yml cannot be written: No space left on device\n')
     assert not list((tmp_path / 'mine').iterdir())
 
 

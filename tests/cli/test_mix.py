@@ -128,8 +128,8 @@ def test_wrong_sizes(mix):
 def test_training_and_the_file_that_describes_itself(tmp_path, monkeypatch, capsys):
     """From a base's weights to a mixed network's: trained, resumed, and loaded where the base's file is gone."""
     from ast_plugin.archs.mixed_arch import build_base
+    from ast_plugin.checkpoints import read_checkpoint, save_torch
     from ast_plugin.evaluation.restorer import Restorer
-    from ast_plugin.weights_files import read_checkpoint, save_torch
 
     monkeypatch.chdir(tmp_path)
     file = tiny_run.write(tmp_path)

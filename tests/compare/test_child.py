@@ -87,9 +87,9 @@ def test_killed_with_its_parent_and_the_lock_kept_until_then(tmp_path):
         import sys
         from pathlib import Path
         from ast_plugin.compare.child import run_child
-        from ast_plugin.compare.journal import locked
+        from ast_plugin.files import lock_folder
         folder = Path(sys.argv[1])
-        with locked(folder) as descriptors:
+        with lock_folder(folder, 'busy') as descriptors:
             run_child('job', [str(folder)], folder / 'log', keep_open=descriptors)
     """)
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(tmp_path)])}
@@ -97,9 +97,9 @@ def test_killed_with_its_parent_and_the_lock_kept_until_then(tmp_path):
     until(lambda: (tmp_path / 'pid').exists() and (tmp_path / 'pid').read_text())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    from ast_plugin.compare.journal import locked
+    from ast_plugin.files import lock_folder
 
-    with locked(tmp_path):  # it waits for the orphan, which has the lock
+    with lock_folder(tmp_path, 'busy', patience=30.0):  # it waits for the orphan, which has the lock
         assert (tmp_path / 'saved').exists()
 
 

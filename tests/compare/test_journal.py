@@ -1,10 +1,8 @@
-"""What is noted as done: only for the same digest, whole or not at all, and by one comparison at a time."""
+"""What is noted as done: only for the same digest."""
 
 import pytest
 
-from ast_plugin.compare import journal
-from ast_plugin.compare.journal import Journal, digest, file_digest, locked
-from ast_plugin.errors import OptionError
+from ast_plugin.compare.journal import Journal, digest
 
 
 def test_digest_knows_values_and_not_the_order_of_keys():
@@ -28,20 +26,3 @@ def test_a_broken_record_is_none(tmp_path, content):
     notes = Journal(tmp_path)
     (tmp_path / 'x.json').write_text(content)
     assert notes.read('x', 'one') is None
-
-
-def test_file_digest(tmp_path):
-    for name, content in (('a', b'1'), ('b', b'1'), ('c', b'2')):
-        (tmp_path / name).write_bytes(content)
-    assert file_digest(tmp_path / 'a') == file_digest(tmp_path / 'b') != file_digest(tmp_path / 'c')
-
-
-def test_one_at_a_time(tmp_path, monkeypatch):
-    pytest.importorskip('fcntl', reason='this system has no such locks')
-    monkeypatch.setattr(journal, '_PATIENCE', 0.0)
-    with locked(tmp_path) as descriptors:
-        assert len(descriptors) == 1
-        with pytest.raises(OptionError, match='another comparison is at work there'), locked(tmp_path):
-            pass
-    with locked(tmp_path):
-        pass

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ast_plugin.archs.ast_arch import AST
-from ast_plugin.archs.registered_arch import CHANNEL_KEYS
+from ast_plugin.archs.networks import CHANNEL_KEYS
 from ast_plugin.checkpoints import save_weights
 from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError
 from ast_plugin.evaluation import tiling

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ast_plugin.training_states import read_state
+from ast_plugin.checkpoints import read_state
 
 NUM_KILLS = 20
 ROOT = Path(__file__).parents[2]

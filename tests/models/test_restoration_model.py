@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import ast_plugin  # noqa: F401  registers everything
 from ast_plugin.checkpoints import read_checkpoint
-from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError
+from ast_plugin.errors import CheckpointError, DataError, FileError, OptionError, ShapeError
 
 TINY = {
     'type': 'AST',
@@ -249,7 +249,7 @@ def test_a_failed_write_stops_training(tmp_path):
     opt = options(tmp_path)
     model = build(opt)
     model.opt['path']['models'] = str(tmp_path / 'gone')
-    with pytest.raises(CheckpointError, match='cannot be written'):
+    with pytest.raises(FileError, match='cannot be written'):
         model.save(0, 1)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ast_plugin.errors import CheckpointError
+from ast_plugin.errors import FileError
 from ast_plugin.models.curve import _smoothed, draw_curve
 from ast_plugin.models.run_log import RunLog, read_columns
 
@@ -126,7 +126,7 @@ def test_a_log_that_cannot_be_written_stops_the_run(tmp_path):
     log = log_of(tmp_path, 1, 2)
     (tmp_path / 'metrics.csv').unlink()
     (tmp_path / 'metrics.csv').mkdir()
-    with pytest.raises(CheckpointError, match=r'metrics\.csv cannot be written'):
+    with pytest.raises(FileError, match=r'metrics\.csv cannot be written'):
         log.flush()
     log._rows.clear()
 

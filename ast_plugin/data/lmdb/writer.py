@@ -22,7 +22,6 @@ from typing import IO, NamedTuple
 import lmdb
 from tqdm import tqdm
 
-from ast_plugin.data.folder_lock import alone_in
 from ast_plugin.data.lmdb.check import check_lmdb, check_together
 from ast_plugin.data.lmdb.format import DATA, DIGESTS, KINDS, META_INFO, SOURCE, Entry, digest_of
 from ast_plugin.data.lmdb.plan import Plan, Value
@@ -30,6 +29,7 @@ from ast_plugin.data.matching import some
 from ast_plugin.data.pair_table import Pair
 from ast_plugin.data.parallel import num_cores
 from ast_plugin.errors import DataError
+from ast_plugin.files import lock_folder, sync_folder
 
 COMMIT_PAIRS = 64
 COMMIT_BYTES = 32 * 2**20
@@ -85,7 +85,7 @@ def write_lmdbs(
             return Outcome(len(plan.items), len(plan.items), _num_bytes(destination))
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir(exist_ok=True)
-        with alone_in(staging, 'another process is writing there'):
+        with lock_folder(staging, 'another process is writing there'):
             num_done = _take_up(staging, plan)
             _write_values(staging, plan, num_done, num_workers)
             _write_texts(staging, plan)
@@ -321,7 +321,7 @@ def _put_in_place(staging: Path, destination: Path) -> None:
     if os.name == 'nt' and destination.is_dir():
         destination.rmdir()
     (staging / _STAGED).rename(destination)
-    _sync_folder(destination.parent)
+    sync_folder(destination.parent)
     shutil.rmtree(staging)
 
 
@@ -332,15 +332,6 @@ def _written(path: Path) -> Iterator[IO[str]]:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != 'nt':
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _num_bytes(destination: Path) -> int:

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ast_plugin.data.folder_lock import alone_in
 from ast_plugin.data.manifest import Entry, write_manifest
 from ast_plugin.data.matching import Fault, is_image, list_images, printable
 from ast_plugin.data.pair_table import Pair
 from ast_plugin.data.prepare import duplicates
 from ast_plugin.data.prepare.checked_pairs import Found, Journal
 from ast_plugin.data.prepare.splits import Split
-from ast_plugin.data.whole_files import partials_of, replacing
 from ast_plugin.errors import DataError
+from ast_plugin.files import lock_folder, partials_of, replace_text
 
 FAULTS = 'faults.txt'
 _OURS = '.prepared'  # marks folders that may be changed by the next run
@@ -74,8 +73,8 @@ class Preparation:
             raise DataError(f'{target}: this folder cannot be made: {error.strerror or error}') from error
 
     def alone(self) -> AbstractContextManager[None]:
-        """Keep other runs from preparing into the folder meanwhile; see `alone_in`."""
-        return alone_in(self.target, 'another run is preparing there')
+        """Keep other runs from preparing into the folder meanwhile; see `lock_folder`."""
+        return lock_folder(self.target, 'another run is preparing there')
 
     def check(self, workers: int, on_pair: Callable[[], None] = int) -> Checks:
         """Read all pictures; what is known from a run that was killed or refused is believed.
@@ -92,7 +91,7 @@ class Preparation:
     def list_faults(self, checks: Checks) -> Path:
         """Write all faults to a file, a line each, and return its path."""
         path = self.target / FAULTS
-        with replacing(path) as file:
+        with replace_text(path) as file:
             for number, split in enumerate(self.splits):
                 for fault in checks.faults(number):
                     file.write(f'{split.name}\t{fault.kind}\t{printable(fault.name)}\t{printable(fault.text)}\n')

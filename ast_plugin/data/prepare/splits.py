@@ -11,8 +11,7 @@ from ast_plugin.data.layouts import LAYOUTS, SPAD_LISTS, Layout, Source, find_pl
 from ast_plugin.data.matching import Faults, some
 from ast_plugin.data.pair_table import PairTable
 from ast_plugin.data.places import Place, make_places, search_roots
-from ast_plugin.errors import DataError, OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.errors import DataError, OptionError, did_you_mean
 
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.bz2', '.rar', '.7z')
 _SHOWN = 8

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ast_plugin.data.lmdb import writer as lmdb_writer
-from ast_plugin.errors import DataError
+from ast_plugin.errors import FileError
 from tests.data.lmdb_sources import contents, pack, write_folders
 
 
@@ -73,7 +73,7 @@ def test_two_at_once_do_not_write_into_each_other(root, tmp_path):
     handle = os.open(tmp_path / '.out.part', os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(DataError, match='another process is writing there'):
+        with pytest.raises(FileError, match='another process is writing there'):
             pack(root, tmp_path / 'out')
     finally:
         os.close(handle)

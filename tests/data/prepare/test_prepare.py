@@ -21,7 +21,7 @@ from ast_plugin.data.prepare import checked_pairs, picture_checks
 from ast_plugin.data.prepare import prepare as preparing
 from ast_plugin.data.prepare.prepare import Preparation
 from ast_plugin.data.prepare.splits import find_splits
-from ast_plugin.errors import DataError
+from ast_plugin.errors import DataError, FileError
 
 
 def picture(path: Path, seed, size=(16, 24)) -> Path:
@@ -280,7 +280,7 @@ def test_a_full_disk_while_writing_the_manifest(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, 'fsync', full)
-        with pytest.raises(DataError, match=r'cannot write .*train\.jsonl: No space left on device'):
+        with pytest.raises(FileError, match=r'train\.jsonl cannot be written: No space left on device'):
             preparation.write(checks, 'agan', None)
     assert not list((tmp_path / 'out').glob('*.jsonl')) and not list((tmp_path / 'out').glob('.*.part'))
     assert len(preparation.write(checks, 'agan', None)) == 2

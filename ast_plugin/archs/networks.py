@@ -1,12 +1,14 @@
-"""Networks that options name: found by their registered name, and the channels of the pictures that they take."""
+"""Networks that options or weights name, and the channels of the images that they take."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ast_plugin.errors import OptionError
-from ast_plugin.suggest import did_you_mean
+from ast_plugin.archs.ast_state import infer_options
+from ast_plugin.archs.spandrel_arch import recognise
+from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError, did_you_mean
 
 CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'img_channel', 'inp_channels')
 """What networks call the number of channels that they take."""
@@ -38,3 +40,21 @@ def stated_channels(options: Mapping[str, Any], network: nn.Module | None = None
     given = [options[key] for key in CHANNEL_KEYS if isinstance(options.get(key), int)]
     own = [value for key in CHANNEL_KEYS if isinstance(value := getattr(network, key, None), int)]
     return [*given, *own]
+
+
+def infer_network(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
+    """Read a network's options off the names and shapes of its weights.
+
+    Returns:
+        The options with their `type`, and a line for each that could not be told and was assumed. The network is an
+        AST, or where spandrel is installed one that spandrel knows.
+    Raises:
+        CheckpointError: if the weights are of no such network.
+    """
+    try:
+        options, assumed = infer_options(state)
+    except CheckpointError:
+        with suppress(OptionError, BackendUnavailable):
+            return recognise(state)
+        raise
+    return {'type': 'AST', **options}, assumed

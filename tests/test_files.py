@@ -1,0 +1,132 @@
+"""Files that appear whole or not at all whatever ends the writing, and folders with one process in them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ast_plugin import files
+from ast_plugin.errors import FileError
+from ast_plugin.files import file_digest, lock_folder, partials_of, replace_text, write_file
+
+
+def write_text(path, text):
+    with replace_text(path) as file:
+        file.write(text.decode())
+
+
+writers = pytest.mark.parametrize('write', [write_file, write_text])
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / 'a[1].txt'
+    path.write_bytes(b'earlier')
+    return path
+
+
+@writers
+def test_replaces_what_was_there(path, write):
+    write(path, b'later\n')
+    assert path.read_bytes() == b'later\n'
+    assert list(path.parent.iterdir()) == [path]
+
+
+@writers
+@pytest.mark.parametrize('step', ['fsync', 'replace'])
+def test_disk_full(path, write, monkeypatch, step):
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os if step == 'fsync' else files.Path, step, full)
+    with pytest.raises(FileError, match=r'a\[1\]\.txt cannot be written: No space left on device'):
+        write(path, b'later')
+    assert path.read_bytes() == b'earlier'
+    assert list(path.parent.iterdir()) == [path]
+
+
+@writers
+def test_interrupted(path, write, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.Path, 'replace', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, b'later')
+    assert path.read_bytes() == b'earlier'
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_disk_that_loses_a_byte(path, monkeypatch):
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: os.ftruncate(descriptor, 1))
+    with pytest.raises(FileError, match='what was read back is not what had been written'):
+        write_file(path, b'later')
+    assert path.read_bytes() == b'earlier'
+
+
+@writers
+def test_names_as_long_as_allowed(tmp_path, write):
+    path = tmp_path / ('x' * 255)
+    write(path, b'all')
+    assert path.read_bytes() == b'all'
+
+
+def test_makes_the_folder_when_told(tmp_path):
+    with pytest.raises(FileError, match='No such file or directory'):
+        write_file(tmp_path / 'new/a', b'')
+    write_file(tmp_path / 'new/a', b'1', make_folder=True)
+    with pytest.raises(FileError, match='a/b cannot be written'):
+        write_file(tmp_path / 'new/a/b', b'', make_folder=True)
+
+
+def test_mode_as_the_umask_says(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_file(tmp_path / 'a', b'')
+    finally:
+        os.umask(old)
+    assert (tmp_path / 'a').stat().st_mode & 0o777 == 0o640
+
+
+def test_partials_of_killed_writes(path):
+    with replace_text(path) as file:
+        (left,) = partials_of(path)
+        assert os.path.samefile(left, file.name)
+    assert partials_of(path) == []
+
+
+def test_digest(tmp_path):
+    (tmp_path / 'a').write_bytes(b'abc')
+    assert file_digest(tmp_path / 'a') == 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no such locks')
+def test_one_process_in_a_folder(tmp_path):
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    with lock_folder(folder, 'busy') as descriptors:
+        child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE, pass_fds=descriptors)
+        with pytest.raises(FileError, match='in: busy'), lock_folder(folder, 'busy'):
+            pass
+    with pytest.raises(FileError, match='in: busy'), lock_folder(folder, 'busy'):  # the child has inherited it
+        pass
+    child.kill()
+    child.wait()
+    with lock_folder(folder, 'busy', patience=5.0):
+        pass
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no such locks')
+def test_folder_replaced_while_waiting(tmp_path, monkeypatch):
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    flock = files.fcntl.flock
+
+    def replace(*arguments):
+        folder.rename(tmp_path / 'out')
+        flock(*arguments)
+
+    monkeypatch.setattr(files.fcntl, 'flock', replace)
+    with pytest.raises(FileError, match='another process has just finished there'), lock_folder(folder, 'busy'):
+        pass
