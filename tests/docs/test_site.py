@@ -1,0 +1,19 @@
+"""The site is built without a warning, with a page for every section of option files and every public module."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+from .pages import ROOT
+
+
+def test_site(tmp_path):
+    shutil.copytree(ROOT / 'docs', tmp_path / 'docs', ignore=shutil.ignore_patterns('_build', 'api', 'options'))
+    command = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', 'docs', 'site']
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    html = {path.relative_to(tmp_path / 'site').as_posix() for path in (tmp_path / 'site').rglob('*.html')}
+    assert {'index.html', 'train.html', 'options/index.html', 'api/index.html'} <= html
+    assert 'FRFN' in (tmp_path / 'site' / 'api' / 'ast_plugin.archs.blocks.html').read_text(encoding='utf-8')
