@@ -40,6 +40,7 @@ metrics = ['pyiqa>=0.1.14']
 # The second holds networks whose licences restrict their use, Restormer among them.
 baselines = ['spandrel>=0.4.2', 'spandrel_extra_arches>=0.2']
 optimizers = ['pytorch-optimizer>=4.0']
+docs = ['sphinx>=8.1', 'myst-parser>=4.0', 'furo>=2024.8']
 photos = ['scikit-image>=0.25', 'scikit-learn>=1.5']  # both carry the colour photographs of the demonstration
 
 setup(
@@ -76,7 +77,8 @@ setup(
         'photos': photos,
         'triton': ['triton>=3.2; sys_platform == "linux"'],  # PyTorch for CUDA brings the version that goes with it
         'wandb': ['wandb>=0.16'],
-        'test': [*baselines, *optimizers, *photos, 'pytest>=8.0', 'ruff>=0.9', 'setuptools>=77', 'wheel'],
+        'docs': docs,
+        'test': [*baselines, *docs, *optimizers, *photos, 'pytest>=8.0', 'ruff>=0.9', 'setuptools>=77', 'wheel'],
     },
     entry_points={
         'console_scripts': ['basicsr = ast_plugin.__main__:main'],

@@ -1,6 +1,6 @@
-"""Make .venv with the pinned versions if it is not there yet, then run the demonstration or the tests in it.
+"""Make .venv with the pinned versions if it is not there yet, then run the demonstration or the tests in it, or build docs/.
 
-    python tools/bootstrap.py setup|demo|test [--torch auto|cpu|cuda] [arguments of the demonstration or of pytest]
+    python tools/bootstrap.py setup|demo|test|docs [--torch auto|cpu|cuda] [arguments of the demonstration or of pytest]
 
 Needs nothing but Python >= 3.10. Everything is installed from constraints.txt, torch first: BasicSR's source build asks
 for torch, and under pip's build isolation it would fetch a second one. On Linux without an NVIDIA GPU a CPU build of
@@ -206,7 +206,7 @@ def run(*commands: list[str]) -> int:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument('task', choices=['setup', 'demo', 'test'], help='test is ruff, then pytest')
+    parser.add_argument('task', choices=['setup', 'demo', 'test', 'docs'], help='test is ruff, then pytest')
     parser.add_argument(
         '--torch',
         choices=['auto', 'cpu', 'cuda'],
@@ -223,6 +223,8 @@ def main() -> int:
         return run(['ast_plugin', 'demo', *rest])
     if arguments.task == 'test':
         return run(['ruff', 'check', '.'], ['pytest', *rest])
+    if arguments.task == 'docs':
+        return run(['sphinx', '-W', '--keep-going', 'docs', 'docs/_build/html', *rest])
     return 0
 
 
