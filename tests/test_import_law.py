@@ -88,7 +88,7 @@ def test_who_imports_basicsr(path):
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_layout(path):
     assert path.name not in ('utils.py', 'ast.py')
-    assert len(path.read_text(encoding='utf-8').splitlines()) <= 420
+    assert len(path.read_text(encoding='utf-8').splitlines()) <= 600
 
 
 @pytest.mark.parametrize('path', sorted((PACKAGE / 'ops').glob('*.py')), ids=lambda path: path.name)

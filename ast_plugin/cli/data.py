@@ -1,4 +1,4 @@
-"""Prepare, check, pack and synthesise the pairs of pictures that networks learn from."""
+"""Prepare, check, pack and synthesise the pairs of images that networks learn from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COMMANDS = {
     'prepare': 'find and check the pairs of a dataset as it is distributed, and write manifests to train from',
     'lmdb': 'pack pairs into LMDBs, which are read faster than many files',
     'check': 'verify a folder or an LMDB against its manifest',
-    'synth': 'make degraded pictures from clean photographs',
+    'synth': 'make degraded images from clean photos',
 }
 
 

@@ -4,7 +4,7 @@
   basicsr data check prepared/agan/train.jsonl --quick    one of them; only that files are there and have their sizes
   basicsr data check lmdb/agan --manifest prepared/agan/train.jsonl
 
-Names the pictures that are missing, changed (other pixels; a file written anew without loss is the same), unreadable,
+Names the images that are missing, changed (other pixels; a file written anew without loss is the same), unreadable,
 or that have come since. LMDBs are read whole and compared with the digests that were written with them, or else
 decoded, and must be the two that were made together; with --manifest also with the pixels they were made of.
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr data check`."""
     parser.add_argument('path', metavar='PATH', type=Path, help='a manifest, a folder of manifests, or of LMDBs')
     parser.add_argument('--manifest', metavar='FILE', type=Path, help='of LMDBs: what they were made of')
-    parser.add_argument('--quick', action='store_true', help='do not read the pictures, only compare sizes of files')
+    parser.add_argument('--quick', action='store_true', help='do not read the images, only compare sizes of files')
     parser.add_argument('--workers', type=int, metavar='N', help='processes that read (default: one a core)')
 
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     lmdbs = _lmdbs(path)
     if lmdbs:
         if args.quick:
-            raise OptionError('--quick is for folders of pictures; LMDBs are always read whole')
+            raise OptionError('--quick is for folders of images; LMDBs are always read whole')
         return _check_lmdbs(path, lmdbs, args)
     if args.manifest:
         raise OptionError(f'--manifest is for LMDBs, and {path} has none')
@@ -66,7 +66,7 @@ def _lmdbs(path: Path) -> list[Path]:
 
 def _check_manifests(path: Path, args: argparse.Namespace) -> int:
     from ast_plugin.data.manifest import read_manifest
-    from ast_plugin.data.prepare.manifest_checks import check_files, find_extra
+    from ast_plugin.data.prepare.checks import check_files, find_extra
 
     manifests = [read_manifest(file) for file in _manifest_files(path)]
     total = 0
@@ -80,7 +80,7 @@ def _check_manifests(path: Path, args: argparse.Namespace) -> int:
     roots = {manifest.root for manifest in manifests}
     extra = find_extra(sibling for sibling in siblings if sibling.root in roots)
     if extra:
-        _report(path, 'pictures that no manifest has', extra)
+        _report(path, 'images that no manifest has', extra)
     return 1 if total or extra else 0
 
 
@@ -96,7 +96,7 @@ def _manifest_files(path: Path) -> list[Path]:
 
 
 def _check_lmdbs(path: Path, lmdbs: Sequence[Path], args: argparse.Namespace) -> int:
-    from ast_plugin.data.lmdb.check import check_lmdb, check_together
+    from ast_plugin.data.lmdb.reader import check_lmdb, check_together
     from ast_plugin.data.manifest import read_manifest
 
     manifest = read_manifest(args.manifest.expanduser()) if args.manifest else None
@@ -122,7 +122,7 @@ def _say_faults(folder: Path, faults: Sequence[str], otherwise: str) -> int:
 
 
 def _compare_lmdbs(path: Path, manifest: Manifest) -> int:
-    from ast_plugin.data.prepare.manifest_checks import check_lmdbs
+    from ast_plugin.data.prepare.checks import check_lmdbs
 
     folder = path.parent if (path / _LMDB_FILE).is_file() else path
     with _bar(manifest.num_pairs, 'comparing') as bar:
@@ -142,7 +142,7 @@ def _report(path: Path, what: str, faults: Sequence[Fault]) -> None:
 
 
 def _workers(args: argparse.Namespace, num_items: int) -> int:
-    from ast_plugin.data.parallel import num_cores
+    from ast_plugin.data.workers import num_cores
 
     return args.workers or (num_cores() if num_items > 50 else 1)
 

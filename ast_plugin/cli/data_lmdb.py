@@ -1,4 +1,4 @@
-"""Pack pairs of pictures into two LMDBs, lq.lmdb and gt.lmdb, which are read faster than many files.
+"""Pack pairs of images into two LMDBs, lq.lmdb and gt.lmdb, which are read faster than many files.
 
   basicsr data lmdb datasets/AGAN-Data datasets/agan_train --layout agan --phase train
   basicsr data lmdb datasets/mine datasets/mine_lmdb --encoding raw
@@ -10,7 +10,7 @@ on where it was; where DST is there already, of the same files, it is only verif
 
 Encoding png keeps PNG files in RGB as they are, others are encoded, and BasicSR reads it as well (type:
 PairedImageDataset, io_backend: {type: lmdb}). Encoding raw keeps pixels, of which a patch is read without decoding the
-picture: several times as fast, for some twice the space. BasicSR cannot read it; PairsDataset can:
+image: several times as fast, for some twice the space. BasicSR cannot read it; PairsDataset can:
 
   datasets:
     train:
@@ -31,7 +31,7 @@ from ast_plugin.errors import DataError, OptionError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ast_plugin.data.pair_table import Pair
+    from ast_plugin.data.matching import Pair
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--phase', choices=('train', 'test'), default='train', help='part of the dataset (train)')
     parser.add_argument('--split', help='part of the dataset where phase does not say which: test_b')
     parser.add_argument('--list-file', metavar='FILE', help="layout spad: another list than the dataset's own")
-    parser.add_argument('--lq-dir', metavar='DIR', help='without layout: degraded pictures, below SRC (lq)')
-    parser.add_argument('--gt-dir', metavar='DIR', help='without layout: clean pictures, below SRC (gt)')
+    parser.add_argument('--lq-dir', metavar='DIR', help='without layout: degraded images, below SRC (lq)')
+    parser.add_argument('--gt-dir', metavar='DIR', help='without layout: clean images, below SRC (gt)')
     parser.add_argument('--lq-template', metavar='NAME', help="without layout: degraded names, '{}_rain.png'")
     parser.add_argument('--gt-template', metavar='NAME', help="without layout: clean names, '{}_clean.png'")
     parser.add_argument('--encoding', choices=('png', 'raw'), default='png', help='what is stored (png)')
@@ -65,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 1:
         raise OptionError(f'--workers: expected 1 or more, got {args.workers}')
 
-    from ast_plugin.data.lmdb.plan import make_plan
-    from ast_plugin.data.lmdb.writer import write_lmdbs
+    from ast_plugin.data.lmdb.writer import make_plan, write_lmdbs
 
     plan = make_plan(_pairs(args), args.encoding, args.compress_level)
     outcome = write_lmdbs(plan, args.destination, args.workers, args.overwrite)

@@ -1,11 +1,11 @@
 """Find and check the pairs of a dataset as it is distributed, and write manifests to train from.
 
   basicsr data prepare agan ~/downloads/raindrop prepared/agan
-  basicsr data prepare rain100 Rain100L prepared/rain100l --copy        the pictures too, under equal names
+  basicsr data prepare rain100 Rain100L prepared/rain100l --copy        the images too, under equal names
   basicsr data prepare folders my_pairs prepared/mine --lq '{split}/noisy' --gt '{split}/clean'
 
-SRC is the folder as it was unpacked; the pairs may lie some folders deeper. It is never written to. Every picture is
-read to its last byte on all cores: unreadable ones, pairs of two sizes, pictures without a partner and such that are
+SRC is the folder as it was unpacked; the pairs may lie some folders deeper. It is never written to. Every image is
+read to its last byte on all cores: unreadable ones, pairs of two sizes, images without a partner and such that are
 in the training and the test part alike are named, and nothing is prepared until they are mended or left out. A run
 that was killed goes on where it was. DST gets a manifest for each split, `train.jsonl` for example, with names, sizes
 and digests of the pixels, which `basicsr data check` verifies later.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ast_plugin.data.layouts import Layout
-    from ast_plugin.data.prepare.prepare import Checks, Preparation
+    from ast_plugin.data.prepare.preparation import Checks, Preparation
     from ast_plugin.data.prepare.splits import Split
 
 
@@ -45,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--split', action='append', default=[], metavar='NAME', help='only this split; may be repeated')
     parser.add_argument('--skip-faulty', action='store_true', help='leave out what is faulty, and prepare the rest')
     parser.add_argument(
-        '--allow-duplicates', action='store_true', help='prepare although pictures to test with are trained on'
+        '--allow-duplicates', action='store_true', help='prepare although images to test with are trained on'
     )
     place = parser.add_mutually_exclusive_group()
     place.add_argument(
-        '--copy', dest='place', action='store_const', const='copy', help='copy the pictures to DST/SPLIT/lq and gt'
+        '--copy', dest='place', action='store_const', const='copy', help='copy the images to DST/SPLIT/lq and gt'
     )
     place.add_argument(
         '--link', dest='place', action='store_const', const='link', help='make links to them there instead'
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the dataset."""
-    from ast_plugin.data.prepare.prepare import Preparation
+    from ast_plugin.data.prepare.preparation import Preparation
     from ast_plugin.data.prepare.splits import find_splits
 
     layout = _layout(args)
@@ -81,14 +81,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(checks: Checks, source: Path, title: str) -> None:
     """Print what was found."""
-    from ast_plugin.data.prepare import report as prepare_report
+    from ast_plugin.data.prepare import preparation as prepare_report
 
     say(f'{_title(title)} in {source}\n')
-    say('\n'.join(prepare_report.table(checks, source)))
+    say('\n'.join(prepare_report.format_table(checks, source)))
     for heading, lines in (
-        ('notes', prepare_report.notes(checks)),
-        ('faults', prepare_report.faults(checks, source)),
-        ('in training and test alike', prepare_report.leaks(checks, source)),
+        ('notes', prepare_report.format_notes(checks)),
+        ('faults', prepare_report.format_faults(checks, source)),
+        ('in training and test alike', prepare_report.format_leaks(checks, source)),
     ):
         if lines:
             say('\n  '.join([f'\n{heading}', *lines]))
@@ -115,10 +115,10 @@ def _title(layout: str) -> str:
 
 
 def _check(preparation: Preparation, splits: Sequence[Split], workers: int | None) -> Checks:
-    from ast_plugin.data.parallel import num_cores
+    from ast_plugin.data.workers import num_cores
 
     total = sum(len(split.pairs) for split in splits)
-    # Starting processes takes longer than reading a few pictures.
+    # Starting processes takes longer than reading a few images.
     workers = workers or (num_cores() if total > 50 else 1)
     with _bar(total, 'checking') as bar:
         return preparation.check(workers, bar.update)
@@ -132,19 +132,19 @@ def _refuse(checks: Checks, faults: Path | None, args: argparse.Namespace) -> No
     if checks.leaks and not args.allow_duplicates:
         number = sum(leak.num for leak in checks.leaks)
         lines.append(
-            f'{number:,} pictures in training and test alike: remove them from one side, '
+            f'{number:,} images in training and test alike: remove them from one side, '
             f'or accept them with --allow-duplicates'
         )
     if lines:
         raise DataError('\n'.join([f'nothing was prepared; all that is wrong is listed in {faults}', *lines]))
-    if not any(len(found.good) for found in checks.found):
+    if not any(len(found.good) for found in checks.findings):
         raise DataError(f'no pair of {args.source} can be used (all faults in {faults})')
 
 
 def _write(preparation: Preparation, checks: Checks, faults: Path | None, args: argparse.Namespace) -> int:
-    from ast_plugin.data.prepare import report as prepare_report
+    from ast_plugin.data.prepare import preparation as prepare_report
 
-    total = sum(len(found.good) for found in checks.found)
+    total = sum(len(found.good) for found in checks.findings)
     with _bar(total, {'copy': 'copying', 'link': 'linking'}.get(args.place, ''), shown=bool(args.place)) as bar:
         manifests = preparation.write(checks, args.layout, args.place, bar.update)
     if faults:
@@ -156,7 +156,7 @@ def _write(preparation: Preparation, checks: Checks, faults: Path | None, args: 
     if checks.num_faults:
         say(f'left out for faults: {checks.num_faults:,}, listed in {faults}')
     phases = {split.name: split.phase for split in checks.splits}
-    lines = prepare_report.option_lines((phases[path.stem], path) for path in manifests)
+    lines = prepare_report.format_options((phases[path.stem], path) for path in manifests)
     say('\n  '.join(['\nFor an option file, in place of dataroot and split:\n', *lines]))
     return 0
 

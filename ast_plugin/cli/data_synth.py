@@ -1,7 +1,7 @@
-"""Make pairs of degraded and clean pictures from clean photographs.
+"""Make pairs of degraded and clean images from clean photos.
 
-Degraded pictures go to DIR/lq, clean ones to DIR/gt under the same names, and where the degradation has a mask, that to
-DIR/mask; DIR/synthesis.json says what was made. The same photographs, task, parameters and seed give the same files.
+Degraded images go to DIR/lq, clean ones to DIR/gt under the same names, and where the degradation has a mask, that to
+DIR/mask; DIR/synthesis.json says what was made. The same photos, task, parameters and seed give the same files.
 
     basicsr data synth --task rain -i photo.png -o out --count 8 --seed 1
     basicsr data synth --task haze -i photos -o out --size 256 --set psnr=12,16 --set airlight=0.8
@@ -31,7 +31,7 @@ from ast_plugin.errors import DataError, OptionError, did_you_mean
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from ast_plugin.data.pair_files import Recipe, SynthesizedPair
+    from ast_plugin.data.synthesis import Recipe, SynthesizedPair
 
 FOLDERS, RECORD = ('lq', 'gt', 'mask'), 'synthesis.json'
 _DEPTH_ENDINGS = ('.npy', '.npz', '.png', '.tif', '.tiff')
@@ -42,11 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ast_plugin.degradations.degradations import DEGRADATIONS
 
     parser.add_argument('--task', choices=tuple(DEGRADATIONS), help='the degradation')
-    parser.add_argument('-i', '--input', nargs='+', metavar='PATH', help='photographs, folders of them, or patterns')
+    parser.add_argument('-i', '--input', nargs='+', metavar='PATH', help='photos, folders of them, or patterns')
     parser.add_argument('-o', '--output', metavar='DIR', help='folder for the pairs, which is not there yet')
-    parser.add_argument('--count', type=int, default=1, metavar='N', help='pairs of each photograph (default: 1)')
+    parser.add_argument('--count', type=int, default=1, metavar='N', help='pairs of each photo (default: 1)')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='another seed gives others (default: 0)')
-    parser.add_argument('--size', type=int, metavar='N', help='square patches of N pixels (default: whole photographs)')
+    parser.add_argument('--size', type=int, metavar='N', help='square patches of N pixels (default: whole photos)')
     parser.add_argument(
         '--set',
         action='append',
@@ -55,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='a parameter of the task: a range as LOW,HIGH or one number; may be given often',
     )
     parser.add_argument(
-        '--depth', metavar='PATH', help='haze: distances (.npy, .npz, gray picture), or a folder of them by name'
+        '--depth', metavar='PATH', help='haze: distances (.npy, .npz, gray image), or a folder of them by name'
     )
     parser.add_argument('--recursive', action='store_true', help='take folders inside folders too')
     parser.add_argument('--overwrite', action='store_true', help='replace what an earlier run wrote to DIR')
     parser.add_argument(
-        '--sheet', metavar='FILE', help='draw a picture of every degradation instead, of -i or packaged photographs'
+        '--sheet', metavar='FILE', help='draw an image of every degradation instead, of -i or packaged photos'
     )
     parser.add_argument('--list', action='store_true', help='print every degradation with its parameters')
 
@@ -72,15 +72,15 @@ def run(args: argparse.Namespace) -> int:
     if args.sheet:
         return _draw_sheet(args)
     _check(args)
-    from ast_plugin.data.pair_files import Recipe
+    from ast_plugin.data.synthesis import Recipe
 
     parameters = _parameters(args.task, _settings(args.set))
     recipe = Recipe(args.task, parameters, args.seed, args.count, args.size)
     output = Path(args.output).expanduser()
-    photographs = _photographs(args.input, output, args.recursive)
-    depths = _depths(args, photographs)
-    _check_output(output, photographs, args.overwrite)
-    levels = _write_all(photographs, depths, recipe, output)
+    photos = _photos(args.input, output, args.recursive)
+    depths = _depths(args, photos)
+    _check_output(output, photos, args.overwrite)
+    levels = _write_all(photos, depths, recipe, output)
     low, high = min(levels), max(levels)
     plural = 's' if len(levels) != 1 else ''
     print(f'made {len(levels)} pair{plural} ({args.task}, PSNR {low:.1f} to {high:.1f} dB): {output}')
@@ -161,8 +161,8 @@ def _may_be_bound(value: object) -> bool:
     return isinstance(value, (int, float, str)) and not isinstance(value, bool)
 
 
-def _photographs(inputs: Sequence[str], output: Path, recursive: bool) -> dict[str, Path]:
-    """Every photograph by the name that its pairs get: the file's, with folder and ending where that is needed."""
+def _photos(inputs: Sequence[str], output: Path, recursive: bool) -> dict[str, Path]:
+    """Every photo by the name that its pairs get: the file's, with folder and ending where that is needed."""
     from ast_plugin.cli.infer import find_pictures
 
     paths = []
@@ -185,33 +185,33 @@ def _photographs(inputs: Sequence[str], output: Path, recursive: bool) -> dict[s
     return named
 
 
-def _depths(args: argparse.Namespace, photographs: dict[str, Path]) -> dict[str, Path | None]:
-    """The map of distances of each photograph."""
-    from ast_plugin.data.pair_files import takes_depth
+def _depths(args: argparse.Namespace, photos: dict[str, Path]) -> dict[str, Path | None]:
+    """The map of distances of each photo."""
+    from ast_plugin.data.synthesis import takes_depth
 
     if args.depth is None:
-        return dict.fromkeys(photographs)
+        return dict.fromkeys(photos)
     if not takes_depth(args.task):
         raise OptionError(f'--depth: {args.task} does not depend on distances, leave it out')
     path = Path(args.depth).expanduser()
     if not path.is_dir():
-        if len(photographs) > 1:
+        if len(photos) > 1:
             raise OptionError(
-                f'--depth {path}: is one file for {len(photographs)} photographs; give a folder with one of each name'
+                f'--depth {path}: is one file for {len(photos)} photos; give a folder with one of each name'
             )
         if not path.is_file():
             raise DataError(f'--depth {path}: there is no such file or folder')
-        return dict.fromkeys(photographs, path)
+        return dict.fromkeys(photos, path)
     depths = {}
-    for name, photograph in photographs.items():
-        places = [path / f'{photograph.stem}{ending}' for ending in _DEPTH_ENDINGS]
+    for name, photo in photos.items():
+        places = [path / f'{photo.stem}{ending}' for ending in _DEPTH_ENDINGS]
         depths[name] = next((place for place in places if place.is_file()), None)
         if depths[name] is None:
-            raise DataError(f'--depth {path}: has no {photograph.stem}{"|".join(_DEPTH_ENDINGS)}, for {photograph}')
+            raise DataError(f'--depth {path}: has no {photo.stem}{"|".join(_DEPTH_ENDINGS)}, for {photo}')
     return depths
 
 
-def _check_output(output: Path, photographs: dict[str, Path], overwrite: bool) -> None:
+def _check_output(output: Path, photos: dict[str, Path], overwrite: bool) -> None:
     """Raise unless `output` is free, or holds what this command wrote and nothing else, and may be replaced."""
     if not os.path.lexists(output):
         return
@@ -228,14 +228,12 @@ def _check_output(output: Path, photographs: dict[str, Path], overwrite: bool) -
         raise DataError(
             f'{output}: {what}, so this command did not write it; remove it yourself, or name another folder'
         )
-    inside = next((path for path in photographs.values() if path.resolve().is_relative_to(output.resolve())), None)
+    inside = next((path for path in photos.values() if path.resolve().is_relative_to(output.resolve())), None)
     if inside is not None:
         raise DataError(f'{inside}: lies in {output}, which --overwrite would remove; name another folder')
 
 
-def _write_all(
-    photographs: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe, output: Path
-) -> list[float]:
+def _write_all(photos: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe, output: Path) -> list[float]:
     """Write every pair beside its place first, then put the whole folder there, so that no half of it is ever seen.
 
     What a run that was killed has left beside its place goes.
@@ -249,8 +247,8 @@ def _write_all(
             try:
                 for left_over in partial.iterdir():
                     shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-                levels = _write_pairs(photographs, depths, recipe, partial)
-                _write_record(partial, photographs, depths, recipe)
+                levels = _write_pairs(photos, depths, recipe, partial)
+                _write_record(partial, photos, depths, recipe)
                 _put_in_place(partial, output)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -259,20 +257,18 @@ def _write_all(
     return levels
 
 
-def _write_pairs(
-    photographs: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe, folder: Path
-) -> list[float]:
+def _write_pairs(photos: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe, folder: Path) -> list[float]:
     """Write every pair, and return what PSNR each has."""
     from tqdm import tqdm
 
-    from ast_plugin.data.pair_files import make_pairs
+    from ast_plugin.data.synthesis import make_pairs
 
     for kind in ('lq', 'gt'):
         (folder / kind).mkdir()
     levels = []
-    total = len(photographs) * recipe.count
+    total = len(photos) * recipe.count
     with tqdm(total=total, unit='pair', dynamic_ncols=True, disable=None, leave=False) as bar:
-        for name, path in photographs.items():
+        for name, path in photos.items():
             for pair in make_pairs(name, path, recipe, depths[name]):
                 _write_pair(folder, pair)
                 levels.append(pair.psnr)
@@ -281,17 +277,17 @@ def _write_pairs(
 
 
 def _write_pair(folder: Path, pair: SynthesizedPair) -> None:
-    from ast_plugin.data.image_files import Picture, write_image
+    from ast_plugin.data.image_files import ImageFile, write_image
 
     if pair.mask is not None:
         (folder / 'mask').mkdir(exist_ok=True)
     for kind in FOLDERS:
         pixels = getattr(pair, kind)
         if pixels is not None:
-            write_image(folder / kind / f'{pair.name}.png', Picture(pixels))
+            write_image(folder / kind / f'{pair.name}.png', ImageFile(pixels))
 
 
-def _write_record(folder: Path, photographs: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe) -> None:
+def _write_record(folder: Path, photos: dict[str, Path], depths: dict[str, Path | None], recipe: Recipe) -> None:
     from ast_plugin.files import write_file
 
     record = {
@@ -300,7 +296,7 @@ def _write_record(folder: Path, photographs: dict[str, Path], depths: dict[str, 
         'seed': recipe.seed,
         'count': recipe.count,
         'size': recipe.size,
-        'photographs': {name: path.name for name, path in photographs.items()},
+        'photos': {name: path.name for name, path in photos.items()},
         'depths': {name: path.name for name, path in depths.items() if path is not None},
         'ast_plugin': __version__,
     }
@@ -327,14 +323,14 @@ def _draw_sheet(args: argparse.Namespace) -> int:
     if useless or args.set:
         raise OptionError(f'--sheet does not go with --{(useless or ["set"])[0]}; it takes --task, -i and --seed')
     from ast_plugin.compare.degradation_sheet import draw_degradations, save_sheet
-    from ast_plugin.data.photos import packaged_photos
+    from ast_plugin.data.synthesis import packaged_photos
 
     if args.input:
-        photographs = _photographs(args.input, Path(args.sheet).parent / 'nothing', args.recursive)
+        photos = _photos(args.input, Path(args.sheet).parent / 'nothing', args.recursive)
     else:
-        photographs = {photo.name: photo.path for photo in packaged_photos()}
+        photos = {photo.name: photo.path for photo in packaged_photos()}
     path = Path(args.sheet).expanduser()
-    save_sheet(draw_degradations(photographs, [args.task] if args.task else None, args.seed), path)
+    save_sheet(draw_degradations(photos, [args.task] if args.task else None, args.seed), path)
     print(f'drew {path}')
     return 0
 

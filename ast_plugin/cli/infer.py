@@ -28,7 +28,7 @@ from ast_plugin.errors import DataError, OptionError, ShapeError
 if TYPE_CHECKING:
     import numpy as np
 
-    from ast_plugin.data.image_files import Picture
+    from ast_plugin.data.image_files import ImageFile
     from ast_plugin.evaluation.restorer import Restorer
 
 
@@ -113,7 +113,7 @@ def find_pictures(inputs: Iterable[str | os.PathLike], output: Path, recursive: 
     Raises:
         DataError: if an input is missing, no picture, or a folder without any.
     """
-    from ast_plugin.data.image_headers import sniff_format
+    from ast_plugin.data.image_files import sniff_format
 
     found: dict[tuple[int, int], tuple[Path, Path]] = {}
     for given in inputs:
@@ -220,8 +220,7 @@ def _first_bytes(path: Path) -> bytes:
 
 def _ending(source: Path, file_format: str) -> str:
     """The result's file name ending: the input's own, unless that is not of the format that will be written."""
-    from ast_plugin.data.image_files import SUFFIXES
-    from ast_plugin.data.image_headers import sniff_format
+    from ast_plugin.data.image_files import SUFFIXES, sniff_format
 
     kind = sniff_format(_first_bytes(source)) if file_format == 'keep' else file_format.upper()
     if kind is None or source.suffix.lower() in SUFFIXES[kind]:
@@ -337,7 +336,7 @@ def _restore_file(job: Job, restorer: Restorer, args: argparse.Namespace, report
     return encode_image(job.target, restored, quality=args.quality)
 
 
-def _enlarged(picture: Picture, color: np.ndarray) -> np.ndarray | None:
+def _enlarged(picture: ImageFile, color: np.ndarray) -> np.ndarray | None:
     """The transparency in the size that the network gave the colours."""
     if picture.alpha is None or picture.alpha.shape == color.shape[:2]:
         return picture.alpha

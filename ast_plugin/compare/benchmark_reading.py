@@ -30,12 +30,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ast_plugin.compare import benchmark_records
-from ast_plugin.data.image_files import Picture, read_rgb, write_image
+from ast_plugin.data.image_files import ImageFile, read_rgb, write_image
 from ast_plugin.data.layouts import Source, list_pairs
-from ast_plugin.data.lmdb.plan import make_plan
-from ast_plugin.data.lmdb.writer import write_lmdbs
+from ast_plugin.data.lmdb.writer import make_plan, write_lmdbs
 from ast_plugin.data.pairs_dataset import PairsDataset
-from ast_plugin.data.photos import packaged_photos
+from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.data.transforms import random_crop, to_float
 from ast_plugin.degradations.degradations import DEGRADATIONS
 from ast_plugin.errors import OptionError
@@ -89,8 +88,8 @@ def write_pairs(folder: Path, settings: Settings) -> None:
         generator = np.random.default_rng(number)
         (clean,) = random_crop([photos[number % len(photos)]], settings.size, generator)
         rainy, _ = rain.apply(to_float(clean), generator, rain.parameters())
-        write_image(folder / f'gt/{number:05d}.png', Picture(np.ascontiguousarray(clean)))
-        write_image(folder / f'lq/{number:05d}.png', Picture(np.rint(rainy * 255).astype(np.uint8)))
+        write_image(folder / f'gt/{number:05d}.png', ImageFile(np.ascontiguousarray(clean)))
+        write_image(folder / f'lq/{number:05d}.png', ImageFile(np.rint(rainy * 255).astype(np.uint8)))
 
 
 def make_readers(folder: Path, settings: Settings) -> dict[str, Reader]:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ast_plugin.data.image_files import Picture, read_rgb, write_image
+from ast_plugin.data.image_files import ImageFile, read_rgb, write_image
 from ast_plugin.degradations.degradations import DEGRADATIONS
 from ast_plugin.evaluation.contact_sheet import Cell, draw_contact_sheet
 
@@ -56,7 +56,7 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
     Raises:
         DataError: if the file cannot be written.
     """
-    write_image(path, Picture(np.asarray(sheet.convert('RGB'))), quality=QUALITY)
+    write_image(path, ImageFile(np.asarray(sheet.convert('RGB'))), quality=QUALITY)
 
 
 def _row(task: str, name: str, clean: np.ndarray, generator: np.random.Generator) -> list[Cell]:

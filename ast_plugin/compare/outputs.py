@@ -174,12 +174,12 @@ def _validated(plan: Plan, results: Results) -> str | None:
     return None
 
 
-def _pictures(plan: Plan, results: Results) -> list[report.Picture]:
+def _pictures(plan: Plan, results: Results) -> list[report.ImageFile]:
     folder = plan.folder / 'pictures'
     measured = [row for row in results.rows if row.values]
     pictures = []
     for name in results.images[: plan.settings['pictures']]:
         files = {row.name: picture_path(folder / row.name, name) for row in measured}
         files[report.CLEAN] = picture_path(folder / INPUT, name, is_clean=True)
-        pictures.append(report.Picture(name, {source: file for source, file in files.items() if file.is_file()}))
+        pictures.append(report.ImageFile(name, {source: file for source, file in files.items() if file.is_file()}))
     return pictures

@@ -26,7 +26,7 @@ _SVG_COLOURS = {plots.INK: 'currentColor', plots.FAINT: 'var(--faint)', plots.GR
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """A scene as every source has it.
 
     Attributes:
@@ -39,7 +39,7 @@ class Picture:
 
 
 def write_page(
-    results: Results, pictures: Sequence[Picture], drawings: Sequence[plots.Plot], method: Sequence[tuple[str, str]]
+    results: Results, pictures: Sequence[ImageFile], drawings: Sequence[plots.Plot], method: Sequence[tuple[str, str]]
 ) -> str:
     """The page as HTML.
 
@@ -66,7 +66,7 @@ def write_page(
 _VIEWER = """<section id="viewer" aria-labelledby="h-viewer">
 <h2 id="h-viewer">Look for yourself</h2>
 <div class="controls">
-<label>Picture <select id="picture"></select></label>
+<label>ImageFile <select id="picture"></select></label>
 <label>Left <select id="left"></select></label>
 <label>Right <select id="right"></select></label>
 <button id="swap" type="button" aria-label="Swap left and right">⇄</button>
@@ -200,7 +200,7 @@ def _figure(drawing: plots.Plot) -> str:
     return f'<figure>{svg}</figure>'
 
 
-def _data(results: Results, pictures: Sequence[Picture]) -> str:
+def _data(results: Results, pictures: Sequence[ImageFile]) -> str:
     """What the page's script reads: pictures once each, as data URLs."""
     names = dict.fromkeys(source for picture in pictures for source in picture.files)
     best = results.best(results.metrics[0]) if results.metrics else None

@@ -1,11 +1,18 @@
-"""Reading and writing picture files without losing depth, transparency, gray or profile.
+"""Read and write image files without losing bit depth, transparency, gray or colour profile.
 
-Pillow reads everything of 8 bits and all metadata; OpenCV reads what has 16, which Pillow cannot hold in colour.
+Pillow reads all files of 8 bits and all metadata. OpenCV reads 16 bits, which Pillow cannot hold in colour, and is
+faster where only the pixels count. PNG of 16 bits with a profile or with gray and alpha, which neither of them writes,
+is written here.
 """
 
+from __future__ import annotations
+
 import io
+import math
 import os
 import struct
+import threading
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +22,6 @@ import cv2
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from ast_plugin.data.image_codecs import encode_picture
-from ast_plugin.data.image_headers import count_plain_pixels, is_lossless_webp, sniff_format
-from ast_plugin.data.pillow_limits import PILLOW_UNLIMITED
 from ast_plugin.errors import DataError
 from ast_plugin.files import write_file
 
@@ -31,15 +35,23 @@ SUFFIXES = {
 """File name endings of every format that can be read and written; the first is the usual one."""
 
 MAX_PIXELS = 200_000_000
-"""Pictures that claim more pixels than this are refused, unless the reader is told otherwise."""
+"""Images that claim more pixels are refused, unless the reader is told otherwise."""
 
-# OpenCV 4.10 and later swap no channels, which costs a pass over the picture.
+# OpenCV 4.10 and later can decode to RGB, which saves a pass over the image.
 _DECODES_TO_RGB = hasattr(cv2, 'IMREAD_COLOR_RGB')
 _IMREAD_RGB = cv2.IMREAD_COLOR_RGB if _DECODES_TO_RGB else cv2.IMREAD_COLOR
 
+_PNG_START = b'\x89PNG\r\n\x1a\n'
+_PNG_END = b'IEND\xaeB`\x82'
+_PNG_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by number of channels
+_JPEG_END = b'\xff\xd9'
+_JPEG_SCAN = 0xDA
+_JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_JPEG_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, in Huffman codes
+_EXIF_PREFIX = b'Exif\0\0'
 _ORIENTATION_TAG = 0x0112
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 258, 262, 284, 338
-# What decoders raise on damaged data: they index, unpack and convert what the file claims.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 258, 262, 284, 338  # tags of TIFF
+# Decoders index, unpack and convert what a damaged file claims.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -53,7 +65,7 @@ _DECODE_ERRORS = (
     zlib.error,
     cv2.error,
 )
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF orientation
     2: lambda array: array[:, ::-1],
     3: lambda array: array[::-1, ::-1],
     4: lambda array: array[::-1],
@@ -65,8 +77,8 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as it is looked at, upright, with what its file said beside the pixels.
+class ImageFile:
+    """The upright pixels of an image file, and its metadata.
 
     Attributes:
         color: gray [H, W] or RGB [H, W, 3], uint8 or uint16.
@@ -90,35 +102,34 @@ class Picture:
 
     @property
     def is_gray(self) -> bool:
-        """Whether the picture has one channel of brightness instead of three colours."""
+        """Whether the image has one channel of brightness instead of three colours."""
         return self.color.ndim == 2
 
 
-def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Picture:
+def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
     """Read a PNG, JPEG, WebP, TIFF or BMP file of 1 to 16 bits, gray or colour, with or without transparency.
 
     EXIF orientation is applied; palettes, CMYK and single bits become RGB or gray of 8 bits.
 
     Args:
         path: the file.
-        max_pixels: larger pictures are refused before their pixels are decoded.
+        max_pixels: larger images are refused before their pixels are decoded.
     Raises:
         DataError: if the file cannot be read whole, is animated, too large, or of a kind that is not supported;
             the message names the file.
     """
-    path = Path(path)
-    return decode_image(_read_bytes(path), path, max_pixels=max_pixels)
+    return decode_image(read_bytes(path), path, max_pixels=max_pixels)
 
 
-def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Do the same with the content of a file, wherever it lies; `path` is for messages. Threads may do so at once."""
+def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
+    """Decode the content of an image file as `read_image` does; `path` is for messages. Safe in threads."""
     path = Path(path)
     kind = sniff_format(data)
     if kind is None:
         raise DataError(f'{path}: not a PNG, JPEG, WebP, TIFF or BMP file' if data else f'{path}: the file is empty')
     try:
         with (
-            PILLOW_UNLIMITED,
+            _PILLOW_WITHOUT_LIMITS,
             Image.open(io.BytesIO(data), formats=[kind, 'MPO'] if kind == 'JPEG' else [kind]) as image,
         ):
             return _decode(path, data, kind, image, max_pixels)
@@ -133,22 +144,22 @@ def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:
-    """Read a picture as RGB, upright, gray expanded and transparency dropped.
+    """Read an image as RGB, upright, gray expanded and transparency dropped.
 
     Returns:
         [H, W, 3], uint8, or uint16 for a file of 16 bits.
     Raises:
         DataError: as `read_image`.
     """
-    return decode_rgb(_read_bytes(path), path)
+    return decode_rgb(read_bytes(path), path)
 
 
 def decode_rgb(data: bytes | memoryview, path: str | os.PathLike) -> np.ndarray:
-    """Do the same with the content of a file, wherever it lies; `path` is for messages.
+    """Decode the content of an image file as `read_rgb` does; `path` is for messages.
 
     PNG and JPEG go straight through OpenCV, for the rate that training needs.
     """
-    num_pixels = count_plain_pixels(data)
+    num_pixels = _count_plain_pixels(data)
     if num_pixels is not None and num_pixels <= MAX_PIXELS:
         try:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _IMREAD_RGB | cv2.IMREAD_ANYDEPTH)
@@ -156,31 +167,44 @@ def decode_rgb(data: bytes | memoryview, path: str | os.PathLike) -> np.ndarray:
             pixels = None
         if pixels is not None:
             return pixels if _DECODES_TO_RGB else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-    # The thorough reader takes what is left, and says what is wrong with it.
+    # The thorough reader takes the other files, and tells what is wrong with damaged ones.
     color = decode_image(bytes(data), path, max_pixels=MAX_PIXELS).color
     return np.repeat(color[..., None], 3, axis=2) if color.ndim == 2 else color
 
 
-def write_image(path: str | os.PathLike, picture: Picture, *, quality: int = 95) -> None:
-    """Write a picture in the format that the file's name ends with; the file appears whole or not at all.
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Read a file whole.
 
-    PNG and TIFF hold every picture. WebP is written without loss where the picture came without loss.
+    Raises:
+        DataError: if it cannot be read; the message names the file.
+    """
+    try:
+        with open(path, 'rb', buffering=0) as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise DataError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
+
+
+def write_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> None:
+    """Write an image in the format that the file's name ends with; the file appears whole or not at all.
+
+    PNG and TIFF hold every image. WebP is written without loss where the image came without loss.
 
     Args:
         path: the file; its folder must exist. A file of that name is replaced.
-        picture: what to write.
+        image: the pixels and their metadata.
         quality: of JPEG and lossy WebP, in [1, 100].
     Raises:
-        DataError: if the format cannot hold the picture, or the file cannot be written.
+        DataError: if the format cannot hold the image, or the file cannot be written.
     """
-    write_file(path, encode_image(path, picture, quality=quality))
+    write_file(path, encode_image(path, image, quality=quality))
 
 
-def encode_image(path: str | os.PathLike, picture: Picture, *, quality: int = 95) -> bytes:
-    """The bytes that `write_image` writes.
+def encode_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> bytes:
+    """Return the bytes that `write_image` writes.
 
     Raises:
-        DataError: if the format that the file's name ends with cannot hold the picture.
+        DataError: if the format that the file's name ends with cannot hold the image.
     """
     path = Path(path)
     kind = next((kind for kind, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes), None)
@@ -190,20 +214,90 @@ def encode_image(path: str | os.PathLike, picture: Picture, *, quality: int = 95
             f'{", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)}'
         )
     try:
-        return encode_picture(picture, kind, quality)
+        return _encode(image, kind, quality)
     except (OSError, ValueError, struct.error, cv2.error) as error:
-        raise DataError(f'{path}: this picture cannot be written as {kind}: {error}') from error
+        raise DataError(f'{path}: this image cannot be written as {kind}: {error}') from error
 
 
-def _read_bytes(path: str | os.PathLike) -> bytes:
-    try:
-        with open(path, 'rb', buffering=0) as file:
-            return file.read()
-    except (OSError, ValueError) as error:
-        raise DataError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
+def sniff_format(data: bytes) -> str | None:
+    """Return the format of a file by its first bytes (16 are enough), a key of `SUFFIXES`, or None for any other."""
+    if data.startswith(_PNG_START):
+        return 'PNG'
+    if data.startswith(b'\xff\xd8\xff'):
+        return 'JPEG'
+    if data[:4] == b'RIFF' and data[8:12] == b'WEBP':
+        return 'WEBP'
+    if data[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
+        return 'TIFF'
+    return 'BMP' if data.startswith(b'BM') else None
 
 
-def _decode(path: Path, data: bytes, kind: str, image: Image.Image, max_pixels: int) -> Picture:
+def find_jpeg_frame(data: bytes) -> tuple[int, int, int, int, int | None] | None:
+    """Return marker, height, width and channels of a JPEG's frame, and where its scan begins if it does."""
+    position, frame = 2, None
+    while position + 10 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # padding
+            position += 1
+            continue
+        if marker == _JPEG_SCAN:
+            return frame and (*frame, position)
+        if marker in _JPEG_FRAMES and frame is None:
+            frame = (marker, *struct.unpack_from('>HHB', data, position + 5))
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], 'big')
+    return frame and (*frame, None)
+
+
+def _count_plain_pixels(data: bytes | memoryview) -> int | None:
+    """Return height times width of a PNG, or a gray or RGB JPEG, that reaches its end; None for all other files.
+
+    OpenCV reads these right and fast. Of files that were cut it may return the first rows without a word.
+    """
+    kind = sniff_format(bytes(data[:16]))
+    if kind == 'PNG':
+        is_whole = len(data) >= 24 and (bytes(data[-len(_PNG_END) :]) == _PNG_END or _PNG_END in bytes(data))
+        return math.prod(struct.unpack_from('>II', data, 16)) if is_whole else None
+    data = bytes(data)
+    if kind == 'JPEG' and (frame := find_jpeg_frame(data)):
+        marker, height, width, channels, scan = frame
+        # The end is looked for behind the header, since thumbnails in it have ends of their own.
+        is_whole = scan is not None and data.rfind(_JPEG_END, scan) >= 0
+        if is_whole and marker in _JPEG_PLAIN_FRAMES and channels in (1, 3):
+            return height * width
+    return None
+
+
+class _PillowWithoutLimits:
+    """Pillow without its limit of pixels and its warnings, while any thread is inside: both hold for a whole process.
+
+    The limit is checked here instead, as soon as the size is known; damaged metadata are dropped without a warning.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._count += 1
+            if self._count == 1:
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                self._warnings = warnings.catch_warnings()
+                self._warnings.__enter__()
+                warnings.simplefilter('ignore')
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                Image.MAX_IMAGE_PIXELS = self._limit
+                self._warnings.__exit__(None, None, None)
+
+
+_PILLOW_WITHOUT_LIMITS = _PillowWithoutLimits()
+
+
+def _decode(path: Path, data: bytes, kind: str, image: Image.Image, max_pixels: int) -> ImageFile:
     width, height = image.size
     if width * height > max_pixels:
         raise DataError(
@@ -214,14 +308,14 @@ def _decode(path: Path, data: bytes, kind: str, image: Image.Image, max_pixels: 
     frames = getattr(image, 'n_frames', 1)
     notes = []
     if frames > 1 and image.format == 'MPO':
-        notes.append(f'the file holds {frames} pictures, only the first is used')
+        notes.append(f'the file holds {frames} images, only the first is used')
     elif frames > 1:
         raise DataError(
             f'{path}: holds {frames} frames or pages; animated files are not supported, '
-            'save its frames as single pictures'
+            'save its frames as single images'
         )
     profile = image.info.get('icc_profile') or None
-    bits = _bits(data, kind, image)
+    bits = _count_bits(data, kind, image)
     image.load()
     if bits == 16 and image.mode != 'CMYK':
         color, alpha = _decode_16_bits(path, data, kind, image)
@@ -230,28 +324,26 @@ def _decode(path: Path, data: bytes, kind: str, image: Image.Image, max_pixels: 
             notes.append('written with 8 bits instead of 1')
         if image.mode == 'CMYK':
             notes.append('converted from CMYK to RGB')
-            image, profile = _from_cmyk(image, profile), None
+            image, profile = _convert_cmyk(image, profile), None
         color, alpha = _split_alpha(path, image)
-    exif, orientation = _exif(image, kind)
+    exif, orientation = _read_exif(image, kind)
     # Decoders of TIFF have applied the orientation already.
     upright = _UPRIGHT.get(1 if kind == 'TIFF' else orientation, lambda array: array)
     color, alpha = (None if part is None else np.ascontiguousarray(upright(part)) for part in (color, alpha))
-    lossless = kind != 'JPEG' and (kind != 'WEBP' or is_lossless_webp(data))
+    lossless = kind != 'JPEG' and (kind != 'WEBP' or _is_lossless_webp(data))
     dpi = image.info.get('dpi') if kind != 'WEBP' else None
-    return Picture(color, alpha, kind, lossless, profile, exif, dpi, tuple(notes))
+    return ImageFile(color, alpha, kind, lossless, profile, exif, dpi, tuple(notes))
 
 
-def _bits(data: bytes, kind: str, image: Image.Image) -> int:
+def _count_bits(data: bytes, kind: str, image: Image.Image) -> int:
     """Bits of a sample, before decoding."""
     if kind == 'PNG':
         return data[24]
-    if kind == 'TIFF':
-        return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
-    return 8
+    return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))) if kind == 'TIFF' else 8
 
 
 def _split_alpha(path: Path, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
-    """Gray or RGB, and opacity where the file has any, of a picture of at most 8 bits."""
+    """Gray or RGB, and opacity if there is any, of at most 8 bits."""
     gray = image.mode in ('1', 'L', 'LA')
     if image.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'RGBX', 'YCbCr'):
         raise DataError(
@@ -264,7 +356,7 @@ def _split_alpha(path: Path, image: Image.Image) -> tuple[np.ndarray, np.ndarray
 
 
 def _decode_16_bits(path: Path, data: bytes, kind: str, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
-    """The same for 16 bits; Pillow has opened and checked the file, OpenCV keeps its depth."""
+    """Gray or RGB, and opacity if there is any, of 16 bits: Pillow has checked the file, OpenCV keeps its depth."""
     if kind == 'TIFF' and (image.tag_v2.get(_PLANAR, 1) != 1 or image.mode not in ('I;16', 'I;16B', 'RGB', 'RGBA')):
         raise DataError(f'{path}: this layout of a 16-bit TIFF is not supported; save it as interleaved gray or RGB')
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -278,14 +370,14 @@ def _decode_16_bits(path: Path, data: bytes, kind: str, image: Image.Image) -> t
     color, alpha = pixels[..., 2::-1], pixels[..., 3] if pixels.shape[2] == 4 else None
     if kind == 'PNG' and data[25] == 4:
         color = color[..., 0]
-    if kind == 'TIFF' and alpha is not None and image.tag_v2.get(_EXTRA_SAMPLES) == (1,):
+    if kind == 'TIFF' and alpha is not None and image.tag_v2.get(_EXTRA_SAMPLES) == (1,):  # multiplied by alpha
         opacity = np.maximum(alpha, 1)[..., None].astype(np.uint32)
         color = np.minimum((color.astype(np.uint32) * 65535 + opacity // 2) // opacity, 65535).astype(np.uint16)
     return color, alpha
 
 
-def _from_cmyk(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB of a CMYK picture, in sRGB through its own profile where it has a usable one."""
+def _convert_cmyk(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert CMYK to sRGB, through its own profile where it has a usable one."""
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -295,11 +387,102 @@ def _from_cmyk(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert('RGB')
 
 
-def _exif(image: Image.Image, kind: str) -> tuple[bytes | None, int]:
-    """EXIF data without orientation, and the orientation; a TIFF's tags describe its own pixels and stay behind."""
+def _read_exif(image: Image.Image, kind: str) -> tuple[bytes | None, int]:
+    """EXIF data without orientation, and the orientation. A TIFF's tags describe its own pixels and stay behind."""
     try:
         exif = image.getexif()
         orientation = exif.pop(_ORIENTATION_TAG, 1)
         return (exif.tobytes() if len(exif) and kind != 'TIFF' else None), orientation
     except _DECODE_ERRORS:
-        return None, 1  # damaged metadata do not cost the picture
+        return None, 1  # damaged metadata do not cost the image
+
+
+def _is_lossless_webp(data: bytes) -> bool:
+    position = 12
+    while position + 8 <= len(data):
+        if data[position : position + 4] in (b'VP8L', b'VP8 '):
+            return data[position : position + 4] == b'VP8L'
+        size = int.from_bytes(data[position + 4 : position + 8], 'little')
+        position += 8 + size + size % 2
+    return False
+
+
+def _encode(image: ImageFile, kind: str, quality: int) -> bytes:
+    if image.color.dtype == np.uint16:
+        if kind not in ('PNG', 'TIFF'):
+            raise ValueError(f'{kind} holds 8 bits, the image has 16; PNG and TIFF hold it')
+        return _encode_png_16_bits(image) if kind == 'PNG' else _encode_tiff_16_bits(image)
+    if kind == 'JPEG' and image.alpha is not None:
+        raise ValueError('JPEG has no transparency, the image has; PNG, WebP and TIFF hold it')
+    channels = _stack_channels(image)
+    if kind in ('WEBP', 'BMP') and channels.shape[2] == 2:
+        channels = channels[..., [0, 0, 0, 1]]
+    if kind == 'BMP' and channels.shape[2] == 4:
+        # Pillow writes such files without saying that the fourth channel is alpha.
+        return cv2.imencode('.bmp', cv2.cvtColor(channels, cv2.COLOR_RGBA2BGRA))[1].tobytes()
+    output = io.BytesIO()
+    pixels = np.ascontiguousarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
+    Image.fromarray(pixels).save(output, kind, **_save_options(image, kind, quality))
+    return output.getvalue()
+
+
+def _stack_channels(image: ImageFile) -> np.ndarray:
+    """Gray or RGB and alpha as one array, [H, W, 1 to 4]."""
+    color = image.color[..., None] if image.is_gray else image.color
+    return color if image.alpha is None else np.dstack([color, image.alpha])
+
+
+def _save_options(image: ImageFile, kind: str, quality: int) -> dict:
+    holds = {'BMP': ('dpi',), 'WEBP': ('icc_profile', 'exif'), 'TIFF': ('icc_profile', 'dpi')}
+    kept = holds.get(kind, ('icc_profile', 'exif', 'dpi'))
+    options = {name: getattr(image, name) for name in kept if getattr(image, name) is not None}
+    if kind == 'JPEG':
+        options |= {'quality': quality, 'subsampling': 0 if quality >= 90 else 2}
+    elif kind == 'WEBP':
+        options |= {'lossless': True, 'exact': True} if image.lossless else {'quality': quality}
+    elif kind == 'TIFF':
+        options |= {'compression': 'tiff_adobe_deflate'}
+    return options
+
+
+def _encode_png_16_bits(image: ImageFile) -> bytes:
+    channels = _stack_channels(image)
+    height, width, count = channels.shape
+    rows = channels.astype('>u2').view(np.uint8).reshape(height, width * count * 2)
+    # Filter 1 of PNG: each byte less the one of the pixel to the left.
+    filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
+    filtered[:, 0] = 1
+    filtered[:, 1:] = rows
+    filtered[:, 1 + count * 2 :] -= rows[:, : -count * 2]
+    chunks = [(b'IHDR', struct.pack('>IIBBBBB', width, height, 16, _PNG_COLOR_TYPES[count], 0, 0, 0))]
+    if image.icc_profile:
+        chunks.append((b'iCCP', b'ICC profile\0\0' + zlib.compress(image.icc_profile)))
+    if image.exif:
+        chunks.append((b'eXIf', image.exif.removeprefix(_EXIF_PREFIX)))
+    if image.dpi:
+        chunks.append((b'pHYs', struct.pack('>IIB', *(round(float(dots) / 0.0254) for dots in image.dpi), 1)))
+    chunks += [(b'IDAT', zlib.compress(filtered, 6)), (b'IEND', b'')]
+    return _PNG_START + b''.join(
+        struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body)) for name, body in chunks
+    )
+
+
+def _encode_tiff_16_bits(image: ImageFile) -> bytes:
+    import tifffile
+
+    output = io.BytesIO()
+    channels = _stack_channels(image)
+    tifffile.imwrite(
+        output,
+        channels.squeeze(2) if channels.shape[2] == 1 else channels,
+        photometric='minisblack' if image.is_gray else 'rgb',
+        planarconfig='contig',
+        metadata=None,
+        extrasamples=None if image.alpha is None else ['unassalpha'],
+        compression='zlib',
+        predictor=True,
+        iccprofile=image.icc_profile,
+        resolution=image.dpi and tuple(map(float, image.dpi)),
+        resolutionunit='INCH' if image.dpi else None,
+    )
+    return output.getvalue()

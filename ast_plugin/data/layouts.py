@@ -1,17 +1,34 @@
-"""How datasets lie on disk: a row for each layout, and what to say when a dataset is not there."""
+"""How datasets lie on disk: a row of `LAYOUTS` for each, and the errors that tell what is missing where."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
-from ast_plugin.data.list_files import read_list
+import numpy as np
+
 from ast_plugin.data.manifest import read_manifest
-from ast_plugin.data.matching import Fault, Faults, Pair, match_folders, some
-from ast_plugin.data.pair_table import PairTable
-from ast_plugin.data.places import Place, choose_place, make_places
+from ast_plugin.data.matching import (
+    Fault,
+    Faults,
+    Pair,
+    PairTable,
+    Template,
+    is_image,
+    list_images,
+    match_folders,
+    shorten_list,
+)
 from ast_plugin.errors import DataError, OptionError, did_you_mean
+
+_MAX_DEPTH = 6
+_MAX_FOLDERS = 5000
+
+SPAD_LISTS = {'train': 'real_world.txt', 'test': 'real_test_1000.txt'}
 
 
 @dataclass(frozen=True)
@@ -30,15 +47,58 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Two folders below a root and how images are named in them; `{split}` stands for the split.
+
+    Attributes:
+        lq_dir, gt_dir: of the degraded and of the clean images.
+        lq_template, gt_template: how they are named, see `Template`.
+        deep: whether they may lie in folders one level deeper.
+    """
+
+    lq_dir: str
+    gt_dir: str
+    lq_template: str = '{}'
+    gt_template: str = '{}'
+    deep: bool = False
+
+    @property
+    def has_split(self) -> bool:
+        """Whether each split has folders of its own."""
+        return '{split}' in self.lq_dir
+
+    def folders(self, root: Path, split: str) -> tuple[Path, Path]:
+        """Return the folders of `split` below `root`."""
+        return root / self.lq_dir.replace('{split}', split), root / self.gt_dir.replace('{split}', split)
+
+    def exists(self, root: Path, split: str) -> bool:
+        """Tell whether both folders are there; one for both must hold a degraded image, as any folder might be it."""
+        lq_dir, gt_dir = self.folders(root, split)
+        if lq_dir == gt_dir:
+            return bool(_find_keys(lq_dir, self.lq_template, self.deep))
+        return os.path.isdir(lq_dir) and os.path.isdir(gt_dir)
+
+    def fits(self, root: Path, split: str) -> bool:
+        """Tell whether both folders are there and at least one image has its partner."""
+        lq_dir, gt_dir = self.folders(root, split)
+        if not (os.path.isdir(lq_dir) and os.path.isdir(gt_dir)):
+            return False
+        if (lq_dir, self.lq_template) == (gt_dir, self.gt_template):
+            return False  # each image would be its own partner
+        lq_keys = _find_keys(lq_dir, self.lq_template, self.deep)
+        return bool(lq_keys) and not lq_keys.isdisjoint(_find_keys(gt_dir, self.gt_template, self.deep))
+
+
+@dataclass(frozen=True)
 class Layout:
     """How a dataset lies on disk.
 
     Attributes:
-        title: what the dataset is called.
+        title: name of the dataset.
         description: what is expected where below `dataroot`, in a line.
         find: lists the pairs.
         needs, may_have: names of the options in `Source` that the layout reads.
-        train_splits, test_splits: what `split` may be in training and otherwise; the first if not given.
+        train_splits, test_splits: values of `split` in training and otherwise; the first is the default.
         aliases: by split, other names that its folder goes by. `.` stands for the root itself.
         places: folders to look in; the first that fits is taken.
         numbers: where a split is no folder, the numbers of its pairs.
@@ -56,11 +116,11 @@ class Layout:
     numbers: Mapping[str, range] = field(default_factory=dict)
 
     def split(self, source: Source) -> str:
-        """Return the split that is asked for."""
+        """Return the split that `source` names, or the default of its phase."""
         return source.split or (self.train_splits if source.phase == 'train' else self.test_splits)[0]
 
     def names(self, split: str) -> tuple[str, ...]:
-        """Return what the folder of a split may be called."""
+        """Return the names that the folder of a split may have."""
         return (split, *self.aliases.get(split, ()))
 
 
@@ -96,6 +156,123 @@ def check_source(layout: str, source: Source) -> None:
         raise OptionError(f'layout {layout} {", and ".join(what)}; it takes {", ".join(row.needs + row.may_have)}')
 
 
+def make_places(names: Sequence[tuple[str, str]], *templates: tuple[str, str], deep: bool = False) -> tuple[Place, ...]:
+    """Return each pair of folders with each pair of templates; equal names where no template is given."""
+    return tuple(Place(*folders, *template, deep) for folders in names for template in templates or (('{}', '{}'),))
+
+
+def choose_place(places: Sequence[Place], root: Path, splits: Sequence[str]) -> tuple[Place, str] | None:
+    """Return the first place, and the first of the names of a split, that fits below `root`; None if none does.
+
+    Without one that fits, the last whose folders are there, so that the error is about them.
+    """
+    present = [(place, split) for split in splits for place in places if place.exists(root, split)]
+    return next((found for found in present if found[0].fits(root, found[1])), present[-1] if present else None)
+
+
+def find_places(layout: Layout, source: Source, faults: Faults | None = None) -> Sequence[Pair]:
+    """List the pairs in the first of the layout's places that is there."""
+    root, split = Path(source.dataroot), layout.split(source)
+    found = choose_place(layout.places, root, layout.names(split))
+    if not found:
+        raise _root_lacks(layout, source, _name_missing_folder(layout, root, split))
+    return match_place(layout, source, *found, faults)
+
+
+def match_place(
+    layout: Layout, source: Source, place: Place, name: str, faults: Faults | None = None
+) -> Sequence[Pair]:
+    """List the pairs of a place, its numbers kept to the split.
+
+    Args:
+        layout: whose place it is.
+        source: root, phase and split.
+        place: the place.
+        name: of the split's folder.
+        faults: see `list_pairs`.
+    """
+    folders = place.folders(Path(source.dataroot), name)
+    pairs = match_folders(source.phase, *folders, place.lq_template, place.gt_template, deep=place.deep, faults=faults)
+    return _keep_numbers(layout, source, pairs, faults) if layout.numbers and not place.has_split else pairs
+
+
+def walk_folders(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Walk the folders in `folder`, itself first, each once, level by level: yields depth and folder.
+
+    Links to folders are followed, loops of links are not.
+
+    Raises:
+        DataError: if a folder cannot be read, or there are so many that this is no dataset.
+    """
+    level, seen = [folder], set()
+    for depth in range(_MAX_DEPTH + 1):
+        below = []
+        for current in level:
+            place = os.path.realpath(current)
+            if place in seen:
+                continue
+            seen.add(place)
+            if len(seen) > _MAX_FOLDERS:
+                raise DataError(f'{folder} has more than {_MAX_FOLDERS} folders in it; name the folder of one dataset')
+            yield depth, current
+            try:
+                names = sorted(name for name in os.listdir(current) if name[0] != '.')
+            except OSError as error:
+                raise DataError(
+                    f'{current}: this folder cannot be read: {error.strerror}. Make it readable, or move it out of '
+                    f'the dataset'
+                ) from error
+            below += [current / name for name in names if os.path.isdir(current / name)]
+        level = below
+
+
+def read_list(list_path: Path, root: Path, phase: str, faults: Faults | None = None) -> PairTable:
+    """Read a list of pairs, in its order; blank lines, a byte order mark and any line ends are tolerated.
+
+    Args:
+        list_path: the list, each line `/dir/lq.png /dir_gt/gt.png`; a tab makes lines clear whose names have spaces.
+        root: what the names are relative to, in spite of the slash that they begin with.
+        phase: whose list it is, for messages.
+        faults: where given, lines that cannot be used are noted there and left out.
+    Raises:
+        DataError: if a line is not two images, a file that it names is missing, or one image has several partners.
+    """
+    unread = Faults()
+    pairs = PairTable(_read_lines(list_path, root, unread), f'{root}/')
+    hashes, folders = _hash_paths(pairs)
+    missing = _find_missing(pairs, hashes, folders, list_path)
+    ambiguous = _find_ambiguous(pairs, hashes, list_path)
+    if missing or ambiguous:
+        bad = {fault.name for fault in missing + ambiguous}
+        pairs = PairTable((pair for pair in pairs if pair.lq not in bad and pair.gt not in bad), f'{root}/')
+    if faults is not None:
+        faults += unread + missing + ambiguous
+    elif unread:
+        raise DataError(
+            f'datasets.{phase}: {list_path} has {len(unread)} lines that are not two image files '
+            f'such as /dir/lq.png /dir_gt/gt.png: {shorten_list(fault.name for fault in unread)}. '
+            f'Correct them; a tab between the two makes names with spaces clear'
+        )
+    elif missing:
+        raise DataError(
+            f'datasets.{phase}: {len(missing)} files that {list_path} names are missing below {root}: '
+            f'{shorten_list(fault.name for fault in missing)}. Unpack the folders there, or correct the list'
+        )
+    elif ambiguous:
+        names = shorten_list(fault.name for fault in ambiguous)
+        raise DataError(f'datasets.{phase}: {list_path} gives several clean partners to {names}. Keep one of each')
+    if not pairs and not faults:
+        raise DataError(f'datasets.{phase}: {list_path} is empty; each line names a pair: /dir/lq.png /dir_gt/gt.png')
+    return pairs
+
+
+def _find_keys(folder: Path, template: str, deep: bool) -> set[str]:
+    try:
+        return set(Template(template).keys(list_images(folder, '', deep)))
+    except DataError:
+        return set()
+
+
 def _find_folders(layout: Layout, source: Source, faults: Faults | None) -> Sequence[Pair]:
     """Two folders named one by one."""
     for key, title in (('dataroot_lq', 'The folder of degraded images'), ('dataroot_gt', 'The folder of clean images')):
@@ -104,63 +281,6 @@ def _find_folders(layout: Layout, source: Source, faults: Faults | None) -> Sequ
             raise _not_there(title, folder, 'there is no such folder', f'datasets.{source.phase}.{key}', layout)
     lq_template, gt_template = source.lq_template or '{}', source.gt_template or '{}'
     return match_folders(source.phase, source.dataroot_lq, source.dataroot_gt, lq_template, gt_template, faults=faults)
-
-
-def find_places(layout: Layout, source: Source, faults: Faults | None = None) -> Sequence[Pair]:
-    """The first of the layout's places that is there, its numbers kept to the split."""
-    root, split = Path(source.dataroot), layout.split(source)
-    found = choose_place(layout.places, root, layout.names(split))
-    if not found:
-        raise _root_lacks(layout, source, _missing_folder(layout, root, split))
-    return match_place(layout, source, *found, faults)
-
-
-def match_place(
-    layout: Layout, source: Source, place: Place, name: str, faults: Faults | None = None
-) -> Sequence[Pair]:
-    """The pairs of a place that was found; `name` is what the split's folder is called."""
-    folders = place.folders(Path(source.dataroot), name)
-    pairs = match_folders(source.phase, *folders, place.lq_template, place.gt_template, deep=place.deep, faults=faults)
-    if layout.numbers and not place.has_split:
-        return _numbered(layout, source, pairs, faults)
-    return pairs
-
-
-def _missing_folder(layout: Layout, root: Path, split: str) -> str:
-    """Name the folder whose partner is there, or else the first that was looked for."""
-    missing = layout.places[0].folders(root, split)[0]
-    for place in layout.places:
-        lonely = [folder for folder in place.folders(root, split) if not folder.is_dir()]
-        if len(lonely) == 1:
-            missing = lonely[0]
-            break
-    return f'{missing.relative_to(root).as_posix()}/'
-
-
-def _numbered(layout: Layout, source: Source, pairs: Sequence[Pair], faults: Faults | None) -> list[Pair]:
-    """Keep the pairs whose numbers belong to the split."""
-    split = layout.split(source)
-    where = f'datasets.{source.phase}'
-    if split not in layout.numbers:
-        raise OptionError(f'{where}.split: {layout.title} has {", ".join(layout.numbers)}; got {split!r}')
-    odd = [pair.lq for pair in pairs if not pair.key.isdecimal()]
-    if odd and faults is None:
-        raise DataError(f'{where}: pairs of {layout.title} are numbered, not so: {some(odd)}. Rename or move them')
-    if faults is not None:
-        faults += [
-            Fault('no number', name, f'pairs of {layout.title} are numbered; rename it or move it') for name in odd
-        ]
-    wanted = layout.numbers[split]
-    chosen = [pair for pair in pairs if pair.key.isdecimal() and int(pair.key) in wanted]
-    if not chosen:
-        raise DataError(
-            f'{where}: {source.dataroot} has no pair of the split {split!r} of {layout.title}, '
-            f'numbers {wanted[0]} to {wanted[-1]}; it has {some(pair.key for pair in pairs)}. Add them, or set split'
-        )
-    return chosen
-
-
-SPAD_LISTS = {'train': 'real_world.txt', 'test': 'real_test_1000.txt'}
 
 
 def _find_listed(layout: Layout, source: Source, faults: Faults | None) -> Sequence[Pair]:
@@ -180,15 +300,47 @@ def _find_listed(layout: Layout, source: Source, faults: Faults | None) -> Seque
 
 
 def _find_in_manifest(layout: Layout, source: Source, faults: Faults | None) -> Sequence[Pair]:
-    """The pairs of a manifest."""
     path = Path(source.manifest)
     if not path.is_file():
         raise _not_there('The manifest', path, 'there is no such file', f'datasets.{source.phase}.manifest', layout)
     return read_manifest(path).pairs()
 
 
+def _keep_numbers(layout: Layout, source: Source, pairs: Sequence[Pair], faults: Faults | None) -> list[Pair]:
+    """Keep the pairs whose numbers belong to the split."""
+    split = layout.split(source)
+    where = f'datasets.{source.phase}'
+    if split not in layout.numbers:
+        raise OptionError(f'{where}.split: {layout.title} has {", ".join(layout.numbers)}; got {split!r}')
+    odd = [pair.lq for pair in pairs if not pair.key.isdecimal()]
+    if odd and faults is None:
+        names = shorten_list(odd)
+        raise DataError(f'{where}: pairs of {layout.title} are numbered, not so: {names}. Rename or move them')
+    if faults is not None:
+        text = f'pairs of {layout.title} are numbered; rename it or move it'
+        faults += [Fault('no number', name, text) for name in odd]
+    wanted = layout.numbers[split]
+    chosen = [pair for pair in pairs if pair.key.isdecimal() and int(pair.key) in wanted]
+    if not chosen:
+        raise DataError(
+            f'{where}: {source.dataroot} has no pair of the split {split!r} of {layout.title}, numbers {wanted[0]} to '
+            f'{wanted[-1]}; it has {shorten_list(pair.key for pair in pairs)}. Add them, or set split'
+        )
+    return chosen
+
+
+def _name_missing_folder(layout: Layout, root: Path, split: str) -> str:
+    """Name the folder whose partner is there, or else the first that was looked for."""
+    missing = layout.places[0].folders(root, split)[0]
+    for place in layout.places:
+        absent = [folder for folder in place.folders(root, split) if not folder.is_dir()]
+        if len(absent) == 1:
+            missing = absent[0]
+            break
+    return f'{missing.relative_to(root).as_posix()}/'
+
+
 def _root_lacks(layout: Layout, source: Source, what: str) -> DataError:
-    """Return the error that `what` is missing below dataroot."""
     root = Path(source.dataroot)
     fault = f'{what} is missing' if root.is_dir() else f'there is no such folder, and so no {what}'
     return _not_there(layout.title, root, fault, f'datasets.{source.phase}.dataroot', layout)
@@ -201,6 +353,79 @@ def _not_there(title: str, folder: Path, fault: str, key: str, layout: Layout) -
         f'Put it there ({layout.description}), or set {key} to where it is.\n'
         f'To try without it: basicsr train -opt AST_quickstart'
     )
+
+
+def _read_lines(list_path: Path, root: Path, unread: Faults) -> Iterator[Pair]:
+    """Yield the pairs line by line, as SPAD's list has 640,000."""
+    with _open_list(list_path) as lines:
+        for number, line in enumerate(map(str.strip, lines), 1):
+            cuts = _cut_line(line, root) if line else []
+            if len(cuts) == 1:
+                lq, gt = (name.lstrip('/') for name in cuts[0])
+                yield Pair(lq, f'{root}/{lq}', f'{root}/{gt}')
+            elif line:
+                text = f'{list_path}: not two image files such as /dir/lq.png /dir_gt/gt.png'
+                unread.append(Fault('line not understood', f'line {number}, {line!r}', text))
+
+
+def _open_list(list_path: Path) -> TextIO:
+    try:
+        # Names need not be UTF-8 to be opened.
+        return open(list_path, encoding='utf-8-sig', errors='surrogateescape')
+    except OSError as error:
+        raise DataError(f'{list_path}: cannot be read: {error.strerror}') from error
+
+
+def _cut_line(line: str, root: Path) -> list[tuple[str, str]]:
+    """Return the ways to read a line as two image files; of several, those whose files exist."""
+    fields = line.split('\t') if '\t' in line else line.split()
+    if len(fields) == 2:
+        return [(fields[0].strip(), fields[1].strip())] if all(map(is_image, fields)) else []
+    spaces = [place for place, letter in enumerate(line) if letter == ' ']
+    cuts = {(line[:place].strip(), line[place:].strip()) for place in spaces}
+    cuts = [cut for cut in cuts if all(map(is_image, cut)) and cut[0].startswith('/') == cut[1].startswith('/')]
+    if len(cuts) > 1:
+        cuts = [cut for cut in cuts if all((root / name.lstrip('/')).is_file() for name in cut)]
+    return cuts
+
+
+def _hash_paths(pairs: PairTable) -> tuple[np.ndarray, set[str]]:
+    """Return hashes of all paths, [N, 2], and the folders that they lie in.
+
+    Hashes of 8 bytes stand for the names: that one of a million is taken for another has a chance of 1 in 10^7.
+    """
+    hashes, folders = array('q'), set()
+    for pair in pairs:
+        for path in (pair.lq, pair.gt):
+            hashes.append(hash(path))
+            folders.add(path[: path.rindex('/')])
+    return np.frombuffer(hashes, np.int64).reshape(-1, 2), folders
+
+
+def _find_missing(pairs: PairTable, hashes: np.ndarray, folders: set[str], list_path: Path) -> Faults:
+    """Look files up in listings of their folders: SPAD's million names, asked for one by one, take minutes."""
+    present = np.fromiter((hash(path) for folder in folders for path in _list_files(folder)), np.int64)
+    places = np.argwhere(~np.isin(hashes, present))
+    names = dict.fromkeys(pairs[int(row)].gt if is_gt else pairs[int(row)].lq for row, is_gt in places)
+    return Faults(Fault('missing', name, f'named in {list_path}') for name in names)
+
+
+def _list_files(folder: str) -> list[str]:
+    try:
+        return [f'{folder}/{name}' for name in os.listdir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DataError(f'{folder}: this folder of the list cannot be read: {error.strerror}') from error
+
+
+def _find_ambiguous(pairs: PairTable, hashes: np.ndarray, list_path: Path) -> Faults:
+    """Find degraded images that have several clean partners."""
+    lq, gt = hashes.T
+    order = np.argsort(lq, kind='stable')
+    again = (lq[order][1:] == lq[order][:-1]) & (gt[order][1:] != gt[order][:-1])
+    names = dict.fromkeys(pairs[int(place)].lq for place in order[1:][again])
+    return Faults(Fault('several partners', name, f'{list_path} gives it several clean partners') for name in names)
 
 
 # Rain streaks come with the names of their authors' Matlab scripts (norain-1x2.png), of PReNet's copies (rain-001.png),

@@ -4,13 +4,13 @@ JSON Lines. The first line is about the whole:
 
   {"manifest": 1, "layout": "spad", "phase": "train", "root": "../SPAD", "pairs": 638492, "others": [], "made_by": ".."}
 
-`root` is the folder that names are relative to, itself relative to the manifest; `others` are pictures that lie among
+`root` is the folder that names are relative to, itself relative to the manifest; `others` are images that lie among
 those of the pairs and belong to none of them. Each further line is a pair:
 
   {"key": "a", "lq": "rain/a.png", "gt": "clean/a.png", "size": [256, 256], "bytes": [9041, 8220], "digests": [.., ..]}
 
 `size` is height and width; of `bytes` and `digests` the first is of the degraded image. A digest is that of the decoded
-pixels (`picture_checks.digest`), so that a file written anew without loss is still the same picture.
+pixels (`prepare.checks.digest`), so that a file written anew without loss is still the same image.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ast_plugin import __version__
-from ast_plugin.data.pair_table import Pair, PairTable
+from ast_plugin.data.matching import Pair, PairTable
 from ast_plugin.errors import DataError
 from ast_plugin.files import replace_text
 
@@ -62,7 +62,7 @@ class Manifest:
         phase: `train` or `test`.
         root: the folder that names are relative to.
         num_pairs: how many lines follow.
-        others: pictures in the folders of the pairs that belong to none.
+        others: images in the folders of the pairs that belong to none.
     """
 
     path: Path

@@ -4,18 +4,69 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ast_plugin.data.image_files import SUFFIXES
-from ast_plugin.data.pair_table import Pair
 from ast_plugin.errors import DataError, OptionError
+
+# Names of files need not be UTF-8.
+_ENCODING = ('utf-8', 'surrogateescape')
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Paths of a degraded image and its clean partner, and the key that they share."""
+
+    key: str
+    lq: str
+    gt: str
+
+
+class PairTable(Sequence[Pair]):
+    """A list of pairs kept as one run of bytes: 640,000 take some 60 MB, as objects of their own four times that.
+
+    Workers that are forked share it for good: reading it writes nothing, not even counts of references.
+
+    Args:
+        pairs: in order; each path begins with `root`, which is then kept once.
+        root: what all paths begin with, the separator included; empty if they have nothing in common.
+    """
+
+    def __init__(self, pairs: Iterable[Pair] = (), root: str = '') -> None:
+        self._root, cut = root, len(root)
+        text, ends = bytearray(), array('Q', [0])
+        for pair in pairs:
+            lq, gt = pair.lq[cut:], pair.gt[cut:]
+            # SPAD's keys are its degraded names, which need no second place.
+            text += f'{"" if pair.key == lq else pair.key}\0{lq}\0{gt}'.encode(*_ENCODING)
+            ends.append(len(text))
+        self._text, self._ends = text, ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int | slice) -> Pair | PairTable:
+        if isinstance(index, slice):
+            return PairTable((self._pair(number) for number in range(*index.indices(len(self)))), self._root)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'there are {len(self)} pairs; got index {index}')
+        return self._pair(index % len(self))
+
+    def __iter__(self) -> Iterator[Pair]:
+        return map(self._pair, range(len(self)))
+
+    def _pair(self, number: int) -> Pair:
+        key, lq, gt = self._text[self._ends[number] : self._ends[number + 1]].decode(*_ENCODING).split('\0')
+        return Pair(key or lq, self._root + lq, self._root + gt)
+
 
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 
-SHOWN = 3
+NUM_SHOWN = 3
 """How many of many faulty files a message names."""
 
 
@@ -35,7 +86,7 @@ class Fault:
 
 
 class Faults(list[Fault]):
-    """Where listing leaves what is wrong, so that the pairs without a fault can be had all the same."""
+    """A list that collects faults, so that the pairs without one can be listed all the same."""
 
 
 def is_image(name: str) -> bool:
@@ -43,11 +94,11 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith('.')
 
 
-def some(items: Iterable[str]) -> str:
+def shorten_list(items: Iterable[str]) -> str:
     """List the first few of `items`, and say how many more there are."""
     items = list(items)
-    rest = f' and {len(items) - SHOWN} more' if len(items) > SHOWN else ''
-    return ', '.join(items[:SHOWN]) + rest
+    rest = f' and {len(items) - NUM_SHOWN} more' if len(items) > NUM_SHOWN else ''
+    return ', '.join(items[:NUM_SHOWN]) + rest
 
 
 def printable(name: str) -> str:
@@ -156,77 +207,62 @@ def match_folders(
         DataError: if a folder is missing, has no image that fits, an image has no partner, or has several.
         OptionError: if a template is none.
     """
-    lq, gt = (Side(folder, Template(text)) for folder, text in ((lq_dir, lq_template), (gt_dir, gt_template)))
-    for side in (lq, gt):
-        side.read(phase, deep)
-    lonely = [*_without_partners(lq, gt)]
+    lq = _Side(lq_dir, Template(lq_template), phase, deep)
+    gt = _Side(gt_dir, Template(gt_template), phase, deep)
+    unmatched = lq.unmatched(gt)
     # A clean image without a degraded one is an oversight, unless its dataset has many more of either.
-    lonely += [] if lq.template.is_many else _without_partners(gt, lq)
-    pairs, unclear = _matched(lq, gt)
-    own_partners = [pair for pair in pairs if pair.lq == pair.gt]
+    unmatched += [] if lq.template.is_many else gt.unmatched(lq)
+    pairs, unclear = _match(lq, gt)
+    own_partners = [pair.lq for pair in pairs if pair.lq == pair.gt]
     if own_partners:
         raise DataError(
-            f'datasets.{phase}: degraded and clean image are one file: {some(pair.lq for pair in own_partners)}. '
+            f'datasets.{phase}: degraded and clean image are one file: {shorten_list(own_partners)}. '
             f'In one folder, lq_template and gt_template must tell them apart'
         )
     if faults is not None:
-        faults += lonely + unclear
-    elif lonely:
-        _raise_lonely(phase, *((lq, gt) if lq.lonely(gt) else (gt, lq)))
+        faults += unmatched + unclear
+    elif unmatched:
+        _raise_unmatched(phase, *((lq, gt) if lq.unmatched(gt) else (gt, lq)))
     elif unclear:
         raise DataError(
             f'datasets.{phase}: it is not clear which image of {lq_dir} belongs to which of {gt_dir}: '
-            f'{some(fault.text for fault in unclear)}. '
+            f'{shorten_list(fault.text for fault in unclear)}. '
             f'Remove what is too much, or name the endings in lq_template and gt_template'
         )
     return pairs
 
 
-class Side:
-    """One half of the pairs: a folder and how its images are named."""
+class _Side:
+    """One half of the pairs: the images of a folder by their keys."""
 
-    def __init__(self, folder: str | Path, template: Template) -> None:
+    def __init__(self, folder: str | Path, template: Template, phase: str, deep: bool) -> None:
         self.folder, self.template = folder, template
-        self.files: dict[str, list[str]] = {}
-
-    def read(self, phase: str, deep: bool) -> None:
-        """List the folder.
-
-        Raises:
-            DataError: if no image in it fits the template.
-        """
-        names = list_images(self.folder, phase, deep)
-        self.files = self.template.keys(names)
+        names = list_images(folder, phase, deep)
+        self.files = template.keys(names)
         if not self.files:
             raise DataError(
-                f'datasets.{phase}: none of the {len(names)} images in folder {self.folder} is named '
-                f'{self.template.fill("{}")} (there are {some(names)}). Correct the template or the folder'
+                f'datasets.{phase}: none of the {len(names)} images in folder {folder} is named {template.fill("{}")} '
+                f'(there are {shorten_list(names)}). Correct the template or the folder'
             )
 
     def path(self, name: str) -> str:
         """Return the path of a file."""
         return os.path.join(self.folder, name)
 
-    def lonely(self, other: Side) -> list[str]:
-        """Return the keys that `other` lacks, in order."""
-        return sorted(self.files.keys() - other.files.keys())
+    def unmatched(self, other: _Side) -> list[Fault]:
+        """Return a fault for each image whose key `other` lacks, in order."""
+        keys = sorted(self.files.keys() - other.files.keys())
+        by_lower = {key.lower(): key for key in other.files} if keys else {}
+        faults = []
+        for key in keys:
+            near = by_lower.get(key.lower())
+            hint = f'; {other.files[near][0]} differs only in the case of its letters, rename one' if near else ''
+            text = f'no {other.template.fill(key)} in {other.folder}{hint}'
+            faults += [Fault('no partner', self.path(name), text) for name in self.files[key]]
+        return faults
 
 
-def _without_partners(own: Side, other: Side) -> list[Fault]:
-    lonely = own.lonely(other)
-    by_lower = {key.lower(): key for key in other.files} if lonely else {}
-    faults = []
-    for key in lonely:
-        wanted = other.template.fill(key)
-        near = by_lower.get(key.lower())
-        hint = f'; {other.files[near][0]} differs only in the case of its letters, rename one' if near else ''
-        faults += [
-            Fault('no partner', own.path(name), f'no {wanted} in {other.folder}{hint}') for name in own.files[key]
-        ]
-    return faults
-
-
-def _matched(lq: Side, gt: Side) -> tuple[list[Pair], list[Fault]]:
+def _match(lq: _Side, gt: _Side) -> tuple[list[Pair], list[Fault]]:
     pairs, unclear = [], []
     for key in sorted(lq.files.keys() & gt.files.keys()):
         lq_names, gt_names = lq.files[key], gt.files[key]
@@ -242,12 +278,13 @@ def _matched(lq: Side, gt: Side) -> tuple[list[Pair], list[Fault]]:
     return pairs, unclear
 
 
-def _raise_lonely(phase: str, own: Side, other: Side) -> None:
-    faults = _without_partners(own, other)
+def _raise_unmatched(phase: str, own: _Side, other: _Side) -> None:
+    faults = own.unmatched(other)
     names = [os.path.relpath(fault.name, own.folder) for fault in faults]
     hint = next((fault.text.partition('; ')[2] for fault in faults if '; ' in fault.text), '')
+    first = faults[0].text.removeprefix('no ').partition(f' in {other.folder}')[0]
     raise DataError(
         f'datasets.{phase}: {len(names)} of {len(own.files)} images in {own.folder} have no partner in {other.folder}: '
-        f'{some(names)} (the first would be {other.template.fill(own.lonely(other)[0])}{hint and "; " + hint}). '
+        f'{shorten_list(names)} (the first would be {first}{hint and "; " + hint}). '
         f'Add the partners, remove these, or correct lq_template and gt_template'
     )

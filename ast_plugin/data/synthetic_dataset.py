@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from ast_plugin.data import transforms
 from ast_plugin.data.degraded_patches import degraded_patch
 from ast_plugin.data.image_files import read_rgb
-from ast_plugin.data.photos import Photo, folder_photos, packaged_photos
 from ast_plugin.data.seeded_dataset import SeededDataset, SeededOptions
+from ast_plugin.data.synthesis import Photo, folder_photos, packaged_photos
 from ast_plugin.degradations.degradations import DEGRADATIONS, AnyParameters
 from ast_plugin.degradations.rain import RainParameters
 from ast_plugin.errors import DataError

@@ -25,7 +25,7 @@ from ast_plugin.checkpoints import (
     save_weights,
 )
 from ast_plugin.data import random_states
-from ast_plugin.data.samplers import epoch_of
+from ast_plugin.data.sampler import epoch_of
 from ast_plugin.data.transforms import to_unit_range
 from ast_plugin.errors import DataError
 from ast_plugin.evaluation.provenance import Provenance

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ast_plugin.data.image_files import Picture, write_image
+from ast_plugin.data.image_files import ImageFile, write_image
 from ast_plugin.errors import DataError, PluginError
 from ast_plugin.evaluation.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
 from ast_plugin.evaluation.results import PictureResult, Ranking, ValidationResults, distinct, thumbnails
@@ -173,4 +173,4 @@ def _write(path: Path, picture: np.ndarray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f'{path.parent}: this folder cannot be made: {error.strerror or error}') from error
-    write_image(path, Picture(picture if picture.ndim == 2 else picture[..., ::-1]))
+    write_image(path, ImageFile(picture if picture.ndim == 2 else picture[..., ::-1]))

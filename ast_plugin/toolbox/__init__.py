@@ -222,7 +222,7 @@ def keep_cosine_at_its_end() -> bool:
 
 
 def sample_full_batches() -> bool:
-    """Train with `ast_plugin.data.samplers.EpochSampler` in the place of BasicSR's `EnlargedSampler`.
+    """Train with `ast_plugin.data.sampler.EpochSampler` in the place of BasicSR's `EnlargedSampler`.
 
     Fault: it shuffles by the epoch alone, whatever the seed, and the loader drops the last partial batch, so that a set
     smaller than a batch trains on nothing, in silence. No upstream issue known.
@@ -232,7 +232,7 @@ def sample_full_batches() -> bool:
 
     if train.EnlargedSampler is not EnlargedSampler:
         return False
-    from ast_plugin.data.samplers import EpochSampler
+    from ast_plugin.data.sampler import EpochSampler
 
     train.EnlargedSampler = EpochSampler
     return True

@@ -81,7 +81,7 @@ def _draw_by_position(original):
 
     @functools.wraps(original)
     def build_dataset(opt):
-        from ast_plugin.data.seeded_samples import SeededSamples
+        from ast_plugin.data.random_states import SeededSamples
 
         dataset = original(opt)
         is_read_beside_training = opt.get('prefetch_mode') == 'cpu' and not opt.get('num_worker_per_gpu')
@@ -98,7 +98,7 @@ def _begin_where_interrupted(original):
     def create_train_val_dataloader(opt, logger):
         import torch
 
-        from ast_plugin.data.seeded_samples import SeededSamples
+        from ast_plugin.data.random_states import SeededSamples
         from ast_plugin.data.workers import start_apart
 
         loader, sampler, val_loaders, _, total_iters = original(opt, logger)

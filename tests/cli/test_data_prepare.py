@@ -84,9 +84,9 @@ def test_faults_are_refused_and_then_left_out(folder, capfd):
 def test_leaks_are_refused_and_then_accepted(folder, capfd):
     shutil.copy('raindrop/train/train/data/3_rain.png', 'raindrop/test_a/test_a/data/0_rain.png')
     out, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', status=2)
-    assert 'test_a: 1 degraded picture is in train, too' in out
+    assert 'test_a: 1 degraded image is in train, too' in out
     assert 'test_a/test_a/data/0_rain.png = train/train/data/3_rain.png' in out
-    assert '1 pictures in training and test alike' in err and '--allow-duplicates' in err
+    assert '1 images in training and test alike' in err and '--allow-duplicates' in err
     assert 'in train, too' in (folder / 'out/faults.txt').read_text()
     run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--skip-faulty', status=2)
     out, _ = run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--allow-duplicates')
@@ -137,7 +137,7 @@ def test_copies_can_be_read_by_basicsr(folder, capfd):
         (['istd', 'raindrop', 'out'], 'ISTD is not in'),
         (
             ['folders', 'raindrop/train/train', 'out', '--lq', 'data', '--gt', 'gt'],
-            'there is data, gt, but no picture of data has a partner in gt. Name',
+            'there is data, gt, but no image of data has a partner in gt. Name',
         ),
         (['agan', 'raindrop', 'raindrop/out'], 'lies in the dataset'),
         (['agan', 'raindrop', 'out', '--workers', '0'], '--workers is 0'),

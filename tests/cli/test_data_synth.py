@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from ast_plugin.cli import main as command
-from ast_plugin.data import pair_files as synthesis
+from ast_plugin.data import synthesis as synthesis
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.pairs_dataset import PairsDataset
-from ast_plugin.data.photos import packaged_photos
+from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.degradations.degradations import DEGRADATIONS
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def test_they_are_read_as_pairs_and_by_the_dataset(tmp_path):
     assert (data[0]['lq'] <= data[0]['gt'] + 1 / 255).all()
 
 
-def test_other_photographs_and_more_pairs_change_none(tmp_path):
+def test_other_photos_and_more_pairs_change_none(tmp_path):
     for number in range(2):
         write_photo(tmp_path / f'photo{number}.png', seed=number)
     assert synth('--task', 'moire', '-i', tmp_path / 'photo1.png', '-o', tmp_path / 'one', '--count', 2) == 0
@@ -123,7 +123,7 @@ def test_16_bits_stay(tmp_path):
     assert gt.dtype == lq.dtype == np.uint16 and np.array_equal(gt, read_rgb(photo))
 
 
-def test_photographs_of_one_name_get_names_of_their_own(tmp_path):
+def test_photos_of_one_name_get_names_of_their_own(tmp_path):
     for ending in ('png', 'jpg'):
         write_photo(tmp_path / f'photo.{ending}')
     assert synth('--task', 'rain', '-i', tmp_path, '-o', tmp_path / 'out') == 0
@@ -261,8 +261,8 @@ def test_what_a_kill_leaves_is_cleared_by_the_next_run(tmp_path, photo):
         (['--task', 'snow', '-i', 'PHOTO', '-o', 'OUT', '--set', 'veil=0,2'], 'veil must lie within [0, 1]'),
         (['--task', 'snow', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'PHOTO'], 'snow does not depend on distances'),
         (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'no.npy'], 'there is no such file or folder'),
-        (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'PHOTO'], 'this picture has colours'),
-        (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'small.npy'], 'the size of its photograph'),
+        (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'PHOTO'], 'this image has colours'),
+        (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'small.npy'], 'the size of its photo'),
         (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'broken.npy'], 'cannot be read as an array'),
         (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'empty'], 'has no fenêtre ouverte.npy'),
         (['--sheet', 'sheet.jpg', '-o', 'OUT'], '--sheet does not go with --output'),

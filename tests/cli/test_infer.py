@@ -14,7 +14,7 @@ from ast_plugin.archs.ast_arch import AST
 from ast_plugin.checkpoints import save_weights
 from ast_plugin.cli import infer
 from ast_plugin.cli.main import main
-from ast_plugin.data.image_files import Picture, read_image, write_image
+from ast_plugin.data.image_files import ImageFile, read_image, write_image
 
 TINY = {'type': 'AST', 'img_size': 64, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9}
 
@@ -92,7 +92,7 @@ def test_depth_gray_and_transparency_come_back(run, tmp_path, suffix, dtype, cha
     pixels = noise(12, 10, channels, dtype=dtype)
     color = pixels[..., 0] if channels < 3 else pixels[..., :3]
     alpha = pixels[..., -1] if channels in (2, 4) else None
-    write_image(tmp_path / f'a{suffix}', Picture(color, alpha))
+    write_image(tmp_path / f'a{suffix}', ImageFile(color, alpha))
     status, out, err = run(f'a{suffix}')
     assert (status, err) == (0, '') and 'restored 1 picture in' in out
     restored = read_image(tmp_path / 'out' / f'a{suffix}')

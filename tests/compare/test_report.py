@@ -49,7 +49,7 @@ def write(folder, found=None, size=(600, 400)):
             array = np.full((size[1], size[0], 3), colour, np.uint8)
             Image.fromarray(array).save(path)
             files[source] = path
-        pictures.append(report.Picture(name, files))
+        pictures.append(report.ImageFile(name, files))
     drawn = plots.draw_all(found, curves(), 'val/psnr')
     path = folder / 'report.html'
     path.write_text(report.write_page(found, pictures, drawn, [('Data', 'a & b <c>')]), encoding='utf-8')

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ast_plugin.data.image_files import read_rgb
-from ast_plugin.data.photos import packaged_photos
+from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.degradations.degradations import DEGRADATIONS
 
 

@@ -6,8 +6,7 @@ import cv2
 import numpy as np
 
 from ast_plugin.data.layouts import Source, list_pairs
-from ast_plugin.data.lmdb.plan import make_plan
-from ast_plugin.data.lmdb.writer import Outcome, write_lmdbs
+from ast_plugin.data.lmdb.writer import Outcome, make_plan, write_lmdbs
 
 
 def write_folders(root: Path, count: int, size: tuple[int, int] = (9, 11), seed: int = 0) -> Path:

@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 
 from ast_plugin.data import image_files
-from ast_plugin.data.image_files import Picture, read_image, read_rgb, write_image
+from ast_plugin.data.image_files import ImageFile, read_image, read_rgb, write_image
 from ast_plugin.errors import DataError
 from tests.data.pictures import SRGB, noise, save, smooth
 
@@ -123,8 +123,8 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
         'bmp': save(tmp_path / 'a.bmp', noise(9, 9, 3)),
         'tif': save(tmp_path / 'a.tif', noise(9, 9, 3), compression='tiff_adobe_deflate'),
     }
-    write_image(tmp_path / 'b.tif', Picture(noise(9, 9, 3, dtype=np.uint16)))
-    write_image(tmp_path / 'b.png', Picture(noise(9, 9, 3, dtype=np.uint16), icc_profile=SRGB))
+    write_image(tmp_path / 'b.tif', ImageFile(noise(9, 9, 3, dtype=np.uint16)))
+    write_image(tmp_path / 'b.png', ImageFile(noise(9, 9, 3, dtype=np.uint16), icc_profile=SRGB))
     rng = np.random.default_rng(0)
     for path in [*sources.values(), tmp_path / 'b.tif', tmp_path / 'b.png']:
         whole = np.frombuffer(path.read_bytes(), np.uint8)

@@ -7,8 +7,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from ast_plugin.data.image_files import Picture, read_image, read_rgb, write_image
-from ast_plugin.data.image_headers import sniff_format
+from ast_plugin.data.image_files import ImageFile, read_image, read_rgb, sniff_format, write_image
 from ast_plugin.errors import DataError
 from tests.data.pictures import SRGB, noise, save, smooth, write_png
 
@@ -222,7 +221,7 @@ def test_fast_and_thorough_readers_agree_on_jpeg(tmp_path, options):
 def test_written_pictures_read_back(tmp_path, suffix, dtype, channels):
     pixels = noise(13, 17, channels, dtype=dtype)
     color = pixels[..., 0] if channels < 3 else pixels[..., :3]
-    picture = Picture(color, pixels[..., -1] if channels in (2, 4) else None, icc_profile=SRGB)
+    picture = ImageFile(color, pixels[..., -1] if channels in (2, 4) else None, icc_profile=SRGB)
     write_image(tmp_path / f'a{suffix}', picture)
     again = read_image(tmp_path / f'a{suffix}')
     assert_pixels(again, color, picture.alpha)
@@ -234,9 +233,9 @@ def test_16_bits_as_others_read_them(tmp_path):
     pixels = noise(13, 17, 4, dtype=np.uint16)
     for name, color, alpha in [('rgba', pixels[..., :3], pixels[..., 3]), ('la', pixels[..., 0], pixels[..., 3])]:
         expected = pixels if name == 'rgba' else pixels[..., [0, 3]]
-        write_image(tmp_path / f'{name}.tif', Picture(color, alpha))
+        write_image(tmp_path / f'{name}.tif', ImageFile(color, alpha))
         np.testing.assert_array_equal(tifffile.imread(tmp_path / f'{name}.tif'), expected)
-    write_image(tmp_path / 'rgba.png', Picture(pixels[..., :3], pixels[..., 3], dpi=(300, 300), icc_profile=SRGB))
+    write_image(tmp_path / 'rgba.png', ImageFile(pixels[..., :3], pixels[..., 3], dpi=(300, 300), icc_profile=SRGB))
     again = cv2.imread(str(tmp_path / 'rgba.png'), cv2.IMREAD_UNCHANGED)
     np.testing.assert_array_equal(cv2.cvtColor(again, cv2.COLOR_BGRA2RGBA), pixels)
     with Image.open(tmp_path / 'rgba.png') as image:
@@ -264,11 +263,11 @@ def test_the_first_picture_of_a_stereo_jpeg(tmp_path):
 @pytest.mark.parametrize(
     ('suffix', 'picture', 'reason'),
     [
-        ('.jpg', Picture(noise(4, 4, 3), noise(4, 4)), 'no transparency'),
-        ('.jpg', Picture(noise(4, 4, 3, dtype=np.uint16)), '8 bits'),
-        ('.bmp', Picture(noise(4, 4, 3, dtype=np.uint16)), '8 bits'),
-        ('.webp', Picture(np.zeros((1, 16400, 3), np.uint8)), 'cannot be written as WEBP'),
-        ('.xyz', Picture(noise(4, 4, 3)), 'ends in one of'),
+        ('.jpg', ImageFile(noise(4, 4, 3), noise(4, 4)), 'no transparency'),
+        ('.jpg', ImageFile(noise(4, 4, 3, dtype=np.uint16)), '8 bits'),
+        ('.bmp', ImageFile(noise(4, 4, 3, dtype=np.uint16)), '8 bits'),
+        ('.webp', ImageFile(np.zeros((1, 16400, 3), np.uint8)), 'cannot be written as WEBP'),
+        ('.xyz', ImageFile(noise(4, 4, 3)), 'ends in one of'),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(tmp_path, suffix, picture, reason):
@@ -279,7 +278,7 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, suffix, picture, reason)
 
 def test_write_takes_every_suffix_of_a_format(tmp_path):
     for suffix, kind in [('.JPG', 'JPEG'), ('.jpeg', 'JPEG'), ('.TIFF', 'TIFF'), ('.WebP', 'WEBP'), ('.Png', 'PNG')]:
-        write_image(tmp_path / f'a{suffix}', replace(Picture(noise(4, 4, 3)), lossless=False))
+        write_image(tmp_path / f'a{suffix}', replace(ImageFile(noise(4, 4, 3)), lossless=False))
         assert sniff_format((tmp_path / f'a{suffix}').read_bytes()[:16]) == kind
 
 

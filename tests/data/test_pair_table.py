@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from ast_plugin.data.pair_table import Pair, PairTable
+from ast_plugin.data.matching import Pair, PairTable
 
 PAIRS = [
     Pair('a', '/data/lq/a.png', '/data/gt/a.png'),

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ast_plugin.data.parallel import BATCH, map_in_order, num_cores
+from ast_plugin.data.workers import BATCH, map_in_order, num_cores
 from ast_plugin.errors import DataError
 
 

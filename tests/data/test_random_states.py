@@ -7,7 +7,7 @@ import torch
 
 from ast_plugin.checkpoints import save_torch
 from ast_plugin.data import random_states
-from ast_plugin.data.seeded_samples import SeededSamples
+from ast_plugin.data.random_states import SeededSamples
 
 
 def draw() -> tuple:

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from torch.utils.data import DataLoader
 
 from ast_plugin.data import synthetic_dataset
-from ast_plugin.data.samplers import EpochSampler
+from ast_plugin.data.sampler import EpochSampler
 from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
 from ast_plugin.degradations.degradations import DEGRADATIONS, Degradation
 from ast_plugin.errors import DataError, OptionError
@@ -57,7 +57,7 @@ def test_workers_change_nothing():
         assert torch.equal(one['lq'], other['lq']) and torch.equal(one['gt'], other['gt'])
 
 
-def test_validation_is_whole_photographs_and_never_changes():
+def test_validation_is_whole_photos_and_never_changes():
     one, other = dataset(phase='val', seed=1), dataset(phase='val', seed=2)
     assert not {photo.name for photo in one.photos} & {photo.name for photo in dataset().photos}
     assert torch.equal(one[0]['lq'], other[5, 0]['lq'])
@@ -67,7 +67,7 @@ def test_validation_is_whole_photographs_and_never_changes():
     assert np.array_equal(levels, photo[..., ::-1].transpose(2, 0, 1))
 
 
-def test_several_pairs_of_a_photograph_have_names_of_their_own():
+def test_several_pairs_of_a_photo_have_names_of_their_own():
     data = dataset(phase='val', num_per_photo=3, center_crop=32)
     assert len(data) == 3 * len(data.photos)
     samples = list(data)
@@ -76,7 +76,7 @@ def test_several_pairs_of_a_photograph_have_names_of_their_own():
     assert samples[0]['gt'].shape == (3, 32, 32) and torch.equal(samples[0]['gt'], samples[2]['gt'])
 
 
-def test_rain_falls_down_in_flipped_photographs():
+def test_rain_falls_down_in_flipped_photos():
     streaks = dataset(photos=['rocket'], gt_size=96, degradation={'angle': [20, 20], 'angle_spread': 0, 'veil': [0, 0]})
     for epoch in range(6):
         sample = streaks[epoch, 0]
@@ -85,7 +85,7 @@ def test_rain_falls_down_in_flipped_photographs():
         assert float((dx * dy).sum()) < 0  # leaning to one side, whatever the flip
 
 
-def test_photographs_are_flipped(folder):
+def test_photos_are_flipped(folder):
     data = dataset(source='folder', dataroot_gt=str(folder), split='all')
     falls = {
         tuple(torch.sign(gt[0, -1, 0] - gt[0, 0, 0]).view(1).tolist())
@@ -94,7 +94,7 @@ def test_photographs_are_flipped(folder):
     assert len(falls) == 3  # down, up, and across
 
 
-def test_photographs_smaller_than_the_patch(folder):
+def test_photos_smaller_than_the_patch(folder):
     assert dataset(source='folder', dataroot_gt=str(folder), gt_size=100)[0]['lq'].shape == (3, 100, 100)
 
 
@@ -115,7 +115,7 @@ def test_a_margin_is_cut_off_again(folder, monkeypatch):
     assert all(torch.equal(sample['lq'], sample['gt']) and sample['lq'].shape == (3, 20, 20) for sample in samples)
 
 
-def test_photographs_are_decoded_once_while_they_fit(folder, monkeypatch):
+def test_photos_are_decoded_once_while_they_fit(folder, monkeypatch):
     reads = []
     image = np.zeros((60, 80, 3), np.uint8)
     monkeypatch.setattr(synthetic_dataset, 'read_rgb', lambda path: reads.append(path) or image)
@@ -129,7 +129,7 @@ def test_photographs_are_decoded_once_while_they_fit(folder, monkeypatch):
     assert len(reads) == 4
 
 
-def test_an_unreadable_photograph_names_phase_and_file(folder):
+def test_an_unreadable_photo_names_phase_and_file(folder):
     (folder / 'photo0.png').write_bytes(b'nothing')
     with pytest.raises(DataError, match=r'datasets\.train: .*photo0\.png'):
         dataset(source='folder', dataroot_gt=str(folder), photos=['photo0'])[0]

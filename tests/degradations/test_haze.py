@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from ast_plugin.data.image_files import read_rgb
-from ast_plugin.data.photos import packaged_photos
+from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.degradations.haze import HazeParameters, add_haze, fill_depth
 from ast_plugin.degradations.pseudo_depth import guess_depth
 from ast_plugin.errors import DataError

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ast_plugin.data.photos import packaged_photos
+from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.degradations.rain import FINE, RainParameters, add_rain
 from tests.data.degraded import gray, photographs, psnr
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ast_plugin.data.photos import packaged_photos
+from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
 from ast_plugin.degradations.drop_optics import ASIDE, DARKEST, LIGHT, SLOPES, Surroundings, refract, surroundings
 from ast_plugin.degradations.raindrops import RaindropParameters, add_raindrops

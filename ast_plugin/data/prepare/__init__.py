@@ -1,1 +1,1 @@
-"""Datasets as they are distributed: found, checked picture by picture, listed in manifests; photographs gathered."""
+"""Datasets as they are distributed: found, checked image by image, listed in manifests; photos gathered."""

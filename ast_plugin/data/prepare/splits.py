@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ast_plugin.data.layouts import LAYOUTS, SPAD_LISTS, Layout, Source, find_places, list_pairs, match_place
-from ast_plugin.data.matching import Faults, some
-from ast_plugin.data.pair_table import PairTable
-from ast_plugin.data.places import Place, make_places, search_roots
+from ast_plugin.data.layouts import (
+    LAYOUTS,
+    SPAD_LISTS,
+    Layout,
+    Place,
+    Source,
+    find_places,
+    list_pairs,
+    make_places,
+    match_place,
+    walk_folders,
+)
+from ast_plugin.data.matching import Faults, PairTable, shorten_list
 from ast_plugin.errors import DataError, OptionError, did_you_mean
 
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.bz2', '.rar', '.7z')
@@ -102,7 +111,7 @@ def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) 
         if name not in known:
             raise OptionError(f'{row.title} has no split {name}{did_you_mean(name, known)} (it has {", ".join(known)})')
     _check_folder(source)
-    roots = list(search_roots(source))
+    roots = list(walk_folders(source))
     found, seen = [], set()
     for name in wanted or known:
         phase = 'train' if name in row.train_splits else 'test'
@@ -182,7 +191,8 @@ def _find_place(
 def _only(row: Layout, name: str, places: list[Path]) -> Path:
     if len(places) > 1:
         raise DataError(
-            f'the split {name} of {row.title} may be in {some(map(str, places))}. Name the folder of one of them'
+            f'the split {name} of {row.title} may be in {shorten_list(map(str, places))}. '
+            f'Name the folder of one of them'
         )
     return places[0]
 
@@ -192,20 +202,20 @@ def _nothing(row: Layout, source: Path, what: str) -> DataError:
     names = sorted(os.listdir(source))
     archives = [name for name in names if _is_archive(name)]
     there = ', '.join(names[:_SHOWN]) + (f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else '')
-    remedy = f'Unpack {some(archives)} first' if archives else 'Name its folder, or another layout'
+    remedy = f'Unpack {shorten_list(archives)} first' if archives else 'Name its folder, or another layout'
     there = f'{there or "nothing"}{_unmatched(row, source)}'
     return DataError(f'{what} is not in {source}: expected {row.description}; there is {there}. {remedy}')
 
 
 def _unmatched(row: Layout, source: Path) -> str:
-    """What is to be said of folders that are as expected, where no picture has a partner."""
+    """What is to be said of folders that are as expected, where no image has a partner."""
     for name in row.train_splits + row.test_splits:
         for alias in row.names(name):
             for place in row.places:
                 lq_dir, gt_dir = place.folders(source, alias)
                 if lq_dir != gt_dir and place.exists(source, alias):
                     lq, gt = (os.path.relpath(folder, source) for folder in (lq_dir, gt_dir))
-                    return f', but no picture of {lq} has a partner in {gt}'
+                    return f', but no image of {lq} has a partner in {gt}'
     return ''
 
 

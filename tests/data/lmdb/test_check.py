@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ast_plugin.cli.main import main
-from ast_plugin.data.lmdb.check import check_together
+from ast_plugin.data.lmdb.reader import check_together
 from ast_plugin.errors import DataError
 from tests.data.lmdb_sources import pack, write_folders
 

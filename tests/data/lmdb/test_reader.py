@@ -16,8 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ast_plugin.cli.main import main
-from ast_plugin.data.lmdb.check import check_lmdb
-from ast_plugin.data.lmdb.reader import LmdbImages
+from ast_plugin.data.lmdb.reader import LmdbImages, check_lmdb
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.errors import DataError, OptionError
 from tests import tiny_run

@@ -17,10 +17,10 @@ from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.lmdb import writer as lmdb_writer
 from ast_plugin.data.lmdb.format import decode_key, encode_key, read_digests, read_meta_info, view_raw
-from ast_plugin.data.lmdb.plan import Plan, make_plan
 from ast_plugin.data.lmdb.reader import LmdbImages
+from ast_plugin.data.lmdb.writer import Plan, make_plan
 from ast_plugin.data.manifest import Entry, write_manifest
-from ast_plugin.data.pair_table import Pair
+from ast_plugin.data.matching import Pair
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.errors import DataError
 from tests.data.lmdb_sources import contents, options, pack, write_folders

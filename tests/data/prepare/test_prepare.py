@@ -17,9 +17,8 @@ import pytest
 
 from ast_plugin.data.manifest import read_manifest
 from ast_plugin.data.pairs_dataset import PairsDataset
-from ast_plugin.data.prepare import checked_pairs, picture_checks
-from ast_plugin.data.prepare import prepare as preparing
-from ast_plugin.data.prepare.prepare import Preparation
+from ast_plugin.data.prepare import checks as pair_checks
+from ast_plugin.data.prepare.preparation import Preparation
 from ast_plugin.data.prepare.splits import find_splits
 from ast_plugin.errors import DataError, FileError
 
@@ -61,7 +60,7 @@ def test_a_manifest_of_each_split(tmp_path, workers):
     lq = root / 'train/data/0_rain.png'
     assert (entry.key, entry.lq, entry.gt, entry.size) == ('0', 'data/0_rain.png', 'gt/0_clean.png', (16, 24))
     assert entry.bytes[0] == lq.stat().st_size
-    assert entry.digests[0] == picture_checks.digest(cv2.imread(str(lq))[..., ::-1]).hex()
+    assert entry.digests[0] == pair_checks.digest_pixels(cv2.imread(str(lq))[..., ::-1]).hex()
     assert tree(root) == before
 
 
@@ -83,7 +82,7 @@ def test_what_is_not_plain_is_counted(tmp_path):
     cv2.imwrite(str(root / 'train/data/0_rain.png'), gray)
     picture(root / 'train/data/1_rain.png', 9, (8, 8))
     picture(root / 'train/gt/1_clean.png', 8, (8, 8))
-    found = prepare(root, tmp_path / 'out')[0].found[0]
+    found = prepare(root, tmp_path / 'out')[0].findings[0]
     assert found.traits == {'gray': 1}
     assert found.sizes == {(16, 24): 5, (8, 8): 1}
     assert found.num_bytes == sum(path.stat().st_size for path in (root / 'train').rglob('*.png'))
@@ -128,7 +127,7 @@ def test_leaks_of_test_pictures_into_training(tmp_path):
     pixels = cv2.imread(str(root / 'train/gt/0_clean.png'))  # the same pixels in another file
     cv2.imwrite(str(root / 'test_a/gt/0_clean.png'), pixels, [cv2.IMWRITE_PNG_COMPRESSION, 0])
     leaks = prepare(root, tmp_path / 'out')[0].leaks
-    assert [(leak.first, leak.second, leak.what, leak.num) for leak in leaks] == [
+    assert [(leak.first, leak.second, leak.kind, leak.num) for leak in leaks] == [
         ('train', 'test_a', 'degraded', 1),
         ('train', 'test_a', 'clean', 2),
     ]
@@ -142,11 +141,11 @@ def test_pictures_that_one_split_has_twice(tmp_path):
     shutil.copy(root / 'train/gt/0_clean.png', root / 'train/gt/2_clean.png')
     shutil.copy(root / 'train/gt/3_clean.png', root / 'train/data/3_rain.png')
     checks, _ = prepare(root, tmp_path / 'out')
-    twins = preparing.duplicates.within(checks.splits[0], checks.found[0])
+    twins = pair_checks.find_repeats(checks.splits[0], checks.findings[0])
     assert (twins.num, [Path(name).name for name in twins.examples[0]]) == (1, ['1_rain.png', '4_rain.png'])
-    assert preparing.duplicates.num_clean(checks.found[0]) == 5
-    assert preparing.duplicates.num_unchanged(checks.found[0]) == 1
-    assert preparing.duplicates.within(checks.splits[1], checks.found[1]) is None
+    assert checks.findings[0].num_clean == 5
+    assert checks.findings[0].num_unchanged == 1
+    assert pair_checks.find_repeats(checks.splits[1], checks.findings[1]) is None
 
 
 # ---- killed, and run again
@@ -154,13 +153,13 @@ def test_pictures_that_one_split_has_twice(tmp_path):
 
 def count_checks(monkeypatch) -> list[str]:
     """Note which pairs are read from now on."""
-    read, check = [], checked_pairs.check_pair
+    read, check = [], pair_checks.check_pair
 
     def noted(pair):
         read.append(Path(pair.lq).name)
         return check(pair)
 
-    monkeypatch.setattr(checked_pairs, 'check_pair', noted)
+    monkeypatch.setattr(pair_checks, 'check_pair', noted)
     return read
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from ast_plugin.data.prepare.report import option_lines
+from ast_plugin.data.prepare.preparation import format_options
 from ast_plugin.schema.keys import FolderName
 
 
@@ -24,7 +24,7 @@ from ast_plugin.schema.keys import FolderName
     ],
 )
 def test_names_of_datasets(folder, name):
-    lines = option_lines([('train', Path('/data') / folder / 'train.jsonl' if folder else Path('/train.jsonl'))])
+    lines = format_options([('train', Path('/data') / folder / 'train.jsonl' if folder else Path('/train.jsonl'))])
     # A path whose bytes are no text cannot be in YAML.
     readable = '\n'.join(lines).encode('utf-8', 'replace').decode()
     assert TypeAdapter(FolderName).validate_python(yaml.safe_load(readable)['datasets']['train']['name']) == name

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ast_plugin.data import places
+from ast_plugin.data import layouts
 from ast_plugin.data.prepare.splits import find_splits, plain_layout, preparable
 from ast_plugin.errors import DataError, OptionError
 
@@ -225,20 +225,20 @@ def test_linked_folders_are_followed(tmp_path):
 def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
     """Root may read everything, so that the system's refusal is imitated."""
     touch(tmp_path, 'train/data/1_rain.png', 'train/gt/1_clean.png', 'secret/x.png')
-    scandir = os.scandir
+    listdir = os.listdir
 
     def guarded(path='.'):
         if os.path.basename(path) == 'secret':
             raise PermissionError(13, 'Permission denied', str(path))
-        return scandir(path)
+        return listdir(path)
 
-    monkeypatch.setattr(places.os, 'scandir', guarded)
+    monkeypatch.setattr(os, 'listdir', guarded)
     with pytest.raises(DataError, match=r'secret: this folder cannot be read: Permission denied. Make it readable'):
         find_splits('agan', tmp_path)
 
 
 def test_a_folder_of_everything_is_not_searched_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(places, '_MAX_FOLDERS', 20)
+    monkeypatch.setattr(layouts, '_MAX_FOLDERS', 20)
     for number in range(30):
         (tmp_path / str(number)).mkdir()
     with pytest.raises(DataError, match='more than 20 folders in it'):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.matching import Pair
-from ast_plugin.data.prepare.picture_checks import check_pair, check_picture, digest
+from ast_plugin.data.prepare.checks import check_image, check_pair, digest_pixels
 from ast_plugin.errors import DataError
 
 
@@ -87,7 +87,7 @@ def test_broken_pictures(tmp_path, capfd, name):
     else:
         path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        check_picture(path)
+        check_image(path)
     assert str(caught.value).startswith(f'{path}: ') and expected in str(caught.value), str(caught.value)
     assert 'JPEG' not in capfd.readouterr().err  # libraries keep quiet in the terminal
 
@@ -97,7 +97,7 @@ def test_files_that_cannot_be_opened(tmp_path):
     (tmp_path / 'folder.png').mkdir()
     for name, expected in (('loop.png', 'symbolic links'), ('folder.png', 'directory'), ('none.png', 'No such file')):
         with pytest.raises(DataError, match=f'{name}: cannot be read: .*{expected}'):
-            check_picture(tmp_path / name)
+            check_image(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -123,26 +123,26 @@ def test_files_that_cannot_be_opened(tmp_path):
 def test_readable_pictures(tmp_path, name, save, traits):
     path = tmp_path / name
     save(path)
-    found = check_picture(path)
+    found = check_image(path)
     assert (found.size, found.num_bytes, found.traits) == ((48, 64), path.stat().st_size, traits)
-    assert found.digest == digest(read_rgb(path))
+    assert found.digest == digest_pixels(read_rgb(path))
 
 
 def test_a_digest_is_of_pixels_alone():
     pixels = smooth()
-    assert digest(pixels) == digest(pixels.copy())
-    assert digest(pixels) == digest(np.asfortranarray(pixels))
+    assert digest_pixels(pixels) == digest_pixels(pixels.copy())
+    assert digest_pixels(pixels) == digest_pixels(np.asfortranarray(pixels))
     changed = pixels.copy()
     changed[-1, -1, -1] ^= 1
     others = [changed, pixels.reshape(64, 48, 3), pixels.astype(np.uint16), pixels[..., ::-1]]
-    assert len({digest(pixels), *map(digest, others)}) == 5
+    assert len({digest_pixels(pixels), *map(digest_pixels, others)}) == 5
 
 
 def test_files_of_equal_pixels_have_one_digest(tmp_path):
     cv2.imwrite(str(tmp_path / 'a.png'), smooth(), [cv2.IMWRITE_PNG_COMPRESSION, 0])
     cv2.imwrite(str(tmp_path / 'b.png'), smooth(), [cv2.IMWRITE_PNG_COMPRESSION, 9])
     cv2.imwrite(str(tmp_path / 'c.bmp'), smooth())
-    found = [check_picture(tmp_path / name) for name in ('a.png', 'b.png', 'c.bmp')]
+    found = [check_image(tmp_path / name) for name in ('a.png', 'b.png', 'c.bmp')]
     assert len({one.digest for one in found}) == 1 and len({one.num_bytes for one in found}) == 3
 
 
@@ -166,7 +166,7 @@ def test_exif_rotation_counts(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     image().save(tmp_path / 'a.jpg', exif=exif)
-    assert check_picture(tmp_path / 'a.jpg').size == (64, 48)
+    assert check_image(tmp_path / 'a.jpg').size == (64, 48)
 
 
 def test_a_broken_half_is_named(tmp_path):

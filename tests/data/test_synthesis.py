@@ -1,15 +1,15 @@
-"""Packaged photographs and folders of photographs, and their splits."""
+"""Packaged photos and folders of photos, and their splits."""
 
 import importlib.util
 
 import pytest
 
 from ast_plugin.data.image_files import read_rgb
-from ast_plugin.data.photos import folder_photos, packaged_photos
+from ast_plugin.data.synthesis import folder_photos, packaged_photos
 from ast_plugin.errors import DataError
 
 
-def test_packaged_photographs_are_files_in_colour():
+def test_packaged_photos_are_files_in_colour():
     photos = packaged_photos()
     assert len(photos) >= 8 and len({photo.name for photo in photos}) == len(photos)
     for photo in photos:
@@ -54,7 +54,7 @@ def test_folder_by_names_and_its_faults(tmp_path):
     (tmp_path / 'a.jpg').touch()
     assert [p.name for p in folder_photos(tmp_path, 'val', names=['a'])] == ['a']
     assert [p.name for p in folder_photos(tmp_path, 'val', names=['a.jpg'])] == ['a']
-    with pytest.raises(DataError, match="no photograph 'b'"):
+    with pytest.raises(DataError, match="no photo 'b'"):
         folder_photos(tmp_path, 'val', names=['b'])
     empty_split = 'val' if folder_photos(tmp_path, 'val', 'all') and _is_train(tmp_path) else 'train'
     with pytest.raises(DataError, match=rf'datasets\.val: none of the 1 .*{empty_split}.*split: all'):

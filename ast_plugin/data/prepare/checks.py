@@ -1,0 +1,517 @@
+"""Read every image of a dataset to the last byte, so that a training of days does not meet a bad one.
+
+`Journal` checks the pairs of a split and remembers what it has seen, `find_leaks` and `find_repeats` compare the pixels
+of many images, `check_files`, `find_extra` and `check_lmdbs` compare a dataset with the manifest that was made of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ast_plugin.data.image_files import (
+    MAX_PIXELS,
+    SUFFIXES,
+    decode_image,
+    decode_rgb,
+    find_jpeg_frame,
+    read_bytes,
+    sniff_format,
+)
+from ast_plugin.data.lmdb.format import is_raw, view_raw
+from ast_plugin.data.lmdb.reader import LmdbImages
+from ast_plugin.data.lmdb.writer import make_plan
+from ast_plugin.data.manifest import Entry, Manifest
+from ast_plugin.data.matching import Fault, Faults, Pair, PairTable, list_images
+from ast_plugin.data.prepare.splits import Split
+from ast_plugin.data.workers import map_in_order
+from ast_plugin.errors import DataError
+
+DIGEST_BYTES = 16
+_NUM_EXAMPLES = 3
+
+_PNG_KINDS = {0: ('gray',), 3: ('palette',), 4: ('gray', 'transparency'), 6: ('transparency',)}
+_JPEG_KINDS = {1: ('gray',), 4: ('CMYK',)}
+# What libjpeg says on the error stream while it fills up missing parts with gray. It also complains of superfluous
+# bytes, which cost nothing.
+_JPEG_LOSSES = (
+    b'remature end',
+    b'bad Huffman code',
+    b'Corrupt JPEG data: found marker',
+    b'Invalid SOS',
+    b'bad component',
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A readable image in numbers.
+
+    Attributes:
+        size: height and width in pixels, upright.
+        num_bytes: size of the file.
+        digest: of the pixels, `DIGEST_BYTES` long.
+        traits: how it differs from plain RGB of 8 bits, each in a word or two.
+    """
+
+    size: tuple[int, int]
+    num_bytes: int
+    digest: bytes
+    traits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedPair:
+    """The findings on both images of a pair, or the fault of a pair that cannot be used."""
+
+    lq: Finding | None
+    gt: Finding | None
+    fault: Fault | None = None
+
+
+def check_pair(pair: Pair) -> CheckedPair:
+    """Read both images of a pair, and compare their sizes."""
+    findings = []
+    for path in (pair.lq, pair.gt):
+        try:
+            findings.append(check_image(path))
+        except DataError as error:
+            return CheckedPair(None, None, Fault('unreadable', path, str(error).removeprefix(f'{path}: ')))
+    lq, gt = findings
+    if lq.size == gt.size:
+        return CheckedPair(lq, gt)
+    sizes = f'{lq.size[1]}x{lq.size[0]} pixels, its clean partner {pair.gt} {gt.size[1]}x{gt.size[0]}'
+    return CheckedPair(None, None, Fault('sizes differ', pair.lq, sizes + _explain_sizes(lq.size, gt.size)))
+
+
+def check_image(path: str | os.PathLike) -> Finding:
+    """Read an image as training does, but trust it less.
+
+    Raises:
+        DataError: if it cannot be read whole, is animated, or claims more than `MAX_PIXELS`.
+    """
+    path = Path(path)
+    data = read_bytes(path)
+    kind = sniff_format(data)
+    size, traits = _read_header(path, data, kind)
+    if size and size[0] * size[1] > MAX_PIXELS:
+        raise DataError(
+            f'{path}: {size[1]}x{size[0]} is {size[0] * size[1] / 1e6:.0f} million pixels, more than the '
+            f'{MAX_PIXELS / 1e6:.0f} million allowed'
+        )
+    if size:
+        with _error_stream(kind == 'JPEG') as lines:
+            pixels = decode_rgb(data, path)
+        if any(loss in line for line in lines for loss in _JPEG_LOSSES):
+            raise DataError(f'{path}: the JPEG file is damaged: {lines[0].decode(errors="replace").strip()}')
+    else:
+        image = decode_image(data, path)
+        pixels = np.repeat(image.color[..., None], 3, axis=2) if image.is_gray else image.color
+        traits = ('gray',) if image.is_gray else ()
+        traits += ('transparency',) if image.alpha is not None else ()
+        traits += ('16 bits',) if pixels.dtype == np.uint16 else ()
+    if path.suffix.lower() not in SUFFIXES[kind]:
+        traits += (f'{kind} named {path.suffix}',)
+    return Finding(pixels.shape[:2], len(data), digest_pixels(pixels), traits)
+
+
+def digest_pixels(pixels: np.ndarray) -> bytes:
+    """Return a digest of RGB pixels [H, W, 3], their size and depth: BLAKE2b, `DIGEST_BYTES` long."""
+    state = hashlib.blake2b(f'{pixels.shape} {pixels.dtype.itemsize}\n'.encode(), digest_size=DIGEST_BYTES)
+    state.update(np.ascontiguousarray(pixels))
+    return state.digest()
+
+
+@dataclass
+class SplitFindings:
+    """The findings on a split; of each good pair only numbers are kept.
+
+    Attributes:
+        num_pairs: pairs looked at, good ones and faulty ones.
+        faults: of the faulty ones.
+        good: the numbers of the good ones in the split.
+        starts: the first 8 bytes of the digests of their images, degraded and clean by turns; among a million images
+            two different ones share them with a chance of 1 in 10^7.
+        sizes: how many have which height and width.
+        num_bytes: of their files.
+        traits: how many images are not plain RGB of 8 bits, by trait.
+    """
+
+    num_pairs: int = 0
+    faults: Faults = field(default_factory=Faults)
+    good: array = field(default_factory=lambda: array('Q'))
+    starts: array = field(default_factory=lambda: array('Q'))
+    sizes: Counter = field(default_factory=Counter)
+    num_bytes: int = 0
+    traits: Counter = field(default_factory=Counter)
+
+    def add(self, checked: CheckedPair) -> None:
+        """Count the next pair."""
+        self.num_pairs += 1
+        if checked.fault:
+            self.faults.append(checked.fault)
+            return
+        self.good.append(self.num_pairs - 1)
+        self.sizes[checked.lq.size] += 1
+        for finding in (checked.lq, checked.gt):
+            self.num_bytes += finding.num_bytes
+            self.traits.update(finding.traits)
+            self.starts.append(int.from_bytes(finding.digest[:8], 'big'))
+
+    def digests(self, side: int) -> np.ndarray:
+        """Return the start of the digest of each degraded (0) or clean (1) image, [N] uint64."""
+        return np.array(self.starts, np.uint64)[side::2]
+
+    @property
+    def num_unchanged(self) -> int:
+        """The number of pairs whose two images are equal."""
+        return int((self.digests(0) == self.digests(1)).sum())
+
+    @property
+    def num_clean(self) -> int:
+        """The number of different clean images."""
+        return len(np.unique(self.digests(1)))
+
+
+class Journal:
+    """A file with a line on each pair of a split, in order, written while they are checked.
+
+    Lines of an earlier run are believed for files whose size and time of change are the same. Lines that a killed run
+    left half-written are done again.
+
+    Args:
+        path: the file; a new one is written beside it, which takes its place in the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._new = path, path.with_name(path.name + '.new')
+        if self._new.is_file() and (not path.is_file() or path.stat().st_size < self._new.stat().st_size):
+            os.replace(self._new, path)
+
+    def check(self, pairs: PairTable, workers: int, on_pair: Callable[[], None] = int) -> SplitFindings:
+        """Check all pairs.
+
+        Args:
+            pairs: in order.
+            workers: processes to read with.
+            on_pair: called after each.
+        Raises:
+            DataError: if the journal cannot be written, or a process is killed.
+        """
+        findings = SplitFindings()
+        try:
+            with open(self._new, 'w', encoding='utf-8') as file:
+                items = zip(pairs, self._known_lines(), strict=False)
+                for line in map_in_order(_check_line, items, workers, prepare=_limit_threads):
+                    file.write(line + '\n')
+                    findings.add(_parse(line))
+                    on_pair()
+            os.replace(self._new, self.path)
+        except OSError as error:
+            raise DataError(f'cannot write {self._new}: {error.strerror or error}. Nothing is prepared yet') from error
+        return findings
+
+    def entries(self, pairs: PairTable, name_of: Callable[[str], str]) -> Iterator[Entry]:
+        """Yield an entry for each good pair.
+
+        Args:
+            pairs: those that were checked.
+            name_of: turns a path into the name that the manifest gives it.
+        """
+        with open(self.path, encoding='utf-8') as file:
+            for pair, line in zip(pairs, file, strict=True):
+                checked = _parse(line)
+                if not checked.fault:
+                    lq, gt = checked.lq, checked.gt
+                    digests = lq.digest.hex(), gt.digest.hex()
+                    sizes = lq.num_bytes, gt.num_bytes
+                    yield Entry(pair.key, name_of(pair.lq), name_of(pair.gt), lq.size, sizes, digests)
+
+    def remove(self) -> None:
+        """Remove the file."""
+        for path in (self.path, self._new):
+            path.unlink(missing_ok=True)
+
+    def _known_lines(self) -> Iterator[str]:
+        """Yield the lines of an earlier run, and empty ones for ever after."""
+        if self.path.is_file():
+            with open(self.path, encoding='utf-8', errors='replace') as file:
+                yield from file
+        while True:
+            yield ''
+
+
+def _check_line(item: tuple[Pair, str]) -> str:
+    """Return the line of the journal for a pair: the known one, if it is still true."""
+    pair, known = item
+    stamp = [pair.lq, pair.gt, *_stamp(pair.lq), *_stamp(pair.gt)]
+    try:
+        if known and json.loads(known)[0] == stamp:
+            _parse(known)
+            return known.rstrip('\n')
+    except (ValueError, TypeError, LookupError, RecursionError):
+        pass  # cut off in the middle, or no journal at all
+    checked = check_pair(pair)
+    if checked.fault:
+        return json.dumps([stamp, [checked.fault.kind, checked.fault.name, checked.fault.text]])
+    return json.dumps([stamp, *([f.size, f.num_bytes, f.digest.hex(), f.traits] for f in (checked.lq, checked.gt))])
+
+
+def _parse(line: str) -> CheckedPair:
+    _, *values = json.loads(line)
+    if len(values) == 1:
+        return CheckedPair(None, None, Fault(*values[0]))
+    lq, gt = (
+        Finding(tuple(size), num_bytes, bytes.fromhex(digest), tuple(traits))
+        for size, num_bytes, digest, traits in values
+    )
+    return CheckedPair(lq, gt)
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Images of two splits, or of one, that have the same pixels.
+
+    Attributes:
+        first, second: names of the splits.
+        kind: `degraded` or `clean`.
+        examples: files, of the first split and of the second; a few of them.
+        num: images of the second split that are in the first, too.
+    """
+
+    first: str
+    second: str
+    kind: str
+    examples: tuple[tuple[str, str], ...]
+    num: int
+
+
+def find_repeats(split: Split, findings: SplitFindings) -> Duplicates | None:
+    """Find degraded images that one split holds twice. Clean ones may well have many degraded ones."""
+    digests = findings.digests(0)
+    order = np.argsort(digests, kind='stable')
+    again = np.flatnonzero(digests[order][1:] == digests[order][:-1]) + 1
+    examples = tuple(
+        (_path(split, findings, order[at - 1], 0), _path(split, findings, order[at], 0)) for at in again[:_NUM_EXAMPLES]
+    )
+    return Duplicates(split.name, split.name, 'degraded', examples, len(again)) if len(again) else None
+
+
+def find_leaks(splits: Sequence[Split], findings: Sequence[SplitFindings]) -> list[Duplicates]:
+    """Find images to be tested with that are trained on."""
+    checked = list(zip(splits, findings, strict=True))
+    leaks = (
+        _find_shared(*train, *test, side)
+        for train in checked
+        for test in checked
+        for side in (0, 1)
+        if (train[0].phase, test[0].phase) == ('train', 'test')
+    )
+    return [leak for leak in leaks if leak]
+
+
+def _find_shared(
+    train: Split, train_findings: SplitFindings, test: Split, test_findings: SplitFindings, side: int
+) -> Duplicates | None:
+    trained, tested = train_findings.digests(side), test_findings.digests(side)
+    hits = np.flatnonzero(np.isin(tested, trained))
+    if not len(hits):
+        return None
+    order = np.argsort(trained, kind='stable')
+    examples = []
+    for at in hits[:_NUM_EXAMPLES]:
+        place = order[np.searchsorted(trained[order], tested[at])]
+        examples.append((_path(train, train_findings, place, side), _path(test, test_findings, at, side)))
+    return Duplicates(train.name, test.name, ('degraded', 'clean')[side], tuple(examples), len(hits))
+
+
+def _path(split: Split, findings: SplitFindings, place: int, side: int) -> str:
+    pair = split.pairs[findings.good[int(place)]]
+    return (pair.lq, pair.gt)[side]
+
+
+def check_files(
+    manifest: Manifest, workers: int, *, quick: bool = False, on_pair: Callable[[], None] = int
+) -> list[Fault]:
+    """Find the images of a manifest that are missing, changed or unreadable, and keys that belong to several pairs.
+
+    A file that was written anew with the same pixels is not changed.
+
+    Args:
+        manifest: of the dataset.
+        workers: processes that read.
+        quick: only look whether files are there and have their sizes.
+        on_pair: called after each pair.
+    Raises:
+        DataError: if the manifest is damaged.
+    """
+    faults: list[Fault] = []
+    entries = _check_keys(manifest, faults)
+    for found in map_in_order(partial(_check_entry, manifest.root, quick), entries, workers, prepare=_limit_threads):
+        faults += found
+        on_pair()
+    return faults
+
+
+def find_extra(manifests: Iterable[Manifest]) -> list[Fault]:
+    """Find images that lie among those of the manifests, and were not there when they were made.
+
+    Args:
+        manifests: all that were made of the dataset: the images of one are no strangers to another.
+    """
+    known: set[int] = set()
+    folders: set[str] = set()
+    for manifest in manifests:
+        names = (name for entry in manifest.entries() for name in (entry.lq, entry.gt))
+        for name in (*manifest.others, *names):
+            path = os.path.join(manifest.root, name)
+            known.add(hash(path))
+            folders.add(os.path.dirname(path))
+    extra = []
+    for folder in sorted(folders):
+        try:
+            paths = [os.path.join(folder, name) for name in list_images(folder, '')]
+        except DataError:
+            continue  # its images are missing, each of which `check_files` tells
+        extra += [Fault('extra', path, 'came after the manifest was made') for path in paths if hash(path) not in known]
+    return extra
+
+
+def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = int) -> list[Fault]:
+    """Compare the pixels of `lq.lmdb` and `gt.lmdb` in a folder with a manifest.
+
+    Args:
+        folder: as `basicsr data lmdb` writes it.
+        manifest: of the images that went into them.
+        on_pair: called after each pair.
+    Raises:
+        DataError: if one of them is missing or cannot be opened.
+    """
+
+    def digest_value(path: str, value: memoryview) -> str:
+        return digest_pixels(view_raw(value) if is_raw(value) else decode_rgb(value, path)).hex()
+
+    faults = []
+    sides = [(side, LmdbImages(folder / name)) for side, name in enumerate(('lq.lmdb', 'gt.lmdb'))]
+    entries = list(manifest.entries())
+    order = make_plan(PairTable(Pair(entry.key, entry.lq, entry.gt) for entry in entries)).order
+    for entry, key in zip(entries, order, strict=True):
+        for side, images in sides:
+            path = images.path(key)
+            try:
+                is_same = images.read(key, partial(digest_value, path)) == entry.digests[side]
+            except ValueError as error:  # DataError is one
+                faults.append(Fault('missing or damaged', path, str(error)))
+                continue
+            if not is_same:
+                name = (entry.lq, entry.gt)[side]
+                faults.append(Fault('changed', path, f'not the pixels of {name} in {manifest.path}'))
+        on_pair()
+    for _, images in sides:
+        for key in sorted({entry.key for entry in images.entries()} - set(order)):
+            faults.append(Fault('extra', images.path(key), f'not in {manifest.path}'))
+    return faults
+
+
+def _check_keys(manifest: Manifest, faults: list[Fault]) -> Iterator[Entry]:
+    """Yield the entries; a key that an earlier pair has, of other images, adds to the faults."""
+    owners: dict[int, int] = {}
+    for number, entry in enumerate(manifest.entries(), 2):
+        images = hash((entry.lq, entry.gt))
+        if owners.setdefault(hash(entry.key), images) != images:
+            faults.append(Fault('key twice', entry.key, f'line {number} gives it to another pair than a line before'))
+        yield entry
+
+
+def _check_entry(root: Path, quick: bool, entry: Entry) -> list[Fault]:
+    faults = (
+        _check_file(os.path.join(root, name), quick, entry.size, entry.bytes[side], entry.digests[side])
+        for side, name in enumerate((entry.lq, entry.gt))
+    )
+    return [fault for fault in faults if fault]
+
+
+def _check_file(path: str, quick: bool, size: tuple[int, int], num_bytes: int, digest: str) -> Fault | None:
+    try:
+        found_bytes = os.stat(path).st_size
+    except FileNotFoundError:
+        return Fault('missing', path, 'there is no such file')
+    except OSError as error:
+        return Fault('unreadable', path, error.strerror)
+    if quick:
+        text = f'{found_bytes:,} bytes, the manifest says {num_bytes:,}'
+        return None if found_bytes == num_bytes else Fault('changed', path, text)
+    try:
+        found = check_image(path)
+    except DataError as error:
+        return Fault('unreadable', path, str(error).removeprefix(f'{path}: '))
+    if found.size != size:
+        text = f'{found.size[1]}x{found.size[0]} pixels, the manifest says {size[1]}x{size[0]}'
+        return Fault('changed', path, text)
+    return None if found.digest.hex() == digest else Fault('changed', path, 'other pixels than the manifest says')
+
+
+def _limit_threads() -> None:
+    """Keep OpenCV to one thread: processes are the parallelism."""
+    cv2.setNumThreads(1)
+
+
+def _explain_sizes(lq: tuple[int, int], gt: tuple[int, int]) -> str:
+    if lq == gt[::-1]:
+        return '; one of them is turned by 90 degrees'
+    factors = {gt[0] / lq[0], gt[1] / lq[1]}
+    if len(factors) == 1 and (factor := factors.pop()) > 1 and factor.is_integer():
+        return f'; the degraded one is {factor:.0f} times smaller, as for super-resolution, which is not done here'
+    return ''
+
+
+def _read_header(path: Path, data: bytes, kind: str | None) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
+    """Height, width and traits of a PNG or JPEG by its first bytes; None where a thorough reader must look."""
+    if kind == 'PNG' and len(data) > 33:
+        if b'acTL' in data[33:256]:
+            raise DataError(f'{path}: an animated PNG; save its frames as single images')
+        size = int.from_bytes(data[20:24], 'big'), int.from_bytes(data[16:20], 'big')
+        return size, _PNG_KINDS.get(data[25], ()) + (('16 bits',) if data[24] == 16 else ())
+    if kind == 'JPEG' and (frame := find_jpeg_frame(data)):
+        _, height, width, channels, _ = frame
+        return (height, width), _JPEG_KINDS.get(channels, ())
+    return None, ()
+
+
+@contextmanager
+def _error_stream(listen: bool) -> Iterator[list[bytes]]:
+    """Collect what C libraries write to the error stream meanwhile: libjpeg has no other way to tell of losses."""
+    lines: list[bytes] = []
+    if not listen:
+        yield lines
+        return
+    with tempfile.TemporaryFile() as stream:
+        before = os.dup(2)
+        os.dup2(stream.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            stream.seek(0)
+            lines += stream.read().splitlines()
