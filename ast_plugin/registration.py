@@ -12,7 +12,7 @@ REGISTERED: dict[str, tuple[str, ...]] = {
         'ast_plugin.archs.ast_arch:AST_XS',
         'ast_plugin.archs.ast_arch:AST_T',
         'ast_plugin.archs.ast_arch:AST_B',
-        'ast_plugin.archs.mixed_arch:Mixed',
+        'ast_plugin.archs.mixed.mixed_arch:Mixed',
         'ast_plugin.archs.spandrel_arch:Spandrel',
     ),
     'MODEL_REGISTRY': ('ast_plugin.models.restoration_model:RestorationModel',),

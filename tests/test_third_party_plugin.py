@@ -30,7 +30,7 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from ast_plugin.archs.block_registry import BLOCKS
+from ast_plugin.archs.mixed.block_registry import BLOCKS
 
 
 @ARCH_REGISTRY.register()

@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.archs.ast_state import describe_mismatch, plain_state, rename_official_hook
-from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, init_weights
-from ast_plugin.archs.recomputation import recomputed
-from ast_plugin.archs.sizes import check_choice
+from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, check_choice, init_weights, run_checkpointed
+from ast_plugin.archs.state import describe_mismatch, plain_state, rename_official_hook
 from ast_plugin.errors import CheckpointError, OptionError, ShapeError
 from ast_plugin.ops import pad_to_multiple
 
@@ -48,7 +46,7 @@ class Stage(nn.Module):
         """Run the blocks over x, [B, H, W, C]."""
         for block in self.blocks:
             if self.use_checkpoint and torch.is_grad_enabled():
-                x = recomputed(block, x, mask)
+                x = run_checkpointed(block, x, mask)
             else:
                 x = block(x, mask)
         return x

@@ -1,40 +1,27 @@
 """AST's building blocks. Modules hold parameters and state their sizes; the mathematics is in `ast_plugin.ops`.
 
 Every block maps [B, H, W, C] to [B, H, W, C], or with `layout='nchw'` [B, C, H, W] to [B, C, H, W], of any H and W.
-What `works_in` and `replaces` say is explained in `archs.block_registry`. The feed-forward networks are defined in
-`archs.feed_forwards` and can be had from here.
+What `works_in` and `replaces` say is explained in `archs.mixed.block_registry`.
 """
 
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ast_plugin import ops
-from ast_plugin.archs.feed_forwards import FEED_FORWARDS, FRFN, MLP, LeFF, affine
-from ast_plugin.archs.layouts import check_layout, check_map, from_nhwc, to_nhwc
-from ast_plugin.archs.sizes import check_choice, check_counts
 from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops.assa import Affine
+from ast_plugin.ops.backend import asked
 from ast_plugin.ops.residual import Residual, with_residual
 from ast_plugin.ops.window_padding import padding_mask
 
-__all__ = [
-    'ASSA',
-    'ATTENTIONS',
-    'FEED_FORWARDS',
-    'FRFN',
-    'MLP',
-    'ASTBlock',
-    'DenseAttention',
-    'DropPath',
-    'LeFF',
-    'ReLUAttention',
-    'SparseAttention',
-    'TopKAttention',
-    'WindowAttention',
-    'ast_block',
-    'init_weights',
-]
+LAYOUTS = ('nhwc', 'nchw')
 
 
 class WindowAttention(nn.Module):
@@ -195,6 +182,95 @@ ATTENTIONS: dict[str, type[WindowAttention]] = {
 }
 
 
+class FRFN(nn.Module):
+    """Feature refinement feed-forward network.
+
+    Args:
+        dim: channels, at least 4: a quarter of them goes through the partial convolution.
+        mlp_ratio: hidden channels as a multiple of `dim`.
+        layout: 'nhwc' or 'nchw', of what comes in and goes out.
+    Source: Zhou et al., CVPR 2024, section 3.3.
+    """
+
+    works_in = 'nhwc'
+    replaces = ('tokens', 'maps')
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
+        super().__init__()
+        self.layout = check_layout(layout)
+        if dim < 4:
+            raise OptionError(f'FRFN convolves a quarter of the channels and needs at least 4 of them, not {dim}')
+        hidden = _hidden(dim, mlp_ratio)
+        self.partial_conv = nn.Conv2d(dim // 4, dim // 4, 3, padding=1, bias=False)
+        self.expand = nn.Linear(dim, 2 * hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.project = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
+        x = to_nhwc(x, self.layout)
+        check_map(x, self.expand.in_features, 'FRFN')
+        layers = affine(self.expand), affine(self.depthwise), affine(self.project)
+        return from_nhwc(ops.frfn(x, self.partial_conv.weight, *layers, residual), self.layout)
+
+
+class LeFF(nn.Module):
+    """Locally-enhanced feed-forward network of Uformer (Wang et al., CVPR 2022).
+
+    Args:
+        dim: channels.
+        mlp_ratio: hidden channels as a multiple of `dim`.
+        layout: 'nhwc' or 'nchw', of what comes in and goes out.
+    """
+
+    works_in = 'nhwc'
+    replaces = ('tokens', 'maps')
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
+        super().__init__()
+        self.layout = check_layout(layout)
+        hidden = _hidden(dim, mlp_ratio)
+        self.expand = nn.Linear(dim, hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.project = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
+        x = to_nhwc(x, self.layout)
+        check_map(x, self.expand.in_features, 'LeFF')
+        layers = affine(self.expand), affine(self.depthwise), affine(self.project)
+        return from_nhwc(ops.leff(x, *layers, residual), self.layout)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between.
+
+    Args:
+        dim: channels.
+        mlp_ratio: hidden channels as a multiple of `dim`.
+        layout: 'nhwc' or 'nchw', of what comes in and goes out.
+    """
+
+    works_in = 'any'
+    replaces = ('windows', 'tokens', 'maps')
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
+        super().__init__()
+        self.layout = check_layout(layout)
+        hidden = _hidden(dim, mlp_ratio)
+        self.expand = nn.Linear(dim, hidden)
+        self.project = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
+        x = to_nhwc(x, self.layout)
+        if x.shape[-1] != self.expand.in_features:
+            raise ShapeError(f'MLP takes {self.expand.in_features} channels, not {list(x.shape)}')
+        y = x.unsqueeze(1) if x.ndim == 3 else x  # tokens are a map of one row, which all backends take
+        y = ops.mlp(y, affine(self.expand), affine(self.project), residual)
+        return from_nhwc(y.reshape(x.shape), self.layout)
+
+
+FEED_FORWARDS: dict[str, type[nn.Module]] = {'frfn': FRFN, 'leff': LeFF, 'mlp': MLP}
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training, leave out a residual branch sample by sample and scale up what stays.
 
@@ -296,9 +372,115 @@ def ast_block(
 ast_block.works_in, ast_block.replaces = ASTBlock.works_in, ASTBlock.replaces
 
 
+token_sizes = threading.local()
+"""(H, W) that a network's modules tell the blocks mixed into it, see `mixed.adapters`.
+
+Each thread has its own, and torch.compile sees through it (it does not see through a ContextVar).
+"""
+
+
+def run_checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function whose backward pass computes it again instead of keeping what it needs (gradient checkpointing).
+
+    It is computed again with the backend and the tokens' sizes of the first time, in whatever thread.
+    """
+    # torch.compile recomputes in a graph of its own, where backend and sizes are constants; it takes no `context_fn`.
+    own = {} if torch.compiler.is_compiling() else {'context_fn': lambda: (nullcontext(), _Surroundings())}
+    return checkpoint(function, *args, use_reentrant=False, **own, **kwargs)
+
+
+class _Surroundings:
+    """Context with the backend and the tokens' sizes of when it was made; entered once in each backward pass."""
+
+    def __init__(self) -> None:
+        self.backend, self.sizes = asked(), dict(vars(token_sizes))
+
+    def __enter__(self) -> None:
+        self.before = dict(vars(token_sizes))
+        vars(token_sizes).update(self.sizes)
+        self.entered = ops.use_backend(self.backend)
+        self.entered.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.entered.__exit__(*error)
+        vars(token_sizes).clear()
+        vars(token_sizes).update(self.before)
+
+
 def init_weights(module: nn.Module) -> None:
     """Draw the weights of linear layers as AST and Swin do, for `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def check_layout(layout: str) -> str:
+    """`layout`, if it is one.
+
+    Raises:
+        OptionError: otherwise.
+    """
+    if layout not in LAYOUTS:
+        raise OptionError(f'layout must be {" or ".join(LAYOUTS)}, not {layout!r}')
+    return layout
+
+
+def to_nhwc(x: Tensor, layout: str) -> Tensor:
+    """A map of `layout` as NHWC; a view."""
+    if layout == 'nchw':
+        if x.ndim != 4:
+            raise ShapeError(f'expected a map [B, C, H, W], not {list(x.shape)}')
+        return x.permute(0, 2, 3, 1)
+    return x
+
+
+def from_nhwc(x: Tensor, layout: str) -> Tensor:
+    """An NHWC map as one of `layout`; a view, so that NCHW comes out in torch's memory format channels_last."""
+    return x.permute(0, 3, 1, 2) if layout == 'nchw' else x
+
+
+def check_map(x: Tensor, dim: int, name: str) -> None:
+    """See that x is [B, H, W, dim] with no side of 0.
+
+    Raises:
+        ShapeError: otherwise, beginning with `name`.
+    """
+    if x.ndim != 4 or x.shape[-1] != dim or 0 in x.shape:
+        raise ShapeError(f'{name} takes maps of {dim} channels, [B, H, W, {dim}] inside, not {list(x.shape)}')
+
+
+def check_choice(key: str, value: str, choices: Mapping[str, object]) -> None:
+    """See that a value is one of those there are.
+
+    Raises:
+        OptionError: otherwise, naming them.
+    """
+    if value not in choices:
+        raise OptionError(f'{key} must be one of {", ".join(choices)}, not {value!r}')
+
+
+def check_counts(**counts: int) -> None:
+    """See that numbers of things are whole and 1 or more.
+
+    Raises:
+        OptionError: otherwise, naming the first that is not.
+    """
+    for key, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise OptionError(f'{key} must be a whole number of 1 or more, not {value!r}')
+
+
+def _hidden(dim: int, mlp_ratio: float) -> int:
+    """Hidden channels of a feed-forward network."""
+    check_counts(dim=dim)
+    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, Real) or not 1 <= dim * mlp_ratio < float('inf'):
+        raise OptionError(
+            f'mlp_ratio must be a number that gives {dim} channels at least 1 hidden one, not {mlp_ratio!r}'
+        )
+    return int(dim * mlp_ratio)
+
+
+def affine(layer: nn.Linear | nn.Conv2d) -> Affine:
+    """Weight and bias of a layer, as `ops` takes them."""
+    return layer.weight, layer.bias

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ast_plugin.archs.ast_state import infer_options
 from ast_plugin.archs.spandrel_arch import recognise
+from ast_plugin.archs.state import infer_options
 from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError, did_you_mean
 
 CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'img_channel', 'inp_channels')

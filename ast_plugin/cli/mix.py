@@ -21,7 +21,7 @@ from ast_plugin.errors import OptionError, PluginError, ShapeError, first_line
 if TYPE_CHECKING:
     from torch import nn
 
-    from ast_plugin.archs.mixed_arch import Exchange, Mixed
+    from ast_plugin.archs.mixed.mixed_arch import Exchange, Mixed
 
 _ODD = (61, 75)
 _MACS_SIDE = 128
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(options: dict[str, Any], source: str, size: tuple[int, int]) -> None:
-    from ast_plugin.archs.mixed_arch import Mixed, build_base
+    from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 
     arguments = {key: value for key, value in options.items() if key != 'type'}
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ast_plugin.archs.recomputation import recomputed
+from ast_plugin.archs.blocks import run_checkpointed
 from ast_plugin.errors import OptionError
 
 DEFAULT_BACKEND = 'inductor'
@@ -89,7 +89,7 @@ class _Checkpointed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().__call__(*args, **kwargs)
-        return recomputed(super().__call__, *args, **kwargs)
+        return run_checkpointed(super().__call__, *args, **kwargs)
 
 
 def _compile(found: list[nn.Module], backend: str) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ast_plugin.archs.ast_arch import AST, AST_B, AST_T, AST_XS, VARIANTS
-from ast_plugin.archs.ast_state import OFFICIAL_NAMES, rename_official
 from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, DropPath
+from ast_plugin.archs.state import OFFICIAL_NAMES, rename_official
 from ast_plugin.errors import CheckpointError, OptionError, ShapeError
 
 from .golden import NAMES, GoldenCase

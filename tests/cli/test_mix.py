@@ -127,7 +127,7 @@ def test_wrong_sizes(mix):
 
 def test_training_and_the_file_that_describes_itself(tmp_path, monkeypatch, capsys):
     """From a base's weights to a mixed network's: trained, resumed, and loaded where the base's file is gone."""
-    from ast_plugin.archs.mixed_arch import build_base
+    from ast_plugin.archs.mixed.mixed_arch import build_base
     from ast_plugin.checkpoints import read_checkpoint, save_torch
     from ast_plugin.evaluation.restorer import Restorer
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ast_plugin.archs.block_registry import BLOCKS
-from ast_plugin.archs.mixed_arch import Mixed, build_base
+from ast_plugin.archs.mixed.block_registry import BLOCKS
+from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.checkpoints import save_torch
 from ast_plugin.options import safe_yaml
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from ast_plugin.archs.block_registry import BLOCKS, declaration
-from ast_plugin.archs.mixed_arch import Mixed
+from ast_plugin.archs.mixed.block_registry import BLOCKS, declaration
+from ast_plugin.archs.mixed.mixed_arch import Mixed
 from ast_plugin.errors import OptionError
-
-from .networks import EDSR
+from tests.archs.mixed.networks import EDSR
 
 
 def test_what_is_registered():

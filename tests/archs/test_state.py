@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ast_plugin.archs.ast_arch import AST
-from ast_plugin.archs.ast_state import describe_mismatch, infer_options, plain_state
+from ast_plugin.archs.state import describe_mismatch, infer_options, plain_state
 from ast_plugin.errors import CheckpointError
 
 from .golden import NAMES, GoldenCase

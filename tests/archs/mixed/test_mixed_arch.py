@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from ast_plugin.archs.mixed_arch import Mixed, build_base
+from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.errors import ShapeError
 from ast_plugin.ops import pad_to_multiple
-
-from .networks import (
+from tests.archs.mixed.networks import (
     AST,
     ATTENTIONS,
     BLOCK,

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from ast_plugin.archs import blocks
-from ast_plugin.archs.block_adapters import OPERATIONS
-from ast_plugin.archs.block_registry import Declaration, declaration
-from ast_plugin.archs.call_sites import Site, square_side, window_of
+from ast_plugin.archs.mixed.adapters import OPERATIONS
+from ast_plugin.archs.mixed.block_registry import Declaration, declaration
+from ast_plugin.archs.mixed.call_sites import Site, square_side, window_of
 from ast_plugin.errors import OptionError, PluginError, ShapeError, did_you_mean
 
 KEYS = ('match', 'with', 'op', 'keep_weights', 'dense_share', 'gain')
@@ -37,7 +37,7 @@ class Rule:
             stands for one step, or a part of it, and `**` for any number of steps.
         block: what is put there.
         options: of the block, those that are inferred left out.
-        op: see `block_adapters.MixedIn`.
+        op: see `adapters.MixedIn`.
         keep_weights: carry what a replaced module has learned into the block.
         dense_share: share of softmax in ASSA's gate then; None for blocks without a gate.
         gain: of `wrap`.

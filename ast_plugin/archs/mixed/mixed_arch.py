@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.archs.block_adapters import MixedIn, pass_size
 from ast_plugin.archs.blocks import ASSA
-from ast_plugin.archs.call_sites import Site, Watched, check_runs, find_site, watch
-from ast_plugin.archs.kept_weights import keep_weights
+from ast_plugin.archs.mixed.adapters import MixedIn, pass_size
+from ast_plugin.archs.mixed.call_sites import Site, Watched, check_runs, find_site, watch
+from ast_plugin.archs.mixed.kept_weights import keep_weights
 from ast_plugin.archs.networks import registered_network, stated_channels
 from ast_plugin.checkpoints import load_into, read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line
@@ -51,7 +51,7 @@ class Mixed(nn.Module):
 
     Args:
         base: `type`, the registered name of a network, and its arguments.
-        mix: rules, see `mix_rules.Rule`. A module may be meant by one rule only.
+        mix: rules, see `rules.Rule`. A module may be meant by one rule only.
         base_weights: a weights file of the base, loaded before anything is exchanged: official, BasicSR's or
             safetensors, read without running anything in it. It says where training starts; a file of the mixed
             network's own weights holds all of them.
@@ -79,7 +79,7 @@ class Mixed(nn.Module):
     ) -> None:
         super().__init__()
         # mmengine, which holds the registry of blocks, is heavy: only who builds a Mixed pays for it.
-        from ast_plugin.archs.mix_rules import assign, read_rules
+        from ast_plugin.archs.mixed.rules import assign, read_rules
 
         for key, value in (('size_multiple', size_multiple), ('nominal_size', nominal_size)):
             if value is not None and (type(value) is not int or value < 1):
@@ -222,7 +222,7 @@ def _exchange(base: nn.Module, assigned: Mapping[str, Any], watched: Watched) ->
 
 
 def _prepare(name: str, rule: Any, module: nn.Module, position: int, watched: Watched) -> _Prepared:
-    from ast_plugin.archs.mix_rules import DENSE_SHARE, build_block
+    from ast_plugin.archs.mixed.rules import DENSE_SHARE, build_block
 
     try:
         site = find_site(name, module, watched, rule.options.get('window_size'), rule.block.works_in != 'any')

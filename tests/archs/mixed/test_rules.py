@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from ast_plugin.archs.block_registry import declaration
-from ast_plugin.archs.mix_rules import Rule, assign, read_rules
-from ast_plugin.archs.mixed_arch import Mixed
+from ast_plugin.archs.mixed.block_registry import declaration
+from ast_plugin.archs.mixed.mixed_arch import Mixed
+from ast_plugin.archs.mixed.rules import Rule, assign, read_rules
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError
-
-from .networks import EDSR, MSRRESNET, SWINIR, TokenNet
+from tests.archs.mixed.networks import EDSR, MSRRESNET, SWINIR, TokenNet
 
 ASSA = {'type': 'ASSA'}
 ATTN = {'match': '**.attn', 'with': ASSA}

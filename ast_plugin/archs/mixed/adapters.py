@@ -1,22 +1,16 @@
 """A block in the place of a module of somebody's network: layouts are turned, tokens get their size from the caller."""
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.archs.call_sites import Site, SizePlace
+from ast_plugin.archs.blocks import token_sizes
+from ast_plugin.archs.mixed.call_sites import Site, SizePlace
 from ast_plugin.errors import ShapeError
 
 OPERATIONS = ('replace', 'append', 'prepend', 'wrap')
-
-# (H, W) by where they are read, while that module runs. Each thread has its own, the recomputation of checkpoints sets
-# it anew where that module is recomputed (`with_sizes` is for those below it), and torch.compile sees through it (it
-# does not see through a ContextVar).
-_sizes = threading.local()
 
 
 class PassSize:
@@ -26,7 +20,7 @@ class PassSize:
         self.place, self.key = place, place.name
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        setattr(_sizes, self.key, self.place.read(args, kwargs))
+        setattr(token_sizes, self.key, self.place.read(args, kwargs))
 
 
 class ForgetSize:
@@ -36,31 +30,13 @@ class ForgetSize:
         self.key = place.name
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        setattr(_sizes, self.key, None)
+        setattr(token_sizes, self.key, None)
 
 
 def pass_size(giver: nn.Module, place: SizePlace) -> None:
     """Let `giver` tell the blocks below it the size that it is called with."""
     giver.register_forward_pre_hook(PassSize(place), with_kwargs=True)
     giver.register_forward_hook(ForgetSize(place), always_call=True)
-
-
-def known_sizes() -> dict[str, Any]:
-    """The sizes that blocks see here and now."""
-    return dict(vars(_sizes))
-
-
-@contextmanager
-def with_sizes(kept: Mapping[str, Any]) -> Iterator[None]:
-    """Let blocks see what `known_sizes` gave elsewhere, such as before they are computed again in another thread."""
-    sizes = vars(_sizes)
-    before = dict(sizes)
-    sizes.update(kept)
-    try:
-        yield
-    finally:
-        sizes.clear()
-        sizes.update(before)
 
 
 class MixedIn(nn.Module):
@@ -140,7 +116,7 @@ class MixedIn(nn.Module):
         return self.block(x)
 
     def _size(self, x: Tensor) -> tuple[int, int]:
-        size = getattr(_sizes, self.size_key, None)
+        size = getattr(token_sizes, self.size_key, None)
         giver = self.site.size.giver or 'the base'
         tokens = f'the tokens {list(x.shape)} of {self.site.name}'
         if size is None:

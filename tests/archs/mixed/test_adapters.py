@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ast_plugin.archs.block_registry import BLOCKS
-from ast_plugin.archs.mixed_arch import Mixed, build_base
-
-from .networks import (
+from ast_plugin.archs.mixed.block_registry import BLOCKS
+from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
+from tests.archs.mixed.networks import (
     ATTENTIONS,
     EDSR,
     FEED_FORWARDS,

@@ -1,6 +1,6 @@
 """BLOCKS: what can be mixed into networks, ours and other people's, and what each block says of itself.
 
-    from ast_plugin.archs.block_registry import BLOCKS
+    from ast_plugin.archs.mixed.block_registry import BLOCKS
 
     @BLOCKS.register_module()
     class GatedConv(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.archs.blocks import MLP, WindowAttention
-from ast_plugin.archs.call_sites import window_of
+from ast_plugin.archs.mixed.call_sites import window_of
 from ast_plugin.errors import OptionError, ShapeError
 from ast_plugin.ops import relative_position_index
 

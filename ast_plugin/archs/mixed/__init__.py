@@ -1,0 +1,1 @@
+"""Any registered network with blocks exchanged by rules."""
