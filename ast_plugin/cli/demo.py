@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 def _show(root: Path) -> int:
     from ast_plugin import options
     from ast_plugin.cli import registries
-    from ast_plugin.evaluation.contact_sheet import draw_contact_sheet, save_picture
+    from ast_plugin.evaluation.contact_sheet import draw_contact_sheet, save_sheet
 
     datasets = registries.load().by_kind['dataset']
     opt = options.prepare(options.load(options.find(OPTION_FILE)), root=root, is_train=False, dataset_types=datasets)
@@ -65,7 +65,7 @@ def _show(root: Path) -> int:
     pictures = results / 'visualization' / validation['name']
     rows = [_row(sample, pictures, measured, opt['name']) for sample in datasets[validation['type']](validation)]
     path = results / 'rain_restored_clean.png'
-    save_picture(draw_contact_sheet(['rainy', 'restored', 'clean'], rows), path)
+    save_sheet(draw_contact_sheet(['rainy', 'restored', 'clean'], rows), path)
     mean = measured['mean']
     print(f'Rainy, restored and clean, side by side: {path}')
     print(f'PSNR gain over input: {float(mean["psnr"]) - float(mean["input psnr"]):+.2f} dB')

@@ -105,8 +105,7 @@ def predict_memory(job: dict[str, Any], size: tuple[int, int], multiple: int) ->
     """
     import torch
 
-    from ast_plugin.evaluation.complexity import on_line, padded_pixels
-    from ast_plugin.evaluation.memory import available_bytes
+    from ast_plugin.evaluation.cost import available_bytes, on_line, padded_pixels
 
     points = [(padded_pixels(probe, multiple), _peak_bytes(job, probe)) for probe in _PROBES]
     if any(peak is None for _, peak in points):
@@ -122,7 +121,7 @@ def _peak_bytes(job: dict[str, Any], size: tuple[int, int]) -> int | None:
 
 
 def _macs(network: nn.Module, channels: int, size: tuple[int, int], multiple: int) -> str:
-    from ast_plugin.evaluation.complexity import count_macs_of_size
+    from ast_plugin.evaluation.cost import count_macs_of_size
 
     total, uncounted, is_scaled = count_macs_of_size(network, channels, size, multiple)
     names = ', '.join(sorted({name.partition('::')[2].strip('_') for name in uncounted}))
@@ -151,7 +150,7 @@ def _memory(predicted: int | None) -> str:
 def _measured(job: dict[str, Any], size: tuple[int, int], predicted: int | None) -> str:
     import torch
 
-    from ast_plugin.evaluation.memory import available_bytes
+    from ast_plugin.evaluation.cost import available_bytes
 
     free = available_bytes(torch.device('cpu'))
     if predicted is not None and predicted > free:

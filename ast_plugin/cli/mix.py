@@ -91,7 +91,7 @@ def _cost_table(base: nn.Module, mixed: Mixed) -> str:
     """Parameters and MACs of both, and what the count of the latter leaves out."""
     import torch
 
-    from ast_plugin.evaluation.complexity import count_macs
+    from ast_plugin.evaluation.cost import count_macs
 
     multiple = mixed.size_multiple
     side = -(-_MACS_SIDE // multiple) * multiple

@@ -271,8 +271,8 @@ def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str)
 
 
 def _check_switches(opt: Mapping[str, Any], network: nn.Module, registered: Registered, source: str) -> None:
-    from ast_plugin.models import training_checks
     from ast_plugin.models.restoration_model import RestorationModel
+    from ast_plugin.models.training_step import check_switches
 
     model = registered.get('model', opt['model_type'])
     if not isinstance(model, type) or not issubclass(model, RestorationModel):
@@ -283,7 +283,7 @@ def _check_switches(opt: Mapping[str, Any], network: nn.Module, registered: Regi
         if key.endswith('_opt') and key != 'perceptual_opt' and options
     }
     with _explained(source, 'train'):
-        training_checks.check(opt, network, losses)
+        check_switches(opt, network, losses)
 
 
 def _networks(opt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

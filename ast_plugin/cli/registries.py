@@ -11,8 +11,7 @@ def load() -> Registered:
     """Import BasicSR and the plugins (seconds), and say what is registered."""
     import ast_plugin  # noqa: F401 - registers, also from a checkout that is not installed
     from ast_plugin.evaluation.protocols import PROTOCOLS
-    from ast_plugin.models.optimizers import find_optimizer
-    from ast_plugin.models.schedules import SCHEDULERS
+    from ast_plugin.models.optimizers import SCHEDULERS, find_optimizer
     from ast_plugin.plugins import load_plugins
 
     failed = load_plugins()

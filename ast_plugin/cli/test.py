@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,6 @@ from ast_plugin.cli import session
 from ast_plugin.errors import OptionError
 
 if TYPE_CHECKING:
-    from ast_plugin.evaluation.results import ValidationResults
     from ast_plugin.options.stages import Stage
 
 
@@ -43,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
     import basicsr.test
 
     from ast_plugin.cli import preflight
-    from ast_plugin.evaluation.results import collected
 
     stage, weights = _weights(run)
     opt = run.prepare(stage)
@@ -58,23 +55,9 @@ def run(args: argparse.Namespace) -> int:
             print(f'Testing the weights {weights}', flush=True)
         opt = run.prepare(stage, **process)
         opt['path'].update(paths)
-        with session.handed_over(basicsr.test, opt, run, stage), collected() as tested:
+        with session.handed_over(basicsr.test, opt, run, stage):
             basicsr.test.test_pipeline(str(run.root))
-        if process['rank'] == 0:
-            _draw(tested, Path(opt['path']['results_root']))
     return 0
-
-
-def _draw(tested: Sequence[ValidationResults], folder: Path) -> None:
-    """A sheet of the worst and the best images of each dataset."""
-    from ast_plugin.evaluation.contact_sheet import draw_examples, save_picture
-
-    for results in tested:
-        sheet = draw_examples(results)
-        if sheet is not None:
-            path = folder / f'{results.dataset}_worst_and_best.png'
-            save_picture(sheet, path)
-            print(f'The worst and the best images: {path}', flush=True)
 
 
 def _weights(run: session.Session) -> tuple[Stage, Path]:

@@ -23,7 +23,7 @@ from ast_plugin.cli import session
 from ast_plugin.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
-    from ast_plugin.models.stop_signals import RunStopped
+    from ast_plugin.models.processes import RunStopped
     from ast_plugin.options.stages import Stage
 
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, then let BasicSR train, stage by stage."""
     run = session.read(args, is_train=True)
-    from ast_plugin.models.stop_signals import RunStopped
+    from ast_plugin.models.processes import RunStopped
 
     chosen = run.chosen()
     _check(run, chosen)
@@ -78,7 +78,7 @@ def _check(run: session.Session, chosen: list[Stage]) -> None:
 def _train(run: session.Session, stage: Stage, process: dict[str, Any]) -> None:
     import basicsr.train
 
-    from ast_plugin.models import stop_signals
+    from ast_plugin.models.processes import catch_signals
     from ast_plugin.options import stages
 
     opt = run.prepare(stage, **process)
@@ -96,7 +96,7 @@ def _train(run: session.Session, stage: Stage, process: dict[str, Any]) -> None:
     for later in run.stages[stage.number :]:
         # What they have learned rests on weights that are about to be replaced.
         _put_aside(run.experiment(later), process)
-    with stop_signals.heeded(), session.handed_over(basicsr.train, opt, run, stage):
+    with catch_signals(), session.handed_over(basicsr.train, opt, run, stage):
         basicsr.train.train_pipeline(str(run.root))
     if stage.name is not None and process['rank'] == 0:
         stages.mark_finished(run.experiment(stage), opt['train']['total_iter'])

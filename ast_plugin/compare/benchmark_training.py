@@ -87,10 +87,9 @@ def prepare_step(settings: Settings, train: Mapping[str, Any]) -> Step:
     from basicsr.utils.registry import ARCH_REGISTRY
 
     from ast_plugin.losses.restoration_loss import ASTCharbonnierLoss
-    from ast_plugin.models import batch_mixing, moving_average, network_switches
+    from ast_plugin.models import mixup, network_switches
     from ast_plugin.models.optimizers import build_optimizer
-    from ast_plugin.models.precision import Precision
-    from ast_plugin.models.training_step import TrainingStep
+    from ast_plugin.models.training_step import Precision, TrainingStep, update_average
 
     device = torch.device(settings.device)
     torch.manual_seed(0)
@@ -100,7 +99,7 @@ def prepare_step(settings: Settings, train: Mapping[str, Any]) -> Step:
     optimizer = build_optimizer('AdamW', network.parameters(), **options)
     precision = Precision(train.get('precision', 'fp32'), device)
     step = TrainingStep(network, optimizer, precision, train, batch=settings.batch)
-    mixing = batch_mixing.from_options(train, seed=0, rank=0)
+    mixing = mixup.from_options(train, seed=0, rank=0)
     loss = ASTCharbonnierLoss()
     lq, gt = torch.rand(2, settings.batch, 3, settings.size, settings.size, device=device)
 
@@ -108,7 +107,7 @@ def prepare_step(settings: Settings, train: Mapping[str, Any]) -> Step:
         images = mixing(lq, gt, iteration) if mixing is not None else (lq, gt)
         step(*images, lambda output, target: {'l_pix': loss(output, target)}, iteration)
         if average is not None:
-            moving_average.update(average, network, train['ema_decay'])
+            update_average(average, network, train['ema_decay'])
         if device.type == 'cuda':
             torch.cuda.synchronize(device)
 

@@ -37,7 +37,7 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from ast_plugin.compare.networks import load_network
-    from ast_plugin.evaluation.complexity import count_macs
+    from ast_plugin.evaluation.cost import count_macs
     from ast_plugin.evaluation.restorer import find_device
     from ast_plugin.ops import frozen_weights
 

@@ -1,41 +1,38 @@
-"""Results of a validation: a row an image, the metrics of the restored picture beside those of the input."""
+"""Results of a validation: the metrics of every image before and after, their table, and how they were made."""
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import cv2
 import numpy as np
+import torch
+from PIL import Image
 
+import ast_plugin
 from ast_plugin.data.matching import printable
-from ast_plugin.evaluation.provenance import Provenance
-from ast_plugin.files import write_file
+from ast_plugin.evaluation.contact_sheet import Cell, draw_contact_sheet, save_sheet
+from ast_plugin.evaluation.protocols import Metrics, Protocol
+from ast_plugin.evaluation.tables import to_csv, to_markdown
+from ast_plugin.files import file_digest, write_file
 
-INPUT = 'input'  # column prefix of the unrestored picture's values
-
-_THUMBNAIL_SIDE = 512  # longest side in pixels
-_STRIP_GAP = 8
-
-_collected: ContextVar[list['ValidationResults'] | None] = ContextVar('collected', default=None)
+INPUT = 'input'  # column prefix of the unrestored image's values
 
 
 @dataclass(frozen=True)
-class PictureResult:
-    """What the process that restored a picture tells the others.
+class ImageResult:
+    """What the process that restored an image tells the others.
 
     Attributes:
-        number: of the picture in the dataset.
+        number: of the image in the dataset.
         name: of its file, without the suffix.
         restored: its metrics.
         degraded: those of the unrestored input; empty where its size is not the result's.
-        thumbnails: input, result and clean picture, RGB, [h, w, 3], uint8, of one size; of some pictures only.
+        thumbnails: input, result and clean image, RGB, [h, w, 3], uint8, of one size; of some images only.
     """
 
     number: int
@@ -47,7 +44,7 @@ class PictureResult:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What makes a picture better than another.
+    """Which image is better than another.
 
     Attributes:
         metric: its name.
@@ -60,9 +57,43 @@ class Ranking:
     count: int = 0
 
     def key(self, values: Mapping[str, float]) -> tuple[bool, float]:
-        """What is the greater, the better a picture is; a value that is not a number is the worst."""
+        """Return a key that grows with the quality of an image; a value that is not a number is the worst."""
         value = values.get(self.metric, math.nan)
         return (False, 0.0) if math.isnan(value) else (True, -value if self.is_lower_better else value)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a result was made, without which a figure cannot be compared.
+
+    Attributes:
+        protocol: how images were restored.
+        metrics: the definition of each metric.
+        weights: path of the file; empty where the network's weights came from none.
+        sha256: its checksum.
+        versions: of the packages, and the device.
+    """
+
+    protocol: str
+    metrics: str
+    weights: str
+    sha256: str
+    versions: str
+
+    @classmethod
+    def of(
+        cls, protocol: Protocol, metrics: Metrics, weights: str | os.PathLike | None, device: torch.device
+    ) -> 'Provenance':
+        """Describe results that are made now; reads the weights file once."""
+        packages = {'ast_plugin': ast_plugin.__version__, 'basicsr': _version('basicsr'), 'torch': torch.__version__}
+        name = f'{device.type} ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else device.type
+        return cls(
+            protocol=protocol.describe(),
+            metrics='; '.join(f'{name}: {_describe_metric(options)}' for name, options in metrics.items()),
+            weights=str(weights or ''),
+            sha256=file_digest(weights) if weights else '',
+            versions=', '.join([*(f'{package} {number}' for package, number in packages.items()), f'device {name}']),
+        )
 
 
 @dataclass
@@ -73,8 +104,8 @@ class ValidationResults:
         dataset: the dataset's name.
         restored: a dictionary of metrics for each image's name.
         degraded: the same for the unrestored input; empty where its size is not the result's.
-        thumbnails: input, result and clean picture of some of the images.
-        ranking: what makes one image better than another.
+        thumbnails: input, result and clean image of some of the images.
+        ranking: which image is better than another.
         provenance: how the results were made; goes into the files.
     """
 
@@ -87,34 +118,29 @@ class ValidationResults:
 
     @classmethod
     def collect(
-        cls, dataset: str, pictures: Iterable[PictureResult], ranking: Ranking | None = None
+        cls, dataset: str, images: Iterable[ImageResult], ranking: Ranking | None = None
     ) -> 'ValidationResults':
-        """Put the pictures of all processes into the dataset's order; namesakes get numbers in that order."""
+        """Put the images of all processes into the dataset's order; namesakes get numbers in that order."""
         results = cls(dataset, ranking=ranking)
-        for picture in sorted(pictures, key=lambda picture: picture.number):
-            name = distinct(picture.name, results.restored)
-            results.restored[name] = picture.restored
-            if picture.degraded:
-                results.degraded[name] = picture.degraded
-            if picture.thumbnails:
-                results.thumbnails[name] = picture.thumbnails
+        for image in sorted(images, key=lambda image: image.number):
+            name = distinct(image.name, results.restored)
+            results.restored[name] = image.restored
+            if image.degraded:
+                results.degraded[name] = image.degraded
+            if image.thumbnails:
+                results.thumbnails[name] = image.thumbnails
         return results
 
-    @property
-    def strips(self) -> dict[str, np.ndarray]:
-        """The thumbnails of each image side by side, RGB, [h, w, 3], uint8."""
-        return {name: side_by_side(pictures) for name, pictures in self.thumbnails.items()}
-
     def mean(self) -> dict[str, float]:
-        """Mean over the images, by metric; images that equal their reference (PSNR inf) are left out of it."""
+        """Return the mean over the images, by metric; images that equal their reference (PSNR inf) are left out."""
         return _mean(self.restored)
 
     def mean_input(self) -> dict[str, float]:
-        """Mean over the unrestored inputs, by metric; empty where they were not measured."""
+        """Return the mean over the unrestored inputs, by metric; empty where they were not measured."""
         return _mean(self.degraded)
 
     def ranks(self) -> dict[str, int]:
-        """The place of each measured image, 1 for the best; empty without a ranking."""
+        """Return the place of each measured image, 1 for the best; empty without a ranking."""
         if self.ranking is None:
             return {}
         measured = [name for name, values in self.restored.items() if values]
@@ -122,127 +148,84 @@ class ValidationResults:
         return {name: place for place, name in enumerate(measured, 1)}
 
     def examples(self) -> list[str]:
-        """The worst images and the best of which there are thumbnails, from the worst on."""
+        """Return the worst images and the best of which there are thumbnails, from the worst on."""
         ranks = self.ranks()
         names = sorted((name for name in self.thumbnails if name in ranks), key=lambda name: -ranks[name])
         count = self.ranking.count if self.ranking else 0
         return names if len(names) <= 2 * count else names[:count] + names[-count:]
 
+    def draw_examples(self) -> Image.Image | None:
+        """Draw the examples: input, result and clean image of each, with the scores; None where there are none."""
+        ranks = self.ranks()
+        rows = []
+        for name in self.examples():
+            captions = (
+                f'{printable(name)}: {_scores(self.degraded.get(name, {}))}'.removesuffix(': '),
+                _scores(self.restored[name]),
+                f'rank {ranks[name]} of {len(ranks)} by {self.ranking.metric}',
+            )
+            rows.append([Cell(*pair) for pair in zip(self.thumbnails[name], captions, strict=True)])
+        return draw_contact_sheet(('input', 'restored', 'ground truth'), rows) if rows else None
+
     def rows(self) -> list[list[str]]:
-        """Header, a row an image, and the mean; each metric before and after restoration."""
-        metrics = list(self.mean())
-        header = ['image']
-        for metric in metrics:
-            header += [f'{INPUT} {metric}', metric] if self.degraded else [metric]
+        """Return the header, a row an image, and the mean; each metric before and after restoration."""
+        columns = [(kind, metric) for metric in self.mean() for kind in ([INPUT] if self.degraded else []) + ['']]
         lines = [(name, self.degraded.get(name, {}), values) for name, values in self.restored.items()]
         lines.append(('mean', self.mean_input(), self.mean()))
-        rows = [header]
+        rows = [['image', *(f'{kind} {metric}'.strip() for kind, metric in columns)]]
         for name, before, after in lines:
-            row = [printable(name)]
-            for metric in metrics:
-                row += [_cell(before, metric)] if self.degraded else []
-                row.append(_cell(after, metric))
-            rows.append(row)
+            cells = ((before if kind else after).get(metric) for kind, metric in columns)
+            rows.append([printable(name), *('' if cell is None else f'{cell:.4f}' for cell in cells)])
         return rows
 
     def notes(self) -> list[str]:
-        """What a reader of the table must know of its means, and how it was made."""
+        """Return what a reader of the table must know of its means, and how it was made."""
         lines = []
         for kind, by_image in (('', self.restored), (f'{INPUT} ', self.degraded)):
             for metric in _mean(by_image):
                 count = sum(values.get(metric) == math.inf for values in by_image.values())
                 if count and count < len(by_image):
                     lines.append(f'{kind}{metric}: {count} of {len(by_image)} are inf and left out of the mean')
-        if self.provenance is not None:
-            lines += [printable(f'{name}: {value}') for name, value in self.provenance.items()]
-        return lines
+        return lines + [printable(f'{name}: {value}') for name, value in self._provenance()]
 
     def to_markdown(self) -> str:
-        """The table in Markdown, columns aligned for the eye, and what is to be known of it."""
-        rows = [[cell.replace('|', '\\|') for cell in row] for row in self.rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [[rows[0][0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(rows[0][1:], widths[1:], strict=True))]]
-        lines.append(['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])])
-        for row in rows[1:]:
-            lines.append([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        table = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+        """Return the table in Markdown, and the notes on it."""
         notes = '\n'.join(f'- {note}' for note in self.notes())
-        return f'{table}\n\n{notes}' if notes else table
+        return f'{to_markdown(self.rows())}\n\n{notes}' if notes else to_markdown(self.rows())
 
     def to_csv(self) -> str:
-        """The table as comma-separated values; how it was made stands in columns of their own, the same in each row."""
-        made = list(self.provenance.items()) if self.provenance is not None else []
+        """Return the table as comma-separated values; how it was made stands in columns, the same in each row."""
+        made = self._provenance()
         header, *rows = self.rows()
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator='\n')
-        writer.writerow([*header, *(name for name, _ in made)])
-        writer.writerows([*row, *(printable(value) for _, value in made)] for row in rows)
-        return text.getvalue()
+        names, values = [name for name, _ in made], [printable(value) for _, value in made]
+        return to_csv([header + names, *(row + values for row in rows)])
 
-    def write(self, folder: Path) -> None:
-        """Write the table as `DATASET.csv` and `DATASET.md`, each whole or not at all.
+    def write(self, folder: Path) -> Path | None:
+        """Write `DATASET.csv`, `DATASET.md` and a sheet of the worst and the best images, each whole or not at all.
 
+        Returns:
+            The sheet; None where nothing was measured.
         Raises:
-            DataError: if that fails.
+            FileError: if that fails.
         """
         write_file(folder / f'{self.dataset}.csv', self.to_csv().encode())
         write_file(folder / f'{self.dataset}.md', f'{self.to_markdown()}\n'.encode())
+        sheet = self.draw_examples()
+        if sheet is None:
+            return None
+        path = folder / f'{self.dataset}_worst_and_best.png'
+        save_sheet(sheet, path)
+        return path
 
-
-@contextmanager
-def collected() -> Iterator[list[ValidationResults]]:
-    """Gives a list to which the results of every test are added that is written inside of this context."""
-    found: list[ValidationResults] = []
-    token = _collected.set(found)
-    try:
-        yield found
-    finally:
-        _collected.reset(token)
-
-
-def announce(results: ValidationResults) -> None:
-    """Hand results to whoever collects them."""
-    found = _collected.get()
-    if found is not None:
-        found.append(results)
+    def _provenance(self) -> list[tuple[str, str]]:
+        return [] if self.provenance is None else list(vars(self.provenance).items())
 
 
 def distinct(name: str, taken: Mapping[str, Any]) -> str:
-    """`name`, or with a number behind it where pictures of several folders are called the same."""
+    """Return `name`, or with a number behind it where images of several folders are called the same."""
     if name not in taken:
         return name
     return next(f'{name}_{number}' for number in range(2, len(taken) + 3) if f'{name}_{number}' not in taken)
-
-
-def thumbnails(pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Pictures of the same scene, all in the last one's size or smaller.
-
-    Args:
-        pictures: BGR or grey, [H, W, 3] or [H, W], uint8; as BasicSR's tensor2img gives them.
-    Returns:
-        RGB, [h, w, 3], uint8, none longer than 512 pixels.
-    """
-    if not pictures:
-        return ()
-    height, width = pictures[-1].shape[:2]
-    factor = min(1.0, _THUMBNAIL_SIDE / max(height, width))
-    size = max(1, round(width * factor)), max(1, round(height * factor))
-    made = []
-    for picture in pictures:
-        smaller = picture.shape[0] < size[1]
-        scaled = cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST if smaller else cv2.INTER_AREA)
-        made.append(cv2.cvtColor(scaled, cv2.COLOR_GRAY2RGB if scaled.ndim == 2 else cv2.COLOR_BGR2RGB))
-    return tuple(made)
-
-
-def side_by_side(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """One strip of pictures of one size, RGB, [h, w, 3], uint8."""
-    gap = np.full((len(pictures[0]), _STRIP_GAP, 3), 255, np.uint8)
-    return np.concatenate([part for picture in pictures for part in (gap, picture)][1:], axis=1)
-
-
-def _cell(values: Mapping[str, float], metric: str) -> str:
-    return f'{values[metric]:.4f}' if metric in values else ''
 
 
 def _mean(by_image: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -252,3 +235,19 @@ def _mean(by_image: dict[str, dict[str, float]]) -> dict[str, float]:
         column = [values[metric] for values in measured]
         means[metric] = fmean([value for value in column if value != math.inf] or column)
     return means
+
+
+def _scores(values: Mapping[str, float]) -> str:
+    return ', '.join(f'{metric} {value:.{2 if abs(value) >= 2 else 4}f}' for metric, value in values.items())
+
+
+def _describe_metric(options: Mapping[str, Any]) -> str:
+    arguments = [f'{key} {value}' for key, value in options.items() if key not in ('type', 'better')]
+    return ', '.join([options['type'], *arguments])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return 'unknown'

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.errors import OptionError, PluginError, ShapeError, one_line
-from ast_plugin.evaluation.memory import available_bytes, peak_bytes
+from ast_plugin.evaluation.cost import available_bytes, peak_bytes
 from ast_plugin.ops import frozen_weights
 from ast_plugin.ops.tiles import BLENDS, check_tiling, run_tiled
 

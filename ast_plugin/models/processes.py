@@ -1,7 +1,10 @@
-"""The processes that work on one run, as torchrun or slurm start them; a run by itself is a group of one."""
+"""The processes that work on one run, as torchrun or slurm start them, and the signals that ask them to stop."""
 
 import atexit
 import gc
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -10,13 +13,16 @@ from typing import Any
 
 import torch.distributed as dist
 from basicsr.utils.dist_util import get_dist_info
-from torch.utils.data import DataLoader, Subset
 
 from ast_plugin.errors import PluginError
 
 # How long a process waits for the others at the end of a validation. The group that trains gives up after ten minutes
 # on GPUs, and large pictures fall to the processes unevenly.
 PATIENCE = timedelta(days=1)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_received: list[int] = []  # signals belong to the process, and so does this
 
 _FAILURES, _MESSAGE = 'ast_plugin/failures', 'ast_plugin/message'
 _BROKEN_CONNECTION = ('gloo', 'nccl', 'connection closed', 'connection reset', 'broken pipe')
@@ -42,23 +48,6 @@ class Processes:
             self.group = dist.new_group(backend='gloo', timeout=PATIENCE)
             # Depthwise convolutions' gradients come in another order, which costs the copy of a few numbers.
             warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides', UserWarning)
-
-    def share(self, loader: DataLoader) -> Iterator[tuple[int, Any]]:
-        """The samples of a validation set that fall to this process, every `count`-th; the others are not read.
-
-        Yields:
-            The number of a sample in the dataset, and the sample as the loader gives it, in a batch of one.
-        """
-        mine = loader
-        if self.count > 1:
-            mine = DataLoader(
-                Subset(loader.dataset, range(self.rank, len(loader.dataset), self.count)),
-                num_workers=loader.num_workers,
-                collate_fn=loader.collate_fn,
-                pin_memory=loader.pin_memory,
-            )
-        for number, sample in enumerate(mine):
-            yield self.rank + number * self.count, sample
 
     def gather(self, items: Sequence[Any]) -> list[Any]:
         """The items of all processes, given to all of them; each may have another number of items, or none."""
@@ -114,6 +103,61 @@ def leave() -> None:
         # A network that still holds the connection, by a cycle of references, keeps gloo's threads alive; those abort
         # the process when they outlive the interpreter.
         atexit.register(gc.collect)
+
+
+class RunStopped(SystemExit):
+    """The run has saved itself and ends because a signal asked for it; the exit status is the signal's.
+
+    Args:
+        number: of the signal.
+        iteration: the last one done, which is saved; 0 if there was nothing to save yet.
+    """
+
+    def __init__(self, number: int, iteration: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+        self.iteration = iteration
+
+
+def received_signal() -> int | None:
+    """The number of the signal that asks this process to leave, if there was one."""
+    return _received[0] if _received else None
+
+
+@contextmanager
+def catch_signals() -> Iterator[None]:
+    """Take signals as requests inside; `received_signal` tells of them.
+
+    Signals that the process was started to ignore stay ignored. Outside the main thread nothing changes: Python lets
+    no other thread have signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heard = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
+
+    def hear(number: int, frame: object) -> None:
+        if os.getpid() != owner:
+            return  # a process that prepares data, forked just now; it ends when its parent does
+        if _received:
+            signal.signal(number, before[number])
+            os.kill(owner, number)
+            return
+        _received.append(number)
+        # Not print: it may just have been interrupted itself.
+        with suppress(OSError):
+            os.write(2, f'\nbasicsr: {signal.Signals(number).name}: saving; once more ends it at once\n'.encode())
+
+    for number in heard:
+        signal.signal(number, hear)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
+        _received.clear()
 
 
 def _claim(message: str) -> tuple[bool, str]:

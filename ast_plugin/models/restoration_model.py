@@ -1,6 +1,5 @@
 """The model that `model_type: RestorationModel` names: BasicSR's SRModel with what restoration needs besides."""
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
 from math import inf
@@ -28,24 +27,13 @@ from ast_plugin.data import random_states
 from ast_plugin.data.sampler import epoch_of
 from ast_plugin.data.transforms import to_unit_range
 from ast_plugin.errors import DataError
-from ast_plugin.evaluation.provenance import Provenance
-from ast_plugin.evaluation.results import ValidationResults, announce
-from ast_plugin.models import (
-    batch_mixing,
-    moving_average,
-    network_switches,
-    run_state,
-    schedules,
-    stop_signals,
-    training_losses,
-    training_step,
-)
-from ast_plugin.models.precision import Precision
-from ast_plugin.models.processes import Processes
+from ast_plugin.evaluation.contact_sheet import join_images
+from ast_plugin.evaluation.results import Provenance, ValidationResults
+from ast_plugin.evaluation.validator import Validator
+from ast_plugin.models import mixup, network_switches, optimizers, run_state, training_step
+from ast_plugin.models.processes import Processes, RunStopped, received_signal
 from ast_plugin.models.progress import TrainingProgress
 from ast_plugin.models.run_log import RunLog
-from ast_plugin.models.training_step import TrainingStep
-from ast_plugin.models.validator import Validator
 from ast_plugin.ops import frozen_weights
 
 
@@ -53,10 +41,10 @@ class RestorationModel(SRModel):
     """Train and test a network that restores pictures: `lq` in, something near `gt` out.
 
     Beyond SRModel: any number of losses (every option of `train` that ends in `_opt`), the schedules of
-    `models.schedules`, pictures of any size in validation, the input's metrics beside the result's, the best weights
+    `models.optimizers`, pictures of any size in validation, the input's metrics beside the result's, the best weights
     kept beside the latest, weights files read safely and written whole.
 
-    Option keys, beside SRModel's: those of `train` that `TrainingStep`, `Precision`, `BatchMixing` and
+    Option keys, beside SRModel's: those of `train` that `TrainingStep`, `Precision`, `Mixup` and
     `network_switches.apply` document; `val.protocol`, how images are restored and measured, see
     `evaluation.protocols`; and `val.best_metric`, the metric of `val.metrics` that picks the best weights (the first by
     default). Those lie in
@@ -69,7 +57,13 @@ class RestorationModel(SRModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         self.progress: TrainingProgress | None = None
         self.processes = Processes()
-        self.validator = Validator.from_options(opt, self.processes, self._image_path)
+        self.validator = Validator.from_options(
+            opt,
+            self._image_path,
+            rank=self.processes.rank,
+            world_size=self.processes.count,
+            gather=self.processes.gather,
+        )
         self.validated_at: dict[str, int] = {}  # by dataset: iteration of the last validation
         self.notes: set[str] = set()  # on memory, each logged once
         self.log_dict: Mapping[str, float] = {}
@@ -92,14 +86,13 @@ class RestorationModel(SRModel):
             path = self.opt['path'].get('pretrain_network_g')
             if path is not None:
                 self.load_network(self.net_g_ema, path, self.opt['path'].get('strict_load_g', True), 'params_ema')
-        self.losses = training_losses.build(train_opt, self.device)
-        training_losses.check_reductions(train_opt, self.losses)
-        precision = Precision(train_opt.get('precision') or 'fp32', self.device)
+        self.losses = training_step.build_losses(train_opt, self.device)
+        precision = training_step.Precision(train_opt.get('precision') or 'fp32', self.device)
         precision.check_wrapper(self.net_g)
         self.setup_optimizers()
         self.setup_schedulers()
-        self.mixing = batch_mixing.from_options(train_opt, self.opt.get('manual_seed') or 0, self.opt.get('rank', 0))
-        self.step = TrainingStep(
+        self.mixing = mixup.from_options(train_opt, self.opt.get('manual_seed') or 0, self.opt.get('rank', 0))
+        self.step = training_step.TrainingStep(
             self.net_g,
             self.optimizer_g,
             precision,
@@ -112,7 +105,7 @@ class RestorationModel(SRModel):
 
     def setup_schedulers(self) -> None:
         """Ours by name, all others as BasicSR has them."""
-        ours = [schedules.build_schedule(optimizer, self.opt['train']) for optimizer in self.optimizers]
+        ours = [optimizers.build_schedule(optimizer, self.opt['train']) for optimizer in self.optimizers]
         if None in ours:
             super().setup_schedulers()
         else:
@@ -134,7 +127,7 @@ class RestorationModel(SRModel):
         self.leave_if_asked()
         self.iteration = current_iter
         for scheduler in self.schedulers:
-            schedules.restore_rates(scheduler)
+            optimizers.restore_rates(scheduler)
         super().update_learning_rate(current_iter, warmup_iter)
 
     def feed_data(self, data: Mapping[str, Any]) -> None:
@@ -155,13 +148,13 @@ class RestorationModel(SRModel):
             self.model_ema(self.ema_decay)
         self._end_step(current_iter)
 
-    def compute_losses(self, output: Tensor, target: Tensor) -> OrderedDict[str, Tensor]:
+    def compute_losses(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Every loss by its name in the log."""
-        return training_losses.compute(self.losses, output, target)
+        return training_step.compute_losses(self.losses, output, target)
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the averaged weights towards the present ones."""
-        moving_average.update(self.net_g_ema, self.get_bare_model(self.net_g), decay)
+        training_step.update_average(self.net_g_ema, self.get_bare_model(self.net_g), decay)
 
     def _begin_step(self, current_iter: int) -> None:
         if self.progress is None:
@@ -223,8 +216,8 @@ class RestorationModel(SRModel):
             self.validated_at[name] = current_iter
         results = self.measure(dataloader, current_iter, save_img)
         if tb_logger:
-            for image, strip in results.strips.items():
-                tb_logger.add_image(f'{name}/{image}', strip, current_iter, dataformats='HWC')
+            for image, thumbnails in results.thumbnails.items():
+                tb_logger.add_image(f'{name}/{image}', join_images(thumbnails), current_iter, dataformats='HWC')
         if not results.mean():
             return
         self.metric_results = results.mean()
@@ -270,9 +263,10 @@ class RestorationModel(SRModel):
     def _write_results(self, results: ValidationResults) -> None:
         weights = self.opt['path'].get('pretrain_network_g')
         results.provenance = Provenance.of(self.validator.protocol, self.validator.metrics, weights, self.device)
-        results.write(Path(self.opt['path']['results_root']))
+        sheet = results.write(Path(self.opt['path']['results_root']))
         print(f'\n{results.dataset}\n\n{results.to_markdown()}\n', flush=True)
-        announce(results)
+        if sheet is not None:
+            print(f'The worst and the best images: {sheet}', flush=True)
 
     def _initialize_best_metric_results(self, dataset_name: str) -> None:
         """BasicSR's, and for metrics that were added since the run began, which a resumed state knows nothing of."""
@@ -372,7 +366,7 @@ class RestorationModel(SRModel):
         Raises:
             RunStopped: then.
         """
-        number = stop_signals.received() or 0
+        number = received_signal() or 0
         if self.processes.count > 1:
             numbers = torch.tensor(number, device=self.device)
             torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
@@ -385,7 +379,7 @@ class RestorationModel(SRModel):
         if self.progress is not None:
             self.progress.bar.close()
         self.processes.wait()  # whoever left before the first one has written would have it ended by the launcher
-        raise stop_signals.RunStopped(number, self.iteration)
+        raise RunStopped(number, self.iteration)
 
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'

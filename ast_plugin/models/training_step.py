@@ -1,25 +1,95 @@
-"""A step of training: gradients in micro-batches, and whether they may be used."""
+"""A step of training: losses, number format, gradients in micro-batches, whether they may be used, moving average."""
 
 import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from basicsr.losses import build_loss
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ast_plugin.errors import OptionError, TrainingError
-from ast_plugin.models.precision import Precision
+from ast_plugin.models import mixup, network_switches
 
 Losses = dict[str, Tensor]
+
+PRECISIONS: dict[str, torch.dtype | None] = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 # Loss scaling begins at 2**16 and halves at each overflow: below this it was not the scale that was too large.
 _SMALLEST_SCALE = 2.0**-24
+
+
+class Precision:
+    """Autocast for the network, and for float16 the loss scaling that keeps small gradients from vanishing.
+
+    Weights, gradients, losses and the optimiser stay in float32; so do validation and testing, as in the paper's
+    protocol, whatever a run trains in.
+
+    Args:
+        name: `fp32`, `bf16` or `fp16`.
+        device: where the network runs.
+    Attributes:
+        scaler: its state belongs to a run's; it does nothing unless `name` is `fp16`.
+    Raises:
+        OptionError: if the format is unknown, or the device cannot compute in it.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        if name not in PRECISIONS:
+            raise OptionError(f'train.precision must be one of {", ".join(PRECISIONS)}, not {name!r}')
+        self.name = name
+        self.device_type = device.type
+        self.dtype = PRECISIONS[name]
+        if self.dtype is not None:
+            self._try(device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == 'fp16')
+
+    def check_wrapper(self, network: nn.Module) -> None:
+        """Refuse torch's DataParallel with bf16: its threads forget autocast's format and compute in float16.
+
+        Raises:
+            OptionError: then.
+        """
+        if self.dtype is torch.bfloat16 and isinstance(network, nn.DataParallel):
+            raise OptionError(
+                'train.precision: bf16 with several GPUs needs a process for each: torchrun --nproc_per_node=N '
+                '-m ast_plugin train … --launcher pytorch; or use fp16, or num_gpu: 1'
+            )
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the network runs."""
+        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
+
+    def widen(self, output: Tensor) -> Tensor:
+        """Return the network's output as the losses want it: in at least float32."""
+        return output.float() if isinstance(output, Tensor) and output.dtype == self.dtype else output
+
+    def _try(self, device: torch.device) -> None:
+        """Run a convolution there and back: what a device lacks shows only then, and autocast may switch itself off."""
+        image = torch.ones(1, 4, 4, 4, device=device)
+        weight = torch.ones(4, 4, 3, 3, device=device, requires_grad=True)
+        reason = ''
+        try:
+            with self.autocast():
+                output = F.conv2d(image, weight)
+            output.float().sum().backward()
+        except RuntimeError as error:
+            reason = f' ({str(error).splitlines()[0]})'
+        if reason or output.dtype != self.dtype:
+            others = ' or '.join(name for name in PRECISIONS if name != self.name)
+            raise OptionError(
+                f'train.precision: {self.name} does not work on this {self.device_type} with torch '
+                f'{torch.__version__}{reason}; use {others}'
+            )
 
 
 class TrainingStep:
@@ -67,7 +137,9 @@ class TrainingStep:
                 'stays what batch_size_per_gpu says, and accumulate only saves memory'
             )
         self.memory_format = torch.channels_last if train.get('channels_last') else torch.preserve_format
-        self.statistics = _running_statistics(network) if self.on_nonfinite == 'skip' else []
+        # What a forward pass changes: the buffers of BatchNorm and its like.
+        norms = [m for m in network.modules() if isinstance(m, _NormBase)] if self.on_nonfinite == 'skip' else []
+        self.statistics = [buffer for module in norms for buffer in module.buffers()]
         if self.on_nonfinite == 'skip' or precision.scaler.is_enabled():
             # BasicSR steps in the right order, but a first step that is skipped looks to torch as if it did not.
             warnings.filterwarnings('ignore', r'Detected call of `lr_scheduler.step\(\)` before', UserWarning)
@@ -84,8 +156,7 @@ class TrainingStep:
 
         Args:
             lq, gt: [B, C, H, W] each.
-            compute_losses: of the network's output and `gt`; means over the batch, which is what makes micro-batches
-                add up to the whole.
+            compute_losses: of the network's output and `gt`; means over the batch, so that micro-batches add up.
             iteration: for messages.
             images: where the batch is from, likewise.
         Returns:
@@ -109,18 +180,16 @@ class TrainingStep:
         losses: Losses = {}
         for number, (part, target) in enumerate(zip(lq.tensor_split(count), gt.tensor_split(count), strict=True)):
             share = len(part) / len(lq)
-            with self._gradients_stay_here() if number < count - 1 else nullcontext():
+            # Processes exchange gradients once a step, after the last micro-batch.
+            is_exchanged = number == count - 1 or not isinstance(self.network, DistributedDataParallel)
+            with nullcontext() if is_exchanged else self.network.no_sync():
                 with self.precision.autocast():
                     output = self.network(part)
-                found = compute_losses(self.precision.widen(output), target)
-                self.precision.scaler.scale(share * sum(found.values())).backward()
-            for name, value in found.items():
+                parts = compute_losses(self.precision.widen(output), target)
+                self.precision.scaler.scale(share * sum(parts.values())).backward()
+            for name, value in parts.items():
                 losses[name] = losses.get(name, 0) + share * value.detach()
         return losses
-
-    def _gradients_stay_here(self):
-        """Processes exchange gradients once a step, after the last micro-batch."""
-        return self.network.no_sync() if isinstance(self.network, DistributedDataParallel) else nullcontext()
 
     def _apply(self, losses: Losses, iteration: int, images: Sequence[str]) -> tuple[dict[str, float], bool]:
         scaler = self.precision.scaler
@@ -149,7 +218,7 @@ class TrainingStep:
         return norm
 
     def _read(self, losses: Losses, norm: Tensor) -> tuple[dict[str, float], dict[str, float], float]:
-        """Each loss here and on average over the processes, and the gradients' length."""
+        """Return each loss here and on average over the processes, and the gradients' length."""
         own = torch.stack([value.mean() for value in losses.values()])
         mean = own.clone()
         if self.is_distributed:
@@ -157,22 +226,19 @@ class TrainingStep:
             mean /= dist.get_world_size()
         numbers = torch.cat([own, mean, norm.to(own.device)[None]]).tolist()
         count = len(losses)
-        return (
-            dict(zip(losses, numbers[:count], strict=True)),
-            dict(zip(losses, numbers[count:-1], strict=True)),
-            numbers[-1],
-        )
+        here, everywhere = (dict(zip(losses, part, strict=True)) for part in (numbers[:count], numbers[count:-1]))
+        return here, everywhere, numbers[-1]
 
     def _report(self, own: Mapping[str, float], norm: float, iteration: int, images: Sequence[str]) -> None:
         """Say what is not finite, at which iteration and with which images: in the log, or as the error to stop by."""
-        found = [([f'{name} is {value}' for name, value in own.items() if not math.isfinite(value)], list(images))]
+        reports = [([f'{name} is {value}' for name, value in own.items() if not math.isfinite(value)], list(images))]
         if self.is_distributed:
             everyones: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyones, found[0])
-            found = [(faults, paths) for faults, paths in everyones if faults] or everyones
-        faults = dict.fromkeys(fault for some, _ in found for fault in some)
+            dist.all_gather_object(everyones, reports[0])
+            reports = [(faults, paths) for faults, paths in everyones if faults] or everyones
+        faults = dict.fromkeys(fault for some, _ in reports for fault in some)
         what = f'the loss {", ".join(faults)}' if faults else f'the length of the gradients is {norm}'
-        paths = ', '.join(path for _, some in found for path in some)
+        paths = ', '.join(path for _, some in reports for path in some)
         message = f'iteration {iteration}: {what}; images: {paths or "not told by the dataset"}'
         if self.on_nonfinite == 'stop':
             raise TrainingError(
@@ -182,12 +248,91 @@ class TrainingStep:
         logging.getLogger('basicsr').warning(f'{message}. The step is left out')
 
 
-def _running_statistics(network: nn.Module) -> list[Tensor]:
-    """What a forward pass changes: the buffers of BatchNorm and its like."""
-    return [buffer for module in network.modules() if isinstance(module, _NormBase) for buffer in module.buffers()]
+def build_losses(train: Mapping[str, Any], device: torch.device) -> dict[str, nn.Module]:
+    """Build the losses, by their names in the log: `pixel_opt` is `l_pix`, any other `NAME_opt` is `l_NAME`.
+
+    Raises:
+        OptionError: if there is none, or one that does not add up over micro-batches.
+    """
+    losses = {
+        f'l_{key.removesuffix("_opt").replace("pixel", "pix")}': build_loss(options).to(device)
+        for key, options in train.items()
+        if key.endswith('_opt') and options
+    }
+    if not losses:
+        raise OptionError('train names no loss: set pixel_opt, for instance to {type: ASTCharbonnierLoss}')
+    check_reductions(train, losses)
+    return losses
+
+
+def check_reductions(train: Mapping[str, Any], losses: Mapping[str, nn.Module]) -> None:
+    """Refuse losses that do not add up over micro-batches.
+
+    Raises:
+        OptionError: if one is a sum over the batch, and not a mean.
+    """
+    sums = [name for name, criterion in losses.items() if getattr(criterion, 'reduction', 'mean') != 'mean']
+    if sums and (train.get('accumulate') or 1) > 1:
+        raise OptionError(f'train.accumulate needs losses with reduction: mean, which {", ".join(sums)} is not')
+
+
+def compute_losses(losses: Mapping[str, nn.Module], output: Tensor, target: Tensor) -> Losses:
+    """Return the value of every loss. BasicSR's perceptual loss comes in two parts, either may be None."""
+    values: Losses = {}
+    for name, criterion in losses.items():
+        value = criterion(output, target)
+        if isinstance(value, tuple):
+            content, style = value
+            values.update({k: v for k, v in ((name, content), ('l_style', style)) if v is not None})
+        else:
+            values[name] = value
+    return values
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """Move an average towards a network: average = decay · average + (1 − decay) · network.
+
+    Parameters and buffers of numbers (BatchNorm's means and variances) are averaged, counters and indices copied.
+
+    Args:
+        average: a copy of `network`, changed in place.
+        network: without the wrappers of parallel training.
+        decay: in [0, 1]; 0 copies.
+    """
+    old, new = (list(chain(each.parameters(), each.buffers())) for each in (average, network))
+    pairs = list(zip(old, new, strict=True))
+    numbers = [pair for pair in pairs if pair[0].is_floating_point()]
+    if numbers:
+        old, new = map(list, zip(*numbers, strict=True))
+        # By old + (1 − decay)(new − old): what does not change, such as a mask among the buffers, stays to the bit.
+        get_ema_multi_avg_fn(decay)(old, new, None)
+    for old, new in pairs:
+        if not old.is_floating_point():
+            old.copy_(new)
 
 
 def batch_size(opt: Mapping[str, Any]) -> int | None:
-    """Images that a process trains on at a time, by BasicSR's options; None where they do not tell."""
+    """Return the images that a process trains on at a time, by BasicSR's options; None where they do not tell."""
     per_device = opt.get('datasets', {}).get('train', {}).get('batch_size_per_gpu')
     return per_device and per_device * (1 if opt['dist'] else max(1, opt['num_gpu']))
+
+
+def check_switches(opt: Mapping[str, Any], network: nn.Module, losses: Mapping[str, nn.Module]) -> None:
+    """Try the switches of `train` before a run, on a network that is not trained afterwards.
+
+    Args:
+        opt: options prepared for BasicSR.
+        network: changed in place; needs no memory behind its weights.
+        losses: by their keys in `train`.
+    Raises:
+        OptionError: naming the first switch that does not apply to network, losses, batch or device.
+    """
+    train = opt['train']
+    check_reductions(train, losses)
+    network_switches.apply(network, train)
+    mixup.from_options(train, seed=0, rank=0)
+    # A GPU is left alone: each process takes its own later, and would take memory of the first one now.
+    precision = Precision((train.get('precision') or 'fp32') if opt['num_gpu'] == 0 else 'fp32', torch.device('cpu'))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    TrainingStep(network, optimizer, precision, train, batch=batch_size(opt))

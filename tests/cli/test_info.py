@@ -33,7 +33,7 @@ def test_memory_lies_on_a_line_through_what_was_measured(monkeypatch):
     measured = {(256, 256): 1000, (512, 512): 2500, (1024, 1024): 6500}
     monkeypatch.setattr('ast_plugin.cli.info._child', lambda kind, job: {'peak_bytes': measured[job['size']]})
     free = 2**20
-    monkeypatch.setattr('ast_plugin.evaluation.memory.available_bytes', lambda device: free)
+    monkeypatch.setattr('ast_plugin.evaluation.cost.available_bytes', lambda device: free)
     assert [predict_memory({}, size, 128) for size in ((256, 256), (200, 512), (480, 720))] == [1000, 1500, 3500]
     larger = (1024, 512), (2000, 1024)
     assert [predict_memory({}, size, 128) for size in larger] == [2500 + 4000 // 3, 2500 + 4000 * 7 // 3]

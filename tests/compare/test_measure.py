@@ -14,7 +14,7 @@ import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin.checkpoints import save_torch
 from ast_plugin.compare import measure
 from ast_plugin.compare.networks import load_network
-from ast_plugin.evaluation.complexity import count_macs
+from ast_plugin.evaluation.cost import count_macs
 from tests import tiny_run
 
 TINY = {'type': 'SRVGGNetCompact', 'num_feat': 8, 'num_conv': 1, 'upscale': 1}

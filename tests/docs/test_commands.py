@@ -42,7 +42,9 @@ RUNS = [(page, line) for page, line in commands() if not line.startswith(tuple(E
 def write_images(folder, names, side=64):
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        image = np.random.default_rng(zlib.crc32(str(folder / name).encode())).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        image = np.random.default_rng(zlib.crc32(str(folder / name).encode())).integers(
+            0, 256, (side, side, 3), dtype=np.uint8
+        )
         assert cv2.imwrite(str(folder / name), image)
 
 

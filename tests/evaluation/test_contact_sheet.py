@@ -6,17 +6,16 @@ import os
 import numpy as np
 import pytest
 
-from ast_plugin.errors import FileError, ShapeError
+from ast_plugin.errors import DataError, ShapeError
 from ast_plugin.evaluation.contact_sheet import (
     CAPTION,
     GAP,
     HEADING,
     Cell,
     draw_contact_sheet,
-    draw_examples,
-    save_picture,
+    save_sheet,
 )
-from ast_plugin.evaluation.results import PictureResult, Ranking, ValidationResults
+from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults
 
 COLOURS = {'input': (200, 0, 0), 'restored': (0, 200, 0), 'ground truth': (0, 0, 200)}
 
@@ -28,7 +27,7 @@ def flat(colour, height=20, width=40):
 def results(values, count=1):
     thumbnails = tuple(flat(np.array(colour) // (place + 1)) for place, colour in enumerate(COLOURS.values()))
     pictures = [
-        PictureResult(number, f'image{number}', {'psnr': value, 'ssim': 0.9}, {'psnr': 20.0, 'ssim': 0.5}, thumbnails)
+        ImageResult(number, f'image{number}', {'psnr': value, 'ssim': 0.9}, {'psnr': 20.0, 'ssim': 0.5}, thumbnails)
         for number, value in enumerate(values)
     ]
     return ValidationResults.collect('rain', pictures, Ranking('psnr', count=count))
@@ -36,8 +35,10 @@ def results(values, count=1):
 
 def test_worst_and_best_lie_side_by_side(monkeypatch):
     written = []
-    monkeypatch.setattr('ast_plugin.evaluation.contact_sheet._write', lambda pen, text, *rest: written.append(text))
-    sheet = draw_examples(results([25.0, 30.0, 21.234, math.inf]))
+    monkeypatch.setattr(
+        'ast_plugin.evaluation.contact_sheet._write_text', lambda pen, text, *rest: written.append(text)
+    )
+    sheet = results([25.0, 30.0, 21.234, math.inf]).draw_examples()
     assert written == [
         *COLOURS,
         'image2: psnr 20.00, ssim 0.5000',
@@ -59,12 +60,12 @@ def test_worst_and_best_lie_side_by_side(monkeypatch):
 
 
 def test_nothing_measured_gives_no_sheet():
-    assert draw_examples(ValidationResults('rain')) is None
-    assert draw_examples(ValidationResults('rain', restored={'a': {}}, ranking=Ranking('psnr', count=1))) is None
+    assert ValidationResults('rain').draw_examples() is None
+    assert ValidationResults('rain', restored={'a': {}}, ranking=Ranking('psnr', count=1)).draw_examples() is None
 
 
 def test_rows_of_other_sizes_are_refused():
-    with pytest.raises(ShapeError, match='a row needs 2 pictures of one size'):
+    with pytest.raises(ShapeError, match='a row needs 2 images of one size'):
         draw_contact_sheet(('a', 'b'), [[Cell(flat(0)), Cell(flat(0, width=41))]])
     with pytest.raises(ShapeError, match='a row needs 2'):
         draw_contact_sheet(('a', 'b'), [[Cell(flat(0))]])
@@ -75,13 +76,13 @@ def test_names_that_are_no_text_are_drawn():
     name = os.fsdecode(b'line\n\xff')
     for part in (odd.restored, odd.degraded, odd.thumbnails):
         part[name] = part.pop('image0')
-    assert draw_examples(odd).size[0] == 3 * 480 + 4 * GAP
+    assert odd.draw_examples().size[0] == 3 * 480 + 4 * GAP
 
 
 @pytest.mark.parametrize('place', ['file/sheet.png', 'folder'])
 def test_a_sheet_that_cannot_be_written(tmp_path, place):
     (tmp_path / 'file').touch()
     (tmp_path / 'folder').mkdir()
-    with pytest.raises(FileError, match=f'{place} cannot be written'):
-        save_picture(draw_contact_sheet(('a',), [[Cell(flat(0))]]), tmp_path / place)
+    with pytest.raises(DataError, match=place):
+        save_sheet(draw_contact_sheet(('a',), [[Cell(flat(0))]]), tmp_path / place)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder']

@@ -8,7 +8,7 @@ from ast_plugin.archs.networks import CHANNEL_KEYS
 from ast_plugin.checkpoints import save_weights
 from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError
 from ast_plugin.evaluation import tiling
-from ast_plugin.evaluation.memory import _free_in_group, _free_in_machine, available_bytes, peak_bytes
+from ast_plugin.evaluation.cost import _free_in_group, _free_in_machine, available_bytes, peak_bytes
 from ast_plugin.evaluation.restorer import Restorer, build_network, find_device
 
 TINY = {'type': 'AST', 'img_size': 64, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9}
@@ -276,7 +276,7 @@ def test_the_system_tells_its_memory(tmp_path, monkeypatch):
     assert 0 < available_bytes(torch.device('cpu')) < 2**50
     information = tmp_path / 'meminfo'
     information.write_text('MemTotal:  99 kB\nMemFree:   10 kB\nMemAvailable:   42 kB\n')
-    monkeypatch.setattr('ast_plugin.evaluation.memory._MEMORY_INFO', information)
+    monkeypatch.setattr('ast_plugin.evaluation.cost._MEMORY_INFO', information)
     assert _free_in_machine() == 42 * 1024
     files = tuple(tmp_path / name for name in ('max', 'current', 'stat'))
     assert _free_in_group(files) is None

@@ -8,16 +8,13 @@ import numpy as np
 import torch
 
 import ast_plugin
+from ast_plugin.evaluation.contact_sheet import join_images, make_thumbnails
 from ast_plugin.evaluation.protocols import read_protocol
-from ast_plugin.evaluation.provenance import Provenance
 from ast_plugin.evaluation.results import (
-    PictureResult,
+    ImageResult,
+    Provenance,
     Ranking,
     ValidationResults,
-    announce,
-    collected,
-    side_by_side,
-    thumbnails,
 )
 
 RESULTS = ValidationResults(
@@ -60,23 +57,23 @@ def test_names_that_are_no_text_are_shown_all_the_same(tmp_path):
 def test_pictures_of_several_processes_come_into_the_datasets_order():
     shown = (np.zeros((2, 2, 3), np.uint8),) * 3
     pictures = [
-        PictureResult(0, 'cat', {'psnr': 1.0}, {'psnr': 0.5}, shown),
-        PictureResult(2, 'cat', {'psnr': 3.0}),
-        PictureResult(1, 'dog', {'psnr': 2.0}, {'psnr': 0.7}),
+        ImageResult(0, 'cat', {'psnr': 1.0}, {'psnr': 0.5}, shown),
+        ImageResult(2, 'cat', {'psnr': 3.0}),
+        ImageResult(1, 'dog', {'psnr': 2.0}, {'psnr': 0.7}),
     ]
     results = ValidationResults.collect('rain', pictures)
     assert results.restored == {'cat': {'psnr': 1.0}, 'dog': {'psnr': 2.0}, 'cat_2': {'psnr': 3.0}}
-    assert list(results.degraded) == ['cat', 'dog'] and list(results.strips) == ['cat']
+    assert list(results.degraded) == ['cat', 'dog'] and list(results.thumbnails) == ['cat']
     assert results.rows()[3] == ['cat_2', '', '3.0000']
     assert results.mean_input() == {'psnr': 0.6}
 
 
-def test_side_by_side():
+def test_images_side_by_side():
     blue = np.zeros((30, 1024, 3), np.uint8)
-    blue[..., 0] = 255
-    strip = side_by_side(thumbnails([blue[:15, :512], np.full((30, 1024), 7, np.uint8), blue]))
+    blue[..., 2] = 255
+    strip = join_images(make_thumbnails([blue[:15, :512], np.full((30, 1024, 1), 7, np.uint8), blue]))
     assert strip.shape == (15, 3 * 512 + 2 * 8, 3)
-    assert strip[3, 3].tolist() == [0, 0, 255]  # RGB
+    assert strip[3, 3].tolist() == [0, 0, 255]
     assert strip[3, 515].tolist() == [255, 255, 255]
     assert strip[3, 600].tolist() == [7, 7, 7]
 
@@ -120,7 +117,7 @@ def test_files_say_how_results_were_made(tmp_path):
 
 def pictures(values, shown=True):
     picture = (np.zeros((2, 2, 3), np.uint8),) * 3
-    return [PictureResult(n, f'image{n}', {'m': value}, {}, picture * shown) for n, value in enumerate(values)]
+    return [ImageResult(n, f'image{n}', {'m': value}, {}, picture * shown) for n, value in enumerate(values)]
 
 
 def test_the_worst_and_the_best():
@@ -134,13 +131,3 @@ def test_the_worst_and_the_best():
     assert few.examples() == ['image2', 'image1', 'image0']
     assert ValidationResults.collect('rain', pictures(values)).examples() == []
     assert ValidationResults.collect('rain', pictures(values, shown=False), Ranking('m', count=2)).examples() == []
-
-
-def test_results_are_handed_to_whoever_collects_them():
-    announce(RESULTS)
-    with collected() as outer:
-        announce(RESULTS)
-        with collected() as inner:
-            announce(ValidationResults('snow'))
-    announce(RESULTS)
-    assert [results.dataset for results in outer] == ['rain'] and [results.dataset for results in inner] == ['snow']

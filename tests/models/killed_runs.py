@@ -23,8 +23,8 @@ import cv2
 import numpy as np
 
 from ast_plugin.cli.main import main as basicsr
+from ast_plugin.evaluation.validator import Validator
 from ast_plugin.models.restoration_model import RestorationModel
-from ast_plugin.models.validator import Validator
 
 OPTIONS = """\
 name: run
@@ -142,7 +142,7 @@ def die_at(place: str, count: int) -> None:
         'renamed': (Path, 'replace', False),
         'delete': (Path, 'unlink', False),
         'weights saved': (RestorationModel, 'save_training_state', True),
-        'validation': (Validator, '_measure_picture', True),
+        'validation': (Validator, '_measure_image', True),
     }[place]
     original = getattr(holder, name)
     calls = 0

@@ -3,7 +3,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from ast_plugin.models import moving_average
+from ast_plugin.models.training_step import update_average
 
 
 class Net(nn.Sequential):
@@ -22,7 +22,7 @@ def test_weights_and_statistics_are_averaged_counters_copied():
         with torch.no_grad():
             network[0].weight.add_(0.1)
         network(torch.rand(2, 3, 5, 5) + step)
-        moving_average.update(average, network, 0.9)
+        update_average(average, network, 0.9)
         for name, tensor in network.state_dict().items():
             want[name] = 0.9 * want[name] + 0.1 * tensor if tensor.is_floating_point() else tensor.double()
     for name, tensor in average.state_dict().items():
@@ -34,5 +34,5 @@ def test_weights_and_statistics_are_averaged_counters_copied():
 
 def test_no_decay_copies():
     network, average = Net(), Net()
-    moving_average.update(average, network, 0)
+    update_average(average, network, 0)
     assert all(torch.equal(a, b) for a, b in zip(average.parameters(), network.parameters(), strict=True))

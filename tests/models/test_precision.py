@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ast_plugin.errors import OptionError
-from ast_plugin.models.precision import PRECISIONS, Precision
+from ast_plugin.models.training_step import PRECISIONS, Precision
 
 
 @pytest.mark.parametrize('name', PRECISIONS)

@@ -1,7 +1,15 @@
-"""Taking leave of the other processes."""
+"""Taking leave of other processes; signals as requests, in children where they would end this process."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+
+import pytest
+
+from ast_plugin.models.processes import SIGNALS, catch_signals, received_signal
 
 PROGRAM = """
 import atexit, gc, tempfile, weakref
@@ -22,7 +30,76 @@ print(dist.is_initialized())
 """
 
 
-def test_no_connection_outlives_the_interpreter():
+def test_no_connection_outlives_interpreter():
     """Where gloo's threads do, now and then a process that has done its work ends by SIGABRT."""
     done = subprocess.run([sys.executable, '-c', PROGRAM], text=True, capture_output=True, timeout=120, check=True)
     assert done.stdout.split('\n')[:3] == ['False', 'its connection is gone', 'the interpreter ends']
+
+
+def end_of_child(function) -> int:
+    """What a child of this process ends by: the result of a function, or a signal as a negative number."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            status = function()
+        except KeyboardInterrupt:
+            status = 77
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def send(number: int, times: int) -> int:
+    with catch_signals():
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        return received_signal() or 0
+
+
+@pytest.mark.parametrize('number', SIGNALS)
+def test_first_signal_is_a_request(number, capfd):
+    before = signal.getsignal(number)
+    with catch_signals():
+        assert received_signal() is None
+        os.kill(os.getpid(), number)
+        assert received_signal() == number
+    assert received_signal() is None
+    assert signal.getsignal(number) == before
+    assert f'basicsr: {signal.Signals(number).name}: saving; once more ends it at once' in capfd.readouterr().err
+
+
+def test_second_signal_ends_the_process():
+    assert end_of_child(lambda: send(signal.SIGTERM, 2)) == -signal.SIGTERM
+    assert end_of_child(lambda: send(signal.SIGINT, 2)) == 77
+
+
+def test_ignored_signals_stay_ignored():
+    def ignore():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return send(signal.SIGINT, 2)
+
+    assert end_of_child(ignore) == 0
+
+
+def test_children_do_not_take_requests():
+    def interrupt_itself():
+        os.kill(os.getpid(), signal.SIGINT)
+        return received_signal() or 0
+
+    with catch_signals():
+        assert end_of_child(interrupt_itself) == 0
+
+
+def test_other_threads_go_without_signals():
+    entered = []
+
+    def enter():
+        with catch_signals():
+            entered.append(True)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered

@@ -289,7 +289,6 @@ def test_that_nothing_is_measured_is_said_at_once(tmp_path, caplog, monkeypatch,
 def test_testing_by_a_protocol(tmp_path, capsys):
     """Its metrics, not rounded; the same restoration as the protocol's own; weights and their checksum in the files."""
     from ast_plugin.evaluation.protocols import read_protocol
-    from ast_plugin.evaluation.results import collected
     from ast_plugin.metrics import psnr_rgb
 
     protocol = {'type': 'tiled', 'tile': 16, 'overlap': 4, 'self_ensemble': True}
@@ -297,9 +296,8 @@ def test_testing_by_a_protocol(tmp_path, capsys):
     opt['is_train'] = False
     opt['val'] = {'protocol': protocol, 'suffix': None}
     model = build(opt)
-    with collected() as tested:
-        model.validation(DataLoader(Pairs()), 'tiny', None)
-    (results,) = tested
+    model.validation(DataLoader(Pairs()), 'tiny', None)
+    results = model.measure(DataLoader(Pairs()))
     sample = Pairs()[2]
     restored = read_protocol(protocol).restore(model.net_g, sample['lq'][None])
     assert results.restored['three']['psnr'] == pytest.approx(psnr_rgb(restored, sample['gt']), abs=1e-6)

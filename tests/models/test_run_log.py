@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from ast_plugin.errors import FileError
-from ast_plugin.models.curve import _smoothed, draw_curve
-from ast_plugin.models.run_log import RunLog, read_columns
+from ast_plugin.models.run_log import RunLog, _smoothed, draw_curve, read_columns
 
 ROOT = Path(__file__).parents[2]
 LOSS = 0.1 + 0.2  # has seventeen digits

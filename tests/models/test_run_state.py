@@ -9,7 +9,8 @@ import torch
 
 from ast_plugin.checkpoints import newest_whole, read_state
 from ast_plugin.errors import CheckpointError, FileError
-from ast_plugin.models import run_state, stop_signals
+from ast_plugin.models import restoration_model, run_state
+from ast_plugin.models.processes import RunStopped
 from tests.models.test_restoration_model import build, options, same, train, weights
 
 
@@ -175,19 +176,19 @@ def test_a_request_to_stop_saves_what_is_not_saved_yet(tmp_path, monkeypatch):
     opt['train']['iters_per_epoch'] = 2
     model = build(opt)
     train(model, 1, 3)
-    monkeypatch.setattr(stop_signals, 'received', lambda: 15)
-    with pytest.raises(stop_signals.RunStopped) as stop:
+    monkeypatch.setattr(restoration_model, 'received_signal', lambda: 15)
+    with pytest.raises(RunStopped) as stop:
         train(model, 4, 4)
     assert (stop.value.code, stop.value.iteration, stop.value.name) == (143, 3, 'SIGTERM')
     state = tmp_path / 'training_states' / '3.state'
     assert read_state(state)['epoch'] == 1
     state.unlink()
-    with pytest.raises(stop_signals.RunStopped):
+    with pytest.raises(RunStopped):
         train(model, 4, 4)
     assert not state.exists()  # it was saved already
 
-    monkeypatch.setattr(stop_signals, 'received', lambda: 2)
-    with pytest.raises(stop_signals.RunStopped) as stop:
+    monkeypatch.setattr(restoration_model, 'received_signal', lambda: 2)
+    with pytest.raises(RunStopped) as stop:
         train(build(opt), 1, 1)
     assert (stop.value.code, stop.value.iteration) == (130, 0)
 

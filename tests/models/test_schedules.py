@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ast_plugin.errors import OptionError
-from ast_plugin.models.schedules import WarmupCosineLR, build_schedule
+from ast_plugin.models.optimizers import WarmupCosineLR, build_schedule
 
 
 def rates(steps, lr=2e-4, **options):

@@ -6,7 +6,7 @@ from torch import nn
 
 from ast_plugin.archs.ast_arch import AST
 from ast_plugin.errors import OptionError
-from ast_plugin.models import training_checks
+from ast_plugin.models.training_step import check_switches
 
 OPT = {
     'num_gpu': 0,
@@ -33,7 +33,7 @@ def network():
 
 def test_all_switches_together_pass_and_nothing_is_computed():
     opt = deepcopy(OPT)
-    training_checks.check(opt, network(), {'pixel_opt': nn.L1Loss()})
+    check_switches(opt, network(), {'pixel_opt': nn.L1Loss()})
     assert opt == OPT
 
 
@@ -52,16 +52,16 @@ def test_one_that_does_not_apply(switch, told):
     opt = deepcopy(OPT)
     opt['train'].update(switch)
     with pytest.raises(OptionError, match=told):
-        training_checks.check(opt, network(), {'pixel_opt': nn.L1Loss()})
+        check_switches(opt, network(), {'pixel_opt': nn.L1Loss()})
 
 
 def test_losses_are_looked_at():
     with pytest.raises(OptionError, match='pixel_opt'):
-        training_checks.check(deepcopy(OPT), network(), {'pixel_opt': nn.L1Loss(reduction='sum')})
+        check_switches(deepcopy(OPT), network(), {'pixel_opt': nn.L1Loss(reduction='sum')})
 
 
 def test_gpus_are_left_alone(monkeypatch):
     """What format a GPU computes in shows when the process that takes it starts."""
     opt = {**deepcopy(OPT), 'num_gpu': 2}
     monkeypatch.setattr('torch.nn.functional.conv2d', None)  # not called
-    training_checks.check(opt, network(), {})
+    check_switches(opt, network(), {})

@@ -10,12 +10,8 @@ import torch
 from torch import nn
 
 from ast_plugin.errors import OptionError, TrainingError
-from ast_plugin.losses.fft_loss import FFTLoss
-from ast_plugin.losses.psnr_loss import PSNRLoss
-from ast_plugin.losses.restoration_loss import ASTCharbonnierLoss
-from ast_plugin.models.precision import Precision
-from ast_plugin.models.training_losses import check_reductions
-from ast_plugin.models.training_step import TrainingStep, batch_size
+from ast_plugin.losses.restoration_loss import ASTCharbonnierLoss, FFTLoss, PSNRLoss
+from ast_plugin.models.training_step import Precision, TrainingStep, batch_size, check_reductions
 
 LOSSES = {'l_pix': ASTCharbonnierLoss(), 'l_fft': FFTLoss(loss_weight=0.1), 'l_psnr': PSNRLoss(loss_weight=0.01)}
 NAMES = ['a.png', 'b.png', 'c.png', 'd.png']

@@ -322,7 +322,7 @@ def test_maps_of_nothing_have_no_windows(shape):
 
 def test_memory_of_a_call_does_not_grow_with_hidden_channels():
     """Beside its output, a call holds a few strips: no map of hidden channels."""
-    from ast_plugin.evaluation.memory import peak_bytes
+    from ast_plugin.evaluation.cost import peak_bytes
 
     hidden, side = 64, 64
     weights = [draw(*shape).float() for shape in ((2 * hidden, C), (2 * hidden,), (C, hidden), (C,))]

@@ -128,7 +128,7 @@ def test_tiles_in_batches_give_the_same(batch, images, blend):
 
 def test_memory_is_bounded_by_the_tile():
     """More than three times the image: no more memory but for the result, which is held whole."""
-    from ast_plugin.evaluation.memory import peak_bytes
+    from ast_plugin.evaluation.cost import peak_bytes
 
     def widened(patches):
         return torch.cat([patches] * 20, 1).sum(1, keepdim=True)

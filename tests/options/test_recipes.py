@@ -144,7 +144,7 @@ def test_rates_of_a_stage(recipe):
     """A third, two thirds and all of the rate, an epoch each; then the cosine down to 1e-6."""
     import torch
 
-    from ast_plugin.models.schedules import build_schedule
+    from ast_plugin.models.optimizers import build_schedule
 
     _, table, _, runs = recipe
     for (lr, *_), run in zip(table, runs, strict=True):

@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.errors import DataError, FileError
-from ast_plugin.models.processes import Processes
-from ast_plugin.models.validator import Validator
+from ast_plugin.evaluation.validator import Validator
 
 
 class Pictures(Dataset):
@@ -29,7 +28,7 @@ class Pictures(Dataset):
 
 def measure(name: str, folder: Path) -> Path:
     path = folder / 'made' / f'{name}.png'
-    validator = Validator({}, Processes(), lambda *_: path)
+    validator = Validator({}, lambda *_: path)
     restore = lambda sample: {'lq': sample['lq'], 'result': sample['lq']}  # noqa: E731
     validator.measure(restore, DataLoader(Pictures(name)), save_img=True)
     return path

@@ -14,7 +14,7 @@ KINDS = ('mixup', 'cutmix')
 _STREAM = 0x6D6978
 
 
-class BatchMixing:
+class Mixup:
     """MixUp or CutMix, drawn by (seed, rank, iteration) alone: a resumed run needs no state to go on with the same.
 
     MixUp is AST's: a share λ ~ Beta(alpha, alpha) for each sample, λ · sample + (1 − λ) · partner, the partners a
@@ -80,12 +80,12 @@ class BatchMixing:
         return self.mix(lq, gt, partners, self.alpha, generator)
 
 
-def from_options(train: Mapping[str, Any], seed: int, rank: int) -> BatchMixing | None:
+def from_options(train: Mapping[str, Any], seed: int, rank: int) -> Mixup | None:
     """What `train.mixing` asks for; None if nothing."""
     options = train.get('mixing')
     if not options:
         return None
-    return BatchMixing(**options, seed=seed, rank=rank, iters_per_epoch=train.get('iters_per_epoch'))
+    return Mixup(**options, seed=seed, rank=rank, iters_per_epoch=train.get('iters_per_epoch'))
 
 
 def _mix_up(

@@ -1,0 +1,183 @@
+"""What a network costs: multiplications, as mmengine counts them, and memory, beside what there is of it."""
+
+import logging
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ast_plugin.ops import use_backend
+
+# Counted with the operator that they belong to, or nothing but views and copies: no multiplications are missing for
+# want of them.
+_FREE_OPERATORS = ('aten::pad', 'aten::rsub', 'aten::unflatten', 'aten::alias', 'aten::unbind', 'aten::movedim')
+_SMALL = ((128, 128), (128, 256))
+
+_UNKNOWN_MEMORY = 4 * 2**30
+_MEMORY_INFO = Path('/proc/meminfo')
+# Limit, use and statistics of this process's container, by the second and the first version of Linux's control groups.
+_GROUP_FILES = (
+    tuple(Path('/sys/fs/cgroup', name) for name in ('memory.max', 'memory.current', 'memory.stat')),
+    tuple(
+        Path('/sys/fs/cgroup/memory', name)
+        for name in ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'memory.stat')
+    ),
+)
+
+
+def count_macs(network: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
+    """Count the multiplications (with their additions) of one pass in evaluation mode, by a trace.
+
+    Args:
+        network: on the device of `image`; left as it was.
+        image: [1, C, H, W].
+    Returns:
+        The count, and by name how often operators were called that the analysis does not count.
+    """
+    from mmengine.analysis import FlopAnalyzer
+
+    logging.getLogger('mmengine').setLevel(logging.ERROR)
+    training = network.training
+    frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+    try:
+        # Frozen networks take faster paths, whose operators the analysis does not know.
+        network.eval().requires_grad_(True)
+        with warnings.catch_warnings(), use_backend('reference'):
+            warnings.simplefilter('ignore')  # what torch.jit says of constants in a trace
+            analyzer = FlopAnalyzer(network, (image,))
+            analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
+            total = int(analyzer.total())
+            uncounted = dict(analyzer.unsupported_ops())
+    finally:
+        network.train(training)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return total, {name: count for name, count in sorted(uncounted.items()) if name not in _FREE_OPERATORS}
+
+
+def count_macs_of_size(
+    network: nn.Module, channels: int, size: tuple[int, int], multiple: int = 1
+) -> tuple[int, dict[str, int], bool]:
+    """Count the multiplications for an image of a size; of a large one by the line through two smaller ones.
+
+    The trace keeps all that it computes. The line is right for convolutions, layers of tokens and attention within
+    windows, which take as much for every pixel; attention among all tokens takes more than it says.
+
+    Args:
+        network: see `count_macs`.
+        channels: of the image.
+        size: height and width in pixels.
+        multiple: what the network pads sides to.
+    Returns:
+        The count, the operators left out, and whether it is from the line.
+    """
+
+    def count(size: tuple[int, int]) -> tuple[int, dict[str, int]]:
+        return count_macs(network, torch.zeros(1, channels, *size))
+
+    pixels, *small = (padded_pixels(each, multiple) for each in (size, *_SMALL))
+    if pixels <= small[1]:
+        return (*count(size), False)
+    (first, _), (second, uncounted) = map(count, _SMALL)
+    return round(on_line(pixels, *zip(small, (first, second), strict=True))), uncounted, True
+
+
+def padded_pixels(size: tuple[int, int], multiple: int) -> int:
+    """Return the number of pixels of an image (height, width) once its sides are padded to a multiple."""
+    height, width = (-(-side // multiple) * multiple for side in size)
+    return height * width
+
+
+def on_line(x: float, first: tuple[float, float], second: tuple[float, float]) -> float:
+    """Return the value at x of the line through two points."""
+    return first[1] + (second[1] - first[1]) / (second[0] - first[0]) * (x - first[0])
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the free memory of a device: of the GPU, or of the machine and the container we run in.
+
+    Where the system does not tell (it does on Linux), 4 GiB are assumed.
+    """
+    if device.type == 'cuda':
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    known = [amount for amount in (_free_in_machine(), *map(_free_in_group, _GROUP_FILES)) if amount is not None]
+    return min(known, default=_UNKNOWN_MEMORY)
+
+
+def peak_bytes(function: Callable[[Tensor], Tensor], image: Tensor) -> int:
+    """Run a function and measure the most memory that its tensors held at once, without its parameters and input.
+
+    On a CPU the tensors that pass through PyTorch's dispatcher are counted, not what a kernel allocates inside.
+    """
+    if image.device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(image.device)
+        before = torch.cuda.memory_allocated(image.device)
+        function(image)
+        return torch.cuda.max_memory_allocated(image.device) - before
+    with _LiveBytes() as live:
+        function(image)
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operators return, until each is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        inputs = {_address(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _address(tensor) not in inputs | self.known:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        self.known.add(address)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, address, size).atexit = False
+
+    def _remove(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.now -= size
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _free_in_machine() -> int | None:
+    try:
+        lines = _MEMORY_INFO.read_text().splitlines()
+    except OSError:
+        try:
+            return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
+        except (AttributeError, ValueError, OSError):
+            return None
+    amounts = dict(line.split(':', 1) for line in lines if ':' in line)
+    amount = amounts.get('MemAvailable') or amounts.get('MemFree')
+    return int(amount.split()[0]) * 1024 if amount else None
+
+
+def _free_in_group(files: tuple[Path, Path, Path]) -> int | None:
+    limit_file, use_file, statistics_file = files
+    try:
+        # A group without a limit says 'max'.
+        limit, use = int(limit_file.read_text()), int(use_file.read_text())
+        statistics = dict(line.split() for line in statistics_file.read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    # Cached files count as used, and are given back when memory is needed.
+    return max(0, limit - use + int(statistics.get('inactive_file', 0)))

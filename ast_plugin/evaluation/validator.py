@@ -1,0 +1,186 @@
+"""Restores and measures a dataset image by image, all processes of a run together."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from ast_plugin.data.image_files import ImageFile, write_image
+from ast_plugin.errors import DataError, PluginError
+from ast_plugin.evaluation.contact_sheet import make_thumbnails
+from ast_plugin.evaluation.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
+from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults, distinct
+from ast_plugin.metrics.images import as_array, eight_bits
+from ast_plugin.metrics.registered_metrics import better_direction
+
+Restore = Callable[[dict[str, Any]], Mapping[str, Tensor]]
+ImagePath = Callable[[str, str, int | str], Path]
+
+_TENSORBOARD_IMAGES = 4
+_EXAMPLES = 3  # of the worst images of a test, and as many of the best
+
+
+class Validator:
+    """Measures datasets; of several processes each takes its share, and all get all results.
+
+    Args:
+        metrics: options of each metric, by the name it is printed under.
+        image_path: where the restored image of that dataset, name and iteration is to be written.
+        num_strips: of how many images of a dataset, the first ones, the results carry thumbnails.
+        protocol: how results are made and measured.
+        num_examples: of how many of the worst and of the best images the results carry thumbnails.
+        rank, world_size: the number of this process, from 0, and how many there are.
+        gather: gives the items of all processes to each of them.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        image_path: ImagePath,
+        num_strips: int = 0,
+        protocol: Protocol = PROTOCOLS['basicsr'],
+        num_examples: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        gather: Callable[[list], list] = list,
+    ) -> None:
+        self.metrics = metrics
+        self.image_path = image_path
+        self.num_strips = num_strips
+        self.protocol = protocol
+        self.num_examples = num_examples
+        self.rank, self.world_size, self.gather = rank, world_size, gather
+        self.ranking: Ranking | None = None  # by the first metric
+        for name, options in metrics.items():
+            self.ranking = Ranking(name, better_direction(options) == 'lower', num_examples)
+            break
+        self._degraded: dict[str, dict[int, dict[str, float]]] = {}  # an input's metrics never change
+
+    @classmethod
+    def from_options(cls, opt: Mapping[str, Any], image_path: ImagePath, **processes: Any) -> 'Validator':
+        """Build a validator by `val`, with thumbnails of `logger.tb_pictures` images, else 4, where they are shown.
+
+        What `val` leaves out is put in: the protocol's metrics, and of each metric which way is better.
+        """
+        logger = opt.get('logger') or {}
+        shown = logger.get('tb_pictures')
+        # BasicSR keeps no TensorBoard log of testing, nor in its debug mode.
+        is_shown = opt['is_train'] and logger.get('use_tb_logger') and 'debug' not in opt['name']
+        num_strips = (_TENSORBOARD_IMAGES if shown is None else shown) * bool(is_shown)
+        val = opt.get('val') or {}
+        protocol = read_protocol(val.get('protocol'))
+        metrics = protocol.metrics if val.get('metrics') is None else val['metrics']
+        # Only where it must be said: other packages' metrics may not take the argument.
+        metrics = {
+            name: {**options, 'better': 'lower'} if better_direction(options) == 'lower' else dict(options)
+            for name, options in metrics.items()
+        }
+        if opt.get('val') is not None:
+            val['metrics'] = metrics
+            if not metrics:
+                other = '' if protocol.metrics else f', and protocol {protocol.type} has none of its own'
+                logging.getLogger('basicsr').warning(f'Nothing is measured: val.metrics names no metric{other}')
+        return cls(metrics, image_path, num_strips, protocol, 0 if opt['is_train'] else _EXAMPLES, **processes)
+
+    def measure(
+        self, restore: Restore, loader: DataLoader, current_iter: int | str = '', save_img: bool = False
+    ) -> ValidationResults:
+        """Restore a dataset, with the metrics before and after.
+
+        Args:
+            restore: gives `lq`, `result` and perhaps `gt` of a sample, [1, C, H, W] in [0, 1].
+            loader: gives samples in batches of one.
+            current_iter: goes into the names of images.
+            save_img: write the restored images, rounded to 8 bits.
+        Returns:
+            A row an image, the same in every process.
+        Raises:
+            PluginError: if an image cannot be restored or measured; names it.
+        """
+        dataset = loader.dataset.opt['name']
+        images: list[ImageResult] = []
+        written: dict[int, Path] = {}
+        taken: dict[str, None] = {}
+        for number, sample in self._samples(loader):
+            path = sample['lq_path'][0]
+            try:
+                visuals = restore(sample)
+                image = self._measure_image(dataset, number, Path(path).stem, visuals)
+            except PluginError as error:
+                error.args = (f'{dataset}: {path}: {error}', *error.args[1:])
+                raise
+            images.append(image)
+            self._drop_thumbnails(images)
+            if save_img:
+                name = distinct(image.name, taken)
+                taken[name] = None
+                written[number] = self.image_path(dataset, name, current_iter)
+                if self.world_size > 1:
+                    # Which of several namesakes this one is will be known when all have been read.
+                    written[number] = written[number].with_name(f'.{number}~{written[number].name}')
+                _write(written[number], _to_pixels(visuals['result']))
+        results = ValidationResults.collect(dataset, self.gather(images), self.ranking)
+        names = list(results.restored)
+        for number, path in written.items():
+            final = self.image_path(dataset, names[number], current_iter)
+            if path != final:
+                final.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(final)
+        return results
+
+    def _samples(self, loader: DataLoader) -> Iterator[tuple[int, Any]]:
+        """Yield number and sample of every `world_size`-th image, under a bar; the others are not read."""
+        dataset = loader.dataset
+        mine = range(self.rank, len(dataset), self.world_size)
+        if self.world_size > 1:
+            loader = DataLoader(
+                Subset(dataset, mine),
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
+            )
+        disable = None if self.rank == 0 else True  # None: where there is no terminal
+        bar = tqdm(loader, desc=dataset.opt['name'], unit='image', leave=False, disable=disable)
+        yield from zip(mine, bar, strict=True)
+
+    def _measure_image(self, dataset: str, number: int, name: str, visuals: Mapping[str, Tensor]) -> ImageResult:
+        restored, degraded = {}, {}
+        if 'gt' in visuals:
+            restored = self.protocol.measure(visuals['result'], visuals['gt'], self.metrics)
+            known = self._degraded.setdefault(dataset, {})
+            if number not in known and visuals['lq'].shape == visuals['gt'].shape:
+                known[number] = self.protocol.measure(visuals['lq'], visuals['gt'], self.metrics)
+            degraded = known.get(number, {})
+        is_shown = number < self.num_strips or (self.num_examples and restored)
+        images = [_to_pixels(visuals[key]) for key in ('lq', 'result', 'gt') if is_shown and key in visuals]
+        return ImageResult(number, name, restored, degraded, make_thumbnails(images))
+
+    def _drop_thumbnails(self, images: list[ImageResult]) -> None:
+        """Keep those of the worst and the best so far: the thumbnails of a thousand images would fill the memory."""
+        if not self.num_examples or self.ranking is None:
+            return
+        shown = [place for place, image in enumerate(images) if image.thumbnails]
+        if len(shown) > 2 * self.num_examples:
+            shown.sort(key=lambda place: self.ranking.key(images[place].restored))
+            middle = shown[self.num_examples]
+            images[middle] = replace(images[middle], thumbnails=())
+
+
+def _to_pixels(image: Tensor) -> np.ndarray:
+    """Return RGB or gray, [H, W, 3 or 1], uint8, of a tensor [1, C, H, W]; what is not in [0, 1] is cut off."""
+    return eight_bits(as_array(image.clamp(0, 1)))
+
+
+def _write(path: Path, pixels: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f'{path.parent}: this folder cannot be made: {error.strerror or error}') from error
+    write_image(path, ImageFile(pixels if pixels.shape[2] == 3 else pixels[..., 0]))
