@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from ast_plugin.errors import DataError, ShapeError
+from ast_plugin.errors import FileError, ShapeError
 from ast_plugin.evaluation.contact_sheet import (
     CAPTION,
     GAP,
@@ -83,6 +83,6 @@ def test_names_that_are_no_text_are_drawn():
 def test_a_sheet_that_cannot_be_written(tmp_path, place):
     (tmp_path / 'file').touch()
     (tmp_path / 'folder').mkdir()
-    with pytest.raises(DataError, match=place):
+    with pytest.raises(FileError, match=f'{place} cannot be written'):
         save_sheet(draw_contact_sheet(('a',), [[Cell(flat(0))]]), tmp_path / place)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder']
