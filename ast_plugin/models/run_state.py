@@ -4,7 +4,7 @@ Beside BasicSR's keys (`epoch`, `iter`, `optimizers`, `schedulers`) a state hold
 `params_ema`, where readers of weights files find them, the best values, each process's random generators, and what
 the parts in the model's `stateful` say of themselves. All of it is tensors and plain values.
 
-The place in the epoch's order needs no room: it follows from the iteration, see `data.samplers.epoch_of`.
+The place in the epoch's order needs no room: it follows from the iteration, see `data.sampler.epoch_of`.
 """
 
 from collections.abc import Mapping
