@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """The wheel, built from a copy of the sources in which an earlier build has left a file."""
     source = tmp_path_factory.mktemp('source')
-    for name in ('ast_plugin', 'options'):
+    for name in ('ast_plugin', 'benchmarks', 'options'):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE'):
         shutil.copy(ROOT / name, source)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ast_plugin.compare import benchmark_records
 from ast_plugin.compare.child import Outcome, run_child
 from ast_plugin.compare.journal import Journal, digest
+from ast_plugin.compare.machine import describe_machine, installed_versions
 from ast_plugin.compare.measure import picture_path
 from ast_plugin.compare.networks import input_channels
 from ast_plugin.compare.results import Results, Row, Speed
@@ -172,8 +172,8 @@ class Run:
                 'threads': settings['threads'],
                 'device': settings['device'],
             }
-            machine = benchmark_records.machine()
-            depends_on = [job, machine['processor'], machine['gpu'], benchmark_records.versions()]
+            machine = describe_machine()
+            depends_on = [job, machine['processor'], machine['gpu'], installed_versions()]
             record = self._measure(row, f'{row.name}.speed_{height}x{width}', job, depends_on)
             if record is not None:
                 row.parameters = record['parameters']

@@ -6,14 +6,13 @@ The job names the file that the record of what was measured goes to.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ast_plugin.compare.resident_memory import resident_growth
+from ast_plugin.compare.machine import load_average, peak_memory
 from ast_plugin.errors import DataError, PluginError
 from ast_plugin.files import write_file
 
@@ -48,11 +47,11 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
         'parameters': sum(parameter.numel() for parameter in network.parameters()),
         'threads': torch.get_num_threads(),
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
-        'load': round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None,
+        'load': load_average(),
     }
     image = torch.rand(1, job['channels'], *job['size'], device=device)
     with torch.inference_mode(), frozen_weights():
-        record['peak_bytes'] = _peak_bytes(network, image)
+        record['peak_bytes'] = peak_memory(lambda: network(image), device)
         record['seconds'] = _seconds(network, image, job['runs'])
     if job.get('counts', True):
         record['macs'], record['uncounted'] = count_macs(network, image)
@@ -73,7 +72,8 @@ def measure_memory(job: Mapping[str, Any]) -> dict[str, Any]:
 
     network = _fitted(load_network(job['network'], job['weights'], job['param_key']), job)
     with torch.inference_mode():
-        return {'peak_bytes': _peak_bytes(network, torch.rand(1, job['channels'], *job['size']))}
+        image = torch.rand(1, job['channels'], *job['size'])
+        return {'peak_bytes': peak_memory(lambda: network(image))}
 
 
 def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,18 +158,6 @@ def _keep(path: Path, image: Any) -> None:
     array = (part.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.ascontiguousarray(array if array.shape[2] == 3 else array[..., 0])).save(path)
-
-
-def _peak_bytes(network: Any, image: Any) -> int | None:
-    """Memory that a first pass takes on top of what is there: resident of this process, or of the GPU."""
-    import torch
-
-    if image.device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(image.device)
-        before = torch.cuda.memory_allocated(image.device)
-        network(image)
-        return torch.cuda.max_memory_allocated(image.device) - before
-    return resident_growth(lambda: network(image))
 
 
 def _seconds(network: Any, image: Any, runs: int) -> list[float]:

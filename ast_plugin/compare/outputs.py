@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ast_plugin.compare import benchmark_records, formats, plots, report
+from ast_plugin.compare import formats, plots, report
+from ast_plugin.compare.machine import describe_machine, installed_versions
 from ast_plugin.compare.measure import picture_path
 from ast_plugin.compare.training import training_curves
 from ast_plugin.evaluation.protocols import read_protocol
@@ -45,7 +46,7 @@ def write_outputs(plan: Plan, results: Results) -> dict[str, Path]:
 
 def method(plan: Plan, results: Results) -> list[tuple[str, str]]:
     """How the figures came about, as terms and sentences."""
-    machine, versions = benchmark_records.machine(), benchmark_records.versions()
+    machine, versions = describe_machine(), installed_versions()
     lines = [
         ('Data', f'{plan.dataset["name"]} ({plan.dataset["type"]}), {len(results.images)} pictures'),
         ('Protocol', read_protocol(plan.protocol).describe()),

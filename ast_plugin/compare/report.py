@@ -66,7 +66,7 @@ def write_page(
 _VIEWER = """<section id="viewer" aria-labelledby="h-viewer">
 <h2 id="h-viewer">Look for yourself</h2>
 <div class="controls">
-<label>ImageFile <select id="picture"></select></label>
+<label>Image <select id="picture"></select></label>
 <label>Left <select id="left"></select></label>
 <label>Right <select id="right"></select></label>
 <button id="swap" type="button" aria-label="Swap left and right">⇄</button>

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ast_plugin.compare import benchmark_records
 from ast_plugin.compare.child import run_child
 from ast_plugin.compare.formats import duration
 from ast_plugin.compare.journal import Journal, digest
+from ast_plugin.compare.machine import describe_machine, installed_versions
 from ast_plugin.files import file_digest
 from ast_plugin.options import safe_yaml
 
@@ -80,8 +80,8 @@ class Training:
                 'is_finished': False,
                 'iterations': None,
                 'seconds': 0.0,
-                'versions': benchmark_records.versions(),
-                'machine': benchmark_records.machine(),
+                'versions': installed_versions(),
+                'machine': describe_machine(),
             }
             self.journal.write(note, wanted, record)
         before = record['seconds']

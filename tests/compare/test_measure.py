@@ -13,6 +13,7 @@ from torch import nn
 import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin.checkpoints import save_torch
 from ast_plugin.compare import measure
+from ast_plugin.compare.machine import peak_memory
 from ast_plugin.compare.networks import load_network
 from ast_plugin.evaluation.cost import count_macs
 from tests import tiny_run
@@ -51,7 +52,7 @@ def test_peak_memory():
             large = torch.ones(2**24)  # 64 MiB, let go again
             return image + large.sum()
 
-    peak = measure._peak_bytes(Net(), torch.rand(1, 3, 8, 8))
+    peak = peak_memory(lambda: Net()(torch.rand(1, 3, 8, 8)))
     assert 60 * 2**20 < peak < 100 * 2**20
 
 

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from ast_plugin.cli.main import main as basicsr
-from ast_plugin.compare.benchmark_reading import Settings, write_pairs
 from ast_plugin.models.restoration_model import RestorationModel
+from benchmarks.data import write_pairs
 
 OPTIONS = """\
 name: {name}
@@ -51,7 +51,7 @@ logger: {{print_freq: 1, save_checkpoint_freq: 1000, use_tb_logger: false}}
 def main() -> None:
     """Write, pack, train three times, and tell."""
     root, num_pairs, iterations = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    write_pairs(root / 'files', Settings(pairs=num_pairs, size=64, patch=32, rounds=1, workers=0))
+    write_pairs(root / 'files', num_pairs, size=64)
     for encoding in ('png', 'raw'):
         command = ['data', 'lmdb', str(root / 'files'), str(root / encoding), '--encoding', encoding]
         assert basicsr(command) == 0

@@ -16,20 +16,22 @@ import argparse
 import contextlib
 import io
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from basicsr.data.paired_image_dataset import PairedImageDataset
+from basicsr.utils.lmdb_util import make_lmdb_from_imgs
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from ast_plugin.compare import benchmark_records
 from ast_plugin.data.image_files import ImageFile, read_rgb, write_image
 from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.lmdb.writer import make_plan, write_lmdbs
@@ -38,14 +40,14 @@ from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.data.transforms import random_crop, to_float
 from ast_plugin.degradations.degradations import DEGRADATIONS
 from ast_plugin.errors import OptionError
+from benchmarks import records
+from benchmarks.records import MEGABYTE, Line, say
 
 OPENCV, BASICSR = 'OpenCV alone, PNG files', 'BasicSR, its PNG LMDB'
 _BATCH = 8
-_MEGABYTE = 2**20
 _WORKER_ROUNDS = 5
 
 Read = Callable[[int], Any]
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,23 @@ class Reader:
     dataset: Dataset | None = None
 
 
-def write_pairs(folder: Path, settings: Settings) -> None:
-    """Cut packaged photographs into squares, and write rained on ones to lq/, clean ones to gt/, as PNG."""
-    photos = [image for photo in packaged_photos() if min((image := read_rgb(photo.path)).shape[:2]) >= settings.size]
+def write_pairs(folder: Path, num_pairs: int, size: int) -> None:
+    """Cut packaged photographs into squares, and write rained on ones to lq/, clean ones to gt/, as PNG.
+
+    Args:
+        folder: made if it is not there.
+        num_pairs: different pairs.
+        size: side of the squares in pixels.
+    """
+    photos = [image for photo in packaged_photos() if min((image := read_rgb(photo.path)).shape[:2]) >= size]
     if not photos:
-        raise OptionError(f'--size {settings.size}: no packaged photograph is as large; expected 512 or less')
+        raise OptionError(f'--size {size}: no packaged photograph is as large; expected 512 or less')
     rain = DEGRADATIONS['rain']
     for kind in ('lq', 'gt'):
         (folder / kind).mkdir(parents=True)
-    for number in range(settings.pairs):
+    for number in range(num_pairs):
         generator = np.random.default_rng(number)
-        (clean,) = random_crop([photos[number % len(photos)]], settings.size, generator)
+        (clean,) = random_crop([photos[number % len(photos)]], size, generator)
         rainy, _ = rain.apply(to_float(clean), generator, rain.parameters())
         write_image(folder / f'gt/{number:05d}.png', ImageFile(np.ascontiguousarray(clean)))
         write_image(folder / f'lq/{number:05d}.png', ImageFile(np.rint(rainy * 255).astype(np.uint8)))
@@ -98,9 +106,6 @@ def make_readers(folder: Path, settings: Settings) -> dict[str, Reader]:
     Returns:
         Readers by what they are called in the table.
     """
-    from basicsr.data.paired_image_dataset import PairedImageDataset
-    from basicsr.utils.lmdb_util import make_lmdb_from_imgs
-
     names = sorted(path.name for path in (folder / 'lq').iterdir())
     files = [(str(folder / 'lq' / name), str(folder / 'gt' / name)) for name in names]
     contents = [tuple(np.fromfile(path, np.uint8) for path in pair) for pair in files]
@@ -163,41 +168,37 @@ def _size(place: Path, ending: str) -> int:
     )
 
 
-def measure(readers: Mapping[str, Reader], settings: Settings, say: Callable[[str], None]) -> list[Line]:
-    """Read all pairs with each reader, `rounds` times, in turns.
+def measure(readers: Mapping[str, Reader], settings: Settings) -> list[Line]:
+    """Read all pairs with each reader, in one thread of this process, timed by the processor.
 
     Returns:
         A line for each: `reader`, `pairs_per_second` (median), `of_opencv` and `of_basicsr` (medians of the rounds'
         ratios), `bytes`, and `seconds` of every round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in readers}
+
+    def read_all(reader: Reader) -> None:
+        for number in range(settings.pairs):
+            reader.read(number)
+
+    calls = {name: partial(read_all, reader) for name, reader in readers.items()}
     with _single_threaded():
-        for turn in range(settings.rounds + 1):
-            say(f'one process: round {turn} of {settings.rounds}')
-            for name, reader in readers.items():
-                start = time.process_time()
-                for number in range(settings.pairs):
-                    reader.read(number)
-                if turn:  # the first one opens files and fills caches
-                    seconds[name].append(time.process_time() - start)
+        seconds = _take_rounds(calls, settings.rounds, time.process_time)
     return [
         {
-            'reader': name,
-            'pairs_per_second': settings.pairs / statistics.median(taken),
-            'of_opencv': _ratio(seconds[OPENCV], taken),
-            'of_basicsr': _ratio(seconds[BASICSR], taken),
+            **_line(name, seconds, settings.pairs),
+            'of_opencv': _ratio(seconds[OPENCV], seconds[name]),
             'bytes': readers[name].num_bytes,
-            'seconds': [round(value, 5) for value in taken],
         }
-        for name, taken in seconds.items()
+        for name in readers
     ]
 
 
-def measure_loader(readers: Mapping[str, Reader], settings: Settings, say: Callable[[str], None]) -> list[Line]:
-    """The same through torch's DataLoader: worker processes, batches of `_BATCH`."""
+def measure_loader(readers: Mapping[str, Reader], settings: Settings) -> list[Line]:
+    """Read all pairs through torch's DataLoader, worker processes and batches, timed by the clock; lines as above."""
+    repeats = max(1, -(-32 * _BATCH // settings.pairs))
     loaders = {
         name: DataLoader(
-            _Repeated(reader.dataset, max(32 * _BATCH, settings.pairs)),
+            ConcatDataset([reader.dataset] * repeats),
             batch_size=_BATCH,
             num_workers=settings.workers,
             persistent_workers=True,
@@ -206,37 +207,33 @@ def measure_loader(readers: Mapping[str, Reader], settings: Settings, say: Calla
         for name, reader in readers.items()
         if reader.dataset is not None
     }
-    seconds: dict[str, list[float]] = {name: [] for name in loaders}
-    for turn in range(_WORKER_ROUNDS + 1):
-        say(f'{settings.workers} workers: round {turn} of {_WORKER_ROUNDS}')
-        for name, loader in loaders.items():
-            start = time.perf_counter()
-            for _ in loader:
-                pass
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return [
-        {
-            'reader': name,
-            'pairs_per_second': len(loaders[name].dataset) / statistics.median(taken),
-            'of_basicsr': _ratio(seconds[BASICSR], taken),
-            'seconds': [round(value, 5) for value in taken],
-        }
-        for name, taken in seconds.items()
-    ]
+    calls = {name: partial(deque, loader, maxlen=0) for name, loader in loaders.items()}
+    seconds = _take_rounds(calls, _WORKER_ROUNDS, time.perf_counter)
+    return [_line(name, seconds, repeats * settings.pairs) for name in loaders]
 
 
-class _Repeated(Dataset):
-    """A dataset as often as gives `length` samples."""
+def _take_rounds(
+    calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """The seconds of each round by name; the calls take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        say(f'round {turn} of {rounds}')
+        for name, call in calls.items():
+            start = clock()
+            call()
+            if turn:  # the first one opens files and fills caches
+                seconds[name].append(clock() - start)
+    return seconds
 
-    def __init__(self, dataset: Dataset, length: int) -> None:
-        self.dataset, self.length = dataset, length
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, number: int) -> Any:
-        return self.dataset[number % len(self.dataset)]
+def _line(name: str, seconds: Mapping[str, list[float]], num_pairs: int) -> Line:
+    return {
+        'reader': name,
+        'pairs_per_second': num_pairs / statistics.median(seconds[name]),
+        'of_basicsr': _ratio(seconds[BASICSR], seconds[name]),
+        'seconds': [round(value, 5) for value in seconds[name]],
+    }
 
 
 def _ratio(reference: list[float], taken: list[float]) -> float:
@@ -255,18 +252,18 @@ def _single_threaded() -> Iterator[None]:
         torch.set_num_threads(before[1])
 
 
-def table(lines: list[Line], pairs: int) -> str:
-    """A Markdown table of measured lines; times are against OpenCV alone and against BasicSR on its LMDB."""
-    has_opencv = any('of_opencv' in line for line in lines)
-    head = ['reader', 'pairs/s', *(['of OpenCV alone'] * has_opencv), 'of BasicSR', *(['MB / 1000 pairs'] * has_opencv)]
-    rows = [head, ['---', *(['---:'] * (len(head) - 1))]]
-    for line in lines:
-        row = [line['reader'], f'{line["pairs_per_second"]:.0f}']
-        row += [f'{line["of_opencv"]:.2f}'] if has_opencv else []
-        row += [f'{line["of_basicsr"]:.2f}']
-        row += [f'{line["bytes"] / _MEGABYTE / pairs * 1000:.0f}'] if has_opencv else []
-        rows.append(row)
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+def table(lines: Sequence[Line], pairs: int) -> str:
+    """A Markdown table; rates are against OpenCV alone, where that was measured, and against BasicSR on its LMDB."""
+    columns: dict[str, Callable[[Line], str]] = {
+        'reader': lambda line: line['reader'],
+        'pairs/s': lambda line: f'{line["pairs_per_second"]:.0f}',
+        'of OpenCV alone': lambda line: f'{line["of_opencv"]:.2f}',
+        'of BasicSR': lambda line: f'{line["of_basicsr"]:.2f}',
+        'MB / 1000 pairs': lambda line: f'{line["bytes"] / MEGABYTE / pairs * 1000:.0f}',
+    }
+    if 'of_opencv' not in lines[0]:
+        del columns['of OpenCV alone'], columns['MB / 1000 pairs']
+    return records.markdown(list(columns), [[text(line) for text in columns.values()] for line in lines])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -276,7 +273,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--patch', type=int, default=128, help='side of the patches in pixels (128)')
     parser.add_argument('--rounds', type=int, default=15, help='how often each reader reads all pairs (15)')
     parser.add_argument('--workers', type=int, default=2, help='processes of the DataLoader (2); 0 leaves it out')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write what was measured, machine and versions')
+    records.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -286,23 +283,17 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError('--pairs, --size, --patch and --rounds must be 1 or more, --workers 0 or more')
     if settings.patch > settings.size:
         raise OptionError(f'--patch {settings.patch} must not exceed --size {settings.size}')
-    record: dict[str, Any] = {'benchmark': 'data', 'settings': asdict(settings), 'results': {}}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_pairs(folder, settings)
-        readers = make_readers(folder, settings)
-        record['results']['loader'] = measure_loader(readers, settings, _say) if settings.workers else None
-        record['results']['one_process'] = measure(readers, settings, _say)
-        results = record['results']
+        write_pairs(Path(name), settings.pairs, settings.size)
+        readers = make_readers(Path(name), settings)
+        results = {
+            'loader': measure_loader(readers, settings) if settings.workers else None,
+            'one_process': measure(readers, settings),
+        }
     print(f'One process, one thread, patches of {settings.patch}² out of {settings.size}²:\n')
     print(table(results['one_process'], settings.pairs))
     if results['loader']:
         print(f'\nDataLoader, {settings.workers} workers, batches of {_BATCH}:\n')
         print(table(results['loader'], settings.pairs))
-    if args.json is not None:
-        benchmark_records.write(args.json, record)
+    records.write(args.json, 'data', asdict(settings), results)
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
-from ast_plugin.compare import benchmark_records
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.data.transforms import to_float
 from ast_plugin.degradations.degradations import DEGRADATIONS
 from ast_plugin.errors import OptionError
 from ast_plugin.metrics import psnr_rgb
+from benchmarks import records
+from benchmarks.records import Line, say
 
 HEIGHT, WIDTH = 480, 720
-
-Line = dict[str, Any]
 
 
 def scaled_photos() -> list[np.ndarray]:
@@ -46,7 +43,7 @@ def scaled_photos() -> list[np.ndarray]:
     return photos
 
 
-def measure(photos: list[np.ndarray], seeds: int, say: Callable[[str], None]) -> list[Line]:
+def measure(photos: Sequence[np.ndarray], seeds: int) -> list[Line]:
     """Degrade every photograph with every seed in every way.
 
     Returns:
@@ -74,37 +71,31 @@ def measure(photos: list[np.ndarray], seeds: int, say: Callable[[str], None]) ->
     ]
 
 
-def table(lines: list[Line]) -> str:
+def table(lines: Sequence[Line]) -> str:
     """The lines in Markdown."""
-    rows = ['| degradation | PSNR in dB: least, 5 %, median, 95 %, most | ms |', '| --- | --- | ---: |']
-    for line in lines:
-        levels = ', '.join(f'{level:.1f}' for level in line['psnr'])
-        rows.append(f'| {line["degradation"]} | {levels} | {line["milliseconds"]:.0f} |')
-    return '\n'.join(rows)
+    rows = [
+        [line['degradation'], ', '.join(f'{level:.1f}' for level in line['psnr']), f'{line["milliseconds"]:.0f}']
+        for line in lines
+    ]
+    return records.markdown(['degradation', 'PSNR in dB: least, 5 %, median, 95 %, most', 'ms'], rows, num_texts=2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `tools/benchmark.py synthesis`."""
+    """Declare the arguments of `benchmark.py synthesis`."""
     parser.add_argument('--seeds', type=int, default=16, metavar='N', help='how many of each photograph (%(default)s)')
-    parser.add_argument('--json', metavar='FILE', help='write the measurements with machine and versions to FILE')
+    records.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, and write the record if asked for."""
+    """Measure, print the table, and write the record."""
     if args.seeds < 1:
         raise OptionError(f'--seeds must be 1 or more, not {args.seeds}')
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        lines = measure(scaled_photos(), args.seeds, _say)
+        lines = measure(scaled_photos(), args.seeds)
     finally:
         cv2.setNumThreads(threads)
     print(f'\n{table(lines)}')
-    if args.json:
-        settings = {'seeds': args.seeds, 'size': [HEIGHT, WIDTH]}
-        benchmark_records.write(args.json, {'benchmark': 'synthesis', 'settings': settings, 'results': lines})
+    records.write(args.json, 'synthesis', {'seeds': args.seeds, 'size': [HEIGHT, WIDTH]}, lines)
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,33 @@
+"""Measure speed and memory: python tools/benchmark.py train [--json FILE] …"""
+
+import argparse
+import sys
+
+from ast_plugin.errors import PluginError
+from benchmarks import data, net, ops, records, synthesis, train
+
+BENCHMARKS = {'train': train, 'data': data, 'synthesis': synthesis, 'net': net, 'ops': ops, 'table': records}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark that the arguments name."""
+    parser = argparse.ArgumentParser(prog='benchmark.py', description=__doc__)
+    commands = parser.add_subparsers(dest='command', required=True)
+    for name, module in BENCHMARKS.items():
+        command = commands.add_parser(
+            name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        if getattr(args, 'json', None):
+            records.check_writable(args.json)
+        return args.run(args)
+    except PluginError as error:
+        print(f'benchmark.py: error: {error}', file=sys.stderr)
+        return 2
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""The benchmarks' command: bad input, tables, records, and that all paths of a case compute one thing."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ast_plugin.archs.ast_arch import AST
+from ast_plugin.degradations.degradations import DEGRADATIONS
+from ast_plugin.errors import OptionError
+from benchmarks import data, net, ops, records, synthesis, timing, train
+from benchmarks.__main__ import main
+from benchmarks.net import Way
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ('net --turns 0', '--size and --turns must be 1 or more'),
+        ('net --net AST_C', 'AST_C: no network of that name'),
+        ('net --net MSRResNet', 'MSRResNet: expected an AST'),
+        ('ops --turns 0', '--turns must be 1 or more'),
+        ('ops --device cuda', '--device cuda: torch finds no GPU here'),
+        ('train --iters 0', '--iters must be 1 or more'),
+        ('train --net AST_C', 'AST_C: no network of that name'),
+        ('train --device cuda', '--device cuda: torch finds no GPU here'),
+        ('data --pairs 0', 'must be 1 or more'),
+        ('data --patch 300', '--patch 300 must not exceed --size 256'),
+        ('data --size 5000', 'no packaged photograph is as large'),
+        ('synthesis --seeds 0', '--seeds must be 1 or more'),
+        ('synthesis --json folder', 'is a folder'),
+        ('synthesis --json file/out.json', 'cannot be written'),
+    ],
+)
+def test_wrong_arguments(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'file').touch()
+    assert main(words.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_door_in_tools(tmp_path):
+    """As documented, by file name from any folder."""
+    words = [sys.executable, ROOT / 'tools' / 'benchmark.py', 'table', ROOT / 'benchmarks' / 'net_cpu.json']
+    result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env={'PATH': '/usr/bin:/bin'})
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert '| 512² forward | fused | ' in result.stdout
+
+
+@pytest.mark.parametrize('file', sorted((ROOT / 'benchmarks').glob('*.json')), ids=lambda file: file.name)
+def test_records_of_the_project(file, capsys):
+    record = json.loads(file.read_text())
+    if record['benchmark'] in ('net', 'ops'):
+        assert main(['table', str(file)]) == 0
+        assert '| fused | ' in capsys.readouterr().out
+    elif record['benchmark'] == 'train':
+        assert train.table(record['results']).startswith('| switch |')
+        assert {line['switch'] for line in record['results']['cpu']} <= set(train.SWITCHES)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        '{',
+        '[]',
+        '{"results": []}',
+        '{"results": [1], "machine": {}, "versions": {}}',
+        '{"results": [], "machine": {"processor": "", "threads": 1, "load": 1}, "versions": {}}',
+    ],
+)
+def test_files_that_are_no_records(content, tmp_path, capsys):
+    (tmp_path / 'a.json').write_text(content)
+    assert main(['table', str(tmp_path / 'a.json')]) == 2
+    assert 'a.json is no record' in capsys.readouterr().err
+
+
+# ---- timing
+
+
+def test_functions_take_turns():
+    order = []
+    taken = timing.take_turns({name: lambda name=name: order.append(name) for name in 'ab'}, 3)
+    assert ''.join(order) == 'ababab'
+    assert all(len(line['seconds']) == len(line['cpu_seconds']) == 3 for line in taken.values())
+
+
+def test_a_path_that_fails_is_a_line():
+    def fail():
+        raise RuntimeError('no compiler\nat all')
+
+    x = torch.ones(3)
+    paths = {'reference': lambda: lambda: x, 'other': lambda: lambda: 1.5 * x, 'broken': fail}
+    lines = timing.measure_paths('case', paths, 2, lambda path, compute: 7)
+    assert lines['broken']['skipped'] == 'failed: no compiler' and 'seconds' not in lines['broken']
+    assert lines['other']['error'] == 0.5 and lines['other']['peak_bytes'] == 7
+    assert all(len(lines[path]['seconds']) == 2 for path in ('reference', 'other'))
+
+
+def test_backend_table():
+    lines = [
+        {'case': 'one', 'path': 'a', 'seconds': [4.0, 2.0, 3.0], 'cpu_seconds': [6.0], 'peak_bytes': 100, 'floor': 1.0},
+        {'case': 'one', 'path': 'b', 'seconds': [1.5], 'cpu_seconds': [2.0], 'peak_bytes': 20 * 2**20, 'floor': 1.5},
+        {'case': 'one', 'path': 'c', 'seconds': [0.5], 'cpu_seconds': [0.5], 'peak_bytes': None, 'error': 1e-7},
+        {'case': 'one', 'path': 'd', 'skipped': 'no time'},
+    ]
+    timing.add_ratios(lines)
+    assert [line.get('faster') for line in lines] == [1, 2, 6, None]
+    rows = records.backend_table(lines).splitlines()
+    assert rows[3] == '| one | b | 1.50 s | 1.50 s | 2.00 | 2.00 s | 3.00 | 20 | 209715.20 | 100% |  |'
+    assert rows[4] == '| one | c | 500.0 ms | 500.0 ms | 6.00 | 500.0 ms | 12.00 |  |  |  | 1e-07 |'
+    assert rows[5].startswith('| one | d | no time |')
+    assert len({row.count('|') for row in rows}) == 1
+
+
+# ---- net and ops
+
+
+def test_net_lines():
+    found = net.ways('AST_B', 512, net.CASES, compiles=True)
+    assert {case: [way.path for way in ways] for case, ways in found.items()} == {
+        '256² forward': ['reference', 'fused', 'torch.compile'],
+        '512² forward': ['reference', 'fused', 'fused, bf16', 'torch.compile'],
+        '2×128² forward and backward': ['reference', 'fused', 'torch.compile'],
+        'photograph 480×720': ['reference, 768²', 'fused, whole', 'torch.compile', 'basicsr infer'],
+        '512² forward, bf16, CUDA': ['reference', 'triton', 'torch.compile'],
+        '8×256² forward and backward, bf16, CUDA': ['reference', 'triton', 'torch.compile'],
+    }
+    assert {way.padded for way in found['photograph 480×720']} == {(768, 768), (480, 720)}
+
+
+def test_net_operations():
+    operations, moved = net.count(Way('AST_B', backend='fused'))
+    # 109.8 GMACs, as the README's table of variants has it; its way of counting leaves out products of scores.
+    assert 2 * 109.8e9 <= operations <= 2 * 109.8e9 * 1.1
+    assert moved > 0
+    way = Way('AST_XS', size=(128, 128))
+    one, two, trained = (net.count(each)[0] for each in (way, replace(way, batch=2), replace(way, trains=True)))
+    assert (two, trained) == (2 * one, 3 * one)
+
+
+@pytest.mark.parametrize('trains', [False, True])
+def test_net_ways_compute_one_thing(monkeypatch, trains):
+    way = Way('AST_XS', size=(40, 56), trains=trains)
+    reference = net.prepare(way)()
+    compute = net.prepare(replace(way, backend='fused'))
+    output = compute()
+    assert output.shape == (1, 3, 40, 56) and torch.equal(compute(), output)
+    torch.testing.assert_close(output, reference, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(torch, 'compile', lambda network, dynamic: lambda x: network(x) + 1)
+    torch.testing.assert_close(net.prepare(replace(way, is_compiled=True))(), reference + 1)
+
+
+def test_net_command_restores_as_the_network():
+    way = Way('AST_XS', backend='fused', size=(40, 56))
+    plain, command = net.prepare(way)(), net.prepare(replace(way, is_command=True))()
+    # Written with 8 bits, from an image of 8 bits.
+    assert (plain.clamp(0, 1) - command).abs().max() < 3 / 255
+    assert command.unique().numel() > 50
+
+
+def test_net_prints_and_writes(tmp_path, monkeypatch, capsys):
+    """A case on the CPU, its memory in a fresh process; without a GPU its lines say so."""
+    gpu = net.ways('AST_XS', 512, ['gpu'])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(timing, '_fastest', lambda compute, device: 1e-3)
+    monkeypatch.setattr(net, 'ways', lambda *_: {'small': [Way('AST_XS', 'small', 'reference', size=(64, 64))], **gpu})
+    file = tmp_path / 'net.json'
+    assert main(['net', '--net', 'AST_XS', '--turns', '1', '--json', str(file)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+    record = json.loads(file.read_text())
+    small, compiled, *gpu = record['results']
+    assert (small['path'], compiled['skipped'][:7]) == ('reference', 'not run')
+    assert small['peak_bytes'] > 2**20 and small['of_floor'] > 0
+    assert [line['skipped'] for line in gpu] == ['not run: torch finds no GPU here'] * 6
+    assert record['versions']['torch'] == torch.__version__ and record['machine']['threads'] > 0
+    assert main(['table', str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[: len(lines)] == lines
+
+
+def test_net_targets():
+    lines = [
+        {'case': '512² forward', 'path': 'reference', 'median': 8.0},
+        {'case': '512² forward', 'path': 'fused', 'faster': 2.6, 'of_memory': 0.3},
+        {'case': '512² forward', 'path': 'fused, bf16', 'faster': 4.9, 'of_memory': 0.3},
+        {'case': '2×128² forward and backward', 'path': 'fused', 'faster': 2.0, 'of_memory': 0.7},
+        {'case': '64² forward', 'path': 'fused', 'faster': 9.0},
+    ]
+    assert [': reached:' in line for line in net.target_remarks(lines)] == [True, False, False]
+    # 16 s at 193 GFLOP/s are 8 s at twice the rate.
+    (text,) = net.official_remarks(lines, 386e9)
+    assert 'the reference takes 8.00 s, the official network 8.00 s' in text
+
+
+def test_ops_halves():
+    lines = ops.measure([16], 1, False, {'fp32': 1e9, 'bf16': 1e9})
+    measured = [line for line in lines if 'skipped' not in line]
+    assert len(measured) == 12
+    assert all(line['error'] < (1e-5 if 'fp32' in line['case'] else 3e-2) for line in measured)
+    assert all(line['of_floor'] > 0 for line in measured)
+
+
+# ---- train
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    build = functools.partial(AST, img_size=16, embed_dim=4, depths=[1] * 9, num_heads=[1] * 9)
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'TinyAST', build)
+    monkeypatch.setattr('ast_plugin.models.network_switches.DEFAULT_BACKEND', 'eager')
+    return train.Settings('TinyAST', batch=2, size=16, iters=3, device='cpu')
+
+
+def test_train_switches_start_from_the_same_weights(tiny, monkeypatch):
+    seen = []
+    original = torch.optim.AdamW.step
+
+    @functools.wraps(original)
+    def step(self, *args, **kwargs):
+        seen.append(torch.cat([p.detach().flatten().clone() for p in self.param_groups[0]['params']]))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    for switches in train.SWITCHES.values():
+        train.Steps(tiny, switches).warm_up()
+    assert len(seen) == 2 * len(train.SWITCHES)
+    assert all(torch.equal(weights, seen[0]) for weights in seen[::2])
+    assert not any(torch.equal(weights, seen[0]) for weights in seen[1::2])
+
+
+def test_train_switch_that_fails_is_a_line(tiny, monkeypatch):
+    class Steps:
+        def __init__(self, settings, switches):
+            if switches.get('precision') == 'fp16':
+                raise OptionError('not here\nat all')
+
+        def __call__(self):
+            time.sleep(0.001)
+
+        def warm_up(self):
+            pass
+
+    monkeypatch.setattr(train, 'Steps', Steps)
+    monkeypatch.setattr(train, 'in_fresh_process', lambda function, *arguments: 2**20)
+    lines = train.measure(tiny, {name: train.SWITCHES[name] for name in ('fp32', 'fp16', 'bf16')})
+    assert [line.get('failed') for line in lines] == [None, 'OptionError: not here', None]
+    assert all(len(line['seconds']) == 3 and line['peak_bytes'] == 2**20 for line in lines[::2])
+
+
+def test_train_prints_and_writes(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(train, 'in_fresh_process', lambda function, *arguments: function(*arguments))
+    file = tmp_path / 'records' / 'train.json'
+    words = ['--net', 'TinyAST', '--size', '16', '--batch', '1', '--iters', '1', '--switches', 'fp32']
+    assert main(['train', *words, '--json', str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert '| fp32 | ' in printed
+    assert 'CUDA: AST_B, batch 8 of 256²: not measured, no GPU is at hand' in printed
+    results = json.loads(file.read_text())['results']
+    assert results['cuda'] is None and results['cpu'][0]['iterations_per_second'] > 0
+
+
+def test_train_table():
+    lines = [
+        {'switch': 'fp32', 'iterations_per_second': 2.0, 'peak_bytes': 100 * 2**20},
+        {'switch': 'bf16', 'iterations_per_second': 3.0, 'peak_bytes': 60 * 2**20},
+        {'switch': 'fp16', 'failed': 'OptionError: no', 'peak_bytes': 1},
+        {'switch': 'fused', 'iterations_per_second': 2.5, 'peak_bytes': None},
+    ]
+    rows = train.table({'cpu': lines, 'cuda': None}).splitlines()
+    assert rows[0] == '| switch | CPU it/s | × | CPU peak MB | × | CUDA it/s | × | CUDA peak MB | × |'
+    assert [re.sub(' +', ' ', row) for row in rows[2:]] == [
+        '| fp32 | 2.000 | 1.00 | 100 | 1.00 | | | | |',
+        '| bf16 | 3.000 | 1.50 | 60 | 0.60 | | | | |',
+        '| fp16 | does not work here | | | | | | | |',
+        '| fused | 2.500 | 1.25 | | | | | | |',
+    ]
+
+
+# ---- data and synthesis
+
+
+def test_data_reads_every_way(tmp_path, capsys):
+    file = tmp_path / 'record.json'
+    few = ['--pairs', '3', '--size', '64', '--patch', '32', '--rounds', '2', '--workers', '0', '--json', str(file)]
+    assert main(['data', *few]) == 0
+    rows = [line.split('|') for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+    record = json.loads(file.read_text())
+    lines = {line['reader']: line for line in record['results']['one_process']}
+    assert [row[1].strip() for row in rows[2:]] == list(lines)
+    assert lines[data.OPENCV]['of_opencv'] == lines[data.BASICSR]['of_basicsr'] == 1
+    assert all(len(line['seconds']) == 2 and line['pairs_per_second'] > 0 for line in lines.values())
+    assert record['settings']['patch'] == 32 and record['results']['loader'] is None
+
+
+def test_synthesis_record_and_table(tmp_path, monkeypatch, capsys):
+    photos = synthesis.scaled_photos()
+    assert len(photos) > 1 and {photo.shape for photo in photos} == {(480, 720, 3)}
+    assert all(photo.dtype == np.float32 and 0 <= photo.min() < photo.max() <= 1 for photo in photos)
+    monkeypatch.setattr(synthesis, 'scaled_photos', lambda: photos[:1])
+    file = tmp_path / 'synthesis.json'
+    assert main(['synthesis', '--seeds', '2', '--json', str(file)]) == 0
+    lines = json.loads(file.read_text())['results']
+    assert [line['degradation'] for line in lines] == list(DEGRADATIONS)
+    table = capsys.readouterr().out
+    for line in lines:
+        assert 10 <= line['psnr'][0] < line['psnr'][-1] <= 36 and sorted(line['psnr']) == line['psnr']
+        assert line['milliseconds'] > 0 and f'| {line["degradation"]} | ' in table
