@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
-
 from ast_plugin.data.manifest import read_manifest
 from ast_plugin.data.matching import (
     Fault,
-    Faults,
     Pair,
     PairTable,
     Template,
     is_image,
     list_images,
     match_folders,
+    raise_faults,
     shorten_list,
 )
 from ast_plugin.errors import DataError, OptionError, did_you_mean
 
 _MAX_DEPTH = 6
 _MAX_FOLDERS = 5000
+
+Found = tuple[Sequence[Pair], list[Fault]]
+"""Pairs of a dataset, and what is wrong with the files that belong to none."""
 
 SPAD_LISTS = {'train': 'real_world.txt', 'test': 'real_test_1000.txt'}
 
@@ -106,7 +106,7 @@ class Layout:
 
     title: str
     description: str
-    find: Callable[[Layout, Source, Faults | None], Sequence[Pair]]
+    find: Callable[[Layout, Source], Found]
     needs: tuple[str, ...] = ('dataroot',)
     may_have: tuple[str, ...] = ('split',)
     train_splits: tuple[str, ...] = ('train',)
@@ -124,21 +124,19 @@ class Layout:
         return (split, *self.aliases.get(split, ()))
 
 
-def list_pairs(layout: str | Layout, source: Source, faults: Faults | None = None) -> PairTable:
+def list_pairs(layout: str, source: Source) -> PairTable:
     """List the pairs of a dataset.
 
     Args:
-        layout: name of a layout, or one of your own.
+        layout: name of a layout.
         source: where the dataset is.
-        faults: where given, images without a partner and lines that cannot be used are noted there and left out.
     Raises:
         OptionError: if the layout is unknown, or an option is missing or means nothing to it.
         DataError: if the data is not there or not whole; the message names phase, folder and files.
     """
-    if isinstance(layout, str):
-        check_source(layout, source)
-        layout = LAYOUTS[layout]
-    pairs = layout.find(layout, source, faults)
+    check_source(layout, source)
+    pairs, faults = LAYOUTS[layout].find(LAYOUTS[layout], source)
+    raise_faults(source.phase, faults)
     return pairs if isinstance(pairs, PairTable) else PairTable(pairs)
 
 
@@ -170,18 +168,16 @@ def choose_place(places: Sequence[Place], root: Path, splits: Sequence[str]) -> 
     return next((found for found in present if found[0].fits(root, found[1])), present[-1] if present else None)
 
 
-def find_places(layout: Layout, source: Source, faults: Faults | None = None) -> Sequence[Pair]:
+def find_places(layout: Layout, source: Source) -> Found:
     """List the pairs in the first of the layout's places that is there."""
     root, split = Path(source.dataroot), layout.split(source)
-    found = choose_place(layout.places, root, layout.names(split))
-    if not found:
+    chosen = choose_place(layout.places, root, layout.names(split))
+    if not chosen:
         raise _root_lacks(layout, source, _name_missing_folder(layout, root, split))
-    return match_place(layout, source, *found, faults)
+    return match_place(layout, source, *chosen)
 
 
-def match_place(
-    layout: Layout, source: Source, place: Place, name: str, faults: Faults | None = None
-) -> Sequence[Pair]:
+def match_place(layout: Layout, source: Source, place: Place, name: str) -> Found:
     """List the pairs of a place, its numbers kept to the split.
 
     Args:
@@ -189,11 +185,10 @@ def match_place(
         source: root, phase and split.
         place: the place.
         name: of the split's folder.
-        faults: see `list_pairs`.
     """
     folders = place.folders(Path(source.dataroot), name)
-    pairs = match_folders(source.phase, *folders, place.lq_template, place.gt_template, deep=place.deep, faults=faults)
-    return _keep_numbers(layout, source, pairs, faults) if layout.numbers and not place.has_split else pairs
+    pairs, faults = match_folders(source.phase, *folders, place.lq_template, place.gt_template, place.deep)
+    return _keep_numbers(layout, source, pairs, faults) if layout.numbers and not place.has_split else (pairs, faults)
 
 
 def walk_folders(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -226,44 +221,41 @@ def walk_folders(folder: Path) -> Iterator[tuple[int, Path]]:
         level = below
 
 
-def read_list(list_path: Path, root: Path, phase: str, faults: Faults | None = None) -> PairTable:
+def read_list(list_path: Path, root: Path, phase: str) -> Found:
     """Read a list of pairs, in its order; blank lines, a byte order mark and any line ends are tolerated.
+
+    Hashes of 8 bytes stand for the names: that one of a million is taken for another has a chance of 1 in 10^7.
 
     Args:
         list_path: the list, each line `/dir/lq.png /dir_gt/gt.png`; a tab makes lines clear whose names have spaces.
         root: what the names are relative to, in spite of the slash that they begin with.
         phase: whose list it is, for messages.
-        faults: where given, lines that cannot be used are noted there and left out.
+    Returns:
+        The pairs, and a fault for each line that is not two images, each missing file, and each degraded image with
+        several partners.
     Raises:
-        DataError: if a line is not two images, a file that it names is missing, or one image has several partners.
+        DataError: if the list or a folder in it cannot be read, or the list is empty.
     """
-    unread = Faults()
-    pairs = PairTable(_read_lines(list_path, root, unread), f'{root}/')
-    hashes, folders = _hash_paths(pairs)
-    missing = _find_missing(pairs, hashes, folders, list_path)
-    ambiguous = _find_ambiguous(pairs, hashes, list_path)
-    if missing or ambiguous:
-        bad = {fault.name for fault in missing + ambiguous}
-        pairs = PairTable((pair for pair in pairs if pair.lq not in bad and pair.gt not in bad), f'{root}/')
-    if faults is not None:
-        faults += unread + missing + ambiguous
-    elif unread:
-        raise DataError(
-            f'datasets.{phase}: {list_path} has {len(unread)} lines that are not two image files '
-            f'such as /dir/lq.png /dir_gt/gt.png: {shorten_list(fault.name for fault in unread)}. '
-            f'Correct them; a tab between the two makes names with spaces clear'
-        )
-    elif missing:
-        raise DataError(
-            f'datasets.{phase}: {len(missing)} files that {list_path} names are missing below {root}: '
-            f'{shorten_list(fault.name for fault in missing)}. Unpack the folders there, or correct the list'
-        )
-    elif ambiguous:
-        names = shorten_list(fault.name for fault in ambiguous)
-        raise DataError(f'datasets.{phase}: {list_path} gives several clean partners to {names}. Keep one of each')
+    faults: list[Fault] = []
+    pairs = PairTable(_read_lines(list_path, root, faults), f'{root}/')
     if not pairs and not faults:
         raise DataError(f'datasets.{phase}: {list_path} is empty; each line names a pair: /dir/lq.png /dir_gt/gt.png')
-    return pairs
+    # SPAD's million names, looked up one by one and not in listings of their folders, take minutes.
+    folders = {os.path.dirname(path) for pair in pairs for path in (pair.lq, pair.gt)}
+    present = {hash(path) for folder in folders for path in _list_files(folder)}
+    partners: dict[int, int] = {}
+    bad: dict[str, Fault] = {}
+    for pair in pairs:
+        for path in (pair.lq, pair.gt):
+            if hash(path) not in present:
+                bad[path] = Fault('missing', path, f'named in {list_path}')
+        if partners.setdefault(hash(pair.lq), hash(pair.gt)) != hash(pair.gt):
+            text = f'{list_path} gives it several clean partners'
+            bad.setdefault(pair.lq, Fault('several partners', pair.lq, text))
+    if bad:
+        faults += sorted(bad.values(), key=lambda fault: fault.kind)
+        pairs = PairTable((pair for pair in pairs if pair.lq not in bad and pair.gt not in bad), f'{root}/')
+    return pairs, faults
 
 
 def _find_keys(folder: Path, template: str, deep: bool) -> set[str]:
@@ -273,24 +265,24 @@ def _find_keys(folder: Path, template: str, deep: bool) -> set[str]:
         return set()
 
 
-def _find_folders(layout: Layout, source: Source, faults: Faults | None) -> Sequence[Pair]:
+def _find_folders(layout: Layout, source: Source) -> Found:
     """Two folders named one by one."""
     for key, title in (('dataroot_lq', 'The folder of degraded images'), ('dataroot_gt', 'The folder of clean images')):
         folder = Path(getattr(source, key))
         if not folder.is_dir():
             raise _not_there(title, folder, 'there is no such folder', f'datasets.{source.phase}.{key}', layout)
-    lq_template, gt_template = source.lq_template or '{}', source.gt_template or '{}'
-    return match_folders(source.phase, source.dataroot_lq, source.dataroot_gt, lq_template, gt_template, faults=faults)
+    templates = source.lq_template or '{}', source.gt_template or '{}'
+    return match_folders(source.phase, source.dataroot_lq, source.dataroot_gt, *templates)
 
 
-def _find_listed(layout: Layout, source: Source, faults: Faults | None) -> Sequence[Pair]:
+def _find_listed(layout: Layout, source: Source) -> Found:
     """The pairs of SPAD's list files, or of another list, or of the folders that it is passed on in without lists."""
     root, split = Path(source.dataroot), layout.split(source)
     name = source.list_file or SPAD_LISTS.get(split)
     if name and (root / name).is_file():
-        return read_list(root / name, root, source.phase, faults)
+        return read_list(root / name, root, source.phase)
     if not source.list_file and choose_place(layout.places, root, layout.names(split)):
-        return find_places(layout, source, faults)
+        return find_places(layout, source)
     if name:
         raise _root_lacks(layout, source, name)
     raise OptionError(
@@ -299,34 +291,29 @@ def _find_listed(layout: Layout, source: Source, faults: Faults | None) -> Seque
     )
 
 
-def _find_in_manifest(layout: Layout, source: Source, faults: Faults | None) -> Sequence[Pair]:
+def _find_in_manifest(layout: Layout, source: Source) -> Found:
     path = Path(source.manifest)
     if not path.is_file():
         raise _not_there('The manifest', path, 'there is no such file', f'datasets.{source.phase}.manifest', layout)
-    return read_manifest(path).pairs()
+    return read_manifest(path).pairs(), []
 
 
-def _keep_numbers(layout: Layout, source: Source, pairs: Sequence[Pair], faults: Faults | None) -> list[Pair]:
+def _keep_numbers(layout: Layout, source: Source, pairs: list[Pair], faults: list[Fault]) -> Found:
     """Keep the pairs whose numbers belong to the split."""
     split = layout.split(source)
     where = f'datasets.{source.phase}'
     if split not in layout.numbers:
         raise OptionError(f'{where}.split: {layout.title} has {", ".join(layout.numbers)}; got {split!r}')
-    odd = [pair.lq for pair in pairs if not pair.key.isdecimal()]
-    if odd and faults is None:
-        names = shorten_list(odd)
-        raise DataError(f'{where}: pairs of {layout.title} are numbered, not so: {names}. Rename or move them')
-    if faults is not None:
-        text = f'pairs of {layout.title} are numbered; rename it or move it'
-        faults += [Fault('no number', name, text) for name in odd]
-    wanted = layout.numbers[split]
-    chosen = [pair for pair in pairs if pair.key.isdecimal() and int(pair.key) in wanted]
-    if not chosen:
+    text = f'pairs of {layout.title} are numbered; rename it or move it'
+    faults += [Fault('no number', pair.lq, text) for pair in pairs if not pair.key.isdecimal()]
+    numbers = layout.numbers[split]
+    chosen = [pair for pair in pairs if pair.key.isdecimal() and int(pair.key) in numbers]
+    if not chosen and not faults:
         raise DataError(
-            f'{where}: {source.dataroot} has no pair of the split {split!r} of {layout.title}, numbers {wanted[0]} to '
-            f'{wanted[-1]}; it has {shorten_list(pair.key for pair in pairs)}. Add them, or set split'
+            f'{where}: {source.dataroot} has no pair of the split {split!r} of {layout.title}, numbers {numbers[0]} to '
+            f'{numbers[-1]}; it has {shorten_list(pair.key for pair in pairs)}. Add them, or set split'
         )
-    return chosen
+    return chosen, faults
 
 
 def _name_missing_folder(layout: Layout, root: Path, split: str) -> str:
@@ -355,7 +342,7 @@ def _not_there(title: str, folder: Path, fault: str, key: str, layout: Layout) -
     )
 
 
-def _read_lines(list_path: Path, root: Path, unread: Faults) -> Iterator[Pair]:
+def _read_lines(list_path: Path, root: Path, faults: list[Fault]) -> Iterator[Pair]:
     """Yield the pairs line by line, as SPAD's list has 640,000."""
     with _open_list(list_path) as lines:
         for number, line in enumerate(map(str.strip, lines), 1):
@@ -365,7 +352,7 @@ def _read_lines(list_path: Path, root: Path, unread: Faults) -> Iterator[Pair]:
                 yield Pair(lq, f'{root}/{lq}', f'{root}/{gt}')
             elif line:
                 text = f'{list_path}: not two image files such as /dir/lq.png /dir_gt/gt.png'
-                unread.append(Fault('line not understood', f'line {number}, {line!r}', text))
+                faults.append(Fault('line not understood', f'line {number}, {line!r}', text))
 
 
 def _open_list(list_path: Path) -> TextIO:
@@ -389,27 +376,6 @@ def _cut_line(line: str, root: Path) -> list[tuple[str, str]]:
     return cuts
 
 
-def _hash_paths(pairs: PairTable) -> tuple[np.ndarray, set[str]]:
-    """Return hashes of all paths, [N, 2], and the folders that they lie in.
-
-    Hashes of 8 bytes stand for the names: that one of a million is taken for another has a chance of 1 in 10^7.
-    """
-    hashes, folders = array('q'), set()
-    for pair in pairs:
-        for path in (pair.lq, pair.gt):
-            hashes.append(hash(path))
-            folders.add(path[: path.rindex('/')])
-    return np.frombuffer(hashes, np.int64).reshape(-1, 2), folders
-
-
-def _find_missing(pairs: PairTable, hashes: np.ndarray, folders: set[str], list_path: Path) -> Faults:
-    """Look files up in listings of their folders: SPAD's million names, asked for one by one, take minutes."""
-    present = np.fromiter((hash(path) for folder in folders for path in _list_files(folder)), np.int64)
-    places = np.argwhere(~np.isin(hashes, present))
-    names = dict.fromkeys(pairs[int(row)].gt if is_gt else pairs[int(row)].lq for row, is_gt in places)
-    return Faults(Fault('missing', name, f'named in {list_path}') for name in names)
-
-
 def _list_files(folder: str) -> list[str]:
     try:
         return [f'{folder}/{name}' for name in os.listdir(folder)]
@@ -417,15 +383,6 @@ def _list_files(folder: str) -> list[str]:
         return []
     except OSError as error:
         raise DataError(f'{folder}: this folder of the list cannot be read: {error.strerror}') from error
-
-
-def _find_ambiguous(pairs: PairTable, hashes: np.ndarray, list_path: Path) -> Faults:
-    """Find degraded images that have several clean partners."""
-    lq, gt = hashes.T
-    order = np.argsort(lq, kind='stable')
-    again = (lq[order][1:] == lq[order][:-1]) & (gt[order][1:] != gt[order][:-1])
-    names = dict.fromkeys(pairs[int(place)].lq for place in order[1:][again])
-    return Faults(Fault('several partners', name, f'{list_path} gives it several clean partners') for name in names)
 
 
 # Rain streaks come with the names of their authors' Matlab scripts (norain-1x2.png), of PReNet's copies (rain-001.png),

@@ -1,4 +1,4 @@
-"""Finding the partners among image files: by the key that a name template finds in them, never by position."""
+"""Find the partners among image files by the key that a name template finds in them, never by position."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ from pathlib import Path
 from ast_plugin.data.image_files import SUFFIXES
 from ast_plugin.errors import DataError, OptionError
 
-# Names of files need not be UTF-8.
-_ENCODING = ('utf-8', 'surrogateescape')
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+
+_NUM_SHOWN = 3  # of many faulty files in a message
+_ENCODING = ('utf-8', 'surrogateescape')  # names of files need not be UTF-8
+_REMEDIES = {
+    'no partner': 'Add the partners, remove these, or correct lq_template and gt_template',
+    'several partners': 'Keep one partner of each, or name the endings in lq_template and gt_template',
+    'no number': 'Rename or move them',
+    'line not understood': 'Each line names a pair: /dir/lq.png /dir_gt/gt.png; a tab makes names with spaces clear',
+    'missing': 'Unpack the folders there, or correct the list',
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,21 @@ class Pair:
     gt: str
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with a file or a pair.
+
+    Attributes:
+        kind: a few words, the same for all faults of the kind.
+        name: the file, or the line of a list.
+        text: what is wrong with it, and what to do, in a line that says it all.
+    """
+
+    kind: str
+    name: str
+    text: str
+
+
 class PairTable(Sequence[Pair]):
     """A list of pairs kept as one run of bytes: 640,000 take some 60 MB, as objects of their own four times that.
 
@@ -33,7 +57,7 @@ class PairTable(Sequence[Pair]):
 
     Args:
         pairs: in order; each path begins with `root`, which is then kept once.
-        root: what all paths begin with, the separator included; empty if they have nothing in common.
+        root: the start of all paths, the separator included; empty if they have nothing in common.
     """
 
     def __init__(self, pairs: Iterable[Pair] = (), root: str = '') -> None:
@@ -64,47 +88,132 @@ class PairTable(Sequence[Pair]):
         return Pair(key or lq, self._root + lq, self._root + gt)
 
 
-IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+class Template:
+    """A pattern of file names with one `{}`, which stands for the key.
 
-NUM_SHOWN = 3
-"""How many of many faulty files a message names."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What is wrong with a file or a pair.
-
-    Attributes:
-        kind: a few words, the same for all faults of the kind.
-        name: the file, or the line of a list.
-        text: what is wrong with it, and what to do, in a line that says it all.
+    `{}_rain` is any image whose name without its ending ends in `_rain`; `{}_rain.png` is only those that are PNG.
+    A `*` stands for anything, of several images with one key: `{}_*` gives `0001_0.8_0.2.jpg` the key `0001`.
     """
 
-    kind: str
-    name: str
-    text: str
+    def __init__(self, text: str) -> None:
+        if text.count('{}') != 1 or text.count('*') > 1 or '/' in text:
+            raise OptionError(
+                f'a name template has one {{}}, at most one * and no folder, such as {{}}_rain.png; got {text!r}'
+            )
+        self.text = text
+        self.has_suffix = is_image(text.replace('{}', 'x').replace('*', 'x'))
+        self.is_many = '*' in text
+        # The key ends where the text behind it begins first, and so has no part of what `*` stands for.
+        pattern = re.escape(text).replace(re.escape('{}'), '(.+?)' if self.is_many else '(.+)')
+        flags = re.DOTALL | (re.IGNORECASE if self.has_suffix else 0)
+        self._pattern = re.compile(pattern.replace(re.escape('*'), '.*'), flags)
+
+    def fill(self, key: str) -> str:
+        """Return the name that belongs to `key`; `.*` where the ending is free."""
+        return self.text.replace('{}', key) + ('' if self.has_suffix else '.*')
+
+    def keys(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Group those of `names` that fit by their keys."""
+        by_key = defaultdict(list)
+        for name in names:
+            last = os.path.basename(name)
+            match = self._pattern.fullmatch(last if self.has_suffix else os.path.splitext(last)[0])
+            if match:
+                by_key[match[1]].append(name)
+        return dict(by_key)
 
 
-class Faults(list[Fault]):
-    """A list that collects faults, so that the pairs without one can be listed all the same."""
+def match_folders(
+    phase: str,
+    lq_dir: str | Path,
+    gt_dir: str | Path,
+    lq_template: str = '{}',
+    gt_template: str = '{}',
+    deep: bool = False,
+) -> tuple[list[Pair], list[Fault]]:
+    """Pair the images of two folders, which may be one, by their keys.
+
+    Files that do not fit their template are left out. Endings may differ; where one key has several files in a
+    folder, both folders must have the same names, which then are the keys. With a `*` in `lq_template` several
+    degraded images may share a clean one; their own names are the keys.
+
+    Args:
+        phase: whose pairs they are, for messages.
+        lq_dir, gt_dir: folders of the degraded and of the clean images.
+        lq_template, gt_template: how they are named.
+        deep: see `list_images`.
+    Returns:
+        The pairs, and a fault for each image that has no partner or several.
+    Raises:
+        DataError: if a folder is missing, has no image that fits, or both sides are the same files.
+        OptionError: if a template is none.
+    """
+    lq = _Side(lq_dir, Template(lq_template), phase, deep)
+    gt = _Side(gt_dir, Template(gt_template), phase, deep)
+    pairs, faults = [], lq.unmatched(gt)
+    # A clean image without a degraded one is an oversight, unless its dataset has many more of either.
+    faults += [] if lq.template.is_many else gt.unmatched(lq)
+    for key in sorted(lq.files.keys() & gt.files.keys()):
+        lq_names, gt_names = lq.files[key], gt.files[key]
+        if len(gt_names) == 1 and lq.template.is_many:
+            pairs += [Pair(os.path.splitext(name)[0], lq.path(name), gt.path(gt_names[0])) for name in lq_names]
+        elif len(lq_names) == len(gt_names) == 1:
+            pairs.append(Pair(key, lq.path(lq_names[0]), gt.path(gt_names[0])))
+        elif lq_names == gt_names:
+            pairs += [Pair(name, lq.path(name), gt.path(name)) for name in lq_names]
+        else:
+            text = f'{" or ".join(lq_names)} with {" or ".join(gt_names)}'
+            faults += [Fault('several partners', lq.path(name), text) for name in lq_names]
+    own_partners = [pair.lq for pair in pairs if pair.lq == pair.gt]
+    if own_partners:
+        raise DataError(
+            f'datasets.{phase}: degraded and clean image are one file: {shorten_list(own_partners)}. '
+            f'In one folder, lq_template and gt_template must tell them apart'
+        )
+    return pairs, faults
 
 
-def is_image(name: str) -> bool:
-    """Tell by its ending whether a file that is not hidden is an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith('.')
+def raise_faults(phase: str, faults: Iterable[Fault]) -> None:
+    """Raise DataError with a line on each kind of fault, its number, the first few and a remedy, if there are any."""
+    by_kind = defaultdict(list)
+    for fault in faults:
+        by_kind[fault.kind].append(f'{fault.name} ({fault.text})')
+    if by_kind:
+        raise DataError(
+            '\n'.join(
+                f'datasets.{phase}: {len(names)} x {kind}: {shorten_list(names)}. {_REMEDIES[kind]}'
+                for kind, names in by_kind.items()
+            )
+        )
 
 
-def shorten_list(items: Iterable[str]) -> str:
-    """List the first few of `items`, and say how many more there are."""
-    items = list(items)
-    rest = f' and {len(items) - NUM_SHOWN} more' if len(items) > NUM_SHOWN else ''
-    return ', '.join(items[:NUM_SHOWN]) + rest
+class _Side:
+    """One half of the pairs: the images of a folder by their keys."""
 
+    def __init__(self, folder: str | Path, template: Template, phase: str, deep: bool) -> None:
+        self.folder, self.template = folder, template
+        names = list_images(folder, phase, deep)
+        self.files = template.keys(names)
+        if not self.files:
+            raise DataError(
+                f'datasets.{phase}: none of the {len(names)} images in folder {folder} is named {template.fill("{}")} '
+                f'(there are {shorten_list(names)}). Correct the template or the folder'
+            )
 
-def printable(name: str) -> str:
-    """Show a name in one line of text: names may hold anything but a slash, also ends of lines and bytes of no text."""
-    shown = name.encode('utf-8', 'backslashreplace').decode()
-    return shown.translate({ord('\n'): '\\n', ord('\r'): '\\r', ord('\t'): '\\t'})
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def unmatched(self, other: _Side) -> list[Fault]:
+        """Return a fault for each image whose key `other` lacks, in order."""
+        keys = sorted(self.files.keys() - other.files.keys())
+        by_lower = {key.lower(): key for key in other.files} if keys else {}
+        faults = []
+        for key in keys:
+            near = by_lower.get(key.lower())
+            hint = f'; {other.files[near][0]} differs only in the case of its letters, rename one' if near else ''
+            text = f'no {other.template.fill(key)} in {other.folder}{hint}'
+            faults += [Fault('no partner', self.path(name), text) for name in self.files[key]]
+        return faults
 
 
 def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]:
@@ -137,154 +246,22 @@ def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]
 
 
 def _image_names(folder: str | Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if is_image(entry.name))
+    return sorted(filter(is_image, os.listdir(folder)))
 
 
-class Template:
-    """A pattern of file names with one `{}`, which stands for the key.
-
-    `{}_rain` is any image whose name without its ending ends in `_rain`; `{}_rain.png` is only those that are PNG.
-    A `*` stands for anything, of several images with one key: `{}_*` gives `0001_0.8_0.2.jpg` the key `0001`.
-    """
-
-    def __init__(self, text: str) -> None:
-        if text.count('{}') != 1 or text.count('*') > 1 or '/' in text:
-            raise OptionError(
-                f'a name template has one {{}}, at most one * and no folder, such as {{}}_rain.png; got {text!r}'
-            )
-        self.text = text
-        self.has_suffix = is_image(text.replace('{}', 'x').replace('*', 'x'))
-        self.is_many = '*' in text
-        # The key ends where what follows it begins first, and so has no part of what `*` stands for.
-        pattern = re.escape(text).replace(re.escape('{}'), '(.+?)' if self.is_many else '(.+)')
-        flags = re.DOTALL | (re.IGNORECASE if self.has_suffix else 0)
-        self._pattern = re.compile(pattern.replace(re.escape('*'), '.*'), flags)
-
-    def key(self, name: str) -> str | None:
-        """Return what `{}` stands for in a file name; None if the name is of another kind."""
-        name = name.rpartition('/')[2]
-        match = self._pattern.fullmatch(name if self.has_suffix else os.path.splitext(name)[0])
-        return match and match[1]
-
-    def fill(self, key: str) -> str:
-        """Return the name that belongs to `key`; `.*` where the ending is free."""
-        return self.text.replace('{}', key) + ('' if self.has_suffix else '.*')
-
-    def keys(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """Group those of `names` that fit by their keys."""
-        found = defaultdict(list)
-        for name in names:
-            key = self.key(name)
-            if key is not None:
-                found[key].append(name)
-        return dict(found)
+def is_image(name: str) -> bool:
+    """Tell by its ending whether a file that is not hidden is an image."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith('.')
 
 
-def match_folders(
-    phase: str,
-    lq_dir: str | Path,
-    gt_dir: str | Path,
-    lq_template: str = '{}',
-    gt_template: str = '{}',
-    *,
-    deep: bool = False,
-    faults: Faults | None = None,
-) -> list[Pair]:
-    """Pair the images of two folders, which may be one, by their keys.
-
-    Files that do not fit their template are left out. Endings may differ; where one key has several files in a
-    folder, both folders must have the same names, which then are the keys. With a `*` in `lq_template` several
-    degraded images may share a clean one; their own names are the keys.
-
-    Args:
-        phase: whose pairs they are, for messages.
-        lq_dir, gt_dir: folders of the degraded and of the clean images.
-        lq_template, gt_template: how they are named.
-        deep: see `list_images`.
-        faults: where given, images without a partner are noted there and left out.
-    Raises:
-        DataError: if a folder is missing, has no image that fits, an image has no partner, or has several.
-        OptionError: if a template is none.
-    """
-    lq = _Side(lq_dir, Template(lq_template), phase, deep)
-    gt = _Side(gt_dir, Template(gt_template), phase, deep)
-    unmatched = lq.unmatched(gt)
-    # A clean image without a degraded one is an oversight, unless its dataset has many more of either.
-    unmatched += [] if lq.template.is_many else gt.unmatched(lq)
-    pairs, unclear = _match(lq, gt)
-    own_partners = [pair.lq for pair in pairs if pair.lq == pair.gt]
-    if own_partners:
-        raise DataError(
-            f'datasets.{phase}: degraded and clean image are one file: {shorten_list(own_partners)}. '
-            f'In one folder, lq_template and gt_template must tell them apart'
-        )
-    if faults is not None:
-        faults += unmatched + unclear
-    elif unmatched:
-        _raise_unmatched(phase, *((lq, gt) if lq.unmatched(gt) else (gt, lq)))
-    elif unclear:
-        raise DataError(
-            f'datasets.{phase}: it is not clear which image of {lq_dir} belongs to which of {gt_dir}: '
-            f'{shorten_list(fault.text for fault in unclear)}. '
-            f'Remove what is too much, or name the endings in lq_template and gt_template'
-        )
-    return pairs
+def shorten_list(items: Iterable[str], num_shown: int = _NUM_SHOWN) -> str:
+    """List the first few of `items`, and say how many more there are."""
+    items = list(items)
+    rest = f' and {len(items) - num_shown} more' if len(items) > num_shown else ''
+    return ', '.join(items[:num_shown]) + rest
 
 
-class _Side:
-    """One half of the pairs: the images of a folder by their keys."""
-
-    def __init__(self, folder: str | Path, template: Template, phase: str, deep: bool) -> None:
-        self.folder, self.template = folder, template
-        names = list_images(folder, phase, deep)
-        self.files = template.keys(names)
-        if not self.files:
-            raise DataError(
-                f'datasets.{phase}: none of the {len(names)} images in folder {folder} is named {template.fill("{}")} '
-                f'(there are {shorten_list(names)}). Correct the template or the folder'
-            )
-
-    def path(self, name: str) -> str:
-        """Return the path of a file."""
-        return os.path.join(self.folder, name)
-
-    def unmatched(self, other: _Side) -> list[Fault]:
-        """Return a fault for each image whose key `other` lacks, in order."""
-        keys = sorted(self.files.keys() - other.files.keys())
-        by_lower = {key.lower(): key for key in other.files} if keys else {}
-        faults = []
-        for key in keys:
-            near = by_lower.get(key.lower())
-            hint = f'; {other.files[near][0]} differs only in the case of its letters, rename one' if near else ''
-            text = f'no {other.template.fill(key)} in {other.folder}{hint}'
-            faults += [Fault('no partner', self.path(name), text) for name in self.files[key]]
-        return faults
-
-
-def _match(lq: _Side, gt: _Side) -> tuple[list[Pair], list[Fault]]:
-    pairs, unclear = [], []
-    for key in sorted(lq.files.keys() & gt.files.keys()):
-        lq_names, gt_names = lq.files[key], gt.files[key]
-        if len(gt_names) == 1 and lq.template.is_many:
-            pairs += [Pair(os.path.splitext(name)[0], lq.path(name), gt.path(gt_names[0])) for name in lq_names]
-        elif len(lq_names) == len(gt_names) == 1:
-            pairs.append(Pair(key, lq.path(lq_names[0]), gt.path(gt_names[0])))
-        elif lq_names == gt_names:
-            pairs += [Pair(name, lq.path(name), gt.path(name)) for name in lq_names]
-        else:
-            text = f'{" or ".join(lq_names)} with {" or ".join(gt_names)}'
-            unclear += [Fault('several partners', lq.path(name), text) for name in lq_names]
-    return pairs, unclear
-
-
-def _raise_unmatched(phase: str, own: _Side, other: _Side) -> None:
-    faults = own.unmatched(other)
-    names = [os.path.relpath(fault.name, own.folder) for fault in faults]
-    hint = next((fault.text.partition('; ')[2] for fault in faults if '; ' in fault.text), '')
-    first = faults[0].text.removeprefix('no ').partition(f' in {other.folder}')[0]
-    raise DataError(
-        f'datasets.{phase}: {len(names)} of {len(own.files)} images in {own.folder} have no partner in {other.folder}: '
-        f'{shorten_list(names)} (the first would be {first}{hint and "; " + hint}). '
-        f'Add the partners, remove these, or correct lq_template and gt_template'
-    )
+def printable(name: str) -> str:
+    """Show a name in one line of text: names may hold anything but a slash, also ends of lines and bytes of no text."""
+    shown = name.encode('utf-8', 'backslashreplace').decode()
+    return shown.translate({ord('\n'): '\\n', ord('\r'): '\\r', ord('\t'): '\\t'})

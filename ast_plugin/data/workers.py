@@ -1,8 +1,4 @@
-"""The processes that prepare data, out of reach of signals that are meant for the one that trains.
-
-Terminals and launchers send SIGINT and SIGTERM to a whole group of processes. The process that trains takes them as a
-request to save, for which it needs its workers; it ends them itself.
-"""
+"""Processes and threads that prepare data: results in order, and no signals that are meant for the main process."""
 
 from __future__ import annotations
 
@@ -13,9 +9,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import TypeVar
 
@@ -27,13 +25,39 @@ Result = TypeVar('Result')
 BATCH = 16
 """How many items a process is given at once: one by one, handing over takes as long as small images do."""
 
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_CAN_BLOCK = hasattr(signal, 'pthread_sigmask')  # not on Windows
+
 
 def num_cores() -> int:
-    """How many cores this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def map_in_order(
+def map_ahead(
+    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], num_ahead: int
+) -> Iterator[Result]:
+    """Yield `function(item)` for every item, in their order, and shut the executor down in the end.
+
+    Args:
+        executor: of threads or processes.
+        function: what they do.
+        items: taken as they are needed, however many there are.
+        num_ahead: how many are under way beyond the one that is waited for.
+    """
+    pending: deque = deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > num_ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def map_in_processes(
     function: Callable[[Item], Result],
     items: Iterable[Item],
     workers: int,
@@ -42,8 +66,7 @@ def map_in_order(
 ) -> Iterator[Result]:
     """Yield `function(item)` for every item, in their order.
 
-    At most a few batches for each process are under way, however many items there are. Processes end with this one,
-    even when it is killed, and leave Ctrl-C to it.
+    Processes end with this one, even when it is killed, and leave Ctrl-C to it.
 
     Args:
         function: a function of a module, which raises nothing that is to be told apart.
@@ -61,48 +84,22 @@ def map_in_order(
     batches = iter(lambda: list(itertools.islice(items, BATCH)), [])
     # Processes that are forked from one with threads may hang; a server without threads forks them.
     context = multiprocessing.get_context('forkserver' if hasattr(os, 'fork') else 'spawn')
-    executor = ProcessPoolExecutor(workers, context, _start, (prepare,))
+    executor = ProcessPoolExecutor(workers, context, _start_process, (prepare,))
     try:
-        pending = deque(executor.submit(_run, function, batch) for batch in itertools.islice(batches, 3 * workers))
-        while pending:
-            results = pending.popleft().result()
-            pending.extend(executor.submit(_run, function, batch) for batch in itertools.islice(batches, 1))
+        for results in map_ahead(executor, partial(_run_batch, function), batches, 3 * workers):
             yield from results
     except BrokenProcessPool as error:
         raise DataError(
             'a process that reads images was killed, most likely because memory ran out; use fewer with --workers'
         ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _start(prepare: Callable[[], None]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    prepare()
-
-
-def _leave_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _run(function: Callable[[Item], Result], batch: list[Item]) -> list[Result]:
-    return [function(item) for item in batch]
-
-
-_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-_CAN_BLOCK = hasattr(signal, 'pthread_sigmask')  # not on Windows
 
 
 @contextmanager
-def being_started() -> Iterator[None]:
-    """Start workers inside: signals reach none of them before it has come to `start_apart`."""
+def block_signals() -> Iterator[None]:
+    """Start workers of a loader inside: signals reach none of them before it has come to `start_apart`."""
     if not _CAN_BLOCK:
         yield
         return
-    from multiprocessing import resource_tracker
-
     resource_tracker.ensure_running()  # it would let the signals through again if it started in between
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -112,16 +109,19 @@ def being_started() -> Iterator[None]:
 
 
 def start_apart(worker_init: Callable[[int], None] | None, worker: int) -> None:
-    """Begin a worker by leaving its parent's group.
+    """Begin a worker of a loader by leaving its parent's group.
+
+    Terminals and launchers send SIGINT and SIGTERM to a whole group of processes. The process that trains takes them as
+    a request to save, for which it needs its workers; it ends them itself.
 
     Args:
-        worker_init: what else is done when a worker starts, None for nothing.
+        worker_init: another function to call when a worker starts, or None.
         worker: its number.
     """
     if hasattr(os, 'setpgrp'):
         os.setpgrp()
     if hasattr(signal, 'sigtimedwait'):
-        # What came to the group until now is not for this process, what comes from the parent is.
+        # Signals that came to the group until now are not for this process, those of the parent are.
         while (waiting := signal.sigtimedwait(_SIGNALS, 0)) is not None:
             if waiting.si_signo == signal.SIGTERM and waiting.si_pid == os.getppid():
                 os._exit(0)
@@ -129,3 +129,18 @@ def start_apart(worker_init: Callable[[int], None] | None, worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     if worker_init is not None:
         worker_init(worker)
+
+
+def _run_batch(function: Callable[[Item], Result], batch: list[Item]) -> list[Result]:
+    return [function(item) for item in batch]
+
+
+def _start_process(prepare: Callable[[], None]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    prepare()
+
+
+def _leave_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -146,7 +146,7 @@ def _started_by_reset(kind: type) -> type:
             """Load the epoch that the sampler was told of."""
             from ast_plugin.data import workers
 
-            with workers.being_started():
+            with workers.block_signals():
                 super().reset()
 
     return Prefetcher

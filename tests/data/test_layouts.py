@@ -50,7 +50,7 @@ def test_folders_templates_in_one_folder(tmp_path, suffix):
 
 def test_a_template_with_an_ending_settles_what_is_ambiguous(tmp_path):
     touch(tmp_path, 'lq/a.png', 'gt/a.png', 'gt/a.jpg')
-    with pytest.raises(DataError, match=r'not clear .* a\.png with a\.jpg or a\.png.*gt_template'):
+    with pytest.raises(DataError, match=r'several partners: .*a\.png \(a\.png with a\.jpg or a\.png\).*gt_template'):
         folders(tmp_path)
     assert folders(tmp_path, gt_template='{}.jpg') == {'a': ('lq/a.png', 'gt/a.jpg')}
 
@@ -63,11 +63,11 @@ def test_equal_names_are_not_ambiguous(tmp_path):
 @pytest.mark.parametrize(
     ('files', 'options', 'expected'),
     [
-        (['lq/a.png', 'lq/b.png', 'gt/a.png'], {}, ['1 of 2', 'lq have no partner', 'gt: b.png', 'b.*']),
+        (['lq/a.png', 'lq/b.png', 'gt/a.png'], {}, ['1 x no partner: ', 'lq/b.png (no b.* in ']),
         (
             ['lq/a.png', 'gt/a.png', *(f'gt/{n}.png' for n in range(9))],
             {},
-            ['9 of 10', '0.png, 1.png, 2.png and 6 more'],
+            ['9 x no partner: ', 'gt/0.png (no 0.* in', ' and 6 more'],
         ),
         (['lq/readme.txt', 'gt/a.png'], {}, ['no image in folder', 'lq']),
         (
@@ -223,7 +223,7 @@ def test_spad_other_lists_and_names_beyond_ascii(tmp_path):
         ('/r/1.png /g/1.txt\n', 'two image files'),
         ('/r/1.png /g/1.png /x/1.png\n', 'line 1'),
         ('\n\n', 'is empty'),
-        ('/r/1.png /g/1.png\n/r/7.png /g/7.png', r'2 files .* are missing below .*r/7\.png'),
+        ('/r/1.png /g/1.png\n/r/7.png /g/7.png', r'2 x missing: .*r/7\.png'),
         ('/r/1.png /g/1.png\n/r/1.png /r/1.png', 'several clean partners'),
     ],
 )

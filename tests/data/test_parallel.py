@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ast_plugin.data.workers import BATCH, map_in_order, num_cores
+from ast_plugin.data.workers import BATCH, map_in_processes, num_cores
 from ast_plugin.errors import DataError
 
 
@@ -23,8 +23,8 @@ def die_at_40(number: int) -> int:
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_order(workers):
-    assert list(map_in_order(slow_for_even, range(100), workers)) == [-number for number in range(100)]
-    assert list(map_in_order(slow_for_even, [], workers)) == []
+    assert list(map_in_processes(slow_for_even, range(100), workers)) == [-number for number in range(100)]
+    assert list(map_in_processes(slow_for_even, [], workers)) == []
 
 
 def test_items_are_taken_as_they_are_needed():
@@ -36,7 +36,7 @@ def test_items_are_taken_as_they_are_needed():
             taken += 1
             yield number
 
-    results = map_in_order(slow_for_even, items(), 2)
+    results = map_in_processes(slow_for_even, items(), 2)
     assert next(results) == 0
     assert taken <= 8 * BATCH
     results.close()
@@ -44,7 +44,7 @@ def test_items_are_taken_as_they_are_needed():
 
 def test_a_killed_process_is_told():
     with pytest.raises(DataError, match='was killed, most likely because memory ran out; use fewer with --workers'):
-        list(map_in_order(die_at_40, range(1000), 2))
+        list(map_in_processes(die_at_40, range(1000), 2))
 
 
 def test_cores():

@@ -31,7 +31,7 @@ def test_workers_have_groups_of_their_own_and_hear_again(method):
         worker_init_fn=partial(workers.start_apart, begun.append if method == 'fork' else None),
         multiprocessing_context=method,
     )
-    with workers.being_started():
+    with workers.block_signals():
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= workers._SIGNALS
         iterator = iter(loader)
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & workers._SIGNALS
@@ -42,7 +42,7 @@ def test_workers_have_groups_of_their_own_and_hear_again(method):
 @pytest.mark.parametrize(('sender', 'status'), [('the group', 7), ('the parent', 0)])
 def test_what_comes_while_a_worker_starts(sender, status):
     reader, writer = os.pipe()
-    with workers.being_started():
+    with workers.block_signals():
         child = os.fork()
         if child == 0:
             os.read(reader, 1)

@@ -1,14 +1,13 @@
-"""Reading images out of LMDBs: PNG files, or pixels of which only those that are wanted are touched."""
+"""Read images out of LMDBs: PNG files, or pixels of which only the wanted ones are touched; and check them all."""
 
 from __future__ import annotations
 
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +29,7 @@ from ast_plugin.data.lmdb.format import (
     view_raw,
 )
 from ast_plugin.data.matching import shorten_list
+from ast_plugin.data.workers import map_ahead
 from ast_plugin.errors import DataError
 
 Result = TypeVar('Result')
@@ -171,9 +171,6 @@ def _reason(error: lmdb.Error) -> str:
     return str(error).rpartition(': ')[2] if 'already open' not in str(error) else 'it is open already'
 
 
-_CHUNK = 256  # images whose results wait for their turn
-
-
 def check_lmdb(folder: str | Path, num_workers: int = 1) -> list[str]:
     """Read every image of an LMDB and compare it with its digest or, where there are none, decode it.
 
@@ -181,32 +178,32 @@ def check_lmdb(folder: str | Path, num_workers: int = 1) -> list[str]:
         folder: `*.lmdb`, ours or BasicSR's.
         num_workers: threads that read.
     Returns:
-        What is wrong, a line a fault; nothing if all is well.
+        A line on each fault; nothing if all is well.
     """
     try:
         images = LmdbImages(folder)
         digests = read_digests(folder)
         entries = list({entry.key: entry for entry in images.entries()}.values())
-        faults = _key_faults(images, entries, digests)
+        faults = _check_keys(images, entries, digests)
     except DataError as error:
         return [str(error)]
 
-    def fault(entry: Entry) -> str | None:
+    def check_entry(entry: Entry) -> str | None:
         try:
-            return images.read(entry.key, lambda value: _fault(images, entry, digests, value))
+            return images.read(entry.key, lambda value: _check_value(images, entry, digests, value))
         except DataError as error:
             return str(error)
 
-    with (
-        ThreadPoolExecutor(max(1, num_workers)) as pool,
-        tqdm(total=len(entries), desc=f'verify {images.folder.name}', unit='image', leave=False, disable=None) as bar,
-    ):
-        for chunk in _chunks(entries):
-            for found in pool.map(fault, chunk):
-                bar.update()
-                if found:
-                    faults.append(found)
-    return faults
+    pool = ThreadPoolExecutor(max(1, num_workers))
+    with tqdm(
+        map_ahead(pool, check_entry, entries, 256),
+        total=len(entries),
+        desc=f'verify {images.folder.name}',
+        unit='image',
+        leave=False,
+        disable=None,
+    ) as found:
+        return faults + [fault for fault in found if fault]
 
 
 def check_together(folder: str | Path) -> list[str]:
@@ -215,7 +212,7 @@ def check_together(folder: str | Path) -> list[str]:
     Args:
         folder: as `basicsr data lmdb` writes it; one without its source.json is none, and has no fault.
     Returns:
-        What is wrong, a line a fault; whether an LMDB is whole is for `check_lmdb` to say.
+        A line on each fault; whether an LMDB is whole is for `check_lmdb` to say.
     """
     folder = Path(folder)
     if not (folder / SOURCE).is_file():
@@ -236,8 +233,8 @@ def check_together(folder: str | Path) -> list[str]:
     return faults
 
 
-def _key_faults(images: LmdbImages, entries: list[Entry], digests: dict[str, str] | None) -> list[str]:
-    """Whether the LMDB has images that its text files do not name, or they disagree."""
+def _check_keys(images: LmdbImages, entries: list[Entry], digests: dict[str, str] | None) -> list[str]:
+    """Compare the images of an LMDB with those that its text files name."""
     faults = []
     count = images.count()
     if count > len(entries):
@@ -248,7 +245,7 @@ def _key_faults(images: LmdbImages, entries: list[Entry], digests: dict[str, str
     return faults
 
 
-def _fault(images: LmdbImages, entry: Entry, digests: dict[str, str] | None, value: memoryview) -> str | None:
+def _check_value(images: LmdbImages, entry: Entry, digests: dict[str, str] | None, value: memoryview) -> str | None:
     path = images.path(entry.key)
     if digests is not None and entry.key in digests:
         return None if digest_of(value) == digests[entry.key] else f'{path}: differs from what was written: damaged'
@@ -260,9 +257,3 @@ def _fault(images: LmdbImages, entry: Entry, digests: dict[str, str] | None, val
     if shape[:2] != (height, width):
         return f'{path}: has {shape[1]}x{shape[0]} pixels, meta_info.txt says {width}x{height}'
     return None
-
-
-def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    iterator = iter(entries)
-    while chunk := list(islice(iterator, _CHUNK)):
-        yield chunk

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ import lmdb
 import numpy as np
 from tqdm import tqdm
 
-from ast_plugin.data.image_files import decode_rgb
+from ast_plugin.data.image_files import decode_rgb, read_bytes
 from ast_plugin.data.lmdb.format import (
     DATA,
     DIGESTS,
@@ -42,16 +42,22 @@ from ast_plugin.data.lmdb.format import (
 )
 from ast_plugin.data.lmdb.reader import check_lmdb, check_together
 from ast_plugin.data.matching import Pair, PairTable, is_image, shorten_list
-from ast_plugin.data.workers import num_cores
+from ast_plugin.data.workers import map_ahead, num_cores
 from ast_plugin.errors import DataError
 from ast_plugin.files import lock_folder, sync_folder
 
 Encoding = Literal['png', 'raw']
 
-_LEVEL = 1
-"""Level of PNG files that we make of other formats: as BasicSR's; more costs time and gains a twentieth."""
+COMMIT_PAIRS = 64
+COMMIT_BYTES = 32 * 2**20
+"""A batch is committed when it has this many pairs or bytes; so much is lost by a kill, and lies in memory."""
 
-_FORMAT = 1  # a change of what is written for the same plan makes unfinished work useless
+_FORMAT = 1  # to be raised when other bytes are written for the same plan: unfinished work is then begun anew
+_LEVEL = 1  # of PNG files made of other formats, as BasicSR's; a higher one costs time and gains a twentieth
+_SMALLEST_MAP = 2**24
+_PAGE = 4096
+_STAGED = 'pair'  # in the staging folder: becomes the destination
+_JOURNAL, _PLAN, _OLD = 'journal.jsonl', 'plan.json', 'old'
 
 
 class Value(NamedTuple):
@@ -93,7 +99,8 @@ class Plan:
         Raises:
             DataError: if an image cannot be read, or the two differ in size.
         """
-        (lq_data, lq), (gt_data, gt) = map(_read, (item.lq, item.gt))
+        lq_data, gt_data = read_bytes(item.lq), read_bytes(item.gt)
+        lq, gt = decode_rgb(lq_data, item.lq), decode_rgb(gt_data, item.gt)
         if lq.shape != gt.shape:
             raise DataError(
                 f'the images of a pair must have one size; {item.lq} has {lq.shape[1]}x{lq.shape[0]} pixels, '
@@ -104,8 +111,8 @@ class Plan:
     def _value(self, key: str, data: bytes, image: np.ndarray) -> Value:
         if self.encoding == 'raw':
             data, detail = encode_raw(image), 8 * image.dtype.itemsize
-        elif self.compress_level is None and _is_rgb_png(data):
-            # Files of others decode as fast as what OpenCV would make of them, often faster, and cost no time now.
+        elif self.compress_level is None and data.startswith(b'\x89PNG') and data[25] == 2:
+            # A PNG in RGB decodes as fast as OpenCV's own, often faster, and costs no time now.
             detail = png_level(data)
         else:
             detail = _LEVEL if self.compress_level is None else self.compress_level
@@ -150,29 +157,6 @@ def _stamp(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _read(path: str) -> tuple[bytes, np.ndarray]:
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f'{path}: cannot be read: {error.strerror}') from error
-    return data, decode_rgb(data, path)
-
-
-def _is_rgb_png(data: bytes) -> bool:
-    """Whether a file, which could be decoded, is a PNG in RGB; its header says so after 25 bytes."""
-    return data.startswith(b'\x89PNG') and data[25] == 2
-
-
-COMMIT_PAIRS = 64
-COMMIT_BYTES = 32 * 2**20
-"""A batch is committed when it has this many pairs or bytes; so much is lost by a kill, and lies in memory."""
-
-_SMALLEST_MAP = 2**24
-_PAGE = 4096
-_STAGED = 'pair'  # in the staging folder: what becomes the destination
-_JOURNAL, _PLAN, _OLD = 'journal.jsonl', 'plan.json', 'old'
-
-
 class Record(NamedTuple):
     """What is known of a committed pair beside its values."""
 
@@ -207,9 +191,9 @@ def write_lmdbs(
     destination = Path(os.path.abspath(os.path.expanduser(destination)))
     if not destination.name:
         raise DataError(f'{destination}: exists, and is not a pair of LMDBs; choose another place')
-    staging = _staging_of(destination)
+    staging = destination.with_name(f'.{destination.name}.part')
     num_workers = num_workers or num_cores()
-    with _explained(destination, staging):
+    with _explain_errors(destination, staging):
         if _is_taken(destination, plan, overwrite):
             _check_whole(destination, num_workers)
             if _is_of(staging, plan):  # a kill came between the last rename and tidying up
@@ -218,17 +202,13 @@ def write_lmdbs(
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir(exist_ok=True)
         with lock_folder(staging, 'another process is writing there'):
-            num_done = _take_up(staging, plan)
+            num_done = _adopt(staging, plan)
             _write_values(staging, plan, num_done, num_workers)
             _write_texts(staging, plan)
             _verify(staging, num_workers)
             _is_taken(destination, plan, overwrite)  # somebody may have put something there meanwhile
             _put_in_place(staging, destination)
         return Outcome(len(plan.items), num_done, _num_bytes(destination))
-
-
-def _staging_of(destination: Path) -> Path:
-    return destination.with_name(f'.{destination.name}.part')
 
 
 def _is_taken(destination: Path, plan: Plan, overwrite: bool) -> bool:
@@ -261,26 +241,21 @@ def _check_whole(destination: Path, num_workers: int) -> None:
 
 
 @contextlib.contextmanager
-def _explained(destination: Path, staging: Path) -> Iterator[None]:
+def _explain_errors(destination: Path, staging: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, lmdb.Error) as error:
         reason = getattr(error, 'strerror', None) or str(error).rpartition(': ')[2]
+        free = ''
+        with contextlib.suppress(OSError):  # LMDB calls a full disk an input/output error
+            free = f' ({shutil.disk_usage(staging).free / 2**20:.0f} MB are free there)'
         raise DataError(
-            f'{destination}: cannot be written: {reason}{_room(staging)}. When that is mended, for instance by making '
-            f'room, the same command goes on from there: what was finished is kept in {staging}'
+            f'{destination}: cannot be written: {reason}{free}. When that is mended, for instance by making room, the '
+            f'same command goes on from there: what was finished is kept in {staging}'
         ) from error
 
 
-def _room(folder: Path) -> str:
-    """What is free on the disk: LMDB calls a write that stops in the middle an input/output error."""
-    try:
-        return f' ({shutil.disk_usage(folder).free / 2**20:.0f} MB are free there)'
-    except OSError:
-        return ''
-
-
-def _take_up(staging: Path, plan: Plan) -> int:
+def _adopt(staging: Path, plan: Plan) -> int:
     """Make the staging folder one of this plan, and count the pairs that both LMDBs in it have."""
     if _is_of(staging, plan):
         num_done = _num_committed(staging, plan)
@@ -293,7 +268,7 @@ def _take_up(staging: Path, plan: Plan) -> int:
     for kind in KINDS:
         _folder(staging, kind).mkdir(parents=True)
     (staging / _JOURNAL).touch()
-    with _written(marker) as file:
+    with _open_synced(marker) as file:
         file.write(plan.digest)
     return 0
 
@@ -337,11 +312,15 @@ def _num_entries(folder: Path) -> int:
 
 
 def _write_values(staging: Path, plan: Plan, num_done: int, num_workers: int) -> None:
+    # Reading, decoding, encoding and digests all leave Python's lock to the other threads.
+    pool = ThreadPoolExecutor(num_workers)
+    values = map_ahead(pool, plan.encode, plan.items[num_done:], 2 * num_workers)
     with (
         open(staging / _JOURNAL, 'ab') as journal,
+        contextlib.closing(values),
         tqdm(total=len(plan.items), initial=num_done, desc='pack', unit='pair', disable=None) as bar,
     ):
-        for batch in _batches(_encoded(plan, plan.items[num_done:], num_workers)):
+        for batch in _batches(values):
             for lq, gt in batch:
                 record = Record(
                     lq.entry.key, lq.entry.shape, (lq.entry.detail, gt.entry.detail), (lq.digest, gt.digest)
@@ -353,24 +332,6 @@ def _write_values(staging: Path, plan: Plan, num_done: int, num_workers: int) ->
                 _commit(_folder(staging, kind), values, num_done)
             num_done += len(batch)
             bar.update(len(batch))
-
-
-def _encoded(plan: Plan, items: Iterable[Pair], num_workers: int) -> Iterator[tuple[Value, Value]]:
-    """Encode pairs on several threads, in their order, a few ahead of the one that is asked for.
-
-    Reading, decoding, encoding and digests all leave Python's lock to the others.
-    """
-    waiting = deque()
-    pool = ThreadPoolExecutor(num_workers)
-    try:
-        for item in items:
-            waiting.append(pool.submit(plan.encode, item))
-            if len(waiting) > 2 * num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _batches(pairs: Iterable[tuple[Value, Value]]) -> Iterator[list[tuple[Value, Value]]]:
@@ -411,15 +372,15 @@ def _map_size(folder: Path, values: Sequence[Value]) -> int:
 def _write_texts(staging: Path, plan: Plan) -> None:
     """Write what goes beside the data, out of the journal."""
     for number, kind in enumerate(KINDS):
-        with _written(_folder(staging, kind) / META_INFO) as file:
+        with _open_synced(_folder(staging, kind) / META_INFO) as file:
             for record in _records(staging, plan.order):
                 file.write(Entry(record.key, plan.encoding, record.shape, record.details[number]).line() + '\n')
-        with _written(_folder(staging, kind) / DIGESTS) as file:
+        with _open_synced(_folder(staging, kind) / DIGESTS) as file:
             for record in _records(staging, (item.key for item in plan.items)):
                 file.write(f'{record.digests[number]}  {record.key}\n')
     source = {'plan': plan.digest, 'encoding': plan.encoding, 'pairs': len(plan.items)}
     source['digests'] = {kind: digest_of((_folder(staging, kind) / DIGESTS).read_bytes()) for kind in KINDS}
-    with _written(staging / _STAGED / SOURCE) as file:
+    with _open_synced(staging / _STAGED / SOURCE) as file:
         file.write(json.dumps(source) + '\n')
 
 
@@ -458,7 +419,7 @@ def _put_in_place(staging: Path, destination: Path) -> None:
 
 
 @contextlib.contextmanager
-def _written(path: Path) -> Iterator[IO[str]]:
+def _open_synced(path: Path) -> Iterator[IO[str]]:
     """Open a file of the staging folder to write it from the beginning, and see it on the disk."""
     with open(path, 'w', encoding='utf-8', newline='\n') as file:
         yield file

@@ -34,9 +34,9 @@ from ast_plugin.data.lmdb.format import is_raw, view_raw
 from ast_plugin.data.lmdb.reader import LmdbImages
 from ast_plugin.data.lmdb.writer import make_plan
 from ast_plugin.data.manifest import Entry, Manifest
-from ast_plugin.data.matching import Fault, Faults, Pair, PairTable, list_images
+from ast_plugin.data.matching import Fault, Pair, PairTable, list_images
 from ast_plugin.data.prepare.splits import Split
-from ast_plugin.data.workers import map_in_order
+from ast_plugin.data.workers import map_in_processes
 from ast_plugin.errors import DataError
 
 DIGEST_BYTES = 16
@@ -142,7 +142,7 @@ class SplitFindings:
         num_pairs: pairs looked at, good ones and faulty ones.
         faults: of the faulty ones.
         good: the numbers of the good ones in the split.
-        starts: the first 8 bytes of the digests of their images, degraded and clean by turns; among a million images
+        digests: the first 8 bytes of the digests of their degraded and of their clean images; among a million images
             two different ones share them with a chance of 1 in 10^7.
         sizes: how many have which height and width.
         num_bytes: of their files.
@@ -150,9 +150,9 @@ class SplitFindings:
     """
 
     num_pairs: int = 0
-    faults: Faults = field(default_factory=Faults)
+    faults: list[Fault] = field(default_factory=list)
     good: array = field(default_factory=lambda: array('Q'))
-    starts: array = field(default_factory=lambda: array('Q'))
+    digests: tuple[array, array] = field(default_factory=lambda: (array('Q'), array('Q')))
     sizes: Counter = field(default_factory=Counter)
     num_bytes: int = 0
     traits: Counter = field(default_factory=Counter)
@@ -165,24 +165,20 @@ class SplitFindings:
             return
         self.good.append(self.num_pairs - 1)
         self.sizes[checked.lq.size] += 1
-        for finding in (checked.lq, checked.gt):
+        for finding, digests in zip((checked.lq, checked.gt), self.digests, strict=True):
             self.num_bytes += finding.num_bytes
             self.traits.update(finding.traits)
-            self.starts.append(int.from_bytes(finding.digest[:8], 'big'))
-
-    def digests(self, side: int) -> np.ndarray:
-        """Return the start of the digest of each degraded (0) or clean (1) image, [N] uint64."""
-        return np.array(self.starts, np.uint64)[side::2]
+            digests.append(int.from_bytes(finding.digest[:8], 'big'))
 
     @property
     def num_unchanged(self) -> int:
         """The number of pairs whose two images are equal."""
-        return int((self.digests(0) == self.digests(1)).sum())
+        return sum(lq == gt for lq, gt in zip(*self.digests, strict=True))
 
     @property
     def num_clean(self) -> int:
         """The number of different clean images."""
-        return len(np.unique(self.digests(1)))
+        return len(set(self.digests[1]))
 
 
 class Journal:
@@ -214,7 +210,7 @@ class Journal:
         try:
             with open(self._new, 'w', encoding='utf-8') as file:
                 items = zip(pairs, self._known_lines(), strict=False)
-                for line in map_in_order(_check_line, items, workers, prepare=_limit_threads):
+                for line in map_in_processes(_check_line, items, workers, prepare=_limit_threads):
                     file.write(line + '\n')
                     findings.add(_parse(line))
                     on_pair()
@@ -308,45 +304,42 @@ class Duplicates:
 
 def find_repeats(split: Split, findings: SplitFindings) -> Duplicates | None:
     """Find degraded images that one split holds twice. Clean ones may well have many degraded ones."""
-    digests = findings.digests(0)
-    order = np.argsort(digests, kind='stable')
-    again = np.flatnonzero(digests[order][1:] == digests[order][:-1]) + 1
-    examples = tuple(
-        (_path(split, findings, order[at - 1], 0), _path(split, findings, order[at], 0)) for at in again[:_NUM_EXAMPLES]
-    )
-    return Duplicates(split.name, split.name, 'degraded', examples, len(again)) if len(again) else None
+    both = split, findings
+    return _find_duplicates(both, both, 0)
 
 
 def find_leaks(splits: Sequence[Split], findings: Sequence[SplitFindings]) -> list[Duplicates]:
     """Find images to be tested with that are trained on."""
     checked = list(zip(splits, findings, strict=True))
-    leaks = (
-        _find_shared(*train, *test, side)
+    leaks = [
+        _find_duplicates(train, test, side)
         for train in checked
         for test in checked
         for side in (0, 1)
         if (train[0].phase, test[0].phase) == ('train', 'test')
-    )
+    ]
     return [leak for leak in leaks if leak]
 
 
-def _find_shared(
-    train: Split, train_findings: SplitFindings, test: Split, test_findings: SplitFindings, side: int
+def _find_duplicates(
+    first: tuple[Split, SplitFindings], second: tuple[Split, SplitFindings], side: int
 ) -> Duplicates | None:
-    trained, tested = train_findings.digests(side), test_findings.digests(side)
-    hits = np.flatnonzero(np.isin(tested, trained))
-    if not len(hits):
-        return None
-    order = np.argsort(trained, kind='stable')
-    examples = []
-    for at in hits[:_NUM_EXAMPLES]:
-        place = order[np.searchsorted(trained[order], tested[at])]
-        examples.append((_path(train, train_findings, place, side), _path(test, test_findings, at, side)))
-    return Duplicates(train.name, test.name, ('degraded', 'clean')[side], tuple(examples), len(hits))
+    """Find degraded (0) or clean (1) images of one split that are in another, or twice in one split."""
+    places: dict[int, int] = {}
+    for place, digest in enumerate(first[1].digests[side]):
+        places.setdefault(digest, place)
+    hits = [
+        (places[digest], place)
+        for place, digest in enumerate(second[1].digests[side])
+        if digest in places and not (first is second and places[digest] == place)
+    ]
+    examples = tuple((_path(*first, one, side), _path(*second, other, side)) for one, other in hits[:_NUM_EXAMPLES])
+    kind = ('degraded', 'clean')[side]
+    return Duplicates(first[0].name, second[0].name, kind, examples, len(hits)) if hits else None
 
 
 def _path(split: Split, findings: SplitFindings, place: int, side: int) -> str:
-    pair = split.pairs[findings.good[int(place)]]
+    pair = split.pairs[findings.good[place]]
     return (pair.lq, pair.gt)[side]
 
 
@@ -367,7 +360,8 @@ def check_files(
     """
     faults: list[Fault] = []
     entries = _check_keys(manifest, faults)
-    for found in map_in_order(partial(_check_entry, manifest.root, quick), entries, workers, prepare=_limit_threads):
+    check = partial(_check_entry, manifest.root, quick)
+    for found in map_in_processes(check, entries, workers, prepare=_limit_threads):
         faults += found
         on_pair()
     return faults

@@ -1,4 +1,4 @@
-"""Finding the splits of a dataset in a folder of unpacked downloads."""
+"""Find the splits of a dataset in a folder of unpacked downloads."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from ast_plugin.data.layouts import (
     Place,
     Source,
     find_places,
-    list_pairs,
     make_places,
     match_place,
+    read_list,
     walk_folders,
 )
-from ast_plugin.data.matching import Faults, PairTable, shorten_list
+from ast_plugin.data.matching import Fault, PairTable, shorten_list
 from ast_plugin.errors import DataError, OptionError, did_you_mean
 
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.bz2', '.rar', '.7z')
-_SHOWN = 8
 
 # What plain folders of pairs are usually called.
 _PLAIN = (
@@ -62,7 +61,7 @@ class Split:
     name: str
     phase: str
     pairs: PairTable
-    faults: Faults = field(default_factory=Faults)
+    faults: list[Fault] = field(default_factory=list)
     where: Path = Path()
 
 
@@ -102,113 +101,103 @@ def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) 
         source: the folder.
         wanted: splits to find, which then must be there; otherwise all that there are.
     Raises:
-        DataError: if nothing is found, or more than can be told apart; what was expected is said.
+        DataError: if nothing is found, or more than can be told apart; the message tells what was expected.
         OptionError: if there is no such layout or split.
     """
-    row = layout if isinstance(layout, Layout) else _row(layout)
+    row = layout if isinstance(layout, Layout) else _find_layout(layout)
     known = row.train_splits + row.test_splits
     for name in wanted:
         if name not in known:
             raise OptionError(f'{row.title} has no split {name}{did_you_mean(name, known)} (it has {", ".join(known)})')
-    _check_folder(source)
-    roots = list(walk_folders(source))
-    found, seen = [], set()
+    if source.is_file():
+        what = 'an archive: unpack it, and name the folder' if _is_archive(source.name) else 'a file: name the folder'
+        raise DataError(f'{source} is {what} with the dataset')
+    if not source.is_dir():
+        raise DataError(f'{source}: there is no such folder; expected the folder of the dataset as it was unpacked')
+    folders = list(walk_folders(source))
+    splits, seen = [], set()
     for name in wanted or known:
         phase = 'train' if name in row.train_splits else 'test'
-        split = _find_list(row, roots, name, phase) or _find_place(row, source, roots, name, phase, bool(wanted))
+        split = _find_list(row, folders, name, phase) or _find_place(row, source, folders, name, phase, bool(wanted))
         if split is None and wanted:
-            raise _nothing(row, source, f'the split {name} of {row.title}')
+            raise _nothing_found(row, source, f'the split {name} of {row.title}')
         # The root itself may go for several splits; the first has it, unless numbers divide it.
         if split and (row.numbers or split.where not in seen):
             seen.add(split.where)
-            found.append(split)
-    if not found:
-        raise _nothing(row, source, row.title)
-    return found
+            splits.append(split)
+    if not splits:
+        raise _nothing_found(row, source, row.title)
+    return splits
 
 
-def _row(layout: str) -> Layout:
+def _find_layout(layout: str) -> Layout:
     if layout not in preparable():
         names = preparable()
         raise OptionError(f'no layout {layout}{did_you_mean(layout, names)} (there are {", ".join(names)})')
     return plain_layout(None, None, None, None) if layout == 'folders' else LAYOUTS[layout]
 
 
-def _check_folder(source: Path) -> None:
-    if source.is_file():
-        what = 'an archive: unpack it, and name the folder' if _is_archive(source.name) else 'a file: name the folder'
-        raise DataError(f'{source} is {what} with the dataset')
-    if not source.is_dir():
-        raise DataError(f'{source}: there is no such folder; expected the folder of the dataset as it was unpacked')
-
-
-def _find_list(row: Layout, roots: Sequence[tuple[int, Path]], name: str, phase: str) -> Split | None:
-    """The split in a list file of SPAD's."""
+def _find_list(row: Layout, folders: Sequence[tuple[int, Path]], name: str, phase: str) -> Split | None:
+    """The split in a list file of SPAD's, as near to the top as there is one."""
     if 'list_file' not in row.may_have or name not in SPAD_LISTS:
         return None
-    lists = [(depth, root / SPAD_LISTS[name]) for depth, root in roots if (root / SPAD_LISTS[name]).is_file()]
+    lists = [(depth, folder / SPAD_LISTS[name]) for depth, folder in folders]
+    lists = [(depth, path) for depth, path in lists if path.is_file()]
     if not lists:
         return None
-    path = _only(row, name, [path for depth, path in lists if depth == lists[0][0]])
-    faults = Faults()
-    pairs = list_pairs(row, Source(phase, str(path.parent), split=name), faults)
+    path = _choose_only(row, name, [path for depth, path in lists if depth == lists[0][0]])
+    pairs, faults = read_list(path, path.parent, phase)
     return Split(name, phase, pairs, faults, path)
 
 
 def _find_place(
-    row: Layout, source: Path, roots: Sequence[tuple[int, Path]], name: str, phase: str, is_wanted: bool
+    row: Layout, source: Path, folders: Sequence[tuple[int, Path]], name: str, phase: str, is_wanted: bool
 ) -> Split | None:
     """The split in a pair of folders, as near to the top as there is one."""
     names = row.names(name)
     names += ('.',) if is_wanted and '.' not in names else ()
-    candidates = [(-1, source.absolute().parent, (source.absolute().name,))] if source.absolute().name in names else []
-    candidates += [(depth, root, names) for depth, root in roots]
+    candidates = [(depth, root, names) for depth, root in folders]
+    if source.absolute().name in names:
+        candidates.insert(0, (-1, source.absolute().parent, (source.absolute().name,)))
     others = {alias for other in row.train_splits + row.test_splits if other != name for alias in row.names(other)}
-    hits: list[tuple[Path, Place, str]] = []
+    hits: dict[Path, tuple[Path, Place, str]] = {}
     level = None
     for depth, root, known in candidates:
         if hits and depth > level:
             break
         for alias in known:
-            if alias == '.' and not others.isdisjoint(root.parts[len(source.parts) :]):
+            if alias == '.' and (hits or not others.isdisjoint(root.parts[len(source.parts) :])):
                 continue  # in the folder of another split
             place = next((place for place in row.places if place.fits(root, alias)), None)
-            if place and not (alias == '.' and hits):
+            if place:
                 level = depth
-                hits.append((root, place, alias))
+                hits[Path(os.path.normpath(place.folders(root, alias)[0]))] = root, place, alias
     if not hits:
         return None
-    by_folder = {
-        Path(os.path.normpath(place.folders(root, alias)[0])): (root, place, alias) for root, place, alias in hits
-    }
-    folder = _only(row, name, list(by_folder))
-    root, place, alias = by_folder[folder]
-    faults = Faults()
-    pairs = PairTable(match_place(row, Source(phase, str(root), split=name), place, alias, faults))
-    return Split(name, phase, pairs, faults, folder)
+    folder = _choose_only(row, name, list(hits))
+    root, place, alias = hits[folder]
+    pairs, faults = match_place(row, Source(phase, str(root), split=name), place, alias)
+    return Split(name, phase, PairTable(pairs), faults, folder)
 
 
-def _only(row: Layout, name: str, places: list[Path]) -> Path:
+def _choose_only(row: Layout, name: str, places: list[Path]) -> Path:
     if len(places) > 1:
-        raise DataError(
-            f'the split {name} of {row.title} may be in {shorten_list(map(str, places))}. '
-            f'Name the folder of one of them'
-        )
+        names = shorten_list(map(str, places))
+        raise DataError(f'the split {name} of {row.title} may be in {names}. Name the folder of one of them')
     return places[0]
 
 
-def _nothing(row: Layout, source: Path, what: str) -> DataError:
-    """Return the error that nothing was found, with what is there instead."""
+def _nothing_found(row: Layout, source: Path, what: str) -> DataError:
+    """Return the error that nothing was found, with a list of the files that are there."""
     names = sorted(os.listdir(source))
     archives = [name for name in names if _is_archive(name)]
-    there = ', '.join(names[:_SHOWN]) + (f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else '')
     remedy = f'Unpack {shorten_list(archives)} first' if archives else 'Name its folder, or another layout'
-    there = f'{there or "nothing"}{_unmatched(row, source)}'
-    return DataError(f'{what} is not in {source}: expected {row.description}; there is {there}. {remedy}')
+    present = f'{shorten_list(names, 8) or "nothing"}{_describe_unmatched(row, source)}'
+    return DataError(f'{what} is not in {source}: expected {row.description}; there is {present}. {remedy}')
 
 
-def _unmatched(row: Layout, source: Path) -> str:
-    """What is to be said of folders that are as expected, where no image has a partner."""
+def _describe_unmatched(row: Layout, source: Path) -> str:
+    """Name folders that are as expected, if no image in them has a partner."""
     for name in row.train_splits + row.test_splits:
         for alias in row.names(name):
             for place in row.places:

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -22,6 +23,7 @@ from ast_plugin.data.lmdb.writer import Plan, make_plan
 from ast_plugin.data.manifest import Entry, write_manifest
 from ast_plugin.data.matching import Pair
 from ast_plugin.data.pairs_dataset import PairsDataset
+from ast_plugin.data.workers import map_ahead
 from ast_plugin.errors import DataError
 from tests.data.lmdb_sources import contents, options, pack, write_folders
 
@@ -206,7 +208,7 @@ def test_few_pairs_are_under_way_at_a_time(root, monkeypatch):
     plan, begun = make_plan(pairs), []
     encode = Plan.encode
     monkeypatch.setattr(Plan, 'encode', lambda self, item: begun.append(1) or encode(self, item))
-    encoded = lmdb_writer._encoded(plan, plan.items, num_workers=1)
+    encoded = map_ahead(ThreadPoolExecutor(1), plan.encode, plan.items, 2)
     next(encoded)
     time.sleep(0.05)
     assert len(begun) <= 3
