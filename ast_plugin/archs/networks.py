@@ -6,9 +6,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ast_plugin.archs.ast_arch import AST, AST_B, AST_T, AST_XS
 from ast_plugin.archs.spandrel_arch import recognise
 from ast_plugin.archs.state import infer_options
-from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError, did_you_mean
+from ast_plugin.errors import (
+    BackendUnavailable,
+    CheckpointError,
+    OptionError,
+    PluginError,
+    did_you_mean,
+    one_line,
+)
+from ast_plugin.plugins import load_plugins
 
 CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'img_channel', 'inp_channels')
 """What networks call the number of channels that they take."""
@@ -16,12 +25,38 @@ CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'img_channel', 
 _FALLBACK_SUFFIX = '_basicsr'  # under which BasicSR registers some of its own, and finds them without it
 
 
+_OWN = {'AST': AST, 'AST_XS': AST_XS, 'AST_T': AST_T, 'AST_B': AST_B}  # found without importing BasicSR
+
+
+def build_network(options: Mapping[str, Any]) -> nn.Module:
+    """Build a registered network, without the toolbox's log lines.
+
+    Args:
+        options: `type`, the registered name, and the network's arguments.
+    Raises:
+        OptionError: if no such network is registered, or it does not take these arguments.
+    """
+    arguments = dict(options)
+    name = arguments.pop('type', None)
+    network = registered_network(name)
+    try:
+        return network(**arguments)
+    except PluginError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        # Networks of others check their arguments each in their own way.
+        raise OptionError(f'the network {name} cannot be built with {arguments}: {one_line(error)}') from error
+
+
 def registered_network(name: Any) -> Callable[..., nn.Module]:
-    """Return what builds the network that is registered under a name.
+    """Return what builds the network that is registered under a name, by BasicSR, by us or by a plugin.
 
     Raises:
         OptionError: if there is none; says what is near.
     """
+    if isinstance(name, str) and name in _OWN:
+        return _OWN[name]
+    load_plugins()
     import basicsr.archs  # noqa: F401 - registers the toolbox's networks
     from basicsr.utils.registry import ARCH_REGISTRY
 

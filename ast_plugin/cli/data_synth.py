@@ -163,7 +163,7 @@ def _may_be_bound(value: object) -> bool:
 
 def _photos(inputs: Sequence[str], output: Path, recursive: bool) -> dict[str, Path]:
     """Every photo by the name that its pairs get: the file's, with folder and ending where that is needed."""
-    from ast_plugin.cli.infer import find_pictures
+    from ast_plugin.evaluation.file_restorer import find_images
 
     paths = []
     for given in inputs:
@@ -172,7 +172,7 @@ def _photos(inputs: Sequence[str], output: Path, recursive: bool) -> dict[str, P
         if not matches and glob.has_magic(expanded):
             raise DataError(f'{given}: no file matches this pattern')
         paths += matches or [expanded]
-    found = find_pictures(paths, output, recursive)
+    found = find_images(paths, output, recursive)
     names = ['_'.join((*folder.parts, path.stem)) for path, folder in found]
     twice = {name for name, count in Counter(name.casefold() for name in names).items() if count > 1}
     named: dict[str, Path] = {}

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ast_plugin.archs.networks import infer_network, stated_channels
+from ast_plugin.archs.networks import build_network, infer_network, stated_channels
 from ast_plugin.checkpoints import load_into, read_checkpoint
 from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
-from ast_plugin.evaluation.restorer import build_network
 
 _MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ast_plugin.errors import DataError, OptionError, PluginError, ShapeError, did_you_mean, one_line
-from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, Tiling, evaluating
+from ast_plugin.evaluation.tiling import AUTO, MemoryShortage, OnNote, OnTile, Tiling, evaluating
 from ast_plugin.metrics.images import as_array, eight_bits, fractions, to_toolbox
 
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -75,7 +75,7 @@ class Protocol:
             [B, D, s·H, s·W], clamped to [0, 1], rounded to 255ths if `round`; float32 (float64 of float64) on the
             device of `lq`.
         Raises:
-            OptionError: if the image does not fit in memory.
+            MemoryShortage: if the image does not fit in memory.
             ShapeError: if `lq` is not [B, C, H, W], or the network does not take it.
             DataError: if the result is not finite.
         """
@@ -133,7 +133,7 @@ class Protocol:
         try:
             padded = F.pad(image, (left, side - width - left, top, side - height - top))
         except RuntimeError as error:
-            raise OptionError(
+            raise MemoryShortage(
                 f'{width}x{height} with zeros around it, {side}x{side}, does not fit in memory; choose a smaller square'
             ) from error
         result = self.tiling.run(network, padded, on_tile, on_note)

@@ -1,4 +1,4 @@
-"""Restoring pictures with a trained network: weights, device, memory and tiles behind one class."""
+"""Restoring images with a trained network: weights, device, memory and tiles behind one class."""
 
 import os
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ast_plugin.archs.networks import infer_network, registered_network, stated_channels
+from ast_plugin.archs.networks import build_network, infer_network, stated_channels
 from ast_plugin.checkpoints import load_into, read_checkpoint
-from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, ShapeError, one_line
+from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError, one_line
 from ast_plugin.evaluation.protocols import Protocol
 from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, check_tile_options
 
@@ -18,12 +18,12 @@ _LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
 
 class Restorer:
-    """A network ready to restore pictures.
+    """A network ready to restore images.
 
         restorer = Restorer.from_weights('AST_derain.safetensors')
-        restored = restorer.restore(photograph)     # RGB [H, W, 3], uint8, as is `photograph`
+        restored = restorer.restore(image)     # RGB [H, W, 3], uint8, as is `image`
 
-    Pictures that do not fit in memory are restored in tiles. The network runs in float32, in evaluation mode.
+    Images that do not fit in memory are restored in tiles. The network runs in float32, in evaluation mode.
 
     Args:
         network: maps [1, C, H, W] in [0, 1] to [1, D, s·H, s·W], C and D being 1 or 3.
@@ -32,7 +32,7 @@ class Restorer:
         tile: side of a tile in pixels; 'auto' or None chooses by the free memory, and takes the whole where it fits.
         overlap: pixels that neighbouring tiles share; None takes a quarter of the tile.
         batch: tiles that go through the network together.
-        self_ensemble: give the mean of the results for the eight flips and rotations of the picture.
+        self_ensemble: give the mean of the results for the eight flips and rotations of the image.
     Attributes:
         notes: lines on what was assumed about the network.
     Raises:
@@ -120,30 +120,30 @@ class Restorer:
         on_tile: OnTile | None = None,
         on_note: OnNote | None = None,
     ) -> np.ndarray:
-        """Restore one picture.
+        """Restore one image.
 
-        A gray picture goes through a network of RGB as three equal channels, whose mean comes back.
+        A gray image goes through a network of RGB as three equal channels, whose mean comes back.
 
         Args:
             image: gray [H, W] or RGB [H, W, 3]; uint8, uint16, or floating point in [0, 1].
             on_tile: called with (tiles done, tiles in all).
             on_note: called with a line when tiles are chosen because memory is short.
         Returns:
-            The restored picture, [s·H, s·W] or [s·H, s·W, 3], clamped to the range of its dtype and rounded to the
+            The restored image, [s·H, s·W] or [s·H, s·W, 3], clamped to the range of its dtype and rounded to the
             nearest value: the input's dtype, float32 for floating point.
         Raises:
-            ShapeError: if the array is no such picture, or the network does not take its size.
+            ShapeError: if the array is no such image, or the network does not take its size.
             DataError: if colours are given to a network for gray, or the network's result is not finite.
-            OptionError: if the picture does not fit in memory with the tiles asked for.
+            OptionError: if the image does not fit in memory with the tiles asked for.
         """
         largest = _LARGEST.get(image.dtype, 1)
         if largest == 1 and not np.issubdtype(image.dtype, np.floating):
-            raise ShapeError(f'a picture has uint8, uint16 or floating point values, not {image.dtype}')
+            raise ShapeError(f'an image has uint8, uint16 or floating point values, not {image.dtype}')
         is_gray = image.ndim == 2
         if not (is_gray or (image.ndim == 3 and image.shape[2] == 3)) or 0 in image.shape:
-            raise ShapeError(f'a picture is [H, W] or [H, W, 3], not {list(image.shape)}')
+            raise ShapeError(f'an image is [H, W] or [H, W, 3], not {list(image.shape)}')
         if self.in_channels == 1 and not is_gray:
-            raise DataError('the picture has colours, the network takes gray pictures only')
+            raise DataError('the image has colours, the network takes gray images only')
         values = torch.from_numpy(image.astype(np.float32)).div_(largest)
         batch = values[None, None].expand(1, self.in_channels, -1, -1) if is_gray else values.permute(2, 0, 1)[None]
         result = self.protocol.restore(self.network, batch, on_tile, on_note)[0]
@@ -157,7 +157,7 @@ class Restorer:
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name; None takes the first GPU, or the CPU where there is none.
+    """Return the device of that name; None takes the first GPU, or the CPU where there is none.
 
     Raises:
         OptionError: if there is no such device here.
@@ -172,23 +172,3 @@ def find_device(name: str | torch.device | None) -> torch.device:
         have = f'cpu, cuda:0 to cuda:{count - 1}' if count > 1 else 'cpu, cuda' if count else 'cpu'
         raise OptionError(f'device {name!s} cannot be used here, there is: {have} ({one_line(error)})') from error
     return device
-
-
-def build_network(options: Mapping[str, Any]) -> nn.Module:
-    """Build a registered network, without the toolbox's log lines.
-
-    Args:
-        options: `type`, the registered name, and the network's arguments.
-    Raises:
-        OptionError: if no such network is registered, or it does not take these arguments.
-    """
-    arguments = dict(options)
-    name = arguments.pop('type', None)
-    network = registered_network(name)
-    try:
-        return network(**arguments)
-    except PluginError:
-        raise
-    except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
-        # Networks of others check their arguments each in their own way.
-        raise OptionError(f'the network {name} cannot be built with {arguments}: {one_line(error)}') from error

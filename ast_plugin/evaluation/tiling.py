@@ -26,6 +26,10 @@ OnTile = Callable[[int, int], None]
 OnNote = Callable[[str], None]
 
 
+class MemoryShortage(OptionError):
+    """An image does not fit in memory in the way that was asked for."""
+
+
 class Tiling:
     """How a network is run on images that may be too large for it.
 
@@ -63,7 +67,7 @@ class Tiling:
         Returns:
             [B, D, s·H, s·W], float32 or float64 as the image, on the image's device.
         Raises:
-            OptionError: if the image does not fit in memory as asked for.
+            MemoryShortage: if the image does not fit in memory as asked for.
             ShapeError: if the network does not take these sizes.
         """
         device = _device_of(network, image)
@@ -90,7 +94,7 @@ class Tiling:
                     continue
                 smaller = min(tile, whole) // 2 // _TILE_STEP * _TILE_STEP
                 if self.tile != AUTO or smaller == 0:
-                    raise OptionError(
+                    raise MemoryShortage(
                         f'{shown} does not fit in the memory of {device}; choose tiles smaller than {min(tile, whole)} '
                         '(--tile, or in an option file val.protocol: {type: tiled, tile: N})'
                     ) from error
@@ -114,7 +118,7 @@ class Tiling:
         side = math.isqrt(int(usable / self.batch / bytes_per_pixel))
         tile = max(_TILE_STEP, side // _TILE_STEP * _TILE_STEP)
         if self.overlap is not None and self.overlap >= tile:
-            raise OptionError(
+            raise MemoryShortage(
                 f'memory allows tiles of {tile}, no larger than the overlap of {self.overlap}: choose a smaller overlap'
             )
         _tell(

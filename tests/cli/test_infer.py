@@ -12,9 +12,15 @@ from PIL import Image
 
 from ast_plugin.archs.ast_arch import AST
 from ast_plugin.checkpoints import save_weights
-from ast_plugin.cli import infer
 from ast_plugin.cli.main import main
 from ast_plugin.data.image_files import ImageFile, read_image, write_image
+from ast_plugin.errors import ShapeError
+from ast_plugin.evaluation import file_restorer
+from ast_plugin.evaluation.file_restorer import Job, plan_jobs, restore_files
+from ast_plugin.evaluation.restorer import Restorer
+from ast_plugin.evaluation.tiling import MemoryShortage
+
+ROOT = Path(__file__).parents[2]
 
 TINY = {'type': 'AST', 'img_size': 64, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9}
 
@@ -88,13 +94,13 @@ def assert_refused(result, *words):
         *[('.tif', np.uint16, channels) for channels in (1, 3, 4)],
     ],
 )
-def test_depth_gray_and_transparency_come_back(run, tmp_path, suffix, dtype, channels):
+def test_depth_gray_and_transparency(run, tmp_path, suffix, dtype, channels):
     pixels = noise(12, 10, channels, dtype=dtype)
     color = pixels[..., 0] if channels < 3 else pixels[..., :3]
     alpha = pixels[..., -1] if channels in (2, 4) else None
     write_image(tmp_path / f'a{suffix}', ImageFile(color, alpha))
     status, out, err = run(f'a{suffix}')
-    assert (status, err) == (0, '') and 'restored 1 picture in' in out
+    assert (status, err) == (0, '') and 'restored 1 image in' in out
     restored = read_image(tmp_path / 'out' / f'a{suffix}')
     np.testing.assert_array_equal(restored.color, color)
     assert restored.color.dtype == dtype
@@ -114,7 +120,7 @@ def test_depth_gray_and_transparency_come_back(run, tmp_path, suffix, dtype, cha
         ('a.bmp', {}),
     ],
 )
-def test_other_formats_keep_their_kind(run, tmp_path, name, options):
+def test_formats_keep_their_kind(run, tmp_path, name, options):
     rows, columns = np.mgrid[0:24, 0:32]
     put(tmp_path / name, np.stack([rows * 9, columns * 7, rows + columns], 2).astype(np.uint8), **options)
     assert run(name)[0] == 0
@@ -123,7 +129,7 @@ def test_other_formats_keep_their_kind(run, tmp_path, name, options):
     assert np.abs(after.color.astype(int) - before.color).mean() <= (0 if before.lossless else 2)
 
 
-def test_a_folder_with_all_sorts(run, tmp_path):
+def test_folder_with_all_sorts(run, tmp_path):
     folder = tmp_path / 'photos'
     put(folder / 'a.png')
     put(folder / 'a.jpg')
@@ -139,11 +145,11 @@ def test_a_folder_with_all_sorts(run, tmp_path):
     assert f'note: {folder / "bits.png"}: written with 8 bits instead of 1\n' in err
     assert f'note: {folder / "cmyk.jpg"}: converted from CMYK to RGB\n' in err
     assert out.splitlines()[0].startswith(f'[1/5] {tmp_path / "out" / "a.jpg"} (')
-    assert out.splitlines()[-1].startswith('restored 5 pictures in ')
+    assert out.splitlines()[-1].startswith('restored 5 images in ')
     assert out.splitlines()[-1].endswith(str(tmp_path / 'out'))
 
 
-def test_rotated_pictures_come_out_upright(run, tmp_path):
+def test_rotated_images_come_out_upright(run, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     put(tmp_path / 'a.png', noise(12, 10, 3), exif=exif)
@@ -153,34 +159,54 @@ def test_rotated_pictures_come_out_upright(run, tmp_path):
         np.testing.assert_array_equal(np.asarray(image), np.rot90(noise(12, 10, 3), -1))
 
 
-def test_a_corrupt_picture_is_reported_and_the_others_are_restored(run, tmp_path):
-    put(tmp_path / 'photos' / 'a.png')
-    whole = put(tmp_path / 'photos' / 'b.png', noise(40, 40, 3)).read_bytes()
-    (tmp_path / 'photos' / 'b.png').write_bytes(whole[: len(whole) // 2])
-    put(tmp_path / 'photos' / 'c.png')
-    status, out, err = run('photos')
-    assert status == 1
-    assert err.count('\n') == 1 and err.startswith(f'basicsr: error: {tmp_path / "photos" / "b.png"}: ')
-    assert 'truncated' in err
-    assert files_below(tmp_path / 'out') == ['a.png', 'c.png']
-    assert 'restored 2 of 3 pictures in' in out
-
-
-def test_a_single_corrupt_picture(run, tmp_path):
-    (tmp_path / 'a.png').write_bytes(put(tmp_path / 'a.png').read_bytes()[:60])
-    status, out, err = run('a.png')
-    assert status == 1 and err.count('\n') == 1
-    assert 'restored 0 of 1 picture ' in out
-    assert files_below(tmp_path / 'out') == []
-
-
-def test_animated_and_oversized_pictures_are_reported(run, tmp_path):
+def test_bad_files_are_told_and_others_restored(run, tmp_path):
+    folder = tmp_path / 'photos'
+    put(folder / 'a.png')
+    whole = put(folder / 'b.png', noise(40, 40, 3)).read_bytes()
+    (folder / 'b.png').write_bytes(whole[: len(whole) // 2])
     frames = [Image.fromarray(noise(9, 9, 3)), Image.fromarray(255 - noise(9, 9, 3))]
-    frames[0].save(tmp_path / 'a.webp', save_all=True, append_images=frames[1:])
-    put(tmp_path / 'b.png', noise(50, 40, 3))
-    status, _, err = run(['a.webp', 'b.png'], '--max-megapixels', 0.001)
+    frames[0].save(folder / 'c.webp', save_all=True, append_images=frames[1:])
+    put(folder / 'd.png', noise(50, 40, 3))
+    (folder / 'e.png').symlink_to('nowhere.png')
+    put(folder / 'f.png')
+    status, out, err = run('photos', '--max-megapixels', 0.0017)
     assert status == 1
-    assert 'animated files are not supported' in err and '40x50 is' in err and 'raise --max-megapixels' in err
+    lines = err.splitlines()
+    assert len(lines) == 4
+    for line, name, words in zip(
+        lines, 'bcde', ('truncated', 'animated files', '40x50 is', 'cannot be read: No such file'), strict=True
+    ):
+        assert line.startswith(f'basicsr: error: {folder / name}.') and words in line
+    assert files_below(tmp_path / 'out') == ['a.png', 'f.png']
+    assert 'restored 2 of 6 images in' in out
+
+
+def test_kinds_of_failures(weights, tmp_path, monkeypatch):
+    for name in ('a.png', 'd.png'):
+        put(tmp_path / name)
+    (tmp_path / 'b.png').write_bytes(b'nothing')
+    put(tmp_path / 'c.png', noise(8, 8, 4))
+    restorer = Restorer.from_weights(weights, device='cpu')
+    real = restorer.restore
+
+    def restore(image, **callbacks):
+        if image.shape[0] == 9:
+            raise MemoryShortage('too large')
+        if image.shape[0] == 10:
+            raise ShapeError('fails on 10x10')
+        return real(image, **callbacks)
+
+    monkeypatch.setattr(restorer, 'restore', restore)
+    put(tmp_path / 'e.png', noise(9, 9, 3))
+    put(tmp_path / 'f.png', noise(10, 10, 3))
+    names = {'a.png': 'a.png', 'b.png': 'b.png', 'c.png': 'c.jpg', 'e.png': 'e.png', 'f.png': 'f.png', 'd.png': 'd.png'}
+    (tmp_path / 'out').mkdir()
+    jobs = [Job(tmp_path / source, tmp_path / 'out' / target) for source, target in names.items()]
+    results = list(restore_files(jobs, restorer))
+    assert [result.kind for result in results] == ['', 'unreadable', 'unwritable', 'memory', 'network', '']
+    assert [bool(result.failure) for result in results] == [bool(result.kind) for result in results]
+    assert results[3].failure == f'{tmp_path / "e.png"}: too large'
+    assert files_below(tmp_path / 'out') == ['a.png', 'd.png']
 
 
 def test_folders_inside_folders(run, tmp_path):
@@ -193,7 +219,7 @@ def test_folders_inside_folders(run, tmp_path):
         assert files_below(tmp_path / 'photos' / 'out') == ['a.png', 'x/a.png', 'x/y/b.jpg']
 
 
-def test_distinct_names_for_equal_ones(run, tmp_path):
+def test_distinct_names(run, tmp_path):
     for name in ('a.png', 'a.jpg', 'b.PNG', 'a_png.bmp'):
         put(tmp_path / 'one' / name)
     put(tmp_path / 'two' / 'B.png')
@@ -239,7 +265,7 @@ def test_inputs_are_never_replaced(run, tmp_path, how):
     assert files_below(tmp_path) == listing
 
 
-def test_a_suffix_lets_results_lie_beside_the_inputs(run, tmp_path):
+def test_suffix_puts_results_beside_inputs(run, tmp_path):
     put(tmp_path / 'a.png')
     assert run('a.png', '--suffix', '_restored', output='.')[0] == 0
     assert files_below(tmp_path) == ['a.png', 'a_restored.png']
@@ -263,7 +289,7 @@ def lively_weights(tmp_path_factory):
     return path
 
 
-def test_tiles_at_once_and_self_ensemble(run, tmp_path, lively_weights):
+def test_tile_batches_and_self_ensemble(run, tmp_path, lively_weights):
     pixels = noise(70, 70, 3)
     put(tmp_path / 'a.png', pixels)
     put(tmp_path / 'b.png', np.ascontiguousarray(pixels[:, ::-1]))
@@ -281,7 +307,7 @@ def test_tiles_at_once_and_self_ensemble(run, tmp_path, lively_weights):
     np.testing.assert_allclose(restored('b.png', '--self-ensemble')[:, ::-1], ensemble, atol=1)
 
 
-def test_a_tile_that_is_no_number(run, capsys):
+def test_tile_that_is_no_number(run, capsys):
     with pytest.raises(SystemExit) as caught:
         run('a.png', '--tile', 'big')
     assert caught.value.code == 2
@@ -297,7 +323,7 @@ def test_short_memory_is_said(run, tmp_path, monkeypatch):
     np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'a.png').color, noise(20, 150, 3))
 
 
-def test_what_the_weights_do_not_tell_is_said(run, tmp_path):
+def test_assumed_options_are_said(run, tmp_path):
     options = {key: value for key, value in TINY.items() if key != 'type'}
     torch.save({'params': AST(**options | {'img_size': 128}).state_dict()}, tmp_path / 'bare.pth')
     put(tmp_path / 'a.png')
@@ -306,7 +332,7 @@ def test_what_the_weights_do_not_tell_is_said(run, tmp_path):
     assert err.startswith(f'note: {tmp_path / "bare.pth"}: img_size cannot be told') and '-opt FILE' in err
 
 
-def test_a_network_of_the_toolbox_that_enlarges(run, tmp_path):
+def test_enlarging_network_of_basicsr(run, tmp_path):
     options = tmp_path / 'net.yml'
     options.write_text('network_g:\n  type: SRVGGNetCompact\n  num_feat: 4\n  num_conv: 1\n  upscale: 2\n')
     from basicsr.archs.srvgg_arch import SRVGGNetCompact
@@ -352,8 +378,8 @@ def test_wrong_arguments(run, tmp_path, arguments, words):
     ('make', 'words'),
     [
         (lambda root: None, ['in', 'No such file']),
-        (lambda root: (root / 'in').mkdir(), ['no pictures in this folder', '.png']),
-        (lambda root: put(root / 'in' / 'deep' / 'a.png'), ['no pictures', '--recursive']),
+        (lambda root: (root / 'in').mkdir(), ['no images in this folder', '.png']),
+        (lambda root: put(root / 'in' / 'deep' / 'a.png'), ['no images', '--recursive']),
         (lambda root: (root / 'in').write_text('text'), ['not a PNG']),
     ],
 )
@@ -373,7 +399,7 @@ def test_wrong_weights(run, tmp_path, weights):
     assert not (tmp_path / 'out').exists()
 
 
-def test_an_option_file_without_a_network(run, tmp_path):
+def test_option_file_without_network(run, tmp_path):
     put(tmp_path / 'a.png')
     (tmp_path / 'a.yml').write_text('name: a\n')
     assert_refused(run('a.png', '-opt', tmp_path / 'a.yml'), 'network_g')
@@ -383,16 +409,16 @@ def test_an_option_file_without_a_network(run, tmp_path):
     assert_refused(run('a.png', '-opt', tmp_path / 'a.yml'), 'identity.safetensors', 'embed_dim')
 
 
-def test_an_output_that_cannot_be_written(run, tmp_path):
+def test_output_that_cannot_be_written(run, tmp_path):
     put(tmp_path / 'a.png')
     (tmp_path / 'out').write_text('a file')
-    assert_refused(run('a.png'), str(tmp_path / 'out'), 'no pictures can be written')
-    assert_refused(run('a.png', output='out/deeper'), 'no pictures can be written')
+    assert_refused(run('a.png'), str(tmp_path / 'out'), 'no images can be written')
+    assert_refused(run('a.png', output='out/deeper'), 'no images can be written')
     (tmp_path / 'there' / 'a.png').mkdir(parents=True)
     assert_refused(run('a.png', output='there'), 'is a folder')
 
 
-def test_a_full_disk(run, tmp_path, monkeypatch):
+def test_full_disk(run, tmp_path, monkeypatch):
     put(tmp_path / 'photos' / 'a.png')
     put(tmp_path / 'photos' / 'b.png')
 
@@ -404,50 +430,62 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
     assert files_below(tmp_path / 'out') == []
 
 
-def test_a_bar_in_a_terminal(run, tmp_path, monkeypatch):
+def test_bar_in_a_terminal(run, tmp_path, monkeypatch):
     put(tmp_path / 'a.png', noise(50, 40, 3))
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
     status, out, err = run('a.png', '--tile', 32)
     assert status == 0
     assert '1/1' in err and 'tile 4/4' in err
-    assert out.count('\n') == 1 and out.startswith('restored 1 picture in ')
+    assert out.count('\n') == 1 and out.startswith('restored 1 image in ')
 
 
 def test_plan_names_no_output_twice(tmp_path):
     names = ['a.png', 'A.png', 'a.jpg', 'a_png.png', 'a_png_2.png', 'ä.png', 'a\u0308.png']
-    pictures = [(put(tmp_path / name), Path()) for name in names]
-    jobs = infer.plan(pictures, tmp_path / 'out', '', 'png')
+    images = [(put(tmp_path / name), Path()) for name in names]
+    jobs = plan_jobs(images, tmp_path / 'out', '', 'png')
     assert [job.source.name for job in jobs] == names
-    targets = [infer._key(job.target) for job in jobs]
+    targets = [file_restorer._key(job.target) for job in jobs]
     assert len(set(targets)) == len(names)
 
 
-def command(*arguments):
-    environment = os.environ | {'PYTHONPATH': str(Path(infer.__file__).parents[2]), 'OMP_NUM_THREADS': '1'}
-    return [sys.executable, '-m', 'ast_plugin', 'infer', *map(str, arguments)], environment
+def start(tmp_path, *arguments):
+    """The command in a process of its own, which tells on stderr in the end what it has imported."""
+    code = (
+        'import sys\n'
+        'from ast_plugin.cli.main import main\n'
+        'status = main(["infer", *sys.argv[1:]])\n'
+        'print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)\n'
+        'sys.exit(status)'
+    )
+    return subprocess.Popen(
+        [sys.executable, '-c', code, '-i', 'photos', '-o', 'out', '--device', 'cpu', *map(str, arguments)],
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def test_as_a_process(tmp_path, weights):
+def test_process_needs_no_basicsr(tmp_path, weights):
     put(tmp_path / 'photos' / 'a.png', noise(20, 30, 3))
     (tmp_path / 'photos' / 'b.jpg').write_bytes(b'\xff\xd8\xff nothing')
-    arguments, environment = command('-i', 'photos', '-o', 'out', '--weights', weights, '--device', 'cpu')
-    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.startswith('basicsr: error: photos/b.jpg: ') and done.stderr.count('\n') == 1
-    assert [line.split(' (')[0] for line in done.stdout.splitlines()[:-1]] == ['[1/2] out/a.png']
+    process = start(tmp_path, '--weights', weights)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    failure, modules = err.splitlines()
+    assert failure.startswith('basicsr: error: photos/b.jpg: ')
+    assert [line.split(' (')[0] for line in out.splitlines()[:-1]] == ['[1/2] out/a.png']
     np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'a.png').color, noise(20, 30, 3))
+    heavy = {'basicsr', 'torchvision', 'scipy', 'matplotlib', 'mmengine', 'pydantic', 'pandas', 'sympy', 'spandrel'}
+    assert 'torch' in modules.split() and not heavy & set(modules.split())
 
 
 def test_ctrl_c(tmp_path, weights):
     """Stopped in the middle of many tiles: status 130, a word, no traceback, nothing half written."""
     put(tmp_path / 'photos' / 'a.png')
     put(tmp_path / 'photos' / 'b.png', noise(300, 300, 3))
-    arguments, environment = command(
-        '-i', 'photos', '-o', 'out', '--weights', weights, '--device', 'cpu', '--tile', 4, '--overlap', 3
-    )
-    process = subprocess.Popen(
-        arguments, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start(tmp_path, '--weights', weights, '--tile', 4, '--overlap', 3)
     deadline = time.monotonic() + 100
     while not (tmp_path / 'out' / 'a.png').exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from ast_plugin.archs.ast_arch import AST
-from ast_plugin.archs.networks import CHANNEL_KEYS
+from ast_plugin.archs.networks import CHANNEL_KEYS, build_network
 from ast_plugin.checkpoints import save_weights
 from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError
 from ast_plugin.evaluation import tiling
 from ast_plugin.evaluation.cost import _free_in_group, _free_in_machine, available_bytes, peak_bytes
-from ast_plugin.evaluation.restorer import Restorer, build_network, find_device
+from ast_plugin.evaluation.restorer import Restorer, find_device
 
 TINY = {'type': 'AST', 'img_size': 64, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9}
 
@@ -82,7 +82,7 @@ def test_gray_through_a_network_for_colours_and_for_gray():
     gray, color = noise(6, 5), noise(6, 5, 3)
     assert Restorer(Scale(), in_channels=1).restore(gray).shape == (6, 5)
     assert Restorer(Scale(out_channels=1)).restore(color).shape == (6, 5)
-    with pytest.raises(DataError, match='gray pictures only'):
+    with pytest.raises(DataError, match='gray images only'):
         Restorer(Scale(), in_channels=1).restore(color)
 
 
@@ -103,8 +103,8 @@ def test_networks_that_enlarge(tile):
         np.zeros((4, 4), bool),
     ],
 )
-def test_arrays_that_are_no_pictures(image):
-    with pytest.raises(ShapeError, match='a picture'):
+def test_arrays_that_are_no_images(image):
+    with pytest.raises(ShapeError, match='an image'):
         Restorer(Scale()).restore(image)
 
 

@@ -1,0 +1,255 @@
+"""Restoring image files: which files are meant, where each result goes, and one after the other with one policy.
+
+    jobs = plan_jobs(find_images(['photos'], output), output)
+    for result in restore_files(jobs, Restorer.from_weights('derain.pth')):
+        print(result.job.target, result.failure, result.notes)
+
+A file that fails says why and of which kind its failure is; the others are restored all the same.
+"""
+
+import itertools
+import os
+import tempfile
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ast_plugin.data.image_files import MAX_PIXELS, SUFFIXES, ImageFile, encode_image, read_image, sniff_format
+from ast_plugin.errors import DataError, PluginError
+from ast_plugin.evaluation.restorer import Restorer
+from ast_plugin.evaluation.tiling import MemoryShortage
+from ast_plugin.files import write_file
+from ast_plugin.ops import frozen_weights
+
+ENDINGS = tuple(ending for endings in SUFFIXES.values() for ending in endings)
+FORMATS = ('keep', 'png', 'tiff')
+
+
+@dataclass(frozen=True)
+class Job:
+    """A file to restore, and where the result goes."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """What became of a file.
+
+    Attributes:
+        job: the file.
+        seconds: that it took.
+        notes: lines on what was noticed on the way.
+        failure: why there is no result; empty if there is one.
+        kind: of the failure: `unreadable`, `memory`, `network` or `unwritable`; empty if there is none.
+    """
+
+    job: Job
+    seconds: float
+    notes: tuple[str, ...] = ()
+    failure: str = ''
+    kind: str = ''
+
+
+def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bool = False) -> list[tuple[Path, Path]]:
+    """Find the files to restore, each once, folders in order of names.
+
+    Args:
+        inputs: files, and folders of which all images are taken but hidden ones.
+        output: folder that is left out where it lies inside an input.
+        recursive: whether to go into folders inside folders.
+    Returns:
+        Each file with the folder that it lay in, relative to the input.
+    Raises:
+        DataError: if an input is missing, no image, or a folder without any.
+    """
+    found: dict[tuple[int, int] | Path, tuple[Path, Path]] = {}
+    for path in (Path(given).expanduser() for given in inputs):
+        try:
+            if path.is_dir():
+                images = list(_walk(path, output, recursive))
+                if not images:
+                    deeper = not recursive and any(entry.is_dir() for entry in path.iterdir())
+                    raise DataError(
+                        f'{path}: no images in this folder (expected {", ".join(ENDINGS)})'
+                        + ('; --recursive takes the folders inside too' if deeper else '')
+                    )
+            elif path.suffix.lower() in ENDINGS or _format_of(path):
+                path.stat()
+                images = [(path, Path())]
+            else:
+                raise DataError(f'{path}: not a PNG, JPEG, WebP, TIFF or BMP file')
+        except OSError as error:
+            raise DataError(f'{error.filename or path}: cannot be read: {error.strerror}') from error
+        for image, folder in images:
+            found.setdefault(_identity(image) or image, (image, folder))
+    return list(found.values())
+
+
+def plan_jobs(
+    images: Sequence[tuple[Path, Path]], output: Path, suffix: str = '', file_format: str = 'keep'
+) -> list[Job]:
+    """Name a result for every image: distinct names, none of them an image to be read.
+
+    Args:
+        images: as from `find_images`.
+        output: folder of the results.
+        suffix: goes behind the name.
+        file_format: one of `FORMATS`.
+    Raises:
+        DataError: if a result would replace an input.
+    """
+    names = [(source, output / folder, source.stem + suffix, _ending(source, file_format)) for source, folder in images]
+    wanted = Counter(_key(folder / (stem + ending)) for _, folder, stem, ending in names)
+    jobs, occupied = [], set(wanted)
+    for source, folder, stem, ending in names:
+        target = folder / (stem + ending)
+        if wanted[_key(target)] > 1:
+            target = _free_name(folder, f'{stem}_{source.suffix[1:].lower()}', ending, occupied)
+        occupied.add(_key(target))
+        jobs.append(Job(source, target))
+    _protect_inputs(jobs)
+    return jobs
+
+
+def prepare_folders(jobs: Sequence[Job], output: Path) -> None:
+    """Make the folders of the results, and see that files can be made there, before hours are spent on restoring.
+
+    Raises:
+        DataError: if that fails.
+    """
+    for folder in dict.fromkeys([output, *(job.target.parent for job in jobs)]):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise DataError(f'{folder}: no images can be written there: {error.strerror or error}') from error
+
+
+def restore_files(
+    jobs: Iterable[Job],
+    restorer: Restorer,
+    *,
+    quality: int = 95,
+    max_pixels: int = MAX_PIXELS,
+    on_start: Callable[[Job], None] | None = None,
+    on_tile: Callable[[int, int], None] | None = None,
+) -> Iterator[FileResult]:
+    """Restore files one after the other, whatever becomes of each.
+
+    Args:
+        jobs: as from `plan_jobs`; the folders of the results are there.
+        restorer: restores an image.
+        quality: of JPEG and lossy WebP, 1 to 100.
+        max_pixels: larger images are refused.
+        on_start: called with each job before it begins.
+        on_tile: called with (tiles done, tiles in all) of the image at hand.
+    Yields:
+        A result for each job, once it has been written.
+    Raises:
+        FileError: if a result cannot be written: on a disk that takes no more, what follows would be in vain.
+    """
+    with frozen_weights():
+        for job in jobs:
+            if on_start is not None:
+                on_start(job)
+            start = time.perf_counter()
+            notes: list[str] = []
+            kind = 'unreadable'
+            try:
+                image = read_image(job.source, max_pixels=max_pixels)
+                notes += image.notes
+                kind = 'network'
+                color = restorer.restore(image.color, on_tile=on_tile, on_note=notes.append)
+                kind = 'unwritable'
+                image = replace(image, color=color, alpha=_fit_alpha(image, color))
+                content = encode_image(job.target, image, quality=quality)
+            except PluginError as error:
+                kind = 'memory' if isinstance(error, MemoryShortage) else kind
+                reason = f'{job.source}: {error}' if kind in ('network', 'memory') else str(error)
+                yield FileResult(job, time.perf_counter() - start, tuple(notes), reason, kind)
+                continue
+            write_file(job.target, content)
+            yield FileResult(job, time.perf_counter() - start, tuple(notes))
+
+
+def _walk(folder: Path, output: Path, recursive: bool) -> Iterator[tuple[Path, Path]]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    results = output.resolve()
+    for current, folders, names in os.walk(folder, onerror=fail):
+        here = Path(current)
+        folders[:] = sorted(
+            name for name in folders if recursive and not name.startswith('.') and (here / name).resolve() != results
+        )
+        for name in sorted(names):
+            if not name.startswith('.') and Path(name).suffix.lower() in ENDINGS:
+                yield here / name, here.relative_to(folder)
+
+
+def _format_of(path: Path) -> str | None:
+    with open(path, 'rb') as file:
+        return sniff_format(file.read(16))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Equal for links and other spellings of one file; None for what is not there."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def _ending(source: Path, file_format: str) -> str:
+    """The result's file name ending: the input's own, unless that is not of the format that will be written."""
+    try:
+        kind = _format_of(source) if file_format == 'keep' else file_format.upper()
+    except OSError:
+        kind = None  # reading it will say why
+    if kind is None or source.suffix.lower() in SUFFIXES[kind]:
+        return source.suffix
+    return SUFFIXES[kind][0]
+
+
+def _key(path: Path) -> str:
+    """Equal for names that some file system takes for the same."""
+    return unicodedata.normalize('NFC', str(path)).casefold()
+
+
+def _free_name(folder: Path, stem: str, ending: str, occupied: set[str]) -> Path:
+    """The first of `stem`, `stem_2`, `stem_3` … that is free."""
+    stems = itertools.chain([stem], (f'{stem}_{count}' for count in itertools.count(2)))
+    return next(path for path in (folder / (name + ending) for name in stems) if _key(path) not in occupied)
+
+
+def _protect_inputs(jobs: Sequence[Job]) -> None:
+    """Refuse results in the place of any input, also through links and other spellings of a name."""
+    sources = {_identity(job.source): job.source for job in jobs}
+    for job in jobs:
+        identity = _identity(job.target)
+        if identity is None:
+            continue  # not there yet; what stands in the way is told when the folder is prepared
+        if identity in sources:
+            raise DataError(
+                f'{job.target} is an input ({sources[identity]}) and would be replaced; '
+                'choose another folder (-o) or a --suffix'
+            )
+        if job.target.is_dir():
+            raise DataError(f'{job.target} is a folder, a restored image should get this name; choose another -o')
+
+
+def _fit_alpha(image: ImageFile, color: np.ndarray) -> np.ndarray | None:
+    """The transparency in the size that the network gave the colours."""
+    if image.alpha is None or image.alpha.shape == color.shape[:2]:
+        return image.alpha
+    return cv2.resize(image.alpha, color.shape[1::-1], interpolation=cv2.INTER_LINEAR)
