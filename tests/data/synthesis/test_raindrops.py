@@ -64,7 +64,7 @@ def test_strength_on_photographs(photo):
     assert min(shares) >= 0.01 and max(shares) <= 0.75
 
 
-@pytest.mark.parametrize('target', [16.0, 19.0, 22.0])
+@pytest.mark.parametrize('target', [17.0, 20.0, 24.0])
 def test_the_strength_that_is_asked_for(target):
     parameters = RaindropParameters(
         psnr=(target, target), coverage=(0.02, 0.5), radius=(3, 9), defocus=(0.15, 0.9), sky=(0.9, 1)
