@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from ast_plugin.data.synthesis.glare import unclip
+
 WATER = 1.333  # refractive index
 STEEPEST = 0.98  # sine of the steepest slope: a surface seen edge on
 DARKEST = 0.22  # light that comes from past the critical angle, reflected about inside the drop
 REACH = 128  # pixels in which the view to 45 degrees aside is kept: most drops squeeze it to less than that
-WHITE = 0.8  # brightness above which a light is brighter than an image can show
+WHITE = 0.8  # gray value above which a light is brighter than an image can show
 SLOPES = 512  # entries of the tables over the sine of the slope
 SHARP = 0.85  # squared error of a drop in focus by that of all of its surface: opacity falls off at the rim
 SMEARING = 0.6  # decrease of its logarithm with the radius of the circle of confusion by that of the drop
@@ -112,10 +114,7 @@ def surroundings(
     blue = np.array([0.93, 0.98, 1.04], np.float32) * np.float32(sky)
     view[above] += (blue - view[above]) * np.clip(tangent[above] / math.tan(math.radians(skyline)), 0, 0.95)
     view[below] += (dark - view[below]) * np.clip(-(tangent[below] + np.float32(rows / border)) * 2, 0, 0.8)
-    if glare:
-        times = glare / (1 - WHITE)
-        view = cv2.addWeighted(view, 1, np.maximum(view, np.float32(WHITE)), times, -times * WHITE)
-    return Surroundings(view, border, shrink, focal / shrink)
+    return Surroundings(unclip(view, WHITE, glare), border, shrink, focal / shrink)
 
 
 def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: float) -> np.ndarray:

@@ -28,6 +28,7 @@ import cv2
 import numpy as np
 from pydantic import Field
 
+from ast_plugin.data.synthesis.glare import unclip
 from ast_plugin.data.synthesis.noise import fractal_noise, lattice_noise, uniform_noise
 from ast_plugin.data.synthesis.pseudo_depth import guess_depth
 from ast_plugin.data.synthesis.ranges import Parameters, PositiveRange, Range
@@ -42,7 +43,8 @@ SKY_LIT = (0.7, 0.95)  # least brightness of haze by that of the sky that lights
 SCENE_LIT = 0.9  # and by the mean of the scene, for droplets swallow less of the light than things do
 LIGHT_CELL = 480.0  # pixels at scale 1 between places that different lamps light
 GLOW_SPREAD = 45.0  # pixels at scale 1; standard deviation of the glow around what is bright
-CLIPPED = 0.85  # brightness above which a light is brighter than an image can show
+WHITE = 0.94  # gray value above which a light is brighter than an image can show
+SHOULDER = 0.85  # brightness above which airlight approaches white ever more slowly
 LATTICE_DEVIATION = 0.45  # standard deviation of `lattice_noise`
 GAMMA = 2.2
 STRIP = 32  # rows composed at a time
@@ -74,6 +76,9 @@ class HazeParameters(Parameters):
         (0, 0.1), description='standard deviation over the image of its colour from cold to warm, within [0, 0.5]'
     )
     glow: Range = Field((0, 0.6), description='share of the airlight that is light of the scene nearby, within [0, 1]')
+    glare: Range = Field(
+        (0, 3), description='how much brighter lamps and windows are than an image can show, in white, within [0, 10]'
+    )
     exposure: Range = Field(
         (-0.5, 0.3),
         description='stops; how much brighter the camera renders opaque haze than a clear scene, in [-3, 3]',
@@ -94,6 +99,7 @@ class HazeParameters(Parameters):
         'lamps': (0, 1),
         'lamp_tint': (0, 0.5),
         'glow': (0, 1),
+        'glare': (0, 10),
         'exposure': (-3, 3),
         'white_balance': (0, 1),
         'noise': (0, 0.1),
@@ -132,7 +138,8 @@ def add_haze(
         depth = guess_depth(image, generator, nearest, parameters.room)
     else:
         depth = fill_depth(depth, shape)
-    small, small_depth = (_shrink(part, PROBE_SIDE) for part in (image, depth))
+    light = unclip(image, WHITE, generator.uniform(*parameters.glare))
+    small, small_depth = (_shrink(part, PROBE_SIDE) for part in (light, depth))
     airlight = _light(small, _airlight(small, small_depth, generator, parameters), image, generator, parameters)
     adaptation = _adaptation(airlight, generator, parameters)
     thickness = depth * _swathes(shape, generator, parameters)
@@ -143,7 +150,7 @@ def add_haze(
         beta = -math.log(CONTRAST_THRESHOLD) / amount
     thickness *= np.float32(beta)
     deviation = generator.uniform(*parameters.noise)
-    hazy, opacity = _compose(image, thickness, airlight, adaptation, 1 - forward, spread)
+    hazy, opacity = _compose(light, thickness, airlight, adaptation, 1 - forward, spread)
     if deviation:
         hazy += uniform_noise(hazy.shape, generator, deviation)
     return np.clip(hazy, 0, 1, out=hazy), opacity
@@ -201,10 +208,10 @@ def _airlight(
     lowest, highest = parameters.airlight
     brightness = generator.uniform(lowest, highest)
     lit = generator.uniform(*SKY_LIT)
-    brightness = max(brightness, min(SCENE_LIT * float(small.mean()), highest))
+    brightness = max(brightness, min(SCENE_LIT * float(np.minimum(small, 1).mean()), highest))
     farthest = small[depth > 0.96 * depth.max()]
     if len(farthest) > SKY_SHARE * depth.size:
-        brightness = max(brightness, min(lit * float(farthest.mean()), highest))
+        brightness = max(brightness, min(lit * float(np.minimum(farthest, 1).mean()), highest))
     warmth, green = generator.normal(0, parameters.tint, 2)
     return np.clip(brightness * (1 + np.array([warmth, 0.4 * green, -warmth])), 0, 1).astype(np.float32)
 
@@ -219,7 +226,7 @@ def _light(
     """Spread airlight over the image, lit by lamps and windows outside of it and by what is bright in it.
 
     Args:
-        small: the image at a fraction of its size, [h, w, 3].
+        small: the image at a fraction of its size, [h, w, 3], lights brighter than 1.
         airlight: mean colour, [3].
         image: the image, for its size.
         generator: source of randomness.
@@ -235,14 +242,15 @@ def _light(
     )
     share = np.float32(generator.uniform(*parameters.glow))
     field = cv2.exp(cv2.merge([brightness + warmth, brightness, brightness - warmth]))
-    # Lights are brighter than the image shows them, and grey walls scatter their colour on.
-    bright = small + 4 * np.maximum(small - np.float32(CLIPPED), 0)
-    bright = 0.5 * (bright + cv2.cvtColor(cv2.cvtColor(bright, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
+    # Half of the colour of what is lit gets lost on the way.
+    bright = 0.5 * (small + cv2.cvtColor(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
     bright = cv2.GaussianBlur(bright, (0, 0), max(GLOW_SPREAD * pixel, 0.3), borderType=cv2.BORDER_REPLICATE)
     mean = float(bright.mean())
     if mean > 1e-3:
         field *= 1 + share * (np.clip(bright / np.float32(mean), 0, 3) - 1)
-    return np.clip(field * airlight, 0, 1)
+    field *= airlight
+    over = np.maximum(field - np.float32(SHOULDER), 0) / np.float32(1 - SHOULDER)
+    return np.minimum(field, np.float32(SHOULDER)) + np.float32(1 - SHOULDER) * (1 - np.exp(-over))
 
 
 def _adaptation(airlight: np.ndarray, generator: np.random.Generator, parameters: HazeParameters) -> np.ndarray:
@@ -269,13 +277,14 @@ def _extinction(
 ) -> float:
     """Return the beta at which the squared error is `error`, by bisection on a small copy of the image."""
     scene, light = small.reshape(-1, 3), airlight.reshape(-1, 3)
+    clean = np.minimum(scene, 1)
     tau = thickness.reshape(-1, 1)
     low, high = math.log(1e-3 / float(tau.mean())), math.log(DENSEST / float(tau.mean()))
     for _ in range(12):
         middle = (low + high) / 2
         opacity = 1 - np.exp(np.float32(-lost * math.exp(middle)) * tau)
         hazy = (scene + (light - scene) * opacity) * np.exp(adaptation * opacity.mean())
-        change = np.minimum(hazy, 1) - scene
+        change = np.minimum(hazy, 1) - clean
         if float(np.dot(change.ravel(), change.ravel())) / change.size < error:
             low = middle
         else:

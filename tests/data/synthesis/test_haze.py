@@ -15,7 +15,7 @@ from ast_plugin.errors import DataError
 from tests.data.degraded import photographs, psnr
 
 OUTDOORS = {'lamps': (0, 0), 'lamp_tint': (0, 0), 'glow': (0, 0), 'room': 0}
-RAW = {'exposure': (0, 0), 'white_balance': (0, 0), 'noise': (0, 0)}
+RAW = {'glare': (0, 0), 'exposure': (0, 0), 'white_balance': (0, 0), 'noise': (0, 0)}
 EVEN = {'unevenness': (0, 0), 'forward': (0, 0), 'tint': 0, 'airlight': (0.8, 0.8), **OUTDOORS, **RAW}
 
 
@@ -38,7 +38,7 @@ def scene(height: int = 120, width: int = 160) -> np.ndarray:
         {'cell': (1e-3, 1e-3)},
         {'cell': (1e6, 1e6)},
         {'nearest': (1e-3, 1e-3)},
-        {'lamps': (1, 1), 'lamp_tint': (0.5, 0.5), 'glow': (1, 1)},
+        {'lamps': (1, 1), 'lamp_tint': (0.5, 0.5), 'glow': (1, 1), 'glare': (10, 10)},
         {'exposure': (3, 3), 'white_balance': (1, 1), 'tint': 0.2},
         {'exposure': (-3, -3), 'noise': (0.1, 0.1)},
     ],
@@ -60,7 +60,7 @@ def test_psnr_on_photographs(photo):
 @pytest.mark.parametrize('target', [12.0, 16.0, 22.0])
 def test_the_strength_that_is_asked_for(target):
     clean = photographs(['coffee'])[0]
-    parameters = HazeParameters(psnr=(target, target))
+    parameters = HazeParameters(psnr=(target, target), airlight=(0.75, 0.92))
     for seed in range(5):
         assert psnr(add_haze(clean, np.random.default_rng(seed), parameters)[0], clean) == pytest.approx(
             target, abs=0.5
@@ -148,6 +148,19 @@ def test_haze_glows_around_lights():
     parameters = HazeParameters(visibility=(1, 1), **{**EVEN, 'glow': (0.5, 0.5)}, scale=0.3)
     hazy, _ = add_haze(image, np.random.default_rng(1), parameters, depth)
     assert hazy[60, 76].mean() > 1.2 * hazy[60, 10].mean()
+
+
+def test_lamps_are_seen_through_dense_haze():
+    image = np.full((120, 180, 3), 0.1, np.float32)
+    image[50:70, 80:100] = 1
+    depth = np.ones((120, 180), np.float32)
+
+    def contrast(glare: float) -> float:
+        parameters = HazeParameters(visibility=(2, 2), **{**EVEN, 'airlight': (0.6, 0.6), 'glare': (glare, glare)})
+        hazy, _ = add_haze(image, np.random.default_rng(1), parameters, depth)
+        return float(hazy[60, 90].mean() - hazy[60, 10].mean())
+
+    assert contrast(2) > contrast(0) + 0.1
 
 
 def test_the_camera_adapts_to_the_haze():
@@ -274,6 +287,7 @@ def test_visibility_needs_depth():
         {'lamps': (0, 2)},
         {'lamp_tint': (0, 1)},
         {'glow': (0, 1.5)},
+        {'glare': (0, 11)},
         {'exposure': (-4, 0)},
         {'white_balance': (0, 2)},
         {'noise': (0, 0.2)},

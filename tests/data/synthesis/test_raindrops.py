@@ -72,7 +72,7 @@ def test_the_strength_that_is_asked_for(target):
     clean = photographs(['coffee'])[0]
     for seed in range(6):
         wet, _ = add_raindrops(clean, np.random.default_rng(seed), parameters)
-        assert psnr(wet, clean) == pytest.approx(target, abs=0.7)
+        assert psnr(wet, clean) == pytest.approx(target, abs=0.9)
 
 
 @pytest.mark.parametrize('coverage', [0.1, 0.25, 0.4])
