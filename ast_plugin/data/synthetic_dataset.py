@@ -16,6 +16,7 @@ from ast_plugin.data.seeded_dataset import SeededDataset, SeededOptions
 from ast_plugin.data.synthesis import Photo, folder_photos, packaged_photos
 from ast_plugin.degradations.degradations import DEGRADATIONS, AnyParameters
 from ast_plugin.degradations.rain import RainParameters
+from ast_plugin.degradations.ranges import PositiveRange
 from ast_plugin.errors import DataError
 
 CACHE_BYTES = 256 * 2**20
@@ -34,6 +35,10 @@ class SyntheticPairsOptions(SeededOptions):
     num_per_photo: int = Field(1, ge=1, description='pairs made of each photograph; in training, an epoch')
     degradation: AnyParameters = Field(
         default_factory=RainParameters, description='what is put over the photographs: type, and its own parameters'
+    )
+    clean_share: float = Field(0, ge=0, le=1, description='training: share of the patches that are not degraded')
+    gamma: PositiveRange = Field(
+        (1, 1), description='training: range of the exponent of the clean patch; above 1 makes it darker'
     )
 
     @model_validator(mode='after')
@@ -99,6 +104,8 @@ class SyntheticPairsDataset(SeededDataset):
             options.degradation,
             use_hflip=options.use_hflip,
             use_rot=options.use_rot,
+            clean_share=options.clean_share,
+            gamma=options.gamma,
         )
         return degraded, clean
 

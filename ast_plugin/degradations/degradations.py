@@ -40,8 +40,8 @@ class Degradation:
 
 DEGRADATIONS = {
     'rain': Degradation(RainParameters, add_rain),
-    'raindrop': Degradation(RaindropParameters, add_raindrops, margin=176),
-    'haze': Degradation(HazeParameters, add_haze, margin=176),
+    'raindrop': Degradation(RaindropParameters, add_raindrops, margin=64),
+    'haze': Degradation(HazeParameters, add_haze, margin=64),
     'snow': Degradation(SnowParameters, add_snow),
     'shadow': Degradation(ShadowParameters, add_shadow),
     'moire': Degradation(MoireParameters, add_moire, margin=8),

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from ast_plugin.degradations.glare import unclip
+
 WATER = 1.333  # refractive index
 STEEPEST = 0.98  # sine of the steepest slope: a surface seen edge on
 DARKEST = 0.22  # light that comes from past the critical angle, reflected about inside the drop
-REACH = 160  # pixels in which the view to 45 degrees aside is kept: drops are small, and squeeze it to less than that
+REACH = 128  # pixels in which the view to 45 degrees aside is kept: most drops squeeze it to less than that
+WHITE = 0.8  # gray value above which a light is brighter than an image can show
 SLOPES = 512  # entries of the tables over the sine of the slope
-SMEARED = 0.49  # squared error that is left of a drop's when defocus has smeared it and thinned it at the rim
+SHARP = 0.85  # squared error of a drop in focus by that of all of its surface: opacity falls off at the rim
+SMEARING = 0.6  # decrease of its logarithm with the radius of the circle of confusion by that of the drop
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray]:
@@ -41,8 +45,8 @@ class Surroundings:
 
     Attributes:
         view: RGB, [h + 2 border, w + 2 border, 3].
-        border: how much of it lies beyond each edge of the picture.
-        shrink: pixels of the picture to one of `view`.
+        border: how much of it lies beyond each edge of the image.
+        shrink: pixels of the image to one of `view`.
         focal: focal length of the camera, in pixels of `view`.
     """
 
@@ -53,7 +57,7 @@ class Surroundings:
 
     @property
     def picture(self) -> np.ndarray:
-        """The part that the picture shows, [h, w, 3]."""
+        """The part that the image shows, [h, w, 3]."""
         inner = slice(self.border, -self.border)
         return self.view[inner, inner]
 
@@ -61,7 +65,7 @@ class Surroundings:
         """Return what is seen at places of the picture through slopes of water, [n, m, 3].
 
         Args:
-            x, y: the places, in pixels of `view` from the picture's corner; these and the slopes broadcast to [n, m].
+            x, y: the places, in pixels of `view` from the image's corner; these and the slopes broadcast to [n, m].
             across, down: outward components of the sine of the slope, [n, m] float32.
         """
         # Not cv2.magnitude, whose last digit depends on where in memory its arguments lie.
@@ -76,14 +80,26 @@ class Surroundings:
         return seen
 
 
-def surroundings(image: np.ndarray, focal: float, sky: float) -> Surroundings:
-    """Return the scene around a picture, [H, W, 3] in [0, 1].
+def surroundings(
+    image: np.ndarray,
+    focal: float,
+    sky: float,
+    *,
+    skyline: float = 5.6,
+    ground: float = 0.3,
+    glare: float = 0.0,
+) -> Surroundings:
+    """Return the scene around an image.
 
-    Beyond the picture: its mirror image, with a sky coming up above it and the ground growing dark below it.
+    Beyond the image: its mirror image, with a sky coming up above it and the ground growing dark below it.
 
     Args:
-        focal: pixels of the picture.
+        image: RGB, [H, W, 3], float32 in [0, 1].
+        focal: focal length in pixels of the image.
         sky: brightness of the sky, in [0, 1].
+        skyline: degrees above the image at which the sky is open.
+        ground: brightness of the ground far below by the mean of the image.
+        glare: how much brighter white is than an image can show. Out of focus it stays white for that.
     """
     height, width = image.shape[:2]
     shrink = max(1.0, focal / REACH)
@@ -91,13 +107,14 @@ def surroundings(image: np.ndarray, focal: float, sky: float) -> Surroundings:
     view = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     border = max(1, math.ceil(focal / shrink))
     rows = len(view)
-    ground = 0.3 * view.reshape(-1, 3).mean(axis=0)
+    dark = np.float32(ground) * view.reshape(-1, 3).mean(axis=0)
     view = cv2.copyMakeBorder(view, border, border, border, border, cv2.BORDER_REFLECT)
-    height_above = (border - np.arange(len(view), dtype=np.float32))[:, None, None] / border  # 1 for 45 degrees up
+    tangent = np.arange(border, border - len(view), -1, dtype=np.float32)[:, None, None] / border  # above the image
+    above, below = slice(0, border), slice(border + rows, None)
     blue = np.array([0.93, 0.98, 1.04], np.float32) * np.float32(sky)
-    view += (blue - view) * np.clip(height_above * 8, 0, 0.95)
-    view += (ground - view) * np.clip(-(height_above + rows / border) * 2, 0, 0.8)
-    return Surroundings(view, border, shrink, focal / shrink)
+    view[above] += (blue - view[above]) * np.clip(tangent[above] / math.tan(math.radians(skyline)), 0, 0.95)
+    view[below] += (dark - view[below]) * np.clip(-(tangent[below] + np.float32(rows / border)) * 2, 0, 0.8)
+    return Surroundings(unclip(view, WHITE, glare), border, shrink, focal / shrink)
 
 
 def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: float) -> np.ndarray:
@@ -107,7 +124,7 @@ def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: f
         scene: what is around them.
         opacity: where the drops are, [h, w] in [0, 1].
         slope: [2, h, w], outward components (across, down) of the sine of the surface's slope.
-        zoom: pixels of the picture to one of these maps.
+        zoom: pixels of the image to one of these maps.
     """
     height, width = opacity.shape
     ratio = np.float32(zoom / scene.shrink)
@@ -117,11 +134,11 @@ def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: f
     return cv2.merge([*cv2.split(seen * cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB)), opacity])
 
 
-def expected_error(scene: Surroundings, rim: float, directions: int = 24) -> float:
+def expected_error(scene: Surroundings, rim: float, defocus: float, directions: int = 24) -> float:
     """Return the mean squared error that drops make where they are, before any is placed.
 
-    It is taken over places of the picture and over the surface of a round drop, whose slope grows from its middle to
-    the sine `rim` at its edge.
+    It is taken over places of the image and over the surface of a round drop, whose slope grows from its middle to
+    the sine `rim` at its edge. `defocus` is the radius of the circle of confusion by that of the drop.
     """
     picture = scene.picture
     step = max(1, int(math.sqrt(picture.shape[0] * picture.shape[1] / 700)))
@@ -133,4 +150,4 @@ def expected_error(scene: Surroundings, rim: float, directions: int = 24) -> flo
     spread = np.ones((1, rows * columns))
     across, down = ((radius * turn(angle) * spread).astype(np.float32) for turn in (np.cos, np.sin))
     seen = scene.look(x * step, y * step, across, down)
-    return SMEARED * float(np.mean((seen - clean) ** 2))
+    return SHARP * math.exp(-SMEARING * defocus) * float(np.mean((np.minimum(seen, 1) - np.minimum(clean, 1)) ** 2))

@@ -8,7 +8,15 @@ tau = beta d n, with n smooth noise of several octaves and of mean 1, and
 
     I = J exp(-tau) + (J * G) (exp(-k tau) - exp(-tau)) + A (1 - exp(-k tau))
 
-where k < 1 is the share of the scattered light that is lost for the picture and G a Gaussian that widens with tau.
+where k < 1 is the share of the scattered light that is lost for the image and G a Gaussian that widens with tau.
+
+The airlight A is one colour outdoors, under the sky. Where haze is lit by lamps and windows A differs from place to
+place in brightness and in colour, and glows around what is bright. A camera that exposes and balances white for the
+hazy scene renders it in other colours than the clear one: the more haze there is, the more I is darkened and the
+colour of A turned towards grey.
+
+Source: Koschmieder 1924, for the law; Narasimhan & Nayar, "Shedding light on the weather", CVPR 2003, for the glow;
+Li et al., "Nighttime haze removal with glow and multiple light colors", ICCV 2015, for airlight that varies.
 """
 
 from __future__ import annotations
@@ -20,49 +28,90 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from ast_plugin.degradations.noise import fractal_noise
+from ast_plugin.degradations.glare import unclip
+from ast_plugin.degradations.noise import fractal_noise, lattice_noise, uniform_noise
 from ast_plugin.degradations.pseudo_depth import guess_depth
 from ast_plugin.degradations.ranges import Parameters, PositiveRange, Range
 from ast_plugin.errors import DataError
 
-DENSEST = 2.5  # mean optical depth beyond which too little of the picture would be left to be restored
+DENSEST = 2.5  # mean optical depth beyond which too little of the image would be left to be restored
 NOISE_DEVIATION = 0.14  # standard deviation of `fractal_noise`
 PROBE_SIDE = 48  # pixels of the shorter side at which the thickness for a wished PSNR is sought
 CONTRAST_THRESHOLD = 0.02  # contrast at which an object is held to vanish: the definition of visibility
-SKY_SHARE = 0.02  # of the picture that the farthest things must fill to be taken for what lights the haze
-SKY_LIT = 0.95  # brightness of haze by that of the sky that lights it
+SKY_SHARE = 0.02  # of the image that the farthest things must fill to be taken for what lights the haze
+SKY_LIT = (0.7, 0.95)  # least brightness of haze by that of the sky that lights it
+SCENE_LIT = 0.9  # and by the mean of the scene, for droplets swallow less of the light than things do
+LIGHT_CELL = 480.0  # pixels at scale 1 between places that different lamps light
+GLOW_SPREAD = 45.0  # pixels at scale 1; standard deviation of the glow around what is bright
+WHITE = 0.94  # gray value above which a light is brighter than an image can show
+SHOULDER = 0.85  # brightness above which airlight approaches white ever more slowly
+LATTICE_DEVIATION = 0.45  # standard deviation of `lattice_noise`
+GAMMA = 2.2
 STRIP = 32  # rows composed at a time
 
 
 class HazeParameters(Parameters):
     """What haze may look like; each [lowest, highest] is drawn from uniformly, once an image.
 
-    Pixels are those of a photograph about 500 pixels high, see `scale`.
+    Pixels are those of an image about 500 pixels high, see `scale`.
     """
 
     type: Literal['haze'] = 'haze'
-    psnr: PositiveRange = Field((10.8, 16.0), description='dB of the hazy image against the clean one')
+    psnr: PositiveRange = Field((9.5, 22.0), description='dB of the hazy image against the clean one')
     visibility: PositiveRange | None = Field(
         None, description='instead of psnr, in units of the given depth: where contrast has sunk to 2 percent'
     )
     nearest: PositiveRange = Field(
-        (0.1, 0.5), description='depth of the foreground by that of the sky where depth is guessed, below 1'
+        (0.1, 0.7), description='depth of the foreground by that of the farthest where depth is guessed, below 1'
     )
-    airlight: Range = Field((0.62, 0.92), description='brightness of the haze itself, within [0, 1]')
-    tint: float = Field(0.025, ge=0, le=0.2, description='standard deviation of the colours of the airlight')
-    unevenness: Range = Field((0.15, 0.7), description='standard deviation of ln(extinction) over the image, in [0, 2]')
-    cell: PositiveRange = Field((180.0, 360.0), description='pixels between independent swathes')
-    forward: Range = Field((0.1, 0.35), description='share of the scattered light that only smears, within [0, 0.9]')
+    room: float = Field(
+        0.5, ge=0, le=1, description='chance that an image without sky has the depth of a room where depth is guessed'
+    )
+    airlight: Range = Field((0.45, 0.95), description='mean brightness of the haze itself, within [0, 1]')
+    tint: float = Field(0.05, ge=0, le=0.2, description='standard deviation of the mean colour of the airlight')
+    lamps: Range = Field(
+        (0, 0.25), description='standard deviation over the image of ln(airlight), lit from the side, within [0, 1]'
+    )
+    lamp_tint: Range = Field(
+        (0, 0.1), description='standard deviation over the image of its colour from cold to warm, within [0, 0.5]'
+    )
+    glow: Range = Field((0, 0.6), description='share of the airlight that is light of the scene nearby, within [0, 1]')
+    glare: Range = Field(
+        (0, 3), description='how much brighter lamps and windows are than an image can show, in white, within [0, 10]'
+    )
+    exposure: Range = Field(
+        (-0.5, 0.3),
+        description='stops; how much brighter the camera renders opaque haze than a clear scene, in [-3, 3]',
+    )
+    white_balance: Range = Field(
+        (0, 0.6), description="share of the tint of opaque haze that the camera's white balance removes, within [0, 1]"
+    )
+    noise: Range = Field((0, 0.01), description='standard deviation of the noise of the camera, within [0, 0.1]')
+    unevenness: Range = Field((0.0, 0.7), description='standard deviation of ln(extinction) over the image, in [0, 2]')
+    cell: PositiveRange = Field((120.0, 400.0), description='pixels between independent swathes')
+    forward: Range = Field((0.0, 0.35), description='share of the scattered light that only smears, within [0, 0.9]')
     spread: PositiveRange = Field((3.0, 7.0), description='pixels; smear where the optical depth is 1')
-    scale: float = Field(1.0, gt=0, description='multiplies every length; 1 suits pictures 500 pixels high')
+    scale: float = Field(1.0, gt=0, description='multiplies every length; 1 suits images 500 pixels high')
 
-    LIMITS = {'nearest': (0, 0.99), 'airlight': (0, 1), 'unevenness': (0, 2), 'forward': (0, 0.9)}
+    LIMITS = {
+        'nearest': (0, 0.99),
+        'airlight': (0, 1),
+        'lamps': (0, 1),
+        'lamp_tint': (0, 0.5),
+        'glow': (0, 1),
+        'glare': (0, 10),
+        'exposure': (-3, 3),
+        'white_balance': (0, 1),
+        'noise': (0, 0.1),
+        'unevenness': (0, 2),
+        'forward': (0, 0.9),
+    }
 
 
 def add_haze(
     image: np.ndarray, generator: np.random.Generator, parameters: HazeParameters, depth: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put haze into a clean photograph.
+    """Put haze into a clean image.
 
     Args:
         image: RGB, [H, W, 3], float32 in [0, 1], any size.
@@ -76,7 +125,7 @@ def add_haze(
         DataError: if `depth` has another size, a negative value, or no finite one above 0; or if visibility is asked
             for without depth.
     Numerics: psnr is met within 0.5 dB, unless that takes a mean optical depth above 2.5, which would leave too little
-        to restore: a picture of little contrast, as bright as the airlight, stays cleaner.
+        to restore: an image of little contrast, as bright as the airlight, stays cleaner.
     """
     if parameters.visibility is not None and depth is None:
         raise DataError('visibility is a distance, so it needs depth in the same unit; give depth, or psnr instead')
@@ -85,15 +134,26 @@ def add_haze(
     spread = generator.uniform(*parameters.spread) * parameters.scale
     amount = generator.uniform(*(parameters.psnr if parameters.visibility is None else parameters.visibility))
     nearest = generator.uniform(*parameters.nearest)
-    depth = guess_depth(image, generator, nearest) if depth is None else fill_depth(depth, shape)
-    airlight = _airlight(image, depth, generator, parameters)
+    if depth is None:
+        depth = guess_depth(image, generator, nearest, parameters.room)
+    else:
+        depth = fill_depth(depth, shape)
+    light = unclip(image, WHITE, generator.uniform(*parameters.glare))
+    small, small_depth = (_shrink(part, PROBE_SIDE) for part in (light, depth))
+    airlight = _light(small, _airlight(small, small_depth, generator, parameters), image, generator, parameters)
+    adaptation = _adaptation(airlight, generator, parameters)
     thickness = depth * _swathes(shape, generator, parameters)
     if parameters.visibility is None:
-        beta = _extinction(image, thickness, airlight, 1 - forward, 10 ** (-amount / 10))
+        tau = _shrink(thickness, PROBE_SIDE)
+        beta = _extinction(small, tau, airlight, adaptation, 1 - forward, 10 ** (-amount / 10))
     else:
         beta = -math.log(CONTRAST_THRESHOLD) / amount
     thickness *= np.float32(beta)
-    return _compose(image, thickness, airlight, 1 - forward, spread)
+    deviation = generator.uniform(*parameters.noise)
+    hazy, opacity = _compose(light, thickness, airlight, adaptation, 1 - forward, spread)
+    if deviation:
+        hazy += uniform_noise(hazy.shape, generator, deviation)
+    return np.clip(hazy, 0, 1, out=hazy), opacity
 
 
 def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -130,21 +190,75 @@ def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return filled
 
 
-def _airlight(
-    image: np.ndarray, depth: np.ndarray, generator: np.random.Generator, parameters: HazeParameters
-) -> np.ndarray:
-    """Draw the colour of the haze, [3]: grey, slightly warm or cold.
+def _shrink(array: np.ndarray, side: int) -> np.ndarray:
+    """Return an image or a map whose shorter side has at most about `side` pixels."""
+    ratio = max(1.0, min(array.shape[:2]) / side)
+    size = (max(1, round(array.shape[1] / ratio)), max(1, round(array.shape[0] / ratio)))
+    return cv2.resize(array, size, interpolation=cv2.INTER_AREA)
 
-    Haze is lit by the sky, so where a bright sky is seen it is nearly as bright, for grey smoke before it looks wrong.
+
+def _airlight(
+    small: np.ndarray, depth: np.ndarray, generator: np.random.Generator, parameters: HazeParameters
+) -> np.ndarray:
+    """Draw the mean colour of the haze, [3]: grey, warm or cold.
+
+    Haze is lit by what lights the scene, so it is about as bright as the scene or brighter, and where a bright sky is
+    seen nearly as bright as that, for dark smoke before it looks wrong.
     """
-    brightness = generator.uniform(*parameters.airlight)
-    size = (max(1, min(64, image.shape[1])), max(1, min(48, image.shape[0])))
-    small, depth = (cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in (image, depth))
+    lowest, highest = parameters.airlight
+    brightness = generator.uniform(lowest, highest)
+    lit = generator.uniform(*SKY_LIT)
+    brightness = max(brightness, min(SCENE_LIT * float(np.minimum(small, 1).mean()), highest))
     farthest = small[depth > 0.96 * depth.max()]
     if len(farthest) > SKY_SHARE * depth.size:
-        brightness = max(brightness, min(SKY_LIT * float(farthest.mean()), parameters.airlight[1]))
+        brightness = max(brightness, min(lit * float(np.minimum(farthest, 1).mean()), highest))
     warmth, green = generator.normal(0, parameters.tint, 2)
     return np.clip(brightness * (1 + np.array([warmth, 0.4 * green, -warmth])), 0, 1).astype(np.float32)
+
+
+def _light(
+    small: np.ndarray,
+    airlight: np.ndarray,
+    image: np.ndarray,
+    generator: np.random.Generator,
+    parameters: HazeParameters,
+) -> np.ndarray:
+    """Spread airlight over the image, lit by lamps and windows outside of it and by what is bright in it.
+
+    Args:
+        small: the image at a fraction of its size, [h, w, 3], lights brighter than 1.
+        airlight: mean colour, [3].
+        image: the image, for its size.
+        generator: source of randomness.
+        parameters: ranges to draw from.
+    Returns:
+        [h, w, 3] float32 in [0, 1].
+    """
+    shape = small.shape[:2]
+    pixel = min(shape) / min(image.shape[:2]) * parameters.scale  # pixels of `small` to one of the parameters
+    brightness, warmth = (
+        lattice_noise(shape, generator, LIGHT_CELL * pixel) * np.float32(deviation / LATTICE_DEVIATION)
+        for deviation in (generator.uniform(*parameters.lamps), generator.uniform(*parameters.lamp_tint))
+    )
+    share = np.float32(generator.uniform(*parameters.glow))
+    field = cv2.exp(cv2.merge([brightness + warmth, brightness, brightness - warmth]))
+    # Half of the colour of what is lit gets lost on the way.
+    bright = 0.5 * (small + cv2.cvtColor(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
+    bright = cv2.GaussianBlur(bright, (0, 0), max(GLOW_SPREAD * pixel, 0.3), borderType=cv2.BORDER_REPLICATE)
+    mean = float(bright.mean())
+    if mean > 1e-3:
+        field *= 1 + share * (np.clip(bright / np.float32(mean), 0, 3) - 1)
+    field *= airlight
+    over = np.maximum(field - np.float32(SHOULDER), 0) / np.float32(1 - SHOULDER)
+    return np.minimum(field, np.float32(SHOULDER)) + np.float32(1 - SHOULDER) * (1 - np.exp(-over))
+
+
+def _adaptation(airlight: np.ndarray, generator: np.random.Generator, parameters: HazeParameters) -> np.ndarray:
+    """Draw the logarithm of what the camera multiplies the channels of an opaque haze by, [3]."""
+    exposure = generator.uniform(*parameters.exposure) * math.log(2) / GAMMA
+    colour = np.maximum(airlight.reshape(-1, 3).mean(axis=0), 1e-2)
+    balance = generator.uniform(*parameters.white_balance) * np.log(colour.mean() / colour)
+    return (exposure + balance).astype(np.float32)
 
 
 def _swathes(shape: tuple[int, int], generator: np.random.Generator, parameters: HazeParameters) -> np.ndarray:
@@ -158,18 +272,20 @@ def _swathes(shape: tuple[int, int], generator: np.random.Generator, parameters:
     return cv2.resize(cv2.exp(noise), shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def _extinction(image: np.ndarray, thickness: np.ndarray, airlight: np.ndarray, lost: float, error: float) -> float:
-    """Return the beta at which the squared error is `error`, by bisection on a small copy of the picture."""
-    shrink = max(1.0, min(image.shape[:2]) / PROBE_SIDE)
-    size = (max(1, round(image.shape[1] / shrink)), max(1, round(image.shape[0] / shrink)))
-    small, thickness = (cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in (image, thickness))
-    squared = np.mean((small - airlight) ** 2, axis=2).ravel()
-    tau = thickness.ravel()
+def _extinction(
+    small: np.ndarray, thickness: np.ndarray, airlight: np.ndarray, adaptation: np.ndarray, lost: float, error: float
+) -> float:
+    """Return the beta at which the squared error is `error`, by bisection on a small copy of the image."""
+    scene, light = small.reshape(-1, 3), airlight.reshape(-1, 3)
+    clean = np.minimum(scene, 1)
+    tau = thickness.reshape(-1, 1)
     low, high = math.log(1e-3 / float(tau.mean())), math.log(DENSEST / float(tau.mean()))
-    for _ in range(14):
+    for _ in range(12):
         middle = (low + high) / 2
         opacity = 1 - np.exp(np.float32(-lost * math.exp(middle)) * tau)
-        if float(np.dot(opacity * opacity, squared)) / len(tau) < error:
+        hazy = (scene + (light - scene) * opacity) * np.exp(adaptation * opacity.mean())
+        change = np.minimum(hazy, 1) - clean
+        if float(np.dot(change.ravel(), change.ravel())) / change.size < error:
             low = middle
         else:
             high = middle
@@ -177,29 +293,37 @@ def _extinction(image: np.ndarray, thickness: np.ndarray, airlight: np.ndarray, 
 
 
 def _compose(
-    image: np.ndarray, tau: np.ndarray, airlight: np.ndarray, lost: float, spread: float
+    image: np.ndarray, tau: np.ndarray, airlight: np.ndarray, adaptation: np.ndarray, lost: float, spread: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fade the picture, add what is smeared, and the airlight; see the formula above.
+    """Fade the image, add what is smeared, and the airlight, [h, w, 3], and expose; see the formula above.
 
     The smear G at tau is a mixture, by tau, of a narrow and a wide Gaussian, both made at a fraction of the size.
     """
-    smears = []
-    for sigma in (spread, 2.5 * spread):
-        shrink = max(1.0, sigma / 2)
-        size = (max(1, round(image.shape[1] / shrink)), max(1, round(image.shape[0] / shrink)))
-        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        small = cv2.GaussianBlur(small, (0, 0), sigma / shrink, borderType=cv2.BORDER_REFLECT)
-        smears.append(cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_LINEAR))
-    narrow, wide = smears
+    whole = image.shape[1::-1]
     direct = cv2.exp(-tau)
     seen = cv2.exp(tau * np.float32(-lost))
+    gain = np.exp(adaptation * np.float32(1 - cv2.mean(seen)[0]))
+    shrink = max(1.0, spread / 2)
+    size = (max(1, round(image.shape[1] / shrink)), max(1, round(image.shape[0] / shrink)))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    narrow, wide = (
+        cv2.GaussianBlur(small, (0, 0), sigma / shrink, borderType=cv2.BORDER_REFLECT)
+        for sigma in (spread, 2.5 * spread)
+    )
+    widening = 1 - cv2.exp(-0.5 * cv2.resize(tau, size, interpolation=cv2.INTER_AREA))
+    smeared = cv2.resize(
+        (narrow + (wide - narrow) * cv2.cvtColor(widening, cv2.COLOR_GRAY2RGB)) * gain,
+        whole,
+        interpolation=cv2.INTER_LINEAR,
+    )
+    airlight = cv2.resize(airlight * gain, whole, interpolation=cv2.INTER_LINEAR)
+    gains = np.diag(gain.astype(np.float64))
     result = np.empty_like(image)
     for top in range(0, len(image), STRIP):
         rows = slice(top, top + STRIP)
-        widening = 1 - np.exp(-0.5 * tau[rows])
-        scattered = seen[rows] - direct[rows]
-        strip = np.multiply(image[rows], cv2.cvtColor(direct[rows], cv2.COLOR_GRAY2RGB), out=result[rows])
-        strip += narrow[rows] * cv2.cvtColor(scattered * (1 - widening), cv2.COLOR_GRAY2RGB)
-        strip += wide[rows] * cv2.cvtColor(scattered * widening, cv2.COLOR_GRAY2RGB)
-        strip += (1 - seen[rows])[..., None] * airlight
-    return np.clip(result, 0, 1, out=result), 1 - seen
+        strip = cv2.transform(image[rows], gains, dst=result[rows])
+        strip -= smeared[rows]
+        strip *= cv2.cvtColor(direct[rows], cv2.COLOR_GRAY2RGB)
+        strip += airlight[rows]
+        strip += (smeared[rows] - airlight[rows]) * cv2.cvtColor(seen[rows], cv2.COLOR_GRAY2RGB)
+    return result, 1 - seen

@@ -1,4 +1,4 @@
-"""Noise that varies smoothly over a picture."""
+"""Noise that varies smoothly over an image, and noise that differs from pixel to pixel."""
 
 from __future__ import annotations
 
@@ -35,3 +35,11 @@ def fractal_noise(
         total += lattice_noise(shape, generator, cell / 2**octave) * np.float32(persistence**octave)
     weight = sum(persistence**octave for octave in range(octaves))
     return np.clip(0.5 + total / np.float32(2 * weight), 0, 1)
+
+
+def uniform_noise(shape: tuple[int, ...], generator: np.random.Generator, deviation: float) -> np.ndarray:
+    """Return independent values of mean 0 and a standard deviation, float32; uniform, for that is quickly drawn."""
+    values = np.frombuffer(generator.bytes(math.prod(shape)), np.uint8).reshape(shape).astype(np.float32)
+    values -= np.float32(127.5)
+    values *= np.float32(deviation / math.sqrt((256**2 - 1) / 12))
+    return values

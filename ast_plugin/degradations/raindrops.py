@@ -2,12 +2,20 @@
 
 The pane is close and the camera looks past it, so a drop is a small, strongly bent lens out of focus: through its
 upper part one sees the ground and through its lower part the sky, all of a wide view turned over and squeezed into it,
-dark where the surface is too steep for light to leave the water, and smeared into the picture around it by the circle
-of confusion. A drop is a union of rounded lobes whose contour wavers, fuller below than above; drops keep clear of one
-another, the large ones first, with small ones beside them. Between them water lies as a film that blurs and pales.
+dark where the surface is too steep for light to leave the water, and smeared into the image around it by the circle
+of confusion, which is anything from a few pixels to more than the drop. A drop is round or a union of rounded lobes
+whose contour wavers, fuller below than above; drops keep clear of one another, the large ones first, with small ones
+beside them. Between them water lies as a film that blurs and pales.
 
 Everything on the pane is out of focus, so it is made at half the resolution or less: lobes of all drops as one list
 of pixels, a field of surface slopes, one look-up of the refracted view, one blur.
+
+Two things that pairs of wet and dry images differ by are left out, for a network cannot know them: how far the second
+image is displaced and how much brighter it was exposed.
+
+Source: Gu et al., "Removing image artifacts due to dirty camera lenses and thin occluders", TOG 2009, for the
+layer out of focus; Qian et al., CVPR 2018, and Jin et al., "Raindrop Clarity", ECCV 2024, for sizes, from spray to
+drops a fifth of the image across, for day and dusk, and for drops more and less in focus.
 """
 
 from __future__ import annotations
@@ -20,43 +28,61 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from ast_plugin.degradations.drop_optics import expected_error, refract, surroundings
+from ast_plugin.degradations.drop_optics import Surroundings, expected_error, refract, surroundings
 from ast_plugin.degradations.noise import lattice_noise
 from ast_plugin.degradations.ranges import Parameters, PositiveRange, Range
 
 MERGING = 4.0  # how sharply lobes join: h = log(sum(exp(MERGING * h_i))) / MERGING
 FLOOR = -0.8  # height of the bare pane, where a drop's rim is at 0 and its middle at 1
-SIZE_SPREAD = 0.45  # standard deviation of the logarithm of a drop's radius
+LARGEST = 4.0  # radius of the largest drop by the median
 CHUNK = 2**19  # pixels of lobes rendered at a time
-OFFERED = 2.5  # area of the drops offered a place, by that of the pane
-LOBES_PER_BODY = 1.12  # area of a drop by that of its body
+OFFERED = 5.0  # area of the drops offered a place, by that of the drops that may be wanted
+LOBES_PER_BODY = 0.12  # area of the lobes of an irregular drop that stick out, by that of its body
+FAR_OUT = 10.0  # circle of confusion in pixels from which on the pane is made at a quarter of the resolution
+FILM_SHARE = 0.5  # at most this share of the squared error comes from the film
 
 
 class RaindropParameters(Parameters):
     """What drops may look like; each [lowest, highest] is drawn from uniformly, once an image unless said otherwise.
 
-    Pixels are those of a photograph about 500 pixels high, see `scale`.
+    Pixels are those of an image about 500 pixels high, see `scale`.
     """
 
     type: Literal['raindrop'] = 'raindrop'
-    psnr: PositiveRange = Field((16.9, 19.8), description='dB of the wet picture against the clean one')
-    coverage: Range = Field((0.14, 0.5), description='limits of the share of the pane under drops, within [0, 0.5]')
+    psnr: PositiveRange = Field((16.5, 29.0), description='dB of the wet image against the clean one')
+    coverage: Range = Field((0.01, 0.45), description='limits of the share of the pane under drops, within [0, 0.5]')
     radius: PositiveRange = Field(
-        (3.8, 10.0), description="pixels, in [2, 100]; median of the image's drops, its logarithm uniform"
+        (2.5, 26.0), description="pixels, in [2, 100]; median of the image's drops, its logarithm uniform"
     )
-    contact_angle: Range = Field((46, 60), description='degrees between water and glass at the rim, within [5, 80]')
-    elongation: PositiveRange = Field((0.9, 1.5), description='height over width, in [0.25, 4]; one value a lobe')
+    size_spread: Range = Field(
+        (0.2, 0.75), description='standard deviation of the logarithm of the radius over an image, within [0, 1]'
+    )
+    contact_angle: Range = Field((25, 70), description='degrees between water and glass at the rim, within [5, 80]')
+    elongation: PositiveRange = Field((0.85, 1.5), description='height over width, in [0.25, 4]; one value a lobe')
+    irregularity: Range = Field((0, 1), description='from round drops (0) to lobed ones with satellites (1)')
     defocus: PositiveRange = Field(
-        (0.5, 0.95), description='radius of the circle of confusion by the median radius, up to 3'
+        (0.15, 1.6),
+        description='radius of the circle of confusion by the median radius, up to 3; its logarithm uniform',
     )
-    film: Range = Field((0.3, 0.75), description='opacity of the film of water where it is thickest, within [0, 1]')
+    film: Range = Field((0, 0.7), description='opacity of the film of water where it is thickest, within [0, 1]')
     film_blur: PositiveRange = Field(
-        (2.0, 5.0), description='pixels; standard deviation of the blur through the film, up to 50'
+        (1.5, 6.0), description='pixels; standard deviation of the blur through the film, up to 50'
     )
-    sky: Range = Field((0.9, 1.0), description='brightness, in [0, 1], of the sky that drops see above the picture')
-    focal: float = Field(1250.0, gt=0, description='pixels; focal length, which says how far aside a drop looks')
+    sky: Range = Field((0.6, 1.0), description='brightness, in [0, 1], of the sky that drops see above the image')
+    skyline: PositiveRange = Field(
+        (1.0, 20.0), description='degrees above the image where that sky is open, in [1, 45]'
+    )
+    ground: Range = Field(
+        (0.2, 0.8), description='brightness, by that of the image, of the ground below, within [0, 2]'
+    )
+    glare: Range = Field(
+        (0, 4), description='how much brighter what is white is than an image can show, in white, within [0, 10]'
+    )
+    focal: PositiveRange = Field(
+        (700.0, 2500.0), description='pixels, up to 1e5; focal length, which says how far aside a drop looks'
+    )
     scale: float = Field(
-        1.0, ge=0.3, le=20, description='in [0.3, 20]; multiplies every length; 1 suits pictures 500 pixels high'
+        1.0, ge=0.3, le=20, description='in [0.3, 20]; multiplies every length; 1 suits images 500 pixels high'
     )
 
     LIMITS = {
@@ -65,9 +91,15 @@ class RaindropParameters(Parameters):
         'contact_angle': (5, 80),
         'elongation': (0.25, 4),
         'defocus': (0, 3),
+        'size_spread': (0, 1),
+        'irregularity': (0, 1),
         'film': (0, 1),
         'film_blur': (0, 50),
         'sky': (0, 1),
+        'skyline': (1, 45),
+        'ground': (0, 2),
+        'glare': (0, 10),
+        'focal': (0, 1e5),
     }
 
 
@@ -91,45 +123,49 @@ class _Lobes:
 def add_raindrops(
     image: np.ndarray, generator: np.random.Generator, parameters: RaindropParameters
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put wet glass before a clean photograph.
+    """Put wet glass before a clean image.
 
     Args:
         image: RGB, [H, W, 3], float32 in [0, 1], any size. Drops see what it shows and, beyond its border, its mirror
-            image under a sky and over a dark ground; so a patch is best degraded with a margin of its photograph.
+            image under a sky and over a dark ground; so a patch is best degraded with a margin of its image.
         generator: source of all randomness; the same state gives the same result, bit for bit.
         parameters: ranges to draw from.
     Returns:
-        The picture through the glass, [H, W, 3] float32 in [0, 1], and the opacity of the water before each pixel,
-        [H, W] float32 in [0, 1]; where it is 0 the picture is the clean one.
-    Numerics: psnr is met within about 0.5 dB by how many drops there are; the limits of `coverage` come first, so that
-        a scene of little contrast stays cleaner, and one of very much may be worse.
+        The image through the glass, [H, W, 3] float32 in [0, 1], and the opacity of the water before each pixel,
+        [H, W] float32 in [0, 1]; where it is 0 the image is the clean one.
+    Numerics: psnr is met within about 0.5 dB by how many drops there are, where they are many; the limits of
+        `coverage` come first, so that a scene of little contrast stays cleaner, and one of very much may be worse.
     """
     height, width = image.shape[:2]
-    zoom = 2 * max(1.0, parameters.scale)
+    error = 10 ** (-generator.uniform(*parameters.psnr) / 10)
+    radius = math.exp(generator.uniform(*np.log(parameters.radius)))
+    defocus = math.exp(generator.uniform(*np.log(parameters.defocus)))
+    confusion = defocus * radius
+    zoom = (2 if confusion < FAR_OUT else 4) * max(1.0, parameters.scale)
     unit = parameters.scale / zoom  # pixels of the pane to one of the parameters
     pane = (math.ceil(height / zoom), math.ceil(width / zoom))
-    error = 10 ** (-generator.uniform(*parameters.psnr) / 10)
-    typical = math.exp(generator.uniform(*np.log(parameters.radius))) * unit
-    confusion = generator.uniform(*parameters.defocus) * typical
     sine = math.sin(math.radians(generator.uniform(*parameters.contact_angle)))
     small = cv2.resize(image, pane[::-1], interpolation=cv2.INTER_AREA)
-    film, spoilt = _film(small, generator, unit, parameters)
-    scene = surroundings(image, parameters.focal * parameters.scale, generator.uniform(*parameters.sky))
-    lobes = _draw_lobes(pane, generator, typical, parameters)
-    unrest = lattice_noise(pane, generator, 10 * unit)
-
-    def layer_at(coverage: float) -> np.ndarray:
-        opacity, steepness = _render(lobes.at(coverage), unrest)
-        drops = _defocus(refract(scene, opacity, steepness * np.float32(sine), zoom), confusion)
-        return film * cv2.merge([1 - drops[..., 3]] * 4) + drops
+    film, spoilt = _film(small, generator, unit, parameters, FILM_SHARE * error)
+    scene = _look_around(image, generator, parameters)
+    irregularity = generator.uniform(*parameters.irregularity)
 
     # As many drops as are expected to make the error that is still wanted, then once more by the error they made.
     wanted = max(error - spoilt, 0.0)
-    coverage = float(np.clip(wanted / max(expected_error(scene, sine), 1e-9), *parameters.coverage))
+    coverage = float(np.clip(wanted / max(expected_error(scene, sine, defocus), 1e-9), *parameters.coverage))
+    offered = OFFERED * min(2 * coverage, parameters.coverage[1])
+    lobes = _draw_lobes(pane, generator, radius * unit, offered, irregularity, parameters)
+    unrest = lattice_noise(pane, generator, 10 * unit) * np.float32(irregularity)
+
+    def layer_at(coverage: float) -> np.ndarray:
+        opacity, steepness = _render(lobes.at(coverage), unrest)
+        drops = _defocus(refract(scene, opacity, steepness * np.float32(sine), zoom), confusion * unit)
+        return film * cv2.merge([1 - drops[..., 3]] * 4) + drops
+
     layer = layer_at(coverage)
     made = _error(small, layer) - spoilt
     better = float(np.clip(coverage * wanted / max(made, wanted / 4, 1e-9), *parameters.coverage))
-    if abs(better - coverage) > 0.04 * coverage:
+    if abs(better - coverage) > 0.08 * coverage:
         layer = layer_at(better)
     layer = cv2.resize(layer, (width, height), interpolation=cv2.INTER_LINEAR)
     opacity = np.clip(layer[..., 3], 0, 1)
@@ -138,23 +174,47 @@ def add_raindrops(
     return np.clip(result, 0, 1, out=result), opacity
 
 
+def _look_around(image: np.ndarray, generator: np.random.Generator, parameters: RaindropParameters) -> Surroundings:
+    """Draw what lies around the image."""
+    focal = generator.uniform(*parameters.focal) * parameters.scale
+    sky, ground, glare = (generator.uniform(*span) for span in (parameters.sky, parameters.ground, parameters.glare))
+    skyline = math.exp(generator.uniform(*np.log(parameters.skyline)))
+    return surroundings(image, focal, sky, skyline=skyline, ground=ground, glare=glare)
+
+
 def _error(small: np.ndarray, layer: np.ndarray) -> float:
-    """Return the mean squared error that a layer, colour times opacity and opacity, makes before a small picture."""
-    change = layer[..., :3] - small * cv2.cvtColor(layer[..., 3], cv2.COLOR_GRAY2RGB)
-    return cv2.norm(change, cv2.NORM_L2SQR) / small.size
+    """Return the mean squared error that a layer, colour times opacity and opacity, makes before a small image."""
+    wet = small * cv2.cvtColor(1 - layer[..., 3], cv2.COLOR_GRAY2RGB)
+    wet += layer[..., :3]
+    return cv2.norm(np.minimum(wet, 1, out=wet), small, cv2.NORM_L2SQR) / small.size
 
 
 def _draw_lobes(
-    pane: tuple[int, int], generator: np.random.Generator, typical: float, parameters: RaindropParameters
+    pane: tuple[int, int],
+    generator: np.random.Generator,
+    typical: float,
+    offered: float,
+    irregularity: float,
+    parameters: RaindropParameters,
 ) -> _Lobes:
-    """Scatter drops of the median radius `typical` over the pane and beyond its border, and give each its lobes.
+    """Scatter drops over the pane and beyond its border, and give each its lobes.
 
     There are more than are wanted; they have an order in which they come.
+
+    Args:
+        pane: (height, width) in pixels.
+        generator: source of randomness.
+        typical: median radius in pixels of the pane.
+        offered: area of the drops that are offered a place, by that of the pane.
+        irregularity: how many of them have several lobes, in [0, 1].
+        parameters: ranges to draw from.
     """
+    spread = generator.uniform(*parameters.size_spread)
     border = 3 * typical
     height, width = pane[0] + 2 * border, pane[1] + 2 * border
-    count = generator.poisson(OFFERED * height * width / (math.pi * typical**2 * math.exp(2 * SIZE_SPREAD**2)))
-    radius = np.sort(typical * np.exp(generator.normal(0, SIZE_SPREAD, count).clip(-1.5, 1.1)))[::-1]
+    count = generator.poisson(offered * height * width / (math.pi * typical**2 * math.exp(2 * spread**2)))
+    radius = typical * np.exp(spread * generator.normal(0, 1, count).clip(-2.5, 2.5))
+    radius = np.sort(np.minimum(radius, LARGEST * typical))[::-1]
     x, y = generator.uniform(0, width, count), generator.uniform(0, height, count)
     apart = _apart(x, y, radius, (height, width))
     x, y, radius = x[apart], y[apart], radius[apart]
@@ -163,8 +223,10 @@ def _draw_lobes(
     thickness = spray[(y / 8).astype(np.int64), (x / 8).astype(np.int64)]
     order = np.argsort(generator.random(len(x)) / np.maximum(thickness, 1e-3))
     x, y, radius = x[order], y[order], radius[order]
-    arrival = np.cumsum(LOBES_PER_BODY * math.pi * radius**2) / (height * width)
-    return _shape(x - border, y - border, radius, arrival, generator, parameters)
+    areas = (1 + LOBES_PER_BODY * irregularity) * math.pi * radius**2 / (height * width)
+    # A share of its own area, so that a pane of few large drops is as wet on the average.
+    arrival = np.cumsum(areas) - areas * generator.random(len(areas))
+    return _shape(x - border, y - border, radius, arrival, generator, irregularity, parameters)
 
 
 def _apart(x: np.ndarray, y: np.ndarray, radius: np.ndarray, size: tuple[float, float]) -> list[int]:
@@ -185,9 +247,10 @@ def _shape(
     radius: np.ndarray,
     arrival: np.ndarray,
     generator: np.random.Generator,
+    irregularity: float,
     parameters: RaindropParameters,
 ) -> _Lobes:
-    """Build each drop of a body, up to two bulges on it and up to two satellites beside it."""
+    """Build each drop of a body and, if irregular, up to two bulges on it and up to two satellites beside it."""
     count = len(x)
     lobes = [(x, y, radius, arrival)]
     for chance, distances, sizes in (
@@ -199,7 +262,7 @@ def _shape(
         direction = generator.uniform(0, 2 * math.pi, count)
         distance = generator.uniform(*distances, count) * radius
         size = generator.uniform(*sizes, count) * radius
-        has = generator.random(count) < chance
+        has = generator.random(count) < chance * irregularity
         place = (x + np.cos(direction) * distance, y + np.sin(direction) * distance)
         lobes.append(tuple(values[has] for values in (*place, size, arrival)))
     x, y, radius, arrival = (np.concatenate(values) for values in zip(*lobes, strict=True))
@@ -256,13 +319,16 @@ def _defocus(layer: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _film(
-    small: np.ndarray, generator: np.random.Generator, unit: float, parameters: RaindropParameters
+    small: np.ndarray, generator: np.random.Generator, unit: float, parameters: RaindropParameters, most: float
 ) -> tuple[np.ndarray, float]:
     """Make the film of water: the scene blurred, paled and displaced.
 
     Args:
-        small: the picture at the resolution of the pane, [h, w, 3].
+        small: the image at the resolution of the pane, [h, w, 3].
+        generator: source of randomness.
         unit: pixels of the pane to one of the parameters.
+        parameters: ranges to draw from.
+        most: mean squared error that the film may make; it is made thinner where it would make more.
     Returns:
         Colour times opacity and opacity, [h, w, 4], and the mean squared error that the film alone makes.
     """
@@ -279,4 +345,7 @@ def _film(
     seen += (np.float32(0.35) + np.float32(0.65) * small.reshape(-1, 3).mean(axis=0) - seen) * glow
     opacities = cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB)
     spoilt = float(cv2.norm((seen - small) * opacities, cv2.NORM_L2SQR)) / small.size
+    if spoilt > most:
+        thinning = np.float32(math.sqrt(most / spoilt))
+        opacities, opacity, spoilt = opacities * thinning, opacity * thinning, most
     return cv2.merge([*cv2.split(seen * opacities), opacity]), spoilt

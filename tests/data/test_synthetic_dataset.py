@@ -150,3 +150,12 @@ def test_an_unreadable_photo_names_phase_and_file(folder):
 def test_bad_options_name_the_key(options, expected):
     with pytest.raises(OptionError, match=expected):
         dataset(**options)
+
+
+def test_some_patches_stay_clean_and_some_get_darker():
+    options = {'phase': 'train', 'gt_size': 32, 'num_per_photo': 20, 'clean_share': 0.4, 'gamma': [1.5, 2.5]}
+    samples = [SyntheticPairsDataset(options)[number] for number in range(40)]
+    clean = [torch.equal(sample['lq'], sample['gt']) for sample in samples]
+    assert 6 <= sum(clean) <= 28
+    plain = [SyntheticPairsDataset({**options, 'gamma': [1, 1]})[number] for number in range(40)]
+    assert np.mean([float(a['gt'].mean() - b['gt'].mean()) for a, b in zip(samples, plain, strict=True)]) < -0.05
