@@ -1,10 +1,16 @@
-"""Commands that are modules of this package: listing them, and running one on what is left of the command line."""
+"""What commands share: being listed and run, and the arguments that say which option file is meant."""
+
+from __future__ import annotations
 
 import argparse
 import importlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ast_plugin.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from ast_plugin.models.training_run import Run
 
 
 def listed(commands: Mapping[str, str]) -> str:
@@ -35,3 +41,49 @@ def run_module(module_name: str, prog: str, arguments: Sequence[str]) -> int:
     )
     module.add_arguments(parser)
     return module.run(parser.parse_args(arguments))
+
+
+def add_file_arguments(parser: argparse.ArgumentParser, is_needed: bool = True) -> None:
+    """Declare what says which options are meant, and `--root`."""
+    parser.add_argument(
+        '-opt',
+        '--opt',
+        required=is_needed,
+        metavar='FILE',
+        help='option file, or the name of a shipped one (`basicsr options` lists them)',
+    )
+    parser.add_argument(
+        '--root',
+        default='.',
+        metavar='DIR',
+        help='write experiments/, results/ and tb_logger/ under DIR instead of the working directory',
+    )
+    parser.add_argument(
+        '--force_yml',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='KEY:SUB=VALUE',
+        help='change options of the file, in all of its stages: train:total_epochs=1 datasets:train:gt_size=64',
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare BasicSR's flags, and ours."""
+    add_file_arguments(parser)
+    parser.add_argument('--stage', metavar='N', help='this stage of the file alone, by its number or name')
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='how processes were started'
+    )
+    parser.add_argument('--debug', action='store_true', help="BasicSR's debug mode: report and validate often")
+    # Launchers of the past pass it; where this process runs is read from the environment.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def read_run(args: argparse.Namespace, *, is_train: bool | None) -> Run:
+    """Read and check the option file that the arguments name; see `ast_plugin.models.training_run.read_run`."""
+    from ast_plugin.models import training_run
+
+    training_run.check_launcher(getattr(args, 'launcher', 'none'))
+    is_debug = getattr(args, 'debug', False)
+    return training_run.read_run(args.opt, args.force_yml, is_train=is_train, root=args.root, is_debug=is_debug)

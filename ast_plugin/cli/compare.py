@@ -20,17 +20,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ast_plugin.cli import session
+from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError, PluginError
 
 if TYPE_CHECKING:
     from ast_plugin.compare.comparison import Network, Plan
-    from ast_plugin.schema import Registered
+    from ast_plugin.options.checks import Registered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr compare`."""
-    session.add_file_arguments(parser)
+    commands.add_file_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,10 +64,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
     file = options.find(args.opt)
     opt = options.load(file, args.force_yml)
-    from ast_plugin.cli import registries
-    from ast_plugin.schema.comparison import Settings, check_comparison
+    from ast_plugin.models import registries
+    from ast_plugin.options.compare_file import CompareSettings, check_comparison
 
-    registered = registries.load()
+    registered = registries.load_registered()
     check_comparison(opt, str(file), registered)
     if opt.get('manual_seed') is None:
         opt['manual_seed'] = 0  # the same for all, and when the command is given again
@@ -75,7 +75,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from ast_plugin.evaluation.protocols import read_protocol
 
     folder = Path(args.root).expanduser().resolve() / 'comparisons' / opt['name']
-    settings = Settings.model_validate(opt.get('compare') or {}).model_dump()
+    settings = CompareSettings.model_validate(opt.get('compare') or {}).model_dump()
     val = opt.get('val') or {}
     try:
         protocol = read_protocol(val.get('protocol'))
@@ -111,10 +111,10 @@ class _Planner:
         Raises:
             PluginError: if it cannot be built, loaded, trained or measured.
         """
-        from ast_plugin.cli import preflight
         from ast_plugin.compare.comparison import Network
         from ast_plugin.compare.networks import network_of
-        from ast_plugin.options.comparison import expand_entry, is_trained
+        from ast_plugin.models import preflight
+        from ast_plugin.options.compare_file import expand_entry, is_trained
 
         source = f'{self.file}: networks.{number} ({entry["name"]})'
         weights = None if entry.get('weights') is None else Path(entry['weights']).expanduser()
@@ -142,7 +142,7 @@ class _Planner:
     def _prepared(self, opt: Mapping[str, Any], is_train: bool) -> dict[str, Any]:
         """Options as BasicSR would get them; the data, which all share, is left out once it has been looked at."""
         from ast_plugin import options
-        from ast_plugin.options.comparison import measured_dataset
+        from ast_plugin.options.compare_file import measured_dataset
 
         prepared = options.prepare(
             opt,
@@ -161,7 +161,7 @@ class _Planner:
         return prepared
 
     def _length(self, dataset: Mapping[str, Any]) -> int:
-        from ast_plugin.cli import preflight
+        from ast_plugin.models import preflight
 
         if self._num_samples is None:
             self._num_samples = preflight.count_samples(f'{self.file}: datasets.train', dataset, self.registered)

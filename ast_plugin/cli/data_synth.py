@@ -128,7 +128,7 @@ def _parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
     from pydantic import ValidationError
 
     from ast_plugin.degradations.degradations import DEGRADATIONS
-    from ast_plugin.schema.faults import faults_of
+    from ast_plugin.faults import faults_of
 
     model = DEGRADATIONS[task].parameters
     properties = model.model_json_schema()['properties']

@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(root: Path) -> int:
     from ast_plugin import options
-    from ast_plugin.cli import registries
     from ast_plugin.evaluation.contact_sheet import draw_contact_sheet, save_sheet
+    from ast_plugin.models import registries
 
-    datasets = registries.load().by_kind['dataset']
+    datasets = registries.load_registered().by_kind['dataset']
     opt = options.prepare(options.load(options.find(OPTION_FILE)), root=root, is_train=False, dataset_types=datasets)
     validation = opt['datasets']['val']
     results = Path(opt['path']['results_root'])

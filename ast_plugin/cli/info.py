@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ast_plugin.cli import session
+from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _MEBIBYTE = 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr info`."""
-    session.add_file_arguments(parser)
+    commands.add_file_arguments(parser)
     parser.add_argument(
         '--size', default='256x256', metavar='HxW', help='of a picture in pixels (default: %(default)s)'
     )
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what there is to know."""
     size = parse_size(args.size)
-    loaded = session.read(args, is_train=None)
+    loaded = commands.read_run(args, is_train=None)
     stage = loaded.stages[0]  # stages differ in data and schedule, the network is one
     options = stage.opt.get('network_g')
     if not isinstance(options, dict) or 'type' not in options:

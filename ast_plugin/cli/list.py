@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the registries."""
-    from ast_plugin.cli import registries
+    from ast_plugin.models import registries
 
     kinds = [_kind(name, registries.KINDS) for name in args.registry] or list(registries.KINDS)
-    registered = registries.load()
+    registered = registries.load_registered()
     for number, kind in enumerate(kinds):
         rows = _rows(registered.by_kind[kind])
         widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]

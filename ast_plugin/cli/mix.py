@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ast_plugin.cli import session
+from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError, PluginError, ShapeError, first_line
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _MACS_SIDE = 128
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr mix`."""
-    session.add_file_arguments(parser)
+    commands.add_file_arguments(parser)
     parser.add_argument(
         '--size',
         nargs=2,
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the exchanges and the costs, and try the network."""
     if min(args.size) < 1:
         raise OptionError(f'--size {args.size[0]} {args.size[1]}: expected sides of 1 or more')
-    loaded = session.read(args, is_train=None)
+    loaded = commands.read_run(args, is_train=None)
     for stage in loaded.stages[:1]:  # stages differ in data and schedule, the network is one
         options = stage.opt.get('network_g') or {}
         if options.get('type') != 'Mixed':

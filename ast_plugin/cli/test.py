@@ -16,16 +16,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ast_plugin.cli import session
+from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError
 
 if TYPE_CHECKING:
-    from ast_plugin.options.stages import Stage
+    from ast_plugin.models.training_run import Run
+    from ast_plugin.options import Stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr test`."""
-    session.add_arguments(parser)
+    commands.add_run_arguments(parser)
     parser.add_argument(
         '--weights',
         type=Path,
@@ -37,12 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then let BasicSR test."""
-    run = session.read(args, is_train=False)
+    run = commands.read_run(args, is_train=False)
     import basicsr.test
 
-    from ast_plugin.cli import preflight
+    from ast_plugin.models import preflight
+    from ast_plugin.models.training_run import hand_over, join_processes
 
-    stage, weights = _weights(run)
+    stage, weights = _weights(run, args)
     opt = run.prepare(stage)
     paths = {'pretrain_network_g': str(weights)}
     opt['path'].update(paths)
@@ -50,23 +52,23 @@ def run(args: argparse.Namespace) -> int:
     if 'network_g' in states:
         # The option file's key where the weights have it, averaged weights before plain ones otherwise.
         paths['param_key_g'] = states['network_g'].param_key
-    with session.started(run) as process:
+    with join_processes(run, args.launcher) as process:
         if process['rank'] == 0:
             print(f'Testing the weights {weights}', flush=True)
         opt = run.prepare(stage, **process)
         opt['path'].update(paths)
-        with session.handed_over(basicsr.test, opt, run, stage):
+        with hand_over(basicsr.test, opt, run, stage):
             basicsr.test.test_pipeline(str(run.root))
     return 0
 
 
-def _weights(run: session.Session) -> tuple[Stage, Path]:
+def _weights(run: Run, args: argparse.Namespace) -> tuple[Stage, Path]:
     """The weights to measure, and the stage whose options they are measured with."""
-    from ast_plugin.options import stages
+    from ast_plugin.models.training_run import WEIGHTS, find_weights
 
-    chosen = run.chosen()
-    trained = [(stage, weights) for stage in chosen if (weights := stages.weights(run.experiment(stage)))]
-    named = run.args.weights
+    chosen = run.select(args.stage)
+    trained = [(stage, weights) for stage in chosen if (weights := find_weights(run.experiment(stage)))]
+    named = args.weights
     if not named and not (trained and chosen[-1].name):
         named = (chosen[-1].opt.get('path') or {}).get('pretrain_network_g')
     if named:
@@ -75,6 +77,6 @@ def _weights(run: session.Session) -> tuple[Stage, Path]:
         return trained[-1]
     folders = ' or '.join(str(run.experiment(stage) / 'models') for stage in chosen)
     raise OptionError(
-        f'no weights to test: {folders} holds neither {" nor ".join(stages.WEIGHTS)}; '
-        f'train first (`basicsr train -opt {run.args.opt}`) or name a file with --weights'
+        f'no weights to test: {folders} holds neither {" nor ".join(WEIGHTS)}; '
+        f'train first (`basicsr train -opt {args.opt}`) or name a file with --weights'
     )

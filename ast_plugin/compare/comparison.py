@@ -17,7 +17,7 @@ from ast_plugin.compare.results import Results, Row, Speed
 from ast_plugin.compare.training import Training, TrainingFailed
 from ast_plugin.errors import CheckpointError, FileError
 from ast_plugin.files import file_digest, lock_folder
-from ast_plugin.options.comparison import INPUT
+from ast_plugin.options.compare_file import INPUT
 
 _PATIENCE = 30.0  # seconds that what a killed comparison has started may take to end
 

@@ -11,7 +11,7 @@ from ast_plugin.compare.measure import picture_path
 from ast_plugin.compare.training import training_curves
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.files import write_file
-from ast_plugin.options.comparison import INPUT
+from ast_plugin.options.compare_file import INPUT
 
 if TYPE_CHECKING:
     from ast_plugin.compare.comparison import Plan

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ast_plugin.compare import formats
-from ast_plugin.options.comparison import INPUT
+from ast_plugin.options.compare_file import INPUT
 
 if TYPE_CHECKING:
     from ast_plugin.compare.results import Results, Row

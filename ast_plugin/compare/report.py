@@ -17,7 +17,7 @@ from PIL import Image, features
 
 from ast_plugin.compare import formats, plots
 from ast_plugin.compare.results import Results, Row
-from ast_plugin.options.comparison import INPUT
+from ast_plugin.options.compare_file import INPUT
 
 CLEAN = 'clean'  # the source of the pictures that results are measured against
 _TEMPLATE = Path(__file__).with_name('report_template.html')

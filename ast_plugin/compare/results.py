@@ -12,7 +12,7 @@ from typing import Any
 
 from ast_plugin.compare.bootstrap import Estimate, estimate, paired_difference
 from ast_plugin.compare.formats import table_cells
-from ast_plugin.options.comparison import INPUT
+from ast_plugin.options.compare_file import INPUT
 
 Size = tuple[int, int]
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import ast_plugin  # noqa: F401 (before BasicSR)
-from ast_plugin import schema
 from ast_plugin.archs import spandrel_arch
 from ast_plugin.archs.networks import infer_network
 from ast_plugin.archs.spandrel_arch import Spandrel
 from ast_plugin.checkpoints import save_torch
-from ast_plugin.cli import registries
 from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
 from ast_plugin.evaluation.restorer import Restorer
+from ast_plugin.models import registries
+from ast_plugin.options import checks
 
 TINY = {
     'NAFNet': {'width': 4, 'middle_blk_num': 1, 'enc_blk_nums': [1, 1], 'dec_blk_nums': [1, 1]},
@@ -126,8 +126,8 @@ def test_bad_options(installed, options, complaint):
 
 
 def test_the_check_of_option_files_knows_the_hyperparameters(installed):
-    registered = registries.load()
-    faults = schema.find_faults(
+    registered = registries.load_registered()
+    faults = checks.find_faults(
         {
             'name': 'a',
             'model_type': 'RestorationModel',

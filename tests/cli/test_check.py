@@ -126,10 +126,10 @@ def test_usage(folder, capfd):
 
 @pytest.fixture(scope='module')
 def json_schema():
-    from ast_plugin import schema
-    from ast_plugin.cli import registries
+    from ast_plugin.models import registries
+    from ast_plugin.options import json_schema as schema
 
-    return schema.json_schema(registries.load())
+    return schema.json_schema(registries.load_registered())
 
 
 def test_schema_is_printed(capfd, json_schema):

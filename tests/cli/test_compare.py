@@ -15,13 +15,14 @@ import torch
 
 from ast_plugin import options
 from ast_plugin.checkpoints import save_torch, save_weights
-from ast_plugin.cli import compare, registries
+from ast_plugin.cli import compare
 from ast_plugin.cli.main import main as basicsr
 from ast_plugin.compare import comparison, training
 from ast_plugin.compare.child import Outcome
 from ast_plugin.compare.networks import load_network
+from ast_plugin.models import registries
 from ast_plugin.options import safe_yaml
-from ast_plugin.schema.comparison import check_comparison, find_comparison_faults
+from ast_plugin.options.compare_file import check_comparison, find_comparison_faults
 from tests import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def write(folder: Path, opt) -> Path:
 
 @pytest.fixture(scope='module')
 def registered():
-    return registries.load()
+    return registries.load_registered()
 
 
 # ---- what a compare file says

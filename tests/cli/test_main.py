@@ -105,7 +105,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     code = (
         'import sys; from pathlib import Path\n'
         'from ast_plugin import options; from ast_plugin.cli.main import main\n'
-        'options._SHIPPED_FOLDERS = (Path("."),); sys.exit(main(["options"]))'
+        'options.reading._SHIPPED_FOLDERS = (Path("."),); sys.exit(main(["options"]))'
     )
     process = subprocess.Popen(
         [sys.executable, '-c', code],
@@ -132,7 +132,7 @@ def shipped(tmp_path, monkeypatch):
     (folder / 'AST_a.yml').write_text('# The first one.\nname: a\n')
     (folder / 'AST_longer.yml').write_text('name: b\n')
     (folder / '_base_' / 'part.yml').write_text('c: d\n')
-    monkeypatch.setattr(options, '_SHIPPED_FOLDERS', (folder,))
+    monkeypatch.setattr(options.reading, '_SHIPPED_FOLDERS', (folder,))
     monkeypatch.chdir(tmp_path)
     return folder
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ast_plugin.cli.main import main
 from ast_plugin.metrics import psnr_rgb
-from ast_plugin.options import stages
+from ast_plugin.models import training_run as stages
 
 TINY = [
     'network_g={type: AST_XS, embed_dim: 4, num_heads: [1, 1, 1, 1, 1, 1, 1, 1, 1], img_size: 16}',

@@ -13,7 +13,7 @@ from ast_plugin.errors import DataError, OptionError, ShapeError
 from ast_plugin.evaluation import tiling
 from ast_plugin.evaluation.protocols import PROTOCOLS, read_protocol
 from ast_plugin.metrics import psnr_rgb, psnr_y_matlab, ssim_rgb, ssim_y_matlab
-from ast_plugin.schema import keys
+from ast_plugin.options import sections
 
 
 class Blur(nn.Module):
@@ -295,7 +295,7 @@ def test_a_line_says_what_is_done():
 
 
 def test_the_schema_knows_the_same():
-    assert set(get_args(keys.ProtocolName)) == set(PROTOCOLS)
-    for key in set(keys.Protocol.model_fields) - {'type'}:
+    assert set(get_args(sections.ProtocolName)) == set(PROTOCOLS)
+    for key in set(sections.Protocol.model_fields) - {'type'}:
         value = getattr(PROTOCOLS['agan'], key)
         assert getattr(read_protocol({'type': 'agan', key: value}), key) == value

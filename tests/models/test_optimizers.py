@@ -6,7 +6,7 @@ import torch
 
 from ast_plugin.errors import OptionError
 from ast_plugin.models.optimizers import build_optimizer, find_optimizer
-from ast_plugin.schema import Registered, checks
+from ast_plugin.options.signatures import argument_faults
 
 
 @pytest.fixture
@@ -94,8 +94,8 @@ def test_options_that_are_refused(name, options):
 def test_option_files_may_name_those_of_the_extra():
     """Their arguments go on to the base class, whose `defaults` are theirs to give."""
     pytest.importorskip('pytorch_optimizer')
-    registered = Registered(by_kind={}, find_optimizer=find_optimizer)
+    lion, where, given = find_optimizer('Lion'), ('train', 'optim_g'), ('params', 'defaults')
     options = {'type': 'Lion', 'lr': 1e-3, 'weight_decay': 0.1}
-    assert checks._optimizer_faults(options, ('train', 'optim_g'), registered) == []
-    (fault,) = checks._optimizer_faults({**options, 'weight_decay': 'much'}, ('train', 'optim_g'), registered)
+    assert argument_faults(lion, options, where, given) == []
+    (fault,) = argument_faults(lion, {**options, 'weight_decay': 'much'}, where, given)
     assert str(fault).startswith('train.optim_g.weight_decay: expected a number')

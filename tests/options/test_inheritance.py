@@ -6,8 +6,8 @@ import pytest
 
 from ast_plugin import options
 from ast_plugin.errors import OptionError
-from ast_plugin.options import inheritance, safe_yaml, stages
-from ast_plugin.options.merging import merge
+from ast_plugin.options import safe_yaml
+from ast_plugin.options.reading import fill_in, merge
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ stages:
 
 
 def runs(*overrides):
-    return [(stage.name, stage.opt) for stage in stages.expand(load('file', *overrides))]
+    return [(stage.name, stage.opt) for stage in options.expand(load('file', *overrides))]
 
 
 def test_stages_are_laid_over_the_file(write):
@@ -260,5 +260,5 @@ def test_what_is_written_reads_the_same():
 
 def test_a_filled_in_file_is_a_copy():
     opt = {'a': [{'b': '${HOME:x}'}]}
-    assert inheritance.fill_in(opt, 'x')['a'][0]['b'] == os.environ.get('HOME', 'x')
+    assert fill_in(opt, 'x')['a'][0]['b'] == os.environ.get('HOME', 'x')
     assert opt == {'a': [{'b': '${HOME:x}'}]}

@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
-from ast_plugin import options, schema
-from ast_plugin.cli import registries
+from ast_plugin import options
+from ast_plugin.models import registries
+from ast_plugin.options import checks
 
 MIX = {  # exchanged modules, parameters before and after
     'SwinIR_ASSA_FRFN': (8, 65_611, 78_931),
@@ -30,13 +31,13 @@ ABLATION = {  # parameters
 
 @pytest.fixture(scope='module')
 def registered():
-    return registries.load()
+    return registries.load_registered()
 
 
 def read(name, registered):
     path = options.find(name)
     opt = options.load(path)
-    schema.check(opt, str(path), registered)
+    checks.check(opt, str(path), registered)
     return path, opt
 
 

@@ -231,7 +231,7 @@ def test_shipped_files_leave_out_parts(tmp_path, monkeypatch):
     for name in ('AST_a.yml', '_base_/data.yml', 'mix/AST_b.yml', '_part.yml', 'note.txt'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('a: 1')
-    monkeypatch.setattr(options, '_SHIPPED_FOLDERS', (tmp_path / 'nothing', tmp_path))
+    monkeypatch.setattr(options.reading, '_SHIPPED_FOLDERS', (tmp_path / 'nothing', tmp_path))
     assert list(options.shipped_files()) == ['AST_a', 'mix/AST_b']
     assert options.find('mix/AST_b') == tmp_path / 'mix' / 'AST_b.yml'
 

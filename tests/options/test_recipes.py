@@ -3,7 +3,6 @@
 import pytest
 
 from ast_plugin import options
-from ast_plugin.options import stages
 
 # lr, patch, batch, epochs and iterations of each stage. The first three are the paper's, the rest ours.
 RECIPES = {
@@ -63,7 +62,7 @@ LAYOUTS = {
 def recipe(request):
     """A shipped file's name, its stages in the table, and the same as prepared for BasicSR on the official data."""
     length, table = RECIPES[request.param]
-    read = stages.expand(options.load(options.find(request.param)))
+    read = options.expand(options.load(options.find(request.param)))
     runs = [
         options.prepare({**stage.opt, 'num_gpu': 1}, stage=stage.name, length_of=lambda _: length) for stage in read
     ]
@@ -159,7 +158,7 @@ def test_rates_of_a_stage(recipe):
 
 
 def test_two_gpus_halve_the_iterations():
-    (stage, *_) = stages.expand(options.load(options.find('AST_deraindrop')))
+    (stage, *_) = options.expand(options.load(options.find('AST_deraindrop')))
     for process in ({'world_size': 2, 'dist': True}, {}):
         opt = {**stage.opt, 'num_gpu': 2}
         run = options.prepare(opt, stage=stage.name, length_of=lambda _: 861, **process)
@@ -167,7 +166,7 @@ def test_two_gpus_halve_the_iterations():
 
 
 def test_epochs_cut_below_the_warm_up():
-    (stage, *_) = stages.expand(options.load(options.find('AST_deraindrop'), ['train:total_epochs=2']))
+    (stage, *_) = options.expand(options.load(options.find('AST_deraindrop'), ['train:total_epochs=2']))
     run = options.prepare(stage.opt, stage=stage.name, length_of=lambda _: 861)
     assert run['train']['scheduler']['warmup_epochs'] == 1
     assert stage.opt['train']['scheduler']['warmup_epochs'] == 3
@@ -176,6 +175,6 @@ def test_epochs_cut_below_the_warm_up():
 def test_epochs_cannot_be_counted_without_data():
     from ast_plugin.errors import OptionError
 
-    (stage, *_) = stages.expand(options.load(options.find('AST_deraindrop')))
+    (stage, *_) = options.expand(options.load(options.find('AST_deraindrop')))
     with pytest.raises(OptionError, match='total_epochs, times_per_epoch, save_checkpoint_epochs: epochs cannot'):
         options.prepare(stage.opt)

@@ -240,9 +240,9 @@ def test_basicsr_dataset_is_told_to_leave_pixels_alone(packed, tmp_path, capsys,
     )
     file.write_text(text.replace('{type: disk}', '{type: lmdb}').replace('gt_size: 32', 'gt_size: 8'))
     from ast_plugin import options as option_files
-    from ast_plugin.cli import preflight, registries
+    from ast_plugin.models import preflight, registries
 
-    registered = registries.load()
+    registered = registries.load_registered()
     opt = option_files.prepare(option_files.load(file), root=tmp_path, dataset_types=registered.by_kind['dataset'])
     if encoding == 'png':
         preflight.check(opt, registered, 'tiny.yml')

@@ -8,7 +8,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from ast_plugin.data.prepare.preparation import format_options
-from ast_plugin.schema.keys import FolderName
+from ast_plugin.options.sections import FolderName
 
 
 @pytest.mark.parametrize(

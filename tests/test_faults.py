@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ast_plugin.schema.faults import dotted, faults_of
+from ast_plugin.faults import dotted, faults_of
 
 UNKNOWN = 'unknown key, did you mean '
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import sys
 import textwrap
 import types
 import typing
@@ -15,7 +14,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from ast_plugin.schema.faults import Fault, Where, shown, unknown_key
+from ast_plugin.faults import Fault, Where, shown, unknown_key
 
 _UNKNOWN = inspect.Parameter.empty
 _WORDS = {
@@ -66,35 +65,6 @@ def argument_faults(
         if parameter.default is _UNKNOWN and name not in arguments and name not in optional and not is_open:
             faults.append(Fault((*where, name), f'required by {_name(target)}, but not there'))
     return faults
-
-
-def keys_read_by(target: type) -> frozenset[str] | None:
-    """Every key that a class with an opaque `opt` argument can read: the text constants of its modules' source.
-
-    None when a source cannot be had, so that nothing can be said.
-    """
-    keys: frozenset[str] = frozenset()
-    for cls in inspect.getmro(target):
-        if cls.__module__.split('.')[0] in ('builtins', 'torch', 'typing', 'abc'):
-            continue
-        constants = _constants(cls.__module__)
-        if constants is None:
-            return None
-        keys |= constants
-    return keys
-
-
-@functools.cache
-def _constants(module_name: str) -> frozenset[str] | None:
-    try:
-        tree = ast.parse(inspect.getsource(sys.modules[module_name]))
-    except (KeyError, OSError, TypeError, SyntaxError):
-        return None
-    return frozenset(
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier()
-    )
 
 
 def _parameters(target: Callable) -> tuple[dict[str, inspect.Parameter] | None, bool]:

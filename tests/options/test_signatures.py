@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from ast_plugin.schema.signatures import argument_faults, keys_read_by
+from ast_plugin.options.signatures import argument_faults
 
 UNKNOWN = 'unknown key, did you mean '
 
@@ -43,15 +43,3 @@ def forwards(**kwargs):
 )
 def test_signatures(target, arguments, expected):
     assert sorted(str(fault) for fault in argument_faults(target, arguments, ())) == sorted(expected)
-
-
-class Opaque:
-    def __init__(self, opt):
-        self.root = opt['dataroot_x']
-
-
-def test_keys_in_source():
-    keys = keys_read_by(Opaque)
-    assert 'dataroot_x' in keys
-    assert 'a sentence with spaces' not in keys
-    assert keys_read_by(type('Dynamic', (), {'__module__': 'nowhere'})) is None

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+from basicsr.utils import logger as basicsr_logger
+from torch import nn
+
+from ast_plugin.checkpoints import Checkpoint, load_into, read_checkpoint, read_state
+from ast_plugin.data.lmdb.reader import holds_pixels
 from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ast_plugin.checkpoints import Checkpoint
-    from ast_plugin.schema import Registered
+from ast_plugin.evaluation.protocols import read_protocol
+from ast_plugin.models.restoration_model import RestorationModel
+from ast_plugin.models.training_step import check_switches
+from ast_plugin.options.checks import Registered
 
 _METRIC_IMAGE_SIDE = 192  # NIQE needs two blocks of 96
 
@@ -48,15 +54,14 @@ def check(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[s
 @contextmanager
 def _logger_untouched() -> Iterator[None]:
     """BasicSR gives its logger handlers when it is first asked for: now would be too early for the log file."""
-    from basicsr.utils import logger
-
-    present = dict(logger.initialized_logger)
-    logger.initialized_logger['basicsr'] = True
+    known = basicsr_logger.initialized_logger
+    present = dict(known)
+    known['basicsr'] = True
     try:
         yield
     finally:
-        logger.initialized_logger.clear()
-        logger.initialized_logger.update(present)
+        known.clear()
+        known.update(present)
 
 
 @contextmanager
@@ -104,8 +109,6 @@ def _check_logger(opt: Mapping[str, Any], source: str) -> None:
 
 
 def _check_resume(opt: Mapping[str, Any]) -> None:
-    from ast_plugin.checkpoints import read_state
-
     state = opt['path'].get('resume_state')
     if state is None:
         return
@@ -126,12 +129,7 @@ def _check_resume(opt: Mapping[str, Any]) -> None:
 
 def _check_training(train: Mapping[str, Any], registered: Registered, source: str) -> None:
     """Build losses, optimisers and schedules: wrong values show only then."""
-    import torch
-
-    for key, options in train.items():
-        # The perceptual loss reads, or even fetches, the weights of a VGG.
-        if key.endswith('_opt') and key != 'perceptual_opt' and options:
-            _call(f'{source}: train.{key}', registered.get('loss', options['type']), options)
+    _build_losses(train, registered, source)
     for key, options in train.items():
         if not key.startswith('optim_') or not options:
             continue
@@ -143,8 +141,17 @@ def _check_training(train: Mapping[str, Any], registered: Registered, source: st
         if schedule and schedule['type'] in schedulers:
             target = schedulers[schedule['type']]
             given = {name: train[name] for name in ('total_iter', 'iters_per_epoch') if train.get(name) is not None}
-            own = {name: value for name, value in given.items() if _takes(target, name)} | schedule
+            own = {name: given[name] for name in given if name in inspect.signature(target).parameters} | schedule
             _call(f'{source}: train.scheduler', target, own, optimizer=optimizer)
+
+
+def _build_losses(train: Mapping[str, Any], registered: Registered, source: str) -> dict[str, nn.Module]:
+    """The losses by their keys, but for the perceptual one, which reads, or even fetches, the weights of a VGG."""
+    return {
+        key: _call(f'{source}: train.{key}', registered.get('loss', options['type']), options)
+        for key, options in train.items()
+        if key.endswith('_opt') and key != 'perceptual_opt' and options
+    }
 
 
 def _call(where: str, target: Callable, options: Mapping[str, Any], **given: Any) -> Any:
@@ -156,18 +163,8 @@ def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     return copy.deepcopy({key: value for key, value in options.items() if key != 'type'})
 
 
-def _takes(target: Callable, name: str) -> bool:
-    import inspect
-
-    return name in inspect.signature(target).parameters
-
-
 def _check_metrics(val: Mapping[str, Any], registered: Registered, source: str) -> None:
     """Measure noise: a metric that stumbles over its options would do so hours later."""
-    import numpy as np
-
-    from ast_plugin.evaluation.protocols import read_protocol
-
     with _explained(f'{source}: val.protocol', 'protocol'):
         read_protocol(val.get('protocol'))
     image = np.random.default_rng(0).integers(0, 256, (_METRIC_IMAGE_SIDE, _METRIC_IMAGE_SIDE, 3), dtype=np.uint8)
@@ -184,18 +181,21 @@ def _check_dataset(where: str, options: Mapping[str, Any], registered: Registere
     dataset_type = registered.get('dataset', options['type'])
     with _explained(where, options['type'], 'cannot read its data', DataError):
         _refuse_pixels(dataset_type, options)
-        dataset = dataset_type(copy.deepcopy(options))
-        num_samples = len(dataset)
-        if num_samples:
-            dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
-    if num_samples == 0:
-        raise DataError(f'{where}: {options["type"]} finds no data')
+        dataset = _open_dataset(where, options, registered)
+        dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
+
+
+def _open_dataset(where: str, options: Mapping[str, Any], registered: Registered) -> Any:
+    """Build a dataset, and see that there is something in it."""
+    with _explained(where, options['type'], 'cannot read its data', DataError):
+        dataset = registered.get('dataset', options['type'])(copy.deepcopy(options))
+        if len(dataset) == 0:
+            raise DataError(f'{where}: {options["type"]} finds no data')
+    return dataset
 
 
 def _refuse_pixels(dataset_type: type, options: Mapping[str, Any]) -> None:
     """Raise DataError if a dataset of others, which decodes pictures, is given an LMDB of pixels."""
-    from ast_plugin.data.lmdb.reader import holds_pixels
-
     is_lmdb = (options.get('io_backend') or {}).get('type') == 'lmdb'
     if not is_lmdb or 'io_backend' in getattr(getattr(dataset_type, 'options_type', None), 'model_fields', ()):
         return
@@ -218,12 +218,8 @@ def count_samples(where: str, options: Mapping[str, Any], registered: Registered
         DataError: if it is empty, or the data is not there.
         OptionError: if it cannot be made of these options.
     """
-    dataset_type = registered.get('dataset', options['type'])
-    with _logger_untouched(), _explained(where, options['type'], 'cannot read its data', DataError):
-        num_samples = len(dataset_type(copy.deepcopy(options)))
-    if num_samples == 0:
-        raise DataError(f'{where}: {options["type"]} finds no data')
-    return num_samples
+    with _logger_untouched():
+        return len(_open_dataset(where, options, registered))
 
 
 def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], registered: Registered, source: str) -> None:
@@ -236,8 +232,6 @@ def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], register
     Raises:
         PluginError: if the weights would not fit.
     """
-    from ast_plugin.checkpoints import Checkpoint, load_into
-
     if 'network_g' not in before or 'network_g' not in after or not after['path'].get('strict_load_g', True):
         return
     with _logger_untouched():
@@ -250,8 +244,6 @@ def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], register
 
 
 def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[str, Checkpoint]:
-    from ast_plugin.checkpoints import load_into, read_checkpoint
-
     checkpoints = {}
     for key, options in _networks(opt).items():
         with _explained(f'{source}: {key}', options['type']):
@@ -271,17 +263,10 @@ def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str)
 
 
 def _check_switches(opt: Mapping[str, Any], network: nn.Module, registered: Registered, source: str) -> None:
-    from ast_plugin.models.restoration_model import RestorationModel
-    from ast_plugin.models.training_step import check_switches
-
     model = registered.get('model', opt['model_type'])
     if not isinstance(model, type) or not issubclass(model, RestorationModel):
         return
-    losses = {
-        key: registered.get('loss', options['type'])(**_arguments(options))
-        for key, options in opt['train'].items()
-        if key.endswith('_opt') and key != 'perceptual_opt' and options
-    }
+    losses = _build_losses(opt['train'], registered, source)
     with _explained(source, 'train'):
         check_switches(opt, network, losses)
 
@@ -292,8 +277,6 @@ def _networks(opt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _build_network(network_type: Callable[..., nn.Module], options: Mapping[str, Any]) -> nn.Module:
     """Build a network without memory for its weights, where its constructor can do that."""
-    import torch
-
     try:
         with torch.device('meta'):
             return network_type(**_arguments(options))

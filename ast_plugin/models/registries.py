@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ast_plugin.schema import Registered
+from ast_plugin.options.checks import Registered
 
 KINDS = ('arch', 'dataset', 'loss', 'metric', 'model')
 
 
-def load() -> Registered:
+def load_registered() -> Registered:
     """Import BasicSR and the plugins (seconds), and say what is registered."""
     import ast_plugin  # noqa: F401 - registers, also from a checkout that is not installed
     from ast_plugin.evaluation.protocols import PROTOCOLS

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from ast_plugin import options, schema
-from ast_plugin.cli import registries
+from ast_plugin import options
 from ast_plugin.errors import OptionError
-from ast_plugin.options import safe_yaml, stages
-from ast_plugin.schema.keys import OptionFile
+from ast_plugin.models import registries
+from ast_plugin.options import checks, safe_yaml
+from ast_plugin.options.sections import OptionFile
 from tests import tiny_run
 
 TINY = safe_yaml.read_text(tiny_run.OPTIONS, 'tiny.yml')
@@ -18,7 +18,7 @@ SHIPPED = [file for name, file in options.shipped_files().items() if not name.st
 
 @pytest.fixture(scope='module')
 def registered():
-    return registries.load()
+    return registries.load_registered()
 
 
 def changed(path, value):
@@ -36,7 +36,7 @@ def changed(path, value):
 
 
 def faults(opt, registered=None, **kwargs):
-    return [str(fault) for fault in schema.find_faults(opt, registered, **kwargs)]
+    return [str(fault) for fault in checks.find_faults(opt, registered, **kwargs)]
 
 
 @pytest.mark.parametrize('is_train', [True, False])
@@ -269,7 +269,7 @@ def test_all_faults_at_once_in_the_order_of_the_file(registered):
     opt['datasets']['val']['dataroot_lg'] = 'x'
     opt['nam'] = 'x'
     with pytest.raises(OptionError) as caught:
-        schema.check(opt, 'my.yml', registered)
+        checks.check(opt, 'my.yml', registered)
     keys = [line.split(': ')[:2] for line in str(caught.value).splitlines()]
     assert keys == [
         ['my.yml', key]
@@ -325,7 +325,7 @@ class StrangerModel:
 
 
 def test_third_party_model_may_have_its_own_keys(registered):
-    stranger = schema.Registered(
+    stranger = checks.Registered(
         by_kind={**registered.by_kind, 'model': {'StrangerModel': StrangerModel}}, schedulers=registered.schedulers
     )
     opt = {**changed('train:my_loss_weight', 3), 'model_type': 'StrangerModel', 'my_section': {'a': 1}}
@@ -338,7 +338,7 @@ def test_third_party_model_may_have_its_own_keys(registered):
 
 
 def test_failed_plugin_is_named(registered):
-    broken = schema.Registered(
+    broken = checks.Registered(
         by_kind=registered.by_kind,
         schedulers=registered.schedulers,
         failed_plugins=['plugin x of y 1 failed to load: ImportError: no z'],
@@ -418,11 +418,11 @@ def test_broken_options_raise_option_errors_only(registered, tmp_path, seed):
         opt = broken(own if number % 2 else TINY, generator)
         is_train = bool(generator.randint(0, 1))
         try:
-            schema.check(opt, 'broken.yml', registered, is_train=is_train)
+            checks.check(opt, 'broken.yml', registered, is_train=is_train)
         except OptionError as error:
             assert all(line.startswith('broken.yml: ') for line in str(error).splitlines()), error
             continue
-        for stage in stages.expand(opt):
+        for stage in options.expand(opt):
             options.prepare(
                 stage.opt,
                 root=tmp_path,

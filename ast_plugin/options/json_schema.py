@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ast_plugin.options import stages
-from ast_plugin.options.inheritance import BASE_KEY
-from ast_plugin.options.merging import DELETE_KEY
-from ast_plugin.schema.comparison import Head
-from ast_plugin.schema.keys import OptionFile
-from ast_plugin.schema.registered import Registered
+from ast_plugin.options.checks import Registered
+from ast_plugin.options.compare_file import Head
+from ast_plugin.options.reading import BASE_KEY, DELETE_KEY, STAGES_KEY
+from ast_plugin.options.sections import OptionFile, dataset_model
 
 _TEXT_OR_LIST = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': {'type': 'string'}}]}
 _COMPARED = 'of a file for `basicsr compare`'
@@ -20,7 +18,7 @@ _VARIABLE = {'type': 'string', 'pattern': r'^\$\{', 'description': '${NAME} or $
 def json_schema(registered: Registered) -> dict[str, Any]:
     """The schema of draft 2020-12, with the registered names and the keys of datasets that describe theirs.
 
-    It says less than `ast_plugin.schema.check`: a file inherits and has stages, so that no key is missing for sure.
+    It says less than `checks.check`: a file inherits and has stages, so that no key is missing for sure.
     """
     schema = OptionFile.model_json_schema()
     definitions = schema.pop('$defs')
@@ -47,7 +45,7 @@ def json_schema(registered: Registered) -> dict[str, Any]:
     definitions['Stage']['properties']['name'] = {'type': 'string', 'description': 'of its folder; by itself stage_N'}
     schema['properties'] |= {
         BASE_KEY: {**_TEXT_OR_LIST, 'description': 'files to build on, relative to this one'},
-        stages.KEY: {'type': 'array', 'minItems': 1, 'items': {'$ref': '#/$defs/Stage'}},
+        STAGES_KEY: {'type': 'array', 'minItems': 1, 'items': {'$ref': '#/$defs/Stage'}},
     }
     _add_comparison(schema, definitions)
     schema.pop('required', None)
@@ -62,9 +60,9 @@ def json_schema(registered: Registered) -> dict[str, Any]:
 def _add_comparison(schema: dict[str, Any], definitions: dict[str, Any]) -> None:
     """The keys that make an option file one for `basicsr compare`."""
     head = Head.model_json_schema()
-    parts = {name: part for name, part in head.pop('$defs').items() if name in ('Entry', 'Settings')}
-    parts['Entry']['properties']['network_g'] = {'$ref': '#/$defs/Network'}
-    parts['Entry']['properties']['train'] = {'$ref': '#/$defs/Train'}
+    parts = {name: part for name, part in head.pop('$defs').items() if name in ('ComparedNetwork', 'CompareSettings')}
+    parts['ComparedNetwork']['properties']['network_g'] = {'$ref': '#/$defs/Network'}
+    parts['ComparedNetwork']['properties']['train'] = {'$ref': '#/$defs/Train'}
     for part in parts.values():
         _open_to_variables(part)
     definitions |= parts
@@ -84,7 +82,7 @@ def _name_types(section: dict[str, Any], names: Any) -> None:
 
 def _described_datasets(registered: Registered, definitions: dict[str, Any]):
     for name, target in registered.by_kind['dataset'].items():
-        options_type = getattr(target, 'options_type', None)
+        options_type = dataset_model(name, target)
         if options_type is None:
             continue
         described = options_type.model_json_schema(ref_template=f'#/$defs/{name}.{{model}}')

@@ -1,23 +1,30 @@
-"""The check of a compare file: its own keys, and every option file that it stands for."""
+"""Compare files: an option file with a list of networks in the place of one, its check, and what it stands for."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from ast_plugin.errors import OptionError
-from ast_plugin.options.comparison import ENTRIES, INPUT, SETTINGS, expand_entry, is_trained
-from ast_plugin.schema.checks import find_faults
-from ast_plugin.schema.faults import Fault, Where, faults_of, shown
-from ast_plugin.schema.keys import Count, CountOrZero, FolderName, Number, Section
-from ast_plugin.schema.registered import Registered
+from ast_plugin.faults import Fault, Where, faults_of, shown
+from ast_plugin.options.checks import Registered, find_faults, holds, raise_faults, unique
+from ast_plugin.options.reading import merge
+from ast_plugin.options.sections import Count, CountOrZero, FolderName, Number, Section
+
+ENTRIES, SETTINGS = 'networks', 'compare'
+INPUT = 'input'  # the row of the unrestored pictures
+# Stands for a number of iterations that is found out by measuring, see `compare.minutes`.
+UNKNOWN_LENGTH = 10**6
+
+_OWN = (ENTRIES, SETTINGS)
 
 Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
-class Entry(Section):
+class ComparedNetwork(Section):
     """One network of a comparison."""
 
     name: FolderName = Field(description='in tables and plots, and of its folder')
@@ -29,7 +36,7 @@ class Entry(Section):
     )
 
 
-class Settings(Section):
+class CompareSettings(Section):
     """How networks are compared."""
 
     baseline: str | None = Field(None, description='differences are told against this network; the best if not given')
@@ -47,8 +54,8 @@ class Settings(Section):
 class Head(Section):
     """What a compare file has besides the keys of an option file."""
 
-    networks: list[Entry] = Field(min_length=1)
-    compare: Settings = Field(default_factory=Settings)
+    networks: list[ComparedNetwork] = Field(min_length=1)
+    compare: CompareSettings = Field(default_factory=CompareSettings)
 
 
 def check_comparison(opt: Mapping[str, Any], source: str, registered: Registered) -> None:
@@ -57,9 +64,7 @@ def check_comparison(opt: Mapping[str, Any], source: str, registered: Registered
     Raises:
         OptionError: listing every fault, one line each.
     """
-    faults = find_comparison_faults(opt, registered)
-    if faults:
-        raise OptionError('\n'.join(f'{source}: {fault}' for fault in faults))
+    raise_faults(find_comparison_faults(opt, registered), source)
 
 
 def find_comparison_faults(opt: Mapping[str, Any], registered: Registered | None = None) -> list[Fault]:
@@ -90,8 +95,7 @@ def find_comparison_faults(opt: Mapping[str, Any], registered: Registered | None
             own, common = _entry_faults(opt, number, entry, registered)
             faults += own
             shared |= dict.fromkeys(common)
-    unique = {fault.where: fault for fault in reversed([*faults, *shared])}
-    return list(unique.values())[::-1]
+    return unique([*faults, *shared])
 
 
 def _entry_faults(
@@ -114,16 +118,11 @@ def _entry_faults(
             continue
         if first in ('name', 'path'):
             continue  # made here
-        if first == 'network_g' or (first == 'train' and _says(entry.get('train'), rest)):
+        if first == 'network_g' or (first == 'train' and rest and holds(entry.get('train'), rest[:1])):
             own.append(Fault((*place, *fault.where), fault.message, fault.unknown_key))
         else:
             common.append(fault)
     return own, common
-
-
-def _says(section: Any, where: Where) -> bool:
-    """Whether the entry itself speaks of the key, at any depth."""
-    return bool(where) and isinstance(section, Mapping) and where[0] in section
 
 
 def _name_faults(opt: Mapping[str, Any], entries: list[Any]) -> list[Fault]:
@@ -171,3 +170,36 @@ def _dataset_faults(opt: Mapping[str, Any]) -> list[Fault]:
     if not measured:
         return [Fault(('datasets', 'val'), 'required, but not there (or datasets.test): what networks are compared on')]
     return [Fault(('datasets', measured[1]), f'networks are compared on one set, and {measured[0]} is one already')]
+
+
+def is_trained(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of `networks` is trained: where it has no weights, or says besides how."""
+    return entry.get('weights') is None or entry.get('train') is not None
+
+
+def expand_entry(opt: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The option file that an entry stands for: what all share, its network, and what its `train` changes.
+
+    Args:
+        opt: the options of a compare file.
+        entry: one of its `networks`.
+    Raises:
+        OptionError: if what differs cannot be laid over what is shared.
+    """
+    shared = {key: value for key, value in opt.items() if key not in _OWN}
+    expanded = merge(shared, {'train': entry['train']}) if entry.get('train') else copy.deepcopy(shared)
+    expanded['name'] = entry.get('name')
+    if entry.get('network_g') is not None:
+        expanded['network_g'] = copy.deepcopy(entry['network_g'])
+    settings = opt.get(SETTINGS)
+    if isinstance(settings, Mapping) and settings.get('minutes') and isinstance(expanded.get('train'), dict):
+        expanded['train'].setdefault('total_iter', UNKNOWN_LENGTH)
+    paths = {'pretrain_network_g': entry.get('weights'), 'param_key_g': entry.get('param_key')}
+    expanded['path'] = {key: value for key, value in paths.items() if value is not None}
+    return expanded
+
+
+def measured_dataset(opt: Mapping[str, Any]) -> str:
+    """The key of the set that networks are compared on: the test set, or where there is none that of validation."""
+    keys = [key for key in opt['datasets'] if key.startswith(('test', 'val'))]
+    return next((key for key in keys if key.startswith('test')), keys[0])

@@ -1,0 +1,411 @@
+"""From an option file to BasicSR's pipelines: the runs of a file, where they lie, how they begin, and running them."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from basicsr.utils import logger as basicsr_logger
+from basicsr.utils import misc, set_random_seed
+from basicsr.utils.dist_util import get_dist_info, init_dist
+
+from ast_plugin import options
+from ast_plugin.checkpoints import newest_whole, read_checkpoint
+from ast_plugin.errors import CheckpointError, OptionError, did_you_mean
+from ast_plugin.files import write_file
+from ast_plugin.models import preflight
+from ast_plugin.models.processes import catch_signals, failing_together, leave
+from ast_plugin.models.progress import close_bars
+from ast_plugin.models.registries import load_registered
+from ast_plugin.ops import use_backend
+from ast_plugin.options import Stage, checks, compare_file, safe_yaml
+from ast_plugin.options.checks import Registered
+from ast_plugin.options.reading import BASE_KEY, STAGES_KEY
+
+WEIGHTS = ('net_g_best.pth', 'net_g_latest.pth')
+"""What a run leaves in its folder `models`, the better first."""
+
+_LAUNCHERS = {
+    'none': ((), ''),
+    'pytorch': (
+        ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
+        'torchrun --nproc_per_node=N -m ast_plugin …',
+    ),
+    'slurm': (('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'), 'srun python -m ast_plugin …'),
+}
+_FINISHED = 'finished.json'
+# What loaders read of a dataset's options: how many samples there are does not depend on it.
+_LOADING = {
+    'batch_size_per_gpu',
+    'num_worker_per_gpu',
+    'dataset_enlarge_ratio',
+    'prefetch_mode',
+    'num_prefetch_queue',
+    'pin_memory',
+    'persistent_workers',
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """An option file that was found right, and where it is to run.
+
+    Attributes:
+        file: the option file.
+        opt: what it says.
+        stages: the runs it stands for; one if it has no stages.
+        registered: what names in it mean.
+        is_train: for training, otherwise for testing.
+        root: the folder under which outputs go.
+        is_debug: BasicSR's debug mode.
+    """
+
+    file: Path
+    opt: dict[str, Any]
+    stages: list[Stage]
+    registered: Registered
+    is_train: bool
+    root: Path
+    is_debug: bool = False
+    _num_samples: dict[str, int] = field(default_factory=dict)
+
+    def experiment(self, stage: Stage | None = None) -> Path:
+        """The folder of the experiment, or of one of its stages."""
+        folder = self.root / 'experiments' / options.run_name(self.opt, self.is_debug)
+        return folder / stage.name if stage is not None and stage.name else folder
+
+    def source(self, stage: Stage) -> str:
+        """What messages about a stage begin with."""
+        return str(self.file) if stage.name is None else f'{self.file}: {stage.name}'
+
+    def select(self, name: str | None) -> list[Stage]:
+        """The stage of this name or number, or all for None.
+
+        Raises:
+            OptionError: if there is no such stage.
+        """
+        if name is None:
+            return self.stages
+        names = [stage.name for stage in self.stages if stage.name]
+        if not names:
+            raise OptionError(f'--stage {name}: {self.file} has no stages')
+        for stage in self.stages:
+            if name in (stage.name, str(stage.number)):
+                return [stage]
+        raise OptionError(
+            f'--stage {name}: expected a number from 1 to {len(names)}, or a name of {", ".join(names)}'
+            f'{did_you_mean(name, names)}'
+        )
+
+    def prepare(self, stage: Stage, **given: Any) -> dict[str, Any]:
+        """The options of a stage as BasicSR's pipelines expect them; see `ast_plugin.options.prepare`.
+
+        Raises:
+            DataError: if the training set, whose length epochs are counted by, cannot be used.
+        """
+
+        def length_of(dataset: Mapping[str, Any]) -> int:
+            # Stages that differ in batches and patches alone have their training set listed once.
+            key = json.dumps({name: value for name, value in dataset.items() if name not in _LOADING}, default=repr)
+            if key not in self._num_samples:
+                where = f'{self.source(stage)}: datasets.train'
+                self._num_samples[key] = preflight.count_samples(where, dataset, self.registered)
+            return self._num_samples[key]
+
+        return options.prepare(
+            stage.opt,
+            root=self.root,
+            is_train=self.is_train,
+            debug=self.is_debug,
+            dataset_types=self.registered.by_kind['dataset'],
+            stage=stage.name,
+            **{'length_of': length_of, **given},
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """All options, each stage with what it takes from the file: an option file that stands for the same runs."""
+        if self.stages[0].name is None:
+            return self.opt
+        stages = [{**stage.opt, 'name': stage.name} for stage in self.stages]
+        return {'name': self.opt['name'], STAGES_KEY: stages}
+
+
+def read_run(
+    name: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    is_train: bool | None,
+    root: str | Path = '.',
+    is_debug: bool = False,
+) -> Run:
+    """Read and check an option file.
+
+    Args:
+        name: a path, or the name of a shipped file; see `ast_plugin.options.find`.
+        overrides: as given to `--force_yml`.
+        is_train: for training or for testing; None for training where the file speaks of it.
+        root: the folder under which outputs go.
+        is_debug: BasicSR's debug mode.
+    Raises:
+        OptionError: for whatever is wrong with the file.
+    """
+    file = options.find(name)
+    opt = options.load(file, overrides)
+    if compare_file.ENTRIES in opt:
+        raise OptionError(f'{file}: a comparison of several networks: `basicsr compare -opt {name}`')
+    registered = load_registered()
+    if is_train is None:
+        entries = opt.get(STAGES_KEY)
+        is_train = any('train' in part for part in (opt, *(entries if isinstance(entries, list) else ())) if part)
+    checks.check(opt, str(file), registered, is_train=is_train)
+    root = Path(os.path.expanduser(root)).resolve()
+    return Run(file, opt, options.expand(opt), registered, is_train, root, is_debug)
+
+
+def check_launcher(launcher: str) -> None:
+    """Raise OptionError if the environment does not say what processes of this launcher are told."""
+    names, command = _LAUNCHERS[launcher]
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise OptionError(
+            f'--launcher {launcher}: {", ".join(missing)} not set in the environment; '
+            f'start the processes by `{command}`'
+        )
+
+
+@contextmanager
+def join_processes(run: Run, launcher: str) -> Iterator[dict[str, Any]]:
+    """Join the other processes, if there are any, for all stages. Gives what `Run.prepare` asks of the process."""
+    is_distributed = launcher != 'none'
+    if is_distributed:
+        # Gloo for a run on CPUs, whether there are GPUs or not.
+        backend = {'backend': 'gloo'} if run.opt.get('num_gpu') == 0 else {}
+        init_dist(launcher, **backend, **((run.opt.get('dist_params') or {}) if launcher == 'slurm' else {}))
+    try:
+        with failing_together():
+            rank, world_size = get_dist_info()
+            for stage in run.stages:
+                if is_distributed and stage.opt.get('manual_seed') is None:
+                    stage.opt['manual_seed'] = _of_first_process(random.SystemRandom().randint(1, 10000))
+            yield {'rank': rank, 'world_size': world_size, 'dist': is_distributed}
+    finally:
+        leave()
+
+
+@contextmanager
+def hand_over(module: ModuleType, opt: dict[str, Any], run: Run, stage: Stage) -> Iterator[None]:
+    """Seed, and let BasicSR's pipeline in `module` receive `opt` where it would read the command line itself.
+
+    Its logger, whose files belong to one run, is taken down afterwards: the next stage has one of its own.
+    """
+    set_random_seed(opt['manual_seed'] + opt['rank'])
+    with tempfile.TemporaryDirectory() as folder, use_backend(opt.get('backend')):
+        # BasicSR copies the option file into the experiment, after it may have renamed the folder that it lies in.
+        copy = Path(folder, run.file.name)
+        copy.write_bytes(_self_contained(run, stage, opt))
+        original = module.parse_options
+        module.parse_options = lambda root_path, is_train=True: (opt, argparse.Namespace(opt=str(copy)))
+        try:
+            yield
+        finally:
+            module.parse_options = original
+            close_bars()
+            _close_logs()
+
+
+def _self_contained(run: Run, stage: Stage, opt: Mapping[str, Any]) -> bytes:
+    """The option file as it is, or, where it builds on others or has stages, all that it comes to for this run."""
+    if stage.name is None and BASE_KEY not in safe_yaml.read_file(run.file):
+        return run.file.read_bytes()
+    resolved = {**stage.opt, 'name': opt['name']}
+    starts = {key: value for key, value in opt['path'].items() if key.startswith('pretrain_network_') and value}
+    if starts:
+        resolved['path'] = {**(stage.opt.get('path') or {}), **starts}
+    return f'# From {run.source(stage)}\n{safe_yaml.write_text(resolved)}'.encode()
+
+
+def _close_logs() -> None:
+    root = logging.getLogger('basicsr')
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    basicsr_logger.initialized_logger.pop('basicsr', None)
+    wandb = sys.modules.get('wandb')
+    if wandb is not None and getattr(wandb, 'run', None) is not None:
+        wandb.finish()
+    # Schedules and optimisers hold one another: without this the next stage would find the memory of this one taken.
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _of_first_process(value: Any) -> Any:
+    """What the first process says, given to all; each of them has to call this."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+class Training:
+    """The training of a file's stages, one after the other.
+
+    Args:
+        run: the option file, for training.
+        stages: those of its stages that are trained.
+        auto_resume: go on from the newest state, and pass over finished stages.
+        say: takes a line on what happens.
+    """
+
+    def __init__(self, run: Run, stages: list[Stage], auto_resume: bool, say: Callable[[str], None]) -> None:
+        self.run, self.stages, self.auto_resume, self.say = run, stages, auto_resume, say
+        self.is_first = True  # of the processes that train together
+
+    def check(self) -> None:
+        """Try everything that any of the stages will need, and the weights that the first of them starts from.
+
+        Raises:
+            PluginError: naming the first thing found wrong. Nothing has been written by then.
+        """
+        before: dict[str, Any] | None = None
+        has_begun = False
+        for stage in self.stages:
+            opt = self.run.prepare(stage)
+            if has_begun or not self._is_finished(stage, opt):
+                if not has_begun:
+                    opt['path'].update(self._find_start(stage, opt)[0])
+                check_stage(self.run, stage, opt, before if has_begun else None)
+                has_begun = True
+            before = opt
+
+    def __call__(self, process: Mapping[str, Any]) -> None:
+        """Train, as one of the processes of the run.
+
+        Args:
+            process: as `join_processes` gives it.
+        Raises:
+            RunStopped: if a signal asked for it.
+        """
+        import basicsr.train
+
+        self.is_first = process['rank'] == 0
+        if self.stages[0].name is not None and len(self.stages) == len(self.run.stages) and not self.auto_resume:
+            self._put_aside(self.run.experiment())
+        for stage in self.stages:
+            opt = self.run.prepare(stage, **process)
+            if _of_first_process(self._is_finished(stage, opt)):
+                self._tell(f'{stage.name} is finished: {self.run.experiment(stage)}')
+                continue
+            paths, line = _of_first_process(self._find_start(stage, opt) if self.is_first else None)
+            opt['path'].update(paths)
+            self._tell(line)
+            self._tell(_shortened_warmup(stage, opt))
+            for later in self.run.stages[stage.number :]:
+                # What they have learned rests on weights that are about to be replaced.
+                self._put_aside(self.run.experiment(later))
+            with catch_signals(), hand_over(basicsr.train, opt, self.run, stage):
+                basicsr.train.train_pipeline(str(self.run.root))
+            if stage.name is not None and self.is_first:
+                mark_finished(self.run.experiment(stage), opt['train']['total_iter'])
+
+    def _is_finished(self, stage: Stage, opt: Mapping[str, Any]) -> bool:
+        can_be_passed_over = stage.name is not None and self.auto_resume
+        return can_be_passed_over and is_finished(self.run.experiment(stage), opt['train']['total_iter'])
+
+    def _find_start(self, stage: Stage, opt: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """The entries of `path` that say where a stage begins, and a line about it.
+
+        Raises:
+            CheckpointError: if the stage before has left no weights.
+        """
+        state = newest_whole(opt['path']['training_states']) if self.auto_resume else None
+        if state is not None:
+            return {'resume_state': str(state)}, f'{stage.name} goes on from {state}' if stage.name else ''
+        if stage.number == 1 or stage.has_own_start or opt['path'].get('resume_state'):
+            return {}, ''
+        before = self.run.stages[stage.number - 2]
+        folder = self.run.experiment(before)
+        weights = find_weights(folder)
+        if weights is None:
+            raise CheckpointError(
+                f'{stage.name} starts from the weights of {before.name}, but {folder / "models"} holds neither '
+                f'{" nor ".join(WEIGHTS)}; train that first (`basicsr train -opt {self.run.file} '
+                f'--stage {before.number}`) or name others in stages.{stage.number - 1}.path.pretrain_network_g'
+            )
+        what = 'the best' if weights.name == WEIGHTS[0] else 'the latest, there are no best ones,'
+        line = f'{stage.name} starts from {what} weights of {before.name}: {weights}'
+        return {'pretrain_network_g': str(weights), 'param_key_g': read_checkpoint(weights).param_key}, line
+
+    def _put_aside(self, folder: Path) -> None:
+        """Rename a folder, as BasicSR renames an older run."""
+        if not self.is_first or not folder.exists():
+            return
+        try:
+            misc.mkdir_and_rename(str(folder))
+            folder.rmdir()  # the new one comes when its run begins
+        except OSError as error:
+            raise OptionError(f'{folder}: cannot be renamed: {error.strerror}; choose another --root') from error
+
+    def _tell(self, line: str) -> None:
+        if self.is_first and line:
+            self.say(line)
+
+
+def check_stage(run: Run, stage: Stage, opt: dict[str, Any], before: Mapping[str, Any] | None) -> None:
+    """Try everything that a stage will need; see `ast_plugin.models.preflight.check`.
+
+    Args:
+        run: the file that the stage is of.
+        stage: which one.
+        opt: its options as prepared.
+        before: those of the stage whose weights it starts from, if these are still to be trained.
+    """
+    if before is not None and not stage.has_own_start:
+        opt['path']['pretrain_network_g'] = None
+        preflight.check_handover(before, opt, run.registered, run.source(stage))
+    preflight.check(opt, run.registered, run.source(stage))
+
+
+def _shortened_warmup(stage: Stage, opt: Mapping[str, Any]) -> str:
+    """A line if the run is too short for the warm-up that the file asks for."""
+    wanted, given = ((o['train'].get('scheduler') or {}).get('warmup_epochs') for o in (stage.opt, opt))
+    if wanted == given:
+        return ''
+    epochs = stage.opt['train']['total_epochs']
+    return f'train.scheduler: {wanted} epochs of warm-up do not fit into {epochs}, {given} are taken'
+
+
+def find_weights(experiment: Path) -> Path | None:
+    """The weights that a run has left: its best ones, else its latest, else None."""
+    return next((path for name in WEIGHTS if (path := experiment / 'models' / name).is_file()), None)
+
+
+def mark_finished(experiment: Path, total_iter: int) -> None:
+    """Say that a run has reached its end: `is_finished` knows then.
+
+    Raises:
+        FileError: if that cannot be written.
+    """
+    write_file(experiment / _FINISHED, json.dumps({'total_iter': total_iter}).encode())
+
+
+def is_finished(experiment: Path, total_iter: int) -> bool:
+    """Whether a run of at least `total_iter` iterations has ended here, and its weights are there."""
+    try:
+        done = json.loads((experiment / _FINISHED).read_text(encoding='utf-8'))['total_iter']
+        return done >= total_iter and find_weights(experiment) is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,334 @@
+"""Option files as data: found by name, read with what they inherit from, the environment and overrides put in.
+
+Nothing that a file holds is run.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ast_plugin.errors import OptionError, did_you_mean
+from ast_plugin.options import safe_yaml
+from ast_plugin.plugins import option_folders
+
+BASE_KEY, DELETE_KEY, STAGES_KEY = '_base_', '_delete_', 'stages'
+# More files than any chain needs; two files that name one another twice each would otherwise be read for ever.
+MAX_FILES = 64
+# Of these keys of a section one says what the others would: giving one takes the inherited others away.
+RIVALS: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {
+    ('train',): (('total_iter', 'total_epochs'), ('warmup_iter', 'warmup_epochs')),
+    ('train', 'scheduler'): (('warmup_iter', 'warmup_epochs'),),
+    ('val',): (('val_freq', 'times_per_epoch'),),
+    ('logger',): (('save_checkpoint_freq', 'save_checkpoint_epochs'),),
+}
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel the shipped files lie inside the package, in a checkout beside it.
+_SHIPPED_FOLDERS = (_PACKAGE / 'option_files', _PACKAGE.parent / 'options')
+_SUFFIXES = ('.yml', '.yaml')
+_TEMPLATE_MARKS = ('{{', '{%')
+_VARIABLE = re.compile(r'\$\{([A-Za-z_][A-Za-z0-9_]*)(?::([^{}]*))?\}')
+
+
+def shipped_folder() -> Path:
+    """The folder with the option files that come with this package."""
+    for folder in _SHIPPED_FOLDERS:
+        if folder.is_dir():
+            return folder
+    raise OptionError(f'this installation has no option files: {_SHIPPED_FOLDERS[0]} is missing, install it again')
+
+
+def shipped_files() -> dict[str, Path]:
+    """The shipped option files by the name `find` knows them by; parts that others inherit from are left out."""
+    return _files_in(shipped_folder())
+
+
+def known_files() -> dict[str, Path]:
+    """The shipped option files and those of installed plugins, which are known as `PLUGIN/FILE`."""
+    files = shipped_files()
+    for plugin, folder in option_folders().items():
+        files |= {f'{plugin}/{name}': path for name, path in _files_in(folder).items()}
+    return files
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    names = {}
+    for path in sorted(folder.rglob('*.yml')):
+        relative = path.relative_to(folder)
+        if not any(part.startswith(('_', '.')) for part in relative.parts):
+            names[relative.with_suffix('').as_posix()] = path
+    return names
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The option file meant by a path (`options/AST_derain.yml`) or by the name of a file of `known_files`.
+
+    Raises:
+        OptionError: if there is no such file; it names the nearest one that is known.
+    """
+    path = Path(os.path.expanduser(name_or_path))
+    if path.is_file():
+        return path
+    known = known_files()
+    name = path.as_posix()
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    if name in known:
+        return known[name]
+    if path.is_dir():
+        raise OptionError(f'{name_or_path}: expected an option file, this is a folder')
+    raise OptionError(
+        f'{name_or_path}: no such option file{did_you_mean(name, known) or did_you_mean(path.stem, known)} '
+        '(`basicsr options` lists those that come along)'
+    )
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read an option file with all that it inherits from.
+
+    Args:
+        path: the file; see `find` for names.
+        overrides: as given to `--force_yml`, see `override`. Those of one stage are done last.
+    Returns:
+        The options, variables of the environment filled in; see `ast_plugin.options.runs.expand` for its stages.
+    Raises:
+        OptionError: with the file and the line or key.
+    """
+    path = Path(path)
+    opt = read(path)
+    for text in sorted(overrides, key=lambda text: text.lstrip().startswith(f'{STAGES_KEY}:')):
+        override(opt, text)
+    return fill_in(opt, str(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read an option file and all that it inherits from; nothing in any of them is run.
+
+    `_base_: other.yml`, or a list of such, is relative to the file that says it. Later bases are laid over earlier
+    ones, the file over all of them: see `merge`.
+
+    Raises:
+        OptionError: for a file that is missing, that is no option file, or that inherits from itself.
+    """
+    return _read(path, (), [0])
+
+
+def _read(path: Path, including: tuple[Path, ...], num_read: list[int]) -> dict[str, Any]:
+    num_read[0] += 1
+    if num_read[0] > MAX_FILES:
+        raise OptionError(f'{including[0]}: {BASE_KEY}: inherits from more than {MAX_FILES} files')
+    opt = safe_yaml.read_file(path)
+    if not isinstance(opt, dict) or not opt:
+        kind = {type(None): 'nothing', dict: 'nothing', list: 'a list'}.get(type(opt), 'a single value')
+        raise OptionError(f'{path}: expected keys and values (`name: ...`), got {kind}')
+    if 'custom_imports' in opt:
+        raise OptionError(f'{path}: custom_imports: refused, an option file runs no code; install it as a plugin')
+    bases = opt.pop(BASE_KEY, [])
+    chain = (*including, path)
+    inherited: dict[str, Any] = {}
+    for name in bases if isinstance(bases, list) else [bases]:
+        inherited = _merged(inherited, _read(_base_path(name, chain), chain, num_read), path)
+    return _merged(inherited, opt, path) if inherited else opt
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return merge(base, changes)
+    except OptionError as error:
+        raise OptionError(f'{path}: {error}') from None
+
+
+def _base_path(name: Any, chain: tuple[Path, ...]) -> Path:
+    source = f'{chain[-1]}: {BASE_KEY}'
+    if not isinstance(name, str) or not name.endswith(_SUFFIXES) or '\0' in name:
+        raise OptionError(f'{source}: expected the path of a .yml file, or a list of such, got {name!r:.80}')
+    if Path(name).is_absolute():
+        raise OptionError(f'{source}: expected a path relative to this file, got {name}')
+    path = chain[-1].parent / name
+    if not path.is_file():
+        there = [file.name for file in path.parent.glob('*.y*ml')] if path.parent.is_dir() else []
+        raise OptionError(f'{source}: no such file: {path}{did_you_mean(path.name, there)}')
+    if any(path.samefile(other) for other in chain):
+        raise OptionError(f'{source}: inherits from itself: {" -> ".join(map(str, (*chain, path)))}')
+    return path
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay `changes` over `base`; both stay as they are.
+
+    Sections are merged key by key, anything else is replaced as a whole, lists too. A section with `_delete_: true`
+    replaces the one below it. A length in epochs takes away the inherited one in iterations, and so on: see `RIVALS`.
+
+    Raises:
+        OptionError: if a `_delete_` is neither true nor false.
+    """
+    return _laid_over(copy.deepcopy(dict(base)), changes, ())
+
+
+def _laid_over(base: Any, changes: Any, where: tuple[str, ...]) -> Any:
+    if not isinstance(changes, Mapping):
+        return copy.deepcopy(changes)
+    replaces = changes.get(DELETE_KEY, False)
+    if not isinstance(replaces, bool):
+        raise OptionError(f'{".".join((*where, DELETE_KEY))}: expected true or false')
+    merged = {} if replaces or not isinstance(base, Mapping) else dict(base)
+    for pair in RIVALS.get(where, ()):
+        if any(changes.get(key) is not None for key in pair):
+            merged = {key: value for key, value in merged.items() if key not in pair or key in changes}
+    for key, value in changes.items():
+        if key != DELETE_KEY:
+            merged[key] = _laid_over(merged.get(key), value, (*where, key))
+    return merged
+
+
+def rivals(where: tuple[str, ...], key: str) -> list[str]:
+    """The keys of the section at `where` that give way when `key` is set."""
+    return [other for pair in RIVALS.get(where, ()) if key in pair for other in pair if other != key]
+
+
+def override(opt: dict[str, Any], text: str) -> None:
+    """Change `opt` in place as `key:sub=value` says; the value is read as YAML, a list's item is named by its number.
+
+    Every section on the way must be there, the last key need not be. What is set so wins over what stages say of it:
+    `train:total_epochs=1` cuts every stage. One stage alone is addressed by its place, the first being 0:
+    `stages:0:train:total_epochs=1`.
+
+    Raises:
+        OptionError: if there is no such section, or the value is not plain YAML.
+    """
+    source = f'--force_yml {text}'
+    keys, equals, written = text.partition('=')
+    steps = [step.strip() for step in keys.split(':')]
+    if not equals or not all(steps):
+        raise OptionError(f'{source}: expected key:sub=value')
+    value = None if written.strip() in ('None', 'none') else safe_yaml.read_text(written, source)
+    stages = opt.get(STAGES_KEY)
+    # A run of stages is named by its file; a stage's name is another thing.
+    of_all = isinstance(stages, list) and steps[0] != STAGES_KEY and steps != ['name']
+    changed = [_set_in_stage(stage, steps, value) for stage in (stages if of_all else ())]
+    try:
+        _set(opt, steps, value, source)
+    except OptionError:
+        # A section that stages alone have is none of the file's.
+        if not any(changed):
+            raise
+
+
+def _set_in_stage(stage: Any, steps: list[str], value: Any) -> bool:
+    """Set what a stage says itself of the key. Whatever it does not, it takes from the file."""
+    section, key = _at(stage, steps[:-1]), steps[-1]
+    if isinstance(section, list) and key.isdecimal() and int(key) < len(section):
+        section[int(key)] = value
+        return True
+    if not isinstance(section, dict):
+        return False
+    others = [other for other in rivals(tuple(steps[:-1]), key) if other in section and value is not None]
+    if key not in section and not others and not section.get(DELETE_KEY):
+        return False
+    for other in others:
+        del section[other]
+    section[key] = {**value, DELETE_KEY: True} if isinstance(value, dict) else value
+    return True
+
+
+def _set(opt: dict[str, Any], steps: list[str], value: Any, source: str) -> None:
+    in_stage = steps[0] == STAGES_KEY
+    section: Any = opt
+    for depth, step in enumerate(steps[:-1]):
+        key = _step(section, step, source)
+        if isinstance(section, dict) and section.get(key) is None:
+            # A stage may not have said anything yet of a section of the file.
+            is_of_file = in_stage and isinstance(_at(opt, steps[2 : depth + 1]), dict)
+            if key not in section and not is_of_file:
+                where = ':'.join(steps[:depth]) or 'the file'
+                raise OptionError(f'{source}: {where} has no section {key}{did_you_mean(key, section)}')
+            section[key] = {}
+        section = section[key]
+    section[_step(section, steps[-1], source)] = value
+    for other in rivals(tuple(steps[2 * in_stage : -1]), steps[-1]) if value is not None else ():
+        section.pop(other, None)
+
+
+def _at(value: Any, steps: Iterable[str]) -> Any:
+    """What lies below `value` at these keys and numbers; None if nothing."""
+    for step in steps:
+        if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def _step(section: Any, step: str, source: str) -> str | int:
+    """The key or index that `step` names in `section`, which must have room for it."""
+    if isinstance(section, dict):
+        return step
+    if not isinstance(section, list):
+        raise OptionError(f'{source}: {step} would lie inside {section!r}, which is neither a section nor a list')
+    if not step.isdecimal() or int(step) >= len(section):
+        raise OptionError(f'{source}: expected a number from 0 to {len(section) - 1} to pick from a list, got {step}')
+    return int(step)
+
+
+def fill_in(opt: dict[str, Any], source: str) -> dict[str, Any]:
+    """Put values of the environment where the options say `${NAME}` or `${NAME:default}`.
+
+    What is a variable and nothing else becomes what YAML makes of its value: a number, true, nothing. Inside of other
+    text it is put in as text. Values that come in are not looked at for further variables.
+
+    Raises:
+        OptionError: naming every variable that is not set and has no default, and every other kind of template.
+    """
+    faults: list[str] = []
+    filled = _filled(opt, (), faults)
+    if faults:
+        raise OptionError('\n'.join(f'{source}: {fault}' for fault in faults))
+    return filled
+
+
+def _filled(value: Any, where: tuple[str, ...], faults: list[str]) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            if '${' in key or any(mark in key for mark in _TEMPLATE_MARKS):
+                faults.append(f'{".".join((*where, key))}: templates are not filled in where keys are')
+        return {key: _filled(item, (*where, key), faults) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, (*where, str(number)), faults) for number, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    complaints = list(_complaints(value))
+    faults += [f'{".".join(where)}: {complaint}' for complaint in complaints]
+    if complaints or '${' not in value:
+        return value
+    whole = _VARIABLE.fullmatch(value)
+    return _scalar(_value_of(whole)) if whole else _VARIABLE.sub(_value_of, value)
+
+
+def _complaints(text: str) -> Iterator[str]:
+    if any(mark in text for mark in _TEMPLATE_MARKS):
+        yield 'templates are not filled in, write the value itself'
+    if '${' in _VARIABLE.sub('', text):
+        yield f'expected ${{NAME}} or ${{NAME:default}}, got {text[:80]!r}'
+    for match in _VARIABLE.finditer(text):
+        name, default = match.groups()
+        if default is None and name not in os.environ:
+            known = did_you_mean(name, os.environ)
+            yield f'the environment has no variable {name}{known} (${{{name}:default}} would give a default)'
+
+
+def _value_of(match: re.Match) -> str:
+    name, default = match.groups()
+    return os.environ.get(name, default)
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = safe_yaml.read_text(text, 'environment')
+    except OptionError:
+        return text
+    return text if isinstance(value, (dict, list)) else value

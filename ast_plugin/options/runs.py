@@ -1,0 +1,282 @@
+"""The runs that an option file stands for, and each of them completed for BasicSR's pipelines.
+
+`stages` is a list. An entry holds what differs from the rest of the file, see `ast_plugin.options.reading.merge`, and
+may have a `name`; without one the stages are called stage_1, stage_2 … Stage N trains in experiments/RUN/NAME.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ast_plugin.errors import OptionError
+from ast_plugin.options.reading import STAGES_KEY, merge
+
+_PHASES = ('train', 'val', 'test')
+_CONVERTS_UINT8 = 'RestorationModel'
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the runs that an option file stands for.
+
+    Attributes:
+        number: its place, from 1 on.
+        name: of its folder in the experiment's; None for the one run of a file without stages.
+        opt: all its options; `name` in them is the whole file's.
+        own: what the file says of this stage alone.
+    """
+
+    number: int
+    name: str | None
+    opt: dict[str, Any]
+    own: Mapping[str, Any]
+
+    @property
+    def has_own_start(self) -> bool:
+        """Whether the file says itself what weights this stage starts from."""
+        return bool((self.own.get('path') or {}).get('pretrain_network_g'))
+
+
+def expand(opt: Mapping[str, Any]) -> list[Stage]:
+    """The runs that options as read stand for: one, unless they have `stages`.
+
+    Raises:
+        OptionError: if `stages` is no list of mappings, or two of them are of one name.
+    """
+    if STAGES_KEY not in opt:
+        return [Stage(1, None, dict(opt), {})]
+    entries = opt[STAGES_KEY]
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
+        raise OptionError(f'{STAGES_KEY}: expected a list of mappings, each of what differs in a stage')
+    names = [stage_name(number, entry) for number, entry in enumerate(entries, 1)]
+    if len(set(names)) < len(names):
+        raise OptionError(f'{STAGES_KEY}: each stage needs a name of its own, not {", ".join(names)}')
+    return [
+        Stage(number, name, staged(opt, entry), entry)
+        for number, (name, entry) in enumerate(zip(names, entries, strict=True), 1)
+    ]
+
+
+def staged(opt: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of the stage that `entry` describes. The run keeps the file's name.
+
+    The weights that the file starts from are those of its first stage: `Stage.has_own_start` tells of others.
+    """
+    base = {key: value for key, value in opt.items() if key != STAGES_KEY}
+    return merge(base, {key: value for key, value in entry.items() if key != 'name'})
+
+
+def stage_name(number: int, entry: Mapping[str, Any]) -> str:
+    """The name of a stage, and of its folder."""
+    return entry.get('name') or f'stage_{number}'
+
+
+def prepare(
+    opt: Mapping[str, Any],
+    *,
+    root: str | Path = '.',
+    is_train: bool = True,
+    debug: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    dist: bool = False,
+    dataset_types: Mapping[str, object] | None = None,
+    stage: str | None = None,
+    length_of: Callable[[Mapping[str, Any]], int] | None = None,
+) -> dict[str, Any]:
+    """Complete options as BasicSR's `parse_options` does after it has read a file. The argument stays as it is.
+
+    Args:
+        opt: options that `ast_plugin.options.checks.check` found right.
+        root: outputs go to `experiments/`, `results/` and `tb_logger/` under it.
+        is_train: False leaves out training data and lays paths for results.
+        debug: BasicSR's debug mode: `debug_` before the name, and frequent validation and saving.
+        rank, world_size, dist: this process among all, from BasicSR's `get_dist_info`.
+        dataset_types: registered datasets by name. Those whose `options_type` has a `seed` get the run's.
+        stage: name of the stage that `opt` is of; it trains in a folder of that name inside of the experiment's.
+        length_of: counts the samples of a training set, out of its completed options. With it what is given in epochs
+            becomes iterations, and `train.iters_per_epoch` is set.
+    Returns:
+        What BasicSR's pipelines expect of `parse_options`. No folder is made, no random state touched.
+    Raises:
+        OptionError: if something is given in epochs and there is no `length_of`.
+    """
+    opt = copy.deepcopy(dict(opt))
+    root = Path(os.path.expanduser(root)).resolve()
+    # BasicSR reads these whether they are there or not.
+    if opt.get('scale') is None:
+        opt['scale'] = 1
+    if opt.get('num_gpu') in (None, 'auto'):
+        opt['num_gpu'] = _num_gpus()
+    if opt.get('manual_seed') is None:
+        opt['manual_seed'] = random.SystemRandom().randint(1, 10000)
+    opt['name'] = run_name(opt, debug)
+    # A state to resume from is put into path.resume_state by us: BasicSR would look for it under the working
+    # directory, whatever the root.
+    opt.update(is_train=is_train, auto_resume=False, dist=dist, rank=rank, world_size=world_size)
+    opt['datasets'] = _datasets(opt, is_train, dataset_types or {})
+    opt['path'] = _paths(opt, root, is_train, stage)
+    if stage is not None and is_train:
+        opt['name'] = f'{opt["name"]}_{stage}'
+    if is_train:
+        _count_epochs(opt, length_of)
+        opt['logger'].setdefault('use_tb_logger', False)  # which BasicSR reads without asking whether it is there
+    if opt.get('val') is not None or not is_train:
+        opt['val'] = {'save_img': False, 'suffix': None, **_validation(opt.get('val') or {}, is_train)}
+    if is_train and 'debug' in opt['name']:
+        opt['logger'].update(print_freq=1, save_checkpoint_freq=8)
+        if opt.get('val') is not None:
+            opt['val']['val_freq'] = 8
+    return opt
+
+
+def _validation(val: Mapping[str, Any], is_train: bool) -> dict[str, Any]:
+    """The section `val` for this run: in training with what `during_training` says, in testing without it."""
+    val = dict(val)
+    during = val.pop('during_training', None) or {}
+    if not is_train or not during:
+        return val
+    # A protocol brings its own metrics: those that were written for another are not measured by it.
+    if during.get('protocol') is not None:
+        val.pop('metrics', None)
+    return {**val, **during}
+
+
+def run_name(opt: Mapping[str, Any], debug: bool = False) -> str:
+    """What the run, and its folder, is called; the debug mode has runs of its own."""
+    return f'debug_{opt["name"]}' if debug and not opt['name'].startswith('debug') else opt['name']
+
+
+def phase_of(dataset_key: str) -> str:
+    """`train`, `val` or `test`, out of a key under `datasets` such as `val_2`; empty when it is none of them."""
+    phase = dataset_key.split('_')[0]
+    return phase if phase in _PHASES else ''
+
+
+def _datasets(opt: dict[str, Any], is_train: bool, dataset_types: Mapping[str, object]) -> dict[str, Any]:
+    """The datasets of this run. BasicSR's training stumbles over test sets, its testing would test on train."""
+    phases = ('train', 'val') if is_train else ('val', 'test')
+    datasets = {}
+    for key, dataset in opt['datasets'].items():
+        phase = phase_of(key)
+        if phase not in phases:
+            continue
+        dataset.update(phase=phase, scale=opt['scale'])
+        if phase == 'val' and not is_train:
+            dataset.pop('center_crop', None)  # what makes validations quick while training goes on is no test
+        for name in [name for name in dataset if name.startswith('dataroot')]:
+            if isinstance(dataset[name], str):
+                dataset[name] = os.path.expanduser(dataset[name])
+        options_type = getattr(dataset_types.get(dataset['type']), 'options_type', None)
+        if options_type is not None and 'seed' in options_type.model_fields and dataset.get('seed') is None:
+            dataset['seed'] = opt['manual_seed']
+        if options_type is not None and 'keep_uint8' in options_type.model_fields:
+            _keep_uint8(key, dataset, opt.get('model_type'))
+        datasets[key] = dataset
+    return datasets
+
+
+def _keep_uint8(key: str, dataset: dict[str, Any], model_type: str | None) -> None:
+    """Let training images stay of 8 bits on their way to a model that makes floats of them on its device."""
+    converts = model_type == _CONVERTS_UINT8
+    if dataset.get('keep_uint8') and not converts:
+        raise OptionError(
+            f'datasets.{key}.keep_uint8: {model_type} expects floats; leave it out, or take model_type: '
+            f'{_CONVERTS_UINT8}, which converts on its device'
+        )
+    if dataset.get('keep_uint8') is None and dataset['phase'] == 'train':
+        dataset['keep_uint8'] = converts
+
+
+def _paths(opt: dict[str, Any], root: Path, is_train: bool, stage: str | None) -> dict[str, Any]:
+    paths = dict(opt.get('path') or {})
+    for key, value in paths.items():
+        if isinstance(value, str) and ('resume_state' in key or 'pretrain_network' in key):
+            paths[key] = os.path.expanduser(value)
+    if is_train:
+        experiment = root / 'experiments' / opt['name'] / (stage or '')
+        folders = {
+            'experiments_root': experiment,
+            'models': experiment / 'models',
+            'training_states': experiment / 'training_states',
+            'log': experiment,
+            'visualization': experiment / 'visualization',
+        }
+    else:
+        results = root / 'results' / opt['name']
+        folders = {'results_root': results, 'log': results, 'visualization': results / 'visualization'}
+    return {**paths, **{key: str(folder) for key, folder in folders.items()}}
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def iterations_per_epoch(num_samples: int, opt: Mapping[str, Any]) -> int:
+    """How many batches of all processes an epoch has; its last one is filled up, see `EpochSampler`.
+
+    Args:
+        num_samples: length of the training set.
+        opt: options completed for BasicSR, but for what is given in epochs.
+    """
+    dataset = opt['datasets']['train']
+    # One process alone feeds all of its GPUs, each a batch of its own; of many processes each feeds one.
+    num_devices = opt['world_size'] if opt['dist'] else max(1, opt['num_gpu'])
+    batch = dataset['batch_size_per_gpu'] * num_devices
+    return max(1, math.ceil(num_samples * (dataset.get('dataset_enlarge_ratio') or 1) / batch))
+
+
+def _count_epochs(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], int] | None) -> None:
+    """Put iterations where `opt` says epochs, in place, and the iterations of an epoch in `train.iters_per_epoch`.
+
+    A schedule keeps its `warmup_epochs`; those that the run is too short for are left out.
+
+    Raises:
+        OptionError: if epochs cannot be counted because there is no `length_of`.
+    """
+    train, val, logger = opt['train'], opt.get('val') or {}, opt.get('logger') or {}
+    in_epochs = [
+        key
+        for section, key in (
+            (train, 'total_epochs'),
+            (train, 'warmup_epochs'),
+            (val, 'times_per_epoch'),
+            (logger, 'save_checkpoint_epochs'),
+        )
+        if section.get(key) is not None
+    ]
+    if length_of is None or 'train' not in opt['datasets']:
+        if in_epochs:
+            raise OptionError(f'{", ".join(in_epochs)}: epochs cannot be counted without the training set')
+        return
+    _shorten_warmup(train)
+    epoch = iterations_per_epoch(length_of(opt['datasets']['train']), opt)
+    train['iters_per_epoch'] = epoch
+    _replace(train, 'total_epochs', 'total_iter', lambda epochs: epochs * epoch)
+    _replace(train, 'warmup_epochs', 'warmup_iter', lambda epochs: epochs * epoch or -1)
+    _replace(val, 'times_per_epoch', 'val_freq', lambda times: max(1, epoch // times))
+    _replace(logger, 'save_checkpoint_epochs', 'save_checkpoint_freq', lambda epochs: epochs * epoch)
+
+
+def _shorten_warmup(train: dict[str, Any]) -> None:
+    """Let a run that was cut to a few epochs, to try it, keep one after its warm-up: there is no schedule otherwise."""
+    scheduler, total = train.get('scheduler'), train.get('total_epochs')
+    warmup = scheduler.get('warmup_epochs') if isinstance(scheduler, dict) else None
+    if total is not None and isinstance(warmup, int) and warmup >= total:
+        train['scheduler'] = {**scheduler, 'warmup_epochs': int(total) - 1}
+
+
+def _replace(section: dict[str, Any], key: str, plain_key: str, convert: Callable[[int], int]) -> None:
+    """Whole numbers may have been written as `2e3`: BasicSR wants plain ones."""
+    value = section.pop(key, None)
+    if value is not None:
+        section[plain_key] = convert(int(value))

@@ -1,0 +1,371 @@
+"""The keys of an option file, section by section: BasicSR's, gathered from its pipelines and models, and ours.
+
+Sections that are open by nature (datasets by phase, networks by letter, arguments of registered things) are mappings
+here; `ast_plugin.options.checks` holds them against what is registered.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+
+def _whole(value: Any) -> Any:
+    """5e3 is a whole number too: BasicSR's users write frequencies so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=1)]
+CountOrZero = Annotated[Whole, Field(ge=0)]
+FolderName = Annotated[str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]{0,99}$')]
+Mapping = dict[str, Any]
+
+
+class Section(BaseModel):
+    """A mapping whose keys are all known. Values have the type the file must give them; nothing is converted."""
+
+    model_config = ConfigDict(extra='forbid', strict=True)
+
+
+class Typed(BaseModel):
+    """Options of something registered: its `type`, and arguments that are checked against it."""
+
+    model_config = ConfigDict(extra='allow', strict=True)
+
+    type: str = Field(min_length=1, description='registered name')
+
+
+class Optimizer(Typed):
+    """An optimiser of torch.optim and its arguments."""
+
+    lr: Number = Field(ge=0, description='learning rate')
+
+
+class Scheduler(Typed):
+    """A schedule of the learning rate and its arguments."""
+
+
+class Metric(Typed):
+    """A registered metric and its arguments."""
+
+    better: Literal['higher', 'lower'] | None = Field(None, description='which way is better; higher if not given')
+
+
+class FileBackend(Typed):
+    """How BasicSR's datasets read files."""
+
+    type: Literal['disk', 'lmdb', 'memcached'] = Field(description='kind of storage')
+
+
+class Dataset(Typed):
+    """The keys that BasicSR's pipelines and loaders read of every dataset."""
+
+    name: FolderName = Field(description='name in messages, of tables and result folders')
+    io_backend: FileBackend | None = Field(None, description='how files are read; disk if not given')
+    batch_size_per_gpu: Count | None = Field(None, description='training images a step, on each device')
+    num_worker_per_gpu: CountOrZero | None = Field(None, description='reading processes, for each device')
+    dataset_enlarge_ratio: Number | None = Field(None, gt=0, description='makes a small set a longer epoch')
+    prefetch_mode: Literal['cpu', 'cuda'] | None = Field(
+        None, description='prepare batches ahead: in a thread, or on the GPU, which needs pin_memory'
+    )
+    num_prefetch_queue: Count | None = Field(None, description='batches that prefetch_mode cpu keeps ready')
+    pin_memory: bool | None = Field(None, description='faster copies to a GPU')
+    persistent_workers: bool | None = Field(None, description='keep the reading processes from epoch to epoch')
+    phase: str | None = Field(None, description='set from the key under datasets')
+    scale: Number | None = Field(None, description='set from the top level')
+
+
+_FLIPS = ('use_hflip', 'use_rot')
+_PATCHES = ('gt_size', *_FLIPS)
+_COLORS = ('mean', 'std')
+_DATASET_KEYS: dict[str, tuple[Any, str]] = {
+    'dataroot_gt': (str, 'clean images: a folder, or an LMDB'),
+    'dataroot_lq': (str, 'degraded images: a folder, or an LMDB'),
+    'dataroot_flow': (str, 'optical flow: a folder, or an LMDB'),
+    'meta_info': (str, 'list of the pairs, or of the images'),
+    'meta_info_file': (str, 'list of the images, a name a line'),
+    'filename_tmpl': (str, "degraded names, '{}x4'; {} is the clean one without its ending"),
+    'gt_size': (Count, 'side of the square training patch in pixels'),
+    'use_hflip': (bool, 'flip left and right'),
+    'use_rot': (bool, 'flip up and down, and turn'),
+    'color': (Literal['y'], 'y: the luma channel alone'),
+    'mean': (list[Number], 'taken from each channel'),
+    'std': (list[Number], 'that each channel is divided by'),
+    'num_frame': (Count, 'frames of a sample'),
+    'val_partition': (Literal['official', 'REDS4'], 'which sequences are left out of training'),
+    'test_mode': (bool, 'take the sequences of validation'),
+    'interval_list': (list[Whole], 'distances between frames to choose from'),
+    'random_reverse': (bool, 'play sequences backwards at random'),
+    'flip_sequence': (bool, 'append each sequence backwards'),
+    'cache_data': (bool, 'keep all images in memory'),
+    'padding': (str, 'what stands for frames before the first and after the last'),
+    'use_duf_downsampling': (bool, 'degrade as DUF does'),
+    'blur_kernel_size': (Count, 'side of the largest blur kernel in pixels'),
+    'kernel_list': (list[str], 'kinds of blur kernels'),
+    'kernel_prob': (list[Number], 'probability of each kind'),
+    'blur_sigma': (list[Number], 'width of the blur, least and most'),
+    'betag_range': (list[Number], 'shape of generalised Gaussian kernels'),
+    'betap_range': (list[Number], 'shape of plateau kernels'),
+    'sinc_prob': (Number, 'probability of a sinc filter'),
+    'final_sinc_prob': (Number, 'probability of a last sinc filter'),
+}
+_PAIRS = ('dataroot_gt', 'dataroot_lq', *_PATCHES, *_COLORS, 'filename_tmpl')
+_VIDEO = ('dataroot_gt', 'dataroot_lq', 'meta_info_file', 'num_frame')
+_REDS = (*_VIDEO, *_PATCHES, 'dataroot_flow', 'val_partition', 'interval_list', 'random_reverse')
+_VIMEO = (*_VIDEO, *_PATCHES, 'random_reverse', 'flip_sequence')
+_VIDEO_TEST = (*_VIDEO, 'cache_data', 'padding')
+_BLUR = ('blur_kernel_size', 'kernel_list', 'kernel_prob', 'blur_sigma', 'betag_range', 'betap_range', 'sinc_prob')
+_BASICSR_DATASETS = {
+    'PairedImageDataset': (*_PAIRS, 'meta_info_file', 'color'),
+    'RealESRGANPairedDataset': (*_PAIRS, 'meta_info'),
+    'SingleImageDataset': ('dataroot_lq', 'meta_info_file', 'color', *_COLORS),
+    'FFHQDataset': ('dataroot_gt', 'use_hflip', *_COLORS),
+    'RealESRGANDataset': (
+        *('dataroot_gt', 'meta_info', 'gt_size', *_FLIPS, 'final_sinc_prob'),
+        *(name + number for number in ('', '2') for name in _BLUR),
+    ),
+    'REDSDataset': _REDS,
+    'REDSRecurrentDataset': (*_REDS, 'test_mode'),
+    'Vimeo90KDataset': _VIMEO,
+    'Vimeo90KRecurrentDataset': _VIMEO,
+    'VideoTestDataset': _VIDEO_TEST,
+    'VideoTestVimeo90KDataset': _VIDEO_TEST,
+    'VideoTestDUFDataset': (*_VIDEO_TEST, 'use_duf_downsampling'),
+    'VideoRecurrentTestDataset': _VIDEO_TEST,
+}
+
+
+class BasicSRDataset(Dataset):
+    """A dataset of BasicSR 1.4.2, whose keys are all known."""
+
+    model_config = ConfigDict(extra='forbid')
+
+
+def _basicsr_dataset(name: str, keys: tuple[str, ...]) -> type[BasicSRDataset]:
+    fields: dict[str, Any] = {}
+    for key in keys:
+        kind, description = _DATASET_KEYS[key.removesuffix('2')]
+        description += ', second round' if key.endswith('2') else ''
+        fields[key] = (kind | None, Field(None, description=description))
+    return create_model(name, __base__=BasicSRDataset, **fields)
+
+
+BASICSR_DATASETS = {name: _basicsr_dataset(name, keys) for name, keys in _BASICSR_DATASETS.items()}
+"""The keys of BasicSR 1.4.2's own datasets, by their registered names."""
+
+
+def dataset_model(name: str, target: object) -> type[BaseModel] | None:
+    """The keys of the dataset registered as `name`: its own `options_type`, or BasicSR's; None if it does not tell."""
+    if getattr(target, '__module__', '').partition('.')[0] == 'basicsr':
+        return BASICSR_DATASETS.get(name)
+    return getattr(target, 'options_type', None)
+
+
+class Mixing(Section):
+    """Blends the pictures of a batch with one another, degraded and clean ones alike."""
+
+    type: Literal['mixup', 'cutmix'] = Field(description='weighted sums of pictures, or a rectangle out of another')
+    alpha: Number = Field(1.2, gt=0, description='shares are drawn from Beta(alpha, alpha)')
+    start_epoch: Count = Field(6, description='first epoch that mixes, counted from 1')
+    probability: Number = Field(1.0, ge=0, le=1, description='of a batch to be mixed')
+
+
+class Train(Section):
+    """What is trained, how and for how long. Of `total_iter` and `total_epochs` one must be there."""
+
+    total_iter: Count | None = Field(None, description='length of the run in iterations; or total_epochs')
+    total_epochs: Count | None = Field(None, description='length of the run in epochs of the training set')
+    warmup_iter: Annotated[Whole, Field(ge=-1)] | None = Field(None, description='linear warm-up; -1 for none')
+    warmup_epochs: CountOrZero | None = Field(None, description='the same in epochs, in the place of warmup_iter')
+    precision: Literal['fp32', 'bf16', 'fp16'] | None = Field(None, description='of the arithmetic; fp32 if not given')
+    channels_last: bool | None = Field(None, description='lay tensors out as convolutions on CUDA like them')
+    compile: bool | str | None = Field(None, description='compile each block; true, or the name of a backend')
+    accumulate: Count | None = Field(None, description='parts that a batch is cut into; their gradients make one step')
+    gradient_checkpointing: bool | None = Field(None, description='compute blocks again going back: less memory')
+    mixing: Mixing | None = Field(None, description='MixUp or CutMix')
+    on_nonfinite: Literal['stop', 'skip'] | None = Field(
+        None, description='when a loss is NaN or Inf: stop, the default, or skip the step'
+    )
+    optim_g: Optimizer | None = Field(None, description='optimiser of network_g: type, lr and its arguments')
+    optim_d: Optimizer | None = Field(None, description='optimiser of network_d')
+    scheduler: Scheduler | None = Field(None, description='schedule of the learning rate: type and its arguments')
+    ema_decay: Number | None = Field(None, ge=0, lt=1, description='0 for no averaged weights')
+    clip_grad_norm: Number | None = Field(None, gt=0, description='longer gradients are cut to this length')
+    pixel_opt: Mapping | None = Field(
+        None, description='loss between images: type and its arguments; RestorationModel takes any number of *_opt'
+    )
+    perceptual_opt: Mapping | None = Field(None, description='loss between features of a VGG network')
+    gan_opt: Mapping | None = Field(None, description='SRGAN, ESRGAN, StyleGAN2')
+    ldl_opt: Mapping | None = Field(None, description='ESRGAN, Real-ESRGAN')
+    feature_matching_opt: Mapping | None = Field(None, description='HiFaceGAN')
+    net_d_iters: Count | None = Field(None, description='GANs: steps of network_d for each of network_g')
+    net_d_init_iters: CountOrZero | None = Field(None, description='GANs: steps of network_d before network_g begins')
+    net_d_reg_every: Count | None = Field(None, description='StyleGAN2')
+    net_g_reg_every: Count | None = Field(None, description='StyleGAN2')
+    mixing_prob: Number | None = Field(None, ge=0, le=1, description='StyleGAN2')
+    r1_reg_weight: Number | None = Field(None, description='StyleGAN2')
+    path_reg_weight: Number | None = Field(None, description='StyleGAN2')
+    path_batch_shrink: Count | None = Field(None, description='StyleGAN2')
+    fix_flow: CountOrZero | None = Field(None, description='recurrent video: iterations with the flow held')
+    flow_lr_mul: Number | None = Field(None, description='recurrent video')
+    lr_flow: Number | None = Field(None, description='recurrent video GAN')
+    dcn_lr_mul: Number | None = Field(None, description='EDVR')
+    tsa_iter: CountOrZero | None = Field(None, description='EDVR')
+
+
+ProtocolName = Literal['basicsr', 'spad', 'agan', 'densehaze', 'whole', 'tiled']
+
+
+class Protocol(Section):
+    """How images are restored and measured; what is left out is as the type has it."""
+
+    type: ProtocolName = Field(description='spad, agan, densehaze: as in the papers; whole; tiled: as memory allows')
+    square: Count | None = Field(None, description='zeros around the image, up to a square multiple of this')
+    tile: Count | Literal['auto'] | None = Field(None, description='side of a tile in pixels; auto: as memory allows')
+    overlap: CountOrZero | None = Field(None, description='pixels that tiles share; a quarter of a tile if not given')
+    blend: Literal['ramp', 'mean'] | None = Field(None, description='join tiles by smooth ramps, or by plain averages')
+    batch: Count | None = Field(None, description='tiles that go through the network together')
+    round: bool | None = Field(None, description='round results to 8 bits before they are measured')
+    self_ensemble: bool | None = Field(None, description='mean over the eight flips and rotations')
+
+
+class DuringTraining(Section):
+    """What differs in the validations of a training from those of a test."""
+
+    protocol: ProtocolName | Protocol | None = Field(None, description='how images are restored and measured')
+    metrics: dict[str, Metric] | None = Field(None, description="instead of the protocol's, by their printed names")
+
+
+class Val(Section):
+    """Validation during training, and testing."""
+
+    protocol: ProtocolName | Protocol | None = Field(None, description='how images are restored and measured')
+    during_training: DuringTraining | None = Field(None, description='what differs in validations during training')
+
+    val_freq: Count | None = Field(None, description='iterations between validations; or times_per_epoch')
+    times_per_epoch: Count | None = Field(None, description='validations in an epoch of the training set')
+    save_img: bool | None = Field(None, description='write the restored images')
+    suffix: str | None = Field(None, description='of written images; the name of the run if not given')
+    pbar: bool | None = Field(None, description='show a progress bar')
+    metrics: dict[str, Metric] | None = Field(None, description="instead of the protocol's, by their printed names")
+    best_metric: str | None = Field(None, description='the metric that picks the best weights')
+    center_frame_only: bool | None = Field(None, description='video')
+    flip_seq: bool | None = Field(None, description='recurrent video')
+    num_val_samples: Count | None = Field(None, description='StyleGAN2')
+
+
+class Wandb(Section):
+    """Weights & Biases, by BasicSR's keys."""
+
+    project: str | None = Field(None, description='name of the project')
+    resume_id: str | None = Field(None, description='identifier of the run to go on with')
+
+
+class Logger(Section):
+    """What is written down, and how often."""
+
+    print_freq: Count = Field(description='iterations between reports')
+    save_checkpoint_freq: Count | None = Field(
+        None, description='iterations between training states; or save_checkpoint_epochs'
+    )
+    save_checkpoint_epochs: Count | None = Field(None, description='epochs between training states')
+    keep_checkpoints: Count | None = Field(None, description='states that are kept, the newest ones; 3 if not given')
+    use_tb_logger: bool | None = Field(None, description='write curves for TensorBoard')
+    tb_pictures: CountOrZero | None = Field(
+        None, description='images shown in TensorBoard at validation: input, result and clean one; 4 if not given'
+    )
+    wandb: Wandb | None = Field(None, description='send what goes to TensorBoard to Weights & Biases, too')
+
+
+class Paths(Section):
+    """Weights to start from. BasicSR's keys per network (`pretrain_network_g` …) are checked by their pattern."""
+
+    resume_state: str | None = Field(None, description='a .state file under training_states/')
+    ignore_resume_networks: list[str] | None = Field(
+        None, description='networks that keep their own weights when a run is resumed'
+    )
+
+
+class DistParams(BaseModel):
+    """Arguments of `torch.distributed.init_process_group` under slurm."""
+
+    model_config = ConfigDict(extra='allow', strict=True)
+
+    backend: Literal['nccl', 'gloo', 'mpi'] | None = Field(
+        None, description='what processes talk by; nccl on GPUs and gloo on CPUs if not given'
+    )
+    port: Annotated[Whole, Field(ge=1, le=65535)] | None = Field(None, description='of the first node')
+
+
+class RealESRGAN(Section):
+    """Keys that Real-ESRGAN's models read from the top level."""
+
+    queue_size: Count | None = Field(None, description='pairs kept to mix batches from')
+    gt_size: Count | None = Field(None, description='side of a clean patch in pixels')
+    high_order_degradation: bool | None = Field(None, description='degrade twice')
+    gt_usm: bool | None = Field(None, description='sharpen clean images')
+    l1_gt_usm: bool | None = Field(None, description='sharpen the reference of the pixel loss')
+    percep_gt_usm: bool | None = Field(None, description='sharpen the reference of the perceptual loss')
+    gan_gt_usm: bool | None = Field(None, description='sharpen the reference of the GAN loss')
+    second_blur_prob: Number | None = Field(None, description='probability of the second blur')
+    gaussian_noise_prob: Number | None = Field(
+        None, description='first round: probability of Gaussian noise, Poisson noise otherwise'
+    )
+    gaussian_noise_prob2: Number | None = Field(
+        None, description='second round: probability of Gaussian noise, Poisson noise otherwise'
+    )
+    gray_noise_prob: Number | None = Field(None, description='first round: probability of noise without colour')
+    gray_noise_prob2: Number | None = Field(None, description='second round: probability of noise without colour')
+    resize_prob: list[Number] | None = Field(
+        None, description='first round: probabilities to enlarge, to shrink, to keep'
+    )
+    resize_prob2: list[Number] | None = Field(
+        None, description='second round: probabilities to enlarge, to shrink, to keep'
+    )
+    resize_range: list[Number] | None = Field(None, description='first round: factors of resizing, least and most')
+    resize_range2: list[Number] | None = Field(None, description='second round: factors of resizing, least and most')
+    noise_range: list[Number] | None = Field(
+        None, description='first round: sigma of Gaussian noise in 255ths, least and most'
+    )
+    noise_range2: list[Number] | None = Field(
+        None, description='second round: sigma of Gaussian noise in 255ths, least and most'
+    )
+    poisson_scale_range: list[Number] | None = Field(
+        None, description='first round: scale of Poisson noise, least and most'
+    )
+    poisson_scale_range2: list[Number] | None = Field(
+        None, description='second round: scale of Poisson noise, least and most'
+    )
+    jpeg_range: list[Number] | None = Field(
+        None, description='first round: quality of JPEG compression, least and most'
+    )
+    jpeg_range2: list[Number] | None = Field(
+        None, description='second round: quality of JPEG compression, least and most'
+    )
+
+
+class OptionFile(RealESRGAN):
+    """The top level. `network_g`, `network_d` and further networks are checked by their pattern."""
+
+    name: FolderName = Field(description='of the run, and of its folder')
+    model_type: str = Field(min_length=1, description='registered model')
+    scale: Number | None = Field(None, gt=0, description='of super-resolution; 1 for restoration')
+    num_gpu: Annotated[Whole, Field(ge=0)] | Literal['auto'] | None = Field(
+        None, description='GPUs of each process; all if not given, 0 for the CPU'
+    )
+    manual_seed: CountOrZero | None = Field(None, description='drawn if not given')
+    backend: Literal['auto', 'fused', 'triton', 'reference'] | None = Field(
+        None, description='what computes our blocks; if not given, what AST_BACKEND names, else the fastest that can'
+    )
+    find_unused_parameters: bool | None = Field(
+        None, description='distributed training of networks that leave some weights unused'
+    )
+    dist_params: DistParams | None = Field(None, description='arguments of distributed training under slurm')
+    datasets: dict[str, Dataset] = Field(description='train, val, test, or val_2 …: type, and the keys of that dataset')
+    path: Paths | None = Field(None, description='weights and states to start from')
+    train: Train | None = Field(None, description='losses, optimiser, schedule, length')
+    val: Val | None = Field(None, description='validation and metrics')
+    logger: Logger | None = Field(None, description='reports and training states')
