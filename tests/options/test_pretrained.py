@@ -4,9 +4,10 @@ import cv2
 import numpy as np
 import pytest
 
-from ast_plugin import options, schema
-from ast_plugin.cli import registries
-from ast_plugin.options import stages
+from ast_plugin import options
+from ast_plugin.models.registries import load_registered
+from ast_plugin.options import runs
+from ast_plugin.options.checks import check
 
 TASKS = ('rain', 'raindrop', 'haze')
 LARGEST_FILE = 8_000_000  # bytes, in float16
@@ -14,7 +15,7 @@ LARGEST_FILE = 8_000_000  # bytes, in float16
 
 @pytest.fixture(scope='module')
 def registered():
-    return registries.load()
+    return load_registered()
 
 
 @pytest.fixture(params=TASKS)
@@ -25,9 +26,9 @@ def recipe(request, registered, tmp_path, monkeypatch):
     monkeypatch.setenv('PHOTOS_VAL', str(tmp_path))
     path = options.find(f'pretrained/{request.param}')
     opt = options.load(path)
-    schema.check(opt, str(path), registered)
-    runs = [options.prepare({**stage.opt, 'num_gpu': 0}, stage=stage.name) for stage in stages.expand(opt)]
-    return request.param, runs
+    check(opt, str(path), registered)
+    prepared = [runs.prepare({**stage.opt, 'num_gpu': 0}, stage=stage.name) for stage in runs.expand(opt)]
+    return request.param, prepared
 
 
 def test_every_pretrained_file_is_a_task():
@@ -36,8 +37,8 @@ def test_every_pretrained_file_is_a_task():
 
 
 def test_pretrained_data(recipe, registered):
-    task, runs = recipe
-    for run in runs:
+    task, stages = recipe
+    for run in stages:
         train = run['datasets']['train']
         sample = registered.get('dataset', train['type'])(train)[0, 0]
         assert sample['lq'].shape == (3, train['gt_size'], train['gt_size'])
@@ -46,8 +47,8 @@ def test_pretrained_data(recipe, registered):
 
 
 def test_pretrained_network_size(recipe, registered):
-    _, runs = recipe
-    arguments = dict(runs[0]['network_g'])
+    _, stages = recipe
+    arguments = dict(stages[0]['network_g'])
     network = registered.get('arch', arguments.pop('type'))(**arguments)
     assert 2 * sum(array.numel() for array in network.state_dict().values()) < LARGEST_FILE
-    assert all(run['network_g'] == runs[0]['network_g'] for run in runs)
+    assert all(run['network_g'] == stages[0]['network_g'] for run in stages)
