@@ -5,7 +5,7 @@ upper part one sees the ground and through its lower part the sky, all of a wide
 dark where the surface is too steep for light to leave the water, and smeared into the image around it by the circle
 of confusion, which is anything from a few pixels to more than the drop. A drop is round or a union of rounded lobes
 whose contour wavers, fuller below than above; drops keep clear of one another, the large ones first, with small ones
-beside them. Between them water lies as a film that blurs and pales.
+beside them. Some ran down and left a trail. Between them water lies as a film that blurs and pales.
 
 Everything on the pane is out of focus, so it is made at half the resolution or less: lobes of all drops as one list
 of pixels, a field of surface slopes, one look-up of the refracted view, one blur.
@@ -37,6 +37,7 @@ from ast_plugin.data.synthesis.ranges import Parameters, PositiveRange, Range
 
 MERGING = 4.0  # how sharply lobes join: h = log(sum(exp(MERGING * h_i))) / MERGING
 FLOOR = -0.8  # height of the bare pane, where a drop's rim is at 0 and its middle at 1
+BEADS = 9  # lobes of a trail
 LARGEST = 4.0  # radius of the largest drop by the median
 CHUNK = 2**19  # pixels of lobes rendered at a time
 OFFERED = 5.0  # area of the drops offered a place, by that of the drops that may be wanted
@@ -63,6 +64,7 @@ class RaindropParameters(Parameters):
     contact_angle: Range = Field((25, 70), description='degrees between water and glass at the rim, within [5, 80]')
     elongation: PositiveRange = Field((0.85, 1.5), description='height over width, in [0.25, 4]; one value a lobe')
     irregularity: Range = Field((0, 1), description='from round drops (0) to lobed ones with satellites (1)')
+    trails: Range = Field((0, 0.08), description='share of the drops that ran down and left a trail, within [0, 1]')
     defocus: PositiveRange = Field(
         (0.15, 1.6),
         description='radius of the circle of confusion by the median radius, up to 3; its logarithm uniform',
@@ -96,6 +98,7 @@ class RaindropParameters(Parameters):
         'defocus': (0, 3),
         'size_spread': (0, 1),
         'irregularity': (0, 1),
+        'trails': (0, 1),
         'film': (0, 1),
         'film_blur': (0, 50),
         'sky': (0, 1),
@@ -256,7 +259,7 @@ def _shape(
 ) -> _Lobes:
     """Build each drop of a body and, if irregular, up to two bulges on it and up to two satellites beside it."""
     count = len(x)
-    lobes = [(x, y, radius, arrival)]
+    lobes = [(x, y, radius, arrival), _trails(x, y, radius, arrival, generator, parameters)]
     for chance, distances, sizes in (
         (0.7, (0.3, 0.8), (0.5, 0.85)),
         (0.4, (0.3, 0.9), (0.4, 0.75)),
@@ -273,6 +276,25 @@ def _shape(
     tall = np.sqrt(generator.uniform(*parameters.elongation, len(x)))
     sag = generator.uniform(0, 0.3, len(x))
     return _Lobes(x, y, radius / tall, radius * tall * (1 + sag), radius * tall * (1 - sag), arrival)
+
+
+def _trails(
+    x: np.ndarray,
+    y: np.ndarray,
+    radius: np.ndarray,
+    arrival: np.ndarray,
+    generator: np.random.Generator,
+    parameters: RaindropParameters,
+) -> tuple[np.ndarray, ...]:
+    """Return place, radius and arrival of beads above some drops: a tail that tapers, wavers and breaks up."""
+    ran = generator.random(len(x)) < generator.uniform(*parameters.trails)
+    shape = (np.count_nonzero(ran), BEADS)
+    x, y, radius, arrival = (values[ran, None] for values in (x, y, radius, arrival))
+    way = np.cumsum(generator.uniform(0.4, 1.0, shape), axis=1)
+    aside = np.cumsum(generator.normal(0, 0.1, shape), axis=1)
+    size = np.linspace(0.75, 0.25, BEADS) * generator.uniform(0.6, 1.0, shape)
+    beads = (x + aside * radius, y - way * radius, size * radius, arrival + np.zeros(shape))
+    return tuple(values.ravel() for values in beads)
 
 
 def _render(lobes: _Lobes, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

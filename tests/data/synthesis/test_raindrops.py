@@ -138,6 +138,19 @@ def test_drops_may_be_round_and_of_one_size():
     assert np.percentile(areas, 80) < 1.5 * np.percentile(areas, 30)
 
 
+def test_drops_that_ran_down_are_tall():
+    ranges = {'irregularity': (0, 0), 'elongation': (1, 1), 'coverage': (0.05, 0.05), 'radius': (10, 10), **DRY}
+
+    def heights(share: float) -> np.ndarray:
+        parameters = RaindropParameters(**ranges, defocus=(0.2, 0.2), trails=(share, share))
+        _, opacity = add_raindrops(scene(480, 720), np.random.default_rng(5), parameters)
+        contours, _ = cv2.findContours((opacity > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        _, _, width, height = np.array([cv2.boundingRect(c) for c in contours if cv2.contourArea(c) > 100]).T
+        return height / width
+
+    assert np.median(heights(0)) < 1.3 and np.median(heights(1)) > 1.7
+
+
 def drops(**parameters) -> tuple[np.ndarray, list[float]]:
     """Return the areas of drops that hardly are out of focus, in pixels, and how round the larger ones are."""
     ranges = {'radius': (8, 8), 'defocus': (0.3, 0.3), 'coverage': (0.2, 0.2), **DRY, **parameters}
@@ -230,6 +243,7 @@ def test_drops_see_a_sky_above_the_picture_and_dark_ground_below():
         {'focal': (0, 100)},
         {'size_spread': (0, 2)},
         {'irregularity': (0, 2)},
+        {'trails': (0, 2)},
         {'skyline': (0.1, 10)},
         {'ground': (0, 3)},
         {'glare': (-1, 2)},
