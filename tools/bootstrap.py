@@ -1,4 +1,4 @@
-"""Make .venv with the pinned versions if it is not there, then run the demonstration or the tests in it, or build docs/.
+"""Make .venv with the pinned versions if it is missing, then run the demonstration or the tests, or build docs/.
 
     python tools/bootstrap.py setup|demo|test|docs [--torch auto|cpu|cuda] [arguments of the demonstration or of pytest]
 
