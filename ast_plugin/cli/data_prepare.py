@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     source, target = args.source.expanduser().absolute(), args.target.expanduser().resolve()
     splits = find_splits(layout, source, args.split)
     preparation = Preparation(splits, source, target)
-    with preparation.alone():
+    with preparation.lock():
         checks = _check(preparation, splits, args.workers)
         _show(checks, source, layout if isinstance(layout, str) else layout.title)
         faults = preparation.list_faults(checks) if checks.num_faults or checks.leaks else None
@@ -137,14 +137,14 @@ def _refuse(checks: Checks, faults: Path | None, args: argparse.Namespace) -> No
         )
     if lines:
         raise DataError('\n'.join([f'nothing was prepared; all that is wrong is listed in {faults}', *lines]))
-    if not any(len(found.good) for found in checks.findings):
+    if not any(len(checked.good) for checked in checks.splits):
         raise DataError(f'no pair of {args.source} can be used (all faults in {faults})')
 
 
 def _write(preparation: Preparation, checks: Checks, faults: Path | None, args: argparse.Namespace) -> int:
     from ast_plugin.data.prepare import preparation as prepare_report
 
-    total = sum(len(found.good) for found in checks.findings)
+    total = sum(len(checked.good) for checked in checks.splits)
     with _bar(total, {'copy': 'copying', 'link': 'linking'}.get(args.place, ''), shown=bool(args.place)) as bar:
         manifests = preparation.write(checks, args.layout, args.place, bar.update)
     if faults:
@@ -155,7 +155,7 @@ def _write(preparation: Preparation, checks: Checks, faults: Path | None, args: 
         say(f'there from an earlier run, and left as it is: {", ".join(path.name for path in older)}')
     if checks.num_faults:
         say(f'left out for faults: {checks.num_faults:,}, listed in {faults}')
-    phases = {split.name: split.phase for split in checks.splits}
+    phases = {checked.split.name: checked.split.phase for checked in checks.splits}
     lines = prepare_report.format_options((phases[path.stem], path) for path in manifests)
     say('\n  '.join(['\nFor an option file, in place of dataroot and split:\n', *lines]))
     return 0

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ast_plugin.data.image_files import SUFFIXES
 from ast_plugin.errors import DataError, OptionError
 
@@ -184,6 +186,15 @@ def raise_faults(phase: str, faults: Iterable[Fault]) -> None:
                 f'datasets.{phase}: {len(names)} x {kind}: {shorten_list(names)}. {_REMEDIES[kind]}'
                 for kind, names in by_kind.items()
             )
+        )
+
+
+def check_equal_sizes(pair: Pair, lq: np.ndarray, gt: np.ndarray) -> None:
+    """Raise DataError if the two images of a pair, [H, W, 3] each, differ in size."""
+    if lq.shape != gt.shape:
+        raise DataError(
+            f'the images of a pair must have one size; {pair.lq} has {lq.shape[1]}x{lq.shape[0]} pixels, '
+            f'{pair.gt} has {gt.shape[1]}x{gt.shape[0]}. Replace or remove them'
         )
 
 

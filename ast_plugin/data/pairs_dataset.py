@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -14,109 +15,15 @@ from ast_plugin.data.image_files import decode_rgb, read_rgb
 from ast_plugin.data.layouts import LAYOUTS, Source, check_source, list_pairs
 from ast_plugin.data.lmdb.format import decode_key, is_raw, view_raw
 from ast_plugin.data.lmdb.reader import LmdbImages
-from ast_plugin.data.matching import Pair, PairTable, shorten_list
+from ast_plugin.data.matching import Pair, PairTable, check_equal_sizes, shorten_list
 from ast_plugin.data.seeded_dataset import IoBackend, SeededDataset, SeededOptions
 from ast_plugin.errors import DataError
-
-Result = TypeVar('Result')
-Use = Callable[[np.ndarray, np.ndarray], Result]
-"""What is done with a degraded and a clean image, RGB [H, W, 3] of 8 or 16 bits, which may be gone afterwards."""
-
-
-class FilePairs(Sequence[Pair]):
-    """Pairs of image files."""
-
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, number: int) -> Pair:
-        return self._pairs[number]
-
-    def paths(self, number: int) -> tuple[str, str]:
-        """Say where the images of a pair lie."""
-        return self._pairs[number].lq, self._pairs[number].gt
-
-    def read(self, number: int, use: Use[Result]) -> Result:
-        """Return `use(lq, gt)`.
-
-        Raises:
-            DataError: if one of them cannot be read.
-        """
-        pair = self._pairs[number]
-        return use(read_rgb(pair.lq), read_rgb(pair.gt))
-
-
-class LmdbPairs(Sequence[Pair]):
-    """Pairs out of two LMDBs, in the order of meta_info.txt.
-
-    Args:
-        lq_dir, gt_dir: the LMDBs, which have the same keys.
-        phase: whose they are, for messages.
-    Raises:
-        DataError: if one of them is not there or not whole, or has keys that the other lacks.
-    """
-
-    def __init__(self, lq_dir: str | Path, gt_dir: str | Path, phase: str) -> None:
-        try:
-            self._lq, self._gt = LmdbImages(lq_dir), LmdbImages(gt_dir)
-            keys, gt_keys = ([entry.key for entry in images.entries()] for images in (self._lq, self._gt))
-        except DataError as error:
-            raise DataError(f'datasets.{phase}: {error}') from error
-        lonely = set(keys) ^ set(gt_keys)
-        if not keys or lonely:
-            raise DataError(
-                f'datasets.{phase}: {lq_dir} and {gt_dir} must have the same keys, '
-                f'{f"and {shorten_list(sorted(lonely))} are in one of them alone" if lonely else "and have none"}. '
-                f'Take two LMDBs that were made together'
-            )
-        self._pairs = PairTable(Pair(key, key, key) for key in keys)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, number: int) -> Pair:
-        return Pair(self._pairs[number].key, *self.paths(number))
-
-    def paths(self, number: int) -> tuple[str, str]:
-        """Say where the images of a pair lie; the names that they had as files, so that results are called so."""
-        name = decode_key(self._pairs[number].key)
-        return f'{self._lq.folder}/{name}.png', f'{self._gt.folder}/{name}.png'
-
-    def read(self, number: int, use: Use[Result]) -> Result:
-        """Return `use(lq, gt)`; of pixels, views that lie in the mapped files.
-
-        Raises:
-            DataError: if one of them is missing or damaged.
-        """
-        key = self._pairs[number].key
-
-        def with_lq(lq_value: memoryview) -> Result:
-            lq = _pixels(lq_value, self._lq.path(key))
-            return self._gt.read(key, lambda gt_value: use(lq, _pixels(gt_value, self._gt.path(key))))
-
-        return self._lq.read(key, with_lq)
-
-
-def _pixels(value: memoryview, path: str) -> np.ndarray:
-    if not is_raw(value):
-        return decode_rgb(value, path)
-    try:
-        return view_raw(value)
-    except ValueError as error:
-        raise DataError(f'{path}: damaged: {error}') from error
 
 
 class PairsIoBackend(IoBackend):
     """Where pairs are read from, as BasicSR calls it."""
 
     type: Literal['disk', 'lmdb'] = Field('disk', description='image files, or LMDBs in dataroot_lq and dataroot_gt')
-
-
-class PairSizeError(DataError):
-    """The images of a pair differ in size."""
 
 
 class PairsOptions(SeededOptions):
@@ -135,7 +42,7 @@ class PairsOptions(SeededOptions):
     manifest: str | None = Field(None, description='layout manifest: a file that `basicsr data prepare` has written')
 
     def source(self) -> Source:
-        """Return what the layout is asked to list."""
+        """Return the keys that the layout reads."""
         values = {key: getattr(self, key) for key in Source.__dataclass_fields__}
         for key in ('dataroot', 'dataroot_lq', 'dataroot_gt', 'manifest'):
             values[key] = values[key] and str(Path(values[key]).expanduser())
@@ -167,29 +74,31 @@ class PairsDataset(SeededDataset):
     def __init__(self, opt: Mapping[str, Any]) -> None:
         super().__init__(opt)
         source = self.options.source()
+        self.lmdbs: tuple[LmdbImages, LmdbImages] | None = None
         if self.options.io_backend.type == 'lmdb':
-            self.pairs = LmdbPairs(source.dataroot_lq, source.dataroot_gt, source.phase)
+            self.lmdbs, self.pairs = _open_lmdbs(source)
         else:
-            self.pairs = FilePairs(list_pairs(self.options.layout, source))
+            self.pairs = list_pairs(self.options.layout, source)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def load(self, number: int, generator: np.random.Generator) -> dict[str, Any]:
         """Return pair `number` as a sample."""
-        lq_path, gt_path = self.pairs.paths(number)
+        pair = self.pairs[number]
 
         def make_sample(lq: np.ndarray, gt: np.ndarray) -> dict[str, Any]:
-            self._check_shapes(lq, gt, lq_path, gt_path)
-            return self.sample(*self._cut([lq, gt], generator), lq_path, gt_path)
+            check_equal_sizes(pair, lq, gt)
+            return self.sample(*self._cut([lq, gt], generator), pair.lq, pair.gt)
 
         try:
-            return self.pairs.read(number, make_sample)
-        except PairSizeError:
-            raise
+            if self.lmdbs is None:
+                return make_sample(read_rgb(pair.lq), read_rgb(pair.gt))
+            return _read_lmdbs(*self.lmdbs, pair.key, make_sample)
         except DataError as error:
-            pair = f'(of the pair {lq_path}, {gt_path})'
-            raise DataError(f'datasets.{self.options.phase}: {error} {pair}') from error
+            message = str(error)
+            where = '' if pair.lq in message and pair.gt in message else f' (of the pair {pair.lq}, {pair.gt})'
+            raise DataError(f'datasets.{self.options.phase}: {message}{where}') from error
 
     def _cut(self, images: list[np.ndarray], generator: np.random.Generator) -> list[np.ndarray]:
         if self.is_train:
@@ -197,9 +106,44 @@ class PairsDataset(SeededDataset):
             return transforms.random_flip(images, self.options.use_hflip, self.options.use_rot, generator)
         return transforms.center_crop(images, self.options.center_crop) if self.options.center_crop else images
 
-    def _check_shapes(self, lq: np.ndarray, gt: np.ndarray, lq_path: str, gt_path: str) -> None:
-        if lq.shape != gt.shape:
-            raise PairSizeError(
-                f'datasets.{self.options.phase}: the images of a pair must have one size; {lq_path} has '
-                f'{lq.shape[1]}x{lq.shape[0]} pixels, {gt_path} has {gt.shape[1]}x{gt.shape[0]}. Replace or remove them'
-            )
+
+def _open_lmdbs(source: Source) -> tuple[tuple[LmdbImages, LmdbImages], PairTable]:
+    """Open two LMDBs, and list their pairs in the order of meta_info.txt under the names that they had as files."""
+    folders = source.dataroot_lq, source.dataroot_gt
+    try:
+        lq, gt = map(LmdbImages, folders)
+        keys, gt_keys = ([entry.key for entry in images.entries()] for images in (lq, gt))
+    except DataError as error:
+        raise DataError(f'datasets.{source.phase}: {error}') from error
+    unmatched = sorted(set(keys) ^ set(gt_keys))
+    if unmatched or not keys:
+        found = f'and {shorten_list(unmatched)} are in one of them alone' if unmatched else 'and have none'
+        raise DataError(
+            f'datasets.{source.phase}: {folders[0]} and {folders[1]} must have the same keys, {found}. '
+            f'Take two LMDBs that were made together'
+        )
+    names = ((key, f'{decode_key(key)}.png') for key in keys)
+    pairs = (Pair(key, f'{lq.folder}/{name}', f'{gt.folder}/{name}') for key, name in names)
+    root = os.path.commonprefix([f'{lq.folder}/', f'{gt.folder}/'])  # noqa: RUF071 (a table cuts off letters)
+    return (lq, gt), PairTable(pairs, root)
+
+
+def _read_lmdbs(
+    lq_images: LmdbImages, gt_images: LmdbImages, key: str, make_sample: Callable[[np.ndarray, np.ndarray], dict]
+) -> dict[str, Any]:
+    """Call `make_sample` with both images; raw pixels are views into the mapped files, and gone afterwards."""
+
+    def with_lq(lq_value: memoryview) -> dict[str, Any]:
+        lq = _view_pixels(lq_value, lq_images.path(key))
+        return gt_images.read(key, lambda gt_value: make_sample(lq, _view_pixels(gt_value, gt_images.path(key))))
+
+    return lq_images.read(key, with_lq)
+
+
+def _view_pixels(value: memoryview, path: str) -> np.ndarray:
+    if not is_raw(value):
+        return decode_rgb(value, path)
+    try:
+        return view_raw(value)
+    except ValueError as error:
+        raise DataError(f'{path}: damaged: {error}') from error

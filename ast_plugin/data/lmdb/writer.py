@@ -41,7 +41,7 @@ from ast_plugin.data.lmdb.format import (
     png_level,
 )
 from ast_plugin.data.lmdb.reader import check_lmdb, check_together
-from ast_plugin.data.matching import Pair, PairTable, is_image, shorten_list
+from ast_plugin.data.matching import Pair, PairTable, check_equal_sizes, is_image, shorten_list
 from ast_plugin.data.workers import map_ahead, num_cores
 from ast_plugin.errors import DataError
 from ast_plugin.files import lock_folder, sync_folder
@@ -101,11 +101,7 @@ class Plan:
         """
         lq_data, gt_data = read_bytes(item.lq), read_bytes(item.gt)
         lq, gt = decode_rgb(lq_data, item.lq), decode_rgb(gt_data, item.gt)
-        if lq.shape != gt.shape:
-            raise DataError(
-                f'the images of a pair must have one size; {item.lq} has {lq.shape[1]}x{lq.shape[0]} pixels, '
-                f'{item.gt} has {gt.shape[1]}x{gt.shape[0]}. Replace or remove them'
-            )
+        check_equal_sizes(item, lq, gt)
         return self._value(item.key, lq_data, lq), self._value(item.key, gt_data, gt)
 
     def _value(self, key: str, data: bytes, image: np.ndarray) -> Value:

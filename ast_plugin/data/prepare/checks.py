@@ -14,9 +14,10 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -39,7 +40,6 @@ from ast_plugin.data.prepare.splits import Split
 from ast_plugin.data.workers import map_in_processes
 from ast_plugin.errors import DataError
 
-DIGEST_BYTES = 16
 _NUM_EXAMPLES = 3
 
 _PNG_KINDS = {0: ('gray',), 3: ('palette',), 4: ('gray', 'transparency'), 6: ('transparency',)}
@@ -55,45 +55,35 @@ _JPEG_LOSSES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """A readable image in numbers.
 
     Attributes:
         size: height and width in pixels, upright.
         num_bytes: size of the file.
-        digest: of the pixels, `DIGEST_BYTES` long.
+        digest: of the pixels, see `digest_pixels`.
         traits: how it differs from plain RGB of 8 bits, each in a word or two.
     """
 
     size: tuple[int, int]
     num_bytes: int
-    digest: bytes
+    digest: str
     traits: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedPair:
-    """The findings on both images of a pair, or the fault of a pair that cannot be used."""
-
-    lq: Finding | None
-    gt: Finding | None
-    fault: Fault | None = None
-
-
-def check_pair(pair: Pair) -> CheckedPair:
+def check_pair(pair: Pair) -> tuple[Finding, Finding] | Fault:
     """Read both images of a pair, and compare their sizes."""
     findings = []
     for path in (pair.lq, pair.gt):
         try:
             findings.append(check_image(path))
         except DataError as error:
-            return CheckedPair(None, None, Fault('unreadable', path, str(error).removeprefix(f'{path}: ')))
+            return Fault('unreadable', path, str(error).removeprefix(f'{path}: '))
     lq, gt = findings
     if lq.size == gt.size:
-        return CheckedPair(lq, gt)
+        return lq, gt
     sizes = f'{lq.size[1]}x{lq.size[0]} pixels, its clean partner {pair.gt} {gt.size[1]}x{gt.size[0]}'
-    return CheckedPair(None, None, Fault('sizes differ', pair.lq, sizes + _explain_sizes(lq.size, gt.size)))
+    return Fault('sizes differ', pair.lq, sizes + _explain_sizes(lq.size, gt.size))
 
 
 def check_image(path: str | os.PathLike) -> Finding:
@@ -127,20 +117,21 @@ def check_image(path: str | os.PathLike) -> Finding:
     return Finding(pixels.shape[:2], len(data), digest_pixels(pixels), traits)
 
 
-def digest_pixels(pixels: np.ndarray) -> bytes:
-    """Return a digest of RGB pixels [H, W, 3], their size and depth: BLAKE2b, `DIGEST_BYTES` long."""
-    state = hashlib.blake2b(f'{pixels.shape} {pixels.dtype.itemsize}\n'.encode(), digest_size=DIGEST_BYTES)
+def digest_pixels(pixels: np.ndarray) -> str:
+    """Return a digest of RGB pixels [H, W, 3], their size and depth: 32 hexadecimal digits of BLAKE2b."""
+    state = hashlib.blake2b(f'{pixels.shape} {pixels.dtype.itemsize}\n'.encode(), digest_size=16)
     state.update(np.ascontiguousarray(pixels))
-    return state.digest()
+    return state.hexdigest()
 
 
 @dataclass
-class SplitFindings:
-    """The findings on a split; of each good pair only numbers are kept.
+class CheckedSplit:
+    """A split whose images were read; of each good pair only numbers are kept.
 
     Attributes:
+        split: the split.
+        faults: of files that have no partner, then of pairs.
         num_pairs: pairs looked at, good ones and faulty ones.
-        faults: of the faulty ones.
         good: the numbers of the good ones in the split.
         digests: the first 8 bytes of the digests of their degraded and of their clean images; among a million images
             two different ones share them with a chance of 1 in 10^7.
@@ -149,26 +140,31 @@ class SplitFindings:
         traits: how many images are not plain RGB of 8 bits, by trait.
     """
 
-    num_pairs: int = 0
+    split: Split
     faults: list[Fault] = field(default_factory=list)
+    num_pairs: int = 0
     good: array = field(default_factory=lambda: array('Q'))
     digests: tuple[array, array] = field(default_factory=lambda: (array('Q'), array('Q')))
     sizes: Counter = field(default_factory=Counter)
     num_bytes: int = 0
     traits: Counter = field(default_factory=Counter)
 
-    def add(self, checked: CheckedPair) -> None:
+    def add(self, checked: tuple[Finding, Finding] | Fault) -> None:
         """Count the next pair."""
         self.num_pairs += 1
-        if checked.fault:
-            self.faults.append(checked.fault)
+        if isinstance(checked, Fault):
+            self.faults.append(checked)
             return
         self.good.append(self.num_pairs - 1)
-        self.sizes[checked.lq.size] += 1
-        for finding, digests in zip((checked.lq, checked.gt), self.digests, strict=True):
+        self.sizes[checked[0].size] += 1
+        for finding, digests in zip(checked, self.digests, strict=True):
             self.num_bytes += finding.num_bytes
             self.traits.update(finding.traits)
-            digests.append(int.from_bytes(finding.digest[:8], 'big'))
+            digests.append(int(finding.digest[:16], 16))
+
+    def good_pairs(self) -> Iterator[Pair]:
+        """Yield the pairs without a fault."""
+        return (self.split.pairs[number] for number in self.good)
 
     @property
     def num_unchanged(self) -> int:
@@ -196,28 +192,28 @@ class Journal:
         if self._new.is_file() and (not path.is_file() or path.stat().st_size < self._new.stat().st_size):
             os.replace(self._new, path)
 
-    def check(self, pairs: PairTable, workers: int, on_pair: Callable[[], None] = int) -> SplitFindings:
+    def check(self, split: Split, workers: int, on_pair: Callable[[], None] = int) -> CheckedSplit:
         """Check all pairs.
 
         Args:
-            pairs: in order.
+            split: with the pairs.
             workers: processes to read with.
             on_pair: called after each.
         Raises:
             DataError: if the journal cannot be written, or a process is killed.
         """
-        findings = SplitFindings()
+        checked = CheckedSplit(split, list(split.faults))
         try:
             with open(self._new, 'w', encoding='utf-8') as file:
-                items = zip(pairs, self._known_lines(), strict=False)
+                items = zip(split.pairs, self._known_lines(), strict=False)
                 for line in map_in_processes(_check_line, items, workers, prepare=_limit_threads):
                     file.write(line + '\n')
-                    findings.add(_parse(line))
+                    checked.add(_parse(line))
                     on_pair()
             os.replace(self._new, self.path)
         except OSError as error:
             raise DataError(f'cannot write {self._new}: {error.strerror or error}. Nothing is prepared yet') from error
-        return findings
+        return checked
 
     def entries(self, pairs: PairTable, name_of: Callable[[str], str]) -> Iterator[Entry]:
         """Yield an entry for each good pair.
@@ -229,11 +225,10 @@ class Journal:
         with open(self.path, encoding='utf-8') as file:
             for pair, line in zip(pairs, file, strict=True):
                 checked = _parse(line)
-                if not checked.fault:
-                    lq, gt = checked.lq, checked.gt
-                    digests = lq.digest.hex(), gt.digest.hex()
-                    sizes = lq.num_bytes, gt.num_bytes
-                    yield Entry(pair.key, name_of(pair.lq), name_of(pair.gt), lq.size, sizes, digests)
+                if not isinstance(checked, Fault):
+                    lq, gt = checked
+                    names = name_of(pair.lq), name_of(pair.gt)
+                    yield Entry(pair.key, *names, lq.size, (lq.num_bytes, gt.num_bytes), (lq.digest, gt.digest))
 
     def remove(self) -> None:
         """Remove the file."""
@@ -260,20 +255,15 @@ def _check_line(item: tuple[Pair, str]) -> str:
     except (ValueError, TypeError, LookupError, RecursionError):
         pass  # cut off in the middle, or no journal at all
     checked = check_pair(pair)
-    if checked.fault:
-        return json.dumps([stamp, [checked.fault.kind, checked.fault.name, checked.fault.text]])
-    return json.dumps([stamp, *([f.size, f.num_bytes, f.digest.hex(), f.traits] for f in (checked.lq, checked.gt))])
+    return json.dumps([stamp, *([astuple(checked)] if isinstance(checked, Fault) else checked)])
 
 
-def _parse(line: str) -> CheckedPair:
+def _parse(line: str) -> tuple[Finding, Finding] | Fault:
     _, *values = json.loads(line)
     if len(values) == 1:
-        return CheckedPair(None, None, Fault(*values[0]))
-    lq, gt = (
-        Finding(tuple(size), num_bytes, bytes.fromhex(digest), tuple(traits))
-        for size, num_bytes, digest, traits in values
-    )
-    return CheckedPair(lq, gt)
+        return Fault(*values[0])
+    lq, gt = (Finding(tuple(size), num_bytes, digest, tuple(traits)) for size, num_bytes, digest, traits in values)
+    return lq, gt
 
 
 def _stamp(path: str) -> tuple[int, int]:
@@ -302,45 +292,41 @@ class Duplicates:
     num: int
 
 
-def find_repeats(split: Split, findings: SplitFindings) -> Duplicates | None:
+def find_repeats(checked: CheckedSplit) -> Duplicates | None:
     """Find degraded images that one split holds twice. Clean ones may well have many degraded ones."""
-    both = split, findings
-    return _find_duplicates(both, both, 0)
+    return _find_duplicates(checked, checked, 0)
 
 
-def find_leaks(splits: Sequence[Split], findings: Sequence[SplitFindings]) -> list[Duplicates]:
+def find_leaks(splits: Sequence[CheckedSplit]) -> list[Duplicates]:
     """Find images to be tested with that are trained on."""
-    checked = list(zip(splits, findings, strict=True))
     leaks = [
         _find_duplicates(train, test, side)
-        for train in checked
-        for test in checked
+        for train in splits
+        for test in splits
         for side in (0, 1)
-        if (train[0].phase, test[0].phase) == ('train', 'test')
+        if (train.split.phase, test.split.phase) == ('train', 'test')
     ]
     return [leak for leak in leaks if leak]
 
 
-def _find_duplicates(
-    first: tuple[Split, SplitFindings], second: tuple[Split, SplitFindings], side: int
-) -> Duplicates | None:
+def _find_duplicates(first: CheckedSplit, second: CheckedSplit, side: int) -> Duplicates | None:
     """Find degraded (0) or clean (1) images of one split that are in another, or twice in one split."""
     places: dict[int, int] = {}
-    for place, digest in enumerate(first[1].digests[side]):
+    for place, digest in enumerate(first.digests[side]):
         places.setdefault(digest, place)
     hits = [
         (places[digest], place)
-        for place, digest in enumerate(second[1].digests[side])
+        for place, digest in enumerate(second.digests[side])
         if digest in places and not (first is second and places[digest] == place)
     ]
-    examples = tuple((_path(*first, one, side), _path(*second, other, side)) for one, other in hits[:_NUM_EXAMPLES])
+
+    def path(checked: CheckedSplit, place: int) -> str:
+        pair = checked.split.pairs[checked.good[place]]
+        return (pair.lq, pair.gt)[side]
+
+    examples = tuple((path(first, one), path(second, other)) for one, other in hits[:_NUM_EXAMPLES])
     kind = ('degraded', 'clean')[side]
-    return Duplicates(first[0].name, second[0].name, kind, examples, len(hits)) if hits else None
-
-
-def _path(split: Split, findings: SplitFindings, place: int, side: int) -> str:
-    pair = split.pairs[findings.good[place]]
-    return (pair.lq, pair.gt)[side]
+    return Duplicates(first.split.name, second.split.name, kind, examples, len(hits)) if hits else None
 
 
 def check_files(
@@ -403,7 +389,7 @@ def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = 
     """
 
     def digest_value(path: str, value: memoryview) -> str:
-        return digest_pixels(view_raw(value) if is_raw(value) else decode_rgb(value, path)).hex()
+        return digest_pixels(view_raw(value) if is_raw(value) else decode_rgb(value, path))
 
     faults = []
     sides = [(side, LmdbImages(folder / name)) for side, name in enumerate(('lq.lmdb', 'gt.lmdb'))]
@@ -462,7 +448,7 @@ def _check_file(path: str, quick: bool, size: tuple[int, int], num_bytes: int, d
     if found.size != size:
         text = f'{found.size[1]}x{found.size[0]} pixels, the manifest says {size[1]}x{size[0]}'
         return Fault('changed', path, text)
-    return None if found.digest.hex() == digest else Fault('changed', path, 'other pixels than the manifest says')
+    return None if found.digest == digest else Fault('changed', path, 'other pixels than the manifest says')
 
 
 def _limit_threads() -> None:

@@ -60,7 +60,7 @@ def test_a_manifest_of_each_split(tmp_path, workers):
     lq = root / 'train/data/0_rain.png'
     assert (entry.key, entry.lq, entry.gt, entry.size) == ('0', 'data/0_rain.png', 'gt/0_clean.png', (16, 24))
     assert entry.bytes[0] == lq.stat().st_size
-    assert entry.digests[0] == pair_checks.digest_pixels(cv2.imread(str(lq))[..., ::-1]).hex()
+    assert entry.digests[0] == pair_checks.digest_pixels(cv2.imread(str(lq))[..., ::-1])
     assert tree(root) == before
 
 
@@ -82,7 +82,7 @@ def test_what_is_not_plain_is_counted(tmp_path):
     cv2.imwrite(str(root / 'train/data/0_rain.png'), gray)
     picture(root / 'train/data/1_rain.png', 9, (8, 8))
     picture(root / 'train/gt/1_clean.png', 8, (8, 8))
-    found = prepare(root, tmp_path / 'out')[0].findings[0]
+    found = prepare(root, tmp_path / 'out')[0].splits[0]
     assert found.traits == {'gray': 1}
     assert found.sizes == {(16, 24): 5, (8, 8): 1}
     assert found.num_bytes == sum(path.stat().st_size for path in (root / 'train').rglob('*.png'))
@@ -93,7 +93,7 @@ def test_faulty_pairs_are_left_out(tmp_path):
     (root / 'train/data/2_rain.png').write_bytes(b'')
     (root / 'train/gt/3_clean.png').unlink()
     checks, (train, _) = prepare(root, tmp_path / 'out')
-    assert [(fault.kind, Path(fault.name).name) for fault in checks.faults(0)] == [
+    assert [(fault.kind, Path(fault.name).name) for fault in checks.splits[0].faults] == [
         ('no partner', '3_rain.png'),
         ('unreadable', '2_rain.png'),
     ]
@@ -141,11 +141,11 @@ def test_pictures_that_one_split_has_twice(tmp_path):
     shutil.copy(root / 'train/gt/0_clean.png', root / 'train/gt/2_clean.png')
     shutil.copy(root / 'train/gt/3_clean.png', root / 'train/data/3_rain.png')
     checks, _ = prepare(root, tmp_path / 'out')
-    twins = pair_checks.find_repeats(checks.splits[0], checks.findings[0])
+    twins = pair_checks.find_repeats(checks.splits[0])
     assert (twins.num, [Path(name).name for name in twins.examples[0]]) == (1, ['1_rain.png', '4_rain.png'])
-    assert checks.findings[0].num_clean == 5
-    assert checks.findings[0].num_unchanged == 1
-    assert pair_checks.find_repeats(checks.splits[1], checks.findings[1]) is None
+    assert checks.splits[0].num_clean == 5
+    assert checks.splits[0].num_unchanged == 1
+    assert pair_checks.find_repeats(checks.splits[1]) is None
 
 
 # ---- killed, and run again
@@ -313,7 +313,7 @@ def test_files_of_others_are_left_alone(tmp_path, name):
 
 def test_two_runs_do_not_meet(tmp_path):
     root = make_agan(tmp_path / 'data')
-    with Preparation(find_splits('agan', root), root, tmp_path / 'out').alone():
+    with Preparation(find_splits('agan', root), root, tmp_path / 'out').lock():
         run = subprocess.run([*COMMAND, root, tmp_path / 'out'], capture_output=True, text=True)
         assert run.returncode == 2 and 'out: another run is preparing there; wait for it' in run.stderr
         assert os.listdir(tmp_path / 'out') == []
