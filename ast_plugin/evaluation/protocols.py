@@ -6,10 +6,11 @@ scores = protocol.measure(restored, gt)                 # {'psnr': 31.2, 'ssim':
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -50,6 +51,11 @@ class Protocol:
     batch: int = 1
     round: bool = False
     self_ensemble: bool = False
+
+    def __post_init__(self) -> None:
+        if self.square is not None and self.square < 1:
+            raise OptionError(f'square is {self.square}: expected a number of pixels, 1 or more')
+        self.tiling  # noqa: B018 - checks tile, overlap, blend and batch
 
     @cached_property
     def tiling(self) -> Tiling:
@@ -111,7 +117,7 @@ class Protocol:
         return {name: _measured(name, options, img, img2) for name, options in chosen.items()}
 
     def describe(self) -> str:
-        """What is done, in a line: `agan: tiles of 384, overlap 80, mean; not rounded`."""
+        """Return what is done, in a line: `agan: tiles of 384, overlap 80, mean; not rounded`."""
         parts = [f'zeros around to a square multiple of {self.square}'] if self.square else []
         if self.tile is None:
             parts.append('one pass')
@@ -154,21 +160,15 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 """The protocols by name. Source of spad, agan, densehaze: test scripts of the AST release (Zhou et al., CVPR 2024)."""
 
-_WHOLE, _TEXT, _SWITCH, _NOTHING = 'a whole number', 'text', 'true or false', 'nothing'
-_KINDS = {_WHOLE: int, _TEXT: str, _SWITCH: bool, _NOTHING: type(None)}
-_KEYS = {
-    'square': (_WHOLE, _NOTHING),
-    'tile': (_WHOLE, _TEXT, _NOTHING),
-    'overlap': (_WHOLE, _NOTHING),
-    'blend': (_TEXT,),
-    'batch': (_WHOLE,),
-    'round': (_SWITCH,),
-    'self_ensemble': (_SWITCH,),
+_WORDS = {int: 'a whole number', str: 'text', bool: 'true or false', type(None): 'nothing'}
+# What each key of an option file's `val.protocol` may hold.
+_KINDS = {
+    key: get_args(hint) or (hint,) for key, hint in get_type_hints(Protocol).items() if key not in ('type', 'metrics')
 }
 
 
 def read_protocol(value: str | Mapping[str, Any] | None) -> Protocol:
-    """The protocol that an option file names.
+    """Return the protocol that an option file names.
 
     Args:
         value: a name of `PROTOCOLS`; or a mapping with that as `type`, and any of square, tile, overlap, blend, batch,
@@ -188,20 +188,18 @@ def read_protocol(value: str | Mapping[str, Any] | None) -> Protocol:
             f'there are {", ".join(PROTOCOLS)}'
         )
     for key, given in changes.items():
-        if key not in _KEYS:
-            raise OptionError(f'protocol.{key}: unknown key{did_you_mean(str(key), _KEYS)}')
-        if type(given) not in [_KINDS[word] for word in _KEYS[key]]:  # True is an int, but no number of pixels
-            raise OptionError(f'protocol.{key} is {given!r}: expected {" or ".join(_KEYS[key])}')
-    if changes.get('square') is not None and changes['square'] < 1:
-        raise OptionError(f'protocol.square is {changes["square"]}: expected a number of pixels, 1 or more')
-    protocol = dataclasses.replace(PROTOCOLS[name], **changes)
+        if key not in _KINDS:
+            raise OptionError(f'protocol.{key}: unknown key{did_you_mean(str(key), _KINDS)}')
+        if type(given) not in _KINDS[key]:  # True is an int, but no number of pixels
+            expected = ' or '.join(_WORDS[kind] for kind in _KINDS[key])
+            raise OptionError(f'protocol.{key} is {given!r}: expected {expected}')
+    try:
+        protocol = dataclasses.replace(PROTOCOLS[name], **changes)
+    except OptionError as error:
+        raise OptionError(f'protocol {name}: {error}') from None
     idle = [] if protocol.tile else [key for key in ('overlap', 'blend', 'batch') if key in changes]
     if idle:
         raise OptionError(f'protocol.{idle[0]}: {name} has no tiles that this could say something of; set tile, too')
-    try:
-        protocol.tiling  # noqa: B018 - checks tile, overlap, blend and batch
-    except OptionError as error:
-        raise OptionError(f'protocol {name}: {error}') from None
     return protocol
 
 
@@ -220,13 +218,10 @@ def _measured(name: str, options: Mapping[str, Any], img: np.ndarray, img2: np.n
 
 def _mean_of_eight(run: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
     """The mean of the results for the eight symmetries of a square, each turned back."""
-    total = None
-    for number in range(8):
-        mirror, upside_down, transpose = number & 1, number & 2, number & 4
+    total = 0
+    for transpose, upside_down, mirror in itertools.product((False, True), repeat=3):
         dims = [dim for dim, is_flipped in ((-1, mirror), (-2, upside_down)) if is_flipped]
-        turned = image.flip(dims) if dims else image
+        turned = image.flip(dims)
         result = run(turned.transpose(-1, -2).contiguous() if transpose else turned)
-        result = result.transpose(-1, -2) if transpose else result
-        result = result.flip(dims) if dims else result
-        total = result if total is None else total + result
+        total = total + (result.transpose(-1, -2) if transpose else result).flip(dims)
     return total / 8

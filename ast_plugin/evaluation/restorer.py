@@ -12,7 +12,7 @@ from ast_plugin.archs.networks import build_network, infer_network, stated_chann
 from ast_plugin.checkpoints import load_into, read_checkpoint
 from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError, one_line
 from ast_plugin.evaluation.protocols import Protocol
-from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, check_tile_options
+from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile
 
 _LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
@@ -50,15 +50,12 @@ class Restorer:
         batch: int = 1,
         self_ensemble: bool = False,
     ) -> None:
-        check_tile_options(tile, overlap, batch=batch)
         if in_channels not in (1, 3):
             raise OptionError(f'the network takes {in_channels} channels: expected 1 (gray) or 3 (RGB)')
         self.device = find_device(device)
         self.network = network.to(self.device, torch.float32).eval().requires_grad_(False)
         self.in_channels = in_channels
-        self.protocol = Protocol(
-            'tiled', tile=AUTO if tile is None else tile, overlap=overlap, batch=batch, self_ensemble=self_ensemble
-        )
+        self.protocol = _protocol(tile, overlap, batch, self_ensemble)
         self.notes: tuple[str, ...] = ()
 
     @classmethod
@@ -69,10 +66,7 @@ class Restorer:
         network: Mapping[str, Any] | None = None,
         param_key: str | None = None,
         device: str | torch.device | None = None,
-        tile: int | str | None = None,
-        overlap: int | None = None,
-        batch: int = 1,
-        self_ensemble: bool = False,
+        **tiling: Any,
     ) -> 'Restorer':
         """Build the network that a weights file is of, and load it.
 
@@ -81,13 +75,14 @@ class Restorer:
             network: its options, as under `network_g` of an option file. None takes those in the file's metadata,
                 else what names and shapes of an AST's weights tell; what they do not tell is said in `notes`.
             param_key: where the weights lie in a .pth file, such as 'params_ema'; None looks in the usual places.
-            device, tile, overlap, batch, self_ensemble: see `Restorer`.
+            device: see `Restorer`.
+            tiling: tile, overlap, batch and self_ensemble, see `Restorer`.
         Raises:
             CheckpointError: if the file cannot be used, or is not of this network.
             OptionError: if the network's options, the device or the tiles are wrong.
         """
-        check_tile_options(tile, overlap, batch=batch)
-        found_device = find_device(device)
+        _protocol(**tiling)  # wrong options are told before a large file is read
+        device = find_device(device)
         checkpoint = read_checkpoint(path, param_key)
         notes: list[str] = []
         options = network or checkpoint.network
@@ -101,15 +96,8 @@ class Restorer:
                 ) from error
         built = build_network(options)
         load_into(built, checkpoint)
-        restorer = cls(
-            built,
-            in_channels=next(iter(stated_channels(options, built)), 3),
-            device=found_device,
-            tile=tile,
-            overlap=overlap,
-            batch=batch,
-            self_ensemble=self_ensemble,
-        )
+        channels = next(iter(stated_channels(options, built)), 3)
+        restorer = cls(built, in_channels=channels, device=device, **tiling)
         restorer.notes = tuple(notes)
         return restorer
 
@@ -172,3 +160,10 @@ def find_device(name: str | torch.device | None) -> torch.device:
         have = f'cpu, cuda:0 to cuda:{count - 1}' if count > 1 else 'cpu, cuda' if count else 'cpu'
         raise OptionError(f'device {name!s} cannot be used here, there is: {have} ({one_line(error)})') from error
     return device
+
+
+def _protocol(
+    tile: int | str | None = None, overlap: int | None = None, batch: int = 1, self_ensemble: bool = False
+) -> Protocol:
+    tile = AUTO if tile is None else tile
+    return Protocol('tiled', tile=tile, overlap=overlap, batch=batch, self_ensemble=self_ensemble)

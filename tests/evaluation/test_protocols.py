@@ -265,7 +265,7 @@ def test_a_square_that_does_not_fit_is_named(square):
         ({'type': 'tiled', 'overlap': -1}, 'overlap is -1'),
         ({'type': 'agan', 'blend': 'gauss'}, "blend is 'gauss': expected one of ramp, mean"),
         ({'type': 'agan', 'batch': 0}, 'batch is 0'),
-        ({'type': 'spad', 'square': 0}, r'protocol\.square is 0'),
+        ({'type': 'spad', 'square': 0}, 'spad: square is 0'),
         ({'type': 'whole', 'self_ensemble': 1}, r'protocol\.self_ensemble is 1: expected true or false'),
     ],
 )
