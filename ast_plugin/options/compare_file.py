@@ -46,7 +46,7 @@ class CompareSettings(Section):
     runs: Count = Field(10, description='timed runs at each size')
     threads: Count | None = Field(None, description='of the CPU, for speed; all cores if not given')
     device: str | None = Field(None, description='cpu, cuda, cuda:1 …; a GPU where there is one if not given')
-    resamples: Count = Field(10_000, description='of the pictures, for confidence intervals')
+    resamples: Count = Field(10_000, description='of the images, for confidence intervals')
     confidence: Number = Field(0.95, gt=0, lt=1, description='of the intervals')
     pictures: CountOrZero = Field(4, description='that the report shows')
 

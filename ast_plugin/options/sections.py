@@ -18,8 +18,8 @@ def _whole(value: Any) -> Any:
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[Whole, Field(ge=1)]
-CountOrZero = Annotated[Whole, Field(ge=0)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 FolderName = Annotated[str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]{0,99}$')]
 Mapping = dict[str, Any]
 
@@ -164,10 +164,10 @@ def dataset_model(name: str, target: object) -> type[BaseModel] | None:
     return getattr(target, 'options_type', None)
 
 
-class Mixing(Section):
-    """Blends the pictures of a batch with one another, degraded and clean ones alike."""
+class MixupOptions(Section):
+    """Mixup or CutMix: blends the images of a batch with one another, degraded and clean ones alike."""
 
-    type: Literal['mixup', 'cutmix'] = Field(description='weighted sums of pictures, or a rectangle out of another')
+    type: Literal['mixup', 'cutmix'] = Field(description='weighted sums of images, or a rectangle out of another')
     alpha: Number = Field(1.2, gt=0, description='shares are drawn from Beta(alpha, alpha)')
     start_epoch: Count = Field(6, description='first epoch that mixes, counted from 1')
     probability: Number = Field(1.0, ge=0, le=1, description='of a batch to be mixed')
@@ -178,14 +178,16 @@ class Train(Section):
 
     total_iter: Count | None = Field(None, description='length of the run in iterations; or total_epochs')
     total_epochs: Count | None = Field(None, description='length of the run in epochs of the training set')
-    warmup_iter: Annotated[Whole, Field(ge=-1)] | None = Field(None, description='linear warm-up; -1 for none')
+    warmup_iter: Annotated[int, Field(ge=-1), BeforeValidator(_whole)] | None = Field(
+        None, description='linear warm-up; -1 for none'
+    )
     warmup_epochs: CountOrZero | None = Field(None, description='the same in epochs, in the place of warmup_iter')
     precision: Literal['fp32', 'bf16', 'fp16'] | None = Field(None, description='of the arithmetic; fp32 if not given')
     channels_last: bool | None = Field(None, description='lay tensors out as convolutions on CUDA like them')
     compile: bool | str | None = Field(None, description='compile each block; true, or the name of a backend')
     accumulate: Count | None = Field(None, description='parts that a batch is cut into; their gradients make one step')
     gradient_checkpointing: bool | None = Field(None, description='compute blocks again going back: less memory')
-    mixing: Mixing | None = Field(None, description='MixUp or CutMix')
+    mixing: MixupOptions | None = Field(None, description='blend the images of a batch: mixup or cutmix')
     on_nonfinite: Literal['stop', 'skip'] | None = Field(
         None, description='when a loss is NaN or Inf: stop, the default, or skip the step'
     )
@@ -198,28 +200,38 @@ class Train(Section):
         None, description='loss between images: type and its arguments; RestorationModel takes any number of *_opt'
     )
     perceptual_opt: Mapping | None = Field(None, description='loss between features of a VGG network')
-    gan_opt: Mapping | None = Field(None, description='SRGAN, ESRGAN, StyleGAN2')
-    ldl_opt: Mapping | None = Field(None, description='ESRGAN, Real-ESRGAN')
-    feature_matching_opt: Mapping | None = Field(None, description='HiFaceGAN')
+    gan_opt: Mapping | None = Field(None, description='loss of a GAN: type and its arguments')
+    ldl_opt: Mapping | None = Field(None, description='locally discriminative loss of ESRGAN and Real-ESRGAN')
+    feature_matching_opt: Mapping | None = Field(None, description='loss between features of network_d, HiFaceGAN')
     net_d_iters: Count | None = Field(None, description='GANs: steps of network_d for each of network_g')
     net_d_init_iters: CountOrZero | None = Field(None, description='GANs: steps of network_d before network_g begins')
-    net_d_reg_every: Count | None = Field(None, description='StyleGAN2')
-    net_g_reg_every: Count | None = Field(None, description='StyleGAN2')
-    mixing_prob: Number | None = Field(None, ge=0, le=1, description='StyleGAN2')
-    r1_reg_weight: Number | None = Field(None, description='StyleGAN2')
-    path_reg_weight: Number | None = Field(None, description='StyleGAN2')
-    path_batch_shrink: Count | None = Field(None, description='StyleGAN2')
+    net_d_reg_every: Count | None = Field(None, description='StyleGAN2: steps of network_d between regularisations')
+    net_g_reg_every: Count | None = Field(None, description='StyleGAN2: steps of network_g between regularisations')
+    mixing_prob: Number | None = Field(
+        None, ge=0, le=1, description='StyleGAN2: probability of two styles in one image'
+    )
+    r1_reg_weight: Number | None = Field(None, description='StyleGAN2: weight of the gradient penalty of network_d')
+    path_reg_weight: Number | None = Field(
+        None, description='StyleGAN2: weight of the path length penalty of network_g'
+    )
+    path_batch_shrink: Count | None = Field(
+        None, description='StyleGAN2: part of a batch that the path length is measured on'
+    )
     fix_flow: CountOrZero | None = Field(None, description='recurrent video: iterations with the flow held')
-    flow_lr_mul: Number | None = Field(None, description='recurrent video')
-    lr_flow: Number | None = Field(None, description='recurrent video GAN')
-    dcn_lr_mul: Number | None = Field(None, description='EDVR')
-    tsa_iter: CountOrZero | None = Field(None, description='EDVR')
+    flow_lr_mul: Number | None = Field(
+        None, description='recurrent video: learning rate of the flow network as a multiple of the rest'
+    )
+    lr_flow: Number | None = Field(None, description='recurrent video GAN: learning rate of the flow network')
+    dcn_lr_mul: Number | None = Field(
+        None, description='EDVR: learning rate of deformable convolutions as a multiple of the rest'
+    )
+    tsa_iter: CountOrZero | None = Field(None, description='EDVR: iterations with all but the fusion of frames held')
 
 
 ProtocolName = Literal['basicsr', 'spad', 'agan', 'densehaze', 'whole', 'tiled']
 
 
-class Protocol(Section):
+class ProtocolOptions(Section):
     """How images are restored and measured; what is left out is as the type has it."""
 
     type: ProtocolName = Field(description='spad, agan, densehaze: as in the papers; whole; tiled: as memory allows')
@@ -235,14 +247,14 @@ class Protocol(Section):
 class DuringTraining(Section):
     """What differs in the validations of a training from those of a test."""
 
-    protocol: ProtocolName | Protocol | None = Field(None, description='how images are restored and measured')
+    protocol: ProtocolName | ProtocolOptions | None = Field(None, description='how images are restored and measured')
     metrics: dict[str, Metric] | None = Field(None, description="instead of the protocol's, by their printed names")
 
 
 class Val(Section):
     """Validation during training, and testing."""
 
-    protocol: ProtocolName | Protocol | None = Field(None, description='how images are restored and measured')
+    protocol: ProtocolName | ProtocolOptions | None = Field(None, description='how images are restored and measured')
     during_training: DuringTraining | None = Field(None, description='what differs in validations during training')
 
     val_freq: Count | None = Field(None, description='iterations between validations; or times_per_epoch')
@@ -252,9 +264,9 @@ class Val(Section):
     pbar: bool | None = Field(None, description='show a progress bar')
     metrics: dict[str, Metric] | None = Field(None, description="instead of the protocol's, by their printed names")
     best_metric: str | None = Field(None, description='the metric that picks the best weights')
-    center_frame_only: bool | None = Field(None, description='video')
-    flip_seq: bool | None = Field(None, description='recurrent video')
-    num_val_samples: Count | None = Field(None, description='StyleGAN2')
+    center_frame_only: bool | None = Field(None, description='video: measure the middle frame of each sequence alone')
+    flip_seq: bool | None = Field(None, description='recurrent video: sequences hold their frames backwards, too')
+    num_val_samples: Count | None = Field(None, description='StyleGAN2: images drawn at a validation')
 
 
 class Wandb(Section):
@@ -297,7 +309,9 @@ class DistParams(BaseModel):
     backend: Literal['nccl', 'gloo', 'mpi'] | None = Field(
         None, description='what processes talk by; nccl on GPUs and gloo on CPUs if not given'
     )
-    port: Annotated[Whole, Field(ge=1, le=65535)] | None = Field(None, description='of the first node')
+    port: Annotated[int, Field(ge=1, le=65535), BeforeValidator(_whole)] | None = Field(
+        None, description='of the first node'
+    )
 
 
 class RealESRGAN(Section):
@@ -353,7 +367,7 @@ class OptionFile(RealESRGAN):
     name: FolderName = Field(description='of the run, and of its folder')
     model_type: str = Field(min_length=1, description='registered model')
     scale: Number | None = Field(None, gt=0, description='of super-resolution; 1 for restoration')
-    num_gpu: Annotated[Whole, Field(ge=0)] | Literal['auto'] | None = Field(
+    num_gpu: Annotated[int, Field(ge=0), BeforeValidator(_whole)] | Literal['auto'] | None = Field(
         None, description='GPUs of each process; all if not given, 0 for the CPU'
     )
     manual_seed: CountOrZero | None = Field(None, description='drawn if not given')

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
 from ast_plugin.faults import Fault, Where, shown, unknown_key
@@ -65,6 +66,24 @@ def argument_faults(
         if parameter.default is _UNKNOWN and name not in arguments and name not in optional and not is_open:
             faults.append(Fault((*where, name), f'required by {_name(target)}, but not there'))
     return faults
+
+
+def argument_model(target: type) -> type[BaseModel]:
+    """The arguments of a class as a pydantic model, described by its docstring's `Args:`; `self` is left out."""
+    parameters, _ = _parameters(target)
+    described = _described_arguments(inspect.getdoc(target) or '')
+    fields: dict[str, Any] = {}
+    for name, parameter in (parameters or {}).items():
+        default = ... if parameter.default is _UNKNOWN else parameter.default
+        fields[name] = (_annotation(target, parameter), Field(default, description=described.get(name)))
+    return create_model(target.__name__, **fields)
+
+
+def _described_arguments(docstring: str) -> dict[str, str]:
+    """What a docstring in Google's style says of each argument, in a line."""
+    block = re.search(r'^Args:\n((?:[ ]+.*\n?|\n)*)', docstring, re.MULTILINE)
+    entries = re.findall(r'^ {4}([\w, ]+): (.*(?:\n {5,}.*)*)', block[1] if block else '', re.MULTILINE)
+    return {name: ' '.join(text.split()) for names, text in entries for name in names.split(', ')}
 
 
 def _parameters(target: Callable) -> tuple[dict[str, inspect.Parameter] | None, bool]:

@@ -296,6 +296,6 @@ def test_a_line_says_what_is_done():
 
 def test_the_schema_knows_the_same():
     assert set(get_args(sections.ProtocolName)) == set(PROTOCOLS)
-    for key in set(sections.Protocol.model_fields) - {'type'}:
+    for key in set(sections.ProtocolOptions.model_fields) - {'type'}:
         value = getattr(PROTOCOLS['agan'], key)
         assert getattr(read_protocol({'type': 'agan', key: value}), key) == value

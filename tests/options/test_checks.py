@@ -9,6 +9,7 @@ from ast_plugin import options
 from ast_plugin.errors import OptionError
 from ast_plugin.models import registries
 from ast_plugin.options import checks, safe_yaml
+from ast_plugin.options.json_schema import option_keys
 from ast_plugin.options.sections import OptionFile
 from tests import tiny_run
 
@@ -431,3 +432,13 @@ def test_broken_options_raise_option_errors_only(registered, tmp_path, seed):
                 stage=stage.name,
                 length_of=lambda dataset: 7,
             )
+
+
+def test_every_key_is_described(registered):
+    keys = list(option_keys(registered))
+    assert [key for key in keys if not key.description or not key.type] == []
+    by_place = {(key.section, key.key): key for key in keys}
+    assert len(by_place) == len(keys)
+    assert by_place['train', 'total_iter'].type == 'whole number, 1 or more'
+    assert by_place['network_g (AST)', 'embed_dim'].default == 32
+    assert by_place['datasets.* (PairedImageDataset)', 'name'].type == 'text, required'
