@@ -1,4 +1,4 @@
-"""Pictures of a batch blended with one another, degraded and clean ones alike: MixUp and CutMix."""
+"""Images of a batch blended with one another, degraded and clean ones alike: MixUp and CutMix."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.options.checks import model_faults, raise_faults
+from ast_plugin.options.sections import Mixing
 
-KINDS = ('mixup', 'cutmix')
 # Keeps the random numbers here apart from those that datasets draw with the same seed.
 _STREAM = 0x6D6978
 
@@ -22,45 +23,24 @@ class Mixup:
     whole batch, 1 − λ of the area, its centre anywhere, cut off at the border.
 
     Args:
-        type: `mixup` or `cutmix`.
-        alpha: of the Beta distribution.
-        start_epoch: the first epoch that mixes, counted from 1.
-        probability: of a batch to be mixed.
+        options: the section `train.mixing`.
         seed: the run's.
         rank: the process's; each mixes its own batches its own way.
         iters_per_epoch: tells the epoch of an iteration; may be left out where `start_epoch` is 1.
     Raises:
-        OptionError: if a value is out of range, or `start_epoch` cannot be told.
+        OptionError: if `start_epoch` cannot be told.
     Source: Zhang et al., ICLR 2018, with the released scripts' per-sample shares; Yun et al., ICCV 2019.
     """
 
-    def __init__(
-        self,
-        type: str,
-        alpha: float = 1.2,
-        start_epoch: int = 6,
-        probability: float = 1.0,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        iters_per_epoch: int | None = None,
-    ) -> None:
-        if type not in KINDS:
-            raise OptionError(f'train.mixing.type must be one of {", ".join(KINDS)}, not {type!r}')
-        if alpha <= 0 or start_epoch < 1 or not 0 <= probability <= 1:
+    def __init__(self, options: Mixing, seed: int = 0, rank: int = 0, iters_per_epoch: int | None = None) -> None:
+        if options.start_epoch > 1 and not iters_per_epoch:
             raise OptionError(
-                'train.mixing needs alpha > 0, start_epoch >= 1 and probability in [0, 1], '
-                f'not {alpha}, {start_epoch} and {probability}'
-            )
-        if start_epoch > 1 and not iters_per_epoch:
-            raise OptionError(
-                f'train.mixing.start_epoch: {start_epoch} needs train.iters_per_epoch to tell the epoch; '
+                f'train.mixing.start_epoch: {options.start_epoch} needs train.iters_per_epoch to tell the epoch; '
                 'the command fills it in, elsewhere set it, or start_epoch: 1'
             )
-        self.mix = _mix_up if type == 'mixup' else _cut_mix
-        self.alpha, self.probability = alpha, probability
+        self.options = options
         self.seed, self.rank = seed, rank
-        self.first_iteration = (start_epoch - 1) * (iters_per_epoch or 0) + 1
+        self.first_iteration = (options.start_epoch - 1) * (iters_per_epoch or 0) + 1
 
     def __call__(self, lq: Tensor, gt: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
         """Mix a batch.
@@ -74,18 +54,20 @@ class Mixup:
         if iteration < self.first_iteration:
             return lq, gt
         generator = np.random.default_rng([_STREAM, self.seed, self.rank, iteration])
-        if generator.random() >= self.probability:
+        if generator.random() >= self.options.probability:
             return lq, gt
         partners = torch.from_numpy(generator.permutation(len(lq))).to(lq.device)
-        return self.mix(lq, gt, partners, self.alpha, generator)
+        mix = _mix_up if self.options.type == 'mixup' else _cut_mix
+        return mix(lq, gt, partners, self.options.alpha, generator)
 
 
 def from_options(train: Mapping[str, Any], seed: int, rank: int) -> Mixup | None:
-    """What `train.mixing` asks for; None if nothing."""
+    """Build what `train.mixing` asks for; None if nothing."""
     options = train.get('mixing')
     if not options:
         return None
-    return Mixup(**options, seed=seed, rank=rank, iters_per_epoch=train.get('iters_per_epoch'))
+    raise_faults(model_faults(Mixing, options, ('train', 'mixing')), 'options')
+    return Mixup(Mixing(**options), seed, rank, train.get('iters_per_epoch'))
 
 
 def _mix_up(

@@ -47,10 +47,9 @@ class TrainingProgress:
             disable=not (is_shown and sys.stderr.isatty()),
             file=sys.stderr,
         )
-        if not self.bar.disable:
-            for handler in logger.handlers:
-                if type(handler) is logging.StreamHandler:
-                    handler.setStream(_AboveTheBar())
+        for handler in logger.handlers if not self.bar.disable else ():
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(_AboveTheBar())
 
     @property
     def data_share(self) -> float:
@@ -58,22 +57,16 @@ class TrainingProgress:
         return self.waited / (self.waited + self.worked) if self.waited + self.worked else 0.0
 
     def begin(self) -> None:
-        """The data of an iteration are here."""
-        now = time.perf_counter()
-        if self._stamp is not None:
-            self.waited += (1 - _MEMORY) * (now - self._stamp - self.waited)
-        self._stamp = now
+        """Note that the data of an iteration are here."""
+        self.waited += (1 - _MEMORY) * self._lap(self.waited)
 
     def pause(self) -> None:
-        """Something else than waiting for data has taken time up to now: a validation, a write."""
+        """Note that something else than waiting for data has taken time up to now: a validation, a write."""
         self._stamp = time.perf_counter()
 
     def advance(self, losses: Mapping[str, float]) -> None:
         """Count one iteration and show its losses; the last one closes the bar."""
-        now = time.perf_counter()
-        if self._stamp is not None:
-            self.worked += (1 - _MEMORY) * (now - self._stamp - self.worked)
-        self._stamp = now
+        self.worked += (1 - _MEMORY) * self._lap(self.worked)
         if self.bar.disable:
             return
         shown = [f'{name} {value:.4f}' for name, value in losses.items()]
@@ -83,6 +76,11 @@ class TrainingProgress:
         if self.bar.n >= self.total_iter:
             self.bar.close()
 
+    def _lap(self, usual: float) -> float:
+        """By how much the time since the last call is longer than usual."""
+        before, self._stamp = self._stamp, time.perf_counter()
+        return 0.0 if before is None else self._stamp - before - usual
+
 
 def close_bars() -> None:
     """Leave every bar as it stands, those of a run that has failed too; what is printed next begins a line."""
@@ -91,7 +89,7 @@ def close_bars() -> None:
 
 
 def memory(device: torch.device) -> str:
-    """The most memory taken so far, of a GPU by tensors and of a CPU by this process; empty if that is not known."""
+    """Return the most memory so far, of a GPU by tensors, of a CPU by this process; empty if that is not known."""
     if device.type == 'cuda':
         return f'{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB'
     try:

@@ -3,6 +3,7 @@
 import atexit
 import csv
 import io
+import itertools
 import logging
 import math
 import os
@@ -119,7 +120,7 @@ class RunLog:
         Raises:
             FileError: if that fails.
         """
-        if self.folder is None or not self._is_open or not (self._rows or durably):
+        if not self._is_open or not (self._rows or durably):
             return
         try:
             with self.table.open('a', encoding='utf-8', newline='') as file:
@@ -135,16 +136,16 @@ class RunLog:
     def draw(self, at_once: bool = False) -> None:
         """Draw the table anew; not oftener than once a minute, unless `at_once`, and never twice the same.
 
-        A run does not end for want of its picture: where none can be drawn a warning says why.
+        A run does not end for want of its drawing: where none can be drawn a warning says why.
         """
         self.flush()
         is_due = at_once or time.monotonic() > self._due_at
-        if self.folder is None or not self._is_open or not is_due or self._num_drawn == self._num_written:
+        if not self._is_open or not is_due or self._num_drawn == self._num_written:
             return
         start = time.monotonic()
         try:
-            picture = draw_curve(read_columns(self.table), self.name, self.best_metric, self.higher_is_better)
-            write_file(self.curve, picture)
+            columns = read_columns(self.table)
+            write_file(self.curve, draw_curve(columns, self.name, self.best_metric, self.higher_is_better))
         except (ImportError, FileError) as error:
             logging.getLogger('basicsr').warning(f'{self.curve} is not drawn: {error}')
         self._num_drawn = self._num_written
@@ -218,10 +219,10 @@ def read_columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def draw_curve(columns: Columns, title: str, best_metric: str | None = None, higher_is_better: bool = True) -> bytes:
-    """Draw the columns of a `metrics.csv`.
+    """Draw losses, rate and validations of a run.
 
     Args:
-        columns: as `run_log.read_columns` gives them.
+        columns: as `read_columns` returns them.
         title: the run's name.
         best_metric: the metric of validation that is drawn, for each dataset; with `higher_is_better`.
     Returns:
@@ -229,10 +230,9 @@ def draw_curve(columns: Columns, title: str, best_metric: str | None = None, hig
     Raises:
         ImportError: if matplotlib is not there.
     """
-    from matplotlib import rc_context
+    from matplotlib import rc_context, ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     columns = {name: column for name, column in columns.items() if column[0].size}
     losses = [name for name in columns if name not in FIXED and '/' not in name]
@@ -241,8 +241,12 @@ def draw_curve(columns: Columns, title: str, best_metric: str | None = None, hig
     with rc_context({'font.size': 10, 'axes.edgecolor': _FAINT, 'text.color': _INK, 'axes.labelcolor': _INK}):
         figure = Figure(figsize=(10, 1.45 * sum(heights)), dpi=110, layout='constrained')
         axes = list(figure.subplots(len(heights), sharex=True, height_ratios=heights))
-        _draw_losses(axes[0], columns, losses)
-        _draw_rate(axes[1], columns)
+        _draw_losses(axes[0], columns, losses, ticker)
+        if 'lr' in columns:
+            axes[1].plot(*_thinned(*columns['lr']), color=_FAINT, linewidth=1.4)
+        axes[1].set_ylim(bottom=0)
+        axes[1].ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
+        axes[1].set_ylabel('rate')
         if validated:
             _draw_validation(axes[2], columns, validated, best_metric, higher_is_better)
         for axis in axes:
@@ -251,75 +255,54 @@ def draw_curve(columns: Columns, title: str, best_metric: str | None = None, hig
             axis.spines[['top', 'right']].set_visible(False)
             axis.tick_params(colors=_FAINT)
         axes[-1].set_xlabel('iteration')
-        axes[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes[-1].xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
         axes[-1].xaxis.set_major_formatter(lambda value, _: f'{value:,.0f}')
         axes[0].set_title(title, loc='left', fontsize=14, fontweight='bold')
-        picture = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(picture)
-    return picture.getvalue()
+        image = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(image)
+    return image.getvalue()
 
 
-def _draw_losses(axis, columns: Columns, names: Sequence[str]) -> None:
-    for name, colour in zip(names, _cycle(len(names)), strict=True):
+def _draw_losses(axis, columns: Columns, names: Sequence[str], ticker) -> None:
+    for name, colour in zip(names, itertools.cycle(_COLOURS), strict=False):
         iterations, values = columns[name]
-        step = math.ceil(len(values) / _MOST_POINTS)
         smooth = _smoothed(values)
-        axis.plot(iterations[::step], values[::step], color=colour, linewidth=0.6, alpha=0.28)
-        last = f'{smooth[-1]:.4g}'
-        axis.plot(iterations[::step], smooth[::step], color=colour, linewidth=1.8, label=f'{name}   {last}')
-    _scale(axis, [columns[name][1][np.isfinite(columns[name][1])] for name in names])
+        axis.plot(*_thinned(iterations, values), color=colour, linewidth=0.6, alpha=0.28)
+        label = f'{name}   {smooth[-1]:.4g}'
+        axis.plot(*_thinned(iterations, smooth), color=colour, linewidth=1.8, label=label)
     axis.set_ylabel('loss')
     if names:
         axis.legend(loc='upper right', frameon=False)
-
-
-def _scale(axis, values: Sequence[np.ndarray]) -> None:
-    """Logarithmic where losses span more than a few times their least; with as many labels as that span needs."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    numbers = np.concatenate([*values, []])
-    if not numbers.size or numbers.min() <= 0 or numbers.max() < 4 * numbers.min():
-        return
-    axis.set_yscale('log')
-    steps = (1, 2, 5) if numbers.max() < 300 * numbers.min() else (1,)
-    axis.yaxis.set_major_locator(LogLocator(subs=steps))
-    axis.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
-    axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _draw_rate(axis, columns: Columns) -> None:
-    if 'lr' in columns:
-        iterations, values = columns['lr']
-        step = math.ceil(len(values) / _MOST_POINTS)
-        axis.plot(iterations[::step], values[::step], color=_FAINT, linewidth=1.4)
-    axis.set_ylim(bottom=0)
-    axis.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
-    axis.set_ylabel('rate')
+    numbers = np.concatenate([[], *(columns[name][1][np.isfinite(columns[name][1])] for name in names)])
+    # Logarithmic where losses span more than a few times their least; with as many labels as that span needs.
+    if numbers.size and numbers.min() > 0 and numbers.max() >= 4 * numbers.min():
+        axis.set_yscale('log')
+        steps = (1, 2, 5) if numbers.max() < 300 * numbers.min() else (1,)
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=steps))
+        axis.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _draw_validation(axis, columns: Columns, names: Sequence[str], metric: str, higher_is_better: bool) -> None:
-    for name, colour in zip(names, _cycle(len(names)), strict=True):
+    for name, colour in zip(names, itertools.cycle(_COLOURS), strict=False):
         iterations, values = columns[name]
         marker = 'o' if len(values) <= 60 else None
         axis.plot(iterations, values, color=colour, linewidth=1.6, marker=marker, markersize=4)
         if np.isnan(values).all():
             continue
         best = int(np.nanargmax(values) if higher_is_better else np.nanargmin(values))
-        dataset, where = name.rpartition('/')[0], f'{iterations[best]:,}'
-        axis.plot(
-            *(iterations[best], values[best]),
-            color=colour,
-            marker='*',
-            markersize=15,
-            markeredgecolor='white',
-            linestyle='none',
-            label=f'{dataset}   best {values[best]:.4g} at {where}',
-            zorder=3,
-        )
+        label = f'{name.rpartition("/")[0]}   best {values[best]:.4g} at {iterations[best]:,}'
+        star = {'marker': '*', 'markersize': 15, 'markeredgecolor': 'white', 'linestyle': 'none', 'zorder': 3}
+        axis.plot(iterations[best], values[best], color=colour, label=label, **star)
     axis.margins(y=0.15)
     axis.set_ylabel(metric)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc='lower right' if higher_is_better else 'upper right', frameon=False)
+
+
+def _thinned(iterations: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    step = math.ceil(len(values) / _MOST_POINTS)
+    return iterations[::step], values[::step]
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
@@ -332,10 +315,6 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     starts = np.maximum(0, ends - window)
     with np.errstate(invalid='ignore', divide='ignore'):
         return (sums[ends] - sums[starts]) / (counts[ends] - counts[starts])
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[number % len(_COLOURS)] for number in range(count)]
 
 
 def _read_lines(path: Path) -> tuple[str, list[str]]:

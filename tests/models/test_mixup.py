@@ -4,6 +4,12 @@ import torch
 
 from ast_plugin.errors import OptionError, ShapeError
 from ast_plugin.models.mixup import Mixup, from_options
+from ast_plugin.options.sections import Mixing
+
+
+def make(kind, seed=0, rank=0, **options):
+    return Mixup(Mixing(type=kind, start_epoch=1, **options), seed, rank)
+
 
 KINDS = pytest.mark.parametrize('kind', ['mixup', 'cutmix'])
 
@@ -16,19 +22,19 @@ def batch(B=6, C=3, H=9, W=14):
 
 @KINDS
 @pytest.mark.parametrize('shape', [(6, 3, 9, 14), (2, 1, 1, 1), (1, 4, 5, 3), (3, 3, 16, 2)])
-def test_both_pictures_are_mixed_alike(kind, shape, device):
+def test_both_images_are_mixed_alike(kind, shape, device):
     lq, gt = (tensor.to(device) for tensor in batch(*shape))
     before = lq.clone()
-    mixed_lq, mixed_gt = Mixup(kind, start_epoch=1)(lq, gt, 3)
+    mixed_lq, mixed_gt = make(kind)(lq, gt, 3)
     assert mixed_lq.shape == lq.shape and mixed_lq.dtype == lq.dtype
     torch.testing.assert_close(mixed_gt, 2 * mixed_lq)
     assert torch.equal(lq, before)
 
 
-def test_mixup_draws_a_share_for_each_sample_from_beta():
+def test_mixup_draws_shares_from_beta():
     """Partners are a permutation, and the shares have the variance 1 / (4 (2 alpha + 1)) of Beta(alpha, alpha)."""
     values = torch.eye(4).view(4, 4, 1, 1)  # channel i holds how much of sample i is there
-    mixing = Mixup('mixup', start_epoch=1, seed=5)
+    mixing = make('mixup', seed=5)
     shares = []
     for iteration in range(1, 401):
         mixed, _ = mixing(values, values, iteration)
@@ -47,7 +53,7 @@ def test_cutmix_puts_one_rectangle_over_all():
     lq, gt = batch()
     changed = torch.zeros(9, 14)
     for iteration in range(1, 200):
-        mixed, _ = Mixup('cutmix', start_epoch=1, seed=1)(lq, gt, iteration)
+        mixed, _ = make('cutmix', seed=1)(lq, gt, iteration)
         boxes = [(picture[0] != original[0]) for picture, original in zip(mixed, lq, strict=True)]
         boxes = [box for box in boxes if box.any()]
         for box in boxes:
@@ -60,21 +66,21 @@ def test_cutmix_puts_one_rectangle_over_all():
     assert changed.mean() == pytest.approx(0.42 * 199, rel=0.25)  # half the area, less what the border cuts off
 
 
-def test_clean_pictures_may_be_larger():
+def test_clean_images_may_be_larger():
     lq, _ = batch(H=6, W=5)
     gt = lq.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    mixed_lq, mixed_gt = Mixup('cutmix', start_epoch=1)(lq, gt, 1)
+    mixed_lq, mixed_gt = make('cutmix')(lq, gt, 1)
     assert torch.equal(mixed_gt, mixed_lq.repeat_interleave(2, 2).repeat_interleave(2, 3))
     with pytest.raises(ShapeError, match='CutMix'):
-        Mixup('cutmix', start_epoch=1)(lq, gt[..., :-1], 1)
+        make('cutmix')(lq, gt[..., :-1], 1)
 
 
 @KINDS
-def test_it_depends_on_seed_rank_and_iteration_alone(kind):
+def test_depends_on_seed_rank_and_iteration(kind):
     lq, gt = torch.rand(2, 5, 3, 8, 8)
 
     def mixed(iteration=7, **place):
-        return Mixup(kind, start_epoch=1, **place)(lq, gt, iteration)[0]
+        return make(kind, **place)(lq, gt, iteration)[0]
 
     first = mixed(seed=1)
     torch.manual_seed(99)
@@ -94,7 +100,7 @@ def test_it_starts_with_an_epoch():
 
 def test_probability():
     lq, gt = torch.rand(2, 4, 3, 8, 8)
-    mixing = Mixup('mixup', start_epoch=1, probability=0.25)
+    mixing = make('mixup', probability=0.25)
     count = sum(mixing(lq, gt, iteration)[0] is not lq for iteration in range(400))
     assert 70 < count < 130
 
@@ -102,10 +108,10 @@ def test_probability():
 @pytest.mark.parametrize(
     ('options', 'told'),
     [
-        ({'type': 'cutout'}, 'mixup, cutmix'),
-        ({'type': 'mixup', 'alpha': 0}, 'alpha > 0'),
-        ({'type': 'mixup', 'probability': 1.5}, 'probability'),
-        ({'type': 'mixup', 'start_epoch': 0}, 'start_epoch >= 1'),
+        ({'type': 'cutout'}, "'mixup' or 'cutmix'"),
+        ({'type': 'mixup', 'alpha': 0}, r'mixing\.alpha'),
+        ({'type': 'mixup', 'probability': 1.5}, r'mixing\.probability'),
+        ({'type': 'mixup', 'start_epoch': 0}, r'mixing\.start_epoch'),
         ({'type': 'mixup'}, 'needs train.iters_per_epoch'),
     ],
 )
