@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ast_plugin.errors import OptionError, ShapeError
 from ast_plugin.options.checks import model_faults, raise_faults
-from ast_plugin.options.sections import Mixing
+from ast_plugin.options.sections import MixupOptions
 
 # Keeps the random numbers here apart from those that datasets draw with the same seed.
 _STREAM = 0x6D6978
@@ -32,7 +32,7 @@ class Mixup:
     Source: Zhang et al., ICLR 2018, with the released scripts' per-sample shares; Yun et al., ICCV 2019.
     """
 
-    def __init__(self, options: Mixing, seed: int = 0, rank: int = 0, iters_per_epoch: int | None = None) -> None:
+    def __init__(self, options: MixupOptions, seed: int = 0, rank: int = 0, iters_per_epoch: int | None = None) -> None:
         if options.start_epoch > 1 and not iters_per_epoch:
             raise OptionError(
                 f'train.mixing.start_epoch: {options.start_epoch} needs train.iters_per_epoch to tell the epoch; '
@@ -66,8 +66,8 @@ def from_options(train: Mapping[str, Any], seed: int, rank: int) -> Mixup | None
     options = train.get('mixing')
     if not options:
         return None
-    raise_faults(model_faults(Mixing, options, ('train', 'mixing')), 'options')
-    return Mixup(Mixing(**options), seed, rank, train.get('iters_per_epoch'))
+    raise_faults(model_faults(MixupOptions, options, ('train', 'mixing')), 'options')
+    return Mixup(MixupOptions(**options), seed, rank, train.get('iters_per_epoch'))
 
 
 def _mix_up(

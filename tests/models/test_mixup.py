@@ -4,11 +4,11 @@ import torch
 
 from ast_plugin.errors import OptionError, ShapeError
 from ast_plugin.models.mixup import Mixup, from_options
-from ast_plugin.options.sections import Mixing
+from ast_plugin.options.sections import MixupOptions
 
 
 def make(kind, seed=0, rank=0, **options):
-    return Mixup(Mixing(type=kind, start_epoch=1, **options), seed, rank)
+    return Mixup(MixupOptions(type=kind, start_epoch=1, **options), seed, rank)
 
 
 KINDS = pytest.mark.parametrize('kind', ['mixup', 'cutmix'])

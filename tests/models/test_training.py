@@ -12,7 +12,7 @@ import torch
 import ast_plugin  # noqa: F401  registers everything
 from ast_plugin.errors import OptionError, TrainingError
 from ast_plugin.models.mixup import Mixup
-from ast_plugin.options.sections import Mixing
+from ast_plugin.options.sections import MixupOptions
 from tests.models.test_restoration_model import batch, build, options, same, train, weights
 
 ADAMW = {'type': 'AdamW', 'lr': 2e-3}
@@ -81,7 +81,7 @@ def test_mixing_reaches_the_network(tmp_path):
         if iteration == 2:
             assert model.lq is lq
             continue
-        want = Mixup(Mixing(type='mixup', start_epoch=2), 7, 3, iters_per_epoch=2)(lq, gt, 3)
+        want = Mixup(MixupOptions(type='mixup', start_epoch=2), 7, 3, iters_per_epoch=2)(lq, gt, 3)
         assert torch.equal(model.lq, want[0]) and torch.equal(model.gt, want[1])
         assert not torch.equal(model.lq, lq)
     with pytest.raises(OptionError, match='iters_per_epoch'):
