@@ -113,6 +113,11 @@ def test_ops_load_torch_alone():
     assert not modules & {'basicsr', 'torchvision', 'cv2', 'mmengine', 'PIL'}
 
 
+def test_ast_is_built_without_basicsr():
+    modules = loaded('-c', 'from ast_plugin.archs.networks import build_network; build_network({"type": "AST_XS"})')
+    assert not modules & {'basicsr', 'torchvision', 'cv2', 'mmengine', 'PIL', 'spandrel'}
+
+
 def test_package_loads_nothing_heavy():
     assert not loaded('-c', 'import ast_plugin') & {'torch', 'numpy', 'basicsr', 'torchvision', 'cv2', 'pydantic'}
 

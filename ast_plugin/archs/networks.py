@@ -1,51 +1,39 @@
-"""Networks that options or weights name, and the channels of the images that they take."""
+"""Networks by their registered name or by their weights, and the sizes of images that they take."""
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ast_plugin.archs.ast_arch import AST, AST_B, AST_T, AST_XS
 from ast_plugin.archs.spandrel_arch import recognise
 from ast_plugin.archs.state import infer_options
+from ast_plugin.checkpoints import Checkpoint, load_into, read_checkpoint
 from ast_plugin.errors import (
     BackendUnavailable,
     CheckpointError,
     OptionError,
     PluginError,
+    ShapeError,
     did_you_mean,
+    first_line,
     one_line,
 )
+from ast_plugin.ops import use_backend
+from ast_plugin.ops.tiles import run_padded
 from ast_plugin.plugins import load_plugins
 
 CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'img_channel', 'inp_channels')
 """What networks call the number of channels that they take."""
 
-_FALLBACK_SUFFIX = '_basicsr'  # under which BasicSR registers some of its own, and finds them without it
-
-
 _OWN = {'AST': AST, 'AST_XS': AST_XS, 'AST_T': AST_T, 'AST_B': AST_B}  # found without importing BasicSR
-
-
-def build_network(options: Mapping[str, Any]) -> nn.Module:
-    """Build a registered network, without the toolbox's log lines.
-
-    Args:
-        options: `type`, the registered name, and the network's arguments.
-    Raises:
-        OptionError: if no such network is registered, or it does not take these arguments.
-    """
-    arguments = dict(options)
-    name = arguments.pop('type', None)
-    network = registered_network(name)
-    try:
-        return network(**arguments)
-    except PluginError:
-        raise
-    except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
-        # Networks of others check their arguments each in their own way.
-        raise OptionError(f'the network {name} cannot be built with {arguments}: {one_line(error)}') from error
+_FALLBACK_SUFFIX = '_basicsr'  # under which BasicSR registers some of its own, and finds them without it
+_MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)  # networks want sides that are multiples of one of these, or of a window
 
 
 def registered_network(name: Any) -> Callable[..., nn.Module]:
@@ -70,14 +58,47 @@ def registered_network(name: Any) -> Callable[..., nn.Module]:
     )
 
 
-def stated_channels(options: Mapping[str, Any], network: nn.Module | None = None) -> list[int]:
-    """Channels of the pictures that a network takes, as its options or it itself say, the likeliest first."""
-    given = [options[key] for key in CHANNEL_KEYS if isinstance(options.get(key), int)]
-    own = [value for key in CHANNEL_KEYS if isinstance(value := getattr(network, key, None), int)]
-    return [*given, *own]
+def build_network(options: Mapping[str, Any]) -> nn.Module:
+    """Build a registered network, without the toolbox's log lines.
+
+    Args:
+        options: `type`, the registered name, and the network's arguments.
+    Raises:
+        OptionError: if no such network is registered, or it does not take these arguments.
+    """
+    arguments = dict(options)
+    name = arguments.pop('type', None)
+    network = registered_network(name)
+    try:
+        return network(**arguments)
+    except PluginError:
+        raise
+    except Exception as error:  # networks of others check their arguments each in their own way
+        raise OptionError(
+            f'the network {name} cannot be built with {arguments}: {type(error).__name__}: {one_line(error)}'
+        ) from error
 
 
-def infer_network(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
+def load_network(
+    options: Mapping[str, Any], weights: str | os.PathLike | None = None, param_key: str | None = None
+) -> nn.Module:
+    """Build a registered network in evaluation mode, with weights where they are given.
+
+    Args:
+        options: `type`, the registered name, and the network's arguments.
+        weights: a weights file.
+        param_key: the key of the state in it, see `read_checkpoint`.
+    Raises:
+        OptionError: if it cannot be built.
+        CheckpointError: if the weights cannot be read, or are of another network.
+    """
+    network = build_network(options)
+    if weights is not None:
+        load_into(network, read_checkpoint(weights, param_key))
+    return network.eval().requires_grad_(False)
+
+
+def infer_network(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
     """Read a network's options off the names and shapes of its weights.
 
     Returns:
@@ -93,3 +114,201 @@ def infer_network(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
             return recognise(state)
         raise
     return {'type': 'AST', **options}, assumed
+
+
+def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
+    """The options of the network that a weights file is of: those it carries, else what `infer_network` tells.
+
+    Raises:
+        CheckpointError: if nothing tells.
+    """
+    if checkpoint.network is not None:
+        return checkpoint.network, []
+    try:
+        return infer_network(checkpoint.state)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f'{checkpoint.path} does not say which network it is of, and {error}; name the network with an option '
+            'file (-opt) or network_g'
+        ) from error
+
+
+def stated_channels(options: Mapping[str, Any], network: nn.Module | None = None) -> list[int]:
+    """Channels of the images that a network takes, as its options or it itself say, the likeliest first."""
+    given = [options[key] for key in CHANNEL_KEYS if isinstance(options.get(key), int)]
+    own = [value for key in CHANNEL_KEYS if isinstance(value := getattr(network, key, None), int)]
+    return [*given, *own]
+
+
+def input_channels(options: Mapping[str, Any], network: nn.Module | None = None) -> int:
+    """The likeliest of `stated_channels`; 3 if nothing says it."""
+    return next(iter(stated_channels(options, network)), 3)
+
+
+class AnySize(nn.Module):
+    """A network that takes sizes of some multiple only, on images of any size.
+
+    Images are padded at the bottom and the right by reflection, and the result is cropped.
+
+    Args:
+        network: maps [B, C, H, W] to [B, D, s·H, s·W].
+        multiple: of which H and W must be.
+    """
+
+    def __init__(self, network: nn.Module, multiple: int) -> None:
+        super().__init__()
+        self.network, self.multiple = network, multiple
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Pad, run the network, crop."""
+        height, width = image.shape[-2:]
+        return run_padded(self.network, image, -height % self.multiple, -width % self.multiple)
+
+
+def required_multiple(network: nn.Module, channels: int = 3) -> int:
+    """Of what height and width must be for a network to give a result of its input's size, found by trying.
+
+    Raises:
+        OptionError: if it works on no size, or its results have another one.
+    """
+    trial = try_sizes(network, [channels], nominal=32)
+    if trial.scale != 1:
+        raise OptionError(f'{type(network).__name__} enlarges images {trial.scale} times: expected the same size')
+    return trial.multiple
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What two runs of a network on images of different sizes have shown.
+
+    Attributes:
+        channels: of the images.
+        multiple: what both sides of an image must be multiples of.
+        scale: how many times larger than the input the output is.
+        sizes: (H, W) of the two images.
+        records: what `record` yielded for each run.
+    """
+
+    channels: int
+    multiple: int
+    scale: int
+    sizes: tuple[tuple[int, int], tuple[int, int]]
+    records: tuple[Any, Any]
+
+
+Record = Callable[[nn.Module], AbstractContextManager[Any]]
+
+
+def try_sizes(
+    network: nn.Module,
+    in_channels: Sequence[int],
+    nominal: int,
+    multiple: int | None = None,
+    record: Record | None = None,
+) -> Trial:
+    """Run a network on growing multiples until two sizes work, nothing being computed where that can be.
+
+    A copy runs on torch's device `meta`, where tensors have shapes and no values. A network that cannot do that runs on
+    its own device.
+
+    Args:
+        network: maps [B, C, H, W] to [B, D, s·H, s·W]; it stays as it is.
+        in_channels: values of C to try, the likeliest first.
+        nominal: side of images that it is meant for, in pixels; the first image is about that large.
+        multiple: what both sides must be multiples of; None finds it out.
+        record: context around each run of the network that it is given.
+    Raises:
+        OptionError: if it runs on no size, with what it raised.
+    """
+    windows = {side for module in network.modules() if (side := window_of(module))}
+    multiples = [multiple] if multiple else sorted({*_MULTIPLES, *windows})
+    failure = ''
+    for device in _devices(network):
+        copied = _copy_to(network, device)
+        for channels in dict.fromkeys(in_channels):
+            for candidate in multiples:
+                # Neighbouring multiples, so that no larger number divides all sides; far apart, so that no padding
+                # makes them one.
+                count = -(-nominal // candidate)
+                counts = ((count, count + 1), (3 * count, 2 * count + 1))
+                sizes = tuple((candidate * rows, candidate * columns) for rows, columns in counts)
+                try:
+                    runs = [_run(copied, channels, size, device, record) for size in sizes]
+                    (scale, other), records = zip(*runs, strict=True)
+                    if scale != other:
+                        raise ShapeError(f'the output is {scale} times as large as the input, then {other} times')
+                    return Trial(channels, candidate, scale, sizes, records)
+                except Exception as error:  # whatever somebody's network raises when a size does not suit it
+                    if channels == in_channels[0]:
+                        failure = f'{type(error).__name__}: {first_line(error)}'
+    raise OptionError(
+        f'{type(network).__name__} does not run on images [1, {in_channels[0]}, H, W] with sides that are multiples '
+        f'of {multiples[-1]}: {failure}'
+    )
+
+
+def check_runs(network: nn.Module, trial: Trial) -> None:
+    """Run a network that was tried and then changed on the larger size.
+
+    Raises:
+        Exception: whatever it raises.
+        ShapeError: if the output has another size than before.
+    """
+    size, devices = trial.sizes[1], _devices(network)
+    for device in devices:
+        try:
+            scale, _ = _run(_copy_to(network, device), trial.channels, size, device)
+            break
+        except Exception:  # on `meta` perhaps only because something cannot go without values
+            if device == devices[-1]:
+                raise
+    if scale != trial.scale:
+        raise ShapeError(f'the output is {scale} times as large as the input, it was {trial.scale} times')
+
+
+def window_of(module: nn.Module) -> int | None:
+    """The side of a module's windows, where it says so and they are square."""
+    return square_side(getattr(module, 'window_size', getattr(module, 'win_size', None))) or None
+
+
+def square_side(stated: Any) -> int | None:
+    """n, stated as n or as (n, n), from 0 up; otherwise None."""
+    if isinstance(stated, (tuple, list)) and len(stated) == 2 and stated[0] == stated[1]:
+        stated = stated[0]
+    return stated if type(stated) is int and stated >= 0 else None
+
+
+def _devices(network: nn.Module) -> tuple[torch.device, torch.device]:
+    own = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
+    return torch.device('meta'), own
+
+
+def _copy_to(network: nn.Module, device: torch.device) -> nn.Module:
+    """A copy in evaluation mode; on `meta` without memory for its weights."""
+    memo = {}
+    if device.type == 'meta':
+        for tensor in (*network.parameters(), *network.buffers()):
+            meta = torch.empty_like(tensor, device=device)
+            memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
+    for module in network.modules():
+        for tensor in vars(module).values():
+            if isinstance(tensor, Tensor):  # computed, as weight_norm does: no deepcopy of what has a history
+                memo[id(tensor)] = tensor.detach().to(device, copy=True)
+    return copy.deepcopy(network, memo).eval()
+
+
+def _run(
+    network: nn.Module, channels: int, size: tuple[int, int], device: torch.device, record: Record | None = None
+) -> tuple[int, Any]:
+    """Run a network on an image, and return how many times larger the output is, and the record."""
+    image = torch.zeros(1, channels, *size, device=device)
+    # On `meta` shapes come out of plain operators alone.
+    with torch.no_grad(), use_backend('reference'), record(network) if record else nullcontext() as recorded:
+        output = network(image)
+    if not isinstance(output, Tensor) or output.ndim != 4:
+        shown = list(output.shape) if isinstance(output, Tensor) else f'a {type(output).__name__}'
+        raise ShapeError(f'it returns {shown}, expected images [B, C, H, W]')
+    scale = output.shape[-2] // size[0]
+    if scale < 1 or tuple(output.shape[-2:]) != (scale * size[0], scale * size[1]):
+        raise ShapeError(f'the output of a {size[0]}x{size[1]} image is {list(output.shape)}')
+    return scale, recorded

@@ -8,6 +8,7 @@ them, have licences that restrict what they may be used for; read them before yo
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ast_plugin.errors import BackendUnavailable, OptionError, did_you_mean
+from ast_plugin.ops.tiles import run_padded
 
 _EXTRA = 'pip install "ast_plugin[baselines]"'
 _PREFIX = 'network.'
@@ -28,11 +29,11 @@ _NOT_IN_WEIGHTS = {'Uformer': ('img_size',)}
 
 
 class Spandrel(nn.Module):
-    """A network of spandrel by name, with its own hyperparameters, on pictures of any size.
+    """A network of spandrel by name, with its own hyperparameters, on images of any size.
 
-    Pictures are padded as spandrel pads them (right and below, by reflection and then by repetition) to what the
-    network needs, and cropped back. The names of the weights are the network's own: files that it was released with
-    load as they are, and what is trained here loads in whatever reads spandrel's networks.
+    Images are padded by reflection to what the network needs, and the result is cropped. The names of
+    the weights are the network's own: files that it was released with load as they are, and what is trained here loads
+    in whatever reads spandrel's networks.
 
     Args:
         name: of the network's class, such as Restormer, NAFNet or Uformer; `names()` lists them.
@@ -52,7 +53,7 @@ class Spandrel(nn.Module):
         # The hyperparameters decide what sizes it takes; spandrel works that out where it loads a state.
         descriptor = row.architecture.load(self.network.state_dict())
         if not isinstance(descriptor, _spandrel().ImageModelDescriptor):
-            raise OptionError(f'Spandrel: {name} fills in what a mask covers, it does not restore pictures')
+            raise OptionError(f'Spandrel: {name} fills in what a mask covers, it does not restore images')
         self.scale = descriptor.scale
         self.sizes = descriptor.size_requirements
         self._call = getattr(descriptor, '_call_fn', nn.Module.__call__)
@@ -63,8 +64,7 @@ class Spandrel(nn.Module):
         """Restore a batch; see the class."""
         height, width = image.shape[-2:]
         right, below = self.sizes.get_padding(width, height)
-        output = self._call(self.network, _pad(image, right, below))
-        return output[..., : height * self.scale, : width * self.scale] if right or below else output
+        return run_padded(functools.partial(self._call, self.network), image, below, right)
 
     @staticmethod
     def class_for(options: Mapping[str, Any]) -> type[nn.Module]:
@@ -169,16 +169,6 @@ def _check(name: str, network_type: type[nn.Module], options: Mapping[str, Any])
             raise OptionError(
                 f'Spandrel: {name} takes no {key}{did_you_mean(key, known)} (it takes {", ".join(known)})'
             )
-
-
-def _pad(image: Tensor, right: int, below: int) -> Tensor:
-    """Reflection reaches as far as the picture is large, repetition goes on from there."""
-    if not (right or below):
-        return image
-    height, width = image.shape[-2:]
-    mirrored = min(right, width - 1), min(below, height - 1)
-    image = functional.pad(image, (0, mirrored[0], 0, mirrored[1]), mode='reflect')
-    return functional.pad(image, (0, right - mirrored[0], 0, below - mirrored[1]), mode='replicate')
 
 
 def _is_plain(value: Any) -> bool:

@@ -111,8 +111,9 @@ class _Planner:
         Raises:
             PluginError: if it cannot be built, loaded, trained or measured.
         """
+        from ast_plugin.archs.networks import network_of
+        from ast_plugin.checkpoints import read_checkpoint
         from ast_plugin.compare.comparison import Network
-        from ast_plugin.compare.networks import network_of
         from ast_plugin.models import preflight
         from ast_plugin.options.compare_file import expand_entry, is_trained
 
@@ -122,7 +123,7 @@ class _Planner:
         notes: list[str] = []
         try:
             if 'network_g' not in opt:
-                opt['network_g'], notes = network_of(weights, entry.get('param_key'))
+                opt['network_g'], notes = network_of(read_checkpoint(weights, entry.get('param_key')))
             if is_trained(entry):
                 preflight.check(self._prepared(opt, is_train=True), self.registered, source)
             tested = self._prepared(opt, is_train=False)

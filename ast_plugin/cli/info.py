@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(options, dict) or 'type' not in options:
         raise OptionError(f'{loaded.source(stage)}: expected network_g with a type and its arguments')
     weights = None if args.weights is None else str(Path(args.weights).expanduser())
-    from ast_plugin.compare.networks import AnySize, input_channels, load_network, required_multiple
+    from ast_plugin.archs.networks import AnySize, input_channels, load_network, required_multiple
 
     job = {'network': options, 'weights': weights, 'param_key': args.param_key, 'channels': input_channels(options)}
     try:

@@ -21,7 +21,8 @@ from ast_plugin.errors import OptionError, PluginError, ShapeError, first_line
 if TYPE_CHECKING:
     from torch import nn
 
-    from ast_plugin.archs.mixed.mixed_arch import Exchange, Mixed
+    from ast_plugin.archs.mixed.mixed_arch import Mixed
+    from ast_plugin.archs.mixed.rules import Exchange
 
 _ODD = (61, 75)
 _MACS_SIDE = 128

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ast_plugin.archs.networks import input_channels
 from ast_plugin.compare.child import Outcome, run_child
 from ast_plugin.compare.journal import Journal, digest
 from ast_plugin.compare.machine import describe_machine, installed_versions
 from ast_plugin.compare.measure import picture_path
-from ast_plugin.compare.networks import input_channels
 from ast_plugin.compare.results import Results, Row, Speed
 from ast_plugin.compare.training import Training, TrainingFailed
 from ast_plugin.errors import CheckpointError, FileError

@@ -35,7 +35,7 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from ast_plugin.compare.networks import load_network
+    from ast_plugin.archs.networks import load_network
     from ast_plugin.evaluation.cost import count_macs
     from ast_plugin.evaluation.restorer import find_device
     from ast_plugin.ops import frozen_weights
@@ -68,7 +68,7 @@ def measure_memory(job: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from ast_plugin.compare.networks import load_network
+    from ast_plugin.archs.networks import load_network
 
     network = _fitted(load_network(job['network'], job['weights'], job['param_key']), job)
     with torch.inference_mode():
@@ -88,7 +88,7 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from ast_plugin.compare.networks import load_network
+    from ast_plugin.archs.networks import load_network
     from ast_plugin.evaluation.protocols import read_protocol
     from ast_plugin.evaluation.restorer import find_device
     from ast_plugin.evaluation.results import distinct
@@ -134,7 +134,7 @@ def picture_path(folder: str | Path, name: str, is_clean: bool = False) -> Path:
 
 def _fitted(network: Any, job: Mapping[str, Any]) -> Any:
     """The network, padding what it gets where it takes not every size."""
-    from ast_plugin.compare.networks import AnySize, required_multiple
+    from ast_plugin.archs.networks import AnySize, required_multiple
 
     multiple = required_multiple(network, job['channels'])
     return network if multiple == 1 else AnySize(network, multiple).eval()

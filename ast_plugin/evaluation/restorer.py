@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ast_plugin.archs.networks import build_network, infer_network, stated_channels
+from ast_plugin.archs.networks import build_network, input_channels, network_of
 from ast_plugin.checkpoints import load_into, read_checkpoint
-from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError, one_line
+from ast_plugin.errors import DataError, OptionError, ShapeError, one_line
 from ast_plugin.evaluation.protocols import Protocol
 from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile
 
@@ -84,20 +84,10 @@ class Restorer:
         _protocol(**tiling)  # wrong options are told before a large file is read
         device = find_device(device)
         checkpoint = read_checkpoint(path, param_key)
-        notes: list[str] = []
-        options = network or checkpoint.network
-        if options is None:
-            try:
-                options, notes = infer_network(checkpoint.state)
-            except CheckpointError as error:
-                raise CheckpointError(
-                    f'{path} does not say which network it is of, and {error}; name the network '
-                    'with an option file (-opt)'
-                ) from error
+        options, notes = (network, []) if network else network_of(checkpoint)
         built = build_network(options)
         load_into(built, checkpoint)
-        channels = next(iter(stated_channels(options, built)), 3)
-        restorer = cls(built, in_channels=channels, device=device, **tiling)
+        restorer = cls(built, in_channels=input_channels(options, built), device=device, **tiling)
         restorer.notes = tuple(notes)
         return restorer
 

@@ -1,4 +1,4 @@
-"""Restoring an image in overlapping tiles, so that memory is bounded by the tile."""
+"""Running a network on an image in overlapping tiles, so that memory is bounded by the tile, or on a padded image."""
 
 import itertools
 import math
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops.windows import pad_image
 
 BLENDS = ('ramp', 'mean')
 
@@ -148,6 +149,27 @@ def run_tiled(
         if on_tile is not None:
             on_tile(first + len(group), len(places))
     return result
+
+
+def run_padded(function: Callable[[Tensor], Tensor], image: Tensor, bottom: int, right: int) -> Tensor:
+    """Run a function on an image that is padded at the bottom and the right, and crop its result.
+
+    Args:
+        function: maps [B, C, h, w] to [B, D, s·h, s·w].
+        image: [B, C, H, W].
+        bottom, right: pixels to add, see `pad_image`.
+    Returns:
+        [B, D, s·H, s·W].
+    Raises:
+        ShapeError: if the function returns anything else, as some networks do in training.
+    """
+    padded = pad_image(image, bottom, right)
+    output = function(padded)
+    if not isinstance(output, Tensor):
+        raise ShapeError(f'expected one tensor of images, got a {type(output).__name__}')
+    scale = _scale_of(padded, output)
+    height, width = image.shape[-2:]
+    return output[..., : scale * height, : scale * width].contiguous()
 
 
 def _scale_of(patch: Tensor, restored: Tensor) -> int:

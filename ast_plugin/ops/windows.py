@@ -142,22 +142,34 @@ def pair_mask(mask: Tensor, size: tuple[int, int], window: int) -> Tensor:
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pad a picture at the bottom and the right by reflection, over and over if it is small.
+    """Pad an image at the bottom and the right, see `pad_image`, to the least multiples of a number.
 
     Args:
         x: [B, C, H, W], H and W at least 1.
         multiple: what H and W shall be multiples of.
     Returns:
-        [B, C, H', W'], the least such sizes; `x` itself where nothing is missing. A side of one pixel is repeated.
+        [B, C, H', W'].
     """
     H, W = x.shape[-2:]
-    missing_h, missing_w = -H % multiple, -W % multiple
-    if not missing_h and not missing_w:
+    return pad_image(x, -H % multiple, -W % multiple)
+
+
+def pad_image(x: Tensor, bottom: int, right: int) -> Tensor:
+    """Pad an image at the bottom and the right by reflection, over and over if it is small.
+
+    Args:
+        x: [B, C, H, W], H and W at least 1.
+        bottom, right: pixels to add, 0 or more.
+    Returns:
+        [B, C, H + bottom, W + right]; `x` itself where nothing is added. A side of one pixel is repeated.
+    """
+    if not bottom and not right:
         return x
-    if missing_h < H and missing_w < W:
-        return F.pad(x, (0, missing_w, 0, missing_h), mode='reflect')
-    rows = _reflected(H, H + missing_h, x.device)
-    columns = _reflected(W, W + missing_w, x.device)
+    H, W = x.shape[-2:]
+    if bottom < H and right < W:
+        return F.pad(x, (0, right, 0, bottom), mode='reflect')
+    rows = _reflected(H, H + bottom, x.device)
+    columns = _reflected(W, W + right, x.device)
     return x.index_select(-2, rows).index_select(-1, columns)
 
 

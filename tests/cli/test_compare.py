@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from ast_plugin import options
+from ast_plugin.archs.networks import load_network
 from ast_plugin.checkpoints import save_torch, save_weights
 from ast_plugin.cli import compare
 from ast_plugin.cli.main import main as basicsr
 from ast_plugin.compare import comparison, training
 from ast_plugin.compare.child import Outcome
-from ast_plugin.compare.networks import load_network
 from ast_plugin.models import registries
 from ast_plugin.options import safe_yaml
 from ast_plugin.options.compare_file import check_comparison, find_comparison_faults

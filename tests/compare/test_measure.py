@@ -11,10 +11,10 @@ from PIL import Image
 from torch import nn
 
 import ast_plugin  # noqa: F401 (before BasicSR)
+from ast_plugin.archs.networks import load_network
 from ast_plugin.checkpoints import save_torch
 from ast_plugin.compare import measure
 from ast_plugin.compare.machine import peak_memory
-from ast_plugin.compare.networks import load_network
 from ast_plugin.evaluation.cost import count_macs
 from tests import tiny_run
 

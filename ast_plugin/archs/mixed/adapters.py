@@ -1,42 +1,25 @@
-"""A block in the place of a module of somebody's network: layouts are turned, tokens get their size from the caller."""
+"""A block in the place of a module: layouts are turned, tokens get their size from the caller, weights are carried."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.archs.blocks import token_sizes
+from ast_plugin.archs.blocks import MLP, WindowAttention, token_sizes
 from ast_plugin.archs.mixed.call_sites import Site, SizePlace
-from ast_plugin.errors import ShapeError
+from ast_plugin.archs.networks import window_of
+from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops import relative_position_index
 
 OPERATIONS = ('replace', 'append', 'prepend', 'wrap')
 
-
-class PassSize:
-    """Hook before a module that knows H and W: remembers them for the blocks below it, until `ForgetSize`."""
-
-    def __init__(self, place: SizePlace) -> None:
-        self.place, self.key = place, place.name
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        setattr(token_sizes, self.key, self.place.read(args, kwargs))
-
-
-class ForgetSize:
-    """Hook behind that module, however it ended."""
-
-    def __init__(self, place: SizePlace) -> None:
-        self.key = place.name
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        setattr(token_sizes, self.key, None)
-
-
-def pass_size(giver: nn.Module, place: SizePlace) -> None:
-    """Let `giver` tell the blocks below it the size that it is called with."""
-    giver.register_forward_pre_hook(PassSize(place), with_kwargs=True)
-    giver.register_forward_hook(ForgetSize(place), always_call=True)
+# Names in the state of a window attention that can be read; the gate of one of ours is what `dense_share` says.
+_READ = {
+    *('qkv', 'q', 'kv', 'to_q', 'to_kv', 'proj', 'weight', 'bias'),
+    *('relative_position_bias_table', 'position_bias', 'gate'),
+}
 
 
 class MixedIn(nn.Module):
@@ -67,7 +50,7 @@ class MixedIn(nn.Module):
         self.size_key = site.size.name if site.size is not None else ''
         self.norm = self.gain = None
         if op == 'wrap':
-            dim = site.output[1 if site.kind == 'nchw' else -1]
+            dim = site.channels(site.output)
             self.norm = nn.LayerNorm(dim)
             self.gain = nn.Parameter(torch.full((dim,), float(gain)))
 
@@ -75,26 +58,26 @@ class MixedIn(nn.Module):
         key = self.site.x_key
         x = args[key] if isinstance(key, int) else kwargs[key]
         if self.op in ('append', 'wrap'):
-            return self._through(self.original(*args, **kwargs), args, kwargs)
-        y = self._through(x, args, kwargs)
+            return self._run(self.original(*args, **kwargs), args, kwargs)
+        y = self._run(x, args, kwargs)
         if self.op == 'replace':
             return y
         if isinstance(key, int):
             return self.original(*args[:key], y, *args[key + 1 :], **kwargs)
         return self.original(*args, **{**kwargs, key: y})
 
-    def _through(self, y: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    def _run(self, y: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """The block on y, which has the site's layout."""
-        kind = self.site.kind
-        last = y.permute(0, 2, 3, 1) if kind == 'nchw' else y
+        is_nchw = self.site.kind == 'nchw'
+        last = y.permute(0, 2, 3, 1) if is_nchw else y
         if self.gain is None:
-            last = self._run(last, args, kwargs)
+            last = self._run_channels_last(last, args, kwargs)
         else:
-            last = last + self.gain * self._run(self.norm(last), args, kwargs)
-        return last.permute(0, 3, 1, 2) if kind == 'nchw' else last
+            last = last + self.gain * self._run_channels_last(self.norm(last), args, kwargs)
+        return last.permute(0, 3, 1, 2) if is_nchw else last
 
-    def _run(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-        """The block on x, channels last: windows, tokens or a map."""
+    def _run_channels_last(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """The block on windows, tokens or a map."""
         if self.works_in == 'any':
             return self.block(x)
         if self.site.kind == 'windows':
@@ -117,12 +100,12 @@ class MixedIn(nn.Module):
 
     def _size(self, x: Tensor) -> tuple[int, int]:
         size = getattr(token_sizes, self.size_key, None)
-        giver = self.site.size.giver or 'the base'
+        caller = self.site.size.caller or 'the base'
         tokens = f'the tokens {list(x.shape)} of {self.site.name}'
         if size is None:
-            raise ShapeError(f'{tokens} have no size outside of {giver}, which is told height and width')
+            raise ShapeError(f'{tokens} have no size outside of {caller}, which is told height and width')
         if size[0] * size[1] != x.shape[1]:
-            raise ShapeError(f'{tokens} are not the {size[0]}x{size[1]} that {giver} is told')
+            raise ShapeError(f'{tokens} are not the {size[0]}x{size[1]} that {caller} is told')
         return size
 
     def _window_mask(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -130,14 +113,162 @@ class MixedIn(nn.Module):
         tokens = x.shape[1]
         for key, value in (*enumerate(args), *kwargs.items()):
             # x looks the same where a window has as many tokens as there are channels
-            if (
-                key != self.site.x_key
-                and isinstance(value, Tensor)
-                and value.shape[1:] == (tokens, tokens)
-                and value.is_floating_point()
-            ):
+            is_other = isinstance(value, Tensor) and key != self.site.x_key
+            if is_other and value.is_floating_point() and value.shape[1:] == (tokens, tokens):
                 return value
         return None
 
     def extra_repr(self) -> str:
         return f'{self.op}, {self.site.kind}'
+
+
+class SizeHooks:
+    """Hooks around a module that is told H and W, which let the blocks below it know them while it runs."""
+
+    def __init__(self, place: SizePlace) -> None:
+        self.place, self.key = place, place.name
+
+    def attach(self, module: nn.Module) -> None:
+        """Register both hooks."""
+        module.register_forward_pre_hook(self._set, with_kwargs=True)
+        module.register_forward_hook(self._unset, always_call=True)
+
+    def _set(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        setattr(token_sizes, self.key, self.place.read(args, kwargs))
+
+    def _unset(self, module: nn.Module, args: tuple, output: Any) -> None:
+        setattr(token_sizes, self.key, None)
+
+
+def put_in(network: nn.Module, adapters: Sequence[tuple[nn.Module, MixedIn]]) -> None:
+    """Put adapters where modules stand, and let their blocks know the sizes of tokens.
+
+    Args:
+        network: changed in place.
+        adapters: each with the module that it stands for.
+    """
+    modules = dict(network.named_modules())
+    # From the inside out: a module that is kept goes into its adapter with what lies in it exchanged already.
+    for module, adapter in sorted(adapters, key=lambda item: -item[1].site.name.count('.')):
+        for parent in list(network.modules()):
+            for key, child in list(parent._modules.items()):  # a module may have two names
+                if child is module and parent is not adapter:
+                    setattr(parent, key, adapter)
+    # A caller that is exchanged itself tells its adapter's block, too: the hooks go around both.
+    modules |= {adapter.site.name: adapter for _, adapter in adapters}
+    for size in dict.fromkeys(adapter.site.size for _, adapter in adapters if adapter.site.size is not None):
+        SizeHooks(size).attach(modules[size.caller])
+
+
+def keep_weights(block: nn.Module, source: nn.Module, dense_share: float | None = None) -> None:
+    """Put what `source` has learned into `block`.
+
+    Window attentions keep queries, keys, values, projection and position bias; ASSA's gate is set so that softmax has
+    the share `dense_share` and the squared ReLU the rest. An MLP keeps both layers. Another block can do so with a
+    method `keep_weights(source)`.
+
+    Args:
+        block: ours.
+        source: of the network that the block is mixed into: q, k and v in one linear layer `qkv`, or in `q` and `kv`
+            or `to_q` and `to_kv`.
+        dense_share: in (0, 1), for ASSA alone.
+    Raises:
+        OptionError: if the block can keep nothing of such a module, or not all of it.
+        ShapeError: if their sizes differ.
+    """
+    refusal = f'{type(block).__name__} can keep nothing of {type(source).__name__}'
+    if isinstance(block, WindowAttention):
+        weights = _read_attention(source)
+        if weights is None:
+            raise OptionError(f'{refusal}: it is no window attention with qkv, proj and a table of position bias')
+        left = [name for name, _ in source.named_parameters() if not _READ.issuperset(name.split('.'))]
+    elif isinstance(block, MLP):
+        layers = [module for module in source.modules() if isinstance(module, nn.Linear)]
+        has_gelu = any(isinstance(module, nn.GELU) and module.approximate == 'none' for module in source.modules())
+        if len(layers) != 2 or not has_gelu:
+            raise OptionError(f'{refusal}: it is not two linear layers with a GELU between')
+        weights = _layers(expand=layers[0], project=layers[1])
+        kept = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        left = [name for name, parameter in source.named_parameters() if id(parameter) not in kept]
+    elif hasattr(block, 'keep_weights'):
+        block.keep_weights(source)
+        weights, left = {}, []
+    else:
+        raise OptionError(f'{refusal}: leave keep_weights out')
+    if left:
+        raise OptionError(f'{refusal}: it has learned more than the block has a place for, {", ".join(left[:4])}')
+    if weights:
+        _fill(block, weights)
+    if dense_share is not None:
+        if getattr(block, 'gate', None) is None:
+            raise OptionError(f'dense_share is for ASSA: {type(block).__name__} has no gate')
+        half = 0.5 * math.log(dense_share / (1 - dense_share))  # softmax of (half, -half) is (dense_share, the rest)
+        block.gate.data.copy_(torch.tensor([half, -half]))
+
+
+def _fill(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights by their names in the block; biases that are not among them become zero."""
+    own = dict(block.named_parameters())
+    for name, weight in weights.items():
+        if name not in own or own[name].shape != weight.shape:
+            place = list(own[name].shape) if name in own else 'nothing'
+            raise ShapeError(f'{name} is {list(weight.shape)}, the block has {place} for it: leave sizes out')
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if name in weights:
+                parameter.copy_(weights[name])
+            elif name.endswith('.bias'):
+                parameter.zero_()
+
+
+def _layers(**layers: nn.Linear) -> dict[str, Tensor]:
+    """Weights of layers, by the names that the layers have in a block."""
+    weights = {f'{name}.weight': layer.weight for name, layer in layers.items()}
+    return weights | {f'{name}.bias': layer.bias for name, layer in layers.items() if layer.bias is not None}
+
+
+def _read_attention(source: nn.Module) -> dict[str, Tensor] | None:
+    """What `source` has learned by the names of `WindowAttention`, if it is a window attention that we can read.
+
+    Queries are brought to our scale, 1 / sqrt(channels of a head), where the source has another.
+    """
+    table = getattr(source, 'relative_position_bias_table', getattr(source, 'position_bias', None))
+    proj = getattr(source, 'proj', None)
+    weights = _read_queries(source)
+    if weights is None or not isinstance(proj, nn.Linear) or not isinstance(table, Tensor) or table.ndim != 2:
+        return None
+    scale = getattr(source, 'scale', None)
+    if isinstance(scale, (int, float)):
+        factor = scale * (len(weights['q.weight']) // table.shape[1]) ** 0.5
+        if not math.isclose(factor, 1):
+            weights |= {name: factor * tensor for name, tensor in weights.items() if name.startswith('q.')}
+    return {**weights, **_layers(proj=proj), 'position_bias': _in_our_order(table, source)}
+
+
+def _read_queries(source: nn.Module) -> dict[str, Tensor] | None:
+    qkv = getattr(source, 'qkv', None)
+    if isinstance(qkv, nn.Linear) and qkv.out_features == 3 * qkv.in_features:
+        dim = qkv.in_features
+        rows = _layers(qkv=qkv).items()
+        return {
+            **{name.replace('qkv', 'q'): tensor[:dim] for name, tensor in rows},
+            **{name.replace('qkv', 'kv'): tensor[dim:] for name, tensor in rows},
+        }
+    for holder, prefix in ((source, ''), (qkv, 'to_'), (source, 'to_')):
+        q, kv = (getattr(holder, f'{prefix}{name}', None) for name in ('q', 'kv'))
+        if isinstance(q, nn.Linear) and isinstance(kv, nn.Linear):
+            return _layers(q=q, kv=kv)
+    return None
+
+
+def _in_our_order(table: Tensor, source: nn.Module) -> Tensor:
+    """The table of position bias, its rows in the order of `ops.relative_position_index`, should they differ."""
+    theirs, side = getattr(source, 'relative_position_index', None), window_of(source)
+    if not isinstance(theirs, Tensor) or side is None or theirs.numel() != side**4 or len(table) != (2 * side - 1) ** 2:
+        return table
+    ours, theirs = relative_position_index(side).flatten().to(table.device), theirs.flatten().long().to(table.device)
+    ordered = torch.empty_like(table)
+    ordered[ours] = table.detach()[theirs]
+    if not torch.equal(ordered[ours], table.detach()[theirs]):
+        raise OptionError(f'the position bias of {type(source).__name__} depends on more than relative position')
+    return ordered

@@ -2,39 +2,19 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.archs.blocks import ASSA
-from ast_plugin.archs.mixed.adapters import MixedIn, pass_size
-from ast_plugin.archs.mixed.call_sites import Site, Watched, check_runs, find_site, watch
-from ast_plugin.archs.mixed.kept_weights import keep_weights
-from ast_plugin.archs.networks import registered_network, stated_channels
+from ast_plugin.archs.mixed.call_sites import record_calls
+from ast_plugin.archs.networks import Trial, build_network, check_runs, stated_channels, try_sizes
 from ast_plugin.checkpoints import load_into, read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line
-from ast_plugin.ops import pad_to_multiple
+from ast_plugin.ops.tiles import run_padded
 
 _COMPILED = 'basicsr.ops.'
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """What was done at one place: module, its class, block, operation, shape of x there, and parameters."""
-
-    where: str
-    name: str
-    was: str
-    block: str
-    op: str
-    kind: str
-    shape: tuple[int, ...]
-    options: Mapping[str, Any]
-    parameters_before: int
-    parameters_after: int
 
 
 class Mixed(nn.Module):
@@ -47,7 +27,7 @@ class Mixed(nn.Module):
             - {match: 'layers.*.residual_group.blocks.*.attn', with: {type: ASSA}, keep_weights: true}
             - {match: 'layers.*.residual_group.blocks.*.mlp', with: {type: FRFN, mlp_ratio: 2}}
 
-    Pictures of any size are filled up by reflection to what the base takes, and the result is cropped.
+    Images of any size are padded by reflection to what the base takes, and the result is cropped.
 
     Args:
         base: `type`, the registered name of a network, and its arguments.
@@ -56,9 +36,9 @@ class Mixed(nn.Module):
             safetensors, read without running anything in it. It says where training starts; a file of the mixed
             network's own weights holds all of them.
         base_param_key: the key of the weights in that file; by default the first of the usual ones.
-        size_multiple: what both sides of a picture must be multiples of for the base; found out by default.
-        nominal_size: side of the pictures that it is meant for, such as the training patch: windows larger than the
-            map that such a picture has at a place are refused.
+        size_multiple: what both sides of an image must be multiples of for the base; found out by default.
+        nominal_size: side of the images that it is meant for, in pixels, such as the training patch: windows larger
+            than the map that such an image has at a place are refused.
     Raises:
         OptionError: for a rule, a base or a file that cannot be used; says which, and what is near.
         ShapeError: for a block that cannot stand where a rule puts it, with the shapes.
@@ -79,29 +59,29 @@ class Mixed(nn.Module):
     ) -> None:
         super().__init__()
         # mmengine, which holds the registry of blocks, is heavy: only who builds a Mixed pays for it.
-        from ast_plugin.archs.mixed.rules import assign, read_rules
+        from ast_plugin.archs.mixed import rules
 
         for key, value in (('size_multiple', size_multiple), ('nominal_size', nominal_size)):
             if value is not None and (type(value) is not int or value < 1):
                 raise OptionError(f'{key}: expected a whole number of 1 or more, got {value!r}')
-        rules = read_rules(mix)
+        read = rules.read_rules(mix)
         # Bases compute while they are built, which cannot be done without values.
         without_values = torch.get_default_device().type == 'meta'
         with torch.device('cpu') if without_values else nullcontext():
             self.base = build_base(base)
             if base_weights is not None:
-                load_base_weights(self.base, base_weights, base_param_key)
-            assigned = assign(self.base, rules)
-            watched = watch(self.base, _in_channels(base, self.base), nominal_size, size_multiple)
-            self.exchanges = _exchange(self.base, assigned, watched)
-            _check_runs(self.base, watched)
-        self.in_channels = watched.channels
-        self.size_multiple, self.scale = watched.multiple, watched.scale
+                _load_base_weights(self.base, base_weights, base_param_key)
+            assigned = rules.assign(self.base, read)
+            trial = try_sizes(self.base, _in_channels(base, self.base), nominal_size, size_multiple, record_calls)
+            self.exchanges = rules.exchange(self.base, assigned, trial)
+            _check_mixed(self.base, trial)
+        self.in_channels = trial.channels
+        self.size_multiple, self.scale = trial.multiple, trial.scale
         if hasattr(self.base, 'block_classes'):
             self.block_classes = self.base.block_classes
 
     def forward(self, x: Tensor) -> Tensor:
-        """Restore pictures.
+        """Restore images.
 
         Args:
             x: [B, C, H, W], any H and W from 1 up.
@@ -111,15 +91,9 @@ class Mixed(nn.Module):
             ShapeError: if x has other dimensions, or the base gives no tensor, as some networks do in training.
         """
         if x.ndim != 4 or 0 in x.shape:
-            raise ShapeError(f'Mixed takes pictures [B, C, H, W] with no side of 0, not {list(x.shape)}')
+            raise ShapeError(f'Mixed takes images [B, C, H, W] with no side of 0, not {list(x.shape)}')
         H, W = x.shape[-2:]
-        y = self.base(pad_to_multiple(x, self.size_multiple))
-        if not isinstance(y, Tensor):
-            raise ShapeError(
-                f'{type(self.base).__name__} returns a {type(y).__name__}{" in training" if self.training else ""}, '
-                'Mixed takes networks that return one tensor of pictures'
-            )
-        return y[..., : self.scale * H, : self.scale * W].contiguous()
+        return run_padded(self.base, x, -H % self.size_multiple, -W % self.size_multiple)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         """Load the mixed network's own weights.
@@ -145,22 +119,13 @@ def build_base(options: Mapping[str, Any]) -> nn.Module:
     """
     if not isinstance(options, Mapping) or not isinstance(options.get('type'), str):
         raise OptionError(f'base: expected {{type: NAME, ...}}, got {options!r:.60}')
-    arguments = {key: value for key, value in options.items() if key != 'type'}
     name = options['type']
     if name == Mixed.__name__:
         raise OptionError('base.type: Mixed cannot be the base of a Mixed: put the rules of both into one list')
     try:
-        network = registered_network(name)
-    except OptionError as error:
-        raise OptionError(f'base.type: {error}') from None
-    try:
-        base = network(**arguments)
+        base = build_network(options)
     except PluginError as error:
         raise type(error)(f'base: {error}') from error
-    except Exception as error:  # whatever somebody's network raises about its arguments
-        raise OptionError(
-            f'base: {name} cannot be built with {arguments}: {type(error).__name__}: {first_line(error)}'
-        ) from error
     for module in base.modules():
         if isinstance(module, Mixed):
             raise OptionError(f'base.type: {name} has a Mixed in it, which cannot be mixed again')
@@ -173,12 +138,7 @@ def build_base(options: Mapping[str, Any]) -> nn.Module:
     return base
 
 
-def load_base_weights(base: nn.Module, path: str, param_key: str | None = None) -> None:
-    """Load a weights file into the base, strictly.
-
-    Raises:
-        CheckpointError: if it cannot be read or is of another network.
-    """
+def _load_base_weights(base: nn.Module, path: str, param_key: str | None) -> None:
     try:
         load_into(base, read_checkpoint(Path(path).expanduser(), param_key))
     except CheckpointError as error:
@@ -186,80 +146,14 @@ def load_base_weights(base: nn.Module, path: str, param_key: str | None = None) 
 
 
 def _in_channels(options: Mapping[str, Any], base: nn.Module) -> list[int]:
-    """Channels of pictures that the base may take, the likeliest first."""
+    """Channels of images that the base may take, the likeliest first."""
     first = [module.in_channels for module in base.modules() if isinstance(module, nn.Conv2d)][:1]
-    return list(dict.fromkeys([*stated_channels(options, base), 3, 1, *first]))
+    return [*stated_channels(options, base), 3, 1, *first]
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    rule: Any
-    site: Site
-    module: nn.Module
-    adapter: MixedIn
-    options: Mapping[str, Any]
-
-
-def _exchange(base: nn.Module, assigned: Mapping[str, Any], watched: Watched) -> list[Exchange]:
-    """Put a block at every place that a rule means, and say what was done."""
-    modules = dict(base.named_modules())
-    positions: dict[str, int] = {}
-    prepared = []
-    for name, rule in assigned.items():
-        position = positions[rule.where] = positions.get(rule.where, -1) + 1
-        prepared.append(_prepare(name, rule, modules[name], position, watched))
-    # From the inside out: a module that is kept goes into its adapter with what lies in it exchanged already.
-    for item in sorted(prepared, key=lambda item: -item.site.name.count('.')):
-        for parent in list(base.modules()):
-            for key, child in list(parent._modules.items()):
-                if child is item.module and parent is not item.adapter:
-                    setattr(parent, key, item.adapter)
-    # Who is exchanged himself tells his adapter's block, too: the hooks go around both.
-    outermost = {**modules, **{item.site.name: item.adapter for item in prepared}}
-    for place in dict.fromkeys(item.site.size for item in prepared if item.site.size is not None):
-        pass_size(outermost[place.giver], place)
-    return [_record(item) for item in prepared]
-
-
-def _prepare(name: str, rule: Any, module: nn.Module, position: int, watched: Watched) -> _Prepared:
-    from ast_plugin.archs.mixed.rules import DENSE_SHARE, build_block
-
+def _check_mixed(base: nn.Module, trial: Trial) -> None:
     try:
-        site = find_site(name, module, watched, rule.options.get('window_size'), rule.block.works_in != 'any')
-    except ShapeError as error:
-        raise ShapeError(f'{rule.where}.match: {error}') from None
-    block, options = build_block(rule, site, module, position)
-    if rule.keep_weights:
-        share = rule.dense_share or (DENSE_SHARE if isinstance(block, ASSA) else None)
-        try:
-            keep_weights(block, module, share)
-        except PluginError as error:
-            raise type(error)(f'{rule.where}.keep_weights: {name}: {error}') from error
-    original = None if rule.op == 'replace' else module
-    adapter = MixedIn(block, rule.block.works_in, site, rule.op, original, rule.gain)
-    return _Prepared(rule, site, module, adapter, options)
-
-
-def _record(item: _Prepared) -> Exchange:
-    rule, site = item.rule, item.site
-    before, after = (sum(p.numel() for p in module.parameters()) for module in (item.module, item.adapter))
-    return Exchange(
-        where=rule.where,
-        name=site.name,
-        was=type(item.module).__name__,
-        block=rule.block.name,
-        op=rule.op,
-        kind=site.kind,
-        shape=site.shape,
-        options=dict(item.options),
-        parameters_before=before,
-        parameters_after=after,
-    )
-
-
-def _check_runs(base: nn.Module, watched: Watched) -> None:
-    try:
-        check_runs(base, watched)
+        check_runs(base, trial)
     except PluginError as error:
         raise type(error)(f'the mixed network does not run: {error}') from error
     except Exception as error:  # whatever somebody's network raises about a module that is not its own

@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from ast_plugin.archs import blocks
-from ast_plugin.archs.mixed.adapters import OPERATIONS
+from ast_plugin.archs.mixed.adapters import OPERATIONS, MixedIn, keep_weights, put_in
 from ast_plugin.archs.mixed.block_registry import Declaration, declaration
-from ast_plugin.archs.mixed.call_sites import Site, square_side, window_of
-from ast_plugin.errors import OptionError, PluginError, ShapeError, did_you_mean
+from ast_plugin.archs.mixed.call_sites import Site, find_site
+from ast_plugin.archs.networks import Trial, square_side, window_of
+from ast_plugin.errors import OptionError, PluginError, ShapeError, did_you_mean, one_line
 
 KEYS = ('match', 'with', 'op', 'keep_weights', 'dense_share', 'gain')
 DENSE_SHARE = 0.99
@@ -168,58 +169,112 @@ def _near(pattern: str, modules: Mapping[str, nn.Module]) -> str:
     return f'near it are {", ".join(near)}'
 
 
-def build_block(rule: Rule, site: Site, module: nn.Module, position: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Make the block of a rule for one place.
+@dataclass(frozen=True)
+class Exchange:
+    """What was done at one place: rule, module, its class, block, operation, shape of x there, and parameters."""
+
+    where: str
+    name: str
+    was: str
+    block: str
+    op: str
+    kind: str
+    shape: tuple[int, ...]
+    options: Mapping[str, Any]
+    parameters_before: int
+    parameters_after: int
+
+
+def exchange(network: nn.Module, assigned: Mapping[str, Rule], trial: Trial) -> list[Exchange]:
+    """Put a block at every place that a rule means.
 
     Args:
-        rule: the rule.
-        site: what the module there works on.
-        module: that module.
-        position: which of the rule's modules it is; every second one shifts its windows, as in AST.
+        network: changed in place.
+        assigned: see `assign`.
+        trial: of the network, with what `record_calls` recorded.
     Returns:
-        The block, and the options it was made of.
+        What was done, by place.
     Raises:
-        ShapeError: if the block cannot stand there, with the shapes in question.
-        OptionError: if it cannot be made of these sizes.
+        ShapeError: if a block cannot stand somewhere, with the shapes in question.
+        OptionError: if one cannot be made of the sizes there, or not keep the weights.
     """
-    what = f'{rule.where}: {rule.block.name} at {site.name} ({type(module).__name__})'
+    positions: dict[str, int] = {}
+    made = []
+    for name, rule in assigned.items():
+        position = positions[rule.where] = positions.get(rule.where, -1) + 1
+        module = network.get_submodule(name)
+        adapter, options = _make_adapter(name, rule, module, position, trial)
+        made.append((rule, module, adapter, options))
+    put_in(network, [(module, adapter) for _, module, adapter, _ in made])
+    return [
+        Exchange(
+            where=rule.where,
+            name=adapter.site.name,
+            was=type(module).__name__,
+            block=rule.block.name,
+            op=rule.op,
+            kind=adapter.site.kind,
+            shape=adapter.site.shape,
+            options=options,
+            parameters_before=sum(parameter.numel() for parameter in module.parameters()),
+            parameters_after=sum(parameter.numel() for parameter in adapter.parameters()),
+        )
+        for rule, module, adapter, options in made
+    ]
+
+
+def _make_adapter(
+    name: str, rule: Rule, module: nn.Module, position: int, trial: Trial
+) -> tuple[MixedIn, dict[str, Any]]:
+    try:
+        site = find_site(name, module, trial, rule.options.get('window_size'), rule.block.works_in != 'any')
+    except ShapeError as error:
+        raise ShapeError(f'{rule.where}.match: {error}') from None
+    what = f'{rule.where}: {rule.block.name} at {name} ({type(module).__name__})'
     _check_place(what, rule, site)
-    dim = _channels(site, site.shape if rule.op in ('replace', 'prepend') else site.output)
-    asked = [rule.options.get(key) for key, size in rule.block.sizes.items() if size == 'window_size']
-    sizes = infer_sizes(module, site, dim, position, *asked[:1])
+    dim = site.channels(site.shape if rule.op in ('replace', 'prepend') else site.output)
+    window = next((rule.options.get(key) for key, size in rule.block.sizes.items() if size == 'window_size'), None)
+    sizes = infer_sizes(module, site, dim, position, window)
     options = {key: sizes[size] for key, size in rule.block.sizes.items() if size in sizes}
     options.update(rule.options)
     _check_sizes(what, rule, site, options, dim)
+    block = _build_block(what, rule, options)
+    takes_windows = rule.block.works_in in ('windows', 'any') or hasattr(block, 'attend_windows')
+    if site.kind == 'windows' and not takes_windows:
+        raise OptionError(f'{what}: a block that works in {rule.block.works_in} needs attend_windows for windows')
+    if rule.keep_weights:
+        share = rule.dense_share or (DENSE_SHARE if isinstance(block, blocks.ASSA) else None)
+        try:
+            keep_weights(block, module, share)
+        except PluginError as error:
+            raise type(error)(f'{rule.where}.keep_weights: {name}: {error}') from error
+    original = None if rule.op == 'replace' else module
+    return MixedIn(block, rule.block.works_in, site, rule.op, original, rule.gain), options
+
+
+def _build_block(what: str, rule: Rule, options: Mapping[str, Any]) -> nn.Module:
     try:
         block = rule.block.build(**options)
     except PluginError as error:
         raise type(error)(f'{what}: {error}') from error
-    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError, LookupError) as error:
-        raise OptionError(f'{what} cannot be made of {options}: {type(error).__name__}: {error}') from error
+    except Exception as error:  # whatever somebody's block raises about its sizes
+        raise OptionError(f'{what} cannot be made of {options}: {type(error).__name__}: {one_line(error)}') from error
     if type(block) in _DRAWN_ANEW:
         block.apply(blocks.init_weights)
-    if (
-        site.kind == 'windows'
-        and rule.block.works_in not in ('windows', 'any')
-        and not hasattr(block, 'attend_windows')
-    ):
-        raise OptionError(f'{what}: a block that works in {rule.block.works_in} needs attend_windows for windows')
-    return block, options
-
-
-def _channels(site: Site, shape: Sequence[int]) -> int:
-    return shape[1 if site.kind == 'nchw' else -1]
+    return block
 
 
 def _check_place(what: str, rule: Rule, site: Site) -> None:
     shapes = f'{list(site.shape)} come in and {list(site.output) if site.output else "no tensor"} go out'
     if site.place not in rule.block.replaces:
-        raise ShapeError(f'{what}: {shapes}, {site.place}, and it stands {_some(rule.block.replaces)} alone')
+        words = {'windows': 'in windows', 'tokens': 'among tokens', 'maps': 'on maps'}
+        places = ' or '.join(words[place] for place in rule.block.replaces)
+        raise ShapeError(f'{what}: {shapes}, {site.place}, and it stands {places} alone')
     if rule.op != 'prepend' and (site.output is None or len(site.output) != len(site.shape)):
         raise ShapeError(f'{what}: {shapes}, expected the same kind of tensor')
     if rule.op == 'replace' and site.output != site.shape:
         raise ShapeError(f'{what}: {shapes}, and a block keeps the shape: use append, prepend or wrap')
-    if rule.op in ('append', 'wrap') and not _keeps_size(site):
+    if rule.op in ('append', 'wrap') and site.place != 'maps' and site.output[:2] != site.shape[:2]:
         raise ShapeError(f'{what}: {shapes}, and tokens and windows must keep their number for {rule.op}')
     if site.kind == 'tokens' and site.size is None and rule.block.works_in != 'any':
         raise ShapeError(f'{what}: tokens {list(site.shape)}, and no caller is given their height and width')
@@ -229,21 +284,12 @@ def _check_place(what: str, rule: Rule, site: Site) -> None:
         raise ShapeError(f'{what}: it is given {foreign[0]} besides {list(site.shape)}, which the block cannot take')
 
 
-def _keeps_size(site: Site) -> bool:
-    return site.place == 'maps' or site.output[:2] == site.shape[:2]
-
-
-def _some(places: Sequence[str]) -> str:
-    words = {'windows': 'in windows', 'tokens': 'among tokens', 'maps': 'on maps'}
-    return ' or '.join(words[place] for place in places)
-
-
 def _check_sizes(what: str, rule: Rule, site: Site, options: Mapping[str, Any], dim: int) -> None:
     given = {size: options[key] for key, size in rule.block.sizes.items() if key in options}
     if given.get('dim', dim) != dim:
         raise ShapeError(f'{what}: {given["dim"]} channels asked for, the place has {dim}')
     window = given.get('window_size')
-    if not isinstance(window, int) or isinstance(window, bool):
+    if type(window) is not int:
         return
     height, width = site.nominal
     if site.kind == 'windows' and given.get('shift_size'):
@@ -252,8 +298,8 @@ def _check_sizes(what: str, rule: Rule, site: Site, options: Mapping[str, Any], 
         raise ShapeError(f'{what}: window_size {window} asked for, the caller cuts windows of {height}x{width}')
     if site.kind != 'windows' and window > min(height, width):
         raise OptionError(
-            f'{what}: window_size {window} is larger than the map there, {height}x{width} for pictures of nominal_size;'
-            ' give a smaller window_size, or the nominal_size of your pictures'
+            f'{what}: window_size {window} is larger than the map there, {height}x{width} for images of nominal_size; '
+            'give a smaller window_size, or the nominal_size of your images'
         )
 
 
@@ -261,9 +307,15 @@ def infer_sizes(module: nn.Module, site: Site, dim: int, position: int, window: 
     """Sizes for a block in the place of a module, by their names in `block_registry.SIZES`.
 
     Heads (of what lies in it, too), window, shift, ratio of the hidden channels and bias are the module's own where it
-    has them. Otherwise there
-    is a head for each 32 channels, the window is 8, every second block shifts by half of it, and the rest is left out.
-    A `window` that is asked for stands for all of these, and the shift is half of it.
+    has them. Otherwise there is a head for each 32 channels, the window is 8, every second block shifts by half of it,
+    and the rest is left out.
+
+    Args:
+        module: what stands there.
+        site: what it works on.
+        dim: channels.
+        position: which of the rule's modules it is.
+        window: side of a window that is asked for; the shift is half of it.
     """
     own_heads = _heads_of(module)
     heads = own_heads or next(filter(None, map(_heads_of, module.modules())), 0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ast_plugin.archs.blocks import DenseAttention
-from ast_plugin.archs.mixed.kept_weights import keep_weights
+from ast_plugin.archs.mixed.adapters import keep_weights
 from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.checkpoints import save_torch, save_weights
 from ast_plugin.errors import CheckpointError, OptionError

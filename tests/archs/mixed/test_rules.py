@@ -257,13 +257,13 @@ def test_rules_that_cannot_be_read(rules, words):
             SWINIR,
             [{'match': '**.attn', 'with': {**ASSA, 'num_heads': 4}, 'keep_weights': True}],
             ShapeError,
-            'leave window_size',
+            r'position_bias is \[49, 2\], the block has \[49, 4\]',
         ),
         (
             SWINIR,
             [{'match': '**.attn', 'with': {**ASSA, 'qkv_bias': False}, 'keep_weights': True}],
             ShapeError,
-            'with bias does not go',
+            r'q\.bias is \[8\], the block has nothing',
         ),
         (
             SWINIR,
@@ -292,9 +292,14 @@ def test_rules_that_cannot_be_read(rules, words):
             {'type': 'SpyNet'},
             [{'match': 'basic_module.0', 'with': {'type': 'MLP'}}],
             OptionError,
-            'does not run on pictures',
+            'does not run on images',
         ),
-        ({'type': 'EDSR', 'num_in_ch': 3}, [ATTN], OptionError, 'base: EDSR cannot be built with .*num_out_ch'),
+        (
+            {'type': 'EDSR', 'num_in_ch': 3},
+            [ATTN],
+            OptionError,
+            'base: the network EDSR cannot be built with .*num_out_ch',
+        ),
     ],
 )
 def test_rules_that_cannot_be_followed(base, rules, kind, words):
