@@ -10,7 +10,7 @@ from typing import TextIO
 
 from ast_plugin.data.manifest import read_manifest
 from ast_plugin.data.matching import (
-    Fault,
+    DataFault,
     Pair,
     PairTable,
     Template,
@@ -25,7 +25,7 @@ from ast_plugin.errors import DataError, OptionError, did_you_mean
 _MAX_DEPTH = 6
 _MAX_FOLDERS = 5000
 
-Found = tuple[Sequence[Pair], list[Fault]]
+Found = tuple[Sequence[Pair], list[DataFault]]
 """Pairs of a dataset, and what is wrong with the files that belong to none."""
 
 SPAD_LISTS = {'train': 'real_world.txt', 'test': 'real_test_1000.txt'}
@@ -236,7 +236,7 @@ def read_list(list_path: Path, root: Path, phase: str) -> Found:
     Raises:
         DataError: if the list or a folder in it cannot be read, or the list is empty.
     """
-    faults: list[Fault] = []
+    faults: list[DataFault] = []
     pairs = PairTable(_read_lines(list_path, root, faults), f'{root}/')
     if not pairs and not faults:
         raise DataError(f'datasets.{phase}: {list_path} is empty; each line names a pair: /dir/lq.png /dir_gt/gt.png')
@@ -244,14 +244,14 @@ def read_list(list_path: Path, root: Path, phase: str) -> Found:
     folders = {os.path.dirname(path) for pair in pairs for path in (pair.lq, pair.gt)}
     present = {hash(path) for folder in folders for path in _list_files(folder)}
     partners: dict[int, int] = {}
-    bad: dict[str, Fault] = {}
+    bad: dict[str, DataFault] = {}
     for pair in pairs:
         for path in (pair.lq, pair.gt):
             if hash(path) not in present:
-                bad[path] = Fault('missing', path, f'named in {list_path}')
+                bad[path] = DataFault('missing', path, f'named in {list_path}')
         if partners.setdefault(hash(pair.lq), hash(pair.gt)) != hash(pair.gt):
             text = f'{list_path} gives it several clean partners'
-            bad.setdefault(pair.lq, Fault('several partners', pair.lq, text))
+            bad.setdefault(pair.lq, DataFault('several partners', pair.lq, text))
     if bad:
         faults += sorted(bad.values(), key=lambda fault: fault.kind)
         pairs = PairTable((pair for pair in pairs if pair.lq not in bad and pair.gt not in bad), f'{root}/')
@@ -298,14 +298,14 @@ def _find_in_manifest(layout: Layout, source: Source) -> Found:
     return read_manifest(path).pairs(), []
 
 
-def _keep_numbers(layout: Layout, source: Source, pairs: list[Pair], faults: list[Fault]) -> Found:
+def _keep_numbers(layout: Layout, source: Source, pairs: list[Pair], faults: list[DataFault]) -> Found:
     """Keep the pairs whose numbers belong to the split."""
     split = layout.split(source)
     where = f'datasets.{source.phase}'
     if split not in layout.numbers:
         raise OptionError(f'{where}.split: {layout.title} has {", ".join(layout.numbers)}; got {split!r}')
     text = f'pairs of {layout.title} are numbered; rename it or move it'
-    faults += [Fault('no number', pair.lq, text) for pair in pairs if not pair.key.isdecimal()]
+    faults += [DataFault('no number', pair.lq, text) for pair in pairs if not pair.key.isdecimal()]
     numbers = layout.numbers[split]
     chosen = [pair for pair in pairs if pair.key.isdecimal() and int(pair.key) in numbers]
     if not chosen and not faults:
@@ -342,7 +342,7 @@ def _not_there(title: str, folder: Path, fault: str, key: str, layout: Layout) -
     )
 
 
-def _read_lines(list_path: Path, root: Path, faults: list[Fault]) -> Iterator[Pair]:
+def _read_lines(list_path: Path, root: Path, faults: list[DataFault]) -> Iterator[Pair]:
     """Yield the pairs line by line, as SPAD's list has 640,000."""
     with _open_list(list_path) as lines:
         for number, line in enumerate(map(str.strip, lines), 1):
@@ -352,7 +352,7 @@ def _read_lines(list_path: Path, root: Path, faults: list[Fault]) -> Iterator[Pa
                 yield Pair(lq, f'{root}/{lq}', f'{root}/{gt}')
             elif line:
                 text = f'{list_path}: not two image files such as /dir/lq.png /dir_gt/gt.png'
-                faults.append(Fault('line not understood', f'line {number}, {line!r}', text))
+                faults.append(DataFault('line not understood', f'line {number}, {line!r}', text))
 
 
 def _open_list(list_path: Path) -> TextIO:

@@ -38,7 +38,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class DataFault:
     """What is wrong with a file or a pair.
 
     Attributes:
@@ -132,7 +132,7 @@ def match_folders(
     lq_template: str = '{}',
     gt_template: str = '{}',
     deep: bool = False,
-) -> tuple[list[Pair], list[Fault]]:
+) -> tuple[list[Pair], list[DataFault]]:
     """Pair the images of two folders, which may be one, by their keys.
 
     Files that do not fit their template are left out. Endings may differ; where one key has several files in a
@@ -165,7 +165,7 @@ def match_folders(
             pairs += [Pair(name, lq.path(name), gt.path(name)) for name in lq_names]
         else:
             text = f'{" or ".join(lq_names)} with {" or ".join(gt_names)}'
-            faults += [Fault('several partners', lq.path(name), text) for name in lq_names]
+            faults += [DataFault('several partners', lq.path(name), text) for name in lq_names]
     own_partners = [pair.lq for pair in pairs if pair.lq == pair.gt]
     if own_partners:
         raise DataError(
@@ -175,7 +175,7 @@ def match_folders(
     return pairs, faults
 
 
-def raise_faults(phase: str, faults: Iterable[Fault]) -> None:
+def raise_faults(phase: str, faults: Iterable[DataFault]) -> None:
     """Raise DataError with a line on each kind of fault, its number, the first few and a remedy, if there are any."""
     by_kind = defaultdict(list)
     for fault in faults:
@@ -214,7 +214,7 @@ class _Side:
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    def unmatched(self, other: _Side) -> list[Fault]:
+    def unmatched(self, other: _Side) -> list[DataFault]:
         """Return a fault for each image whose key `other` lacks, in order."""
         keys = sorted(self.files.keys() - other.files.keys())
         by_lower = {key.lower(): key for key in other.files} if keys else {}
@@ -223,7 +223,7 @@ class _Side:
             near = by_lower.get(key.lower())
             hint = f'; {other.files[near][0]} differs only in the case of its letters, rename one' if near else ''
             text = f'no {other.template.fill(key)} in {other.folder}{hint}'
-            faults += [Fault('no partner', self.path(name), text) for name in self.files[key]]
+            faults += [DataFault('no partner', self.path(name), text) for name in self.files[key]]
         return faults
 
 

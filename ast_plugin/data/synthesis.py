@@ -1,116 +1,57 @@
-"""Clean photos to synthesise pairs from: those that come inside installed packages, or any folder."""
+"""Make pairs of degraded and clean images from clean photos: from which, how, and the files of `basicsr data synth`.
+
+Each pair depends on the photo, its name, the seed and the number of the pair alone, so more photos, or more pairs of
+each, leave the others as they are.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
+import os
+import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from ast_plugin import __version__
 from ast_plugin.data import transforms
 from ast_plugin.data.degraded_patches import degraded_patch
-from ast_plugin.data.image_files import read_image, read_rgb
+from ast_plugin.data.image_files import ImageFile, read_image, read_rgb, write_image
 from ast_plugin.data.matching import list_images
 from ast_plugin.degradations.degradations import DEGRADATIONS, Degradation
-from ast_plugin.errors import DataError, did_you_mean
+from ast_plugin.errors import DataError, OptionError, did_you_mean
+from ast_plugin.faults import faults_of
+from ast_plugin.files import lock_folder, write_file
+
+# Colour photos of scenes, each scene in one split only: split, package and file. What else these packages hold is gray,
+# drawn, seen through a microscope or a telescope, or a retina, and would teach a network little about photos.
+_PACKAGED = {
+    'astronaut': ('train', 'skimage', 'data/astronaut.png'),
+    'coffee': ('train', 'skimage', 'data/coffee.png'),
+    'rocket': ('train', 'skimage', 'data/rocket.jpg'),
+    'motorcycle_left': ('train', 'skimage', 'data/motorcycle_left.png'),
+    'motorcycle_right': ('train', 'skimage', 'data/motorcycle_right.png'),
+    'flower': ('train', 'sklearn', 'datasets/images/flower.jpg'),
+    'chelsea': ('val', 'skimage', 'data/chelsea.png'),
+    'china': ('val', 'sklearn', 'datasets/images/china.jpg'),
+}
+_VAL_SHARE = 5  # one photo of a folder in so many is kept for validation
+_FOLDERS, _RECORD = ('lq', 'gt', 'mask'), 'synthesis.json'
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo: what it is called in options and results, and its file."""
+    """The name of a photo in options and results, and its file."""
 
     name: str
     path: Path
-
-
-@dataclass(frozen=True)
-class _Packaged:
-    name: str
-    package: str
-    file: str  # below the package's folder
-    split: str
-
-
-# Colour photos of scenes, each scene in one split only. What else these packages hold is gray, drawn, seen
-# through a microscope or a telescope, or a retina, and would teach a network little about photos.
-_PACKAGED = (
-    _Packaged('astronaut', 'skimage', 'data/astronaut.png', 'train'),
-    _Packaged('coffee', 'skimage', 'data/coffee.png', 'train'),
-    _Packaged('rocket', 'skimage', 'data/rocket.jpg', 'train'),
-    _Packaged('motorcycle_left', 'skimage', 'data/motorcycle_left.png', 'train'),
-    _Packaged('motorcycle_right', 'skimage', 'data/motorcycle_right.png', 'train'),
-    _Packaged('flower', 'sklearn', 'datasets/images/flower.jpg', 'train'),
-    _Packaged('chelsea', 'skimage', 'data/chelsea.png', 'val'),
-    _Packaged('china', 'sklearn', 'datasets/images/china.jpg', 'val'),
-)
-
-_VAL_SHARE = 5  # one photo of a folder in so many is kept for validation
-
-
-def packaged_photos(split: str = 'all', names: list[str] | None = None) -> list[Photo]:
-    """List the photos inside scikit-image and scikit-learn, without importing or downloading anything.
-
-    Args:
-        split: `train`, `val` or `all`; the split of a photo never changes.
-        names: those wanted, instead of a split.
-    Raises:
-        DataError: if a package or one of its files is missing, or a name is none of these photos.
-    """
-    rows = _PACKAGED
-    if names is not None:
-        rows = tuple(_chosen(name, {row.name: row for row in rows}, 'the packaged photos') for name in names)
-    elif split != 'all':
-        rows = tuple(row for row in rows if row.split == split)
-    return [Photo(row.name, _package_file(row.package, row.file)) for row in rows]
-
-
-def folder_photos(folder: str | Path, phase: str, split: str = 'all', names: list[str] | None = None) -> list[Photo]:
-    """List the photos of a folder.
-
-    Args:
-        folder: where they lie; folders in it are not searched.
-        phase: whose they are, for messages.
-        split: `train`, `val` or `all`. One in five is for validation; the name alone decides which.
-        names: those wanted, by name with or without extension, instead of a split.
-    Raises:
-        DataError: if the folder is missing or has no photo in that split, or a name is not in it.
-    """
-    photos = [Photo(Path(name).stem, Path(folder) / name) for name in list_images(folder, phase)]
-    if names is not None:
-        by_name = {photo.name: photo for photo in photos} | {photo.path.name: photo for photo in photos}
-        return [_chosen(name, by_name, str(folder)) for name in names]
-    if split == 'all':
-        return photos
-    wanted = [photo for photo in photos if (zlib.crc32(photo.name.encode()) % _VAL_SHARE == 0) == (split == 'val')]
-    if not wanted:
-        raise DataError(
-            f'datasets.{phase}: none of the {len(photos)} photos in {folder} falls into the split {split!r}, '
-            f'which their names decide. Name some with `photos: [...]`, or take another folder with `split: all`'
-        )
-    return wanted
-
-
-def _chosen(name: str, known: dict, where: str):
-    if name not in known:
-        raise DataError(f'there is no photo {name!r} in {where}{did_you_mean(name, known)}')
-    return known[name]
-
-
-def _package_file(package: str, file: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.origin).parent / file if spec and spec.origin else None
-    if path is None or not path.is_file():
-        missing = package if path is None else f'{path.name} of {package}'
-        raise DataError(
-            f'the packaged photos need {missing}, which is not installed: pip install "ast_plugin[photos]", '
-            f'or name a folder of photos with `source: folder` and `dataroot_gt`'
-        )
-    return path
 
 
 @dataclass(frozen=True)
@@ -154,13 +95,83 @@ class SynthesizedPair:
         return float('inf') if error == 0 else float(-10 * np.log10(error))
 
 
+def packaged_photos(split: str = 'all', names: list[str] | None = None) -> list[Photo]:
+    """List the photos inside scikit-image and scikit-learn, without importing or downloading anything.
+
+    Args:
+        split: `train`, `val` or `all`; the split of a photo never changes.
+        names: those wanted, instead of a split.
+    Raises:
+        DataError: if a package or one of its files is missing, or a name is none of these photos.
+    """
+    if names is None:
+        names = [name for name, row in _PACKAGED.items() if split in ('all', row[0])]
+    rows = [(name, *_choose(name, _PACKAGED, 'the packaged photos')[1:]) for name in names]
+    return [Photo(name, _find_in_package(package, file)) for name, package, file in rows]
+
+
+def folder_photos(folder: str | Path, phase: str, split: str = 'all', names: list[str] | None = None) -> list[Photo]:
+    """List the photos of a folder.
+
+    Args:
+        folder: with the photos; folders in it are not searched.
+        phase: whose they are, for messages.
+        split: `train`, `val` or `all`. One in five is for validation; the name alone decides which.
+        names: those wanted, by name with or without extension, instead of a split.
+    Raises:
+        DataError: if the folder is missing or has no photo in that split, or a name is not in it.
+    """
+    photos = [Photo(Path(name).stem, Path(folder) / name) for name in list_images(folder, phase)]
+    if names is not None:
+        by_name = {photo.name: photo for photo in photos} | {photo.path.name: photo for photo in photos}
+        return [_choose(name, by_name, str(folder)) for name in names]
+    if split == 'all':
+        return photos
+    wanted = [photo for photo in photos if (zlib.crc32(photo.name.encode()) % _VAL_SHARE == 0) == (split == 'val')]
+    if not wanted:
+        raise DataError(
+            f'datasets.{phase}: none of the {len(photos)} photos in {folder} falls into the split {split!r}, '
+            f'which their names decide. Name some with `photos: [...]`, or take another folder with `split: all`'
+        )
+    return wanted
+
+
+def read_parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
+    """Return the ranges of a degradation with those of `settings`; one value is a range of that value alone.
+
+    Raises:
+        OptionError: with a line on each that is unknown or wrong.
+    """
+    model = DEGRADATIONS[task].parameters
+    properties = model.model_json_schema()['properties']
+    known = [name for name in properties if name != 'type']
+    lines = [
+        f'{name}: {task} has no such parameter{did_you_mean(name, known)}; it has {", ".join(known)}'
+        for name in settings
+        if name not in known
+    ]
+    values = {
+        name: [value, value] if _is_range(properties[name]) and _is_bound(value) else value
+        for name, value in settings.items()
+        if name in known
+    }
+    try:
+        parameters = model.model_validate(values)
+    except ValidationError as error:
+        faults = faults_of(error, model, values)
+        lines += [f'{fault.where[0]}: {fault.message}' if fault.where else fault.message for fault in faults]
+    if lines:
+        raise OptionError('\n'.join(f'{task}: {line}' for line in dict.fromkeys(lines)))
+    return parameters
+
+
 def make_pairs(name: str, path: Path, recipe: Recipe, depth_path: Path | None = None) -> Iterator[SynthesizedPair]:
     """Make the pairs of one photo.
 
     Args:
-        name: what its pairs are called: `name_1`, `name_2` and so on; with the seed it decides what is drawn.
+        name: of the photo: its pairs are called `name_1`, `name_2` and so on; with the seed it decides what is drawn.
         path: the photo.
-        recipe: what to make.
+        recipe: how they are made.
         depth_path: a map of distances, see `read_depth`.
     Raises:
         DataError: if a file cannot be read, or the photo is smaller than the patches.
@@ -175,35 +186,24 @@ def make_pairs(name: str, path: Path, recipe: Recipe, depth_path: Path | None = 
     digits = len(str(recipe.count))
     for number in range(1, recipe.count + 1):
         generator = np.random.default_rng([recipe.seed, zlib.crc32(name.encode()), number])
-        yield _make_pair(f'{name}_{number:0{digits}}', image, recipe, generator, depth)
-
-
-def _make_pair(
-    name: str, image: np.ndarray, recipe: Recipe, generator: np.random.Generator, depth: np.ndarray | None
-) -> SynthesizedPair:
-    if recipe.size is None:
-        clean = transforms.to_float(image)
-        options = {} if depth is None else {'depth': depth}
-        degraded, mask = recipe.degradation.apply(clean, generator, recipe.parameters, **options)
-    else:
-        degraded, clean, mask = degraded_patch(
-            image, recipe.size, generator, recipe.degradation, recipe.parameters, depth=depth
+        if recipe.size is None:
+            clean = transforms.to_float(image)
+            options = {} if depth is None else {'depth': depth}
+            degraded, mask = recipe.degradation.apply(clean, generator, recipe.parameters, **options)
+        else:
+            degraded, clean, mask = degraded_patch(
+                image, recipe.size, generator, recipe.degradation, recipe.parameters, depth=depth
+            )
+        yield SynthesizedPair(
+            f'{name}_{number:0{digits}}',
+            _to_integers(degraded, image.dtype),
+            _to_integers(clean, image.dtype),
+            None if mask is None else _to_integers(mask, np.dtype(np.uint8)),
         )
-    return SynthesizedPair(
-        name,
-        _to_integers(degraded, image.dtype),
-        _to_integers(clean, image.dtype),
-        None if mask is None else _to_integers(mask, np.dtype(np.uint8)),
-    )
-
-
-def _to_integers(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    # In float64: float32 would miss some of the values of 16 bits.
-    return np.rint(image.astype(np.float64) * np.iinfo(dtype).max).astype(dtype)
 
 
 def takes_depth(task: str) -> bool:
-    """Tell whether a degradation is another one with a map of distances."""
+    """Tell whether a degradation can use a map of distances."""
     return 'depth' in inspect.signature(DEGRADATIONS[task].apply).parameters
 
 
@@ -227,6 +227,138 @@ def read_depth(path: Path, shape: tuple[int, int]) -> np.ndarray:
     return depth.astype(np.float32)
 
 
+def check_output(output: Path, photos: Iterable[Path], overwrite: bool) -> None:
+    """Raise DataError unless `output` is free, or holds an earlier run of `write_pairs` alone, and may be replaced."""
+    if not os.path.lexists(output):
+        return
+    if not output.is_dir() or output.is_symlink():
+        raise DataError(f'{output}: is there already and is no folder; name another one with -o')
+    entries = set(os.listdir(output))
+    if not entries:
+        return
+    if not overwrite:
+        raise DataError(f'{output}: is not empty; name another folder, or replace an earlier run with --overwrite')
+    foreign = sorted(entries - {*_FOLDERS, _RECORD})
+    if foreign or _RECORD not in entries:
+        what = f'has {foreign[0]}' if foreign else f'has no {_RECORD}'
+        raise DataError(
+            f'{output}: {what}, so this command did not write it; remove it yourself, or name another folder'
+        )
+    inside = next((path for path in photos if path.resolve().is_relative_to(output.resolve())), None)
+    if inside is not None:
+        raise DataError(f'{inside}: lies in {output}, which --overwrite would remove; name another folder')
+
+
+def write_pairs(
+    photos: Mapping[str, Path],
+    depths: Mapping[str, Path | None],
+    recipe: Recipe,
+    output: Path,
+    on_pair: Callable[[], None] = int,
+) -> list[float]:
+    """Write the pairs of all photos into a folder that appears whole or not at all; an earlier one is replaced.
+
+    Args:
+        photos: by the name that their pairs get.
+        depths: the map of distances of each, or None.
+        recipe: how pairs are made.
+        output: the folder, which `check_output` has passed.
+        on_pair: called after each pair.
+    Returns:
+        The PSNR of each pair in dB.
+    Raises:
+        DataError: if an image cannot be read or written.
+    """
+    partial = output.absolute().parent / f'.{output.name[:64]}.synth.part'
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with lock_folder(partial, 'another run is making pairs there'):
+            try:
+                for left_over in partial.iterdir():  # by a run that was killed
+                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+                levels = []
+                for name, path in photos.items():
+                    for pair in make_pairs(name, path, recipe, depths[name]):
+                        _write_pair(partial, pair)
+                        levels.append(pair.psnr)
+                        on_pair()
+                _write_record(partial, photos, depths, recipe)
+                _put_in_place(partial, output)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f'cannot write {output}: {error.strerror or error}') from error
+    return levels
+
+
+def _write_pair(folder: Path, pair: SynthesizedPair) -> None:
+    for kind in _FOLDERS:
+        pixels = getattr(pair, kind)
+        if pixels is not None:
+            (folder / kind).mkdir(exist_ok=True)
+            write_image(folder / kind / f'{pair.name}.png', ImageFile(pixels))
+
+
+def _write_record(folder: Path, photos: Mapping[str, Path], depths: Mapping[str, Path | None], recipe: Recipe) -> None:
+    record = {
+        'task': recipe.task,
+        'parameters': recipe.parameters.model_dump(mode='json', exclude={'type'}),
+        'seed': recipe.seed,
+        'count': recipe.count,
+        'size': recipe.size,
+        'photographs': {name: path.name for name, path in photos.items()},
+        'depths': {name: path.name for name, path in depths.items() if path is not None},
+        'ast_plugin': __version__,
+    }
+    write_file(folder / _RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + '\n').encode())
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    old = partial.with_suffix('.old')
+    if output.is_dir() and any(output.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
+        try:
+            partial.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
+    else:
+        partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _choose(name: str, known: Mapping[str, Any], where: str) -> Any:
+    if name not in known:
+        raise DataError(f'there is no photo {name!r} in {where}{did_you_mean(name, known)}')
+    return known[name]
+
+
+def _find_in_package(package: str, file: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / file if spec and spec.origin else None
+    if path is None or not path.is_file():
+        missing = package if path is None else f'{path.name} of {package}'
+        raise DataError(
+            f'the packaged photos need {missing}, which is not installed: pip install "ast_plugin[photos]", '
+            f'or name a folder of photos with `source: folder` and `dataroot_gt`'
+        )
+    return path
+
+
+def _is_range(schema: Mapping[str, Any]) -> bool:
+    return any(kind.get('maxItems') == 2 for kind in (schema, *schema.get('anyOf', ())))
+
+
+def _is_bound(value: object) -> bool:
+    return isinstance(value, (int, float, str)) and not isinstance(value, bool)
+
+
+def _to_integers(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    # In float64: float32 would miss some of the values of 16 bits.
+    return np.rint(image.astype(np.float64) * np.iinfo(dtype).max).astype(dtype)
+
+
 def _load_array(path: Path) -> np.ndarray:
     try:
         loaded = np.load(path, allow_pickle=False)
@@ -234,9 +366,9 @@ def _load_array(path: Path) -> np.ndarray:
             if len(loaded.files) != 1:
                 raise DataError(f'{path}: expected one array, got {len(loaded.files)}: {", ".join(loaded.files[:3])}')
             loaded = loaded[loaded.files[0]]
+    except DataError:
+        raise
     except (OSError, ValueError, EOFError, zlib.error) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f'{path}: cannot be read as an array: {error}') from error
     if loaded.ndim != 2 or loaded.dtype.kind not in 'fiu':
         raise DataError(f'{path}: expected an array of numbers [H, W]; got {loaded.dtype} {list(loaded.shape)}')

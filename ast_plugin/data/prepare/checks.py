@@ -35,7 +35,7 @@ from ast_plugin.data.lmdb.format import is_raw, view_raw
 from ast_plugin.data.lmdb.reader import LmdbImages
 from ast_plugin.data.lmdb.writer import make_plan
 from ast_plugin.data.manifest import Entry, Manifest
-from ast_plugin.data.matching import Fault, Pair, PairTable, list_images
+from ast_plugin.data.matching import DataFault, Pair, PairTable, list_images
 from ast_plugin.data.prepare.splits import Split
 from ast_plugin.data.workers import map_in_processes
 from ast_plugin.errors import DataError
@@ -71,19 +71,19 @@ class Finding(NamedTuple):
     traits: tuple[str, ...]
 
 
-def check_pair(pair: Pair) -> tuple[Finding, Finding] | Fault:
+def check_pair(pair: Pair) -> tuple[Finding, Finding] | DataFault:
     """Read both images of a pair, and compare their sizes."""
     findings = []
     for path in (pair.lq, pair.gt):
         try:
             findings.append(check_image(path))
         except DataError as error:
-            return Fault('unreadable', path, str(error).removeprefix(f'{path}: '))
+            return DataFault('unreadable', path, str(error).removeprefix(f'{path}: '))
     lq, gt = findings
     if lq.size == gt.size:
         return lq, gt
     sizes = f'{lq.size[1]}x{lq.size[0]} pixels, its clean partner {pair.gt} {gt.size[1]}x{gt.size[0]}'
-    return Fault('sizes differ', pair.lq, sizes + _explain_sizes(lq.size, gt.size))
+    return DataFault('sizes differ', pair.lq, sizes + _explain_sizes(lq.size, gt.size))
 
 
 def check_image(path: str | os.PathLike) -> Finding:
@@ -141,7 +141,7 @@ class CheckedSplit:
     """
 
     split: Split
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[DataFault] = field(default_factory=list)
     num_pairs: int = 0
     good: array = field(default_factory=lambda: array('Q'))
     digests: tuple[array, array] = field(default_factory=lambda: (array('Q'), array('Q')))
@@ -149,10 +149,10 @@ class CheckedSplit:
     num_bytes: int = 0
     traits: Counter = field(default_factory=Counter)
 
-    def add(self, checked: tuple[Finding, Finding] | Fault) -> None:
+    def add(self, checked: tuple[Finding, Finding] | DataFault) -> None:
         """Count the next pair."""
         self.num_pairs += 1
-        if isinstance(checked, Fault):
+        if isinstance(checked, DataFault):
             self.faults.append(checked)
             return
         self.good.append(self.num_pairs - 1)
@@ -225,7 +225,7 @@ class Journal:
         with open(self.path, encoding='utf-8') as file:
             for pair, line in zip(pairs, file, strict=True):
                 checked = _parse(line)
-                if not isinstance(checked, Fault):
+                if not isinstance(checked, DataFault):
                     lq, gt = checked
                     names = name_of(pair.lq), name_of(pair.gt)
                     yield Entry(pair.key, *names, lq.size, (lq.num_bytes, gt.num_bytes), (lq.digest, gt.digest))
@@ -255,13 +255,13 @@ def _check_line(item: tuple[Pair, str]) -> str:
     except (ValueError, TypeError, LookupError, RecursionError):
         pass  # cut off in the middle, or no journal at all
     checked = check_pair(pair)
-    return json.dumps([stamp, *([astuple(checked)] if isinstance(checked, Fault) else checked)])
+    return json.dumps([stamp, *([astuple(checked)] if isinstance(checked, DataFault) else checked)])
 
 
-def _parse(line: str) -> tuple[Finding, Finding] | Fault:
+def _parse(line: str) -> tuple[Finding, Finding] | DataFault:
     _, *values = json.loads(line)
     if len(values) == 1:
-        return Fault(*values[0])
+        return DataFault(*values[0])
     lq, gt = (Finding(tuple(size), num_bytes, digest, tuple(traits)) for size, num_bytes, digest, traits in values)
     return lq, gt
 
@@ -331,7 +331,7 @@ def _find_duplicates(first: CheckedSplit, second: CheckedSplit, side: int) -> Du
 
 def check_files(
     manifest: Manifest, workers: int, *, quick: bool = False, on_pair: Callable[[], None] = int
-) -> list[Fault]:
+) -> list[DataFault]:
     """Find the images of a manifest that are missing, changed or unreadable, and keys that belong to several pairs.
 
     A file that was written anew with the same pixels is not changed.
@@ -344,7 +344,7 @@ def check_files(
     Raises:
         DataError: if the manifest is damaged.
     """
-    faults: list[Fault] = []
+    faults: list[DataFault] = []
     entries = _check_keys(manifest, faults)
     check = partial(_check_entry, manifest.root, quick)
     for found in map_in_processes(check, entries, workers, prepare=_limit_threads):
@@ -353,7 +353,7 @@ def check_files(
     return faults
 
 
-def find_extra(manifests: Iterable[Manifest]) -> list[Fault]:
+def find_extra(manifests: Iterable[Manifest]) -> list[DataFault]:
     """Find images that lie among those of the manifests, and were not there when they were made.
 
     Args:
@@ -373,11 +373,13 @@ def find_extra(manifests: Iterable[Manifest]) -> list[Fault]:
             paths = [os.path.join(folder, name) for name in list_images(folder, '')]
         except DataError:
             continue  # its images are missing, each of which `check_files` tells
-        extra += [Fault('extra', path, 'came after the manifest was made') for path in paths if hash(path) not in known]
+        extra += [
+            DataFault('extra', path, 'came after the manifest was made') for path in paths if hash(path) not in known
+        ]
     return extra
 
 
-def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = int) -> list[Fault]:
+def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = int) -> list[DataFault]:
     """Compare the pixels of `lq.lmdb` and `gt.lmdb` in a folder with a manifest.
 
     Args:
@@ -401,29 +403,31 @@ def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = 
             try:
                 is_same = images.read(key, partial(digest_value, path)) == entry.digests[side]
             except ValueError as error:  # DataError is one
-                faults.append(Fault('missing or damaged', path, str(error)))
+                faults.append(DataFault('missing or damaged', path, str(error)))
                 continue
             if not is_same:
                 name = (entry.lq, entry.gt)[side]
-                faults.append(Fault('changed', path, f'not the pixels of {name} in {manifest.path}'))
+                faults.append(DataFault('changed', path, f'not the pixels of {name} in {manifest.path}'))
         on_pair()
     for _, images in sides:
         for key in sorted({entry.key for entry in images.entries()} - set(order)):
-            faults.append(Fault('extra', images.path(key), f'not in {manifest.path}'))
+            faults.append(DataFault('extra', images.path(key), f'not in {manifest.path}'))
     return faults
 
 
-def _check_keys(manifest: Manifest, faults: list[Fault]) -> Iterator[Entry]:
+def _check_keys(manifest: Manifest, faults: list[DataFault]) -> Iterator[Entry]:
     """Yield the entries; a key that an earlier pair has, of other images, adds to the faults."""
     owners: dict[int, int] = {}
     for number, entry in enumerate(manifest.entries(), 2):
         images = hash((entry.lq, entry.gt))
         if owners.setdefault(hash(entry.key), images) != images:
-            faults.append(Fault('key twice', entry.key, f'line {number} gives it to another pair than a line before'))
+            faults.append(
+                DataFault('key twice', entry.key, f'line {number} gives it to another pair than a line before')
+            )
         yield entry
 
 
-def _check_entry(root: Path, quick: bool, entry: Entry) -> list[Fault]:
+def _check_entry(root: Path, quick: bool, entry: Entry) -> list[DataFault]:
     faults = (
         _check_file(os.path.join(root, name), quick, entry.size, entry.bytes[side], entry.digests[side])
         for side, name in enumerate((entry.lq, entry.gt))
@@ -431,24 +435,24 @@ def _check_entry(root: Path, quick: bool, entry: Entry) -> list[Fault]:
     return [fault for fault in faults if fault]
 
 
-def _check_file(path: str, quick: bool, size: tuple[int, int], num_bytes: int, digest: str) -> Fault | None:
+def _check_file(path: str, quick: bool, size: tuple[int, int], num_bytes: int, digest: str) -> DataFault | None:
     try:
         found_bytes = os.stat(path).st_size
     except FileNotFoundError:
-        return Fault('missing', path, 'there is no such file')
+        return DataFault('missing', path, 'there is no such file')
     except OSError as error:
-        return Fault('unreadable', path, error.strerror)
+        return DataFault('unreadable', path, error.strerror)
     if quick:
         text = f'{found_bytes:,} bytes, the manifest says {num_bytes:,}'
-        return None if found_bytes == num_bytes else Fault('changed', path, text)
+        return None if found_bytes == num_bytes else DataFault('changed', path, text)
     try:
         found = check_image(path)
     except DataError as error:
-        return Fault('unreadable', path, str(error).removeprefix(f'{path}: '))
+        return DataFault('unreadable', path, str(error).removeprefix(f'{path}: '))
     if found.size != size:
         text = f'{found.size[1]}x{found.size[0]} pixels, the manifest says {size[1]}x{size[0]}'
-        return Fault('changed', path, text)
-    return None if found.digest == digest else Fault('changed', path, 'other pixels than the manifest says')
+        return DataFault('changed', path, text)
+    return None if found.digest == digest else DataFault('changed', path, 'other pixels than the manifest says')
 
 
 def _limit_threads() -> None:

@@ -19,7 +19,7 @@ from ast_plugin.data.layouts import (
     read_list,
     walk_folders,
 )
-from ast_plugin.data.matching import Fault, PairTable, shorten_list
+from ast_plugin.data.matching import DataFault, PairTable, shorten_list
 from ast_plugin.errors import DataError, OptionError, did_you_mean
 
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.bz2', '.rar', '.7z')
@@ -61,7 +61,7 @@ class Split:
     name: str
     phase: str
     pairs: PairTable
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[DataFault] = field(default_factory=list)
     where: Path = Path()
 
 
