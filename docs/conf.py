@@ -14,7 +14,7 @@ project = 'ast_plugin'
 version = release = ast_plugin.__version__
 copyright = 'the authors of ast_plugin, Apache-2.0'
 
-extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode']
+extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
 exclude_patterns = ['_build']
 html_theme = 'furo'
 html_title = 'ast_plugin'
@@ -29,6 +29,8 @@ autodoc_typehints = 'signature'
 autodoc_default_options = {'members': True, 'show-inheritance': True}
 napoleon_custom_sections = ['Numerics', 'Source', ('Option keys', 'params_style')]
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 
 
+generate.write_options(HERE / 'options')
 generate.write_api(HERE / 'api')

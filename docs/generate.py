@@ -1,8 +1,13 @@
 """Write the pages of the site that come out of the code: one for each section of option files, one for each module."""
 
 import pkgutil
+from collections.abc import Iterable
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
+
+from ast_plugin.models.registries import load_registered
+from ast_plugin.options.json_schema import OptionKey, option_keys
 
 ROOMS = {
     'ops': 'Mathematics on tensors; needs torch alone',
@@ -14,7 +19,40 @@ ROOMS = {
     'metrics': 'Metrics',
 }
 """Packages whose modules get a page, with a heading. Kernels, commands and plumbing have none."""
+HEADINGS = {'file': 'Top level', 'networks': 'networks (of a comparison)', 'compare': 'compare (of a comparison)'}
 LEFT_OUT = ('ast_plugin.ops.triton', 'ast_plugin.ops.cpu', 'ast_plugin.data.prepare', 'ast_plugin.data.lmdb')
+
+
+def write_options(folder: Path) -> None:
+    """Write a page for each section of option files, a table for each part of it, and an index."""
+    keys = sorted(option_keys(load_registered()), key=lambda key: page_of(key.section))
+    pages = []
+    for page, in_page in groupby(keys, key=lambda key: page_of(key.section)):
+        pages.append(page)
+        tables = (table(section, rows) for section, rows in groupby(in_page, key=lambda key: key.section))
+        write(folder / f'{page}.md', f'# {HEADINGS.get(page, page)}\n\n' + '\n'.join(tables))
+    lines = ['# Options', '', 'Every key of an option file, by its section.', '', '```{toctree}', *pages, '```', '']
+    write(folder / 'index.md', '\n'.join(lines))
+
+
+def page_of(section: str) -> str:
+    """The page of a section: its first part."""
+    return section.partition(' ')[0].partition('.')[0] or 'file'
+
+
+def table(section: str, keys: Iterable[OptionKey]) -> str:
+    """The keys of a section as a table of Markdown."""
+    lines = [f'## `{section}`', ''] if section else []
+    lines += ['| key | value | default | |', '|---|---|---|---|']
+    for key in keys:
+        default = '' if key.default is None else f'`{key.default}`'
+        lines.append(f'| `{key.key}` | {cell(key.type)} | {cell(default)} | {cell(key.description)} |')
+    return '\n'.join([*lines, ''])
+
+
+def cell(text: str) -> str:
+    """Text as it may stand in a cell of a table."""
+    return text.replace('|', '\\|').replace('<', '&lt;').replace('*', '\\*')
 
 
 def write_api(folder: Path) -> None:
@@ -22,15 +60,11 @@ def write_api(folder: Path) -> None:
     lines = ['# API', '']
     for room, heading in ROOMS.items():
         package = import_module(f'ast_plugin.{room}')
-        modules = [
-            package.__name__,
-            *(f'{package.__name__}.{info.name}' for info in pkgutil.iter_modules(package.__path__)),
-        ]
-        pages = [name for name in modules if not name.startswith(LEFT_OUT) and (name.count('.') > 1 or room == 'ops')]
-        lines += [f'## {heading}', '', '```{toctree}', ':maxdepth: 1', '', *(name for name in pages), '```', '']
+        modules = (f'{package.__name__}.{info.name}' for info in pkgutil.iter_modules(package.__path__))
+        pages = [name for name in modules if not name.startswith(LEFT_OUT)]
+        lines += [f'## {heading}', '', '```{toctree}', ':maxdepth: 1', '', *pages, '```', '']
         for name in pages:
-            members = ':imported-members:\n' if name.count('.') == 1 else ''
-            text = f'# {name.removeprefix("ast_plugin.")}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   {members}```\n'
+            text = f'# {name.removeprefix("ast_plugin.")}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n'
             write(folder / f'{name}.md', text)
     write(folder / 'index.md', '\n'.join(lines))
 
