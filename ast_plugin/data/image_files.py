@@ -52,19 +52,8 @@ _EXIF_PREFIX = b'Exif\0\0'
 _ORIENTATION_TAG = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 258, 262, 284, 338  # tags of TIFF
 # Decoders index, unpack and convert what a damaged file claims.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    cv2.error,
-)
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, MemoryError)
+_DECODE_ERRORS += (struct.error, zlib.error, cv2.error)
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF orientation
     2: lambda array: array[:, ::-1],
     3: lambda array: array[::-1, ::-1],
@@ -111,12 +100,9 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Imag
 
     EXIF orientation is applied; palettes, CMYK and single bits become RGB or gray of 8 bits.
 
-    Args:
-        path: the file.
-        max_pixels: larger images are refused before their pixels are decoded.
     Raises:
-        DataError: if the file cannot be read whole, is animated, too large, or of a kind that is not supported;
-            the message names the file.
+        DataError: if the file cannot be read whole, is animated, of a kind that is not supported, or larger than
+            `max_pixels`, before its pixels are decoded.
     """
     return decode_image(read_bytes(path), path, max_pixels=max_pixels)
 
@@ -173,11 +159,7 @@ def decode_rgb(data: bytes | memoryview, path: str | os.PathLike) -> np.ndarray:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Read a file whole.
-
-    Raises:
-        DataError: if it cannot be read; the message names the file.
-    """
+    """Read a file whole, or raise DataError with its name."""
     try:
         with open(path, 'rb', buffering=0) as file:
             return file.read()

@@ -89,41 +89,6 @@ class Place:
         return bool(lq_keys) and not lq_keys.isdisjoint(_find_keys(gt_dir, self.gt_template, self.deep))
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a dataset lies on disk.
-
-    Attributes:
-        title: name of the dataset.
-        description: what is expected where below `dataroot`, in a line.
-        find: lists the pairs.
-        needs, may_have: names of the options in `Source` that the layout reads.
-        train_splits, test_splits: values of `split` in training and otherwise; the first is the default.
-        aliases: by split, other names that its folder goes by. `.` stands for the root itself.
-        places: folders to look in; the first that fits is taken.
-        numbers: where a split is no folder, the numbers of its pairs.
-    """
-
-    title: str
-    description: str
-    find: Callable[[Layout, Source], Found]
-    needs: tuple[str, ...] = ('dataroot',)
-    may_have: tuple[str, ...] = ('split',)
-    train_splits: tuple[str, ...] = ('train',)
-    test_splits: tuple[str, ...] = ('test',)
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    places: tuple[Place, ...] = ()
-    numbers: Mapping[str, range] = field(default_factory=dict)
-
-    def split(self, source: Source) -> str:
-        """Return the split that `source` names, or the default of its phase."""
-        return source.split or (self.train_splits if source.phase == 'train' else self.test_splits)[0]
-
-    def names(self, split: str) -> tuple[str, ...]:
-        """Return the names that the folder of a split may have."""
-        return (split, *self.aliases.get(split, ()))
-
-
 def list_pairs(layout: str, source: Source) -> PairTable:
     """List the pairs of a dataset.
 
@@ -154,16 +119,18 @@ def check_source(layout: str, source: Source) -> None:
         raise OptionError(f'layout {layout} {", and ".join(what)}; it takes {", ".join(row.needs + row.may_have)}')
 
 
+def below_split(*pairs: str) -> tuple[tuple[str, str], ...]:
+    """Return pairs of folders below the folder of their split: `input target` is `{split}/input`, `{split}/target`."""
+    return tuple(tuple(f'{{split}}/{name}'.removesuffix('/.') for name in pair.split()) for pair in pairs)
+
+
 def make_places(names: Sequence[tuple[str, str]], *templates: tuple[str, str], deep: bool = False) -> tuple[Place, ...]:
     """Return each pair of folders with each pair of templates; equal names where no template is given."""
     return tuple(Place(*folders, *template, deep) for folders in names for template in templates or (('{}', '{}'),))
 
 
 def choose_place(places: Sequence[Place], root: Path, splits: Sequence[str]) -> tuple[Place, str] | None:
-    """Return the first place, and the first of the names of a split, that fits below `root`; None if none does.
-
-    Without one that fits, the last whose folders are there, so that the error is about them.
-    """
+    """Return the first place, and the first name of a split, that fits below `root`; else the last that is there."""
     present = [(place, split) for split in splits for place in places if place.exists(root, split)]
     return next((found for found in present if found[0].fits(root, found[1])), present[-1] if present else None)
 
@@ -385,25 +352,49 @@ def _list_files(folder: str) -> list[str]:
         raise DataError(f'{folder}: this folder of the list cannot be read: {error.strerror}') from error
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a dataset lies on disk.
+
+    Attributes:
+        title: name of the dataset.
+        description: what is expected where below `dataroot`, in a line.
+        places: folders to look in; the first that fits is taken.
+        train_splits, test_splits: values of `split` in training and otherwise; the first is the default.
+        aliases: by split, other names that its folder goes by. `.` stands for the root itself.
+        numbers: where a split is no folder, the numbers of its pairs.
+        needs, may_have: names of the options in `Source` that the layout reads.
+        find: lists the pairs.
+    """
+
+    title: str
+    description: str
+    places: tuple[Place, ...] = ()
+    train_splits: tuple[str, ...] = ('train',)
+    test_splits: tuple[str, ...] = ('test',)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    numbers: Mapping[str, range] = field(default_factory=dict)
+    needs: tuple[str, ...] = ('dataroot',)
+    may_have: tuple[str, ...] = ('split',)
+    find: Callable[[Layout, Source], Found] = find_places
+
+    def split(self, source: Source) -> str:
+        """Return the split that `source` names, or the default of its phase."""
+        return source.split or (self.train_splits if source.phase == 'train' else self.test_splits)[0]
+
+    def names(self, split: str) -> tuple[str, ...]:
+        """Return the names that the folder of a split may have."""
+        return (split, *self.aliases.get(split, ()))
+
+
 # Rain streaks come with the names of their authors' Matlab scripts (norain-1x2.png), of PReNet's copies (rain-001.png),
 # or equal ones (DRSformer, Restormer).
 _RAIN = make_places(
-    (
-        ('{split}/input', '{split}/target'),
-        ('{split}/input', '{split}/gt'),
-        ('{split}/input', '{split}/groundtruth'),
-        ('{split}/rain/X2', '{split}/norain'),
-        ('{split}/rain', '{split}/norain'),
-        ('{split}/rainy', '{split}/norain'),
-        ('{split}/rainy', '{split}'),
-        ('{split}/rainy_image', '{split}/ground_truth'),
-        ('{split}/data', '{split}/gt'),
-        ('{split}', '{split}'),
+    below_split(
+        *('input target', 'input gt', 'input groundtruth', 'rain/X2 norain', 'rain norain', 'rainy norain'),
+        *('rainy .', 'rainy_image ground_truth', 'data gt', '. .'),
     ),
-    ('rain-{}', 'norain-{}'),
-    ('norain-{}x2', 'norain-{}'),
-    ('{}x2', '{}'),
-    ('{}', '{}'),
+    *(('rain-{}', 'norain-{}'), ('norain-{}x2', 'norain-{}'), ('{}x2', '{}'), ('{}', '{}')),
 )
 _RAIN200_NAMES = {
     'train': ('rain_data_train_Light', 'rain_data_train_Heavy'),
@@ -414,70 +405,76 @@ _RAIN100_NAMES = {
     'test': (*_RAIN200_NAMES['test'], 'Rain100L', 'Rain100H', '.'),
 }
 
+_HAZY, _CLEAR = ('hazy', 'haze', 'ITS_haze'), ('clear', 'gt', 'GT', 'ITS_clear')
 
 LAYOUTS = {
     'folders': Layout(
         'A pair of folders',
         'degraded images in dataroot_lq, clean ones of the same names, or as the templates say, in dataroot_gt',
-        _find_folders,
         needs=('dataroot_lq', 'dataroot_gt'),
         may_have=('lq_template', 'gt_template'),
+        find=_find_folders,
     ),
     'manifest': Layout(
         'A manifest',
         'a file that `basicsr data prepare` has written',
-        _find_in_manifest,
         needs=('manifest',),
         may_have=(),
+        find=_find_in_manifest,
     ),
     'spad': Layout(
         'SPAD',
         'real_world.txt for training, real_test_1000.txt for testing, '
         'with lines "/dir/lq.png /dir_gt/gt.png", and the folders that they name; '
         'or train/ and test/, each with input/ and target/ of the same names',
-        _find_listed,
+        make_places(below_split('input target', 'data gt')),
         may_have=('split', 'list_file'),
-        places=make_places((('{split}/input', '{split}/target'), ('{split}/data', '{split}/gt'))),
+        find=_find_listed,
     ),
     'agan': Layout(
         'AGAN-Data',
         'train/, test_a/ and test_b/, each with data/12_rain.png and gt/12_clean.png',
-        find_places,
+        make_places(below_split('data gt'), ('{}_rain', '{}_clean')),
         test_splits=('test_a', 'test_b'),
-        places=make_places((('{split}/data', '{split}/gt'),), ('{}_rain', '{}_clean')),
     ),
     'densehaze': Layout(
         'Dense-Haze',
         'input/ and gt/ with 01.png to 55.png, or hazy/01_hazy.png and GT/01_GT.png, or all in one folder; '
         '1 to 50 are for training, 51 to 55 for testing',
-        find_places,
-        places=(
-            *make_places((('{split}/input', '{split}/gt'), ('input', 'gt')), ('{}_hazy', '{}_GT'), ('{}', '{}')),
-            *make_places((('{split}/hazy', '{split}/GT'), ('hazy', 'GT'), ('.', '.')), ('{}_hazy', '{}_GT')),
-        ),
+        make_places((*below_split('input gt'), ('input', 'gt')), ('{}_hazy', '{}_GT'), ('{}', '{}'))
+        + make_places((*below_split('hazy GT'), ('hazy', 'GT'), ('.', '.')), ('{}_hazy', '{}_GT')),
         numbers={'train': range(1, 51), 'test': range(51, 56)},
     ),
     'rain100': Layout(
         'Rain100L or Rain100H',
         'RainTrainL/ or RainTrainH/ with rain-1.png and norain-1.png; rainy/rain-001.png and norain-001.png, '
         'rain/X2/norain-1x2.png and norain/norain-1.png, or input/ and target/ of the same names',
-        find_places,
-        places=_RAIN,
+        _RAIN,
         aliases=_RAIN100_NAMES,
     ),
     'rain200': Layout(
         'Rain200L or Rain200H',
         'train/ and test/, each with input/ and target/ of the same names, '
         'or rain/ with norain-1x2.png or rain-1.png and norain/ with norain-1.png',
-        find_places,
-        places=_RAIN,
+        _RAIN,
         aliases=_RAIN200_NAMES,
     ),
     'reside': Layout(
         'RESIDE',
         'ITS/, OTS/, SOTS/indoor/ or SOTS/outdoor/, each with hazy/0001_0.8_0.2.jpg and clear/0001.png or gt/0001.png: '
         'many hazy ones to a clear one; split is ITS, OTS, indoor, outdoor, or train and test',
-        find_places,
+        make_places(
+            below_split(
+                *(
+                    f'{hazy} {clear}'
+                    for hazy in ('hazy', 'haze', 'ITS_haze')
+                    for clear in ('clear', 'gt', 'GT', 'ITS_clear')
+                )
+            ),
+            ('{}_*', '{}'),
+            ('{}', '{}'),
+            deep=True,
+        ),
         train_splits=('train', 'ITS', 'OTS'),
         test_splits=('test', 'indoor', 'outdoor'),
         aliases={
@@ -485,63 +482,43 @@ LAYOUTS = {
             'indoor': ('SOTS/indoor', 'nyuhaze500'),
             'outdoor': ('SOTS/outdoor',),
         },
-        places=make_places(
-            tuple(
-                (f'{{split}}/{hazy}', f'{{split}}/{clear}')
-                for hazy in ('hazy', 'haze', 'ITS_haze')
-                for clear in ('clear', 'gt', 'GT', 'ITS_clear')
-            ),
-            ('{}_*', '{}'),
-            ('{}', '{}'),
-            deep=True,
-        ),
     ),
     'snow100k': Layout(
         'Snow100K',
         'train/ or all/, and test/ or Snow100K-S/, -M/ and -L/, each with synthetic/ and gt/ of the same names; '
         'split names other folders than train and test',
-        find_places,
+        make_places(below_split('synthetic gt')),
         test_splits=('test', 'Snow100K-S', 'Snow100K-M', 'Snow100K-L'),
         aliases={'train': ('all',)},
-        places=make_places((('{split}/synthetic', '{split}/gt'),)),
     ),
     'istd': Layout(
         'ISTD',
         'train/train_A/ with shadows and train/train_C/ without, of the same names, and test/ likewise',
-        find_places,
-        places=make_places((('{split}/{split}_A', '{split}/{split}_C'), ('{split}_A', '{split}_C'))),
+        make_places((*below_split('{split}_A {split}_C'), ('{split}_A', '{split}_C'))),
     ),
     'srd': Layout(
         'SRD',
         'train/shadow/1.jpg and train/shadow_free/1_no_shadow.jpg (in test/ 1_free.jpg), or train_A/ and train_C/',
-        find_places,
-        aliases={'train': ('Train', 'SRD_Train'), 'test': ('Test', 'SRD_Test', 'test_data')},
-        places=make_places(
-            (
-                ('{split}/shadow', '{split}/shadow_free'),
-                ('{split}/{split}_A', '{split}/{split}_C'),
-                ('{split}_A', '{split}_C'),
-            ),
-            ('{}', '{}_no_shadow'),
-            ('{}', '{}_free'),
-            ('{}', '{}'),
+        make_places(
+            (*below_split('shadow shadow_free', '{split}_A {split}_C'), ('{split}_A', '{split}_C')),
+            *(('{}', '{}_no_shadow'), ('{}', '{}_free'), ('{}', '{}')),
         ),
+        aliases={'train': ('Train', 'SRD_Train'), 'test': ('Test', 'SRD_Test', 'test_data')},
     ),
     'moire': Layout(
         'TIP-2018',
         'trainData/source/1_source.png and trainData/target/1_target.png, and testData/ likewise; '
         'or train/ and test/, or both kinds in one folder',
-        find_places,
-        aliases={'train': ('Train',), 'test': ('Test',)},
-        places=make_places(
+        make_places(
             (
                 ('{split}Data/source', '{split}Data/target'),
-                ('{split}/source', '{split}/target'),
+                *below_split('source target'),
                 ('{split}Data', '{split}Data'),
-                ('{split}', '{split}'),
+                *below_split('. .'),
             ),
             ('{}_source', '{}_target'),
         ),
+        aliases={'train': ('Train',), 'test': ('Test',)},
     ),
 }
 """Every layout by the name that the option `layout` calls it."""

@@ -1,4 +1,4 @@
-"""Manifests: the pairs of one phase in a text file, as `basicsr data prepare` writes them.
+"""Read and write manifests: the pairs of one phase in a text file, as `basicsr data prepare` writes them.
 
 JSON Lines. The first line is about the whole:
 
@@ -10,7 +10,7 @@ those of the pairs and belong to none of them. Each further line is a pair:
   {"key": "a", "lq": "rain/a.png", "gt": "clean/a.png", "size": [256, 256], "bytes": [9041, 8220], "digests": [.., ..]}
 
 `size` is height and width; of `bytes` and `digests` the first is of the degraded image. A digest is that of the decoded
-pixels (`prepare.checks.digest`), so that a file written anew without loss is still the same image.
+pixels (`prepare.checks.digest_pixels`), so that a file written anew without loss is still the same image.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ast_plugin import __version__
 from ast_plugin.data.matching import Pair, PairTable
@@ -32,9 +32,8 @@ FORMAT = 1
 """Number of this format, the value of `manifest` in the first line."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A pair and what its images were found to be.
+class Entry(NamedTuple):
+    """A pair, and its images in numbers.
 
     Attributes:
         key: names the pair; no other pair of the manifest has it.
@@ -82,7 +81,7 @@ class Manifest:
             next(lines)
             number = 1
             for number, line in enumerate(lines, 2):
-                yield _entry(self.path, number, line)
+                yield _parse_entry(self.path, number, line)
         if number - 1 != self.num_pairs:
             raise DataError(
                 f'{self.path}: the first line says {self.num_pairs} pairs, {number - 1} follow: the file was cut or '
@@ -107,7 +106,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     """
     path = Path(path)
     with _reading(path) as lines:
-        header = _object(path, 1, next(lines, ''))
+        header = _parse_object(path, 1, next(lines, ''))
     if header.get('manifest') != FORMAT:
         what = f'a manifest of format {header["manifest"]!r}' if 'manifest' in header else 'no manifest'
         raise DataError(
@@ -118,7 +117,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     if wrong:
         raise DataError(f'{path}: line 1 lacks {", ".join(wrong)}. Prepare the dataset again')
     root = Path(os.path.normpath(path.resolve().parent / header['root']))
-    if not _is_folder(root):
+    if not os.path.isdir(root):
         raise DataError(
             f'{path}: its images were in {root}, which is no folder now. Put them back there, '
             f'or set "root" in the first line to where they are'
@@ -145,18 +144,22 @@ def write_manifest(
         path: the file; its folder must exist. A file of that name is replaced.
         entries: the pairs, taken one by one.
         layout, phase: see `Manifest`.
-        root: what the entries' names are relative to.
+        root: the folder that the entries' names are relative to.
         pairs: how many entries there are.
         others: see `Manifest`.
     Raises:
-        DataError: if the file cannot be written, for example because the disk is full.
+        FileError: if the file cannot be written, for example because the disk is full.
     """
     path = Path(path)
+    try:
+        relative = os.path.relpath(Path(root).absolute(), path.parent.resolve())
+    except ValueError:  # another drive of Windows
+        relative = Path(root).absolute()
     header = {
         'manifest': FORMAT,
         'layout': layout,
         'phase': phase,
-        'root': _relative(Path(root), path.parent),
+        'root': Path(relative).as_posix(),
         'pairs': pairs,
         'others': list(others),
         'made_by': f'ast_plugin {__version__}',
@@ -164,26 +167,7 @@ def write_manifest(
     with replace_text(path) as file:
         file.write(json.dumps(header) + '\n')
         for entry in entries:
-            file.write(encode_entry(entry) + '\n')
-
-
-def encode_entry(entry: Entry) -> str:
-    """Return the line of an entry, without its end."""
-    return json.dumps({name: getattr(entry, name) for name in Entry.__slots__})
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # longer than names may be, or not of letters that they may have
-        return False
-
-
-def _relative(root: Path, folder: Path) -> str:
-    try:
-        return Path(os.path.relpath(root.absolute(), folder.resolve())).as_posix()
-    except ValueError:  # another drive of Windows
-        return root.absolute().as_posix()
+            file.write(json.dumps(entry._asdict()) + '\n')
 
 
 @contextmanager
@@ -197,7 +181,7 @@ def _reading(path: Path) -> Iterator[Iterator[str]]:
         raise DataError(f'{path}: no manifest, which is text in UTF-8') from error
 
 
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -209,23 +193,21 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     return value
 
 
-def _entry(path: Path, number: int, line: str) -> Entry:
-    value = _object(path, number, line)
+def _parse_entry(path: Path, number: int, line: str) -> Entry:
+    value = _parse_object(path, number, line)
     try:
-        entry = Entry(
-            *(value[name] for name in ('key', 'lq', 'gt')),
-            *(tuple(value[name]) for name in ('size', 'bytes', 'digests')),
-        )
-        if not all(_is_inside(name) for name in (entry.lq, entry.gt)) or not _can_be_name(entry.key):
-            raise ValueError('names')
-        if [*map(type, (*entry.size, *entry.bytes))] != [int] * 4 or [*map(type, entry.digests)] != [str] * 2:
-            raise ValueError('two of each')
-    except (KeyError, TypeError, ValueError):
-        raise DataError(
-            f'{path}: line {number} is no pair: expected key, lq, gt (names below root), size, bytes and digests; '
-            f'got {line.strip()[:60]!r}. Prepare the dataset again'
-        ) from None
-    return entry
+        names = [value[name] for name in ('key', 'lq', 'gt')]
+        numbers, digests = [*value['size'], *value['bytes']], value['digests']
+        is_right = _can_be_name(names[0]) and all(map(_is_inside, names[1:]))
+        is_right = is_right and [*map(type, numbers)] == [int] * 4 and [*map(type, digests)] == [str] * 2
+        if is_right and len(value['size']) == 2:
+            return Entry(*names, tuple(numbers[:2]), tuple(numbers[2:]), tuple(digests))
+    except (KeyError, TypeError):
+        pass
+    raise DataError(
+        f'{path}: line {number} is no pair: expected key, lq, gt (names below root), size, bytes and digests; '
+        f'got {line.strip()[:60]!r}. Prepare the dataset again'
+    )
 
 
 def _can_be_name(name: object) -> bool:
@@ -238,6 +220,4 @@ def _can_be_name(name: object) -> bool:
 
 def _is_inside(name: object) -> bool:
     """Whether a name stays below the root: a manifest from elsewhere opens no other file."""
-    if not _can_be_name(name):
-        return False
-    return not PurePosixPath(name).is_absolute() and '..' not in name.split('/')
+    return _can_be_name(name) and not PurePosixPath(name).is_absolute() and '..' not in name.split('/')

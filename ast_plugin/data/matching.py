@@ -56,10 +56,7 @@ class PairTable(Sequence[Pair]):
     """A list of pairs kept as one run of bytes: 640,000 take some 60 MB, as objects of their own four times that.
 
     Workers that are forked share it for good: reading it writes nothing, not even counts of references.
-
-    Args:
-        pairs: in order; each path begins with `root`, which is then kept once.
-        root: the start of all paths, the separator included; empty if they have nothing in common.
+    The start `root` of all paths, the separator included, is kept once.
     """
 
     def __init__(self, pairs: Iterable[Pair] = (), root: str = '') -> None:
@@ -266,7 +263,7 @@ def is_image(name: str) -> bool:
 
 
 def shorten_list(items: Iterable[str], num_shown: int = _NUM_SHOWN) -> str:
-    """List the first few of `items`, and say how many more there are."""
+    """Join the first few of `items`, and the number of the others."""
     items = list(items)
     rest = f' and {len(items) - num_shown} more' if len(items) > num_shown else ''
     return ', '.join(items[:num_shown]) + rest

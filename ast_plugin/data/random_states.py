@@ -11,10 +11,9 @@ from torch.utils.data import Dataset
 
 
 def capture(every_device: bool = True) -> dict[str, Any]:
-    """Where the global generators stand, as tensors and plain values, which torch reads without unpickling code.
+    """Return the states of the global generators as tensors and plain values, which torch reads without pickle.
 
-    Args:
-        every_device: of all GPUs; otherwise of the current one alone, as processes want it that share a machine's.
+    Of all GPUs or, for processes that share a machine's, of the current one alone.
     """
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (BasicSR draws from it)
@@ -64,14 +63,10 @@ def _devices(every_device: bool = True) -> list[int]:
 
 
 class SeededSamples(Dataset):
-    """A dataset each sample of which is drawn with generators seeded by (seed, epoch, position).
+    """A dataset of BasicSR's or another plugin's, whose samples depend on (seed, epoch, position) alone.
 
-    What it gives then depends neither on the number of workers nor on what was drawn before, so that a run can go on
-    in the middle of an epoch. All else is the dataset's own.
-
-    Args:
-        dataset: with a length, and indices that are numbers.
-        seed: the run's.
+    Its random choices come from global generators, which are seeded for each sample, so that a run can go on in the
+    middle of an epoch. All else is the dataset's own; its indices must be numbers.
     """
 
     index_carries_epoch = True

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch.utils.data import Dataset, get_worker_info
 
 from ast_plugin.data import transforms
-from ast_plugin.errors import DataError, OptionError, did_you_mean
+from ast_plugin.errors import DataError, OptionError
+from ast_plugin.faults import faults_of
 
 
 class IoBackend(BaseModel):
@@ -59,34 +60,8 @@ class SeededOptions(BaseModel):
         return self
 
 
-def read_options(options_type: type[SeededOptions], opt: Mapping[str, Any]) -> SeededOptions:
-    """Return `opt` as `options_type`, or raise OptionError with a line on each key that is wrong."""
-    try:
-        return options_type.model_validate(dict(opt))
-    except ValidationError as error:
-        place = f'datasets.{opt.get("phase", "train")}'
-        raise OptionError('\n'.join(_fault(place, report, options_type, opt) for report in error.errors())) from None
-
-
-def _fault(place: str, report: Mapping[str, Any], options_type: type[BaseModel], opt: Mapping[str, Any]) -> str:
-    where = list(report['loc'])
-    if len(where) > 2 and isinstance(opt[where[0]], Mapping) and where[1] not in opt[where[0]]:
-        del where[1]  # pydantic's name of a union's member
-    if report['type'] == 'union_tag_invalid':
-        where.append('type')
-    key = '.'.join(map(str, [place, *where]))
-    if report['type'] == 'extra_forbidden':
-        suggestion = did_you_mean(str(where[-1]), options_type.model_fields) if len(where) == 1 else ''
-        return f'{key}: unknown key{suggestion}'
-    return f'{key}: {report["msg"].removeprefix("Value error, ")}'
-
-
 class WorkerDataError(DataError):
-    """A DataError raised in a worker process.
-
-    torch rebuilds an error in the main process with the worker's whole traceback as its message; here the message is
-    cut back to what the worker said, which is all that the user can act on.
-    """
+    """A DataError of a worker process, from whose message torch's traceback of the worker is cut off again."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message.rpartition(f'{WorkerDataError.__name__}: ')[2].rstrip('\n'))
@@ -110,7 +85,11 @@ class SeededDataset(Dataset):
     def __init__(self, opt: Mapping[str, Any]) -> None:
         super().__init__()
         self.opt = opt
-        self.options = read_options(self.options_type, opt)
+        try:
+            self.options = self.options_type.model_validate(dict(opt))
+        except ValidationError as error:
+            faults = faults_of(error, self.options_type, dict(opt), ('datasets', opt.get('phase', 'train')))
+            raise OptionError('\n'.join(map(str, faults))) from None
         self.is_train = self.options.phase == 'train'
 
     def __len__(self) -> int:

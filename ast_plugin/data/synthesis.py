@@ -98,9 +98,8 @@ class SynthesizedPair:
 def packaged_photos(split: str = 'all', names: list[str] | None = None) -> list[Photo]:
     """List the photos inside scikit-image and scikit-learn, without importing or downloading anything.
 
-    Args:
-        split: `train`, `val` or `all`; the split of a photo never changes.
-        names: those wanted, instead of a split.
+    `split` is `train`, `val` or `all`, and never changes for a photo; `names` are taken instead.
+
     Raises:
         DataError: if a package or one of its files is missing, or a name is none of these photos.
     """

@@ -85,13 +85,9 @@ def to_float(image: np.ndarray) -> np.ndarray:
 
 
 def to_tensor(image: np.ndarray, keep_uint8: bool = False) -> torch.Tensor:
-    """Return a copy of [H, W, C] as a contiguous tensor [C, H, W].
+    """Return a copy of [H, W, C] of 8 bits, 16 bits or float as a contiguous tensor [C, H, W], float32 in [0, 1].
 
-    Args:
-        image: of 8 bits, 16 bits or float.
-        keep_uint8: leave 8 bits as they are; a fourth of the bytes to move, until `to_unit_range`.
-    Returns:
-        uint8 in [0, 255] if that is kept, else float32 in [0, 1].
+    With `keep_uint8` 8 bits stay as they are, uint8 in [0, 255]: a fourth of the bytes to move, until `to_unit_range`.
     """
     planes = image.transpose(2, 0, 1)
     if keep_uint8 and image.dtype == np.uint8:

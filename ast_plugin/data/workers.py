@@ -113,10 +113,6 @@ def start_apart(worker_init: Callable[[int], None] | None, worker: int) -> None:
 
     Terminals and launchers send SIGINT and SIGTERM to a whole group of processes. The process that trains takes them as
     a request to save, for which it needs its workers; it ends them itself.
-
-    Args:
-        worker_init: another function to call when a worker starts, or None.
-        worker: its number.
     """
     if hasattr(os, 'setpgrp'):
         os.setpgrp()

@@ -183,7 +183,7 @@ def test_a_file_that_went_away_is_named(root):
     ('options', 'expected'),
     [
         ({'gt_sise': 4}, r'datasets\.train\.gt_sise: unknown key, did you mean gt_size'),
-        ({'gt_size': 0}, r'datasets\.train\.gt_size: .*greater than or equal to 1'),
+        ({'gt_size': 0}, r'datasets\.train\.gt_size: expected 1 or more, got 0'),
         ({'gt_size': None}, 'training needs gt_size'),
         ({'scale': 2}, r'datasets\.train\.scale'),
         ({'io_backend': {'type': 'memcached'}}, r'datasets\.train\.io_backend\.type: .*disk'),

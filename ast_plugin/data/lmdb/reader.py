@@ -172,11 +172,8 @@ def _reason(error: lmdb.Error) -> str:
 
 
 def check_lmdb(folder: str | Path, num_workers: int = 1) -> list[str]:
-    """Read every image of an LMDB and compare it with its digest or, where there are none, decode it.
+    """Read every image of an LMDB on `num_workers` threads, and compare it with its digest or else decode it.
 
-    Args:
-        folder: `*.lmdb`, ours or BasicSR's.
-        num_workers: threads that read.
     Returns:
         A line on each fault; nothing if all is well.
     """
@@ -209,10 +206,8 @@ def check_lmdb(folder: str | Path, num_workers: int = 1) -> list[str]:
 def check_together(folder: str | Path) -> list[str]:
     """Find out whether the two LMDBs in a folder are those that were made together, neither lost nor in other places.
 
-    Args:
-        folder: as `basicsr data lmdb` writes it; one without its source.json is none, and has no fault.
     Returns:
-        A line on each fault; whether an LMDB is whole is for `check_lmdb` to say.
+        A line on each fault; none for a folder without source.json. `check_lmdb` tells whether an LMDB is whole.
     """
     folder = Path(folder)
     if not (folder / SOURCE).is_file():

@@ -216,12 +216,7 @@ class Journal:
         return checked
 
     def entries(self, pairs: PairTable, name_of: Callable[[str], str]) -> Iterator[Entry]:
-        """Yield an entry for each good pair.
-
-        Args:
-            pairs: those that were checked.
-            name_of: turns a path into the name that the manifest gives it.
-        """
+        """Yield an entry for each good pair; `name_of` turns a path into the name that the manifest gives it."""
         with open(self.path, encoding='utf-8') as file:
             for pair, line in zip(pairs, file, strict=True):
                 checked = _parse(line)
@@ -354,11 +349,7 @@ def check_files(
 
 
 def find_extra(manifests: Iterable[Manifest]) -> list[DataFault]:
-    """Find images that lie among those of the manifests, and were not there when they were made.
-
-    Args:
-        manifests: all that were made of the dataset: the images of one are no strangers to another.
-    """
+    """Find images that lie among those of all manifests of a dataset, and were not there when they were made."""
     known: set[int] = set()
     folders: set[str] = set()
     for manifest in manifests:
@@ -382,10 +373,6 @@ def find_extra(manifests: Iterable[Manifest]) -> list[DataFault]:
 def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = int) -> list[DataFault]:
     """Compare the pixels of `lq.lmdb` and `gt.lmdb` in a folder with a manifest.
 
-    Args:
-        folder: as `basicsr data lmdb` writes it.
-        manifest: of the images that went into them.
-        on_pair: called after each pair.
     Raises:
         DataError: if one of them is missing or cannot be opened.
     """

@@ -35,9 +35,7 @@ _TRAITS = {
 class CheckedDataset:
     """A dataset whose images were read.
 
-    Attributes:
-        splits: its splits.
-        leaks: images to be tested with that are trained on.
+    `leaks` are images to be tested with that are trained on.
     """
 
     splits: Sequence[CheckedSplit]
@@ -80,9 +78,6 @@ class Preparation:
     def check(self, workers: int, on_pair: Callable[[], None] = int) -> CheckedDataset:
         """Read all images but those that a run checked that was killed or refused.
 
-        Args:
-            workers: processes to read with.
-            on_pair: called after each pair.
         Raises:
             DataError: if the folder cannot be written to.
         """
@@ -231,11 +226,7 @@ def format_leaks(dataset: CheckedDataset, source: Path) -> list[str]:
 
 
 def format_options(manifests: Iterable[tuple[str, Path]]) -> list[str]:
-    """Return the part of an option file that uses manifests.
-
-    Args:
-        manifests: phase and path of each.
-    """
+    """Return the part of an option file that uses manifests, given by phase and path."""
     lines, used = ['datasets:'], Counter()
     for phase, path in manifests:
         used[phase] += 1

@@ -13,7 +13,7 @@ from ast_plugin.data.layouts import (
     Layout,
     Place,
     Source,
-    find_places,
+    below_split,
     make_places,
     match_place,
     read_list,
@@ -24,26 +24,9 @@ from ast_plugin.errors import DataError, OptionError, did_you_mean
 
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.bz2', '.rar', '.7z')
 
-# What plain folders of pairs are usually called.
-_PLAIN = (
-    ('lq', 'gt'),
-    ('LQ', 'GT'),
-    ('input', 'target'),
-    ('input', 'gt'),
-    ('input', 'groundtruth'),
-    ('degraded', 'clean'),
-    ('noisy', 'clean'),
-    ('rainy', 'clean'),
-    ('rain', 'norain'),
-    ('rain', 'clean'),
-    ('hazy', 'clear'),
-    ('hazy', 'gt'),
-    ('hazy', 'GT'),
-    ('data', 'gt'),
-    ('low', 'high'),
-    ('blur', 'sharp'),
-    ('source', 'target'),
-)
+# Usual names of plain folders of pairs.
+_PLAIN = 'lq gt, LQ GT, input target, input gt, input groundtruth, degraded clean, noisy clean, rainy clean, '
+_PLAIN += 'rain norain, rain clean, hazy clear, hazy gt, hazy GT, data gt, low high, blur sharp, source target'
 
 
 @dataclass(frozen=True)
@@ -81,16 +64,15 @@ def plain_layout(lq: str | None, gt: str | None, lq_template: str | None, gt_tem
     """
     if (lq is None) != (gt is None) or ('{split}' in (lq or '')) != ('{split}' in (gt or '')):
         raise OptionError('--lq and --gt go together, and either both or none have {split} in them')
-    names = [(lq, gt)] if lq and gt else [('{split}/' + one, '{split}/' + other) for one, other in _PLAIN]
-    return Layout(
-        'A dataset of plain folders',
-        f'{lq}/ and {gt}/, with partners of equal names or as --lq-template and --gt-template say'
-        if lq
-        else 'input/ and target/, lq/ and gt/ or such, in train/ and test/ or directly; --lq and --gt name others',
-        find_places,
-        places=make_places(names, (lq_template or '{}', gt_template or '{}')),
-        aliases={'train': ('.',)},
-    )
+    names = ((lq, gt),) if lq and gt else below_split(*_PLAIN.split(', '))
+    if lq:
+        description = f'{lq}/ and {gt}/, with partners of equal names or as --lq-template and --gt-template say'
+    else:
+        description = (
+            'input/ and target/, lq/ and gt/ or such, in train/ and test/ or directly; --lq and --gt name others'
+        )
+    places = make_places(names, (lq_template or '{}', gt_template or '{}'))
+    return Layout('A dataset of plain folders', description, places, aliases={'train': ('.',)})
 
 
 def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) -> list[Split]:
