@@ -1,5 +1,7 @@
 """Rules that are wrong, and what globs mean."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -10,61 +12,69 @@ from ast_plugin.archs.mixed.rules import Rule, assign, read_rules
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError
 from tests.archs.mixed.networks import EDSR, MSRRESNET, SWINIR, TokenNet
 
-ASSA = {'type': 'ASSA'}
-ATTN = {'match': '**.attn', 'with': ASSA}
+
+def rule(match='**.attn', block='ASSA', keys=(), **options):
+    """A rule with further `keys`, and `options` of the block."""
+    return {'match': match, 'with': {'type': block, **options}, **dict(keys)}
 
 
-@pytest.fixture(autouse=True)
-def _networks(monkeypatch):
-    import basicsr.archs  # noqa: F401 - registers
-    from basicsr.utils.registry import ARCH_REGISTRY
+KEEP = {'keep_weights': True}
+WRAP = {'op': 'wrap'}
 
-    class Gossip(nn.Module):
-        """Looks into its layer instead of only calling it."""
 
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+class Gossip(nn.Module):
+    """Looks into its layer instead of only calling it."""
 
-        def forward(self, x):
-            return self.conv(x) * self.conv.weight.mean()
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
 
-    class Nested(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = Mixed(EDSR, [{'match': 'body.0', 'with': {'type': 'MLP'}}])
+    def forward(self, x):
+        return self.conv(x) * self.conv.weight.mean()
 
-        def forward(self, x):
-            return self.inner(x)
 
-    class Pooled(nn.Module):
-        """Channel attention alone, and a second tensor beside the map."""
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Mixed(EDSR, [rule('body.0', 'MLP')])
 
-        def __init__(self):
-            super().__init__()
-            self.pooled, self.pair = nn.Conv2d(3, 3, 1), Pair()
+    def forward(self, x):
+        return self.inner(x)
 
-        def forward(self, x):
-            return self.pair(x, x) * self.pooled(x.mean((2, 3), keepdim=True))
 
-    class Pair(nn.Module):
-        def forward(self, x, y):
-            return x + y
+class Pair(nn.Module):
+    def forward(self, x, y):
+        return x + y
 
-    class Twice(nn.Module):
-        """A layer for a map, then for its mean; and a feed-forward network with a convolution in it."""
 
-        def __init__(self):
-            super().__init__()
-            self.layer, self.conv = nn.Linear(3, 3), nn.Conv2d(3, 3, 3, padding=1)
-            self.mlp = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3))
+class Pooled(nn.Module):
+    """Channel attention alone, and a second tensor beside the map."""
 
-        def forward(self, x):
-            y = self.mlp(x.permute(0, 2, 3, 1))
-            return self.conv((self.layer(y) * self.layer(y.mean((1, 2)))[:, None, None]).permute(0, 3, 1, 2))
+    def __init__(self):
+        super().__init__()
+        self.pooled, self.pair = nn.Conv2d(3, 3, 1), Pair()
 
-    for network in (Gossip, Nested, Pooled, Twice, TokenNet):
-        monkeypatch.setitem(ARCH_REGISTRY._obj_map, network.__name__, network)
+    def forward(self, x):
+        return self.pair(x, x) * self.pooled(x.mean((2, 3), keepdim=True))
+
+
+class Twice(nn.Module):
+    """A layer for a map, then for its mean; and a feed-forward network with a norm in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.conv = nn.Linear(3, 3), nn.Conv2d(3, 3, 3, padding=1)
+        self.mlp = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3))
+
+    def forward(self, x):
+        y = self.mlp(x.permute(0, 2, 3, 1))
+        return self.conv((self.layer(y) * self.layer(y.mean((1, 2)))[:, None, None]).permute(0, 3, 1, 2))
+
+
+GOSSIP, NESTED, POOLED, TWICE = ({'type': kind.__name__} for kind in (Gossip, Nested, Pooled, Twice))
+HIDDEN = {'type': 'TokenNet', 'way': 'hidden'}
+EDVR = {'type': 'EDVR', 'num_feat': 8, 'num_extract_block': 1, 'num_reconstruct_block': 1}
+STYLEGAN = {'type': 'StyleGAN2Generator', 'out_size': 8, 'narrow': 0.1}
 
 
 @pytest.mark.parametrize(
@@ -73,32 +83,29 @@ def _networks(monkeypatch):
         ([], r'mix: expected a list of rules'),
         ('ASSA', r'mix: expected a list of rules'),
         (['ASSA'], r'mix\.0: expected \{match'),
-        ([{**ATTN, 'opp': 'replace'}], r'mix\.0\.opp: unknown key, did you mean op\?'),
-        ([{'with': ASSA}], r'mix\.0\.match: expected a glob.*got None'),
-        ([{'match': 'class:', 'with': ASSA}], r'mix\.0\.match: expected a glob'),
-        ([ATTN, {'match': 'a'}], r'mix\.1\.with: expected the block'),
+        ([rule(keys={'opp': 'replace'})], r'mix\.0\.opp: unknown key, did you mean op\?'),
+        ([{'with': {'type': 'ASSA'}}], r'mix\.0\.match: expected a glob.*got None'),
+        ([rule('class:')], r'mix\.0\.match: expected a glob'),
+        ([rule(), {'match': 'a'}], r'mix\.1\.with: expected the block'),
         ([{'match': 'a', 'with': 'ASSA'}], r'mix\.0\.with: expected the block'),
-        (
-            [{'match': 'a', 'with': {'type': 'ASA'}}],
-            r'mix\.0\.with\.type: no block is registered as ASA, did you mean ASSA',
-        ),
-        ([{'match': 'a', 'with': {'type': 3}}], r'no block is registered as 3'),
-        ([{'match': 'a', 'with': {**ASSA, 'windowsize': 8}}], r'with\.windowsize: .*did you mean window_size\?'),
-        ([{'match': 'a', 'with': {**ASSA, 'layout': 'nchw'}}], r'with\.layout: ASSA takes no such option'),
-        ([{**ATTN, 'op': 'swap'}], r'mix\.0\.op: expected one of replace, append, prepend, wrap'),
-        ([{**ATTN, 'keep_weights': 'yes'}], r'keep_weights: expected true or false'),
-        ([{**ATTN, 'keep_weights': True, 'op': 'wrap'}], r'keep_weights: wrap keeps the module'),
-        ([{**ATTN, 'dense_share': 0.9}], r'dense_share: goes with keep_weights'),
-        ([{**ATTN, 'keep_weights': True, 'dense_share': 1}], r'dense_share: expected a number between 0 and 1'),
-        ([{**ATTN, 'keep_weights': True, 'dense_share': 'all'}], r'dense_share: expected a number'),
-        ([{**ATTN, 'gain': 0.1}], r'gain: a number, for op: wrap alone'),
-        ([{**ATTN, 'op': 'wrap', 'gain': float('nan')}], r'gain: a number'),
-        ([{**ATTN, 'op': 'wrap', 'gain': 10**400}], r'gain: a number'),
-        ([{'match': 'a', 'with': {**ASSA, 3: 4}}], r'with\.3: ASSA takes no such option'),
-        ([{**ATTN, 'op': ['wrap']}], r"op: expected one of .*, got \['wrap'\]"),
+        ([rule(block='ASA')], r'mix\.0\.with\.type: no block is registered as ASA, did you mean ASSA'),
+        ([rule(block=3)], r'no block is registered as 3'),
+        ([rule(windowsize=8)], r'with\.windowsize: .*did you mean window_size\?'),
+        ([rule(layout='nchw')], r'with\.layout: ASSA takes no such option'),
+        ([{'match': 'a', 'with': {'type': 'ASSA', 3: 4}}], r'with\.3: ASSA takes no such option'),
+        ([rule(keys={'op': 'swap'})], r'mix\.0\.op: expected one of replace, append, prepend, wrap'),
+        ([rule(keys={'op': ['wrap']})], r"op: expected one of .*, got \['wrap'\]"),
+        ([rule(keys={'keep_weights': 'yes'})], r'keep_weights: expected true or false'),
+        ([rule(keys=KEEP | WRAP)], r'keep_weights: wrap keeps the module'),
+        ([rule(keys={'dense_share': 0.9})], r'dense_share: goes with keep_weights'),
+        ([rule(keys={**KEEP, 'dense_share': 1})], r'dense_share: expected a number between 0 and 1'),
+        ([rule(keys={**KEEP, 'dense_share': 'all'})], r'dense_share: expected a number'),
+        ([rule(keys={'gain': 0.1})], r'gain: a number, for op: wrap alone'),
+        ([rule(keys={**WRAP, 'gain': float('nan')})], r'gain: a number'),
+        ([rule(keys={**WRAP, 'gain': 10**400})], r'gain: a number'),
     ],
 )
-def test_rules_that_cannot_be_read(rules, words):
+def test_unreadable_rules(rules, words):
     with pytest.raises(OptionError, match=words):
         read_rules(rules)
 
@@ -109,236 +116,85 @@ def test_rules_that_cannot_be_read(rules, words):
         # what a rule means
         (
             SWINIR,
-            [{'match': 'layers.*.residual_group.block.*.attn', 'with': ASSA}],
+            [rule('layers.*.residual_group.block.*.attn')],
             OptionError,
-            r'no module is meant by .*; near it are layers\.\*\.residual_group\.blocks\.\*\.attn',
+            r'near it are .*_group\.blocks\.\*\.attn',
         ),
-        (SWINIR, [{'match': 'class:WindowAttn', 'with': ASSA}], OptionError, 'classes there are: WindowAttention'),
-        (SWINIR, [{'match': '*.attn', 'with': ASSA}], OptionError, r'residual_group\.blocks\.\*\.attn'),
-        (
-            SWINIR,
-            [ATTN, {'match': '**.0.attn', 'with': ASSA}],
-            OptionError,
-            r'mix\.1\.match: .*exchanged twice, by mix\.0',
-        ),
-        (
-            SWINIR,
-            [{'match': '**.blocks.*', 'with': {'type': 'ASTBlock'}}, ATTN],
-            OptionError,
-            r'attn would be exchanged twice, it lies in .*blocks\.0, which mix\.0 replaces',
-        ),
-        (SWINIR, [{'match': '**', 'with': {'type': 'MLP'}}], OptionError, 'exchanged twice'),
-        (SWINIR, [{'match': 'layers', 'with': ASSA}], ShapeError, r'layers \(ModuleList\) is never called'),
+        (SWINIR, [rule('class:WindowAttn')], OptionError, 'classes there are: WindowAttention'),
+        (SWINIR, [rule('*.attn')], OptionError, r'no module is meant by .*residual_group\.blocks\.\*\.attn'),
+        (SWINIR, [rule(), rule('**.0.attn')], OptionError, r'mix\.1\.match: .*exchanged twice, by mix\.0'),
+        (SWINIR, [rule('**.blocks.*', 'ASTBlock'), rule()], OptionError, r'lies in .*blocks\.0, which mix\.0 replaces'),
+        (SWINIR, [rule('**', 'MLP')], OptionError, 'exchanged twice'),
+        (SWINIR, [rule('layers')], ShapeError, r'layers \(ModuleList\) is never called'),
         # what cannot stand there
-        (
-            SWINIR,
-            [{'match': '**.attn', 'with': {'type': 'FRFN'}}],
-            ShapeError,
-            r'windows, and it stands among tokens or on maps',
-        ),
-        (
-            SWINIR,
-            [{'match': '**.mlp.fc1', 'with': {'type': 'MLP'}}],
-            ShapeError,
-            r'\[1, \d+, 8\] come in and \[1, \d+, 16\] go out',
-        ),
-        (
-            {**EDSR, 'upscale': 2},
-            [{'match': 'upsample.1', 'op': 'replace', 'with': {'type': 'FRFN'}}],
-            ShapeError,
-            r'\[1, 32, 64, 65\] come in and \[1, 8, 128, 130\] go out, and a block keeps the shape',
-        ),
-        (
-            {'type': 'TokenNet', 'way': 'hidden'},
-            [{'match': 'blocks.*.ffn', 'with': {'type': 'FRFN'}}],
-            ShapeError,
-            'no caller is given their height and width',
-        ),
-        (
-            {'type': 'Pooled'},
-            [{'match': 'pooled', 'with': {'type': 'MLP'}}],
-            ShapeError,
-            r'works on \[1, 3, 1, 1\], then on',
-        ),
-        (
-            {'type': 'Pooled'},
-            [{'match': 'pair', 'with': {'type': 'MLP'}}],
-            ShapeError,
-            r'it is given \[1, 3, 64, 65\] besides',
-        ),
-        (
-            {'type': 'Gossip'},
-            [{'match': 'conv', 'with': {'type': 'MLP'}}],
-            OptionError,
-            'does more with the modules than calling',
-        ),
-        (
-            {'type': 'Twice'},
-            [{'match': 'layer', 'with': {'type': 'MLP'}}],
-            ShapeError,
-            r'layer \(Linear\) is called in different ways, with \[1, 64, 65, 3\] and with \[1, 3\]',
-        ),
+        (SWINIR, [rule(block='FRFN')], ShapeError, 'windows, and it stands among tokens or on maps'),
+        (SWINIR, [rule('**.mlp.fc1', 'MLP')], ShapeError, r'\[1, \d+, 8\] come in and \[1, \d+, 16\] go out'),
+        ({**EDSR, 'upscale': 2}, [rule('upsample.1', 'FRFN')], ShapeError, r'128, 130\] go out, and a block keeps'),
+        (HIDDEN, [rule('blocks.*.ffn', 'FRFN')], ShapeError, 'no caller is given their height and width'),
+        (POOLED, [rule('pooled', 'MLP')], ShapeError, r'works on \[1, 3, 1, 1\], then on'),
+        (POOLED, [rule('pair', 'MLP')], ShapeError, r'it is given \[1, 3, 64, 65\] besides'),
+        (GOSSIP, [rule('conv', 'MLP')], OptionError, 'does more with the modules than calling'),
+        (TWICE, [rule('layer', 'MLP')], ShapeError, r'called in different ways, with .* 65, 3\] and with \[1, 3\]'),
         # sizes
-        (
-            SWINIR,
-            [{'match': '**.attn', 'with': {**ASSA, 'shift_size': 2}}],
-            ShapeError,
-            'shift_size 2 asked for, it is the caller who cuts the windows',
-        ),
-        (
-            SWINIR,
-            [{'match': '**.mlp', 'with': {'type': 'FRFN', 'mlp_ratio': '2'}}],
-            OptionError,
-            r"mix\.0: FRFN at layers.*mlp_ratio must be a number .*, not '2'",
-        ),
-        (
-            SWINIR,
-            [{'match': '**.attn', 'with': {**ASSA, 'num_heads': 3}}],
-            OptionError,
-            '8 channels do not divide into 3 heads',
-        ),
-        (
-            SWINIR,
-            [{'match': '**.attn', 'with': {**ASSA, 'window_size': 8}}],
-            ShapeError,
-            'window_size 8 asked for, .*4x4',
-        ),
-        (
-            SWINIR,
-            [{'match': '**.attn', 'with': {**ASSA, 'dim': 16}}],
-            ShapeError,
-            '16 channels asked for, the place has 8',
-        ),
-        (
-            EDSR,
-            [{'match': 'body.*', 'with': {**ASSA, 'window_size': 65}}],
-            OptionError,
-            r'window_size 65 is larger than the map there, 64x65',
-        ),
-        (
-            EDSR,
-            [{'match': 'body.*', 'with': {**ASSA, 'window_size': 'large'}}],
-            OptionError,
-            r'ASSA at body\.0 .*large',
-        ),
-        (
-            EDSR,
-            [{'match': 'body.*', 'with': {**ASSA, 'shift_size': 9}}],
-            OptionError,
-            r'shift_size must be in \[0, 8\)',
-        ),
-        (
-            EDSR,
-            [{'match': 'conv_last', 'op': 'append', 'with': {'type': 'FRFN'}}],
-            OptionError,
-            'needs at least 4 of them, not 3',
-        ),
+        (SWINIR, [rule(shift_size=2)], ShapeError, 'shift_size 2 asked for, it is the caller who cuts the windows'),
+        (SWINIR, [rule('**.mlp', 'FRFN', mlp_ratio='2')], OptionError, r"FRFN at layers.*must be a number .*, not '2'"),
+        (SWINIR, [rule(num_heads=3)], OptionError, '8 channels do not divide into 3 heads'),
+        (SWINIR, [rule(window_size=8)], ShapeError, 'window_size 8 asked for, .*4x4'),
+        (SWINIR, [rule(dim=16)], ShapeError, '16 channels asked for, the place has 8'),
+        (EDSR, [rule('body.*', window_size=65)], OptionError, 'window_size 65 is larger than the map there, 64x65'),
+        (EDSR, [rule('body.*', window_size='large')], OptionError, r'ASSA at body\.0 .*large'),
+        (EDSR, [rule('body.*', shift_size=9)], OptionError, r'shift_size must be in \[0, 8\)'),
+        (EDSR, [rule('conv_last', 'FRFN', {'op': 'append'})], OptionError, 'needs at least 4 of them, not 3'),
         # weights
-        (
-            SWINIR,
-            [{'match': '**.mlp', 'with': {'type': 'FRFN'}, 'keep_weights': True}],
-            OptionError,
-            'FRFN can keep nothing of Mlp',
-        ),
-        (
-            EDSR,
-            [{'match': 'body.*', 'with': {'type': 'MLP'}, 'keep_weights': True}],
-            OptionError,
-            'MLP can keep nothing of Residual',
-        ),
-        (
-            {'type': 'Twice'},
-            [{'match': 'mlp', 'with': {'type': 'MLP'}, 'keep_weights': True}],
-            OptionError,
-            r'it has learned more than the block has a place for, 1\.weight, 1\.bias',
-        ),
-        (EDSR, [{'match': 'body.*', 'with': ASSA, 'keep_weights': True}], OptionError, 'it is no window attention'),
-        (
-            SWINIR,
-            [{'match': '**.attn', 'with': {**ASSA, 'num_heads': 4}, 'keep_weights': True}],
-            ShapeError,
-            r'position_bias is \[49, 2\], the block has \[49, 4\]',
-        ),
-        (
-            SWINIR,
-            [{'match': '**.attn', 'with': {**ASSA, 'qkv_bias': False}, 'keep_weights': True}],
-            ShapeError,
-            r'q\.bias is \[8\], the block has nothing',
-        ),
-        (
-            SWINIR,
-            [{'match': '**.attn', 'with': {'type': 'DenseAttention'}, 'keep_weights': True, 'dense_share': 0.9}],
-            OptionError,
-            'DenseAttention has no gate',
-        ),
+        (SWINIR, [rule('**.mlp', 'FRFN', KEEP)], OptionError, 'FRFN can keep nothing of Mlp'),
+        (EDSR, [rule('body.*', 'MLP', KEEP)], OptionError, 'MLP can keep nothing of Residual'),
+        (TWICE, [rule('mlp', 'MLP', KEEP)], OptionError, r'more than the block has a place for, 1\.weight, 1\.bias'),
+        (EDSR, [rule('body.*', keys=KEEP)], OptionError, 'it is no window attention'),
+        (SWINIR, [rule(keys=KEEP, num_heads=4)], ShapeError, r'position_bias is \[49, 2\], the block has \[49, 4\]'),
+        (SWINIR, [rule(keys=KEEP, qkv_bias=False)], ShapeError, r'q\.bias is \[8\], the block has nothing'),
+        (SWINIR, [rule(block='DenseAttention', keys={**KEEP, 'dense_share': 0.9})], OptionError, 'has no gate'),
         # bases
-        ({'type': 'Mixed', 'base': EDSR, 'mix': []}, [ATTN], OptionError, 'Mixed cannot be the base of a Mixed'),
-        ({'type': 'Nested'}, [ATTN], OptionError, 'Nested has a Mixed in it'),
-        ({'type': 'SwinIRR'}, [ATTN], OptionError, 'no network is registered as SwinIRR, did you mean SwinIR'),
-        ({}, [ATTN], OptionError, r'base: expected \{type: NAME'),
-        (
-            {'type': 'EDVR', 'num_feat': 8, 'num_extract_block': 1, 'num_reconstruct_block': 1},
-            [ATTN],
-            OptionError,
-            'EDVR needs operators compiled for CUDA',
-        ),
-        (
-            {'type': 'StyleGAN2Generator', 'out_size': 8, 'narrow': 0.1},
-            [ATTN],
-            OptionError,
-            'needs operators compiled for CUDA',
-        ),
-        (
-            {'type': 'SpyNet'},
-            [{'match': 'basic_module.0', 'with': {'type': 'MLP'}}],
-            OptionError,
-            'does not run on images',
-        ),
+        ({'type': 'Mixed', 'base': EDSR, 'mix': []}, [rule()], OptionError, 'Mixed cannot be the base of a Mixed'),
+        (NESTED, [rule()], OptionError, 'Nested has a Mixed in it'),
+        ({'type': 'SwinIRR'}, [rule()], OptionError, 'no network is registered as SwinIRR, did you mean SwinIR'),
+        ({}, [rule()], OptionError, r'base: expected \{type: NAME'),
+        (EDVR, [rule()], OptionError, 'EDVR needs operators compiled for CUDA'),
+        (STYLEGAN, [rule()], OptionError, 'needs operators compiled for CUDA'),
+        ({'type': 'SpyNet'}, [rule('basic_module.0', 'MLP')], OptionError, 'does not run on images'),
         (
             {'type': 'EDSR', 'num_in_ch': 3},
-            [ATTN],
+            [rule()],
             OptionError,
-            'base: the network EDSR cannot be built with .*num_out_ch',
+            'base: the network EDSR cannot be built .*num_out_ch',
         ),
     ],
 )
-def test_rules_that_cannot_be_followed(base, rules, kind, words):
+def test_impossible_rules(registered, base, rules, kind, words):
+    registered(**{network.__name__: network for network in (Gossip, Nested, Pooled, Twice, TokenNet)})
     with pytest.raises(kind, match=words):
         Mixed(base, rules)
 
 
 @pytest.mark.parametrize('key', ['size_multiple', 'nominal_size'])
 @pytest.mark.parametrize('value', [0, -8, 1.5, '8', True])
-def test_sizes_that_make_no_sense(key, value):
+def test_sizes_out_of_range(key, value):
     with pytest.raises(OptionError, match=f'{key}: expected a whole number'):
-        Mixed(EDSR, [{'match': 'body.*', 'with': {'type': 'MLP'}}], **{key: value})
+        Mixed(EDSR, [rule('body.*', 'MLP')], **{key: value})
 
 
-def test_nothing_is_left_behind_by_a_failure():
+def test_any_module_for_a_block():
     """No error but our own, whichever module of a network is exchanged for whichever block."""
+    names = [name for name, _ in Mixed(MSRRESNET, [rule('body.0', 'MLP')]).base.named_modules() if name]
     tried = 0
-    names = [name for name, _ in Mixed(MSRRESNET, [{'match': 'body.0', 'with': {'type': 'MLP'}}]).base.named_modules()]
-    for name in filter(None, names):
+    for name in names:
         for op in ('replace', 'append', 'wrap'):
             try:
-                network = Mixed(MSRRESNET, [{'match': name, 'op': op, 'with': {'type': 'LeFF'}}])
+                network = Mixed(MSRRESNET, [rule(name, 'LeFF', {'op': op})])
             except PluginError:
                 continue
             tried += 1
             assert network(torch.rand(1, 3, 5, 6)).shape == (1, 3, 5, 6)
     assert tried > 20
-
-
-NAMES = [
-    'body',
-    'body.0',
-    'body.0.attn',
-    'body.10',
-    'body.10.attn',
-    'tail',
-    'tail.deep.body.0',
-    'tail.deep.body.0.attn',
-]
 
 
 @pytest.mark.parametrize(
@@ -357,26 +213,24 @@ NAMES = [
         ('class:identity', []),
     ],
 )
-def test_what_globs_mean(pattern, expected):
-    network = nn.Module()
-    for name in NAMES:
-        parent, _, key = name.rpartition('.')
-        for step in range(len(parts := parent.split('.')) if parent else 0):
-            path = '.'.join(parts[: step + 1])
-            if path not in dict(network.named_modules()):
-                network.get_submodule(path.rpartition('.')[0]).add_module(parts[step], nn.Module())
-        network.get_submodule(parent).add_module(key, nn.Identity() if key == 'attn' else nn.Module())
-    rule = Rule('mix.0', pattern, declaration('MLP'), {}, op='append')
-    if not expected:
-        with pytest.raises(OptionError, match='no module is meant'):
-            assign(network, [rule])
+def test_globs(pattern, expected):
+    def tree(**children):
+        module = nn.Module()
+        for name, child in children.items():
+            module.add_module(name, child)
+        return module
+
+    layers = [tree(attn=nn.Identity()) for _ in range(3)]
+    network = tree(body=tree(**{'0': layers[0], '10': layers[1]}), tail=tree(deep=tree(body=tree(**{'0': layers[2]}))))
+    one = Rule('mix.0', pattern, declaration('MLP'), {}, op='append')
+    if expected:
+        assert list(assign(network, [one])) == expected
     else:
-        assert list(assign(network, [rule])) == expected
+        with pytest.raises(OptionError, match='no module is meant'):
+            assign(network, [one])
 
 
-def test_weights_of_strangers_are_not_run(tmp_path):
-    import pickle
-
+def test_base_weights_with_code(tmp_path):
     (tmp_path / 'w.pth').write_bytes(pickle.dumps(print))
     with pytest.raises(CheckpointError):
-        Mixed(EDSR, [{'match': 'body.*', 'with': {'type': 'MLP'}}], base_weights=str(tmp_path / 'w.pth'))
+        Mixed(EDSR, [rule('body.*', 'MLP')], base_weights=str(tmp_path / 'w.pth'))
