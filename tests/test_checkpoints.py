@@ -1,14 +1,15 @@
+"""Weights and training states: read whatever wrote them, refused with a reason, kept and found again."""
+
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from ast_plugin import checkpoints
-from ast_plugin.archs.ast_arch import AST
-from ast_plugin.archs.networks import infer_network
 from ast_plugin.checkpoints import (
+    NETWORK_KEY,
     STATE,
     WEIGHTS,
     keep_newest,
@@ -20,12 +21,7 @@ from ast_plugin.checkpoints import (
 )
 from ast_plugin.errors import CheckpointError
 
-OPTIONS = {'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9}
-
-
-@pytest.fixture(scope='module')
-def state():
-    return AST(**OPTIONS).state_dict()
+WEIGHT = {'conv.weight': torch.rand(400, 3), 'conv.bias': torch.rand(4)}
 
 
 def write(path, content, **options):
@@ -37,46 +33,49 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_official_files(tmp_path, state):
-    content = {'epoch': 3, 'state_dict': {f'module.{k}': v for k, v in state.items()}, 'optimizer': {'state': {}}}
+def test_official_files(tmp_path):
+    content = {'epoch': 3, 'state_dict': {f'module.{k}': v for k, v in WEIGHT.items()}, 'optimizer': {'state': {}}}
     checkpoint = read_checkpoint(write(tmp_path / 'model_best.pth', content), 'state_dict')
-    assert same(checkpoint.state, state)
+    assert same(checkpoint.state, WEIGHT)
     assert (checkpoint.param_key, checkpoint.network) == ('state_dict', None)
 
 
-def test_toolbox_files_prefer_the_moving_average(tmp_path, state):
-    average = {name: tensor + 1 for name, tensor in state.items()}
-    path = write(tmp_path / 'net_g_latest.pth', {'params': state, 'params_ema': average})
+def test_moving_average_is_preferred(tmp_path):
+    average = {name: tensor + 1 for name, tensor in WEIGHT.items()}
+    path = write(tmp_path / 'net_g_latest.pth', {'params': WEIGHT, 'params_ema': average})
     assert same(read_checkpoint(path).state, average)
-    assert same(read_checkpoint(path, 'params').state, state)
-    only = write(tmp_path / 'plain.pth', {'params': state})
+    assert same(read_checkpoint(path, 'params').state, WEIGHT)
+    only = write(tmp_path / 'plain.pth', {'params': WEIGHT})
     assert read_checkpoint(only, 'params_ema').param_key == 'params'
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-def test_bare_states(tmp_path, state, zipped):
-    path = write(tmp_path / 'bare.pth', state, _use_new_zipfile_serialization=zipped)
+def test_bare_states(tmp_path, zipped):
+    path = write(tmp_path / 'bare.pth', WEIGHT, _use_new_zipfile_serialization=zipped)
     checkpoint = read_checkpoint(path, 'params')
-    assert same(checkpoint.state, state)
+    assert same(checkpoint.state, WEIGHT)
     assert checkpoint.param_key is None
 
 
-def test_weights_carry_their_network(tmp_path, state):
-    shared = {**state, 'again': state['input_proj.weight']}
-    save_weights(tmp_path / 'w.safetensors', shared, {'type': 'AST', **OPTIONS})
+def test_weights_carry_their_network(tmp_path):
+    shared, network = {**WEIGHT, 'again': WEIGHT['conv.bias']}, {'type': 'AST', 'depths': [1] * 9}
+    save_weights(tmp_path / 'w.safetensors', shared, network)
     checkpoint = read_checkpoint(tmp_path / 'w.safetensors')
     assert same(checkpoint.state, shared)
-    assert checkpoint.network == {'type': 'AST', **OPTIONS}
+    assert checkpoint.network == network
 
 
-def test_infer_network(state):
-    options, assumed = infer_network(state)
-    assert options['type'] == 'AST' and options['embed_dim'] == 4
-    assert any('img_size' in line for line in assumed)
+@pytest.mark.parametrize('described', ['[1]', '{"embed_dim": 4}', 'AST'])
+def test_metadata_that_are_no_network(tmp_path, described):
+    from safetensors.torch import save_file
+
+    save_file({'a': torch.zeros(1)}, tmp_path / 'w.safetensors', {NETWORK_KEY: described})
+    with pytest.raises(CheckpointError):
+        read_checkpoint(tmp_path / 'w.safetensors')
 
 
 class Code:
-    """Unpickled by a careless reader, it makes a file."""
+    """Unpickled by a careless reader, it makes a folder."""
 
     def __init__(self, path):
         self.path = path
@@ -85,10 +84,10 @@ class Code:
         return os.mkdir, (str(self.path),)
 
 
-def bad_files(folder, state):
-    whole = write(folder / 'whole.pth', {'params': state}).read_bytes()
-    legacy = write(folder / 'old.pth', {'params': state}, _use_new_zipfile_serialization=False).read_bytes()
-    save_weights(folder / 'w.safetensors', state, {'type': 'AST'})
+def bad_files(folder):
+    whole = write(folder / 'whole.pth', {'params': WEIGHT}).read_bytes()
+    legacy = write(folder / 'old.pth', {'params': WEIGHT}, _use_new_zipfile_serialization=False).read_bytes()
+    save_weights(folder / 'w.safetensors', WEIGHT, {'type': 'AST'})
     tensors = (folder / 'w.safetensors').read_bytes()
     proof = folder / 'the code ran'
     return {
@@ -110,8 +109,8 @@ def bad_files(folder, state):
     }
 
 
-def test_bad_files_are_named_and_run_nothing(tmp_path, state):
-    for name, (content, words) in bad_files(tmp_path, state).items():
+def test_bad_files(tmp_path):
+    for name, (content, words) in bad_files(tmp_path).items():
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=words) as caught:
@@ -122,24 +121,18 @@ def test_bad_files_are_named_and_run_nothing(tmp_path, state):
     assert not (tmp_path / 'the code ran').exists()
 
 
-def test_missing_files_and_keys(tmp_path, state):
+def test_missing_files_and_keys(tmp_path):
     with pytest.raises(CheckpointError, match='does not exist'):
         read_checkpoint(tmp_path / 'none.pth')
     with pytest.raises(CheckpointError, match='is a folder'):
         read_checkpoint(tmp_path)
-    path = write(tmp_path / 'x.pth', {'generator': state, 'epoch': 1})
-    assert same(read_checkpoint(path, 'generator').state, state)
+    path = write(tmp_path / 'x.pth', {'generator': WEIGHT, 'epoch': 1})
+    assert same(read_checkpoint(path, 'generator').state, WEIGHT)
     with pytest.raises(CheckpointError, match="no 'params'; it has generator, epoch"):
         read_checkpoint(path, 'params')
 
 
-@pytest.mark.parametrize('described', ['[1]', '{"embed_dim": 4}', 'AST'])
-def test_metadata_that_are_no_network(tmp_path, described):
-    from safetensors.torch import save_file
-
-    save_file({'a': torch.zeros(1)}, tmp_path / 'w.safetensors', {checkpoints.NETWORK_KEY: described})
-    with pytest.raises(CheckpointError):
-        read_checkpoint(tmp_path / 'w.safetensors')
+# ---- training states
 
 
 def write_states(folder, *iterations):
@@ -148,7 +141,7 @@ def write_states(folder, *iterations):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted((path.name for path in folder.iterdir()), key=lambda name: int(re.sub(r'\D', '', name) or 0))
 
 
 def flip_a_bit(path):
@@ -166,7 +159,7 @@ def empty(path):
 
 
 @pytest.mark.parametrize('damage', [flip_a_bit, cut, empty])
-def test_the_newest_whole_state_is_found_and_broken_ones_are_named(tmp_path, damage):
+def test_newest_whole_state(tmp_path, damage):
     write_states(tmp_path, 5, 10, 9)
     (tmp_path / 'other.state').touch()
     (tmp_path / '.11.state.abc.part').touch()
@@ -174,15 +167,14 @@ def test_the_newest_whole_state_is_found_and_broken_ones_are_named(tmp_path, dam
     damage(tmp_path / '10.state')
     lines = []
     assert newest_whole(tmp_path, lines.append) == tmp_path / '9.state'
-    assert len(lines) == 1
-    assert '10.state is no training state' in lines[0]
+    assert len(lines) == 1 and '10.state is no training state' in lines[0]
     damage(tmp_path / '9.state')
     damage(tmp_path / '5.state')
     assert newest_whole(tmp_path, lines.append) is None
     assert newest_whole(tmp_path / 'missing') is None
 
 
-def test_torch_alone_does_not_see_a_flipped_bit(tmp_path):
+def test_a_flipped_bit_that_torch_does_not_see(tmp_path):
     write_states(tmp_path, 5)
     flip_a_bit(tmp_path / '5.state')
     torch.load(tmp_path / '5.state', weights_only=True)
@@ -197,33 +189,28 @@ def test_what_is_no_state(tmp_path, content):
         read_state(tmp_path / '5.state')
 
 
-def test_a_state_in_torchs_older_format_is_read(tmp_path):
+def test_a_state_in_torchs_older_format(tmp_path):
     torch.save({'iter': 3}, tmp_path / '3.state', _use_new_zipfile_serialization=False)
     assert read_state(tmp_path / '3.state') == {'iter': 3}
 
 
-def test_the_last_ones_are_kept_and_leftovers_go(tmp_path):
+def test_keep_newest(tmp_path):
     write_states(tmp_path, 5, 10, 15, 20)
     for name in ('.25.state.abc.part', 'notes.txt', 'net_g_5.pth', '100.state.abandoned'):
         (tmp_path / name).touch()
     keep_newest(tmp_path, STATE, 20, 2)
-    assert names(tmp_path) == ['100.state.abandoned', '15.state', '20.state', 'net_g_5.pth', 'notes.txt']
+    assert names(tmp_path) == ['notes.txt', 'net_g_5.pth', '15.state', '20.state', '100.state.abandoned']
 
 
-def test_weights_that_are_not_of_an_iteration_stay(tmp_path):
+def test_keep_weights_of_no_iteration(tmp_path):
     for name in ('5', '10', 'best', 'latest'):
         (tmp_path / f'net_g_{name}.pth').touch()
     keep_newest(tmp_path, WEIGHTS, 10, 1)
-    assert names(tmp_path) == ['net_g_10.pth', 'net_g_best.pth', 'net_g_latest.pth']
+    assert set(names(tmp_path)) == {'net_g_10.pth', 'net_g_best.pth', 'net_g_latest.pth'}
 
 
-def test_a_run_that_went_back_is_not_overtaken_by_what_it_left(tmp_path):
-    write_states(tmp_path, 5, 10, 15, 20)
-    write_states(tmp_path, 6)
+def test_abandoned_states_are_put_aside(tmp_path):
+    write_states(tmp_path, 5, 10, 15, 6)
     keep_newest(tmp_path, STATE, 6, 3)
     assert newest_whole(tmp_path) == tmp_path / '6.state'
-    assert names(tmp_path) == [f'{n}.state{end}' for n, end in ((10, '.abandoned'), (15, '.abandoned'))] + [
-        '20.state.abandoned',
-        '5.state',
-        '6.state',
-    ]
+    assert names(tmp_path) == ['5.state', '6.state', '10.state.abandoned', '15.state.abandoned']

@@ -16,7 +16,7 @@ TINY = {'embed_dim': 4, 'depths': (1,) * 9, 'num_heads': (1,) * 9, 'drop_path_ra
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_outputs_agree_with_the_official_network(name):
+def test_official_outputs(name):
     case = GoldenCase(name)
     net = AST(**case.options).eval()
     assert sum(p.numel() for p in net.parameters()) == case.facts['params']
@@ -27,7 +27,7 @@ def test_outputs_agree_with_the_official_network(name):
     assert float(output.double().norm()) == pytest.approx(case.facts['norm'], rel=2e-5)
 
 
-def test_gradients_agree_with_the_official_network():
+def test_official_gradients():
     case = GoldenCase('tiny_frfn_128')
     net = AST(**case.options, drop_path_rate=0.0)
     net.load_state_dict(case.state())
@@ -66,7 +66,7 @@ def test_sizes_of_the_published_variants():
 
 @pytest.mark.parametrize('attention', ATTENTIONS)
 @pytest.mark.parametrize('ffn', FEED_FORWARDS)
-def test_every_combination_runs_and_trains_every_parameter(attention, ffn):
+def test_combinations_train_every_parameter(attention, ffn):
     net = AST(**{**TINY, 'attention': attention, 'ffn': ffn, 'img_size': 32, 'depths': (1, 1, 1, 1, 2, 1, 1, 1, 1)})
     net(torch.rand(2, 3, 32, 64)).square().mean().backward()
     for name, parameter in net.named_parameters():
@@ -94,7 +94,7 @@ def test_padding_is_that_of_the_padded_picture():
         torch.testing.assert_close(net(x), net(padded)[..., :20, :30])
 
 
-def test_pictures_of_a_batch_do_not_touch_one_another():
+def test_images_of_a_batch_are_independent():
     net = AST(**TINY, img_size=32).eval()
     x = torch.rand(3, 3, 40, 24)
     with torch.no_grad():

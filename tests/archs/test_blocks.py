@@ -33,7 +33,7 @@ def excite(module):
 
 @pytest.mark.parametrize('name', BUILDERS)
 @pytest.mark.parametrize('size', SIZES)
-def test_both_layouts_compute_the_same_on_any_size(name, size):
+def test_layouts_agree_on_any_size(name, size):
     nhwc, nchw = BUILDERS[name]('nhwc'), BUILDERS[name]('nchw')
     nchw.load_state_dict(nhwc.state_dict())
     x = torch.randn(2, DIM, *size, requires_grad=True)
@@ -86,7 +86,7 @@ def reference(block, x):
 
 @pytest.mark.parametrize('kind', ['assa', 'dense', 'sparse', 'sparse_relu'])
 @pytest.mark.parametrize('shift', [0, 1, 2, 3])
-def test_attention_sees_the_map_and_nothing_beside_it(kind, shift):
+def test_attention_sees_the_map_alone(kind, shift):
     block = excite(ATTENTIONS[kind](DIM, 2, 4, shift))
     block.kv.weight.data *= 0.3  # else the mask of the shift, -100, is not out of reach for relu's scores
     for size in ((5, 10), (3, 3), (7, 4)):
@@ -95,7 +95,7 @@ def test_attention_sees_the_map_and_nothing_beside_it(kind, shift):
             torch.testing.assert_close(block(x), reference(block, x))
 
 
-def test_what_the_map_is_filled_with_does_not_matter(monkeypatch):
+def test_filling_does_not_matter(monkeypatch):
     block = excite(ASSA(DIM, 2, 4, 1))
     x = torch.randn(1, 6, 5, DIM)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_windows_cut_by_the_caller():
         block.attend_windows(torch.zeros(2, 9, DIM))
 
 
-def test_every_row_of_the_padding_mask_keeps_something():
+def test_padding_mask_leaves_no_row_empty():
     for size, window, shift in (((1, 1), 4, 2), ((5, 9), 4, 3), ((7, 8), 8, 4)):
         mask = padding_mask(size, window, shift, torch.device('cpu'))
         assert (mask.max(-1).values == 0).all()

@@ -72,7 +72,7 @@ def test_what_needs_no_padding_gets_none():
     assert network.seen is image
 
 
-def test_a_network_that_enlarges_is_no_restoration():
+def test_multiple_of_a_network_that_enlarges():
     with pytest.raises(OptionError, match='expected the same size'):
         required_multiple(load_network({**EDSR, 'upscale': 2}, None))
 

@@ -46,7 +46,7 @@ def test_any_size(installed, name, size):
 
 
 @pytest.mark.parametrize('name', ['Uformer', 'Restormer'])
-def test_padding_does_nothing_where_none_is_needed(installed, name):
+def test_no_padding_where_none_is_needed(installed, name):
     network = Spandrel(name, **TINY[name]).eval()
     side = network.sizes.multiple_of
     image = torch.rand(2, 3, side, side)
@@ -66,7 +66,7 @@ def test_every_parameter_learns(installed, name):
 
 
 @pytest.mark.parametrize('name', TINY)
-def test_weights_have_the_names_they_were_released_with(installed, name):
+def test_weights_have_released_names(installed, name):
     import spandrel
 
     network = Spandrel(name, **TINY[name]).eval()
@@ -117,7 +117,7 @@ def test_bad_options(installed, options, complaint):
         Spandrel(**options)
 
 
-def test_the_check_of_option_files_knows_the_hyperparameters(installed):
+def test_option_check_knows_hyperparameters(installed):
     registered = registries.load_registered()
     faults = checks.find_faults(
         {

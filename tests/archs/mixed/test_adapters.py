@@ -134,7 +134,7 @@ def test_it_moves_like_any_module(token_network):
 
 
 @pytest.mark.parametrize('way', ['map', 'pair'])
-def test_blocks_computed_again_outside_of_who_knows_their_size(registered, way):
+def test_checkpointed_blocks_know_their_size(registered, way):
     from ast_plugin.models import network_switches
 
     registered(TokenNet=TokenNet)
@@ -155,7 +155,7 @@ def test_copies_and_pickles(token_network):
             assert torch.equal(twin(x), want)
 
 
-def test_replicas_of_data_parallel_have_sizes_of_their_own(token_network):
+def test_replicas_have_their_own_sizes(token_network):
     """What nn.DataParallel makes: shallow copies with children of their own, each run in a thread."""
 
     def replica(module):
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_of_training(token_network):
     assert all(parameter.grad is not None for parameter in saving.parameters())
 
 
-def test_compiled_layers_see_the_size_in_one_graph(token_network):
+def test_compiled_layers_know_their_size(token_network):
     torch.compiler.reset()
     layer = token_network.base.layers[0].residual_group.blocks[0]
     x = torch.randn(1, 96, 8)

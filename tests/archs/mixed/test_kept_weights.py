@@ -94,7 +94,7 @@ def test_another_scale_of_the_queries_is_kept(tmp_path):
     assert difference(network, mixed, ODD[0]) < 1e-5
 
 
-def test_another_order_of_the_position_bias_is_kept(swinir):
+def test_another_order_of_position_bias(swinir):
     """A table that is indexed backwards, as (key - query) instead of (query - key), says the same thing otherwise."""
     network, _ = swinir
     attention = network.layers[0].residual_group.blocks[0].attn
@@ -111,12 +111,11 @@ def test_another_order_of_the_position_bias_is_kept(swinir):
 
 
 def test_our_own_attention_is_read_too():
+    rules = [{'match': '**.attn', 'with': {'type': 'ASSA'}, 'keep_weights': True, 'dense_share': 0.5}]
     torch.manual_seed(1)
     network = build_base(AST).eval()
     torch.manual_seed(1)
-    mixed = Mixed(
-        AST, [{'match': '**.attn', 'with': {'type': 'ASSA'}, 'keep_weights': True, 'dense_share': 0.5}]
-    ).eval()
+    mixed = Mixed(AST, rules).eval()
     x = picture(20, 33)
     with torch.no_grad():
         assert relative(mixed(x), network(x)) < 1e-6
@@ -131,9 +130,7 @@ def test_a_wrapped_network_starts_as_it_was():
     with torch.no_grad():
         torch.testing.assert_close(mixed(x), network(x))
     mixed(x).sum().backward()
-    assert all(
-        module.gain.grad.abs().sum() > 0 for module in mixed.modules() if getattr(module, 'gain', None) is not None
-    )
+    assert all(layer.gain.grad.any() for layer in mixed.base.body)
 
 
 def test_weights_go_round(tmp_path, swinir):
@@ -141,9 +138,7 @@ def test_weights_go_round(tmp_path, swinir):
     rules = [{'match': ATTENTIONS, 'with': {'type': 'ASSA'}, 'keep_weights': True}]
     first = excite(Mixed(SWINIR, rules, base_weights=path))
     second = Mixed(SWINIR, rules)
-    second.load_state_dict(
-        {f'module.{name}': tensor for name, tensor in first.state_dict().items()} and first.state_dict()
-    )
+    second.load_state_dict(first.state_dict())
     x = picture(*ODD[0])
     with torch.no_grad():
         assert torch.equal(first.eval()(x), second.eval()(x))

@@ -80,7 +80,7 @@ def test_scale_is_that_of_the_base():
     assert network(picture(7, 5)).shape == (1, 3, 14, 10)
 
 
-def test_pictures_are_padded_to_what_the_base_takes():
+def test_images_are_padded_for_the_base():
     network = Mixed(RRDBNET, [{'match': 'body.*', 'op': 'wrap', 'with': BLOCK}]).eval()
     assert network.size_multiple == 4
     x = picture(10, 15)
@@ -93,7 +93,7 @@ def test_pictures_are_padded_to_what_the_base_takes():
     assert asked.size_multiple == 16
 
 
-def test_blocks_of_the_base_are_those_of_the_mixed():
+def test_block_classes_of_the_base():
     mixed = Mixed(AST, [{'match': '**.attn', 'with': {'type': 'DenseAttention'}}])
     assert [kind.__name__ for kind in mixed.block_classes] == ['ASTBlock']
     assert not hasattr(Mixed(EDSR, [{'match': 'body.0', 'with': BLOCK}]), 'block_classes')
@@ -112,7 +112,7 @@ def test_it_can_be_built_where_nothing_has_values():
     assert not any(parameter.is_meta for parameter in network.parameters())
 
 
-def test_a_module_under_two_names_is_exchanged_under_both(registered):
+def test_module_under_two_names(registered):
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -178,7 +178,7 @@ def test_weights_that_are_computed(registered, norm):
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-def test_channels_that_no_argument_of_a_known_name_says(registered):
+def test_channels_found_by_trying(registered):
     class Raw(Plain):
         def __init__(self, colours: int):
             super().__init__(colours)
