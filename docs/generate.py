@@ -1,7 +1,7 @@
 """Write the pages of the site that come out of the code: one for each section of option files, one for each module."""
 
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -10,8 +10,9 @@ from ast_plugin.models.registries import load_registered
 from ast_plugin.options.json_schema import OptionKey, option_keys
 
 ROOMS = {
-    'ops': 'Mathematics on tensors; needs torch alone',
+    'ops': 'Mathematics on tensors',
     'archs': 'Networks and their blocks',
+    'archs.mixed': 'Blocks in other networks',
     'evaluation': 'Restore and measure',
     'degradations': 'Synthetic degradations',
     'data': 'Datasets and image files',
@@ -25,11 +26,11 @@ LEFT_OUT = ('ast_plugin.ops.triton', 'ast_plugin.ops.cpu', 'ast_plugin.data.prep
 
 def write_options(folder: Path) -> None:
     """Write a page for each section of option files, a table for each part of it, and an index."""
-    keys = sorted(option_keys(load_registered()), key=lambda key: page_of(key.section))
-    pages = []
-    for page, in_page in groupby(keys, key=lambda key: page_of(key.section)):
-        pages.append(page)
-        tables = (table(section, rows) for section, rows in groupby(in_page, key=lambda key: key.section))
+    keys = list(option_keys(load_registered()))
+    pages = list(dict.fromkeys(page_of(key.section) for key in keys))
+    for page in pages:
+        in_page = [key for key in keys if page_of(key.section) == page]
+        tables = (table(section, list(rows)) for section, rows in groupby(in_page, key=lambda key: key.section))
         write(folder / f'{page}.md', f'# {HEADINGS.get(page, page)}\n\n' + '\n'.join(tables))
     lines = ['# Options', '', 'Every key of an option file, by its section.', '', '```{toctree}', *pages, '```', '']
     write(folder / 'index.md', '\n'.join(lines))
@@ -40,14 +41,16 @@ def page_of(section: str) -> str:
     return section.partition(' ')[0].partition('.')[0] or 'file'
 
 
-def table(section: str, keys: Iterable[OptionKey]) -> str:
-    """The keys of a section as a table of Markdown."""
-    lines = [f'## `{section}`', ''] if section else []
-    lines += ['| key | value | default | |', '|---|---|---|---|']
+def table(section: str, keys: Sequence[OptionKey]) -> str:
+    """The keys of a section as a table of Markdown, with a column of defaults where there are any."""
+    rows = [['key', 'value', 'default', 'meaning'], ['---'] * 4]
     for key in keys:
         default = '' if key.default is None else f'`{key.default}`'
-        lines.append(f'| `{key.key}` | {cell(key.type)} | {cell(default)} | {cell(key.description)} |')
-    return '\n'.join([*lines, ''])
+        rows.append([f'`{key.key}`', cell(key.type), cell(default), cell(key.description)])
+    if all(key.default is None for key in keys):
+        rows = [[key, value, meaning] for key, value, _, meaning in rows]
+    heading = [f'## `{section}`', ''] if section else []
+    return '\n'.join([*heading, *(f'| {" | ".join(row)} |' for row in rows), ''])
 
 
 def cell(text: str) -> str:
@@ -60,7 +63,8 @@ def write_api(folder: Path) -> None:
     lines = ['# API', '']
     for room, heading in ROOMS.items():
         package = import_module(f'ast_plugin.{room}')
-        modules = (f'{package.__name__}.{info.name}' for info in pkgutil.iter_modules(package.__path__))
+        found = pkgutil.iter_modules(package.__path__, f'{package.__name__}.')
+        modules = (info.name for info in found if not info.ispkg)
         pages = [name for name in modules if not name.startswith(LEFT_OUT)]
         lines += [f'## {heading}', '', '```{toctree}', ':maxdepth: 1', '', *pages, '```', '']
         for name in pages:
