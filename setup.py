@@ -56,6 +56,7 @@ setup(
     python_requires='>=3.10',
     install_requires=[
         'basicsr==1.4.2',
+        'einops>=0.7',
         'lmdb>=1.4',
         'matplotlib>=3.8',
         'mmengine>=0.10.7',

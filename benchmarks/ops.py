@@ -22,7 +22,7 @@ from torch import Tensor
 from ast_plugin import ops
 from ast_plugin.archs.blocks import ASSA, FRFN, ASTBlock
 from ast_plugin.errors import OptionError
-from ast_plugin.ops.residual import Residual
+from ast_plugin.ops import Residual
 from benchmarks import records
 from benchmarks.records import Line, say
 from benchmarks.timing import NO_GPU, Compute, add_ratios, machine_rates, measure_paths, synchronized

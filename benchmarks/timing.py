@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ast_plugin.errors import first_line
-from ast_plugin.ops import fused_cpu_kernels
+from ast_plugin.ops.cpu import operators
 from benchmarks.records import Line
 
 NO_GPU = 'torch finds no GPU here'
@@ -110,7 +110,7 @@ def machine_rates(device: str = 'cpu') -> dict[str, float]:
     side = 8192 if device == 'cuda' else 1024
     products = {'': functional.linear}
     if device == 'cpu':
-        products = {'': fused_cpu_kernels.linear, '_torch': functional.linear}
+        products = {'': operators.linear, '_torch': functional.linear}
     rates = {}
     with torch.inference_mode():
         for precision, dtype in (('fp32', torch.float32), ('bf16', torch.bfloat16)):

@@ -16,10 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ast_plugin import ops
 from ast_plugin.errors import OptionError, ShapeError
-from ast_plugin.ops.assa import Affine
-from ast_plugin.ops.backend import asked
-from ast_plugin.ops.residual import Residual, with_residual
-from ast_plugin.ops.window_padding import padding_mask
+from ast_plugin.ops import Residual
 
 LAYOUTS = ('nhwc', 'nchw')
 
@@ -93,13 +90,13 @@ class WindowAttention(nn.Module):
         missing_h, missing_w = -H % self.window_size, -W % self.window_size
         if missing_h or missing_w:
             if residual is not None:  # the filling comes after the norm
-                return with_residual(lambda normed: self.forward(normed, mask), x, residual)
+                return ops.with_residual(lambda normed: self.forward(normed, mask), x, residual)
             x = nn.functional.pad(x, (0, 0, 0, missing_w, 0, missing_h))
         if mask is not None:
             mask = nn.functional.interpolate(mask.float(), size=size)
             mask = ops.pair_mask(nn.functional.pad(mask, (0, missing_w, 0, missing_h)), x.shape[1:3], self.window_size)
         if missing_h or missing_w:
-            padding = padding_mask(size, self.window_size, self.shift_size, x.device)
+            padding = ops.padding_mask(size, self.window_size, self.shift_size, x.device)
             mask = padding if mask is None else (mask.reshape(-1, *padding.shape) + padding).flatten(0, 1)
         return from_nhwc(self._attend(x, mask, self.shift_size, residual)[:, :H, :W], self.layout)
 
@@ -123,21 +120,9 @@ class WindowAttention(nn.Module):
         return self._attend(columns, mask, 0).reshape(x.shape)
 
     def _attend(self, x: Tensor, mask: Tensor | None, shift: int, residual: Residual | None = None) -> Tensor:
-        return ops.window_attention(
-            x,
-            affine(self.q),
-            affine(self.kv),
-            affine(self.proj),
-            self.position_bias,
-            num_heads=self.num_heads,
-            window=self.window_size,
-            shift=shift,
-            kind=self.kind,
-            gate=self.gate,
-            mask=mask,
-            topk_ratio=self.topk_ratio,
-            residual=residual,
-        )
+        settings = self.num_heads, self.window_size, shift, self.kind, self.topk_ratio
+        op = ops.Attention(*_weights(self.q, self.kv, self.proj), self.position_bias, self.gate, *settings)
+        return ops.window_attention(x, op, mask, residual)
 
     def extra_repr(self) -> str:
         return f'heads={self.num_heads}, window={self.window_size}, shift={self.shift_size}'
@@ -209,8 +194,8 @@ class FRFN(nn.Module):
     def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
         x = to_nhwc(x, self.layout)
         check_map(x, self.expand.in_features, 'FRFN')
-        layers = affine(self.expand), affine(self.depthwise), affine(self.project)
-        return from_nhwc(ops.frfn(x, self.partial_conv.weight, *layers, residual), self.layout)
+        op = ops.FeedForward(*_weights(self.expand, self.project, self.depthwise), self.partial_conv.weight)
+        return from_nhwc(ops.feed_forward(x, op, residual), self.layout)
 
 
 class LeFF(nn.Module):
@@ -236,8 +221,8 @@ class LeFF(nn.Module):
     def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
         x = to_nhwc(x, self.layout)
         check_map(x, self.expand.in_features, 'LeFF')
-        layers = affine(self.expand), affine(self.depthwise), affine(self.project)
-        return from_nhwc(ops.leff(x, *layers, residual), self.layout)
+        op = ops.FeedForward(*_weights(self.expand, self.project, self.depthwise))
+        return from_nhwc(ops.feed_forward(x, op, residual), self.layout)
 
 
 class MLP(nn.Module):
@@ -264,7 +249,7 @@ class MLP(nn.Module):
         if x.shape[-1] != self.expand.in_features:
             raise ShapeError(f'MLP takes {self.expand.in_features} channels, not {list(x.shape)}')
         y = x.unsqueeze(1) if x.ndim == 3 else x  # tokens are a map of one row, which all backends take
-        y = ops.mlp(y, affine(self.expand), affine(self.project), residual)
+        y = ops.feed_forward(y, ops.FeedForward(*_weights(self.expand, self.project)), residual)
         return from_nhwc(y.reshape(x.shape), self.layout)
 
 
@@ -393,7 +378,7 @@ class _Surroundings:
     """Context with the backend and the tokens' sizes of when it was made; entered once in each backward pass."""
 
     def __init__(self) -> None:
-        self.backend, self.sizes = asked(), dict(vars(token_sizes))
+        self.backend, self.sizes = ops.requested_backend(), dict(vars(token_sizes))
 
     def __enter__(self) -> None:
         self.before = dict(vars(token_sizes))
@@ -481,6 +466,6 @@ def _hidden(dim: int, mlp_ratio: float) -> int:
     return int(dim * mlp_ratio)
 
 
-def affine(layer: nn.Linear | nn.Conv2d) -> Affine:
-    """Weight and bias of a layer, as `ops` takes them."""
-    return layer.weight, layer.bias
+def _weights(*layers: nn.Linear | nn.Conv2d) -> list[Tensor | None]:
+    """Weight and bias of layers, one after another, as `ops` takes them."""
+    return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]

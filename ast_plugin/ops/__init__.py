@@ -1,16 +1,16 @@
 """AST's mathematics as functions of tensors: images NHWC, no parameters held.
 
-`frfn`, `leff`, `mlp` and `window_attention` are computed by the fastest backend that can; see `backend`.
+`window_attention` and `feed_forward` are computed by the fastest backend that can; see `dispatch`.
 """
 
-from ast_plugin.ops.assa import ATTENTION_KINDS, attention_weights
-from ast_plugin.ops.backend import BACKENDS, explain, use_backend
-from ast_plugin.ops.frozen_weights import frozen_weights
-from ast_plugin.ops.functions import frfn, leff, mlp, window_attention
-from ast_plugin.ops.residual import Residual
+from ast_plugin.ops.attention import ATTENTION_KINDS, Attention, attention_weights
+from ast_plugin.ops.backend import Residual, frozen_weights, with_residual
+from ast_plugin.ops.dispatch import BACKENDS, explain, feed_forward, requested_backend, use_backend, window_attention
+from ast_plugin.ops.ffn import FeedForward
 from ast_plugin.ops.windows import (
     merge_windows,
     pad_to_multiple,
+    padding_mask,
     pair_mask,
     partition_windows,
     relative_position_index,
@@ -20,19 +20,22 @@ from ast_plugin.ops.windows import (
 __all__ = [
     'ATTENTION_KINDS',
     'BACKENDS',
+    'Attention',
+    'FeedForward',
     'Residual',
     'attention_weights',
     'explain',
-    'frfn',
+    'feed_forward',
     'frozen_weights',
-    'leff',
     'merge_windows',
-    'mlp',
     'pad_to_multiple',
+    'padding_mask',
     'pair_mask',
     'partition_windows',
     'relative_position_index',
+    'requested_backend',
     'shift_mask',
     'use_backend',
     'window_attention',
+    'with_residual',
 ]

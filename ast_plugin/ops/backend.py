@@ -1,23 +1,47 @@
-"""Which path computes: the plain reference, or one that is faster where it can run."""
+"""What backends share: a call and whether they can run it, the residual around it, its gradients, cached weights."""
 
-import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
-from ast_plugin.errors import BackendUnavailable, OptionError
-from ast_plugin.ops import fused_cpu_kernels, triton_launch
+from ast_plugin.ops.attention import Attention
+from ast_plugin.ops.ffn import FeedForward
 
-AUTO = 'auto'
-VARIABLE = 'AST_BACKEND'
-_logger = logging.getLogger(__name__)
-_asked_here: ContextVar[str | None] = ContextVar('ast_plugin_backend', default=None)
-_said: set[str] = set()
+T = TypeVar('T')
+# Beside what was made stand the weights it was made of: an id is not given to another tensor while its own lives.
+_cache: ContextVar[dict[Hashable, tuple[tuple[Tensor | None, ...], object]] | None] = ContextVar(
+    'ast_plugin_frozen_weights', default=None
+)
+
+
+class Residual(NamedTuple):
+    """Turns a function f into x + scale · f(layer_norm(x)).
+
+    Attributes:
+        weight, bias: of the LayerNorm over channels, [C] or None.
+        eps: of the LayerNorm.
+        scale: [B, 1, 1, 1], a factor for each sample (stochastic depth); or None.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float = 1e-5
+    scale: Tensor | None = None
+
+
+def with_residual(function: Callable[[Tensor], Tensor], x: Tensor, residual: Residual | None) -> Tensor:
+    """Return function(x), or x + scale · function(layer_norm(x)) where a residual is given."""
+    if residual is None:
+        return function(x)
+    y = function(F.layer_norm(x, x.shape[-1:], residual.weight, residual.bias, residual.eps))
+    return x + (y if residual.scale is None else y * residual.scale)
 
 
 @dataclass(frozen=True)
@@ -25,182 +49,126 @@ class Call:
     """What a function is called with, as far as backends care.
 
     Attributes:
-        function: its name in `ast_plugin.ops`.
+        op: parameters and settings, or None where only the map is known.
         device: of the map.
         dtype: what is computed in; autocast's where that is on.
         dtypes: of all tensors that are given.
         shape: [B, H, W, C] of the map.
         needs_grad: whether a backward pass may follow.
-        special: what only plain operators can be put through, such as a trace; or None.
-        details: further settings of the function that count, by name: of attention its kind, window and num_heads.
+        is_masked: whether there is a mask.
+        watcher: who follows single operators, such as a trace, and would miss the formulas of a fused path; or None.
     """
 
-    function: str
+    op: Attention | FeedForward | None
     device: torch.device
     dtype: torch.dtype
     dtypes: frozenset[torch.dtype]
     shape: tuple[int, ...]
     needs_grad: bool
-    special: str | None = None
-    details: Mapping[str, object] = field(default_factory=dict)
+    is_masked: bool = False
+    watcher: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the function in `ast_plugin.ops`."""
+        return 'window_attention' if isinstance(self.op, Attention) else 'feed_forward'
+
+    def why_not(self, dtypes: Sequence[torch.dtype]) -> str | None:
+        """Why no kernel that computes in some dtypes can run the call, or None."""
+        if self.watcher is not None:
+            return self.watcher
+        if self.dtype not in dtypes:
+            return f'it computes in {_names(dtypes)}, not in {_names([self.dtype])}'
+        # Autocast casts what is given in float32.
+        autocast = torch.is_autocast_enabled(self.device.type)
+        if not self.dtypes <= ({self.dtype, torch.float32} if autocast else {self.dtype}):
+            return f'it computes in {_names([self.dtype])}, and tensors are {_names(sorted(self.dtypes, key=str))}'
+        if len(self.shape) != 4:
+            return f'a map is [B, H, W, C], not {list(self.shape)}'
+        if 0 in self.shape:
+            return f'there is nothing to compute in {list(self.shape)}'
+        return None
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which backend computes a call, and why.
-
-    Attributes:
-        backend: its name.
-        asked: 'auto' or the name that was asked for.
-        rejected: faster backends and why each cannot run this call.
-    """
-
-    backend: str
-    asked: str
-    rejected: dict[str, str]
-
-    def __str__(self) -> str:
-        reasons = ''.join(f'; not {name}: {reason}' for name, reason in self.rejected.items())
-        return f'{self.backend} ({"asked for by name" if self.asked != AUTO else "the fastest that can"}{reasons})'
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)
 
 
-# Fastest first; each says why it cannot run a call, or None. What it computes with is in `functions.IMPLEMENTATIONS`.
-BACKENDS: dict[str, Callable[[Call], str | None]] = {
-    'fused': fused_cpu_kernels.why_not,
-    'triton': triton_launch.why_not,
-    'reference': lambda call: None,
-}
+class Kernel(Protocol):
+    """A function of tensors with a backward pass of its own, for `run_kernel`; it holds no tensors itself."""
+
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Return the output, and what the backward pass needs beside the tensors."""
+
+    def backward(
+        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """Return the gradients of the tensors, at least of those whose gradient is needed."""
+
+    def reference(self, *tensors: Tensor | None) -> Tensor:
+        """Compute the output by PyTorch's operators, of which autograd has the formulas."""
 
 
-# `auto` does not ask them about maps elsewhere: that nothing faster is there for a device needs no words.
-_DEVICES = {'fused': 'cpu', 'triton': 'cuda'}
+def run_kernel(kernel: Kernel, *tensors: Tensor | None) -> Tensor:
+    """Run a kernel's forward pass as a node of autograd."""
+    return _KernelFunction.apply(kernel, *tensors)
 
 
-def check_name(name: str, where: str = 'backend') -> str:
-    """Return the name of a backend, or 'auto'.
+class _KernelFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, kernel: Kernel, *tensors: Tensor | None) -> Tensor:
+        out, kept = kernel.forward(*tensors)
+        ctx.kernel, ctx.num_tensors = kernel, len(tensors)
+        ctx.save_for_backward(*tensors, *kept)
+        return out
 
-    Raises:
-        OptionError: if it is unknown; `where` says who asked.
-    """
-    if name not in (AUTO, *BACKENDS):
-        raise OptionError(f'{where} is {name!r}: expected one of {", ".join((AUTO, *BACKENDS))}')
-    return name
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: checkpoints hand them out a single time
+        tensors, kept = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
+        needed = ctx.needs_input_grad[1:]
+        if not torch.is_grad_enabled():
+            return None, *ctx.kernel.backward(grad, needed, tensors, kept)
+        # Gradients of gradients are wanted.
+        leaves = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
+        out = ctx.kernel.reference(*tensors)
+        gradients = iter(torch.autograd.grad(out, leaves, grad, create_graph=True, allow_unused=True))
+        return None, *(next(gradients) if is_needed else None for is_needed in needed)
+
+
+def dense_channels(x: Tensor) -> Tensor:
+    """A map [B, H, W, C] whose channels lie side by side: itself, or a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
-    """Compute by a backend within a `with`: in this thread and the tasks it starts there, and nowhere else.
+def frozen_weights() -> Iterator[None]:
+    """Say that no weights change within a `with`: in this thread, casts and joins of weights are made once and cached.
 
-    It comes before the environment's AST_BACKEND. A backend by name runs or raises BackendUnavailable; 'auto' takes the
-    fastest that can; None leaves it as it is.
-
-    Raises:
-        OptionError: if there is no backend of that name.
+    For inference over many images or tiles. Where weights change after all, calls without gradients go on with those
+    of before: no trace of the change is looked for, as writes through `.data`, such as those of BasicSR's moving
+    average, leave none. The cache is given up at the end of the outermost `with`.
     """
-    token = _asked_here.set(_asked_here.get() if name is None else check_name(name))
+    token = _cache.set({}) if _cache.get() is None else None
     try:
         yield
     finally:
-        _asked_here.reset(token)
+        if token is not None:
+            _cache.reset(token)
 
 
-def asked() -> str:
-    """What is asked for here: by `use_backend`, else by the environment, else 'auto'."""
-    here = _asked_here.get()
-    if here is not None:
-        return here
-    return check_name(os.environ.get(VARIABLE) or AUTO, f'the environment variable {VARIABLE}')
-
-
-# What torch.compiler.assume_constant_result sets, without loading the compiler, which takes seconds: a compiled caller
-# keeps the backend that it was compiled with.
-asked._dynamo_marked_constant = True
-
-
-def describe(
-    function: str,
-    x: Tensor,
-    others: Iterable[Tensor | None] = (),
-    constants: Iterable[Tensor] = (),
-    details: Mapping[str, object] | None = None,
-) -> Call:
-    """What there is to know of a call on a map x with other tensors; `constants` are not to have a gradient."""
-    tensors = [x, *(tensor for tensor in others if tensor is not None)]
-    dtype, kind = x.dtype, x.device.type
-    # `meta` has shapes and no autocast.
-    if dtype is not torch.float64 and kind != 'meta' and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    return Call(
-        function,
-        x.device,
-        dtype,
-        frozenset(tensor.dtype for tensor in tensors),
-        tuple(x.shape),
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
-        _special(tensors, constants),
-        details or {},
-    )
-
-
-def choose(call: Call) -> Choice:
-    """Choose the backend of a call.
-
-    Raises:
-        BackendUnavailable: if the one asked for by name cannot run it; says what is missing.
-    """
-    name = asked()
-    if name != AUTO:
-        reason = BACKENDS[name](call)
-        if reason is not None:
-            raise BackendUnavailable(
-                f"backend {name!r} cannot run {call.function}: {reason}; ask for {AUTO!r} or 'reference' "
-                f'({VARIABLE}, use_backend, or the key "backend" of an option file)'
-            )
-        return Choice(name, name, {})
-    rejected = {}
-    for backend, why_not in BACKENDS.items():
-        if _DEVICES.get(backend, call.device.type) != call.device.type:
-            continue
-        reason = why_not(call)
-        if reason is None:
-            return Choice(backend, name, rejected)
-        rejected[backend] = reason
-    raise BackendUnavailable(f'no backend can run {call.function}: {rejected}')
-
-
-def explain(x: Tensor, *others: Tensor | None, function: str = 'frfn', **details: object) -> Choice:
-    """Which backend would compute a map here and now, and why: `print(explain(x))`.
+def make_once(make: Callable[[], T], weights: Iterable[Tensor | None], *settings: Hashable) -> T:
+    """`make()`, or what it gave before for the same weights and settings within `frozen_weights`.
 
     Args:
-        x: the map, [B, H, W, C]; its device, dtype, shape and whether it needs gradients count, no value does.
-        others: further tensors of the call, such as parameters.
-        function: name of the function in `ast_plugin.ops`.
-        details: settings of the function, see `Call`.
-    Raises:
-        BackendUnavailable: if a backend is asked for by name that cannot run it.
+        make: computes from the weights and the settings alone; its result is shared, not to be written to.
+        weights: what it reads. What is no parameter is another tensor in each call, and nothing is cached of it.
+        settings: what else it depends on, itself included where several share weights.
     """
-    return choose(describe(function, x, others, details=details))
-
-
-def say_once(choice: Choice) -> None:
-    """Log why a faster backend was passed over, each reason once in a process."""
-    for name, reason in choice.rejected.items():
-        if reason not in _said:
-            _said.add(reason)
-            _logger.warning('computing by the backend %r and not by %r: %s', choice.backend, name, reason)
-
-
-def _special(tensors: list[Tensor], constants: Iterable[Tensor]) -> str | None:
-    """Callers that follow single operators and their formulas, and would miss those of a fused path."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constants):
-        return "a gradient is asked of a mask or of a residual branch's scale"
-    if torch.jit.is_tracing():
-        return 'torch.jit traces the call'
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return 'a transform of torch.func follows the call'
-    if torch.autograd.forward_ad._current_level >= 0:
-        return 'forward-mode differentiation follows the call'
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f'it is given a {type(tensor).__name__}, no plain tensor'
-    return None
+    cache, weights = _cache.get(), tuple(weights)
+    if cache is None or not all(weight is None or isinstance(weight, nn.Parameter) for weight in weights):
+        return make()
+    key = (*map(id, weights), *settings)
+    if key not in cache:
+        cache[key] = weights, make()
+    return cache[key][1]

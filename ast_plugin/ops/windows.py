@@ -1,10 +1,11 @@
-"""Cutting maps into windows, and the masks and indices that window attention needs."""
+"""Cutting maps into windows, the masks and indices that window attention needs, and padding."""
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ast_plugin.errors import ShapeError
@@ -33,21 +34,21 @@ def _check_size(H: int, W: int, window: int) -> None:
         raise ShapeError(f'a {H}x{W} map does not divide into windows of {window}x{window}: pad it first')
 
 
-def _kept(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep what a function of sizes gives, but where a compiler, a trace or a transform follows: there it is theirs."""
-    kept = lru_cache(maxsize=32)(function)
+def _cache_sizes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cache a function of sizes, but where a compiler, a trace or a transform watches: there its tensors are theirs."""
+    cached = lru_cache(maxsize=32)(function)
 
     @wraps(function)
-    def found(*args: object) -> Tensor:
-        is_followed = (
+    def call(*args: object) -> Tensor:
+        is_watched = (
             torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or torch._C._functorch.peek_interpreter_stack() is not None
             or type(torch.empty(0, device='cpu')) is not Tensor  # fake tensors
         )
-        return (function if is_followed else kept)(*args)
+        return (function if is_watched else cached)(*args)
 
-    return found
+    return call
 
 
 def partition_windows(x: Tensor, window: int) -> Tensor:
@@ -61,10 +62,8 @@ def partition_windows(x: Tensor, window: int) -> Tensor:
     Raises:
         ShapeError: if H or W is not a multiple of `window`.
     """
-    B, H, W, C = x.shape
-    _check_size(H, W, window)
-    x = x.reshape(B, H // window, window, W // window, window, C)
-    return x.transpose(2, 3).reshape(-1, window * window, C)
+    _check_size(*x.shape[1:3], window)
+    return rearrange(x, 'b (h y) (w x) c -> (b h w) (y x) c', y=window, x=window)
 
 
 def merge_windows(windows: Tensor, window: int, size: tuple[int, int]) -> Tensor:
@@ -78,27 +77,27 @@ def merge_windows(windows: Tensor, window: int, size: tuple[int, int]) -> Tensor
         [B, H, W, C].
     """
     H, W = size
-    C = windows.shape[-1]
-    x = windows.reshape(-1, H // window, W // window, window, window, C)
-    return x.transpose(2, 3).reshape(-1, H, W, C)
+    counts = {'h': H // window, 'w': W // window, 'y': window}
+    return rearrange(windows, '(b h w) (y x) c -> b (h y) (w x) c', **counts)
 
 
-@_kept
-def relative_position_index(window: int) -> Tensor:
+@_cache_sizes
+def relative_position_index(window: int, device: torch.device | str = 'cpu') -> Tensor:
     """Row of the position bias table for every pair of tokens of a window.
 
     Returns:
-        int64, [window**2, window**2], values in [0, (2 * window - 1)**2), on the CPU; shared, do not write to it.
+        int64, [window**2, window**2], values in [0, (2 * window - 1)**2); shared between calls, do not write to it.
     Source: Swin Transformer (Liu et al., ICCV 2021), section 3.2.
     """
     with torch.inference_mode(False):
-        position = torch.arange(window, device='cpu')
+        position = torch.arange(window, device=device)
         offset = position[:, None] - position[None, :] + window - 1
-        index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
-        return index.reshape(window * window, window * window)
+        return rearrange(
+            offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :], 'i j k l -> (i j) (k l)'
+        )
 
 
-@_kept
+@_cache_sizes
 def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
     """Mask that keeps apart what a cyclic shift brought together.
 
@@ -129,7 +128,7 @@ def pair_mask(mask: Tensor, size: tuple[int, int], window: int) -> Tensor:
     """The network's optional input mask as an addition to the scores of one level.
 
     Args:
-        mask: [B or 1, 1, H, W] of the whole picture, resized to the level by nearest neighbour.
+        mask: [B or 1, 1, H, W] of the whole image, resized to the level by nearest neighbour.
         size: (H, W) of the level's map.
         window: side of a window.
     Returns:
@@ -139,6 +138,27 @@ def pair_mask(mask: Tensor, size: tuple[int, int], window: int) -> Tensor:
     level = F.interpolate(mask.float(), size=size).permute(0, 2, 3, 1)
     marked = partition_windows(level, window)[..., 0] != 0
     return MASKED * (marked[:, :, None] & marked[:, None, :]).float()
+
+
+def padding_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
+    """Mask that hides from the tokens of a map those it was padded with at the bottom and the right.
+
+    Args:
+        size: (H, W) of the map before it was padded to multiples of the window.
+        window: side of a window.
+        shift: how far the padded map is rolled up and left before it is cut.
+        device: where the mask shall lie.
+    Returns:
+        float32, [num_windows, window**2, window**2]: minus infinity where a token of the map meets one of the padding,
+        else 0. Tokens of the padding see everything: no row is empty, so that softmax and its gradient stay finite,
+        and their results are cropped.
+    """
+    H, W = size
+    rows = torch.arange(H + -H % window, device=device).roll(-shift) >= H
+    columns = torch.arange(W + -W % window, device=device).roll(-shift) >= W
+    padding = partition_windows((rows[:, None] | columns[None, :])[None, :, :, None], window)[..., 0]
+    hidden = padding[:, None, :] & ~padding[:, :, None]
+    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float('-inf'))
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -168,12 +188,12 @@ def pad_image(x: Tensor, bottom: int, right: int) -> Tensor:
     H, W = x.shape[-2:]
     if bottom < H and right < W:
         return F.pad(x, (0, right, 0, bottom), mode='reflect')
-    rows = _reflected(H, H + bottom, x.device)
-    columns = _reflected(W, W + right, x.device)
+    rows = _reflect_positions(H, H + bottom, x.device)
+    columns = _reflect_positions(W, W + right, x.device)
     return x.index_select(-2, rows).index_select(-1, columns)
 
 
-def _reflected(size: int, target: int, device: torch.device) -> Tensor:
+def _reflect_positions(size: int, target: int, device: torch.device) -> Tensor:
     position = torch.arange(target, device=device)
     if size == 1:
         return torch.zeros_like(position)

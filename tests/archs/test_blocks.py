@@ -6,7 +6,6 @@ import torch
 from ast_plugin import ops
 from ast_plugin.archs.blocks import ASSA, ATTENTIONS, FEED_FORWARDS, FRFN, MLP, ast_block
 from ast_plugin.errors import OptionError, ShapeError
-from ast_plugin.ops.window_padding import padding_mask
 
 DIM = 8
 SIZES = [(1, 1), (3, 17), (8, 8), (13, 10), (4, 5)]
@@ -128,12 +127,6 @@ def test_windows_cut_by_the_caller():
     assert changed.flatten(1).any(1).tolist() == [False, False, True, False, False, False] * 2
     with pytest.raises(ShapeError, match=r'windows of 4x4 tokens, 8 channels, not \[2, 9, 8\]'):
         block.attend_windows(torch.zeros(2, 9, DIM))
-
-
-def test_padding_mask_leaves_no_row_empty():
-    for size, window, shift in (((1, 1), 4, 2), ((5, 9), 4, 3), ((7, 8), 8, 4)):
-        mask = padding_mask(size, window, shift, torch.device('cpu'))
-        assert (mask.max(-1).values == 0).all()
 
 
 def test_tokens_go_through_an_mlp_as_maps_do():

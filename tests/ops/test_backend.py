@@ -1,181 +1,138 @@
-"""How a backend is chosen, and what is said about it."""
+"""What is made of weights is made once within `frozen_weights`, and anew in every call elsewhere."""
 
-import logging
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
+from torch import nn
 
 from ast_plugin import ops
-from ast_plugin.archs.blocks import ASSA
-from ast_plugin.errors import BackendUnavailable, OptionError
-from ast_plugin.ops import backend, fused_cpu_kernels
-
-X = torch.zeros(1, 4, 4, 8)
+from ast_plugin.archs.ast_arch import AST_XS
+from ast_plugin.ops.backend import frozen_weights, make_once
 
 
-@pytest.fixture(autouse=True)
-def _nothing_asked(monkeypatch):
-    monkeypatch.delenv('AST_BACKEND', raising=False)
-    monkeypatch.setattr(backend, '_said', set())
+class Counted:
+    """Makes something of a weight, and counts how often."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.count = weight, 0
+
+    def __call__(self, *settings) -> float:
+        def make() -> float:
+            self.count += 1
+            return self.weight.sum().item()
+
+        return make_once(make, (self.weight, None), *settings)
 
 
-def attend(x, **options):
-    C = x.shape[-1]
-    layer = lambda out: (torch.ones(out, C, dtype=x.dtype) / C, None)  # noqa: E731
-    table = torch.zeros(9, 1, dtype=x.dtype)
-    given = {'num_heads': 1, 'window': 2, 'gate': torch.zeros(2, dtype=x.dtype), **options}
-    return ops.window_attention(x, layer(C), layer(2 * C), layer(C), table, **given)
+@pytest.fixture
+def counted() -> Counted:
+    return Counted(nn.Parameter(torch.ones(3)))
 
 
-def test_auto_takes_the_fastest_that_can():
-    assert ops.explain(X).backend == 'fused'
-    choice = ops.explain(X.half())
-    assert choice.backend == 'reference'
-    assert str(choice).startswith('reference (the fastest that can; not fused: it computes in float32')
-    assert 'float16' in choice.rejected['fused']
+def test_calls_elsewhere_make_their_own(counted):
+    assert [counted(), counted()] == [3, 3]
+    assert counted.count == 2
 
 
-@pytest.mark.parametrize(
-    ('x', 'reason'),
-    [
-        (X.half(), 'float16'),
-        (X.to('meta'), 'the map is on meta'),
-        (X[:0], r'nothing to compute in \[0, 4, 4, 8\]'),
-        (X[0], r'\[B, H, W, C\], not \[4, 4, 8\]'),
-    ],
-)
-def test_a_backend_by_name_runs_or_says_what_is_missing(x, reason):
-    with ops.use_backend('fused'), pytest.raises(BackendUnavailable, match=reason):
-        ops.explain(x)
-    assert ops.explain(x).backend == 'reference'
+def test_made_once_for_each_of_the_settings(counted):
+    with frozen_weights():
+        assert [counted('a'), counted('a'), counted('b'), counted('a')] == [3] * 4
+    assert counted.count == 2
 
 
-def test_tensors_of_several_types():
-    with ops.use_backend('fused'), pytest.raises(BackendUnavailable, match='tensors are float32, float64'):
-        ops.explain(X, X.double())
-    with torch.autocast('cpu', torch.bfloat16):
-        assert ops.explain(X, X.bfloat16()).backend == 'fused'
-    with torch.autocast('cpu', torch.float16):
-        assert ops.explain(X).backend == 'reference'
+def test_cache_ends_with_the_outermost(counted):
+    with frozen_weights():
+        counted()
+        with frozen_weights():
+            counted()
+        counted()
+    assert counted.count == 1
+    counted.weight.data.zero_()
+    with frozen_weights():
+        assert counted() == 0
 
 
-def test_environment_context_and_their_order(monkeypatch):
-    monkeypatch.setenv('AST_BACKEND', 'reference')
-    assert ops.explain(X).backend == 'reference'
-    assert str(ops.explain(X)) == 'reference (asked for by name)'
-    with ops.use_backend('fused'):
-        assert ops.explain(X).backend == 'fused'
-        with ops.use_backend('auto'):
-            assert ops.explain(X).asked == 'auto'
-        with ops.use_backend(None):
-            assert ops.explain(X).asked == 'fused'
-    assert ops.explain(X).backend == 'reference'
+def test_cache_ends_with_an_error(counted):
+    with pytest.raises(KeyError), frozen_weights():
+        counted()
+        raise KeyError
+    counted()
+    assert counted.count == 2
 
 
-def test_names_that_are_not_known(monkeypatch):
-    with (
-        pytest.raises(OptionError, match="backend is 'fussed': expected one of auto, fused, triton, reference"),
-        ops.use_backend('fussed'),
-    ):
-        pass
-    monkeypatch.setenv('AST_BACKEND', 'cuda')
-    with pytest.raises(OptionError, match="variable AST_BACKEND is 'cuda'"):
-        ops.explain(X)
+def test_other_tensors_are_not_cached():
+    counted = Counted(torch.ones(3))
+    with frozen_weights():
+        counted()
+        counted()
+    assert counted.count == 2
 
 
-def test_the_command_says_what_is_wrong_with_the_environment(tmp_path):
-    from PIL import Image
-
-    from ast_plugin.archs.ast_arch import AST_XS
-
-    Image.new('RGB', (8, 8)).save(tmp_path / 'picture.png')
-    torch.save(AST_XS(embed_dim=4, num_heads=[1] * 9).state_dict(), tmp_path / 'weights.pth')
-    words = ['infer', '-i', 'picture.png', '-o', 'restored', '--weights', 'weights.pth']
-    result = subprocess.run(
-        [sys.executable, '-m', 'ast_plugin', *words],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={'PATH': '/usr/bin:/bin', 'AST_BACKEND': 'no such', 'OMP_NUM_THREADS': '1'},
-    )
-    assert result.returncode == 2
-    assert "basicsr: error: the environment variable AST_BACKEND is 'no such': expected one of auto" in result.stderr
-    assert 'Traceback' not in result.stderr
+def test_new_weights_at_an_old_address():
+    with frozen_weights():
+        sums = [Counted(nn.Parameter(torch.full((3,), float(value))))() for value in range(20)]
+    assert sums == [3.0 * value for value in range(20)]
 
 
-def test_what_is_asked_for_stays_in_its_thread():
-    seen = {}
-    inside, over = threading.Event(), threading.Event()
-
-    def other():
-        with ops.use_backend('reference'):
-            inside.set()
-            over.wait(10)
-            seen['other'] = ops.explain(X).backend
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    inside.wait(10)
-    seen['here'] = ops.explain(X).backend
-    over.set()
-    thread.join()
-    assert seen == {'other': 'reference', 'here': 'fused'}
+def test_other_threads_have_no_cache(counted):
+    with frozen_weights():
+        counted()
+        thread = threading.Thread(target=counted)
+        thread.start()
+        thread.join()
+    assert counted.count == 2
 
 
-def test_an_export_by_name_says_what_is_missing():
-    with ops.use_backend('fused'), pytest.raises(BackendUnavailable, match='it is given a FakeTensor, no plain tensor'):
-        torch.export.export(ASSA(4, 1, window_size=2), (torch.rand(1, 4, 4, 4),), strict=False)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('attention', ['assa', 'topk'])
+def test_frozen_network_computes_the_same(attention, dtype):
+    torch.manual_seed(0)
+    network = AST_XS(attention=attention).eval()
+    images = torch.rand(2, 1, 3, 48, 72)
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=dtype is torch.bfloat16):
+        plain = [network(image) for image in images]
+        with ops.frozen_weights():
+            frozen = [network(image) for image in images]
+    assert all(torch.equal(a, b) for a, b in zip(plain, frozen, strict=True))
 
 
-def test_falling_back_is_said_once(caplog):
-    with caplog.at_level(logging.WARNING, 'ast_plugin.ops.backend'):
+def test_autocast_and_float32_share_nothing():
+    torch.manual_seed(0)
+    network, image = AST_XS().eval(), torch.rand(1, 3, 32, 32)
+    with torch.inference_mode(), ops.frozen_weights():
+        with torch.autocast('cpu', torch.bfloat16):
+            network(image)
+        within = network(image)
+    with torch.inference_mode():
+        assert torch.equal(within, network(image))
+
+
+def test_training_within_sees_its_updates():
+    torch.manual_seed(0)
+    network, image = AST_XS(drop_path_rate=0.0), torch.rand(1, 3, 32, 32)
+    losses = []
+    with ops.frozen_weights():
         for _ in range(3):
-            attend(X[:0])
-    assert [record.getMessage() for record in caplog.records] == [
-        "computing by the backend 'reference' and not by 'fused': there is nothing to compute in [0, 4, 4, 8]"
-    ]
+            network.zero_grad()
+            loss = network(image).square().mean()
+            loss.backward()
+            losses.append(loss.item())
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.05 * parameter.grad
+    assert losses[2] < losses[1] < losses[0]
 
 
-def test_callers_that_follow_single_operators():
-    x = torch.rand(1, 4, 4, 8, dtype=torch.float64)
-    want = attend(x)
-    traced = torch.jit.trace(attend, (x,))
-    torch.testing.assert_close(traced(x), want)
-    assert 'aten::softmax' in str(traced.graph)
-    _, directional = torch.func.jvp(attend, (x,), (torch.ones_like(x),))
-    with torch.autograd.forward_ad.dual_level():
-        dual = attend(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
-        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
-    torch.testing.assert_close(tangent, directional)
-    torch.testing.assert_close(torch.func.vmap(attend)(x[None])[0], want)
-    mask = torch.zeros(4, 4, 4, dtype=torch.float64, requires_grad=True)
-    attend(x, mask=mask).sum().backward()
-    assert mask.grad.abs().sum() > 0
+def test_network_prepares_weights_once(monkeypatch):
+    from ast_plugin.ops.cpu.ffn import _FeedForwardBranch
 
-
-def test_operators_that_compute_something_else_are_not_used(monkeypatch):
-    fused_cpu_kernels.has_onednn.cache_clear()
-    try:
-        for fault in (lambda x, *rest: x.new_zeros(*x.shape[:-1], 8), lambda *rest: (_ for _ in ()).throw(TypeError())):
-            with monkeypatch.context() as patch:
-                patch.setattr(fused_cpu_kernels, '_onednn_linear', fault)
-                assert not fused_cpu_kernels.has_onednn(torch.float32)
-            fused_cpu_kernels.has_onednn.cache_clear()
-    finally:
-        fused_cpu_kernels.has_onednn.cache_clear()
-    assert not fused_cpu_kernels.has_onednn(torch.float64)
-
-
-def test_strips_cover_a_map_once(monkeypatch):
-    for limit in (1, 100, 10**6):
-        monkeypatch.setattr(fused_cpu_kernels, 'STRIP_BYTES', limit)
-        for B, H, unit in ((1, 1, 1), (3, 7, 1), (2, 24, 8), (2, 40, 5)):
-            covered = torch.zeros(B, H, 1, 1)
-            for strip in fused_cpu_kernels.strips(B, H, 10, unit):
-                strip.of(covered).add_(1)
-                assert strip.first % unit == strip.last % unit == 0
-                assert strip.num_images == 1 or strip.last - strip.first == H
-            assert (covered == 1).all()
+    calls = []
+    prepare = _FeedForwardBranch.prepare
+    monkeypatch.setattr(_FeedForwardBranch, 'prepare', lambda self, op: calls.append(op) or prepare(self, op))
+    network = AST_XS().eval()
+    with ops.use_backend('fused'), torch.inference_mode(), ops.frozen_weights():
+        for side in (32, 64, 64):
+            network(torch.rand(1, 3, side, side))
+    assert len(calls) == 9  # a feed-forward network at each of the nine levels

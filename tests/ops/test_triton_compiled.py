@@ -18,10 +18,11 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
-from ast_plugin.ops import triton_assa, triton_frfn
+from ast_plugin.ops import Attention
+from ast_plugin.ops.triton import attention, ffn
 
 
-class Pretended:
+class PretendedDriver:
     capability = 80
 
     def get_current_target(self):
@@ -37,7 +38,7 @@ class Pretended:
 def compile_only(self, *args, grid, warmup, **options):
     compiled = run(self, *args, grid=grid, warmup=True, **options)
     assert len(compiled.asm['cubin']) > 1000
-    print(self.fn.__name__, Pretended.capability, compiled.metadata.shared)
+    print(self.fn.__name__, PretendedDriver.capability, compiled.metadata.shared)
 
 
 def draw(*shape, dtype=torch.float32):
@@ -45,19 +46,19 @@ def draw(*shape, dtype=torch.float32):
 
 
 def attend(capability, dtype, window, kind, masked=False):
-    Pretended.capability = capability
+    PretendedDriver.capability = capability
     mask = torch.zeros(6, window**2, window**2) if masked else None
-    settings, gate = triton_assa.Settings(2, window, window // 2, kind), draw(2) if kind == 'assa' else None
+    op, gate = Attention(*[None] * 8, 2, window, window // 2, kind), draw(2) if kind == 'assa' else None
     qkv = draw(1, 2 * window, 3 * window, 192, dtype=dtype)
-    triton_assa.attend(settings, qkv, draw(2, window**2, window**2), gate, mask).sum().backward()
+    attention.attend(qkv, draw(2, window**2, window**2), gate, mask, op).sum().backward()
 
 
 def activate(capability, dtype, hidden):
-    Pretended.capability = capability
-    triton_frfn.activate(draw(2, 7, 9, hidden, dtype=dtype), draw(80, 1, 3, 3), draw(80)).sum().backward()
+    PretendedDriver.capability = capability
+    ffn.activate(draw(2, 7, 9, hidden, dtype=dtype), draw(80, 1, 3, 3), draw(80)).sum().backward()
 
 
-driver.set_active(Pretended())
+driver.set_active(PretendedDriver())
 run, JITFunction.run = JITFunction.run, compile_only
 attend(80, torch.bfloat16, 8, 'assa')
 attend(90, torch.float16, 8, 'assa', masked=True)

@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
@@ -12,7 +13,7 @@ from ast_plugin.ops.windows import MASKED
 
 
 @pytest.mark.parametrize(('size', 'window'), [((8, 8), 8), ((8, 24), 8), ((12, 4), 4), ((15, 10), 5), ((3, 2), 1)])
-def test_windows_come_back_as_they_were(size, window):
+def test_merge_inverts_partition(size, window):
     x = torch.arange(2 * size[0] * size[1] * 3.0).reshape(2, *size, 3)
     windows = ops.partition_windows(x, window)
     assert windows.shape == (2 * size[0] * size[1] // window**2, window**2, 3)
@@ -25,12 +26,12 @@ def test_windows_are_cut_row_by_row():
     assert windows[1].reshape(4, 4).tolist() == x[0, :, 4:, 0].tolist()
 
 
-def test_windows_that_do_not_divide_are_refused():
+def test_partition_names_wrong_sizes():
     with pytest.raises(ShapeError, match='12x9'):
         ops.partition_windows(torch.zeros(1, 12, 9, 1), 4)
 
 
-def test_relative_position_index_depends_on_the_offset_alone():
+def test_position_index_depends_on_offset_alone():
     window = 5
     index = ops.relative_position_index(window).reshape(window, window, window, window)
     for offset in [(0, 0), (1, -2), (-4, 4)]:
@@ -46,7 +47,7 @@ def test_relative_position_index_depends_on_the_offset_alone():
 
 
 @pytest.mark.parametrize(('size', 'window', 'shift'), [((8, 16), 4, 2), ((12, 6), 6, 3), ((10, 10), 5, 2)])
-def test_shift_mask_keeps_apart_what_was_apart(size, window, shift):
+def test_shift_mask_keeps_regions_apart(size, window, shift):
     H, W = size
     mask = ops.shift_mask(size, window, shift, torch.device('cpu'))
     # which edges each token of the rolled map came over; a window shall attend only among those that agree
@@ -58,13 +59,13 @@ def test_shift_mask_keeps_apart_what_was_apart(size, window, shift):
     assert set(mask.unique().tolist()) == {MASKED, 0.0}
 
 
-# Windows of sides that no other test has, of which nothing is kept yet.
-@pytest.mark.parametrize(('follower', 'window'), [('export', 9), ('trace', 10), ('functionalize', 11), ('make_fx', 13)])
-def test_what_is_kept_belongs_to_no_follower(follower, window):
+# Windows of sides that no other test has, of which nothing is cached yet.
+@pytest.mark.parametrize(('watcher', 'window'), [('export', 9), ('trace', 10), ('functionalize', 11), ('make_fx', 13)])
+def test_cache_belongs_to_no_watcher(watcher, window):
     """Fake tensors and those of a transform would be found by every later call of the same sizes."""
     attention = ASSA(4, 1, window_size=window, shift_size=1).eval()
     x = torch.rand(1, window, 2 * window, 4)
-    followers = {
+    watchers = {
         'export': lambda: torch.export.export(attention, (x,), strict=False),
         'trace': lambda: torch.jit.trace(attention, x),
         'functionalize': lambda: torch.func.functionalize(attention)(x),
@@ -73,7 +74,7 @@ def test_what_is_kept_belongs_to_no_follower(follower, window):
         ),
     }
     with torch.no_grad():
-        followers[follower]()
+        watchers[watcher]()
         for backend in ('reference', 'fused'):
             with ops.use_backend(backend):
                 assert type(attention(x)) is torch.Tensor
@@ -82,7 +83,13 @@ def test_what_is_kept_belongs_to_no_follower(follower, window):
     assert type(index) is torch.Tensor and index is ops.relative_position_index(window)
 
 
-def test_an_export_takes_maps_of_any_size():
+@pytest.mark.parametrize(('size', 'window', 'shift'), [((1, 1), 4, 2), ((5, 9), 4, 3), ((7, 8), 8, 4)])
+def test_padding_mask_leaves_something_to_see(size, window, shift):
+    mask = ops.padding_mask(size, window, shift, torch.device('cpu'))
+    assert (mask.max(-1).values == 0).all()
+
+
+def test_export_takes_maps_of_any_size():
     attention = ASSA(4, 1, window_size=3, shift_size=1).eval()
     sides = {1: 3 * torch.export.Dim('rows', min=2, max=50), 2: 3 * torch.export.Dim('columns', min=2, max=50)}
     exported = torch.export.export(attention, (torch.rand(1, 6, 9, 4),), dynamic_shapes=(sides,), strict=False).module()
@@ -90,7 +97,7 @@ def test_an_export_takes_maps_of_any_size():
     torch.testing.assert_close(exported(x), attention(x))
 
 
-def test_pair_mask_parts_marked_tokens_from_one_another_only():
+def test_pair_mask_parts_marked_tokens():
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :3] = 1
     pairs = ops.pair_mask(mask, (4, 4), 4)
@@ -102,13 +109,12 @@ def test_pair_mask_parts_marked_tokens_from_one_another_only():
 @pytest.mark.parametrize('size', [(1, 1), (1, 7), (5, 1), (2, 3), (7, 8), (8, 8), (9, 31), (20, 4)])
 @pytest.mark.parametrize('multiple', [1, 8, 24])
 def test_padding_reflects_as_numpy_does(size, multiple):
-    numpy = pytest.importorskip('numpy')
     x = torch.rand(2, 3, *size)
     padded = ops.pad_to_multiple(x, multiple)
     missing = [(0, -side % multiple) for side in size]
-    assert torch.equal(padded, torch.from_numpy(numpy.pad(x.numpy(), [(0, 0), (0, 0), *missing], mode='reflect')))
+    assert torch.equal(padded, torch.from_numpy(np.pad(x.numpy(), [(0, 0), (0, 0), *missing], mode='reflect')))
 
 
-def test_padding_passes_gradients_to_every_pixel():
+def test_padding_passes_gradients():
     x = torch.rand(1, 1, 3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: ops.pad_to_multiple(x, 16), x)

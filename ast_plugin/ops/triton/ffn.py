@@ -1,11 +1,31 @@
-"""Kernels of a depthwise 3×3 convolution, GELU and gate; `triton_frfn` launches them. Imported only where Triton is.
+"""Feed-forward networks on CUDA: linear layers by PyTorch, convolution, GELU and gate between them by kernels.
+
+Computes what `ops.ffn.feed_forward` does. For the backward pass what the first linear layer gave and what the last one
+takes are kept; activations between are computed again. Imported only where Triton is.
 
 A program takes channels by the block and a tile of ROWS × COLUMNS positions, whose neighbours come from the caches.
-Maps between kernels are [B, H, W, channels] without gaps; what is outside counts as zero. All is computed in float32.
+Maps between kernels are [B, H, W, channels] without gaps; what is outside counts as zero.
+
+Numerics: convolution, GELU and gate in float32, rounded once to the map's type; gradients of the depthwise weights are
+summed in float32, in an order that shapes determine.
 """
 
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ast_plugin.ops import ffn as plain
+from ast_plugin.ops.backend import dense_channels, run_kernel
+from ast_plugin.ops.ffn import FeedForward
+
+_BLOCK = 64  # channels of a program
+_ROWS, _COLUMNS = 4, 8
+_PROGRAMS = 2048  # of the kernel with sums; fixed, so that their order is the same everywhere
+_SETTINGS = {'BLOCK': _BLOCK, 'ROWS': _ROWS, 'COLUMNS': _COLUMNS, 'num_warps': 8, 'num_stages': 1}
 
 # Compiled once for all values.
 _VARYING = ('height', 'width', 'num_tiles')
@@ -145,3 +165,75 @@ def backward_convolution(
     position = ((tl.cast(image, tl.int64) * height + row) * width + column)[:, None]
     at = d_z_ptr + position * hidden + channel[None, :]
     tl.store(at, (d_u * _gelu_slope(z)).to(d_z_ptr.dtype.element_ty), mask=inside)
+
+
+def feed_forward(x: Tensor, op: FeedForward) -> Tensor:
+    """See `ops.feed_forward`; an MLP, two products and a GELU, is left to PyTorch's own kernels."""
+    if op.depthwise is None:
+        return plain.feed_forward(x, op)
+    z = F.linear(plain.refine(x, op.partial_conv), op.expand, op.expand_bias)
+    return F.linear(activate(z, op.depthwise, op.depthwise_bias), op.project, op.project_bias)
+
+
+def activate(z: Tensor, depthwise: Tensor, bias: Tensor | None) -> Tensor:
+    """See `ops.ffn.activate`. Sizes are not checked: a kernel would read what is not there."""
+    return run_kernel(_Activate(), z, depthwise, bias)
+
+
+class _Activate:
+    """`activate` as a `backend.Kernel`."""
+
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+        return _Launch(*tensors).forward(), ()
+
+    def backward(
+        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        return _Launch(*tensors).backward(grad)
+
+    def reference(self, *tensors: Tensor | None) -> Tensor:
+        z, depthwise, bias = tensors
+        with torch.autocast(z.device.type, enabled=False):
+            return plain.activate(z, depthwise.to(z.dtype), None if bias is None else bias.to(z.dtype))
+
+
+class _Launch:
+    """One call's tensors as the kernels take them."""
+
+    def __init__(self, z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.z, self.like_weight, self.like_bias = dense_channels(z.detach()), weight, bias
+        self.channels, self.hidden = len(weight), z.shape[-1]
+        self.weight = weight.detach().float().reshape(self.channels, 9).t().contiguous()
+        self.bias = self.weight.new_zeros(self.channels) if bias is None else bias.detach().float().contiguous()
+        self.num_blocks = -(-self.channels // _BLOCK)
+        B, H, W, _ = z.shape
+        self.size = H, W
+        self.num_tiles = B * -(-H // _ROWS) * -(-W // _COLUMNS)
+        self.is_gated = self.hidden != self.channels
+        # A pass of its own: inside the convolution each GELU would be computed nine times.
+        self.u = F.gelu(self.z[..., : self.channels]).contiguous()
+
+    def forward(self) -> Tensor:
+        out = torch.empty_like(self.u)
+        tensors, strides = (self.u, self.z, self.weight, self.bias, out), self.z.stride()[:3]
+        with torch.cuda.device_of(out):
+            grid = self.num_tiles, self.num_blocks
+            forward[grid](*tensors, *self.size, self.channels, *strides, GATED=self.is_gated, **_SETTINGS)
+        return out
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of z, the weight and the bias."""
+        d_z = torch.empty(self.z.shape, dtype=self.z.dtype, device=self.z.device)
+        groups = max(1, min(self.num_tiles, _PROGRAMS // self.num_blocks))
+        sums = self.weight.new_empty(groups, 16, self.channels)
+        d_before = torch.empty_like(self.u)
+        sizes = self.channels, self.hidden, *self.z.stride()[:3]
+        with torch.cuda.device_of(d_z):
+            tensors = self.u, self.z, self.weight, self.bias, grad.contiguous(), d_before, d_z, sums
+            grid = groups, self.num_blocks
+            backward_gate[grid](*tensors, *self.size, self.num_tiles, *sizes, GATED=self.is_gated, **_SETTINGS)
+            tensors, grid = (d_before, self.z, self.weight, d_z), (self.num_tiles, self.num_blocks)
+            backward_convolution[grid](*tensors, *self.size, *sizes, **_SETTINGS)
+        total = sums.sum(0)
+        d_weight = total[:9].t().reshape(self.like_weight.shape).to(self.like_weight.dtype)
+        return d_z, d_weight, None if self.like_bias is None else total[9].to(self.like_bias.dtype)

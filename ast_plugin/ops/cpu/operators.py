@@ -1,4 +1,4 @@
-"""What the fused path on CPUs is made of: oneDNN's operators with an activation or a sum, strips of rows, reductions.
+"""What the CPU's kernels are made of: oneDNN's operators with an activation or a sum, strips of rows, branches.
 
 PyTorch's own linear layers in float32 go to MKL, which on processors of other makers reaches half of what oneDNN does.
 torch.compile calls oneDNN through operators that are not public: here they are tried before they are used, and plain
@@ -8,43 +8,23 @@ PyTorch does the same work where they are missing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ast_plugin.ops.backend import Call
+from ast_plugin.ops.attention import Attention
+from ast_plugin.ops.backend import Residual, make_once, run_kernel, with_residual
+from ast_plugin.ops.ffn import FeedForward
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # Of one temporary. Several are alive at a time and shall stay in the caches; smaller ones recompute more of their edges
 # and leave less to do between the threads' meetings. Measured from 1 to 32 MB.
 STRIP_BYTES = 4 * 2**20
 _FEWEST_ROWS = 4
-
-
-def why_not(call: Call) -> str | None:
-    """Why the fused path cannot run a call, or None."""
-    if call.device.type != 'cpu':
-        return f'it computes on CPUs, the map is on {call.device.type}'
-    if call.special is not None:
-        return call.special
-    if call.dtype not in DTYPES:
-        return f'it computes in {", ".join(map(_name, DTYPES))}, not in {_name(call.dtype)}'
-    if not call.dtypes <= ({call.dtype, torch.float32} if torch.is_autocast_enabled('cpu') else {call.dtype}):
-        return f'it computes in {_name(call.dtype)}, and tensors are {", ".join(sorted(map(_name, call.dtypes)))}'
-    if len(call.shape) != 4:
-        return f'a map is [B, H, W, C], not {list(call.shape)}'
-    if 0 in call.shape:
-        return f'there is nothing to compute in {list(call.shape)}'
-    return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix('torch.')
 
 
 @lru_cache(maxsize=8)
@@ -130,23 +110,13 @@ def conv3x3_backward_weight(x: Tensor, grad: Tensor, weight: Tensor, edges: Edge
     padding = (1, 1) if edges.top and edges.bottom else (0, 1)
     if edges.top != edges.bottom:
         x = F.pad(x, (0, 0, 0, 0, int(edges.top), int(edges.bottom)))
-    _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad.permute(0, 3, 1, 2),
-        x.permute(0, 3, 1, 2),
-        weight,
-        [weight.shape[0]],
-        (1, 1),
-        padding,
-        (1, 1),
-        False,
-        (0, 0),
-        groups,
-        (False, True, True),
-    )
+    settings = [len(weight)], (1, 1), padding, (1, 1), False, (0, 0), groups, (False, True, True)
+    grad, x = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(grad, x, weight, *settings)
     return grad_weight, grad_bias
 
 
-def transposed_kernel(weight: Tensor) -> Tensor:
+def transpose_kernel(weight: Tensor) -> Tensor:
     """Weights of the convolution that takes a 3×3 convolution's gradient back to its input."""
     flipped = weight.flip(2, 3)
     return flipped if weight.shape[1] == 1 else flipped.transpose(0, 1).contiguous()
@@ -184,28 +154,28 @@ class Strip(NamedTuple):
     last: int
     height: int
 
-    def wider(self, rows: int) -> Strip:
-        """With so many rows more at either side, as far as the map goes."""
+    def widen(self, rows: int) -> Strip:
+        """Add so many rows at either side, as far as the map goes."""
         return self._replace(first=max(0, self.first - rows), last=min(self.height, self.last + rows))
 
     @property
     def edges(self) -> Edges:
         return Edges(self.first == 0, self.last == self.height)
 
-    def of(self, x: Tensor) -> Tensor:
-        """View of a map [B, H, W, C]."""
+    def view(self, x: Tensor) -> Tensor:
+        """View these rows of a map [B, H, W, C]."""
         return x[self.image : self.image + self.num_images, self.first : self.last]
 
-    def images_of(self, x: Tensor) -> Tensor:
-        """View of what there is one of for each image, [B, ...]."""
+    def view_images(self, x: Tensor) -> Tensor:
+        """View these images of what there is one of for each, [B, ...]."""
         return x[self.image : self.image + self.num_images]
 
-    def within(self, x: Tensor, wider: Strip) -> Tensor:
-        """View of these rows in `x`, which holds those of `wider`."""
+    def crop(self, x: Tensor, wider: Strip) -> Tensor:
+        """View these rows of `x`, which holds those of `wider`."""
         return x[:, self.first - wider.first : self.last - wider.first]
 
 
-def strips(B: int, H: int, bytes_per_row: int, unit: int = 1) -> Iterator[Strip]:
+def cut_strips(B: int, H: int, bytes_per_row: int, unit: int = 1) -> Iterator[Strip]:
     """Cut maps into strips whose temporaries are about `STRIP_BYTES`: of one image each, or of several whole ones.
 
     Args:
@@ -232,10 +202,62 @@ def without_autocast() -> contextlib.AbstractContextManager:
     return torch.autocast('cpu', enabled=False)
 
 
-def gradients_of(
-    out: Tensor, grad: Tensor, tensors: tuple[Tensor | None, ...], needed: tuple[bool, ...]
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated in turn: of `out`, where `needed`, by each of the tensors."""
-    wanted = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
-    return [next(found) if is_needed else None for is_needed in needed]
+def norm(x: Tensor, residual: Residual | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows of a map as linear layers take them, and of the norm before them, where there is one, mean and 1 / std."""
+    if residual is None:
+        return x.to(dtype).contiguous(), None, None
+    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], residual.weight, residual.bias, residual.eps)
+    return y.to(dtype), mean, rstd
+
+
+class Branch(ABC):
+    """A branch of a block, f(x) or x + scale · f(norm(x)), as a `backend.Kernel`; subclasses say what f is.
+
+    Its tensors are x, mask and scale, which are constants, the norm's weight and bias, and those of `op`.
+
+    Args:
+        x, op, residual: of the call, of which dtypes and settings are kept.
+    """
+
+    def __init__(self, x: Tensor, op: Attention | FeedForward, residual: Residual | None) -> None:
+        self.op = op.with_tensors([None] * len(op.tensors))
+        self.eps = None if residual is None else residual.eps
+        self.in_autocast = torch.is_autocast_enabled('cpu') and x.dtype is not torch.float64
+        self.dtype = torch.get_autocast_dtype('cpu') if self.in_autocast else x.dtype
+
+    @staticmethod
+    @abstractmethod
+    def plain(x: Tensor, op: Attention | FeedForward, *mask: Tensor) -> Tensor:
+        """Compute f by PyTorch's operators."""
+
+    @abstractmethod
+    def prepare(self, op: Attention | FeedForward) -> NamedTuple:
+        """Join, gather and cast the parameters of f."""
+
+    @abstractmethod
+    def compute(self, x: Tensor, mask: Tensor | None, residual: Residual | None, layers: NamedTuple) -> Tensor:
+        """Compute the branch from prepared parameters, keeping nothing for a backward pass."""
+
+    def run(self, x: Tensor, op: Attention | FeedForward, mask: Tensor | None, residual: Residual | None) -> Tensor:
+        """Compute the branch, as a node of autograd where gradients are needed."""
+        weight, bias, scale = (None,) * 3 if residual is None else (residual.weight, residual.bias, residual.scale)
+        tensors = x, mask, scale, weight, bias, *op.tensors
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return run_kernel(self, *tensors)
+        with without_autocast():
+            layers = make_once(lambda: self.prepare(op), op.tensors, type(self), self.dtype, self.op)
+            return self.compute(x, mask, residual, layers)
+
+    def reference(self, *tensors: Tensor | None) -> Tensor:
+        x, mask, residual, op = self.unpack(tensors)
+        masks = () if mask is None else (mask,)
+        with torch.autocast('cpu', self.dtype) if self.in_autocast else without_autocast():
+            return with_residual(lambda x: self.plain(x, op, *masks), x, residual)
+
+    def unpack(
+        self, tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor | None, Residual | None, Attention | FeedForward]:
+        """x, mask, residual and op from a node's tensors."""
+        x, mask, scale, weight, bias, *rest = tensors
+        residual = None if self.eps is None else Residual(weight, bias, self.eps, scale)
+        return x, mask, residual, self.op.with_tensors(rest)

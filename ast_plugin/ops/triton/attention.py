@@ -1,14 +1,42 @@
-"""Kernels of window attention between its linear layers; `triton_assa` launches them. Imported only where Triton is.
+"""Window attention on CUDA: linear layers by PyTorch, what lies between them by one kernel, forward and backward.
+
+Computes what `ops.attention.window_attention` does. The kernels take q, k and v from one map where a window's tokens
+lie, also in a shifted map, and put the result there: there are no rolled or cut copies and no matrices of scores. For
+the backward pass the map of q, k and v is kept, and scores are computed again. Imported only where Triton is.
 
 A program takes one head and a block of queries, and goes through windows one after another; keys and values of a
-window lie in it whole. Positions in the map are computed, so that no shifted or cut copy of it is made. Numbers of
-tokens and channels are filled up to powers of two of at least 16, and masked.
+window lie in it whole. Positions in the map are computed. Numbers of tokens and channels are filled up to powers of two
+of at least 16, and masked.
+
+Numerics: scores and weights in float32, and all sums; for half types weights are rounded to the type of the values they
+are multiplied with, in float16 after each row is brought into its range. Sums over windows have an order that shapes
+determine.
 """
 
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ast_plugin.ops import attention as plain
+from ast_plugin.ops.attention import Attention
+from ast_plugin.ops.backend import dense_channels, run_kernel
 from ast_plugin.ops.windows import MASKED
+
+# Whether there is a softmax, and the power of the sparse branch's relu or 0.
+_BRANCHES = {'assa': (True, 2), 'dense': (True, 0), 'sparse': (False, 2), 'sparse_relu': (False, 1)}
+_LEAST = 16  # of every side of a matrix product
+# More tokens than this, and a program takes `_LEAST` queries at a time: its matrices then stay in registers.
+_MOST_TOKENS = 64
+# Groups of windows keep what is the same for all windows of a head; with fewer programs a large device would idle.
+# Fixed, not read off the device, so that the order of sums is the same everywhere.
+_PROGRAMS = 2048
+_IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # kernels are defined for one or the other
 
 _MASKED = tl.constexpr(MASKED)
 # Compiled once for all values: multiples of 16 among them would not be any faster.
@@ -238,3 +266,119 @@ def backward(
     tl.store(at, d_bias)
     tl.store(d_shares_ptr + part * 2, tl.sum(d_dense_share, 0))
     tl.store(d_shares_ptr + part * 2 + 1, tl.sum(d_sparse_share, 0))
+
+
+def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Tensor:
+    """See `ops.window_attention`; `topk` is not among the kinds."""
+    qkv = F.linear(x, *plain.qkv_layer(op))
+    return F.linear(attend(qkv, plain.gather_bias(op).float(), op.gate, mask, op), op.proj, op.proj_bias)
+
+
+def attend(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, op: Attention) -> Tensor:
+    """See `ops.attention.attend`. Sizes are not checked: a kernel would read what is not there."""
+    return run_kernel(_Attend(op.with_tensors([None] * 8)), qkv, bias, gate if op.kind == 'assa' else None, mask)
+
+
+class _Attend(NamedTuple):
+    """`attend` as a `backend.Kernel`, of q, k and v, the bias, the gate and the mask, which is a constant."""
+
+    op: Attention
+
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+        return _Launch(self.op, *tensors).forward(), ()
+
+    def backward(
+        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        qkv, bias, gate, mask = tensors
+        if self.op.window**2 <= _MOST_TOKENS or len(qkv) == 1:
+            return *_Launch(self.op, *tensors).backward(grad), None
+        # Large windows have a part of the gradient for each block of queries, of one image at a time.
+        parts = []
+        for image in range(len(qkv)):
+            own = slice(image, image + 1)
+            num_windows = (qkv.shape[1] // self.op.window) * (qkv.shape[2] // self.op.window)
+            masks = mask
+            if mask is not None and len(mask) != num_windows:
+                masks = mask[image * num_windows : (image + 1) * num_windows]
+            parts.append(_Launch(self.op, qkv[own], bias, gate, masks).backward(grad[own]))
+        d_qkv, d_bias, d_gate = zip(*parts, strict=True)
+        return torch.cat(d_qkv), sum(d_bias), None if gate is None else sum(d_gate), None
+
+    def reference(self, *tensors: Tensor | None) -> Tensor:
+        return plain.attend(*tensors, self.op)
+
+
+class _Launch:
+    """One call's tensors as the kernels take them, and the kernels' settings."""
+
+    def __init__(self, op: Attention, qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None) -> None:
+        self.op, self.qkv, self.gate = op, dense_channels(qkv), gate
+        num_images, height, width, channels = qkv.shape
+        self.channels = channels // 3
+        self.bias = bias.detach().to(torch.float32).contiguous()
+        # What is not used is not read: any tensor may stand there.
+        self.shares = self.bias if gate is None else gate.detach().float().softmax(0)
+        self.mask = self.bias if mask is None else mask.detach().to(torch.float32).contiguous()
+        tokens, head = op.window**2, self.channels // op.num_heads
+        full = max(_LEAST, triton.next_power_of_2(tokens))
+        self.queries = full if full <= _MOST_TOKENS else _LEAST
+        self.num_blocks = -(-tokens // self.queries)
+        num_windows = num_images * (height // op.window) * (width // op.window)
+        groups = max(1, _PROGRAMS // (op.num_heads * self.num_blocks))
+        per_program = max(1, -(-num_windows // groups))
+        self.grid = op.num_heads, -(-num_windows // per_program), self.num_blocks
+        num_masks = 1 if mask is None else mask.shape[0]
+        self.sizes = height, width, op.shift, self.channels, num_windows, per_program, num_masks, float(head**-0.5)
+        has_softmax, power = _BRANCHES[op.kind]
+        self.constants = {
+            'HEAD': head,
+            'HEAD_FULL': max(_LEAST, triton.next_power_of_2(head)),
+            'SIDE': op.window,
+            'TOKENS': tokens,
+            'TOKENS_FULL': full,
+            'QUERIES': self.queries,
+            'DENSE': has_softmax,
+            'POWER': power,
+            'SHIFTED': op.shift > 0,
+            'MASK': mask is not None,
+            'SCALED': qkv.dtype == torch.float16,
+            'WIDE': qkv.dtype == torch.bfloat16 and _IS_INTERPRETED,
+            # float32 is multiplied without tensor cores, with more in registers.
+            'num_warps': 4 if full <= _MOST_TOKENS and qkv.dtype != torch.float32 else 8,
+            'num_stages': 1,
+        }
+
+    def forward(self) -> Tensor:
+        out = self.qkv.new_empty(*self.qkv.shape[:3], self.channels)
+        tensors = self.qkv, self.bias, self.shares, self.mask, out
+        strides = *self.qkv.stride()[:3], *out.stride()[:3]
+        with torch.cuda.device_of(out):
+            forward[self.grid](*tensors, *self.sizes, *strides, **self.constants)
+        return out
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of the map of q, k and v, of the bias and of the gate."""
+        tokens, full = self.constants['TOKENS'], self.constants['TOKENS_FULL']
+        grad = dense_channels(grad)
+        d_qkv = torch.empty(self.qkv.shape, dtype=self.qkv.dtype, device=self.qkv.device)
+        whole = d_qkv[..., self.channels :]
+        d_kv = whole[None]
+        if self.num_blocks > 1:  # each block of queries has its part of the keys' and values' gradient
+            d_kv = self.bias.new_empty(self.num_blocks, *whole.shape)
+        heads, groups, blocks = self.grid
+        d_bias = self.bias.new_empty(groups, heads, blocks, self.queries, full)
+        d_shares = self.bias.new_empty(groups, heads, blocks, 2)
+        tensors = self.qkv, self.bias, self.shares, self.mask, grad, d_qkv, d_kv, d_bias, d_shares
+        strides = *self.qkv.stride()[:3], *grad.stride()[:3], *d_qkv.stride()[:3], *d_kv.stride()[:4]
+        with torch.cuda.device_of(d_qkv):
+            backward[self.grid](*tensors, *self.sizes, *strides, **self.constants)
+        if self.num_blocks > 1:
+            whole.copy_(d_kv.sum(0))
+        d_bias = d_bias.sum(0).reshape(heads, -1, full)[:, :tokens, :tokens]
+        d_gate = None
+        if self.gate is not None:
+            # A small difference of large sums.
+            totals, shares = d_shares.double().sum((0, 1, 2)), self.shares.double()
+            d_gate = (shares * (totals - (shares * totals).sum())).to(self.gate.dtype)
+        return d_qkv, d_bias, d_gate

@@ -1,0 +1,175 @@
+"""Window attention with ASSA's weights and those its ablation compares: the plain reference."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops.windows import check_windows, relative_position_index, shift_mask
+
+ATTENTION_KINDS = ('assa', 'dense', 'sparse', 'sparse_relu', 'topk')
+
+
+class Attention(NamedTuple):
+    """Parameters and settings of window attention, as every backend takes them.
+
+    Attributes:
+        q, q_bias: linear layer of the queries, [C, C] and [C] or None.
+        kv, kv_bias: of keys and values, [2C, C] and [2C] or None.
+        proj, proj_bias: of the output, [C, C] and [C] or None.
+        position_bias: [(2 * window - 1)**2, num_heads], added to the scores by relative position.
+        gate: [2], logits of the dense and the sparse branch; for the kind 'assa' only.
+        num_heads: number of heads, a divisor of C.
+        window: side of a window in tokens.
+        shift: the map is rolled by this much up and left before it is cut, and back afterwards; in [0, window).
+        kind, topk_ratio: see `attention_weights`.
+    """
+
+    q: Tensor
+    q_bias: Tensor | None
+    kv: Tensor
+    kv_bias: Tensor | None
+    proj: Tensor
+    proj_bias: Tensor | None
+    position_bias: Tensor
+    gate: Tensor | None
+    num_heads: int
+    window: int
+    shift: int = 0
+    kind: str = 'assa'
+    topk_ratio: float = 0.5
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:8]
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> 'Attention':
+        """The same settings with other parameters."""
+        return Attention(*tensors, *self[8:])
+
+    def check(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Check that a map, the parameters and a mask go together: a kernel would read what is not there.
+
+        Raises:
+            ShapeError: if not.
+        """
+        check_windows(x.shape, self.num_heads, self.window, self.shift)
+        B, H, W, C = x.shape
+        side, tokens = 2 * self.window - 1, self.window**2
+        _check_shape('weight of the queries', self.q, (C, C))
+        _check_shape('weight of keys and values', self.kv, (2 * C, C))
+        _check_shape('position bias', self.position_bias, (side**2, self.num_heads))
+        num_windows = (H // self.window) * (W // self.window)
+        if mask is not None and mask.shape[0] != B * num_windows:
+            _check_shape('mask', mask, (num_windows, tokens, tokens))
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ShapeError(f'the {name} is {list(tensor.shape)}: expected {list(expected)}')
+
+
+def attention_weights(scores: Tensor, kind: str, gate: Tensor | None = None, topk_ratio: float = 0.5) -> Tensor:
+    """Weights of the values, from the scores of queries and keys.
+
+        dense        softmax(S)                         rows sum to 1
+        sparse       relu(S)²                           no normalisation
+        sparse_relu  relu(S)                            no normalisation
+        assa         g₀ · softmax(S) + g₁ · relu(S)²    g = softmax(gate)
+        topk         softmax over the highest scores of each row
+
+    Args:
+        scores: [..., queries, keys], any float dtype.
+        kind: one of `ATTENTION_KINDS`.
+        gate: [2], logits of the dense and the sparse branch, for `assa` only.
+        topk_ratio: share of the keys that `topk` keeps, in (0, 1].
+    Returns:
+        Shape and dtype of `scores`.
+    Raises:
+        OptionError: for an unknown kind.
+    Source: Zhou et al., CVPR 2024, equations 3 to 6; top-k after DRSformer (Chen et al., CVPR 2023).
+    """
+    if kind == 'dense':
+        return scores.softmax(-1)
+    if kind == 'sparse':
+        return scores.relu().square()
+    if kind == 'sparse_relu':
+        return scores.relu()
+    if kind == 'assa':
+        dense_share, sparse_share = gate.to(scores.dtype).softmax(0)
+        return dense_share * scores.softmax(-1) + sparse_share * scores.relu().square()
+    if kind == 'topk':
+        keep = max(1, round(topk_ratio * scores.shape[-1]))
+        lowest = scores.topk(keep, dim=-1).values[..., -1:]
+        return scores.masked_fill(scores < lowest, float('-inf')).softmax(-1)
+    raise OptionError(f'attention {kind!r} is unknown: one of {", ".join(ATTENTION_KINDS)}')
+
+
+def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Tensor:
+    """Multi-head self-attention within (shifted) windows of a map.
+
+        out = proj(weights(q · kᵀ / √d + position bias + mask) · v)
+
+    Args:
+        x: [B, H, W, C], H and W multiples of the window.
+        op: parameters and settings.
+        mask: [num_windows or B * num_windows, window**2, window**2], added to the scores of all heads.
+    Returns:
+        [B, H, W, C].
+    Numerics: scores, weights and their product with the values are computed in float32 for half inputs: the sparse
+        branch is not normalised and leaves float16's range. float64 stays float64.
+    Source: Zhou et al., CVPR 2024, section 3.2.
+    """
+    return F.linear(attend(F.linear(x, *qkv_layer(op)), gather_bias(op), op.gate, mask, op), op.proj, op.proj_bias)
+
+
+def attend(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, op: Attention) -> Tensor:
+    """Attention between its linear layers.
+
+    Args:
+        qkv: [B, H, W, 3C], queries, keys and values.
+        bias: [num_heads, window**2, window**2], see `gather_bias`.
+        gate, mask: see `Attention` and `window_attention`.
+        op: of which only the settings are read.
+    Returns:
+        [B, H, W, C].
+    """
+    _, H, W, _ = qkv.shape
+    if op.shift:
+        qkv = qkv.roll((-op.shift, -op.shift), dims=(1, 2))
+        regions = shift_mask((H, W), op.window, op.shift, qkv.device)
+        mask = regions if mask is None else (mask.reshape(-1, *regions.shape) + regions).reshape(mask.shape)
+    q, k, v = rearrange(
+        qkv, 'b (h y) (w x) (n heads d) -> n (b h w) heads (y x) d', y=op.window, x=op.window, n=3, heads=op.num_heads
+    )
+    # Shapes alone, on `meta`, are computed without autocast, which that device does not have.
+    with nullcontext() if qkv.is_meta else torch.autocast(qkv.device.type, enabled=False):
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        scores = (q.to(dtype) * q.shape[-1] ** -0.5) @ k.to(dtype).transpose(-2, -1) + bias
+        if mask is not None:
+            scores = rearrange(scores, '(b n) ... -> b n ...', n=mask.shape[0]) + mask.to(dtype)[:, None]
+            scores = rearrange(scores, 'b n ... -> (b n) ...')
+        out = (attention_weights(scores, op.kind, gate, op.topk_ratio) @ v.to(dtype)).to(v.dtype)
+    size = {'h': H // op.window, 'w': W // op.window, 'y': op.window}
+    out = rearrange(out, '(b h w) heads (y x) d -> b (h y) (w x) (heads d)', **size)
+    return out.roll((op.shift, op.shift), dims=(1, 2)) if op.shift else out
+
+
+def qkv_layer(op: Attention) -> tuple[Tensor, Tensor | None]:
+    """Weight [3C, C] and bias [3C] or None of one linear layer for queries, keys and values."""
+    layers = (op.q, op.q_bias), (op.kv, op.kv_bias)
+    bias = None
+    if op.q_bias is not None or op.kv_bias is not None:
+        bias = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in layers])
+    return torch.cat([op.q, op.kv]), bias
+
+
+def gather_bias(op: Attention) -> Tensor:
+    """The position bias of every pair of tokens of a window, [num_heads, window**2, window**2]."""
+    index = relative_position_index(op.window, op.position_bias.device)
+    return rearrange(op.position_bias[index], 'q k heads -> heads q k')

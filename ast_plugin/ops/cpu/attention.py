@@ -1,0 +1,298 @@
+"""Window attention on a CPU over groups of windows, read from the map and written to it where they lie.
+
+Computes what `ops.attention.window_attention` does. Rows of windows go together from the norm to the sum and stay in
+the caches; a shift takes rows and columns from where they are, without a rolled copy of the map. Of all windows of a
+shifted map only those of the last row and column are masked, with masks that any map shares. For the backward pass only
+the input is kept; windows do not depend on one another and are computed again group by group.
+
+Numerics: scores, weights and their product with the values in float32 for bfloat16, as in the reference; gradients of
+parameters add up in float32 over groups, in an order that shapes and the number of threads determine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ast_plugin.ops import attention as plain
+from ast_plugin.ops.attention import Attention, attention_weights
+from ast_plugin.ops.backend import Residual
+from ast_plugin.ops.cpu.operators import Branch, Strip, cut_strips, linear, norm, outer_sum, without_autocast
+from ast_plugin.ops.windows import MASKED, relative_position_index
+
+
+def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None, residual: Residual | None = None) -> Tensor:
+    """See `ops.window_attention`."""
+    return _AttentionBranch(x, op, residual).run(x, op, mask, residual)
+
+
+class _Layers(NamedTuple):
+    """Parameters joined, gathered, and in the dtypes that are computed in.
+
+    Attributes:
+        qkv, qkv_bias: [3C, C] and [3C], of queries, keys and values; likewise `proj`.
+        bias: [heads, 1, window**2, window**2], added to the scores.
+        gate: [2], or None.
+    """
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    proj: Tensor
+    proj_bias: Tensor | None
+    bias: Tensor
+    gate: Tensor | None
+
+
+class _AttentionBranch(Branch):
+    plain = staticmethod(plain.window_attention)
+
+    @property
+    def core(self) -> torch.dtype:
+        """What scores and their weights are computed in."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def prepare(self, op: Attention) -> _Layers:
+        op = op.with_tensors([None if tensor is None else tensor.detach() for tensor in op.tensors])
+        linear_layers = (*plain.qkv_layer(op), op.proj, op.proj_bias)
+        return _Layers(
+            *(None if tensor is None else tensor.to(self.dtype) for tensor in linear_layers),
+            plain.gather_bias(op).to(self.core)[:, None].contiguous(),
+            None if op.gate is None else op.gate.to(self.core),
+        )
+
+    def compute(self, x: Tensor, mask: Tensor | None, residual: Residual | None, layers: _Layers) -> Tensor:
+        return _Forward(self, x, mask, residual, layers).run()
+
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+        x, mask, residual, op = self.unpack(tensors)
+        with without_autocast():
+            return self.compute(x, mask, residual, self.prepare(op)), ()
+
+    def backward(
+        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        x, mask, residual, op = self.unpack(tensors)
+        with without_autocast():
+            grad_x, *sums = _Backward(self, x, mask, residual, self.prepare(op)).run(grad)
+        gradients = zip((grad_x, None, None, *sums), tensors, needed, strict=True)
+        return [value.to(tensor.dtype) if is_needed else None for value, tensor, is_needed in gradients]
+
+
+class _Forward:
+    """One call's tensors, and the forward pass over groups of windows."""
+
+    def __init__(
+        self, branch: _AttentionBranch, x: Tensor, mask: Tensor | None, residual: Residual | None, layers: _Layers
+    ) -> None:
+        self.op, self.dtype, self.core = branch.op, branch.dtype, branch.core
+        self.x, self.residual, self.layers = x, residual, layers
+        self.scale = None if residual is None else residual.scale
+        self.sides = {'y': self.op.window, 'x': self.op.window}
+        H, W = (side // self.op.window for side in x.shape[1:3])
+        self.mask = None if mask is None else rearrange(mask.to(self.core), '(b h w) q k -> b h w q k', h=H, w=W)
+
+    def groups(self) -> Iterator[Strip]:
+        """Rows of windows in the rolled map."""
+        B, H, W, C = self.x.shape
+        widest = max(3 * C, self.op.num_heads * self.op.window**2)
+        return cut_strips(B, H, W * widest * self.layers.proj.element_size(), self.op.window)
+
+    def run(self) -> Tensor:
+        out_dtype = self.dtype if self.residual is None else torch.promote_types(self.x.dtype, self.dtype)
+        out = torch.empty(self.x.shape, dtype=out_dtype)
+        for group in self.groups():
+            normed, _, _ = norm(_read_rolled(self.x, group, self.op.shift), self.residual, self.dtype)
+            queries, keys, values = self._split(linear(normed, self.layers.qkv, self.layers.qkv_bias), 3)
+            weights = self._weights(self._scores(queries, keys, group))
+            y = linear(self._join((weights @ values)[None], group), self.layers.proj, self.layers.proj_bias)
+            if self.scale is not None:
+                y = y.mul_(group.view_images(self.scale))
+            self._write(out, y, self.x, group)
+        return out
+
+    def _write(self, out: Tensor, rows: Tensor, other: Tensor, group: Strip) -> None:
+        """Write rolled rows where they belong, plus those of another map where the branch has a residual."""
+        for target, own, beside in _split_rolled(out, rows, other, group, self.op.shift):
+            if self.residual is None:
+                target.copy_(own)
+            else:
+                torch.add(beside, own, out=target)
+
+    def _split(self, rows: Tensor, count: int) -> Tensor:
+        """[b, rows, W, count · C] -> [count, heads, windows, tokens, d]."""
+        pattern = 'b (h y) (w x) (n heads d) -> n heads b h w y x d'
+        rows = rearrange(rows, pattern, **self.sides, n=count, heads=self.op.num_heads)
+        rows = rows.to(self.core, memory_format=torch.contiguous_format)  # cast and ordered in one copy
+        return rearrange(rows, 'n heads b h w y x d -> n heads (b h w) (y x) d')
+
+    def _join(self, parts: Tensor, group: Strip) -> Tensor:
+        """[n, heads, windows, tokens, d] -> [b, rows, W, n · C], the inverse of `_split`."""
+        counts = {'b': group.num_images, 'w': self.x.shape[2] // self.op.window}
+        parts = rearrange(parts, 'n heads (b h w) (y x) d -> b h y w x n heads d', **counts, **self.sides)
+        parts = parts.to(self.dtype, memory_format=torch.contiguous_format)
+        return rearrange(parts, 'b h y w x n heads d -> b (h y) (w x) (n heads d)')
+
+    def _scores(self, queries: Tensor, keys: Tensor, group: Strip) -> Tensor:
+        """(q · kᵀ) / √d + position bias + masks: [heads, windows, tokens, tokens]."""
+        heads, N, T, d = queries.shape
+        window, shift = self.op.window, self.op.shift
+        bias = self.layers.bias.expand(heads, N, T, T).reshape(-1, T, T)
+        scores = torch.baddbmm(bias, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=d**-0.5)
+        scores = scores.reshape(heads, group.num_images, -1, self.x.shape[2] // window, T, T)
+        if shift:
+            below, beside, corner = (mask.to(self.core) for mask in _edge_masks(window, shift))
+            scores[:, :, :, -1] += beside
+            if group.edges.bottom:
+                scores[:, :, -1, :-1] += below
+                scores[:, :, -1, -1] += corner - beside
+        if self.mask is not None:
+            mask = self.mask if len(self.mask) == 1 else group.view_images(self.mask)
+            scores += mask[:, group.first // window : group.last // window]
+        return scores.reshape(heads, N, T, T)
+
+    def _weights(self, scores: Tensor) -> Tensor:
+        """As `attention_weights`; writes to `scores`."""
+        if self.op.kind != 'assa':
+            return attention_weights(scores, self.op.kind, None, self.op.topk_ratio)
+        dense_share, sparse_share = self.layers.gate.softmax(0)
+        weights = scores.softmax(-1).mul_(dense_share)
+        positive = scores.relu_()
+        return weights.addcmul_(positive, positive.mul(sparse_share))
+
+
+class _Backward(_Forward):
+    """The backward pass: groups are computed again and gone through backwards; sums of the parameters' gradients."""
+
+    def __init__(
+        self, branch: _AttentionBranch, x: Tensor, mask: Tensor | None, residual: Residual | None, layers: _Layers
+    ) -> None:
+        super().__init__(branch, x, mask, residual, layers)
+        self.qkv_t, self.proj_t = layers.qkv.t(), layers.proj.t()
+        C, zeros = x.shape[-1], {'dtype': self.core}
+        self.d_norm = torch.zeros(2, C, **zeros)
+        self.d_qkv, self.d_qkv_bias = torch.zeros(3 * C, C, **zeros), torch.zeros(3 * C, **zeros)
+        self.d_proj, self.d_proj_bias = torch.zeros(C, C, **zeros), torch.zeros(C, **zeros)
+        self.d_bias = torch.zeros_like(layers.bias)
+        # The gate's gradient is a small difference of these.
+        self.d_shares = torch.zeros(2, dtype=torch.float64)
+
+    def run(self, grad: Tensor) -> list[Tensor | None]:
+        """Gradients of x, of the norm's weight and bias, and of `Attention.tensors`."""
+        grad_x = torch.empty(self.x.shape, dtype=self.x.dtype)
+        for group in self.groups():
+            self._write(grad_x, self._run_group(group, _read_rolled(grad, group, self.op.shift)), grad, group)
+        C = self.x.shape[-1]
+        table = torch.zeros((2 * self.op.window - 1) ** 2, self.op.num_heads, dtype=self.core)
+        index = relative_position_index(self.op.window).flatten()
+        table.index_add_(0, index, rearrange(self.d_bias, 'heads 1 q k -> (q k) heads').contiguous())
+        d_gate = None
+        if self.layers.gate is not None:
+            shares = self.layers.gate.double().softmax(0)
+            d_gate = shares * (self.d_shares - (shares * self.d_shares).sum())
+        d_q, d_q_bias = self.d_qkv[:C], self.d_qkv_bias[:C]
+        d_kv, d_kv_bias = self.d_qkv[C:], self.d_qkv_bias[C:]
+        return [grad_x, *self.d_norm, d_q, d_q_bias, d_kv, d_kv_bias, self.d_proj, self.d_proj_bias, table, d_gate]
+
+    def _run_group(self, group: Strip, grad: Tensor) -> Tensor:
+        """Gradient of the rolled rows of x without the sum's own part, from that of the output's."""
+        x = _read_rolled(self.x, group, self.op.shift)
+        normed, mean, rstd = norm(x, self.residual, self.dtype)
+        queries, keys, values = self._split(linear(normed, self.layers.qkv, self.layers.qkv_bias), 3)
+        scores = self._scores(queries, keys, group)
+        dy = grad.to(self.dtype).contiguous()
+        if self.scale is not None:
+            dy = dy * group.view_images(self.scale).to(dy.dtype)
+        d_out = self._split(linear(dy, self.proj_t), 1)[0]
+        weights, d_scores = self._weights_backward(scores, d_out @ values.transpose(-2, -1))
+        self.d_proj += outer_sum(dy, self._join((weights @ values)[None], group))
+        self.d_proj_bias += dy.sum((0, 1, 2), dtype=self.core)
+        self.d_bias += d_scores.sum(1, keepdim=True)
+        parts = torch.empty((3, *queries.shape), dtype=self.core)
+        torch.matmul(weights.transpose(-2, -1), d_out, out=parts[2])
+        d_scores = d_scores.mul_(queries.shape[-1] ** -0.5)
+        torch.matmul(d_scores, keys, out=parts[0])
+        torch.matmul(d_scores.transpose(-2, -1), queries, out=parts[1])
+        d_qkv = self._join(parts, group)
+        self.d_qkv += outer_sum(d_qkv, normed)
+        self.d_qkv_bias += d_qkv.sum((0, 1, 2), dtype=self.core)
+        dx = linear(d_qkv, self.qkv_t)
+        if self.residual is None:
+            return dx
+        weight, bias = self.residual.weight, self.residual.bias
+        wanted = True, weight is not None, bias is not None
+        dx, *d_norm = torch.ops.aten.native_layer_norm_backward(
+            dx.to(x.dtype), x.contiguous(), x.shape[-1:], mean, rstd, weight, bias, wanted
+        )
+        for total, part in zip(self.d_norm, d_norm, strict=True):
+            if part is not None:
+                total += part
+        return dx
+
+    def _weights_backward(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights, and the gradient of the scores from theirs; adds to the gradient of the gate's shares."""
+        if self.op.kind != 'assa':
+            with torch.enable_grad():
+                scores = scores.detach().requires_grad_()
+                weights = attention_weights(scores, self.op.kind, None, self.op.topk_ratio)
+            return weights.detach(), torch.autograd.grad(weights, scores, grad)[0]
+        dense_share, sparse_share = self.layers.gate.softmax(0)
+        dense, positive = scores.softmax(-1), scores.relu_()
+        d_dense = grad * dense
+        per_row = d_dense.sum(-1, keepdim=True)
+        d_sparse = grad * positive
+        self.d_shares[0] += per_row.sum(dtype=torch.float64)
+        self.d_shares[1] += (d_sparse * positive).sum(-1).sum(dtype=torch.float64)
+        # softmax: P · (dP − Σ dP · P), with dP the dense share of the gradient; relu²: 2 · relu · its share of it
+        d_scores = d_dense.addcmul_(dense, per_row, value=-1).mul_(dense_share).add_(d_sparse.mul_(2 * sparse_share))
+        return dense.mul_(dense_share).addcmul_(positive, positive.mul(sparse_share)), d_scores
+
+
+@lru_cache(maxsize=32)
+def _edge_masks(window: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks of a shifted map's last row of windows, last column, and the corner between: [window**2, window**2].
+
+    They are those of `windows.shift_mask`, of which all other windows have zeros. Shared, not to be written to.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        came_over = torch.arange(window, device='cpu') >= window - shift
+        rows, columns = came_over.repeat_interleave(window), came_over.repeat(window)
+        below, beside = (part[:, None] != part[None, :] for part in (rows, columns))
+        return tuple(MASKED * where.float() for where in (below, beside, below | beside))
+
+
+def _read_rolled(x: Tensor, group: Strip, shift: int) -> Tensor:
+    """Rows of a map as it would be when rolled by `shift` up and left, [b, rows, W, C]."""
+    images = group.view_images(x)
+    rows = _segments(group.first, group.last, x.shape[1], shift)
+    columns = _segments(0, x.shape[2], x.shape[2], shift)
+    if len(rows) == len(columns) == 1:
+        return images[:, rows[0]]
+    bands = [torch.cat([images[:, row, column] for column in columns], dim=2) for row in rows]
+    return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
+
+
+def _split_rolled(
+    out: Tensor, own: Tensor, other: Tensor, group: Strip, shift: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Views of a map to write to, of the rolled rows that belong there, and of another map at the same place."""
+    target, beside, top = group.view_images(out), group.view_images(other), 0
+    for rows in _segments(group.first, group.last, out.shape[1], shift):
+        left, bottom = 0, top + rows.stop - rows.start
+        for columns in _segments(0, out.shape[2], out.shape[2], shift):
+            right = left + columns.stop - columns.start
+            yield target[:, rows, columns], own[:, top:bottom, left:right], beside[:, rows, columns]
+            left = right
+        top = bottom
+
+
+def _segments(first: int, last: int, size: int, shift: int) -> list[slice]:
+    """Where [first, last) of a side that was rolled back by `shift` lies in the side as it was: one piece or two."""
+    start, end = first + shift, last + shift
+    if end <= size or start >= size:
+        return [slice(start % size, (end - 1) % size + 1)]
+    return [slice(start, size), slice(0, end - size)]

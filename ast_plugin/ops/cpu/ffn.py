@@ -1,0 +1,325 @@
+"""Feed-forward networks on a CPU in strips of rows, which stay in the caches from the norm to the sum.
+
+Computes what `ops.ffn.feed_forward` does. Between strips nothing is handed on: the rows that a 3×3 convolution needs
+from its neighbours are computed twice, which at some tens of rows is a few percent. For the backward pass of a large
+map only the input is kept; strips are computed again. Beside its input and output a call holds a few strips, and in the
+backward pass one more map of C channels: never a whole large map of hidden channels. Of small maps, up to `KEPT_BYTES`,
+what the GELUs are given is kept: there it costs little.
+
+Numerics: oneDNN accumulates in float32, and its GELU is exact up to 4e-7; gradients of parameters add up in float32
+over strips, also for bfloat16. The order of all sums depends on shapes and the number of threads alone. oneDNN adds
+up the products of thousands of hidden channels in one go, MKL in pieces, with half the error: with gradients, which of
+attention's gate are small differences of large sums, small maps are projected in pieces as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ast_plugin.ops import ffn as plain
+from ast_plugin.ops.backend import Residual
+from ast_plugin.ops.cpu.operators import (
+    Branch,
+    Edges,
+    Strip,
+    conv3x3,
+    conv3x3_backward_weight,
+    cut_strips,
+    gelu_backward,
+    linear,
+    linear_plus,
+    norm,
+    outer_sum,
+    transpose_kernel,
+    without_autocast,
+)
+from ast_plugin.ops.ffn import FeedForward
+
+# Largest map of hidden channels whose like are kept for the backward pass, four of them a block.
+KEPT_BYTES = 8 * 2**20
+_PIECE = 128  # hidden channels whose products are added up in one go where it has to be exact
+
+
+def feed_forward(x: Tensor, op: FeedForward, residual: Residual | None = None) -> Tensor:
+    """See `ops.feed_forward`."""
+    return _FeedForwardBranch(x, op, residual).run(x, op, None, residual)
+
+
+class _Hidden(NamedTuple):
+    """What a backward pass needs of the rows of a strip and those around it.
+
+    Attributes:
+        a: what the linear layers take, for the rows that `before_u` is computed for.
+        before_u, before_v, before_gate: what the GELUs after the linear layer, the convolution and the gate's linear
+            layer are given; None where there is no such layer.
+    """
+
+    a: Tensor
+    before_u: Tensor
+    before_v: Tensor | None
+    before_gate: Tensor | None
+
+
+class _FeedForwardBranch(Branch):
+    plain = staticmethod(plain.feed_forward)
+
+    def prepare(self, op: FeedForward) -> FeedForward:
+        return FeedForward(*(None if tensor is None else tensor.detach().to(self.dtype) for tensor in op))
+
+    def compute(self, x: Tensor, mask: None, residual: Residual | None, layers: FeedForward) -> Tensor:
+        return _Forward(self.dtype, x, residual, layers).run()
+
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor | None]]:
+        x, _, residual, op = self.unpack(tensors)
+        with without_autocast():
+            forward = _Forward(self.dtype, x, residual, self.prepare(op))
+            if x[..., 0].numel() * op.hidden * self.dtype.itemsize > KEPT_BYTES:
+                return forward.run(), ()
+            return forward.run_whole()
+
+    def backward(
+        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        x, _, residual, op = self.unpack(tensors)
+        names = ('x', 'mask', 'scale', 'norm_weight', 'norm_bias', *FeedForward._fields)
+        wanted = {name for name, is_needed in zip(names, needed, strict=True) if is_needed}
+        with without_autocast():
+            backward = _Backward(self.dtype, x, residual, self.prepare(op), wanted)
+            gradients = backward.run(grad, _Hidden(*kept) if kept else None)
+        return [
+            gradients[name].to(tensor.dtype) if name in wanted else None
+            for name, tensor in zip(names, tensors, strict=True)
+        ]
+
+
+class _Forward:
+    """One call's tensors, `op` in the dtype that is computed in, and the forward pass."""
+
+    def __init__(self, dtype: torch.dtype, x: Tensor, residual: Residual | None, op: FeedForward) -> None:
+        self.dtype, self.x, self.residual, self.op = dtype, x, residual, op
+        self.scale = None if residual is None else residual.scale
+
+    def strips(self) -> Iterator[Strip]:
+        """Strips whose temporaries have the hidden channels."""
+        B, H, W, _ = self.x.shape
+        return cut_strips(B, H, W * self.op.hidden * self.op.project.element_size())
+
+    def whole(self) -> Strip:
+        """All rows of all images."""
+        B, H, _, _ = self.x.shape
+        return Strip(0, B, 0, H, H)
+
+    def run(self) -> Tensor:
+        """Compute strip by strip, without what a backward pass would need."""
+        x, op = self.x, self.op
+        out_dtype = self.dtype if self.residual is None else torch.promote_types(x.dtype, self.dtype)
+        out = torch.empty(x.shape, dtype=out_dtype)
+        for strip in self.strips():
+            around = strip if op.depthwise is None else strip.widen(1)
+            a = self._refine(around)
+            u = linear(a, *self._expansion(0), gelu=True)
+            if op.depthwise is not None:
+                u = conv3x3(u, op.depthwise, op.depthwise_bias, strip.edges, gelu=True)
+            if op.is_gated:
+                u = u.mul_(linear(strip.crop(a, around), *self._expansion(1), gelu=True))
+            if self._sums_in_product():
+                strip.view(out).copy_(linear_plus(u, op.project, op.project_bias, strip.view(x)))
+                continue
+            y = linear(u, op.project, op.project_bias)
+            if self.residual is None:
+                strip.view(out).copy_(y)
+            else:
+                y = y if self.scale is None else y.mul_(strip.view_images(self.scale))
+                torch.add(strip.view(x), y, out=strip.view(out))
+        return out
+
+    def run_whole(self) -> tuple[Tensor, _Hidden]:
+        """Compute a small map in one, and keep its `_Hidden`."""
+        x, op, whole = self.x, self.op, self.whole()
+        hidden, u = self._hidden(whole, whole)
+        v = u if hidden.before_v is None else F.gelu(hidden.before_v)
+        gate = None if hidden.before_gate is None else F.gelu(hidden.before_gate)
+        y = None
+        size = _PIECE if self.dtype is torch.float32 else op.hidden  # others would round in between, or are exact
+        for first in range(0, op.hidden, size):
+            piece = slice(first, first + size)
+            part = v[..., piece].contiguous() if gate is None else v[..., piece] * gate[..., piece]
+            layer = op.project[:, piece].contiguous()
+            if y is not None:
+                y = linear_plus(part, layer, None, y)
+            elif self._sums_in_product():
+                y = linear_plus(part, layer, op.project_bias, x)
+            else:
+                y = linear(part, layer, op.project_bias)
+        if self.residual is not None and not self._sums_in_product():
+            y = x + (y if self.scale is None else y * self.scale)
+        # What oneDNN returns is a view; autograd forbids to change views that come out of a Function in place.
+        return y.clone() if y._is_view() else y, hidden
+
+    def _sums_in_product(self) -> bool:
+        """Whether the last linear layer adds x in one go."""
+        return self.residual is not None and self.scale is None and self.x.dtype == self.dtype
+
+    def _expansion(self, part: int) -> tuple[Tensor, Tensor | None]:
+        """Linear layer of a half of the hidden channels: 0 for what is convolved, 1 for the gate."""
+        rows = slice(part * self.op.hidden, (part + 1) * self.op.hidden)
+        return self.op.expand[rows], None if self.op.expand_bias is None else self.op.expand_bias[rows]
+
+    def _refine(self, strip: Strip) -> Tensor:
+        """What the linear layers take, for the rows of a strip: normed, and the first channels convolved."""
+        weight = self.op.partial_conv
+        if weight is None:
+            return norm(strip.view(self.x), self.residual, self.dtype)[0].contiguous()
+        wider = strip.widen(1)
+        a, _, _ = norm(wider.view(self.x), self.residual, self.dtype)
+        head = a[..., : len(weight)].contiguous()
+        own = strip.crop(a, wider)
+        # What came from the norm is nobody else's and may be written to.
+        own = own.clone(memory_format=torch.contiguous_format) if self.residual is None else own.contiguous()
+        own[..., : len(weight)] = conv3x3(head, weight, None, strip.edges)
+        return own
+
+    def _hidden(self, near: Strip, far: Strip) -> tuple[_Hidden, Tensor]:
+        """What the GELUs are given, and what the first gives.
+
+        Args:
+            near: rows whose gradient comes to a strip through the depthwise convolution.
+            far: what they are computed from.
+        """
+        op, a = self.op, self._refine(far)
+        before_u = linear(a, *self._expansion(0))
+        u, before_v, before_gate = F.gelu(before_u), None, None
+        if op.depthwise is not None:
+            before_v = conv3x3(u, op.depthwise, op.depthwise_bias, near.edges)
+        if op.is_gated:
+            before_gate = linear(near.crop(a, far), *self._expansion(1))
+        return _Hidden(a, before_u, before_v, before_gate), u
+
+
+class _Backward(_Forward):
+    """One backward pass: sums of the parameters' gradients, and a map of the gradient on its way to the input.
+
+    Args:
+        wanted: names of the tensors whose gradients are needed: 'x', 'norm_weight', 'norm_bias', those of `op`.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, x: Tensor, residual: Residual | None, op: FeedForward, wanted: set[str]
+    ) -> None:
+        super().__init__(dtype, x, residual, op)
+        self.wanted, self.sums_dtype = wanted, torch.promote_types(dtype, torch.float32)
+        self.sums: dict[str, dict[int, Tensor]] = {}
+        # Views: on small maps turning the weights would take as long as the product, and oneDNN turns what it reads.
+        self.expand_t = [self._expansion(part)[0].t() for part in range(1 + op.is_gated)]
+        self.project_t = op.project.t()
+        self.depthwise_t = None if op.depthwise is None else transpose_kernel(op.depthwise)
+        self.partial_t = None if op.partial_conv is None else transpose_kernel(op.partial_conv)
+
+    def run(self, grad: Tensor, kept: _Hidden | None) -> dict[str, Tensor]:
+        """The wanted gradients by name; `kept` of the whole map."""
+        # A column of hidden channels needs the rows beside it, and so does the partial convolution before it: the map
+        # between them is made whole, and has C channels.
+        if kept is not None:
+            strips = [self.whole()]
+            down = self._through_linear(strips[0], grad, kept)
+        else:
+            strips = list(self.strips())
+            down = torch.empty(self.x.shape, dtype=self.dtype)
+            for strip in strips:
+                strip.view(down).copy_(self._through_linear(strip, grad))
+        grad_x = torch.empty(self.x.shape, dtype=self.x.dtype) if 'x' in self.wanted else None
+        if self.wanted & {'x', 'norm_weight', 'norm_bias', 'partial_conv'}:
+            for strip in strips:
+                self._through_norm(strip, down, grad, grad_x)
+        sums = {name: torch.cat([parts[part] for part in sorted(parts)]) for name, parts in self.sums.items()}
+        return {'x': grad_x, **sums}
+
+    def _through_linear(self, strip: Strip, grad: Tensor, kept: _Hidden | None = None) -> Tensor:
+        """From the gradient of the output to that of the linear layers' input, for the rows of a strip."""
+        op = self.op
+        near = strip if op.depthwise is None else strip.widen(1)
+        far = near if op.depthwise is None else near.widen(1)
+        if kept is None:
+            kept, u = self._hidden(near, far)
+        else:
+            u = F.gelu(kept.before_u)
+        a, before_u, before_v, before_gate = kept
+        v = u
+        if op.depthwise is None:
+            before_v = before_u
+        else:
+            v = F.gelu(before_v)
+        y = near.view(grad).to(self.dtype)
+        if self.scale is not None:
+            y = y * strip.view_images(self.scale).to(self.dtype)
+        dv = linear(y.contiguous(), self.project_t)
+        own_a, own_v, down = strip.crop(a, far), strip.crop(v, near), None
+        if op.is_gated:
+            gate = F.gelu(before_gate)
+            d_gate = gelu_backward(strip.crop(dv, near) * own_v, strip.crop(before_gate, near))
+            self._add_linear('expand', d_gate, own_a, part=1)
+            down = linear(d_gate, self.expand_t[1])
+            own_v = own_v * strip.crop(gate, near)
+            dv.mul_(gate)
+        self._add_linear('project', strip.crop(y, near), own_v)
+        du = gelu_backward(dv, before_v)
+        if op.depthwise is not None:
+            self._add_conv('depthwise', strip.widen(1).crop(u, far), strip.crop(du, near), strip.edges)
+            du = gelu_backward(conv3x3(du, self.depthwise_t, None, strip.edges), strip.crop(before_u, far))
+        self._add_linear('expand', du, own_a)
+        return linear(du, self.expand_t[0]) if down is None else linear_plus(du, self.expand_t[0], None, down)
+
+    def _through_norm(self, strip: Strip, down: Tensor, grad: Tensor, grad_x: Tensor | None) -> None:
+        """On through the partial convolution and the norm, for the rows of a strip, into `grad_x`."""
+        wide, residual = strip.widen(1), self.residual
+        x, dn = wide.view(self.x), strip.view(down).to(self.x.dtype)
+        normed, mean, rstd = norm(x, residual, x.dtype)
+        if self.op.partial_conv is not None:
+            head = slice(0, len(self.op.partial_conv))
+            d_head = wide.view(down)[..., head].contiguous()
+            normed_head = normed[..., head].to(self.dtype).contiguous()
+            self._add_conv('partial_conv', normed_head, strip.crop(d_head, wide), strip.edges)
+            dn = dn.clone() if dn.data_ptr() == strip.view(down).data_ptr() else dn
+            dn[..., head] = conv3x3(d_head, self.partial_t, None, strip.edges)
+        if residual is not None:
+            dn, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+                dn.contiguous(),
+                *(strip.crop(x, wide).contiguous(), x.shape[-1:]),
+                *(strip.crop(statistic, wide).contiguous() for statistic in (mean, rstd)),
+                *(residual.weight, residual.bias),
+                [name in self.wanted for name in ('x', 'norm_weight', 'norm_bias')],
+            )
+            self._add('norm_weight', d_weight)
+            self._add('norm_bias', d_bias)
+        if grad_x is not None and residual is not None:
+            torch.add(strip.view(grad), dn, out=strip.view(grad_x))
+        elif grad_x is not None:
+            strip.view(grad_x).copy_(dn)
+
+    def _add(self, name: str, value: Tensor | None, part: int = 0) -> None:
+        """Add to a sum, or to one of the equal parts of it, one below the other."""
+        if name not in self.wanted:
+            return
+        parts = self.sums.setdefault(name, {})
+        if part in parts:
+            parts[part] += value
+        else:
+            parts[part] = value.to(self.sums_dtype)
+
+    def _add_linear(self, layer: str, grad: Tensor, x: Tensor, part: int = 0) -> None:
+        """Gradients of a linear layer, or of the part of it that `_expansion` names."""
+        if layer in self.wanted:
+            self._add(layer, outer_sum(grad, x), part)
+        if f'{layer}_bias' in self.wanted:
+            self._add(f'{layer}_bias', grad.sum((0, 1, 2), dtype=self.sums_dtype), part)
+
+    def _add_conv(self, layer: str, x: Tensor, grad: Tensor, edges: Edges) -> None:
+        if self.wanted & {layer, f'{layer}_bias'}:
+            d_weight, d_bias = conv3x3_backward_weight(x, grad.contiguous(), getattr(self.op, layer), edges)
+            self._add(layer, d_weight)
+            self._add(f'{layer}_bias', d_bias)

@@ -1,0 +1,180 @@
+"""AST's functions on CUDA devices by Triton's kernels, which are compared with plain operators before they are trusted.
+
+The comparison is made once in a process for each device, dtype and variant of a kernel, on a map of a few windows,
+forward, and backward before the first call that needs it. What it costs is the compilation, which the call needs in any
+case, and that of the variant without or with a shift; Triton keeps what it compiled on the disk. Nothing is drawn from
+the global random generators. Triton itself is imported when the first kernel starts.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ast_plugin.errors import first_line
+from ast_plugin.ops import attention as plain_attention
+from ast_plugin.ops import ffn as plain_ffn
+from ast_plugin.ops.attention import Attention
+from ast_plugin.ops.backend import Call
+from ast_plugin.ops.ffn import FeedForward
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ('assa', 'dense', 'sparse', 'sparse_relu')
+LARGEST_HEAD, LARGEST_WINDOW = 64, 16
+NEAR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of ‖got − want‖ / ‖want‖
+_CAPABILITY = (8, 0)  # below it, products of half types are computed without tensor cores, and bfloat16 not at all
+_checked: dict[tuple, str | None] = {}
+
+
+def _load_kernels() -> tuple[ModuleType, ModuleType]:
+    from ast_plugin.ops.triton import attention, ffn
+
+    return attention, ffn
+
+
+def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Tensor:
+    """See `ops.window_attention`."""
+    return _load_kernels()[0].window_attention(x, op, mask)
+
+
+def feed_forward(x: Tensor, op: FeedForward) -> Tensor:
+    """See `ops.feed_forward`."""
+    return _load_kernels()[1].feed_forward(x, op)
+
+
+def why_not(call: Call) -> str | None:
+    """Why Triton's kernels cannot run a call, or None; on a CUDA device they are compared first."""
+    reason = _device_reason(call.device) or call.why_not(DTYPES) or _attention_reason(call)
+    # The interpreter is for tests, which compare themselves.
+    if reason is not None or call.device.type != 'cuda':
+        return reason
+    return check_kernels(call)
+
+
+@lru_cache(maxsize=1)
+def is_installed() -> bool:
+    """Whether there is a package of that name; whether it works, the first kernel shows."""
+    return importlib.util.find_spec('triton') is not None
+
+
+def _device_reason(device: torch.device) -> str | None:
+    is_interpreted = os.environ.get('TRITON_INTERPRET') == '1'  # on the CPU, statement by statement
+    if device.type != 'cuda' and not (device.type == 'cpu' and is_interpreted):
+        return f'it computes on CUDA devices, the map is on {device.type}'
+    if not is_installed():
+        return 'the package triton is not installed: pip install "ast_plugin[triton]"'
+    if device.type == 'cuda':
+        if torch.version.hip is not None:
+            return 'it was written for devices of NVIDIA'
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _CAPABILITY:
+            needed, present = ('.'.join(map(str, version)) for version in (_CAPABILITY, capability))
+            return f'it needs a device of compute capability {needed}, this one has {present}'
+    return None
+
+
+def _attention_reason(call: Call) -> str | None:
+    op = call.op
+    if not isinstance(op, Attention):
+        return None
+    if op.kind not in KINDS:
+        return f'it has attention of the kinds {", ".join(KINDS)}, not {op.kind}'
+    if op.window > LARGEST_WINDOW:
+        return f'windows have sides up to {LARGEST_WINDOW}, not {op.window}'
+    head = call.shape[-1] // op.num_heads
+    return f'heads have up to {LARGEST_HEAD} channels, not {head}' if head > LARGEST_HEAD else None
+
+
+def check_kernels(call: Call) -> str | None:
+    """What is wrong with the kernels of a call on its device, or None; the same answer for the rest of the process."""
+    op = call.op
+    if isinstance(op, Attention):
+        variant = op.kind, op.window, max(1, call.shape[-1] // op.num_heads), call.is_masked
+    elif op is None or op.depthwise is None:
+        return None
+    else:
+        variant = (op.is_gated,)
+    key = call.device, call.dtype, call.needs_grad, variant
+    if key not in _checked:
+        if torch.cuda.is_current_stream_capturing():
+            return 'its kernels were not run before a CUDA graph is captured: call the network once first'
+        # A thread has none of the caller's modes: no autocast, inference mode, hooks or counters.
+        with ThreadPoolExecutor(1) as thread:
+            _checked[key] = thread.submit(find_fault, *key).result()
+    return _checked[key]
+
+
+def find_fault(device: torch.device, dtype: torch.dtype, needs_grad: bool, variant: tuple) -> str | None:
+    """Compare a variant of the kernels with plain operators: what is wrong, or None."""
+    try:
+        errors = (attention_errors if len(variant) > 1 else activation_errors)(device, dtype, needs_grad, *variant)
+    # Whatever the compiler, the driver or the device says: the reference computes instead, and the reason is told.
+    except Exception as error:
+        return f'its kernels fail on {device} ({type(error).__name__}: {first_line(error)[:200]})'
+    wrong = {name: error for name, error in errors.items() if not error < NEAR[dtype]}
+    if wrong:
+        described = ', '.join(f'{name} is off by {error:.0e}' for name, error in wrong.items())
+        return f'its kernels do not compute on {device} what the reference does: {described}'
+    return None
+
+
+def attention_errors(
+    device: torch.device, dtype: torch.dtype, needs_grad: bool, kind: str, window: int, head: int, is_masked: bool
+) -> dict[str, float]:
+    """Relative errors of attention's output and gradients, without and with a shift, over 2×3 windows of 2 images."""
+    heads, H, W, tokens = 2, 2 * window, 3 * window, window**2
+    qkv = _waves(2, H, W, 3 * heads * head, dtype=dtype, device=device)
+    bias, gate = _waves(heads, tokens, tokens, device=device), _waves(2, device=device) if kind == 'assa' else None
+    mask = (_waves(6, tokens, tokens, device=device) > 0).float() * -100.0 if is_masked else None
+    names = 'the output', "q's, k's and v's gradient", "the bias's gradient", "the gate's gradient"
+    errors = {}
+    for shift in (0, window // 2) if window > 1 else (0,):
+        op = Attention(*[None] * 8, heads, window, shift, kind)
+        functions = [
+            lambda *tensors, attend=module.attend, op=op: attend(*tensors, mask, op)
+            for module in (_load_kernels()[0], plain_attention)
+        ]
+        found = _errors(*functions, (qkv, bias, gate), needs_grad)
+        errors |= {f'{name} (shift {shift})': error for name, error in zip(names, found, strict=False)}
+    return errors
+
+
+def activation_errors(device: torch.device, dtype: torch.dtype, needs_grad: bool, is_gated: bool) -> dict[str, float]:
+    """Relative errors of the activations' output and gradients, of 2 images of 11×13 with 80 channels."""
+    z = _waves(2, 11, 13, 160 if is_gated else 80, dtype=dtype, device=device)
+    tensors = z, _waves(80, 1, 3, 3, device=device), _waves(80, device=device)
+    names = 'the output', "the map's gradient", "the weight's gradient", "the bias's gradient"
+    found = _errors(_load_kernels()[1].activate, plain_ffn.activate, tensors, needs_grad)
+    return dict(zip(names, found, strict=False))
+
+
+def _errors(
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    tensors: tuple[Tensor | None, ...],
+    needs_grad: bool,
+) -> list[float]:
+    """Relative errors of a function's output, and of gradients where needed, against another in float64."""
+    results = []
+    for compute, is_exact in ((function, False), (reference, True)):
+        leaves = [
+            None if t is None else (t.double() if is_exact else t).detach().clone().requires_grad_() for t in tensors
+        ]
+        out = compute(*leaves)
+        results.append([out.detach()])
+        if needs_grad:
+            given = [leaf for leaf in leaves if leaf is not None]
+            grad = _waves(*out.shape, dtype=tensors[0].dtype, device=out.device)
+            results[-1] += torch.autograd.grad(out, given, grad.to(out.dtype))
+    return [float((got.double() - want).norm() / want.norm()) for got, want in zip(*results, strict=True)]
+
+
+def _waves(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
+    """Numbers in (-1.7, 1.7) without visible order, the same for the same shape, and from no generator."""
+    steps = torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float64) * (12.9898 + sum(shape))
+    return (1.7 * (steps.sin() * 43758.5453).frac()).to(dtype).reshape(shape).to(device)

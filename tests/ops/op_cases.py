@@ -1,0 +1,89 @@
+"""Calls of the ops on drawn tensors, and how a backend compares on them with the reference in float64."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ast_plugin import ops
+from ast_plugin.ops import Attention, FeedForward, Residual
+
+Case = tuple[Callable[..., Tensor], dict[str, Tensor]]  # a function of tensors by name, and these
+
+
+def draw(*shape: int) -> Tensor:
+    """Normal numbers, those of a layer divided by the root of what it adds up."""
+    terms = torch.Size(shape[1:]).numel() if len(shape) > 1 else 1
+    return torch.randn(shape, dtype=torch.float64) / terms**0.5
+
+
+def attention_case(
+    size, window, shift=0, kind='assa', *, batch=2, dim=8, heads=2, bias=True, residual=True, mask=None
+) -> Case:
+    tensors = {'x': torch.randn(batch, *size, dim, dtype=torch.float64)}
+    tensors |= {'q': draw(dim, dim), 'kv': draw(2 * dim, dim), 'proj': draw(dim, dim)}
+    tensors['position_bias'] = torch.randn((2 * window - 1) ** 2, heads, dtype=torch.float64)
+    tensors |= {'q_bias': draw(dim), 'kv_bias': draw(2 * dim), 'proj_bias': draw(dim)} if bias else {}
+    tensors |= {'gate': draw(2)} if kind == 'assa' else {}
+    tensors |= {'norm': 1 + 0.1 * draw(dim), 'norm_bias': draw(dim)} if residual else {}
+
+    def function(x, norm=None, norm_bias=None, **parameters):
+        parameters = {name: parameters.get(name) for name in Attention._fields[:8]}
+        op = Attention(**parameters, num_heads=heads, window=window, shift=shift, kind=kind)
+        around = Residual(norm, norm_bias) if residual else None
+        return ops.window_attention(x, op, None if mask is None else mask.to(x.device), around)
+
+    return function, tensors
+
+
+def feed_forward_case(kind, size, *, batch=2, dim=8, hidden=12, bias=True, residual=True, is_scaled=False) -> Case:
+    rows = 2 * hidden if kind == 'frfn' else hidden
+    tensors = {'x': torch.randn(batch, *size, dim, dtype=torch.float64)}
+    tensors |= {'expand': draw(rows, dim), 'project': draw(dim, hidden)}
+    tensors |= {'depthwise': draw(hidden, 1, 3, 3)} if kind != 'mlp' else {}
+    tensors |= {f'{name}_bias': draw(len(tensors[name])) for name in list(tensors) if name != 'x' and bias}
+    tensors |= {'partial_conv': draw(dim // 4, dim // 4, 3, 3)} if kind == 'frfn' else {}
+    tensors |= {'norm': 1 + 0.1 * draw(dim), 'norm_bias': draw(dim)} if residual else {}
+    scale = torch.tensor([2.0, 0.0, 1.0, 0.5, 1.5])[:batch].reshape(-1, 1, 1, 1) if is_scaled else None
+
+    def function(x, norm=None, norm_bias=None, **parameters):
+        op = FeedForward(**{'expand_bias': None, 'project_bias': None, **parameters})
+        around = Residual(norm, norm_bias, 1e-5, None if scale is None else scale.to(x)) if residual else None
+        return ops.feed_forward(x, op, around)
+
+    return function, tensors
+
+
+def as_leaves(tensors: dict[str, Tensor], dtype=None, device=None) -> dict[str, Tensor]:
+    """Copies that take gradients."""
+    return {name: tensor.detach().to(device, dtype, copy=True).requires_grad_() for name, tensor in tensors.items()}
+
+
+def results(backend: str, case: Case, dtype=torch.float64, device=None) -> dict[str, Tensor]:
+    """Output and gradients of all tensors, by name; the output without gradients is near."""
+    function, tensors = case
+    leaves = as_leaves(tensors, dtype, device)
+    with ops.use_backend(backend):
+        output = function(**leaves)
+        with torch.no_grad():
+            error = relative_error(function(**leaves), output)
+        assert error <= {torch.float64: 1e-13, torch.float32: 2e-6}.get(dtype, 2e-2)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad((output.double() * direction.to(device)).sum(), list(leaves.values()))
+    return {'output': output.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    return float((got - want).norm() / (want.norm() + 1e-12))
+
+
+def check(backend: str, case: Case, dtype: torch.dtype, tolerance: float, device=None) -> None:
+    """Compare a backend in a dtype with the reference in float64."""
+    want, got = results('reference', case), results(backend, case, dtype, device)
+    # What rounding makes of a steep function is no fault of a backend: it may be off by twice what the reference is.
+    plain = results('reference', case, dtype, device)
+    for name, value in got.items():
+        assert value.dtype == dtype, name
+        error, usual = relative_error(value, want[name]), relative_error(plain[name], want[name])
+        assert error <= max(tolerance, 2 * usual), (name, error, usual)

@@ -1,0 +1,132 @@
+"""Window attention against a second writing of the definition in float64: every token against every token."""
+
+import math
+
+import pytest
+import torch
+
+from ast_plugin import ops
+from ast_plugin.errors import OptionError, ShapeError
+from ast_plugin.ops.windows import MASKED
+
+from .op_cases import as_leaves, attention_case, relative_error
+
+SHAPES = [((8, 8), 4, 0), ((4, 12), 4, 2), ((10, 5), 5, 2), ((3, 3), 3, 0), ((2, 4), 1, 0)]
+
+
+@pytest.fixture(autouse=True, params=['reference', 'auto'])
+def _backend(request):
+    """The definition holds for the plain reference, and for whatever is faster."""
+    with ops.use_backend(request.param):
+        yield
+
+
+def defined_attention(t, heads, window, shift, kind, image_mask=None, topk_ratio=0.5):
+    """Each token of the map against all others, of which those in the same window count."""
+    B, H, W, C = t['x'].shape
+    y, z = (part.flatten() for part in torch.meshgrid(torch.arange(H), torch.arange(W), indexing='ij'))
+    i, j = (y - shift) % H, (z - shift) % W  # where a token lies in the rolled map
+
+    def differ(*keys):
+        return sum((key[:, None] != key[None, :]).int() for key in keys) > 0
+
+    def by_head(rows):
+        return rows.reshape(B, H * W, heads, C // heads).transpose(1, 2)
+
+    keys, values = map(by_head, (t['x'] @ t['kv'].T + t['kv_bias']).chunk(2, dim=-1))
+    scores = by_head(t['x'] @ t['q'].T + t['q_bias']) @ keys.transpose(-2, -1) / math.sqrt(C // heads)
+    apart = differ(i // window, j // window)
+    offsets = (i[:, None] - i + window - 1) * (2 * window - 1) + (j[:, None] - j + window - 1)
+    scores = scores + t['position_bias'][offsets.masked_fill(apart, 0)].permute(2, 0, 1)
+    scores = scores + MASKED * differ((i + shift) // H, (j + shift) // W)  # one of the two came over an edge
+    if image_mask is not None:
+        marked = image_mask[0, 0, i, j]  # the official mask is cut as it lies, also where the map was rolled
+        scores = scores + MASKED * marked[:, None] * marked
+    exponentials = torch.exp(scores - scores.amax(-1, keepdim=True)) * ~apart
+    if kind == 'topk':
+        keep = max(1, round(topk_ratio * window**2))
+        ordered = scores.masked_fill(apart, -math.inf).sort(descending=True).values
+        exponentials = exponentials * (scores >= ordered[..., keep - 1 : keep])
+    dense = exponentials / exponentials.sum(-1, keepdim=True)
+    positive = scores.clamp(min=0) * ~apart
+    weights = {'sparse': positive**2, 'sparse_relu': positive}.get(kind, dense)
+    if kind == 'assa':
+        shares = torch.exp(t['gate']) / torch.exp(t['gate']).sum()
+        weights = shares[0] * dense + shares[1] * positive**2
+    return (weights @ values).transpose(1, 2).reshape(B, H, W, C) @ t['proj'].T + t['proj_bias']
+
+
+@pytest.mark.parametrize('kind', ops.ATTENTION_KINDS)
+@pytest.mark.parametrize(('size', 'window', 'shift'), SHAPES)
+@pytest.mark.parametrize('is_masked', [False, True])
+def test_attention_follows_definition(kind, size, window, shift, is_masked):
+    image_mask = (torch.arange(size[1]) >= size[1] // 2).double().expand(1, 1, *size) if is_masked else None
+    mask = ops.pair_mask(image_mask, size, window) if is_masked else None
+    function, tensors = attention_case(size, window, shift, kind, dim=6, residual=False, mask=mask)
+    leaves = as_leaves(tensors)
+    got, want = function(**leaves), defined_attention(leaves, 2, window, shift, kind, image_mask)
+    target = torch.randn_like(want)
+    gradients = [torch.autograd.grad((output * target).sum(), list(leaves.values())) for output in (got, want)]
+    for ours, theirs in zip((got, *gradients[0]), (want, *gradients[1]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+def test_attention_gradcheck():
+    function, tensors = attention_case((2, 4), 2, 1, batch=1, dim=2, heads=1, residual=False)
+    names = ('x', 'position_bias', 'gate')
+    leaves = as_leaves(tensors)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: function(**{**leaves, **dict(zip(names, inputs, strict=True))}),
+        [leaves[name] for name in names],
+    )
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_attention_in_lower_precision(dtype, tolerances):
+    function, tensors = attention_case((8, 8), 4, 2, dim=6, residual=False)
+    got = function(**{name: tensor.to(dtype) for name, tensor in tensors.items()})
+    assert got.dtype == dtype
+    assert relative_error(got, function(**tensors)) < tolerances[dtype]
+
+
+def test_sparse_branch_is_finite_in_autocast():
+    function, tensors = attention_case((4, 4), 4, kind='sparse', residual=False)
+    single = {name: tensor.float() for name, tensor in tensors.items()}
+    # scores in the thousands: their squares leave float16, whose largest number is 65504
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch.isfinite(function(**{**single, 'x': 30 * single['x']})).all()
+
+
+def test_attention_weights_by_kind():
+    scores = torch.randn(3, 5, dtype=torch.float64)
+    dense, sparse = ops.attention_weights(scores, 'dense'), ops.attention_weights(scores, 'sparse')
+    torch.testing.assert_close(dense.sum(-1), torch.ones(3, dtype=torch.float64))
+    gate = torch.tensor([0.0, math.log(3)], dtype=torch.float64)
+    torch.testing.assert_close(ops.attention_weights(scores, 'assa', gate), 0.25 * dense + 0.75 * sparse)
+    kept = ops.attention_weights(scores, 'topk', topk_ratio=0.4)
+    assert ((kept > 0).sum(-1) == 2).all()
+    assert ops.attention_weights(torch.full((1, 1), 300.0), 'sparse').item() == 90000.0
+    with pytest.raises(OptionError, match=r'swin.*assa'):
+        ops.attention_weights(scores, 'swin')
+
+
+@pytest.mark.parametrize(
+    ('changed', 'message'),
+    [
+        ({'heads': 3}, '8 channels do not divide into 3 heads'),
+        ({'size': (7, 8)}, '7x8 map does not divide into windows of 4x4'),
+        ({'size': (0, 8)}, '0x8 map'),
+        ({'shift': -1}, r'shift of -1 is not in \[0, 4\)'),
+        ({'shift': 4}, r'shift of 4 is not in \[0, 4\)'),
+        ({'mask': torch.zeros(3, 16, 16)}, r'mask is \[3, 16, 16\]: expected \[4, 16, 16\]'),
+        ({'position_bias': torch.zeros(49, 3)}, r'position bias is \[49, 3\]: expected \[49, 2\]'),
+        ({'x': torch.zeros(8, 8, 8)}, r'expected a map \[B, H, W, C\], got \[8, 8, 8\]'),
+        ({'x': torch.zeros(1, 8, 8, 12)}, r'weight of the queries is \[8, 8\]: expected \[12, 12\]'),
+    ],
+)
+def test_attention_names_wrong_sizes(changed, message):
+    given = {'x', 'position_bias'} & set(changed)
+    options = {'size': (8, 8), 'window': 4, **{name: changed[name] for name in set(changed) - given}}
+    function, tensors = attention_case(**options)
+    with pytest.raises(ShapeError, match=message):
+        function(**{**tensors, **{name: changed[name].double() for name in given}})

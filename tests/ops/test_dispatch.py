@@ -1,0 +1,159 @@
+"""How a backend is chosen, and what is said about it."""
+
+import logging
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from ast_plugin import ops
+from ast_plugin.archs.blocks import ASSA
+from ast_plugin.errors import BackendUnavailable, OptionError
+from ast_plugin.ops import dispatch
+
+from .op_cases import attention_case
+
+X = torch.zeros(1, 4, 4, 8)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_requested(monkeypatch):
+    monkeypatch.delenv('AST_BACKEND', raising=False)
+    monkeypatch.setattr(dispatch, '_logged', set())
+
+
+def test_auto_takes_the_fastest_that_can():
+    assert ops.explain(X).backend == 'fused'
+    choice = ops.explain(X.half())
+    assert choice.backend == 'reference'
+    assert str(choice).startswith('reference (the fastest that can; not fused: it computes in float32')
+    assert 'float16' in choice.rejected['fused']
+
+
+@pytest.mark.parametrize(
+    ('x', 'reason'),
+    [
+        (X.half(), 'cannot run feed_forward: it computes in float32, bfloat16, float64, not in float16'),
+        (X.to('meta'), 'the map is on meta'),
+        (X[:0], r'nothing to compute in \[0, 4, 4, 8\]'),
+        (X[0], r'\[B, H, W, C\], not \[4, 4, 8\]'),
+    ],
+)
+def test_a_named_backend_says_what_is_missing(x, reason):
+    with ops.use_backend('fused'), pytest.raises(BackendUnavailable, match=reason):
+        ops.explain(x)
+    assert ops.explain(x).backend == 'reference'
+
+
+def test_tensors_of_several_types():
+    op = ops.FeedForward(*[torch.zeros(8, 8, dtype=torch.float64)] * 4)
+    with ops.use_backend('fused'), pytest.raises(BackendUnavailable, match='tensors are float32, float64'):
+        ops.explain(X, op)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert ops.explain(X, ops.FeedForward(*[torch.zeros(8, 8).bfloat16()] * 4)).backend == 'fused'
+    with torch.autocast('cpu', torch.float16):
+        assert ops.explain(X).backend == 'reference'
+
+
+def test_environment_context_and_their_order(monkeypatch):
+    monkeypatch.setenv('AST_BACKEND', 'reference')
+    assert ops.explain(X).backend == 'reference'
+    assert str(ops.explain(X)) == 'reference (asked for by name)'
+    with ops.use_backend('fused'):
+        assert ops.explain(X).backend == 'fused'
+        with ops.use_backend('auto'):
+            assert ops.explain(X).requested == 'auto'
+        with ops.use_backend(None):
+            assert ops.explain(X).requested == 'fused'
+    assert ops.explain(X).backend == 'reference'
+
+
+def test_unknown_names(monkeypatch):
+    with (
+        pytest.raises(OptionError, match="backend is 'fussed': expected one of auto, fused, triton, reference"),
+        ops.use_backend('fussed'),
+    ):
+        pass
+    monkeypatch.setenv('AST_BACKEND', 'cuda')
+    with pytest.raises(OptionError, match="variable AST_BACKEND is 'cuda'"):
+        ops.explain(X)
+
+
+def test_infer_names_a_wrong_environment(tmp_path):
+    from PIL import Image
+
+    from ast_plugin.archs.ast_arch import AST_XS
+
+    Image.new('RGB', (8, 8)).save(tmp_path / 'image.png')
+    torch.save(AST_XS(embed_dim=4, num_heads=[1] * 9).state_dict(), tmp_path / 'weights.pth')
+    words = ['infer', '-i', 'image.png', '-o', 'restored', '--weights', 'weights.pth']
+    environment = {'PATH': '/usr/bin:/bin', 'AST_BACKEND': 'no such', 'OMP_NUM_THREADS': '1'}
+    environment['PYTHONPATH'] = str(Path(ops.__file__).parents[2])
+    command = [sys.executable, '-m', 'ast_plugin', *words]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 2
+    assert "basicsr: error: the environment variable AST_BACKEND is 'no such': expected one of auto" in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
+def test_use_backend_stays_in_its_thread():
+    seen = {}
+    inside, over = threading.Event(), threading.Event()
+
+    def other():
+        with ops.use_backend('reference'):
+            inside.set()
+            over.wait(10)
+            seen['other'] = ops.explain(X).backend
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(10)
+    seen['here'] = ops.explain(X).backend
+    over.set()
+    thread.join()
+    assert seen == {'other': 'reference', 'here': 'fused'}
+
+
+def test_export_by_name_says_what_is_missing():
+    with ops.use_backend('fused'), pytest.raises(BackendUnavailable, match='it is given a FakeTensor, no plain tensor'):
+        torch.export.export(ASSA(4, 1, window_size=2), (torch.rand(1, 4, 4, 4),), strict=False)
+
+
+def test_falling_back_is_logged_once(caplog):
+    function, tensors = attention_case((4, 4), 2)
+    with caplog.at_level(logging.WARNING, 'ast_plugin.ops.dispatch'):
+        for _ in range(3):
+            function(**{**tensors, 'x': tensors['x'][:0]})
+    assert [record.getMessage() for record in caplog.records] == [
+        "computing by the backend 'reference' and not by 'fused': there is nothing to compute in [0, 4, 4, 8]"
+    ]
+
+
+def test_watchers_get_plain_operators():
+    function, tensors = attention_case((4, 4), 2, batch=1)
+    x = tensors.pop('x')
+
+    def attend(x):
+        return function(x, **tensors)
+
+    want = attend(x)
+    traced = torch.jit.trace(attend, (x,))
+    torch.testing.assert_close(traced(x), want)
+    assert 'aten::softmax' in str(traced.graph)
+    _, directional = torch.func.jvp(attend, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = attend(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, directional)
+    torch.testing.assert_close(torch.func.vmap(attend)(x[None])[0], want)
+
+
+def test_masks_may_have_gradients():
+    mask = torch.zeros(4, 4, 4, dtype=torch.float64, requires_grad=True)
+    function, tensors = attention_case((4, 4), 2, mask=mask)
+    function(**tensors).sum().backward()
+    assert mask.grad.abs().sum() > 0
