@@ -1,7 +1,6 @@
 """Run by test_toolbox.py in a process of its own: each fault of BasicSR's before and after the repair that mends it.
 
-Prints a JSON object: of each repair whether things worked before and after it, whether it said that it was needed, and
-what it said when called once more.
+Prints a JSON object: of each repair whether things worked before and after it.
 """
 
 # ruff: noqa: E402 (BasicSR is imported when the repairs are held back)
@@ -17,8 +16,7 @@ os.environ['CUDA_VISIBLE_DEVICES'] = ''  # most faults are those of machines wit
 
 from ast_plugin import toolbox
 
-repairs = {repair.__name__: repair for repair in toolbox.AFTER_IMPORT}
-toolbox.AFTER_IMPORT = ()
+toolbox.repair_after_import = lambda: None
 
 import torch
 import torch.distributed as dist
@@ -231,9 +229,11 @@ def works(probe) -> bool:
 
 def main():
     results = {}
-    for name, repair in repairs.items():
-        probe = globals()[name]
-        results[name] = {'before': works(probe), 'needed': repair(), 'after': works(probe), 'again': repair()}
+    for repair in toolbox.repairs():
+        probe = globals()[repair.__name__]
+        before = works(probe)
+        repair()
+        results[repair.__name__] = {'before': before, 'after': works(probe)}
     dist.destroy_process_group()
     sys.__stdout__.write('\n' + json.dumps(results))
 

@@ -1,25 +1,39 @@
-"""Repairs of how BasicSR goes on with a run that was interrupted. See `toolbox`."""
+"""Repairs of BasicSR's training loop: what it samples, how it goes on after an interruption, and what it reports."""
 
 import functools
 import math
+import uuid
 from pathlib import Path
+
+import torch
+from basicsr import train, utils
+from basicsr.utils import check_resume, get_root_logger, logger, misc
+
+from ast_plugin.checkpoints import newest_whole, read_state
+from ast_plugin.data import workers
+from ast_plugin.data.random_states import SeededSamples
+from ast_plugin.data.sampler import EpochSampler
 
 _FOLDERS = ('experiments_root', 'models', 'training_states', 'visualization', 'log')
 
 
-def resume_anywhere() -> bool:
+def sample_full_batches() -> None:
+    """Train with `ast_plugin.data.sampler.EpochSampler` in the place of BasicSR's `EnlargedSampler`.
+
+    Fault: it shuffles by the epoch alone, whatever the seed, and the loader drops the last partial batch, so that a set
+    smaller than a batch trains on nothing, in silence. No upstream issue known.
+    """
+    train.EnlargedSampler = EpochSampler
+
+
+def resume_anywhere() -> None:
     """Resume on a CPU, from the newest state that is whole, and below the experiment's own root.
 
     Fault: `load_resume_state` calls `torch.cuda.current_device()` on any machine, and `--auto_resume` looks under
     `experiments/` of the working directory, whatever root path the options have; it takes the state of the highest
     number, even if it is cut. No upstream issue known.
     """
-    from basicsr import train
-
-    if 'experiments' not in train.load_resume_state.__code__.co_consts:
-        return False
     train.load_resume_state = load_resume_state
-    return True
 
 
 def load_resume_state(opt: dict) -> dict | None:
@@ -34,17 +48,13 @@ def load_resume_state(opt: dict) -> dict | None:
     Raises:
         CheckpointError: if the file is missing or damaged, or holds anything but data.
     """
-    from basicsr.utils import check_resume
-
-    from ast_plugin import checkpoints
-
     path = opt['path'].get('resume_state')
     if opt['auto_resume']:
-        path = checkpoints.newest_whole(opt['path']['training_states']) or path
+        path = newest_whole(opt['path']['training_states']) or path
         opt['path']['resume_state'] = path and str(path)
     if path is None:
         return None
-    state = checkpoints.read_state(path)
+    state = read_state(path)
     opt['resumed_iter'] = state['iter']
     has_weights = state.pop('params', None) is not None and 'network_g' in opt
     has_weights = has_weights and 'network_g' not in (opt['path'].get('ignore_resume_networks') or ())
@@ -60,53 +70,33 @@ def load_resume_state(opt: dict) -> dict | None:
     return state
 
 
-def resume_within_epochs() -> bool:
+def resume_within_epochs() -> None:
     """Go on in the middle of an epoch.
 
     Fault: the loop begins an interrupted epoch again, so that some images are seen twice and others not at all. What is
     drawn at random in loading depends on everything drawn before, and on the number of workers.
     No upstream issue known.
     """
-    from basicsr import train
+    build, create = train.build_dataset, train.create_train_val_dataloader
 
-    if hasattr(train.create_train_val_dataloader, '__wrapped__') or not hasattr(train.EnlargedSampler, 'resume'):
-        return False
-    train.build_dataset = _draw_by_position(train.build_dataset)
-    train.create_train_val_dataloader = _begin_where_interrupted(train.create_train_val_dataloader)
-    return True
-
-
-def _draw_by_position(original):
-    """Of a training set the samples that depend on seed, epoch and position alone, as ours do by themselves."""
-
-    @functools.wraps(original)
+    @functools.wraps(build)
     def build_dataset(opt):
-        from ast_plugin.data.random_states import SeededSamples
-
-        dataset = original(opt)
+        """A training set whose samples depend on seed, epoch and position alone, as ours do by themselves."""
+        dataset = build(opt)
         is_read_beside_training = opt.get('prefetch_mode') == 'cpu' and not opt.get('num_worker_per_gpu')
         # A thread that seeds global generators would disturb those that training draws from.
         if opt['phase'] != 'train' or getattr(dataset, 'index_carries_epoch', False) or is_read_beside_training:
             return dataset
         return SeededSamples(dataset)
 
-    return build_dataset
-
-
-def _begin_where_interrupted(original):
-    @functools.wraps(original)
+    @functools.wraps(create)
     def create_train_val_dataloader(opt, logger):
-        import torch
-
-        from ast_plugin.data.random_states import SeededSamples
-        from ast_plugin.data.workers import start_apart
-
-        loader, sampler, val_loaders, _, total_iters = original(opt, logger)
+        loader, sampler, val_loaders, _, total_iters = create(opt, logger)
         sampler.fill(loader.batch_size)  # one process may feed several GPUs, which BasicSR forgets in its sampler
         opt['train']['iters_per_epoch'] = len(loader)
         # What a loader draws for its workers must not come out of what training draws from.
         loader.generator = torch.Generator().manual_seed(opt['manual_seed'] + opt['rank'])
-        loader.worker_init_fn = functools.partial(start_apart, loader.worker_init_fn)
+        loader.worker_init_fn = functools.partial(workers.start_apart, loader.worker_init_fn)
         loader.collate_fn = getattr(loader.dataset, 'collate', loader.collate_fn)
         if isinstance(loader.dataset, SeededSamples):
             sampler.seed = loader.dataset.seed = opt['manual_seed']
@@ -114,55 +104,41 @@ def _begin_where_interrupted(original):
             sampler.resume(opt['resumed_iter'], loader.batch_size)
         return loader, sampler, val_loaders, math.ceil(total_iters / len(loader)), total_iters
 
-    return create_train_val_dataloader
+    train.build_dataset, train.create_train_val_dataloader = build_dataset, create_train_val_dataloader
 
 
-def start_loading_once() -> bool:
+def start_loading_once() -> None:
     """Let the training loop start loading when it knows the epoch.
 
     Fault: its prefetchers start the workers when they are made, before `set_epoch`; the loop resets them at once, and
     all of that is thrown away. No upstream issue known.
     """
-    from basicsr import train
 
-    if hasattr(train.CPUPrefetcher, 'starts_by_reset'):
-        return False
-    train.CPUPrefetcher = _started_by_reset(train.CPUPrefetcher)
-    train.CUDAPrefetcher = _started_by_reset(train.CUDAPrefetcher)
-    return True
+    def started_by_reset(kind):
+        class Prefetcher(kind):
+            """BasicSR's, with nothing to give before `reset`."""
 
+            def __init__(self, loader, *args):
+                super().__init__((), *args)
+                self.ori_loader = loader
 
-def _started_by_reset(kind: type) -> type:
-    class Prefetcher(kind):
-        """BasicSR's, with nothing to give before `reset`."""
+            def reset(self):
+                """Load the epoch that the sampler was told of."""
+                with workers.block_signals():
+                    super().reset()
 
-        starts_by_reset = True
+        return Prefetcher
 
-        def __init__(self, loader, *args):
-            super().__init__((), *args)
-            self.ori_loader = loader
-
-        def reset(self):
-            """Load the epoch that the sampler was told of."""
-            from ast_plugin.data import workers
-
-            with workers.block_signals():
-                super().reset()
-
-    return Prefetcher
+    train.CPUPrefetcher = started_by_reset(train.CPUPrefetcher)
+    train.CUDAPrefetcher = started_by_reset(train.CUDAPrefetcher)
 
 
-def archive_under_free_names() -> bool:
+def archive_under_free_names() -> None:
     """Rename an older run's folder to a name that is free.
 
     Fault: `mkdir_and_rename` knows names by the second; of two runs started in one second the later one fails, or
     moves the first one's folder into the archive of another. No upstream issue known.
     """
-    from basicsr import train
-    from basicsr.utils import misc
-
-    if hasattr(misc.mkdir_and_rename, '__wrapped__'):
-        return False
     original = misc.mkdir_and_rename
 
     @functools.wraps(original)
@@ -175,7 +151,6 @@ def archive_under_free_names() -> bool:
             misc.get_time_str = time_string
 
     misc.mkdir_and_rename = train.mkdir_and_rename = mkdir_and_rename
-    return True
 
 
 def _free(prefix: str, name: str) -> str:
@@ -187,16 +162,12 @@ def _free(prefix: str, name: str) -> str:
     return candidate
 
 
-def purge_tensorboard() -> bool:
+def purge_tensorboard() -> None:
     """Let TensorBoard forget what a run wrote after the state that is resumed.
 
     Fault: the loop writes the same steps once more, into another file, and both are shown. No upstream issue known.
     """
-    from basicsr import train
-
     original = train.init_tb_loggers
-    if hasattr(original, '__wrapped__'):
-        return False
 
     @functools.wraps(original)
     def init_tb_loggers(opt):
@@ -210,7 +181,70 @@ def purge_tensorboard() -> bool:
         return tb_logger
 
     train.init_tb_loggers = init_tb_loggers
-    return True
 
 
-REPAIRS = (resume_anywhere, resume_within_epochs, start_loading_once, archive_under_free_names, purge_tensorboard)
+def count_down_to_zero() -> None:
+    """Let the remaining time in log lines end at zero.
+
+    Fault: `MessageLogger` takes one iteration too many off, and prints `-1 day, 23:59:53` at the last one.
+    No upstream issue known.
+    """
+    original = logger.MessageLogger.__init__
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.max_iters += 1
+
+    logger.MessageLogger.__init__ = __init__
+
+
+def show_rates_in_tensorboard() -> None:
+    """Write learning rates to TensorBoard beside the losses.
+
+    Fault: `MessageLogger` takes them out of what it writes there. No upstream issue known.
+    """
+    original = logger.MessageLogger.__call__
+
+    @functools.wraps(original)
+    def __call__(self, log_vars):
+        if self.use_tb_logger and self.tb_logger is not None and 'debug' not in self.exp_name:
+            for number, rate in enumerate(log_vars['lrs']):
+                self.tb_logger.add_scalar(f'lr/group_{number}', rate, log_vars['iter'])
+        original(self, log_vars)
+
+    logger.MessageLogger.__call__ = __call__
+
+
+def start_wandb_of_any_age() -> None:
+    """Start a run of Weights & Biases without `wandb.util.generate_id`.
+
+    Fault: `init_wandb_logger` asks it for the run's id, and wandb 0.28.2 removed it (slime#2332).
+    """
+
+    @logger.master_only
+    def init_wandb_logger(opt):
+        """Start, or by `logger.wandb.resume_id` resume, a run that takes over what goes to TensorBoard."""
+        import wandb
+
+        project, resume_id = opt['logger']['wandb']['project'], opt['logger']['wandb'].get('resume_id')
+        run_id = resume_id or uuid.uuid4().hex[:8]
+        resume = 'allow' if resume_id else 'never'
+        wandb.init(id=run_id, resume=resume, name=opt['name'], config=opt, project=project, sync_tensorboard=True)
+        get_root_logger().info(f'Use wandb logger with id={run_id}; project={project}.')
+
+    for module in (logger, utils, train):
+        module.init_wandb_logger = init_wandb_logger
+
+
+REPAIRS = (
+    sample_full_batches,
+    resume_anywhere,
+    resume_within_epochs,
+    start_loading_once,
+    archive_under_free_names,
+    purge_tensorboard,
+    count_down_to_zero,
+    show_rates_in_tensorboard,
+    start_wandb_of_any_age,
+)
