@@ -38,7 +38,7 @@ from ast_plugin.data.lmdb.writer import make_plan, write_lmdbs
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.data.transforms import random_crop, to_float
-from ast_plugin.degradations.degradations import DEGRADATIONS
+from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import OptionError
 from benchmarks import records
 from benchmarks.records import MEGABYTE, Line, say

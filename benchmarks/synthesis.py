@@ -21,7 +21,7 @@ import numpy as np
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.data.transforms import to_float
-from ast_plugin.degradations.degradations import DEGRADATIONS
+from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import OptionError
 from ast_plugin.metrics import psnr_rgb
 from benchmarks import records

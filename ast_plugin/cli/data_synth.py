@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ast_plugin.degradations.degradations import DEGRADATIONS
+from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import DataError, OptionError
 
 _DEPTH_ENDINGS = ('.npy', '.npz', '.png', '.tif', '.tiff')
@@ -59,14 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the pairs, or draw the sheet, or print the list."""
-    from ast_plugin.data.synthesis import Recipe, check_output, read_parameters, takes_depth, write_pairs
+    from ast_plugin.data.synthesis import Recipe, check_output, read_parameters, write_pairs
 
     if args.list:
         return _print_parameters(args.task)
     if args.sheet:
         return _draw_sheet(args)
     _check(args)
-    if args.depth is not None and not takes_depth(args.task):
+    if args.depth is not None and not DEGRADATIONS[args.task].takes_depth:
         raise OptionError(f'--depth: {args.task} does not depend on distances, leave it out')
     recipe = Recipe(args.task, read_parameters(args.task, _read_settings(args.set)), args.seed, args.count, args.size)
     output = Path(args.output).expanduser()

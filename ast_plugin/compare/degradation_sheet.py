@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ast_plugin.data.image_files import ImageFile, read_rgb, write_image
-from ast_plugin.degradations.degradations import DEGRADATIONS
+from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.evaluation.contact_sheet import Cell, draw_contact_sheet
 
 SHOWN_SIZE = (480, 720)  # height and width of the photographs that are degraded

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ast_plugin.data import transforms
-from ast_plugin.degradations.degradations import Degradation
+from ast_plugin.degradations import Degradation
 
 
 def degraded_patch(

@@ -7,7 +7,6 @@ each, leave the others as they are.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from ast_plugin.data import transforms
 from ast_plugin.data.degraded_patches import degraded_patch
 from ast_plugin.data.image_files import ImageFile, read_image, read_rgb, write_image
 from ast_plugin.data.matching import list_images
-from ast_plugin.degradations.degradations import DEGRADATIONS, Degradation
+from ast_plugin.degradations import DEGRADATIONS, Degradation
 from ast_plugin.errors import DataError, OptionError, did_you_mean
 from ast_plugin.faults import faults_of
 from ast_plugin.files import lock_folder, write_file
@@ -199,11 +198,6 @@ def make_pairs(name: str, path: Path, recipe: Recipe, depth_path: Path | None = 
             _to_integers(clean, image.dtype),
             None if mask is None else _to_integers(mask, np.dtype(np.uint8)),
         )
-
-
-def takes_depth(task: str) -> bool:
-    """Tell whether a degradation can use a map of distances."""
-    return 'depth' in inspect.signature(DEGRADATIONS[task].apply).parameters
 
 
 def read_depth(path: Path, shape: tuple[int, int]) -> np.ndarray:

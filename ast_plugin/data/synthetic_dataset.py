@@ -14,9 +14,9 @@ from ast_plugin.data.degraded_patches import degraded_patch
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.seeded_dataset import SeededDataset, SeededOptions
 from ast_plugin.data.synthesis import Photo, folder_photos, packaged_photos
-from ast_plugin.degradations.degradations import DEGRADATIONS, AnyParameters
+from ast_plugin.degradations import DEGRADATIONS, AnyParameters
+from ast_plugin.degradations.parameters import PositiveRange
 from ast_plugin.degradations.rain import RainParameters
-from ast_plugin.degradations.ranges import PositiveRange
 from ast_plugin.errors import DataError
 
 CACHE_BYTES = 256 * 2**20

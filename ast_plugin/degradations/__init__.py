@@ -1,1 +1,64 @@
-"""Degradations made on clean photographs: rain, raindrops, haze, snow, shadows, moiré; and files of such pairs."""
+"""Synthetic degradations of clean images. A further one is a row in `DEGRADATIONS` and a file beside rain.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, Field
+
+from ast_plugin.degradations.haze import HazeParameters, add_haze
+from ast_plugin.degradations.moire import MoireParameters, add_moire
+from ast_plugin.degradations.rain import RainParameters, add_rain
+from ast_plugin.degradations.raindrops import RaindropParameters, add_raindrops
+from ast_plugin.degradations.shadow import ShadowParameters, add_shadow
+from ast_plugin.degradations.snow import SnowParameters, add_snow
+
+__all__ = ['DEFAULT', 'DEGRADATIONS', 'AnyParameters', 'Degradation']
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """How a degradation is made.
+
+    Attributes:
+        parameters: its ranges, with `type: Literal[name] = name`.
+        apply: pure function (image, generator, parameters) -> (degraded image, mask). Images are RGB [H, W, 3],
+            float32 in [0, 1]; the mask is the opacity of what was put over the image, [H, W] float32 in [0, 1], or
+            None where every pixel is degraded.
+        margin: pixels around a patch that its degradation depends on.
+        takes_depth: whether `apply` has a further argument `depth`, a map of distances [H, W].
+    """
+
+    parameters: type[BaseModel]
+    apply: Callable[..., tuple[np.ndarray, np.ndarray | None]]
+    margin: int = 0
+    takes_depth: bool = False
+
+
+DEGRADATIONS = {
+    'rain': Degradation(RainParameters, add_rain),
+    'raindrop': Degradation(RaindropParameters, add_raindrops, margin=64),
+    'haze': Degradation(HazeParameters, add_haze, margin=64, takes_depth=True),
+    'snow': Degradation(SnowParameters, add_snow),
+    'shadow': Degradation(ShadowParameters, add_shadow),
+    'moire': Degradation(MoireParameters, add_moire, margin=8),
+}
+DEFAULT = 'rain'
+"""Type of the option `degradation` where it names none."""
+
+
+def _with_type(value: Any) -> Any:
+    return {'type': DEFAULT, **value} if isinstance(value, dict) else value
+
+
+AnyParameters = Annotated[
+    reduce(or_, (row.parameters for row in DEGRADATIONS.values())),
+    Field(discriminator='type'),
+    BeforeValidator(_with_type),
+]
+"""Type of the option `degradation`: parameters of one of the above, told apart by `type`."""

@@ -28,17 +28,23 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from ast_plugin.degradations.glare import unclip
-from ast_plugin.degradations.noise import fractal_noise, lattice_noise, uniform_noise
-from ast_plugin.degradations.pseudo_depth import guess_depth
-from ast_plugin.degradations.ranges import Parameters, PositiveRange, Range
+from ast_plugin.degradations.fields import (
+    add_glare,
+    fractal_noise,
+    lattice_noise,
+    shrink,
+    strips,
+    to_rgb,
+    uniform_noise,
+)
+from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, limited
 from ast_plugin.errors import DataError
 
 DENSEST = 2.5  # mean optical depth beyond which too little of the image would be left to be restored
 NOISE_DEVIATION = 0.14  # standard deviation of `fractal_noise`
 PROBE_SIDE = 48  # pixels of the shorter side at which the thickness for a wished PSNR is sought
 CONTRAST_THRESHOLD = 0.02  # contrast at which an object is held to vanish: the definition of visibility
-SKY_SHARE = 0.02  # of the image that the farthest things must fill to be taken for what lights the haze
+FARTHEST_SHARE = 0.02  # of the image that the farthest things must fill to be taken for what lights the haze
 SKY_LIT = (0.7, 0.95)  # least brightness of haze by that of the sky that lights it
 SCENE_LIT = 0.9  # and by the mean of the scene, for droplets swallow less of the light than things do
 LIGHT_CELL = 480.0  # pixels at scale 1 between places that different lamps light
@@ -47,7 +53,11 @@ WHITE = 0.94  # gray value above which a light is brighter than an image can sho
 SHOULDER = 0.85  # brightness above which airlight approaches white ever more slowly
 LATTICE_DEVIATION = 0.45  # standard deviation of `lattice_noise`
 GAMMA = 2.2
-STRIP = 32  # rows composed at a time
+
+GUESS_SIDE = 160  # pixels of the shorter side at which depth is guessed
+SKY_COLOURS = 0.45  # distance in RGB from the sky at the upper edge beyond which nothing is sky
+SKY_ROUGHNESS = 0.035  # local contrast above which a place is no sky
+OUTDOORS = 0.03  # mean of what `_sky` gives above which an image was taken outdoors
 
 
 class HazeParameters(Parameters):
@@ -61,51 +71,22 @@ class HazeParameters(Parameters):
     visibility: PositiveRange | None = Field(
         None, description='instead of psnr, in units of the given depth: where contrast has sunk to 2 percent'
     )
-    nearest: PositiveRange = Field(
-        (0.1, 0.7), description='depth of the foreground by that of the farthest where depth is guessed, below 1'
-    )
-    room: float = Field(
-        0.5, ge=0, le=1, description='chance that an image without sky has the depth of a room where depth is guessed'
-    )
-    airlight: Range = Field((0.45, 0.95), description='mean brightness of the haze itself, within [0, 1]')
+    nearest: PositiveRange = limited((0.1, 0.7), 0, 0.99, 'guessed depth of the foreground by that of the farthest')
+    room: float = Field(0.5, ge=0, le=1, description='chance that the guessed depth without sky is that of a room')
+    airlight: Range = limited((0.45, 0.95), 0, 1, 'mean brightness of the haze itself')
     tint: float = Field(0.05, ge=0, le=0.2, description='standard deviation of the mean colour of the airlight')
-    lamps: Range = Field(
-        (0, 0.25), description='standard deviation over the image of ln(airlight), lit from the side, within [0, 1]'
-    )
-    lamp_tint: Range = Field(
-        (0, 0.1), description='standard deviation over the image of its colour from cold to warm, within [0, 0.5]'
-    )
-    glow: Range = Field((0, 0.6), description='share of the airlight that is light of the scene nearby, within [0, 1]')
-    glare: Range = Field(
-        (0, 3), description='how much brighter lamps and windows are than an image can show, in white, within [0, 10]'
-    )
-    exposure: Range = Field(
-        (-0.5, 0.3),
-        description='stops; how much brighter the camera renders opaque haze than a clear scene, in [-3, 3]',
-    )
-    white_balance: Range = Field(
-        (0, 0.6), description="share of the tint of opaque haze that the camera's white balance removes, within [0, 1]"
-    )
-    noise: Range = Field((0, 0.01), description='standard deviation of the noise of the camera, within [0, 0.1]')
-    unevenness: Range = Field((0.0, 0.7), description='standard deviation of ln(extinction) over the image, in [0, 2]')
+    lamps: Range = limited((0, 0.25), 0, 1, 'standard deviation over the image of ln(airlight), lit from the side')
+    lamp_tint: Range = limited((0, 0.1), 0, 0.5, 'standard deviation over the image of its colour from cold to warm')
+    glow: Range = limited((0, 0.6), 0, 1, 'share of the airlight that is light of the scene nearby')
+    glare: Range = limited((0, 3), 0, 10, 'how much brighter lamps and windows are than an image can show, in white')
+    exposure: Range = limited((-0.5, 0.3), -3, 3, 'stops by which opaque haze is rendered brighter than a clear scene')
+    white_balance: Range = limited((0, 0.6), 0, 1, 'share of the tint of opaque haze that the camera removes')
+    noise: Range = limited((0, 0.01), 0, 0.1, 'standard deviation of the noise of the camera')
+    unevenness: Range = limited((0.0, 0.7), 0, 2, 'standard deviation of ln(extinction) over the image')
     cell: PositiveRange = Field((120.0, 400.0), description='pixels between independent swathes')
-    forward: Range = Field((0.0, 0.35), description='share of the scattered light that only smears, within [0, 0.9]')
+    forward: Range = limited((0.0, 0.35), 0, 0.9, 'share of the scattered light that only smears')
     spread: PositiveRange = Field((3.0, 7.0), description='pixels; smear where the optical depth is 1')
     scale: float = Field(1.0, gt=0, description='multiplies every length; 1 suits images 500 pixels high')
-
-    LIMITS = {
-        'nearest': (0, 0.99),
-        'airlight': (0, 1),
-        'lamps': (0, 1),
-        'lamp_tint': (0, 0.5),
-        'glow': (0, 1),
-        'glare': (0, 10),
-        'exposure': (-3, 3),
-        'white_balance': (0, 1),
-        'noise': (0, 0.1),
-        'unevenness': (0, 2),
-        'forward': (0, 0.9),
-    }
 
 
 def add_haze(
@@ -138,13 +119,13 @@ def add_haze(
         depth = guess_depth(image, generator, nearest, parameters.room)
     else:
         depth = fill_depth(depth, shape)
-    light = unclip(image, WHITE, generator.uniform(*parameters.glare))
-    small, small_depth = (_shrink(part, PROBE_SIDE) for part in (light, depth))
+    light = add_glare(image, WHITE, generator.uniform(*parameters.glare))
+    small, small_depth = (_probe(part) for part in (light, depth))
     airlight = _light(small, _airlight(small, small_depth, generator, parameters), image, generator, parameters)
     adaptation = _adaptation(airlight, generator, parameters)
     thickness = depth * _swathes(shape, generator, parameters)
     if parameters.visibility is None:
-        tau = _shrink(thickness, PROBE_SIDE)
+        tau = _probe(thickness)
         beta = _extinction(small, tau, airlight, adaptation, 1 - forward, 10 ** (-amount / 10))
     else:
         beta = -math.log(CONTRAST_THRESHOLD) / amount
@@ -180,9 +161,8 @@ def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     levels = [(values, known.astype(np.float32))]
     while max(values.shape) > 1:
         size = (-(-values.shape[1] // 2), -(-values.shape[0] // 2))
-        halves = [cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in levels[-1]]
-        values = halves[0]
-        levels.append((halves[0], halves[1]))
+        values, weights = (cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in levels[-1])
+        levels.append((values, weights))
     filled = levels[-1][0]
     for values, weights in reversed(levels):
         filled = cv2.resize(filled, values.shape[::-1], interpolation=cv2.INTER_LINEAR)
@@ -190,11 +170,9 @@ def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return filled
 
 
-def _shrink(array: np.ndarray, side: int) -> np.ndarray:
-    """Return an image or a map whose shorter side has at most about `side` pixels."""
-    ratio = max(1.0, min(array.shape[:2]) / side)
-    size = (max(1, round(array.shape[1] / ratio)), max(1, round(array.shape[0] / ratio)))
-    return cv2.resize(array, size, interpolation=cv2.INTER_AREA)
+def _probe(array: np.ndarray) -> np.ndarray:
+    """Return an image or a map at the size at which the strength is sought."""
+    return shrink(array, min(array.shape[:2]) / PROBE_SIDE)
 
 
 def _airlight(
@@ -210,7 +188,7 @@ def _airlight(
     lit = generator.uniform(*SKY_LIT)
     brightness = max(brightness, min(SCENE_LIT * float(np.minimum(small, 1).mean()), highest))
     farthest = small[depth > 0.96 * depth.max()]
-    if len(farthest) > SKY_SHARE * depth.size:
+    if len(farthest) > FARTHEST_SHARE * depth.size:
         brightness = max(brightness, min(lit * float(np.minimum(farthest, 1).mean()), highest))
     warmth, green = generator.normal(0, parameters.tint, 2)
     return np.clip(brightness * (1 + np.array([warmth, 0.4 * green, -warmth])), 0, 1).astype(np.float32)
@@ -243,7 +221,7 @@ def _light(
     share = np.float32(generator.uniform(*parameters.glow))
     field = cv2.exp(cv2.merge([brightness + warmth, brightness, brightness - warmth]))
     # Half of the colour of what is lit gets lost on the way.
-    bright = 0.5 * (small + cv2.cvtColor(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
+    bright = 0.5 * (small + to_rgb(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)))
     bright = cv2.GaussianBlur(bright, (0, 0), max(GLOW_SPREAD * pixel, 0.3), borderType=cv2.BORDER_REPLICATE)
     mean = float(bright.mean())
     if mean > 1e-3:
@@ -303,27 +281,108 @@ def _compose(
     direct = cv2.exp(-tau)
     seen = cv2.exp(tau * np.float32(-lost))
     gain = np.exp(adaptation * np.float32(1 - cv2.mean(seen)[0]))
-    shrink = max(1.0, spread / 2)
-    size = (max(1, round(image.shape[1] / shrink)), max(1, round(image.shape[0] / shrink)))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    ratio = max(1.0, spread / 2)
+    small, widening = shrink(image, ratio), 1 - cv2.exp(-0.5 * shrink(tau, ratio))
     narrow, wide = (
-        cv2.GaussianBlur(small, (0, 0), sigma / shrink, borderType=cv2.BORDER_REFLECT)
+        cv2.GaussianBlur(small, (0, 0), sigma / ratio, borderType=cv2.BORDER_REFLECT)
         for sigma in (spread, 2.5 * spread)
     )
-    widening = 1 - cv2.exp(-0.5 * cv2.resize(tau, size, interpolation=cv2.INTER_AREA))
-    smeared = cv2.resize(
-        (narrow + (wide - narrow) * cv2.cvtColor(widening, cv2.COLOR_GRAY2RGB)) * gain,
-        whole,
-        interpolation=cv2.INTER_LINEAR,
-    )
+    smeared = (narrow + (wide - narrow) * to_rgb(widening)) * gain
+    smeared = cv2.resize(smeared, whole, interpolation=cv2.INTER_LINEAR)
     airlight = cv2.resize(airlight * gain, whole, interpolation=cv2.INTER_LINEAR)
     gains = np.diag(gain.astype(np.float64))
     result = np.empty_like(image)
-    for top in range(0, len(image), STRIP):
-        rows = slice(top, top + STRIP)
+    for rows in strips(image):
         strip = cv2.transform(image[rows], gains, dst=result[rows])
         strip -= smeared[rows]
-        strip *= cv2.cvtColor(direct[rows], cv2.COLOR_GRAY2RGB)
+        strip *= to_rgb(direct[rows])
         strip += airlight[rows]
-        strip += (smeared[rows] - airlight[rows]) * cv2.cvtColor(seen[rows], cv2.COLOR_GRAY2RGB)
+        strip += (smeared[rows] - airlight[rows]) * to_rgb(seen[rows])
     return result, 1 - seen
+
+
+def guess_depth(image: np.ndarray, generator: np.random.Generator, nearest: float, room: float = 0.0) -> np.ndarray:
+    """Guess how far off everything in an image is.
+
+    Up to a horizon drawn at random lies a ground plane, whose depth is inverse to the distance below the horizon, as
+    in perspective. What rises from it is as far as where it might stand. Smooth regions, bright or blue, that reach
+    down from the upper edge are sky. Darker and more colourful places are taken for nearer (far ones would have been
+    paled already), noise puts in what none of these cues tells, and edges are those of the image. Where there is no
+    sky, the planes may instead be the walls, the floor and the ceiling of a room that one looks into.
+
+    Args:
+        image: RGB, [H, W, 3], float32 in [0, 1].
+        generator: source of randomness.
+        nearest: depth of the ground at the lower edge of the image, in (0, 1).
+        room: chance that an image without sky is a room.
+    Returns:
+        Relative depth, [H, W] float32 in (0, 1], 1 the farthest.
+    Source: Tan, CVPR 2008, and He et al., CVPR 2009, for the cues; He & Sun, "Fast guided filter", 2015.
+    """
+    small = shrink(image, min(image.shape[:2]) / GUESS_SIDE)
+    gray = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    shape = gray.shape
+    sky = _sky(gray, small)
+    outdoors = float(sky.mean()) > OUTDOORS
+    depth = (_ground if generator.random() >= room or outdoors else _room)(shape, generator, nearest)
+    # Objects and noise, by the logarithm, for near things vary as much by it as far ones.
+    relief = 0.30 * lattice_noise(shape, generator, shape[0] / 2) + 0.18 * lattice_noise(shape, generator, shape[0] / 5)
+    haziness = cv2.blur(small.min(axis=2), (5, 5))
+    relief += 0.7 * (haziness - float(haziness.mean()))
+    depth *= np.exp(relief)
+    depth += (1 - depth) * sky
+    return np.clip(_align(np.clip(depth, nearest, 1), gray, image), nearest / 2, 1)
+
+
+def _ground(shape: tuple[int, int], generator: np.random.Generator, nearest: float) -> np.ndarray:
+    """Return the depth of a ground plane up to a horizon, and of what stands on it above, [h, w]."""
+    row = ((np.arange(shape[0], dtype=np.float32) + 0.5) / shape[0])[:, None]
+    horizon = generator.uniform(0.1, 0.5)
+    ground = nearest * (1 - horizon) / np.maximum(row - horizon, nearest * (1 - horizon))
+    standing = nearest + generator.uniform(0.2, 0.7) * (1 - nearest)
+    return np.minimum(ground, standing) + np.zeros(shape, np.float32)
+
+
+def _room(shape: tuple[int, int], generator: np.random.Generator, nearest: float) -> np.ndarray:
+    """Return the depth of a box that is open towards the camera, its back wall at 1, [h, w]."""
+    y, x = ((np.arange(size, dtype=np.float32) + 0.5) / size for size in shape)
+    x -= np.float32(generator.uniform(0.3, 0.7))
+    y -= np.float32(generator.uniform(0.3, 0.7))
+    left, right, up, down = generator.uniform(0.12, 0.5, 4).astype(np.float32)
+    across = np.abs(x) / np.where(x < 0, left, right)
+    along = np.abs(y) / np.where(y < 0, up, down)
+    return np.maximum(1 / np.maximum(np.maximum(across, along[:, None]), 1), np.float32(nearest))
+
+
+def _sky(gray: np.ndarray, small: np.ndarray) -> np.ndarray:
+    """Return how much each place is sky, [h, w] in [0, 1].
+
+    It is smooth, bright or blue, and so all the way up, and not of quite another colour than at the upper edge.
+    """
+    mean = cv2.blur(gray, (5, 5))
+    roughness = np.sqrt(np.maximum(cv2.blur(gray * gray, (5, 5)) - mean * mean, 0))
+    smooth = np.clip(2 - roughness / SKY_ROUGHNESS, 0, 1)
+    blueness = small[..., 2] - small[..., 0]
+    bright = np.clip((mean - 0.45) / 0.2, 0, 1) * np.clip(1 + blueness / 0.12, 0, 1)
+    blue = np.clip(blueness / 0.1, 0, 1)
+    likely = np.minimum.accumulate(cv2.blur(smooth * np.maximum(bright, blue), (3, 3)), axis=0)
+    top = slice(0, math.ceil(len(gray) / 8))
+    weight = likely[top, :, None]
+    zenith = (small[top] * weight).sum(axis=(0, 1)) / max(float(weight.sum()), 1e-6)
+    alike = np.clip((SKY_COLOURS - np.linalg.norm(small - zenith, axis=2)) / 0.12, 0, 1)
+    return np.minimum.accumulate(likely * cv2.blur(alike, (3, 3)), axis=0)
+
+
+def _align(depth: np.ndarray, gray: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Enlarge a small depth map so that its edges fall on those of the image: fast guided filter, [H, W]."""
+    side = 2 * math.ceil(min(gray.shape) / 24) + 1
+    box = (side, side)
+    mean_gray, mean_depth = cv2.blur(gray, box), cv2.blur(depth, box)
+    variance = cv2.blur(gray * gray, box) - mean_gray * mean_gray
+    slope = (cv2.blur(gray * depth, box) - mean_gray * mean_depth) / (variance + 3e-3)
+    offset = mean_depth - slope * mean_gray
+    size = (image.shape[1], image.shape[0])
+    slope, offset = (cv2.resize(cv2.blur(part, box), size, interpolation=cv2.INTER_LINEAR) for part in (slope, offset))
+    slope *= cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    slope += offset
+    return slope

@@ -20,7 +20,8 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from ast_plugin.degradations.ranges import Parameters, PositiveRange, Range
+from ast_plugin.degradations.fields import compress_jpeg, strips
+from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, limited
 
 SENSOR = 2  # pixels of the sensor by those of the picture, along each side
 FRAME = (480, 720)  # height and width in pixels of the photograph that a smaller patch is taken to be cut from
@@ -38,30 +39,17 @@ class MoireParameters(Parameters):
     """What a photographed screen may be like; each [lowest, highest] is drawn from uniformly, once an image."""
 
     type: Literal['moire'] = 'moire'
-    pitch: PositiveRange = Field((1.9, 2.12), description="pixels of the sensor by the screen's, within [1, 4]")
-    rotation: Range = Field((-5, 5), description='degrees of the screen against the camera, within [-45, 45]')
+    pitch: PositiveRange = limited((1.9, 2.12), 1, 4, "pixels of the sensor by the screen's")
+    rotation: Range = limited((-5, 5), -45, 45, 'degrees of the screen against the camera')
     sideways: float = Field(0.3, ge=0, le=1, description='chance that the screen lies on its side, stripes across')
-    perspective: Range = Field((0, 0.09), description='change of pitch across the picture, within [0, 0.3]')
-    distortion: Range = Field((-0.06, 0.06), description='of the lens, at the corners, within [-0.2, 0.2]')
-    blur: PositiveRange = Field((0.35, 0.58), description="of the lens, standard deviation in the sensor's pixels")
-    exposure: PositiveRange = Field((0.55, 1.1), description='light of the photograph by that of the picture')
-    balance: Range = Field((-0.08, 0.08), description='error of red and of blue against green, within [-0.5, 0.5]')
-    glare: Range = Field((0, 0.03), description='light of the room on the screen, of white, within [0, 0.5]')
-    noise: Range = Field((0.002, 0.012), description='standard deviation at middle gray, within [0, 0.2]')
-    quality: Range = Field((75, 96), description='of the JPEG that the camera writes, within [1, 100]')
-
-    LIMITS = {
-        'pitch': (1, 4),
-        'rotation': (-45, 45),
-        'perspective': (0, 0.3),
-        'distortion': (-0.2, 0.2),
-        'blur': (0, 4),
-        'exposure': (0.1, 4),
-        'balance': (-0.5, 0.5),
-        'glare': (0, 0.5),
-        'noise': (0, 0.2),
-        'quality': (1, 100),
-    }
+    perspective: Range = limited((0, 0.09), 0, 0.3, 'change of pitch across the image')
+    distortion: Range = limited((-0.06, 0.06), -0.2, 0.2, 'of the lens, at the corners')
+    blur: PositiveRange = limited((0.35, 0.58), 0, 4, "of the lens, standard deviation in the sensor's pixels")
+    exposure: PositiveRange = limited((0.55, 1.1), 0.1, 4, 'light of the photo by that of the image on the screen')
+    balance: Range = limited((-0.08, 0.08), -0.5, 0.5, 'error of red and of blue against green')
+    glare: Range = limited((0, 0.03), 0, 0.5, 'light of the room on the screen, of white')
+    noise: Range = limited((0.002, 0.012), 0, 0.2, 'standard deviation at middle gray')
+    quality: Range = limited((75, 96), 1, 100, 'of the JPEG that the camera writes')
 
 
 def add_moire(
@@ -82,8 +70,7 @@ def add_moire(
     bands = _bands(camera, (height, width))
     photograph = _expose(image, bands, generator, parameters)
     quality = round(generator.uniform(*parameters.quality))
-    code = cv2.imencode('.jpg', photograph, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    decoded = cv2.cvtColor(cv2.imdecode(code, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    decoded = cv2.cvtColor(compress_jpeg(photograph, quality), cv2.COLOR_BGR2RGB)
     return np.multiply(decoded, np.float32(1 / 255), dtype=np.float32), None
 
 
@@ -193,8 +180,7 @@ def _expose(
     # The screen's own pixels and the lens soften the picture.
     soft = cv2.GaussianBlur(image, (5, 5), 0.55)
     result = np.empty(image.shape, np.uint8)
-    for top in range(0, len(image), STRIP):
-        rows = slice(top, top + STRIP)
+    for rows in strips(image, STRIP):
         light = cv2.pow(soft[rows], GAMMA)
         light *= bands[rows]
         light += glare

@@ -17,14 +17,20 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from ast_plugin.degradations.ranges import Parameters, PositiveRange, Range
+from ast_plugin.degradations.fields import compress_jpeg, smooth_field, strips, to_rgb
+from ast_plugin.degradations.parameters import (
+    Parameters,
+    PositiveRange,
+    Range,
+    draw_log_uniform,
+    limited,
+)
 
 MIN_HEADROOM = 0.06  # mean of (1 - image)^2 below which a picture is too white for rain to be made stronger
 MAX_OPACITY = 0.95
 MAX_BRIGHTNESS = 2.0  # of streaks before they are cut to MAX_OPACITY; where it takes more, the image stays cleaner
 VEIL_SHARE = 0.25  # at most this share of the squared error comes from the veil, the rest from streaks
 VEIL_CELL = 160  # pixels between two independent values of the veil at scale 1
-STRIP = 32  # rows blended at a time
 PROFILE_MEAN, PROFILE_SQUARE = 4 / 5, 32 / 45  # means over t in [-1, 1] of p = 1 - t^4 and of p^2
 PROFILE_SLANTED = 32 / 231  # mean of t^2 p^2
 
@@ -32,7 +38,7 @@ PROFILE_SLANTED = 32 / 231  # mean of t^2 p^2
 class StreakLayer(Parameters):
     """Ranges of one layer of streaks. Pixels are those of a photograph about 500 pixels high, see `scale`."""
 
-    density: PositiveRange = Field(description='streaks per 10,000 pixels; one value an image, its logarithm uniform')
+    density: PositiveRange = Field(description='streaks per 10,000 pixels; one value an image, log-uniform')
     length: PositiveRange = Field(description='pixels; one value a streak')
     width: PositiveRange = Field(description='pixels across at half the brightness; one value an image')
     brightness: PositiveRange = Field(description='relative to the other layers; one value a streak')
@@ -58,29 +64,18 @@ class RainParameters(Parameters):
 
     type: Literal['rain'] = 'rain'
     psnr: PositiveRange = Field((21.2, 25.0), description='dB of the rainy image against the clean one, expected')
-    angle: Range = Field((-28, 28), description='degrees from the vertical, within [-60, 60]')
+    angle: Range = limited((-28, 28), -60, 60, 'degrees from the vertical')
     angle_spread: float = Field(3.0, ge=0, le=10, description='standard deviation in degrees from streak to streak')
-    bend: Range = Field(
-        (0.0, 0.05), description='standard deviation of the sagitta of a streak by its length, within [0, 0.2]'
-    )
-    unevenness: Range = Field((0.0, 0.8), description='variation of brightness along a streak, within [0, 1]')
-    light: Range = Field((0.75, 1.0), description='brightness of the streaks where they are opaque, within [0, 1]')
-    veil: Range = Field((0.0, 0.09), description='opacity of the haze that rain in the distance makes, within [0, 1]')
+    bend: Range = limited((0.0, 0.05), 0, 0.2, 'standard deviation of the sagitta of a streak by its length')
+    unevenness: Range = limited((0.0, 0.8), 0, 1, 'variation of brightness along a streak')
+    light: Range = limited((0.75, 1.0), 0, 1, 'brightness of the streaks where they are opaque')
+    veil: Range = limited((0.0, 0.09), 0, 1, 'opacity of the haze that rain in the distance makes')
     jpeg_share: float = Field(0.5, ge=0, le=1, description='share of the images where compression blurs streaks')
-    jpeg_quality: Range = Field((25, 90), description='quality of that JPEG compression, within [5, 100]')
-    scale: float = Field(1.0, gt=0, description='multiplies every length and width; 1 suits pictures 500 pixels high')
+    jpeg_quality: Range = limited((25, 90), 5, 100, 'quality of that JPEG compression')
+    scale: float = Field(1.0, gt=0, description='multiplies every length and width; 1 suits images 500 pixels high')
     layers: tuple[StreakLayer, ...] = Field(
         (FINE, MIDDLE, SHARP, NEAR, BLURRED), min_length=1, description='from far to near'
     )
-
-    LIMITS = {
-        'angle': (-60, 60),
-        'bend': (0, 0.2),
-        'unevenness': (0, 1),
-        'light': (0, 1),
-        'veil': (0, 1),
-        'jpeg_quality': (5, 100),
-    }
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,9 @@ def add_rain(
     showers = _draw_showers(generator, parameters)
     shine = np.clip(generator.uniform(*parameters.light) + generator.normal(0, 0.015, 3), 0, 1)
     light = np.clip(0.5 + 0.45 * float(image.mean()) + generator.normal(0, 0.01, 3), 0, 1)
-    veil = generator.uniform(*parameters.veil) * _smooth_noise(shape, generator, VEIL_CELL * parameters.scale)
+    veil = generator.uniform(*parameters.veil) * smooth_field(
+        shape, generator, VEIL_CELL * parameters.scale, 0.3, 1, cv2.INTER_LINEAR
+    )
     gain, thinning = _strengths(image, veil, light, shine, showers, error)
     gain = min(gain, MAX_BRIGHTNESS / max(shower.brightness[1] for shower in showers))
     veil *= thinning
@@ -159,7 +156,7 @@ def _draw_showers(generator: np.random.Generator, parameters: RainParameters) ->
     unevenness = generator.uniform(*parameters.unevenness)
     showers = []
     for layer in _present(parameters.layers, generator):
-        density = math.exp(generator.uniform(*np.log(layer.density))) / 1e4 / scale**2
+        density = draw_log_uniform(generator, layer.density) / 1e4 / scale**2
         lean = generator.normal(0, spread)
         showers.append(
             _Shower(
@@ -181,20 +178,6 @@ def _present(layers: tuple[StreakLayer, ...], generator: np.random.Generator) ->
     """Return the layers that this image has, at least one."""
     luck = generator.random(len(layers)) / [layer.presence for layer in layers]
     return [layer for layer, value in zip(layers, luck, strict=True) if value < 1 or value == luck.min()]
-
-
-def _smooth_noise(shape: tuple[int, int], generator: np.random.Generator, cell: float) -> np.ndarray:
-    """Return values in [0.3, 1] that vary over `cell` pixels, [H, W] float32."""
-    height, width = shape
-    grid = generator.uniform(0.3, 1.0, (math.ceil(height / cell) + 2, math.ceil(width / cell) + 2))
-    top, left = generator.uniform(0, 1, 2)
-    return cv2.warpAffine(
-        grid.astype(np.float32),
-        np.array([[1 / cell, 0, left], [0, 1 / cell, top]]),
-        (width, height),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REPLICATE,
-    )
 
 
 def _strengths(
@@ -223,18 +206,14 @@ def _strengths(
 def _blend(
     image: np.ndarray, veil: np.ndarray, light: np.ndarray, shine: np.ndarray, streaks: np.ndarray
 ) -> np.ndarray:
-    """Pale the image towards `light` by the veil, then blend streaks of the colour `shine` over it.
-
-    In strips and in place: at whole images, touching new memory costs several times the arithmetic.
-    """
+    """Pale the image towards `light` by the veil, then blend streaks of the colour `shine` over it."""
     result = np.empty_like(image)
-    for top in range(0, len(image), STRIP):
-        rows = slice(top, top + STRIP)
+    for rows in strips(image):
         headroom = cv2.subtract((*shine, 0), image[rows], dst=result[rows])
         change = cv2.add(headroom, (*(light - shine), 0))  # light - image
-        change *= cv2.cvtColor(veil[rows], cv2.COLOR_GRAY2RGB)
+        change *= to_rgb(veil[rows])
         headroom -= change
-        headroom *= cv2.cvtColor(1 - streaks[rows], cv2.COLOR_GRAY2RGB)
+        headroom *= to_rgb(1 - streaks[rows])
         cv2.subtract((*shine, 0), headroom, dst=headroom)
     return result
 
@@ -253,8 +232,7 @@ def _jpeg(image: np.ndarray, quality: int, top: int, left: int) -> np.ndarray:
     """Return the image as JPEG keeps it, [H, W, 3] float32, in blocks that begin (top, left) before its corner."""
     padded = cv2.copyMakeBorder(image, top, 0, left, 0, cv2.BORDER_REPLICATE)
     levels = np.clip(padded * 255 + 0.5, 0, 255).astype(np.uint8)
-    _, coded = cv2.imencode('.jpg', levels, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.imdecode(coded, cv2.IMREAD_COLOR)[top:, left:].astype(np.float32) / 255
+    return compress_jpeg(levels, quality)[top:, left:].astype(np.float32) / 255
 
 
 def _render(shape: tuple[int, int], generator: np.random.Generator, shower: _Shower) -> np.ndarray:

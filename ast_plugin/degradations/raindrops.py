@@ -31,9 +31,14 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from ast_plugin.degradations.drop_optics import Surroundings, expected_error, refract, surroundings
-from ast_plugin.degradations.noise import lattice_noise
-from ast_plugin.degradations.ranges import Parameters, PositiveRange, Range
+from ast_plugin.degradations.fields import add_glare, lattice_noise, to_rgb
+from ast_plugin.degradations.parameters import (
+    Parameters,
+    PositiveRange,
+    Range,
+    draw_log_uniform,
+    limited,
+)
 
 MERGING = 4.0  # how sharply lobes join: h = log(sum(exp(MERGING * h_i))) / MERGING
 FLOOR = -0.8  # height of the bare pane, where a drop's rim is at 0 and its middle at 1
@@ -45,6 +50,15 @@ LOBES_PER_BODY = 0.12  # area of the lobes of an irregular drop that stick out, 
 FAR_OUT = 10.0  # circle of confusion in pixels from which on the pane is made at a quarter of the resolution
 FILM_SHARE = 0.5  # at most this share of the squared error comes from the film
 
+WATER = 1.333  # refractive index
+STEEPEST = 0.98  # sine of the steepest slope: a surface seen edge on
+DARKEST = 0.12  # light that comes from past the critical angle, reflected about inside the drop
+REACH = 128  # pixels in which the view to 45 degrees aside is kept: most drops squeeze it to less than that
+WHITE = 0.7  # gray above which a light is brighter than an image can show
+SLOPES = 512  # entries of the tables over the sine of the slope
+SHARP = 0.85  # squared error of a drop in focus by that of all of its surface: opacity falls off at the rim
+SMEARING = 0.6  # decrease of its logarithm with the radius of the circle of confusion by that of the drop
+
 
 class RaindropParameters(Parameters):
     """What drops may look like; each [lowest, highest] is drawn from uniformly, once an image unless said otherwise.
@@ -54,59 +68,22 @@ class RaindropParameters(Parameters):
 
     type: Literal['raindrop'] = 'raindrop'
     psnr: PositiveRange = Field((16.5, 29.0), description='dB of the wet image against the clean one')
-    coverage: Range = Field((0.01, 0.45), description='limits of the share of the pane under drops, within [0, 0.5]')
-    radius: PositiveRange = Field(
-        (2.5, 26.0), description="pixels, in [2, 100]; median of the image's drops, its logarithm uniform"
-    )
-    size_spread: Range = Field(
-        (0.2, 0.75), description='standard deviation of the logarithm of the radius over an image, within [0, 1]'
-    )
-    contact_angle: Range = Field((25, 70), description='degrees between water and glass at the rim, within [5, 80]')
-    elongation: PositiveRange = Field((0.85, 1.5), description='height over width, in [0.25, 4]; one value a lobe')
-    irregularity: Range = Field((0, 1), description='from round drops (0) to lobed ones with satellites (1)')
-    trails: Range = Field((0, 0.08), description='share of the drops that ran down and left a trail, within [0, 1]')
-    defocus: PositiveRange = Field(
-        (0.15, 1.6),
-        description='radius of the circle of confusion by the median radius, up to 3; its logarithm uniform',
-    )
-    film: Range = Field((0, 0.7), description='opacity of the film of water where it is thickest, within [0, 1]')
-    film_blur: PositiveRange = Field(
-        (1.5, 6.0), description='pixels; standard deviation of the blur through the film, up to 50'
-    )
-    sky: Range = Field((0.6, 1.0), description='brightness, in [0, 1], of the sky that drops see above the image')
-    skyline: PositiveRange = Field(
-        (1.0, 20.0), description='degrees above the image where that sky is open, in [1, 45]'
-    )
-    ground: Range = Field(
-        (0.2, 0.8), description='brightness, by that of the image, of the ground below, within [0, 2]'
-    )
-    glare: Range = Field(
-        (0, 6), description='how much brighter what is white is than an image can show, in white, within [0, 10]'
-    )
-    focal: PositiveRange = Field(
-        (700.0, 2500.0), description='pixels, up to 1e5; focal length, which says how far aside a drop looks'
-    )
-    scale: float = Field(
-        1.0, ge=0.3, le=20, description='in [0.3, 20]; multiplies every length; 1 suits images 500 pixels high'
-    )
-
-    LIMITS = {
-        'coverage': (0, 0.5),
-        'radius': (2, 100),
-        'contact_angle': (5, 80),
-        'elongation': (0.25, 4),
-        'defocus': (0, 3),
-        'size_spread': (0, 1),
-        'irregularity': (0, 1),
-        'trails': (0, 1),
-        'film': (0, 1),
-        'film_blur': (0, 50),
-        'sky': (0, 1),
-        'skyline': (1, 45),
-        'ground': (0, 2),
-        'glare': (0, 10),
-        'focal': (0, 1e5),
-    }
+    coverage: Range = limited((0.01, 0.45), 0, 0.5, 'limits of the share of the pane under drops')
+    radius: PositiveRange = limited((2.5, 26.0), 2, 100, "pixels; median of the image's drops, log-uniform")
+    size_spread: Range = limited((0.2, 0.75), 0, 1, 'standard deviation of the logarithm of the radius over an image')
+    contact_angle: Range = limited((25, 70), 5, 80, 'degrees between water and glass at the rim')
+    elongation: PositiveRange = limited((0.85, 1.5), 0.25, 4, 'height over width; one value a lobe')
+    irregularity: Range = limited((0, 1), 0, 1, 'from round drops (0) to lobed ones with satellites (1)')
+    trails: Range = limited((0, 0.08), 0, 1, 'share of the drops that ran down and left a trail')
+    defocus: PositiveRange = limited((0.15, 1.6), 0, 3, 'radius of the circle of confusion by `radius`, log-uniform')
+    film: Range = limited((0, 0.7), 0, 1, 'opacity of the film of water where it is thickest')
+    film_blur: PositiveRange = limited((1.5, 6.0), 0, 50, 'pixels; standard deviation of the blur through the film')
+    sky: Range = limited((0.6, 1.0), 0, 1, 'brightness of the sky that drops see above the image')
+    skyline: PositiveRange = limited((1.0, 20.0), 1, 45, 'degrees above the image where that sky is open, log-uniform')
+    ground: Range = limited((0.2, 0.8), 0, 2, 'brightness, by that of the image, of the ground below')
+    glare: Range = limited((0, 6), 0, 10, 'how much brighter what is white is than an image can show, in white')
+    focal: PositiveRange = limited((700.0, 2500.0), 0, 1e5, 'pixels; focal length: how far aside a drop looks')
+    scale: float = Field(1.0, ge=0.3, le=20, description='multiplies every length; 1 suits images 500 pixels high')
 
 
 @dataclass(frozen=True)
@@ -144,8 +121,8 @@ def add_raindrops(
     """
     height, width = image.shape[:2]
     error = 10 ** (-generator.uniform(*parameters.psnr) / 10)
-    radius = math.exp(generator.uniform(*np.log(parameters.radius)))
-    defocus = math.exp(generator.uniform(*np.log(parameters.defocus)))
+    radius = draw_log_uniform(generator, parameters.radius)
+    defocus = draw_log_uniform(generator, parameters.defocus)
     confusion = defocus * radius
     zoom = (2 if confusion < FAR_OUT else 4) * max(1.0, parameters.scale)
     unit = parameters.scale / zoom  # pixels of the pane to one of the parameters
@@ -176,7 +153,7 @@ def add_raindrops(
         layer = layer_at(better)
     layer = cv2.resize(layer, (width, height), interpolation=cv2.INTER_LINEAR)
     opacity = np.clip(layer[..., 3], 0, 1)
-    light *= cv2.cvtColor(1 - opacity, cv2.COLOR_GRAY2RGB)
+    light *= to_rgb(1 - opacity)
     light += layer[..., :3]
     return np.sqrt(np.clip(light, 0, 1, out=light), out=light), opacity
 
@@ -185,13 +162,13 @@ def _look_around(light: np.ndarray, generator: np.random.Generator, parameters: 
     """Draw what lies around the image, whose light is given."""
     focal = generator.uniform(*parameters.focal) * parameters.scale
     sky, ground, glare = (generator.uniform(*span) for span in (parameters.sky, parameters.ground, parameters.glare))
-    skyline = math.exp(generator.uniform(*np.log(parameters.skyline)))
+    skyline = draw_log_uniform(generator, parameters.skyline)
     return surroundings(light, focal, sky**2, skyline=skyline, ground=ground**2, glare=glare)
 
 
 def _error(small: np.ndarray, layer: np.ndarray) -> float:
     """Return the mean squared error that a layer, colour times opacity and opacity, makes before light, [h, w, 3]."""
-    wet = small * cv2.cvtColor(1 - layer[..., 3], cv2.COLOR_GRAY2RGB)
+    wet = small * to_rgb(1 - layer[..., 3])
     wet += layer[..., :3]
     return cv2.norm(np.sqrt(np.clip(wet, 0, 1, out=wet), out=wet), np.sqrt(small), cv2.NORM_L2SQR) / small.size
 
@@ -369,10 +346,144 @@ def _film(
     seen = cv2.remap(seen, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     glow = np.float32(generator.uniform(0.04, 0.14))
     seen += (np.float32(0.2) + np.float32(0.65) * small.reshape(-1, 3).mean(axis=0) - seen) * glow
-    opacities = cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB)
+    opacities = to_rgb(opacity)
     layer = cv2.merge([*cv2.split(seen * opacities), opacity])
     spoilt = _error(small, layer)
     if spoilt > most:
         layer *= np.float32(math.sqrt(most / spoilt))
         spoilt = _error(small, layer)
     return layer, spoilt
+
+
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    """Return, over the sine s of the slope: how far aside the view goes per focal length, and the light let through.
+
+    A ray along the axis meets the surface at asin(s) from its normal and leaves at asin(n s), by Snell; what is lost
+    is Fresnel's reflection, all of it past the critical angle.
+    """
+    s = np.linspace(0, 1, SLOPES)
+    out = np.minimum(WATER * s, 1)
+    inner, outer = np.sqrt(1 - s * s), np.sqrt(1 - out * out)
+    aside = np.tan(np.arcsin(out) - np.arcsin(s))
+    across = ((WATER * inner - outer) / np.maximum(WATER * inner + outer, 1e-9)) ** 2
+    along = ((inner - WATER * outer) / np.maximum(inner + WATER * outer, 1e-9)) ** 2
+    light = np.where(WATER * s < 1, 1 - (across + along) / 2, 0)
+    return aside.astype(np.float32), (DARKEST + (1 - DARKEST) * light).astype(np.float32)
+
+
+ASIDE, LIGHT = _tables()
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The scene as far aside as drops look, at a fraction of the resolution.
+
+    Attributes:
+        view: RGB, [h + 2 border, w + 2 border, 3].
+        border: how much of it lies beyond each edge of the image.
+        shrink: pixels of the image to one of `view`.
+        focal: focal length of the camera, in pixels of `view`.
+    """
+
+    view: np.ndarray
+    border: int
+    shrink: float
+    focal: float
+
+    @property
+    def picture(self) -> np.ndarray:
+        """The part that the image shows, [h, w, 3]."""
+        inner = slice(self.border, -self.border)
+        return self.view[inner, inner]
+
+    def look(self, x: np.ndarray, y: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
+        """Return what is seen at places of the picture through slopes of water, [n, m, 3].
+
+        Args:
+            x, y: the places, in pixels of `view` from the image's corner; these and the slopes broadcast to [n, m].
+            across, down: outward components of the sine of the slope, [n, m] float32.
+        """
+        # Not cv2.magnitude, whose last digit depends on where in memory its arguments lie.
+        size = np.minimum(np.sqrt(across * across + down * down), STEEPEST)
+        entry = (size * (SLOPES - 1)).astype(np.int32)
+        # Rays bend towards the thick of the drop, which is against the outward slope.
+        pull = ASIDE[entry] * np.float32(-self.focal) / np.maximum(size, 1e-6)
+        x = across * pull + (x + np.float32(self.border))
+        y = down * pull + (y + np.float32(self.border))
+        seen = cv2.remap(self.view, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+        seen *= to_rgb(LIGHT[entry])
+        return seen
+
+
+def surroundings(
+    image: np.ndarray,
+    focal: float,
+    sky: float,
+    *,
+    skyline: float = 5.6,
+    ground: float = 0.3,
+    glare: float = 0.0,
+) -> Surroundings:
+    """Return the scene around an image.
+
+    Beyond the image: its mirror image, with a sky coming up above it and the ground growing dark below it.
+
+    Args:
+        image: light of the image, [H, W, 3] float32 in [0, 1].
+        focal: focal length in pixels of the image.
+        sky: light of the sky, in [0, 1].
+        skyline: degrees above the image at which the sky is open.
+        ground: light of the ground far below by the mean of the image.
+        glare: how much brighter white is than an image can show. Out of focus it stays white for that.
+    """
+    height, width = image.shape[:2]
+    shrink = max(1.0, focal / REACH)
+    size = (math.ceil(width / shrink), math.ceil(height / shrink))
+    view = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    border = max(1, math.ceil(focal / shrink))
+    rows = len(view)
+    dark = np.float32(ground) * view.reshape(-1, 3).mean(axis=0)
+    view = cv2.copyMakeBorder(view, border, border, border, border, cv2.BORDER_REFLECT)
+    tangent = np.arange(border, border - len(view), -1, dtype=np.float32)[:, None, None] / border  # above the image
+    above, below = slice(0, border), slice(border + rows, None)
+    blue = np.array([0.93, 0.98, 1.04], np.float32) * np.float32(sky)
+    view[above] += (blue - view[above]) * np.clip(tangent[above] / math.tan(math.radians(skyline)), 0, 0.95)
+    view[below] += (dark - view[below]) * np.clip(-(tangent[below] + np.float32(rows / border)) * 2, 0, 0.8)
+    return Surroundings(add_glare(view, WHITE, glare), border, shrink, focal / shrink)
+
+
+def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: float) -> np.ndarray:
+    """Return what is seen through drops, colour times opacity and opacity, [h, w, 4] float32.
+
+    Args:
+        scene: what is around them.
+        opacity: where the drops are, [h, w] in [0, 1].
+        slope: [2, h, w], outward components (across, down) of the sine of the surface's slope.
+        zoom: pixels of the image to one of these maps.
+    """
+    height, width = opacity.shape
+    ratio = np.float32(zoom / scene.shrink)
+    x = np.arange(width, dtype=np.float32) * ratio
+    y = np.arange(height, dtype=np.float32)[:, None] * ratio
+    seen = scene.look(x, y, slope[0], slope[1])
+    return cv2.merge([*cv2.split(seen * to_rgb(opacity)), opacity])
+
+
+def expected_error(scene: Surroundings, rim: float, defocus: float, directions: int = 24) -> float:
+    """Return the mean squared error of the values, roots of light, where drops are, before any is placed.
+
+    It is taken over places of the image and over the surface of a round drop, whose slope grows from its middle to
+    the sine `rim` at its edge. `defocus` is the radius of the circle of confusion by that of the drop.
+    """
+    picture = scene.picture
+    step = max(1, int(math.sqrt(picture.shape[0] * picture.shape[1] / 700)))
+    clean = picture[::step, ::step].reshape(1, -1, 3)
+    rows, columns = -(-picture.shape[0] // step), -(-picture.shape[1] // step)
+    y, x = np.divmod(np.arange(rows * columns, dtype=np.float32), np.float32(columns))
+    number = np.arange(directions)[:, None]
+    radius, angle = rim * np.sqrt((number + 0.5) / directions), number * math.pi * (3 - math.sqrt(5))
+    spread = np.ones((1, rows * columns))
+    across, down = ((radius * turn(angle) * spread).astype(np.float32) for turn in (np.cos, np.sin))
+    seen = scene.look(x * step, y * step, across, down)
+    change = np.sqrt(np.clip(seen, 0, 1)) - np.sqrt(np.clip(clean, 0, 1))
+    return SHARP * math.exp(-SMEARING * defocus) * float(np.mean(change**2))

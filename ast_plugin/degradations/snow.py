@@ -16,8 +16,14 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from ast_plugin.degradations.noise import fractal_noise
-from ast_plugin.degradations.ranges import Parameters, PositiveRange, Range
+from ast_plugin.degradations.fields import fractal_noise, strips, to_rgb
+from ast_plugin.degradations.parameters import (
+    Parameters,
+    PositiveRange,
+    Range,
+    draw_log_uniform,
+    limited,
+)
 
 CLUMPS, CLUMP_SIDE = 16, 64  # outlines of flakes that are kept, and the side in pixels at which they are kept
 SPRITES = 24  # flakes of a layer that are rendered for an image; each is put down many times
@@ -25,21 +31,18 @@ MIN_STAMPED = 2.5  # diameter in pixels below which a flake is a point shared am
 VEIL_CELL = 260  # pixels between independent values of the veil at scale 1
 MAX_OPACITY = 0.97
 VEIL_LIGHT = 0.92  # of the veil relative to the flakes
-STRIP = 32  # rows blended at a time
 LIGHT = (0.93, 0.965, 1.0)  # of snow under an overcast sky, relative to its brightest channel
 REACH = 240  # pixels at scale 1 that a flake may lie outside and still reach in
 
 
 class FlakeLayer(Parameters):
-    """Ranges of one layer of flakes. Pixels are those of a photograph about 500 pixels high, see `scale`."""
+    """Ranges of one layer of flakes. Pixels are those of an image about 500 pixels high, see `scale`."""
 
-    density: PositiveRange = Field(description='flakes per 10,000 pixels; one value an image, its logarithm uniform')
-    diameter: PositiveRange = Field(description='pixels; one value a flake, its logarithm uniform')
-    defocus: Range = Field(description='diameter of the disc of confusion by the diameter of the flake, at least 0')
-    motion: Range = Field(description='way during the exposure by the diameter of the flake, at least 0')
-    opacity: PositiveRange = Field(description='of its middle, within (0, 1]; one value a flake')
-
-    LIMITS = {'diameter': (0, 60), 'defocus': (0, 4), 'motion': (0, 4), 'opacity': (0, 1)}
+    density: PositiveRange = Field(description='flakes per 10,000 pixels; one value an image, log-uniform')
+    diameter: PositiveRange = limited(..., 0, 60, 'pixels; one value a flake, log-uniform')
+    defocus: Range = limited(..., 0, 4, 'diameter of the disc of confusion by the diameter of the flake')
+    motion: Range = limited(..., 0, 4, 'way during the exposure by the diameter of the flake')
+    opacity: PositiveRange = limited(..., 0, 1, 'of its middle; one value a flake')
 
 
 FAR = FlakeLayer(density=(30, 150), diameter=(1.0, 2.4), defocus=(0, 0), motion=(0, 0), opacity=(0.3, 0.95))
@@ -52,23 +55,21 @@ class SnowParameters(Parameters):
 
     type: Literal['snow'] = 'snow'
     amount: PositiveRange = Field((0.9, 3.0), description='multiplies the density of every layer')
-    angle: Range = Field((-40, 40), description='degrees from the vertical at which it falls, within [-80, 80]')
+    angle: Range = limited((-40, 40), -80, 80, 'degrees from the vertical at which it falls')
     angle_spread: float = Field(9.0, ge=0, le=45, description='standard deviation in degrees from flake to flake')
-    veil: Range = Field((0.0, 0.28), description='opacity of the snow too fine to be seen as flakes, within [0, 1]')
-    brightness: Range = Field((0.82, 1.0), description='of the flakes, within [0, 1]')
-    scale: float = Field(1.0, gt=0, le=20, description='multiplies every diameter; 1 suits pictures 500 pixels high')
+    veil: Range = limited((0.0, 0.28), 0, 1, 'opacity of the snow too fine to be seen as flakes')
+    brightness: Range = limited((0.82, 1.0), 0, 1, 'of the flakes')
+    scale: float = Field(1.0, gt=0, le=20, description='multiplies every diameter; 1 suits images 500 pixels high')
     layers: tuple[FlakeLayer, ...] = Field((FAR, MIDDLE, NEAR), min_length=1, description='from far to near')
-
-    LIMITS = {'angle': (-80, 80), 'veil': (0, 1), 'brightness': (0, 1)}
 
 
 def add_snow(
     image: np.ndarray, generator: np.random.Generator, parameters: SnowParameters
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Let snow fall before a clean photograph.
+    """Let snow fall before a clean image.
 
     Args:
-        image: RGB, [H, W, 3], float32 in [0, 1], any size; a patch gets the snow that its photograph would get.
+        image: RGB, [H, W, 3], float32 in [0, 1], any size; a patch gets the snow that its image would get.
         generator: source of all randomness; the same state gives the same result, bit for bit.
         parameters: ranges to draw from.
     Returns:
@@ -94,17 +95,13 @@ def add_snow(
 
 
 def _blend(image: np.ndarray, veil: np.ndarray, clear: np.ndarray, light: np.ndarray) -> np.ndarray:
-    """Between scene and lens come first the veil, a little darker than the flakes themselves, then the flakes.
-
-    In strips and in place: at whole images, touching new memory costs several times the arithmetic.
-    """
+    """Put the veil, a little darker than the flakes, and then the flakes over the image."""
     result = np.empty_like(image)
-    for top in range(0, len(image), STRIP):
-        rows = slice(top, top + STRIP)
+    for rows in strips(image):
         haze, seen = veil[rows], clear[rows]
         added = (haze * seen) * np.float32(VEIL_LIGHT) + (1 - seen)
-        strip = np.multiply(image[rows], cv2.cvtColor((1 - haze) * seen, cv2.COLOR_GRAY2RGB), out=result[rows])
-        strip += cv2.cvtColor(added, cv2.COLOR_GRAY2RGB) * light
+        strip = np.multiply(image[rows], to_rgb((1 - haze) * seen), out=result[rows])
+        strip += to_rgb(added) * light
         np.minimum(strip, 1, out=strip)
     return result
 
@@ -120,7 +117,7 @@ def _fall(
     """Multiply `clear` by what one layer lets through."""
     scale = parameters.scale
     height, width = clear.shape
-    density = math.exp(generator.uniform(*np.log(layer.density))) * amount / 1e4 / scale**2
+    density = draw_log_uniform(generator, layer.density) * amount / 1e4 / scale**2
     border = min(REACH, layer.diameter[1] * (1 + layer.defocus[1] + layer.motion[1])) * scale / 2 + 2
     count = generator.poisson(density * (height + 2 * border) * (width + 2 * border))
     y = generator.uniform(-border, height + border, count)
@@ -205,10 +202,7 @@ def _clumps() -> np.ndarray:
     for clump in clumps:
         for _ in range(generator.integers(5, 11)):
             distance, direction = generator.uniform(0, 22), generator.uniform(0, 2 * math.pi)
-            centre = (
-                round(middle + distance * math.cos(direction)),
-                round(middle + distance * math.sin(direction)),
-            )
+            centre = [round(middle + distance * turn(direction)) for turn in (math.cos, math.sin)]
             axes = generator.uniform(7, 20, 2).round().astype(int).tolist()
             cv2.ellipse(clump, centre, axes, generator.uniform(0, 180), 0, 360, 255, cv2.FILLED)
     smooth = [cv2.GaussianBlur(clump.astype(np.float32) / 255, (0, 0), 3.0) for clump in clumps]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ast_plugin.archs.ast_arch import AST
-from ast_plugin.degradations.degradations import DEGRADATIONS
+from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import OptionError
 from benchmarks import data, net, ops, records, synthesis, timing, train
 from benchmarks.__main__ import main

@@ -19,7 +19,7 @@ from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.data.synthesis import packaged_photos
-from ast_plugin.degradations.degradations import DEGRADATIONS
+from ast_plugin.degradations import DEGRADATIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -259,7 +259,7 @@ def test_what_a_kill_leaves_is_cleared_by_the_next_run(tmp_path, photo):
             ['--task', 'shadow', '-i', 'PHOTO', '-o', 'OUT', '--set', 'casters=wall,sun'],
             "shadow: casters: expected 'wall', 'object', 'figure', 'foliage' or 'bars', got the text 'sun'",
         ),
-        (['--task', 'snow', '-i', 'PHOTO', '-o', 'OUT', '--set', 'veil=0,2'], 'veil must lie within [0, 1]'),
+        (['--task', 'snow', '-i', 'PHOTO', '-o', 'OUT', '--set', 'veil=0,2'], 'veil: must lie within [0, 1]'),
         (['--task', 'snow', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'PHOTO'], 'snow does not depend on distances'),
         (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'no.npy'], 'there is no such file or folder'),
         (['--task', 'haze', '-i', 'PHOTO', '-o', 'OUT', '--depth', 'PHOTO'], 'this image has colours'),

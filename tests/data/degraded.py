@@ -6,7 +6,7 @@ import pytest
 
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.synthesis import packaged_photos
-from ast_plugin.degradations.degradations import DEGRADATIONS
+from ast_plugin.degradations import DEGRADATIONS
 
 
 def degrade(name, image, seed=0, **parameters):

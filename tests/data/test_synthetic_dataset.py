@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from ast_plugin.data import synthetic_dataset
 from ast_plugin.data.sampler import EpochSampler
 from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
-from ast_plugin.degradations.degradations import DEGRADATIONS, Degradation
+from ast_plugin.degradations import DEGRADATIONS, Degradation
 from ast_plugin.errors import DataError, OptionError
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ast_plugin.degradations.degradations import DEGRADATIONS
+from ast_plugin.degradations import DEGRADATIONS
 from tests.data.degraded import check_any_image, check_purity, shapes, values
 
 EXTREME_SCALES = [('haze', 20), ('haze', 0.05), ('raindrop', 20), ('raindrop', 0.3)]

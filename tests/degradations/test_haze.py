@@ -9,8 +9,7 @@ from pydantic import ValidationError
 
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.synthesis import packaged_photos
-from ast_plugin.degradations.haze import HazeParameters, add_haze, fill_depth
-from ast_plugin.degradations.pseudo_depth import guess_depth
+from ast_plugin.degradations.haze import HazeParameters, add_haze, fill_depth, guess_depth
 from ast_plugin.errors import DataError
 from tests.data.degraded import photographs, psnr
 

@@ -10,8 +10,17 @@ from pydantic import ValidationError
 
 from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
-from ast_plugin.degradations.drop_optics import ASIDE, DARKEST, LIGHT, SLOPES, Surroundings, refract, surroundings
-from ast_plugin.degradations.raindrops import RaindropParameters, add_raindrops
+from ast_plugin.degradations.raindrops import (
+    ASIDE,
+    DARKEST,
+    LIGHT,
+    SLOPES,
+    RaindropParameters,
+    Surroundings,
+    add_raindrops,
+    refract,
+    surroundings,
+)
 from tests.data.degraded import photographs, psnr
 
 DRY = {'film': (0, 0)}

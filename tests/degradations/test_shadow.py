@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ast_plugin.degradations.shadow import GAMMA, ShadowParameters
-from ast_plugin.degradations.shadow_casters import CASTERS
+from ast_plugin.degradations.shadow import CASTERS, GAMMA, ShadowParameters
 from tests.data.degraded import degrade, gray, photographs, psnr
 
 

@@ -1,0 +1,104 @@
+"""Random fields, and the arithmetic of images and maps that several degradations share.
+
+Images are RGB [H, W, 3], maps [H, W], all float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+
+
+def smooth_field(
+    shape: tuple[int, int],
+    generator: np.random.Generator,
+    cell: float,
+    low: float,
+    high: float,
+    interpolation: int = cv2.INTER_CUBIC,
+) -> np.ndarray:
+    """Return values that are uniform in [low, high] at the nodes of a lattice, and interpolated between them.
+
+    Args:
+        shape: (height, width) in pixels.
+        generator: source of randomness.
+        cell: pixels between nodes; the lattice lies at a random offset.
+        low, high: range of the nodes. Cubic interpolation may leave it a little.
+        interpolation: cv2.INTER_LINEAR or cv2.INTER_CUBIC.
+    """
+    border = 1 if interpolation == cv2.INTER_CUBIC else 0  # nodes outside the image that the interpolation needs
+    size = [math.ceil(side / cell) + 2 + 2 * border for side in shape]
+    grid = generator.uniform(low, high, size).astype(np.float32)
+    top, left = generator.uniform(border, border + 1, 2)
+    matrix = np.array([[1 / cell, 0, left], [0, 1 / cell, top]])
+    flags = interpolation | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(grid, matrix, shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
+
+
+def lattice_noise(shape: tuple[int, int], generator: np.random.Generator, cell: float) -> np.ndarray:
+    """Return values in about [-1, 1], of mean 0, independent `cell` pixels (at least 1) apart, [H, W] float32."""
+    return smooth_field(shape, generator, max(float(cell), 1.0), -1, 1)
+
+
+def fractal_noise(shape: tuple[int, int], generator: np.random.Generator, cell: float, octaves: int = 4) -> np.ndarray:
+    """Return values in [0, 1], of mean 0.5, whose coarsest octave varies over `cell` pixels, [H, W] float32.
+
+    Each octave has half the cell and half the amplitude of the one before.
+    """
+    total = np.zeros(shape, np.float32)
+    for octave in range(octaves):
+        total += lattice_noise(shape, generator, cell / 2**octave) * np.float32(0.5**octave)
+    weight = sum(0.5**octave for octave in range(octaves))
+    return np.clip(0.5 + total / np.float32(2 * weight), 0, 1)
+
+
+def uniform_noise(shape: tuple[int, ...], generator: np.random.Generator, deviation: float) -> np.ndarray:
+    """Return independent values of mean 0 and this standard deviation, float32; uniform, as that is drawn fastest."""
+    values = np.frombuffer(generator.bytes(math.prod(shape)), np.uint8).reshape(shape).astype(np.float32)
+    values -= np.float32(127.5)
+    values *= np.float32(deviation / math.sqrt((256**2 - 1) / 12))
+    return values
+
+
+def to_rgb(field: np.ndarray) -> np.ndarray:
+    """Repeat a map in three channels, [H, W, 3]: OpenCV is faster at this than NumPy's broadcasting."""
+    return cv2.cvtColor(field, cv2.COLOR_GRAY2RGB)
+
+
+def strips(image: np.ndarray, height: int = 32) -> Iterator[slice]:
+    """Yield the rows of an image in strips.
+
+    Arithmetic that touches new memory of a whole image at each step takes several times as long.
+    """
+    for top in range(0, len(image), height):
+        yield slice(top, top + height)
+
+
+def shrink(array: np.ndarray, ratio: float) -> np.ndarray:
+    """Return an image or a map at 1 / max(ratio, 1) of its size, each pixel the mean of those it replaces."""
+    size = [max(1, round(side / max(ratio, 1.0))) for side in array.shape[1::-1]]
+    return cv2.resize(array, size, interpolation=cv2.INTER_AREA)
+
+
+def add_glare(image: np.ndarray, white: float, glare: float) -> np.ndarray:
+    """Return an image whose lights are brighter than an image can show.
+
+    Args:
+        image: RGB, [H, W, 3], float32 in [0, 1].
+        white: gray value above which a pixel is a light.
+        glare: what is added where the gray value is 1, in proportion from `white` on.
+    """
+    if not glare:
+        return image
+    light = np.maximum(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.float32(white))
+    times = glare / (1 - white)
+    return cv2.addWeighted(image, 1, to_rgb(light), times, -times * white)
+
+
+def compress_jpeg(levels: np.ndarray, quality: int) -> np.ndarray:
+    """Return an image of BGR [H, W, 3] uint8 as JPEG of this quality keeps it."""
+    code = cv2.imencode('.jpg', levels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return cv2.imdecode(code, cv2.IMREAD_COLOR)
