@@ -34,7 +34,7 @@ def test_without_a_type_it_is_rain_and_others_are_refused():
         ({'type': 'snow', 'amount': [2, 1]}, r'^datasets\.train\.degradation\.amount: .*lowest, highest'),
         ({'type': 'moire', 'pitch': 'wide'}, r'^datasets\.train\.degradation\.pitch: '),
         ({'type': 'shadow', 'coverage': [0.5, 2]}, r'^datasets\.train\.degradation\.coverage: must lie within'),
-        ({'type': 'snwo'}, r'^datasets\.train\.degradation\.type: .*snow'),
+        ({'type': 'snwo'}, r'^datasets\.train\.degradation: .*snow'),
         ('snow', r'^datasets\.train\.degradation: '),
     ],
 )
