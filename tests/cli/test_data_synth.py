@@ -49,7 +49,7 @@ def photo(tmp_path):
 
 
 @pytest.mark.parametrize('task', ['rain', 'raindrop', 'haze', 'snow', 'shadow', 'moire'])
-def test_every_task_makes_the_same_pairs_each_time(tmp_path, photo, task, capsys):
+def test_every_task_repeats_its_pairs(tmp_path, photo, task, capsys):
     for name in ('one', 'two'):
         assert synth('--task', task, '-i', photo, '-o', tmp_path / name, '--count', 3, '--seed', 1, '--size', 64) == 0
     files = digests(tmp_path / 'one')
@@ -77,7 +77,7 @@ def test_another_process_makes_the_same_files(tmp_path, photo):
     assert digests(tmp_path / 'one') == digests(tmp_path / 'two')
 
 
-def test_pairs_are_clean_patches_and_what_became_of_them(tmp_path, photo):
+def test_pairs_are_patches_of_the_photo(tmp_path, photo):
     assert synth('--task', 'rain', '-i', photo, '-o', tmp_path / 'out', '--count', 4, '--size', 48, '--seed', 1) == 0
     clean = read_rgb(photo)
     places, masks = set(), []
@@ -95,7 +95,7 @@ def test_pairs_are_clean_patches_and_what_became_of_them(tmp_path, photo):
     assert len(places) == 4 and max(masks) > 0
 
 
-def test_they_are_read_as_pairs_and_by_the_dataset(tmp_path):
+def test_they_are_read_as_pairs(tmp_path):
     for number in range(3):
         write_photo(tmp_path / f'photo{number}.jpg', seed=number)
     out = tmp_path / 'out'
@@ -124,7 +124,7 @@ def test_16_bits_stay(tmp_path):
     assert gt.dtype == lq.dtype == np.uint16 and np.array_equal(gt, read_rgb(photo))
 
 
-def test_photos_of_one_name_get_names_of_their_own(tmp_path):
+def test_photos_of_one_name_get_own_names(tmp_path):
     for ending in ('png', 'jpg'):
         write_photo(tmp_path / f'photo.{ending}')
     assert synth('--task', 'rain', '-i', tmp_path, '-o', tmp_path / 'out') == 0
@@ -154,7 +154,7 @@ def test_haze_takes_depth(tmp_path):
     assert other.shape == mask.shape and other.min() > mask.min()  # other units: much thicker
 
 
-def test_earlier_output_is_kept_unless_it_may_be_replaced(tmp_path, photo, capsys):
+def test_earlier_output_is_kept(tmp_path, photo, capsys):
     out = tmp_path / 'out'
     assert synth('--task', 'snow', '-i', photo, '-o', out, '--count', 2) == 0
     before = digests(out)
@@ -205,7 +205,7 @@ def test_an_output_that_cannot_be_replaced_stays(tmp_path, photo, monkeypatch, c
     assert digests(out) == before and sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
 
 
-def test_what_a_kill_leaves_is_cleared_by_the_next_run(tmp_path, photo):
+def test_rest_of_a_killed_run_is_cleared(tmp_path, photo):
     arguments = ['data', 'synth', '--task', 'snow', '-i', str(photo), '-o', 'out', '--overwrite', '--count']
     run = subprocess.Popen(
         [sys.executable, '-m', 'ast_plugin', *arguments, '100000'],
@@ -307,7 +307,7 @@ def test_the_list_names_every_parameter(capsys):
         assert all(f'  {name} = ' in printed for name in row.parameters.model_fields if name not in ('type', 'layers'))
 
 
-def test_depth_of_an_archive_with_two_arrays_is_refused(tmp_path):
+def test_depth_of_two_arrays_is_refused(tmp_path):
     np.savez(tmp_path / 'two.npz', a=np.ones((2, 2)), b=np.ones((2, 2)))
     np.savez(tmp_path / 'one.npz', a=np.ones((2, 2)))
     with pytest.raises(ValueError, match='expected one array, got 2'):

@@ -13,7 +13,7 @@ from PIL import Image
 from ast_plugin.data import image_files
 from ast_plugin.data.image_files import ImageFile, read_image, read_rgb, write_image
 from ast_plugin.errors import DataError
-from tests.data.pictures import SRGB, noise, save, smooth
+from tests.data.images import SRGB, noise, save, smooth
 
 
 @pytest.mark.parametrize('suffix', ['.png', '.jpg', '.webp', '.tif', '.bmp'])

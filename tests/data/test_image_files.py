@@ -9,7 +9,7 @@ from PIL import Image
 
 from ast_plugin.data.image_files import ImageFile, read_image, read_rgb, sniff_format, write_image
 from ast_plugin.errors import DataError
-from tests.data.pictures import SRGB, noise, save, smooth, write_png
+from tests.data.images import SRGB, noise, save, smooth, write_png
 
 
 def assert_pixels(picture, color, alpha=None):

@@ -6,14 +6,7 @@ import pytest
 
 from ast_plugin.data.layouts import LAYOUTS, Source, list_pairs
 from ast_plugin.errors import DataError, OptionError
-
-
-def touch(root: Path, *names: str) -> Path:
-    """Make empty files, and their folders; listing never opens an image."""
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
+from tests.data.images import touch
 
 
 def found(layout: str, root: Path, **options) -> dict[str, tuple[str, str]]:
@@ -48,7 +41,7 @@ def test_folders_templates_in_one_folder(tmp_path, suffix):
     assert pairs == {key: (f'all/{key}_rain.png', f'all/{key}_clean.png') for key in ('10', '9')}
 
 
-def test_a_template_with_an_ending_settles_what_is_ambiguous(tmp_path):
+def test_a_template_with_an_ending_is_clear(tmp_path):
     touch(tmp_path, 'lq/a.png', 'gt/a.png', 'gt/a.jpg')
     with pytest.raises(DataError, match=r'several partners: .*a\.png \(a\.png with a\.jpg or a\.png\).*gt_template'):
         folders(tmp_path)
@@ -79,7 +72,7 @@ def test_equal_names_are_not_ambiguous(tmp_path):
         (['gt/a.png'], {}, ['folder of degraded images is not at', 'datasets.val.dataroot_lq']),
     ],
 )
-def test_folders_faults_name_phase_folder_and_file(tmp_path, files, options, expected):
+def test_faults_of_folders(tmp_path, files, options, expected):
     touch(tmp_path, *files)
     with pytest.raises(DataError, match=r'datasets\.val') as caught:
         folders(tmp_path, phase='val', **options)
@@ -143,7 +136,7 @@ def test_layouts_as_distributed(tmp_path, layout, options, lq, gt, others):
 
 @pytest.mark.parametrize('layout', [name for name in LAYOUTS if name not in ('folders', 'manifest')])
 @pytest.mark.parametrize('root_exists', [False, True])
-def test_absence_takes_three_lines_that_stand_alone(tmp_path, layout, root_exists):
+def test_absence_takes_three_lines(tmp_path, layout, root_exists):
     root = tmp_path / 'data set'
     if root_exists:
         root.mkdir()
@@ -203,7 +196,7 @@ def test_spad_names_with_spaces(tmp_path, line):
     assert spad(tmp_path, line.encode()) == {'my rain/a b.png': ('my rain/a b.png', 'my gt/a b.png')}
 
 
-def test_spad_names_with_spaces_and_endings_inside(tmp_path):
+def test_spad_names_with_endings_inside(tmp_path):
     touch(tmp_path, 'r/a.png b.png', 'g/a.png b.png')
     assert list(spad(tmp_path, b'r/a.png b.png g/a.png b.png').values()) == [('r/a.png b.png', 'g/a.png b.png')]
 

@@ -1,6 +1,5 @@
 """Manifests are read as they were written, and refused when anything is wrong with them."""
 
-import errno
 import json
 import os
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.manifest import Entry, read_manifest, write_manifest
-from ast_plugin.errors import DataError, FileError, OptionError
+from ast_plugin.errors import DataError, OptionError
 
 ENTRIES = [
     Entry('a', 'lq/a.png', 'gt/a.png', (32, 48), (100, 90), ('0a' * 16, '0b' * 16)),
@@ -43,7 +42,7 @@ def test_round_trip(tmp_path):
     assert json.loads(path.read_text().splitlines()[0])['root'] == '../data'
 
 
-def test_a_tree_that_moves_as_a_whole_stays_readable(tmp_path):
+def test_a_tree_may_move_as_a_whole(tmp_path):
     write(tmp_path / 'old' / 'prepared' / 'train.jsonl', tmp_path / 'old' / 'data')
     os.rename(tmp_path / 'old', tmp_path / 'new')
     assert read_manifest(tmp_path / 'new/prepared/train.jsonl').root == tmp_path / 'new' / 'data'
@@ -126,25 +125,3 @@ def test_other_files(tmp_path, content):
     (tmp_path / 'x.jsonl').write_bytes(content)
     with pytest.raises(DataError, match=r'x\.jsonl: no manifest, which is text'):
         read_manifest(tmp_path / 'x.jsonl')
-
-
-@pytest.mark.parametrize('when', ['half', 'end'])
-def test_a_full_disk_leaves_the_old_manifest_and_nothing_else(tmp_path, monkeypatch, when):
-    path = write(tmp_path / 'train.jsonl', tmp_path)
-    before = path.read_bytes()
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def entries():
-        yield ENTRIES[0]
-        full()
-
-    if when == 'end':
-        monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(FileError, match=r'train\.jsonl cannot be written: No space left on device'):
-        write_manifest(
-            path, entries() if when == 'half' else ENTRIES, layout='x', phase='train', root=tmp_path, pairs=3
-        )
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ['train.jsonl']

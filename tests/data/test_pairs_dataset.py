@@ -85,7 +85,7 @@ def test_every_offset_is_drawn_the_last_included(root):
 
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 9), (9, 1), (3, 30)])
-def test_images_smaller_than_the_patch_are_reflected(tmp_path, size):
+def test_small_images_are_reflected(tmp_path, size):
     for folder, clean in (('lq', 0), ('gt', 1)):
         write(tmp_path / folder / 'a.png', coordinates(0, clean, size))
     sample = dataset(tmp_path, gt_size=8, use_hflip=False, use_rot=False)[0]
@@ -95,7 +95,7 @@ def test_images_smaller_than_the_patch_are_reflected(tmp_path, size):
     assert steps == (0, min(size[0] - 1, 1))
 
 
-def test_samples_depend_on_seed_epoch_and_position(root):
+def test_samples_depend_on_seed_and_index(root):
     def patches(seed: int, epoch: int, positions: range) -> bytes:
         data = dataset(root, seed=seed)
         return b''.join(data[epoch, position]['lq'].numpy().tobytes() for position in positions)
@@ -126,7 +126,7 @@ def test_workers_change_nothing_and_epochs_differ(root):
 
 
 @pytest.mark.parametrize('phase', ['val', 'test'])
-def test_validation_takes_whole_images_or_their_centres(root, phase):
+def test_validation_takes_whole_images_or_centres(root, phase):
     data = dataset(root, phase=phase)
     whole = data[1]
     assert np.array_equal(decoded(whole['gt']), coordinates(1, 1).transpose(2, 0, 1)[::-1])
@@ -152,7 +152,7 @@ def test_iteration_ends_and_the_dataset_travels(root):
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_a_size_mismatch_names_phase_and_both_files(root, workers):
+def test_different_sizes_name_both_files(root, workers):
     write(root / 'gt/4.png', coordinates(4, 1, (10, 12)))
     with pytest.raises(DataError) as caught:
         list(DataLoader(dataset(root), num_workers=workers))
@@ -162,7 +162,7 @@ def test_a_size_mismatch_names_phase_and_both_files(root, workers):
 
 
 @pytest.mark.parametrize('content', [b'', b'not an image', None])
-def test_an_unreadable_file_names_phase_and_both_files(root, content):
+def test_an_unreadable_file_names_the_pair(root, content):
     broken = root / 'lq/2.png'
     broken.write_bytes((root / 'lq/2.png').read_bytes()[:40] if content is None else content)
     data = dataset(root, phase='val')
@@ -197,13 +197,9 @@ def test_bad_options_name_the_key(root, options, expected):
         dataset(root, **options)
 
 
-def test_every_fault_is_told_at_once_and_options_stay_as_they_were(root):
+def test_every_fault_of_options_is_told_at_once(root):
     options = {'phase': 'train', 'gt_size': -1, 'gt_sizes': 3}
     with pytest.raises(OptionError) as caught:
         PairsDataset(options)
     assert len(str(caught.value).splitlines()) >= 2
     assert options == {'phase': 'train', 'gt_size': -1, 'gt_sizes': 3}
-
-
-def test_every_key_is_described():
-    assert all(field.description for field in PairsDataset.options_type.model_fields.values())

@@ -44,7 +44,7 @@ class Noise(torch.utils.data.Dataset):
         return torch.tensor([float(index), *draw()], dtype=torch.float64)
 
 
-def test_samples_of_others_depend_on_seed_epoch_and_position_alone():
+def test_samples_of_others_are_repeatable():
     dataset = SeededSamples(Noise(), seed=1)
     positions = [(epoch, position) for epoch in (0, 1) for position in range(6)]
     first = [dataset[index] for index in positions]

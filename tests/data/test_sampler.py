@@ -30,7 +30,7 @@ def indices(dataset: Numbers, replicas: int = 1, ratio: float = 1, epoch: int = 
 @pytest.mark.parametrize('batch', [1, 4])
 @pytest.mark.parametrize('replicas', [1, 3])
 @pytest.mark.parametrize('ratio', [0.4, 1, 5])
-def test_full_batches_disjoint_ranks_and_every_image(length, batch, replicas, ratio):
+def test_full_batches_on_disjoint_ranks(length, batch, replicas, ratio):
     dataset = Numbers(length, batch)
     ranks = indices(dataset, replicas, ratio, epoch=2)
     assert len({len(rank) for rank in ranks}) == 1

@@ -38,7 +38,7 @@ def test_a_training_sample():
     assert sample['lq_path'] == f'{data.photos[4].name}.png' and sample['gt_path'] == str(data.photos[4].path)
 
 
-def test_training_samples_depend_on_seed_epoch_and_position():
+def test_samples_depend_on_seed_and_index():
     patches = [
         dataset(seed=seed)[index]['lq'].numpy().tobytes()
         for seed, index in [(3, (0, 1)), (3, (1, 1)), (3, (0, 7)), (4, (0, 1))]
@@ -57,7 +57,7 @@ def test_workers_change_nothing():
         assert torch.equal(one['lq'], other['lq']) and torch.equal(one['gt'], other['gt'])
 
 
-def test_validation_is_whole_photos_and_never_changes():
+def test_validation_never_changes():
     one, other = dataset(phase='val', seed=1), dataset(phase='val', seed=2)
     assert not {photo.name for photo in one.photos} & {photo.name for photo in dataset().photos}
     assert torch.equal(one[0]['lq'], other[5, 0]['lq'])
@@ -67,7 +67,7 @@ def test_validation_is_whole_photos_and_never_changes():
     assert np.array_equal(levels, photo[..., ::-1].transpose(2, 0, 1))
 
 
-def test_several_pairs_of_a_photo_have_names_of_their_own():
+def test_pairs_of_a_photo_have_own_names():
     data = dataset(phase='val', num_per_photo=3, center_crop=32)
     assert len(data) == 3 * len(data.photos)
     samples = list(data)
@@ -152,7 +152,7 @@ def test_bad_options_name_the_key(options, expected):
         dataset(**options)
 
 
-def test_some_patches_stay_clean_and_some_get_darker():
+def test_some_patches_stay_clean_or_get_darker():
     options = {'phase': 'train', 'gt_size': 32, 'num_per_photo': 20, 'clean_share': 0.4, 'gamma': [1.5, 2.5]}
     samples = [SyntheticPairsDataset(options)[number] for number in range(40)]
     clean = [torch.equal(sample['lq'], sample['gt']) for sample in samples]

@@ -52,7 +52,7 @@ def test_symmetries(use_hflip, use_rot, count):
         assert turned <= {image.tobytes(), image[:, ::-1].tobytes()}
 
 
-def test_switches_do_not_change_what_is_drawn_next():
+def test_switches_leave_the_generator_alone():
     after = set()
     for switch in (False, True):
         generator = np.random.default_rng(3)
@@ -79,7 +79,7 @@ def test_tensor_keeps_every_level(dtype):
     assert np.array_equal(back, levels[::-1].swapaxes(0, 1))
 
 
-def test_bytes_on_the_device_become_the_floats_of_the_file():
+def test_bytes_become_the_floats_of_the_file():
     levels = np.arange(256, dtype=np.uint8).reshape(8, 32, 1).repeat(3, axis=2)
     kept = transforms.to_tensor(levels, keep_uint8=True)
     assert kept.dtype == torch.uint8 and kept.is_contiguous()

@@ -1,7 +1,9 @@
-"""Workers out of reach of the signals that their parent's group gets."""
+"""Work of processes and threads comes in order, and signals of a group do not reach them."""
 
 import os
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ast_plugin.data import workers
+from ast_plugin.data.workers import BATCH, map_ahead, map_in_processes, num_cores
+from ast_plugin.errors import DataError
 
 
 class Groups(Dataset):
@@ -22,7 +26,7 @@ class Groups(Dataset):
 
 
 @pytest.mark.parametrize('method', ['fork', 'spawn'])
-def test_workers_have_groups_of_their_own_and_hear_again(method):
+def test_workers_have_groups_of_their_own(method):
     begun = []
     loader = DataLoader(
         Groups(),
@@ -56,3 +60,48 @@ def test_what_comes_while_a_worker_starts(sender, status):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
     os.close(reader)
     os.close(writer)
+
+
+def slow_for_even(number: int) -> int:
+    time.sleep(0.002 * (number % 2 == 0))
+    return -number
+
+
+def die_at_40(number: int) -> int:
+    if number == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_order(workers):
+    assert list(map_in_processes(slow_for_even, range(100), workers)) == [-number for number in range(100)]
+    assert list(map_in_processes(slow_for_even, [], workers)) == []
+
+
+def test_items_are_taken_as_they_are_needed():
+    taken = 0
+
+    def items():
+        nonlocal taken
+        for number in range(100_000):
+            taken += 1
+            yield number
+
+    results = map_in_processes(slow_for_even, items(), 2)
+    assert next(results) == 0
+    assert taken <= 8 * BATCH
+    results.close()
+    taken = 0
+    results = map_ahead(ThreadPoolExecutor(1), slow_for_even, items(), 2)
+    assert next(results) == 0 and taken == 3
+    results.close()
+
+
+def test_a_killed_process_is_told():
+    with pytest.raises(DataError, match='was killed, most likely because memory ran out; use fewer with --workers'):
+        list(map_in_processes(die_at_40, range(1000), 2))
+
+
+def test_cores():
+    assert 1 <= num_cores() <= os.cpu_count()

@@ -324,8 +324,8 @@ def _write_values(staging: Path, plan: Plan, num_done: int, num_workers: int) ->
                 journal.write(json.dumps(record).encode() + b'\n')
             journal.flush()
             os.fsync(journal.fileno())
-            for kind, values in zip(KINDS, zip(*batch, strict=True), strict=True):
-                _commit(_folder(staging, kind), values, num_done)
+            for kind, side in zip(KINDS, zip(*batch, strict=True), strict=True):
+                _commit(_folder(staging, kind), side, num_done)
             num_done += len(batch)
             bar.update(len(batch))
 

@@ -37,7 +37,7 @@ def test_an_interrupted_run_is_gone_on_from(root, tmp_path, small_batches, monke
 
 
 @pytest.mark.parametrize('change', ['encoding', 'level', 'file', 'journal', 'data', 'cut'])
-def test_unfinished_work_of_another_kind_is_begun_anew(root, tmp_path, small_batches, monkeypatch, change):
+def test_unfinished_work_is_begun_anew(root, tmp_path, small_batches, monkeypatch, change):
     with monkeypatch.context() as patch:
         patch.setattr(lmdb_writer, '_verify', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -57,7 +57,7 @@ def test_unfinished_work_of_another_kind_is_begun_anew(root, tmp_path, small_bat
     assert contents(tmp_path / 'out') == contents(tmp_path / 'expected')
 
 
-def test_unfinished_work_of_another_plan_is_left_to_that(root, tmp_path, monkeypatch):
+def test_unfinished_work_is_left_to_its_plan(root, tmp_path, monkeypatch):
     pack(root, tmp_path / 'out')
     with monkeypatch.context() as patch:
         patch.setattr(lmdb_writer, '_verify', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 import lmdb
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from ast_plugin.cli.main import main
-from ast_plugin.data.lmdb.reader import LmdbImages, check_lmdb
+from ast_plugin.data.lmdb.reader import LmdbImages, check_lmdb, check_together
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.errors import DataError, OptionError
 from tests import tiny_run
@@ -117,7 +116,7 @@ def test_a_damaged_value_is_named(raw, damage):
     assert '005: damaged' in ' '.join(check_lmdb(raw / 'lq.lmdb'))
 
 
-def test_a_check_finds_nothing_wrong_and_all_that_is(packed, raw):
+def test_a_check_finds_all_faults(packed, raw):
     assert all(
         check_lmdb(packed / encoding / f'{kind}.lmdb') == [] for encoding in ('png', 'raw') for kind in ('lq', 'gt')
     )
@@ -159,7 +158,7 @@ def test_any_map_size_will_do(raw, packed, map_size):
 
 @pytest.mark.filterwarnings('ignore:This DataLoader will create 8 worker processes')
 @pytest.mark.parametrize(('method', 'count'), [('fork', 8), ('spawn', 1)])  # what is spawned imports torch first
-def test_processes_read_while_it_is_open_elsewhere(packed, method, count):
+def test_processes_read_what_others_have_open(packed, method, count):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip('no fork here')
     data = dataset(packed / 'raw')
@@ -180,7 +179,7 @@ def test_processes_read_while_it_is_open_elsewhere(packed, method, count):
     assert data[0, 1]['gt'].equal(dataset(packed / 'raw')[0, 1]['gt'])
 
 
-def test_datasets_of_one_process_share_it_and_leave_it_closed(packed):
+def test_datasets_share_an_lmdb_and_close_it(packed):
     one, other = dataset(packed / 'raw'), dataset(packed / 'raw', seed=5)
     assert one[0]['lq'].shape == other[0]['lq'].shape == (3, 6, 6)
     del one
@@ -191,7 +190,7 @@ def test_datasets_of_one_process_share_it_and_leave_it_closed(packed):
     lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False).close()
 
 
-def test_what_others_have_open_in_this_process_is_told(packed):
+def test_an_lmdb_open_in_this_process_is_told(packed):
     data = dataset(packed / 'raw')
     with (
         lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False),
@@ -216,13 +215,6 @@ def test_samples_outlive_the_map(packed):
     sample['lq'].zero_()  # writable, and not the file
 
 
-def test_the_loader_takes_bytes_to_the_same_floats(packed):
-    floats, kept = dataset(packed / 'raw'), dataset(packed / 'png', keep_uint8=True)
-    for number in range(12):
-        assert kept[0, number]['lq'].dtype == torch.uint8
-        assert np.array_equal((kept[0, number]['lq'].float() / 255).numpy(), floats[0, number]['lq'].numpy())
-
-
 @pytest.mark.parametrize('options', [{'layout': 'agan'}, {'lq_template': '{}_rain'}])
 def test_layouts_and_templates_are_of_files(packed, options):
     with pytest.raises(OptionError, match='io_backend lmdb takes dataroot_lq and dataroot_gt'):
@@ -231,7 +223,7 @@ def test_layouts_and_templates_are_of_files(packed, options):
 
 
 @pytest.mark.parametrize('encoding', ['png', 'raw'])
-def test_basicsr_dataset_is_told_to_leave_pixels_alone(packed, tmp_path, capsys, encoding):
+def test_preflight_refuses_pixels_for_basicsr(packed, tmp_path, capsys, encoding):
     file = tiny_run.write(tmp_path)
     text = (
         file.read_text()
@@ -261,7 +253,7 @@ def test_basicsr_dataset_is_told_to_leave_pixels_alone(packed, tmp_path, capsys,
         (['{}', '{}/out', '--layout', 'agam'], 'did you mean agan'),
         (['{}', '{}/out', '--layout', 'agan'], 'AGAN-Data is not at'),
         (['{}', '{}/out', '--encoding', 'raw', '--compress-level', '1'], 'raw pixels are not compressed'),
-        (['{}', '{}/out', '--workers', '0'], '--workers: expected 1 or more, got 0'),
+        (['{}', '{}/out', '--workers', '0'], '--workers is 0: expected 1 or more'),
         (['{}/lq/000.png', '{}/out'], '000.png: no manifest'),
         (['{}/lq/000.png', '{}/out', '--layout', 'agan'], 'a manifest does not use --layout'),
         (['{}/empty', '{}/out'], 'no image in folder'),
@@ -274,3 +266,56 @@ def test_wrong_commands(packed, tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert error.startswith('basicsr: error: ') and message in error
     assert not (packed / 'out').exists()
+
+
+@pytest.fixture
+def pair(tmp_path) -> Path:
+    """Two LMDBs that were made together."""
+    pack(write_folders(tmp_path / 'source', 3), tmp_path / 'out')
+    return tmp_path / 'out'
+
+
+def swap(folder: Path) -> None:
+    (folder / 'lq.lmdb').rename(folder / 'other')
+    (folder / 'gt.lmdb').rename(folder / 'lq.lmdb')
+    (folder / 'other').rename(folder / 'gt.lmdb')
+
+
+def exchange(folder: Path) -> None:
+    pack(write_folders(folder.parent / 'others', 3, seed=1), folder.parent / 'more')
+    shutil.rmtree(folder / 'gt.lmdb')
+    (folder.parent / 'more/gt.lmdb').rename(folder / 'gt.lmdb')
+
+
+BREAKS = [
+    (swap, "lq.lmdb and gt.lmdb are in each other's place"),
+    (exchange, 'gt.lmdb: is not the one that was written here'),
+    (lambda folder: shutil.rmtree(folder / 'gt.lmdb'), 'gt.lmdb is missing'),
+    (lambda folder: (folder / 'gt.lmdb/digests.txt').unlink(), 'lacks digests.txt of an LMDB'),
+    *[
+        (lambda folder, text=text: (folder / 'source.json').write_text(text), 'source.json: does not say what')
+        for text in ('', '[]', '{}', '{"digests": 3}', '{"digests": {"lq": "a"}}')
+    ],
+]
+
+
+@pytest.mark.parametrize(('damage', 'expected'), BREAKS)
+def test_what_is_not_together(pair, capfd, damage, expected):
+    assert check_together(pair) == []
+    damage(pair)
+    (fault,) = check_together(pair)
+    assert expected in fault and str(pair) in fault
+    assert main(['data', 'check', str(pair)]) == 1
+    assert expected in capfd.readouterr().out
+
+
+def test_packing_tells_swapped_lmdbs(pair, tmp_path):
+    swap(pair)
+    with pytest.raises(DataError, match=r'out: exists, but is damaged: .* each other.* Replace it with --overwrite'):
+        pack(tmp_path / 'source', pair)
+
+
+def test_lmdbs_of_others_may_lie_anywhere(pair):
+    (pair / 'source.json').unlink()
+    swap(pair)
+    assert check_together(pair) == []

@@ -3,15 +3,15 @@
 import os
 import re
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import lmdb
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from ast_plugin.cli.main import main
 from ast_plugin.data.image_files import read_rgb
@@ -19,13 +19,17 @@ from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.lmdb import writer as lmdb_writer
 from ast_plugin.data.lmdb.format import decode_key, encode_key, read_digests, read_meta_info, view_raw
 from ast_plugin.data.lmdb.reader import LmdbImages
-from ast_plugin.data.lmdb.writer import Plan, make_plan
+from ast_plugin.data.lmdb.writer import make_plan
 from ast_plugin.data.manifest import Entry, write_manifest
 from ast_plugin.data.matching import Pair
 from ast_plugin.data.pairs_dataset import PairsDataset
-from ast_plugin.data.workers import map_ahead
+from ast_plugin.data.sampler import EpochSampler
 from ast_plugin.errors import DataError
 from tests.data.lmdb_sources import contents, options, pack, write_folders
+
+
+def lmdbs(folder: Path) -> tuple[Path, Path]:
+    return folder / 'lq.lmdb', folder / 'gt.lmdb'
 
 
 def value(folder: Path, key: str) -> bytes:
@@ -64,16 +68,22 @@ def test_basicsr_reads_them(root, tmp_path):
 
 
 @pytest.mark.parametrize('encoding', ['png', 'raw'])
+@pytest.mark.parametrize('keep_uint8', [True, False])
 @pytest.mark.parametrize('phase', ['train', 'val'])
-def test_samples_are_those_of_the_files(root, tmp_path, encoding, phase):
+def test_batches_are_those_of_the_files(root, tmp_path, encoding, phase, keep_uint8):
     pack(root, tmp_path / 'out', encoding)
-    files = PairsDataset(options(root / 'lq', root / 'gt', phase=phase, io_backend={'type': 'disk'}))
-    packed = PairsDataset(options(tmp_path / 'out/lq.lmdb', tmp_path / 'out/gt.lmdb', phase=phase))
-    assert len(packed) == len(files)
-    for number in range(14):
-        one, other = files[3, number], packed[3, number]
+    batches = []
+    for lq, gt, backend, workers in ((root / 'lq', root / 'gt', 'disk', 0), (*lmdbs(tmp_path / 'out'), 'lmdb', 2)):
+        more = {'phase': phase, 'keep_uint8': keep_uint8, 'io_backend': {'type': backend}}
+        data = PairsDataset(options(lq, gt, **more))
+        sampler = EpochSampler(data, 1, 0, ratio=2)
+        sampler.set_epoch(3)
+        batches.append(list(DataLoader(data, 2, sampler=sampler, num_workers=workers, collate_fn=data.collate)))
+    assert len(batches[0]) == len(batches[1]) == 7
+    for one, other in zip(*batches, strict=True):
+        assert one['lq'].dtype == (torch.uint8 if keep_uint8 else torch.float32)
         assert one['lq'].equal(other['lq']) and one['gt'].equal(other['gt'])
-        assert Path(one['lq_path']).name == Path(other['lq_path']).name
+        assert [Path(path).name for path in one['lq_path']] == [Path(path).name for path in other['lq_path']]
 
 
 def odd_images() -> dict[str, np.ndarray | Image.Image]:
@@ -145,7 +155,8 @@ def test_the_same_again_does_nothing(root, tmp_path):
     assert (tmp_path / 'out/lq.lmdb/data.mdb').stat().st_mtime_ns == stamp and contents(tmp_path / 'out') == before
 
 
-def test_the_same_again_does_not_pass_what_was_damaged_since(root, tmp_path):
+def test_a_damaged_destination_is_told(root, tmp_path):
+    (tmp_path / 'out').mkdir()  # an empty folder may be the destination
     pack(root, tmp_path / 'out')
     os.truncate(tmp_path / 'out/gt.lmdb/data.mdb', 9000)
     with pytest.raises(DataError, match=r'exists, but is damaged: .*gt\.lmdb/data\.mdb: cut off.*--overwrite'):
@@ -153,7 +164,7 @@ def test_the_same_again_does_not_pass_what_was_damaged_since(root, tmp_path):
     assert pack(root, tmp_path / 'out', overwrite=True).num_resumed == 0
 
 
-def test_something_else_is_replaced_only_when_asked_to(root, tmp_path):
+def test_others_are_replaced_by_overwrite(root, tmp_path):
     pack(root, tmp_path / 'out')
     with pytest.raises(DataError, match=r'exists, with LMDBs of other images.*--overwrite'):
         pack(root, tmp_path / 'out', 'raw')
@@ -164,7 +175,7 @@ def test_something_else_is_replaced_only_when_asked_to(root, tmp_path):
 
 @pytest.mark.parametrize('overwrite', [False, True])
 @pytest.mark.parametrize('kind', ['folder', 'file', 'link'])
-def test_what_is_no_pair_of_lmdbs_is_never_replaced(root, tmp_path, overwrite, kind):
+def test_foreign_files_are_never_replaced(root, tmp_path, overwrite, kind):
     out = tmp_path / 'out'
     if kind == 'folder':
         out.mkdir()
@@ -178,11 +189,6 @@ def test_what_is_no_pair_of_lmdbs_is_never_replaced(root, tmp_path, overwrite, k
     assert os.path.lexists(out)
 
 
-def test_an_empty_folder_may_be_the_destination(root, tmp_path):
-    (tmp_path / 'out').mkdir()
-    assert pack(root, tmp_path / 'out').num_pairs == 7
-
-
 def test_the_map_grows_with_what_comes(tmp_path, monkeypatch):
     root = write_folders(tmp_path / 'source', 40, (40, 40))
     # Too little for a single batch: the map fills up, several times over.
@@ -192,27 +198,6 @@ def test_the_map_grows_with_what_comes(tmp_path, monkeypatch):
     pack(root, tmp_path / 'out', 'raw')
     assert {2**15, 2**16, 2**17} <= set(sizes)
     assert LmdbImages(tmp_path / 'out/lq.lmdb').count() == 40
-
-
-@pytest.mark.parametrize('size', [0, 10**3, 10**9, 10**13])
-def test_the_map_has_room_for_a_batch(tmp_path, size):
-    class Large(bytes):
-        def __len__(self) -> int:
-            return size
-
-    assert lmdb_writer._map_size(tmp_path, [lmdb_writer.Value(None, '', Large())]) >= max(size * 1.1, 2**24)
-
-
-def test_few_pairs_are_under_way_at_a_time(root, monkeypatch):
-    pairs = list_pairs('folders', Source(dataroot_lq=str(root / 'lq'), dataroot_gt=str(root / 'gt')))
-    plan, begun = make_plan(pairs), []
-    encode = Plan.encode
-    monkeypatch.setattr(Plan, 'encode', lambda self, item: begun.append(1) or encode(self, item))
-    encoded = map_ahead(ThreadPoolExecutor(1), plan.encode, plan.items, 2)
-    next(encoded)
-    time.sleep(0.05)
-    assert len(begun) <= 3
-    encoded.close()
 
 
 NAMES = ['ä ö', 'a.b.c', '雨', 'x' * 200, '雨' * 80, "it's", '100%', 'a%20b', 'a b', '(1,2,3) 4', '-', '~']
@@ -248,7 +233,7 @@ def test_keys_are_told_apart_and_told_back():
     ]
 
 
-def test_one_stem_in_several_folders_and_one_pair_twice(tmp_path):
+def test_equal_stems_and_a_pair_that_comes_twice(tmp_path):
     for folder in ('a', 'b', 'a_gt', 'b_gt'):
         (tmp_path / folder).mkdir()
         for number, name in enumerate(('0.png', '0.jpg')):
@@ -309,3 +294,33 @@ def test_a_bad_pair_is_named_and_nothing_appears(root, tmp_path, small_batches, 
     with pytest.raises(DataError, match=message):
         pack(root, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
+
+
+def test_the_root_of_the_disk_is_none(tmp_path):
+    with pytest.raises(DataError, match=r'^/: exists, and is not a pair of LMDBs; choose another place'):
+        pack(write_folders(tmp_path / 'source', 2), '/')
+
+
+def test_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    monkeypatch.chdir(tmp_path)
+    pack(write_folders(tmp_path / 'source', 2), '~/out')
+    assert (tmp_path / 'home/out/lq.lmdb').is_dir() and not (tmp_path / '~').exists()
+
+
+@pytest.mark.parametrize('overwrite', [True, False])
+def test_what_comes_there_meanwhile_is_kept(tmp_path, monkeypatch, overwrite):
+    root, written = write_folders(tmp_path / 'source', 2), lmdb_writer._write_texts
+
+    def somebody_writes(staging, plan):
+        written(staging, plan)
+        (tmp_path / 'out').mkdir()
+        (tmp_path / 'out/thesis.tex').write_text('all of it')
+
+    monkeypatch.setattr(lmdb_writer, '_write_texts', somebody_writes)
+    with pytest.raises(DataError, match='out: exists, and is not a pair of LMDBs'):
+        pack(root, tmp_path / 'out', overwrite=overwrite)
+    assert (tmp_path / 'out/thesis.tex').read_text() == 'all of it'
+    (tmp_path / 'out/thesis.tex').unlink()
+    monkeypatch.undo()
+    assert pack(root, tmp_path / 'out').num_resumed == 2

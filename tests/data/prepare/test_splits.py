@@ -8,13 +8,7 @@ import pytest
 from ast_plugin.data import layouts
 from ast_plugin.data.prepare.splits import find_splits, plain_layout, preparable
 from ast_plugin.errors import DataError, OptionError
-
-
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
+from tests.data.images import touch
 
 
 def found(layout, root: Path, *wanted: str) -> dict[str, list[tuple[str, str]]]:
@@ -162,7 +156,7 @@ def test_plain_folders_by_name(tmp_path, arguments, pairs):
     assert found(plain_layout(*arguments), tmp_path) == {split: [pair] for split, pair in pairs.items()}
 
 
-def test_a_split_that_is_asked_for_may_be_the_root(tmp_path):
+def test_a_wanted_split_may_be_the_root(tmp_path):
     touch(tmp_path, 'input/1.png', 'target/1.png')
     assert found('folders', tmp_path, 'test') == {'test': [('input/1.png', 'target/1.png')]}
     assert list(found('folders', tmp_path)) == ['train']
@@ -237,7 +231,7 @@ def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
         find_splits('agan', tmp_path)
 
 
-def test_a_folder_of_everything_is_not_searched_for_ever(tmp_path, monkeypatch):
+def test_a_folder_of_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(layouts, '_MAX_FOLDERS', 20)
     for number in range(30):
         (tmp_path / str(number)).mkdir()

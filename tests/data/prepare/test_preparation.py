@@ -14,27 +14,23 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import yaml
+from pydantic import TypeAdapter
 
 from ast_plugin.data.manifest import read_manifest
-from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.data.prepare import checks as pair_checks
-from ast_plugin.data.prepare.preparation import Preparation
+from ast_plugin.data.prepare.preparation import Preparation, format_options
 from ast_plugin.data.prepare.splits import find_splits
 from ast_plugin.errors import DataError, FileError
-
-
-def picture(path: Path, seed, size=(16, 24)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
-    cv2.imwrite(str(path), noise)
-    return path
+from ast_plugin.options.sections import FolderName
+from tests.data.images import write_noise
 
 
 def make_agan(root: Path, train=6, test=3) -> Path:
     for split, count in (('train', train), ('test_a', test)):
         for number in range(count):
-            picture(root / split / 'data' / f'{number}_rain.png', [len(split), number, 0])
-            picture(root / split / 'gt' / f'{number}_clean.png', [len(split), number, 1])
+            write_noise(root / split / 'data' / f'{number}_rain.png', [len(split), number, 0])
+            write_noise(root / split / 'gt' / f'{number}_clean.png', [len(split), number, 1])
     return root
 
 
@@ -64,24 +60,12 @@ def test_a_manifest_of_each_split(tmp_path, workers):
     assert tree(root) == before
 
 
-def test_training_from_a_manifest_gives_the_samples_of_the_folder(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    _, (train, _) = prepare(root, tmp_path / 'out')
-    common = {'phase': 'train', 'gt_size': 8, 'scale': 1, 'seed': 3}
-    folder = PairsDataset({**common, 'layout': 'agan', 'dataroot': str(root)})
-    listed = PairsDataset({**common, 'layout': 'manifest', 'manifest': str(train)})
-    assert len(folder) == len(listed) == 6
-    for number in range(6):
-        for key in ('lq', 'gt'):
-            np.testing.assert_array_equal(np.asarray(folder[number][key]), np.asarray(listed[number][key]))
-
-
 def test_what_is_not_plain_is_counted(tmp_path):
     root = make_agan(tmp_path / 'data')
     gray = cv2.imread(str(root / 'train/data/0_rain.png'), cv2.IMREAD_GRAYSCALE)
     cv2.imwrite(str(root / 'train/data/0_rain.png'), gray)
-    picture(root / 'train/data/1_rain.png', 9, (8, 8))
-    picture(root / 'train/gt/1_clean.png', 8, (8, 8))
+    write_noise(root / 'train/data/1_rain.png', 9, (8, 8))
+    write_noise(root / 'train/gt/1_clean.png', 8, (8, 8))
     found = prepare(root, tmp_path / 'out')[0].splits[0]
     assert found.traits == {'gray': 1}
     assert found.sizes == {(16, 24): 5, (8, 8): 1}
@@ -102,19 +86,10 @@ def test_faulty_pairs_are_left_out(tmp_path):
     assert sorted(manifest.others) == ['data/2_rain.png', 'data/3_rain.png', 'gt/2_clean.png']
 
 
-def test_a_split_without_a_good_pair_gets_no_manifest(tmp_path):
+def test_no_manifest_without_a_good_pair(tmp_path):
     root = make_agan(tmp_path / 'data', test=1)
     (root / 'test_a/data/0_rain.png').write_bytes(b'')
     assert [path.name for path in prepare(root, tmp_path / 'out')[1]] == ['train.jsonl']
-
-
-def test_list_of_faults_holds_names_that_are_no_text(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    os.rename(root / 'train/data/0_rain.png', root / 'train/data/a\nb\udcff_rain.png')
-    preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
-    lines = preparation.list_faults(preparation.check(1)).read_text().splitlines()
-    assert len(lines) == 2
-    assert lines[0].split('\t')[:3] == ['train', 'no partner', f'{root}/train/data/a\\nb\\udcff_rain.png']
 
 
 # ---- duplicates
@@ -198,7 +173,7 @@ def test_a_refused_run_reads_only_what_was_mended(tmp_path, monkeypatch):
     assert preparation.check(1).num_faults == 1
     read = count_checks(monkeypatch)
     assert preparation.check(1).num_faults == 1 and read == []
-    picture(root / 'train/data/2_rain.png', 77)
+    write_noise(root / 'train/data/2_rain.png', 77)
     assert preparation.check(1).num_faults == 0 and read == ['2_rain.png']
 
 
@@ -216,7 +191,7 @@ def test_rubbish_in_a_journal_is_not_believed(tmp_path, monkeypatch):
 COMMAND = [sys.executable, '-m', 'ast_plugin', 'data', 'prepare', 'agan']
 
 
-def test_what_a_killed_run_left_of_a_manifest_is_removed(tmp_path):
+def test_rest_of_a_killed_run_is_removed(tmp_path):
     root = make_agan(tmp_path / 'data', train=1, test=1)
     left, own = tmp_path / 'out/.train.jsonl.17-0a1b2c3d.part', tmp_path / 'out/.train.jsonl.mine'
     left.parent.mkdir()
@@ -255,8 +230,8 @@ def limited():
 def test_a_full_disk(tmp_path, place):
     root = make_agan(tmp_path / 'data', train=20)
     if place:  # the journal is there already, and the pictures are larger than the limit
-        picture(root / 'train/data/7_rain.png', 1, (64, 64))
-        picture(root / 'train/gt/7_clean.png', 2, (64, 64))
+        write_noise(root / 'train/data/7_rain.png', 1, (64, 64))
+        write_noise(root / 'train/gt/7_clean.png', 2, (64, 64))
         Preparation(find_splits('agan', root), root, tmp_path / 'out').check(1)
     command = [*COMMAND, root, tmp_path / 'out', *place]
     run = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
@@ -340,7 +315,7 @@ def test_a_second_run_drops_what_is_gone(tmp_path):
     prepare(root, tmp_path / 'out', 'copy')
     for name in ('data/0_rain.png', 'gt/0_clean.png'):
         (root / 'train' / name).unlink()
-    picture(root / 'train/data/1_rain.png', 55)
+    write_noise(root / 'train/data/1_rain.png', 55)
     prepare(root, tmp_path / 'out', 'copy')
     prepare(root, tmp_path / 'anew', 'copy')
     assert tree(tmp_path / 'out') == tree(tmp_path / 'anew')
@@ -348,11 +323,11 @@ def test_a_second_run_drops_what_is_gone(tmp_path):
     assert (tmp_path / 'out/train/lq/1.png').is_symlink()
 
 
-def test_copies_keep_apart_names_that_some_file_systems_do_not(tmp_path):
+def test_copies_differ_beyond_capitals(tmp_path):
     root = tmp_path / 'data'
     for number, name in enumerate(('a', 'A', 'sub_x')):
-        picture(root / 'lq' / f'{name}.png', number)
-        picture(root / 'gt' / f'{name}.png', number + 10)
+        write_noise(root / 'lq' / f'{name}.png', number)
+        write_noise(root / 'gt' / f'{name}.png', number + 10)
     _, (train,) = prepare(root, tmp_path / 'out', 'copy', layout='folders')
     assert sorted(os.listdir(tmp_path / 'out/train/lq')) == ['A.png', 'a_2.png', 'sub_x.png']
     for pair in read_manifest(train).pairs():
@@ -361,9 +336,28 @@ def test_copies_keep_apart_names_that_some_file_systems_do_not(tmp_path):
 
 def test_a_clean_picture_of_many_is_copied_once(tmp_path):
     root = tmp_path / 'data'
-    picture(root / 'ITS/clear/1.png', 0)
+    write_noise(root / 'ITS/clear/1.png', 0)
     for number in range(4):
-        picture(root / f'ITS/hazy/1_{number}_0.9.png', number + 1)
+        write_noise(root / f'ITS/hazy/1_{number}_0.9.png', number + 1)
     _, (manifest,) = prepare(root, tmp_path / 'out', 'copy', layout='reside')
     clean = [Path(pair.gt) for pair in read_manifest(manifest).pairs()]
     assert len(clean) == 4 and len({path.stat().st_ino for path in clean}) == 1
+
+
+@pytest.mark.parametrize(
+    ('folder', 'name'),
+    [
+        ('agan', 'agan_train'),
+        ('.cache', 'cache_train'),
+        ('', 'train'),
+        ("it's: #1", "it's: #1_train"),
+        ('a\\b', 'a_b_train'),
+        (os.fsdecode(b'fog\xff\n'), '_'.join(('fog', 'udcff', 'n', 'train'))),
+        ('x' * 250, f'{"x" * 80}_train'),
+    ],
+)
+def test_names_of_datasets(folder, name):
+    lines = format_options([('train', Path('/data') / folder / 'train.jsonl' if folder else Path('/train.jsonl'))])
+    # A path whose bytes are no text cannot be in YAML.
+    readable = '\n'.join(lines).encode('utf-8', 'replace').decode()
+    assert TypeAdapter(FolderName).validate_python(yaml.safe_load(readable)['datasets']['train']['name']) == name

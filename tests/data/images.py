@@ -1,8 +1,10 @@
-"""Pictures, and files of them that the readers under test had no part in."""
+"""Images for tests, and files of them that the readers under test had no part in."""
 
 import struct
 import zlib
+from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageCms
 
@@ -34,3 +36,18 @@ def save(path, pixels, mode=None, **options):
     image = Image.fromarray(pixels)
     (image.convert(mode) if mode else image).save(path, **options)
     return path
+
+
+def write_noise(path: Path, seed, size: tuple[int, int] = (16, 24)) -> Path:
+    """Write an image of noise, and the folders that it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), noise(*size, 3, seed=seed))
+    return path
+
+
+def touch(root: Path, *names: str) -> Path:
+    """Make empty files, and their folders; listing never opens an image."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
