@@ -6,6 +6,7 @@ here; `ast_plugin.options.checks` holds them against what is registered.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
@@ -22,6 +23,22 @@ Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 FolderName = Annotated[str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]{0,99}$')]
 Mapping = dict[str, Any]
+
+
+def _optional(description: str, **limits: Any) -> Any:
+    """A key that may be left out, or be nothing."""
+    return Field(None, description=description, **limits)
+
+
+def _described_model(
+    name: str, base: type[BaseModel], keys: Iterable[str], described: dict[str, tuple[Any, str]]
+) -> type[BaseModel]:
+    """A model with optional keys out of a table of types and descriptions; `key2` is `key` in a second round."""
+    fields: dict[str, Any] = {}
+    for key in keys:
+        kind, description = described[key.removesuffix('2')]
+        fields[key] = (kind | None, _optional(description + (', second round' if key.endswith('2') else '')))
+    return create_model(name, __base__=base, **fields)
 
 
 class Section(BaseModel):
@@ -51,7 +68,7 @@ class Scheduler(Typed):
 class Metric(Typed):
     """A registered metric and its arguments."""
 
-    better: Literal['higher', 'lower'] | None = Field(None, description='which way is better; higher if not given')
+    better: Literal['higher', 'lower'] | None = _optional('which way is better; higher if not given')
 
 
 class FileBackend(Typed):
@@ -64,18 +81,18 @@ class Dataset(Typed):
     """The keys that BasicSR's pipelines and loaders read of every dataset."""
 
     name: FolderName = Field(description='name in messages, of tables and result folders')
-    io_backend: FileBackend | None = Field(None, description='how files are read; disk if not given')
-    batch_size_per_gpu: Count | None = Field(None, description='training images a step, on each device')
-    num_worker_per_gpu: CountOrZero | None = Field(None, description='reading processes, for each device')
-    dataset_enlarge_ratio: Number | None = Field(None, gt=0, description='makes a small set a longer epoch')
-    prefetch_mode: Literal['cpu', 'cuda'] | None = Field(
-        None, description='prepare batches ahead: in a thread, or on the GPU, which needs pin_memory'
+    io_backend: FileBackend | None = _optional('how files are read; disk if not given')
+    batch_size_per_gpu: Count | None = _optional('training images a step, on each device')
+    num_worker_per_gpu: CountOrZero | None = _optional('reading processes, for each device')
+    dataset_enlarge_ratio: Number | None = _optional('makes a small set a longer epoch', gt=0)
+    prefetch_mode: Literal['cpu', 'cuda'] | None = _optional(
+        'prepare batches ahead: in a thread, or on the GPU, which needs pin_memory'
     )
-    num_prefetch_queue: Count | None = Field(None, description='batches that prefetch_mode cpu keeps ready')
-    pin_memory: bool | None = Field(None, description='faster copies to a GPU')
-    persistent_workers: bool | None = Field(None, description='keep the reading processes from epoch to epoch')
-    phase: str | None = Field(None, description='set from the key under datasets')
-    scale: Number | None = Field(None, description='set from the top level')
+    num_prefetch_queue: Count | None = _optional('batches that prefetch_mode cpu keeps ready')
+    pin_memory: bool | None = _optional('faster copies to a GPU')
+    persistent_workers: bool | None = _optional('keep the reading processes from epoch to epoch')
+    phase: str | None = _optional('set from the key under datasets')
+    scale: Number | None = _optional('set from the top level')
 
 
 _FLIPS = ('use_hflip', 'use_rot')
@@ -144,16 +161,9 @@ class BasicSRDataset(Dataset):
     model_config = ConfigDict(extra='forbid')
 
 
-def _basicsr_dataset(name: str, keys: tuple[str, ...]) -> type[BasicSRDataset]:
-    fields: dict[str, Any] = {}
-    for key in keys:
-        kind, description = _DATASET_KEYS[key.removesuffix('2')]
-        description += ', second round' if key.endswith('2') else ''
-        fields[key] = (kind | None, Field(None, description=description))
-    return create_model(name, __base__=BasicSRDataset, **fields)
-
-
-BASICSR_DATASETS = {name: _basicsr_dataset(name, keys) for name, keys in _BASICSR_DATASETS.items()}
+BASICSR_DATASETS = {
+    name: _described_model(name, BasicSRDataset, keys, _DATASET_KEYS) for name, keys in _BASICSR_DATASETS.items()
+}
 """The keys of BasicSR 1.4.2's own datasets, by their registered names."""
 
 
@@ -176,56 +186,46 @@ class MixupOptions(Section):
 class Train(Section):
     """What is trained, how and for how long. Of `total_iter` and `total_epochs` one must be there."""
 
-    total_iter: Count | None = Field(None, description='length of the run in iterations; or total_epochs')
-    total_epochs: Count | None = Field(None, description='length of the run in epochs of the training set')
-    warmup_iter: Annotated[int, Field(ge=-1), BeforeValidator(_whole)] | None = Field(
-        None, description='linear warm-up; -1 for none'
+    total_iter: Count | None = _optional('length of the run in iterations; or total_epochs')
+    total_epochs: Count | None = _optional('length of the run in epochs of the training set')
+    warmup_iter: Whole | None = _optional('linear warm-up; -1 for none', ge=-1)
+    warmup_epochs: CountOrZero | None = _optional('the same in epochs, in the place of warmup_iter')
+    precision: Literal['fp32', 'bf16', 'fp16'] | None = _optional('of the arithmetic; fp32 if not given')
+    channels_last: bool | None = _optional('lay tensors out as convolutions on CUDA like them')
+    compile: bool | str | None = _optional('compile each block; true, or the name of a backend')
+    accumulate: Count | None = _optional('parts that a batch is cut into; their gradients make one step')
+    gradient_checkpointing: bool | None = _optional('compute blocks again going back: less memory')
+    mixing: MixupOptions | None = _optional('blend the images of a batch: mixup or cutmix')
+    on_nonfinite: Literal['stop', 'skip'] | None = _optional(
+        'when a loss is NaN or Inf: stop, the default, or skip the step'
     )
-    warmup_epochs: CountOrZero | None = Field(None, description='the same in epochs, in the place of warmup_iter')
-    precision: Literal['fp32', 'bf16', 'fp16'] | None = Field(None, description='of the arithmetic; fp32 if not given')
-    channels_last: bool | None = Field(None, description='lay tensors out as convolutions on CUDA like them')
-    compile: bool | str | None = Field(None, description='compile each block; true, or the name of a backend')
-    accumulate: Count | None = Field(None, description='parts that a batch is cut into; their gradients make one step')
-    gradient_checkpointing: bool | None = Field(None, description='compute blocks again going back: less memory')
-    mixing: MixupOptions | None = Field(None, description='blend the images of a batch: mixup or cutmix')
-    on_nonfinite: Literal['stop', 'skip'] | None = Field(
-        None, description='when a loss is NaN or Inf: stop, the default, or skip the step'
+    optim_g: Optimizer | None = _optional('optimiser of network_g: type, lr and its arguments')
+    optim_d: Optimizer | None = _optional('optimiser of network_d')
+    scheduler: Scheduler | None = _optional('schedule of the learning rate: type and its arguments')
+    ema_decay: Number | None = _optional('0 for no averaged weights', ge=0, lt=1)
+    clip_grad_norm: Number | None = _optional('longer gradients are cut to this length', gt=0)
+    pixel_opt: Mapping | None = _optional(
+        'loss between images: type and its arguments; RestorationModel takes any number of *_opt'
     )
-    optim_g: Optimizer | None = Field(None, description='optimiser of network_g: type, lr and its arguments')
-    optim_d: Optimizer | None = Field(None, description='optimiser of network_d')
-    scheduler: Scheduler | None = Field(None, description='schedule of the learning rate: type and its arguments')
-    ema_decay: Number | None = Field(None, ge=0, lt=1, description='0 for no averaged weights')
-    clip_grad_norm: Number | None = Field(None, gt=0, description='longer gradients are cut to this length')
-    pixel_opt: Mapping | None = Field(
-        None, description='loss between images: type and its arguments; RestorationModel takes any number of *_opt'
+    perceptual_opt: Mapping | None = _optional('loss between features of a VGG network')
+    gan_opt: Mapping | None = _optional('loss of a GAN: type and its arguments')
+    ldl_opt: Mapping | None = _optional('locally discriminative loss of ESRGAN and Real-ESRGAN')
+    feature_matching_opt: Mapping | None = _optional('loss between features of network_d, HiFaceGAN')
+    net_d_iters: Count | None = _optional('GANs: steps of network_d for each of network_g')
+    net_d_init_iters: CountOrZero | None = _optional('GANs: steps of network_d before network_g begins')
+    net_d_reg_every: Count | None = _optional('StyleGAN2: steps of network_d between regularisations')
+    net_g_reg_every: Count | None = _optional('StyleGAN2: steps of network_g between regularisations')
+    mixing_prob: Number | None = _optional('StyleGAN2: probability of two styles in one image', ge=0, le=1)
+    r1_reg_weight: Number | None = _optional('StyleGAN2: weight of the gradient penalty of network_d')
+    path_reg_weight: Number | None = _optional('StyleGAN2: weight of the path length penalty of network_g')
+    path_batch_shrink: Count | None = _optional('StyleGAN2: part of a batch that the path length is measured on')
+    fix_flow: CountOrZero | None = _optional('recurrent video: iterations with the flow held')
+    flow_lr_mul: Number | None = _optional(
+        'recurrent video: learning rate of the flow network as a multiple of the rest'
     )
-    perceptual_opt: Mapping | None = Field(None, description='loss between features of a VGG network')
-    gan_opt: Mapping | None = Field(None, description='loss of a GAN: type and its arguments')
-    ldl_opt: Mapping | None = Field(None, description='locally discriminative loss of ESRGAN and Real-ESRGAN')
-    feature_matching_opt: Mapping | None = Field(None, description='loss between features of network_d, HiFaceGAN')
-    net_d_iters: Count | None = Field(None, description='GANs: steps of network_d for each of network_g')
-    net_d_init_iters: CountOrZero | None = Field(None, description='GANs: steps of network_d before network_g begins')
-    net_d_reg_every: Count | None = Field(None, description='StyleGAN2: steps of network_d between regularisations')
-    net_g_reg_every: Count | None = Field(None, description='StyleGAN2: steps of network_g between regularisations')
-    mixing_prob: Number | None = Field(
-        None, ge=0, le=1, description='StyleGAN2: probability of two styles in one image'
-    )
-    r1_reg_weight: Number | None = Field(None, description='StyleGAN2: weight of the gradient penalty of network_d')
-    path_reg_weight: Number | None = Field(
-        None, description='StyleGAN2: weight of the path length penalty of network_g'
-    )
-    path_batch_shrink: Count | None = Field(
-        None, description='StyleGAN2: part of a batch that the path length is measured on'
-    )
-    fix_flow: CountOrZero | None = Field(None, description='recurrent video: iterations with the flow held')
-    flow_lr_mul: Number | None = Field(
-        None, description='recurrent video: learning rate of the flow network as a multiple of the rest'
-    )
-    lr_flow: Number | None = Field(None, description='recurrent video GAN: learning rate of the flow network')
-    dcn_lr_mul: Number | None = Field(
-        None, description='EDVR: learning rate of deformable convolutions as a multiple of the rest'
-    )
-    tsa_iter: CountOrZero | None = Field(None, description='EDVR: iterations with all but the fusion of frames held')
+    lr_flow: Number | None = _optional('recurrent video GAN: learning rate of the flow network')
+    dcn_lr_mul: Number | None = _optional('EDVR: learning rate of deformable convolutions as a multiple of the rest')
+    tsa_iter: CountOrZero | None = _optional('EDVR: iterations with all but the fusion of frames held')
 
 
 ProtocolName = Literal['basicsr', 'spad', 'agan', 'densehaze', 'whole', 'tiled']
@@ -235,70 +235,66 @@ class ProtocolOptions(Section):
     """How images are restored and measured; what is left out is as the type has it."""
 
     type: ProtocolName = Field(description='spad, agan, densehaze: as in the papers; whole; tiled: as memory allows')
-    square: Count | None = Field(None, description='zeros around the image, up to a square multiple of this')
-    tile: Count | Literal['auto'] | None = Field(None, description='side of a tile in pixels; auto: as memory allows')
-    overlap: CountOrZero | None = Field(None, description='pixels that tiles share; a quarter of a tile if not given')
-    blend: Literal['ramp', 'mean'] | None = Field(None, description='join tiles by smooth ramps, or by plain averages')
-    batch: Count | None = Field(None, description='tiles that go through the network together')
-    round: bool | None = Field(None, description='round results to 8 bits before they are measured')
-    self_ensemble: bool | None = Field(None, description='mean over the eight flips and rotations')
+    square: Count | None = _optional('zeros around the image, up to a square multiple of this')
+    tile: Count | Literal['auto'] | None = _optional('side of a tile in pixels; auto: as memory allows')
+    overlap: CountOrZero | None = _optional('pixels that tiles share; a quarter of a tile if not given')
+    blend: Literal['ramp', 'mean'] | None = _optional('join tiles by smooth ramps, or by plain averages')
+    batch: Count | None = _optional('tiles that go through the network together')
+    round: bool | None = _optional('round results to 8 bits before they are measured')
+    self_ensemble: bool | None = _optional('mean over the eight flips and rotations')
 
 
 class DuringTraining(Section):
     """What differs in the validations of a training from those of a test."""
 
-    protocol: ProtocolName | ProtocolOptions | None = Field(None, description='how images are restored and measured')
-    metrics: dict[str, Metric] | None = Field(None, description="instead of the protocol's, by their printed names")
+    protocol: ProtocolName | ProtocolOptions | None = _optional('how images are restored and measured')
+    metrics: dict[str, Metric] | None = _optional("instead of the protocol's, by their printed names")
 
 
 class Val(Section):
     """Validation during training, and testing."""
 
-    protocol: ProtocolName | ProtocolOptions | None = Field(None, description='how images are restored and measured')
-    during_training: DuringTraining | None = Field(None, description='what differs in validations during training')
+    protocol: ProtocolName | ProtocolOptions | None = _optional('how images are restored and measured')
+    during_training: DuringTraining | None = _optional('what differs in validations during training')
 
-    val_freq: Count | None = Field(None, description='iterations between validations; or times_per_epoch')
-    times_per_epoch: Count | None = Field(None, description='validations in an epoch of the training set')
-    save_img: bool | None = Field(None, description='write the restored images')
-    suffix: str | None = Field(None, description='of written images; the name of the run if not given')
-    pbar: bool | None = Field(None, description='show a progress bar')
-    metrics: dict[str, Metric] | None = Field(None, description="instead of the protocol's, by their printed names")
-    best_metric: str | None = Field(None, description='the metric that picks the best weights')
-    center_frame_only: bool | None = Field(None, description='video: measure the middle frame of each sequence alone')
-    flip_seq: bool | None = Field(None, description='recurrent video: sequences hold their frames backwards, too')
-    num_val_samples: Count | None = Field(None, description='StyleGAN2: images drawn at a validation')
+    val_freq: Count | None = _optional('iterations between validations; or times_per_epoch')
+    times_per_epoch: Count | None = _optional('validations in an epoch of the training set')
+    save_img: bool | None = _optional('write the restored images')
+    suffix: str | None = _optional('of written images; the name of the run if not given')
+    pbar: bool | None = _optional('show a progress bar')
+    metrics: dict[str, Metric] | None = _optional("instead of the protocol's, by their printed names")
+    best_metric: str | None = _optional('the metric that picks the best weights')
+    center_frame_only: bool | None = _optional('video: measure the middle frame of each sequence alone')
+    flip_seq: bool | None = _optional('recurrent video: sequences hold their frames backwards, too')
+    num_val_samples: Count | None = _optional('StyleGAN2: images drawn at a validation')
 
 
 class Wandb(Section):
     """Weights & Biases, by BasicSR's keys."""
 
-    project: str | None = Field(None, description='name of the project')
-    resume_id: str | None = Field(None, description='identifier of the run to go on with')
+    project: str | None = _optional('name of the project')
+    resume_id: str | None = _optional('identifier of the run to go on with')
 
 
 class Logger(Section):
     """What is written down, and how often."""
 
     print_freq: Count = Field(description='iterations between reports')
-    save_checkpoint_freq: Count | None = Field(
-        None, description='iterations between training states; or save_checkpoint_epochs'
+    save_checkpoint_freq: Count | None = _optional('iterations between training states; or save_checkpoint_epochs')
+    save_checkpoint_epochs: Count | None = _optional('epochs between training states')
+    keep_checkpoints: Count | None = _optional('states that are kept, the newest ones; 3 if not given')
+    use_tb_logger: bool | None = _optional('write curves for TensorBoard')
+    tb_pictures: CountOrZero | None = _optional(
+        'images shown in TensorBoard at validation: input, result and clean one; 4 if not given'
     )
-    save_checkpoint_epochs: Count | None = Field(None, description='epochs between training states')
-    keep_checkpoints: Count | None = Field(None, description='states that are kept, the newest ones; 3 if not given')
-    use_tb_logger: bool | None = Field(None, description='write curves for TensorBoard')
-    tb_pictures: CountOrZero | None = Field(
-        None, description='images shown in TensorBoard at validation: input, result and clean one; 4 if not given'
-    )
-    wandb: Wandb | None = Field(None, description='send what goes to TensorBoard to Weights & Biases, too')
+    wandb: Wandb | None = _optional('send what goes to TensorBoard to Weights & Biases, too')
 
 
 class Paths(Section):
     """Weights to start from. BasicSR's keys per network (`pretrain_network_g` …) are checked by their pattern."""
 
-    resume_state: str | None = Field(None, description='a .state file under training_states/')
-    ignore_resume_networks: list[str] | None = Field(
-        None, description='networks that keep their own weights when a run is resumed'
-    )
+    resume_state: str | None = _optional('a .state file under training_states/')
+    ignore_resume_networks: list[str] | None = _optional('networks that keep their own weights when a run is resumed')
 
 
 class DistParams(BaseModel):
@@ -306,59 +302,32 @@ class DistParams(BaseModel):
 
     model_config = ConfigDict(extra='allow', strict=True)
 
-    backend: Literal['nccl', 'gloo', 'mpi'] | None = Field(
-        None, description='what processes talk by; nccl on GPUs and gloo on CPUs if not given'
+    backend: Literal['nccl', 'gloo', 'mpi'] | None = _optional(
+        'what processes talk by; nccl on GPUs and gloo on CPUs if not given'
     )
-    port: Annotated[int, Field(ge=1, le=65535), BeforeValidator(_whole)] | None = Field(
-        None, description='of the first node'
-    )
+    port: Count | None = _optional('of the first node', le=65535)
 
 
-class RealESRGAN(Section):
-    """Keys that Real-ESRGAN's models read from the top level."""
-
-    queue_size: Count | None = Field(None, description='pairs kept to mix batches from')
-    gt_size: Count | None = Field(None, description='side of a clean patch in pixels')
-    high_order_degradation: bool | None = Field(None, description='degrade twice')
-    gt_usm: bool | None = Field(None, description='sharpen clean images')
-    l1_gt_usm: bool | None = Field(None, description='sharpen the reference of the pixel loss')
-    percep_gt_usm: bool | None = Field(None, description='sharpen the reference of the perceptual loss')
-    gan_gt_usm: bool | None = Field(None, description='sharpen the reference of the GAN loss')
-    second_blur_prob: Number | None = Field(None, description='probability of the second blur')
-    gaussian_noise_prob: Number | None = Field(
-        None, description='first round: probability of Gaussian noise, Poisson noise otherwise'
-    )
-    gaussian_noise_prob2: Number | None = Field(
-        None, description='second round: probability of Gaussian noise, Poisson noise otherwise'
-    )
-    gray_noise_prob: Number | None = Field(None, description='first round: probability of noise without colour')
-    gray_noise_prob2: Number | None = Field(None, description='second round: probability of noise without colour')
-    resize_prob: list[Number] | None = Field(
-        None, description='first round: probabilities to enlarge, to shrink, to keep'
-    )
-    resize_prob2: list[Number] | None = Field(
-        None, description='second round: probabilities to enlarge, to shrink, to keep'
-    )
-    resize_range: list[Number] | None = Field(None, description='first round: factors of resizing, least and most')
-    resize_range2: list[Number] | None = Field(None, description='second round: factors of resizing, least and most')
-    noise_range: list[Number] | None = Field(
-        None, description='first round: sigma of Gaussian noise in 255ths, least and most'
-    )
-    noise_range2: list[Number] | None = Field(
-        None, description='second round: sigma of Gaussian noise in 255ths, least and most'
-    )
-    poisson_scale_range: list[Number] | None = Field(
-        None, description='first round: scale of Poisson noise, least and most'
-    )
-    poisson_scale_range2: list[Number] | None = Field(
-        None, description='second round: scale of Poisson noise, least and most'
-    )
-    jpeg_range: list[Number] | None = Field(
-        None, description='first round: quality of JPEG compression, least and most'
-    )
-    jpeg_range2: list[Number] | None = Field(
-        None, description='second round: quality of JPEG compression, least and most'
-    )
+_REALESRGAN_KEYS: dict[str, tuple[Any, str]] = {
+    'queue_size': (Count, 'pairs kept to mix batches from'),
+    'gt_size': (Count, 'side of a clean patch in pixels'),
+    'high_order_degradation': (bool, 'degrade twice'),
+    'gt_usm': (bool, 'sharpen clean images'),
+    'l1_gt_usm': (bool, 'sharpen the reference of the pixel loss'),
+    'percep_gt_usm': (bool, 'sharpen the reference of the perceptual loss'),
+    'gan_gt_usm': (bool, 'sharpen the reference of the GAN loss'),
+    'second_blur_prob': (Number, 'probability of the second blur'),
+    'gaussian_noise_prob': (Number, 'probability of Gaussian noise, Poisson noise otherwise'),
+    'gray_noise_prob': (Number, 'probability of noise without colour'),
+    'resize_prob': (list[Number], 'probabilities to enlarge, to shrink, to keep'),
+    'resize_range': (list[Number], 'factors of resizing, least and most'),
+    'noise_range': (list[Number], 'sigma of Gaussian noise in 255ths, least and most'),
+    'poisson_scale_range': (list[Number], 'scale of Poisson noise, least and most'),
+    'jpeg_range': (list[Number], 'quality of JPEG compression, least and most'),
+}
+_SECOND_ROUND = tuple(f'{key}2' for key in list(_REALESRGAN_KEYS)[8:])
+# What Real-ESRGAN's models read from the top level.
+RealESRGAN = _described_model('RealESRGAN', Section, (*_REALESRGAN_KEYS, *_SECOND_ROUND), _REALESRGAN_KEYS)
 
 
 class OptionFile(RealESRGAN):
@@ -366,20 +335,16 @@ class OptionFile(RealESRGAN):
 
     name: FolderName = Field(description='of the run, and of its folder')
     model_type: str = Field(min_length=1, description='registered model')
-    scale: Number | None = Field(None, gt=0, description='of super-resolution; 1 for restoration')
-    num_gpu: Annotated[int, Field(ge=0), BeforeValidator(_whole)] | Literal['auto'] | None = Field(
-        None, description='GPUs of each process; all if not given, 0 for the CPU'
+    scale: Number | None = _optional('of super-resolution; 1 for restoration', gt=0)
+    num_gpu: CountOrZero | Literal['auto'] | None = _optional('GPUs of each process; all if not given, 0 for the CPU')
+    manual_seed: CountOrZero | None = _optional('drawn if not given')
+    backend: Literal['auto', 'fused', 'triton', 'reference'] | None = _optional(
+        'what computes our blocks; if not given, what AST_BACKEND names, else the fastest that can'
     )
-    manual_seed: CountOrZero | None = Field(None, description='drawn if not given')
-    backend: Literal['auto', 'fused', 'triton', 'reference'] | None = Field(
-        None, description='what computes our blocks; if not given, what AST_BACKEND names, else the fastest that can'
-    )
-    find_unused_parameters: bool | None = Field(
-        None, description='distributed training of networks that leave some weights unused'
-    )
-    dist_params: DistParams | None = Field(None, description='arguments of distributed training under slurm')
+    find_unused_parameters: bool | None = _optional('distributed training of networks that leave some weights unused')
+    dist_params: DistParams | None = _optional('arguments of distributed training under slurm')
     datasets: dict[str, Dataset] = Field(description='train, val, test, or val_2 …: type, and the keys of that dataset')
-    path: Paths | None = Field(None, description='weights and states to start from')
-    train: Train | None = Field(None, description='losses, optimiser, schedule, length')
-    val: Val | None = Field(None, description='validation and metrics')
-    logger: Logger | None = Field(None, description='reports and training states')
+    path: Paths | None = _optional('weights and states to start from')
+    train: Train | None = _optional('losses, optimiser, schedule, length')
+    val: Val | None = _optional('validation and metrics')
+    logger: Logger | None = _optional('reports and training states')
