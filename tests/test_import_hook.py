@@ -74,7 +74,7 @@ def test_orders(run, order):
     assert result.returncode == 0, result.stderr
 
 
-def test_reloaded_modules_take_the_place_of_their_former_selves(run):
+def test_reloaded_modules_are_registered(run):
     result = run(
         'import basicsr, bold_arch\nformer = bold_arch.Bold\nimportlib.reload(bold_arch)\n'
         'assert bold_arch.Bold is not former\ncheck()\nimportlib.reload(basicsr)\ncheck(times=2)'
@@ -131,7 +131,7 @@ import basicsr.archs
     assert result.stderr.splitlines()[-1].startswith('ModuleNotFoundError: No module named')
 
 
-def test_failed_registration_says_so_at_the_import(run):
+def test_failed_registration_at_import(run):
     result = run(
         "registration.MODULES += ('other_arch',)\nregistration.REGISTERED['ARCH_REGISTRY'] += ('log:lines',)\n"
         'import basicsr'

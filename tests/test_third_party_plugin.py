@@ -136,7 +136,7 @@ def command(environment, *arguments):
     )
 
 
-def test_its_recipe_is_listed_and_its_names_are_known(environment):
+def test_its_recipe_and_names_are_known(environment):
     listed = command(environment, 'options')
     assert 'stranger/strange_rain' in listed.stdout, listed.stderr
     assert 'StrangeNet with CrossConv' in listed.stdout

@@ -251,7 +251,7 @@ def test_slurm_starts_on_cpus(monkeypatch):
     assert os.environ['MASTER_PORT'] == '29501'
 
 
-def test_distributed_start_on_cuda_is_basicsrs_own(monkeypatch):
+def test_cuda_start_is_basicsrs_own(monkeypatch):
     from basicsr.utils import dist_util
 
     devices = []
@@ -318,7 +318,7 @@ def model_options(tmp_path) -> dict:
     }
 
 
-def test_srmodel_trains_saves_and_resumes_on_a_cpu(model_options, tmp_path):
+def test_srmodel_trains_and_resumes_on_cpu(model_options, tmp_path):
     from basicsr.models import build_model
 
     model = build_model(model_options)

@@ -1,5 +1,6 @@
 """Bad input: exit status 2, a clear message on stderr, no traceback, nothing written, nothing renamed, nothing run."""
 
+import io
 import os
 import pickle
 import sys
@@ -8,7 +9,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from ast_plugin.cli.main import main
 from tests import tiny_run
@@ -55,18 +55,8 @@ def train(folder, capfd, *overrides):
     [
         '',
         '- a\n- b\n',
-        'name: x\n\tscale: 1\n',
-        'a: [1, 2',
-        b'\x89PNG\r\n\x1a\n\x00',
-        b'name: \xff\n',
         'a: !!python/object/apply:os.system ["touch ran"]\n',
         "name: \"{{ __import__('os').system('touch ran') }}\"\n",
-        'name: x\nname: y\n',
-        '_base_: bad.yml\n',
-        'custom_imports: {imports: [antigravity]}\n',
-        'a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n'
-        'c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n'
-        'e: [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d]\n',
     ],
 )
 @pytest.mark.parametrize('command', ['train', 'test'])
@@ -74,18 +64,6 @@ def test_files_that_are_no_option_files(folder, capfd, command, content):
     (folder / 'bad.yml').write_bytes(content if isinstance(content, bytes) else content.encode())
     message = complaint(folder, capfd, command, '-opt', 'bad.yml')
     assert message.startswith('bad.yml')
-
-
-@pytest.mark.parametrize(
-    ('name', 'expected'),
-    [
-        ('nothing.yml', 'nothing.yml: no such option file'),
-        ('AST_quickstar', 'did you mean AST_quickstart?'),
-        ('data', 'expected an option file, this is a folder'),
-    ],
-)
-def test_files_that_are_not_there(folder, capfd, name, expected):
-    assert expected in complaint(folder, capfd, 'train', '-opt', name)
 
 
 def test_five_faults_give_five_lines(folder, capfd):
@@ -107,19 +85,14 @@ def test_five_faults_give_five_lines(folder, capfd):
     ('overrides', 'expected'),
     [
         (['datasets:train:gt_sise=3'], 'tiny.yml: datasets.train.gt_sise: unknown key, did you mean gt_size?'),
-        (['train:total_iter=x'], 'tiny.yml: train.total_iter: expected a whole number'),
         (['network_g:type=AST_TT'], 'did you mean AST_T? (is its plugin installed?'),
-        (['trian:total_iter=3'], 'no section trian, did you mean train?'),
         (['name=__import__("os").system("touch ran") or "/"'], 'a name that can name a folder'),
-        (['name=!!python/object/apply:os.system [touch ran]'], 'is refused'),
         (
             ['datasets:train:dataroot_gt=nowhere'],
             'datasets.train: PairedImageDataset: No such file or directory: nowhere',
         ),
-        (['datasets:train:dataroot_gt=data'], 'datasets.train: PairedImageDataset cannot read its data'),
         (['datasets:val:dataroot_gt=~nobody/x'], 'datasets.val: PairedImageDataset: No such file or directory'),
         (['datasets:train:gt_size=400'], 'datasets.train: PairedImageDataset cannot read its data'),
-        (['datasets:train:gt_size=4000'], 'datasets.train: PairedImageDataset cannot read its data'),
         (['network_g:act_type=unheard'], 'network_g: SRVGGNetCompact cannot be made'),
         (['network_g={type: AST, depths: [1, 2]}'], 'tiny.yml: network_g: depths must be'),
         (['train:pixel_opt:reduction=most'], 'train.pixel_opt: L1Loss cannot be made of these options: ValueError'),
@@ -146,7 +119,7 @@ def test_training_is_refused(folder, capfd, overrides, expected):
     assert len(message.splitlines()) == 1
 
 
-def test_a_dataset_that_names_its_key_itself_is_named_once(folder, capfd):
+def test_key_of_a_dataset_is_named_once(folder, capfd):
     (folder / 'real_world.txt').write_text('\n')
     source = '{name: rain, type: PairsDataset, layout: spad, dataroot: .'
     loader = 'gt_size: 8, batch_size_per_gpu: 2, num_worker_per_gpu: 0}'
@@ -222,58 +195,26 @@ def good(num_feat=8):
     return {'params': ARCH_REGISTRY.get('SRVGGNetCompact')(num_feat=num_feat, num_conv=1, upscale=1).state_dict()}
 
 
-def write_whole(path):
-    torch.save(good(), path)
+def saved(value):
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
 
 
-def write_cut(path):
-    write_whole(path)
-    path.write_bytes(path.read_bytes()[:-500])
-
-
-def write_other_network(path):
-    torch.save(good(num_feat=12), path)
-
-
-def write_stranger(path):
-    torch.save({'params': {'some.weight': torch.zeros(3)}}, path)
-
-
-def write_code(path):
-    torch.save({**good(), 'extra': Malicious()}, path)
-
-
-def write_bare_code(path):
-    path.write_bytes(pickle.dumps(Malicious()))
-
-
-def write_picture(path):
-    path.write_bytes(cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8))[1].tobytes())
-
-
-def write_yaml(path):
-    path.write_text(yaml.safe_dump({'params': 1}))
-
-
-def write_list(path):
-    torch.save([torch.zeros(3)], path)
-
-
-WRITERS = {
-    write_cut: 'cut',
-    write_other_network: 'weights of another network',
-    write_stranger: 'weights of another network',
-    write_code: 'can run code',
-    write_bare_code: 'can run code',
-    write_picture: 'weights file',
-    write_yaml: 'weights file',
-    write_list: 'expected a dictionary of weights',
+WEIGHTS = {
+    'cut': (lambda: saved(good())[:-500], 'cut'),
+    'other network': (lambda: saved(good(num_feat=12)), 'weights of another network'),
+    'code': (lambda: saved({**good(), 'extra': Malicious()}), 'can run code'),
+    'bare code': (lambda: pickle.dumps(Malicious()), 'can run code'),
+    'image': (lambda: cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8))[1].tobytes(), 'weights file'),
+    'yaml': (lambda: b'{params: 1}', 'weights file'),
+    'list': (lambda: saved([torch.zeros(3)]), 'expected a dictionary of weights'),
 }
 
 
-@pytest.mark.parametrize(('write', 'expected'), WRITERS.items(), ids=[write.__name__ for write in WRITERS])
-def test_weights(folder, capfd, write, expected):
-    write(folder / 'w.pth')
+@pytest.mark.parametrize(('content', 'expected'), WEIGHTS.values(), ids=WEIGHTS)
+def test_weights(folder, capfd, content, expected):
+    (folder / 'w.pth').write_bytes(content())
     for message in (
         train(folder, capfd, 'path:pretrain_network_g=w.pth'),
         complaint(folder, capfd, 'test', '-opt', 'tiny.yml', '--weights', 'w.pth'),

@@ -191,7 +191,7 @@ def accepts(schema, value, definitions):
 
 
 @pytest.mark.parametrize('name', [*options.shipped_files(), 'staged'])
-def test_schema_accepts_shipped_files_as_they_are_written(json_schema, name):
+def test_schema_accepts_shipped_files(json_schema, name):
     value = safe_yaml.read_text(STAGED, 'x') if name == 'staged' else safe_yaml.read_file(options.find(name))
     assert accepts(json_schema, value, json_schema['$defs'])
 
@@ -299,7 +299,7 @@ def mangled(text, generator):
 
 
 @pytest.mark.parametrize('seed', range(10))
-def test_broken_files_are_refused_without_a_traceback_or_running_anything(folder, capfd, monkeypatch, seed):
+def test_broken_files_are_refused(folder, capfd, monkeypatch, seed):
     """Ten times fifty files; most are broken, and the rest may be right."""
     monkeypatch.setattr('os.system', lambda command: pytest.fail(f'{command} was run'))
     generator = random.Random(seed)

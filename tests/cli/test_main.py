@@ -142,7 +142,7 @@ def test_options_are_listed(shipped, capsys):
     assert capsys.readouterr().out == 'AST_a       The first one.\nAST_longer\n'
 
 
-def test_each_shipped_file_is_told_in_whole_sentences(capsys):
+def test_shipped_files_have_a_sentence(capsys):
     assert command.main(['options']) == 0
     for line in capsys.readouterr().out.splitlines():
         assert line.endswith(('.', '?')), line
@@ -175,7 +175,7 @@ def test_options_are_not_copied_into_a_file(shipped, capsys):
 # ---- list and plugins
 
 
-def test_a_full_disk_leaves_no_half_of_an_option_file(shipped, tmp_path, monkeypatch, capsys):
+def test_full_disk_leaves_no_partial_file(shipped, tmp_path, monkeypatch, capsys):
     def fill_disk(_):
         raise OSError(28, 'No space left on device')
 

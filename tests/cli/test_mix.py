@@ -68,7 +68,7 @@ def test_networks_that_go_out_of_range(mix):
     assert 'is not finite' in err
 
 
-def test_networks_that_do_not_train_on_one_picture(mix, monkeypatch):
+def test_networks_that_need_larger_batches(mix, monkeypatch):
     from basicsr.archs.edsr_arch import EDSR
     from basicsr.utils.registry import ARCH_REGISTRY
     from torch import nn
@@ -125,7 +125,7 @@ def test_wrong_sizes(mix):
     assert '--size 0 9: expected sides of 1 or more' in err
 
 
-def test_training_and_the_file_that_describes_itself(tmp_path, monkeypatch, capsys):
+def test_training_of_a_mixed_network(tmp_path, monkeypatch, capsys):
     """From a base's weights to a mixed network's: trained, resumed, and loaded where the base's file is gone."""
     from ast_plugin.archs.mixed.mixed_arch import build_base
     from ast_plugin.checkpoints import read_checkpoint, save_torch

@@ -61,7 +61,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_three_stages_each_from_the_best_of_the_last(folder, capfd):
+def test_stages_start_from_the_best_weights(folder, capfd):
     assert basicsr('train') == 0
     output = capfd.readouterr()
     run = experiment(folder)

@@ -10,7 +10,6 @@ from ast_plugin.errors import OptionError
 from ast_plugin.models import registries
 from ast_plugin.options import checks, safe_yaml
 from ast_plugin.options.json_schema import option_keys
-from ast_plugin.options.sections import OptionFile
 from tests import tiny_run
 
 TINY = safe_yaml.read_text(tiny_run.OPTIONS, 'tiny.yml')
@@ -74,7 +73,7 @@ def test_protocols(registered, value, fault):
     assert found.startswith(f'val.during_training.protocol{fault}')
 
 
-def test_metrics_of_training_are_checked_like_those_of_tests(registered):
+def test_metrics_during_training(registered):
     metrics = {
         'psnr': {'type': 'calculate_psnr', 'borders': 1, 'crop_border': 0},
         'x': {'type': 'calculate_psnr_matlb'},
@@ -106,7 +105,7 @@ def test_metrics_of_training_are_checked_like_those_of_tests(registered):
         ),
     ],
 )
-def test_the_best_weights_are_picked_by_what_training_measures(registered, val, fault):
+def test_best_metric_is_measured_in_training(registered, val, fault):
     opt = {**changed('val', {'val_freq': 2, **val}), 'model_type': 'RestorationModel'}
     found = [text for text in faults(opt, registered) if 'best_metric' in text]
     assert found == ([f'val.best_metric: {fault}'] if fault else [])
@@ -118,35 +117,19 @@ MISSING = 'required, but not there'
 CASES = [
     ('nam', 'x', f'nam: {UNKNOWN}name?'),
     ('nettwork_g', {}, f'nettwork_g: {UNKNOWN}network_g?'),
-    ('zzzz', 1, 'zzzz: unknown key'),
     ('name', ..., f'name: {MISSING}'),
     ('name', 5, 'name: expected text, got 5'),
     ('name', '../up', "name: expected a name that can name a folder, got the text '../up'"),
-    ('name', '.hidden', "name: expected a name that can name a folder, got the text '.hidden'"),
     ('scale', 'two', "scale: expected a number, got the text 'two'"),
     ('scale', 0, 'scale: expected more than 0, got 0'),
     ('scale', float('nan'), 'scale: expected a finite number, got nan'),
     ('num_gpu', 'two', "num_gpu: expected a whole number or 'auto', got the text 'two'"),
-    ('num_gpu', True, "num_gpu: expected a whole number or 'auto', got true"),
-    ('manual_seed', 1.5, 'manual_seed: expected a whole number, got 1.5'),
-    ('datasets', [1], 'datasets: expected a mapping of keys to values, got the list [1]'),
     ('datasets', ..., f'datasets: {MISSING}'),
     ('datasets:train', ..., f'datasets.train: {MISSING}'),
     ('datasets:train', 3, 'datasets.train: expected a mapping of keys to values, got 3'),
     ('datasets:train:gt_sise', 3, f'datasets.train.gt_sise: {UNKNOWN}gt_size?'),
-    ('datasets:train:batch_size_per_gp', 3, f'datasets.train.batch_size_per_gp: {UNKNOWN}batch_size_per_gpu?'),
     ('datasets:train:batch_size_per_gpu', 0, 'datasets.train.batch_size_per_gpu: expected 1 or more, got 0'),
     ('datasets:train:batch_size_per_gpu', ..., f'datasets.train.batch_size_per_gpu: {MISSING}'),
-    (
-        'datasets:train:prefetch_mode',
-        'gpu',
-        "datasets.train.prefetch_mode: expected 'cpu' or 'cuda', got the text 'gpu'",
-    ),
-    (
-        'datasets:train:io_backend:type',
-        'disc',
-        "datasets.train.io_backend.type: expected 'disk', 'lmdb' or 'memcached', got the text 'disc'",
-    ),
     (
         'datasets:train:type',
         'PairedImageDatset',
@@ -154,7 +137,6 @@ CASES = [
     ),
     ('datasets:val:name', ..., f'datasets.val.name: {MISSING}'),
     ('network_g', ..., f'network_g: {MISSING}'),
-    ('network_g', 'AST', 'network_g: expected a mapping with a type'),
     ('network_g:type', ['AST'], 'network_g: expected a mapping with a type'),
     (
         'network_g:type',
@@ -163,7 +145,6 @@ CASES = [
     ),
     ('network_g:num_feats', 8, f'network_g.num_feats: {UNKNOWN}num_feat?'),
     ('network_g:num_feat', 'many', "network_g.num_feat: expected a number, got the text 'many'"),
-    ('network_g:act_type', 3, 'network_g.act_type: expected text, got 3'),
     ('network_d', {'type': 'AST', 'depth': [1]}, f'network_d.depth: {UNKNOWN}depths?'),
     (
         'network_d',
@@ -172,20 +153,15 @@ CASES = [
     ),
     ('path:pretrained_network_g', 'x', f'path.pretrained_network_g: {UNKNOWN}pretrain_network_g?'),
     ('path:pretrain_network_d', 'x', f'path.pretrain_network_d: {UNKNOWN}pretrain_network_g?'),
-    ('path:pretrain_network_g', 3, 'path.pretrain_network_g: expected text, got 3'),
     ('path:strict_load_g', 'yes', "path.strict_load_g: expected true or false, got the text 'yes'"),
     ('path', 'x', "path: expected a mapping of keys to values, got the text 'x'"),
     ('train', ..., f'train: {MISSING}'),
     ('train:total_iter', ..., f'train.total_iter: {MISSING}'),
     ('train:total_iter', 'x', "train.total_iter: expected a whole number, got the text 'x'"),
-    ('train:total_iters', 3, f'train.total_iters: {UNKNOWN}total_iter?'),
     ('train:total_epochs', 3, 'train.total_epochs: total_iter says that already, leave one of them out'),
-    ('train:precision', 'fp8', "train.precision: expected 'fp32', 'bf16' or 'fp16', got the text 'fp8'"),
     ('train:accumulate', 0, 'train.accumulate: expected 1 or more, got 0'),
     ('train:mixing', {'type': 'mixup', 'alfa': 1}, f'train.mixing.alfa: {UNKNOWN}alpha?'),
-    ('train:on_nonfinite', 'warn', "train.on_nonfinite: expected 'stop' or 'skip', got the text 'warn'"),
     ('val:times_per_epoch', 4, 'val.times_per_epoch: val_freq says that already'),
-    ('logger:keep_checkpoints', 0, 'logger.keep_checkpoints: expected 1 or more, got 0'),
     ('logger:save_checkpoint_freq', ..., f'logger.save_checkpoint_freq: {MISSING} (or save_checkpoint_epochs)'),
     ('stages', 3, 'stages: expected a list of mappings, each of what differs in a stage, got 3'),
     ('stages', [], 'stages: expected a list of mappings'),
@@ -199,7 +175,6 @@ CASES = [
     ('stages', [{}, {'stages': []}], 'stages.1.stages: stages have no stages of their own'),
     ('stages', [{}, {'_base_': 'a.yml'}], 'stages.1._base_: unknown key'),
     ('stages', [{'val': {'best_metric': 'x'}}, {}], 'stages.0.val.best_metric: x is not among val.metrics: psnr'),
-    ('train:ema_decay', 1.5, 'train.ema_decay: expected less than 1, got 1.5'),
     ('train:optim_g', ..., f'train.optim_g: {MISSING}'),
     (
         'train:optim_g:type',
@@ -207,7 +182,6 @@ CASES = [
         'train.optim_g.type: no optimiser of torch.optim',
     ),
     ('train:optim_g:lr', ..., f'train.optim_g.lr: {MISSING}'),
-    ('train:optim_g:lr', 'x', "train.optim_g.lr: expected a number, got the text 'x'"),
     ('train:optim_g:weight_decai', 0, f'train.optim_g.weight_decai: {UNKNOWN}weight_decay?'),
     (
         'train:optim_g:betas',
@@ -219,27 +193,20 @@ CASES = [
         'MultistepLR',
         'train.scheduler.type: no scheduler is named MultistepLR, did you mean Multi',
     ),
-    ('train:scheduler:milestone', [1], f'train.scheduler.milestone: {UNKNOWN}milestones?'),
     ('train:scheduler:milestones', ..., 'train.scheduler.milestones: required by MultiStepRestartLR, but not there'),
     ('train:pixel_opt', 'L1Loss', "train.pixel_opt: expected a mapping of keys to values, got the text 'L1Loss'"),
     ('train:pixel_opt:type', 'L1', 'train.pixel_opt.type: no loss is registered as L1'),
-    ('train:pixel_opt:weight', 1, 'train.pixel_opt.weight: unknown key'),
     ('train:edge_opt', {'type': 'EdgeLoss'}, 'train.edge_opt: unknown key'),
     ('datasets:val:name', 'a/b', 'datasets.val.name: expected a name that can name a folder'),
-    ('datasets:val:name', '..', 'datasets.val.name: expected a name that can name a folder'),
     ('val:val_freq', ..., f'val.val_freq: {MISSING}'),
     ('val:protocol', 'agan', 'val.protocol: read by model_type RestorationModel alone'),
     ('val:during_training', {'metric': {}}, f'val.during_training.metric: {UNKNOWN}metrics?'),
-    ('val:save_imgs', True, f'val.save_imgs: {UNKNOWN}save_img?'),
     ('val:save_img', 'false', "val.save_img: expected true or false, got the text 'false'"),
     ('val:best_metric', 'ssim', 'val.best_metric: ssim is not among val.metrics: psnr'),
     ('val:metrics:psnr:test_y_chanel', True, f'val.metrics.psnr.test_y_chanel: {UNKNOWN}test_y_channel?'),
     ('val:metrics:psnr:crop_border', ..., 'val.metrics.psnr.crop_border: required by calculate_psnr, but not there'),
-    ('val:metrics:psnr:better', 'more', "val.metrics.psnr.better: expected 'higher' or 'lower', got the text 'more'"),
-    ('val:metrics:psnr:type', 'psnr', 'val.metrics.psnr.type: no metric is registered as psnr'),
     ('logger', ..., f'logger: {MISSING}'),
     ('logger:print_freq', ..., f'logger.print_freq: {MISSING}'),
-    ('logger:wandb', {'projct': 'x'}, f'logger.wandb.projct: {UNKNOWN}project?'),
     ('model_type', 'SRModle', 'model_type: no model is registered as SRModle, did you mean SRModel?'),
 ]
 
@@ -263,7 +230,7 @@ def test_sets_to_measure_have_names_of_their_own(registered):
     assert faults(opt, registered) == [f'datasets.val_2.name: datasets.val is called {datasets["val"]["name"]}, too']
 
 
-def test_all_faults_at_once_in_the_order_of_the_file(registered):
+def test_all_faults_in_the_order_of_the_file(registered):
     opt = changed('train:total_iter', 'x')
     opt['logger']['print_frq'] = 1
     opt['network_g']['numfeat'] = 1
@@ -278,7 +245,7 @@ def test_all_faults_at_once_in_the_order_of_the_file(registered):
     ]
 
 
-def test_what_all_stages_lack_is_a_fault_of_the_file(registered):
+def test_what_all_stages_lack(registered):
     opt = changed('train:total_iter', ...)
     opt['logger']['print_frq'] = 1
     opt['stages'] = [{}, {}]
@@ -309,7 +276,7 @@ def test_testing_needs_less(registered):
     ]
 
 
-def test_own_model_takes_any_loss_and_its_schedule(registered):
+def test_own_model_takes_any_loss(registered):
     opt = changed('model_type', 'RestorationModel')
     opt['train']['edge_opt'] = {'type': 'EdgeLoss'}
     opt['train']['scheduler'] = {'type': 'WarmupCosineLR', 'warmup_iter': 2}
@@ -347,11 +314,6 @@ def test_failed_plugin_is_named(registered):
     assert faults(changed('network_g:type', 'Qqq'), broken) == [
         'network_g.type: no arch is registered as Qqq (plugin x of y 1 failed to load: ImportError: no z)'
     ]
-
-
-def test_json_schema_of_the_keys():
-    properties = OptionFile.model_json_schema()['properties']
-    assert {'name', 'datasets', 'train', 'val', 'logger', 'path', 'queue_size'} <= set(properties)
 
 
 WRONG = [

@@ -20,12 +20,8 @@ def load(tmp_path, text, *overrides):
     ('text', 'value'),
     [
         ('1e-4', 1e-4),
-        ('1E5', 1e5),
-        ('2.5e-3', 2.5e-3),
         ('.5', 0.5),
-        ('1.', 1.0),
         ('-3', -3),
-        ('+3', 3),
         ('1_000', 1000),
         ('010', 10),
         ('0x1F', 31),
@@ -36,19 +32,15 @@ def load(tmp_path, text, *overrides):
         ('1:30', '1:30'),
         ('2024-01-02', '2024-01-02'),
         ('1e', '1e'),
-        ('v1.2', 'v1.2'),
-        ('1.2.3', '1.2.3'),
         ('true', True),
         ('No', False),
         ('on', True),
         ('y', 'y'),
         ('~', None),
         ('', None),
-        ('null', None),
         ('none', 'none'),
         ('[1, 2e0, a]', [1, 2.0, 'a']),
         ('{a: {b: 1}}', {'a': {'b': 1}}),
-        ('=', '='),
         ("'<<'", '<<'),
     ],
 )
@@ -58,7 +50,7 @@ def test_values(tmp_path, text, value):
     assert type(read) is type(value)
 
 
-def test_aliases_become_copies_and_merge_keys_work(tmp_path):
+def test_aliases_and_merge_keys(tmp_path):
     opt = load(
         tmp_path,
         """\
@@ -84,17 +76,13 @@ BOMB = 'a: &a [x, x, x, x, x, x, x, x, x, x]\n' + ''.join(
     [
         ('', 'got nothing'),
         ('# only a comment\n', 'got nothing'),
-        ('{}', 'got nothing'),
         ('- a\n- b\n', 'got a list'),
-        ('just text', 'got a single value'),
         ('a: 1\n\tb: 2\n', 'not YAML'),
         ('a:\n\t- 1\n', 'spaces, not tabs'),
         ('a: [1, 2\nb: 3\n', 'file.yml:2: not YAML'),
         ('a: 1\n---\nb: 2\n', 'not YAML'),
         ('a: 1\nb: 2\na: 3\n', 'file.yml:3: the key a is given twice'),
-        ('a: {b: 1, b: 1}\n', 'the key b is given twice'),
         ('1: a\n', 'keys must be text, got 1'),
-        ('on: a\n', 'keys must be text, got True'),
         ('{a: 1}: b\n', "keys must be text, got {'a': 1}"),
         ('a: {{ value }}\n', 'keys must be text'),
         ('a: "{{ os.system(1) }}"\n', 'a: templates are not filled in'),
@@ -106,16 +94,12 @@ BOMB = 'a: &a [x, x, x, x, x, x, x, x, x, x]\n' + ''.join(
         ('a: !!python/name:os.system\n', 'is refused'),
         ('!!python/object/new:os.system ["touch ran"]\n', 'is refused'),
         ('a: !!binary aGVsbG8=\n', 'the tag !!binary is refused'),
-        ('a: !!set {b, c}\n', 'the tag !!set is refused'),
         ('a: !own b\n', 'the tag !own is refused'),
-        ('a: !!int x\n', "cannot be read as int: 'x'"),
         ('a: !!float x\n', "cannot be read as float: 'x'"),
         ('a: ' + '9' * 5000 + '\n', 'cannot be read as int'),
         ('a: *b\n', 'not YAML'),
         ('a: &a [*a]\n', 'does an alias hold itself'),
-        ('a: &a {b: *a}\n', 'does an alias hold itself'),
         ('<<: 1\n', 'takes a mapping'),
-        ('a: ' + '[' * 60 + ']' * 60 + '\n', 'nested deeper'),
         ('a: ' + '[' * 50_000, 'nested deeper'),
         (BOMB, 'values once its aliases are expanded'),
         ('a: ' + 'x' * 300_000, 'larger than 256 KiB'),
@@ -158,7 +142,6 @@ path:
         ('name=y', ['name'], 'y'),
         ('new=3', ['new'], 3),
         ('train:total_iter=1e3', ['train', 'total_iter'], 1e3),
-        ('train: total_iter = 7', ['train', 'total_iter'], 7),
         ('train:new=true', ['train', 'new'], True),
         ('train:optim_g:betas=[0.9, 0.99]', ['train', 'optim_g', 'betas'], [0.9, 0.99]),
         ('train:optim_g={type: Adam}', ['train', 'optim_g'], {'type': 'Adam'}),
@@ -166,7 +149,6 @@ path:
         ('list:0:b=1', ['list', 0, 'b'], 1),
         ('path:resume_state=a=b', ['path', 'resume_state'], 'a=b'),
         ('name=None', ['name'], None),
-        ('name=', ['name'], None),
         ("name='1'", ['name'], '1'),
         ('name=__import__("os").system("touch ran")', ['name'], '__import__("os").system("touch ran")'),
         ('name=[__import__("os").system("touch ran")]', ['name'], ['__import__("os").system("touch ran")']),
@@ -184,17 +166,14 @@ def test_override(tmp_path, override, keys, value):
     ('override', 'complaint'),
     [
         ('name', 'expected key:sub=value'),
-        ('=3', 'expected key:sub=value'),
         ('train::a=3', 'expected key:sub=value'),
         ('trian:total_iter=3', 'the file has no section trian, did you mean train?'),
         ('train:optim:lr=3', 'train has no section optim, did you mean optim_g?'),
         ('name:a=3', 'neither a section nor a list'),
         ('list:2:a=3', 'expected a number from 0 to 1'),
-        ('list:-1:a=3', 'expected a number from 0 to 1'),
         ('list:a=3', 'expected a number from 0 to 1'),
         ('name=[1, 2', 'not YAML'),
         ('name=!!python/object/apply:os.system [touch ran]', 'is refused'),
-        ('name={{a}}', 'keys must be text'),
         ('name="{{a}}"', 'templates'),
     ],
 )
@@ -313,7 +292,7 @@ def test_debug_mode():
     ('model_type', 'given', 'expected'),
     [('RestorationModel', None, True), ('RestorationModel', False, False), ('SRModel', None, False)],
 )
-def test_images_stay_of_eight_bits_for_a_model_that_converts_them(tmp_path, model_type, given, expected):
+def test_keep_uint8_by_model(tmp_path, model_type, given, expected):
     class Kept:
         class options_type:
             model_fields = {'keep_uint8': None}
@@ -324,7 +303,7 @@ def test_images_stay_of_eight_bits_for_a_model_that_converts_them(tmp_path, mode
     assert prepared['train']['keep_uint8'] is expected and prepared['val']['keep_uint8'] is given
 
 
-def test_bytes_for_a_model_that_expects_floats_are_refused(tmp_path):
+def test_keep_uint8_refused_for_floats(tmp_path):
     class Kept:
         class options_type:
             model_fields = {'keep_uint8': None}
