@@ -3,17 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-SWINIR = {
-    'type': 'SwinIR',
-    'upscale': 1,
-    'window_size': 4,
-    'img_size': 16,
-    'depths': [2, 2],
-    'num_heads': [2, 2],
-    'embed_dim': 8,
-    'mlp_ratio': 2,
-    'drop_path_rate': 0.0,
-}
+SIZES = {'embed_dim': 8, 'depths': [2, 2], 'num_heads': [2, 2], 'window_size': 4, 'mlp_ratio': 2, 'img_size': 16}
+SWINIR = {'type': 'SwinIR', 'upscale': 1, 'drop_path_rate': 0.0, **SIZES}
 EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 3, 'upscale': 1, 'img_range': 1.0}
 RCAN = {**EDSR, 'type': 'RCAN', 'num_group': 2, 'num_block': 2, 'squeeze_factor': 2}
 MSRRESNET = {'type': 'MSRResNet', 'num_feat': 8, 'num_block': 3, 'upscale': 1}
@@ -31,14 +22,20 @@ RIDNET = {'type': 'RIDNet', 'in_channels': 3, 'mid_channels': 16, 'out_channels'
 AST = {'type': 'AST', 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'img_size': 32, 'drop_path_rate': 0.0}
 
 ODD = [(13, 22), (7, 31), (19, 5)]
-"""Sizes of pictures, (height, width), that no window divides."""
+"""Sizes of images, (height, width), that no window divides."""
 
 ATTENTIONS = 'layers.*.residual_group.blocks.*.attn'
 FEED_FORWARDS = 'layers.*.residual_group.blocks.*.mlp'
 """Names of SwinIR's attentions and feed-forward networks, for rules to match."""
 
-BLOCK = {'type': 'ASTBlock', 'window_size': 4, 'mlp_ratio': 2}
+KEEP = {'keep_weights': True}
+SMALL = {'block': 'ASTBlock', 'window_size': 4, 'mlp_ratio': 2}
 """A block that is small enough for all networks here."""
+
+
+def rule(match='**.attn', block='ASSA', keys=(), **options):
+    """A rule with further `keys`, and `options` of the block."""
+    return {'match': match, 'with': {'type': block, **options}, **dict(keys)}
 
 
 class TokenLayer(nn.Module):
@@ -140,6 +137,6 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def picture(height: int, width: int, batch: int = 1) -> Tensor:
+def image(height: int, width: int, batch: int = 1) -> Tensor:
     """Random pixels in [0, 1]."""
     return torch.rand(batch, 3, height, width)

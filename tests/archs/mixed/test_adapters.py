@@ -7,20 +7,13 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 
 from ast_plugin.archs.mixed.block_registry import BLOCKS
 from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
-from tests.archs.mixed.networks import (
-    ATTENTIONS,
-    EDSR,
-    FEED_FORWARDS,
-    SWINIR,
-    TokenNet,
-    excite,
-    picture,
-    relative,
-)
+from ast_plugin.models import network_switches
+from tests.archs.mixed.networks import ATTENTIONS, EDSR, FEED_FORWARDS, SWINIR, TokenNet, excite, image, relative, rule
 
 
 @pytest.fixture
@@ -33,7 +26,6 @@ def recorder(monkeypatch):
 
         def __init__(self, channels: int) -> None:
             super().__init__()
-            self.channels = channels
             self.one = nn.Parameter(torch.ones(1))
 
         def forward(self, x, size):
@@ -45,79 +37,67 @@ def recorder(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('op', 'expected'),
+    ('keys', 'expected'),
     [
-        ('replace', lambda layer, x: 2 * x),
-        ('append', lambda layer, x: 2 * layer(x)),
-        ('prepend', lambda layer, x: layer(2 * x)),
+        ({'op': 'replace'}, lambda layer, x: 2 * x),
+        ({'op': 'append'}, lambda layer, x: 2 * layer(x)),
+        ({'op': 'prepend'}, lambda layer, x: layer(2 * x)),
+        (
+            {'op': 'wrap', 'gain': 0.5},
+            lambda layer, x: layer(x) + layer_norm(layer(x).permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2),
+        ),
     ],
 )
-def test_what_each_operation_computes(recorder, op, expected):
+def test_operations(recorder, keys, expected):
     torch.manual_seed(2)
     layer = build_base(EDSR).body[1]
     torch.manual_seed(2)
-    mixed = Mixed(EDSR, [{'match': 'body.1', 'op': op, 'with': {'type': 'Doubling'}}])
+    mixed = Mixed(EDSR, [rule('body.1', 'Doubling', keys)])
     x = torch.randn(2, 8, 3, 5)
     torch.testing.assert_close(mixed.base.body[1](x), expected(layer, x))
     assert recorder[-1] == ((2, 15, 8), (3, 5))
 
 
-def test_wrap_is_a_branch(recorder):
-    torch.manual_seed(2)
-    layer = build_base(EDSR).body[1]
-    torch.manual_seed(2)
-    mixed = Mixed(EDSR, [{'match': 'body.1', 'op': 'wrap', 'gain': 0.5, 'with': {'type': 'Doubling'}}])
-    x = torch.randn(2, 8, 3, 5)
-    y = layer(x)
-    normed = nn.functional.layer_norm(y.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2)
-    torch.testing.assert_close(mixed.base.body[1](x), y + normed)
-
-
 @pytest.mark.parametrize('way', ['pair', 'numbers', 'own numbers', 'map'])
-def test_tokens_get_their_size_from_whoever_knows(registered, recorder, way):
+def test_tokens_get_their_size_from_a_caller(registered, recorder, way):
     registered(TokenNet=TokenNet)
-    network = Mixed({'type': 'TokenNet', 'way': way}, [{'match': 'blocks.*.ffn', 'with': {'type': 'Doubling'}}])
+    network = Mixed({'type': 'TokenNet', 'way': way}, [rule('blocks.*.ffn', 'Doubling')])
     for size in ((4, 9), (9, 4), (6, 6), (1, 36)):  # as many tokens each time
         recorder.clear()
-        network(picture(*size, batch=2))
+        network(image(*size, batch=2))
         assert recorder == [((2, 36, 8), size)] * 2
 
 
 def test_neighbours_are_those_of_the_map(registered):
     """FRFN among tokens computes what it computes on the map."""
     registered(TokenNet=TokenNet)
-    network = Mixed({'type': 'TokenNet'}, [{'match': 'blocks.0.ffn', 'with': {'type': 'FRFN'}}])
+    network = Mixed({'type': 'TokenNet'}, [rule('blocks.0.ffn', 'FRFN')])
     adapter = network.base.blocks[0].ffn
     seen = []
     adapter.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
-    network(picture(5, 11))
+    network(image(5, 11))
     tokens, output = seen[0]
-    want = adapter.block(tokens.reshape(1, 5, 11, 8)).flatten(1, 2)
-    assert torch.equal(output, want)
+    assert torch.equal(output, adapter.block(tokens.reshape(1, 5, 11, 8)).flatten(1, 2))
 
 
 @pytest.fixture
 def token_network():
-    rules = [
-        {'match': ATTENTIONS, 'with': {'type': 'ASSA'}},
-        {'match': FEED_FORWARDS, 'with': {'type': 'FRFN', 'mlp_ratio': 2}},
-    ]
-    return excite(Mixed(SWINIR, rules)).eval()
+    return excite(Mixed(SWINIR, [rule(ATTENTIONS), rule(FEED_FORWARDS, 'FRFN', mlp_ratio=2)])).eval()
 
 
 def test_threads_do_not_mix_their_sizes(token_network):
-    pictures = [picture(8, 4 * n) for n in range(1, 7)]
+    images = [image(8, 4 * n) for n in range(1, 7)]
     with torch.no_grad():
-        want = [token_network(x) for x in pictures]
+        want = [token_network(x) for x in images]
     faults = []
 
     def run(number):
         with torch.no_grad():
             for _ in range(5):
-                if not torch.equal(token_network(pictures[number]), want[number]):
+                if not torch.equal(token_network(images[number]), want[number]):
                     faults.append(number)
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(pictures))]
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(images))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -125,34 +105,13 @@ def test_threads_do_not_mix_their_sizes(token_network):
     assert not faults
 
 
-def test_it_moves_like_any_module(token_network):
-    x = picture(9, 14)
+def test_moves_and_copies_like_any_module(token_network):
+    x = image(9, 14)
     with torch.no_grad():
         want = token_network(x)
         assert relative(copy.deepcopy(token_network).double()(x.double()).float(), want) < 1e-4
         assert relative(copy.deepcopy(token_network).to(memory_format=torch.channels_last)(x), want) < 1e-5
-
-
-@pytest.mark.parametrize('way', ['map', 'pair'])
-def test_checkpointed_blocks_know_their_size(registered, way):
-    from ast_plugin.models import network_switches
-
-    registered(TokenNet=TokenNet)
-    network = Mixed({'type': 'TokenNet', 'way': way}, [{'match': 'blocks.*.ffn', 'with': {'type': 'FRFN'}}])
-    saving = network_switches.apply(copy.deepcopy(network), {'gradient_checkpointing': True})
-    wide, high = picture(8, 12), picture(12, 8)  # as many tokens: the size has to be that of each pass
-    for each in (network, saving):
-        (each(wide).square().mean() + each(high).square().mean()).backward()
-    for plain, again in zip(network.parameters(), saving.parameters(), strict=True):
-        torch.testing.assert_close(again.grad, plain.grad)
-
-
-def test_copies_and_pickles(token_network):
-    x = picture(9, 14)
-    with torch.no_grad():
-        want = token_network(x)
-        for twin in (copy.deepcopy(token_network), pickle.loads(pickle.dumps(token_network))):
-            assert torch.equal(twin(x), want)
+        assert torch.equal(pickle.loads(pickle.dumps(token_network))(x), want)
 
 
 def test_replicas_have_their_own_sizes(token_network):
@@ -165,40 +124,37 @@ def test_replicas_have_their_own_sizes(token_network):
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 setattr(twin, key, parameter.detach())
-        for key, buffer in module._buffers.items():
-            twin._buffers[key] = buffer
+        twin._buffers.update(module._buffers)
         return twin
 
-    x = picture(8, 12)
+    x = image(8, 12)
     with torch.no_grad():
         assert torch.equal(replica(token_network)(x), token_network(x))
 
 
-def test_checkpoints_recompute_with_the_same_size(token_network):
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_checkpoints_recompute_with_their_size(token_network, reentrant):
     def gradients(run):
         token_network.zero_grad()
-        run(picture_).square().sum().backward()
+        run().square().sum().backward()
         return [parameter.grad.clone() for parameter in token_network.parameters()]
 
-    picture_ = picture(8, 20)
-    plain = gradients(token_network)
-    for reentrant in (False, True):
-        x = picture_.clone().requires_grad_()
-        again = gradients(lambda _, x=x, reentrant=reentrant: checkpoint(token_network, x, use_reentrant=reentrant))
-        for a, b in zip(plain, again, strict=True):
-            torch.testing.assert_close(a, b)
+    x = image(8, 20).requires_grad_()
+    plain = gradients(lambda: token_network(x))
+    again = gradients(lambda: checkpoint(token_network, x, use_reentrant=reentrant))
+    torch.testing.assert_close(again, plain)
 
 
-def test_gradient_checkpointing_of_training(token_network):
-    from ast_plugin.models import network_switches
-
-    x = picture(8, 20)
-    want = token_network(x)
-    saving = network_switches.apply(copy.deepcopy(token_network), {'gradient_checkpointing': True})
-    output = saving(x)
-    torch.testing.assert_close(output, want)
-    output.sum().backward()
-    assert all(parameter.grad is not None for parameter in saving.parameters())
+@pytest.mark.parametrize('way', ['map', 'pair'])
+def test_checkpointed_blocks_know_their_size(registered, way):
+    registered(TokenNet=TokenNet)
+    network = Mixed({'type': 'TokenNet', 'way': way}, [rule('blocks.*.ffn', 'FRFN')])
+    saving = network_switches.apply(copy.deepcopy(network), {'gradient_checkpointing': True})
+    wide, high = image(8, 12), image(12, 8)  # as many tokens: the size has to be that of each pass
+    for each in (network, saving):
+        (each(wide).square().mean() + each(high).square().mean()).backward()
+    for plain, again in zip(network.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(again.grad, plain.grad)
 
 
 def test_compiled_layers_know_their_size(token_network):
@@ -206,6 +162,5 @@ def test_compiled_layers_know_their_size(token_network):
     layer = token_network.base.layers[0].residual_group.blocks[0]
     x = torch.randn(1, 96, 8)
     with torch.no_grad():
-        want = layer(x, (8, 12))
         got = torch.compile(layer, backend='eager', fullgraph=True)(x, (8, 12))
-    torch.testing.assert_close(got, want)
+        torch.testing.assert_close(got, layer(x, (8, 12)))

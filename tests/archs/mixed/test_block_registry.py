@@ -7,7 +7,7 @@ from torch import nn
 from ast_plugin.archs.mixed.block_registry import BLOCKS, declaration
 from ast_plugin.archs.mixed.mixed_arch import Mixed
 from ast_plugin.errors import OptionError
-from tests.archs.mixed.networks import EDSR
+from tests.archs.mixed.networks import EDSR, rule
 
 
 def test_what_is_registered():
@@ -55,5 +55,5 @@ def test_sizes_under_other_names(monkeypatch):
             super().__init__(width, width, 1)
 
     monkeypatch.setitem(BLOCKS._module_dict, 'Wide', Wide)
-    network = Mixed(EDSR, [{'match': 'body.0', 'with': {'type': 'Wide'}}])
+    network = Mixed(EDSR, [rule('body.0', 'Wide')])
     assert network.exchanges[0].options == {'width': 8}

@@ -12,55 +12,53 @@ from ast_plugin.ops import pad_to_multiple
 from tests.archs.mixed.networks import (
     AST,
     ATTENTIONS,
-    BLOCK,
     EDSR,
     FEED_FORWARDS,
+    KEEP,
     MSRRESNET,
     ODD,
     RCAN,
     RIDNET,
     RRDBNET,
+    SMALL,
     SRVGG,
     SWINIR,
     Timm,
-    picture,
+    image,
+    rule,
 )
+
+APPEND, WRAP = {'op': 'append'}, {'op': 'wrap'}
 
 
 @pytest.mark.parametrize(
-    ('base', 'rules', 'kinds', 'count'),
+    ('base', 'one', 'kind', 'count'),
     [
-        (SWINIR, [{'match': ATTENTIONS, 'with': {'type': 'ASSA'}}], {'windows'}, 4),
-        (SWINIR, [{'match': FEED_FORWARDS, 'with': {'type': 'FRFN'}}], {'tokens'}, 4),
-        (SWINIR, [{'match': 'layers.*.residual_group.blocks.*', 'with': {'type': 'ASTBlock'}}], {'tokens'}, 4),
-        (SWINIR, [{'match': 'class:RSTB', 'op': 'append', 'with': BLOCK}], {'tokens'}, 2),
-        (SWINIR, [{'match': '**.conv', 'op': 'prepend', 'with': BLOCK}], {'nchw'}, 2),
-        (
-            EDSR,
-            [{'match': 'body.*', 'op': 'wrap', 'gain': 0.1, 'with': {'type': 'ASSA', 'window_size': 4}}],
-            {'nchw'},
-            3,
-        ),
-        (RCAN, [{'match': 'class:ChannelAttention', 'with': {'type': 'ASSA', 'window_size': 4}}], {'nchw'}, 4),
-        (MSRRESNET, [{'match': 'body.*', 'with': BLOCK}], {'nchw'}, 3),
-        (RRDBNET, [{'match': 'body.*.rdb3', 'op': 'append', 'with': BLOCK}], {'nchw'}, 2),
-        (SRVGG, [{'match': 'body.[246]', 'with': {'type': 'FRFN', 'mlp_ratio': 2}}], {'nchw'}, 3),
-        (RIDNET, [{'match': 'class:EAM', 'op': 'append', 'with': BLOCK}], {'nchw'}, 2),
-        (AST, [{'match': '**.attn', 'with': {'type': 'TopKAttention'}}], {'nhwc'}, 5),
-        (AST, [{'match': '**.ffn', 'with': {'type': 'LeFF'}}], {'nhwc'}, 9),
+        (SWINIR, rule(ATTENTIONS), 'windows', 4),
+        (SWINIR, rule(FEED_FORWARDS, 'FRFN'), 'tokens', 4),
+        (SWINIR, rule('layers.*.residual_group.blocks.*', 'ASTBlock'), 'tokens', 4),
+        (SWINIR, rule('class:RSTB', keys=APPEND, **SMALL), 'tokens', 2),
+        (SWINIR, rule('**.conv', keys={'op': 'prepend'}, **SMALL), 'nchw', 2),
+        (EDSR, rule('body.*', keys={**WRAP, 'gain': 0.1}, window_size=4), 'nchw', 3),
+        (RCAN, rule('class:ChannelAttention', window_size=4), 'nchw', 4),
+        (MSRRESNET, rule('body.*', **SMALL), 'nchw', 3),
+        (RRDBNET, rule('body.*.rdb3', keys=APPEND, **SMALL), 'nchw', 2),
+        (SRVGG, rule('body.[246]', 'FRFN', mlp_ratio=2), 'nchw', 3),
+        (RIDNET, rule('class:EAM', keys=APPEND, **SMALL), 'nchw', 2),
+        (AST, rule(block='TopKAttention'), 'nhwc', 5),
+        (AST, rule('**.ffn', 'LeFF'), 'nhwc', 9),
     ],
-    ids=lambda value: value['type'] if isinstance(value, dict) else None,
+    ids=lambda value: value['type'] if isinstance(value, dict) and 'type' in value else None,
 )
-def test_networks_run_and_learn_on_odd_sizes(base, rules, kinds, count):
-    network = Mixed(base, rules)
-    assert {exchange.kind for exchange in network.exchanges} == kinds
-    assert len(network.exchanges) == count
+def test_networks_run_and_learn_on_odd_sizes(base, one, kind, count):
+    network = Mixed(base, [one])
+    assert [exchange.kind for exchange in network.exchanges] == [kind] * count
     for size in ODD:
-        x = picture(*size, batch=2)
+        x = image(*size, batch=2)
         y = network(x)
         assert y.shape == x.shape
         assert torch.isfinite(y).all()
-    network(picture(24, 40, batch=2)).square().mean().backward()
+    network(image(24, 40, batch=2)).square().mean().backward()
     names = [name for name, parameter in network.named_parameters() if '.block.' in name and parameter.grad is None]
     assert not names
     assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
@@ -68,47 +66,47 @@ def test_networks_run_and_learn_on_odd_sizes(base, rules, kinds, count):
 
 @pytest.mark.parametrize('block', ['ASSA', 'FRFN', 'LeFF', 'MLP', 'ASTBlock'])
 def test_our_blocks_start_as_those_of_ast(block):
-    mixed = Mixed(SWINIR, [{'match': 'layers.0.residual_group.blocks.0', 'with': {'type': block}}])
+    mixed = Mixed(SWINIR, [rule('layers.0.residual_group.blocks.0', block)])
     made = mixed.base.layers[0].residual_group.blocks[0].block
     linear = [layer for layer in made.modules() if isinstance(layer, nn.Linear)]
     assert linear and all(not layer.bias.any() and layer.weight.std() < 0.03 for layer in linear)
 
 
 def test_scale_is_that_of_the_base():
-    network = Mixed({**EDSR, 'upscale': 2}, [{'match': 'body.*', 'op': 'append', 'with': BLOCK}])
+    network = Mixed({**EDSR, 'upscale': 2}, [rule('body.*', keys=APPEND, **SMALL)])
     assert network.scale == 2
-    assert network(picture(7, 5)).shape == (1, 3, 14, 10)
+    assert network(image(7, 5)).shape == (1, 3, 14, 10)
 
 
 def test_images_are_padded_for_the_base():
-    network = Mixed(RRDBNET, [{'match': 'body.*', 'op': 'wrap', 'with': BLOCK}]).eval()
+    network = Mixed(RRDBNET, [rule('body.*', keys=WRAP, **SMALL)]).eval()
     assert network.size_multiple == 4
-    x = picture(10, 15)
+    x = image(10, 15)
     with torch.no_grad():
         want = network.base(pad_to_multiple(x, 4))[..., :10, :15]
         torch.testing.assert_close(network(x), want)
-    assert Mixed(EDSR, [{'match': 'body.*', 'op': 'wrap', 'with': BLOCK}]).size_multiple == 1
-    assert Mixed(SWINIR, [{'match': FEED_FORWARDS, 'with': {'type': 'MLP'}}]).size_multiple == 4
-    asked = Mixed(EDSR, [{'match': 'body.*', 'op': 'wrap', 'with': BLOCK}], size_multiple=16)
+    assert Mixed(EDSR, [rule('body.*', keys=WRAP, **SMALL)]).size_multiple == 1
+    assert Mixed(SWINIR, [rule(FEED_FORWARDS, 'MLP')]).size_multiple == 4
+    asked = Mixed(EDSR, [rule('body.*', keys=WRAP, **SMALL)], size_multiple=16)
     assert asked.size_multiple == 16
 
 
 def test_block_classes_of_the_base():
-    mixed = Mixed(AST, [{'match': '**.attn', 'with': {'type': 'DenseAttention'}}])
+    mixed = Mixed(AST, [rule(block='DenseAttention')])
     assert [kind.__name__ for kind in mixed.block_classes] == ['ASTBlock']
-    assert not hasattr(Mixed(EDSR, [{'match': 'body.0', 'with': BLOCK}]), 'block_classes')
+    assert not hasattr(Mixed(EDSR, [rule('body.0', **SMALL)]), 'block_classes')
 
 
 def test_the_options_given_are_left_alone():
-    base, rules = copy.deepcopy(SWINIR), [{'match': ATTENTIONS, 'with': {'type': 'ASSA', 'qkv_bias': True}}]
+    base, rules = copy.deepcopy(SWINIR), [rule(ATTENTIONS, qkv_bias=True)]
     Mixed(base, rules)
     assert base == SWINIR
-    assert rules == [{'match': ATTENTIONS, 'with': {'type': 'ASSA', 'qkv_bias': True}}]
+    assert rules == [rule(ATTENTIONS, qkv_bias=True)]
 
 
 def test_it_can_be_built_where_nothing_has_values():
     with torch.device('meta'):
-        network = Mixed(SWINIR, [{'match': ATTENTIONS, 'with': {'type': 'ASSA'}, 'keep_weights': True}])
+        network = Mixed(SWINIR, [rule(ATTENTIONS, keys=KEEP)])
     assert not any(parameter.is_meta for parameter in network.parameters())
 
 
@@ -124,7 +122,7 @@ def test_module_under_two_names(registered):
 
     registered(Shared=Shared)
     for name in ('a', 'b', '*'):
-        network = Mixed({'type': 'Shared'}, [{'match': name, 'with': {'type': 'MLP'}}])
+        network = Mixed({'type': 'Shared'}, [rule(name, 'MLP')])
         assert network.base.a is network.base.b
         assert type(network.base.a.block).__name__ == 'MLP'
         assert [exchange.name for exchange in network.exchanges] == ['a']
@@ -132,24 +130,24 @@ def test_module_under_two_names(registered):
 
 def test_kept_modules_around_exchanged_ones():
     rules = [
-        {'match': 'class:RSTB', 'op': 'append', 'with': BLOCK},
-        {'match': ATTENTIONS, 'with': {'type': 'ASSA'}},
+        rule('class:RSTB', keys=APPEND, **SMALL),
+        rule(ATTENTIONS),
     ]
     network = Mixed(SWINIR, rules)
     assert [exchange.op for exchange in network.exchanges] == ['append'] * 2 + ['replace'] * 4
     assert type(network.base.layers[0].original.residual_group.blocks[1].attn.block).__name__ == 'ASSA'
-    assert network(picture(9, 10)).shape == (1, 3, 9, 10)
+    assert network(image(9, 10)).shape == (1, 3, 9, 10)
 
 
 @pytest.mark.parametrize('op', ['append', 'prepend', 'wrap'])
 def test_who_knows_the_size_may_be_exchanged_too(op):
     """A block of SwinIR tells its own adapter and the one of its feed-forward network height and width."""
     rules = [
-        {'match': 'class:SwinTransformerBlock', 'op': op, 'with': {'type': 'ASTBlock', 'mlp_ratio': 1}},
-        {'match': FEED_FORWARDS, 'with': {'type': 'FRFN'}},
-        {'match': 'class:RSTB', 'op': op, 'with': BLOCK},
+        rule('class:SwinTransformerBlock', 'ASTBlock', {'op': op}, mlp_ratio=1),
+        rule(FEED_FORWARDS, 'FRFN'),
+        rule('class:RSTB', keys={'op': op}, **SMALL),
     ]
-    assert Mixed(SWINIR, rules)(picture(9, 14)).shape == (1, 3, 9, 14)
+    assert Mixed(SWINIR, rules)(image(9, 14)).shape == (1, 3, 9, 14)
 
 
 class Plain(nn.Module):
@@ -173,8 +171,8 @@ def test_weights_that_are_computed(registered, norm):
             norm(self.first)
 
     registered(Normed=Normed)
-    network = Mixed({'type': 'Normed'}, [{'match': 'middle', 'with': {'type': 'FRFN'}}])
-    network(picture(5, 6)).sum().backward()
+    network = Mixed({'type': 'Normed'}, [rule('middle', 'FRFN')])
+    network(image(5, 6)).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
@@ -184,7 +182,7 @@ def test_channels_found_by_trying(registered):
             super().__init__(colours)
 
     registered(Raw=Raw)
-    network = Mixed({'type': 'Raw', 'colours': 4}, [{'match': 'middle', 'with': {'type': 'MLP'}}])
+    network = Mixed({'type': 'Raw', 'colours': 4}, [rule('middle', 'MLP')])
     assert network.in_channels == 4
 
 
@@ -195,25 +193,25 @@ def test_networks_that_give_more_in_training(registered):
             return [y, y] if self.training else y
 
     registered(Supervised=Supervised)
-    network = Mixed({'type': 'Supervised'}, [{'match': 'middle', 'with': {'type': 'MLP'}}])
-    assert network.eval()(picture(5, 6)).shape == (1, 3, 5, 6)
+    network = Mixed({'type': 'Supervised'}, [rule('middle', 'MLP')])
+    assert network.eval()(image(5, 6)).shape == (1, 3, 5, 6)
     with pytest.raises(ShapeError, match='expected one tensor of images, got a list'):
-        network.train()(picture(5, 6))
+        network.train()(image(5, 6))
 
 
 def test_blocks_as_timm_has_them(registered):
     """Sizes in pairs, heads of the attention inside, feed-forward networks in windows that do not say how large."""
     registered(Timm=Timm)
-    network = Mixed({'type': 'Timm'}, [{'match': 'blocks.*', 'with': {'type': 'ASTBlock'}}])
+    network = Mixed({'type': 'Timm'}, [rule('blocks.*', 'ASTBlock')])
     for number, exchange in enumerate(network.exchanges):
         want = {'dim': 12, 'num_heads': 3, 'window_size': 4, 'shift_size': 2 * number, 'mlp_ratio': 2.0}
         assert dict(exchange.options) == want
     torch.manual_seed(4)
     base = build_base({'type': 'Timm'}).eval()
     torch.manual_seed(4)
-    network = Mixed({'type': 'Timm'}, [{'match': '**.mlp', 'with': {'type': 'MLP'}, 'keep_weights': True}]).eval()
+    network = Mixed({'type': 'Timm'}, [rule('**.mlp', 'MLP', KEEP)]).eval()
     assert {exchange.kind for exchange in network.exchanges} == {'windows'}
-    x = picture(8, 12)
+    x = image(8, 12)
     with torch.no_grad():
         torch.testing.assert_close(network(x), base(x))
 
@@ -229,5 +227,5 @@ def test_hidden_channels_are_as_many_as_before(registered):
             return self.last(self.middle(self.first(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
     registered(Awkward=Awkward)
-    network = Mixed({'type': 'Awkward'}, [{'match': 'middle', 'with': {'type': 'MLP'}, 'keep_weights': True}])
+    network = Mixed({'type': 'Awkward'}, [rule('middle', 'MLP', KEEP)])
     assert network.base.middle.block.expand.out_features == 30

@@ -10,15 +10,8 @@ from ast_plugin.archs.mixed.block_registry import declaration
 from ast_plugin.archs.mixed.mixed_arch import Mixed
 from ast_plugin.archs.mixed.rules import Rule, assign, read_rules
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError
-from tests.archs.mixed.networks import EDSR, MSRRESNET, SWINIR, TokenNet
+from tests.archs.mixed.networks import EDSR, KEEP, MSRRESNET, SWINIR, TokenNet, rule
 
-
-def rule(match='**.attn', block='ASSA', keys=(), **options):
-    """A rule with further `keys`, and `options` of the block."""
-    return {'match': match, 'with': {'type': block, **options}, **dict(keys)}
-
-
-KEEP = {'keep_weights': True}
 WRAP = {'op': 'wrap'}
 
 
