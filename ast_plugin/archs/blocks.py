@@ -4,6 +4,7 @@ Every block maps [B, H, W, C] to [B, H, W, C], or with `layout='nchw'` [B, C, H,
 What `works_in` and `replaces` say is explained in `archs.mixed.block_registry`.
 """
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -55,8 +56,9 @@ class WindowAttention(nn.Module):
         layout: str = 'nhwc',
     ) -> None:
         super().__init__()
-        self.layout = check_layout(layout)
-        check_counts(dim=dim, num_heads=num_heads, window_size=window_size)
+        _check_layout(layout)
+        self.layout = layout
+        _check_counts(dim=dim, num_heads=num_heads, window_size=window_size)
         if dim % num_heads:
             raise OptionError(f'{dim} channels do not divide into {num_heads} heads')
         if not isinstance(shift_size, Integral) or not 0 <= shift_size < window_size:
@@ -84,8 +86,8 @@ class WindowAttention(nn.Module):
         Raises:
             ShapeError: if x has other dimensions.
         """
-        x = to_nhwc(x, self.layout)
-        check_map(x, self.dim, type(self).__name__)
+        x = _to_nhwc(x, self.layout)
+        _check_map(x, self.dim, type(self).__name__)
         H, W = size = tuple(x.shape[1:3])
         missing_h, missing_w = -H % self.window_size, -W % self.window_size
         if missing_h or missing_w:
@@ -98,7 +100,7 @@ class WindowAttention(nn.Module):
         if missing_h or missing_w:
             padding = ops.padding_mask(size, self.window_size, self.shift_size, x.device)
             mask = padding if mask is None else (mask.reshape(-1, *padding.shape) + padding).flatten(0, 1)
-        return from_nhwc(self._attend(x, mask, self.shift_size, residual)[:, :H, :W], self.layout)
+        return _from_nhwc(self._attend(x, mask, self.shift_size, residual)[:, :H, :W], self.layout)
 
     def attend_windows(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend within windows that the caller has cut, shifted or not.
@@ -167,93 +169,71 @@ ATTENTIONS: dict[str, type[WindowAttention]] = {
 }
 
 
-class FRFN(nn.Module):
-    """Feature refinement feed-forward network.
+class FeedForwardNetwork(nn.Module):
+    """Feed-forward network over the tokens of a map; a subclass says of what parts.
 
     Args:
-        dim: channels, at least 4: a quarter of them goes through the partial convolution.
+        dim: channels; with a partial convolution at least 4, as that convolves a quarter of them.
         mlp_ratio: hidden channels as a multiple of `dim`.
         layout: 'nhwc' or 'nchw', of what comes in and goes out.
-    Source: Zhou et al., CVPR 2024, section 3.3.
+    Raises:
+        OptionError: if sizes contradict one another.
     """
 
     works_in = 'nhwc'
     replaces = ('tokens', 'maps')
+    is_refining = False  # a partial convolution before, and half of the hidden channels gate the others
+    has_depthwise = True
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
         super().__init__()
-        self.layout = check_layout(layout)
-        if dim < 4:
+        _check_layout(layout)
+        _check_counts(dim=dim)
+        if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, Real) or not 1 <= dim * mlp_ratio < math.inf:
+            raise OptionError(
+                f'mlp_ratio must be a number that gives {dim} channels at least 1 hidden one, not {mlp_ratio!r}'
+            )
+        if self.is_refining and dim < 4:
             raise OptionError(f'FRFN convolves a quarter of the channels and needs at least 4 of them, not {dim}')
-        hidden = _hidden(dim, mlp_ratio)
-        self.partial_conv = nn.Conv2d(dim // 4, dim // 4, 3, padding=1, bias=False)
-        self.expand = nn.Linear(dim, 2 * hidden)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        hidden = int(dim * mlp_ratio)
+        self.layout = layout
+        self.partial_conv = nn.Conv2d(dim // 4, dim // 4, 3, padding=1, bias=False) if self.is_refining else None
+        self.expand = nn.Linear(dim, 2 * hidden if self.is_refining else hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden) if self.has_depthwise else None
         self.project = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
-        x = to_nhwc(x, self.layout)
-        check_map(x, self.expand.in_features, 'FRFN')
-        op = ops.FeedForward(*_weights(self.expand, self.project, self.depthwise), self.partial_conv.weight)
-        return from_nhwc(ops.feed_forward(x, op, residual), self.layout)
+        """Run the network over x, [B, H, W, C] or [B, C, H, W] as `layout` says; an MLP takes [..., C], too."""
+        x = _to_nhwc(x, self.layout)
+        if self.has_depthwise:
+            _check_map(x, self.expand.in_features, type(self).__name__)
+        elif x.shape[-1] != self.expand.in_features:
+            raise ShapeError(f'MLP takes {self.expand.in_features} channels, not {list(x.shape)}')
+        y = x.unsqueeze(1) if x.ndim == 3 else x  # tokens are a map of one row, which all backends take
+        partial_conv = None if self.partial_conv is None else self.partial_conv.weight
+        op = ops.FeedForward(*_weights(self.expand, self.project, self.depthwise), partial_conv)
+        return _from_nhwc(ops.feed_forward(y, op, residual).reshape(x.shape), self.layout)
 
 
-class LeFF(nn.Module):
-    """Locally-enhanced feed-forward network of Uformer (Wang et al., CVPR 2022).
+class FRFN(FeedForwardNetwork):
+    """Feature refinement feed-forward network (Zhou et al., CVPR 2024, section 3.3)."""
 
-    Args:
-        dim: channels.
-        mlp_ratio: hidden channels as a multiple of `dim`.
-        layout: 'nhwc' or 'nchw', of what comes in and goes out.
-    """
-
-    works_in = 'nhwc'
-    replaces = ('tokens', 'maps')
-
-    def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
-        super().__init__()
-        self.layout = check_layout(layout)
-        hidden = _hidden(dim, mlp_ratio)
-        self.expand = nn.Linear(dim, hidden)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.project = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
-        x = to_nhwc(x, self.layout)
-        check_map(x, self.expand.in_features, 'LeFF')
-        op = ops.FeedForward(*_weights(self.expand, self.project, self.depthwise))
-        return from_nhwc(ops.feed_forward(x, op, residual), self.layout)
+    is_refining = True
 
 
-class MLP(nn.Module):
-    """Two linear layers with a GELU between.
+class LeFF(FeedForwardNetwork):
+    """Locally-enhanced feed-forward network of Uformer (Wang et al., CVPR 2022)."""
 
-    Args:
-        dim: channels.
-        mlp_ratio: hidden channels as a multiple of `dim`.
-        layout: 'nhwc' or 'nchw', of what comes in and goes out.
-    """
+
+class MLP(FeedForwardNetwork):
+    """Two linear layers with a GELU between, each token for itself."""
 
     works_in = 'any'
     replaces = ('windows', 'tokens', 'maps')
-
-    def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
-        super().__init__()
-        self.layout = check_layout(layout)
-        hidden = _hidden(dim, mlp_ratio)
-        self.expand = nn.Linear(dim, hidden)
-        self.project = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
-        x = to_nhwc(x, self.layout)
-        if x.shape[-1] != self.expand.in_features:
-            raise ShapeError(f'MLP takes {self.expand.in_features} channels, not {list(x.shape)}')
-        y = x.unsqueeze(1) if x.ndim == 3 else x  # tokens are a map of one row, which all backends take
-        y = ops.feed_forward(y, ops.FeedForward(*_weights(self.expand, self.project)), residual)
-        return from_nhwc(y.reshape(x.shape), self.layout)
+    has_depthwise = False
 
 
-FEED_FORWARDS: dict[str, type[nn.Module]] = {'frfn': FRFN, 'leff': LeFF, 'mlp': MLP}
+FEED_FORWARDS: dict[str, type[FeedForwardNetwork]] = {'frfn': FRFN, 'leff': LeFF, 'mlp': MLP}
 
 
 class DropPath(nn.Module):
@@ -308,7 +288,8 @@ class ASTBlock(nn.Module):
         layout: str = 'nhwc',
     ) -> None:
         super().__init__()
-        self.layout = check_layout(layout)
+        _check_layout(layout)
+        self.layout = layout
         self.norm1 = nn.LayerNorm(dim) if attention is not None else None
         self.attn = attention
         self.norm2 = nn.LayerNorm(dim)
@@ -316,14 +297,14 @@ class ASTBlock(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = to_nhwc(x, self.layout)
+        x = _to_nhwc(x, self.layout)
         if self.attn is not None:
             x = self._add(x, self.norm1, self.attn, mask)
-        return from_nhwc(self._add(x, self.norm2, self.ffn), self.layout)
+        return _from_nhwc(self._add(x, self.norm2, self.ffn), self.layout)
 
     def _add(self, x: Tensor, norm: nn.Module, branch: nn.Module, *args: Tensor | None) -> Tensor:
         """x + drop_path(branch(norm(x), *args)); our own branches do it in one, without passes over the map between."""
-        is_ours = isinstance(branch, (WindowAttention, *FEED_FORWARDS.values())) and branch.layout == 'nhwc'
+        is_ours = isinstance(branch, (WindowAttention, FeedForwardNetwork)) and branch.layout == 'nhwc'
         is_watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks
         if is_ours and type(norm) is nn.LayerNorm and not is_watched:
             return branch(x, *args, residual=Residual(norm.weight, norm.bias, norm.eps, self.drop_path.draw(x)))
@@ -400,72 +381,41 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_layout(layout: str) -> str:
-    """`layout`, if it is one.
-
-    Raises:
-        OptionError: otherwise.
-    """
-    if layout not in LAYOUTS:
-        raise OptionError(f'layout must be {" or ".join(LAYOUTS)}, not {layout!r}')
-    return layout
-
-
-def to_nhwc(x: Tensor, layout: str) -> Tensor:
-    """A map of `layout` as NHWC; a view."""
-    if layout == 'nchw':
-        if x.ndim != 4:
-            raise ShapeError(f'expected a map [B, C, H, W], not {list(x.shape)}')
-        return x.permute(0, 2, 3, 1)
-    return x
-
-
-def from_nhwc(x: Tensor, layout: str) -> Tensor:
-    """An NHWC map as one of `layout`; a view, so that NCHW comes out in torch's memory format channels_last."""
-    return x.permute(0, 3, 1, 2) if layout == 'nchw' else x
-
-
-def check_map(x: Tensor, dim: int, name: str) -> None:
-    """See that x is [B, H, W, dim] with no side of 0.
-
-    Raises:
-        ShapeError: otherwise, beginning with `name`.
-    """
-    if x.ndim != 4 or x.shape[-1] != dim or 0 in x.shape:
-        raise ShapeError(f'{name} takes maps of {dim} channels, [B, H, W, {dim}] inside, not {list(x.shape)}')
-
-
 def check_choice(key: str, value: str, choices: Mapping[str, object]) -> None:
-    """See that a value is one of those there are.
-
-    Raises:
-        OptionError: otherwise, naming them.
-    """
+    """Raise an OptionError unless a value is one of the choices."""
     if value not in choices:
         raise OptionError(f'{key} must be one of {", ".join(choices)}, not {value!r}')
 
 
-def check_counts(**counts: int) -> None:
-    """See that numbers of things are whole and 1 or more.
-
-    Raises:
-        OptionError: otherwise, naming the first that is not.
-    """
+def _check_counts(**counts: int) -> None:
     for key, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise OptionError(f'{key} must be a whole number of 1 or more, not {value!r}')
 
 
-def _hidden(dim: int, mlp_ratio: float) -> int:
-    """Hidden channels of a feed-forward network."""
-    check_counts(dim=dim)
-    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, Real) or not 1 <= dim * mlp_ratio < float('inf'):
-        raise OptionError(
-            f'mlp_ratio must be a number that gives {dim} channels at least 1 hidden one, not {mlp_ratio!r}'
-        )
-    return int(dim * mlp_ratio)
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise OptionError(f'layout must be {" or ".join(LAYOUTS)}, not {layout!r}')
 
 
-def _weights(*layers: nn.Linear | nn.Conv2d) -> list[Tensor | None]:
+def _check_map(x: Tensor, dim: int, name: str) -> None:
+    if x.ndim != 4 or x.shape[-1] != dim or 0 in x.shape:
+        raise ShapeError(f'{name} takes maps of {dim} channels, [B, H, W, {dim}] inside, not {list(x.shape)}')
+
+
+def _to_nhwc(x: Tensor, layout: str) -> Tensor:
+    if layout == 'nhwc':
+        return x
+    if x.ndim != 4:
+        raise ShapeError(f'expected a map [B, C, H, W], not {list(x.shape)}')
+    return x.permute(0, 2, 3, 1)
+
+
+def _from_nhwc(x: Tensor, layout: str) -> Tensor:
+    # A view, so that NCHW comes out in torch's memory format channels_last.
+    return x if layout == 'nhwc' else x.permute(0, 3, 1, 2)
+
+
+def _weights(*layers: nn.Linear | nn.Conv2d | None) -> list[Tensor | None]:
     """Weight and bias of layers, one after another, as `ops` takes them."""
-    return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    return [getattr(layer, name, None) for layer in layers for name in ('weight', 'bias')]
