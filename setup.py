@@ -57,6 +57,7 @@ setup(
     install_requires=[
         'basicsr==1.4.2',
         'einops>=0.7',
+        'Jinja2>=3.1',
         'lmdb>=1.4',
         'matplotlib>=3.8',
         'mmengine>=0.10.7',
@@ -66,6 +67,7 @@ setup(
         'pydantic>=2.7',
         'PyYAML>=6.0',
         'safetensors>=0.4.3',
+        'scipy>=1.15',
         'tifffile>=2024.8',
         'torch>=2.6',
         'torchvision>=0.21',

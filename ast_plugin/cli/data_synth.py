@@ -161,7 +161,10 @@ def _find_depths(args: argparse.Namespace, photos: dict[str, Path]) -> dict[str,
 
 
 def _draw_sheet(args: argparse.Namespace) -> int:
-    from ast_plugin.compare.degradation_sheet import draw_degradations, save_sheet
+    import numpy as np
+
+    from ast_plugin.data.contact_sheet import draw_degradations
+    from ast_plugin.data.image_files import ImageFile, write_image
     from ast_plugin.data.synthesis import packaged_photos
 
     useless = [name for name in ('output', 'depth', 'size') if getattr(args, name) is not None]
@@ -172,7 +175,8 @@ def _draw_sheet(args: argparse.Namespace) -> int:
         photos = _find_photos(args.input, path.parent / 'nothing', args.recursive)
     else:
         photos = {photo.name: photo.path for photo in packaged_photos()}
-    save_sheet(draw_degradations(photos, [args.task] if args.task else None, args.seed), path)
+    sheet = draw_degradations(photos, [args.task] if args.task else None, args.seed)
+    write_image(path, ImageFile(np.asarray(sheet)), quality=74)
     print(f'drew {path}')
     return 0
 

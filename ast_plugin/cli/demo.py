@@ -17,10 +17,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ast_plugin.evaluation.contact_sheet import Cell
 
 OPTION_FILE = 'AST_quickstart'
 
@@ -52,18 +48,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(root: Path) -> int:
+    """Draw each validation image rainy, restored and clean, and print the mean gain."""
     from ast_plugin import options
-    from ast_plugin.evaluation.contact_sheet import draw_contact_sheet, save_sheet
-    from ast_plugin.models import registries
+    from ast_plugin.data.contact_sheet import Cell, draw_contact_sheet, save_sheet
+    from ast_plugin.data.image_files import read_rgb
+    from ast_plugin.models.registries import load_registered
 
-    datasets = registries.load_registered().by_kind['dataset']
+    datasets = load_registered().by_kind['dataset']
     opt = options.prepare(options.load(options.find(OPTION_FILE)), root=root, is_train=False, dataset_types=datasets)
     validation = opt['datasets']['val']
     results = Path(opt['path']['results_root'])
     with (results / f'{validation["name"]}.csv').open(encoding='utf-8', newline='') as file:
         measured = {row['image']: row for row in csv.DictReader(file)}
-    pictures = results / 'visualization' / validation['name']
-    rows = [_row(sample, pictures, measured, opt['name']) for sample in datasets[validation['type']](validation)]
+    rows = []
+    for sample in datasets[validation['type']](validation):
+        name = Path(sample['lq_path']).stem
+        before, after = (
+            f'{float(measured[name][f"{prefix}psnr"]):.2f} dB, SSIM {float(measured[name][f"{prefix}ssim"]):.3f}'
+            for prefix in ('input ', '')
+        )
+        restored = read_rgb(results / 'visualization' / validation['name'] / f'{name}_{opt["name"]}.png')
+        rows.append(
+            [
+                Cell(_to_uint8(sample['lq']), f'{name}: {before}'),
+                Cell(restored, after),
+                Cell(_to_uint8(sample['gt']), 'never seen in training'),
+            ]
+        )
     path = results / 'rain_restored_clean.png'
     save_sheet(draw_contact_sheet(['rainy', 'restored', 'clean'], rows), path)
     mean = measured['mean']
@@ -72,24 +83,6 @@ def _show(root: Path) -> int:
     return 0
 
 
-def _row(sample: dict, pictures: Path, measured: dict[str, dict[str, str]], suffix: str) -> list[Cell]:
-    """One photograph: the rainy one, what the network made of it, the clean one."""
-    from ast_plugin.data.image_files import read_rgb
-    from ast_plugin.evaluation.contact_sheet import Cell
-
-    name = Path(sample['lq_path']).stem
-    values = measured[name]
-    before, after = (
-        f'{float(values[f"{column}psnr"]):.2f} dB, SSIM {float(values[f"{column}ssim"]):.3f}'
-        for column in ('input ', '')
-    )
-    return [
-        Cell(_to_bytes(sample['lq']), f'{name}: {before}'),
-        Cell(read_rgb(pictures / f'{name}_{suffix}.png'), after),
-        Cell(_to_bytes(sample['gt']), 'never seen in training'),
-    ]
-
-
-def _to_bytes(image):
+def _to_uint8(image):
     """A tensor [3, H, W] in [0, 1] as uint8 RGB, [H, W, 3]."""
     return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()

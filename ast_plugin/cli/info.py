@@ -11,7 +11,6 @@ time and memory. Nothing is written.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import tempfile
@@ -168,15 +167,15 @@ def _measured(job: dict[str, Any], size: tuple[int, int], predicted: int | None)
 
 def _child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
     """The record of a measurement in a fresh process."""
-    from ast_plugin.compare.child import run_child
+    from ast_plugin.compare.child import ChildFailed
+    from ast_plugin.compare.measure import run_job
 
     with tempfile.TemporaryDirectory(prefix='basicsr_info_') as folder:
-        file, record = Path(folder, 'job.json'), Path(folder, 'record.json')
-        file.write_text(json.dumps({**job, 'kind': kind, 'record': str(record)}), encoding='utf-8')
-        outcome = run_child('ast_plugin.compare.measure', [str(file)], Path(folder, 'log'))
-        if outcome.status:
-            raise OptionError(f'cannot be put through at {job["size"][0]}x{job["size"][1]}: {outcome.reason}')
-        return json.loads(record.read_text(encoding='utf-8'))
+        try:
+            return run_job({**job, 'kind': kind}, Path(folder, 'log'))
+        except ChildFailed as error:
+            height, width = job['size']
+            raise OptionError(f'cannot be put through at {height}x{width}: {error}') from error
 
 
 def _print(name: str, text: str) -> None:

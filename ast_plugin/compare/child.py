@@ -1,4 +1,4 @@
-"""Processes that a comparison starts, one for each piece of work: what one of them does wrong is no other's trouble.
+"""Processes that a comparison starts, one for each piece of work: a crash in one of them ends no other.
 
 Run as a module it becomes another module's process: `python -m ast_plugin.compare.child MODULE ARGUMENT …`.
 """
@@ -21,6 +21,10 @@ _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.2
 _TAIL_BYTES = 64 * 1024
+
+
+class ChildFailed(Exception):
+    """A process has failed; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ def run_child(
 ) -> Outcome:
     """Run a module in a fresh process, its output in a file, and wait for it.
 
-    Asked to stop (SIGINT, SIGTERM), it is asked to stop as well, and waited for, before the exception goes on. On Linux
-    it is also asked to stop when this process is killed.
+    When this process is asked to stop (SIGINT, SIGTERM), it asks the child to stop and waits for it before the
+    exception goes on. On Linux the child is also asked to stop when this process is killed.
 
     Args:
         module: as for `python -m`.
@@ -101,18 +105,17 @@ def _tail(log: Path, begin: int) -> str:
 
 def _reason(status: int, output: str) -> str:
     """What a failed process said last of its failure."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if line.startswith('basicsr: error:')), None)
-    if said is not None:
-        return said.removeprefix('basicsr: error:').strip()
+    lines = [line.strip() for line in reversed(output.splitlines()) if line.strip()]
+    errors = [line for line in lines if line.startswith('basicsr: error:')]
+    if errors:
+        return errors[0].removeprefix('basicsr: error:').strip()
     if status < 0:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f'signal {-status}'
         hint = ', perhaps because memory ran out' if name == 'SIGKILL' else ''
         return f'ended by {name}{hint}'
-    # The last line that is not indented is what a traceback ends with.
-    return next((line for line in reversed(lines) if not line.startswith(('File ', '^'))), f'exit status {status}')[
-        :300
-    ]
+    # A traceback ends with its error; frames and their marks come before it.
+    errors = [line for line in lines if not line.startswith(('File ', '^'))]
+    return errors[0][:300] if errors else f'exit status {status}'
 
 
 def _die_with(parent: int) -> None:

@@ -6,15 +6,17 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
-from ast_plugin.compare import formats
+from ast_plugin.compare.results import Results, Row, format_metric, format_tick
 from ast_plugin.options.compare_file import INPUT
-
-if TYPE_CHECKING:
-    from ast_plugin.compare.results import Results, Row
 
 INK, FAINT, GRID = '#1b1b1b', '#6b6b6b', '#dddddd'
 # Told apart by every eye, and the markers by every printer.
@@ -23,9 +25,21 @@ _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', 'h')
 _INCHES = (5.6, 4.2)
 _SMOOTHED_SHARE = 0.05  # of a run that a point of its loss looks back
 _MOST_POINTS = 2000
+# Where the name of a mark may stand: offsets in points from the mark, and its alignment.
+_PLACES = (
+    (8, 0, 'left', 'center'),
+    (-8, 0, 'right', 'center'),
+    (8, 8, 'left', 'bottom'),
+    (8, -8, 'left', 'top'),
+    (-8, 8, 'right', 'bottom'),
+    (-8, -8, 'right', 'top'),
+    (0, 9, 'center', 'bottom'),
+    (0, -9, 'center', 'top'),
+    (10, 20, 'left', 'bottom'),
+    (10, -20, 'left', 'top'),
+)
 
-
-Lines = Mapping[str, tuple[np.ndarray, np.ndarray]]  # iterations and values, by network
+Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]  # of a metrics.csv: iterations and values by name
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Plot:
     svg: str
 
 
-def draw_all(results: Results, curves: Mapping[str, Mapping[str, Any]], validated: str | None) -> list[Plot]:
+def draw_all(results: Results, curves: Mapping[str, Columns], validated: str | None) -> list[Plot]:
     """Every plot that there are numbers for.
 
     Args:
@@ -55,65 +69,81 @@ def draw_all(results: Results, curves: Mapping[str, Mapping[str, Any]], validate
     """
     plots = []
     metric = next(iter(results.metrics), None)
-    for name, label, value in _costs(results) if metric else ():
-        points = [(row, cost) for row in results.rows if row.values and row.name != INPUT and (cost := value(row))]
+    for name, label, cost in _costs(results) if metric else ():
+        points = [(row, value) for row in results.networks if row.values and (value := cost(row))]
         if points:
             title = f'{metric} against {label.partition(" (")[0]}'
-            plots.append(_drawn(f'{metric}_against_{name}', title, _draw_scatter(results, metric, points, label)))
-    for name, title, lines in _learning(curves, validated):
-        plots.append(_drawn(name, title, _draw_lines(results, title, lines)))
+            draw = _scatter_drawing(results, metric, points, label)
+            plots.append(_draw(f'{metric}_against_{name}', title, draw))
+    losses = {name: loss for name, columns in curves.items() if (loss := _loss(columns)) is not None}
+    if losses:
+        title = 'loss in training, a running mean'
+        plots.append(_draw('training_loss', title, _line_drawing(results, title, losses, clips=True)))
+    scores = {
+        name: columns[validated]
+        for name, columns in curves.items()
+        if validated in columns and columns[validated][0].size > 1
+    }
+    if scores:
+        dataset, _, metric = validated.rpartition('/')
+        title = f'{metric} of {dataset}, validated in training'
+        plots.append(_draw('training_validation', title, _line_drawing(results, title, scores)))
     return plots
 
 
 def _costs(results: Results) -> list[tuple[str, str, Callable[[Row], float | None]]]:
-    size = results.sizes[0] if results.sizes else None
-    shown = f'{size[1]}×{size[0]}' if size else ''
+    """Name, label and value of each cost."""
+    costs: list[tuple[str, str, Callable[[Row], float | None]]] = [
+        ('parameters', 'parameters', lambda row: row.parameters)
+    ]
+    if not results.sizes:
+        return costs
+    size = results.sizes[0]
+    shown = f'(of {size[1]}×{size[0]} pixels)'
 
     def at_size(key: str, factor: float = 1.0) -> Callable[[Row], float | None]:
         return lambda row: (getattr(row.speeds[size], key) or 0) * factor if size in row.speeds else None
 
-    costs: list[tuple[str, str, Callable[[Row], float | None]]] = [
-        ('parameters', 'parameters', lambda row: row.parameters)
+    return [
+        *costs,
+        ('macs', f'multiply-adds {shown}', at_size('macs')),
+        ('latency', f'seconds an image {shown}', at_size('milliseconds', 1e-3)),
+        ('memory', f'peak memory in MB {shown}', at_size('peak_bytes', 2**-20)),
     ]
-    if size:
-        costs += [
-            ('macs', f'multiply-adds (of {shown} pixels)', at_size('macs')),
-            ('latency', f'seconds a picture (of {shown} pixels)', at_size('milliseconds', 1e-3)),
-            ('memory', f'peak memory in MB (of {shown} pixels)', at_size('peak_bytes', 2**-20)),
-        ]
-    return costs
 
 
-def _drawn(name: str, title: str, draw: Callable[[Any], None]) -> Plot:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def _draw(name: str, title: str, draw: Callable[[Figure, Axes], None]) -> Plot:
     style = {
         'font.size': 10,
         'axes.edgecolor': FAINT,
         'text.color': INK,
         'axes.labelcolor': INK,
-        'svg.hashsalt': name,  # the same drawing is the same file
+        'svg.hashsalt': name,  # equal drawings are equal files
     }
     with rc_context(style):
         figure = Figure(figsize=_INCHES, layout='constrained')
-        FigureCanvasAgg(figure)
-        draw(figure)
+        axis = figure.subplots()
+        axis.grid(color=GRID, linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[['top', 'right']].set_visible(False)
+        axis.tick_params(colors=FAINT, which='both')
+        draw(figure, axis)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format='png', dpi=200)
         figure.savefig(svg, format='svg', metadata={'Date': None, 'Title': title}, transparent=True)
     return Plot(name, title, png.getvalue(), svg.getvalue().decode())
 
 
-def _draw_scatter(
-    results: Results, metric: str, points: Sequence[tuple[Row, float]], label: str
-) -> Callable[[Any], None]:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _styles(results: Results) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each network."""
+    names = [row.name for row in results.networks]
+    return {name: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
 
-    def draw(figure: Any) -> None:
-        axis = figure.subplots()
-        _dress(axis)
+
+def _scatter_drawing(
+    results: Results, metric: str, points: Sequence[tuple[Row, float]], label: str
+) -> Callable[[Figure, Axes], None]:
+    def draw(figure: Figure, axis: Axes) -> None:
         styles = _styles(results)
         marks = []
         for row, cost in points:
@@ -127,29 +157,30 @@ def _draw_scatter(
         costs = [cost for _, cost in points]
         # A span of its own where all cost alike, room for names otherwise.
         axis.set_xlim(min(costs) / 1.7, max(costs) * 1.7)
-        narrow = max(costs) < 12 * min(costs)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.axis_number(value)))
+        is_narrow = max(costs) < 12 * min(costs)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(label)
         axis.set_ylabel(metric)
         axis.margins(y=0.12)
         note = _draw_input(axis, results, metric)
-        axis.set_title(f'{metric} of {len(results.images)} pictures', loc='left', fontweight='bold')
-        _name_marks(figure, axis, marks, note)
+        axis.set_title(f'{metric} of {len(results.images)} images', loc='left', fontweight='bold')
+        figure.draw_without_rendering()  # only now is known where things are
+        _name_marks(axis, marks, note)
 
     return draw
 
 
-def _draw_input(axis: Any, results: Results, metric: str) -> Any:
-    """A line at the unrestored pictures' mean, and its name."""
+def _draw_input(axis: Axes, results: Results, metric: str) -> Annotation | None:
+    """A line at the unrestored images' mean, and its name."""
     row = next((row for row in results.rows if row.name == INPUT and row.values), None)
     found = results.estimate(row, metric) if row is not None else None
     if found is None or not math.isfinite(found.mean):
         return None
     axis.axhline(found.mean, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     return axis.annotate(
-        f'unrestored {formats.metric_value(metric, found.mean)}',
+        f'unrestored {format_metric(metric, found.mean)}',
         (0.99, found.mean),
         xycoords=('axes fraction', 'data'),
         xytext=(0, 3),
@@ -160,103 +191,67 @@ def _draw_input(axis: Any, results: Results, metric: str) -> Any:
     )
 
 
-def _name_marks(figure: Any, axis: Any, marks: Sequence[tuple[str, float, float, str]], note: Any) -> None:
+def _name_marks(axis: Axes, marks: Sequence[tuple[str, float, float, str]], note: Annotation | None) -> None:
     """Put each name where it covers least: other names, marks, the frame; the note first, left or right."""
-    figure.canvas.draw()  # only now is known where things are
-    renderer = figure.canvas.get_renderer()
-    frame = axis.get_window_extent(renderer)
-    points = [axis.transData.transform((cost, value)) for _, cost, value, _ in marks]
-    taken = [_box(x - 6, y - 6, 12, 12) for x, y in points]
-    if note is not None:
-        sides = []
-        for share, align in ((0.01, 'left'), (0.99, 'right')):
-            note.xy = (share, note.xy[1])
-            note.set_horizontalalignment(align)
-            box = note.get_window_extent(renderer)
-            own = _box(box.x0, box.y0, box.width, box.height)
-            sides.append((sum(_overlap(own, other) for other in taken), share, align, own))
-        _, share, align, own = min(sides)
+    frame = axis.get_window_extent()
+    corners = [axis.transData.transform((cost, value)) - 6 for _, cost, value, _ in marks]
+    taken = [Bbox.from_bounds(x, y, 12, 12) for x, y in corners]
+
+    def covered(box: Bbox) -> float:
+        outside = box.width * box.height - _overlap(box, frame)
+        return sum(_overlap(box, other) for other in taken) + 3 * outside
+
+    def put(artist: Annotation, choices: Sequence[Callable[[], None]]) -> None:
+        def cover_of(choose: Callable[[], None]) -> float:
+            choose()
+            return covered(artist.get_window_extent())
+
+        min(choices, key=cover_of)()
+        taken.append(artist.get_window_extent())
+
+    def side(share: float, align: str) -> None:
         note.xy = (share, note.xy[1])
         note.set_horizontalalignment(align)
-        taken.append(own)
+
+    if note is not None:
+        put(note, [lambda: side(0.99, 'right'), lambda: side(0.01, 'left')])
     for name, cost, value, colour in marks:
-        best, least = None, math.inf
-        for dx, dy, align, vertical in _PLACES:
-            text = axis.annotate(
-                name,
-                (cost, value),
-                xytext=(dx, dy),
-                textcoords='offset points',
-                ha=align,
-                va=vertical,
-                color=colour,
-                fontweight='bold',
-                fontsize=9.5,
-            )
-            box = text.get_window_extent(renderer)
-            own = _box(box.x0, box.y0, box.width, box.height)
-            cover = sum(_overlap(own, other) for other in taken) + 3 * _outside(own, frame)
-            if cover < least:
-                if best is not None:
-                    best[0].remove()
-                best, least = (text, own), cover
-            else:
-                text.remove()
-        taken.append(best[1])
+        font = {'color': colour, 'fontweight': 'bold', 'fontsize': 9.5}
+        text = axis.annotate(name, (cost, value), xytext=(0, 0), textcoords='offset points', **font)
+
+        def place(dx: float, dy: float, align: str, vertical: str, text: Annotation = text) -> None:
+            text.set_position((dx, dy))
+            text.set(horizontalalignment=align, verticalalignment=vertical)
+
+        put(text, [lambda where=where, place=place: place(*where) for where in _PLACES])
 
 
-_PLACES = (
-    (8, 0, 'left', 'center'),
-    (-8, 0, 'right', 'center'),
-    (8, 8, 'left', 'bottom'),
-    (8, -8, 'left', 'top'),
-    (-8, 8, 'right', 'bottom'),
-    (-8, -8, 'right', 'top'),
-    (0, 9, 'center', 'bottom'),
-    (0, -9, 'center', 'top'),
-    (10, 20, 'left', 'bottom'),
-    (10, -20, 'left', 'top'),
-)
+def _overlap(first: Bbox, second: Bbox) -> float:
+    common = Bbox.intersection(first, second)
+    return 0.0 if common is None else common.width * common.height
 
 
-def _learning(curves: Mapping[str, Mapping[str, Any]], validated: str | None) -> list[tuple[str, str, Lines]]:
-    """What is drawn of the trainings: name of the file, title, and lines by network."""
-    losses = {name: loss for name, columns in curves.items() if (loss := _loss(columns)) is not None}
-    scores = {
-        name: columns[validated]
-        for name, columns in curves.items()
-        if validated in columns and columns[validated][0].size > 1
-    }
-    dataset, _, metric = (validated or '').rpartition('/')
-    panels = [
-        ('training_loss', 'loss in training, a running mean', losses),
-        ('training_validation', f'{metric} of {dataset}, validated in training', scores),
-    ]
-    return [panel for panel in panels if panel[2]]
-
-
-def _draw_lines(results: Results, title: str, lines: Lines) -> Callable[[Any], None]:
-    def draw(figure: Any) -> None:
-        axis = figure.subplots()
-        _dress(axis)
+def _line_drawing(results: Results, title: str, lines: Columns, clips: bool = False) -> Callable[[Figure, Axes], None]:
+    def draw(figure: Figure, axis: Axes) -> None:
         styles = _styles(results)
-        ends = []
-        for name, (iterations, values) in lines.items():
+        # The legend lists names as their lines end, from top to bottom.
+        for name, (iterations, values) in sorted(lines.items(), key=lambda line: -np.nan_to_num(line[1][1][-1])):
             colour, marker = styles.get(name, (FAINT, 'o'))
-            few = len(values) <= 40
-            axis.plot(iterations, values, color=colour, linewidth=1.6, marker=marker if few else None, markersize=4)
-            ends.append((name, iterations[-1], values[-1], colour))
+            marker = marker if len(values) <= 40 else None
+            axis.plot(iterations, values, color=colour, linewidth=1.6, marker=marker, markersize=4, label=name)
         axis.set_xlabel('iteration')
         axis.set_title(title, loc='left', fontweight='bold')
-        axis.xaxis.set_major_formatter(lambda value, _: formats.axis_number(value))
-        if title.startswith('loss'):
+        axis.xaxis.set_major_formatter(lambda value, _: format_tick(value))
+        if clips:
             _clip_to_learning(axis, lines)
-        _name_ends(figure, axis, ends)
+        legend = axis.legend(frameon=False, labelcolor='linecolor', handlelength=1.2)
+        for text in legend.get_texts():
+            text.set_fontweight('bold')
 
     return draw
 
 
-def _loss(columns: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+def _loss(columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
     """The sum of the losses of each iteration, smoothed; None if the log has none."""
     names = [name for name in columns if name.startswith('l_') and columns[name][0].size]
     if not names:
@@ -272,67 +267,9 @@ def _loss(columns: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
     return iterations[window // 2 :: step], smooth[window // 2 :: step]
 
 
-def _clip_to_learning(axis: Any, lines: Lines) -> None:
-    """What the first few iterations lose would press all the rest to the floor."""
+def _clip_to_learning(axis: Axes, lines: Columns) -> None:
+    """Cut off the first few iterations' losses, which would press all the rest to the floor."""
     values = np.concatenate([values[len(values) // 20 :] for _, values in lines.values()])
     low, high = np.nanmin(values), np.nanpercentile(values, 99)
     if np.isfinite([low, high]).all() and high > low:
         axis.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
-
-
-def _name_ends(figure: Any, axis: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Names at the ends of lines, one below the other where these lie close, in the space that is made for them."""
-    if not ends:
-        return
-    left, right = axis.get_xlim()
-    axis.set_xticks([tick for tick in axis.get_xticks() if left <= tick <= right])
-    longest = max(len(name) for name, *_ in ends)
-    axis.set_xlim(left, right + (right - left) * min(0.5, 0.028 * longest + 0.02))
-    figure.canvas.draw()
-    step = 12.0  # points from name to name
-    scale = 72 / figure.dpi
-    low, high = axis.get_ylim()
-
-    def height(value: float) -> float:
-        return axis.transData.transform((0, min(max(value, low), high)))[1] * scale
-
-    place = -math.inf
-    for name, x, y, colour in sorted(ends, key=lambda end: height(end[2])):
-        place = max(height(y), place + step)
-        axis.annotate(
-            name,
-            (x, min(max(y, low), high)),
-            xytext=(7, place - height(y)),
-            textcoords='offset points',
-            va='center',
-            color=colour,
-            fontweight='bold',
-            fontsize=9.5,
-            annotation_clip=False,
-        )
-
-
-def _styles(results: Results) -> dict[str, tuple[str, str]]:
-    names = [row.name for row in results.rows if row.name != INPUT]
-    return {name: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
-
-
-def _dress(axis: Any) -> None:
-    axis.grid(color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.tick_params(colors=FAINT, which='both')
-
-
-def _box(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
-    return x, y, x + width, y + height
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return width * height if width > 0 and height > 0 else 0.0
-
-
-def _outside(box: tuple[float, ...], frame: Any) -> float:
-    inner = _overlap(box, (frame.x0, frame.y0, frame.x1, frame.y1))
-    return (box[2] - box[0]) * (box[3] - box[1]) - inner

@@ -1,11 +1,9 @@
-"""One page that holds a whole comparison, pictures and all, and needs nothing but a browser."""
+"""Writes what a comparison has found: tables, plots, and one page that needs nothing but a browser."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,24 +11,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from PIL import Image, features
 
-from ast_plugin.compare import formats, plots
-from ast_plugin.compare.results import Results, Row
+from ast_plugin.compare import plots
+from ast_plugin.compare.machine import describe_machine, installed_versions
+from ast_plugin.compare.measure import image_path
+from ast_plugin.compare.plan import Plan
+from ast_plugin.compare.results import Results, format_duration, format_interval, format_metric
+from ast_plugin.evaluation.protocols import read_protocol
+from ast_plugin.files import write_file
+from ast_plugin.models.run_log import read_columns
 from ast_plugin.options.compare_file import INPUT
 
-CLEAN = 'clean'  # the source of the pictures that results are measured against
+CLEAN = 'clean'  # the source of the images that results are measured against
 _TEMPLATE = Path(__file__).with_name('report_template.html')
-_QUALITY = 92
+_QUALITY = 92  # of the images in the page
 _SVG_COLOURS = {plots.INK: 'currentColor', plots.FAINT: 'var(--faint)', plots.GRID: 'var(--grid)'}
 
 
 @dataclass(frozen=True)
-class ImageFile:
-    """A scene as every source has it.
+class Scene:
+    """An image as every source has it.
 
     Attributes:
-        name: of the picture, as in the results.
+        name: of the image, as in the results.
         files: of each source: `input`, networks, `clean`.
     """
 
@@ -38,215 +43,226 @@ class ImageFile:
     files: Mapping[str, Path]
 
 
-def write_page(
-    results: Results, pictures: Sequence[ImageFile], drawings: Sequence[plots.Plot], method: Sequence[tuple[str, str]]
+def write_outputs(plan: Plan, results: Results) -> dict[str, Path]:
+    """Write table.md, table.csv, images.csv, plots/ and report.html into the comparison's folder.
+
+    Returns:
+        The files, by what they are: `table`, `csv`, `images`, `report`, and each plot by its name.
+    Raises:
+        FileError: if one cannot be written.
+    """
+    drawings = plots.draw_all(results, _read_curves(plan), _validated_column(plan, results))
+    failures = ''.join(f'\n- {row.name} failed, {row.failed}' for row in results.rows if row.failed)
+    page = render_page(results, _scenes(plan, results), drawings, describe_method(plan, results))
+    texts = {
+        'table': ('table.md', f'{results.to_markdown()}\n{failures and failures + chr(10)}'),
+        'csv': ('table.csv', results.to_csv()),
+        'images': ('images.csv', results.images_to_csv()),
+        'report': ('report.html', page),
+    }
+    contents = {key: (plan.folder / name, text.encode()) for key, (name, text) in texts.items()}
+    for drawing in drawings:
+        contents[drawing.name] = (plan.folder / 'plots' / f'{drawing.name}.png', drawing.png)
+        contents[f'{drawing.name} svg'] = (plan.folder / 'plots' / f'{drawing.name}.svg', drawing.svg.encode())
+    for path, content in contents.values():
+        write_file(path, content, make_folder=True)
+    return {key: path for key, (path, _) in contents.items()}
+
+
+def render_page(
+    results: Results, scenes: Sequence[Scene], drawings: Sequence[plots.Plot], method: Sequence[tuple[str, str]]
 ) -> str:
     """The page as HTML.
 
     Args:
         results: of the comparison.
-        pictures: to be looked at.
+        scenes: images to be looked at.
         drawings: of `plots.draw_all`.
         method: what readers must know of how the figures came about: terms and what is said of them.
     """
-    parts = {
-        'TITLE': _escape(results.name),
-        'SUMMARY': _summary(results),
-        'TABLE': _table(results),
-        'VIEWER': _VIEWER if pictures else '',
-        'PLOTS': ''.join(map(_figure, drawings)) or '<p>No network was measured.</p>',
-        'IMAGES': _image_table(results),
-        'METHOD': '<dl>' + ''.join(f'<dt>{_escape(k)}</dt><dd>{_escape(v)}</dd>' for k, v in method) + '</dl>',
-        'DATA': _data(results, pictures),
-    }
-    template = _TEMPLATE.read_text(encoding='utf-8')
-    return re.sub(r'%%([A-Z]+)%%', lambda match: parts[match.group(1)], template)
-
-
-_VIEWER = """<section id="viewer" aria-labelledby="h-viewer">
-<h2 id="h-viewer">Look for yourself</h2>
-<div class="controls">
-<label>Image <select id="picture"></select></label>
-<label>Left <select id="left"></select></label>
-<label>Right <select id="right"></select></label>
-<button id="swap" type="button" aria-label="Swap left and right">⇄</button>
-<button id="zoom-out" type="button" aria-label="Smaller">−</button>
-<button id="zoom-in" type="button" aria-label="Larger">+</button>
-<button id="zoom-real" type="button" aria-label="One pixel of the picture a pixel of the screen">1:1</button>
-<button id="zoom-fit" type="button" aria-label="The whole picture">whole</button>
-<output id="zoom" class="faint" aria-live="off"></output>
-</div>
-<div id="stage" tabindex="0" role="group" aria-label="Two restorations of one picture, divided by a bar">
-<div class="layer"><img id="image-right" alt=""></div>
-<div class="layer" id="layer-left"><img id="image-left" alt=""></div>
-<span class="tag" id="tag-left"></span><span class="tag" id="tag-right"></span>
-<div id="bar" aria-hidden="true"></div>
-</div>
-<input id="split" type="range" min="0" max="100" step="0.5" value="50" aria-label="Where the bar stands">
-<p class="faint">Drag the bar, or use <kbd>←</kbd> <kbd>→</kbd> on the picture or the slider. <kbd>+</kbd> <kbd>−</kbd>,
-two fingers, or the wheel with <kbd>Ctrl</kbd> change the size, <kbd>0</kbd> shows the whole, <kbd>1</kbd> every pixel;
-drag or use the arrows to move about. <kbd>Space</kbd> swaps the sides.</p>
-<noscript><p>The pictures need JavaScript; all figures are in the tables.</p></noscript>
-</section>"""
-
-
-def _summary(results: Results) -> str:
-    networks = [row for row in results.rows if row.name != INPUT]
-    failed = [row for row in networks if row.failed]
-    lines = []
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters['metric'] = lambda values: ' / '.join(format_metric(*item) for item in values.items())
+    environment.filters['number'] = lambda value: '' if value is None or not math.isfinite(value) else repr(value)
     metric = next(iter(results.metrics), None)
     best = results.best(metric) if metric else None
-    if best is not None:
-        pictures = f'{len(results.images)} picture' + ('s' if len(results.images) != 1 else '')
-        found = formats.interval(metric, results.estimate(best, metric))
-        count = len(networks) - len(failed)
-        text = f'{count} networks on {pictures}. Best {metric}: <b>{_escape(best.name)}</b>, {found}.'
-        lines.append(f'<p>{text}{_significance(results, metric, best)}</p>')
-    lines += [
-        f'<p class="failed" role="alert"><b>{_escape(row.name)}</b> failed, {_escape(row.failed)}</p>' for row in failed
-    ]
-    return ''.join(lines)
-
-
-def _significance(results: Results, metric: str, best: Row) -> str:
-    """Which networks the pictures do not tell from the best one."""
-    alike = []
-    for row in results.rows:
-        found = results.difference(row, metric, best) if row.name != INPUT else None
-        if found is not None and found.low is not None and found.low <= 0 <= found.high:
-            alike.append(_escape(row.name))
-    return f' On these pictures not to be told from it: {", ".join(alike)}.' if alike else ''
-
-
-def _table(results: Results) -> str:
-    header, rows = formats.table_cells(results)
-    keys = _sort_keys(results)
-    best = _best_cells(keys, results)
-    head = ''.join(f'<th scope="col"><button type="button">{_escape(cell)}</button></th>' for cell in header)
-    body = []
-    for number, (row, cells) in enumerate(zip(results.rows, rows, strict=True)):
-        name = f'<th scope="row">{_escape(cells[0])}<small> {_escape(row.kind)}</small></th>'
-        values = ''
-        for column, (cell, key) in enumerate(zip(cells[1:], keys[number], strict=True)):
-            mark = ' class="best"' if (number, column) in best else ''
-            values += f'<td data-value="{_number(key)}"{mark}>{_with_interval(cell)}</td>'
-        body.append(f'<tr{" class=input" if row.name == INPUT else ""}>{name}{values}</tr>')
-    share = f'{100 * results.confidence:g} %'
-    caption = f'Means over the pictures, with {share} intervals by bootstrap. Headings sort; bold is best.'
-    return f'<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
-
-
-def _sort_keys(results: Results) -> list[list[float | None]]:
-    """Of each row the numbers behind the cells of `formats.table_cells`, but for the name's."""
-    keys = []
-    for row in results.rows:
-        line: list[float | None] = [row.parameters]
-        for size in results.sizes:
-            speed = row.speeds.get(size)
-            line += [speed.macs, speed.milliseconds, speed.peak_bytes] if speed else [None] * 3
-        found = [results.estimate(row, metric) for metric in results.metrics]
-        if results.reference() is not None:
-            found += [results.difference(row, metric) for metric in results.metrics[:1]]
-        keys.append(line + [item.mean if item else None for item in found])
-    return keys
-
-
-def _best_cells(keys: Sequence[Sequence[float | None]], results: Results) -> set[tuple[int, int]]:
-    """Row and column of the best figures among the networks: the least of costs, the best of metrics."""
-    num_costs = 1 + 3 * len(results.sizes)
-    best = set()
-    for column in range(num_costs + len(results.metrics)):
-        lower = column < num_costs or results.metrics[column - num_costs] in results.lower_is_better
-        values = [
-            (line[column], number)
-            for number, (line, row) in enumerate(zip(keys, results.rows, strict=True))
-            if line[column] is not None and row.name != INPUT
-        ]
-        if len(values) > 1:
-            extreme = (min if lower else max)(value for value, _ in values)
-            best |= {(number, column) for value, number in values if value == extreme}
-    return best
-
-
-def _image_table(results: Results) -> str:
-    rows = [row for row in results.rows if row.values]
-    if not rows:
-        return ''
-    head = '<th scope="col"><button type="button">picture</button></th>' + ''.join(
-        f'<th scope="col"><button type="button">{_escape(row.name)}</button></th>' for row in rows
+    return environment.from_string(_TEMPLATE.read_text(encoding='utf-8')).render(
+        results=results,
+        input_name=INPUT,
+        best=best,
+        best_interval=best and format_interval(metric, results.estimate(best, metric)),
+        alike=_not_told_from(results, metric, best) if best else [],
+        scenes=scenes,
+        drawings=[(drawing.title, _inline_svg(drawing)) for drawing in drawings],
+        method=method,
+        data=_viewer_data(results, scenes, best.name if best else None),
     )
-    body = []
-    for image in results.images:
-        cells = ''
-        for row in rows:
-            values = row.values.get(image, {})
-            texts = [formats.metric_value(metric, value) for metric, value in values.items()]
-            cells += f'<td data-value="{_number(next(iter(values.values()), None))}">{" / ".join(texts)}</td>'
-        body.append(f'<tr><th scope="row">{_escape(image)}</th>{cells}</tr>')
-    caption = ' / '.join(map(_escape, results.metrics))
-    return f'<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
 
 
-def _figure(drawing: plots.Plot) -> str:
+def _not_told_from(results: Results, metric: str, best: Any) -> list[str]:
+    """Networks whose difference from the best one the images leave open."""
+    differences = {row.name: results.difference(row, metric, best) for row in results.networks}
+    return [
+        name
+        for name, found in differences.items()
+        if found is not None and found.low is not None and found.low <= 0 <= found.high
+    ]
+
+
+def _inline_svg(drawing: plots.Plot) -> str:
     svg = drawing.svg[drawing.svg.index('<svg') :]
     for colour, replacement in _SVG_COLOURS.items():
         svg = svg.replace(colour, replacement)
-    # Several drawings in one page: names in them are of their own.
+    # Several drawings share one page: the names in each get its own name in front.
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{drawing.name}-', svg)
-    svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
-    svg = svg.replace(
-        '<svg ', f'<svg role="img" aria-label="{_escape(drawing.title)}; the figures are in the table" ', 1
-    )
-    return f'<figure>{svg}</figure>'
+    return re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
 
 
-def _data(results: Results, pictures: Sequence[ImageFile]) -> str:
-    """What the page's script reads: pictures once each, as data URLs."""
-    names = dict.fromkeys(source for picture in pictures for source in picture.files)
-    best = results.best(results.metrics[0]) if results.metrics else None
+def _viewer_data(results: Results, scenes: Sequence[Scene], best: str | None) -> dict[str, Any]:
+    """What the page's script reads: images once each, as data URLs."""
+    sources = list(dict.fromkeys(source for scene in scenes for source in scene.files))
     images: list[str] = []
-    entries = []
-    for picture in pictures:
+    pictures = []
+    for scene in scenes:
         numbers = {}
-        for source, file in picture.files.items():
+        for source, file in scene.files.items():
             numbers[source] = len(images)
             images.append(_data_url(file))
-        with Image.open(next(iter(picture.files.values()))) as image:
+        with Image.open(next(iter(scene.files.values()))) as image:
             width, height = image.size
         values = {
-            row.name: {
-                metric: formats.metric_value(metric, value) for metric, value in row.values[picture.name].items()
-            }
+            row.name: [format_metric(*item) for item in row.values[scene.name].items()]
             for row in results.rows
-            if picture.name in row.values
+            if scene.name in row.values
         }
-        entries.append({'name': picture.name, 'width': width, 'height': height, 'images': numbers, 'values': values})
-    content = {
-        'pictures': entries,
-        'sources': [[name, {INPUT: 'unrestored'}.get(name, name)] for name in names],
-        'left': INPUT if INPUT in names else next(iter(names), ''),
-        'right': best.name if best is not None and best.name in names else next(reversed(names), ''),
+        pictures.append({'name': scene.name, 'width': width, 'height': height, 'images': numbers, 'values': values})
+    return {
+        'pictures': pictures,
+        'sources': [[name, 'unrestored' if name == INPUT else name] for name in sources],
+        'left': INPUT if INPUT in sources else next(iter(sources), ''),
+        'right': best if best in sources else next(reversed(sources), ''),
         'images': images,
     }
-    # Nothing in a name may end the script or begin another.
-    return json.dumps(content).replace('<', '\\u003c').replace('>', '\\u003e').replace('&', '\\u0026')
 
 
 def _data_url(file: Path) -> str:
-    with Image.open(file) as image:
-        stream, kind = io.BytesIO(), 'webp' if features.check('webp') else 'png'
+    kind = 'webp' if features.check('webp') else 'png'
+    with Image.open(file) as image, io.BytesIO() as stream:
         image.convert('RGB').save(stream, format=kind.upper(), quality=_QUALITY)
-    return f'data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}'
+        return f'data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}'
 
 
-def _with_interval(cell: str) -> str:
-    value, bracket, rest = cell.partition(' [')
-    return f'{_escape(value)}<small>[{_escape(rest)}</small>' if bracket else _escape(cell)
+def _read_curves(plan: Plan) -> dict[str, plots.Columns]:
+    curves = {}
+    for network in plan.networks:
+        if network.train is not None:
+            try:
+                curves[network.name] = read_columns(plan.folder / 'experiments' / network.name / 'metrics.csv')
+            except (OSError, ValueError):  # a training that failed early left none
+                continue
+    return curves
 
 
-def _number(value: float | None) -> str:
-    return '' if value is None or not math.isfinite(value) else repr(value)
+def _validated_column(plan: Plan, results: Results) -> str | None:
+    """The column that a training's log has of the first metric, on its first set of validation."""
+    for network in plan.networks:
+        if network.train is not None:
+            names = [data['name'] for key, data in network.train['datasets'].items() if key.startswith('val')]
+            if names and results.metrics:
+                return f'{" ".join(names[0].split())}/{results.metrics[0]}'
+    return None
 
 
-def _escape(text: Any) -> str:
-    return html.escape(str(text))
+def _scenes(plan: Plan, results: Results) -> list[Scene]:
+    folder = plan.folder / 'pictures'
+    scenes = []
+    for name in results.images[: plan.settings['pictures']]:
+        files = {row.name: image_path(folder / row.name, name) for row in results.rows if row.values}
+        files[CLEAN] = image_path(folder / INPUT, name, is_clean=True)
+        scenes.append(Scene(name, {source: file for source, file in files.items() if file.is_file()}))
+    return scenes
+
+
+def describe_method(plan: Plan, results: Results) -> list[tuple[str, str]]:
+    """How the figures came about, as terms and sentences."""
+    machine, settings = describe_machine(), plan.settings
+    cores = machine['cores'] or 1
+    given = [network.name for network in plan.networks if network.train is None]
+    speeds = [speed for row in results.rows for speed in row.speeds.values()]
+    lines = [
+        ('Data', f'{plan.dataset["name"]} ({plan.dataset["type"]}), {len(results.images)} images'),
+        ('Protocol', read_protocol(plan.protocol).describe()),
+        ('Training', _describe_training(plan, results)),
+    ]
+    lines += [
+        (
+            f'Training of {row.name}',
+            f'{row.training["iterations"]:,} iterations in {format_duration(row.training["seconds"])}, with its start '
+            f'and validations; torch {row.training["versions"].get("torch")}',
+        )
+        for row in results.rows
+        if row.training.get('iterations')
+    ]
+    which = {
+        'latest': 'the last ones of each training: no test image has picked them',
+        'best': 'the best of each training by its validations',
+    }[settings['weights']]
+    lines += [
+        ('Weights', which + (f'; given ones for {", ".join(given)}' if given else '')),
+        (
+            'Intervals',
+            f'{100 * results.confidence:g} %, percentiles of the means of {results.resamples:,} bootstrap samples of '
+            'the images by SciPy, seed fixed, the same draws for all networks. Differences are paired, image by image. '
+            'They tell nothing of what another training seed or other scenes would give.',
+        ),
+    ]
+    lines += [
+        (f'Left out of {metric}', f'{len(names)} images that some row restores without any fault, of all rows alike')
+        for metric in results.metrics
+        if (names := results.perfect(metric))
+    ]
+    uncounted = sorted({name.removeprefix('aten::').rstrip('_') for speed in speeds for name in speed.uncounted})
+    lines += [
+        (
+            'Multiply-adds',
+            'of convolutions, linear layers, matrix products and normalisations, by mmengine; padding included'
+            + (f'. Left out: {", ".join(uncounted)}' if uncounted else ''),
+        ),
+        (
+            'Speed and memory',
+            f'float32, one image, a fresh process for each network and size; median of {settings["runs"]} runs '
+            'after two. Memory is what the first pass takes on top of the network and its input.',
+        ),
+    ]
+    load = max((speed.load for speed in speeds if speed.load is not None), default=0.0)
+    if load > cores:
+        lines.append(('Busy machine', f'load up to {load:.1f} on {cores} cores while speed was measured'))
+    lines += [(f'On {row.name}', '; '.join(row.notes)) for row in results.rows if row.notes]
+    gpu = f', {machine["gpu"]}' if machine['gpu'] else ''
+    threads = settings['threads'] or machine['threads']
+    return [
+        *lines,
+        ('Machine', f'{machine["processor"]}, {cores} cores, {threads} threads{gpu}, {machine["system"]}'),
+        ('Versions', ', '.join(f'{name} {version}' for name, version in installed_versions().items())),
+        ('Images in this page', 'the middle 768 pixels at most, WebP of quality 92; figures are of the whole results'),
+    ]
+
+
+def _describe_training(plan: Plan, results: Results) -> str:
+    opts = [network.train for network in plan.networks if network.train is not None]
+    if not opts:
+        return 'none here, weights were given'
+    first = opts[0]
+    lengths = {row.training['iterations'] for row in results.rows if row.training.get('iterations')}
+    if plan.settings['minutes']:
+        budget = f'as many iterations for each as fit into {plan.settings["minutes"]:g} minutes'
+    elif len(lengths) == 1:
+        budget = f'{next(iter(lengths)):,} iterations for each'
+    else:
+        budget = 'iterations as listed'
+    data = first['datasets']['train']
+    shape = f'batches of {data.get("batch_size_per_gpu")}'
+    shape += f', patches of {data["gt_size"]} pixels' if data.get('gt_size') else ''
+    keys = sorted({key for opt in opts for key, value in opt['train'].items() if value != first['train'].get(key)})
+    differing = f'networks differ in train.{", train.".join(keys)}' if keys else 'same optimiser and schedule'
+    seed = first.get('manual_seed')
+    return f'the same for all: one set of pairs in one order, one seed ({seed}); {budget}, {shape}; {differing}'

@@ -1,20 +1,82 @@
-"""What a comparison has found: a row a network, and the tables made of them."""
+"""What a comparison has found: a row a network, how sure its figures are, and the tables made of them."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ast_plugin.compare.bootstrap import Estimate, estimate, paired_difference
-from ast_plugin.compare.formats import table_cells
+import numpy as np
+from scipy.stats import bootstrap
+
+from ast_plugin.evaluation.tables import to_csv, to_markdown
 from ast_plugin.options.compare_file import INPUT
 
-Size = tuple[int, int]
+MISSING = '–'
+_SEED = 0
+_BLOCK = 2**22  # drawn numbers in memory at once
+_PREFIXES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
+_DIGITS = {'psnr': 2, 'ssim': 4}
+
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its confidence interval.
+
+    Attributes:
+        mean: over the images.
+        low, high: ends of the interval; None for fewer than two images.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+def estimate(values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000) -> Estimate:
+    """The mean of one value an image, with a percentile interval by bootstrap.
+
+    The draws depend on the number of values alone: the intervals of several networks on the same images, and those of
+    their differences, rest on the same draws.
+
+    Args:
+        values: one an image. Those that are not finite (the PSNR of a perfect result) give their mean, without an
+            interval.
+        confidence: in (0, 1).
+        resamples: how often as many images as there are are drawn from them, with replacement.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    mean = float(array.mean())
+    if len(array) < 2 or not np.isfinite(array).all():
+        return Estimate(mean)
+    interval = bootstrap(
+        (array,),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, _BLOCK // len(array)),
+        confidence_level=confidence,
+        method='percentile',
+        rng=np.random.default_rng(_SEED),
+    ).confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high))
+
+
+def paired_difference(
+    values: Sequence[float], baseline: Sequence[float], confidence: float = 0.95, resamples: int = 10_000
+) -> Estimate:
+    """The mean difference from a baseline, image by image: what hard and easy images have in common cancels.
+
+    Args:
+        values, baseline: of the same images in the same order.
+        confidence, resamples: see `estimate`.
+    """
+    with np.errstate(invalid='ignore'):
+        differences = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    return estimate(differences, confidence, resamples)
 
 
 @dataclass(frozen=True)
@@ -23,7 +85,7 @@ class Speed:
 
     Attributes:
         macs: multiply-adds of a pass.
-        milliseconds: median of the timed runs; with the fastest and the slowest.
+        milliseconds: median of the timed runs.
         peak_bytes: on top of the weights; None where the system does not tell.
         uncounted: operators that `macs` leaves out.
         load: of the machine before.
@@ -31,8 +93,6 @@ class Speed:
 
     macs: int
     milliseconds: float
-    fastest: float
-    slowest: float
     peak_bytes: int | None
     uncounted: Mapping[str, int]
     load: float | None
@@ -40,16 +100,8 @@ class Speed:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Speed:
         """Out of a record of `measure.measure_speed`."""
-        times = [1000 * value for value in record['seconds']]
-        return cls(
-            record['macs'],
-            statistics.median(times),
-            min(times),
-            max(times),
-            record['peak_bytes'],
-            record['uncounted'],
-            record['load'],
-        )
+        milliseconds = 1000 * statistics.median(record['seconds'])
+        return cls(record['macs'], milliseconds, record['peak_bytes'], record['uncounted'], record['load'])
 
 
 @dataclass
@@ -57,12 +109,12 @@ class Row:
     """What was found about a network, as far as it got.
 
     Attributes:
-        name: of the network; `input` for the unrestored pictures.
+        name: of the network; `input` for the unrestored images.
         kind: its registered type.
         failed: where and why it failed; empty if it did not.
         parameters: how many; None if it was not measured.
-        speeds: by (height, width).
-        values: of each picture, by metric.
+        speeds: by size.
+        values: of each image, by metric.
         training: `iterations`, `seconds` of training, `versions`; empty for what was not trained here.
         notes: lines for the reader.
     """
@@ -75,6 +127,23 @@ class Row:
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table for reading.
+
+    Attributes:
+        title: its heading.
+        numbers: a number a row; None where there is none.
+        texts: the numbers as they are shown.
+        best: the best number of the networks; None where fewer than two have one, or none is better.
+    """
+
+    title: str
+    numbers: list[float | None]
+    texts: list[str]
+    best: float | None = None
 
 
 @dataclass
@@ -97,34 +166,36 @@ class Results:
     resamples: int = 10_000
 
     @property
+    def networks(self) -> list[Row]:
+        """The rows but the input's."""
+        return [row for row in self.rows if row.name != INPUT]
+
+    @property
+    def images(self) -> list[str]:
+        """Names of the images."""
+        return list(next((row.values for row in self.rows if row.values), {}))
+
+    @property
     def metrics(self) -> list[str]:
         """Names of the metrics, in the order of the file."""
         measured = next((row.values for row in self.rows if row.values), {})
         return list(next(iter(measured.values()), {}))
 
     @property
-    def images(self) -> list[str]:
-        """Names of the pictures."""
-        return list(next((row.values for row in self.rows if row.values), {}))
+    def sizes(self) -> list[Size]:
+        """Sizes at which costs were measured."""
+        return list(dict.fromkeys(size for row in self.rows for size in row.speeds))
 
     def perfect(self, metric: str) -> list[str]:
-        """Pictures of which some row's value is not finite, as the PSNR of what equals its reference."""
+        """Images of which some row's value is not finite, as the PSNR of what equals its reference."""
         rows = [row.values for row in self.rows if row.values]
         return [name for name in self.images if not all(math.isfinite(values[name][metric]) for values in rows)]
 
     def of_metric(self, row: Row, metric: str) -> list[float]:
-        """The values of a row's metric, picture by picture: those that are finite for all, so that all are alike.
-
-        Where that is none, those of all pictures.
-        """
+        """The values of a row's metric, image by image: of those images that are finite for all rows, or of all."""
         perfect = set(self.perfect(metric))
-        found = [values[metric] for name, values in row.values.items() if name not in perfect]
-        return found or [values[metric] for values in row.values.values()]
-
-    @property
-    def sizes(self) -> list[Size]:
-        """Sizes at which costs were measured."""
-        return list(dict.fromkeys(size for row in self.rows for size in row.speeds))
+        finite = [values[metric] for name, values in row.values.items() if name not in perfect]
+        return finite or [values[metric] for values in row.values.values()]
 
     def estimate(self, row: Row, metric: str) -> Estimate | None:
         """The mean of a row's metric, None if it was not measured."""
@@ -133,7 +204,7 @@ class Results:
     def best(self, metric: str) -> Row | None:
         """The network of the best mean; None if none was measured."""
         sign = -1 if metric in self.lower_is_better else 1
-        measured = [row for row in self.rows if row.values and row.name != INPUT]
+        measured = [row for row in self.networks if row.values]
         return max(measured, key=lambda row: sign * statistics.fmean(self.of_metric(row, metric)), default=None)
 
     def reference(self) -> Row | None:
@@ -145,6 +216,8 @@ class Results:
         """The paired difference of a row from another; None for that itself, and where nothing was measured.
 
         Args:
+            row: whose difference.
+            metric: its name.
             reference: the other row; that of `reference()` if not given.
         """
         reference = reference or self.reference()
@@ -153,6 +226,37 @@ class Results:
         values, others = self.of_metric(row, metric), self.of_metric(reference, metric)
         return paired_difference(values, others, self.confidence, self.resamples)
 
+    def columns(self) -> list[Column]:
+        """The table for reading, but for the names of its rows."""
+        columns = [self._cost('parameters', lambda row: row.parameters, format_count)]
+        for size in self.sizes:
+            place = f'at {size[0]}²' if size[0] == size[1] else f'at {size[0]}×{size[1]}'
+            for title, key, text in (
+                ('MACs', 'macs', format_count),
+                ('ms', 'milliseconds', format_milliseconds),
+                ('MB', 'peak_bytes', format_megabytes),
+            ):
+                columns.append(self._cost(f'{title} {place}', lambda row, s=size, k=key: _cost_at(row, s, k), text))
+        for metric in self.metrics:
+            estimates = [self.estimate(row, metric) for row in self.rows]
+            means = [found and found.mean for found in estimates]
+            texts = [format_interval(metric, found) for found in estimates]
+            columns.append(Column(metric, means, texts, self._best(means, metric in self.lower_is_better)))
+        reference = self.reference()
+        if reference is not None:
+            metric = self.metrics[0]
+            differences = [self.difference(row, metric) for row in self.rows]
+            texts = [format_interval(metric, found, sign=True) for found in differences]
+            title = f'{metric} against {reference.name}'
+            columns.append(Column(title, [found and found.mean for found in differences], texts))
+        return columns
+
+    def to_markdown(self) -> str:
+        """The table for reading."""
+        columns = self.columns()
+        cells = [[row.name, *(column.texts[number] for column in columns)] for number, row in enumerate(self.rows)]
+        return to_markdown([['network', *(column.title for column in columns)], *cells])
+
     def to_csv(self) -> str:
         """Numbers in full, a row a network."""
         header = ['network', 'type', 'parameters']
@@ -160,22 +264,12 @@ class Results:
         header += [f'{metric}{end}' for metric in self.metrics for end in ('', ' low', ' high', ' difference')]
         header += [f'{metric} difference {end}' for metric in self.metrics for end in ('low', 'high')]
         header += ['iterations', 'training seconds', 'failed']
-        lines = [header, *(self._csv_row(row) for row in self.rows)]
-        return _csv(lines)
+        return to_csv([header, *(self._csv_row(row) for row in self.rows)])
 
     def images_to_csv(self) -> str:
-        """Every value of every picture, one a line."""
-        lines: list[Sequence[Any]] = [('network', 'image', *self.metrics)]
-        lines += [(row.name, name, *values.values()) for row in self.rows for name, values in row.values.items()]
-        return _csv(lines)
-
-    def to_markdown(self) -> str:
-        """The table for reading, columns aligned."""
-        header, rows = table_cells(self)
-        widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-        lines = [_aligned(header, widths), ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]]
-        lines += [_aligned(row, widths) for row in rows]
-        return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+        """Every value of every image, one a line."""
+        rows = [(row.name, name, *values.values()) for row in self.rows for name, values in row.values.items()]
+        return to_csv([('network', 'image', *self.metrics), *rows])
 
     def _csv_row(self, row: Row) -> list[Any]:
         cells: list[Any] = [row.name, row.kind, row.parameters]
@@ -186,21 +280,76 @@ class Results:
         for metric, difference in zip(self.metrics, differences, strict=True):
             found = self.estimate(row, metric)
             cells += [found.mean, found.low, found.high] if found else [None] * 3
-            cells.append(difference.mean if difference else None)
+            cells.append(difference and difference.mean)
         for difference in differences:
             cells += [difference.low, difference.high] if difference else [None] * 2
         return [*cells, row.training.get('iterations'), row.training.get('seconds'), row.failed or None]
 
+    def _cost(self, title: str, value: Callable[[Row], float | None], text: Callable[[float | None], str]) -> Column:
+        numbers = [value(row) for row in self.rows]
+        return Column(title, numbers, [text(number) for number in numbers], self._best(numbers, is_lower_better=True))
 
-def _csv(lines: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows(
-        ['' if cell is None or (isinstance(cell, float) and math.isnan(cell)) else cell for cell in line]
-        for line in lines
-    )
-    return text.getvalue()
+    def _best(self, numbers: Sequence[float | None], is_lower_better: bool) -> float | None:
+        own = [n for n, row in zip(numbers, self.rows, strict=True) if n is not None and row.name != INPUT]
+        return (min if is_lower_better else max)(own) if len(own) > 1 else None
 
 
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    first, *rest = row
-    return [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+def _cost_at(row: Row, size: Size, key: str) -> float | None:
+    return getattr(row.speeds[size], key) if size in row.speeds else None
+
+
+def _scaled(value: float) -> tuple[float, str]:
+    factor, prefix = next(((factor, prefix) for factor, prefix in _PREFIXES if value >= factor), (1, ''))
+    return value / factor, prefix
+
+
+def format_count(value: float | None) -> str:
+    """`6.65 M`: three figures and a prefix."""
+    if value is None:
+        return MISSING
+    scaled, prefix = _scaled(value)
+    digits = 0 if not prefix or scaled >= 100 else 1 if scaled >= 10 else 2
+    return f'{scaled:.{digits}f} {prefix}'.rstrip()
+
+
+def format_tick(value: float) -> str:
+    """`200 k`, `0.05`: what stands at a tick of an axis."""
+    scaled, prefix = _scaled(value)
+    return f'{scaled:g} {prefix}'.rstrip()
+
+
+def format_megabytes(value: float | None) -> str:
+    """Bytes in MB, 2²⁰ of them each."""
+    return MISSING if value is None else f'{value / 2**20:,.0f}'
+
+
+def format_milliseconds(value: float | None) -> str:
+    """Three figures, and no more than the whole number."""
+    return MISSING if value is None else f'{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}'
+
+
+def format_duration(seconds: float) -> str:
+    """`41 s`, `3.2 min`, `5.1 h`."""
+    for size, unit in ((3600, 'h'), (60, 'min')):
+        if seconds >= 2 * size:
+            return f'{seconds / size:.1f} {unit}'
+    return f'{seconds:.0f} s'
+
+
+def format_metric(metric: str, value: float) -> str:
+    """Decibels with two digits, what lies in [0, 1] with four."""
+    return f'{value:.{_digits(metric, value)}f}'
+
+
+def format_interval(metric: str, found: Estimate | None, sign: bool = False) -> str:
+    """`29.49 [28.10, 30.75]`."""
+    if found is None:
+        return MISSING
+    form = f'{"+" if sign else ""}.{_digits(metric, found.mean)}f'
+    text = f'{found.mean:{form}}'
+    return text if found.low is None else f'{text} [{found.low:{form}}, {found.high:{form}}]'
+
+
+def _digits(metric: str, value: float) -> int:
+    known = next((digits for name, digits in _DIGITS.items() if name in metric.lower()), None)
+    return known if known is not None else 2 if abs(value) >= 2 else 4

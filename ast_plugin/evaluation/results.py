@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import ast_plugin
+from ast_plugin.data.contact_sheet import Cell, draw_contact_sheet, save_sheet
 from ast_plugin.data.matching import printable
-from ast_plugin.evaluation.contact_sheet import Cell, draw_contact_sheet, save_sheet
 from ast_plugin.evaluation.protocols import Metrics, Protocol
 from ast_plugin.evaluation.tables import to_csv, to_markdown
 from ast_plugin.files import file_digest, write_file

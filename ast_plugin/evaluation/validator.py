@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from ast_plugin.data.contact_sheet import make_thumbnails
 from ast_plugin.data.image_files import ImageFile, write_image
 from ast_plugin.errors import DataError, PluginError
-from ast_plugin.evaluation.contact_sheet import make_thumbnails
 from ast_plugin.evaluation.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
 from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults, distinct
 from ast_plugin.metrics.images import as_array, eight_bits

@@ -24,10 +24,10 @@ from ast_plugin.checkpoints import (
     save_weights,
 )
 from ast_plugin.data import random_states
+from ast_plugin.data.contact_sheet import join_images
 from ast_plugin.data.sampler import epoch_of
 from ast_plugin.data.transforms import to_unit_range
 from ast_plugin.errors import DataError
-from ast_plugin.evaluation.contact_sheet import join_images
 from ast_plugin.evaluation.results import Provenance, ValidationResults
 from ast_plugin.evaluation.validator import Validator
 from ast_plugin.models import mixup, network_switches, optimizers, run_state, training_step

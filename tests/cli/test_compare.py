@@ -1,6 +1,5 @@
 """`basicsr compare`: bad input by table, and a tiny comparison that is killed, goes on, and has one that fails."""
 
-import argparse
 import csv
 import json
 import os
@@ -16,10 +15,11 @@ import torch
 from ast_plugin import options
 from ast_plugin.archs.networks import load_network
 from ast_plugin.checkpoints import save_torch, save_weights
-from ast_plugin.cli import compare
 from ast_plugin.cli.main import main as basicsr
-from ast_plugin.compare import comparison, training
+from ast_plugin.compare import measure
+from ast_plugin.compare import run as compare_run
 from ast_plugin.compare.child import Outcome
+from ast_plugin.compare.plan import make_plan
 from ast_plugin.models import registries
 from ast_plugin.options import safe_yaml
 from ast_plugin.options.compare_file import check_comparison, find_comparison_faults
@@ -142,7 +142,7 @@ def test_what_all_share_is_told_once(registered):
         ({}, {'name': 'a', 'weights': 'missing.pth'}, 'missing.pth does not exist'),
         ({}, {'name': 'a', 'network_g': COMPACT, 'weights': 'missing.pth'}, 'missing.pth does not exist'),
         ({}, {'name': 'a', 'network_g': {**COMPACT, 'num_feat': 8}, 'weights': 'w.pth'}, 'weights of another network'),
-        ({}, {'name': 'a', 'weights': 'strange.pth'}, 'does not tell its network, name it by network_g'),
+        ({}, {'name': 'a', 'weights': 'strange.pth'}, 'strange.pth does not say which network it is of'),
         ({}, {'name': 'a', 'network_g': {**COMPACT, 'num_feat': -1}}, 'networks.0 (a): network_g'),
         ({'datasets__val': {**options_of()['datasets']['val'], 'dataroot_lq': 'gone'}}, NETWORKS[0], 'gone'),
         ({'datasets__train': {**options_of()['datasets']['train'], 'dataroot_gt': 'gone'}}, NETWORKS[0], 'gone'),
@@ -165,7 +165,7 @@ def test_a_plan(tmp_path, monkeypatch):
     networks = [*NETWORKS, {'name': 'given', 'weights': 'w.safetensors'}]
     networks.append({'name': 'tuned', 'weights': 'w.safetensors', 'train': {'total_iter': 2}})
     arguments = options_of(networks, manual_seed=None)
-    plan = compare.make_plan(argparse.Namespace(opt=str(write(tmp_path, arguments)), root='.', force_yml=[]))
+    plan = make_plan(str(write(tmp_path, arguments)), '.')
     good, fast, given, tuned = plan.networks
     assert plan.folder == tmp_path / 'comparisons' / 'tiny'
     assert good.train['manual_seed'] == fast.train['manual_seed'] == 0  # never drawn anew for each
@@ -245,8 +245,8 @@ def test_killed_it_goes_on_and_a_network_that_fails_is_no_other_trouble(tmp_path
         started.append(arguments)
         return Outcome(1, 0.1, 'refused')
 
-    monkeypatch.setattr(comparison, 'run_child', refuse)
-    monkeypatch.setattr(training, 'run_child', refuse)
+    monkeypatch.setattr(measure, 'run_child', refuse)
+    monkeypatch.setattr(compare_run, 'run_child', refuse)
     assert basicsr(['compare', '-opt', str(file)]) == 1
     assert 'broken: training: refused' in capsys.readouterr().err
     assert [Path(arguments[2]).stem for arguments in started] == ['broken']

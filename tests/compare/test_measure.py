@@ -59,7 +59,7 @@ def test_peak_memory():
 def test_few_runs_where_they_take_long(monkeypatch):
     monkeypatch.setattr(measure, '_MOST_SECONDS', 0.0)
     calls = []
-    taken = measure._seconds(lambda image: calls.append(1), torch.rand(1, 3, 8, 8), runs=10)
+    taken = measure._time_runs(lambda image: calls.append(1), torch.rand(1, 3, 8, 8), runs=10)
     assert len(taken) == 3 and len(calls) == 5
 
 
@@ -69,7 +69,6 @@ def test_speed():
             'network': TINY,
             'weights': None,
             'param_key': None,
-            'channels': 3,
             'size': [16, 24],
             'runs': 4,
             'device': 'cpu',
@@ -98,12 +97,11 @@ def quality_job(folder, network, **options):
         'network': network,
         'weights': None,
         'param_key': None,
-        'channels': 3,
         'dataset': dataset,
         'protocol': None,
         'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}},
         'device': 'cpu',
-        'pictures': 2,
+        'kept': 2,
         'folder': str(folder / 'pictures'),
         **options,
     }
@@ -116,7 +114,7 @@ def test_the_unrestored_pictures(tmp_path):
     degraded = np.asarray(Image.open(tmp_path / 'data/lq/2.png'), float)
     expected = 20 * np.log10(255) - 10 * np.log10(((clean - degraded) ** 2).mean())
     assert record['values']['2']['psnr'] == pytest.approx(expected, abs=1e-6)
-    assert record['pictures'] == ['0', '1']
+    assert record['kept'] == ['0', '1']
     kept = np.asarray(Image.open(tmp_path / 'pictures/restored/1.png'))
     assert (kept == np.asarray(Image.open(tmp_path / 'data/lq/1.png'))).all()
     kept = np.asarray(Image.open(tmp_path / 'pictures/clean/1.png'))

@@ -16,7 +16,7 @@ NAMES = ('AST', 'SwinIR', 'EDSR', 'RCAN', 'MSRResNet')
 def results(psnrs=(30.0, 29.9, 29.8, 29.7, 22.0), costs=(1e6, 1e6, 1e6, 2e6, 5e7)) -> Results:
     rows = [Row('input', values={'a': {'psnr': 22.0}, 'b': {'psnr': 23.0}})]
     for name, psnr, cost in zip(NAMES, psnrs, costs, strict=True):
-        speed = Speed(int(cost * 900), cost / 1e5, cost / 1e5, cost / 1e5, 1, {}, None)
+        speed = Speed(int(cost * 900), cost / 1e5, 1, {}, None)
         values = {'a': {'psnr': psnr - 1}, 'b': {'psnr': psnr + 1}}
         rows.append(Row(name, parameters=int(cost), speeds={(256, 256): speed}, values=values))
     return Results('test', rows)
@@ -55,11 +55,10 @@ def test_names_do_not_cover_one_another(monkeypatch, same):
     boxes = []
     original = plots._name_marks
 
-    def spy(figure, axis, marks, note):
-        original(figure, axis, marks, note)
-        renderer = figure.canvas.get_renderer()
+    def spy(axis, marks, note):
+        original(axis, marks, note)
         texts = [text for text in axis.texts if text.get_text() in NAMES]
-        boxes.extend((text.get_text(), text.get_window_extent(renderer)) for text in texts)
+        boxes.extend((text.get_text(), text.get_window_extent()) for text in texts)
 
     monkeypatch.setattr(plots, '_name_marks', spy)
     found = results(psnrs=(30.0,) * 5, costs=(1e6,) * 5) if same else results()

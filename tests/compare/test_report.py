@@ -1,8 +1,10 @@
 """The page of a comparison: all in one file, no name runs as a script, and in a real browser it does what it says."""
 
 import html
+import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,11 +13,11 @@ from PIL import Image
 
 from ast_plugin.compare import plots, report
 from ast_plugin.compare.results import Results, Row
-from tests.compare import browser
 from tests.compare.test_plots import curves, results
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>"\'&'
 COLOURS = {'input': (200, 30, 30), 'AST': (30, 200, 30), 'SwinIR': (30, 30, 200), 'clean': (230, 230, 230)}
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 
 
 class Page(HTMLParser):
@@ -39,25 +41,27 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def write(folder, found=None, size=(600, 400)):
-    found = found or results()
-    pictures = []
-    for name in found.images:
-        files = {}
-        for source, colour in COLOURS.items():
-            path = folder / f'{source}_{len(pictures)}.png'
-            array = np.full((size[1], size[0], 3), colour, np.uint8)
-            Image.fromarray(array).save(path)
-            files[source] = path
-        pictures.append(report.ImageFile(name, files))
+def write(folder, size=(600, 400)):
+    found = results()
+    scenes = []
+    for number, name in enumerate(found.images):
+        files = {source: folder / f'{source}_{number}.png' for source in COLOURS}
+        for source, file in files.items():
+            Image.fromarray(np.full((size[1], size[0], 3), COLOURS[source], np.uint8)).save(file)
+        scenes.append(report.Scene(name, files))
     drawn = plots.draw_all(found, curves(), 'val/psnr')
     path = folder / 'report.html'
-    path.write_text(report.write_page(found, pictures, drawn, [('Data', 'a & b <c>')]), encoding='utf-8')
+    path.write_text(report.render_page(found, scenes, drawn, [('Data', 'a & b <c>')]), encoding='utf-8')
     return path
 
 
-def test_all_in_one_file(tmp_path):
-    page = Page(write(tmp_path).read_text(encoding='utf-8'))
+@pytest.fixture(scope='module')
+def file(tmp_path_factory):
+    return write(tmp_path_factory.mktemp('report'))
+
+
+def test_all_in_one_file(file):
+    page = Page(file.read_text(encoding='utf-8'))
     assert page.open == []
     assert all(reference.startswith(('data:', '#')) for reference in page.refers)
     ids = [attributes['id'] for _, attributes in page.tags if 'id' in attributes]
@@ -66,144 +70,168 @@ def test_all_in_one_file(tmp_path):
     assert used and used <= set(ids)
 
 
-def test_nothing_in_a_name_runs(tmp_path):
+def test_nothing_in_a_name_runs():
     found = Results(HOSTILE, [Row('input', values={HOSTILE: {HOSTILE: 1.0}}), Row(HOSTILE, HOSTILE, failed=HOSTILE)])
-    text = report.write_page(found, [], [], [(HOSTILE, HOSTILE)])
+    text = report.render_page(found, [], [], [(HOSTILE, HOSTILE)])
     page = Page(text)
     assert [tag for tag, _ in page.tags].count('script') == 2
     assert not any(name.startswith('on') for _, attributes in page.tags for name in attributes)
-    assert text.count(html.escape(HOSTILE)) >= 7
+    assert html.unescape(text).count(HOSTILE) >= 7
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
     assert json.loads(data)['pictures'] == []
 
 
-def test_what_failed_is_said_first(tmp_path):
+def test_failures_stand_first():
     found = results()
     found.rows[-1].values, found.rows[-1].failed = {}, 'training: the loss is nan'
-    text = write(tmp_path, found).read_text(encoding='utf-8')
+    text = report.render_page(found, [], [], [])
     assert '<b>MSRResNet</b> failed, training: the loss is nan' in text[: text.index('<table')]
-    assert '4 networks on 2 pictures. Best psnr: <b>AST</b>' in text
+    assert '4 networks on 2 images. Best psnr: <b>AST</b>' in text
 
 
-def test_networks_that_the_pictures_do_not_tell_apart_are_named():
+def test_networks_that_images_do_not_tell_apart():
     rows = [
         Row('A', values={'a': {'psnr': 30.0}, 'b': {'psnr': 31.0}}),
         Row('C', values={'a': {'psnr': 20.0}, 'b': {'psnr': 21.0}}),
+        Row('B', values={'a': {'psnr': 31.0}, 'b': {'psnr': 29.9}}),
     ]
-    rows.append(Row('B', values={'a': {'psnr': 31.0}, 'b': {'psnr': 29.9}}))
-    text = report.write_page(Results('x', rows), [], [], [])
-    assert 'not to be told from it: B.' in text
+    assert 'not to be told from it: B.' in report.render_page(Results('x', rows), [], [], [])
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope='module')
+def browser():
+    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    if CHROMIUM is None:
+        pytest.skip('no Chromium here: apt-get install chromium')
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
 
 
 @pytest.fixture
-def shown(tmp_path, request):
-    if browser.find() is None:
-        pytest.skip('no Chromium here: apt-get install chromium')
-    options = getattr(request, 'param', {})
-    path = write(tmp_path)
-    with browser.Browser(tmp_path / 'profile', **options) as window:
-        window.open(path)
-        window.wait("document.getElementById('image-left').naturalWidth === 600")
-        yield window
+def shown(browser, file, request):
+    """The page in Chromium; `complaints` and `requests` are what it logs and loads."""
+    context = browser.new_context(**getattr(request, 'param', {'viewport': {'width': 1200, 'height': 900}}))
+    page = context.new_page()
+    page.complaints, page.requests = [], []
+    page.on('pageerror', lambda error: page.complaints.append(str(error)))
+    page.on('console', lambda message: page.complaints.append(message.text))
+    page.on('request', lambda request: page.requests.append(request.url))
+    page.goto(file.as_uri())
+    page.wait_for_function("document.getElementById('image-left').naturalWidth === 600")
+    page.locator('#stage').scroll_into_view_if_needed()
+    yield page
+    context.close()
 
 
-def box(window, name):
-    found = f"document.getElementById('{name}').getBoundingClientRect()"
-    return [window.evaluate(f'{found}.{side}') for side in ('left', 'top', 'width', 'height')]
+def split(page) -> float:
+    return float(page.locator('#split').input_value())
 
 
-def placed(window, side) -> str:
-    return window.evaluate(f"document.getElementById('image-{side}').style.transform")
+def zoom(page) -> float:
+    return float(page.locator('#zoom').text_content().removesuffix(' %'))
 
 
-def split(window) -> float:
-    return float(window.evaluate("document.getElementById('split').value"))
+def placed(page, side) -> str:
+    return page.locator(f'#image-{side}').get_attribute('style')
 
 
-def zoom(window) -> float:
-    return float(window.evaluate("parseFloat(document.getElementById('zoom').textContent)"))
+def drag(page, start, end):
+    """Drag the mouse from one place of the stage to another, as shares of its width and height."""
+    box = page.locator('#stage').bounding_box()
+    (x, y), (to_x, to_y) = ((box['x'] + u * box['width'], box['y'] + v * box['height']) for u, v in (start, end))
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(to_x, to_y)
+    page.mouse.up()
 
 
-def colour_at(window, share) -> tuple[int, ...]:
-    """What is to be seen in the middle of the stage's height, at a share of its width."""
-    import io
-
-    left, top, width, height = box(window, 'stage')
-    x, y = window.evaluate('scrollX') + left + share * width, window.evaluate('scrollY') + top + 0.4 * height
-    image = Image.open(io.BytesIO(window.screenshot())).convert('RGB')
-    return image.getpixel((round(x), round(y)))
+def source_at(page, share) -> str:
+    """The source that is to be seen at a share of the stage's width."""
+    image = Image.open(io.BytesIO(page.locator('#stage').screenshot())).convert('RGB')
+    colour = np.array(image.getpixel((round(share * image.width), round(0.4 * image.height))), int)
+    return min(COLOURS, key=lambda source: np.abs(colour - COLOURS[source]).max())
 
 
-def is_near(colour, name) -> bool:
-    return max(abs(a - b) for a, b in zip(colour, COLOURS[name], strict=True)) < 40
-
-
-def test_in_a_browser(shown):
-    """One picture left of the bar, another right of it, moved by mouse and by keys; it zooms; tables are sorted."""
-    shown.evaluate("document.getElementById('stage').scrollIntoView({block: 'center'})")
-    assert is_near(colour_at(shown, 0.2), 'input')  # the best network against the input
-    assert is_near(colour_at(shown, 0.8), 'AST')
-    left, top, width, height = box(shown, 'stage')
-    shown.drag((left + 0.5 * width, top + 0.3 * height), (left + 0.9 * width, top + 0.3 * height))
+def test_images_are_compared(shown):
+    """One image left of the bar, another right of it, moved by mouse and by keys; both zoom and move together."""
+    assert (source_at(shown, 0.2), source_at(shown, 0.8)) == ('input', 'AST')  # the best network against the input
+    drag(shown, (0.5, 0.3), (0.9, 0.3))
     assert split(shown) == pytest.approx(90, abs=1)
-    assert is_near(colour_at(shown, 0.8), 'input')
+    assert source_at(shown, 0.8) == 'input'
 
-    shown.evaluate("document.getElementById('stage').focus()")
-    shown.press('ArrowLeft')
+    stage = shown.locator('#stage')
+    stage.press('ArrowLeft')
     assert split(shown) == pytest.approx(88, abs=1)
-    shown.press(' ', ' ')  # swaps
-    assert is_near(colour_at(shown, 0.2), 'AST')
+    stage.press(' ')  # swaps
+    assert source_at(shown, 0.2) == 'AST'
+    shown.locator('#left').select_option('SwinIR')
+    assert source_at(shown, 0.2) == 'SwinIR'
 
     whole = zoom(shown)
-    shown.press('+', '+')
+    stage.press('+')
     assert zoom(shown) == pytest.approx(1.5 * whole, rel=0.02)
     before = placed(shown, 'left')
-    shown.drag((left + 0.5 * width, top + 0.5 * height), (left + 0.4 * width, top + 0.4 * height))
-    assert placed(shown, 'left') != before
+    drag(shown, (0.5, 0.5), (0.4, 0.4))
     assert split(shown) == pytest.approx(88, abs=1)  # it was moved, not the bar
-    assert placed(shown, 'left') == placed(shown, 'right')
-    shown.press('0', '0')
+    assert placed(shown, 'left') != before and placed(shown, 'left') == placed(shown, 'right')
+    stage.press('0')
     assert zoom(shown) == pytest.approx(whole, rel=0.02)
-
-    cells = "[...document.querySelector('table').tBodies[0].rows].map(row => row.cells[0]"
-    names = f'{cells}.firstChild.textContent.trim())'
-    assert shown.evaluate(names)[:2] == ['input', 'AST']
-    shown.evaluate("[...document.querySelectorAll('thead button')].find(b => b.textContent === 'psnr').click()")
-    assert shown.evaluate(names)[0] == 'MSRResNet'
-    shown.evaluate("[...document.querySelectorAll('thead button')].find(b => b.textContent === 'psnr').click()")
-    assert shown.evaluate(names)[0] == 'AST'
-    assert shown.evaluate("document.querySelector('th[aria-sort]').getAttribute('aria-sort')") == 'descending'
-
     assert shown.complaints == []
     assert all(address.startswith(('file:', 'data:')) for address in shown.requests)
 
 
-@pytest.mark.parametrize('shown', [{'width': 400, 'height': 800, 'dark': True}], indirect=True)
+def test_tables_are_sorted(shown):
+    names = shown.locator('table').first.locator('tbody th')
+    heading = shown.locator('table').first.locator('thead button', has_text=re.compile('^psnr$'))
+    assert names.all_inner_texts()[:2] == ['input', 'AST']
+    heading.click()
+    assert names.all_inner_texts()[0] == 'MSRResNet'
+    heading.click()
+    assert names.all_inner_texts()[0] == 'AST'
+    assert shown.locator('th[aria-sort]').get_attribute('aria-sort') == 'descending'
+
+
+@pytest.mark.parametrize(
+    'shown',
+    [{'viewport': {'width': 400, 'height': 800}, 'color_scheme': 'dark', 'has_touch': True, 'is_mobile': True}],
+    indirect=True,
+)
 def test_on_a_phone_in_the_dark(shown):
     """Fingers move the bar and zoom; nothing is wider than the screen; dark is dark, until the button says light."""
-    shown.evaluate("document.getElementById('stage').scrollIntoView({block: 'center'})")
-    left, top, width, height = box(shown, 'stage')
-    middle = top + 0.4 * height
-    shown.touch([(left + 0.5 * width, middle)], [(left + 0.3 * width, middle)], [(left + 0.2 * width, middle)])
+    box = shown.locator('#stage').bounding_box()
+    fingers = shown.context.new_cdp_session(shown)
+
+    def touch(*steps):
+        for kind, shares in zip(
+            ['touchStart', *['touchMove'] * (len(steps) - 1), 'touchEnd'], [*steps, []], strict=True
+        ):
+            points = [
+                {'x': box['x'] + share * box['width'], 'y': box['y'] + 0.4 * box['height'], 'id': number}
+                for number, share in enumerate(shares)
+            ]
+            fingers.send('Input.dispatchTouchEvent', {'type': kind, 'touchPoints': points})
+
+    touch([0.5], [0.3], [0.2])
     assert split(shown) == pytest.approx(20, abs=2)
     whole = zoom(shown)
-    near = [(left + 0.4 * width, middle), (left + 0.6 * width, middle)]
-    far = [(left + 0.2 * width, middle), (left + 0.8 * width, middle)]
-    shown.touch(near, far)
+    touch([0.4, 0.6], [0.2, 0.8])
     assert zoom(shown) > 2 * whole
     assert shown.evaluate('document.documentElement.scrollWidth') <= 400
     background = 'getComputedStyle(document.body).backgroundColor'
     assert shown.evaluate(background) == 'rgb(21, 23, 26)'
-    shown.evaluate("document.getElementById('theme').click()")
+    shown.get_by_role('button', name='Light or dark').click()
     assert shown.evaluate(background) == 'rgb(255, 255, 255)'
     assert shown.complaints == []
 
 
 def test_every_control_has_a_name(shown):
-    shown._send('Accessibility.enable')
-    nodes = shown._send('Accessibility.getFullAXTree')['nodes']
-    roles = ('button', 'combobox', 'slider', 'image', 'region')
-    named = [(node['role']['value'], node.get('name', {}).get('value')) for node in nodes if node.get('role')]
-    nameless = [role for role, name in named if role in roles and not name]
-    assert [role for role, _ in named if role == 'slider'] and not nameless
-    assert ('group', 'Two restorations of one picture, divided by a bar') in named
+    controls = shown.locator('button, select, input, [tabindex="0"], figure')
+    snapshot = shown.locator('body').aria_snapshot()
+    assert controls.count() > 10
+    assert 'slider "Where the bar stands"' in snapshot
+    assert 'group "Two restorations of one image, divided by a bar"' in snapshot
+    nameless = re.findall(r'^ *- (?:button|combobox|slider|img|region)(?! ".+")\b.*$', snapshot, re.MULTILINE)
+    assert not nameless

@@ -1,17 +1,18 @@
-"""Tables of a comparison: the input first, what failed, what is missing, which way is better."""
+"""Tables of a comparison: the input first, what failed, what is missing, which way is better, and how sure it is."""
 
 import csv
 import io
 
+import numpy as np
 import pytest
 
-from ast_plugin.compare import formats
-from ast_plugin.compare.results import Results, Row, Speed
+from ast_plugin.compare import results as formats
+from ast_plugin.compare.results import Results, Row, Speed, estimate, paired_difference
 
 SPEED = {'macs': 7_190_000_000, 'seconds': [0.2, 0.1, 0.4], 'peak_bytes': 2**20 * 335, 'uncounted': {}, 'load': 0.5}
 
 
-def results(**options) -> Results:
+def make_results(**options) -> Results:
     images = ('one', 'two')
 
     def values(psnr, error):
@@ -26,23 +27,18 @@ def results(**options) -> Results:
     return Results('test', rows, frozenset({'error'}), **options)
 
 
-def test_speed_of_a_record():
-    speed = Speed.from_record(SPEED)
-    assert (speed.milliseconds, speed.fastest, speed.slowest) == (200, 100, 400)
-
-
 def test_best_and_reference():
-    found = results()
+    found = make_results()
     assert found.metrics == ['psnr', 'error']
     assert found.best('psnr').name == 'A'
     assert found.best('error').name == 'B'  # of which little is good
     assert found.reference().name == 'A'
-    assert results(baseline='B').reference().name == 'B'
-    assert results(baseline='C').reference().name == 'A'  # it failed
+    assert make_results(baseline='B').reference().name == 'B'
+    assert make_results(baseline='C').reference().name == 'A'  # it failed
 
 
 def test_differences():
-    found = results()
+    found = make_results()
     _, a, b, c = found.rows
     assert found.difference(b, 'psnr').mean == found.difference(b, 'psnr').high == -1
     assert found.difference(a, 'psnr') is None
@@ -50,47 +46,39 @@ def test_differences():
 
 
 def test_csv_has_all_numbers_in_full():
-    rows = list(csv.DictReader(io.StringIO(results().to_csv())))
+    rows = list(csv.DictReader(io.StringIO(make_results().to_csv())))
     assert [row['network'] for row in rows] == ['input', 'A', 'B', 'C']
-    assert rows[1]['macs 256x256'] == '7190000000'
-    assert rows[1]['ms 256x256'] == '200.0'
-    assert float(rows[1]['psnr']) == 29.5
-    assert float(rows[1]['psnr low']) == 29.0
+    assert (rows[1]['macs 256x256'], rows[1]['ms 256x256']) == ('7190000000', '200.0')
+    assert (float(rows[1]['psnr']), float(rows[1]['psnr low'])) == (29.5, 29.0)
     assert rows[2]['macs 256x256'] == ''
     assert float(rows[2]['psnr difference']) == -1
     assert (rows[2]['iterations'], rows[2]['training seconds']) == ('300', '61.5')
-    assert rows[3]['failed'] == 'training: the loss is nan'
-    assert rows[3]['psnr'] == ''
-
-
-def test_csv_of_images():
-    rows = list(csv.DictReader(io.StringIO(results().images_to_csv())))
+    assert (rows[3]['failed'], rows[3]['psnr']) == ('training: the loss is nan', '')
+    rows = list(csv.DictReader(io.StringIO(make_results().images_to_csv())))
     assert len(rows) == 6
     assert rows[3] == {'network': 'A', 'image': 'two', 'psnr': '30.0', 'error': '0.2'}
 
 
 def test_markdown():
-    lines = results().to_markdown().splitlines()
+    lines = make_results().to_markdown().splitlines()
     assert len({len(line) for line in lines}) == 1  # aligned
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
-    assert cells[0] == [
-        'network',
-        'parameters',
-        'MACs at 256²',
-        'ms at 256²',
-        'MB at 256²',
-        'psnr',
-        'error',
-        'psnr against A',
-    ]
+    metrics = ['psnr', 'error', 'psnr against A']
+    assert cells[0] == ['network', 'parameters', 'MACs at 256²', 'ms at 256²', 'MB at 256²', *metrics]
     assert cells[2][:2] == ['input', '–']
     assert cells[3] == ['A', '3.78 M', '7.19 G', '200', '335', '29.50 [29.00, 30.00]', '0.2000 [0.2000, 0.2000]', '–']
     assert cells[4][-1] == '-1.00 [-1.00, -1.00]'
     assert set(cells[5][1:]) == {'–'}
 
 
-def test_what_one_restores_perfectly_is_left_out_of_all_means():
-    found = results()
+def test_best_of_columns():
+    best = {column.title: column.best for column in make_results().columns()}
+    assert (best['parameters'], best['psnr'], best['error']) == (900, 29.5, pytest.approx(0.1))
+    assert best['ms at 256²'] is best['psnr against A'] is None  # of one network alone; no matter of best
+
+
+def test_perfect_images_are_left_out_of_all_means():
+    found = make_results()
     _, a, b, _ = found.rows
     a.values['two']['psnr'] = float('inf')
     assert found.perfect('psnr') == ['two'] and found.perfect('error') == []
@@ -111,23 +99,72 @@ def test_nothing_measured():
 @pytest.mark.parametrize(
     ('text', 'expected'),
     [
-        (formats.count(6_645_347), '6.65 M'),
-        (formats.count(109.8e9), '110 G'),
-        (formats.count(999), '999'),
-        (formats.count(None), '–'),
-        (formats.milliseconds(3.14159), '3.14'),
-        (formats.milliseconds(1234.5), '1234'),
-        (formats.duration(41.4), '41 s'),
-        (formats.duration(200), '3.3 min'),
-        (formats.duration(20_000), '5.6 h'),
-        (formats.megabytes(3 * 2**30), '3,072'),
-        (formats.axis_number(200_000), '200 k'),
-        (formats.axis_number(0.05), '0.05'),
-        (formats.metric_value('psnr', 29.456), '29.46'),
-        (formats.metric_value('ssim', 0.98765), '0.9877'),
-        (formats.metric_value('lpips', 0.12345), '0.1235'),
-        (formats.metric_value('niqe', 4.321), '4.32'),
+        (formats.format_count(6_645_347), '6.65 M'),
+        (formats.format_count(109.8e9), '110 G'),
+        (formats.format_count(999), '999'),
+        (formats.format_count(None), '–'),
+        (formats.format_milliseconds(3.14159), '3.14'),
+        (formats.format_milliseconds(1234.5), '1234'),
+        (formats.format_duration(41.4), '41 s'),
+        (formats.format_duration(200), '3.3 min'),
+        (formats.format_duration(20_000), '5.6 h'),
+        (formats.format_megabytes(3 * 2**30), '3,072'),
+        (formats.format_tick(200_000), '200 k'),
+        (formats.format_tick(0.05), '0.05'),
+        (formats.format_metric('psnr', 29.456), '29.46'),
+        (formats.format_metric('ssim', 0.98765), '0.9877'),
+        (formats.format_metric('lpips', 0.12345), '0.1235'),
+        (formats.format_metric('niqe', 4.321), '4.32'),
     ],
 )
 def test_numbers(text, expected):
     assert text == expected
+
+
+# ---- intervals
+
+
+def test_interval_of_two_values():
+    """Both drawn, or the lower one twice, or the higher one twice: a quarter of the samples each at the ends."""
+    found = estimate([0.0, 1.0], confidence=0.95)
+    assert (found.mean, found.low, found.high) == (0.5, 0.0, 1.0)
+    narrow = estimate([0.0, 1.0], confidence=0.4)
+    assert (narrow.low, narrow.high) == (0.5, 0.5)
+    equal = estimate([3.5] * 7)
+    assert (equal.mean, equal.low, equal.high) == (3.5, 3.5, 3.5)
+
+
+def test_interval_covers_the_truth_as_it_says():
+    generator = np.random.default_rng(2)
+    hits = 0
+    for _ in range(200):
+        found = estimate(generator.normal(0, 1, 60), confidence=0.8, resamples=400)
+        hits += found.low <= 0 <= found.high
+    assert 0.72 < hits / 200 < 0.86
+
+
+def test_equal_draws_for_equal_numbers_of_images():
+    values = np.array([20.0, 25.0, 31.0, 36.0])
+    found, shifted = estimate(values), estimate(values + 1)
+    assert found == estimate(values)
+    assert shifted.low == pytest.approx(found.low + 1) and shifted.high == pytest.approx(found.high + 1)
+
+
+@pytest.mark.parametrize('values', [[5.0], [float('inf'), 30.0]])
+def test_no_interval_without_two_finite_values(values):
+    found = estimate(values)
+    assert found.low is found.high is None
+    assert found.mean == np.mean(values)
+
+
+def test_paired_difference_is_sure_of_a_steady_gain():
+    baseline = [10.0, 20.0, 30.0, 40.0]
+    found = paired_difference([value + 0.5 for value in baseline], baseline)
+    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)
+    assert estimate(baseline).high - estimate(baseline).low > 10
+
+
+def test_many_images_are_drawn_in_parts():
+    found = estimate(np.arange(50_000, dtype=float), resamples=200)
+    assert found.low < 24_999.5 < found.high
+    assert found.high - found.low < 600

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import ast_plugin
-from ast_plugin.evaluation.contact_sheet import join_images, make_thumbnails
+from ast_plugin.data.contact_sheet import join_images, make_thumbnails
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.evaluation.results import (
     ImageResult,

@@ -1,7 +1,7 @@
 """Images side by side, each with a caption: what a reader looks at before any table."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ast_plugin.data.image_files import read_rgb
+from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import ShapeError
 from ast_plugin.files import write_file
 
@@ -17,6 +19,18 @@ GAP = 16  # pixels between images and around them
 HEADING, CAPTION = 24, 18  # font sizes in pixels
 _STRIP_GAP = 8
 _THUMBNAIL_SIDE = 512  # longest side in pixels
+_DEGRADED_SIZE = (480, 720)  # height and width of the images that degradations are shown on
+_DEGRADED_WIDTH = 300  # of their cells in pixels
+_DETAIL = 3  # magnification of the detail that is shown where there is no mask
+# The packaged photograph that shows a degradation well.
+_FITTING = {
+    'rain': 'rocket',
+    'raindrop': 'motorcycle_left',
+    'haze': 'china',
+    'snow': 'flower',
+    'shadow': 'coffee',
+    'moire': 'astronaut',
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,55 @@ def draw_contact_sheet(columns: Sequence[str], rows: Sequence[Sequence[Cell]], c
             _write_text(pen, cell.caption, left, top + height + GAP // 2, cell_width, CAPTION, FAINT)
         top += height + below
     return sheet
+
+
+def draw_degradations(images: Mapping[str, Path], tasks: Sequence[str] | None = None, seed: int = 0) -> Image.Image:
+    """Draw a row for each degradation: the clean image, the degraded one, and the mask.
+
+    Args:
+        images: files by name; a degradation takes one that suits it, else one after the other.
+        tasks: names of degradations, or None for all.
+        seed: another seed draws others.
+    Raises:
+        DataError: if an image cannot be read.
+    """
+    names = list(images)
+    rows = []
+    for number, task in enumerate(tasks or DEGRADATIONS):
+        name = _FITTING.get(task)
+        name = name if name in images else names[number % len(names)]
+        clean = _crop(read_rgb(images[name]))
+        row = DEGRADATIONS[task]
+        degraded, mask = row.apply(clean, np.random.default_rng([seed, number]), row.parameters())
+        psnr = -10 * np.log10(max(float(np.mean((degraded - clean) ** 2)), 1e-12))
+        if mask is None:
+            third = Cell(_detail(_to_uint8(degraded)), f'a detail, {_DETAIL} times enlarged (no mask)')
+        else:
+            third = Cell(np.repeat(_to_uint8(mask)[..., None], 3, axis=2), f'mean {mask.mean():.2f}')
+        rows.append([Cell(_to_uint8(clean), name), Cell(_to_uint8(degraded), f'{task}, {psnr:.1f} dB'), third])
+    return draw_contact_sheet(['clean', 'degraded', 'mask'], rows, _DEGRADED_WIDTH)
+
+
+def _crop(image: np.ndarray) -> np.ndarray:
+    """The largest part of the shown ratio, rather the upper one, in the shown size, as float32 in [0, 1]."""
+    height, width = image.shape[:2]
+    scale = min(height / _DEGRADED_SIZE[0], width / _DEGRADED_SIZE[1])
+    high, wide = max(1, int(_DEGRADED_SIZE[0] * scale)), max(1, int(_DEGRADED_SIZE[1] * scale))
+    top, left = (height - high) // 5, (width - wide) // 2
+    method = cv2.INTER_AREA if scale > 1 else cv2.INTER_CUBIC
+    part = cv2.resize(image[top : top + high, left : left + wide], _DEGRADED_SIZE[::-1], interpolation=method)
+    return part / np.float32(np.iinfo(image.dtype).max)
+
+
+def _detail(image: np.ndarray) -> np.ndarray:
+    height, width = image.shape[0] // _DETAIL, image.shape[1] // _DETAIL
+    top, left = (image.shape[0] - height) // 4, (image.shape[1] - width) // 2
+    part = image[top : top + height, left : left + width]
+    return cv2.resize(part, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_NEAREST)
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    return np.rint(image * 255).astype(np.uint8)
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:

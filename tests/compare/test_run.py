@@ -1,13 +1,13 @@
-"""Training for a comparison: what is done is not redone, what is begun goes on, what has changed begins anew."""
+"""The journal, and training: finished work is not redone, a begun training goes on, a changed one begins anew."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from ast_plugin.compare import training
-from ast_plugin.compare.child import Outcome
-from ast_plugin.compare.journal import Journal
-from ast_plugin.compare.training import Training, TrainingFailed, count_iterations
+from ast_plugin.compare import run
+from ast_plugin.compare.child import ChildFailed, Outcome
+from ast_plugin.compare.run import Journal, Training, count_iterations, digest_of
 from ast_plugin.options import safe_yaml
 
 OPT = {
@@ -22,32 +22,50 @@ OPT = {
 SETTINGS = {'weights': 'latest', 'minutes': None, 'threads': None}
 
 
+def test_digest_ignores_the_order_of_keys():
+    assert digest_of({'a': 1, 'b': [2, 3]}) == digest_of({'b': [2, 3], 'a': 1})
+    assert len({digest_of(value) for value in ({'a': 1}, {'a': 2}, {'a': '1'}, {'b': 1}, [1], None)}) == 6
+
+
+def test_journal(tmp_path):
+    journal = Journal(tmp_path / 'new')
+    assert journal.read('x', 'one') is None
+    journal.write('x', 'one', {'value': 3})
+    assert journal.read('x', 'one') == {'value': 3, 'digest': 'one'}
+    assert journal.read('x', 'two') is None
+    journal.write('x', 'two', {'value': 4})
+    assert journal.read('x', 'one') is None
+    for content in ('', '{', '[]', '{"digest"'):
+        (tmp_path / 'new' / 'x.json').write_text(content)
+        assert journal.read('x', 'two') is None
+
+
 class Trainer:
     """Stands in for the process that trains: writes what it would leave, or fails."""
 
     def __init__(self, folder):
         self.folder, self.calls, self.outcome = folder, [], Outcome(0, 3.0)
 
-    def __call__(self, module, arguments, log, **options):
+    def __call__(self, module, arguments, log, *, on_wait, **options):
         assert module == 'ast_plugin' and arguments[0] == 'train'
         self.calls.append(arguments)
-        file = arguments[arguments.index('-opt') + 1]
-        self.opt = safe_yaml.read_file(Path(file))
+        self.opt = safe_yaml.read_file(Path(arguments[arguments.index('-opt') + 1]))
         assert arguments[arguments.index('--root') + 1] == str(self.folder)
         experiment = self.folder / 'experiments' / self.opt['name']
         (experiment / 'models').mkdir(parents=True, exist_ok=True)
-        on_wait = options.get('on_wait')
         if self.opt['name'].endswith('_pace'):
             for second in range(60):  # four iterations a second
-                rows = '\n'.join(str(i) for i in range(1, 4 * second + 1))
-                (experiment / 'metrics.csv').write_text(f'iter,epoch\n{rows}\n')
+                self.write_table(experiment, 4 * second)
                 on_wait(float(second))
-        rows = '\n'.join(str(i) for i in range(1, self.opt['train']['total_iter'] + 1))
-        (experiment / 'metrics.csv').write_text(f'iter,epoch\n{rows}\n')
+        self.write_table(experiment, self.opt['train']['total_iter'])
         on_wait(1.0)
         if self.outcome.status == 0:
             (experiment / 'models' / 'net_g_latest.pth').touch()
         return self.outcome
+
+    def write_table(self, experiment, length):
+        rows = '\n'.join(str(number) for number in range(1, length + 1))
+        (experiment / 'metrics.csv').write_text(f'iter,epoch\n{rows}\n')
 
     @property
     def resumed(self):
@@ -58,17 +76,17 @@ class Trainer:
 def trainer(tmp_path, monkeypatch):
     (tmp_path / 'logs').mkdir()
     stand_in = Trainer(tmp_path)
-    monkeypatch.setattr(training, 'run_child', stand_in)
+    monkeypatch.setattr(run, 'run_child', stand_in)
     return stand_in
 
 
 def train(folder, opt=OPT, **settings):
     said = []
-    run = Training('net', opt, folder, Journal(folder / 'journal'), {**SETTINGS, **settings})
-    return run.run(said.append), said
+    plan = SimpleNamespace(folder=folder, settings={**SETTINGS, **settings})
+    return Training('net', opt, plan, Journal(folder / 'journal'), said.append).run(), said
 
 
-def test_what_is_done_is_not_redone(trainer, tmp_path):
+def test_finished_training_is_not_redone(trainer, tmp_path):
     (weights, record), said = train(tmp_path)
     assert weights == tmp_path / 'experiments/net/models/net_g_latest.pth'
     assert (record['iterations'], record['seconds'], record['is_finished']) == (7, 3.0, True)
@@ -76,12 +94,14 @@ def test_what_is_done_is_not_redone(trainer, tmp_path):
     assert said[-1] == '  trained net in 3 s'
     (again, record_again), said = train(tmp_path)
     assert (again, record_again, said) == (weights, record, [])
-    assert trainer.resumed == [False]
+    weights.unlink()  # lost weights are trained again
+    train(tmp_path)
+    assert weights.is_file() and trainer.resumed == [False, True]
 
 
-def test_what_is_begun_goes_on(trainer, tmp_path):
+def test_begun_training_goes_on(trainer, tmp_path):
     trainer.outcome = Outcome(-9, 4.0, 'ended by SIGKILL')
-    with pytest.raises(TrainingFailed, match='ended by SIGKILL'):
+    with pytest.raises(ChildFailed, match='ended by SIGKILL'):
         train(tmp_path)
     trainer.outcome = Outcome(0, 3.0)
     (_, record), said = train(tmp_path)
@@ -91,44 +111,34 @@ def test_what_is_begun_goes_on(trainer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'change',
+    ('change', 'begins_anew'),
     [
-        {'network_g': {'type': 'RCAN'}},
-        {'train': {'total_iter': 8}},
-        {'manual_seed': 1},
-        {'datasets': {**OPT['datasets'], 'train': {'name': 'train', 'gt_size': 64}}},
+        ({'network_g': {'type': 'RCAN'}}, True),
+        ({'train': {'total_iter': 8}}, True),
+        ({'manual_seed': 1}, True),
+        ({'datasets': {**OPT['datasets'], 'train': {'name': 'train', 'gt_size': 64}}}, True),
+        # No weights depend on these:
+        ({'val': {'val_freq': 1}}, False),
+        ({'logger': {'print_freq': 1}}, False),
+        ({'datasets': {**OPT['datasets'], 'val': {'name': 'other'}}}, False),
     ],
 )
-def test_what_has_changed_begins_anew(trainer, tmp_path, change):
+def test_changed_training_begins_anew(trainer, tmp_path, change, begins_anew):
     train(tmp_path)
     train(tmp_path, {**OPT, **change})
-    assert trainer.resumed == [False, False]
-    aside = list((tmp_path / 'experiments').glob('net_archived_*'))
-    assert len(aside) == 1 and (aside[0] / 'models/net_g_latest.pth').is_file()
+    assert trainer.resumed == [False] * (1 + begins_anew)
+    aside = list((tmp_path / 'experiments').glob('net_archived_*/models/net_g_latest.pth'))
+    assert len(aside) == begins_anew
 
 
-@pytest.mark.parametrize(
-    'change',
-    [
-        {'val': {'val_freq': 1}},
-        {'logger': {'print_freq': 1}},
-        {'datasets': {**OPT['datasets'], 'val': {'name': 'other'}}},
-    ],
-)
-def test_what_weights_do_not_depend_on_may_change(trainer, tmp_path, change):
-    train(tmp_path)
-    train(tmp_path, {**OPT, **change})
-    assert trainer.resumed == [False]
-
-
-def test_validation_matters_where_it_picks_the_weights(trainer, tmp_path):
-    with pytest.raises(TrainingFailed, match='is a validation set there'):
+def test_validation_matters_where_it_picks_weights(trainer, tmp_path):
+    with pytest.raises(ChildFailed, match='is a validation set there'):
         train(tmp_path, weights='best')
     best = tmp_path / 'experiments/net/models/net_g_best.pth'
     best.touch()
     assert train(tmp_path, weights='best')[0][0] == best
     for freq in (3, 4):  # within a second: each older run is put aside under a name of its own
-        with pytest.raises(TrainingFailed):
+        with pytest.raises(ChildFailed):
             train(tmp_path, {**OPT, 'val': {'val_freq': freq}}, weights='best')
     assert trainer.resumed == [False, True, False, False]
     assert len(list(tmp_path.glob('experiments/net_archived_*'))) == 2
@@ -141,14 +151,6 @@ def test_weights_that_training_starts_from_matter(trainer, tmp_path):
         start.write_bytes(content)
         train(tmp_path, opt)
     assert trainer.resumed == [False, False]
-
-
-def test_lost_weights_are_trained_again(trainer, tmp_path):
-    (weights, _), _ = train(tmp_path)
-    weights.unlink()
-    train(tmp_path)
-    assert weights.is_file()
-    assert trainer.resumed == [False, True]
 
 
 def test_minutes_become_iterations_by_the_pace(trainer, tmp_path):

@@ -6,8 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from ast_plugin.errors import FileError, ShapeError
-from ast_plugin.evaluation.contact_sheet import (
+from ast_plugin.data.contact_sheet import (
     CAPTION,
     GAP,
     HEADING,
@@ -15,6 +14,7 @@ from ast_plugin.evaluation.contact_sheet import (
     draw_contact_sheet,
     save_sheet,
 )
+from ast_plugin.errors import FileError, ShapeError
 from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults
 
 COLOURS = {'input': (200, 0, 0), 'restored': (0, 200, 0), 'ground truth': (0, 0, 200)}
@@ -36,7 +36,7 @@ def results(values, count=1):
 def test_worst_and_best_lie_side_by_side(monkeypatch):
     written = []
     monkeypatch.setattr(
-        'ast_plugin.evaluation.contact_sheet._write_text', lambda pen, text, *rest: written.append(text)
+        'ast_plugin.data.contact_sheet._write_text', lambda pen, text, *rest: written.append(text)
     )
     sheet = results([25.0, 30.0, 21.234, math.inf]).draw_examples()
     assert written == [

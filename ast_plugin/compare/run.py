@@ -1,0 +1,362 @@
+"""Runs a comparison: trains what needs training, measures every network alike, and goes on where it was ended."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ast_plugin.compare.child import ChildFailed, Outcome, run_child
+from ast_plugin.compare.machine import describe_machine, installed_versions
+from ast_plugin.compare.measure import image_path, run_job
+from ast_plugin.compare.plan import Plan, PlannedNetwork
+from ast_plugin.compare.results import Results, Row, Speed, format_duration
+from ast_plugin.errors import CheckpointError, FileError
+from ast_plugin.files import file_digest, lock_folder, write_file
+from ast_plugin.options import safe_yaml
+from ast_plugin.options.compare_file import INPUT
+
+_PATIENCE = 30.0  # seconds for processes of a killed comparison to end
+_WEIGHTS = {'latest': 'net_g_latest.pth', 'best': 'net_g_best.pth'}
+_NOTE_SECONDS, _TELL_SECONDS = 5.0, 30.0  # between notes of the time taken, and between lines about it
+# Iterations that set the pace where networks get minutes: the first ones are slow, enough of the rest are counted.
+_FIRST_COUNTED, _FEWEST_COUNTED, _COUNTING_SECONDS = 3, 5, 20.0
+
+
+class Journal:
+    """What of a comparison is done: a file for each piece of work, with the digest of all that it depends on.
+
+    Args:
+        folder: made if it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, name: str, digest: str) -> dict[str, Any] | None:
+        """The record of a name; None if there is none, or it has another digest."""
+        try:
+            record = json.loads(self._path(name).read_text(encoding='utf-8'))
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) and record.get('digest') == digest else None
+
+    def write(self, name: str, digest: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a record over an older one of that name."""
+        content = {**record, 'digest': digest}
+        write_file(self._path(name), json.dumps(content, indent=1).encode())
+        return content
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f'{name}.json'
+
+
+def digest_of(value: Any) -> str:
+    """A digest of plain values: equal for equal ones, in whatever order their keys are."""
+    text = json.dumps(value, sort_keys=True, separators=(',', ':'), default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass
+class Comparison:
+    """A run of a plan. What an earlier run has done with equal options is not done again.
+
+    Args:
+        plan: what to do.
+        say: told what is going on, a line at a time.
+    """
+
+    plan: Plan
+    say: Callable[[str], None] = print
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.plan.folder / 'journal')
+        self.logs = self.plan.folder / 'logs'
+        self.logs.mkdir(exist_ok=True)
+        self._keep_open: list[int] = []
+
+    def run(self) -> Results:
+        """Train and measure. A network that fails is a row that says so.
+
+        Raises:
+            FileError: if another comparison is at work in the folder.
+        """
+        occupied = 'another comparison is at work there, choose another name or --root'
+        networks = self.plan.networks
+        with lock_folder(self.plan.folder, occupied, _PATIENCE) as self._keep_open:
+            self.rows = {INPUT: Row(INPUT)}
+            self._measure_quality(self.rows[INPUT], None, None, None)
+            for number, network in enumerate(networks, 1):
+                self.say(f'[{number}/{len(networks)}] {network.name}')
+                row = self.rows[network.name] = Row(network.name, network.kind, notes=list(network.notes))
+                self._train_and_measure(row, network)
+            for network in networks:  # one after the other, so that little else of the machine changes in between
+                self._measure_speeds(self.rows[network.name], network)
+        settings, metrics = self.plan.settings, self.plan.metrics or {}
+        return Results(
+            self.plan.name,
+            list(self.rows.values()),
+            frozenset(name for name, options in metrics.items() if options.get('better') == 'lower'),
+            settings['baseline'],
+            settings['confidence'],
+            settings['resamples'],
+        )
+
+    def _train_and_measure(self, row: Row, network: PlannedNetwork) -> None:
+        weights, param_key = network.weights, network.param_key
+        if network.train is not None:
+            training = Training(network.name, network.train, self.plan, self.journal, self.say, self._keep_open)
+            try:
+                weights, row.training = training.run()
+                param_key = None
+            except (ChildFailed, CheckpointError, FileError) as error:
+                self._fail(row, 'training', error)
+                return
+        self._measure_quality(row, network.network_g, weights, param_key)
+
+    def _measure_quality(
+        self, row: Row, network: Mapping[str, Any] | None, weights: Path | None, param_key: str | None
+    ) -> None:
+        plan = self.plan
+        job = {
+            'kind': 'quality',
+            'network': network,
+            'weights': None if weights is None else str(weights),
+            'param_key': param_key,
+            'dataset': plan.dataset,
+            'protocol': plan.protocol,
+            'metrics': plan.metrics,
+            'device': plan.settings['device'],
+            'kept': plan.settings['pictures'],
+            'folder': str(plan.folder / 'pictures' / row.name),
+        }
+        depends_on = {**job, 'weights': None if weights is None else file_digest(weights), 'folder': None}
+        record = self._measure(row, f'{row.name}.quality', job, depends_on, f'restoring with {row.name}')
+        if record is None:
+            return
+        row.values = record['values']
+        row.notes += record['notes']
+        if record['multiple'] > 1:
+            row.notes.append(f'takes sizes that are multiples of {record["multiple"]}: padded by reflection, cropped')
+
+    def _measure_speeds(self, row: Row, network: PlannedNetwork) -> None:
+        settings, machine = self.plan.settings, describe_machine()
+        for height, width in settings['sizes']:
+            if row.failed:
+                return
+            job = {
+                'kind': 'speed',
+                'network': network.network_g,
+                'weights': None,  # they change no cost
+                'param_key': None,
+                'size': [height, width],
+                'runs': settings['runs'],
+                'device': settings['device'],
+            }
+            depends_on = [job, settings['threads'], machine['processor'], machine['gpu'], installed_versions()]
+            what = f'timing {row.name} at {height}x{width}'
+            record = self._measure(row, f'{row.name}.speed_{height}x{width}', job, depends_on, what)
+            if record is not None:
+                row.parameters = record['parameters']
+                row.speeds[height, width] = Speed.from_record(record)
+
+    def _measure(self, row: Row, name: str, job: dict[str, Any], depends_on: Any, what: str) -> dict[str, Any] | None:
+        """Do a job in a process of its own, unless it is done; None, and a failed row, if that fails."""
+        digest = digest_of(depends_on)
+        record = self.journal.read(name, digest)
+        if record is not None and all(image_path(job['folder'], kept).is_file() for kept in record.get('kept', ())):
+            return record
+        self.say(f'  {what}')
+        log, threads = self.logs / f'{name}.log', self.plan.settings['threads']
+        try:
+            record = run_job(job, log, threads=threads, keep_open=self._keep_open)
+        except ChildFailed as error:
+            self._fail(row, what.partition(f' {row.name}')[0], error)
+            return None
+        return self.journal.write(name, digest, record)
+
+    def _fail(self, row: Row, what: str, error: Exception) -> None:
+        row.failed = f'{what}: {error}'
+        self.say(f'  {row.name} failed, {row.failed}')
+
+
+class Training:
+    """The training of one network by `basicsr train`, in a process of its own.
+
+    Args:
+        name: of the network, and of its experiment.
+        opt: the option file that trains it.
+        plan: of the comparison; experiments go to `experiments/` in its folder.
+        journal: where it is noted what is done.
+        say: told what is going on, a line at a time.
+        keep_open: descriptors that processes inherit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        opt: Mapping[str, Any],
+        plan: Plan,
+        journal: Journal,
+        say: Callable[[str], None] = print,
+        keep_open: Sequence[int] = (),
+    ) -> None:
+        self.name, self.opt, self.journal, self.say = name, copy.deepcopy(dict(opt)), journal, say
+        self.folder, self.settings, self.keep_open = plan.folder, plan.settings, keep_open
+        self.experiment = self.folder / 'experiments' / name
+        self.table = self.experiment / 'metrics.csv'
+        self.weights = self.experiment / 'models' / _WEIGHTS[self.settings['weights']]
+
+    def run(self) -> tuple[Path, dict[str, Any]]:
+        """Train, go on with a training that was begun, or find it done.
+
+        Returns:
+            The weights, and `iterations`, `seconds`, `versions` and `machine` of the training.
+        Raises:
+            ChildFailed: if it did not get to its end.
+        """
+        digest = digest_of(self._depends_on())
+        if self.settings['minutes']:
+            self.opt['train']['total_iter'] = self._find_length(digest)
+        record = self.journal.read(f'{self.name}.training', digest)
+        if record is not None and record['is_finished'] and self.weights.is_file():
+            return self.weights, record
+        is_begun = record is not None
+        if record is None:
+            self._put_aside()
+            made_by = {'versions': installed_versions(), 'machine': describe_machine()}
+            record = {'is_finished': False, 'iterations': None, 'seconds': 0.0, **made_by}
+        self.say(
+            f'  training {self.name}' + (f', going on after {format_duration(record["seconds"])}' if is_begun else '')
+        )
+        record = self._train(digest, record, ['--auto_resume'] if is_begun else [])
+        self.say(f'  trained {self.name} in {format_duration(record["seconds"])}')
+        return self.weights, record
+
+    def _train(self, digest: str, record: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+        """Train to the end; the journal knows at any time how long it has taken."""
+        before = record['seconds']
+        noted = told = 0.0
+
+        def note(seconds: float, **changes: Any) -> dict[str, Any]:
+            record.update(changes, seconds=round(before + seconds, 1))
+            return self.journal.write(f'{self.name}.training', digest, record)
+
+        def watch(seconds: float) -> None:
+            nonlocal noted, told
+            if seconds - told >= _TELL_SECONDS:
+                told = seconds
+                done = count_iterations(self.table)
+                if done:
+                    self.say(f'    iteration {done:,} after {format_duration(seconds)}')
+            if seconds - noted >= _NOTE_SECONDS:
+                noted = seconds
+                note(seconds)
+
+        note(0.0)
+        outcome = self._run_child(self.opt, arguments, watch)
+        if outcome.status == 0 and not self.weights.is_file():
+            raise ChildFailed(f'it left no {self.weights}; is a validation set there to find the best weights by?')
+        is_finished = outcome.status == 0
+        record = note(outcome.seconds, is_finished=is_finished, iterations=count_iterations(self.table))
+        if not is_finished:
+            raise ChildFailed(outcome.reason)
+        return record
+
+    def _depends_on(self) -> dict[str, Any]:
+        """All that the weights depend on. How they are validated matters only where the best are taken."""
+        opt = {key: value for key, value in self.opt.items() if key not in ('name', 'logger', 'val')}
+        if self.settings['weights'] == 'latest':
+            opt['datasets'] = {'train': opt['datasets']['train']}
+        else:
+            opt['val'] = self.opt.get('val')
+        start = (self.opt.get('path') or {}).get('pretrain_network_g')
+        start_digest = None if start is None else file_digest(Path(start).expanduser())
+        return {'opt': opt, 'start': start_digest, 'minutes': self.settings['minutes']}
+
+    def _find_length(self, digest: str) -> int:
+        """How many iterations fit into the minutes that a network gets, by running a few of them."""
+        record = self.journal.read(f'{self.name}.length', digest)
+        if record is None:
+            self.say(f'  finding the pace of {self.name}')
+            per_second = self._find_pace()
+            iterations = max(1, round(60 * self.settings['minutes'] * per_second))
+            record = {'iterations': iterations, 'per_second': per_second}
+            self.journal.write(f'{self.name}.length', digest, record)
+        return record['iterations']
+
+    def _find_pace(self) -> float:
+        """Iterations a second."""
+        opt = copy.deepcopy(self.opt)
+        opt['name'] = f'{self.name}_pace'
+        opt['logger'] = {**opt['logger'], 'print_freq': 1, 'save_checkpoint_freq': 10**9, 'use_tb_logger': False}
+        opt['logger'].pop('save_checkpoint_epochs', None)
+        opt['val'], opt['datasets'] = None, {'train': opt['datasets']['train']}
+        table = self.folder / 'experiments' / opt['name'] / 'metrics.csv'
+        shutil.rmtree(table.parent, ignore_errors=True)
+        start: tuple[int, float] | None = None
+
+        def count(seconds: float) -> None:
+            nonlocal start
+            done = count_iterations(table) or 0
+            if start is None:
+                start = (done, seconds) if done >= _FIRST_COUNTED else None
+            elif done - start[0] >= _FEWEST_COUNTED and seconds - start[1] >= _COUNTING_SECONDS:
+                raise _PaceFound((done - start[0]) / (seconds - start[1]))
+
+        try:
+            outcome = self._run_child(opt, [], count)
+        except _PaceFound as found:
+            return found.per_second
+        finally:
+            shutil.rmtree(table.parent, ignore_errors=True)
+        raise ChildFailed(outcome.reason or 'its pace could not be found, it ended too early')
+
+    def _run_child(self, opt: dict[str, Any], arguments: Sequence[str], on_wait: Callable[[float], None]) -> Outcome:
+        file = self.folder / 'options' / f'{opt["name"]}.yml'
+        file.parent.mkdir(exist_ok=True)
+        head = f'# {opt["name"]}, as the comparison in {self.folder.name} trains it.\n'
+        file.write_text(head + safe_yaml.write_text(opt), encoding='utf-8')
+        return run_child(
+            'ast_plugin',
+            ['train', '-opt', str(file), '--root', str(self.folder), *arguments],
+            self.folder / 'logs' / f'{self.name}.training.log',
+            threads=self.settings['threads'],
+            keep_open=self.keep_open,
+            on_wait=on_wait,
+        )
+
+    def _put_aside(self) -> None:
+        """Rename an experiment of other options, which keeps its weights."""
+        if self.experiment.exists():
+            stamp = f'{self.name}_archived_{time.strftime("%Y%m%d_%H%M%S")}'
+            names = itertools.chain([stamp], (f'{stamp}_{number}' for number in itertools.count(2)))
+            self.experiment.rename(next(p for name in names if not (p := self.experiment.with_name(name)).exists()))
+
+
+class _PaceFound(Exception):
+    """Enough iterations have been counted."""
+
+    def __init__(self, per_second: float) -> None:
+        super().__init__(per_second)
+        self.per_second = per_second
+
+
+def count_iterations(table: Path) -> int | None:
+    """The last iteration in a run's `metrics.csv`; None if there is none."""
+    try:
+        # The last line may just be being written.
+        lines = table.read_text(encoding='utf-8').rpartition('\n')[0].splitlines()
+    except OSError:
+        return None
+    numbers = [line.partition(',')[0] for line in lines[1:]]
+    return max((int(number) for number in numbers if number.isdecimal()), default=None)
