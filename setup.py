@@ -81,7 +81,17 @@ setup(
         'triton': ['triton>=3.2; sys_platform == "linux"'],  # PyTorch for CUDA brings the version that goes with it
         'wandb': ['wandb>=0.16'],
         'docs': docs,
-        'test': [*baselines, *docs, *optimizers, *photos, 'pytest>=8.0', 'ruff>=0.9', 'setuptools>=77', 'wheel'],
+        'test': [
+            *baselines,
+            *docs,
+            *optimizers,
+            *photos,
+            'playwright>=1.50',
+            'pytest>=8.0',
+            'ruff>=0.9',
+            'setuptools>=77',
+            'wheel',
+        ],
     },
     entry_points={
         'console_scripts': ['basicsr = ast_plugin.__main__:main'],
