@@ -3,7 +3,7 @@
   basicsr info -opt AST_derain --size 480x720
   basicsr info -opt my.yml --size 512x512 --run
 
-Memory is predicted from pictures of 256x256 and 512x512 that are put through in processes of their own, that of larger
+Memory is predicted from images of 256x256 and 512x512 that are put through in processes of their own, that of larger
 ones from 512x512 and 1024x1024 where these fit in memory; --run puts one of the size asked for through, and measures
 time and memory. Nothing is written.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _MOST_PIXELS = 2**26
 _PROBES = ((256, 256), (512, 512))
-# glibc's allocator keeps freed maps of up to 32 MB: larger pictures need less for each pixel, and are not predicted
+# glibc's allocator keeps freed maps of up to 32 MB: larger images need less for each pixel, and are not predicted
 # from small ones alone.
 _LARGE_PROBE = (1024, 1024)
 _LARGE = 512 * 768
@@ -37,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr info`."""
     commands.add_file_arguments(parser)
     parser.add_argument(
-        '--size', default='256x256', metavar='HxW', help='of a picture in pixels (default: %(default)s)'
+        '--size', default='256x256', metavar='HxW', help='of an image in pixels (default: %(default)s)'
     )
     parser.add_argument('--weights', metavar='FILE', help='load these weights, and see that they fit')
     parser.add_argument('--param-key', metavar='KEY', help='where a .pth file holds the weights, such as params_ema')
-    parser.add_argument('--run', action='store_true', help='put a picture of the size through on the CPU, and measure')
+    parser.add_argument('--run', action='store_true', help='put an image of the size through on the CPU, and measure')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,7 +81,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """Height and width of 'HxW'.
 
     Raises:
-        OptionError: if it is none, or of no picture that a network could be given.
+        OptionError: if it is none, or of no image that a network could be given.
     """
     match = re.fullmatch(r'([0-9]{1,9})[x×]([0-9]{1,9})', text.strip().lower())
     if match is None:
@@ -97,7 +97,7 @@ def predict_memory(job: dict[str, Any], size: tuple[int, int], multiple: int) ->
 
     Args:
         job: what `compare.measure` is told of the network.
-        size: height and width of the picture.
+        size: height and width of the image.
         multiple: what the network pads sides to.
     Returns:
         None where the system does not tell.
@@ -124,7 +124,7 @@ def _macs(network: nn.Module, channels: int, size: tuple[int, int], multiple: in
 
     total, uncounted, is_scaled = count_macs_of_size(network, channels, size, multiple)
     names = ', '.join(sorted({name.partition('::')[2].strip('_') for name in uncounted}))
-    how = 'counted by mmengine on smaller pictures' if is_scaled else 'counted by mmengine'
+    how = 'counted by mmengine on smaller images' if is_scaled else 'counted by mmengine'
     return f'{total / 1e9:.2f} G for {size[0]}x{size[1]}, {how}; left out: {names or "nothing"}'
 
 
@@ -155,7 +155,7 @@ def _measured(job: dict[str, Any], size: tuple[int, int], predicted: int | None)
     if predicted is not None and predicted > free:
         raise OptionError(
             f'--size {size[0]}x{size[1]}: needs about {predicted / _MEBIBYTE:.0f} MiB, of which '
-            f'{free / _MEBIBYTE:.0f} MiB are free: choose a smaller picture, or restore it in tiles'
+            f'{free / _MEBIBYTE:.0f} MiB are free: choose a smaller image, or restore it in tiles'
         )
     peak = _peak_bytes(job, size)
     record = _child('speed', {**job, 'size': size, 'runs': _RUNS, 'device': 'cpu', 'counts': False})

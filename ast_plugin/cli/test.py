@@ -3,10 +3,10 @@
   basicsr test -opt AST_quickstart                         the best weights of the experiment of that name
   basicsr test -opt AST_deraindrop --stage 1               those of a stage; by default of the last that has any
   basicsr test -opt AST_derain --weights derain.pth        any other weights
-  basicsr test -opt my.yml --force_yml val:save_img=true   write the restored pictures too
+  basicsr test -opt my.yml --force_yml val:save_img=true   write the restored images too
 
 Images are restored and measured as val.protocol says (README, "Measuring"). Tables, the worst and the best images in
-a contact sheet, and pictures go to results/NAME; an older folder of that name is renamed, not overwritten.
+a contact sheet, and images go to results/NAME; an older folder of that name is renamed, not overwritten.
 """
 
 from __future__ import annotations

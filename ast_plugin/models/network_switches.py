@@ -58,7 +58,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def eager_blocks() -> AbstractContextManager:
-    """Run compiled blocks as they were: validation shows them pictures of every size, each worth a compilation."""
+    """Run compiled blocks as they were: validation shows them images of every size, each worth a compilation."""
     # Asking the compiler loads it, which takes seconds: nothing has been compiled before it was there.
     return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
 

@@ -17,7 +17,7 @@ from basicsr.utils.dist_util import get_dist_info
 from ast_plugin.errors import PluginError
 
 # How long a process waits for the others at the end of a validation. The group that trains gives up after ten minutes
-# on GPUs, and large pictures fall to the processes unevenly.
+# on GPUs, and large images fall to the processes unevenly.
 PATIENCE = timedelta(days=1)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -50,7 +50,7 @@ class Processes:
             warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides', UserWarning)
 
     def gather(self, items: Sequence[Any]) -> list[Any]:
-        """The items of all processes, given to all of them; each may have another number of items, or none."""
+        """Return the items of all processes; each may have another number of items, or none."""
         if self.count == 1:
             return list(items)
         lists: list[Any] = [None] * self.count
@@ -120,7 +120,7 @@ class RunStopped(SystemExit):
 
 
 def received_signal() -> int | None:
-    """The number of the signal that asks this process to leave, if there was one."""
+    """Return the number of the signal that asks this process to leave, if there was one."""
     return _received[0] if _received else None
 
 

@@ -38,17 +38,16 @@ from ast_plugin.ops import frozen_weights
 
 
 class RestorationModel(SRModel):
-    """Train and test a network that restores pictures: `lq` in, something near `gt` out.
+    """Train and test a network that restores images: `lq` in, something near `gt` out.
 
     Beyond SRModel: any number of losses (every option of `train` that ends in `_opt`), the schedules of
-    `models.optimizers`, pictures of any size in validation, the input's metrics beside the result's, the best weights
+    `models.optimizers`, images of any size in validation, the input's metrics beside the result's, the best weights
     kept beside the latest, weights files read safely and written whole.
 
     Option keys, beside SRModel's: those of `train` that `TrainingStep`, `Precision`, `Mixup` and
     `network_switches.apply` document; `val.protocol`, how images are restored and measured, see
     `evaluation.protocols`; and `val.best_metric`, the metric of `val.metrics` that picks the best weights (the first by
-    default). Those lie in
-    `models/net_g_best.pth` and, with the network's options in the metadata, `models/net_g_best.safetensors`.
+    default): `models/net_g_best.pth` and, with the network's options in the metadata, `net_g_best.safetensors`.
 
     Args:
         opt: the options as BasicSR prepares them; changed in place, as BasicSR's models do: `build_model` hands a copy.
@@ -77,7 +76,7 @@ class RestorationModel(SRModel):
         return super().model_to_device(network_switches.apply(net, self.opt['train']) if self.is_train else net)
 
     def init_training_settings(self) -> None:
-        """Losses, moving average, optimiser, schedule, and what makes a step of them."""
+        """Build losses, moving average, optimiser, schedule, and the step that uses them."""
         self.net_g.train()
         train_opt = self.opt['train']
         self.ema_decay = train_opt.get('ema_decay') or 0
@@ -104,7 +103,7 @@ class RestorationModel(SRModel):
             self.stateful['scaler'] = precision.scaler
 
     def setup_schedulers(self) -> None:
-        """Ours by name, all others as BasicSR has them."""
+        """Build our schedules by name, all others as BasicSR does."""
         ours = [optimizers.build_schedule(optimizer, self.opt['train']) for optimizer in self.optimizers]
         if None in ours:
             super().setup_schedulers()
@@ -139,37 +138,26 @@ class RestorationModel(SRModel):
         self.images = list(data.get('lq_path', ()))
 
     def optimize_parameters(self, current_iter: int) -> None:
-        """One step on the batch last fed; without effect where its numbers are not finite and that is passed over."""
-        self._begin_step(current_iter)
+        """Make a step on the batch last fed; without effect where its numbers are not finite and that is passed over."""
+        if self.progress is None:
+            total, is_shown = self.opt['train']['total_iter'], self.processes.rank == 0
+            self.progress = TrainingProgress(total, current_iter - 1, get_root_logger(), self.device, is_shown)
+        self.progress.begin()
         if self.mixing is not None:
             self.lq, self.gt = self.mixing(self.lq, self.gt, current_iter)
         self.log_dict, changed = self.step(self.lq, self.gt, self.compute_losses, current_iter, self.images)
         if changed and self.ema_decay > 0:
             self.model_ema(self.ema_decay)
-        self._end_step(current_iter)
+        self.run_log.add_iteration(current_iter, self.get_current_learning_rate()[0], self.log_dict)
+        self.progress.advance(self.log_dict)
 
     def compute_losses(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Every loss by its name in the log."""
+        """Return every loss by its name in the log."""
         return training_step.compute_losses(self.losses, output, target)
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the averaged weights towards the present ones."""
         training_step.update_average(self.net_g_ema, self.get_bare_model(self.net_g), decay)
-
-    def _begin_step(self, current_iter: int) -> None:
-        if self.progress is None:
-            self.progress = TrainingProgress(
-                self.opt['train']['total_iter'],
-                current_iter - 1,
-                get_root_logger(),
-                self.device,
-                is_shown=self.processes.rank == 0,
-            )
-        self.progress.begin()
-
-    def _end_step(self, current_iter: int) -> None:
-        self.run_log.add_iteration(current_iter, self.get_current_learning_rate()[0], self.log_dict)
-        self.progress.advance(self.log_dict)
 
     def _pause(self, is_over: bool = False) -> None:
         """Something else than a step has taken its time; the moment to draw what has been logged."""
@@ -183,7 +171,7 @@ class RestorationModel(SRModel):
         return self.net_g_ema if hasattr(self, 'net_g_ema') else self.get_bare_model(self.net_g)
 
     def test(self) -> None:
-        """Restore the pictures last fed, of any size, as the protocol says."""
+        """Restore the images last fed, of any size, as the protocol says."""
         with network_switches.eager_blocks():
             self.output = self.validator.protocol.restore(self.evaluated_network, self.lq, on_note=self._note)
 
@@ -193,7 +181,7 @@ class RestorationModel(SRModel):
             get_root_logger().info(note)
 
     def dist_validation(self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
-        """The same among processes: each restores its share, all know the results, the first writes them down."""
+        """Validate among processes: each restores its share, all know the results, the first writes them down."""
         self.nondist_validation(dataloader, current_iter, tb_logger, save_img)
         self.processes.wait()  # for the first one's writing, under more patience than the next step would have
 
@@ -207,7 +195,7 @@ class RestorationModel(SRModel):
         """
         name = dataloader.dataset.opt['name']
         if len(dataloader) == 0:
-            raise DataError(f'the validation set {name} holds no pictures')
+            raise DataError(f'the validation set {name} holds no images')
         if self.is_train:
             # BasicSR validates once more after the last iteration, and has counted past it by then
             current_iter = min(current_iter, self.opt['train']['total_iter'])
@@ -239,7 +227,7 @@ class RestorationModel(SRModel):
     def measure(
         self, dataloader: DataLoader, current_iter: int | str = '', save_img: bool = False
     ) -> ValidationResults:
-        """Restore a dataset picture by picture, with the metrics of `val.metrics` before and after."""
+        """Restore a dataset image by image, with the metrics of `val.metrics` before and after."""
         with frozen_weights():
             return self.validator.measure(self._restore, dataloader, current_iter, save_img)
 
@@ -313,7 +301,7 @@ class RestorationModel(SRModel):
         keep_newest(folder, WEIGHTS, current_iter, self._num_kept())
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """The network's weights, and their moving average where there is one, by the keys of BasicSR's files."""
+        """Return the network's weights, and their moving average where there is one, by the keys of BasicSR's files."""
         networks = {'params': self.get_bare_model(self.net_g)}
         if hasattr(self, 'net_g_ema'):
             networks['params_ema'] = self.net_g_ema

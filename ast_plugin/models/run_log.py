@@ -77,7 +77,7 @@ class RunLog:
 
     @classmethod
     def from_options(cls, opt: Mapping[str, Any], rank: int) -> 'RunLog':
-        """The log of a run by BasicSR's options."""
+        """Build the log of a run by BasicSR's options."""
         is_kept = opt['is_train'] and rank == 0
         metrics = (opt.get('val') or {}).get('metrics') or {}
         best = (opt.get('val') or {}).get('best_metric') or next(iter(metrics), None)
@@ -153,7 +153,7 @@ class RunLog:
         self._due_at = end + max(_SECONDS_BETWEEN_CURVES, (end - start) / _MOST_SHARE_OF_TIME)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many rows there are up to now; they are on disk before this answers."""
+        """Return how many rows there are up to now; they are on disk before this returns."""
         self.flush(durably=True)
         rows = self._num_written if self._is_open else self._num_to_keep or 0
         return {'rows': rows, 'validated': dict(self._validated)}
@@ -207,7 +207,7 @@ class RunLog:
 
 
 def read_columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of each column of a `metrics.csv` the iterations that have a value there, and the values."""
+    """Read of each column of a `metrics.csv` the iterations that have a value there, and the values."""
     header, rows = _read_lines(path)
     columns = {name: (array('q'), array('d')) for name in next(csv.reader([header]), [])}
     for row in csv.reader(rows):

@@ -10,6 +10,7 @@ The place in the epoch's order needs no room: it follows from the iteration, see
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from basicsr.data import build_dataloader, build_dataset
 from basicsr.utils import get_root_logger
 
 from ast_plugin.data import random_states
@@ -25,7 +26,7 @@ class Stateful(Protocol):
 
 
 def collect(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
-    """The state of a RestorationModel after an iteration. All processes of a run must call this together."""
+    """Return the state of a RestorationModel after an iteration. All processes of a run must call this together."""
     here = random_states.capture(every_device=not model.opt['dist'])
     return {
         'epoch': epoch,
@@ -74,15 +75,13 @@ def restore(model: Any, state: Mapping[str, Any]) -> None:
 
 
 def was_validation_due(opt: Mapping[str, Any], iteration: int) -> bool:
-    """Whether BasicSR validates after an iteration; it does so after saving, so that no state knows the outcome."""
+    """Return whether BasicSR validates after an iteration; it saves before, so that no state knows the outcome."""
     frequency = (opt.get('val') or {}).get('val_freq')
     return bool(frequency) and iteration % frequency == 0
 
 
 def validation_loaders(opt: Mapping[str, Any]) -> list:
-    """The run's validation sets as BasicSR's loop loads them."""
-    from basicsr.data import build_dataloader, build_dataset
-
+    """Return the run's validation sets as BasicSR's loop loads them."""
     return [
         build_dataloader(
             build_dataset(options),

@@ -29,7 +29,7 @@ def test_what_it_tells(info):
     assert re.search(r'measured {4}\d+\.\d{3} s \(median of 3, \d+ threads', out)
 
 
-def test_memory_lies_on_a_line_through_what_was_measured(monkeypatch):
+def test_memory_lies_on_a_line(monkeypatch):
     measured = {(256, 256): 1000, (512, 512): 2500, (1024, 1024): 6500}
     monkeypatch.setattr('ast_plugin.cli.info._child', lambda kind, job: {'peak_bytes': measured[job['size']]})
     free = 2**20

@@ -80,7 +80,7 @@ def test_names_that_are_no_text_are_drawn():
 
 
 @pytest.mark.parametrize('place', ['file/sheet.png', 'folder'])
-def test_a_sheet_that_cannot_be_written(tmp_path, place):
+def test_sheet_that_cannot_be_written(tmp_path, place):
     (tmp_path / 'file').touch()
     (tmp_path / 'folder').mkdir()
     with pytest.raises(FileError, match=f'{place} cannot be written'):

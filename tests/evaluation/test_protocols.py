@@ -43,7 +43,7 @@ def apply(network, x):
 
 
 @pytest.mark.parametrize(('height', 'width', 'side'), [(100, 61, 128), (130, 90, 256), (128, 128, 128), (7, 129, 256)])
-def test_spad_is_the_middle_of_a_square_of_zeros(height, width, side):
+def test_spad_pads_zeros_to_a_square(height, width, side):
     network, lq = Blur(), image(height, width)
     square = torch.zeros(1, 3, side, side)
     top, left = (side - height) // 2, (side - width) // 2
@@ -163,7 +163,7 @@ def test_networks_that_enlarge(options):
     torch.testing.assert_close(doubled, F.interpolate(lq, scale_factor=2), rtol=0, atol=0.002)
 
 
-def test_the_network_is_given_back_in_its_mode_and_the_input_as_it_was():
+def test_network_and_input_are_left_as_they_were():
     network, lq = Blur().train(), image(9, 9)
     before = lq.clone()
     for name in PROTOCOLS:
@@ -175,7 +175,7 @@ def test_the_network_is_given_back_in_its_mode_and_the_input_as_it_was():
     assert network.training
 
 
-def test_what_is_measured_is_rounded_only_where_the_protocol_says_so():
+def test_rounding_before_measuring():
     clean = torch.full((1, 3, 16, 16), 0.5)
     close = clean + 0.0002
     assert read_protocol('agan').measure(close, clean)['psnr'] == pytest.approx(20 * math.log10(1 / 0.0002), abs=0.01)
@@ -198,7 +198,7 @@ def test_each_protocol_has_its_definition():
     assert read_protocol('basicsr').measure(restored, clean) == {}
 
 
-def test_a_metric_that_fails_is_named_with_what_it_was_given():
+def test_metric_that_fails_is_named():
     small = image(5, 6)
     with pytest.raises(ShapeError, match=r'^ours: the images have 6x5 pixels: SSIM needs at least 11'):
         read_protocol('spad').measure(small, small, {'ours': {'type': 'calculate_ssim_matlab'}})
@@ -207,7 +207,7 @@ def test_a_metric_that_fails_is_named_with_what_it_was_given():
         read_protocol('basicsr').measure(small, small, niqe)
 
 
-def test_results_that_are_not_finite_are_refused():
+def test_infinite_results_are_refused():
     for value in (math.nan, math.inf):
         with pytest.raises(DataError, match='not finite'):
             read_protocol('whole').restore(lambda x, value=value: x * value, torch.ones(1, 3, 4, 4))
@@ -224,7 +224,7 @@ class Forgetful(Blur):
         return super().forward(x)
 
 
-def test_fewer_tiles_at_once_where_memory_runs_out():
+def test_fewer_tiles_at_once_in_short_memory():
     notes, lq = [], image(70, 70)
     options = {'type': 'agan', 'tile': 32, 'overlap': 8}
     restored = read_protocol({**options, 'batch': 8}).restore(Forgetful(), lq, on_note=notes.append)
@@ -232,13 +232,13 @@ def test_fewer_tiles_at_once_where_memory_runs_out():
     assert ['trying 4' in notes[0], 'trying 2' in notes[1]] == [True, True] and len(notes) == 2
 
 
-def test_one_pass_that_does_not_fit_names_the_remedy():
+def test_pass_that_does_not_fit():
     with pytest.raises(OptionError, match=r'70x60 does not fit in the memory of cpu.*tiled'):
         read_protocol('whole').restore(Forgetful(), image(60, 70))
 
 
 @pytest.mark.parametrize('square', [10**6, 10**9])
-def test_a_square_that_does_not_fit_is_named(square):
+def test_square_that_does_not_fit(square):
     with pytest.raises(OptionError, match=f'8x4 with zeros around it, {square}x{square}, does not fit.*smaller square'):
         read_protocol({'type': 'spad', 'square': square}).restore(nn.Identity(), image(4, 8))
 

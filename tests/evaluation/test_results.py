@@ -44,7 +44,7 @@ def test_comma_separated_values():
     assert alone.to_csv() == 'image,psnr\n"a,b",1.0000\nmean,1.0000\n'
 
 
-def test_names_that_are_no_text_are_shown_all_the_same(tmp_path):
+def test_names_that_are_no_text(tmp_path):
     made = Provenance('whole', 'psnr', os.fsdecode(b'w\xff.pth'), '', '')
     odd = ValidationResults('rain', restored={os.fsdecode(b'a\xff\nb'): {'psnr': 1.0}}, provenance=made)
     odd.write(tmp_path)
@@ -54,14 +54,14 @@ def test_names_that_are_no_text_are_shown_all_the_same(tmp_path):
     assert [row[0] for row in rows] == ['image', r'a\udcff\nb', 'mean'] and r'w\udcff.pth' in rows[1]
 
 
-def test_pictures_of_several_processes_come_into_the_datasets_order():
+def test_images_come_into_the_datasets_order():
     shown = (np.zeros((2, 2, 3), np.uint8),) * 3
-    pictures = [
+    images = [
         ImageResult(0, 'cat', {'psnr': 1.0}, {'psnr': 0.5}, shown),
         ImageResult(2, 'cat', {'psnr': 3.0}),
         ImageResult(1, 'dog', {'psnr': 2.0}, {'psnr': 0.7}),
     ]
-    results = ValidationResults.collect('rain', pictures)
+    results = ValidationResults.collect('rain', images)
     assert results.restored == {'cat': {'psnr': 1.0}, 'dog': {'psnr': 2.0}, 'cat_2': {'psnr': 3.0}}
     assert list(results.degraded) == ['cat', 'dog'] and list(results.thumbnails) == ['cat']
     assert results.rows()[3] == ['cat_2', '', '3.0000']
@@ -78,7 +78,7 @@ def test_images_side_by_side():
     assert strip[3, 600].tolist() == [7, 7, 7]
 
 
-def test_images_that_equal_their_reference_are_shown_and_left_out_of_the_mean():
+def test_infinite_values_are_left_out_of_the_mean():
     results = ValidationResults(
         'rain',
         restored={'a': {'psnr': math.inf, 'ssim': 1.0}, 'b': {'psnr': 30.0, 'ssim': 0.8}},
@@ -115,19 +115,19 @@ def test_files_say_how_results_were_made(tmp_path):
     assert (none.weights, none.sha256) == ('', '')
 
 
-def pictures(values, shown=True):
+def images(values, shown=True):
     picture = (np.zeros((2, 2, 3), np.uint8),) * 3
     return [ImageResult(n, f'image{n}', {'m': value}, {}, picture * shown) for n, value in enumerate(values)]
 
 
 def test_the_worst_and_the_best():
     values = [5.0, 1.0, math.nan, 4.0, math.inf, 2.0, 3.0]
-    results = ValidationResults.collect('rain', pictures(values), Ranking('m', count=2))
+    results = ValidationResults.collect('rain', images(values), Ranking('m', count=2))
     assert results.examples() == ['image2', 'image1', 'image0', 'image4']
     assert results.ranks() == {f'image{n}': rank for rank, n in enumerate([4, 0, 3, 6, 5, 1, 2], 1)}
-    lower = ValidationResults.collect('rain', pictures(values), Ranking('m', is_lower_better=True, count=2))
+    lower = ValidationResults.collect('rain', images(values), Ranking('m', is_lower_better=True, count=2))
     assert lower.examples() == ['image2', 'image4', 'image5', 'image1']
-    few = ValidationResults.collect('rain', pictures(values[:3]), Ranking('m', count=2))
+    few = ValidationResults.collect('rain', images(values[:3]), Ranking('m', count=2))
     assert few.examples() == ['image2', 'image1', 'image0']
-    assert ValidationResults.collect('rain', pictures(values)).examples() == []
-    assert ValidationResults.collect('rain', pictures(values, shown=False), Ranking('m', count=2)).examples() == []
+    assert ValidationResults.collect('rain', images(values)).examples() == []
+    assert ValidationResults.collect('rain', images(values, shown=False), Ranking('m', count=2)).examples() == []

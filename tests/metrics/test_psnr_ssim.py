@@ -50,7 +50,7 @@ def noisy(*shape, seed=0):
 @pytest.mark.parametrize(
     ('measure', 'name', 'figure', 'digits'), GOLDEN, ids=lambda value: getattr(value, '__name__', '')
 )
-def test_the_figures_of_the_pair_to_every_digit(pair, measure, name, figure, digits):
+def test_figures_of_the_pair(pair, measure, name, figure, digits):
     bgr = [image[..., ::-1] for image in pair]
     # As arrays of 8 bits, as tensors in [0, 1], and as BasicSR's validator asks for it, rounded and not.
     for value in (
@@ -123,7 +123,7 @@ def test_kinds_of_values_agree(measure, pair):
     assert measure(half[0], pair[1]) == pytest.approx(expected, abs=0.05)
 
 
-def test_values_of_floating_point_are_not_rounded_but_where_matlab_reads_files():
+def test_only_matlabs_metrics_round():
     clean = np.full((16, 16, 3), 0.5, np.float32)
     image = clean + np.float32(0.0002)  # a twentieth of a level
     assert psnr_rgb(image, clean) == pytest.approx(20 * math.log10(1 / 0.0002), abs=0.01)
@@ -170,7 +170,7 @@ def test_images_too_small_for_a_window(measure, least):
     assert measure(fits, fits) == 1
 
 
-def test_every_level_survives_the_way_to_basicsr_and_back():
+def test_levels_survive_the_way_to_basicsr():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1) * np.ones(3, np.uint8)
     levels[..., 2] = 7
     for image in (levels, levels / np.float32(255), levels / 255):

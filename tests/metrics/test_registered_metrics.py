@@ -82,7 +82,7 @@ def test_images_come_as_rgb_in_the_unit_range(package):
     assert measure('entropy', crop_border=2) == pytest.approx(IMAGE[2:-2, 2:-2, 2].mean() / 255)
 
 
-def test_a_model_is_made_once_for_each_set_of_options(package):
+def test_model_is_made_once(package):
     for _ in range(3):
         measure('entropy')
         measure('entropy', scale=2.0, better='lower')
@@ -108,7 +108,7 @@ def test_directions(package):
         ('lpips', {'crop_border': 4}, ShapeError, 'lpips fails on 4x8 pixels: Kernel size is larger$'),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_a_line(package, metric, options, error, message):
+def test_what_cannot_be_measured(package, metric, options, error, message):
     with pytest.raises(error, match=message) as caught:
         measure(metric, **options)
     assert '\n' not in str(caught.value)
@@ -120,7 +120,7 @@ def test_images_of_two_sizes(package):
     measure('entropy', img2=REFERENCE[:8])
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch):
+def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyiqa', None)
     with pytest.raises(BackendUnavailable, match=r'pyiqa is not installed: pip install "ast_plugin\[metrics\]"'):
         measure('lpips')

@@ -61,7 +61,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
 
 
 @pytest.mark.parametrize('num_workers', ['0', '2'])
-def test_a_killed_run_ends_like_an_undisturbed_one(runs, num_workers):
+def test_killed_run_ends_like_an_undisturbed_one(runs, num_workers):
     folder, report = runs[0] / num_workers, runs[1][num_workers]
     output = (folder / 'killed' / 'output').read_text()
     assert report['whole'] == report['last'] == 0, output[-3000:]

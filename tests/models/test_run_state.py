@@ -30,8 +30,9 @@ def resume(opt):
     return model
 
 
-@pytest.mark.parametrize('weights_file', ['there', 'missing', 'broken'])
-@pytest.mark.parametrize('param_key', [None, 'state_dict', 'params_ema'])
+@pytest.mark.parametrize(
+    ('weights_file', 'param_key'), [('there', None), ('missing', 'state_dict'), ('broken', 'params_ema')]
+)
 def test_a_state_needs_no_other_file(tmp_path, weights_file, param_key):
     opt = resumable(tmp_path)
     straight = build(opt)
@@ -52,7 +53,7 @@ def test_a_state_needs_no_other_file(tmp_path, weights_file, param_key):
     assert not same(weights(resumed), resumed.net_g_ema.state_dict())
 
 
-def test_a_state_of_another_experiment_is_taken_up(tmp_path):
+def test_state_of_another_experiment(tmp_path):
     first, second = tmp_path / 'first', tmp_path / 'second'
     first.mkdir()
     second.mkdir()
@@ -70,7 +71,7 @@ def test_a_state_of_another_experiment_is_taken_up(tmp_path):
     assert (second / 'training_states' / '4.state').is_file()
 
 
-def test_networks_that_are_not_to_be_resumed_keep_their_own_weights(tmp_path):
+def test_networks_that_are_not_to_be_resumed(tmp_path):
     opt = resumable(tmp_path)
     model = build(opt)
     model.save(-1, -1)
@@ -125,7 +126,7 @@ def test_a_state_of_another_optimiser_is_refused(tmp_path):
         run_state.restore(build(resumable(tmp_path)), state)
 
 
-def test_epochs_of_another_length_are_counted_anew(tmp_path):
+def test_epochs_of_another_length(tmp_path):
     model = build(resumable(tmp_path))
     train(model, 1, 7)
     model.save(6, 7)
@@ -137,7 +138,7 @@ def test_epochs_of_another_length_are_counted_anew(tmp_path):
 
 
 @pytest.mark.parametrize('room', [1000, 50_000, 1_000_000])
-def test_a_full_disk_stops_training_and_leaves_the_older_state(tmp_path, room):
+def test_full_disk_leaves_the_older_state(tmp_path, room):
     model = build(resumable(tmp_path))
     train(model, 1, 2)
     model.save(0, 2)
@@ -171,7 +172,7 @@ def test_the_last_states_are_kept(tmp_path):
     ]
 
 
-def test_a_request_to_stop_saves_what_is_not_saved_yet(tmp_path, monkeypatch):
+def test_request_to_stop_saves(tmp_path, monkeypatch):
     opt = resumable(tmp_path)
     opt['train']['iters_per_epoch'] = 2
     model = build(opt)
@@ -193,7 +194,7 @@ def test_a_request_to_stop_saves_what_is_not_saved_yet(tmp_path, monkeypatch):
     assert (stop.value.code, stop.value.iteration) == (130, 0)
 
 
-def test_validation_draws_nothing_from_the_generators_of_training(tmp_path):
+def test_validation_leaves_generators_alone(tmp_path):
     from torch.utils.data import DataLoader
 
     from tests.models.test_restoration_model import Pairs

@@ -9,9 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from ast_plugin.archs.ast_arch import AST
 from ast_plugin.errors import OptionError, TrainingError
 from ast_plugin.losses.restoration_loss import ASTCharbonnierLoss, FFTLoss, PSNRLoss
-from ast_plugin.models.training_step import Precision, TrainingStep, batch_size, check_reductions
+from ast_plugin.models.training_step import (
+    PRECISIONS,
+    Precision,
+    TrainingStep,
+    batch_size,
+    check_reductions,
+    check_switches,
+    update_average,
+)
 
 LOSSES = {'l_pix': ASTCharbonnierLoss(), 'l_fft': FFTLoss(loss_weight=0.1), 'l_psnr': PSNRLoss(loss_weight=0.01)}
 NAMES = ['a.png', 'b.png', 'c.png', 'd.png']
@@ -95,7 +104,7 @@ def test_long_gradients_are_cut_after_unscaling(device):
     assert lengths == pytest.approx({'fp32': 0.01, 'fp16': 0.01}, rel=1e-2)
 
 
-def test_an_overflow_of_float16_costs_a_step_and_halves_the_scale(device):
+def test_overflow_of_float16_halves_the_scale(device):
     step = step_of(device, 'fp16')
     before = weights(step)
     step.precision.scaler.load_state_dict({**step.precision.scaler.state_dict(), 'scale': 2.0**40})
@@ -109,7 +118,7 @@ def test_an_overflow_of_float16_costs_a_step_and_halves_the_scale(device):
     assert not torch.equal(weights(step), before)
 
 
-def test_scaling_that_has_come_to_its_end_is_not_scaled_further(device):
+def test_scaling_ends(device):
     """Gradients that are not finite at any scale would otherwise be skipped for ever, in silence."""
     step = step_of(device, 'fp16')
     step.network[0].weight.register_hook(lambda gradient: gradient * math.nan)
@@ -133,7 +142,7 @@ def warnings_of(logger_name='basicsr'):
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
 @pytest.mark.parametrize('value', [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_or_is_left_out(precision, value, device):
+def test_infinite_loss_stops_or_is_left_out(precision, value, device):
     statistics = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3, padding=1))
     bad, gt = batch(device)
     bad[2, 0, 0, 0] = value
@@ -167,18 +176,6 @@ def test_a_gradient_that_is_not_finite_counts_too(device):
         step(*batch(device), losses_of, 1)
 
 
-@pytest.mark.parametrize(
-    ('train', 'told'),
-    [
-        ({'accumulate': -1}, 'accumulate must be 1 or more'),
-        ({'on_nonfinite': 'ignore'}, 'stop or skip'),
-    ],
-)
-def test_wrong_options(train, told, device):
-    with pytest.raises(OptionError, match=told):
-        step_of(device, **train)
-
-
 def test_batches_and_losses_that_cannot_be_cut(device):
     opt = {'datasets': {'train': {'batch_size_per_gpu': 2}}, 'dist': False, 'num_gpu': 0}
     assert batch_size(opt) == 2
@@ -193,3 +190,138 @@ def test_batches_and_losses_that_cannot_be_cut(device):
     check_reductions({}, sums)
     with pytest.raises(OptionError, match='l_sum'):
         check_reductions({'accumulate': 2}, sums)
+
+
+@pytest.mark.parametrize('name', PRECISIONS)
+def test_precision_of_network_and_losses(name, device):
+    precision = Precision(name, device)
+    network = nn.Conv2d(3, 3, 3).to(device)
+    with precision.autocast():
+        output = network(torch.rand(1, 3, 5, 5, device=device))
+    assert output.dtype == (PRECISIONS[name] or torch.float32)
+    assert precision.widen(output).dtype == torch.float32
+    assert precision.scaler.is_enabled() == (name == 'fp16')
+
+
+def test_float64_outputs_stay():
+    output = torch.rand(2, dtype=torch.float64)
+    assert Precision('fp32', torch.device('cpu')).widen(output) is output
+
+
+def test_device_that_cannot_compute_in_it(monkeypatch, device):
+    with pytest.raises(OptionError, match=r'fp32, bf16, fp16'):
+        Precision('fp8', device)
+
+    def unsupported(*args):
+        raise RuntimeError('"slow_conv2d" not implemented for Half\nand more')
+
+    monkeypatch.setattr('torch.nn.functional.conv2d', unsupported)
+    with pytest.raises(
+        OptionError, match=r'fp16 does not work .* not implemented for Half\); use fp32 or bf16'
+    ) as info:
+        Precision('fp16', device)
+    assert 'and more' not in str(info.value)
+    monkeypatch.setattr('torch.nn.functional.conv2d', lambda image, weight: (image * weight.sum()).float())
+    with pytest.raises(OptionError, match='bf16 does not work'):  # autocast that switched itself off
+        Precision('bf16', device)
+
+
+def test_bfloat16_wants_a_process_for_each_device():
+    several = nn.DataParallel(nn.Conv2d(1, 1, 1))
+    cpu = torch.device('cpu')
+    with pytest.raises(OptionError, match='torchrun'):
+        Precision('bf16', cpu).check_wrapper(several)
+    Precision('fp16', cpu).check_wrapper(several)
+    Precision('bf16', cpu).check_wrapper(several.module)
+
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.register_buffer('mask', torch.tensor([-100.0, 0.1, 1 / 3]))
+        self.register_buffer('index', torch.tensor([3, 1]))
+
+
+def test_average_of_weights_and_statistics():
+    network = Net()
+    average = deepcopy(network).requires_grad_(False)
+    want = {name: tensor.double() for name, tensor in average.state_dict().items()}
+    mask = average.mask.clone()
+    for step in range(50):
+        with torch.no_grad():
+            network[0].weight.add_(0.1)
+        network(torch.rand(2, 3, 5, 5) + step)
+        update_average(average, network, 0.9)
+        for name, tensor in network.state_dict().items():
+            want[name] = 0.9 * want[name] + 0.1 * tensor if tensor.is_floating_point() else tensor.double()
+    for name, tensor in average.state_dict().items():
+        torch.testing.assert_close(tensor.double(), want[name], rtol=1e-5, atol=1e-6)
+    assert average[1].num_batches_tracked == 50
+    assert average[1].running_mean.abs().max() > 0.1
+    assert torch.equal(average.mask, mask)
+
+
+def test_no_decay_copies():
+    network, average = Net(), Net()
+    update_average(average, network, 0)
+    assert all(torch.equal(a, b) for a, b in zip(average.parameters(), network.parameters(), strict=True))
+
+
+OPT = {
+    'num_gpu': 0,
+    'dist': False,
+    'datasets': {'train': {'batch_size_per_gpu': 4}},
+    'train': {
+        'precision': 'bf16',
+        'accumulate': 2,
+        'channels_last': True,
+        'gradient_checkpointing': True,
+        'compile': True,
+        'mixing': {'type': 'mixup', 'start_epoch': 2},
+        'iters_per_epoch': 3,
+        'on_nonfinite': 'skip',
+    },
+}
+
+
+def meta_network():
+    """Without memory behind its weights."""
+    with torch.device('meta'):
+        return AST(img_size=16, embed_dim=4, depths=[1] * 9, num_heads=[1] * 9)
+
+
+def test_all_switches_together_pass():
+    opt = deepcopy(OPT)
+    check_switches(opt, meta_network(), {'pixel_opt': nn.L1Loss()})
+    assert opt == OPT
+
+
+@pytest.mark.parametrize(
+    ('switch', 'told'),
+    [
+        ({'precision': 'fp8'}, 'train.precision'),
+        ({'accumulate': 5}, 'a batch of 4 cannot be cut into 5'),
+        ({'accumulate': -1}, 'accumulate must be 1 or more'),
+        ({'compile': 'inductr'}, 'no backend'),
+        ({'iters_per_epoch': None}, 'train.iters_per_epoch'),
+        ({'mixing': {'type': 'mixup', 'alpha': 0}}, 'alpha'),
+        ({'on_nonfinite': 'ignore'}, 'stop or skip'),
+    ],
+)
+def test_switch_that_does_not_apply(switch, told):
+    opt = deepcopy(OPT)
+    opt['train'].update(switch)
+    with pytest.raises(OptionError, match=told):
+        check_switches(opt, meta_network(), {'pixel_opt': nn.L1Loss()})
+
+
+def test_losses_are_looked_at():
+    with pytest.raises(OptionError, match='pixel_opt'):
+        check_switches(deepcopy(OPT), meta_network(), {'pixel_opt': nn.L1Loss(reduction='sum')})
+
+
+def test_gpus_are_left_alone(monkeypatch):
+    """What format a GPU computes in shows when the process that takes it starts."""
+    opt = {**deepcopy(OPT), 'num_gpu': 2}
+    monkeypatch.setattr('torch.nn.functional.conv2d', None)  # not called
+    check_switches(opt, meta_network(), {})
