@@ -36,9 +36,7 @@ _MEBIBYTE = 2**20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr info`."""
     commands.add_file_arguments(parser)
-    parser.add_argument(
-        '--size', default='256x256', metavar='HxW', help='of an image in pixels (default: %(default)s)'
-    )
+    parser.add_argument('--size', default='256x256', metavar='HxW', help='of an image in pixels (default: %(default)s)')
     parser.add_argument('--weights', metavar='FILE', help='load these weights, and see that they fit')
     parser.add_argument('--param-key', metavar='KEY', help='where a .pth file holds the weights, such as params_ema')
     parser.add_argument('--run', action='store_true', help='put an image of the size through on the CPU, and measure')

@@ -1,4 +1,4 @@
-"""Restoring image files: which files are meant, where each result goes, and one after the other with one policy.
+"""Restoring image files: which files are meant, where each result goes, and one after the other with one policy::
 
     jobs = plan_jobs(find_images(['photos'], output), output)
     for result in restore_files(jobs, Restorer.from_weights('derain.pth')):
@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from ast_plugin.data.image_files import MAX_PIXELS, SUFFIXES, ImageFile, encode_image, read_image, sniff_format
-from ast_plugin.errors import DataError, PluginError
+from ast_plugin.errors import DataError, ShapeError
 from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.evaluation.tiling import MemoryShortage
 from ast_plugin.files import write_file
@@ -156,6 +156,7 @@ def restore_files(
         A result for each job, once it has been written.
     Raises:
         FileError: if a result cannot be written: on a disk that takes no more, what follows would be in vain.
+        OptionError: if what was asked for, such as a backend, cannot be had for any image.
     """
     with frozen_weights():
         for job in jobs:
@@ -172,7 +173,7 @@ def restore_files(
                 kind = 'unwritable'
                 image = replace(image, color=color, alpha=_fit_alpha(image, color))
                 content = encode_image(job.target, image, quality=quality)
-            except PluginError as error:
+            except (DataError, ShapeError, MemoryShortage) as error:
                 kind = 'memory' if isinstance(error, MemoryShortage) else kind
                 reason = f'{job.source}: {error}' if kind in ('network', 'memory') else str(error)
                 yield FileResult(job, time.perf_counter() - start, tuple(notes), reason, kind)

@@ -168,7 +168,7 @@ def read_protocol(value: str | Mapping[str, Any] | None) -> Protocol:
 
     Args:
         value: a name of `PROTOCOLS`; or a mapping with that as `type`, and any of square, tile, overlap, blend, batch,
-            round and self_ensemble, which replace the protocol's own; `options.sections.ProtocolOptions` checks their types.
+            round and self_ensemble, which replace the protocol's own and whose types the schema of option files checks.
             None for BasicSR's own way.
     Raises:
         OptionError: if there is no such protocol, or its parameters make no sense.

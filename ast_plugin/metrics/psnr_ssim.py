@@ -10,7 +10,7 @@ from torch import Tensor
 from ast_plugin.errors import ShapeError
 from ast_plugin.metrics.images import check_pair, fractions, matlab_luma
 
-_TRAINING_LUMA = np.array([65.738, 129.057, 25.064], np.float32) / 256
+_TRAINING_LUMA = np.array([65.738, 129.057, 25.064], np.float32) / 256  # of the release: BT.601's to three digits
 _GAUSSIAN_SIDE, _GAUSSIAN_SIGMA = 11, 1.5
 _UNIFORM_SIDE = 7
 
@@ -54,8 +54,7 @@ def psnr_y_float(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> 
     Raises:
         ShapeError: if the images are not RGB.
     Numerics: float32, or float64 where an image is that: six digits.
-    Source: `batch_PSNR(…, 'y')` by which Uformer and the AST release pick the best weights while they train. Its
-        coefficients, 65.738, 129.057 and 25.064 out of 256, are BT.601's to three digits.
+    Source: `batch_PSNR(…, 'y')` by which Uformer and the AST release pick the best weights while they train.
     """
     image, reference = check_pair(image, reference)
     if image.shape[2] != 3:
@@ -99,8 +98,7 @@ def ssim_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) ->
     Raises:
         ShapeError: if they are smaller.
     Numerics: float64.
-    Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", TIP 2004, with
-        MATLAB's `rgb2ycbcr` before it, the usual script for deraining; the AST release's on SPAD.
+    Source: Wang et al., TIP 2004, after MATLAB's `rgb2ycbcr`: the usual script for deraining, the AST release on SPAD.
     """
     image, reference = check_pair(image, reference)
     _check_size(image, _GAUSSIAN_SIDE)

@@ -138,7 +138,7 @@ class RestorationModel(SRModel):
         self.images = list(data.get('lq_path', ()))
 
     def optimize_parameters(self, current_iter: int) -> None:
-        """Make a step on the batch last fed; without effect where its numbers are not finite and that is passed over."""
+        """Make a step on the batch last fed; without effect where its numbers are not finite and that is skipped."""
         if self.progress is None:
             total, is_shown = self.opt['train']['total_iter'], self.processes.rank == 0
             self.progress = TrainingProgress(total, current_iter - 1, get_root_logger(), self.device, is_shown)

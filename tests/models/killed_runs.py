@@ -74,7 +74,7 @@ NUM_ITERATIONS = 60
 PLACES = {'half': 5, 'fsync': 5, 'rename': 3, 'renamed': 3, 'delete': 3, 'weights saved': 1, 'validation': 3}
 
 # Before which kill the run is asked to stop, and how.
-STOPS = {2: signal.SIGTERM, 12: signal.SIGINT}
+STOPS = {2: signal.SIGTERM, 8: signal.SIGINT}
 
 
 def write_data(folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from ast_plugin.checkpoints import read_state
 
-NUM_KILLS = 20
+NUM_KILLS = 12
 ROOT = Path(__file__).parents[2]
 
 
