@@ -1,20 +1,14 @@
 """Synthesis of raindrops that stick to a pane of glass in front of the lens.
 
-The pane is close and the camera looks past it, so a drop is a small, strongly bent lens out of focus: through its
-upper part one sees the ground and through its lower part the sky, all of a wide view turned over and squeezed into it,
-dark where the surface is too steep for light to leave the water, and smeared into the image around it by the circle
-of confusion, which is anything from a few pixels to more than the drop. A drop is round or a union of rounded lobes
-whose contour wavers, fuller below than above; drops keep clear of one another, the large ones first, with small ones
-beside them. Some ran down and left a trail. Between them water lies as a film that blurs and pales.
+The pane is close and the camera looks past it, so a drop is a small, strongly bent lens out of focus: it shows a wide
+view turned over and squeezed, dark where the surface is too steep for light to leave the water, and smeared by the
+circle of confusion, of a few pixels up to more than the drop. A drop is round or a union of rounded lobes whose contour
+wavers; drops keep clear of one another, the large ones first. Some ran down and left a trail. Between them water lies
+as a film that blurs and pales.
 
 Everything on the pane is out of focus, so it is made at half the resolution or less: lobes of all drops as one list
-of pixels, a field of surface slopes, one look-up of the refracted view, one blur.
-
-Lenses, defocus and opacity mix light, not the values of an image: what is bright outweighs what is dark, and a drop out
-of focus is pale. Light is taken for the square of the value here.
-
-Two things that pairs of wet and dry images differ by are left out, for a network cannot know them: how far the second
-image is displaced and how much brighter it was exposed.
+of pixels, a field of surface slopes, one look-up of the refracted view, one blur. Lenses, defocus and opacity mix
+light, for which the square of a value is taken: what is bright outweighs what is dark.
 
 Source: Gu et al., "Removing image artifacts due to dirty camera lenses and thin occluders", TOG 2009, for the
 layer out of focus; Qian et al., CVPR 2018, and Jin et al., "Raindrop Clarity", ECCV 2024, for sizes, from spray to
@@ -24,7 +18,7 @@ drops a fifth of the image across, for day and dusk, and for drops more and less
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import cv2
@@ -86,23 +80,6 @@ class RaindropParameters(Parameters):
     scale: float = Field(1.0, ge=0.3, le=20, description='multiplies every length; 1 suits images 500 pixels high')
 
 
-@dataclass(frozen=True)
-class _Lobes:
-    """Rounded parts of drops, arrays of one value a lobe, in pixels of the pane."""
-
-    x: np.ndarray
-    y: np.ndarray
-    radius: np.ndarray  # half the width
-    above: np.ndarray  # extent from the widest row upwards
-    below: np.ndarray  # and downwards: less, for water sags
-    arrival: np.ndarray  # share of the pane under drops when this one has come
-
-    def at(self, coverage: float) -> _Lobes:
-        """Return those that are there when the drops cover this share of the pane."""
-        there = self.arrival <= coverage
-        return _Lobes(*(getattr(self, field.name)[there] for field in fields(self)))
-
-
 def add_raindrops(
     image: np.ndarray, generator: np.random.Generator, parameters: RaindropParameters
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +119,7 @@ def add_raindrops(
     unrest = lattice_noise(pane, generator, 10 * unit) * np.float32(irregularity)
 
     def layer_at(coverage: float) -> np.ndarray:
-        opacity, steepness = _render(lobes.at(coverage), unrest)
+        opacity, steepness = _render(lobes[:5, lobes[5] <= coverage], unrest)
         drops = _defocus(refract(scene, opacity, steepness * np.float32(sine), zoom), confusion * unit)
         return film * cv2.merge([1 - drops[..., 3]] * 4) + drops
 
@@ -180,10 +157,8 @@ def _draw_lobes(
     offered: float,
     irregularity: float,
     parameters: RaindropParameters,
-) -> _Lobes:
-    """Scatter drops over the pane and beyond its border, and give each its lobes.
-
-    There are more than are wanted; they have an order in which they come.
+) -> np.ndarray:
+    """Scatter more drops than are wanted over the pane and beyond its border, and give each its lobes.
 
     Args:
         pane: (height, width) in pixels.
@@ -192,6 +167,9 @@ def _draw_lobes(
         offered: area of the drops that are offered a place, by that of the pane.
         irregularity: how many of them have several lobes, in [0, 1].
         parameters: ranges to draw from.
+    Returns:
+        One column a lobe, [6, n], in pixels of the pane: x, y, half the width, extent from the widest row upwards and
+        downwards, and the share of the pane that is under drops when this one has come.
     """
     spread = generator.uniform(*parameters.size_spread)
     border = 3 * typical
@@ -199,25 +177,23 @@ def _draw_lobes(
     count = generator.poisson(offered * height * width / (math.pi * typical**2 * math.exp(2 * spread**2)))
     radius = typical * np.exp(spread * generator.normal(0, 1, count).clip(-2.5, 2.5))
     radius = np.sort(np.minimum(radius, LARGEST * typical))[::-1]
-    x, y = generator.uniform(0, width, count), generator.uniform(0, height, count)
-    apart = _apart(x, y, radius, (height, width))
-    x, y, radius = x[apart], y[apart], radius[apart]
+    drops = np.stack([generator.uniform(0, width, count), generator.uniform(0, height, count), radius])
+    drops = drops[:, _apart(drops, (height, width))]
     # Spray is uneven: where it falls thicker, drops come earlier.
     spray = 1 + lattice_noise((math.ceil(height / 8), math.ceil(width / 8)), generator, 10 * typical / 8 + 4)
-    thickness = spray[(y / 8).astype(np.int64), (x / 8).astype(np.int64)]
-    order = np.argsort(generator.random(len(x)) / np.maximum(thickness, 1e-3))
-    x, y, radius = x[order], y[order], radius[order]
+    column, row = (drops[:2] / 8).astype(np.int64)
+    x, y, radius = drops[:, np.argsort(generator.random(len(row)) / np.maximum(spray[row, column], 1e-3))]
     areas = (1 + LOBES_PER_BODY * irregularity) * math.pi * radius**2 / (height * width)
     # A share of its own area, so that a pane of few large drops is as wet on the average.
     arrival = np.cumsum(areas) - areas * generator.random(len(areas))
-    return _shape(x - border, y - border, radius, arrival, generator, irregularity, parameters)
+    return _shape(np.stack([x - border, y - border, radius, arrival]), generator, irregularity, parameters)
 
 
-def _apart(x: np.ndarray, y: np.ndarray, radius: np.ndarray, size: tuple[float, float]) -> list[int]:
-    """Return which drops, given from large to small, do not have their middle in or close to an earlier one."""
+def _apart(drops: np.ndarray, size: tuple[float, float]) -> list[int]:
+    """Return which drops (x, y, radius), from large to small, do not have their middle in or close to an earlier one."""
     taken = np.zeros((math.ceil(size[0]) + 1, math.ceil(size[1]) + 1), np.uint8)
     kept = []
-    columns, rows, reach = x.astype(int).tolist(), y.astype(int).tolist(), np.ceil(1.3 * radius).astype(int).tolist()
+    columns, rows, reach = np.stack([drops[0], drops[1], np.ceil(1.3 * drops[2])]).astype(int).tolist()
     for drop, (column, row) in enumerate(zip(columns, rows, strict=True)):
         if not taken[row, column]:
             kept.append(drop)
@@ -226,17 +202,12 @@ def _apart(x: np.ndarray, y: np.ndarray, radius: np.ndarray, size: tuple[float, 
 
 
 def _shape(
-    x: np.ndarray,
-    y: np.ndarray,
-    radius: np.ndarray,
-    arrival: np.ndarray,
-    generator: np.random.Generator,
-    irregularity: float,
-    parameters: RaindropParameters,
-) -> _Lobes:
+    drops: np.ndarray, generator: np.random.Generator, irregularity: float, parameters: RaindropParameters
+) -> np.ndarray:
     """Build each drop of a body and, if irregular, up to two bulges on it and up to two satellites beside it."""
+    x, y, radius, arrival = drops
     count = len(x)
-    lobes = [(x, y, radius, arrival), _trails(x, y, radius, arrival, generator, parameters)]
+    lobes = [drops, _trails(drops, generator, parameters)]
     for chance, distances, sizes in (
         (0.7, (0.3, 0.8), (0.5, 0.85)),
         (0.4, (0.3, 0.9), (0.4, 0.75)),
@@ -247,34 +218,27 @@ def _shape(
         distance = generator.uniform(*distances, count) * radius
         size = generator.uniform(*sizes, count) * radius
         has = generator.random(count) < chance * irregularity
-        place = (x + np.cos(direction) * distance, y + np.sin(direction) * distance)
-        lobes.append(tuple(values[has] for values in (*place, size, arrival)))
-    x, y, radius, arrival = (np.concatenate(values) for values in zip(*lobes, strict=True))
+        place = x + np.cos(direction) * distance, y + np.sin(direction) * distance
+        lobes.append(np.stack([*place, size, arrival])[:, has])
+    x, y, radius, arrival = np.concatenate(lobes, axis=1)
     tall = np.sqrt(generator.uniform(*parameters.elongation, len(x)))
-    sag = generator.uniform(0, 0.3, len(x))
-    return _Lobes(x, y, radius / tall, radius * tall * (1 + sag), radius * tall * (1 - sag), arrival)
+    sag = generator.uniform(0, 0.3, len(x))  # water sags: the lower part is shorter
+    return np.stack([x, y, radius / tall, radius * tall * (1 + sag), radius * tall * (1 - sag), arrival])
 
 
-def _trails(
-    x: np.ndarray,
-    y: np.ndarray,
-    radius: np.ndarray,
-    arrival: np.ndarray,
-    generator: np.random.Generator,
-    parameters: RaindropParameters,
-) -> tuple[np.ndarray, ...]:
-    """Return place, radius and arrival of beads above some drops: a tail that tapers, wavers and breaks up."""
-    ran = generator.random(len(x)) < generator.uniform(*parameters.trails)
-    shape = (np.count_nonzero(ran), BEADS)
-    x, y, radius, arrival = (values[ran, None] for values in (x, y, radius, arrival))
+def _trails(drops: np.ndarray, generator: np.random.Generator, parameters: RaindropParameters) -> np.ndarray:
+    """Return beads above some drops, [4, n] as the drops: a tail that tapers, wavers and breaks up."""
+    ran = generator.random(drops.shape[1]) < generator.uniform(*parameters.trails)
+    x, y, radius, arrival = drops[:, ran, None]
+    shape = (len(x), BEADS)
     way = np.cumsum(generator.uniform(0.4, 1.0, shape), axis=1)
     aside = np.cumsum(generator.normal(0, 0.1, shape), axis=1)
     size = np.linspace(0.75, 0.25, BEADS) * generator.uniform(0.6, 1.0, shape)
-    beads = (x + aside * radius, y - way * radius, size * radius, arrival + np.zeros(shape))
-    return tuple(values.ravel() for values in beads)
+    beads = (x + aside * radius, y - way * radius, size * radius, np.broadcast_to(arrival, shape))
+    return np.stack(beads).reshape(4, -1)
 
 
-def _render(lobes: _Lobes, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _render(lobes: np.ndarray, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return where there are drops, [h, w] in [0, 1], and their outward steepness, [2, h, w], of length 1 at a rim.
 
     Each lobe is a dome 1 - |p|^2, p the place in it relative to its extent. Heights of lobes join softly, slopes in
@@ -282,9 +246,10 @@ def _render(lobes: _Lobes, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     height, width = pane = unrest.shape
     weight, across, down = np.zeros((3, height * width), np.float32)
+    x, y, radius, above, below = lobes
     reach = math.sqrt(1 - FLOOR)
-    left, right = _covered(lobes.x - reach * lobes.radius, lobes.x + reach * lobes.radius, width)
-    top, bottom = _covered(lobes.y - reach * lobes.above, lobes.y + reach * lobes.below, height)
+    left, right = _covered(x - reach * radius, x + reach * radius, width)
+    top, bottom = _covered(y - reach * above, y + reach * below, height)
     columns, area = right - left, (right - left) * (bottom - top)
     for group in np.split(np.arange(len(area)), np.searchsorted(np.cumsum(area), np.arange(CHUNK, area.sum(), CHUNK))):
         lobe = np.repeat(group, area[group])
@@ -292,9 +257,9 @@ def _render(lobes: _Lobes, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         row, column = np.divmod(within, columns[lobe])
         row += top[lobe]
         column += left[lobe]
-        u = ((column - lobes.x[lobe]) / lobes.radius[lobe]).astype(np.float32)
-        v = (row - lobes.y[lobe]).astype(np.float32)
-        v /= np.where(v < 0, lobes.above[lobe], lobes.below[lobe]).astype(np.float32)
+        u = ((column - x[lobe]) / radius[lobe]).astype(np.float32)
+        v = (row - y[lobe]).astype(np.float32)
+        v /= np.where(v < 0, above[lobe], below[lobe]).astype(np.float32)
         share = np.exp(np.float32(MERGING) * np.maximum(1 - u * u - v * v, 2 * FLOOR))
         place = row * width + column
         np.add.at(weight, place, share)
@@ -346,8 +311,7 @@ def _film(
     seen = cv2.remap(seen, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     glow = np.float32(generator.uniform(0.04, 0.14))
     seen += (np.float32(0.2) + np.float32(0.65) * small.reshape(-1, 3).mean(axis=0) - seen) * glow
-    opacities = to_rgb(opacity)
-    layer = cv2.merge([*cv2.split(seen * opacities), opacity])
+    layer = _make_layer(seen, opacity)
     spoilt = _error(small, layer)
     if spoilt > most:
         layer *= np.float32(math.sqrt(most / spoilt))
@@ -391,13 +355,13 @@ class Surroundings:
     focal: float
 
     @property
-    def picture(self) -> np.ndarray:
+    def image(self) -> np.ndarray:
         """The part that the image shows, [h, w, 3]."""
         inner = slice(self.border, -self.border)
         return self.view[inner, inner]
 
     def look(self, x: np.ndarray, y: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
-        """Return what is seen at places of the picture through slopes of water, [n, m, 3].
+        """Return what is seen at places of the image through slopes of water, [n, m, 3].
 
         Args:
             x, y: the places, in pixels of `view` from the image's corner; these and the slopes broadcast to [n, m].
@@ -465,8 +429,12 @@ def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: f
     ratio = np.float32(zoom / scene.shrink)
     x = np.arange(width, dtype=np.float32) * ratio
     y = np.arange(height, dtype=np.float32)[:, None] * ratio
-    seen = scene.look(x, y, slope[0], slope[1])
-    return cv2.merge([*cv2.split(seen * to_rgb(opacity)), opacity])
+    return _make_layer(scene.look(x, y, slope[0], slope[1]), opacity)
+
+
+def _make_layer(colour: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+    """Return a layer as they are blended: colour times opacity, and opacity, [h, w, 4]."""
+    return cv2.merge([*cv2.split(colour * to_rgb(opacity)), opacity])
 
 
 def expected_error(scene: Surroundings, rim: float, defocus: float, directions: int = 24) -> float:
@@ -475,10 +443,10 @@ def expected_error(scene: Surroundings, rim: float, defocus: float, directions: 
     It is taken over places of the image and over the surface of a round drop, whose slope grows from its middle to
     the sine `rim` at its edge. `defocus` is the radius of the circle of confusion by that of the drop.
     """
-    picture = scene.picture
-    step = max(1, int(math.sqrt(picture.shape[0] * picture.shape[1] / 700)))
-    clean = picture[::step, ::step].reshape(1, -1, 3)
-    rows, columns = -(-picture.shape[0] // step), -(-picture.shape[1] // step)
+    image = scene.image
+    step = max(1, int(math.sqrt(image.shape[0] * image.shape[1] / 700)))
+    clean = image[::step, ::step].reshape(1, -1, 3)
+    rows, columns = -(-image.shape[0] // step), -(-image.shape[1] // step)
     y, x = np.divmod(np.arange(rows * columns, dtype=np.float32), np.float32(columns))
     number = np.arange(directions)[:, None]
     radius, angle = rim * np.sqrt((number + 0.5) / directions), number * math.pi * (3 - math.sqrt(5))

@@ -229,8 +229,8 @@ def test_a_drop_shows_the_view_upside_down_and_mirrored():
 
 def test_drops_see_a_sky_above_the_picture_and_dark_ground_below():
     around = surroundings(np.full((160, 160, 3), 0.5, np.float32), 400.0, 0.95)
-    assert isinstance(around, Surroundings) and around.picture.shape == (52, 52, 3)
-    np.testing.assert_allclose(around.picture, 0.5, atol=1e-6)
+    assert isinstance(around, Surroundings) and around.image.shape == (52, 52, 3)
+    np.testing.assert_allclose(around.image, 0.5, atol=1e-6)
     assert around.view[0].mean() > 0.85 and around.view[-1].mean() < 0.35
 
 
