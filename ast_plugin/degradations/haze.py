@@ -115,13 +115,12 @@ def add_haze(
     spread = generator.uniform(*parameters.spread) * parameters.scale
     amount = generator.uniform(*(parameters.psnr if parameters.visibility is None else parameters.visibility))
     nearest = generator.uniform(*parameters.nearest)
-    if depth is None:
-        depth = guess_depth(image, generator, nearest, parameters.room)
-    else:
-        depth = fill_depth(depth, shape)
+    depth = guess_depth(image, generator, nearest, parameters.room) if depth is None else fill_depth(depth, shape)
     light = add_glare(image, WHITE, generator.uniform(*parameters.glare))
     small, small_depth = (_probe(part) for part in (light, depth))
-    airlight = _light(small, _airlight(small, small_depth, generator, parameters), image, generator, parameters)
+    airlight = _airlight(small, small_depth, generator, parameters)
+    unit = min(small.shape[:2]) / min(shape) * parameters.scale  # pixels of `small` to one of the parameters
+    airlight = _light(small, airlight, unit, generator, parameters)
     adaptation = _adaptation(airlight, generator, parameters)
     thickness = depth * _swathes(shape, generator, parameters)
     if parameters.visibility is None:
@@ -195,34 +194,22 @@ def _airlight(
 
 
 def _light(
-    small: np.ndarray,
-    airlight: np.ndarray,
-    image: np.ndarray,
-    generator: np.random.Generator,
-    parameters: HazeParameters,
+    small: np.ndarray, airlight: np.ndarray, unit: float, generator: np.random.Generator, parameters: HazeParameters
 ) -> np.ndarray:
-    """Spread airlight over the image, lit by lamps and windows outside of it and by what is bright in it.
+    """Spread airlight of this mean colour, [3], lit by lamps outside of the image and by what is bright in it.
 
-    Args:
-        small: the image at a fraction of its size, [h, w, 3], lights brighter than 1.
-        airlight: mean colour, [3].
-        image: the image, for its size.
-        generator: source of randomness.
-        parameters: ranges to draw from.
-    Returns:
-        [h, w, 3] float32 in [0, 1].
+    Returns it at the size of `small`, [h, w, 3] float32 in [0, 1]; `unit` is its pixels to one of the parameters.
     """
     shape = small.shape[:2]
-    pixel = min(shape) / min(image.shape[:2]) * parameters.scale  # pixels of `small` to one of the parameters
     brightness, warmth = (
-        lattice_noise(shape, generator, LIGHT_CELL * pixel) * np.float32(deviation / LATTICE_DEVIATION)
+        lattice_noise(shape, generator, LIGHT_CELL * unit) * np.float32(deviation / LATTICE_DEVIATION)
         for deviation in (generator.uniform(*parameters.lamps), generator.uniform(*parameters.lamp_tint))
     )
     share = np.float32(generator.uniform(*parameters.glow))
     field = cv2.exp(cv2.merge([brightness + warmth, brightness, brightness - warmth]))
     # Half of the colour of what is lit gets lost on the way.
     bright = 0.5 * (small + to_rgb(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)))
-    bright = cv2.GaussianBlur(bright, (0, 0), max(GLOW_SPREAD * pixel, 0.3), borderType=cv2.BORDER_REPLICATE)
+    bright = cv2.GaussianBlur(bright, (0, 0), max(GLOW_SPREAD * unit, 0.3), borderType=cv2.BORDER_REPLICATE)
     mean = float(bright.mean())
     if mean > 1e-3:
         field *= 1 + share * (np.clip(bright / np.float32(mean), 0, 3) - 1)
@@ -304,11 +291,10 @@ def _compose(
 def guess_depth(image: np.ndarray, generator: np.random.Generator, nearest: float, room: float = 0.0) -> np.ndarray:
     """Guess how far off everything in an image is.
 
-    Up to a horizon drawn at random lies a ground plane, whose depth is inverse to the distance below the horizon, as
-    in perspective. What rises from it is as far as where it might stand. Smooth regions, bright or blue, that reach
-    down from the upper edge are sky. Darker and more colourful places are taken for nearer (far ones would have been
-    paled already), noise puts in what none of these cues tells, and edges are those of the image. Where there is no
-    sky, the planes may instead be the walls, the floor and the ceiling of a room that one looks into.
+    Not true depth, but one that haze may follow without looking wrong. Up to a horizon drawn at random lies a ground
+    plane; what rises from it is as far as where it might stand. Smooth regions, bright or blue, that reach down from
+    the upper edge are sky. Darker and more colourful places are taken for nearer, noise adds what these cues do not
+    tell, and edges are those of the image. Without sky, the planes may instead be those of a room one looks into.
 
     Args:
         image: RGB, [H, W, 3], float32 in [0, 1].

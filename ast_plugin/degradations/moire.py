@@ -1,13 +1,12 @@
-"""Synthesis of moiré: a photograph is shown on a screen, and the screen is photographed.
+"""Synthesis of moiré: an image is shown on a screen, and a camera takes a photo of the screen.
 
 A screen has a red, a green and a blue stripe in each of its pixels, a camera a red, a green or a blue filter before
-each of its own. Stripes that come about as fast as the camera's pixels of one colour are sampled too seldom: they
-appear as broad bands, coloured since each colour is sampled elsewhere, and curved by perspective and lens. Nothing of
-this is drawn here: stripes are sampled through the filters of a sensor with `SENSOR` times the pixels of the picture,
-demosaiced, and scaled down to it, as happens to a telephone's photographs.
+each of its own. Stripes about as narrow as the camera's pixels of one colour alias to broad bands, coloured since each
+colour is sampled elsewhere, and curved by perspective and lens. Here stripes are sampled through the filters of a
+sensor with `SENSOR` times the pixels of the image along each side, demosaiced, and scaled down.
 
-The camera stands such that what the screen shows lies in place, so that pairs are aligned: only the screen's pixels are
-turned, scaled and bent against the sensor's. The picture is smooth against them; its light and the stripes multiply.
+Pairs are aligned: only the screen's pixels are turned, scaled and bent against the sensor's, not the image that it
+shows. The image is smooth against them; its light and that of the stripes multiply.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from pydantic import Field
 from ast_plugin.degradations.fields import compress_jpeg, strips
 from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, limited
 
-SENSOR = 2  # pixels of the sensor by those of the picture, along each side
-FRAME = (480, 720)  # height and width in pixels of the photograph that a smaller patch is taken to be cut from
+SENSOR = 2  # pixels of the sensor by those of the image, along each side
+FRAME = (480, 720)  # height and width in pixels of the image that a smaller patch is taken to be cut from
 STRIPES = (1 / 6, 1 / 2, 5 / 6)  # middles of the red, green and blue stripe, in pixels of the screen
 STRIPE_WIDTH, ROW_HEIGHT = 0.27, 0.76  # what of a pixel of the screen gives light, across the stripes and along them
 HARMONICS = 4  # of the screen's grid; the lens lets no finer ones through
@@ -36,7 +35,7 @@ STRIP = 64  # rows worked on at a time
 
 
 class MoireParameters(Parameters):
-    """What a photographed screen may be like; each [lowest, highest] is drawn from uniformly, once an image."""
+    """What screen and camera may be like; each [lowest, highest] is drawn from uniformly, once an image."""
 
     type: Literal['moire'] = 'moire'
     pitch: PositiveRange = limited((1.9, 2.12), 1, 4, "pixels of the sensor by the screen's")
@@ -55,46 +54,36 @@ class MoireParameters(Parameters):
 def add_moire(
     image: np.ndarray, generator: np.random.Generator, parameters: MoireParameters
 ) -> tuple[np.ndarray, None]:
-    """Show a clean photograph on a screen and photograph that.
+    """Show a clean image on a screen and take a photo of that.
 
     Args:
-        image: RGB, [H, W, 3], float32 in [0, 1], any size; a patch gets what a place of `FRAME` in a photograph gets.
+        image: RGB, [H, W, 3], float32 in [0, 1], any size; a patch is taken to be cut from an image of `FRAME`.
         generator: source of all randomness; the same state gives the same result, bit for bit.
         parameters: ranges to draw from.
     Returns:
-        The photograph of the screen, [H, W, 3] float32 in [0, 1], of 256 levels; and None, as every pixel is degraded.
-    Source: Yuan et al., "AIM 2019 challenge on image demoiréing", for photographing a simulated screen.
+        The photo of the screen, [H, W, 3] float32 in [0, 1], of 256 levels; and None, as every pixel is degraded.
+    Source: Yuan et al., "AIM 2019 challenge on image demoiréing", for photos of a simulated screen.
     """
     height, width = image.shape[:2]
     camera = _draw_camera(generator, parameters, (height, width))
     bands = _bands(camera, (height, width))
-    photograph = _expose(image, bands, generator, parameters)
+    photo = _expose(image, bands, generator, parameters)
     quality = round(generator.uniform(*parameters.quality))
-    decoded = cv2.cvtColor(compress_jpeg(photograph, quality), cv2.COLOR_BGR2RGB)
+    decoded = cv2.cvtColor(compress_jpeg(photo, quality), cv2.COLOR_BGR2RGB)
     return np.multiply(decoded, np.float32(1 / 255), dtype=np.float32), None
 
 
 @dataclass(frozen=True)
 class _Camera:
-    """How the screen's pixels lie on the sensor.
+    """How the screen's pixels lie on the sensor; lengths in pixels of the sensor, pairs are (down, right)."""
 
-    Attributes:
-        pitch: pixels of the sensor a pixel of the screen, at the middle of the frame.
-        angle: radians from the sensor's rows to across the stripes.
-        tilt: relative change of pitch a pixel of the sensor, (down, right).
-        bend: relative change of pitch by the square of the distance from the middle, in pixels of the sensor.
-        start: place on the screen of the sensor's upper left pixel's middle, relative to the frame's, (down, right).
-        phase: where the middle lies within a pixel of the screen, (across the stripes, along them).
-        blur: standard deviation of the lens in pixels of the sensor.
-    """
-
-    pitch: float
-    angle: float
-    tilt: tuple[float, float]
-    bend: float
-    start: tuple[float, float]
-    phase: tuple[float, float]
-    blur: float
+    pitch: float  # length of a pixel of the screen at the middle of the frame
+    angle: float  # radians from the sensor's rows to across the stripes
+    tilt: tuple[float, float]  # relative change of pitch a pixel
+    bend: float  # relative change of pitch by the square of the distance from the middle
+    start: tuple[float, float]  # middle of the upper left pixel, from the middle of the frame
+    phase: tuple[float, float]  # where the middle lies in a pixel of the screen, (across the stripes, along them)
+    blur: float  # standard deviation of the lens
 
 
 def _draw_camera(generator: np.random.Generator, parameters: MoireParameters, shape: tuple[int, int]) -> _Camera:
@@ -117,7 +106,7 @@ def _draw_camera(generator: np.random.Generator, parameters: MoireParameters, sh
 
 
 def _bands(camera: _Camera, shape: tuple[int, int]) -> np.ndarray:
-    """Photograph the screen while it shows white; light by its mean, [H, W, 3] float32."""
+    """Return what the camera sees of a white screen; light by its mean, [H, W, 3] float32."""
     rows, columns = SENSOR * shape[0], SENSOR * shape[1]
     border = 4  # pixels of the sensor, for the demosaicing
     mosaic = np.empty((rows + 2 * border, columns + 2 * border), np.uint16)
@@ -171,13 +160,13 @@ def _profile(camera: _Camera, middle: float, width: float) -> np.ndarray:
 def _expose(
     image: np.ndarray, bands: np.ndarray, generator: np.random.Generator, parameters: MoireParameters
 ) -> np.ndarray:
-    """Return the photograph as BGR, [H, W, 3] uint8: the picture's light through the bands, exposed, with noise."""
+    """Return the photo as BGR, [H, W, 3] uint8: the image's light through the bands, exposed, with noise."""
     exposure = generator.uniform(*parameters.exposure)
     red, blue = 1 + generator.uniform(*parameters.balance, 2)
     gain = (exposure * np.array([red, 1, blue])).astype(np.float32)
     glare = np.float32(generator.uniform(*parameters.glare))
     noise = np.float32(generator.uniform(*parameters.noise))
-    # The screen's own pixels and the lens soften the picture.
+    # The screen's own pixels and the lens soften the image.
     soft = cv2.GaussianBlur(image, (5, 5), 0.55)
     result = np.empty(image.shape, np.uint8)
     for rows in strips(image, STRIP):

@@ -2,8 +2,8 @@
 
 A falling drop is drawn as the line that it leaves during the exposure: fading at its ends, uneven along its length,
 as wide as it is near. Layers of such streaks, from fine distant rain to a few broad ones close to the lens, are
-blended over a photograph that a thin, uneven veil has already paled; compression may blur them into blocks. Streaks
-are a Poisson process, so a patch of a photograph has rain of the same kind as the whole of it, and the strength that
+blended over an image that a thin, uneven veil has already paled; compression may blur them into blocks. Streaks
+are a Poisson process, so a patch of an image has rain of the same kind as the whole of it, and the strength that
 gives a wished PSNR follows from the first two moments of that process (Campbell's theorem) without rendering twice.
 """
 
@@ -18,15 +18,9 @@ import numpy as np
 from pydantic import Field
 
 from ast_plugin.degradations.fields import compress_jpeg, smooth_field, strips, to_rgb
-from ast_plugin.degradations.parameters import (
-    Parameters,
-    PositiveRange,
-    Range,
-    draw_log_uniform,
-    limited,
-)
+from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, draw_log_uniform, limited
 
-MIN_HEADROOM = 0.06  # mean of (1 - image)^2 below which a picture is too white for rain to be made stronger
+MIN_HEADROOM = 0.06  # mean of (1 - image)^2 below which an image is too white for rain to be made stronger
 MAX_OPACITY = 0.95
 MAX_BRIGHTNESS = 2.0  # of streaks before they are cut to MAX_OPACITY; where it takes more, the image stays cleaner
 VEIL_SHARE = 0.25  # at most this share of the squared error comes from the veil, the rest from streaks
@@ -36,7 +30,7 @@ PROFILE_SLANTED = 32 / 231  # mean of t^2 p^2
 
 
 class StreakLayer(Parameters):
-    """Ranges of one layer of streaks. Pixels are those of a photograph about 500 pixels high, see `scale`."""
+    """Ranges of one layer of streaks. Pixels are those of an image about 500 pixels high, see `scale`."""
 
     density: PositiveRange = Field(description='streaks per 10,000 pixels; one value an image, log-uniform')
     length: PositiveRange = Field(description='pixels; one value a streak')
@@ -116,16 +110,16 @@ class _Shower:
 def add_rain(
     image: np.ndarray, generator: np.random.Generator, parameters: RainParameters
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put rain over a clean photograph.
+    """Put rain over a clean image.
 
     Args:
-        image: RGB, [H, W, 3], float32 in [0, 1], any size; a patch gets the rain that its photograph would get.
+        image: RGB, [H, W, 3], float32 in [0, 1], any size; a patch gets the rain that its image would get.
         generator: source of all randomness; the same state gives the same result, bit for bit.
         parameters: ranges to draw from.
     Returns:
         The rainy image, [H, W, 3] float32 in [0, 1], and the opacity of the streaks alone, [H, W] float32 in [0, 1].
     Numerics: PSNR is an expectation over streaks. One rendering of 480 x 720 lies within about 1 dB of it and a
-    patch scatters more. Below 20 dB streaks saturate, and in a nearly white picture nothing shows: both stay cleaner.
+    patch scatters more. Below 20 dB streaks saturate, and in a nearly white image nothing shows: both stay cleaner.
     """
     error = 10 ** (-generator.uniform(*parameters.psnr) / 10)
     shape = image.shape[:2]
@@ -149,35 +143,28 @@ def add_rain(
 
 
 def _draw_showers(generator: np.random.Generator, parameters: RainParameters) -> list[_Shower]:
+    """Draw the values of the layers that an image has, and which these are."""
     scale = parameters.scale
     angle = math.radians(generator.uniform(*parameters.angle))
     spread = math.radians(parameters.angle_spread)
     bend = generator.uniform(*parameters.bend)
     unevenness = generator.uniform(*parameters.unevenness)
-    showers = []
-    for layer in _present(parameters.layers, generator):
-        density = draw_log_uniform(generator, layer.density) / 1e4 / scale**2
-        lean = generator.normal(0, spread)
-        showers.append(
-            _Shower(
-                density=density,
-                length=(layer.length[0] * scale, layer.length[1] * scale),
-                width=generator.uniform(*layer.width) * scale,
-                sharpness=generator.uniform(*layer.sharpness),
-                brightness=layer.brightness,
-                angle=float(np.clip(angle + lean, -math.pi / 3, math.pi / 3)),
-                spread=spread,
-                bend=bend,
-                unevenness=unevenness,
-            )
+    luck = generator.random(len(parameters.layers)) / [layer.presence for layer in parameters.layers]
+    return [
+        _Shower(
+            density=draw_log_uniform(generator, layer.density) / 1e4 / scale**2,
+            angle=float(np.clip(angle + generator.normal(0, spread), -math.pi / 3, math.pi / 3)),
+            length=(layer.length[0] * scale, layer.length[1] * scale),
+            width=generator.uniform(*layer.width) * scale,
+            sharpness=generator.uniform(*layer.sharpness),
+            brightness=layer.brightness,
+            spread=spread,
+            bend=bend,
+            unevenness=unevenness,
         )
-    return showers
-
-
-def _present(layers: tuple[StreakLayer, ...], generator: np.random.Generator) -> list[StreakLayer]:
-    """Return the layers that this image has, at least one."""
-    luck = generator.random(len(layers)) / [layer.presence for layer in layers]
-    return [layer for layer, value in zip(layers, luck, strict=True) if value < 1 or value == luck.min()]
+        for layer, value in zip(parameters.layers, luck, strict=True)
+        if value < 1 or value == luck.min()  # each image has at least one
+    ]
 
 
 def _strengths(

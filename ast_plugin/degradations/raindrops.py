@@ -26,13 +26,7 @@ import numpy as np
 from pydantic import Field
 
 from ast_plugin.degradations.fields import add_glare, lattice_noise, to_rgb
-from ast_plugin.degradations.parameters import (
-    Parameters,
-    PositiveRange,
-    Range,
-    draw_log_uniform,
-    limited,
-)
+from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, draw_log_uniform, limited
 
 MERGING = 4.0  # how sharply lobes join: h = log(sum(exp(MERGING * h_i))) / MERGING
 FLOOR = -0.8  # height of the bare pane, where a drop's rim is at 0 and its middle at 1
@@ -108,7 +102,10 @@ def add_raindrops(
     light = image * image
     small = cv2.resize(light, pane[::-1], interpolation=cv2.INTER_AREA)
     film, spoilt = _film(small, generator, unit, parameters, FILM_SHARE * error)
-    scene = _look_around(light, generator, parameters)
+    focal = generator.uniform(*parameters.focal) * parameters.scale
+    sky, ground, glare = (generator.uniform(*span) for span in (parameters.sky, parameters.ground, parameters.glare))
+    skyline = draw_log_uniform(generator, parameters.skyline)
+    scene = surroundings(light, focal, sky**2, skyline=skyline, ground=ground**2, glare=glare)
     irregularity = generator.uniform(*parameters.irregularity)
 
     # As many drops as are expected to make the error that is still wanted, then once more by the error they made.
@@ -135,14 +132,6 @@ def add_raindrops(
     return np.sqrt(np.clip(light, 0, 1, out=light), out=light), opacity
 
 
-def _look_around(light: np.ndarray, generator: np.random.Generator, parameters: RaindropParameters) -> Surroundings:
-    """Draw what lies around the image, whose light is given."""
-    focal = generator.uniform(*parameters.focal) * parameters.scale
-    sky, ground, glare = (generator.uniform(*span) for span in (parameters.sky, parameters.ground, parameters.glare))
-    skyline = draw_log_uniform(generator, parameters.skyline)
-    return surroundings(light, focal, sky**2, skyline=skyline, ground=ground**2, glare=glare)
-
-
 def _error(small: np.ndarray, layer: np.ndarray) -> float:
     """Return the mean squared error that a layer, colour times opacity and opacity, makes before light, [h, w, 3]."""
     wet = small * to_rgb(1 - layer[..., 3])
@@ -165,7 +154,7 @@ def _draw_lobes(
         generator: source of randomness.
         typical: median radius in pixels of the pane.
         offered: area of the drops that are offered a place, by that of the pane.
-        irregularity: how many of them have several lobes, in [0, 1].
+        irregularity: in [0, 1].
         parameters: ranges to draw from.
     Returns:
         One column a lobe, [6, n], in pixels of the pane: x, y, half the width, extent from the widest row upwards and
@@ -190,7 +179,7 @@ def _draw_lobes(
 
 
 def _apart(drops: np.ndarray, size: tuple[float, float]) -> list[int]:
-    """Return which drops (x, y, radius), from large to small, do not have their middle in or close to an earlier one."""
+    """Return which drops (x, y, radius), from large to small, have their middle in or close to no earlier one."""
     taken = np.zeros((math.ceil(size[0]) + 1, math.ceil(size[1]) + 1), np.uint8)
     kept = []
     columns, rows, reach = np.stack([drops[0], drops[1], np.ceil(1.3 * drops[2])]).astype(int).tolist()
@@ -289,16 +278,10 @@ def _defocus(layer: np.ndarray, radius: float) -> np.ndarray:
 def _film(
     small: np.ndarray, generator: np.random.Generator, unit: float, parameters: RaindropParameters, most: float
 ) -> tuple[np.ndarray, float]:
-    """Make the film of water: the scene blurred, paled and displaced.
+    """Return a film of water, [h, w, 4], and the mean squared error that it makes, at `most` the error given.
 
-    Args:
-        small: light of the image at the resolution of the pane, [h, w, 3].
-        generator: source of randomness.
-        unit: pixels of the pane to one of the parameters.
-        parameters: ranges to draw from.
-        most: mean squared error that the film may make; it is made thinner where it would make more.
-    Returns:
-        Colour times opacity and opacity, [h, w, 4], and the mean squared error that the film alone makes.
+    It shows the scene, whose light on the pane is `small`, blurred, paled and displaced. `unit` is the pixels of the
+    pane to one of the parameters.
     """
     shape = small.shape[:2]
     sigma = generator.uniform(*parameters.film_blur) * unit
@@ -340,19 +323,12 @@ ASIDE, LIGHT = _tables()
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The scene as far aside as drops look, at a fraction of the resolution.
+    """The scene as far aside as drops look, at a fraction of the resolution."""
 
-    Attributes:
-        view: RGB, [h + 2 border, w + 2 border, 3].
-        border: how much of it lies beyond each edge of the image.
-        shrink: pixels of the image to one of `view`.
-        focal: focal length of the camera, in pixels of `view`.
-    """
-
-    view: np.ndarray
-    border: int
-    shrink: float
-    focal: float
+    view: np.ndarray  # RGB, [h + 2 border, w + 2 border, 3]
+    border: int  # pixels of it beyond each edge of the image
+    shrink: float  # pixels of the image to one of `view`
+    focal: float  # focal length of the camera, in pixels of `view`
 
     @property
     def image(self) -> np.ndarray:
@@ -380,17 +356,9 @@ class Surroundings:
 
 
 def surroundings(
-    image: np.ndarray,
-    focal: float,
-    sky: float,
-    *,
-    skyline: float = 5.6,
-    ground: float = 0.3,
-    glare: float = 0.0,
+    image: np.ndarray, focal: float, sky: float, *, skyline: float = 5.6, ground: float = 0.3, glare: float = 0.0
 ) -> Surroundings:
-    """Return the scene around an image.
-
-    Beyond the image: its mirror image, with a sky coming up above it and the ground growing dark below it.
+    """Return the scene around an image: its mirror image, a sky coming up above and ground growing dark below.
 
     Args:
         image: light of the image, [H, W, 3] float32 in [0, 1].

@@ -73,15 +73,10 @@ def add_shadow(
 
 @dataclass(frozen=True)
 class Caster:
-    """What casts a shadow.
+    """What casts a shadow."""
 
-    Attributes:
-        opacity: [rows, columns] uint8, 255 where the sun is hidden.
-        foot: where it stands, (x, y) in pixels of the grid, which may lie outside: there the edge is sharpest.
-    """
-
-    opacity: np.ndarray
-    foot: np.ndarray
+    opacity: np.ndarray  # [rows, columns] uint8, 255 where the sun is hidden
+    foot: np.ndarray  # where it stands, (x, y) in pixels of the grid or beyond: there the edge is sharpest
 
 
 def _draw(generator: np.random.Generator, parameters: ShadowParameters, shape: tuple[int, int]) -> np.ndarray:
@@ -105,10 +100,7 @@ def _draw(generator: np.random.Generator, parameters: ShadowParameters, shape: t
 def _soften(caster: Caster, sharpest: float, widening: float) -> np.ndarray:
     """Blur the outline, ever more with the distance from where the caster stands.
 
-    Args:
-        caster: the outline, and the point from which distance counts.
-        sharpest: standard deviation of the edge at that point, in pixels of the grid.
-        widening: by how much it grows over a distance of the grid's height.
+    `sharpest` is the standard deviation there, in pixels of the grid; it grows by `widening` over the grid's height.
     """
     opacity = caster.opacity.astype(np.float32) / 255
     rows, columns = opacity.shape

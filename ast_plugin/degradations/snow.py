@@ -17,13 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from ast_plugin.degradations.fields import fractal_noise, strips, to_rgb
-from ast_plugin.degradations.parameters import (
-    Parameters,
-    PositiveRange,
-    Range,
-    draw_log_uniform,
-    limited,
-)
+from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, draw_log_uniform, limited
 
 CLUMPS, CLUMP_SIDE = 16, 64  # outlines of flakes that are kept, and the side in pixels at which they are kept
 SPRITES = 24  # flakes of a layer that are rendered for an image; each is put down many times
