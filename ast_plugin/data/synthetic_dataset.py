@@ -1,4 +1,4 @@
-"""Pairs made from clean photographs."""
+"""Pairs made from clean photos."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ast_plugin.data import transforms
-from ast_plugin.data.degraded_patches import degraded_patch
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.seeded_dataset import SeededDataset, SeededOptions
-from ast_plugin.data.synthesis import Photo, folder_photos, packaged_photos
+from ast_plugin.data.synthesis import Photo, degraded_patch, folder_photos, packaged_photos
 from ast_plugin.degradations import DEGRADATIONS, AnyParameters
 from ast_plugin.degradations.parameters import PositiveRange
 from ast_plugin.degradations.rain import RainParameters
 from ast_plugin.errors import DataError
 
 CACHE_BYTES = 256 * 2**20
-"""Decoded photographs that each process keeps; the rest is decoded anew each time."""
+"""Size of the decoded photos that each process keeps; the rest is decoded anew each time."""
 
 
 class SyntheticPairsOptions(SeededOptions):
     """Keys of SyntheticPairsDataset."""
 
-    source: Literal['packaged', 'folder'] = Field('packaged', description='photographs of packages, or dataroot_gt')
-    dataroot_gt: str | None = Field(None, description='source folder: the folder of clean photographs')
+    source: Literal['packaged', 'folder'] = Field('packaged', description='photos inside of packages, or dataroot_gt')
+    dataroot_gt: str | None = Field(None, description='source folder: the folder of clean photos')
     split: Literal['train', 'val', 'all'] | None = Field(
-        None, description='part of the photographs; by itself train in training and val otherwise, which share none'
+        None, description='part of the photos; by itself train in training and val otherwise, which share none'
     )
-    photos: list[str] | None = Field(None, min_length=1, description='names of photographs, instead of a split')
-    num_per_photo: int = Field(1, ge=1, description='pairs made of each photograph; in training, an epoch')
+    photos: list[str] | None = Field(None, min_length=1, description='names of photos, instead of a split')
+    num_per_photo: int = Field(1, ge=1, description='pairs made of each photo; in training, an epoch')
     degradation: AnyParameters = Field(
-        default_factory=RainParameters, description='what is put over the photographs: type, and its own parameters'
+        default_factory=RainParameters, description='what is put over the photos: type, and its own parameters'
     )
     clean_share: float = Field(0, ge=0, le=1, description='training: share of the patches that are not degraded')
     gamma: PositiveRange = Field(
@@ -44,19 +43,19 @@ class SyntheticPairsOptions(SeededOptions):
     @model_validator(mode='after')
     def _source_has_its_folder(self) -> SyntheticPairsOptions:
         if (self.source == 'folder') != (self.dataroot_gt is not None):
-            raise ValueError('dataroot_gt, a folder of clean photographs, goes with source: folder, and only with it')
+            raise ValueError('dataroot_gt, a folder of clean photos, goes with source: folder, and only with it')
         return self
 
 
 class SyntheticPairsDataset(SeededDataset):
-    """Clean photographs and what a seeded degradation makes of them.
+    """Clean photos and what a seeded degradation makes of them.
 
     In training each sample is another patch under another degradation, drawn from (seed, epoch, position); the patch
     is flipped before it is degraded, so that rain keeps falling down. In validation the degradation of each pair is
     drawn from its number alone: it is the same in every run, whatever the seed.
 
     Raises:
-        DataError: if there are no photographs.
+        DataError: if there are no photos.
     """
 
     options_type = SyntheticPairsOptions
@@ -79,35 +78,31 @@ class SyntheticPairsDataset(SeededDataset):
         return len(self.photos) * self.options.num_per_photo
 
     def load(self, number: int, generator: np.random.Generator) -> dict[str, Any]:
-        """Return pair `number`; pairs of one photograph lie `len(photos)` apart."""
+        """Return pair `number`; pairs of one photo lie `len(photos)` apart."""
+        options = self.options
         repeat, photo_number = divmod(number, len(self.photos))
         photo = self.photos[photo_number]
         image = self._read(photo)
         if self.is_train:
-            lq, gt = self._patch(image, generator)
+            lq, gt, _ = degraded_patch(
+                image,
+                options.gt_size,
+                generator,
+                self.degradation,
+                options.degradation,
+                use_hflip=options.use_hflip,
+                use_rot=options.use_rot,
+                clean_share=options.clean_share,
+                gamma=options.gamma,
+            )
         else:
-            if self.options.center_crop:
-                (image,) = transforms.center_crop([image], self.options.center_crop)
+            if options.center_crop:
+                (image,) = transforms.center_crop([image], options.center_crop)
             gt = transforms.to_float(image)
-            lq, _ = self.degradation.apply(gt, np.random.default_rng(number), self.options.degradation)
-        # Pictures of the results are called after lq_path, so each pair has a name of its own.
-        name = photo.name if self.options.num_per_photo == 1 else f'{photo.name}_{repeat + 1}'
+            lq, _ = self.degradation.apply(gt, np.random.default_rng(number), options.degradation)
+        # Images of the results are called after lq_path, so each pair has a name of its own.
+        name = photo.name if options.num_per_photo == 1 else f'{photo.name}_{repeat + 1}'
         return self.sample(lq, gt, f'{name}.png', photo.path)
-
-    def _patch(self, image: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        options = self.options
-        degraded, clean, _ = degraded_patch(
-            image,
-            options.gt_size,
-            generator,
-            self.degradation,
-            options.degradation,
-            use_hflip=options.use_hflip,
-            use_rot=options.use_rot,
-            clean_share=options.clean_share,
-            gamma=options.gamma,
-        )
-        return degraded, clean
 
     def _read(self, photo: Photo) -> np.ndarray:
         image = self._cache.get(photo.path)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from ast_plugin.data.degraded_patches import degraded_patch
+from ast_plugin.data.synthesis import degraded_patch
 from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
 from ast_plugin.degradations import DEGRADATIONS, AnyParameters
 from ast_plugin.errors import OptionError
