@@ -63,10 +63,6 @@ def test_every_task_repeats_its_pairs(tmp_path, photo, task, capsys):
     assert 'made 3 pairs' in capsys.readouterr().out
 
 
-def test_the_shipped_degradations_are_the_tasks():
-    assert list(DEGRADATIONS) == ['rain', 'raindrop', 'haze', 'snow', 'shadow', 'moire']
-
-
 def test_another_process_makes_the_same_files(tmp_path, photo):
     assert synth('--task', 'snow', '-i', photo, '-o', tmp_path / 'one', '--seed', 7) == 0
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONHASHSEED': '3'}
@@ -179,29 +175,27 @@ def test_a_fault_half_way_leaves_nothing(tmp_path, photo, capsys):
     assert sorted(os.listdir(tmp_path)) == sorted([photo.name, 'zz.png'])
 
 
-def test_a_full_disk_leaves_the_earlier_output(tmp_path, photo, monkeypatch, capsys):
+def fail_to_sync(*_):
+    raise OSError(28, 'No space left on device')
+
+
+def fail_to_rename(path, target, rename=Path.rename):
+    if path.suffix == '.part':
+        raise OSError(5, 'Input/output error')
+    return rename(path, target)
+
+
+@pytest.mark.parametrize(
+    ('owner', 'name', 'fault', 'message'),
+    [(os, 'fsync', fail_to_sync, 'No space left'), (Path, 'rename', fail_to_rename, 'Input/output error')],
+)
+def test_a_failing_disk_leaves_the_earlier_output(tmp_path, photo, monkeypatch, capsys, owner, name, fault, message):
     out = tmp_path / 'out'
     assert synth('--task', 'rain', '-i', photo, '-o', out) == 0
     before = digests(out)
-    monkeypatch.setattr(os, 'fsync', lambda _: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    monkeypatch.setattr(owner, name, fault)
     assert synth('--task', 'snow', '-i', photo, '-o', out, '--overwrite') == 2
-    assert 'No space left on device' in capsys.readouterr().err
-    assert digests(out) == before and sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
-
-
-def test_an_output_that_cannot_be_replaced_stays(tmp_path, photo, monkeypatch, capsys):
-    out = tmp_path / 'out'
-    assert synth('--task', 'rain', '-i', photo, '-o', out) == 0
-    before, rename = digests(out), Path.rename
-
-    def refuse(self, target):
-        if self.suffix == '.part':
-            raise OSError(5, 'Input/output error')
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, 'rename', refuse)
-    assert synth('--task', 'snow', '-i', photo, '-o', out, '--overwrite') == 2
-    assert 'Input/output error' in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert digests(out) == before and sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
 
 

@@ -78,23 +78,6 @@ def test_partners_stay_aligned_to_the_pixel(root, gt_size):
             assert (lq[2] == 2 * position).all() and (gt[2] == 2 * position + 1).all()
 
 
-def test_every_offset_is_drawn_the_last_included(root):
-    data = dataset(root, use_hflip=False, use_rot=False)
-    corners = {tuple(decoded(data[epoch, 0]['gt'])[:2, 0, 0]) for epoch in range(900)}
-    assert corners == {(row, column) for row in range(SIZE[0] - 3) for column in range(SIZE[1] - 3)}
-
-
-@pytest.mark.parametrize('size', [(1, 1), (1, 9), (9, 1), (3, 30)])
-def test_small_images_are_reflected(tmp_path, size):
-    for folder, clean in (('lq', 0), ('gt', 1)):
-        write(tmp_path / folder / 'a.png', coordinates(0, clean, size))
-    sample = dataset(tmp_path, gt_size=8, use_hflip=False, use_rot=False)[0]
-    gt = decoded(sample['gt'])
-    assert gt.shape == (3, 8, 8)
-    steps = np.abs(np.diff(gt[0], axis=1)).max(), np.abs(np.diff(gt[0], axis=0)).max()
-    assert steps == (0, min(size[0] - 1, 1))
-
-
 def test_samples_depend_on_seed_and_index(root):
     def patches(seed: int, epoch: int, positions: range) -> bytes:
         data = dataset(root, seed=seed)
@@ -170,13 +153,6 @@ def test_an_unreadable_file_names_the_pair(root, content):
         data[2]
     assert all(part in str(caught.value) for part in ('datasets.val', str(broken), str(root / 'gt/2.png')))
     data[1]
-
-
-def test_a_file_that_went_away_is_named(root):
-    data = dataset(root)
-    (root / 'gt/0.png').unlink()
-    with pytest.raises(DataError, match=r'gt/0\.png'):
-        data[0]
 
 
 @pytest.mark.parametrize(

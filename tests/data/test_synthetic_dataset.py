@@ -5,10 +5,8 @@ import numpy as np
 import pytest
 import torch
 from pydantic import BaseModel
-from torch.utils.data import DataLoader
 
 from ast_plugin.data import synthetic_dataset
-from ast_plugin.data.sampler import EpochSampler
 from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
 from ast_plugin.degradations import DEGRADATIONS, Degradation
 from ast_plugin.errors import DataError, OptionError
@@ -47,16 +45,6 @@ def test_samples_depend_on_seed_and_index():
     assert dataset()[0, 1]['lq'].numpy().tobytes() == patches[0]
 
 
-def test_workers_change_nothing():
-    data = dataset()
-    epochs = [
-        list(DataLoader(data, batch_size=2, sampler=EpochSampler(data, 1, 0), num_workers=workers))
-        for workers in (0, 2)
-    ]
-    for one, other in zip(*epochs, strict=True):
-        assert torch.equal(one['lq'], other['lq']) and torch.equal(one['gt'], other['gt'])
-
-
 def test_validation_never_changes():
     one, other = dataset(phase='val', seed=1), dataset(phase='val', seed=2)
     assert not {photo.name for photo in one.photos} & {photo.name for photo in dataset().photos}
@@ -92,10 +80,6 @@ def test_photos_are_flipped(folder):
         for gt in (data[epoch, 0]['gt'] for epoch in range(20))
     }
     assert len(falls) == 3  # down, up, and across
-
-
-def test_photos_smaller_than_the_patch(folder):
-    assert dataset(source='folder', dataroot_gt=str(folder), gt_size=100)[0]['lq'].shape == (3, 100, 100)
 
 
 def test_a_margin_is_cut_off_again(folder, monkeypatch):

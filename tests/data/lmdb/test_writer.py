@@ -13,14 +13,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ast_plugin.cli.main import main
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.lmdb import writer as lmdb_writer
 from ast_plugin.data.lmdb.format import decode_key, encode_key, read_digests, read_meta_info, view_raw
 from ast_plugin.data.lmdb.reader import LmdbImages
 from ast_plugin.data.lmdb.writer import make_plan
-from ast_plugin.data.manifest import Entry, write_manifest
 from ast_plugin.data.matching import Pair
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.data.sampler import EpochSampler
@@ -259,17 +257,6 @@ FROM_FILES = {'io_backend': {'type': 'disk'}, 'dataroot_lq': None, 'dataroot_gt'
 def test_different_pairs_with_one_key_are_refused(root):
     with pytest.raises(DataError, match=r'1 keys belong to several pairs: same; the first to .*000.png, .*001.png'):
         make_plan([Pair('same', str(root / f'lq/00{n}.png'), str(root / f'gt/00{n}.png')) for n in (0, 1)])
-
-
-def test_pairs_of_a_manifest(root, tmp_path):
-    entries = [
-        Entry(f'pair {number}', f'lq/{number:03d}.png', f'gt/{number:03d}.png', (9, 11), (1, 1), ('', ''))
-        for number in (4, 2)
-    ]
-    write_manifest(tmp_path / 'two.jsonl', entries, layout='folders', phase='train', root=root, pairs=2)
-    assert main(['data', 'lmdb', str(tmp_path / 'two.jsonl'), str(tmp_path / 'out')]) == 0
-    assert [entry.key for entry in read_meta_info(tmp_path / 'out/gt.lmdb')] == ['pair%204', 'pair%202']
-    assert value(tmp_path / 'out/gt.lmdb', 'pair%202') == (root / 'gt/002.png').read_bytes()
 
 
 @pytest.mark.parametrize('place', ['file/out', 'x' * 300])

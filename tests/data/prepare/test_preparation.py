@@ -1,6 +1,5 @@
 """Preparing: what is found, what is left out, and that no run leaves anything that looks finished and is not."""
 
-import errno
 import json
 import os
 import resource
@@ -21,7 +20,7 @@ from ast_plugin.data.manifest import read_manifest
 from ast_plugin.data.prepare import checks as pair_checks
 from ast_plugin.data.prepare.preparation import Preparation, format_options
 from ast_plugin.data.prepare.splits import find_splits
-from ast_plugin.errors import DataError, FileError
+from ast_plugin.errors import DataError
 from ast_plugin.options.sections import FolderName
 from tests.data.images import write_noise
 
@@ -242,22 +241,6 @@ def test_a_full_disk(tmp_path, place):
     assert subprocess.run(command, capture_output=True).returncode == 0
     prepare(root, tmp_path / 'whole', 'copy' if place else None)
     assert tree(tmp_path / 'out') == tree(tmp_path / 'whole')
-
-
-def test_a_full_disk_while_writing_the_manifest(tmp_path, monkeypatch):
-    root = make_agan(tmp_path / 'data')
-    preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
-    checks = preparation.check(1)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, 'fsync', full)
-        with pytest.raises(FileError, match=r'train\.jsonl cannot be written: No space left on device'):
-            preparation.write(checks, 'agan', None)
-    assert not list((tmp_path / 'out').glob('*.jsonl')) and not list((tmp_path / 'out').glob('.*.part'))
-    assert len(preparation.write(checks, 'agan', None)) == 2
 
 
 def test_the_dataset_is_never_written_to(tmp_path):
