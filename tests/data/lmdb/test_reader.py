@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -45,75 +44,54 @@ def rewrite(folder: Path, change) -> None:
         change(writing)
 
 
-def test_a_missing_key_is_named_with_the_lmdb(raw):
-    rewrite(raw / 'gt.lmdb', lambda writing: writing.delete(b'003'))
-    data = dataset(raw)
-    data[2]
-    with pytest.raises(DataError, match=r"datasets\.train: .*gt\.lmdb: no image has the key '003'.*basicsr data"):
-        data[3]
-    assert any("no image has the key '003'" in fault for fault in check_lmdb(raw / 'gt.lmdb'))
+def cut(share: float):
+    return lambda raw: os.truncate(raw / 'lq.lmdb/data.mdb', int((raw / 'lq.lmdb/data.mdb').stat().st_size * share))
 
 
-@pytest.mark.parametrize('share', [0.0, 0.001, 0.3, 0.7, 0.999])
-def test_a_cut_file_is_refused(raw, share):
-    file = raw / 'lq.lmdb/data.mdb'
-    os.truncate(file, int(file.stat().st_size * share))
-    with pytest.raises(DataError, match=re.escape(str(file)) + r': (cut off|cannot be opened).*basicsr data lmdb'):
-        dataset(raw)[0]
-    assert len(check_lmdb(raw / 'lq.lmdb')) == 1
+def append(line: str):
+    return lambda raw: (raw / 'lq.lmdb/meta_info.txt').open('a', encoding='utf-8').write(line)
 
 
-@pytest.mark.parametrize('content', [b'rubbish' * 9999, b'\0' * 65536])
-def test_what_is_no_lmdb_is_refused(raw, content):
-    (raw / 'lq.lmdb/data.mdb').write_bytes(content)
-    with pytest.raises(DataError, match=r'data\.mdb: cannot be opened: .*not an LMDB'):
-        dataset(raw)[0]
+def change(damage):
+    def change_value(raw: Path) -> None:
+        value = LmdbImages(raw / 'lq.lmdb').read('005', bytes)
+        rewrite(raw / 'lq.lmdb', lambda writing: writing.put(b'005', damage(value)))
+
+    return change_value
 
 
-@pytest.mark.parametrize(
-    ('name', 'message'),
-    [
-        ('data.mdb', r'gt\.lmdb/data\.mdb: there is no such file'),
-        ('meta_info.txt', r'gt\.lmdb/meta_info\.txt: there is no such file'),
-        ('', r'gt\.lmdb: there is no such LMDB'),
-    ],
-)
-def test_missing_files_are_named(raw, name, message):
-    path = raw / 'gt.lmdb' / name
-    path.unlink() if name else shutil.rmtree(path)
-    with pytest.raises(DataError, match=r'datasets\.train: .*' + message):
-        dataset(raw)
+def overwrite(name: str, content: bytes):
+    return lambda raw: (raw / name).write_bytes(content)
 
 
-@pytest.mark.parametrize('line', ['004.png', '004.jpg (9,11,3) 1', '\xff\xfe'])
-def test_a_wrong_line_is_shown(raw, line):
-    with open(raw / 'lq.lmdb/meta_info.txt', 'a', encoding='utf-8') as file:
-        file.write(line)
-    with pytest.raises(DataError, match=r'meta_info\.txt: line 13 is .*expected'):
-        dataset(raw)
+NO_LMDB = r'data\.mdb: cannot be opened: .*not an LMDB'
+CUT = r'data\.mdb: (cut off|cannot be opened).*basicsr data lmdb'
+DAMAGES = [
+    (lambda raw: shutil.rmtree(raw / 'gt.lmdb'), r'gt\.lmdb: there is no such LMDB'),
+    (lambda raw: (raw / 'gt.lmdb/data.mdb').unlink(), r'gt\.lmdb/data\.mdb: there is no such file'),
+    (lambda raw: (raw / 'gt.lmdb/meta_info.txt').unlink(), r'gt\.lmdb/meta_info\.txt: there is no such file'),
+    (overwrite('gt.lmdb/meta_info.txt', b'000.raw (9,11,3) 8\n'), r'same keys.*001, 002, 003 and 8 more'),
+    *[(overwrite('lq.lmdb/data.mdb', content), NO_LMDB) for content in (b'rubbish' * 9999, b'\0' * 65536)],
+    *[(cut(share), CUT) for share in (0, 0.001, 0.3, 0.7, 0.999)],
+    *[(append(line), 'line 13 is .*expected') for line in ('004.png', '004.jpg (9,11,3) 1', '\xff\xfe')],
+    *[(change(lambda value, end=end: value[:end]), r'lq\.lmdb/005: damaged: ') for end in (-1, 15)],
+    (change(lambda value: value[:8] + b'\xff' * 20), r'lq\.lmdb/005: damaged: '),
+]
 
 
-def test_lmdbs_that_do_not_belong_together(raw, packed):
-    (raw / 'gt.lmdb/meta_info.txt').write_text('000.raw (9,11,3) 8\n')
-    with pytest.raises(DataError, match=r'same keys.*001, 002, 003 and 8 more'):
-        dataset(raw)
+@pytest.mark.parametrize(('damage', 'message'), DAMAGES)
+def test_damage_is_named(raw, damage, message):
+    damage(raw)
+    with pytest.raises(DataError, match=rf'datasets\.train: .*{message}'):
+        dataset(raw)[5]
+    assert check_lmdb(raw / 'lq.lmdb') + check_lmdb(raw / 'gt.lmdb')
+
+
+def test_lmdbs_without_images_are_told(raw):
     for kind in ('lq', 'gt'):
         (raw / f'{kind}.lmdb/meta_info.txt').write_text('')
     with pytest.raises(DataError, match=r'same keys, and have none'):
         dataset(raw)
-
-
-@pytest.mark.parametrize(
-    'damage', [lambda value: value[:-1], lambda value: value[:15], lambda value: value[:8] + b'\xff' * 20]
-)
-def test_a_damaged_value_is_named(raw, damage):
-    with_value = LmdbImages(raw / 'lq.lmdb').read('005', bytes)
-    rewrite(raw / 'lq.lmdb', lambda writing: writing.put(b'005', damage(with_value)))
-    with pytest.raises(DataError, match=r'lq\.lmdb/005: damaged: '):
-        dataset(raw)[5]
-    assert check_lmdb(raw / 'lq.lmdb') == [f'{raw}/lq.lmdb/005: differs from what was written: damaged']
-    (raw / 'lq.lmdb/digests.txt').unlink()
-    assert '005: damaged' in ' '.join(check_lmdb(raw / 'lq.lmdb'))
 
 
 def test_a_check_finds_all_faults(packed, raw):
