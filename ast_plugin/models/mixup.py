@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ast_plugin.errors import OptionError, ShapeError
-from ast_plugin.options.checks import model_faults, raise_faults
 from ast_plugin.options.sections import MixupOptions
+from ast_plugin.options.validation import model_faults, raise_faults
 
 # Keeps the random numbers here apart from those that datasets draw with the same seed.
 _STREAM = 0x6D6978

@@ -22,7 +22,7 @@ from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginErr
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.models.restoration_model import RestorationModel
 from ast_plugin.models.training_step import check_switches
-from ast_plugin.options.checks import Registered
+from ast_plugin.options.validation import Registered
 
 _METRIC_IMAGE_SIDE = 192  # NIQE needs two blocks of 96
 

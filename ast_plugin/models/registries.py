@@ -1,29 +1,26 @@
-"""What is registered once BasicSR and every installed plugin are imported."""
+"""What is registered once BasicSR and every installed plugin are imported, which takes seconds."""
 
 from __future__ import annotations
 
-from ast_plugin.options.checks import Registered
+import basicsr.archs
+import basicsr.data
+import basicsr.losses
+import basicsr.metrics
+import basicsr.models  # noqa: F401 - each of these packages registers its contents when it is imported
+from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
+from basicsr.utils import registry
+
+from ast_plugin.evaluation.protocols import PROTOCOLS
+from ast_plugin.models.optimizers import SCHEDULERS, find_optimizer
+from ast_plugin.options.validation import Registered
+from ast_plugin.plugins import load_plugins
 
 KINDS = ('arch', 'dataset', 'loss', 'metric', 'model')
 
 
 def load_registered() -> Registered:
-    """Import BasicSR and the plugins (seconds), and say what is registered."""
-    import ast_plugin  # noqa: F401 - registers, also from a checkout that is not installed
-    from ast_plugin.evaluation.protocols import PROTOCOLS
-    from ast_plugin.models.optimizers import SCHEDULERS, find_optimizer
-    from ast_plugin.plugins import load_plugins
-
+    """Load the plugins, and say what is registered."""
     failed = load_plugins()
-    # Each of these packages registers its contents when it is imported.
-    import basicsr.archs
-    import basicsr.data
-    import basicsr.losses
-    import basicsr.metrics
-    import basicsr.models  # noqa: F401
-    from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
-    from basicsr.utils import registry
-
     return Registered(
         by_kind={kind: dict(iter(getattr(registry, f'{kind.upper()}_REGISTRY'))) for kind in KINDS},
         schedulers={

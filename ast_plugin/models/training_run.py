@@ -31,9 +31,9 @@ from ast_plugin.models.processes import catch_signals, failing_together, leave
 from ast_plugin.models.progress import close_bars
 from ast_plugin.models.registries import load_registered
 from ast_plugin.ops import use_backend
-from ast_plugin.options import Stage, checks, compare_file, safe_yaml
-from ast_plugin.options.checks import Registered
+from ast_plugin.options import Stage, compare_file, safe_yaml, validation
 from ast_plugin.options.reading import BASE_KEY, STAGES_KEY
+from ast_plugin.options.validation import Registered
 
 WEIGHTS = ('net_g_best.pth', 'net_g_latest.pth')
 """What a run leaves in its folder `models`, the better first."""
@@ -170,7 +170,7 @@ def read_run(
     if is_train is None:
         entries = opt.get(STAGES_KEY)
         is_train = any('train' in part for part in (opt, *(entries if isinstance(entries, list) else ())) if part)
-    checks.check(opt, str(file), registered, is_train=is_train)
+    validation.check(opt, str(file), registered, is_train=is_train)
     root = Path(os.path.expanduser(root)).resolve()
     return Run(file, opt, options.expand(opt), registered, is_train, root, is_debug)
 

@@ -10,9 +10,9 @@ from pydantic import Field, ValidationError
 
 from ast_plugin.errors import OptionError
 from ast_plugin.faults import Fault, Where, faults_of, shown
-from ast_plugin.options.checks import Registered, find_faults, holds, raise_faults, unique
 from ast_plugin.options.reading import merge
 from ast_plugin.options.sections import Count, CountOrZero, FolderName, Number, Section
+from ast_plugin.options.validation import Registered, find_faults, holds, raise_faults, unique
 
 ENTRIES, SETTINGS = 'networks', 'compare'
 INPUT = 'input'  # the row of the unrestored pictures

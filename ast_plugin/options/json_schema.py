@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from ast_plugin.options.checks import Registered
 from ast_plugin.options.compare_file import ComparedNetwork, CompareSettings, Head
 from ast_plugin.options.reading import BASE_KEY, DELETE_KEY, STAGES_KEY
 from ast_plugin.options.sections import (
@@ -24,6 +23,7 @@ from ast_plugin.options.sections import (
     dataset_model,
 )
 from ast_plugin.options.signatures import argument_model
+from ast_plugin.options.validation import Registered
 
 _TEXT_OR_LIST = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': {'type': 'string'}}]}
 _COMPARED = 'of a file for `basicsr compare`'
@@ -33,7 +33,7 @@ _VARIABLE = {'type': 'string', 'pattern': r'^\$\{', 'description': '${NAME} or $
 def json_schema(registered: Registered) -> dict[str, Any]:
     """The schema of draft 2020-12, with the registered names and the keys of datasets that describe theirs.
 
-    It says less than `checks.check`: a file inherits and has stages, so that no key is missing for sure.
+    It says less than `validation.check`: a file inherits and has stages, so that no key is missing for sure.
     """
     schema = OptionFile.model_json_schema()
     definitions = schema.pop('$defs')

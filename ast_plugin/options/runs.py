@@ -94,7 +94,7 @@ def prepare(
     """Complete options as BasicSR's `parse_options` does after it has read a file. The argument stays as it is.
 
     Args:
-        opt: options that `ast_plugin.options.checks.check` found right.
+        opt: options that `ast_plugin.options.validation.check` found right.
         root: outputs go to `experiments/`, `results/` and `tb_logger/` under it.
         is_train: False leaves out training data and lays paths for results.
         debug: BasicSR's debug mode: `debug_` before the name, and frequent validation and saving.

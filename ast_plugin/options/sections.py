@@ -1,7 +1,7 @@
 """The keys of an option file, section by section: BasicSR's, gathered from its pipelines and models, and ours.
 
 Sections that are open by nature (datasets by phase, networks by letter, arguments of registered things) are mappings
-here; `ast_plugin.options.checks` holds them against what is registered.
+here; `ast_plugin.options.validation` holds them against what is registered.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from ast_plugin.checkpoints import save_torch
 from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
 from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.models import registries
-from ast_plugin.options import checks
+from ast_plugin.options import validation
 
 TINY = {
     'NAFNet': {'width': 4, 'middle_blk_num': 1, 'enc_blk_nums': [1, 1], 'dec_blk_nums': [1, 1]},
@@ -119,7 +119,7 @@ def test_bad_options(installed, options, complaint):
 
 def test_option_check_knows_hyperparameters(installed):
     registered = registries.load_registered()
-    faults = checks.find_faults(
+    faults = validation.find_faults(
         {
             'name': 'a',
             'model_type': 'RestorationModel',

@@ -7,7 +7,7 @@ import torch
 
 from ast_plugin import options
 from ast_plugin.models import registries
-from ast_plugin.options import checks
+from ast_plugin.options import validation
 
 MIX = {  # exchanged modules, parameters before and after
     'SwinIR_ASSA_FRFN': (8, 65_611, 78_931),
@@ -37,7 +37,7 @@ def registered():
 def read(name, registered):
     path = options.find(name)
     opt = options.load(path)
-    checks.check(opt, str(path), registered)
+    validation.check(opt, str(path), registered)
     return path, opt
 
 

@@ -7,7 +7,7 @@ import pytest
 from ast_plugin import options
 from ast_plugin.models.registries import load_registered
 from ast_plugin.options import runs
-from ast_plugin.options.checks import check
+from ast_plugin.options.validation import check
 
 TASKS = ('rain', 'raindrop', 'haze')
 LARGEST_FILE = 8_000_000  # bytes, in float16

@@ -8,7 +8,7 @@ import pytest
 from ast_plugin import options
 from ast_plugin.errors import OptionError
 from ast_plugin.models import registries
-from ast_plugin.options import checks, safe_yaml
+from ast_plugin.options import safe_yaml, validation
 from ast_plugin.options.json_schema import option_keys
 from tests import tiny_run
 
@@ -36,7 +36,7 @@ def changed(path, value):
 
 
 def faults(opt, registered=None, **kwargs):
-    return [str(fault) for fault in checks.find_faults(opt, registered, **kwargs)]
+    return [str(fault) for fault in validation.find_faults(opt, registered, **kwargs)]
 
 
 @pytest.mark.parametrize('is_train', [True, False])
@@ -237,7 +237,7 @@ def test_all_faults_in_the_order_of_the_file(registered):
     opt['datasets']['val']['dataroot_lg'] = 'x'
     opt['nam'] = 'x'
     with pytest.raises(OptionError) as caught:
-        checks.check(opt, 'my.yml', registered)
+        validation.check(opt, 'my.yml', registered)
     keys = [line.split(': ')[:2] for line in str(caught.value).splitlines()]
     assert keys == [
         ['my.yml', key]
@@ -293,7 +293,7 @@ class StrangerModel:
 
 
 def test_third_party_model_may_have_its_own_keys(registered):
-    stranger = checks.Registered(
+    stranger = validation.Registered(
         by_kind={**registered.by_kind, 'model': {'StrangerModel': StrangerModel}}, schedulers=registered.schedulers
     )
     opt = {**changed('train:my_loss_weight', 3), 'model_type': 'StrangerModel', 'my_section': {'a': 1}}
@@ -306,7 +306,7 @@ def test_third_party_model_may_have_its_own_keys(registered):
 
 
 def test_failed_plugin_is_named(registered):
-    broken = checks.Registered(
+    broken = validation.Registered(
         by_kind=registered.by_kind,
         schedulers=registered.schedulers,
         failed_plugins=['plugin x of y 1 failed to load: ImportError: no z'],
@@ -381,7 +381,7 @@ def test_broken_options_raise_option_errors_only(registered, tmp_path, seed):
         opt = broken(own if number % 2 else TINY, generator)
         is_train = bool(generator.randint(0, 1))
         try:
-            checks.check(opt, 'broken.yml', registered, is_train=is_train)
+            validation.check(opt, 'broken.yml', registered, is_train=is_train)
         except OptionError as error:
             assert all(line.startswith('broken.yml: ') for line in str(error).splitlines()), error
             continue
