@@ -27,10 +27,29 @@ default_role = 'code'  # docstrings write names between single backticks
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'signature'
 autodoc_default_options = {'members': True, 'show-inheritance': True}
-napoleon_custom_sections = ['Numerics', 'Source', ('Option keys', 'params_style')]
+napoleon_custom_sections = ['Numerics', 'Source', 'Shapes']
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 
 
 generate.write_options(HERE / 'options')
 generate.write_api(HERE / 'api')
+
+
+def shape_docstring(app, what, name, obj, options, lines: list[str]) -> None:
+    """Turn `Source: text` into a section and an indented example into a literal block."""
+    shaped: list[str] = []
+    for line in lines:
+        section, colon, text = line.partition(': ')
+        if colon and section in (*napoleon_custom_sections, 'Returns'):
+            shaped += [f'{section}:', f'    {text}']
+        elif line.startswith('    ') and shaped and not shaped[-1] and not shaped[-2].startswith(' '):
+            shaped += ['::', '', line]
+        else:
+            shaped.append(line)
+    lines[:] = shaped
+
+
+def setup(app) -> None:
+    """Shape docstrings before napoleon reads them."""
+    app.connect('autodoc-process-docstring', shape_docstring, priority=100)

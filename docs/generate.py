@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 from ast_plugin.models.registries import load_registered
 from ast_plugin.options.json_schema import OptionKey, option_keys
@@ -64,13 +65,18 @@ def write_api(folder: Path) -> None:
     for room, heading in ROOMS.items():
         package = import_module(f'ast_plugin.{room}')
         found = pkgutil.iter_modules(package.__path__, f'{package.__name__}.')
-        modules = (info.name for info in found if not info.ispkg)
-        pages = [name for name in modules if not name.startswith(LEFT_OUT)]
+        own = [package.__name__] if any(defined_in(package, item) for item in vars(package).values()) else []
+        pages = own + [info.name for info in found if not info.ispkg and not info.name.startswith(LEFT_OUT)]
         lines += [f'## {heading}', '', '```{toctree}', ':maxdepth: 1', '', *pages, '```', '']
         for name in pages:
             text = f'# {name.removeprefix("ast_plugin.")}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n'
             write(folder / f'{name}.md', text)
     write(folder / 'index.md', '\n'.join(lines))
+
+
+def defined_in(package: ModuleType, item: object) -> bool:
+    """Whether a class or function is defined in a package's own file."""
+    return isinstance(item, type | FunctionType) and item.__module__ == package.__name__
 
 
 def write(path: Path, text: str) -> None:
