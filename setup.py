@@ -40,7 +40,7 @@ metrics = ['pyiqa>=0.1.14']
 # The second holds networks whose licences restrict their use, Restormer among them.
 baselines = ['spandrel>=0.4.2', 'spandrel_extra_arches>=0.2']
 optimizers = ['pytorch-optimizer>=4.0']
-docs = ['sphinx>=8.1', 'myst-parser>=4.0', 'furo>=2024.8']
+docs = [f'{package}; python_version >= "3.11"' for package in ('sphinx>=8.1', 'myst-parser>=5.0', 'furo>=2024.8')]
 photos = ['scikit-image>=0.25', 'scikit-learn>=1.5']  # both carry the colour photographs of the demonstration
 
 setup(

@@ -5,9 +5,12 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from .pages import ROOT
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason='MyST needs Python 3.11')
 def test_site(tmp_path):
     shutil.copytree(ROOT / 'docs', tmp_path / 'docs', ignore=shutil.ignore_patterns('_build', 'api', 'options'))
     command = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', 'docs', 'site']
