@@ -1,27 +1,53 @@
-"""The table of degradations: every row as an option, in a dataset, and as fast as it has to be."""
+"""What holds for every degradation: as an option, in a dataset, and whatever the image and the seed are."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from ast_plugin.data.synthesis import degraded_patch
+from ast_plugin.data.synthesis import degraded_patch, packaged_photos
 from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
-from ast_plugin.degradations import DEGRADATIONS, AnyParameters
+from ast_plugin.degradations import DEGRADATIONS, AnyParameters, snow
+from ast_plugin.degradations.parameters import Limits
+from ast_plugin.degradations.rain import FINE
 from ast_plugin.errors import OptionError
-from tests.data.degraded import degrade, gray
+from tests.degradations.helpers import degrade, gray, photo, psnr
 
 OPTION = TypeAdapter(AnyParameters)
+RAIN_LAYER, SNOW_LAYER = FINE.model_dump(), snow.NEAR.model_dump()
+EXTREME_SCALES = [('haze', 20), ('haze', 0.05), ('raindrop', 20), ('raindrop', 0.3)]
+EVERY = pytest.mark.parametrize('name', DEGRADATIONS)
+LIMITED = [
+    (name, key, field.json_schema_extra.least, field.json_schema_extra.most)
+    for name, row in DEGRADATIONS.items()
+    for key, field in row.parameters.model_fields.items()
+    if isinstance(field.json_schema_extra, Limits)
+]
+PSNR = {  # of packaged photos: seeds of each, the least and the most, range of the median, least spread on each
+    'rain': (6, 20, 60, (20, 26), 1),
+    'raindrop': (6, 14, 36, (18, 26), 4),
+    'haze': (6, 9, 23, (11, 19), 2),
+    'snow': (3, 15, 33, (20, 25), 0),
+    'shadow': (6, 12, 40, (18, 24), 0),
+    'moire': (2, 14, 32, (19, 24), 0),
+}
 
 
-@pytest.mark.parametrize('name', DEGRADATIONS)
+def scene(height: int = 120, width: int = 160) -> np.ndarray:
+    """Blotches of all brightnesses."""
+    coarse = np.random.default_rng(9).random((6, 8, 3)).astype(np.float32)
+    return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
+
+
+@EVERY
 def test_an_option_by_its_type(name):
     parameters = OPTION.validate_python({'type': name})
     assert type(parameters) is DEGRADATIONS[name].parameters
     assert OPTION.validate_python(parameters.model_dump(mode='json')) == parameters
 
 
-def test_without_a_type_it_is_rain_and_others_are_refused():
+def test_type_is_rain_by_default():
     assert OPTION.validate_python({'scale': 2}).type == 'rain'
     with pytest.raises(ValidationError, match=r'fog.*rain.*moire'):
         OPTION.validate_python({'type': 'fog'})
@@ -38,12 +64,168 @@ def test_without_a_type_it_is_rain_and_others_are_refused():
         ('snow', r'^datasets\.train\.degradation: '),
     ],
 )
-def test_bad_options_name_the_key_without_pydantics_tag(options, expected):
+def test_bad_options_name_the_key(options, expected):
     with pytest.raises(OptionError, match=expected):
         SyntheticPairsDataset({'phase': 'train', 'gt_size': 32, 'degradation': options})
 
 
-@pytest.mark.parametrize('name', DEGRADATIONS)
+@pytest.mark.parametrize(
+    ('name', 'wrong'),
+    [
+        ('rain', {'psnr': (25, 20)}),
+        ('rain', {'psnr': (float('nan'), 20)}),
+        ('rain', {'veil': (-0.1, 0)}),
+        ('rain', {'angle': (-80, 0)}),
+        ('rain', {'scale': 0}),
+        ('rain', {'layers': []}),
+        ('rain', {'lenght': 3}),
+        ('rain', {'layers': [{**RAIN_LAYER, 'presence': 0}]}),
+        ('rain', {'layers': [{**RAIN_LAYER, 'density': (0, 1)}]}),
+        ('raindrop', {'coverage': (0.1, 0.9)}),
+        ('raindrop', {'radius': (0, 4)}),
+        ('raindrop', {'focal': (0, 100)}),
+        ('raindrop', {'scale': 0.1}),
+        ('raindrop', {'scale': float('nan')}),
+        ('haze', {'psnr': (0, 12)}),
+        ('haze', {'visibility': (0, 10)}),
+        ('haze', {'tint': -1}),
+        ('haze', {'nearest': (0.5, 1.0)}),
+        ('haze', {'spread': (0, 1)}),
+        ('haze', {'scale': 0}),
+        ('haze', {'cell': (float('inf'), float('inf'))}),
+        ('haze', {'room': 2}),
+        ('snow', {'amount': (float('nan'), 2)}),
+        ('snow', {'scale': 0}),
+        ('snow', {'layers': []}),
+        ('snow', {'layers': [{**SNOW_LAYER, 'opacity': (0.5, 1.5)}]}),
+        ('snow', {'layers': [{**SNOW_LAYER, 'motion': (-1, 1)}]}),
+        ('snow', {'layers': [{**SNOW_LAYER, 'diameter': (10, 1000)}]}),
+        ('shadow', {'coverage': (0, 0.2)}),
+        ('shadow', {'casters': []}),
+        ('shadow', {'casters': ['dragon']}),
+        ('shadow', {'penumbra': (0, 1)}),
+        ('shadow', {'scale': -1}),
+        ('moire', {'pitch': (2.1, 1.9)}),
+        ('moire', {'exposure': (0, 1)}),
+        ('moire', {'quality': (0, 50)}),
+        ('moire', {'blur': (float('inf'), float('inf'))}),
+    ],
+)
+def test_bad_parameters_are_refused(name, wrong):
+    with pytest.raises(ValidationError):
+        DEGRADATIONS[name].parameters(**wrong)
+
+
+@pytest.mark.parametrize(('name', 'key', 'least', 'most'), LIMITED)
+def test_ranges_keep_to_their_limits(name, key, least, most):
+    model = DEGRADATIONS[name].parameters
+    for bounds in ((least - 1, most), (max(least, 1e-3), most + 1)):
+        with pytest.raises(ValidationError, match=key):
+            model(**{key: bounds})
+    assert f'within [{least:g}, {most:g}]' in model.model_fields[key].description
+    schema = model.model_json_schema()['properties'][key]
+    assert all((item['minimum'], item['maximum']) == (least, most) for item in schema['prefixItems'])
+
+
+def check_images(name, image, results) -> None:
+    degraded, mask = results
+    assert degraded.shape == image.shape and degraded.dtype == np.float32 and degraded.flags.c_contiguous
+    assert np.isfinite(degraded).all() and degraded.min() >= 0 and degraded.max() <= 1
+    assert (mask is None) == (name == 'moire')
+    if mask is not None:
+        assert mask.shape == image.shape[:2] and mask.dtype == np.float32 and mask.min() >= 0 and mask.max() <= 1
+
+
+@pytest.mark.parametrize(('name', 'key', 'least', 'most'), LIMITED)
+def test_limits_of_ranges_make_images(name, key, least, most):
+    for value in (max(least, 1e-3) if least == 0 else least, most):
+        check_images(name, scene(), degrade(name, scene(), 1, **{key: (value, value)}))
+
+
+@pytest.mark.parametrize(
+    ('name', 'extreme'),
+    [
+        ('rain', {'psnr': (1, 1)}),
+        ('rain', {'psnr': (80, 80)}),
+        ('raindrop', {'psnr': (1, 1)}),
+        ('raindrop', {'psnr': (80, 80), 'coverage': (0, 0.5)}),
+        ('raindrop', {'coverage': (0.5, 0.5), 'radius': (2, 2)}),
+        ('raindrop', {'film': (1, 1), 'film_blur': (50, 50)}),
+        ('raindrop', {'size_spread': (1, 1), 'irregularity': (1, 1)}),
+        ('raindrop', {'skyline': (1, 1), 'ground': (2, 2), 'glare': (10, 10)}),
+        ('haze', {'psnr': (1, 1)}),
+        ('haze', {'psnr': (80, 80)}),
+        ('haze', {'forward': (0.9, 0.9), 'spread': (60, 60)}),
+        ('haze', {'airlight': (1, 1), 'tint': 0.2}),
+        ('haze', {'cell': (1e-3, 1e-3)}),
+        ('haze', {'cell': (1e6, 1e6)}),
+        ('haze', {'lamps': (1, 1), 'lamp_tint': (0.5, 0.5), 'glow': (1, 1), 'glare': (10, 10)}),
+        ('haze', {'exposure': (3, 3), 'white_balance': (1, 1), 'tint': 0.2}),
+        ('haze', {'exposure': (-3, -3), 'noise': (0.1, 0.1)}),
+    ],
+)
+def test_extremes_make_images(name, extreme):
+    check_images(name, scene(), degrade(name, scene(), 1, **extreme))
+
+
+@pytest.mark.parametrize('value', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('shape', [(1, 1), (1, 50), (50, 1), (7, 3), (65, 130), (600, 90)])
+@pytest.mark.parametrize(
+    ('name', 'scale'), [*((name, 1) for name in DEGRADATIONS), *EXTREME_SCALES], ids=lambda value: str(value)
+)
+def test_any_size_and_brightness(name, scale, shape, value):
+    image = gray(*shape, value)
+    parameters = {} if scale == 1 else {'scale': scale}  # moiré has no scale
+    check_images(name, image, degrade(name, image, **parameters))
+    assert np.array_equal(image, gray(*shape, value))
+
+
+@EVERY
+def test_large_images(name):
+    image = gray(1300, 1900, 0.5)
+    check_images(name, image, degrade(name, image))
+
+
+@EVERY
+def test_bits_depend_on_the_seed_alone(name):
+    image = np.random.default_rng(1).uniform(0, 1, (90, 130, 3)).astype(np.float32)
+    before = image.copy()
+    results = []
+    for seed in (5, 5, 6):
+        np.random.seed(seed + len(results))  # noqa: NPY002 (the global generator must not matter)
+        cv2.setRNGSeed(len(results))
+        results.append(degrade(name, image, seed))
+    assert np.array_equal(image, before)
+    assert np.array_equal(results[0][0], results[1][0]) and not np.array_equal(results[0][0], results[2][0])
+    assert results[0][1] is None or np.array_equal(results[0][1], results[1][1])
+
+
+@EVERY
+def test_bits_ignore_places_in_memory(name):
+    sizes = np.random.default_rng(0).integers(1, 5000, 10)
+    kept = []  # so that what is made after it lies elsewhere
+    for side in (40, 64):
+        image = np.random.default_rng(0).uniform(0, 1, (side, side, 3)).astype(np.float32)
+        results = []
+        for size in sizes:
+            kept.append(np.empty(size, np.uint8))
+            results.append(degrade(name, image)[0])
+        assert all(np.array_equal(result, results[0]) for result in results)
+
+
+@EVERY
+def test_psnr_on_photos(name):
+    seeds, least, most, (low, high), spread = PSNR[name]
+    levels = []
+    for found in packaged_photos():
+        clean = photo(found.name)
+        levels.append([psnr(degrade(name, clean, seed)[0], clean) for seed in range(seeds)])
+        assert np.ptp(levels[-1]) > spread
+    assert least <= np.min(levels) and np.max(levels) <= most
+    assert low < np.median(levels) < high
+
+
+@EVERY
 def test_samples_to_train_from(name):
     options = {'phase': 'train', 'gt_size': 40, 'seed': 3, 'degradation': {'type': name}}
     one, other = SyntheticPairsDataset(options)[0, 1], SyntheticPairsDataset(options)[0, 1]
@@ -53,7 +235,17 @@ def test_samples_to_train_from(name):
     assert not torch.equal(one['lq'], SyntheticPairsDataset(options)[1, 1]['lq'])
 
 
-def test_a_patch_keeps_its_depth_beside_it():
+@pytest.mark.parametrize(('name', 'low', 'high'), [('raindrop', 16, 25), ('haze', 10, 19)])
+def test_patches_are_degraded_like_images(name, low, high):
+    """Patches are cut from a degraded neighbourhood, so they are as strong on the average as whole images."""
+    options = {'phase': 'train', 'gt_size': 64, 'seed': 3, 'photos': ['coffee', 'astronaut'], 'num_per_photo': 16}
+    data = SyntheticPairsDataset({**options, 'degradation': {'type': name}})
+    errors = [float(((sample['lq'] - sample['gt']) ** 2).mean()) for sample in data]
+    assert len(errors) == 32 and min(errors) > 0
+    assert low < -10 * np.log10(np.mean(errors)) < high
+
+
+def test_a_patch_keeps_its_depth():
     image = np.zeros((60, 80, 3), np.uint8)
     image[..., 0] = np.arange(80)
     image[..., 1] = np.arange(60)[:, None]
@@ -75,22 +267,3 @@ def test_a_patch_keeps_its_depth_beside_it():
         assert whole.shape == (26, 26, 3)
         levels = whole.astype(np.float64) * 255
         np.testing.assert_allclose(levels[..., 0] + 1000 * levels[..., 1] + 1, beside, atol=0.1)
-
-
-@pytest.mark.parametrize('name', DEGRADATIONS)
-def test_bits_do_not_depend_on_what_lies_where_in_memory(name):
-    sizes = np.random.default_rng(0).integers(1, 5000, 10)
-    kept = []  # so that what is made after it lies elsewhere
-    for side in (40, 64):
-        image = np.random.default_rng(0).uniform(0, 1, (side, side, 3)).astype(np.float32)
-        results = []
-        for size in sizes:
-            kept.append(np.empty(size, np.uint8))
-            results.append(degrade(name, image)[0])
-        assert all(np.array_equal(result, results[0]) for result in results)
-
-
-@pytest.mark.parametrize('name', DEGRADATIONS)
-def test_large_pictures(name):
-    degraded, _ = degrade(name, gray(1300, 1900, 0.5))
-    assert degraded.shape == (1300, 1900, 3) and np.isfinite(degraded).all()

@@ -3,11 +3,9 @@
 import cv2
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
-from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.degradations.rain import FINE, MIDDLE, NEAR, RainParameters, add_rain
-from tests.data.degraded import gray, photographs, psnr
+from tests.degradations.helpers import degrade, direction, gray, psnr
 
 DENSE = {
     'layers': [{**layer.model_dump(), 'presence': 1} for layer in (FINE, MIDDLE, NEAR)],
@@ -15,14 +13,6 @@ DENSE = {
     'jpeg_share': 0,
 }
 """Rain that is nowhere rare, so that few pixels tell of it."""
-
-
-@pytest.mark.parametrize('photo', packaged_photos(), ids=lambda photo: photo.name)
-def test_psnr_on_photographs(photo):
-    (clean,) = photographs([photo.name])
-    levels = [psnr(add_rain(clean, np.random.default_rng(seed), RainParameters())[0], clean) for seed in range(12)]
-    assert min(levels) >= 20 and np.median(levels) <= 26  # few streaks before a light background stay cleaner
-    assert max(levels) - min(levels) > 1
 
 
 @pytest.mark.parametrize('target', [23.0, 26.0, 30.0])
@@ -42,7 +32,7 @@ def test_patches_get_the_rain_of_the_whole():
 
 
 def test_rain_only_brightens_where_there_is_no_veil():
-    rainy, streaks = add_rain(gray(), np.random.default_rng(0), RainParameters(veil=(0, 0), light=(1, 1), jpeg_share=0))
+    rainy, streaks = degrade('rain', gray(), 0, veil=(0, 0), light=(1, 1), jpeg_share=0)
     assert (rainy >= gray() - 1e-6).all()
     np.testing.assert_allclose(rainy, gray() + streaks[..., None] * 0.6, atol=0.02)  # the light has a tint
 
@@ -58,17 +48,12 @@ def test_the_veil_pales_and_is_uneven():
 def test_streaks_lean_as_asked(angle):
     parameters = RainParameters(angle=(angle, angle), angle_spread=0, bend=(0, 0), **DENSE)
     _, streaks = add_rain(gray(300, 300), np.random.default_rng(2), parameters)
-    dx, dy = cv2.Sobel(streaks, cv2.CV_32F, 1, 0), cv2.Sobel(streaks, cv2.CV_32F, 0, 1)
-    # Structure tensor: along a streak brightness changes least.
-    xx, xy, yy = (float((a * b).sum()) for a, b in ((dx, dx), (dx, dy), (dy, dy)))
-    values, vectors = np.linalg.eigh([[xx, xy], [xy, yy]])
-    x, y = vectors[:, 0] * np.sign(vectors[1, 0])
-    assert np.degrees(np.arctan2(x, y)) == pytest.approx(angle, abs=4)
-    assert values[0] < 0.25 * values[1]
+    along, ratio = direction(streaks)
+    assert along == pytest.approx(angle, abs=4) and ratio < 0.25
 
 
 def test_streaks_are_smooth_and_of_many_brightnesses():
-    _, streaks = add_rain(gray(480, 720), np.random.default_rng(3), RainParameters())
+    _, streaks = degrade('rain', gray(480, 720), 3)
     levels = np.histogram(streaks, bins=10, range=(0.02, 0.5))[0]
     assert (levels > 0).all()
     assert 0.02 < (streaks > 0.05).mean() < 0.6
@@ -76,7 +61,7 @@ def test_streaks_are_smooth_and_of_many_brightnesses():
 
 def test_rain_is_sparse_and_bright_or_heavy_and_fine():
     """Of one strength in dB, so that the fewer streaks there are the brighter each is."""
-    layers = [add_rain(gray(480, 720), np.random.default_rng(seed), RainParameters())[1] for seed in range(24)]
+    layers = [degrade('rain', gray(480, 720), seed)[1] for seed in range(24)]
     covered = np.array([(streaks > 0.1).mean() for streaks in layers])
     brightest = np.array([np.percentile(streaks[streaks > 0.1], 90) for streaks in layers])
     assert covered.min() < 0.07 and covered.max() > 0.16
@@ -86,32 +71,11 @@ def test_rain_is_sparse_and_bright_or_heavy_and_fine():
 
 def test_scale_lengthens_streaks():
     def correlation(scale: float) -> float:
-        _, streaks = add_rain(gray(256, 256), np.random.default_rng(4), RainParameters(scale=scale, angle=(0, 0)))
+        _, streaks = degrade('rain', gray(256, 256), 4, scale=scale, angle=(0, 0))
         streaks = streaks - streaks.mean()
         return float((streaks[:-20] * streaks[20:]).mean() / (streaks**2).mean())
 
     assert correlation(3) > correlation(1) + 0.1
-
-
-@pytest.mark.parametrize(
-    'wrong',
-    [
-        {'psnr': (25, 20)},
-        {'angle': (-80, 0)},
-        {'veil': (0, 2)},
-        {'veil': (-0.1, 0)},
-        {'jpeg_quality': (0, 50)},
-        {'layers': [{**FINE.model_dump(), 'presence': 0}]},
-        {'scale': 0},
-        {'layers': []},
-        {'lenght': 3},
-        {'psnr': (float('nan'), 20)},
-        {'layers': [{**FINE.model_dump(), 'density': (0, 1)}]},
-    ],
-)
-def test_bad_parameters_are_refused(wrong):
-    with pytest.raises(ValidationError):
-        RainParameters(**wrong)
 
 
 def test_sharp_streaks_are_bars():

@@ -5,11 +5,7 @@ import math
 import cv2
 import numpy as np
 import pytest
-import torch
-from pydantic import ValidationError
 
-from ast_plugin.data.synthesis import packaged_photos
-from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
 from ast_plugin.degradations.raindrops import (
     ASIDE,
     DARKEST,
@@ -21,7 +17,7 @@ from ast_plugin.degradations.raindrops import (
     refract,
     surroundings,
 )
-from tests.data.degraded import photographs, psnr
+from tests.degradations.helpers import degrade, photo, psnr
 
 DRY = {'film': (0, 0)}
 
@@ -32,44 +28,13 @@ def scene(height: int = 120, width: int = 160) -> np.ndarray:
     return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
 
 
-@pytest.mark.parametrize(
-    'extreme',
-    [
-        {'psnr': (1, 1)},
-        {'psnr': (80, 80), 'coverage': (0, 0.5)},
-        {'coverage': (0.5, 0.5), 'radius': (2, 2)},
-        {'radius': (100, 100)},
-        {'contact_angle': (5, 5)},
-        {'contact_angle': (80, 80)},
-        {'elongation': (0.25, 0.25)},
-        {'elongation': (4, 4)},
-        {'defocus': (1e-3, 1e-3)},
-        {'defocus': (3, 3)},
-        {'film': (1, 1), 'film_blur': (50, 50)},
-        {'focal': (1e-3, 1e-3)},
-        {'focal': (20000, 20000)},
-        {'sky': (0, 0)},
-        {'size_spread': (0, 0), 'irregularity': (0, 0)},
-        {'size_spread': (1, 1), 'irregularity': (1, 1)},
-        {'skyline': (1, 1), 'ground': (2, 2), 'glare': (10, 10)},
-    ],
-)
-def test_extremes_stay_pictures(extreme):
-    wet, opacity = add_raindrops(scene(), np.random.default_rng(1), RaindropParameters(**extreme))
-    for result in (wet, opacity):
-        assert np.isfinite(result).all() and result.min() >= 0 and result.max() <= 1
-
-
-@pytest.mark.parametrize('photo', packaged_photos(), ids=lambda photo: photo.name)
-def test_strength_on_photographs(photo):
-    clean = photographs([photo.name])[0]
-    levels, shares = [], []
+@pytest.mark.parametrize('name', ['rocket', 'china'])
+def test_drops_change_a_share_of_photos(name):
+    clean = photo(name)
+    shares = []
     for seed in range(10):
-        wet, _ = add_raindrops(clean, np.random.default_rng(seed), RaindropParameters())
-        levels.append(psnr(wet, clean))
+        wet, _ = degrade('raindrop', clean, seed)
         shares.append((np.abs(np.round(wet * 255) - np.round(clean * 255)).max(axis=2) > 10).mean())
-    assert min(levels) >= 14 and max(levels) <= 36
-    assert max(levels) - min(levels) > 4
     assert min(shares) >= 0.01 and max(shares) <= 0.75
 
 
@@ -78,7 +43,7 @@ def test_the_strength_that_is_asked_for(target):
     parameters = RaindropParameters(
         psnr=(target, target), coverage=(0.02, 0.5), radius=(3, 9), defocus=(0.15, 0.9), sky=(0.9, 1)
     )
-    clean = photographs(['coffee'])[0]
+    clean = photo('coffee')
     for seed in range(6):
         wet, _ = add_raindrops(clean, np.random.default_rng(seed), parameters)
         assert psnr(wet, clean) == pytest.approx(target, abs=0.9)
@@ -92,10 +57,8 @@ def test_drops_cover_what_is_asked(coverage):
 
 
 def test_the_mask_is_where_the_picture_changed():
-    clean = photographs(['motorcycle_left'])[0]
-    wet, opacity = add_raindrops(
-        clean, np.random.default_rng(2), RaindropParameters(psnr=(18, 18), glare=(0, 0), **DRY)
-    )
+    clean = photo('motorcycle_left')
+    wet, opacity = degrade('raindrop', clean, 2, psnr=(18, 18), glare=(0, 0), **DRY)
     change = np.abs(wet - clean).max(axis=2)
     dry = opacity == 0
     assert 0.1 < dry.mean() < 0.9
@@ -112,7 +75,7 @@ def test_no_water_is_a_clean_pane():
 
 
 def test_the_film_blurs_and_pales():
-    clean = photographs(['china'])[0]
+    clean = photo('china')
     parameters = RaindropParameters(psnr=(10, 10), coverage=(0, 0), film=(1, 1))
     wet, opacity = add_raindrops(clean, np.random.default_rng(3), parameters)
 
@@ -163,7 +126,7 @@ def test_drops_that_ran_down_are_tall():
 def drops(**parameters) -> tuple[np.ndarray, list[float]]:
     """Return the areas of drops that hardly are out of focus, in pixels, and how round the larger ones are."""
     ranges = {'radius': (8, 8), 'defocus': (0.3, 0.3), 'coverage': (0.2, 0.2), **DRY, **parameters}
-    _, opacity = add_raindrops(scene(480, 720), np.random.default_rng(5), RaindropParameters(**ranges))
+    _, opacity = degrade('raindrop', scene(480, 720), 5, **ranges)
     contours, _ = cv2.findContours((opacity > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     areas = np.array([cv2.contourArea(contour) for contour in contours])
     whole = [contour for contour, area in zip(contours, areas, strict=True) if area > 60]
@@ -177,9 +140,9 @@ def test_few_large_drops_are_as_wet_on_the_average():
 
 
 def test_light_rain_hardly_changes_the_image():
-    clean = photographs(['china'])[0]
+    clean = photo('china')
     for seed in range(6):
-        wet, _ = add_raindrops(clean, np.random.default_rng(seed), RaindropParameters(psnr=(34, 34), coverage=(0, 0.5)))
+        wet, _ = degrade('raindrop', clean, seed, psnr=(34, 34), coverage=(0, 0.5))
         assert psnr(wet, clean) > 25
 
 
@@ -232,46 +195,3 @@ def test_drops_see_a_sky_above_the_picture_and_dark_ground_below():
     assert isinstance(around, Surroundings) and around.image.shape == (52, 52, 3)
     np.testing.assert_allclose(around.image, 0.5, atol=1e-6)
     assert around.view[0].mean() > 0.85 and around.view[-1].mean() < 0.35
-
-
-@pytest.mark.parametrize(
-    'wrong',
-    [
-        {'psnr': (22, 15)},
-        {'coverage': (0.1, 0.9)},
-        {'coverage': (-0.1, 0.2)},
-        {'radius': (0, 4)},
-        {'radius': (4, 400)},
-        {'contact_angle': (0, 40)},
-        {'contact_angle': (40, 95)},
-        {'elongation': (1, 9)},
-        {'defocus': (1, 4)},
-        {'film': (0, 2)},
-        {'film_blur': (1, 500)},
-        {'sky': (0, 1.5)},
-        {'focal': (0, 100)},
-        {'size_spread': (0, 2)},
-        {'irregularity': (0, 2)},
-        {'trails': (0, 2)},
-        {'skyline': (0.1, 10)},
-        {'ground': (0, 3)},
-        {'glare': (-1, 2)},
-        {'scale': 0.1},
-        {'scale': float('nan')},
-        {'radii': (3, 4)},
-    ],
-)
-def test_bad_parameters_are_refused(wrong):
-    with pytest.raises(ValidationError):
-        RaindropParameters(**wrong)
-
-
-@pytest.mark.parametrize('kind', ['raindrop', 'haze'])
-def test_patches_are_degraded_like_photographs(kind):
-    """Patches are cut from a degraded neighbourhood: as strong on the average as whole photographs, and seeded."""
-    options = {'phase': 'train', 'gt_size': 64, 'seed': 3, 'photos': ['coffee', 'astronaut'], 'num_per_photo': 16}
-    data = SyntheticPairsDataset({**options, 'degradation': {'type': kind}})
-    errors = [float(((sample['lq'] - sample['gt']) ** 2).mean()) for sample in data]
-    assert len(errors) == 32 and min(errors) > 0
-    assert (16, 10)[kind == 'haze'] < -10 * np.log10(np.mean(errors)) < (25, 19)[kind == 'haze']
-    assert torch.equal(data[7]['lq'], SyntheticPairsDataset(data.opt)[7]['lq'])

@@ -1,0 +1,39 @@
+"""What the tests of degradations share."""
+
+import cv2
+import numpy as np
+
+from ast_plugin.data.image_files import read_rgb
+from ast_plugin.data.synthesis import packaged_photos
+from ast_plugin.degradations import DEGRADATIONS
+
+
+def degrade(name, image, seed=0, depth=None, **parameters):
+    row = DEGRADATIONS[name]
+    options = {} if depth is None else {'depth': depth}
+    return row.apply(image, np.random.default_rng(seed), row.parameters(**parameters), **options)
+
+
+def psnr(a, b) -> float:
+    return float(-10 * np.log10(max(np.mean((a.astype(np.float64) - b) ** 2), 1e-12)))
+
+
+def gray(height=120, width=160, value=0.4) -> np.ndarray:
+    return np.full((height, width, 3), value, np.float32)
+
+
+def photo(name: str) -> np.ndarray:
+    """A packaged photo, 480 x 720."""
+    (found,) = packaged_photos(names=[name])
+    return cv2.resize(read_rgb(found.path), (720, 480), interpolation=cv2.INTER_AREA) / np.float32(255)
+
+
+def direction(field: np.ndarray) -> tuple[float, float]:
+    """Return degrees from the vertical along which a field changes least, and how much it does by the most.
+
+    From the structure tensor.
+    """
+    dx, dy = cv2.Sobel(field, cv2.CV_32F, 1, 0), cv2.Sobel(field, cv2.CV_32F, 0, 1)
+    values, vectors = np.linalg.eigh([[float((a * b).mean()) for b in (dx, dy)] for a in (dx, dy)])
+    x, y = vectors[:, 0] * np.sign(vectors[1, 0])
+    return float(np.degrees(np.arctan2(x, y))), float(values[0] / values[1])
