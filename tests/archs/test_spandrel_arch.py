@@ -92,12 +92,12 @@ def test_a_weights_file_alone_is_enough(installed, name, tmp_path):
     options, assumed = infer_network(network.state_dict())
     assert (options['type'], options['name']) == ('Spandrel', name)
     assert [note.split()[0] for note in assumed] == (['img_size'] if name == 'Uformer' else [])
-    picture = torch.rand(3, 9, 17)
+    image = torch.rand(3, 9, 17)
     with torch.no_grad():
-        expected = network(picture[None]).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+        expected = network(image[None]).clamp(0, 1)[0].permute(1, 2, 0).numpy()
     told = None if name != 'Uformer' else {**options, 'img_size': TINY[name]['img_size']}
     restored = Restorer.from_weights(tmp_path / 'w.pth', network=told, device='cpu').restore(
-        picture.permute(1, 2, 0).numpy()
+        image.permute(1, 2, 0).numpy()
     )
     assert restored == pytest.approx(expected, abs=1e-6)
 
@@ -118,38 +118,21 @@ def test_bad_options(installed, options, complaint):
 
 
 def test_option_check_knows_hyperparameters(installed):
-    registered = registries.load_registered()
-    faults = validation.find_faults(
-        {
-            'name': 'a',
-            'model_type': 'RestorationModel',
-            'datasets': {},
-            'network_g': {'type': 'Spandrel', 'name': 'NAFNet', 'widht': 8},
-        },
-        registered,
-        is_train=False,
-    )
-    assert [str(fault) for fault in faults if 'network_g' in fault.where] == [
-        'network_g.widht: unknown key, did you mean width?'
-    ]
+    network = {'type': 'Spandrel', 'name': 'NAFNet', 'widht': 8}
+    opt = {'name': 'a', 'model_type': 'RestorationModel', 'datasets': {}, 'network_g': network}
+    faults = validation.find_faults(opt, registries.load_registered(), is_train=False)
+    found = [str(fault) for fault in faults if 'network_g' in fault.where]
+    assert found == ['network_g.widht: unknown key, did you mean width?']
 
 
-@pytest.mark.parametrize(
-    ('missing', 'name', 'package'),
-    [
-        (['spandrel'], 'NAFNet', 'spandrel'),
-        (['spandrel_extra_arches'], 'Restormer', 'spandrel_extra_arches'),
-    ],
-)
-def test_not_installed(monkeypatch, missing, name, package):
+@pytest.mark.parametrize(('package', 'name'), [('spandrel', 'NAFNet'), ('spandrel_extra_arches', 'Restormer')])
+def test_not_installed(monkeypatch, package, name):
     if package != 'spandrel':
         spandrel = pytest.importorskip('spandrel', reason='the extra `baselines` is not installed')
         monkeypatch.setattr(spandrel, 'MAIN_REGISTRY', [])
-    for module in missing:
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        BackendUnavailable, match=rf'{package}.*is not installed.*pip install "ast_plugin\[baselines\]"'
-    ):
+    monkeypatch.setitem(sys.modules, package, None)
+    words = rf'{package}.*is not installed.*pip install "ast_plugin\[baselines\]"'
+    with pytest.raises(BackendUnavailable, match=words):
         Spandrel(name)
 
 

@@ -1,8 +1,10 @@
+import re
+
 import pytest
 import torch
 
 from ast_plugin.archs.ast_arch import AST
-from ast_plugin.archs.state import describe_mismatch, infer_options, plain_state
+from ast_plugin.archs.state import OFFICIAL_NAMES, describe_mismatch, infer_options, plain_state
 from ast_plugin.errors import CheckpointError
 
 from .golden import NAMES, GoldenCase
@@ -62,3 +64,11 @@ def test_only_names_under_the_prefix_are_touched():
         'net.encoder.0.blocks.0.ffn.expand.bias': a,
         'other.encoderlayer_0.blocks.0.mlp.fc1.bias': b,
     }
+
+
+def test_every_row_of_the_names_is_used():
+    names = {name for case in NAMES for name in GoldenCase(case).facts['state_dict']}
+    for official, ours in OFFICIAL_NAMES:
+        renamed = {re.sub(official, ours, name) for name in names}
+        assert renamed != names, official
+        names = renamed

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ast_plugin.archs.mixed.block_registry import BLOCKS
 from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.models import network_switches
-from tests.archs.mixed.networks import ATTENTIONS, EDSR, FEED_FORWARDS, SWINIR, TokenNet, excite, image, relative, rule
+from tests.archs.tiny_networks import ATTENTIONS, EDSR, FEED_FORWARDS, SWINIR, TokenNet, excite, image, relative, rule
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from torch import nn
 from ast_plugin.archs.mixed.block_registry import BLOCKS, declaration
 from ast_plugin.archs.mixed.mixed_arch import Mixed
 from ast_plugin.errors import OptionError
-from tests.archs.mixed.networks import EDSR, rule
+from tests.archs.tiny_networks import EDSR, rule
 
 
 def test_what_is_registered():

@@ -9,7 +9,7 @@ from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.checkpoints import save_torch, save_weights
 from ast_plugin.errors import CheckpointError, OptionError
 from ast_plugin.ops import pad_to_multiple
-from tests.archs.mixed.networks import (
+from tests.archs.tiny_networks import (
     AST,
     ATTENTIONS,
     EDSR,

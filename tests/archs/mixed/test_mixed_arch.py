@@ -9,7 +9,7 @@ from torch import nn
 from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.errors import ShapeError
 from ast_plugin.ops import pad_to_multiple
-from tests.archs.mixed.networks import (
+from tests.archs.tiny_networks import (
     AST,
     ATTENTIONS,
     EDSR,

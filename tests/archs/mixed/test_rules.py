@@ -10,7 +10,7 @@ from ast_plugin.archs.mixed.block_registry import declaration
 from ast_plugin.archs.mixed.mixed_arch import Mixed
 from ast_plugin.archs.mixed.rules import Rule, assign, read_rules
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError
-from tests.archs.mixed.networks import EDSR, KEEP, MSRRESNET, SWINIR, TokenNet, rule
+from tests.archs.tiny_networks import EDSR, KEEP, MSRRESNET, SWINIR, TokenNet, rule
 
 WRAP = {'op': 'wrap'}
 

@@ -1,4 +1,4 @@
-"""Networks for the tests of `Mixed`: tiny ones of BasicSR, and some that call their parts in other ways."""
+"""Tiny networks of BasicSR, and some that call their parts in other ways."""
 
 import torch
 from torch import Tensor, nn
