@@ -19,14 +19,14 @@ COMMANDS = {
     'train': 'train the network of an option file',
     'test': 'measure trained weights on the validation and test sets of an option file',
     'check': 'check an option file, and print all that it comes to',
-    'infer': 'restore pictures with trained weights',
+    'infer': 'restore images with trained weights',
     'info': 'tell what a network needs: parameters, multiplications, memory, time',
-    'data': 'prepare, check, pack and synthesise pairs of pictures',
+    'data': 'prepare, check, pack and synthesise pairs of images',
     'mix': 'show what a mixed network exchanges and costs, and try it',
     'list': 'show what networks, datasets, losses, metrics and models are registered',
     'options': 'list the option files that come along, or copy them out to edit',
     'compare': 'train and measure several networks alike, with tables, plots and a report',
-    'demo': 'train a small network on packaged photographs and write a picture of the result',
+    'demo': 'train a small network on packaged images and draw the result',
 }
 _INTERRUPTED = 130
 

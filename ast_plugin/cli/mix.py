@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=_ODD,
         metavar=('H', 'W'),
-        help=f'size of the picture that is tried, in pixels (default: {_ODD[0]} {_ODD[1]})',
+        help=f'size of the image that is tried, in pixels (default: {_ODD[0]} {_ODD[1]})',
     )
 
 
@@ -117,17 +117,17 @@ def _trial(mixed: Mixed, size: tuple[int, int]) -> str:
     """
     import torch
 
-    picture = torch.rand(1, mixed.in_channels, *size, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, mixed.in_channels, *size, generator=torch.Generator().manual_seed(0))
     start = time.perf_counter()
     try:
-        output = mixed.train()(picture)
+        output = mixed.train()(image)
         middle = time.perf_counter()
         output.square().mean().backward()
     except PluginError:
         raise
     except Exception as error:  # whatever somebody's network raises in training alone
         raise ShapeError(
-            f'{type(mixed.base).__name__} does not train on one {size[0]}x{size[1]} picture: '
+            f'{type(mixed.base).__name__} does not train on one {size[0]}x{size[1]} image: '
             f'{type(error).__name__}: {first_line(error)}'
         ) from error
     end = time.perf_counter()
@@ -135,7 +135,7 @@ def _trial(mixed: Mixed, size: tuple[int, int]) -> str:
     bad = [name for name, parameter in named if parameter.grad is not None and not parameter.grad.isfinite().all()]
     if not output.isfinite().all() or bad:
         where = f'gradient of {bad[0]}' if bad else 'output'
-        raise ShapeError(f'on a {size[0]}x{size[1]} picture the {where} is not finite')
+        raise ShapeError(f'on a {size[0]}x{size[1]} image the {where} is not finite')
     idle = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
     if idle:
         print(f'basicsr: warning: no gradient reaches {", ".join(idle[:3])}{_more(idle, 3)}', file=sys.stderr)

@@ -195,7 +195,7 @@ def _open_dataset(where: str, options: Mapping[str, Any], registered: Registered
 
 
 def _refuse_pixels(dataset_type: type, options: Mapping[str, Any]) -> None:
-    """Raise DataError if a dataset of others, which decodes pictures, is given an LMDB of pixels."""
+    """Raise DataError if a dataset of others, which decodes images, is given an LMDB of pixels."""
     is_lmdb = (options.get('io_backend') or {}).get('type') == 'lmdb'
     if not is_lmdb or 'io_backend' in getattr(getattr(dataset_type, 'options_type', None), 'model_fields', ()):
         return

@@ -15,7 +15,7 @@ from ast_plugin.options.sections import Count, CountOrZero, FolderName, Number, 
 from ast_plugin.options.validation import Registered, find_faults, holds, raise_faults, unique
 
 ENTRIES, SETTINGS = 'networks', 'compare'
-INPUT = 'input'  # the row of the unrestored pictures
+INPUT = 'input'  # the row of the unrestored images
 # Stands for a number of iterations that is found out by measuring, see `compare.minutes`.
 UNKNOWN_LENGTH = 10**6
 
@@ -138,7 +138,7 @@ def _name_faults(opt: Mapping[str, Any], entries: list[Any]) -> list[Fault]:
         if key in taken:
             faults.append(Fault(where, f'{name} is the name of {ENTRIES}.{taken[key]} already'))
         elif key == INPUT:
-            faults.append(Fault(where, f'{INPUT} is the name of the unrestored pictures'))
+            faults.append(Fault(where, f'{INPUT} is the name of the unrestored images'))
         elif 'debug' in key:
             faults.append(Fault(where, 'BasicSR takes a name with `debug` in it for its debug mode, choose another'))
         taken.setdefault(key, number)

@@ -57,7 +57,7 @@ def argument_faults(
         if name in ignored:
             continue
         if name in known:
-            complaint = _type_complaint(target, known[name], value)
+            complaint = _type_complaint(known[name], value)
             if complaint:
                 faults.append(Fault((*where, name), complaint))
         elif not is_open:
@@ -75,7 +75,7 @@ def argument_model(target: type) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for name, parameter in (parameters or {}).items():
         default = ... if parameter.default is _UNKNOWN else parameter.default
-        fields[name] = (_annotation(target, parameter), Field(default, description=described.get(name)))
+        fields[name] = (parameter.annotation, Field(default, description=described.get(name)))
     return create_model(target.__name__, **fields)
 
 
@@ -116,6 +116,8 @@ def _returned_class(function: Callable) -> Callable | None:
 
 def _function_parameters(function: Callable, follow: Callable | None) -> tuple[dict | None, bool]:
     try:
+        signature = inspect.signature(function, eval_str=True)
+    except (NameError, AttributeError, SyntaxError):  # names that are imported for type checkers alone
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return None, True
@@ -137,9 +139,9 @@ def _reads(function: Callable, name: str) -> bool:
     return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree))
 
 
-def _type_complaint(target: Callable, parameter: inspect.Parameter, value: Any) -> str | None:
-    annotation = _annotation(target, parameter)
-    if annotation is _UNKNOWN:
+def _type_complaint(parameter: inspect.Parameter, value: Any) -> str | None:
+    annotation = parameter.annotation
+    if annotation is _UNKNOWN or isinstance(annotation, str):
         return _default_complaint(parameter.default, value)
     try:
         adapter = TypeAdapter(
@@ -155,21 +157,6 @@ def _type_complaint(target: Callable, parameter: inspect.Parameter, value: Any) 
         except ValidationError:
             continue
     return f'expected {_expected(annotation)}, got {shown(value)}'
-
-
-def _annotation(target: Callable, parameter: inspect.Parameter) -> Any:
-    if not isinstance(parameter.annotation, str):
-        return parameter.annotation
-    owners = inspect.getmro(target) if inspect.isclass(target) else (target,)
-    for owner in owners:
-        function = vars(owner).get('__init__') if inspect.isclass(owner) else owner
-        try:
-            hints = typing.get_type_hints(function)
-        except (NameError, TypeError, AttributeError):
-            continue
-        if parameter.name in hints:
-            return hints[parameter.name]
-    return _UNKNOWN
 
 
 def _default_complaint(default: Any, value: Any) -> str | None:

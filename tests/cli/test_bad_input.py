@@ -145,9 +145,9 @@ def test_empty_data(folder, capfd):
     assert 'datasets.train: PairedImageDataset finds no data' in train(folder, capfd)
 
 
-def test_corrupt_picture(folder, capfd):
+def test_corrupt_image(folder, capfd):
     for file in (folder / 'data' / 'gt').iterdir():
-        file.write_bytes(b'not a picture')
+        file.write_bytes(b'not an image')
     assert 'datasets.train: PairedImageDataset cannot read its data' in train(folder, capfd)
 
 

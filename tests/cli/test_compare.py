@@ -81,7 +81,7 @@ def test_shipped_files_are_right(registered, name):
             options_of([NETWORKS[0], {**NETWORKS[1], 'name': 'Good'}]),
             'networks.1.name: Good is the name of networks.0 already',
         ),
-        (options_of([{**NETWORKS[0], 'name': 'input'}]), 'input is the name of the unrestored pictures'),
+        (options_of([{**NETWORKS[0], 'name': 'input'}]), 'input is the name of the unrestored images'),
         (options_of([{**NETWORKS[0], 'name': '../x'}]), 'networks.0.name: expected a name that can name a folder'),
         (options_of([{**NETWORKS[0], 'name': 'debug_it'}]), 'debug mode'),
         (

@@ -84,7 +84,7 @@ def test_networks_that_need_larger_batches(mix, monkeypatch):
     monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Pooled', Pooled)
     status, _, err = mix({**MIXED, 'base': {**BASE, 'type': 'Pooled'}})
     assert status == 2
-    assert 'Pooled does not train on one 61x75 picture: ValueError: Expected more than 1 value per channel' in err
+    assert 'Pooled does not train on one 61x75 image: ValueError: Expected more than 1 value per channel' in err
     assert 'Traceback' not in err
 
 

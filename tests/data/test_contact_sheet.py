@@ -35,9 +35,7 @@ def results(values, count=1):
 
 def test_worst_and_best_lie_side_by_side(monkeypatch):
     written = []
-    monkeypatch.setattr(
-        'ast_plugin.data.contact_sheet._write_text', lambda pen, text, *rest: written.append(text)
-    )
+    monkeypatch.setattr('ast_plugin.data.contact_sheet._write_text', lambda pen, text, *rest: written.append(text))
     sheet = results([25.0, 30.0, 21.234, math.inf]).draw_examples()
     assert written == [
         *COLOURS,
