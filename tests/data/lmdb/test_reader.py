@@ -67,6 +67,10 @@ def overwrite(name: str, content: bytes):
 NO_LMDB = r'data\.mdb: cannot be opened: .*not an LMDB'
 CUT = r'data\.mdb: (cut off|cannot be opened).*basicsr data lmdb'
 DAMAGES = [
+    (
+        lambda raw: rewrite(raw / 'gt.lmdb', lambda writing: writing.delete(b'005')),
+        "no image has the key '005'.*basicsr data",
+    ),
     (lambda raw: shutil.rmtree(raw / 'gt.lmdb'), r'gt\.lmdb: there is no such LMDB'),
     (lambda raw: (raw / 'gt.lmdb/data.mdb').unlink(), r'gt\.lmdb/data\.mdb: there is no such file'),
     (lambda raw: (raw / 'gt.lmdb/meta_info.txt').unlink(), r'gt\.lmdb/meta_info\.txt: there is no such file'),
