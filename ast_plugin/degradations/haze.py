@@ -4,7 +4,7 @@ Koschmieder's law says how a scene J fades into the airlight A over a depth d th
 I = J t + A (1 - t), with t = exp(-beta d). Dense haze does more. Part of the light that particles turn aside goes on
 nearly straight and reaches the camera beside its point, so the scene is seen smeared, and the wider the thicker the
 haze; and haze from a source nearby drifts in swathes, so beta varies from place to place. Here the optical depth
-tau = beta d n, with n smooth noise of several octaves and of mean 1, and
+tau = beta d n, with n smooth noise of several octaves and of mean 1, and::
 
     I = J exp(-tau) + (J * G) (exp(-k tau) - exp(-tau)) + A (1 - exp(-k tau))
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ast_plugin.data.image_files import read_rgb
-from ast_plugin.degradations.haze import HazeParameters, add_haze, fill_depth, guess_depth
+from ast_plugin.degradations.haze import fill_depth, guess_depth
 from ast_plugin.errors import DataError
-from tests.degradations.helpers import degrade, photo, psnr
+from tests.degradations.helpers import degrade, gray, photo, psnr
 
 OUTDOORS = {'lamps': (0, 0), 'lamp_tint': (0, 0), 'glow': (0, 0), 'room': 0}
 RAW = {'glare': (0, 0), 'exposure': (0, 0), 'white_balance': (0, 0), 'noise': (0, 0)}
@@ -23,20 +23,29 @@ def scene(height: int = 120, width: int = 160) -> np.ndarray:
     return image.astype(np.float32)
 
 
+def lamp() -> np.ndarray:
+    """A lamp in the dark."""
+    image = gray(120, 180, 0.1)
+    image[50:70, 80:100] = 1
+    return image
+
+
+def even_haze(image: np.ndarray, seed: int, **parameters) -> tuple[np.ndarray, np.ndarray]:
+    """Put haze over what is 1 far off everywhere, alike everywhere but for `parameters`."""
+    return degrade('haze', image, seed, np.ones(image.shape[:2], np.float32), **{**EVEN, **parameters})
+
+
 @pytest.mark.parametrize('target', [12.0, 16.0, 22.0])
 def test_the_strength_that_is_asked_for(target):
     clean = photo('coffee')
-    parameters = HazeParameters(psnr=(target, target), airlight=(0.75, 0.92))
     for seed in range(5):
-        assert psnr(add_haze(clean, np.random.default_rng(seed), parameters)[0], clean) == pytest.approx(
-            target, abs=0.5
-        )
+        hazy, _ = degrade('haze', clean, seed, psnr=(target, target), airlight=(0.75, 0.92))
+        assert psnr(hazy, clean) == pytest.approx(target, abs=0.5)
 
 
 def test_even_haze_is_koschmieders_law():
     depth = np.linspace(1, 40, 160, dtype=np.float32) + np.zeros((120, 1), np.float32)
-    parameters = HazeParameters(visibility=(50, 50), **EVEN)
-    hazy, opacity = add_haze(scene(), np.random.default_rng(2), parameters, depth)
+    hazy, opacity = degrade('haze', scene(), 2, depth, visibility=(50, 50), **EVEN)
     transmission = np.exp(np.log(0.02) / 50 * depth)
     np.testing.assert_allclose(opacity, 1 - transmission, atol=1e-5)
     expected = scene() * transmission[..., None] + 0.8 * (1 - transmission[..., None])
@@ -45,8 +54,7 @@ def test_even_haze_is_koschmieders_law():
 
 def test_opacity_is_what_the_airlight_covers():
     black = np.zeros((90, 120, 3), np.float32)
-    parameters = HazeParameters(tint=0, airlight=(0.7, 0.7), **OUTDOORS, **RAW)
-    hazy, opacity = add_haze(black, np.random.default_rng(3), parameters)
+    hazy, opacity = degrade('haze', black, 3, tint=0, airlight=(0.7, 0.7), **OUTDOORS, **RAW)
     np.testing.assert_allclose(hazy, 0.7 * np.repeat(opacity[..., None], 3, axis=2), atol=1e-5)
     assert opacity.max() > 0.1
 
@@ -57,8 +65,7 @@ def test_haze_smears_and_the_more_the_thicker_it_is():
     image[:, 128:] = 1
 
     def beyond_the_edge(forward: float, visibility: float) -> float:
-        parameters = HazeParameters(**{**EVEN, 'forward': (forward, forward)}, visibility=(visibility, visibility))
-        hazy, opacity = add_haze(image, np.random.default_rng(4), parameters, np.ones((64, 256), np.float32))
+        hazy, opacity = even_haze(image, 4, forward=(forward, forward), visibility=(visibility, visibility))
         seen = (hazy[32, :, 0] - 0.8 * opacity[32]) / (1 - opacity[32])  # the scene without the airlight
         return float(seen[118:128].mean())
 
@@ -70,11 +77,9 @@ def test_haze_is_uneven_as_asked():
     depth = np.ones((480, 720), np.float32)
 
     def spread(unevenness: float) -> float:
-        parameters = HazeParameters(unevenness=(unevenness, unevenness), cell=(180, 360), psnr=(22, 22), **RAW)
-        taus = [
-            np.log1p(-add_haze(scene(480, 720), np.random.default_rng(seed), parameters, depth)[1]) for seed in range(4)
-        ]
-        return float(np.mean([np.log(-tau).std() for tau in taus]))
+        ranges = {'unevenness': (unevenness, unevenness), 'cell': (180, 360), 'psnr': (22, 22), **RAW}
+        opacities = [degrade('haze', scene(480, 720), seed, depth, **ranges)[1] for seed in range(4)]
+        return float(np.mean([np.log(-np.log1p(-opacity)).std() for opacity in opacities]))
 
     assert spread(0) < 1e-3
     assert spread(0.4) == pytest.approx(0.4, rel=0.35)
@@ -94,12 +99,8 @@ def test_airlight_is_coloured_but_little():
 
 
 def test_lamps_light_haze_from_the_side():
-    alike = {**EVEN, 'scale': 0.3}
-    depth = np.ones((120, 180), np.float32)
-
     def haze(**parameters) -> np.ndarray:
-        ranges = HazeParameters(visibility=(1, 1), **{**alike, **parameters})
-        return add_haze(np.zeros((120, 180, 3), np.float32), np.random.default_rng(1), ranges, depth)[0]
+        return even_haze(gray(120, 180, 0), 1, visibility=(1, 1), scale=0.3, **parameters)[0]
 
     assert np.ptp(haze()) < 1e-5
     lit, tinted = haze(lamps=(0.2, 0.2)), haze(lamp_tint=(0.1, 0.1))
@@ -108,22 +109,13 @@ def test_lamps_light_haze_from_the_side():
 
 
 def test_haze_glows_around_lights():
-    image = np.full((120, 180, 3), 0.1, np.float32)
-    image[50:70, 80:100] = 1
-    depth = np.ones((120, 180), np.float32)
-    parameters = HazeParameters(visibility=(1, 1), **{**EVEN, 'glow': (0.5, 0.5)}, scale=0.3)
-    hazy, _ = add_haze(image, np.random.default_rng(1), parameters, depth)
+    hazy, _ = even_haze(lamp(), 1, visibility=(1, 1), glow=(0.5, 0.5), scale=0.3)
     assert hazy[60, 76].mean() > 1.2 * hazy[60, 10].mean()
 
 
 def test_lamps_are_seen_through_dense_haze():
-    image = np.full((120, 180, 3), 0.1, np.float32)
-    image[50:70, 80:100] = 1
-    depth = np.ones((120, 180), np.float32)
-
     def contrast(glare: float) -> float:
-        parameters = HazeParameters(visibility=(2, 2), **{**EVEN, 'airlight': (0.6, 0.6), 'glare': (glare, glare)})
-        hazy, _ = add_haze(image, np.random.default_rng(1), parameters, depth)
+        hazy, _ = even_haze(lamp(), 1, visibility=(2, 2), airlight=(0.6, 0.6), glare=(glare, glare))
         return float(hazy[60, 90].mean() - hazy[60, 10].mean())
 
     assert contrast(2) > contrast(0) + 0.1
@@ -142,16 +134,13 @@ def test_the_camera_adapts_to_the_haze():
 
 
 def test_thin_haze_leaves_the_exposure():
-    clean = scene()
-    parameters = HazeParameters(**{**EVEN, 'exposure': (-1, -1)}, psnr=(36, 36))
-    assert psnr(add_haze(clean, np.random.default_rng(1), parameters)[0], clean) > 34
+    hazy, _ = degrade('haze', scene(), 1, **{**EVEN, 'exposure': (-1, -1)}, psnr=(36, 36))
+    assert psnr(hazy, scene()) > 34
 
 
 def test_noise_is_as_strong_as_asked():
-    parameters = HazeParameters(visibility=(1e6, 1e6), **{**EVEN, 'noise': (0.02, 0.02)})
-    image = np.full((120, 160, 3), 0.5, np.float32)
-    noisy, _ = add_haze(image, np.random.default_rng(1), parameters, np.ones((120, 160), np.float32))
-    assert (noisy - image).std() == pytest.approx(0.02, rel=0.05)
+    noisy, _ = even_haze(gray(), 1, visibility=(1e6, 1e6), noise=(0.02, 0.02))
+    assert (noisy - gray()).std() == pytest.approx(0.02, rel=0.05)
 
 
 def test_real_depth_of_the_motorcycle():
@@ -163,7 +152,7 @@ def test_real_depth_of_the_motorcycle():
     depth = 994.978 * 0.193001 / (disparity + 31.086)
     unknown = ~np.isfinite(disparity)
     assert 0.01 < unknown.mean() < 0.3 and (depth[unknown] == 0).all()
-    hazy, opacity = add_haze(image, np.random.default_rng(0), HazeParameters(**EVEN, visibility=(12, 12)), depth)
+    hazy, opacity = degrade('haze', image, 0, depth, **EVEN, visibility=(12, 12))
     assert 2 < depth[~unknown].min() < 3 and 4 < depth.max() < 6  # metres
     assert np.corrcoef(depth[~unknown], opacity[~unknown])[0, 1] > 0.95
     assert opacity[unknown].min() > 0.3  # filled in from around, not taken for the lens
@@ -227,7 +216,7 @@ def test_what_has_a_sky_is_no_room():
 )
 def test_bad_depth_is_refused(depth, expected):
     with pytest.raises(DataError, match=expected):
-        add_haze(scene(), np.random.default_rng(0), HazeParameters(), depth)
+        degrade('haze', scene(), 0, depth)
 
 
 def test_visibility_needs_depth():
