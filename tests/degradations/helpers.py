@@ -28,6 +28,12 @@ def photo(name: str) -> np.ndarray:
     return cv2.resize(read_rgb(found.path), (720, 480), interpolation=cv2.INTER_AREA) / np.float32(255)
 
 
+def scene(height: int = 120, width: int = 160) -> np.ndarray:
+    """Blotches of all brightnesses."""
+    coarse = np.random.default_rng(9).random((6, 8, 3)).astype(np.float32)
+    return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
+
+
 def direction(field: np.ndarray) -> tuple[float, float]:
     """Return degrees from the vertical along which a field changes least, and how much it does by the most.
 

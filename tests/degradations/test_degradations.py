@@ -12,7 +12,7 @@ from ast_plugin.degradations import DEGRADATIONS, AnyParameters, snow
 from ast_plugin.degradations.parameters import Limits
 from ast_plugin.degradations.rain import FINE
 from ast_plugin.errors import OptionError
-from tests.degradations.helpers import degrade, gray, photo, psnr
+from tests.degradations.helpers import degrade, gray, photo, psnr, scene
 
 OPTION = TypeAdapter(AnyParameters)
 RAIN_LAYER, SNOW_LAYER = FINE.model_dump(), snow.NEAR.model_dump()
@@ -32,12 +32,6 @@ PSNR = {  # of packaged photos: seeds of each, the least and the most, range of 
     'shadow': (6, 12, 40, (18, 24), 0),
     'moire': (2, 14, 32, (19, 24), 0),
 }
-
-
-def scene(height: int = 120, width: int = 160) -> np.ndarray:
-    """Blotches of all brightnesses."""
-    coarse = np.random.default_rng(9).random((6, 8, 3)).astype(np.float32)
-    return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
 
 
 @EVERY

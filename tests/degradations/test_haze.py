@@ -59,7 +59,7 @@ def test_opacity_is_what_the_airlight_covers():
     assert opacity.max() > 0.1
 
 
-def test_haze_smears_and_the_more_the_thicker_it_is():
+def test_thicker_haze_smears_more():
     """A step stays sharp without forward scattering, and softens more where the haze is thick."""
     image = np.zeros((64, 256, 3), np.float32)
     image[:, 128:] = 1
@@ -159,7 +159,7 @@ def test_real_depth_of_the_motorcycle():
     assert 10 < psnr(hazy, image) < 19
 
 
-def test_unknown_depth_is_filled_from_around_and_infinite_is_far():
+def test_unknown_depth_is_filled_from_around():
     depth = np.full((40, 60), 2.0, np.float32)
     depth[:, 30:] = 8
     depth[10:14, 5:9] = np.nan
@@ -179,7 +179,7 @@ def test_depth_of_any_type(dtype):
     np.testing.assert_array_equal(fill_depth(depth, (3, 4)), depth.astype(np.float32))
 
 
-def test_guessed_depth_is_far_in_the_sky_and_near_at_the_feet():
+def test_guessed_depth_is_far_in_the_sky():
     image = photo('china')
     for seed in range(5):
         depth = guess_depth(image, np.random.default_rng(seed), 0.2)

@@ -27,7 +27,7 @@ def bands(pitch: float, **parameters) -> np.ndarray:
 
 
 @pytest.mark.parametrize('pitch', [1.9, 1.95, 2.05, 2.1])
-def test_bands_are_where_sampling_theory_puts_them(pitch):
+def test_bands_are_where_sampling_puts_them(pitch):
     # Filters of one colour come every two pixels of the sensor: stripes at 1 / pitch alias to |1 / pitch - 1 / 2|.
     expected = abs(1 / pitch - 0.5) * SENSOR
     row = bands(pitch)
@@ -35,12 +35,12 @@ def test_bands_are_where_sampling_theory_puts_them(pitch):
     assert power.argmax() / len(row) == pytest.approx(expected, abs=1.5 / len(row))
 
 
-def test_stripes_in_step_with_the_sensor_make_no_bands():
+def test_stripes_in_step_make_no_bands():
     assert np.ptp(bands(2.05)[8:-8]) > 0.1
     assert np.ptp(bands(2.0)[8:-8]) < 0.03
 
 
-def test_a_soft_lens_and_a_coarse_look_weaken_bands():
+def test_a_soft_lens_weakens_bands():
     spreads = [
         np.mean([degrade('moire', gray(160, 160, 0.5), seed, blur=(blur, blur))[0].std() for seed in range(4)])
         for blur in (0.3, 0.6, 1.2)

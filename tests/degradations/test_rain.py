@@ -17,21 +17,21 @@ DENSE = {
 
 @pytest.mark.parametrize('target', [23.0, 26.0, 30.0])
 def test_the_strength_that_is_asked_for(target):
-    parameters = RainParameters(psnr=(target, target), **DENSE)
-    levels = [psnr(*(add_rain(gray(480, 720), np.random.default_rng(seed), parameters)[0], 0.4)) for seed in range(8)]
+    levels = [
+        psnr(*(degrade('rain', gray(480, 720), seed, psnr=(target, target), **DENSE)[0], 0.4)) for seed in range(8)
+    ]
     assert np.mean(levels) == pytest.approx(target, abs=0.4)
     assert max(abs(level - target) for level in levels) < 1.6
 
 
 def test_patches_get_the_rain_of_the_whole():
-    parameters = RainParameters(psnr=(23, 23), **DENSE)
     errors = [
-        np.mean((add_rain(gray(64, 64), np.random.default_rng(seed), parameters)[0] - 0.4) ** 2) for seed in range(300)
+        np.mean((degrade('rain', gray(64, 64), seed, psnr=(23, 23), **DENSE)[0] - 0.4) ** 2) for seed in range(300)
     ]
     assert -10 * np.log10(np.mean(errors)) == pytest.approx(23, abs=0.5)
 
 
-def test_rain_only_brightens_where_there_is_no_veil():
+def test_rain_without_a_veil_only_brightens():
     rainy, streaks = degrade('rain', gray(), 0, veil=(0, 0), light=(1, 1), jpeg_share=0)
     assert (rainy >= gray() - 1e-6).all()
     np.testing.assert_allclose(rainy, gray() + streaks[..., None] * 0.6, atol=0.02)  # the light has a tint
@@ -46,20 +46,19 @@ def test_the_veil_pales_and_is_uneven():
 
 @pytest.mark.parametrize('angle', [-40, -15, 0, 25, 50])
 def test_streaks_lean_as_asked(angle):
-    parameters = RainParameters(angle=(angle, angle), angle_spread=0, bend=(0, 0), **DENSE)
-    _, streaks = add_rain(gray(300, 300), np.random.default_rng(2), parameters)
+    _, streaks = degrade('rain', gray(300, 300), 2, angle=(angle, angle), angle_spread=0, bend=(0, 0), **DENSE)
     along, ratio = direction(streaks)
     assert along == pytest.approx(angle, abs=4) and ratio < 0.25
 
 
-def test_streaks_are_smooth_and_of_many_brightnesses():
+def test_streaks_are_of_many_brightnesses():
     _, streaks = degrade('rain', gray(480, 720), 3)
     levels = np.histogram(streaks, bins=10, range=(0.02, 0.5))[0]
     assert (levels > 0).all()
     assert 0.02 < (streaks > 0.05).mean() < 0.6
 
 
-def test_rain_is_sparse_and_bright_or_heavy_and_fine():
+def test_rain_is_sparse_and_bright_or_fine():
     """Of one strength in dB, so that the fewer streaks there are the brighter each is."""
     layers = [degrade('rain', gray(480, 720), seed)[1] for seed in range(24)]
     covered = np.array([(streaks > 0.1).mean() for streaks in layers])
@@ -83,8 +82,9 @@ def test_sharp_streaks_are_bars():
 
     def bright(sharpness: float) -> float:
         layer = {**NEAR.model_dump(), 'width': (9, 9), 'brightness': (0.3, 0.3), 'sharpness': (sharpness, sharpness)}
-        parameters = RainParameters(angle=(0, 0), unevenness=(0, 0), bend=(0, 0), layers=[layer], jpeg_share=0)
-        _, streaks = add_rain(gray(300, 300), np.random.default_rng(5), parameters)
+        _, streaks = degrade(
+            'rain', gray(300, 300), 5, angle=(0, 0), unevenness=(0, 0), bend=(0, 0), layers=[layer], jpeg_share=0
+        )
         row = streaks[np.unravel_index(streaks.argmax(), streaks.shape)[0]]
         return float((row > 0.85 * row.max()).sum() / (row > 0.15 * row.max()).sum())
 
@@ -92,9 +92,10 @@ def test_sharp_streaks_are_bars():
 
 
 def test_compression_leaves_what_is_dry():
-    parameters = RainParameters(jpeg_share=1, jpeg_quality=(30, 30), veil=(0, 0), psnr=(30, 30), layers=[NEAR])
     image = np.random.default_rng(0).uniform(0, 1, (256, 256, 3)).astype(np.float32)
-    rainy, streaks = add_rain(image, np.random.default_rng(6), parameters)
+    rainy, streaks = degrade(
+        'rain', image, 6, jpeg_share=1, jpeg_quality=(30, 30), veil=(0, 0), psnr=(30, 30), layers=[NEAR]
+    )
     near = cv2.dilate(streaks, np.ones((35, 35))) > 0
     assert not near.all() and (rainy == image)[~near].all()
     assert not np.allclose(rainy[near], image[near], atol=0.05)
@@ -102,8 +103,7 @@ def test_compression_leaves_what_is_dry():
 
 def test_layers_come_and_go():
     rare = [{**layer.model_dump(), 'presence': 0.01} for layer in (FINE, NEAR)]
-    parameters = RainParameters(layers=rare, psnr=(22, 22))
     covered = [
-        (add_rain(gray(200, 200), np.random.default_rng(seed), parameters)[1] > 0.02).mean() for seed in range(16)
+        (degrade('rain', gray(200, 200), seed, layers=rare, psnr=(22, 22))[1] > 0.02).mean() for seed in range(16)
     ]
     assert min(covered) > 0 and max(covered) > 3 * min(covered)

@@ -11,21 +11,13 @@ from ast_plugin.degradations.raindrops import (
     DARKEST,
     LIGHT,
     SLOPES,
-    RaindropParameters,
     Surroundings,
-    add_raindrops,
     refract,
     surroundings,
 )
-from tests.degradations.helpers import degrade, photo, psnr
+from tests.degradations.helpers import degrade, photo, psnr, scene
 
 DRY = {'film': (0, 0)}
-
-
-def scene(height: int = 120, width: int = 160) -> np.ndarray:
-    """Blotches of all brightnesses."""
-    coarse = np.random.default_rng(9).random((6, 8, 3)).astype(np.float32)
-    return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
 
 
 @pytest.mark.parametrize('name', ['rocket', 'china'])
@@ -40,23 +32,31 @@ def test_drops_change_a_share_of_photos(name):
 
 @pytest.mark.parametrize('target', [17.0, 20.0, 24.0])
 def test_the_strength_that_is_asked_for(target):
-    parameters = RaindropParameters(
-        psnr=(target, target), coverage=(0.02, 0.5), radius=(3, 9), defocus=(0.15, 0.9), sky=(0.9, 1)
-    )
     clean = photo('coffee')
     for seed in range(6):
-        wet, _ = add_raindrops(clean, np.random.default_rng(seed), parameters)
+        wet, _ = degrade(
+            'raindrop',
+            clean,
+            seed,
+            psnr=(target, target),
+            coverage=(0.02, 0.5),
+            radius=(3, 9),
+            defocus=(0.15, 0.9),
+            sky=(0.9, 1),
+        )
         assert psnr(wet, clean) == pytest.approx(target, abs=0.9)
 
 
 @pytest.mark.parametrize('coverage', [0.1, 0.25, 0.4])
 def test_drops_cover_what_is_asked(coverage):
-    parameters = RaindropParameters(coverage=(coverage, coverage), radius=(3, 12), **DRY)
-    shares = [add_raindrops(scene(480, 720), np.random.default_rng(seed), parameters)[1].mean() for seed in range(8)]
+    shares = [
+        degrade('raindrop', scene(480, 720), seed, coverage=(coverage, coverage), radius=(3, 12), **DRY)[1].mean()
+        for seed in range(8)
+    ]
     assert np.mean(shares) == pytest.approx(coverage, rel=0.15)
 
 
-def test_the_mask_is_where_the_picture_changed():
+def test_the_mask_is_where_the_image_changed():
     clean = photo('motorcycle_left')
     wet, opacity = degrade('raindrop', clean, 2, psnr=(18, 18), glare=(0, 0), **DRY)
     change = np.abs(wet - clean).max(axis=2)
@@ -69,15 +69,13 @@ def test_the_mask_is_where_the_picture_changed():
 
 def test_no_water_is_a_clean_pane():
     clean = scene()
-    parameters = RaindropParameters(coverage=(0, 0), **DRY)
-    wet, opacity = add_raindrops(clean, np.random.default_rng(3), parameters)
+    wet, opacity = degrade('raindrop', clean, 3, coverage=(0, 0), **DRY)
     assert not opacity.any() and np.array_equal(wet, clean)
 
 
 def test_the_film_blurs_and_pales():
     clean = photo('china')
-    parameters = RaindropParameters(psnr=(10, 10), coverage=(0, 0), film=(1, 1))
-    wet, opacity = add_raindrops(clean, np.random.default_rng(3), parameters)
+    wet, opacity = degrade('raindrop', clean, 3, psnr=(10, 10), coverage=(0, 0), film=(1, 1))
 
     def sharpness(image: np.ndarray, where: np.ndarray) -> float:
         return float(np.abs(cv2.Laplacian(image, cv2.CV_32F))[where].mean())
@@ -91,8 +89,9 @@ def test_the_film_blurs_and_pales():
 
 def test_defocus_softens_drops():
     def steepest(defocus: float) -> float:
-        parameters = RaindropParameters(psnr=(18, 18), radius=(9, 9), defocus=(defocus, defocus), **DRY)
-        opacity = add_raindrops(scene(240, 320), np.random.default_rng(4), parameters)[1]
+        opacity = degrade(
+            'raindrop', scene(240, 320), 4, psnr=(18, 18), radius=(9, 9), defocus=(defocus, defocus), **DRY
+        )[1]
         return float(np.percentile(np.abs(cv2.Sobel(opacity, cv2.CV_32F, 1, 0)), 99))
 
     assert steepest(0.1) > 1.5 * steepest(0.6) > 1.5 * steepest(1.5)
@@ -114,8 +113,7 @@ def test_drops_that_ran_down_are_tall():
     ranges = {'irregularity': (0, 0), 'elongation': (1, 1), 'coverage': (0.05, 0.05), 'radius': (10, 10), **DRY}
 
     def heights(share: float) -> np.ndarray:
-        parameters = RaindropParameters(**ranges, defocus=(0.2, 0.2), trails=(share, share))
-        _, opacity = add_raindrops(scene(480, 720), np.random.default_rng(5), parameters)
+        _, opacity = degrade('raindrop', scene(480, 720), 5, **ranges, defocus=(0.2, 0.2), trails=(share, share))
         contours, _ = cv2.findContours((opacity > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         _, _, width, height = np.array([cv2.boundingRect(c) for c in contours if cv2.contourArea(c) > 100]).T
         return height / width
@@ -133,13 +131,17 @@ def drops(**parameters) -> tuple[np.ndarray, list[float]]:
     return areas, [4 * math.pi * cv2.contourArea(c) / cv2.arcLength(c, True) ** 2 for c in whole]
 
 
-def test_few_large_drops_are_as_wet_on_the_average():
-    parameters = RaindropParameters(coverage=(0.1, 0.1), radius=(26, 26), defocus=(0.2, 0.2), **DRY)
-    shares = [add_raindrops(scene(240, 240), np.random.default_rng(seed), parameters)[1].mean() for seed in range(60)]
+def test_few_large_drops_are_as_wet():
+    shares = [
+        degrade('raindrop', scene(240, 240), seed, coverage=(0.1, 0.1), radius=(26, 26), defocus=(0.2, 0.2), **DRY)[
+            1
+        ].mean()
+        for seed in range(60)
+    ]
     assert np.mean(shares) == pytest.approx(0.1, rel=0.25)
 
 
-def test_light_rain_hardly_changes_the_image():
+def test_light_rain_hardly_changes_images():
     clean = photo('china')
     for seed in range(6):
         wet, _ = degrade('raindrop', clean, seed, psnr=(34, 34), coverage=(0, 0.5))
@@ -151,23 +153,23 @@ def test_glare_keeps_drops_white_out_of_focus():
 
     def brightest(glare: float) -> float:
         ranges = {'radius': (6, 6), 'defocus': (1, 1), 'skyline': (1, 1), 'sky': (1, 1), 'coverage': (0.2, 0.2), **DRY}
-        parameters = RaindropParameters(**ranges, glare=(glare, glare))
-        return float(np.percentile(add_raindrops(clean, np.random.default_rng(1), parameters)[0], 99))
+        return float(np.percentile(degrade('raindrop', clean, 1, **ranges, glare=(glare, glare))[0], 99))
 
     assert brightest(4) > brightest(0) + 0.1
 
 
 def test_scale_enlarges_drops():
     def correlation(scale: float) -> float:
-        parameters = RaindropParameters(psnr=(18, 18), radius=(4, 9), defocus=(0.5, 0.9), scale=scale, **DRY)
-        opacity = add_raindrops(scene(400, 400), np.random.default_rng(6), parameters)[1]
+        opacity = degrade(
+            'raindrop', scene(400, 400), 6, psnr=(18, 18), radius=(4, 9), defocus=(0.5, 0.9), scale=scale, **DRY
+        )[1]
         opacity = opacity - opacity.mean()
         return float((opacity[:-10] * opacity[10:]).mean() / (opacity**2).mean())
 
     assert correlation(3) > correlation(1) + 0.1
 
 
-def test_rays_bend_by_snell_and_light_is_lost_by_fresnel():
+def test_rays_bend_and_light_is_lost():
     half = round(0.5 * (SLOPES - 1))
     assert ASIDE[half] == pytest.approx(math.tan(math.asin(0.6665) - math.radians(30)), rel=5e-3)
     assert ASIDE[0] == 0 and LIGHT[0] == pytest.approx(1 - (1 - DARKEST) * (0.333 / 2.333) ** 2, rel=1e-4)
@@ -176,7 +178,7 @@ def test_rays_bend_by_snell_and_light_is_lost_by_fresnel():
     assert (np.diff(LIGHT[: int(critical * SLOPES)]) <= 1e-6).all()
 
 
-def test_a_drop_shows_the_view_upside_down_and_mirrored():
+def test_a_drop_turns_the_view_over():
     height, width = 240, 320
     y, x = np.mgrid[:height, :width].astype(np.float32)
     image = cv2.merge([x / width, y / height, np.zeros_like(x)])
@@ -190,7 +192,7 @@ def test_a_drop_shows_the_view_upside_down_and_mirrored():
     assert np.allclose(drop[..., 3], 1)
 
 
-def test_drops_see_a_sky_above_the_picture_and_dark_ground_below():
+def test_drops_see_sky_above_and_ground_below():
     around = surroundings(np.full((160, 160, 3), 0.5, np.float32), 400.0, 0.95)
     assert isinstance(around, Surroundings) and around.image.shape == (52, 52, 3)
     np.testing.assert_allclose(around.image, 0.5, atol=1e-6)

@@ -16,7 +16,7 @@ def test_every_caster_covers_about_what_is_asked(caster):
     assert len({round(float(share), 6) for share in shares}) == 8
 
 
-def test_the_sun_stays_as_it_is_and_the_shadow_loses_light():
+def test_the_sun_stays_and_the_shadow_loses_light():
     image = gray(480, 720, 0.8)
     shadowed, mask = degrade('shadow', image, 3, ambient=(0.3, 0.3), tint=(0.1, 0.1))
     assert np.allclose(shadowed[mask < 1e-5], 0.8, atol=1e-5)
@@ -50,7 +50,7 @@ def test_edges_widen():
     assert max(thirds) > 1.5 * min(thirds)
 
 
-def test_a_patch_has_some_of_the_shadow_of_its_image():
+def test_a_patch_has_some_of_the_shadow():
     masks = [degrade('shadow', gray(64, 64), seed)[1] for seed in range(40)]
     assert all(mask.max() > 0.2 for mask in masks)
     shares = [mask.mean() for mask in masks]

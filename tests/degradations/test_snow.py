@@ -8,7 +8,7 @@ from ast_plugin.degradations.snow import FAR, MIDDLE, NEAR
 from tests.degradations.helpers import degrade, direction, gray
 
 
-def test_flakes_are_light_of_the_sky_over_what_they_hide():
+def test_flakes_have_the_light_of_the_sky():
     image = gray(300, 400, 0.1)
     snowy, flakes = degrade('snow', image, veil=(0, 0), brightness=(0.9, 0.9))
     untouched = flakes < 1e-6
