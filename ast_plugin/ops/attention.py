@@ -49,29 +49,24 @@ class Attention(NamedTuple):
         return self[:8]
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> 'Attention':
-        """The same settings with other parameters."""
+        """Replace the parameters, and keep the settings."""
         return Attention(*tensors, *self[8:])
 
     def check(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Check that a map, the parameters and a mask go together: a kernel would read what is not there.
-
-        Raises:
-            ShapeError: if not.
-        """
+        """Raise ShapeError unless map, parameters and mask go together: a kernel would read what is not there."""
         check_windows(x.shape, self.num_heads, self.window, self.shift)
         B, H, W, C = x.shape
-        side, tokens = 2 * self.window - 1, self.window**2
-        _check_shape('weight of the queries', self.q, (C, C))
-        _check_shape('weight of keys and values', self.kv, (2 * C, C))
-        _check_shape('position bias', self.position_bias, (side**2, self.num_heads))
-        num_windows = (H // self.window) * (W // self.window)
+        tokens, num_windows = self.window**2, (H // self.window) * (W // self.window)
+        expected = {
+            'weight of the queries': (self.q, (C, C)),
+            'weight of keys and values': (self.kv, (2 * C, C)),
+            'position bias': (self.position_bias, ((2 * self.window - 1) ** 2, self.num_heads)),
+        }
         if mask is not None and mask.shape[0] != B * num_windows:
-            _check_shape('mask', mask, (num_windows, tokens, tokens))
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise ShapeError(f'the {name} is {list(tensor.shape)}: expected {list(expected)}')
+            expected['mask'] = mask, (num_windows, tokens, tokens)
+        for name, (tensor, shape) in expected.items():
+            if tuple(tensor.shape) != shape:
+                raise ShapeError(f'the {name} is {list(tensor.shape)}: expected {list(shape)}')
 
 
 def attention_weights(scores: Tensor, kind: str, gate: Tensor | None = None, topk_ratio: float = 0.5) -> Tensor:
@@ -152,8 +147,7 @@ def attend(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, 
         dtype = torch.promote_types(qkv.dtype, torch.float32)
         scores = (q.to(dtype) * q.shape[-1] ** -0.5) @ k.to(dtype).transpose(-2, -1) + bias
         if mask is not None:
-            scores = rearrange(scores, '(b n) ... -> b n ...', n=mask.shape[0]) + mask.to(dtype)[:, None]
-            scores = rearrange(scores, 'b n ... -> (b n) ...')
+            scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask.to(dtype)[:, None]).flatten(0, 1)
         out = (attention_weights(scores, op.kind, gate, op.topk_ratio) @ v.to(dtype)).to(v.dtype)
     size = {'h': H // op.window, 'w': W // op.window, 'y': op.window}
     out = rearrange(out, '(b h w) heads (y x) d -> b (h y) (w x) (heads d)', **size)

@@ -25,40 +25,24 @@ _logged: set[str] = set()
 
 
 class Backend(NamedTuple):
-    """A way to compute.
+    """A way to compute, and why it cannot run a call, or None.
 
-    Attributes:
-        device: kind of device that it is for, or None for any. `auto` does not ask about maps elsewhere: that nothing
-            faster is there for a device needs no words.
-        why_not: says why it cannot run a call, or None.
-        functions: what it computes with, by name.
-        takes_residual: whether its functions take a `Residual` and compute the whole branch in one.
+    `auto` asks it about maps on its device alone: that nothing faster is there for another needs no words. Where it
+    takes a residual, its functions compute the whole branch in one.
     """
 
-    device: str | None
+    device: str | None  # None for any
     why_not: Callable[[Call], str | None]
-    functions: dict[str, Callable[..., Tensor]]
+    window_attention: Callable[..., Tensor]
+    feed_forward: Callable[..., Tensor]
     takes_residual: bool = False
 
 
 # Fastest first.
 BACKENDS = {
-    'fused': Backend(
-        'cpu',
-        cpu.why_not,
-        {'window_attention': cpu.window_attention, 'feed_forward': cpu.feed_forward},
-        takes_residual=True,
-    ),
-    'triton': Backend(
-        'cuda',
-        triton.why_not,
-        {'window_attention': triton.window_attention, 'feed_forward': triton.feed_forward},
-    ),
-    'reference': Backend(
-        None,
-        lambda call: None,
-        {'window_attention': attention.window_attention, 'feed_forward': ffn.feed_forward},
-    ),
+    'fused': Backend('cpu', cpu.why_not, cpu.window_attention, cpu.feed_forward, takes_residual=True),
+    'triton': Backend('cuda', triton.why_not, triton.window_attention, triton.feed_forward),
+    'reference': Backend(None, lambda call: None, attention.window_attention, ffn.feed_forward),
 }
 
 
@@ -98,15 +82,9 @@ def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None, resid
 
 
 def feed_forward(x: Tensor, op: FeedForward, residual: Residual | None = None) -> Tensor:
-    """A feed-forward network: FRFN, LeFF or MLP; see `ffn.feed_forward`, the reference.
+    """A feed-forward network, FRFN, LeFF or MLP, of a map [B, H, W, C]; see `ffn.feed_forward`, the reference.
 
-    Args:
-        x: [B, H, W, C].
-        op: parameters.
-        residual: a norm before and the sum with x after it.
-    Raises:
-        ShapeError: if tensors do not go together.
-        BackendUnavailable: if a backend is asked for by name that cannot run the call.
+    Arguments and errors are those of `window_attention`.
     """
     op.check(x)
     return _compute('feed_forward', residual, x, op)
@@ -122,10 +100,10 @@ def _compute(
         # What is asked for by name is left out of the graph, and chosen when it runs.
         return torch.compiler.disable(_compute)(name, residual, x, op, *mask)
     else:
-        choice = choose(describe(x, op, *mask, residual=residual))
+        choice = explain(x, op, *mask, residual=residual)
         _log_once(choice)
         backend = BACKENDS[choice.backend]
-    function = backend.functions[name]
+    function = getattr(backend, name)
     if backend.takes_residual:
         return function(x, op, *mask, residual=residual)
     return with_residual(lambda x: function(x, op, *mask), x, residual)
@@ -173,10 +151,7 @@ requested_backend._dynamo_marked_constant = True
 
 
 def explain(
-    x: Tensor,
-    op: Attention | FeedForward | None = None,
-    mask: Tensor | None = None,
-    residual: Residual | None = None,
+    x: Tensor, op: Attention | FeedForward | None = None, mask: Tensor | None = None, residual: Residual | None = None
 ) -> Choice:
     """Which backend would compute a map here and now, and why: `print(explain(x))`.
 
@@ -186,30 +161,18 @@ def explain(
     Raises:
         BackendUnavailable: if a backend is asked for by name that cannot run it.
     """
-    return choose(describe(x, op, mask, residual=residual))
-
-
-def describe(
-    x: Tensor, op: Attention | FeedForward | None, mask: Tensor | None = None, *, residual: Residual | None = None
-) -> Call:
-    """What there is to know of a call, for `choose`."""
     scale = None if residual is None else residual.scale
     given = (x, *(() if op is None else op.tensors), *(() if residual is None else residual[:2]))
     tensors = [tensor for tensor in given if tensor is not None]
+    constants = [tensor for tensor in (mask, scale) if tensor is not None]
     dtype, device = x.dtype, x.device
     # `meta` has shapes and no autocast.
     if dtype is not torch.float64 and not x.is_meta and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    return Call(
-        op,
-        device,
-        dtype,
-        frozenset(tensor.dtype for tensor in tensors),
-        tuple(x.shape),
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
-        mask is not None,
-        _find_watcher(tensors, [tensor for tensor in (mask, scale) if tensor is not None]),
-    )
+    dtypes, shape = frozenset(tensor.dtype for tensor in tensors), tuple(x.shape)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    watcher = _find_watcher(tensors, constants)
+    return choose(Call(op, device, dtype, dtypes, shape, needs_grad, mask is not None, watcher))
 
 
 def choose(call: Call) -> Choice:

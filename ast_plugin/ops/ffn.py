@@ -33,7 +33,7 @@ class FeedForward(NamedTuple):
         return self[:]
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> 'FeedForward':
-        """A network of other parameters."""
+        """Replace the parameters."""
         return FeedForward(*tensors)
 
     @property
@@ -45,17 +45,13 @@ class FeedForward(NamedTuple):
         return self.expand.shape[0] != self.hidden
 
     def check(self, x: Tensor) -> None:
-        """Check that a map and the parameters go together: a kernel would read what is not there.
-
-        Raises:
-            ShapeError: if not.
-        """
+        """Raise ShapeError unless map and parameters go together: a kernel would read what is not there."""
         C, h = x.shape[-1], self.hidden
         rows = (h,) if self.depthwise is None else (h, 2 * h)
-        shapes = {'expand': self.expand, 'project': self.project, 'depthwise': self.depthwise}
-        fits = len(self.expand) in rows and self.expand.shape[1] == C == len(self.project)
-        if not fits or (self.depthwise is not None and tuple(self.depthwise.shape) != (h, 1, 3, 3)):
-            found = ', '.join(f'{name} {list(weight.shape)}' for name, weight in shapes.items() if weight is not None)
+        fits = self.depthwise is None or tuple(self.depthwise.shape) == (h, 1, 3, 3)
+        if not fits or len(self.expand) not in rows or self.expand.shape[1] != C or len(self.project) != C:
+            weights = {'expand': self.expand, 'project': self.project, 'depthwise': self.depthwise}
+            found = ', '.join(f'{name} {list(weight.shape)}' for name, weight in weights.items() if weight is not None)
             raise ShapeError(
                 f'a map of {C} channels and {found} do not go together: expected expand [h or 2h, C], project [C, h] '
                 'and depthwise [h, 1, 3, 3]'

@@ -22,79 +22,47 @@ from torch import Tensor
 from ast_plugin.ops import attention as plain
 from ast_plugin.ops.attention import Attention, attention_weights
 from ast_plugin.ops.backend import Residual
-from ast_plugin.ops.cpu.operators import Branch, Strip, cut_strips, linear, norm, outer_sum, without_autocast
+from ast_plugin.ops.cpu.operators import Branch, Strip, cut_strips, linear, norm, outer_sum, run_branch
 from ast_plugin.ops.windows import MASKED, relative_position_index
 
 
 def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None, residual: Residual | None = None) -> Tensor:
     """See `ops.window_attention`."""
-    return _AttentionBranch(x, op, residual).run(x, op, mask, residual)
+    return run_branch(_AttentionBranch, x, op, mask, residual)
 
 
 class _Layers(NamedTuple):
-    """Parameters joined, gathered, and in the dtypes that are computed in.
+    """Parameters joined, gathered, and in the dtypes that are computed in."""
 
-    Attributes:
-        qkv, qkv_bias: [3C, C] and [3C], of queries, keys and values; likewise `proj`.
-        bias: [heads, 1, window**2, window**2], added to the scores.
-        gate: [2], or None.
-    """
-
-    qkv: Tensor
+    qkv: Tensor  # [3C, C], of queries, keys and values
     qkv_bias: Tensor | None
     proj: Tensor
     proj_bias: Tensor | None
-    bias: Tensor
+    bias: Tensor  # [heads, 1, window**2, window**2], added to the scores
     gate: Tensor | None
 
 
 class _AttentionBranch(Branch):
     plain = staticmethod(plain.window_attention)
 
-    @property
-    def core(self) -> torch.dtype:
-        """What scores and their weights are computed in."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    def prepare(self, op: Attention) -> _Layers:
-        op = op.with_tensors([None if tensor is None else tensor.detach() for tensor in op.tensors])
-        linear_layers = (*plain.qkv_layer(op), op.proj, op.proj_bias)
-        return _Layers(
-            *(None if tensor is None else tensor.to(self.dtype) for tensor in linear_layers),
-            plain.gather_bias(op).to(self.core)[:, None].contiguous(),
-            None if op.gate is None else op.gate.to(self.core),
-        )
-
-    def compute(self, x: Tensor, mask: Tensor | None, residual: Residual | None, layers: _Layers) -> Tensor:
-        return _Forward(self, x, mask, residual, layers).run()
-
-    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
-        x, mask, residual, op = self.unpack(tensors)
-        with without_autocast():
-            return self.compute(x, mask, residual, self.prepare(op)), ()
-
-    def backward(
-        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        x, mask, residual, op = self.unpack(tensors)
-        with without_autocast():
-            grad_x, *sums = _Backward(self, x, mask, residual, self.prepare(op)).run(grad)
-        gradients = zip((grad_x, None, None, *sums), tensors, needed, strict=True)
-        return [value.to(tensor.dtype) if is_needed else None for value, tensor, is_needed in gradients]
-
-
-class _Forward:
-    """One call's tensors, and the forward pass over groups of windows."""
-
-    def __init__(
-        self, branch: _AttentionBranch, x: Tensor, mask: Tensor | None, residual: Residual | None, layers: _Layers
-    ) -> None:
-        self.op, self.dtype, self.core = branch.op, branch.dtype, branch.core
-        self.x, self.residual, self.layers = x, residual, layers
-        self.scale = None if residual is None else residual.scale
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.core = self.sums_dtype  # what scores and their weights are computed in
         self.sides = {'y': self.op.window, 'x': self.op.window}
-        H, W = (side // self.op.window for side in x.shape[1:3])
-        self.mask = None if mask is None else rearrange(mask.to(self.core), '(b h w) q k -> b h w q k', h=H, w=W)
+        if self.mask is not None:
+            H, W = (side // self.op.window for side in self.x.shape[1:3])
+            self.mask = rearrange(self.mask.to(self.core), '(b h w) q k -> b h w q k', h=H, w=W)
+
+    @staticmethod
+    def prepare(op: Attention, dtype: torch.dtype) -> _Layers:
+        op = op.with_tensors([None if tensor is None else tensor.detach() for tensor in op.tensors])
+        core = torch.promote_types(dtype, torch.float32)
+        linear_layers = *plain.qkv_layer(op), op.proj, op.proj_bias
+        return _Layers(
+            *(None if tensor is None else tensor.to(dtype) for tensor in linear_layers),
+            plain.gather_bias(op).to(core)[:, None].contiguous(),
+            None if op.gate is None else op.gate.to(core),
+        )
 
     def groups(self) -> Iterator[Strip]:
         """Rows of windows in the rolled map."""
@@ -102,7 +70,7 @@ class _Forward:
         widest = max(3 * C, self.op.num_heads * self.op.window**2)
         return cut_strips(B, H, W * widest * self.layers.proj.element_size(), self.op.window)
 
-    def run(self) -> Tensor:
+    def forward(self) -> Tensor:
         out_dtype = self.dtype if self.residual is None else torch.promote_types(self.x.dtype, self.dtype)
         out = torch.empty(self.x.shape, dtype=out_dtype)
         for group in self.groups():
@@ -164,39 +132,32 @@ class _Forward:
         positive = scores.relu_()
         return weights.addcmul_(positive, positive.mul(sparse_share))
 
-
-class _Backward(_Forward):
-    """The backward pass: groups are computed again and gone through backwards; sums of the parameters' gradients."""
-
-    def __init__(
-        self, branch: _AttentionBranch, x: Tensor, mask: Tensor | None, residual: Residual | None, layers: _Layers
-    ) -> None:
-        super().__init__(branch, x, mask, residual, layers)
+    def backward(self, grad: Tensor, wanted: set[str], kept: Sequence[Tensor]) -> dict[str, Tensor | None]:
+        """Compute groups again and go through them backwards, adding up the parameters' gradients."""
+        C, zeros, layers = self.x.shape[-1], {'dtype': self.core}, self.layers
         self.qkv_t, self.proj_t = layers.qkv.t(), layers.proj.t()
-        C, zeros = x.shape[-1], {'dtype': self.core}
         self.d_norm = torch.zeros(2, C, **zeros)
         self.d_qkv, self.d_qkv_bias = torch.zeros(3 * C, C, **zeros), torch.zeros(3 * C, **zeros)
         self.d_proj, self.d_proj_bias = torch.zeros(C, C, **zeros), torch.zeros(C, **zeros)
         self.d_bias = torch.zeros_like(layers.bias)
         # The gate's gradient is a small difference of these.
         self.d_shares = torch.zeros(2, dtype=torch.float64)
-
-    def run(self, grad: Tensor) -> list[Tensor | None]:
-        """Gradients of x, of the norm's weight and bias, and of `Attention.tensors`."""
         grad_x = torch.empty(self.x.shape, dtype=self.x.dtype)
         for group in self.groups():
             self._write(grad_x, self._run_group(group, _read_rolled(grad, group, self.op.shift)), grad, group)
-        C = self.x.shape[-1]
-        table = torch.zeros((2 * self.op.window - 1) ** 2, self.op.num_heads, dtype=self.core)
         index = relative_position_index(self.op.window).flatten()
+        table = torch.zeros((2 * self.op.window - 1) ** 2, self.op.num_heads, **zeros)
         table.index_add_(0, index, rearrange(self.d_bias, 'heads 1 q k -> (q k) heads').contiguous())
         d_gate = None
-        if self.layers.gate is not None:
-            shares = self.layers.gate.double().softmax(0)
+        if layers.gate is not None:
+            shares = layers.gate.double().softmax(0)
             d_gate = shares * (self.d_shares - (shares * self.d_shares).sum())
-        d_q, d_q_bias = self.d_qkv[:C], self.d_qkv_bias[:C]
-        d_kv, d_kv_bias = self.d_qkv[C:], self.d_qkv_bias[C:]
-        return [grad_x, *self.d_norm, d_q, d_q_bias, d_kv, d_kv_bias, self.d_proj, self.d_proj_bias, table, d_gate]
+        q, kv = slice(C), slice(C, None)
+        return {
+            **{'x': grad_x, 'norm_weight': self.d_norm[0], 'norm_bias': self.d_norm[1]},
+            **{'q': self.d_qkv[q], 'q_bias': self.d_qkv_bias[q], 'kv': self.d_qkv[kv], 'kv_bias': self.d_qkv_bias[kv]},
+            **{'proj': self.d_proj, 'proj_bias': self.d_proj_bias, 'position_bias': table, 'gate': d_gate},
+        }
 
     def _run_group(self, group: Strip, grad: Tensor) -> Tensor:
         """Gradient of the rolled rows of x without the sum's own part, from that of the output's."""

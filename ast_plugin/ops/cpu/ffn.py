@@ -35,8 +35,8 @@ from ast_plugin.ops.cpu.operators import (
     linear_plus,
     norm,
     outer_sum,
+    run_branch,
     transpose_kernel,
-    without_autocast,
 )
 from ast_plugin.ops.ffn import FeedForward
 
@@ -47,7 +47,7 @@ _PIECE = 128  # hidden channels whose products are added up in one go where it h
 
 def feed_forward(x: Tensor, op: FeedForward, residual: Residual | None = None) -> Tensor:
     """See `ops.feed_forward`."""
-    return _FeedForwardBranch(x, op, residual).run(x, op, None, residual)
+    return run_branch(_FeedForwardBranch, x, op, None, residual)
 
 
 class _Hidden(NamedTuple):
@@ -68,55 +68,22 @@ class _Hidden(NamedTuple):
 class _FeedForwardBranch(Branch):
     plain = staticmethod(plain.feed_forward)
 
-    def prepare(self, op: FeedForward) -> FeedForward:
-        return FeedForward(*(None if tensor is None else tensor.detach().to(self.dtype) for tensor in op))
-
-    def compute(self, x: Tensor, mask: None, residual: Residual | None, layers: FeedForward) -> Tensor:
-        return _Forward(self.dtype, x, residual, layers).run()
-
-    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor | None]]:
-        x, _, residual, op = self.unpack(tensors)
-        with without_autocast():
-            forward = _Forward(self.dtype, x, residual, self.prepare(op))
-            if x[..., 0].numel() * op.hidden * self.dtype.itemsize > KEPT_BYTES:
-                return forward.run(), ()
-            return forward.run_whole()
-
-    def backward(
-        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        x, _, residual, op = self.unpack(tensors)
-        names = ('x', 'mask', 'scale', 'norm_weight', 'norm_bias', *FeedForward._fields)
-        wanted = {name for name, is_needed in zip(names, needed, strict=True) if is_needed}
-        with without_autocast():
-            backward = _Backward(self.dtype, x, residual, self.prepare(op), wanted)
-            gradients = backward.run(grad, _Hidden(*kept) if kept else None)
-        return [
-            gradients[name].to(tensor.dtype) if name in wanted else None
-            for name, tensor in zip(names, tensors, strict=True)
-        ]
-
-
-class _Forward:
-    """One call's tensors, `op` in the dtype that is computed in, and the forward pass."""
-
-    def __init__(self, dtype: torch.dtype, x: Tensor, residual: Residual | None, op: FeedForward) -> None:
-        self.dtype, self.x, self.residual, self.op = dtype, x, residual, op
-        self.scale = None if residual is None else residual.scale
+    @staticmethod
+    def prepare(op: FeedForward, dtype: torch.dtype) -> FeedForward:
+        return FeedForward(*(None if tensor is None else tensor.detach().to(dtype) for tensor in op))
 
     def strips(self) -> Iterator[Strip]:
         """Strips whose temporaries have the hidden channels."""
         B, H, W, _ = self.x.shape
-        return cut_strips(B, H, W * self.op.hidden * self.op.project.element_size())
+        return cut_strips(B, H, W * self.layers.hidden * self.layers.project.element_size())
 
     def whole(self) -> Strip:
         """All rows of all images."""
         B, H, _, _ = self.x.shape
         return Strip(0, B, 0, H, H)
 
-    def run(self) -> Tensor:
-        """Compute strip by strip, without what a backward pass would need."""
-        x, op = self.x, self.op
+    def forward(self) -> Tensor:
+        x, op = self.x, self.layers
         out_dtype = self.dtype if self.residual is None else torch.promote_types(x.dtype, self.dtype)
         out = torch.empty(x.shape, dtype=out_dtype)
         for strip in self.strips():
@@ -138,9 +105,11 @@ class _Forward:
                 torch.add(strip.view(x), y, out=strip.view(out))
         return out
 
-    def run_whole(self) -> tuple[Tensor, _Hidden]:
+    def forward_keeping(self) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Compute a small map in one, and keep its `_Hidden`."""
-        x, op, whole = self.x, self.op, self.whole()
+        x, op, whole = self.x, self.layers, self.whole()
+        if x[..., 0].numel() * op.hidden * self.dtype.itemsize > KEPT_BYTES:
+            return self.forward(), ()
         hidden, u = self._hidden(whole, whole)
         v = u if hidden.before_v is None else F.gelu(hidden.before_v)
         gate = None if hidden.before_gate is None else F.gelu(hidden.before_gate)
@@ -167,12 +136,12 @@ class _Forward:
 
     def _expansion(self, part: int) -> tuple[Tensor, Tensor | None]:
         """Linear layer of a half of the hidden channels: 0 for what is convolved, 1 for the gate."""
-        rows = slice(part * self.op.hidden, (part + 1) * self.op.hidden)
-        return self.op.expand[rows], None if self.op.expand_bias is None else self.op.expand_bias[rows]
+        rows = slice(part * self.layers.hidden, (part + 1) * self.layers.hidden)
+        return self.layers.expand[rows], None if self.layers.expand_bias is None else self.layers.expand_bias[rows]
 
     def _refine(self, strip: Strip) -> Tensor:
         """What the linear layers take, for the rows of a strip: normed, and the first channels convolved."""
-        weight = self.op.partial_conv
+        weight = self.layers.partial_conv
         if weight is None:
             return norm(strip.view(self.x), self.residual, self.dtype)[0].contiguous()
         wider = strip.widen(1)
@@ -191,7 +160,7 @@ class _Forward:
             near: rows whose gradient comes to a strip through the depthwise convolution.
             far: what they are computed from.
         """
-        op, a = self.op, self._refine(far)
+        op, a = self.layers, self._refine(far)
         before_u = linear(a, *self._expansion(0))
         u, before_v, before_gate = F.gelu(before_u), None, None
         if op.depthwise is not None:
@@ -200,28 +169,14 @@ class _Forward:
             before_gate = linear(near.crop(a, far), *self._expansion(1))
         return _Hidden(a, before_u, before_v, before_gate), u
 
-
-class _Backward(_Forward):
-    """One backward pass: sums of the parameters' gradients, and a map of the gradient on its way to the input.
-
-    Args:
-        wanted: names of the tensors whose gradients are needed: 'x', 'norm_weight', 'norm_bias', those of `op`.
-    """
-
-    def __init__(
-        self, dtype: torch.dtype, x: Tensor, residual: Residual | None, op: FeedForward, wanted: set[str]
-    ) -> None:
-        super().__init__(dtype, x, residual, op)
-        self.wanted, self.sums_dtype = wanted, torch.promote_types(dtype, torch.float32)
-        self.sums: dict[str, dict[int, Tensor]] = {}
+    def backward(self, grad: Tensor, wanted: set[str], kept: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        op, kept = self.layers, _Hidden(*kept) if kept else None
+        self.wanted, self.sums = wanted, {}
         # Views: on small maps turning the weights would take as long as the product, and oneDNN turns what it reads.
         self.expand_t = [self._expansion(part)[0].t() for part in range(1 + op.is_gated)]
         self.project_t = op.project.t()
         self.depthwise_t = None if op.depthwise is None else transpose_kernel(op.depthwise)
         self.partial_t = None if op.partial_conv is None else transpose_kernel(op.partial_conv)
-
-    def run(self, grad: Tensor, kept: _Hidden | None) -> dict[str, Tensor]:
-        """The wanted gradients by name; `kept` of the whole map."""
         # A column of hidden channels needs the rows beside it, and so does the partial convolution before it: the map
         # between them is made whole, and has C channels.
         if kept is not None:
@@ -241,7 +196,7 @@ class _Backward(_Forward):
 
     def _through_linear(self, strip: Strip, grad: Tensor, kept: _Hidden | None = None) -> Tensor:
         """From the gradient of the output to that of the linear layers' input, for the rows of a strip."""
-        op = self.op
+        op = self.layers
         near = strip if op.depthwise is None else strip.widen(1)
         far = near if op.depthwise is None else near.widen(1)
         if kept is None:
@@ -279,8 +234,8 @@ class _Backward(_Forward):
         wide, residual = strip.widen(1), self.residual
         x, dn = wide.view(self.x), strip.view(down).to(self.x.dtype)
         normed, mean, rstd = norm(x, residual, x.dtype)
-        if self.op.partial_conv is not None:
-            head = slice(0, len(self.op.partial_conv))
+        if self.layers.partial_conv is not None:
+            head = slice(0, len(self.layers.partial_conv))
             d_head = wide.view(down)[..., head].contiguous()
             normed_head = normed[..., head].to(self.dtype).contiguous()
             self._add_conv('partial_conv', normed_head, strip.crop(d_head, wide), strip.edges)
@@ -320,6 +275,6 @@ class _Backward(_Forward):
 
     def _add_conv(self, layer: str, x: Tensor, grad: Tensor, edges: Edges) -> None:
         if self.wanted & {layer, f'{layer}_bias'}:
-            d_weight, d_bias = conv3x3_backward_weight(x, grad.contiguous(), getattr(self.op, layer), edges)
+            d_weight, d_bias = conv3x3_backward_weight(x, grad.contiguous(), getattr(self.layers, layer), edges)
             self._add(layer, d_weight)
             self._add(f'{layer}_bias', d_bias)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -211,53 +211,98 @@ def norm(x: Tensor, residual: Residual | None, dtype: torch.dtype) -> tuple[Tens
 
 
 class Branch(ABC):
-    """A branch of a block, f(x) or x + scale · f(norm(x)), as a `backend.Kernel`; subclasses say what f is.
-
-    Its tensors are x, mask and scale, which are constants, the norm's weight and bias, and those of `op`.
+    """One call of a block's branch: f(x), or x + scale · f(norm(x)). Subclasses say what f is.
 
     Args:
-        x, op, residual: of the call, of which dtypes and settings are kept.
+        dtype: what linear layers compute in.
+        x, mask, residual: of the call; mask and the residual's scale are constants.
+        op: the settings of the call.
+        layers: its parameters, as `prepare` made them.
     """
 
-    def __init__(self, x: Tensor, op: Attention | FeedForward, residual: Residual | None) -> None:
-        self.op = op.with_tensors([None] * len(op.tensors))
+    plain: Callable[..., Tensor]  # f by PyTorch's operators
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        x: Tensor,
+        mask: Tensor | None,
+        residual: Residual | None,
+        op: Attention | FeedForward,
+        layers: NamedTuple,
+    ) -> None:
+        self.dtype, self.x, self.mask, self.residual, self.op, self.layers = dtype, x, mask, residual, op, layers
+        self.scale = None if residual is None else residual.scale
+        self.sums_dtype = torch.promote_types(dtype, torch.float32)
+
+    @staticmethod
+    @abstractmethod
+    def prepare(op: Attention | FeedForward, dtype: torch.dtype) -> NamedTuple:
+        """Join, gather and cast the parameters of f."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """Compute the branch, keeping nothing for a backward pass."""
+
+    def forward_keeping(self) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Compute the branch, and what the backward pass needs beside the call's tensors."""
+        return self.forward(), ()
+
+    @abstractmethod
+    def backward(self, grad: Tensor, wanted: set[str], kept: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        """Gradients by name: of x, norm_weight, norm_bias and the tensors of `op`; at least those that are wanted."""
+
+
+class _BranchKernel:
+    """A branch as a `backend.Kernel`, of x, mask, scale, the norm's weight and bias, and the tensors of `op`."""
+
+    def __init__(self, branch: type[Branch], x: Tensor, op: Attention | FeedForward, residual: Residual | None) -> None:
+        self.branch, self.op = branch, op.with_tensors([None] * len(op.tensors))
         self.eps = None if residual is None else residual.eps
         self.in_autocast = torch.is_autocast_enabled('cpu') and x.dtype is not torch.float64
         self.dtype = torch.get_autocast_dtype('cpu') if self.in_autocast else x.dtype
 
-    @staticmethod
-    @abstractmethod
-    def plain(x: Tensor, op: Attention | FeedForward, *mask: Tensor) -> Tensor:
-        """Compute f by PyTorch's operators."""
+    def start(self, *tensors: Tensor | None) -> Branch:
+        x, mask, residual, op = self._unpack(tensors)
+        return self.branch(self.dtype, x, mask, residual, self.op, self.branch.prepare(op, self.dtype))
 
-    @abstractmethod
-    def prepare(self, op: Attention | FeedForward) -> NamedTuple:
-        """Join, gather and cast the parameters of f."""
-
-    @abstractmethod
-    def compute(self, x: Tensor, mask: Tensor | None, residual: Residual | None, layers: NamedTuple) -> Tensor:
-        """Compute the branch from prepared parameters, keeping nothing for a backward pass."""
-
-    def run(self, x: Tensor, op: Attention | FeedForward, mask: Tensor | None, residual: Residual | None) -> Tensor:
-        """Compute the branch, as a node of autograd where gradients are needed."""
-        weight, bias, scale = (None,) * 3 if residual is None else (residual.weight, residual.bias, residual.scale)
-        tensors = x, mask, scale, weight, bias, *op.tensors
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            return run_kernel(self, *tensors)
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor | None]]:
         with without_autocast():
-            layers = make_once(lambda: self.prepare(op), op.tensors, type(self), self.dtype, self.op)
-            return self.compute(x, mask, residual, layers)
+            return self.start(*tensors).forward_keeping()
+
+    def backward(
+        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        names = 'x', 'mask', 'scale', 'norm_weight', 'norm_bias', *self.op._fields[: len(self.op.tensors)]
+        wanted = {name for name, is_needed in zip(names, needed, strict=True) if is_needed}
+        with without_autocast():
+            gradients = self.start(*tensors).backward(grad, wanted, kept)
+        named = zip(names, tensors, strict=True)
+        return [gradients[name].to(tensor.dtype) if name in wanted else None for name, tensor in named]
 
     def reference(self, *tensors: Tensor | None) -> Tensor:
-        x, mask, residual, op = self.unpack(tensors)
+        x, mask, residual, op = self._unpack(tensors)
         masks = () if mask is None else (mask,)
         with torch.autocast('cpu', self.dtype) if self.in_autocast else without_autocast():
-            return with_residual(lambda x: self.plain(x, op, *masks), x, residual)
+            return with_residual(lambda x: self.branch.plain(x, op, *masks), x, residual)
 
-    def unpack(
+    def _unpack(
         self, tensors: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor | None, Residual | None, Attention | FeedForward]:
-        """x, mask, residual and op from a node's tensors."""
         x, mask, scale, weight, bias, *rest = tensors
         residual = None if self.eps is None else Residual(weight, bias, self.eps, scale)
         return x, mask, residual, self.op.with_tensors(rest)
+
+
+def run_branch(
+    branch: type[Branch], x: Tensor, op: Attention | FeedForward, mask: Tensor | None, residual: Residual | None
+) -> Tensor:
+    """Compute a branch, as a node of autograd where gradients are needed."""
+    kernel = _BranchKernel(branch, x, op, residual)
+    weight, bias, scale = (None,) * 3 if residual is None else (residual.weight, residual.bias, residual.scale)
+    tensors = x, mask, scale, weight, bias, *op.tensors
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return run_kernel(kernel, *tensors)
+    with without_autocast():
+        layers = make_once(lambda: branch.prepare(op, kernel.dtype), op.tensors, branch, kernel.dtype, kernel.op)
+        return branch(kernel.dtype, x, mask, residual, kernel.op, layers).forward()
