@@ -19,15 +19,13 @@ class Attention(NamedTuple):
     """Parameters and settings of window attention, as every backend takes them.
 
     Attributes:
-        q, q_bias: linear layer of the queries, [C, C] and [C] or None.
-        kv, kv_bias: of keys and values, [2C, C] and [2C] or None.
-        proj, proj_bias: of the output, [C, C] and [C] or None.
+        q, kv, proj: weights of the linear layers of queries [C, C], of keys and values [2C, C], and of the output
+            [C, C]; their biases may be None.
         position_bias: [(2 * window - 1)**2, num_heads], added to the scores by relative position.
-        gate: [2], logits of the dense and the sparse branch; for the kind 'assa' only.
-        num_heads: number of heads, a divisor of C.
+        num_heads: a divisor of C.
         window: side of a window in tokens.
         shift: the map is rolled by this much up and left before it is cut, and back afterwards; in [0, window).
-        kind, topk_ratio: see `attention_weights`.
+        kind, gate, topk_ratio: see `attention_weights`.
     """
 
     q: Tensor
@@ -70,7 +68,7 @@ class Attention(NamedTuple):
 
 
 def attention_weights(scores: Tensor, kind: str, gate: Tensor | None = None, topk_ratio: float = 0.5) -> Tensor:
-    """Weights of the values, from the scores of queries and keys.
+    """Weights of the values, from the scores S of queries and keys::
 
         dense        softmax(S)                         rows sum to 1
         sparse       relu(S)²                           no normalisation
@@ -106,7 +104,7 @@ def attention_weights(scores: Tensor, kind: str, gate: Tensor | None = None, top
 
 
 def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Tensor:
-    """Multi-head self-attention within (shifted) windows of a map.
+    """Multi-head self-attention within (shifted) windows of a map::
 
         out = proj(weights(q · kᵀ / √d + position bias + mask) · v)
 
@@ -124,15 +122,13 @@ def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Te
 
 
 def attend(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, op: Attention) -> Tensor:
-    """Attention between its linear layers.
+    """Attention between its linear layers, [B, H, W, 3C] -> [B, H, W, C].
 
     Args:
-        qkv: [B, H, W, 3C], queries, keys and values.
+        qkv: queries, keys and values side by side.
         bias: [num_heads, window**2, window**2], see `gather_bias`.
         gate, mask: see `Attention` and `window_attention`.
         op: of which only the settings are read.
-    Returns:
-        [B, H, W, C].
     """
     _, H, W, _ = qkv.shape
     if op.shift:

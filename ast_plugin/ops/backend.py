@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx
 from ast_plugin.ops.attention import Attention
 from ast_plugin.ops.ffn import FeedForward
 
+Tensors = Sequence[Tensor | None]
 T = TypeVar('T')
 # Beside what was made stand the weights it was made of: an id is not given to another tensor while its own lives.
 _cache: ContextVar[dict[Hashable, tuple[tuple[Tensor | None, ...], object]] | None] = ContextVar(
@@ -46,27 +47,16 @@ def with_residual(function: Callable[[Tensor], Tensor], x: Tensor, residual: Res
 
 @dataclass(frozen=True)
 class Call:
-    """What a function is called with, as far as backends care.
+    """What a function is called with, as far as backends care."""
 
-    Attributes:
-        op: parameters and settings, or None where only the map is known.
-        device: of the map.
-        dtype: what is computed in; autocast's where that is on.
-        dtypes: of all tensors that are given.
-        shape: [B, H, W, C] of the map.
-        needs_grad: whether a backward pass may follow.
-        is_masked: whether there is a mask.
-        watcher: who follows single operators, such as a trace, and would miss the formulas of a fused path; or None.
-    """
-
-    op: Attention | FeedForward | None
+    op: Attention | FeedForward | None  # None where only the map is known
     device: torch.device
-    dtype: torch.dtype
-    dtypes: frozenset[torch.dtype]
-    shape: tuple[int, ...]
+    dtype: torch.dtype  # what is computed in; autocast's where that is on
+    dtypes: frozenset[torch.dtype]  # of all tensors
+    shape: tuple[int, ...]  # of the map, [B, H, W, C]
     needs_grad: bool
     is_masked: bool = False
-    watcher: str | None = None
+    watcher: str | None = None  # who follows single operators, such as a trace, and would miss a kernel's formulas
 
     @property
     def name(self) -> str:
@@ -97,24 +87,19 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 class Kernel(Protocol):
     """A function of tensors with a backward pass of its own, for `run_kernel`; it holds no tensors itself."""
 
-    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensors]:
         """Return the output, and what the backward pass needs beside the tensors."""
 
-    def backward(
-        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
+    def backward(self, grad: Tensor, needed: Sequence[bool], tensors: Tensors, kept: Tensors) -> Tensors:
         """Return the gradients of the tensors, at least of those whose gradient is needed."""
 
     def reference(self, *tensors: Tensor | None) -> Tensor:
         """Compute the output by PyTorch's operators, of which autograd has the formulas."""
 
 
-def run_kernel(kernel: Kernel, *tensors: Tensor | None) -> Tensor:
-    """Run a kernel's forward pass as a node of autograd."""
-    return _KernelFunction.apply(kernel, *tensors)
-
-
 class _KernelFunction(torch.autograd.Function):
+    """A kernel as a node of autograd."""
+
     @staticmethod
     def forward(ctx: FunctionCtx, kernel: Kernel, *tensors: Tensor | None) -> Tensor:
         out, kept = kernel.forward(*tensors)
@@ -123,7 +108,7 @@ class _KernelFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensors:
         saved = ctx.saved_tensors  # once: checkpoints hand them out a single time
         tensors, kept = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
         needed = ctx.needs_input_grad[1:]
@@ -136,9 +121,7 @@ class _KernelFunction(torch.autograd.Function):
         return None, *(next(gradients) if is_needed else None for is_needed in needed)
 
 
-def dense_channels(x: Tensor) -> Tensor:
-    """A map [B, H, W, C] whose channels lie side by side: itself, or a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+run_kernel: Callable[..., Tensor] = _KernelFunction.apply  # of a kernel and its tensors
 
 
 @contextmanager

@@ -48,17 +48,11 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backend computes a call, and why.
-
-    Attributes:
-        backend: its name.
-        requested: 'auto' or the name that was asked for.
-        rejected: faster backends and why each cannot run this call.
-    """
+    """Which backend computes a call, and why."""
 
     backend: str
-    requested: str
-    rejected: dict[str, str]
+    requested: str  # 'auto' or a name
+    rejected: dict[str, str]  # faster backends and why each cannot run this call
 
     def __str__(self) -> str:
         reasons = ''.join(f'; not {name}: {reason}' for name, reason in self.rejected.items())
@@ -110,11 +104,7 @@ def _compute(
 
 
 def check_name(name: str, where: str = 'backend') -> str:
-    """Return the name of a backend, or 'auto'.
-
-    Raises:
-        OptionError: if it is unknown; `where` says who asked.
-    """
+    """Return the name of a backend, or 'auto'; raise OptionError, which tells `where` it stands, for others."""
     if name not in (AUTO, *BACKENDS):
         raise OptionError(f'{where} is {name!r}: expected one of {", ".join((AUTO, *BACKENDS))}')
     return name

@@ -59,7 +59,7 @@ class FeedForward(NamedTuple):
 
 
 def feed_forward(x: Tensor, op: FeedForward) -> Tensor:
-    """A feed-forward network, one of three.
+    """A feed-forward network, one of three::
 
         MLP   project(GELU(expand(x)))
         LeFF  project(GELU(depthwise3×3(GELU(expand(x)))))
@@ -86,14 +86,7 @@ def refine(x: Tensor, partial_conv: Tensor | None) -> Tensor:
 
 
 def activate(z: Tensor, depthwise: Tensor | None, bias: Tensor | None) -> Tensor:
-    """What lies between the linear layers.
-
-    Args:
-        z: [B, H, W, h or 2h], what the first linear layer gave.
-        depthwise, bias: see `FeedForward`.
-    Returns:
-        [B, H, W, h]: GELU(depthwise3×3(GELU(z₁))), times GELU(z₂) where z has 2h channels.
-    """
+    """GELU(depthwise3×3(GELU(z₁))), times GELU(z₂) where z has 2h channels: [B, H, W, h or 2h] -> [B, H, W, h]."""
     u = F.gelu(z)
     if depthwise is None:
         return u

@@ -14,14 +14,7 @@ BLENDS = ('ramp', 'mean')
 
 
 def check_tiling(tile: int, overlap: int) -> None:
-    """Check the size of a tile and its overlap.
-
-    Args:
-        tile: side of a tile in pixels, at least 1.
-        overlap: pixels that neighbouring tiles share, in [0, tile).
-    Raises:
-        OptionError: if either is out of range.
-    """
+    """Raise OptionError unless the side of a tile in pixels is at least 1, and the overlap in [0, tile)."""
     if tile < 1:
         raise OptionError(f'tile is {tile}: expected the side of a tile in pixels, 1 or more')
     if overlap < 0:
@@ -64,14 +57,8 @@ def _axis_weights(size: int, tile: int, overlap: int, blend: str) -> list[Tensor
     """
     starts = tile_starts(size, tile, overlap)
     length = min(size, tile)
-    weights = []
-    for start in starts:
-        weight = torch.ones(length, dtype=torch.float64)
-        if blend == 'ramp' and start > 0:
-            weight *= _ramp(length, overlap)
-        if blend == 'ramp' and start + length < size:
-            weight *= _ramp(length, overlap).flip(0)
-        weights.append(weight)
+    ramp, flat = _ramp(length, overlap if blend == 'ramp' else 0), torch.ones(length, dtype=torch.float64)
+    weights = [(ramp if start > 0 else flat) * (ramp.flip(0) if start + length < size else flat) for start in starts]
     total = torch.zeros(size, dtype=torch.float64)
     for start, weight in zip(starts, weights, strict=True):
         total[start : start + length] += weight
@@ -93,8 +80,7 @@ def run_tiled(
     An image that fits in a tile goes through in one piece, and a side shorter than the tile is taken whole.
 
     Args:
-        function: maps [N, C, h, w] to [N, D, s·h, s·w] with the same integer s >= 1 for every tile; it may move tiles
-            to another device, their result is brought back.
+        function: maps [N, C, h, w] to [N, D, s·h, s·w] with one integer s >= 1, on any device.
         image: [B, C, H, W], floating point.
         tile: side of a tile in pixels of the image, at least 1.
         overlap: pixels that neighbouring tiles share, in [0, tile).
@@ -104,7 +90,7 @@ def run_tiled(
         on_tile: called with (tiles done, tiles in all) after each batch of tiles.
         batch: tiles that go through together, N = batch·B, which small tiles on a GPU want.
     Returns:
-        The result, [B, D, s·H, s·W], dtype of the function's output, device of the image.
+        [B, D, s·H, s·W], dtype of the function's output, device of the image.
     Raises:
         OptionError: if tile, overlap, blend or batch are out of range.
         ShapeError: if the image is not [B, C, H, W] or the function's output is no integer multiple of its input.
@@ -125,9 +111,11 @@ def run_tiled(
             on_tile(1, 1)
         return result.to(image.device)
 
-    rows = list(zip(tile_starts(height, tile, overlap), _axis_weights(height, tile, overlap, blend), strict=True))
-    columns = list(zip(tile_starts(width, tile, overlap), _axis_weights(width, tile, overlap, blend), strict=True))
-    places = list(itertools.product(rows, columns))
+    sides = (
+        zip(tile_starts(side, tile, overlap), _axis_weights(side, tile, overlap, blend), strict=True)
+        for side in (height, width)
+    )
+    places = list(itertools.product(*sides))
     result, scale = None, 1
     for first in range(0, len(places), batch):
         group = places[first : first + batch]

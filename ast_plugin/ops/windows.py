@@ -14,11 +14,7 @@ MASKED = -100.0  # added to the score of a pair that must not attend; the offici
 
 
 def check_windows(shape: torch.Size, num_heads: int, window: int, shift: int) -> None:
-    """Check that a map is [B, H, W, C] and divides into windows, its channels into heads, and a shift is within one.
-
-    Raises:
-        ShapeError: if not.
-    """
+    """Raise ShapeError unless a map [B, H, W, C] divides into windows and heads, and the shift is within a window."""
     if len(shape) != 4:
         raise ShapeError(f'expected a map [B, H, W, C], got {list(shape)}')
     _, H, W, C = shape
@@ -52,41 +48,26 @@ def _cache_sizes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def partition_windows(x: Tensor, window: int) -> Tensor:
-    """Cut a map into windows.
+    """Cut a map [B, H, W, C] into windows [B * num_windows, window**2, C]; windows row by row, tokens row by row.
 
-    Args:
-        x: [B, H, W, C], H and W multiples of `window`.
-        window: side of a window.
-    Returns:
-        [B * num_windows, window * window, C]; windows row by row, tokens row by row.
     Raises:
-        ShapeError: if H or W is not a multiple of `window`.
+        ShapeError: if H or W is not a multiple of `window`, the side of a window.
     """
     _check_size(*x.shape[1:3], window)
     return rearrange(x, 'b (h y) (w x) c -> (b h w) (y x) c', y=window, x=window)
 
 
 def merge_windows(windows: Tensor, window: int, size: tuple[int, int]) -> Tensor:
-    """Put windows back into a map: the inverse of `partition_windows`.
-
-    Args:
-        windows: [B * num_windows, window * window, C].
-        window: side of a window.
-        size: (H, W) of the map.
-    Returns:
-        [B, H, W, C].
-    """
-    H, W = size
-    counts = {'h': H // window, 'w': W // window, 'y': window}
+    """Put windows back into a map of size (H, W): the inverse of `partition_windows`."""
+    counts = {'h': size[0] // window, 'w': size[1] // window, 'y': window}
     return rearrange(windows, '(b h w) (y x) c -> b (h y) (w x) c', **counts)
 
 
 @_cache_sizes
 def relative_position_index(window: int, device: torch.device | str = 'cpu') -> Tensor:
-    """Row of the position bias table for every pair of tokens of a window.
+    """Row of the position bias table for every pair of tokens of a window, int64, [window**2, window**2].
 
-    Returns:
-        int64, [window**2, window**2], values in [0, (2 * window - 1)**2); shared between calls, do not write to it.
+    Shared between calls, do not write to it.
     Source: Swin Transformer (Liu et al., ICCV 2021), section 3.2.
     """
     with torch.inference_mode(False):
@@ -162,14 +143,7 @@ def padding_mask(size: tuple[int, int], window: int, shift: int, device: torch.d
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pad an image at the bottom and the right, see `pad_image`, to the least multiples of a number.
-
-    Args:
-        x: [B, C, H, W], H and W at least 1.
-        multiple: what H and W shall be multiples of.
-    Returns:
-        [B, C, H', W'].
-    """
+    """Pad an image [B, C, H, W] by `pad_image` until both sides are multiples of a number."""
     H, W = x.shape[-2:]
     return pad_image(x, -H % multiple, -W % multiple)
 

@@ -30,43 +30,29 @@ def counted() -> Counted:
     return Counted(nn.Parameter(torch.ones(3)))
 
 
-def test_calls_elsewhere_make_their_own(counted):
-    assert [counted(), counted()] == [3, 3]
-    assert counted.count == 2
-
-
 def test_made_once_for_each_of_the_settings(counted):
+    assert [counted(), counted()] == [3, 3] and counted.count == 2
     with frozen_weights():
         assert [counted('a'), counted('a'), counted('b'), counted('a')] == [3] * 4
-    assert counted.count == 2
+    assert counted.count == 4
 
 
 def test_cache_ends_with_the_outermost(counted):
-    with frozen_weights():
+    with pytest.raises(KeyError), frozen_weights():
         counted()
         with frozen_weights():
             counted()
-        counted()
-    assert counted.count == 1
+        assert counted.count == 1
+        raise KeyError
     counted.weight.data.zero_()
     with frozen_weights():
         assert counted() == 0
 
 
-def test_cache_ends_with_an_error(counted):
-    with pytest.raises(KeyError), frozen_weights():
-        counted()
-        raise KeyError
-    counted()
-    assert counted.count == 2
-
-
 def test_other_tensors_are_not_cached():
     counted = Counted(torch.ones(3))
     with frozen_weights():
-        counted()
-        counted()
-    assert counted.count == 2
+        assert [counted(), counted()] == [3, 3] and counted.count == 2
 
 
 def test_new_weights_at_an_old_address():

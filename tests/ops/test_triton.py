@@ -1,51 +1,23 @@
-"""Triton's kernels against the plain reference in float64: outputs and gradients of every input.
-
-On a machine with CUDA they run there, elsewhere in Triton's interpreter on the CPU:
-
-    pip install triton==3.7.1 && python -m pytest tests/ops/test_triton.py
-"""
-
-import importlib.util
-from functools import partial
-from importlib.metadata import version
+"""Triton's kernels against the plain reference in float64: outputs and gradients of every input; see conftest."""
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from ast_plugin import ops
-from ast_plugin.errors import BackendUnavailable
 from ast_plugin.ops import attention as plain_attention
 from ast_plugin.ops import ffn as plain_ffn
 from ast_plugin.ops import triton as triton_backend
 
+from .conftest import INTERPRETED, load_kernels
 from .op_cases import as_leaves, attention_case, check, draw, feed_forward_case, relative_error, results
 
-if importlib.util.find_spec('triton') is None:
-    pytest.skip('needs Triton: pip install "ast_plugin[triton]"', allow_module_level=True)
-INTERPRETED = not torch.cuda.is_available()
-if INTERPRETED and tuple(map(int, version('triton').split('.')[:2])) < (3, 7):
-    pytest.skip("older interpreters do not go with today's NumPy: pip install triton==3.7.1", allow_module_level=True)
-with pytest.MonkeyPatch.context() as _patch:
-    if INTERPRETED:
-        # Triton reads it when a kernel is defined, which is when it is imported.
-        _patch.setenv('TRITON_INTERPRET', '1')
-    from ast_plugin.ops.triton import attention, ffn
+attention, ffn = load_kernels()
 
 
 @pytest.fixture(autouse=True)
-def place(monkeypatch, device):
-    """The device of the test; everything is computed by Triton."""
-    if INTERPRETED:
-        monkeypatch.setenv('TRITON_INTERPRET', '1')
-        device = torch.device('cpu')
-    elif device.type != 'cuda':
-        device = torch.device('cuda')
-    # TF32, which convolutions take by default, is none of the precisions that are compared here.
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+def _by_triton(place):
     with ops.use_backend('triton'):
-        yield device
+        yield
 
 
 def settings(heads, window, shift, kind):
@@ -173,81 +145,13 @@ def test_kernels_take_maps_with_gaps(place, name, is_turned):
     assert all(relative_error(*pair) < 2e-5 for pair in zip(got, want, strict=True))
 
 
-@pytest.fixture
-def block(place):
-    """A call of both functions on maps of 4×8, its map, and its parameters in float32."""
+def test_what_is_kept_for_the_backward_pass(place):
+    """Per position: what layers take, q, k and v, and the hidden channels; nothing per pair of tokens."""
     attend, first = attention_case((4, 8), 4, 2, dim=32, residual=False)
     refine, second = feed_forward_case('frfn', (4, 8), dim=32, residual=False)
     first, second = as_leaves(first, torch.float32, place), as_leaves(second, torch.float32, place)
-    x, _ = first.pop('x'), second.pop('x')
-    return lambda x: refine(attend(x, **first), **second), x, [*first.values(), *second.values()]
-
-
-def by_reference(function, *args):
-    with ops.use_backend('reference'):
-        return function(*args)
-
-
-def test_turned_maps_and_expanded_gradients(block):
-    function, x, parameters = block
-    turned = x.detach().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1).requires_grad_()
-    assert not turned.is_contiguous()
-    y, want = function(turned), by_reference(function, x)
-    assert relative_error(y, want) < 2e-5
-    # the sum's gradient is one number, spread without strides
-    got = torch.autograd.grad(y.sum(), [turned, *parameters])
-    expected = torch.autograd.grad(want.sum(), [x, *parameters])
-    assert all(relative_error(*pair) < 1e-4 for pair in zip(got, expected, strict=True))
-
-
-def test_empty_batches_are_left_to_the_reference(block):
-    function, x, _ = block
-    with pytest.raises(BackendUnavailable, match='there is nothing to compute'):
-        function(x[:0])
-    with ops.use_backend('auto'):
-        assert function(x[:0]).shape == (0, 4, 8, 32)
-
-
-def test_inference_mode_and_autocast(place, block):
-    function, x, _ = block
-    with torch.inference_mode():
-        assert relative_error(function(x), by_reference(function, x)) < 2e-5
-    with torch.autocast(place.type, torch.bfloat16):
-        y = function(x)
-        assert y.dtype == torch.bfloat16
-        assert relative_error(y, by_reference(function, x)) < 3e-2
-    y.sum().backward()
-    assert torch.isfinite(x.grad).all() and x.grad.any()
-
-
-def test_checkpointed_and_compiled_callers(block):
-    function, x, _ = block
-    want = torch.autograd.grad(function(x).square().sum(), x)[0]
-    for caller in (partial(checkpoint, function, use_reentrant=False), torch.compile(function, backend='eager')):
-        assert relative_error(torch.autograd.grad(caller(x).square().sum(), x)[0], want) < 1e-6
-
-
-def test_gradients_of_gradients(block):
-    function, x, _ = block
-
-    def twice():
-        gradient = torch.autograd.grad(function(x[:1]).square().sum(), x, create_graph=True)[0]
-        return torch.autograd.grad(gradient.square().sum(), x)[0]
-
-    assert relative_error(twice(), by_reference(twice)) < 1e-4
-
-
-def test_the_same_bits_again(block, monkeypatch):
-    monkeypatch.setattr(attention, '_PROGRAMS', 4)
-    function, x, parameters = block
-    first, second = (torch.autograd.grad(function(x).square().sum(), [x, *parameters]) for _ in range(2))
-    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
-
-
-def test_what_is_kept_for_the_backward_pass(block):
-    """Per position: what layers take, q, k and v, and the hidden channels; nothing per pair of tokens."""
-    function, x, parameters = block
-    own = {part.data_ptr() for part in parameters}
+    del second['x']
+    own = {leaf.data_ptr() for leaf in (*first.values(), *second.values()) if leaf is not first['x']}
     kept = {}
 
     def keep(tensor):
@@ -256,7 +160,7 @@ def test_what_is_kept_for_the_backward_pass(block):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = function(x)
+        y = refine(attend(**first), **second)
     positions, C, h = 2 * 4 * 8, 32, 12
     fixed = 3 * C * C + 2 * 16 * 16 + 2 * 16 * 16  # joined weights, position bias and its 64-bit indices
     assert sum(kept.values()) <= 4 * (positions * (4 * C + 3 * C + 3 * h) + fixed)
@@ -281,7 +185,7 @@ def test_check_finds_wrong_kernels(place, monkeypatch):
 
     monkeypatch.setattr(attention._Launch, 'backward', wrong)
     reason = triton_backend.find_fault(*variant)
-    assert "what the reference does: the bias's gradient (shift 0) is off by 1e-02" in reason
+    assert 'what the reference does: the gradient of the bias (shift 0) is off by 1e-02' in reason
 
     def fails(self):
         raise RuntimeError('no compiler\nand more')

@@ -11,7 +11,7 @@ parameters add up in float32 over groups, in an order that shapes and the number
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ast_plugin.ops import attention as plain
 from ast_plugin.ops.attention import Attention, attention_weights
-from ast_plugin.ops.backend import Residual
+from ast_plugin.ops.backend import Residual, Tensors
 from ast_plugin.ops.cpu.operators import Branch, Strip, cut_strips, linear, norm, outer_sum, run_branch
 from ast_plugin.ops.windows import MASKED, relative_position_index
 
@@ -115,7 +115,7 @@ class _AttentionBranch(Branch):
         if shift:
             below, beside, corner = (mask.to(self.core) for mask in _edge_masks(window, shift))
             scores[:, :, :, -1] += beside
-            if group.edges.bottom:
+            if group.edges[1]:
                 scores[:, :, -1, :-1] += below
                 scores[:, :, -1, -1] += corner - beside
         if self.mask is not None:
@@ -132,7 +132,7 @@ class _AttentionBranch(Branch):
         positive = scores.relu_()
         return weights.addcmul_(positive, positive.mul(sparse_share))
 
-    def backward(self, grad: Tensor, wanted: set[str], kept: Sequence[Tensor]) -> dict[str, Tensor | None]:
+    def backward(self, grad: Tensor, wanted: set[str], kept: Tensors) -> dict[str, Tensor | None]:
         """Compute groups again and go through them backwards, adding up the parameters' gradients."""
         C, zeros, layers = self.x.shape[-1], {'dtype': self.core}, self.layers
         self.qkv_t, self.proj_t = layers.qkv.t(), layers.proj.t()
@@ -152,12 +152,10 @@ class _AttentionBranch(Branch):
         if layers.gate is not None:
             shares = layers.gate.double().softmax(0)
             d_gate = shares * (self.d_shares - (shares * self.d_shares).sum())
-        q, kv = slice(C), slice(C, None)
-        return {
-            **{'x': grad_x, 'norm_weight': self.d_norm[0], 'norm_bias': self.d_norm[1]},
-            **{'q': self.d_qkv[q], 'q_bias': self.d_qkv_bias[q], 'kv': self.d_qkv[kv], 'kv_bias': self.d_qkv_bias[kv]},
-            **{'proj': self.d_proj, 'proj_bias': self.d_proj_bias, 'position_bias': table, 'gate': d_gate},
-        }
+        (d_q, d_kv), (d_q_bias, d_kv_bias) = (total.split([C, 2 * C]) for total in (self.d_qkv, self.d_qkv_bias))
+        sums = d_q, d_q_bias, d_kv, d_kv_bias, self.d_proj, self.d_proj_bias, table, d_gate
+        names = 'x', 'norm_weight', 'norm_bias', *Attention._fields[: len(sums)]
+        return dict(zip(names, (grad_x, *self.d_norm, *sums), strict=True))
 
     def _run_group(self, group: Strip, grad: Tensor) -> Tensor:
         """Gradient of the rolled rows of x without the sum's own part, from that of the output's."""

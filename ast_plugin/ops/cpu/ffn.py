@@ -14,7 +14,7 @@ attention's gate are small differences of large sums, small maps are projected i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ast_plugin.ops import ffn as plain
-from ast_plugin.ops.backend import Residual
+from ast_plugin.ops.backend import Residual, Tensors
 from ast_plugin.ops.cpu.operators import (
     Branch,
-    Edges,
     Strip,
     conv3x3,
     conv3x3_backward_weight,
@@ -105,7 +104,7 @@ class _FeedForwardBranch(Branch):
                 torch.add(strip.view(x), y, out=strip.view(out))
         return out
 
-    def forward_keeping(self) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def forward_keeping(self) -> tuple[Tensor, Tensors]:
         """Compute a small map in one, and keep its `_Hidden`."""
         x, op, whole = self.x, self.layers, self.whole()
         if x[..., 0].numel() * op.hidden * self.dtype.itemsize > KEPT_BYTES:
@@ -169,7 +168,7 @@ class _FeedForwardBranch(Branch):
             before_gate = linear(near.crop(a, far), *self._expansion(1))
         return _Hidden(a, before_u, before_v, before_gate), u
 
-    def backward(self, grad: Tensor, wanted: set[str], kept: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    def backward(self, grad: Tensor, wanted: set[str], kept: Tensors) -> dict[str, Tensor | None]:
         op, kept = self.layers, _Hidden(*kept) if kept else None
         self.wanted, self.sums = wanted, {}
         # Views: on small maps turning the weights would take as long as the product, and oneDNN turns what it reads.
@@ -273,7 +272,7 @@ class _FeedForwardBranch(Branch):
         if f'{layer}_bias' in self.wanted:
             self._add(f'{layer}_bias', grad.sum((0, 1, 2), dtype=self.sums_dtype), part)
 
-    def _add_conv(self, layer: str, x: Tensor, grad: Tensor, edges: Edges) -> None:
+    def _add_conv(self, layer: str, x: Tensor, grad: Tensor, edges: tuple[bool, bool]) -> None:
         if self.wanted & {layer, f'{layer}_bias'}:
             d_weight, d_bias = conv3x3_backward_weight(x, grad.contiguous(), getattr(self.layers, layer), edges)
             self._add(layer, d_weight)

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ast_plugin.ops.attention import Attention
-from ast_plugin.ops.backend import Residual, make_once, run_kernel, with_residual
+from ast_plugin.ops.backend import Residual, Tensors, make_once, run_kernel, with_residual
 from ast_plugin.ops.ffn import FeedForward
 
 # Of one temporary. Several are alive at a time and shall stay in the caches; smaller ones recompute more of their edges
 # and leave less to do between the threads' meetings. Measured from 1 to 32 MB.
 STRIP_BYTES = 4 * 2**20
 _FEWEST_ROWS = 4
+gelu_backward = torch.ops.aten.gelu_backward
 
 
 @lru_cache(maxsize=8)
@@ -85,7 +86,7 @@ def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -
     return F.linear(x, weight, bias).add_(other)
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, edges: Edges, *, gelu: bool = False) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, edges: tuple[bool, bool], *, gelu: bool = False) -> Tensor:
     """3×3 convolution of rows of a map, depthwise where `weight` is [C, 1, 3, 3] and C > 1; with a GELU where asked.
 
     Args:
@@ -93,23 +94,23 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, edges: Edges, *, gel
     Returns:
         [B, rows wanted, W, out].
     """
-    groups = x.shape[-1] // weight.shape[1]
+    (top, bottom), groups = edges, x.shape[-1] // weight.shape[1]
     # Padding has one width for both sides: at an edge of the map one side gets a row too much.
-    padding = (1, 1) if edges.top or edges.bottom else (0, 1)
+    padding = (1, 1) if top or bottom else (0, 1)
     if has_onednn(x.dtype):
         y = _onednn_conv(x, weight, bias, padding, groups, 'gelu' if gelu else 'none')
     else:
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=groups).permute(0, 2, 3, 1)
         y = F.gelu(y) if gelu else y
-    return y if padding == (0, 1) else y[:, not edges.top : y.shape[1] - (not edges.bottom)]
+    return y if padding == (0, 1) else y[:, not top : y.shape[1] - (not bottom)]
 
 
-def conv3x3_backward_weight(x: Tensor, grad: Tensor, weight: Tensor, edges: Edges) -> tuple[Tensor, Tensor]:
+def conv3x3_backward_weight(x: Tensor, grad: Tensor, weight: Tensor, edges: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias of `conv3x3` from x as it was given there, and the gradient of its result."""
-    groups = x.shape[-1] // weight.shape[1]
-    padding = (1, 1) if edges.top and edges.bottom else (0, 1)
-    if edges.top != edges.bottom:
-        x = F.pad(x, (0, 0, 0, 0, int(edges.top), int(edges.bottom)))
+    (top, bottom), groups = edges, x.shape[-1] // weight.shape[1]
+    padding = (1, 1) if top and bottom else (0, 1)
+    if top != bottom:
+        x = F.pad(x, (0, 0, 0, 0, int(top), int(bottom)))
     settings = [len(weight)], (1, 1), padding, (1, 1), False, (0, 0), groups, (False, True, True)
     grad, x = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
     _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(grad, x, weight, *settings)
@@ -133,18 +134,6 @@ def outer_sum(grad: Tensor, x: Tensor) -> Tensor:
     return _onednn_linear(x.t(), grad.t(), None, 'none').t()
 
 
-def gelu_backward(grad: Tensor, before: Tensor) -> Tensor:
-    """Gradient of the exact GELU's input."""
-    return torch.ops.aten.gelu_backward(grad, before)
-
-
-class Edges(NamedTuple):
-    """Whether rows begin at the map's top, and end at its bottom: there zeros lie beyond, elsewhere further rows."""
-
-    top: bool
-    bottom: bool
-
-
 class Strip(NamedTuple):
     """Rows [first, last) of images [image, image + num_images); of several images all rows."""
 
@@ -159,8 +148,9 @@ class Strip(NamedTuple):
         return self._replace(first=max(0, self.first - rows), last=min(self.height, self.last + rows))
 
     @property
-    def edges(self) -> Edges:
-        return Edges(self.first == 0, self.last == self.height)
+    def edges(self) -> tuple[bool, bool]:
+        """Whether rows begin at the map's top, and end at its bottom: there zeros lie beyond, elsewhere more rows."""
+        return self.first == 0, self.last == self.height
 
     def view(self, x: Tensor) -> Tensor:
         """View these rows of a map [B, H, W, C]."""
@@ -214,24 +204,18 @@ class Branch(ABC):
     """One call of a block's branch: f(x), or x + scale · f(norm(x)). Subclasses say what f is.
 
     Args:
-        dtype: what linear layers compute in.
+        kernel: has what linear layers compute in, and the settings.
         x, mask, residual: of the call; mask and the residual's scale are constants.
-        op: the settings of the call.
-        layers: its parameters, as `prepare` made them.
+        layers: parameters, as `prepare` made them.
     """
 
     plain: Callable[..., Tensor]  # f by PyTorch's operators
 
     def __init__(
-        self,
-        dtype: torch.dtype,
-        x: Tensor,
-        mask: Tensor | None,
-        residual: Residual | None,
-        op: Attention | FeedForward,
-        layers: NamedTuple,
+        self, kernel: _BranchKernel, x: Tensor, mask: Tensor | None, residual: Residual | None, layers: NamedTuple
     ) -> None:
-        self.dtype, self.x, self.mask, self.residual, self.op, self.layers = dtype, x, mask, residual, op, layers
+        dtype, self.op = kernel.dtype, kernel.op
+        self.dtype, self.x, self.mask, self.residual, self.layers = dtype, x, mask, residual, layers
         self.scale = None if residual is None else residual.scale
         self.sums_dtype = torch.promote_types(dtype, torch.float32)
 
@@ -244,12 +228,12 @@ class Branch(ABC):
     def forward(self) -> Tensor:
         """Compute the branch, keeping nothing for a backward pass."""
 
-    def forward_keeping(self) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def forward_keeping(self) -> tuple[Tensor, Tensors]:
         """Compute the branch, and what the backward pass needs beside the call's tensors."""
         return self.forward(), ()
 
     @abstractmethod
-    def backward(self, grad: Tensor, wanted: set[str], kept: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    def backward(self, grad: Tensor, wanted: set[str], kept: Tensors) -> dict[str, Tensor | None]:
         """Gradients by name: of x, norm_weight, norm_bias and the tensors of `op`; at least those that are wanted."""
 
 
@@ -264,15 +248,13 @@ class _BranchKernel:
 
     def start(self, *tensors: Tensor | None) -> Branch:
         x, mask, residual, op = self._unpack(tensors)
-        return self.branch(self.dtype, x, mask, residual, self.op, self.branch.prepare(op, self.dtype))
+        return self.branch(self, x, mask, residual, self.branch.prepare(op, self.dtype))
 
-    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensors]:
         with without_autocast():
             return self.start(*tensors).forward_keeping()
 
-    def backward(
-        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
+    def backward(self, grad: Tensor, needed: Sequence[bool], tensors: Tensors, kept: Tensors) -> Tensors:
         names = 'x', 'mask', 'scale', 'norm_weight', 'norm_bias', *self.op._fields[: len(self.op.tensors)]
         wanted = {name for name, is_needed in zip(names, needed, strict=True) if is_needed}
         with without_autocast():
@@ -286,9 +268,7 @@ class _BranchKernel:
         with torch.autocast('cpu', self.dtype) if self.in_autocast else without_autocast():
             return with_residual(lambda x: self.branch.plain(x, op, *masks), x, residual)
 
-    def _unpack(
-        self, tensors: Sequence[Tensor | None]
-    ) -> tuple[Tensor, Tensor | None, Residual | None, Attention | FeedForward]:
+    def _unpack(self, tensors: Tensors) -> tuple[Tensor, Tensor | None, Residual | None, Attention | FeedForward]:
         x, mask, scale, weight, bias, *rest = tensors
         residual = None if self.eps is None else Residual(weight, bias, self.eps, scale)
         return x, mask, residual, self.op.with_tensors(rest)
@@ -305,4 +285,4 @@ def run_branch(
         return run_kernel(kernel, *tensors)
     with without_autocast():
         layers = make_once(lambda: branch.prepare(op, kernel.dtype), op.tensors, branch, kernel.dtype, kernel.op)
-        return branch(kernel.dtype, x, mask, residual, kernel.op, layers).forward()
+        return branch(kernel, x, mask, residual, layers).forward()

@@ -49,11 +49,19 @@ def feed_forward(x: Tensor, op: FeedForward) -> Tensor:
 
 def why_not(call: Call) -> str | None:
     """Why Triton's kernels cannot run a call, or None; on a CUDA device they are compared first."""
-    reason = _device_reason(call.device) or call.why_not(DTYPES) or _attention_reason(call)
-    # The interpreter is for tests, which compare themselves.
-    if reason is not None or call.device.type != 'cuda':
+    reason, op = _device_reason(call.device) or call.why_not(DTYPES), call.op
+    if reason is not None:
         return reason
-    return check_kernels(call)
+    if isinstance(op, Attention):
+        head = call.shape[-1] // op.num_heads
+        if op.kind not in KINDS:
+            return f'it has attention of the kinds {", ".join(KINDS)}, not {op.kind}'
+        if op.window > LARGEST_WINDOW:
+            return f'windows have sides up to {LARGEST_WINDOW}, not {op.window}'
+        if head > LARGEST_HEAD:
+            return f'heads have up to {LARGEST_HEAD} channels, not {head}'
+    # The interpreter is for tests, which compare themselves.
+    return check_kernels(call) if call.device.type == 'cuda' else None
 
 
 @lru_cache(maxsize=1)
@@ -76,18 +84,6 @@ def _device_reason(device: torch.device) -> str | None:
             needed, present = ('.'.join(map(str, version)) for version in (_CAPABILITY, capability))
             return f'it needs a device of compute capability {needed}, this one has {present}'
     return None
-
-
-def _attention_reason(call: Call) -> str | None:
-    op = call.op
-    if not isinstance(op, Attention):
-        return None
-    if op.kind not in KINDS:
-        return f'it has attention of the kinds {", ".join(KINDS)}, not {op.kind}'
-    if op.window > LARGEST_WINDOW:
-        return f'windows have sides up to {LARGEST_WINDOW}, not {op.window}'
-    head = call.shape[-1] // op.num_heads
-    return f'heads have up to {LARGEST_HEAD} channels, not {head}' if head > LARGEST_HEAD else None
 
 
 def check_kernels(call: Call) -> str | None:
@@ -127,54 +123,53 @@ def attention_errors(
     device: torch.device, dtype: torch.dtype, needs_grad: bool, kind: str, window: int, head: int, is_masked: bool
 ) -> dict[str, float]:
     """Relative errors of attention's output and gradients, without and with a shift, over 2×3 windows of 2 images."""
-    heads, H, W, tokens = 2, 2 * window, 3 * window, window**2
-    qkv = _waves(2, H, W, 3 * heads * head, dtype=dtype, device=device)
-    bias, gate = _waves(heads, tokens, tokens, device=device), _waves(2, device=device) if kind == 'assa' else None
-    mask = (_waves(6, tokens, tokens, device=device) > 0).float() * -100.0 if is_masked else None
-    names = 'the output', "q's, k's and v's gradient", "the bias's gradient", "the gate's gradient"
+    heads, tokens = 2, window**2
+    qkv = _waves(device, 2, 2 * window, 3 * window, 3 * heads * head).to(dtype)
+    tensors = {'qkv': qkv, 'bias': _waves(device, heads, tokens, tokens)}
+    tensors['gate'] = _waves(device, 2) if kind == 'assa' else None
+    mask = (_waves(device, 6, tokens, tokens) > 0).float() * -100.0 if is_masked else None
     errors = {}
-    for shift in (0, window // 2) if window > 1 else (0,):
+    for shift in sorted({0, window // 2}):
         op = Attention(*[None] * 8, heads, window, shift, kind)
-        functions = [
+        functions = (
             lambda *tensors, attend=module.attend, op=op: attend(*tensors, mask, op)
             for module in (_load_kernels()[0], plain_attention)
-        ]
-        found = _errors(*functions, (qkv, bias, gate), needs_grad)
-        errors |= {f'{name} (shift {shift})': error for name, error in zip(names, found, strict=False)}
+        )
+        found = _errors(*functions, tensors, needs_grad)
+        errors |= {f'{name} (shift {shift})': error for name, error in found.items()}
     return errors
 
 
 def activation_errors(device: torch.device, dtype: torch.dtype, needs_grad: bool, is_gated: bool) -> dict[str, float]:
     """Relative errors of the activations' output and gradients, of 2 images of 11×13 with 80 channels."""
-    z = _waves(2, 11, 13, 160 if is_gated else 80, dtype=dtype, device=device)
-    tensors = z, _waves(80, 1, 3, 3, device=device), _waves(80, device=device)
-    names = 'the output', "the map's gradient", "the weight's gradient", "the bias's gradient"
-    found = _errors(_load_kernels()[1].activate, plain_ffn.activate, tensors, needs_grad)
-    return dict(zip(names, found, strict=False))
+    z = _waves(device, 2, 11, 13, 160 if is_gated else 80).to(dtype)
+    tensors = {'map': z, 'weight': _waves(device, 80, 1, 3, 3), 'bias': _waves(device, 80)}
+    return _errors(_load_kernels()[1].activate, plain_ffn.activate, tensors, needs_grad)
 
 
 def _errors(
     function: Callable[..., Tensor],
     reference: Callable[..., Tensor],
-    tensors: tuple[Tensor | None, ...],
+    tensors: dict[str, Tensor | None],
     needs_grad: bool,
-) -> list[float]:
+) -> dict[str, float]:
     """Relative errors of a function's output, and of gradients where needed, against another in float64."""
     results = []
-    for compute, is_exact in ((function, False), (reference, True)):
-        leaves = [
-            None if t is None else (t.double() if is_exact else t).detach().clone().requires_grad_() for t in tensors
-        ]
+    for compute, dtype in ((function, None), (reference, torch.float64)):
+        leaves = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in tensors.values()]
         out = compute(*leaves)
         results.append([out.detach()])
         if needs_grad:
-            given = [leaf for leaf in leaves if leaf is not None]
-            grad = _waves(*out.shape, dtype=tensors[0].dtype, device=out.device)
-            results[-1] += torch.autograd.grad(out, given, grad.to(out.dtype))
-    return [float((got.double() - want).norm() / want.norm()) for got, want in zip(*results, strict=True)]
+            grad = _waves(out.device, *out.shape).to(tensors[next(iter(tensors))].dtype).to(out.dtype)
+            results[-1] += torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad)
+    names = 'the output', *(f'the gradient of the {name}' for name, tensor in tensors.items() if tensor is not None)
+    return {
+        name: float((got.double() - want).norm() / want.norm())
+        for name, got, want in zip(names, *results, strict=needs_grad)
+    }
 
 
-def _waves(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
+def _waves(device: torch.device, *shape: int) -> Tensor:
     """Numbers in (-1.7, 1.7) without visible order, the same for the same shape, and from no generator."""
     steps = torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float64) * (12.9898 + sum(shape))
-    return (1.7 * (steps.sin() * 43758.5453).frac()).to(dtype).reshape(shape).to(device)
+    return (1.7 * (steps.sin() * 43758.5453).frac()).float().reshape(shape).to(device)

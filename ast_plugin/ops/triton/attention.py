@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ast_plugin.ops import attention as plain
 from ast_plugin.ops.attention import Attention
-from ast_plugin.ops.backend import dense_channels, run_kernel
+from ast_plugin.ops.backend import Tensors, run_kernel
 from ast_plugin.ops.windows import MASKED
 
 # Whether there is a softmax, and the power of the sparse branch's relu or 0.
@@ -284,24 +284,19 @@ class _Attend(NamedTuple):
 
     op: Attention
 
-    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensors]:
         return _Launch(self.op, *tensors).forward(), ()
 
-    def backward(
-        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
+    def backward(self, grad: Tensor, needed: Sequence[bool], tensors: Tensors, kept: Tensors) -> Tensors:
         qkv, bias, gate, mask = tensors
         if self.op.window**2 <= _MOST_TOKENS or len(qkv) == 1:
             return *_Launch(self.op, *tensors).backward(grad), None
         # Large windows have a part of the gradient for each block of queries, of one image at a time.
-        parts = []
-        for image in range(len(qkv)):
-            own = slice(image, image + 1)
-            num_windows = (qkv.shape[1] // self.op.window) * (qkv.shape[2] // self.op.window)
-            masks = mask
-            if mask is not None and len(mask) != num_windows:
-                masks = mask[image * num_windows : (image + 1) * num_windows]
-            parts.append(_Launch(self.op, qkv[own], bias, gate, masks).backward(grad[own]))
+        num_windows = (qkv.shape[1] // self.op.window) * (qkv.shape[2] // self.op.window)
+        has_own_masks = mask is not None and len(mask) != num_windows
+        masks = mask.chunk(len(qkv)) if has_own_masks else [mask] * len(qkv)
+        images = zip(qkv.split(1), masks, grad.split(1), strict=True)
+        parts = [_Launch(self.op, own, bias, gate, own_mask).backward(d) for own, own_mask, d in images]
         d_qkv, d_bias, d_gate = zip(*parts, strict=True)
         return torch.cat(d_qkv), sum(d_bias), None if gate is None else sum(d_gate), None
 
@@ -313,7 +308,8 @@ class _Launch:
     """One call's tensors as the kernels take them, and the kernels' settings."""
 
     def __init__(self, op: Attention, qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None) -> None:
-        self.op, self.qkv, self.gate = op, dense_channels(qkv), gate
+        # The kernels take channels that lie side by side.
+        self.op, self.qkv, self.gate = op, qkv if qkv.stride(-1) == 1 else qkv.contiguous(), gate
         num_images, height, width, channels = qkv.shape
         self.channels = channels // 3
         self.bias = bias.detach().to(torch.float32).contiguous()
@@ -330,37 +326,26 @@ class _Launch:
         self.grid = op.num_heads, -(-num_windows // per_program), self.num_blocks
         num_masks = 1 if mask is None else mask.shape[0]
         self.sizes = height, width, op.shift, self.channels, num_windows, per_program, num_masks, float(head**-0.5)
-        has_softmax, power = _BRANCHES[op.kind]
-        self.constants = {
-            'HEAD': head,
-            'HEAD_FULL': max(_LEAST, triton.next_power_of_2(head)),
-            'SIDE': op.window,
-            'TOKENS': tokens,
-            'TOKENS_FULL': full,
-            'QUERIES': self.queries,
-            'DENSE': has_softmax,
-            'POWER': power,
-            'SHIFTED': op.shift > 0,
-            'MASK': mask is not None,
-            'SCALED': qkv.dtype == torch.float16,
-            'WIDE': qkv.dtype == torch.bfloat16 and _IS_INTERPRETED,
-            # float32 is multiplied without tensor cores, with more in registers.
-            'num_warps': 4 if full <= _MOST_TOKENS and qkv.dtype != torch.float32 else 8,
-            'num_stages': 1,
-        }
+        sides = head, max(_LEAST, triton.next_power_of_2(head)), op.window, tokens, full, self.queries
+        wide = qkv.dtype == torch.bfloat16 and _IS_INTERPRETED
+        self.constants = *sides, *_BRANCHES[op.kind], op.shift > 0, mask is not None, qkv.dtype == torch.float16, wide
+        # float32 is multiplied without tensor cores, with more in registers.
+        num_warps = 4 if full <= _MOST_TOKENS and qkv.dtype != torch.float32 else 8
+        self.options = {'num_warps': num_warps, 'num_stages': 1}
+        self.tokens, self.full = tokens, full
 
     def forward(self) -> Tensor:
         out = self.qkv.new_empty(*self.qkv.shape[:3], self.channels)
         tensors = self.qkv, self.bias, self.shares, self.mask, out
         strides = *self.qkv.stride()[:3], *out.stride()[:3]
         with torch.cuda.device_of(out):
-            forward[self.grid](*tensors, *self.sizes, *strides, **self.constants)
+            forward[self.grid](*tensors, *self.sizes, *strides, *self.constants, **self.options)
         return out
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of the map of q, k and v, of the bias and of the gate."""
-        tokens, full = self.constants['TOKENS'], self.constants['TOKENS_FULL']
-        grad = dense_channels(grad)
+        tokens, full = self.tokens, self.full
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         d_qkv = torch.empty(self.qkv.shape, dtype=self.qkv.dtype, device=self.qkv.device)
         whole = d_qkv[..., self.channels :]
         d_kv = whole[None]
@@ -372,7 +357,7 @@ class _Launch:
         tensors = self.qkv, self.bias, self.shares, self.mask, grad, d_qkv, d_kv, d_bias, d_shares
         strides = *self.qkv.stride()[:3], *grad.stride()[:3], *d_qkv.stride()[:3], *d_kv.stride()[:4]
         with torch.cuda.device_of(d_qkv):
-            backward[self.grid](*tensors, *self.sizes, *strides, **self.constants)
+            backward[self.grid](*tensors, *self.sizes, *strides, *self.constants, **self.options)
         if self.num_blocks > 1:
             whole.copy_(d_kv.sum(0))
         d_bias = d_bias.sum(0).reshape(heads, -1, full)[:, :tokens, :tokens]

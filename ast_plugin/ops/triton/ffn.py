@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ast_plugin.ops import ffn as plain
-from ast_plugin.ops.backend import dense_channels, run_kernel
+from ast_plugin.ops.backend import Tensors, run_kernel
 from ast_plugin.ops.ffn import FeedForward
 
 _BLOCK = 64  # channels of a program
@@ -183,12 +183,10 @@ def activate(z: Tensor, depthwise: Tensor, bias: Tensor | None) -> Tensor:
 class _Activate:
     """`activate` as a `backend.Kernel`."""
 
-    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensors]:
         return _Launch(*tensors).forward(), ()
 
-    def backward(
-        self, grad: Tensor, needed: Sequence[bool], tensors: Sequence[Tensor | None], kept: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
+    def backward(self, grad: Tensor, needed: Sequence[bool], tensors: Tensors, kept: Tensors) -> Tensors:
         return _Launch(*tensors).backward(grad)
 
     def reference(self, *tensors: Tensor | None) -> Tensor:
@@ -201,7 +199,9 @@ class _Launch:
     """One call's tensors as the kernels take them."""
 
     def __init__(self, z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.z, self.like_weight, self.like_bias = dense_channels(z.detach()), weight, bias
+        z = z.detach()
+        self.z = z if z.stride(-1) == 1 else z.contiguous()  # channels lie side by side
+        self.like_weight, self.like_bias = weight, bias
         self.channels, self.hidden = len(weight), z.shape[-1]
         self.weight = weight.detach().float().reshape(self.channels, 9).t().contiguous()
         self.bias = self.weight.new_zeros(self.channels) if bias is None else bias.detach().float().contiguous()

@@ -1,0 +1,62 @@
+"""The fast backends: `fused` on the CPU, `triton` on CUDA or in Triton's interpreter on the CPU.
+
+Without a GPU: pip install triton==3.7.1 && python -m pytest tests/ops -k triton
+"""
+
+import importlib.util
+import os
+from importlib.metadata import version
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from ast_plugin import ops
+
+INTERPRETED = not torch.cuda.is_available()
+
+
+class Fast(NamedTuple):
+    """A backend, where it runs, the dtype of its tests, and how near it is to the reference."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    near: float
+
+
+def load_kernels():
+    """Triton's kernels; skips the test without Triton."""
+    if importlib.util.find_spec('triton') is None:
+        pytest.skip('needs Triton: pip install "ast_plugin[triton]"', allow_module_level=True)
+    if INTERPRETED and tuple(map(int, version('triton').split('.')[:2])) < (3, 7):
+        pytest.skip("older interpreters do not go with today's NumPy", allow_module_level=True)
+    before = os.environ.get('TRITON_INTERPRET', '0')
+    # Triton reads it when a kernel is defined, which is when it is imported.
+    os.environ['TRITON_INTERPRET'] = str(int(INTERPRETED))
+    from ast_plugin.ops.triton import attention, ffn
+
+    os.environ['TRITON_INTERPRET'] = before
+    return attention, ffn
+
+
+@pytest.fixture
+def place(monkeypatch, device):
+    """Where Triton's kernels run in this test."""
+    load_kernels()
+    monkeypatch.setenv('TRITON_INTERPRET', str(int(INTERPRETED)))
+    # TF32, which convolutions take by default, is none of the precisions that are compared here.
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+    return torch.device('cpu') if INTERPRETED else torch.device('cuda') if device.type != 'cuda' else device
+
+
+@pytest.fixture(params=['fused', 'triton'])
+def fast(request):
+    """A fast backend; everything in the test is computed by it."""
+    if request.param == 'fused':
+        backend = Fast('fused', torch.device('cpu'), torch.float64, 1e-9)
+    else:
+        backend = Fast('triton', request.getfixturevalue('place'), torch.float32, 1e-4)
+    with ops.use_backend(request.param):
+        yield backend
