@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,14 @@ def check_writable(path: Path) -> None:
     Raises:
         DataError: if not.
     """
+    is_new = not path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            is_folder = path.is_dir()
+        path.open('a').close()
+        if is_new:
+            path.unlink()
     except OSError as error:
         raise DataError(f'--json {path}: cannot be written: {error.strerror}') from error
-    if is_folder:
-        raise DataError(f'--json {path}: is a folder, expected a file to write')
 
 
 def write(path: Path | None, benchmark: str, settings: Mapping[str, Any], results: Any, **more: Any) -> None:

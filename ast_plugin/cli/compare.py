@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
         except (KeyboardInterrupt, SystemExit):
             print('basicsr: stopped; the same command goes on from here', file=sys.stderr)
             raise
-    paths = write_outputs(plan, results)
-    print(f'\n{results.to_markdown()}\n\nReport: {paths["report"]}', flush=True)
+    report = write_outputs(plan, results)
+    print(f'\n{results.to_markdown()}\n\nReport: {report}', flush=True)
     failed = [row for row in results.rows if row.failed]
     for row in failed:
         print(f'basicsr: error: {row.name}: {row.failed}', file=sys.stderr)

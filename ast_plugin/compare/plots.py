@@ -15,7 +15,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from ast_plugin.compare.results import Results, Row, format_metric, format_tick
+from ast_plugin.compare.results import Column, Results, Row, format_metric, format_tick
 from ast_plugin.options.compare_file import INPUT
 
 INK, FAINT, GRID = '#1b1b1b', '#6b6b6b', '#dddddd'
@@ -69,12 +69,15 @@ def draw_all(results: Results, curves: Mapping[str, Columns], validated: str | N
     """
     plots = []
     metric = next(iter(results.metrics), None)
-    for name, label, cost in _costs(results) if metric else ():
-        points = [(row, value) for row in results.networks if row.values and (value := cost(row))]
+    costs: dict[str, Column] = {}
+    for column in results.columns():  # of the first size, where there are several
+        costs.setdefault(column.key, column)
+    for key in ('parameters', 'macs', 'latency', 'memory') if metric else ():
+        numbers = costs[key].numbers if key in costs else [None] * len(results.rows)
+        points = [(row, cost) for row, cost in zip(results.rows, numbers, strict=True) if row.values and cost]
         if points:
-            title = f'{metric} against {label.partition(" (")[0]}'
-            draw = _scatter_drawing(results, metric, points, label)
-            plots.append(_draw(f'{metric}_against_{name}', title, draw))
+            draw = _scatter_drawing(results, metric, points, costs[key].title)
+            plots.append(_draw(f'{metric}_against_{key}', f'{metric} against {costs[key].title}', draw))
     losses = {name: loss for name, columns in curves.items() if (loss := _loss(columns)) is not None}
     if losses:
         title = 'loss in training, a running mean'
@@ -89,27 +92,6 @@ def draw_all(results: Results, curves: Mapping[str, Columns], validated: str | N
         title = f'{metric} of {dataset}, validated in training'
         plots.append(_draw('training_validation', title, _line_drawing(results, title, scores)))
     return plots
-
-
-def _costs(results: Results) -> list[tuple[str, str, Callable[[Row], float | None]]]:
-    """Name, label and value of each cost."""
-    costs: list[tuple[str, str, Callable[[Row], float | None]]] = [
-        ('parameters', 'parameters', lambda row: row.parameters)
-    ]
-    if not results.sizes:
-        return costs
-    size = results.sizes[0]
-    shown = f'(of {size[1]}×{size[0]} pixels)'
-
-    def at_size(key: str, factor: float = 1.0) -> Callable[[Row], float | None]:
-        return lambda row: (getattr(row.speeds[size], key) or 0) * factor if size in row.speeds else None
-
-    return [
-        *costs,
-        ('macs', f'multiply-adds {shown}', at_size('macs')),
-        ('latency', f'seconds an image {shown}', at_size('milliseconds', 1e-3)),
-        ('memory', f'peak memory in MB {shown}', at_size('peak_bytes', 2**-20)),
-    ]
 
 
 def _draw(name: str, title: str, draw: Callable[[Figure, Axes], None]) -> Plot:

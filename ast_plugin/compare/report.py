@@ -7,7 +7,6 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +26,36 @@ from ast_plugin.options.compare_file import INPUT
 CLEAN = 'clean'  # the source of the images that results are measured against
 _TEMPLATE = Path(__file__).with_name('report_template.html')
 _QUALITY = 92  # of the images in the page
+Scenes = Mapping[str, Mapping[str, Path]]  # by name the files of every source: `input`, networks, `clean`
 _SVG_COLOURS = {plots.INK: 'currentColor', plots.FAINT: 'var(--faint)', plots.GRID: 'var(--grid)'}
 
 
-@dataclass(frozen=True)
-class Scene:
-    """An image as every source has it.
-
-    Attributes:
-        name: of the image, as in the results.
-        files: of each source: `input`, networks, `clean`.
-    """
-
-    name: str
-    files: Mapping[str, Path]
-
-
-def write_outputs(plan: Plan, results: Results) -> dict[str, Path]:
+def write_outputs(plan: Plan, results: Results) -> Path:
     """Write table.md, table.csv, images.csv, plots/ and report.html into the comparison's folder.
 
     Returns:
-        The files, by what they are: `table`, `csv`, `images`, `report`, and each plot by its name.
+        The report.
     Raises:
-        FileError: if one cannot be written.
+        FileError: if a file cannot be written.
     """
     drawings = plots.draw_all(results, _read_curves(plan), _validated_column(plan, results))
-    failures = ''.join(f'\n- {row.name} failed, {row.failed}' for row in results.rows if row.failed)
-    page = render_page(results, _scenes(plan, results), drawings, describe_method(plan, results))
-    texts = {
-        'table': ('table.md', f'{results.to_markdown()}\n{failures and failures + chr(10)}'),
-        'csv': ('table.csv', results.to_csv()),
-        'images': ('images.csv', results.images_to_csv()),
-        'report': ('report.html', page),
+    failures = [f'\n- {row.name} failed, {row.failed}' for row in results.rows if row.failed]
+    contents = {
+        'table.md': f'{results.to_markdown()}\n{"".join(failures)}'.rstrip() + '\n',
+        'table.csv': results.to_csv(),
+        'images.csv': results.images_to_csv(),
+        'report.html': render_page(results, _scenes(plan, results), drawings, describe_method(plan, results)),
+        **{f'plots/{drawing.name}.svg': drawing.svg for drawing in drawings},
     }
-    contents = {key: (plan.folder / name, text.encode()) for key, (name, text) in texts.items()}
+    for name, text in contents.items():
+        write_file(plan.folder / name, text.encode(), make_folder=True)
     for drawing in drawings:
-        contents[drawing.name] = (plan.folder / 'plots' / f'{drawing.name}.png', drawing.png)
-        contents[f'{drawing.name} svg'] = (plan.folder / 'plots' / f'{drawing.name}.svg', drawing.svg.encode())
-    for path, content in contents.values():
-        write_file(path, content, make_folder=True)
-    return {key: path for key, (path, _) in contents.items()}
+        write_file(plan.folder / 'plots' / f'{drawing.name}.png', drawing.png)
+    return plan.folder / 'report.html'
 
 
 def render_page(
-    results: Results, scenes: Sequence[Scene], drawings: Sequence[plots.Plot], method: Sequence[tuple[str, str]]
+    results: Results, scenes: Scenes, drawings: Sequence[plots.Plot], method: Sequence[tuple[str, str]]
 ) -> str:
     """The page as HTML.
 
@@ -81,6 +66,7 @@ def render_page(
         method: what readers must know of how the figures came about: terms and what is said of them.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters['duration'] = format_duration
     environment.filters['metric'] = lambda values: ' / '.join(format_metric(*item) for item in values.items())
     environment.filters['number'] = lambda value: '' if value is None or not math.isfinite(value) else repr(value)
     metric = next(iter(results.metrics), None)
@@ -117,24 +103,24 @@ def _inline_svg(drawing: plots.Plot) -> str:
     return re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
 
 
-def _viewer_data(results: Results, scenes: Sequence[Scene], best: str | None) -> dict[str, Any]:
+def _viewer_data(results: Results, scenes: Scenes, best: str | None) -> dict[str, Any]:
     """What the page's script reads: images once each, as data URLs."""
-    sources = list(dict.fromkeys(source for scene in scenes for source in scene.files))
+    sources = list(dict.fromkeys(source for files in scenes.values() for source in files))
     images: list[str] = []
     pictures = []
-    for scene in scenes:
+    for name, files in scenes.items():
         numbers = {}
-        for source, file in scene.files.items():
+        for source, file in files.items():
             numbers[source] = len(images)
             images.append(_data_url(file))
-        with Image.open(next(iter(scene.files.values()))) as image:
+        with Image.open(next(iter(files.values()))) as image:
             width, height = image.size
         values = {
-            row.name: [format_metric(*item) for item in row.values[scene.name].items()]
+            row.name: [format_metric(*item) for item in row.values[name].items()]
             for row in results.rows
-            if scene.name in row.values
+            if name in row.values
         }
-        pictures.append({'name': scene.name, 'width': width, 'height': height, 'images': numbers, 'values': values})
+        pictures.append({'name': name, 'width': width, 'height': height, 'images': numbers, 'values': values})
     return {
         'pictures': pictures,
         'sources': [[name, 'unrestored' if name == INPUT else name] for name in sources],
@@ -172,79 +158,40 @@ def _validated_column(plan: Plan, results: Results) -> str | None:
     return None
 
 
-def _scenes(plan: Plan, results: Results) -> list[Scene]:
+def _scenes(plan: Plan, results: Results) -> Scenes:
     folder = plan.folder / 'pictures'
-    scenes = []
+    scenes = {}
     for name in results.images[: plan.settings['pictures']]:
         files = {row.name: image_path(folder / row.name, name) for row in results.rows if row.values}
         files[CLEAN] = image_path(folder / INPUT, name, is_clean=True)
-        scenes.append(Scene(name, {source: file for source, file in files.items() if file.is_file()}))
+        scenes[name] = {source: file for source, file in files.items() if file.is_file()}
     return scenes
 
 
 def describe_method(plan: Plan, results: Results) -> list[tuple[str, str]]:
-    """How the figures came about, as terms and sentences."""
+    """How the figures came about, as terms and sentences; the page itself says what holds of every comparison."""
     machine, settings = describe_machine(), plan.settings
     cores = machine['cores'] or 1
     given = [network.name for network in plan.networks if network.train is None]
-    speeds = [speed for row in results.rows for speed in row.speeds.values()]
+    weights = {
+        'latest': 'the last ones of each training: no test image has picked them',
+        'best': 'the best of each training by its validations',
+    }[settings['weights']]
+    loads = [speed.load or 0.0 for row in results.rows for speed in row.speeds.values()]
+    gpu = f', {machine["gpu"]}' if machine['gpu'] else ''
+    threads = settings['threads'] or machine['threads']
     lines = [
         ('Data', f'{plan.dataset["name"]} ({plan.dataset["type"]}), {len(results.images)} images'),
         ('Protocol', read_protocol(plan.protocol).describe()),
         ('Training', _describe_training(plan, results)),
-    ]
-    lines += [
-        (
-            f'Training of {row.name}',
-            f'{row.training["iterations"]:,} iterations in {format_duration(row.training["seconds"])}, with its start '
-            f'and validations; torch {row.training["versions"].get("torch")}',
-        )
-        for row in results.rows
-        if row.training.get('iterations')
-    ]
-    which = {
-        'latest': 'the last ones of each training: no test image has picked them',
-        'best': 'the best of each training by its validations',
-    }[settings['weights']]
-    lines += [
-        ('Weights', which + (f'; given ones for {", ".join(given)}' if given else '')),
-        (
-            'Intervals',
-            f'{100 * results.confidence:g} %, percentiles of the means of {results.resamples:,} bootstrap samples of '
-            'the images by SciPy, seed fixed, the same draws for all networks. Differences are paired, image by image. '
-            'They tell nothing of what another training seed or other scenes would give.',
-        ),
-    ]
-    lines += [
-        (f'Left out of {metric}', f'{len(names)} images that some row restores without any fault, of all rows alike')
-        for metric in results.metrics
-        if (names := results.perfect(metric))
-    ]
-    uncounted = sorted({name.removeprefix('aten::').rstrip('_') for speed in speeds for name in speed.uncounted})
-    lines += [
-        (
-            'Multiply-adds',
-            'of convolutions, linear layers, matrix products and normalisations, by mmengine; padding included'
-            + (f'. Left out: {", ".join(uncounted)}' if uncounted else ''),
-        ),
-        (
-            'Speed and memory',
-            f'float32, one image, a fresh process for each network and size; median of {settings["runs"]} runs '
-            'after two. Memory is what the first pass takes on top of the network and its input.',
-        ),
-    ]
-    load = max((speed.load for speed in speeds if speed.load is not None), default=0.0)
-    if load > cores:
-        lines.append(('Busy machine', f'load up to {load:.1f} on {cores} cores while speed was measured'))
-    lines += [(f'On {row.name}', '; '.join(row.notes)) for row in results.rows if row.notes]
-    gpu = f', {machine["gpu"]}' if machine['gpu'] else ''
-    threads = settings['threads'] or machine['threads']
-    return [
-        *lines,
+        ('Weights', weights + (f'; given ones for {", ".join(given)}' if given else '')),
+        ('Timed runs', f'{settings["runs"]} for each network and size, after two'),
         ('Machine', f'{machine["processor"]}, {cores} cores, {threads} threads{gpu}, {machine["system"]}'),
         ('Versions', ', '.join(f'{name} {version}' for name, version in installed_versions().items())),
-        ('Images in this page', 'the middle 768 pixels at most, WebP of quality 92; figures are of the whole results'),
     ]
+    if max(loads, default=0.0) > cores:
+        lines.append(('Busy machine', f'load up to {max(loads):.1f} on {cores} cores while speed was measured'))
+    return lines
 
 
 def _describe_training(plan: Plan, results: Results) -> str:

@@ -65,19 +65,6 @@ def estimate(values: Sequence[float], confidence: float = 0.95, resamples: int =
     return Estimate(mean, float(interval.low), float(interval.high))
 
 
-def paired_difference(
-    values: Sequence[float], baseline: Sequence[float], confidence: float = 0.95, resamples: int = 10_000
-) -> Estimate:
-    """The mean difference from a baseline, image by image: what hard and easy images have in common cancels.
-
-    Args:
-        values, baseline: of the same images in the same order.
-        confidence, resamples: see `estimate`.
-    """
-    with np.errstate(invalid='ignore'):  # ∞ − ∞
-        return estimate(np.subtract(values, baseline), confidence, resamples)
-
-
 @dataclass(frozen=True)
 class Speed:
     """What a network costs at one size.
@@ -133,12 +120,14 @@ class Column:
     """A column of the table for reading.
 
     Attributes:
+        key: `parameters`, `macs`, `latency` or `memory` of a cost, else the metric.
         title: its heading.
         numbers: a number a row; None where there is none.
         texts: the numbers as they are shown.
         best: the best number of the networks; None where fewer than two have one, or none is better.
     """
 
+    key: str
     title: str
     numbers: list[float | None]
     texts: list[str]
@@ -185,6 +174,12 @@ class Results:
         """Sizes at which costs were measured."""
         return list(dict.fromkeys(size for row in self.rows for size in row.speeds))
 
+    @property
+    def uncounted(self) -> list[str]:
+        """Operators that the multiply-adds leave out."""
+        names = {name for row in self.rows for speed in row.speeds.values() for name in speed.uncounted}
+        return sorted({name.removeprefix('aten::').rstrip('_') for name in names})
+
     def perfect(self, metric: str) -> list[str]:
         """Images of which some row's value is not finite, as the PSNR of what equals its reference."""
         rows = [row.values for row in self.rows if row.values]
@@ -212,7 +207,9 @@ class Results:
         return named[0] if named else self.best(self.metrics[0]) if self.metrics else None
 
     def difference(self, row: Row, metric: str, reference: Row | None = None) -> Estimate | None:
-        """The paired difference of a row from another; None for that itself, and where nothing was measured.
+        """The mean difference of a row from another; None for that itself, and where nothing was measured.
+
+        It is paired, image by image: what hard and easy images have in common cancels.
 
         Args:
             row: whose difference.
@@ -222,32 +219,34 @@ class Results:
         reference = reference or self.reference()
         if reference is None or row is reference or not row.values:
             return None
-        values, others = self.of_metric(row, metric), self.of_metric(reference, metric)
-        return paired_difference(values, others, self.confidence, self.resamples)
+        with np.errstate(invalid='ignore'):  # ∞ − ∞
+            differences = np.subtract(self.of_metric(row, metric), self.of_metric(reference, metric))
+            return estimate(differences, self.confidence, self.resamples)
 
     def columns(self) -> list[Column]:
         """The table for reading, but for the names of its rows."""
-        columns = [self._cost('parameters', lambda row: row.parameters, format_count)]
+        columns = [self._cost('parameters', 'parameters', [row.parameters for row in self.rows], format_count)]
         for size in self.sizes:
             place = f'at {size[0]}²' if size[0] == size[1] else f'at {size[0]}×{size[1]}'
-            for title, key, text in (
-                ('MACs', 'macs', format_count),
-                ('ms', 'milliseconds', format_milliseconds),
-                ('MB', 'peak_bytes', format_megabytes),
-            ):
-                columns.append(self._cost(f'{title} {place}', lambda row, s=size, k=key: _cost_at(row, s, k), text))
+            speeds = [row.speeds.get(size) for row in self.rows]
+            macs = [speed and speed.macs for speed in speeds]
+            latency = [speed and speed.milliseconds for speed in speeds]
+            memory = [speed and speed.peak_bytes and speed.peak_bytes / 2**20 for speed in speeds]
+            columns.append(self._cost('macs', f'MACs {place}', macs, format_count))
+            columns.append(self._cost('latency', f'ms {place}', latency, format_milliseconds))
+            columns.append(self._cost('memory', f'MB {place}', memory, '{:,.0f}'.format))
         for metric in self.metrics:
             estimates = [self.estimate(row, metric) for row in self.rows]
             means = [found and found.mean for found in estimates]
             texts = [format_interval(metric, found) for found in estimates]
-            columns.append(Column(metric, means, texts, self._best(means, metric in self.lower_is_better)))
+            columns.append(Column(metric, metric, means, texts, self._best(means, metric in self.lower_is_better)))
         reference = self.reference()
         if reference is not None:
             metric = self.metrics[0]
             differences = [self.difference(row, metric) for row in self.rows]
             texts = [format_interval(metric, found, sign=True) for found in differences]
             title = f'{metric} against {reference.name}'
-            columns.append(Column(title, [found and found.mean for found in differences], texts))
+            columns.append(Column(metric, title, [found and found.mean for found in differences], texts))
         return columns
 
     def to_markdown(self) -> str:
@@ -284,17 +283,13 @@ class Results:
             cells += [difference.low, difference.high] if difference else [None] * 2
         return [*cells, row.training.get('iterations'), row.training.get('seconds'), row.failed or None]
 
-    def _cost(self, title: str, value: Callable[[Row], float | None], text: Callable[[float | None], str]) -> Column:
-        numbers = [value(row) for row in self.rows]
-        return Column(title, numbers, [text(number) for number in numbers], self._best(numbers, is_lower_better=True))
+    def _cost(self, key: str, title: str, numbers: list[float | None], text: Callable[[float], str]) -> Column:
+        texts = [MISSING if number is None else text(number) for number in numbers]
+        return Column(key, title, numbers, texts, self._best(numbers, is_lower_better=True))
 
     def _best(self, numbers: Sequence[float | None], is_lower_better: bool) -> float | None:
         own = [n for n, row in zip(numbers, self.rows, strict=True) if n is not None and row.name != INPUT]
         return (min if is_lower_better else max)(own) if len(own) > 1 else None
-
-
-def _cost_at(row: Row, size: Size, key: str) -> float | None:
-    return getattr(row.speeds[size], key) if size in row.speeds else None
 
 
 def _scaled(value: float) -> tuple[float, str]:
@@ -302,10 +297,8 @@ def _scaled(value: float) -> tuple[float, str]:
     return value / factor, prefix
 
 
-def format_count(value: float | None) -> str:
+def format_count(value: float) -> str:
     """`6.65 M`: three figures and a prefix."""
-    if value is None:
-        return MISSING
     scaled, prefix = _scaled(value)
     digits = 0 if not prefix or scaled >= 100 else 1 if scaled >= 10 else 2
     return f'{scaled:.{digits}f} {prefix}'.rstrip()
@@ -317,14 +310,9 @@ def format_tick(value: float) -> str:
     return f'{scaled:g} {prefix}'.rstrip()
 
 
-def format_megabytes(value: float | None) -> str:
-    """Bytes in MB, 2²⁰ of them each."""
-    return MISSING if value is None else f'{value / 2**20:,.0f}'
-
-
-def format_milliseconds(value: float | None) -> str:
+def format_milliseconds(value: float) -> str:
     """Three figures, and no more than the whole number."""
-    return MISSING if value is None else f'{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}'
+    return f'{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}'
 
 
 def format_duration(seconds: float) -> str:

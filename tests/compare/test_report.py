@@ -43,12 +43,12 @@ class Page(HTMLParser):
 
 def write(folder, size=(600, 400)):
     found = results()
-    scenes = []
+    scenes = {}
     for number, name in enumerate(found.images):
         files = {source: folder / f'{source}_{number}.png' for source in COLOURS}
         for source, file in files.items():
             Image.fromarray(np.full((size[1], size[0], 3), COLOURS[source], np.uint8)).save(file)
-        scenes.append(report.Scene(name, files))
+        scenes[name] = files
     drawn = plots.draw_all(found, curves(), 'val/psnr')
     path = folder / 'report.html'
     path.write_text(report.render_page(found, scenes, drawn, [('Data', 'a & b <c>')]), encoding='utf-8')
@@ -72,7 +72,7 @@ def test_all_in_one_file(file):
 
 def test_nothing_in_a_name_runs():
     found = Results(HOSTILE, [Row('input', values={HOSTILE: {HOSTILE: 1.0}}), Row(HOSTILE, HOSTILE, failed=HOSTILE)])
-    text = report.render_page(found, [], [], [(HOSTILE, HOSTILE)])
+    text = report.render_page(found, {}, [], [(HOSTILE, HOSTILE)])
     page = Page(text)
     assert [tag for tag, _ in page.tags].count('script') == 2
     assert not any(name.startswith('on') for _, attributes in page.tags for name in attributes)
@@ -84,7 +84,7 @@ def test_nothing_in_a_name_runs():
 def test_failures_stand_first():
     found = results()
     found.rows[-1].values, found.rows[-1].failed = {}, 'training: the loss is nan'
-    text = report.render_page(found, [], [], [])
+    text = report.render_page(found, {}, [], [])
     assert '<b>MSRResNet</b> failed, training: the loss is nan' in text[: text.index('<table')]
     assert '4 networks on 2 images. Best psnr: <b>AST</b>' in text
 
@@ -95,7 +95,7 @@ def test_networks_that_images_do_not_tell_apart():
         Row('C', values={'a': {'psnr': 20.0}, 'b': {'psnr': 21.0}}),
         Row('B', values={'a': {'psnr': 31.0}, 'b': {'psnr': 29.9}}),
     ]
-    assert 'not to be told from it: B.' in report.render_page(Results('x', rows), [], [], [])
+    assert 'not to be told from it: B.' in report.render_page(Results('x', rows), {}, [], [])
 
 
 # ---- in a browser

@@ -1,9 +1,12 @@
 """What a network costs and how much memory there is."""
 
 import torch
+from torch import nn
 
+import ast_plugin  # noqa: F401 (before BasicSR)
+from ast_plugin.archs.networks import load_network
 from ast_plugin.evaluation import cost
-from ast_plugin.evaluation.cost import _free_in_group, _free_in_machine, available_bytes, peak_bytes
+from ast_plugin.evaluation.cost import _free_in_group, _free_in_machine, available_bytes, count_macs, peak_bytes
 
 
 def test_peak_memory_counts_live_tensors():
@@ -31,3 +34,27 @@ def test_system_tells_its_memory(tmp_path, monkeypatch):
     assert _free_in_group(files) == 350
     files[0].write_text('max\n')
     assert _free_in_group(files) is None
+
+
+def test_macs_of_a_convolution_and_a_product():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 3, padding=1)
+
+        def forward(self, image):
+            maps = self.conv(image).flatten(2)
+            return (maps @ maps.transpose(1, 2)).exp()
+
+    macs, uncounted = count_macs(Net().eval(), torch.rand(1, 3, 8, 10))
+    assert macs == 3 * 5 * 9 * 80 + 5 * 5 * 80
+    assert uncounted == {'aten::exp': 1}
+
+
+def test_macs_of_ast_are_those_of_its_plain_form():
+    options = {'type': 'AST_XS', 'img_size': 128, 'embed_dim': 4, 'num_heads': [1] * 9}
+    network = load_network(options, None)
+    macs, uncounted = count_macs(network, torch.rand(1, 3, 128, 128))
+    # input and output projections alone are some 2.7 million; what cannot be counted is elementwise
+    assert macs > 20e6
+    assert not [name for name in uncounted if 'mkldnn' in name or 'conv' in name or 'linear' in name]
