@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
@@ -24,22 +23,16 @@ _TAIL_BYTES = 64 * 1024
 
 
 class ChildFailed(Exception):
-    """A process has failed; the message says why."""
+    """A process has failed.
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a process ended.
-
-    Attributes:
-        status: 0 if well; the negative number of a signal that ended it.
+    Args:
+        reason: in a line.
         seconds: that it ran.
-        reason: why it failed, in a line; empty if it did not.
     """
 
-    status: int
-    seconds: float
-    reason: str = ''
+    def __init__(self, reason: str, seconds: float = 0.0) -> None:
+        super().__init__(reason)
+        self.seconds = seconds
 
 
 def run_child(
@@ -50,7 +43,7 @@ def run_child(
     threads: int | None = None,
     keep_open: Sequence[int] = (),
     on_wait: Callable[[float], None] | None = None,
-) -> Outcome:
+) -> float:
     """Run a module in a fresh process, its output in a file, and wait for it.
 
     When this process is asked to stop (SIGINT, SIGTERM), it asks the child to stop and waits for it before the
@@ -63,6 +56,10 @@ def run_child(
         threads: that its libraries may use; all cores if None.
         keep_open: descriptors that it inherits.
         on_wait: called now and then with the seconds since its start.
+    Returns:
+        The seconds that it ran.
+    Raises:
+        ChildFailed: if it ended with another status than 0, or by a signal.
     """
     environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
     environment['PYTHONPATH'] = os.pathsep.join([str(_PACKAGE_PARENT), *filter(None, [os.environ.get('PYTHONPATH')])])
@@ -91,9 +88,9 @@ def run_child(
             process.wait()
             raise
     seconds = time.monotonic() - start
-    if process.returncode == 0:
-        return Outcome(0, seconds)
-    return Outcome(process.returncode, seconds, _reason(process.returncode, _tail(log, begin)))
+    if process.returncode:
+        raise ChildFailed(_reason(process.returncode, _tail(log, begin)), seconds)
+    return seconds
 
 
 def _tail(log: Path, begin: int) -> str:

@@ -50,10 +50,8 @@ def run_job(
     job_file, record_file = log.with_suffix('.job'), log.with_suffix('.record')
     record_file.unlink(missing_ok=True)
     job_file.write_text(json.dumps({**job, 'record': str(record_file)}), encoding='utf-8')
-    outcome = run_child(__name__, [str(job_file)], log, threads=threads, keep_open=keep_open)
     try:
-        if outcome.status:
-            raise ChildFailed(outcome.reason)
+        run_child(__name__, [str(job_file)], log, threads=threads, keep_open=keep_open)
         return json.loads(record_file.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise ChildFailed('it left no record') from error

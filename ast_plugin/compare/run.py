@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ast_plugin.compare.child import ChildFailed, Outcome, run_child
+from ast_plugin.compare.child import ChildFailed, run_child
 from ast_plugin.compare.machine import describe_machine, installed_versions
 from ast_plugin.compare.measure import image_path, run_job
 from ast_plugin.compare.plan import Plan, PlannedNetwork
@@ -263,14 +263,14 @@ class Training:
                 note(seconds)
 
         note(0.0)
-        outcome = self._run_child(self.opt, arguments, watch)
-        if outcome.status == 0 and not self.weights.is_file():
+        try:
+            seconds = self._run_child(self.opt, arguments, watch)
+        except ChildFailed as error:
+            note(error.seconds, iterations=count_iterations(self.table))
+            raise
+        if not self.weights.is_file():
             raise ChildFailed(f'it left no {self.weights}; is a validation set there to find the best weights by?')
-        is_finished = outcome.status == 0
-        record = note(outcome.seconds, is_finished=is_finished, iterations=count_iterations(self.table))
-        if not is_finished:
-            raise ChildFailed(outcome.reason)
-        return record
+        return note(seconds, is_finished=True, iterations=count_iterations(self.table))
 
     def _depends_on(self) -> dict[str, Any]:
         """All that the weights depend on. How they are validated matters only where the best are taken."""
@@ -314,14 +314,14 @@ class Training:
                 raise _PaceFound((done - start[0]) / (seconds - start[1]))
 
         try:
-            outcome = self._run_child(opt, [], count)
+            self._run_child(opt, [], count)
         except _PaceFound as found:
             return found.per_second
         finally:
             shutil.rmtree(table.parent, ignore_errors=True)
-        raise ChildFailed(outcome.reason or 'its pace could not be found, it ended too early')
+        raise ChildFailed('its pace could not be found, it ended too early')
 
-    def _run_child(self, opt: dict[str, Any], arguments: Sequence[str], on_wait: Callable[[float], None]) -> Outcome:
+    def _run_child(self, opt: dict[str, Any], arguments: Sequence[str], on_wait: Callable[[float], None]) -> float:
         file = self.folder / 'options' / f'{opt["name"]}.yml'
         file.parent.mkdir(exist_ok=True)
         head = f'# {opt["name"]}, as the comparison in {self.folder.name} trains it.\n'

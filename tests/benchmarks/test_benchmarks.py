@@ -216,7 +216,7 @@ def tiny(monkeypatch):
     return train.Settings('TinyAST', batch=2, size=16, iters=3, device='cpu')
 
 
-def test_train_switches_start_from_the_same_weights(tiny, monkeypatch):
+def test_train_switches_start_from_equal_weights(tiny, monkeypatch):
     seen = []
     original = torch.optim.AdamW.step
 

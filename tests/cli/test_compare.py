@@ -18,7 +18,7 @@ from ast_plugin.checkpoints import save_torch, save_weights
 from ast_plugin.cli.main import main as basicsr
 from ast_plugin.compare import measure
 from ast_plugin.compare import run as compare_run
-from ast_plugin.compare.child import Outcome
+from ast_plugin.compare.child import ChildFailed
 from ast_plugin.compare.plan import make_plan
 from ast_plugin.models import registries
 from ast_plugin.options import safe_yaml
@@ -199,7 +199,7 @@ def run_and_kill(folder, file, wait_for):
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='needs SIGKILL')
-def test_killed_it_goes_on_and_a_network_that_fails_is_no_other_trouble(tmp_path, monkeypatch, capsys):
+def test_killed_it_goes_on_and_one_that_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     broken = {'name': 'broken', 'network_g': COMPACT, 'train': {'optim_g': {'lr': 1e30}}}
     opt = options_of(
@@ -243,7 +243,7 @@ def test_killed_it_goes_on_and_a_network_that_fails_is_no_other_trouble(tmp_path
 
     def refuse(module, arguments, *_, **__):
         started.append(arguments)
-        return Outcome(1, 0.1, 'refused')
+        raise ChildFailed('refused')
 
     monkeypatch.setattr(measure, 'run_child', refuse)
     monkeypatch.setattr(compare_run, 'run_child', refuse)
@@ -262,7 +262,7 @@ def test_other_commands_name_this_one(tmp_path, capsys, command):
     assert f'a comparison of several networks: `basicsr compare -opt {file}`' in capsys.readouterr().err
 
 
-def test_check_prints_what_each_network_is_trained_by(tmp_path, monkeypatch, capsys):
+def test_check_prints_each_training(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert basicsr(['check', '-opt', str(write(tmp_path, options_of()))]) == 0
     said = capsys.readouterr()

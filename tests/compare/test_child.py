@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ast_plugin.compare.child import run_child
+from ast_plugin.compare.child import ChildFailed, run_child
+from ast_plugin.files import lock_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,33 +23,31 @@ def run(tmp_path, monkeypatch, code: str, **options):
 
 
 def test_it_runs_the_module_with_its_arguments(tmp_path, monkeypatch):
-    outcome = run(
-        tmp_path, monkeypatch, "import os, sys; print(__name__, sys.argv[1:], os.environ['OMP_NUM_THREADS'])", threads=3
-    )
-    assert (outcome.status, outcome.reason) == (0, '')
+    code = "import os, sys; print(__name__, sys.argv[1:], os.environ['OMP_NUM_THREADS'])"
+    assert 0 < run(tmp_path, monkeypatch, code, threads=3) < 60
     assert (tmp_path / 'log').read_text() == "__main__ ['a', 'b c'] 3\n"
 
 
 @pytest.mark.parametrize(
-    ('code', 'status', 'reason'),
+    ('code', 'reason'),
     [
-        ("import sys; print('basicsr: error: no data', file=sys.stderr); sys.exit(2)", 2, 'no data'),
-        ("raise RuntimeError('all is lost')", 1, 'RuntimeError: all is lost'),
+        ("import sys; print('basicsr: error: no data', file=sys.stderr); sys.exit(2)", 'no data'),
+        ("raise RuntimeError('all is lost')", 'RuntimeError: all is lost'),
         (
             'import os, signal; os.kill(os.getpid(), signal.SIGKILL)',
-            -9,
             'ended by SIGKILL, perhaps because memory ran out',
         ),
-        ('import sys; sys.exit(3)', 3, 'exit status 3'),
+        ('import sys; sys.exit(3)', 'exit status 3'),
     ],
 )
-def test_reasons(tmp_path, monkeypatch, code, status, reason):
+def test_reasons(tmp_path, monkeypatch, code, reason):
     (tmp_path / 'log').write_text('basicsr: error: of an earlier process\n')
-    outcome = run(tmp_path, monkeypatch, code)
-    assert (outcome.status, outcome.reason) == (status, reason)
+    with pytest.raises(ChildFailed) as failed:
+        run(tmp_path, monkeypatch, code)
+    assert str(failed.value) == reason and failed.value.seconds > 0
 
 
-def test_an_interruption_asks_it_to_stop_and_waits(tmp_path, monkeypatch):
+def test_an_interruption_stops_it_and_waits(tmp_path, monkeypatch):
     code = """
         import pathlib, signal, sys, time
         def leave(*_):
@@ -70,7 +69,7 @@ def test_an_interruption_asks_it_to_stop_and_waits(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells a process that its parent has died')
-def test_killed_with_its_parent_and_the_lock_kept_until_then(tmp_path):
+def test_parent_killed_child_saves_and_keeps_lock(tmp_path):
     (tmp_path / 'job.py').write_text(
         textwrap.dedent("""
         import os, pathlib, signal, sys, time
@@ -97,8 +96,6 @@ def test_killed_with_its_parent_and_the_lock_kept_until_then(tmp_path):
     until(lambda: (tmp_path / 'pid').exists() and (tmp_path / 'pid').read_text())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    from ast_plugin.files import lock_folder
-
     with lock_folder(tmp_path, 'busy', patience=30.0):  # it waits for the orphan, which has the lock
         assert (tmp_path / 'saved').exists()
 

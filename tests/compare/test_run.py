@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ast_plugin.compare import run
-from ast_plugin.compare.child import ChildFailed, Outcome
+from ast_plugin.compare.child import ChildFailed
 from ast_plugin.compare.run import Journal, Training, count_iterations, digest_of
 from ast_plugin.options import safe_yaml
 
@@ -44,7 +44,7 @@ class Trainer:
     """Stands in for the process that trains: writes what it would leave, or fails."""
 
     def __init__(self, folder):
-        self.folder, self.calls, self.outcome = folder, [], Outcome(0, 3.0)
+        self.folder, self.calls, self.failure = folder, [], None
 
     def __call__(self, module, arguments, log, *, on_wait, **options):
         assert module == 'ast_plugin' and arguments[0] == 'train'
@@ -59,9 +59,10 @@ class Trainer:
                 on_wait(float(second))
         self.write_table(experiment, self.opt['train']['total_iter'])
         on_wait(1.0)
-        if self.outcome.status == 0:
-            (experiment / 'models' / 'net_g_latest.pth').touch()
-        return self.outcome
+        if self.failure:
+            raise self.failure
+        (experiment / 'models' / 'net_g_latest.pth').touch()
+        return 3.0
 
     def write_table(self, experiment, length):
         rows = '\n'.join(str(number) for number in range(1, length + 1))
@@ -100,10 +101,10 @@ def test_finished_training_is_not_redone(trainer, tmp_path):
 
 
 def test_begun_training_goes_on(trainer, tmp_path):
-    trainer.outcome = Outcome(-9, 4.0, 'ended by SIGKILL')
+    trainer.failure = ChildFailed('ended by SIGKILL', 4.0)
     with pytest.raises(ChildFailed, match='ended by SIGKILL'):
         train(tmp_path)
-    trainer.outcome = Outcome(0, 3.0)
+    trainer.failure = None
     (_, record), said = train(tmp_path)
     assert trainer.resumed == [False, True]
     assert record['seconds'] == 7.0
@@ -131,7 +132,7 @@ def test_changed_training_begins_anew(trainer, tmp_path, change, begins_anew):
     assert len(aside) == begins_anew
 
 
-def test_validation_matters_where_it_picks_weights(trainer, tmp_path):
+def test_validation_matters_if_it_picks_weights(trainer, tmp_path):
     with pytest.raises(ChildFailed, match='is a validation set there'):
         train(tmp_path, weights='best')
     best = tmp_path / 'experiments/net/models/net_g_best.pth'
@@ -165,7 +166,7 @@ def test_minutes_become_iterations_by_the_pace(trainer, tmp_path):
     assert trainer.opt['train']['total_iter'] == 240
 
 
-def test_a_row_that_is_being_written_is_not_counted(tmp_path):
+def test_a_row_being_written_is_not_counted(tmp_path):
     table = tmp_path / 'metrics.csv'
     assert count_iterations(table) is None
     table.write_text('iter,epoch\n')
