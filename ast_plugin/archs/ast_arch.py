@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, check_choice, init_weights, run_checkpointed
-from ast_plugin.archs.state import describe_mismatch, plain_state, rename_official_hook
+from ast_plugin.archs.state import describe_mismatch, plain_state
 from ast_plugin.errors import CheckpointError, OptionError, ShapeError
 from ast_plugin.ops import pad_to_multiple
 
@@ -137,7 +137,7 @@ class AST(nn.Module):
 
         self.size_multiple = _size_multiple(img_size, window_size)
         self.apply(init_weights)
-        self.register_load_state_dict_pre_hook(rename_official_hook)
+        self.register_load_state_dict_pre_hook(_rename_official)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Restore pictures.
@@ -175,7 +175,7 @@ class AST(nn.Module):
             CheckpointError: if it does not fit; says which names and shapes, and what network the state is of.
         """
         try:
-            return super().load_state_dict(plain_state(state_dict), strict=strict, assign=assign)
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
             raise CheckpointError(describe_mismatch(self.state_dict(), state_dict) or str(error)) from error
 
@@ -209,6 +209,12 @@ def _variant(name: str) -> Callable[..., AST]:
 AST_XS = _variant('AST_XS')
 AST_T = _variant('AST_T')
 AST_B = _variant('AST_B')
+
+
+def _rename_official(module: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+    renamed = plain_state(state, prefix)
+    state.clear()
+    state.update(renamed)
 
 
 def _nhwc(x: Tensor) -> Tensor:

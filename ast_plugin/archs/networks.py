@@ -85,12 +85,10 @@ def load_network(
     """Build a registered network in evaluation mode, with weights where they are given.
 
     Args:
-        options: `type`, the registered name, and the network's arguments.
-        weights: a weights file.
-        param_key: the key of the state in it, see `read_checkpoint`.
+        options: see `build_network`.
+        weights, param_key: see `read_checkpoint`.
     Raises:
-        OptionError: if it cannot be built.
-        CheckpointError: if the weights cannot be read, or are of another network.
+        OptionError, CheckpointError: as those.
     """
     network = build_network(options)
     if weights is not None:
@@ -98,51 +96,35 @@ def load_network(
     return network.eval().requires_grad_(False)
 
 
-def infer_network(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
-    """Read a network's options off the names and shapes of its weights.
+def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
+    """The options of the network that a weights file is of.
+
+    They are those that the file carries. Else names and shapes tell those of an AST, or where spandrel is installed of
+    a network that spandrel knows.
 
     Returns:
-        The options with their `type`, and a line for each that could not be told and was assumed. The network is an
-        AST, or where spandrel is installed one that spandrel knows.
-    Raises:
-        CheckpointError: if the weights are of no such network.
-    """
-    try:
-        options, assumed = infer_options(state)
-    except CheckpointError:
-        with suppress(OptionError, BackendUnavailable):
-            return recognise(state)
-        raise
-    return {'type': 'AST', **options}, assumed
-
-
-def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
-    """The options of the network that a weights file is of: those it carries, else what `infer_network` tells.
-
+        The options with their `type`, and a line for each that could not be told and was assumed.
     Raises:
         CheckpointError: if nothing tells.
     """
     if checkpoint.network is not None:
         return checkpoint.network, []
     try:
-        return infer_network(checkpoint.state)
+        options, assumed = infer_options(checkpoint.state)
+        return {'type': 'AST', **options}, assumed
     except CheckpointError as error:
+        with suppress(OptionError, BackendUnavailable):
+            return recognise(checkpoint.state)
         raise CheckpointError(
             f'{checkpoint.path} does not say which network it is of, and {error}; name the network with an option '
             'file (-opt) or network_g'
         ) from error
 
 
-def stated_channels(options: Mapping[str, Any], network: nn.Module | None = None) -> list[int]:
-    """Channels of the images that a network takes, as its options or it itself say, the likeliest first."""
-    given = [options[key] for key in CHANNEL_KEYS if isinstance(options.get(key), int)]
-    own = [value for key in CHANNEL_KEYS if isinstance(value := getattr(network, key, None), int)]
-    return [*given, *own]
-
-
 def input_channels(options: Mapping[str, Any], network: nn.Module | None = None) -> int:
-    """The likeliest of `stated_channels`; 3 if nothing says it."""
-    return next(iter(stated_channels(options, network)), 3)
+    """Channels of the images that a network takes, as its options or it itself say; 3 if nothing says it."""
+    stated = [*map(options.get, CHANNEL_KEYS), *(getattr(network, key, None) for key in CHANNEL_KEYS)]
+    return next((channels for channels in stated if isinstance(channels, int)), 3)
 
 
 class AnySize(nn.Module):

@@ -12,12 +12,11 @@ import functools
 import inspect
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ast_plugin.errors import BackendUnavailable, OptionError, did_you_mean
+from ast_plugin.errors import BackendUnavailable, OptionError, did_you_mean, one_line
 from ast_plugin.ops.tiles import run_padded
 
 _EXTRA = 'pip install "ast_plugin[baselines]"'
@@ -47,11 +46,15 @@ class Spandrel(nn.Module):
 
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__()
-        row = _row(name)
-        _check(name, row.network_type, options)
-        self.network = row.network_type(**options)
+        architecture, network_type = _row(name)
+        known = inspect.signature(network_type).parameters
+        for key in options:
+            if key not in known:
+                known = f'{did_you_mean(key, known)} (it takes {", ".join(known)})'
+                raise OptionError(f'Spandrel: {name} takes no {key}{known}')
+        self.network = network_type(**options)
         # The hyperparameters decide what sizes it takes; spandrel works that out where it loads a state.
-        descriptor = row.architecture.load(self.network.state_dict())
+        descriptor = architecture.load(self.network.state_dict())
         if not isinstance(descriptor, _spandrel().ImageModelDescriptor):
             raise OptionError(f'Spandrel: {name} fills in what a mask covers, it does not restore images')
         self.scale = descriptor.scale
@@ -73,13 +76,7 @@ class Spandrel(nn.Module):
         Raises:
             OptionError, BackendUnavailable: as the constructor.
         """
-        return _row(options.get('name')).network_type
-
-
-@dataclass(frozen=True)
-class _Row:
-    architecture: Any
-    network_type: type[nn.Module]
+        return _row(options.get('name'))[1]
 
 
 def names() -> list[str]:
@@ -107,10 +104,9 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
     except spandrel.UnsupportedModelError:
         raise OptionError('spandrel does not know the network that these weights are of') from None
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise OptionError(f'spandrel cannot tell the hyperparameters of these weights: {reason}') from error
+        raise OptionError(f'spandrel cannot tell the hyperparameters of these weights: {one_line(error)}') from error
     network = descriptor.model
-    name = next((name for name, row in rows.items() if row.network_type is type(network)), None)
+    name = next((name for name, (_, network_type) in rows.items() if network_type is type(network)), None)
     if name is None:
         raise OptionError(f'{type(network).__name__} is a network of spandrel that cannot be built by name')
     known = inspect.signature(type(network)).parameters
@@ -137,44 +133,33 @@ def _spandrel() -> Any:
     return spandrel
 
 
-def _rows() -> dict[str, _Row]:
-    """Every network class of spandrel's by its name. An architecture says in its generic parameter what it builds."""
+def _rows() -> dict[str, tuple[Any, type[nn.Module]]]:
+    """Architecture and network class by the latter's name; the former's generic parameter says what it builds."""
     spandrel = _spandrel()
-    rows: dict[str, _Row] = {}
+    rows = {}
     for support in spandrel.MAIN_REGISTRY:
         for base in getattr(type(support.architecture), '__orig_bases__', ()):
             if typing.get_origin(base) is spandrel.Architecture:
                 (built,) = typing.get_args(base)
                 for network_type in typing.get_args(built) or (built,):
-                    rows.setdefault(network_type.__name__, _Row(support.architecture, network_type))
+                    rows.setdefault(network_type.__name__, (support.architecture, network_type))
     return rows
 
 
-def _row(name: Any) -> _Row:
+def _row(name: Any) -> tuple[Any, type[nn.Module]]:
     rows = _rows()
     if name in rows:
         return rows[name]
     if name in _IN_SECOND_PACKAGE:
-        raise BackendUnavailable(
-            f'Spandrel: {name} is in the package spandrel_extra_arches, which is not installed: {_EXTRA}'
-        )
+        raise BackendUnavailable(f'{name} is in the package spandrel_extra_arches, which is not installed: {_EXTRA}')
     known = did_you_mean(str(name), rows) or f'; there are {", ".join(sorted(rows))}'
     raise OptionError(f'Spandrel: expected the name of a network, got {name!r}{known}')
-
-
-def _check(name: str, network_type: type[nn.Module], options: Mapping[str, Any]) -> None:
-    known = inspect.signature(network_type).parameters
-    for key in options:
-        if key not in known:
-            raise OptionError(
-                f'Spandrel: {name} takes no {key}{did_you_mean(key, known)} (it takes {", ".join(known)})'
-            )
 
 
 def _is_plain(value: Any) -> bool:
     """Whether an option file can hold it."""
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
 
 

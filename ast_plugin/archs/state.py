@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ast_plugin.errors import CheckpointError
 
@@ -26,6 +26,7 @@ OFFICIAL_NAMES = (
     (r'\.mlp\.fc1\.', r'.ffn.expand.'),
     (r'\.mlp\.fc2\.', r'.ffn.project.'),
 )
+_FFN_PARTS = {'partial_conv': 'frfn', 'depthwise': 'leff'}  # what only such a network, or one above it, has
 DERIVED = '.attn.relative_position_index'  # official files hold this buffer; ours is computed, see ops.windows
 
 
@@ -54,13 +55,6 @@ def plain_state(state: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tens
     }
 
 
-def rename_official_hook(module: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
-    """For `register_load_state_dict_pre_hook`: `plain_state`, in place."""
-    renamed = plain_state(state, prefix)
-    state.clear()
-    state.update(renamed)
-
-
 def infer_options(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
     """Read a network's options off a state's names and shapes.
 
@@ -76,33 +70,34 @@ def infer_options(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
         # Uformer, whose official names are the same
         raise CheckpointError('this is not the state of an AST: its encoder has attention')
     try:
-        return _infer_options(shapes)
+        return _read_shapes(shapes)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f'this is not the state of an AST: {error} is missing among its names') from error
 
 
-def _infer_options(shapes: dict[str, tuple[int, ...]]) -> tuple[dict, list[str]]:
-    stages = [f'encoder.{i}' for i in range(4)] + ['bottleneck'] + [f'decoder.{i}' for i in range(4)]
+def _read_shapes(shapes: dict[str, tuple[int, ...]]) -> tuple[dict, list[str]]:
+    stages = [*(f'encoder.{i}' for i in range(4)), 'bottleneck', *(f'decoder.{i}' for i in range(4))]
     embed_dim, in_chans = shapes['input_proj.weight'][:2]
+    first_ffn = 'encoder.0.blocks.0.ffn'
     attention = 'assa' if 'bottleneck.blocks.0.attn.gate' in shapes else 'dense'
-    attending = stages[4:]
-    # a bias table has (2 · window - 1)² rows and a column for each head
-    tables = {stage: shapes[f'{stage}.blocks.0.attn.position_bias'] for stage in attending}
+    # a bias table has (2 · window - 1)² rows and a column for each head; the encoder has no attention
+    tables = {stage: shapes[f'{stage}.blocks.0.attn.position_bias'] for stage in stages[4:]}
     windows = {stage: (math.isqrt(rows) + 1) // 2 for stage, (rows, _) in tables.items()}
     heads = [heads for _, heads in tables.values()]
+    last_norms = [name for name in shapes if name.endswith('norm2.weight')]  # every block has one
     window_size = max(windows.values())
     options = {
         'img_size': 128,
         'in_chans': in_chans,
         'out_chans': shapes['output_proj.weight'][0],
         'embed_dim': embed_dim,
-        'depths': [_count_blocks(shapes, stage) for stage in stages],
+        'depths': [sum(name.startswith(f'{stage}.') for name in last_norms) for stage in stages],
         'num_heads': heads[:0:-1] + heads,  # the encoder has no attention: mirrored, and without effect
         'window_size': window_size,
-        'mlp_ratio': shapes['encoder.0.blocks.0.ffn.project.weight'][1] / embed_dim,
+        'mlp_ratio': shapes[f'{first_ffn}.project.weight'][1] / embed_dim,
         'qkv_bias': 'bottleneck.blocks.0.attn.q.bias' in shapes,
         'attention': attention,
-        'ffn': _tell_ffn(shapes),
+        'ffn': next((ffn for part, ffn in _FFN_PARTS.items() if f'{first_ffn}.{part}.weight' in shapes), 'mlp'),
     }
     assumed = []
     shrunk = [(stage, side) for stage, side in windows.items() if side < window_size]
@@ -119,25 +114,8 @@ def _infer_options(shapes: dict[str, tuple[int, ...]]) -> tuple[dict, list[str]]
     return options, assumed
 
 
-def _count_blocks(shapes: Mapping[str, tuple], stage: str) -> int:
-    return len({name.split('.blocks.')[1].split('.')[0] for name in shapes if name.startswith(f'{stage}.blocks.')})
-
-
-def _tell_ffn(shapes: Mapping[str, tuple]) -> str:
-    if 'encoder.0.blocks.0.ffn.partial_conv.weight' in shapes:
-        return 'frfn'
-    return 'leff' if 'encoder.0.blocks.0.ffn.depthwise.weight' in shapes else 'mlp'
-
-
 def describe_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """Say how a state differs from what a network expects.
-
-    Args:
-        expected: the network's own state.
-        state: what is to be loaded, official names or ours.
-    Returns:
-        One line with the first differing names and shapes, and what network the state is of; None if it fits.
-    """
+    """One line on how a state differs from the network's own, and what network it is of; None if it fits."""
     want = {name: list(tensor.shape) for name, tensor in plain_state(expected).items()}
     have = {name: list(tensor.shape) for name, tensor in plain_state(state).items()}
     faults = [f'{n} is {have[n]}, expected {want[n]}' for n in want if n in have and have[n] != want[n]]
@@ -155,8 +133,7 @@ def _compare(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str
     except CheckpointError:
         return 'The file is not of an AST'
     want, _ = infer_options(expected)
-    differing = {key: value for key, value in have.items() if value != want[key]} or {
-        key: have[key] for key in ('embed_dim', 'depths')
-    }
+    differing = {key: value for key, value in have.items() if value != want[key]}
+    differing = differing or {key: have[key] for key in ('embed_dim', 'depths')}
     options = ', '.join(f'{key}: {value}' for key, value in differing.items())
     return f'The file is of an AST with {options}: set these under network_g'

@@ -8,13 +8,12 @@ import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin.archs.ast_arch import AST_XS
 from ast_plugin.archs.networks import (
     AnySize,
-    infer_network,
     input_channels,
     load_network,
     network_of,
     required_multiple,
 )
-from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
+from ast_plugin.checkpoints import Checkpoint, read_checkpoint, save_torch, save_weights
 from ast_plugin.errors import CheckpointError, OptionError
 from tests.archs.tiny_networks import EDSR, MSRRESNET, RCAN, RIDNET, RRDBNET, SRVGG, SWINIR
 
@@ -87,7 +86,8 @@ def test_network_of_a_weights_file(tmp_path):
     with pytest.raises(CheckpointError, match='does not say which network it is of'):
         network_of(read_checkpoint(tmp_path / 'w.pth'))
     with torch.device('meta'):
-        options, assumed = infer_network(AST_XS().state_dict())
+        state = AST_XS().state_dict()
+    options, assumed = network_of(Checkpoint(tmp_path, state))
     assert (options['type'], options['embed_dim']) == ('AST', 16)
     assert any('img_size' in line for line in assumed)
 

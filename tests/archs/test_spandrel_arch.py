@@ -2,14 +2,15 @@
 
 import copy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import ast_plugin  # noqa: F401 (before BasicSR)
-from ast_plugin.archs.networks import infer_network
+from ast_plugin.archs.networks import network_of
 from ast_plugin.archs.spandrel_arch import Spandrel
-from ast_plugin.checkpoints import save_torch
+from ast_plugin.checkpoints import Checkpoint, read_checkpoint, save_torch
 from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
 from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.models import registries
@@ -89,7 +90,7 @@ def test_weights_have_released_names(installed, name):
 def test_a_weights_file_alone_is_enough(installed, name, tmp_path):
     network = Spandrel(name, **TINY[name]).eval()
     save_torch(tmp_path / 'w.pth', {'params': network.state_dict()})
-    options, assumed = infer_network(network.state_dict())
+    options, assumed = network_of(read_checkpoint(tmp_path / 'w.pth'))
     assert (options['type'], options['name']) == ('Spandrel', name)
     assert [note.split()[0] for note in assumed] == (['img_size'] if name == 'Uformer' else [])
     image = torch.rand(3, 9, 17)
@@ -139,4 +140,4 @@ def test_not_installed(monkeypatch, package, name):
 def test_without_it_strange_weights_stay_strange(monkeypatch):
     monkeypatch.setitem(sys.modules, 'spandrel', None)
     with pytest.raises(CheckpointError):
-        infer_network({'intro.weight': torch.zeros(4, 3, 3, 3)})
+        network_of(Checkpoint(Path('w.pth'), {'intro.weight': torch.zeros(4, 3, 3, 3)}))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.archs.mixed.call_sites import record_calls
-from ast_plugin.archs.networks import Trial, build_network, check_runs, stated_channels, try_sizes
+from ast_plugin.archs.networks import Trial, build_network, check_runs, input_channels, try_sizes
 from ast_plugin.checkpoints import load_into, read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line
 from ast_plugin.ops.tiles import run_padded
@@ -72,7 +72,9 @@ class Mixed(nn.Module):
             if base_weights is not None:
                 _load_base_weights(self.base, base_weights, base_param_key)
             assigned = rules.assign(self.base, read)
-            trial = try_sizes(self.base, _in_channels(base, self.base), nominal_size, size_multiple, record_calls)
+            first = [module.in_channels for module in self.base.modules() if isinstance(module, nn.Conv2d)][:1]
+            channels = [input_channels(base, self.base), 3, 1, *first]
+            trial = try_sizes(self.base, channels, nominal_size, size_multiple, record_calls)
             self.exchanges = rules.exchange(self.base, assigned, trial)
             _check_mixed(self.base, trial)
         self.in_channels = trial.channels
@@ -143,12 +145,6 @@ def _load_base_weights(base: nn.Module, path: str, param_key: str | None) -> Non
         load_into(base, read_checkpoint(Path(path).expanduser(), param_key))
     except CheckpointError as error:
         raise CheckpointError(f'base_weights: {error}') from error
-
-
-def _in_channels(options: Mapping[str, Any], base: nn.Module) -> list[int]:
-    """Channels of images that the base may take, the likeliest first."""
-    first = [module.in_channels for module in base.modules() if isinstance(module, nn.Conv2d)][:1]
-    return [*stated_channels(options, base), 3, 1, *first]
 
 
 def _check_mixed(base: nn.Module, trial: Trial) -> None:
