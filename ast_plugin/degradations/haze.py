@@ -1,19 +1,16 @@
 """Synthesis of dense and uneven haze.
 
 Koschmieder's law says how a scene J fades into the airlight A over a depth d through haze of extinction beta:
-I = J t + A (1 - t), with t = exp(-beta d). Dense haze does more. Part of the light that particles turn aside goes on
-nearly straight and reaches the camera beside its point, so the scene is seen smeared, and the wider the thicker the
-haze; and haze from a source nearby drifts in swathes, so beta varies from place to place. Here the optical depth
-tau = beta d n, with n smooth noise of several octaves and of mean 1, and::
+I = J t + A (1 - t), with t = exp(-beta d). In dense haze, part of the light that particles turn aside reaches the
+camera beside its point, so the scene is smeared; and haze drifts in swathes, so beta varies from place to place. Here
+the optical depth is tau = beta d n, with n smooth noise of several octaves and of mean 1, and::
 
     I = J exp(-tau) + (J * G) (exp(-k tau) - exp(-tau)) + A (1 - exp(-k tau))
 
 where k < 1 is the share of the scattered light that is lost for the image and G a Gaussian that widens with tau.
 
-The airlight A is one colour outdoors, under the sky. Where haze is lit by lamps and windows A differs from place to
-place in brightness and in colour, and glows around what is bright. A camera that exposes and balances white for the
-hazy scene renders it in other colours than the clear one: the more haze there is, the more I is darkened and the
-colour of A turned towards grey.
+Where haze is lit by lamps and windows, A differs from place to place in brightness and in colour, and glows around
+what is bright. The camera adapts: the more haze there is, the more I is darkened and the colour of A turned to grey.
 
 Source: Koschmieder 1924, for the law; Narasimhan & Nayar, "Shedding light on the weather", CVPR 2003, for the glow;
 Li et al., "Nighttime haze removal with glow and multiple light colors", ICCV 2015, for airlight that varies.
@@ -210,8 +207,7 @@ def _light(
     # Half of the colour of what is lit gets lost on the way.
     bright = 0.5 * (small + to_rgb(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)))
     bright = cv2.GaussianBlur(bright, (0, 0), max(GLOW_SPREAD * unit, 0.3), borderType=cv2.BORDER_REPLICATE)
-    mean = float(bright.mean())
-    if mean > 1e-3:
+    if (mean := float(bright.mean())) > 1e-3:
         field *= 1 + share * (np.clip(bright / np.float32(mean), 0, 3) - 1)
     field *= airlight
     over = np.maximum(field - np.float32(SHOULDER), 0) / np.float32(1 - SHOULDER)

@@ -1,9 +1,8 @@
 """Synthesis of cast shadows.
 
-Something outside the image, or cut by its border, keeps the sun from a part of the scene: a wall, a thing, a person, a
-tree, bars. The sun is a disc, so the edge of the shadow widens with the distance from what casts it. In the shadow
-remains the light of the sky, bluish, and what the surroundings throw back, which varies. Values are taken as light to
-the power of 1 / 2.2, in which the loss is a factor of values as well: what lies in the sun stays as it is.
+Something outside the image, or cut by its border, keeps the sun from a part of the scene. The sun is a disc, so the
+edge of the shadow widens with the distance from what casts it. In the shadow remains the light of the sky, bluish, and
+of the surroundings, which varies. Values are light to the power of 1 / 2.2, so the loss is a factor of values as well.
 """
 
 # ruff: noqa: RUF005 (lists are added to arrays here, not to lists)
@@ -363,6 +362,6 @@ def _fill(shape: tuple[int, int], *polygons: np.ndarray) -> np.ndarray:
     """Fill polygons of (x, y), each by itself, with smooth edges; [rows, columns] uint8."""
     canvas = np.zeros(shape, np.uint8)
     for polygon in polygons:
-        limited = np.clip(polygon, -8 * max(shape), 8 * max(shape))
-        cv2.fillPoly(canvas, [np.round(limited * 2**SHIFT).astype(np.int32)], 255, cv2.LINE_AA, SHIFT)
+        inside = np.clip(polygon, -8 * max(shape), 8 * max(shape))
+        cv2.fillPoly(canvas, [np.round(inside * 2**SHIFT).astype(np.int32)], 255, cv2.LINE_AA, SHIFT)
     return canvas

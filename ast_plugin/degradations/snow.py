@@ -1,9 +1,7 @@
 """Synthesis of falling snow.
 
-Flakes fall through the whole depth of a scene: far ones are many, fine and sharp; near ones are few, large, out of
-focus, and so faint, for defocus spreads the light of a flake over a wider disc. Each is a clump of irregular outline
-that the exposure draws out along its way. What is behind shows through, and the snow between, too fine to be seen as
-flakes, veils the scene unevenly.
+Far flakes are many, fine and sharp; near ones are few, large, out of focus and therefore faint. Each is a clump of
+irregular outline that the exposure draws out along its way. Snow too fine to be seen as flakes veils the scene.
 """
 
 from __future__ import annotations
@@ -143,14 +141,14 @@ def _scatter(clear: np.ndarray, y: np.ndarray, x: np.ndarray, opacity: np.ndarra
 
 
 def _stamp(clear: np.ndarray, sprite: np.ndarray, y: int, x: int, strength: float) -> None:
+    """Put down a flake, its middle at (y, x)."""
     height, width = clear.shape
     top, left = y - sprite.shape[0] // 2, x - sprite.shape[1] // 2
     bottom, right = min(top + sprite.shape[0], height), min(left + sprite.shape[1], width)
     first, start = max(top, 0), max(left, 0)
     if first < bottom and start < right:
-        clear[first:bottom, start:right] *= 1 - sprite[first - top : bottom - top, start - left : right - left] * (
-            np.float32(strength)
-        )
+        part = sprite[first - top : bottom - top, start - left : right - left]
+        clear[first:bottom, start:right] *= 1 - part * np.float32(strength)
 
 
 def _sprite(

@@ -1,4 +1,4 @@
-"""Synthesis of moiré: bands where sampling predicts them, aligned with the clean picture."""
+"""Synthesis of moiré: bands where sampling predicts them, aligned with the clean image."""
 
 import cv2
 import numpy as np
@@ -21,7 +21,7 @@ PLAIN = {  # a camera without faults before a screen that stands straight
 
 
 def bands(pitch: float, **parameters) -> np.ndarray:
-    """Red less blue along a row, of a gray picture whose screen's stripes stand upright; [512]."""
+    """Red less blue along a row, of a gray image whose screen's stripes stand upright; [512]."""
     shot, _ = degrade('moire', gray(64, 512, 0.5), 3, pitch=(pitch, pitch), **{**PLAIN, **parameters})
     return (shot[..., 0] - shot[..., 2]).mean(axis=0)
 
@@ -61,7 +61,7 @@ def test_rotation_and_lens_bend_the_bands():
     assert not np.allclose(turned, straight, atol=0.02)
 
 
-def test_the_picture_stays_in_place():
+def test_the_image_stays_in_place():
     image = np.zeros((240, 240, 3), np.float32)
     image[60:180, 60:180] = 0.9
     shot, _ = degrade('moire', image, 2)
