@@ -94,12 +94,8 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
 
 
 def save_weights(path: str | os.PathLike, state: Mapping[str, Tensor], network: Mapping[str, Any]) -> None:
-    """Write a state as safetensors whose metadata carry the network's options.
+    """Write a state as safetensors whose metadata carry the network's options; shared memory is written twice.
 
-    Args:
-        path: the file, replaced as a whole.
-        state: names and tensors; shared memory is written twice.
-        network: the network's options with its `type`, of plain JSON values.
     Raises:
         FileError: if the file cannot be written; what was there stays.
     """
@@ -169,7 +165,7 @@ def newest_whole(folder: str | Path, warn: Callable[[str], None] = _tell) -> Pat
 
 
 def keep_newest(folder: str | Path, name: str, iteration: int, count: int) -> None:
-    """Delete what is older than the `count` newest files up to `iteration`, and what a killed process left unfinished.
+    """Delete files older than the `count` newest up to `iteration`, and what a killed process left unfinished.
 
     States beyond `iteration` are of a run that was given up when this one was resumed from an earlier state, or they
     are damaged; they are put aside under another name, so that nobody resumes from them by mistake.
@@ -222,7 +218,7 @@ def _read_torch(path: Path) -> Any:
     try:
         return _torch_load(path)
     except pickle.UnpicklingError as error:
-        if not _is_pickle(path):
+        if path.read_bytes()[:1] != pickle.PROTO and not zipfile.is_zipfile(path):
             raise CheckpointError(f'{path} is not a weights file{_reason(error)}') from error
         raise CheckpointError(
             f'{path} holds more than weights and is not opened, because unpickling such a file can run code'
@@ -231,11 +227,6 @@ def _read_torch(path: Path) -> Any:
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         # torch's readers raise any of these on files that are cut or of another kind
         raise CheckpointError(f'{path} is cut or not a weights file{_reason(error)}: fetch it again') from error
-
-
-def _is_pickle(path: Path) -> bool:
-    with path.open('rb') as file:
-        return file.read(1) == pickle.PROTO or zipfile.is_zipfile(path)
 
 
 def _reason(error: BaseException) -> str:
@@ -249,11 +240,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_state(content: Any) -> bool:
-    return (
-        isinstance(content, Mapping)
-        and bool(content)
-        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
-    )
+    items = content.items() if isinstance(content, Mapping) else ()
+    return bool(items) and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items)
 
 
 def _without_module(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

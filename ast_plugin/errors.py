@@ -15,7 +15,7 @@ class OptionError(PluginError, ValueError):
 
 
 class DataError(PluginError, ValueError):
-    """A picture, a folder or a list of pairs cannot be used."""
+    """An image, a folder or a list of pairs cannot be used."""
 
 
 class CheckpointError(PluginError, RuntimeError):

@@ -56,7 +56,7 @@ class AST(nn.Module):
     """U-shaped restoration transformer: feed-forward blocks going down, attention at the bottom and going up.
 
     Args:
-        img_size: nominal side of the pictures. Level i has the nominal side img_size / 2**i; where that is not above
+        img_size: nominal side of the images. Level i has the nominal side img_size / 2**i; where that is not above
             the window, the window becomes that side and never shifts. It changes results, not weights, and no weights
             file tells it. The published figures were measured with 128.
         in_chans: channels of the input. Where they equal `out_chans`, the input is added to the output.
@@ -112,10 +112,8 @@ class AST(nn.Module):
         def stage(index: int, dim: int, level: int, attends: bool, **resampling: nn.Module) -> Stage:
             blocks = []
             for position, drop_rate in enumerate(drop_rates[index]):
-                window, shift = _window_and_shift(img_size // 2**level, window_size, position)
-                attn = None
-                if attends:
-                    attn = ATTENTIONS[attention](dim, num_heads[index], window, shift, qkv_bias, topk_ratio)
+                sizes = num_heads[index], *_window_and_shift(img_size // 2**level, window_size, position)
+                attn = ATTENTIONS[attention](dim, *sizes, qkv_bias, topk_ratio) if attends else None
                 blocks.append(ASTBlock(attn, FEED_FORWARDS[ffn](dim, mlp_ratio), dim, drop_rate))
             return Stage(blocks, use_checkpoint, **resampling)
 
@@ -140,7 +138,7 @@ class AST(nn.Module):
         self.register_load_state_dict_pre_hook(_rename_official)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Restore pictures.
+        """Restore images.
 
         Args:
             x: [B, in_chans, H, W], float, any H and W from 1 up; padded inside by reflection to `size_multiple`.
@@ -233,7 +231,7 @@ def _window_and_shift(nominal_side: int, window_size: int, position: int) -> tup
 
 
 def _size_multiple(img_size: int, window_size: int) -> int:
-    """What H and W of the whole picture must be multiples of, so that every level divides into its windows."""
+    """What H and W of the whole image must be multiples of, so that every level divides into its windows."""
     sides = (2**level * _window_and_shift(img_size // 2**level, window_size, 0)[0] for level in range(NUM_LEVELS + 1))
     return math.lcm(*sides)
 

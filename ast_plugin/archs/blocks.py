@@ -81,7 +81,7 @@ class WindowAttention(nn.Module):
 
         Args:
             x: [B, H, W, C] or [B, C, H, W], as `layout` says.
-            mask: [B or 1, 1, h, w] of the whole picture, see `ops.pair_mask`; or None.
+            mask: [B or 1, 1, h, w] of the whole image, see `ops.pair_mask`; or None.
             residual: of NHWC maps, a norm before and the sum with x after it, see `ops.Residual`.
         Raises:
             ShapeError: if x has other dimensions.

@@ -194,7 +194,7 @@ def try_sizes(
     its own device.
 
     Args:
-        network: maps [B, C, H, W] to [B, D, s·H, s·W]; it stays as it is.
+        network: maps [B, C, H, W] to [B, D, s·H, s·W]; left as it is.
         in_channels: values of C to try, the likeliest first.
         nominal: side of images that it is meant for, in pixels; the first image is about that large.
         multiple: what both sides must be multiples of; None finds it out.

@@ -14,7 +14,6 @@ from ast_plugin.errors import OptionError, PluginError
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.models import preflight
 from ast_plugin.models.registries import load_registered
-from ast_plugin.options.validation import Registered
 from ast_plugin.options.compare_file import (
     CompareSettings,
     check_comparison,
@@ -22,6 +21,7 @@ from ast_plugin.options.compare_file import (
     is_trained,
     measured_dataset,
 )
+from ast_plugin.options.validation import Registered
 
 
 @dataclass(frozen=True)

@@ -58,16 +58,7 @@ BLOCKS = Registry('block')
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a block says of itself.
-
-    Attributes:
-        name: the registered one.
-        build: class or function that makes the block.
-        works_in: see above.
-        replaces: see above.
-        parameters: names that `build` takes, None if it takes any.
-        sizes: those of them that are sizes, and which.
-    """
+    """What a block says of itself: `parameters` are the names that `build` takes, None if it takes any."""
 
     name: str
     build: Callable[..., nn.Module]

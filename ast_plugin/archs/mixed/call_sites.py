@@ -24,19 +24,11 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Given:
-    """A tensor that a module was given."""
-
-    shape: Shape
-    is_floating: bool
-
-
-@dataclass(frozen=True)
 class Call:
     """One call of a module.
 
     Attributes:
-        args, kwargs: what it was given, tensors as `Given`.
+        args, kwargs: what it was given, tensors without their values.
         output: the shape of what it returned, None if that was no tensor.
     """
 
@@ -50,7 +42,7 @@ class Call:
 
     def first_tensor(self) -> tuple[Key, Shape | None]:
         """Key and shape of the first tensor that it was given; no shape if there was none."""
-        found = ((key, value.shape) for key, value in self.arguments() if isinstance(value, Given))
+        found = ((key, tuple(value.shape)) for key, value in self.arguments() if isinstance(value, Tensor))
         return next(found, (0, None))
 
 
@@ -78,7 +70,7 @@ def record_calls(network: nn.Module) -> Iterator[dict[str, list[Call]]]:
 
 
 def _without_values(value: Any) -> Any:
-    return Given(tuple(value.shape), value.is_floating_point()) if isinstance(value, Tensor) else value
+    return value.detach().to('meta') if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)
@@ -176,8 +168,8 @@ def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = N
     if len({call.first_tensor()[1][axis] for call in calls[0]}) > 1:
         raise ShapeError(f'{what} is called with maps of different channels')
     call = calls[0][0]
-    tensors = [value for _, value in call.arguments() if isinstance(value, Given)]
-    others = tuple(value.shape for value in tensors[1:] if value.is_floating)
+    tensors = [value for _, value in call.arguments() if isinstance(value, Tensor)]
+    others = tuple(tuple(value.shape) for value in tensors[1:] if value.is_floating_point())
     size, nominal = None, (0, 0)
     if kind == 'tokens':
         size, nominal = _find_size(name, trial)
@@ -230,6 +222,6 @@ def _size_places(caller: str, call: Call) -> Iterator[SizePlace]:
             if type(first) is int and type(second) is int:
                 yield SizePlace(caller, (a, b))
     for key, value in call.arguments():
-        if isinstance(value, Given) and len(value.shape) == 4:
+        if isinstance(value, Tensor) and value.ndim == 4:
             yield SizePlace(caller, (key,), (2, 3))
             yield SizePlace(caller, (key,), (1, 2))

@@ -113,7 +113,7 @@ def _is_number(value: Any) -> bool:
 
 
 def assign(network: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
-    """The rule of each module that one means, by the module's name.
+    """Find the rule of each module that one means, by the module's name.
 
     Raises:
         OptionError: if a rule means none, with near names, or two mean the same, or one inside of a replaced one.
@@ -326,7 +326,8 @@ def infer_sizes(module: nn.Module, site: Site, dim: int, position: int, window: 
         shift = 0
     elif window == own:
         shift = square_side(getattr(module, 'shift_size', shift))
-    sizes = {'dim': dim, 'num_heads': heads or _num_heads(dim), 'window_size': window}
+    heads = heads or next(number for number in range(max(1, dim // HEAD_DIM), 0, -1) if dim % number == 0)
+    sizes = {'dim': dim, 'num_heads': heads, 'window_size': window}
     if isinstance(shift, int) and 0 <= shift < window:
         sizes['shift_size'] = shift
     ratio = getattr(module, 'mlp_ratio', None)
@@ -346,9 +347,5 @@ def infer_sizes(module: nn.Module, site: Site, dim: int, position: int, window: 
 
 def _heads_of(module: nn.Module) -> int:
     """The number of heads that a module says it has, 0 if none."""
-    said = (getattr(module, key, None) for key in ('num_heads', 'heads', 'n_heads'))
-    return next((heads for heads in said if isinstance(heads, int)), 0)
-
-
-def _num_heads(dim: int) -> int:
-    return next(heads for heads in range(max(1, dim // HEAD_DIM), 0, -1) if dim % heads == 0)
+    stated = (getattr(module, key, None) for key in ('num_heads', 'heads', 'n_heads'))
+    return next((heads for heads in stated if isinstance(heads, int)), 0)
