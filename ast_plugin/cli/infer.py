@@ -58,14 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Restore what the arguments name, and print what becomes of each file.
-
-    Returns:
-        0 if every file was restored, 1 if some could not be.
-    Raises:
-        PluginError: if the arguments, the weights or the output folder cannot be used, before anything is computed;
-            later only if a result cannot be written.
-    """
+    """Restore what the arguments name, and print what becomes of each file."""
     from tqdm import tqdm
 
     from ast_plugin.evaluation.file_restorer import find_images, plan_jobs, prepare_folders, restore_files
@@ -115,10 +108,8 @@ def run(args: argparse.Namespace) -> int:
             elif not is_bar:
                 print(f'[{number}/{len(jobs)}] {result.job.target} ({result.seconds:.1f} s)', flush=True)
             bar.update()
-    of_all = f' of {len(jobs)}' if num_failed else ''
-    plural = 's' if len(jobs) != 1 else ''
-    seconds = time.perf_counter() - start
-    print(f'restored {len(jobs) - num_failed}{of_all} image{plural} in {seconds:.1f} s: {output}')
+    restored = f'{len(jobs) - num_failed}{f" of {len(jobs)}" if num_failed else ""} image{"s" * (len(jobs) != 1)}'
+    print(f'restored {restored} in {time.perf_counter() - start:.1f} s: {output}')
     return 1 if num_failed else 0
 
 
@@ -132,15 +123,12 @@ def _tile(text: str) -> int | str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    tile = args.tile if args.tile != 'auto' else None
-    if tile is not None and tile < 1:
-        raise OptionError(f'--tile is {tile}: expected the side of a tile in pixels, 1 or more, or auto')
-    if args.overlap is not None and args.overlap < 0:
-        raise OptionError(f'--overlap is {args.overlap}: expected a number of pixels, 0 or more')
-    if tile is not None and args.overlap is not None and args.overlap >= tile:
-        raise OptionError(f'--overlap is {args.overlap} and --tile is {tile}: the overlap must be smaller')
-    if args.batch < 1:
-        raise OptionError(f'--batch is {args.batch}: expected a number of tiles, 1 or more')
+    from ast_plugin.evaluation.tiling import Tiling
+
+    try:
+        Tiling(args.tile, args.overlap, batch=args.batch)
+    except OptionError as error:
+        raise OptionError(f'--{error}') from None
     if not 1 <= args.quality <= 100:
         raise OptionError(f'--quality is {args.quality}: expected 1 to 100')
     if not args.max_megapixels > 0:

@@ -15,13 +15,10 @@ import re
 import statistics
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _MOST_PIXELS = 2**26
 _PROBES = ((256, 256), (512, 512))
@@ -50,37 +47,58 @@ def run(args: argparse.Namespace) -> int:
     options = stage.opt.get('network_g')
     if not isinstance(options, dict) or 'type' not in options:
         raise OptionError(f'{loaded.source(stage)}: expected network_g with a type and its arguments')
-    weights = None if args.weights is None else str(Path(args.weights).expanduser())
-    from ast_plugin.archs.networks import AnySize, input_channels, load_network, required_multiple
+    import torch
 
-    job = {'network': options, 'weights': weights, 'param_key': args.param_key, 'channels': input_channels(options)}
+    from ast_plugin import ops
+    from ast_plugin.archs.blocks import FEED_FORWARDS, WindowAttention
+    from ast_plugin.archs.networks import AnySize, input_channels, load_network, required_multiple
+    from ast_plugin.evaluation.cost import available_bytes, count_macs_of_size
+
+    weights = None if args.weights is None else str(Path(args.weights).expanduser())
+    channels = input_channels(options)
+    job = {'network': options, 'weights': weights, 'param_key': args.param_key, 'channels': channels}
     try:
         network = load_network(options, weights, args.param_key)
-        multiple = required_multiple(network, job['channels'])
+        multiple = required_multiple(network, channels)
     except OptionError as error:
         raise OptionError(f'{loaded.source(stage)}: network_g: {error}') from error
     if multiple > 1:
         network = AnySize(network, multiple).eval()
     multiple = getattr(network, 'size_multiple', multiple)
     _print('network', f'{options["type"]}, {loaded.source(stage)}')
-    count = sum(parameter.numel() for parameter in network.parameters())
-    held = sum(parameter.nbytes for parameter in network.parameters())
-    _print('parameters', f'{count:,d}, {held / _MEBIBYTE:.1f} MiB')
-    _print('MACs', _macs(network, job['channels'], size, multiple))
-    _print('backend', _backend(network))
-    predicted = predict_memory(job, size, multiple)
-    _print('memory', _memory(predicted))
+    parameters = list(network.parameters())
+    held = sum(parameter.nbytes for parameter in parameters) / _MEBIBYTE
+    _print('parameters', f'{sum(parameter.numel() for parameter in parameters):,d}, {held:.1f} MiB')
+
+    total, uncounted, is_scaled = count_macs_of_size(network, channels, size, multiple)
+    names = ', '.join(sorted({name.partition('::')[2].strip('_') for name in uncounted})) or 'nothing'
+    how = 'counted by mmengine on smaller images' if is_scaled else 'counted by mmengine'
+    _print('MACs', f'{total / 1e9:.2f} G for {size[0]}x{size[1]}, {how}; left out: {names}')
+
+    backend = "PyTorch's operators: the network has no blocks of AST"
+    if any(isinstance(module, (WindowAttention, *FEED_FORWARDS.values())) for module in network.modules()):
+        with torch.inference_mode():
+            backend = f'{ops.explain(torch.zeros(1, 8, 8, 1))}, on the CPU'
+    _print('backend', backend)
+
+    free = available_bytes(torch.device('cpu'))
+    needed = predict_memory(job, size, multiple, free)
+    if needed is None:
+        _print('memory', 'not predicted: this system does not tell how large a process is')
+    else:
+        _print('memory', f'about {needed / _MEBIBYTE:.0f} MiB above the parameters, predicted from other sizes')
     if args.run:
-        _print('measured', _measured(job, size, predicted))
+        if needed is not None and needed > free:
+            raise OptionError(
+                f'--size {size[0]}x{size[1]}: needs about {needed / _MEBIBYTE:.0f} MiB, of which '
+                f'{free / _MEBIBYTE:.0f} MiB are free: choose a smaller image, or restore it in tiles'
+            )
+        _print('measured', _measure(job, size))
     return 0
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Height and width of 'HxW'.
-
-    Raises:
-        OptionError: if it is none, or of no image that a network could be given.
-    """
+    """Return height and width of 'HxW'."""
     match = re.fullmatch(r'([0-9]{1,9})[x×]([0-9]{1,9})', text.strip().lower())
     if match is None:
         raise OptionError(f'--size {text}: expected height and width in pixels, such as 480x720')
@@ -90,80 +108,41 @@ def parse_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def predict_memory(job: dict[str, Any], size: tuple[int, int], multiple: int) -> int | None:
-    """Peak memory of a pass on a CPU above the weights, in bytes, on a line through two sizes that were measured.
+def predict_memory(job: dict[str, Any], size: tuple[int, int], multiple: int, free: int) -> int | None:
+    """Predict the peak memory of a pass on a CPU above the weights, on a line through two sizes that are measured.
 
     Args:
         job: what `compare.measure` is told of the network.
         size: height and width of the image.
         multiple: what the network pads sides to.
+        free: memory that can be had, in bytes.
     Returns:
-        None where the system does not tell.
+        Bytes; None where the system does not tell.
     """
-    import torch
+    from ast_plugin.evaluation.cost import on_line, padded_pixels
 
-    from ast_plugin.evaluation.cost import available_bytes, on_line, padded_pixels
+    def measure(probe: tuple[int, int]) -> int | None:
+        return _run_child('memory', {**job, 'size': probe})['peak_bytes']
 
-    points = [(padded_pixels(probe, multiple), _peak_bytes(job, probe)) for probe in _PROBES]
+    points = [(padded_pixels(probe, multiple), measure(probe)) for probe in _PROBES]
     if any(peak is None for _, peak in points):
         return None
-    asked, large = (padded_pixels(each, multiple) for each in (size, _LARGE_PROBE))
-    if asked > _LARGE and on_line(large, *points) < available_bytes(torch.device('cpu')) / 2:
-        points = [points[1], (large, _peak_bytes(job, _LARGE_PROBE))]
-    return max(0, round(on_line(asked, *points)))
+    pixels, large = (padded_pixels(each, multiple) for each in (size, _LARGE_PROBE))
+    if pixels > _LARGE and on_line(large, *points) < free / 2:
+        points = [points[1], (large, measure(_LARGE_PROBE))]
+    return max(0, round(on_line(pixels, *points)))
 
 
-def _peak_bytes(job: dict[str, Any], size: tuple[int, int]) -> int | None:
-    return _child('memory', {**job, 'size': size})['peak_bytes']
-
-
-def _macs(network: nn.Module, channels: int, size: tuple[int, int], multiple: int) -> str:
-    from ast_plugin.evaluation.cost import count_macs_of_size
-
-    total, uncounted, is_scaled = count_macs_of_size(network, channels, size, multiple)
-    names = ', '.join(sorted({name.partition('::')[2].strip('_') for name in uncounted}))
-    how = 'counted by mmengine on smaller images' if is_scaled else 'counted by mmengine'
-    return f'{total / 1e9:.2f} G for {size[0]}x{size[1]}, {how}; left out: {names or "nothing"}'
-
-
-def _backend(network: nn.Module) -> str:
-    import torch
-
-    from ast_plugin import ops
-    from ast_plugin.archs.blocks import FEED_FORWARDS, WindowAttention
-
-    if not any(isinstance(module, (WindowAttention, *FEED_FORWARDS.values())) for module in network.modules()):
-        return "PyTorch's operators: the network has no blocks of AST"
-    with torch.inference_mode():
-        return f'{ops.explain(torch.zeros(1, 8, 8, 1))}, on the CPU'
-
-
-def _memory(predicted: int | None) -> str:
-    if predicted is None:
-        return 'not predicted: this system does not tell how large a process is'
-    return f'about {predicted / _MEBIBYTE:.0f} MiB above the parameters, predicted from other sizes'
-
-
-def _measured(job: dict[str, Any], size: tuple[int, int], predicted: int | None) -> str:
-    import torch
-
-    from ast_plugin.evaluation.cost import available_bytes
-
-    free = available_bytes(torch.device('cpu'))
-    if predicted is not None and predicted > free:
-        raise OptionError(
-            f'--size {size[0]}x{size[1]}: needs about {predicted / _MEBIBYTE:.0f} MiB, of which '
-            f'{free / _MEBIBYTE:.0f} MiB are free: choose a smaller image, or restore it in tiles'
-        )
-    peak = _peak_bytes(job, size)
-    record = _child('speed', {**job, 'size': size, 'runs': _RUNS, 'device': 'cpu', 'counts': False})
-    median = statistics.median(record['seconds'])
+def _measure(job: dict[str, Any], size: tuple[int, int]) -> str:
+    peak = _run_child('memory', {**job, 'size': size})['peak_bytes']
+    record = _run_child('speed', {**job, 'size': size, 'runs': _RUNS, 'device': 'cpu', 'counts': False})
     memory = 'unknown memory' if peak is None else f'{peak / _MEBIBYTE:.0f} MiB above the parameters'
     load = '' if record['load'] is None else f', load {record["load"]}'
-    return f'{median:.3f} s (median of {len(record["seconds"])}, {record["threads"]} threads{load}), {memory}'
+    median, count = statistics.median(record['seconds']), len(record['seconds'])
+    return f'{median:.3f} s (median of {count}, {record["threads"]} threads{load}), {memory}'
 
 
-def _child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
+def _run_child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
     """The record of a measurement in a fresh process."""
     from ast_plugin.compare.child import ChildFailed
     from ast_plugin.compare.measure import run_job

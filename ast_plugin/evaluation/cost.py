@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,21 +22,16 @@ _SMALL = ((128, 128), (128, 256))
 _UNKNOWN_MEMORY = 4 * 2**30
 _MEMORY_INFO = Path('/proc/meminfo')
 # Limit, use and statistics of this process's container, by the second and the first version of Linux's control groups.
+_GROUPS = Path('/sys/fs/cgroup'), Path('/sys/fs/cgroup/memory')
 _GROUP_FILES = (
-    tuple(Path('/sys/fs/cgroup', name) for name in ('memory.max', 'memory.current', 'memory.stat')),
-    tuple(
-        Path('/sys/fs/cgroup/memory', name)
-        for name in ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'memory.stat')
-    ),
+    [_GROUPS[0] / name for name in ('memory.max', 'memory.current', 'memory.stat')],
+    [_GROUPS[1] / name for name in ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'memory.stat')],
 )
 
 
 def count_macs(network: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
-    """Count the multiplications (with their additions) of one pass in evaluation mode, by a trace.
+    """Count the multiplications (with their additions) of one pass in evaluation mode on [1, C, H, W], by a trace.
 
-    Args:
-        network: on the device of `image`; left as it was.
-        image: [1, C, H, W].
     Returns:
         The count, and by name how often operators were called that the analysis does not count.
     """
@@ -78,13 +73,10 @@ def count_macs_of_size(
         The count, the operators left out, and whether it is from the line.
     """
 
-    def count(size: tuple[int, int]) -> tuple[int, dict[str, int]]:
-        return count_macs(network, torch.zeros(1, channels, *size))
-
     pixels, *small = (padded_pixels(each, multiple) for each in (size, *_SMALL))
     if pixels <= small[1]:
-        return (*count(size), False)
-    (first, _), (second, uncounted) = map(count, _SMALL)
+        return (*count_macs(network, torch.zeros(1, channels, *size)), False)
+    (first, _), (second, uncounted) = (count_macs(network, torch.zeros(1, channels, *each)) for each in _SMALL)
     return round(on_line(pixels, *zip(small, (first, second), strict=True))), uncounted, True
 
 
@@ -139,15 +131,12 @@ class _LiveBytes(TorchDispatchMode):
         result = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and _address(tensor) not in inputs | self.known:
-                self._add(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes()).atexit = False
         return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        self.known.add(address)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, address, size).atexit = False
 
     def _remove(self, address: int, size: int) -> None:
         self.known.discard(address)
@@ -171,13 +160,11 @@ def _free_in_machine() -> int | None:
     return int(amount.split()[0]) * 1024 if amount else None
 
 
-def _free_in_group(files: tuple[Path, Path, Path]) -> int | None:
-    limit_file, use_file, statistics_file = files
+def _free_in_group(files: Sequence[Path]) -> int | None:
     try:
-        # A group without a limit says 'max'.
-        limit, use = int(limit_file.read_text()), int(use_file.read_text())
-        statistics = dict(line.split() for line in statistics_file.read_text().splitlines())
-    except (OSError, ValueError):
+        limit, use, statistics = (file.read_text() for file in files)
+        # Cached files count as used, and are given back when memory is needed.
+        cached = int(dict(line.split() for line in statistics.splitlines()).get('inactive_file', 0))
+        return max(0, int(limit) - int(use) + cached)
+    except (OSError, ValueError):  # a group without a limit says 'max'
         return None
-    # Cached files count as used, and are given back when memory is needed.
-    return max(0, limit - use + int(statistics.get('inactive_file', 0)))

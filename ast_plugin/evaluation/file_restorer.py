@@ -28,7 +28,6 @@ from ast_plugin.files import write_file
 from ast_plugin.ops import frozen_weights
 
 ENDINGS = tuple(ending for endings in SUFFIXES.values() for ending in endings)
-FORMATS = ('keep', 'png', 'tiff')
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,13 @@ class Job:
 
 @dataclass(frozen=True)
 class FileResult:
-    """What became of a file.
-
-    Attributes:
-        job: the file.
-        seconds: that it took.
-        notes: lines on what was noticed on the way.
-        failure: why there is no result; empty if there is one.
-        kind: of the failure: `unreadable`, `memory`, `network` or `unwritable`; empty if there is none.
-    """
+    """What became of a file."""
 
     job: Job
     seconds: float
-    notes: tuple[str, ...] = ()
-    failure: str = ''
-    kind: str = ''
+    notes: tuple[str, ...] = ()  # lines on what was noticed on the way
+    failure: str = ''  # why there is no result; empty if there is one
+    kind: str = ''  # of the failure: unreadable, memory, network or unwritable
 
 
 def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bool = False) -> list[tuple[Path, Path]]:
@@ -96,13 +87,12 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
 def plan_jobs(
     images: Sequence[tuple[Path, Path]], output: Path, suffix: str = '', file_format: str = 'keep'
 ) -> list[Job]:
-    """Name a result for every image: distinct names, none of them an image to be read.
+    """Name a result for every image of `find_images`: distinct names, none of them an image to be read.
 
     Args:
-        images: as from `find_images`.
         output: folder of the results.
         suffix: goes behind the name.
-        file_format: one of `FORMATS`.
+        file_format: 'keep', 'png' or 'tiff'.
     Raises:
         DataError: if a result would replace an input.
     """
@@ -112,7 +102,9 @@ def plan_jobs(
     for source, folder, stem, ending in names:
         target = folder / (stem + ending)
         if wanted[_key(target)] > 1:
-            target = _free_name(folder, f'{stem}_{source.suffix[1:].lower()}', ending, occupied)
+            stem = f'{stem}_{source.suffix[1:].lower()}'
+            stems = itertools.chain([stem], (f'{stem}_{count}' for count in itertools.count(2)))
+            target = next(path for name in stems if _key(path := folder / (name + ending)) not in occupied)
         occupied.add(_key(target))
         jobs.append(Job(source, target))
     _protect_inputs(jobs)
@@ -120,11 +112,7 @@ def plan_jobs(
 
 
 def prepare_folders(jobs: Sequence[Job], output: Path) -> None:
-    """Make the folders of the results, and see that files can be made there, before hours are spent on restoring.
-
-    Raises:
-        DataError: if that fails.
-    """
+    """Make the folders of the results, and see that files can be made there, before hours are spent on restoring."""
     for folder in dict.fromkeys([output, *(job.target.parent for job in jobs)]):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +135,6 @@ def restore_files(
 
     Args:
         jobs: as from `plan_jobs`; the folders of the results are there.
-        restorer: restores an image.
         quality: of JPEG and lossy WebP, 1 to 100.
         max_pixels: larger images are refused.
         on_start: called with each job before it begins.
@@ -162,9 +149,8 @@ def restore_files(
         for job in jobs:
             if on_start is not None:
                 on_start(job)
-            start = time.perf_counter()
+            start, kind = time.perf_counter(), 'unreadable'
             notes: list[str] = []
-            kind = 'unreadable'
             try:
                 image = read_image(job.source, max_pixels=max_pixels)
                 notes += image.notes
@@ -183,11 +169,8 @@ def restore_files(
 
 
 def _walk(folder: Path, output: Path, recursive: bool) -> Iterator[tuple[Path, Path]]:
-    def fail(error: OSError) -> None:
-        raise error
-
     results = output.resolve()
-    for current, folders, names in os.walk(folder, onerror=fail):
+    for current, folders, names in os.walk(folder, onerror=_fail):
         here = Path(current)
         folders[:] = sorted(
             name for name in folders if recursive and not name.startswith('.') and (here / name).resolve() != results
@@ -195,6 +178,10 @@ def _walk(folder: Path, output: Path, recursive: bool) -> Iterator[tuple[Path, P
         for name in sorted(names):
             if not name.startswith('.') and Path(name).suffix.lower() in ENDINGS:
                 yield here / name, here.relative_to(folder)
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _format_of(path: Path) -> str | None:
@@ -225,12 +212,6 @@ def _ending(source: Path, file_format: str) -> str:
 def _key(path: Path) -> str:
     """Equal for names that some file system takes for the same."""
     return unicodedata.normalize('NFC', str(path)).casefold()
-
-
-def _free_name(folder: Path, stem: str, ending: str, occupied: set[str]) -> Path:
-    """The first of `stem`, `stem_2`, `stem_3` … that is free."""
-    stems = itertools.chain([stem], (f'{stem}_{count}' for count in itertools.count(2)))
-    return next(path for path in (folder / (name + ending) for name in stems) if _key(path) not in occupied)
 
 
 def _protect_inputs(jobs: Sequence[Job]) -> None:

@@ -72,8 +72,8 @@ class Protocol:
         """Restore an image.
 
         Args:
-            network: maps [N, C, h, w] in [0, 1] to [N, D, s·h, s·w]; a module is run in evaluation mode, on its own
-                device, and given back in the mode it was in.
+            network: maps [N, C, h, w] in [0, 1] to [N, D, s·h, s·w]; a module is run on its own device, in evaluation
+                mode, and returned to the mode it was in.
             lq: [B, C, H, W], in [0, 1], on any device.
             on_tile: called with (tiles done, tiles in all), eight times over with `self_ensemble`.
             on_note: called with a line when memory is short and tiles are made smaller.
@@ -101,15 +101,11 @@ class Protocol:
     def measure(
         self, restored: np.ndarray | Tensor, reference: np.ndarray | Tensor, metrics: Metrics | None = None
     ) -> dict[str, float]:
-        """Measure an image against its reference.
+        """Measure an image against its reference, both as `ast_plugin.metrics.images.check_pair` takes them.
 
         Args:
-            restored, reference: RGB or gray, see `ast_plugin.metrics.images.check_pair`.
+            restored, reference: RGB or gray.
             metrics: other ones than the protocol's, in BasicSR's form; each gets BGR in [0, 255], uint8 if `round`.
-        Returns:
-            A value for each metric's name.
-        Raises:
-            PluginError: if an image is no such image, or too small for a metric; the metric is named.
         """
         pair = [as_array(image) for image in (restored, reference)]
         img, img2 = (to_toolbox(eight_bits(image) if self.round else fractions(image)) for image in pair)
@@ -160,23 +156,18 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 """The protocols by name. Source of spad, agan, densehaze: test scripts of the AST release (Zhou et al., CVPR 2024)."""
 
-_KEYS = [field.name for field in dataclasses.fields(Protocol) if field.name not in ('type', 'metrics')]
-
 
 def read_protocol(value: str | Mapping[str, Any] | None) -> Protocol:
-    """Return the protocol that an option file names.
+    """Return the protocol of an option file's `val.protocol`, whose types its schema has checked.
 
     Args:
         value: a name of `PROTOCOLS`; or a mapping with that as `type`, and any of square, tile, overlap, blend, batch,
-            round and self_ensemble, which replace the protocol's own and whose types the schema of option files checks.
-            None for BasicSR's own way.
+            round and self_ensemble, which replace the protocol's own. None for BasicSR's own way.
     Raises:
         OptionError: if there is no such protocol, or its parameters make no sense.
     """
     if value is None:
         return PROTOCOLS['basicsr']
-    if not isinstance(value, (str, Mapping)):
-        raise OptionError(f'protocol is {value!r}: expected a name, or a mapping with a type')
     changes = {'type': value} if isinstance(value, str) else dict(value)
     name = changes.pop('type', None)
     if not isinstance(name, str) or name not in PROTOCOLS:
@@ -184,12 +175,9 @@ def read_protocol(value: str | Mapping[str, Any] | None) -> Protocol:
             f'no validation protocol is called {name}{did_you_mean(str(name), PROTOCOLS)}; '
             f'there are {", ".join(PROTOCOLS)}'
         )
-    for key in changes:
-        if key not in _KEYS:
-            raise OptionError(f'protocol.{key}: unknown key{did_you_mean(str(key), _KEYS)}')
     try:
         protocol = dataclasses.replace(PROTOCOLS[name], **changes)
-    except OptionError as error:
+    except (OptionError, TypeError) as error:
         raise OptionError(f'protocol {name}: {error}') from None
     idle = [] if protocol.tile else [key for key in ('overlap', 'blend', 'batch') if key in changes]
     if idle:

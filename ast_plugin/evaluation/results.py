@@ -25,75 +25,27 @@ INPUT = 'input'  # column prefix of the unrestored image's values
 
 @dataclass(frozen=True)
 class ImageResult:
-    """What the process that restored an image tells the others.
+    """What the process that restored an image tells the others."""
 
-    Attributes:
-        number: of the image in the dataset.
-        name: of its file, without the suffix.
-        restored: its metrics.
-        degraded: those of the unrestored input; empty where its size is not the result's.
-        thumbnails: input, result and clean image, RGB, [h, w, 3], uint8, of one size; of some images only.
-    """
-
-    number: int
-    name: str
+    number: int  # of the image in the dataset
+    name: str  # of its file, without the suffix
     restored: dict[str, float] = field(default_factory=dict)
-    degraded: dict[str, float] = field(default_factory=dict)
-    thumbnails: tuple[np.ndarray, ...] = ()
+    degraded: dict[str, float] = field(default_factory=dict)  # empty where the input has not the result's size
+    thumbnails: tuple[np.ndarray, ...] = ()  # input, result and clean image, RGB, [h, w, 3], uint8, of one size
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Which image is better than another.
-
-    Attributes:
-        metric: its name.
-        is_lower_better: which way.
-        count: as many of the worst and of the best are shown.
-    """
+    """Which image is better than another."""
 
     metric: str
     is_lower_better: bool = False
-    count: int = 0
+    count: int = 0  # as many of the worst and of the best are shown
 
     def key(self, values: Mapping[str, float]) -> tuple[bool, float]:
         """Return a key that grows with the quality of an image; a value that is not a number is the worst."""
         value = values.get(self.metric, math.nan)
         return (False, 0.0) if math.isnan(value) else (True, -value if self.is_lower_better else value)
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """How a result was made, without which a figure cannot be compared.
-
-    Attributes:
-        protocol: how images were restored.
-        metrics: the definition of each metric.
-        weights: path of the file; empty where the network's weights came from none.
-        sha256: its checksum.
-        versions: of the packages, and the device.
-    """
-
-    protocol: str
-    metrics: str
-    weights: str
-    sha256: str
-    versions: str
-
-    @classmethod
-    def of(
-        cls, protocol: Protocol, metrics: Metrics, weights: str | os.PathLike | None, device: torch.device
-    ) -> 'Provenance':
-        """Describe results that are made now; reads the weights file once."""
-        packages = {'ast_plugin': ast_plugin.__version__, 'basicsr': _version('basicsr'), 'torch': torch.__version__}
-        name = f'{device.type} ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else device.type
-        return cls(
-            protocol=protocol.describe(),
-            metrics='; '.join(f'{name}: {_describe_metric(options)}' for name, options in metrics.items()),
-            weights=str(weights or ''),
-            sha256=file_digest(weights) if weights else '',
-            versions=', '.join([*(f'{package} {number}' for package, number in packages.items()), f'device {name}']),
-        )
 
 
 @dataclass
@@ -106,7 +58,7 @@ class ValidationResults:
         degraded: the same for the unrestored input; empty where its size is not the result's.
         thumbnails: input, result and clean image of some of the images.
         ranking: which image is better than another.
-        provenance: how the results were made; goes into the files.
+        provenance: how the results were made, see `describe_provenance`; goes into the files.
     """
 
     dataset: str
@@ -114,7 +66,7 @@ class ValidationResults:
     degraded: dict[str, dict[str, float]] = field(default_factory=dict)
     thumbnails: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
     ranking: Ranking | None = None
-    provenance: Provenance | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def collect(
@@ -186,7 +138,7 @@ class ValidationResults:
                 count = sum(values.get(metric) == math.inf for values in by_image.values())
                 if count and count < len(by_image):
                     lines.append(f'{kind}{metric}: {count} of {len(by_image)} are inf and left out of the mean')
-        return lines + [printable(f'{name}: {value}') for name, value in self._provenance()]
+        return lines + [printable(f'{name}: {value}') for name, value in self.provenance.items()]
 
     def to_markdown(self) -> str:
         """Return the table in Markdown, and the notes on it."""
@@ -195,19 +147,12 @@ class ValidationResults:
 
     def to_csv(self) -> str:
         """Return the table as comma-separated values; how it was made stands in columns, the same in each row."""
-        made = self._provenance()
         header, *rows = self.rows()
-        names, values = [name for name, _ in made], [printable(value) for _, value in made]
-        return to_csv([header + names, *(row + values for row in rows)])
+        values = [printable(value) for value in self.provenance.values()]
+        return to_csv([[*header, *self.provenance], *(row + values for row in rows)])
 
     def write(self, folder: Path) -> Path | None:
-        """Write `DATASET.csv`, `DATASET.md` and a sheet of the worst and the best images, each whole or not at all.
-
-        Returns:
-            The sheet; None where nothing was measured.
-        Raises:
-            FileError: if that fails.
-        """
+        """Write `DATASET.csv`, `DATASET.md` and a sheet of examples, whose path is returned where there are any."""
         write_file(folder / f'{self.dataset}.csv', self.to_csv().encode())
         write_file(folder / f'{self.dataset}.md', f'{self.to_markdown()}\n'.encode())
         sheet = self.draw_examples()
@@ -217,8 +162,23 @@ class ValidationResults:
         save_sheet(sheet, path)
         return path
 
-    def _provenance(self) -> list[tuple[str, str]]:
-        return [] if self.provenance is None else list(vars(self.provenance).items())
+
+def describe_provenance(
+    protocol: Protocol, metrics: Metrics, weights: str | os.PathLike | None, device: torch.device
+) -> dict[str, str]:
+    """Describe how results are made, without which a figure cannot be compared; reads the weights file once."""
+    try:
+        basicsr = version('basicsr')
+    except PackageNotFoundError:
+        basicsr = 'unknown'
+    name = f'{device.type} ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else device.type
+    return {
+        'protocol': protocol.describe(),
+        'metrics': '; '.join(f'{name}: {_describe_metric(options)}' for name, options in metrics.items()),
+        'weights': str(weights or ''),
+        'sha256': file_digest(weights) if weights else '',
+        'versions': f'ast_plugin {ast_plugin.__version__}, basicsr {basicsr}, torch {torch.__version__}, device {name}',
+    }
 
 
 def distinct(name: str, taken: Mapping[str, Any]) -> str:
@@ -244,10 +204,3 @@ def _scores(values: Mapping[str, float]) -> str:
 def _describe_metric(options: Mapping[str, Any]) -> str:
     arguments = [f'{key} {value}' for key, value in options.items() if key not in ('type', 'better')]
     return ', '.join([options['type'], *arguments])
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return 'unknown'

@@ -76,7 +76,7 @@ class Tiling:
             network: maps [N, C, h, w] to [N, D, s·h, s·w]; a module gets its tiles on its own device.
             image: [B, C, H, W], floating point, on any device.
             on_tile: called with (tiles done, tiles in all).
-            on_note: called with a line when tiles or fewer tiles at once are chosen because memory is short.
+            on_note: called with a line when memory is short and tiles or fewer tiles at once are chosen.
         Returns:
             [B, D, s·H, s·W], float32 or float64 as the image, on the image's device.
         Raises:

@@ -12,15 +12,15 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ast_plugin.data.contact_sheet import make_thumbnails
-from ast_plugin.data.image_files import ImageFile, write_image
-from ast_plugin.errors import DataError, PluginError
+from ast_plugin.data.image_files import ImageFile, encode_image
+from ast_plugin.errors import PluginError
 from ast_plugin.evaluation.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
 from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults, distinct
+from ast_plugin.files import write_file
 from ast_plugin.metrics.images import as_array, eight_bits
 from ast_plugin.metrics.registered_metrics import better_direction
 
-Restore = Callable[[dict[str, Any]], Mapping[str, Tensor]]
-ImagePath = Callable[[str, str, int | str], Path]
+ImagePath = Callable[[str, str, int | str], Path]  # of dataset, name and iteration
 
 _TENSORBOARD_IMAGES = 4
 _EXAMPLES = 3  # of the worst images of a test, and as many of the best
@@ -31,12 +31,11 @@ class Validator:
 
     Args:
         metrics: options of each metric, by the name it is printed under.
-        image_path: where the restored image of that dataset, name and iteration is to be written.
+        image_path: where a restored image is to be written.
         num_strips: of how many images of a dataset, the first ones, the results carry thumbnails.
         protocol: how results are made and measured.
         num_examples: of how many of the worst and of the best images the results carry thumbnails.
-        rank, world_size: the number of this process, from 0, and how many there are.
-        gather: gives the items of all processes to each of them.
+        processes: that share the work, see `ast_plugin.models.processes.Processes`; None for this one alone.
     """
 
     def __init__(
@@ -46,25 +45,18 @@ class Validator:
         num_strips: int = 0,
         protocol: Protocol = PROTOCOLS['basicsr'],
         num_examples: int = 0,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        gather: Callable[[list], list] = list,
+        processes: Any = None,
     ) -> None:
-        self.metrics = metrics
-        self.image_path = image_path
-        self.num_strips = num_strips
-        self.protocol = protocol
-        self.num_examples = num_examples
-        self.rank, self.world_size, self.gather = rank, world_size, gather
-        self.ranking: Ranking | None = None  # by the first metric
-        for name, options in metrics.items():
-            self.ranking = Ranking(name, better_direction(options) == 'lower', num_examples)
-            break
+        self.metrics, self.image_path, self.protocol = metrics, image_path, protocol
+        self.num_strips, self.num_examples = num_strips, num_examples
+        self.rank, self.world_size = (processes.rank, processes.count) if processes else (0, 1)
+        self.gather = processes.gather if processes else list
+        rankings = [Ranking(name, better_direction(o) == 'lower', num_examples) for name, o in metrics.items()]
+        self.ranking = rankings[0] if rankings else None
         self._degraded: dict[str, dict[int, dict[str, float]]] = {}  # an input's metrics never change
 
     @classmethod
-    def from_options(cls, opt: Mapping[str, Any], image_path: ImagePath, **processes: Any) -> 'Validator':
+    def from_options(cls, opt: Mapping[str, Any], image_path: ImagePath, processes: Any = None) -> 'Validator':
         """Build a validator by `val`, with thumbnails of `logger.tb_pictures` images, else 4, where they are shown.
 
         What `val` leaves out is put in: the protocol's metrics, and of each metric which way is better.
@@ -87,15 +79,15 @@ class Validator:
             if not metrics:
                 other = '' if protocol.metrics else f', and protocol {protocol.type} has none of its own'
                 logging.getLogger('basicsr').warning(f'Nothing is measured: val.metrics names no metric{other}')
-        return cls(metrics, image_path, num_strips, protocol, 0 if opt['is_train'] else _EXAMPLES, **processes)
+        return cls(metrics, image_path, num_strips, protocol, 0 if opt['is_train'] else _EXAMPLES, processes)
 
     def measure(
-        self, restore: Restore, loader: DataLoader, current_iter: int | str = '', save_img: bool = False
+        self, restore: Callable, loader: DataLoader, current_iter: int | str = '', save_img: bool = False
     ) -> ValidationResults:
         """Restore a dataset, with the metrics before and after.
 
         Args:
-            restore: gives `lq`, `result` and perhaps `gt` of a sample, [1, C, H, W] in [0, 1].
+            restore: returns `lq`, `result` and perhaps `gt` of a sample, [1, C, H, W] in [0, 1].
             loader: gives samples in batches of one.
             current_iter: goes into the names of images.
             save_img: write the restored images, rounded to 8 bits.
@@ -125,7 +117,9 @@ class Validator:
                 if self.world_size > 1:
                     # Which of several namesakes this one is will be known when all have been read.
                     written[number] = written[number].with_name(f'.{number}~{written[number].name}')
-                _write(written[number], _to_pixels(visuals['result']))
+                pixels = _to_pixels(visuals['result'])
+                image_file = ImageFile(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+                write_file(written[number], encode_image(written[number], image_file), make_folder=True)
         results = ValidationResults.collect(dataset, self.gather(images), self.ranking)
         names = list(results.restored)
         for number, path in written.items():
@@ -176,11 +170,3 @@ class Validator:
 def _to_pixels(image: Tensor) -> np.ndarray:
     """Return RGB or gray, [H, W, 3 or 1], uint8, of a tensor [1, C, H, W]; what is not in [0, 1] is cut off."""
     return eight_bits(as_array(image.clamp(0, 1)))
-
-
-def _write(path: Path, pixels: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f'{path.parent}: this folder cannot be made: {error.strerror or error}') from error
-    write_image(path, ImageFile(pixels if pixels.shape[2] == 3 else pixels[..., 0]))

@@ -106,12 +106,11 @@ def total_variation(image: Tensor, weight: Tensor | None = None, reduction: Redu
     Source: Rudin, Osher and Fatemi, "Nonlinear total variation based noise removal algorithms", 1992.
     """
     image = _widen(_check_image(image, 'total variation'))
-    pixel_weight = None if weight is None else weight.expand_as(image)
     total = image[..., :0].sum()  # zero, and part of the graph even where there is no difference to take
     for axis in (2, 3):
         steps = image.diff(dim=axis).abs()
         if steps.numel():
-            step_weight = None if weight is None else pixel_weight.narrow(axis, 1, steps.shape[axis])
+            step_weight = None if weight is None else weight.expand_as(image).narrow(axis, 1, steps.shape[axis])
             total = total + reduce_loss(steps, step_weight, reduction)
     return total
 
@@ -124,36 +123,23 @@ def laplacian(image: Tensor) -> Tensor:
 
 
 def difference(pred: Tensor, target: Tensor) -> Tensor:
-    """Return `pred - target` in at least float32.
-
-    Raises:
-        ShapeError: if the shapes differ; a silent broadcast would compare the wrong pixels.
-    """
+    """Return `pred - target` in at least float32; a silent broadcast would compare the wrong pixels."""
     if pred.shape != target.shape:
         raise ShapeError(
-            f'a loss compares images of one shape; got a prediction of {tuple(pred.shape)} '
-            f'and a target of {tuple(target.shape)}. Crop or pad one of them before the loss'
+            f'a loss compares images of one shape; got a prediction of {tuple(pred.shape)} and a target of '
+            f'{tuple(target.shape)}. Crop or pad one of them before the loss'
         )
     return _widen(pred) - _widen(target)
 
 
 def reduce_loss(values: Tensor, weight: Tensor | None = None, reduction: Reduction = 'mean') -> Tensor:
-    """Reduce elementwise losses, with elementwise weights if given.
-
-    Args:
-        values: losses of any shape.
-        weight: weights that broadcast to `values`; `mean` then divides by their sum, as BasicSR's losses do.
-        reduction: `mean`, `sum`, or `none` for the (weighted) values themselves.
-    Raises:
-        ShapeError: if `weight` does not broadcast to `values`.
-    """
+    """Reduce elementwise losses, with weights that broadcast to them; `mean` then divides by the weights' sum."""
     if weight is not None:
         try:
             weight = _widen(weight).expand_as(values)
         except RuntimeError:
-            raise ShapeError(
-                f'weights must broadcast to the losses {tuple(values.shape)}; got {tuple(weight.shape)}'
-            ) from None
+            shapes = f'{tuple(values.shape)}; got {tuple(weight.shape)}'
+            raise ShapeError(f'weights must broadcast to the losses {shapes}') from None
         values = values * weight
     if reduction == 'none':
         return values
@@ -177,10 +163,6 @@ class _Loss(nn.Module):
     def forward(self, pred: Tensor, target: Tensor | None = None, weight: Tensor | None = None, **kwargs) -> Tensor:
         """Return the weighted loss."""
         return self.loss_weight * self.compute(pred, target, weight)
-
-    def compute(self, pred: Tensor, target: Tensor | None, weight: Tensor | None) -> Tensor:
-        """Return the loss before `loss_weight`."""
-        raise NotImplementedError
 
 
 class ASTCharbonnierLoss(_Loss):

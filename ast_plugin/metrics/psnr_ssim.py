@@ -1,4 +1,7 @@
-"""PSNR and SSIM in the definitions that papers use. Of equal images PSNR is inf and SSIM 1."""
+"""PSNR (in decibels) and SSIM in the definitions that papers use. Of equal images PSNR is inf and SSIM 1.
+
+All take an image and its reference as `ast_plugin.metrics.images.check_pair` does, and raise what it raises.
+"""
 
 import math
 from collections.abc import Callable
@@ -18,10 +21,6 @@ _UNIFORM_SIDE = 7
 def psnr_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
     """PSNR over all pixels and channels, of values that are not rounded; peak 1.
 
-    Args:
-        image, reference: see `ast_plugin.metrics.images.check_pair`.
-    Returns:
-        Decibels; inf for equal images.
     Numerics: squares in float32, or float64 where an image is that; their mean in float64.
     Source: scikit-image, `peak_signal_noise_ratio`; the AST release's figures on AGAN-Data and Dense-Haze.
     """
@@ -30,13 +29,8 @@ def psnr_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> floa
 
 
 def psnr_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
-    """PSNR of the luma of images of 8 bits, the luma rounded to 8 bits too; peak 255.
+    """PSNR of the luma of images rounded to 8 bits, the luma rounded too; peak 255. Gray images count as luma.
 
-    Args:
-        image, reference: see `ast_plugin.metrics.images.check_pair`; rounded to 8 bits first, as the files are that
-            MATLAB reads. Gray images count as luma.
-    Returns:
-        Decibels; inf for images whose luma is equal.
     Numerics: float64.
     Source: MATLAB's `rgb2ycbcr` and `20 log10(255 / rmse)`, the usual script for deraining; the AST release's on SPAD.
     """
@@ -45,14 +39,8 @@ def psnr_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) ->
 
 
 def psnr_y_float(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
-    """PSNR of the luma of values that are not rounded; peak 1.
+    """PSNR of the luma of RGB values that are not rounded; peak 1.
 
-    Args:
-        image, reference: see `ast_plugin.metrics.images.check_pair`; RGB.
-    Returns:
-        Decibels; inf for images whose luma is equal.
-    Raises:
-        ShapeError: if the images are not RGB.
     Numerics: float32, or float64 where an image is that: six digits.
     Source: `batch_PSNR(…, 'y')` by which Uformer and the AST release pick the best weights while they train.
     """
@@ -69,14 +57,8 @@ def ssim_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> floa
 
     Windows are uniform squares of 7 pixels that lie inside of the image; variances are those of samples (49/48).
 
-    Args:
-        image, reference: see `ast_plugin.metrics.images.check_pair`; at least 7 pixels a side.
-    Raises:
-        ShapeError: if they are smaller.
-    Numerics: as there: float32, or float64 where both images are that; the mean in float64. In float32 some
-        1e-7 lie between this and the exact value.
-    Source: scikit-image, `structural_similarity(…, channel_axis=2, data_range=1)`; the AST release's figures on
-        AGAN-Data and Dense-Haze.
+    Numerics: as there: float32 (some 1e-7 off), or float64 where both images are that; the mean in float64.
+    Source: scikit-image, `structural_similarity(…, channel_axis=2, data_range=1)`; the AST release on AGAN-Data.
     """
     image, reference = check_pair(image, reference)
     _check_size(image, _UNIFORM_SIDE)
@@ -88,15 +70,10 @@ def ssim_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> floa
 
 
 def ssim_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
-    """SSIM of the luma of images of 8 bits, the luma rounded to 8 bits too; range 255.
+    """SSIM of the luma of images rounded to 8 bits, the luma rounded too; range 255. Gray images count as luma.
 
     Windows are Gaussian, of 11 pixels and sigma 1.5, and lie inside of the image.
 
-    Args:
-        image, reference: see `ast_plugin.metrics.images.check_pair`; at least 11 pixels a side; rounded to 8 bits
-            first, as the files are that MATLAB reads. Gray images count as luma.
-    Raises:
-        ShapeError: if they are smaller.
     Numerics: float64.
     Source: Wang et al., TIP 2004, after MATLAB's `rgb2ycbcr`: the usual script for deraining, the AST release on SPAD.
     """

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError, did_you_mean, first_line
-from ast_plugin.metrics.images import from_toolbox
+from ast_plugin.metrics.images import fractions, from_toolbox
 from ast_plugin.metrics.psnr_ssim import psnr_rgb, psnr_y_float, psnr_y_matlab, ssim_rgb, ssim_y_matlab
 
 _LOWER_IS_BETTER = ('calculate_niqe', 'calculate_fid')
@@ -52,11 +52,11 @@ def pyiqa(
     better: str | None = None,
     **options: Any,
 ) -> float:
-    """Measure one image by a metric of pyiqa (LPIPS, DISTS, NIQE …), which downloads the metric's weights once.
+    """Measure one image by a metric of pyiqa (lpips, dists, niqe …), which downloads the metric's weights once.
 
     Args:
         img, img2: the image and its reference, which metrics without reference do not look at.
-        metric: its name in pyiqa, such as lpips, dists or niqe.
+        metric: its name in pyiqa.
         crop_border, input_order: as of BasicSR's metrics.
         better: what BasicSR leaves among the options; without effect here.
         options: the metric's own.
@@ -67,11 +67,8 @@ def pyiqa(
     """
     pair = [from_toolbox(image, crop_border, input_order) for image in (img, img2)]
     model = _pyiqa_model(metric, json.dumps(options, sort_keys=True))
-    scales = [255 if image.dtype == np.uint8 else 1 for image in pair]
-    tensors = [
-        torch.from_numpy(np.array(image, np.float32).transpose(2, 0, 1)[None]).div(scale)
-        for image, scale in zip(pair, scales, strict=True)
-    ]
+    tensors = [torch.from_numpy(np.ascontiguousarray(fractions(image).transpose(2, 0, 1)[None])) for image in pair]
+    tensors = [tensor.float() for tensor in tensors]
     needs_reference = model.metric_mode == 'FR'
     if needs_reference and tensors[0].shape != tensors[1].shape:
         raise ShapeError(f'{metric}: the image is {list(pair[0].shape)} and the reference {list(pair[1].shape)}')
@@ -84,11 +81,7 @@ def pyiqa(
 
 
 def better_direction(options: Mapping[str, Any]) -> str:
-    """Return 'higher' or 'lower' for the options of a metric: its `better`, else what is known of its `type`.
-
-    Raises:
-        BackendUnavailable, OptionError: if it is of pyiqa, and that is not there or has no such metric.
-    """
+    """Return 'higher' or 'lower' for the options of a metric: its `better`, else what is known of its `type`."""
     if options.get('better'):
         return options['better']
     if options['type'] == 'pyiqa':

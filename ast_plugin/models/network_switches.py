@@ -96,15 +96,10 @@ def _compile(found: list[nn.Module], backend: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise OptionError(f'train.compile: torch has no backend {backend!r}: true, or one of {", ".join(known)}')
-    _allow_compilations(2 * len(found))
-    for block in found:
-        # Patches have one size throughout a run.
-        block.compile(backend=backend, dynamic=False)
-
-
-def _allow_compilations(count: int) -> None:
-    """Blocks of one class share torch's count of compilations, whose limit of 8 a U-shaped network's levels exceed."""
     import torch._dynamo.config as config
 
+    # Blocks of one class share torch's count of compilations, whose limit of 8 a U-shaped network's levels exceed.
     name = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'  # its name until torch 2.6
-    setattr(config, name, max(count, getattr(config, name)))
+    setattr(config, name, max(2 * len(found), getattr(config, name)))
+    for block in found:
+        block.compile(backend=backend, dynamic=False)  # patches have one size throughout a run

@@ -32,41 +32,28 @@ _REFUSED = {
 
 
 def find_optimizer(name: str) -> type[Optimizer]:
-    """The optimiser called `name`: of torch.optim, or else of pytorch_optimizer, which is imported only then.
-
-    Raises:
-        OptionError: if there is none, it cannot be served, or the package that may have it is not installed.
-    """
+    """Return the optimiser called `name`: of torch.optim, or else of pytorch_optimizer, which is imported only then."""
     for reason, names in _REFUSED.items():
         if name in names:
             raise OptionError(f'the optimiser {name} cannot be used here: {reason}; AdamW is a good choice')
-    offered = _optimizers(torch.optim)
-    if name in offered:
-        return offered[name]
-    try:
-        collection = importlib.import_module(EXTRA)
-    except ModuleNotFoundError as error:
-        if error.name != EXTRA:
-            raise
-        hint = did_you_mean(name, offered) or (
-            f': {", ".join(sorted(offered))}; those of {EXTRA} can be used once it is installed: '
-            'pip install "ast_plugin[optimizers]"'
-        )
-        raise OptionError(f'no optimiser of torch.optim is named {name}{hint}') from None
-    more = _optimizers(collection)
-    if name not in more:
-        names = {**offered, **more}
-        hint = did_you_mean(name, names) or f': {", ".join(sorted(names))}'
-        raise OptionError(f'no optimiser of torch.optim or {EXTRA} is named {name}{hint}')
-    return more[name]
+    known = _optimizers(torch.optim)
+    where, advice = 'torch.optim', ''
+    if name not in known:
+        try:
+            known = {**_optimizers(importlib.import_module(EXTRA)), **known}
+            where = f'torch.optim or {EXTRA}'
+        except ModuleNotFoundError as error:
+            if error.name != EXTRA:
+                raise
+            advice = f'; those of {EXTRA} can be used once it is installed: pip install "ast_plugin[optimizers]"'
+    if name not in known:
+        hint = did_you_mean(name, known) or f': {", ".join(sorted(known))}{advice}'
+        raise OptionError(f'no optimiser of {where} is named {name}{hint}')
+    return known[name]
 
 
 def build_optimizer(name: str, parameters: Iterable, lr: float, **options: Any) -> Optimizer:
-    """An optimiser by name.
-
-    Raises:
-        OptionError: if there is none of that name, or it refuses the options.
-    """
+    """Build an optimiser by name."""
     kind = find_optimizer(name)
     try:
         return kind(parameters, lr=lr, **options)
@@ -129,7 +116,7 @@ class WarmupCosineLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:
-        """Rates of the groups at `last_epoch`, which BasicSR counts in iterations."""
+        """Return the rates of the groups at `last_epoch`, which BasicSR counts in iterations."""
         step = self.last_epoch // self.held
         if step < self.warmup_steps:
             return [base * (step + 1) / self.warmup_steps for base in self.base_lrs]
@@ -142,12 +129,7 @@ SCHEDULERS = {'WarmupCosineLR': WarmupCosineLR}
 
 
 def build_schedule(optimizer: Optimizer, train: Mapping[str, Any]) -> LRScheduler | None:
-    """The schedule that `train.scheduler` names; None if it is none of ours.
-
-    Args:
-        optimizer: what it steers.
-        train: the section of the option file, whose `total_iter` and `iters_per_epoch` stand in for the schedule's.
-    """
+    """Build the schedule that `train.scheduler` names, in a run of `train.total_iter`; None if it is none of ours."""
     options = dict(train['scheduler'])
     kind = SCHEDULERS.get(options.pop('type'))
     if kind is None:
@@ -157,10 +139,9 @@ def build_schedule(optimizer: Optimizer, train: Mapping[str, Any]) -> LRSchedule
 
 
 def restore_rates(schedule: LRScheduler) -> None:
-    """Give a schedule its own rates back before it steps.
+    """Return a schedule to its own rates before it steps.
 
-    BasicSR's warm-up overwrites them, and those of its schedules that work on the present rate (MultiStepLR) would go
-    on from the warm-up's last one, for ever short of the full rate.
+    BasicSR's warm-up overwrites them, and schedules that work on the present rate (MultiStepLR) would stay below it.
     """
     for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group['lr'] = rate

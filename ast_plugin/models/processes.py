@@ -33,12 +33,7 @@ class ProcessLost(PluginError, RuntimeError):
 
 
 class Processes:
-    """All processes of the run; every one of them makes this object, and calls its methods in the same order.
-
-    Attributes:
-        rank: the number of this process, from 0.
-        count: how many there are.
-    """
+    """All processes of the run; every one of them makes this object, and calls its methods in the same order."""
 
     def __init__(self) -> None:
         self.rank, self.count = get_dist_info()
@@ -65,14 +60,10 @@ class Processes:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Let the process that fails first say why, and the others end without a word of what this does to them.
-
-    A process that is killed from outside cannot say anything; then the others say that it is gone.
+    """Let the process that fails first say why, with its rank, and the others end without a word (SystemExit).
 
     Raises:
-        PluginError: this process's own, with its rank before the message.
-        ProcessLost: if the connection to another broke off, and nobody knows why.
-        SystemExit: if another failed before, and this error says nothing new.
+        ProcessLost: if the connection to another broke off, and nobody knows why: it may have been killed.
     """
     try:
         yield
@@ -106,12 +97,7 @@ def leave() -> None:
 
 
 class RunStopped(SystemExit):
-    """The run has saved itself and ends because a signal asked for it; the exit status is the signal's.
-
-    Args:
-        number: of the signal.
-        iteration: the last one done, which is saved; 0 if there was nothing to save yet.
-    """
+    """The run has saved itself after an iteration (0 if there was nothing yet) and ends as a signal asked for it."""
 
     def __init__(self, number: int, iteration: int) -> None:
         super().__init__(128 + number)
@@ -128,15 +114,14 @@ def received_signal() -> int | None:
 def catch_signals() -> Iterator[None]:
     """Take signals as requests inside; `received_signal` tells of them.
 
-    Signals that the process was started to ignore stay ignored. Outside the main thread nothing changes: Python lets
-    no other thread have signals.
+    Signals that the process was started to ignore stay ignored. Threads but the main one cannot have signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     owner = os.getpid()
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def hear(number: int, frame: object) -> None:
         if os.getpid() != owner:
@@ -150,21 +135,18 @@ def catch_signals() -> Iterator[None]:
         with suppress(OSError):
             os.write(2, f'\nbasicsr: {signal.Signals(number).name}: saving; once more ends it at once\n'.encode())
 
-    for number in heard:
+    for number in before:
         signal.signal(number, hear)
     try:
         yield
     finally:
-        for number in heard:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
         _received.clear()
 
 
 def _claim(message: str) -> tuple[bool, str]:
-    """Whether this process is the first to fail, and what the first one said.
-
-    The notice board is the store by which the processes found one another, torchrun's own process most of the time.
-    """
+    """Whether this process is the first to fail, and what the first one said: by the store that they share."""
     try:
         store = dist.distributed_c10d._get_default_store()
         if store.add(_FAILURES, 1) == 1:

@@ -12,17 +12,15 @@ _MEMORY = 0.9  # how much of the mean wait is kept from one iteration to the nex
 
 
 class TrainingProgress:
-    """One bar for a whole run: losses, rate, remaining time, share of waiting for data, memory, best value.
+    """One bar for a whole run, where stderr is a terminal; the toolbox's log lines go on above it.
 
-    Silent where the error stream is no terminal, and in all processes but the first. The toolbox's log lines go on
-    above the bar.
+    It shows losses, rate, remaining time, share of waiting for data, memory, best value.
 
     Args:
-        total_iter: iterations of the run.
-        start_iter: iterations already done when it starts.
-        logger: the toolbox's logger, whose stream handlers shall not tear the bar.
+        total_iter, start_iter: iterations of the run, and those already done.
+        logger: the toolbox's, whose stream handlers shall not tear the bar.
         device: whose memory is shown; of a CPU the process's.
-        is_shown: False for a process that shall keep silent.
+        is_shown: False for all processes but the first.
     """
 
     def __init__(

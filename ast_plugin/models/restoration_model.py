@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
+from basicsr.data import build_dataloader, build_dataset
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import master_only
@@ -28,7 +30,7 @@ from ast_plugin.data.contact_sheet import join_images
 from ast_plugin.data.sampler import epoch_of
 from ast_plugin.data.transforms import to_unit_range
 from ast_plugin.errors import DataError
-from ast_plugin.evaluation.results import Provenance, ValidationResults
+from ast_plugin.evaluation.results import ValidationResults, describe_provenance
 from ast_plugin.evaluation.validator import Validator
 from ast_plugin.models import mixup, network_switches, optimizers, run_state, training_step
 from ast_plugin.models.processes import Processes, RunStopped, received_signal
@@ -56,18 +58,13 @@ class RestorationModel(SRModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         self.progress: TrainingProgress | None = None
         self.processes = Processes()
-        self.validator = Validator.from_options(
-            opt,
-            self._image_path,
-            rank=self.processes.rank,
-            world_size=self.processes.count,
-            gather=self.processes.gather,
-        )
+        self.validator = Validator.from_options(opt, self._image_path, self.processes)
         self.validated_at: dict[str, int] = {}  # by dataset: iteration of the last validation
         self.notes: set[str] = set()  # on memory, each logged once
         self.log_dict: Mapping[str, float] = {}
         self.run_log = RunLog.from_options(opt, self.processes.rank)
-        self.stateful: dict[str, run_state.Stateful] = {'run_log': self.run_log}
+        # Parts of the run that a training state holds, each by its state_dict and load_state_dict.
+        self.stateful: dict[str, Any] = {'run_log': self.run_log}
         self.iteration = self.saved_at = 0
         super().__init__(opt)
 
@@ -121,7 +118,7 @@ class RestorationModel(SRModel):
         """Before each iteration: step the schedules, then BasicSR's linear warm-up over what they say.
 
         Raises:
-            RunStopped: if a signal has asked for it; what has been trained is saved then.
+            RunStopped: see `leave_if_asked`.
         """
         self.leave_if_asked()
         self.iteration = current_iter
@@ -145,15 +142,12 @@ class RestorationModel(SRModel):
         self.progress.begin()
         if self.mixing is not None:
             self.lq, self.gt = self.mixing(self.lq, self.gt, current_iter)
-        self.log_dict, changed = self.step(self.lq, self.gt, self.compute_losses, current_iter, self.images)
+        compute_losses = partial(training_step.compute_losses, self.losses)
+        self.log_dict, changed = self.step(self.lq, self.gt, compute_losses, current_iter, self.images)
         if changed and self.ema_decay > 0:
             self.model_ema(self.ema_decay)
         self.run_log.add_iteration(current_iter, self.get_current_learning_rate()[0], self.log_dict)
         self.progress.advance(self.log_dict)
-
-    def compute_losses(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Return every loss by its name in the log."""
-        return training_step.compute_losses(self.losses, output, target)
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the averaged weights towards the present ones."""
@@ -213,16 +207,17 @@ class RestorationModel(SRModel):
             self._write_results(results)
             return
         self._initialize_best_metric_results(name)
-        improved = self._is_best(name, self.metric_results)
-        for metric, value in self.metric_results.items():
-            self._update_best_metric_result(name, metric, value, current_iter)
+        metric = self.opt['val'].get('best_metric') or next(iter(self.metric_results))
+        best, value = self.best_metric_results[name][metric], self.metric_results[metric]
+        improved = value > best['val'] if best['better'] == 'higher' else value < best['val']
+        for each, mean in self.metric_results.items():
+            self._update_best_metric_result(name, each, mean, current_iter)
         self._log_validation_metric_values(current_iter, name, tb_logger)
         self.run_log.add_validation(current_iter, name, self.metric_results)
-        if improved:
+        if improved and name == next(iter(self.best_metric_results)):  # of several datasets the first decides
             self.save_best()
         if self.progress is not None:
-            best = self.best_metric_results[name][self._best_metric()]['val']
-            self.progress.best = f'best {self._best_metric()} {best:.2f}'
+            self.progress.best = f'best {metric} {self.best_metric_results[name][metric]["val"]:.2f}'
 
     def measure(
         self, dataloader: DataLoader, current_iter: int | str = '', save_img: bool = False
@@ -250,7 +245,8 @@ class RestorationModel(SRModel):
     @master_only
     def _write_results(self, results: ValidationResults) -> None:
         weights = self.opt['path'].get('pretrain_network_g')
-        results.provenance = Provenance.of(self.validator.protocol, self.validator.metrics, weights, self.device)
+        protocol, metrics = self.validator.protocol, self.validator.metrics
+        results.provenance = describe_provenance(protocol, metrics, weights, self.device)
         sheet = results.write(Path(self.opt['path']['results_root']))
         print(f'\n{results.dataset}\n\n{results.to_markdown()}\n', flush=True)
         if sheet is not None:
@@ -264,17 +260,6 @@ class RestorationModel(SRModel):
             better = options.get('better', 'higher')
             known.setdefault(metric, {'better': better, 'val': inf if better == 'lower' else -inf, 'iter': -1})
 
-    def _best_metric(self) -> str:
-        return self.opt['val'].get('best_metric') or next(iter(self.opt['val']['metrics']))
-
-    def _is_best(self, dataset: str, values: Mapping[str, float]) -> bool:
-        """Whether this validation beats every earlier one; of several datasets the first decides."""
-        if dataset != next(iter(self.best_metric_results)):
-            return False
-        metric = self._best_metric()
-        best = self.best_metric_results[dataset][metric]
-        return values[metric] > best['val'] if best['better'] == 'higher' else values[metric] < best['val']
-
     @master_only
     def save_best(self) -> None:
         """Write the present weights as the best, for BasicSR and, self-describing, as safetensors."""
@@ -287,27 +272,21 @@ class RestorationModel(SRModel):
 
     def save(self, epoch: int, current_iter: int) -> None:
         """Write weights and training state, each whole or not at all, and then delete those that are too old."""
-        self._save_weights(current_iter)
+        if self.processes.rank == 0:
+            folder = Path(self.opt['path']['models'])
+            save_torch(folder / WEIGHTS.format('latest' if current_iter == -1 else current_iter), self.weights())
+            if current_iter != -1:
+                keep_newest(folder, WEIGHTS, current_iter, self._num_kept())
         self.save_training_state(epoch, current_iter)
         self._pause(is_over=current_iter == -1)
 
-    @master_only
-    def _save_weights(self, current_iter: int) -> None:
-        folder = Path(self.opt['path']['models'])
-        if current_iter == -1:
-            save_torch(folder / WEIGHTS.format('latest'), self.weights())
-            return
-        save_torch(folder / WEIGHTS.format(current_iter), self.weights())
-        keep_newest(folder, WEIGHTS, current_iter, self._num_kept())
-
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Return the network's weights, and their moving average where there is one, by the keys of BasicSR's files."""
-        networks = {'params': self.get_bare_model(self.net_g)}
-        if hasattr(self, 'net_g_ema'):
-            networks['params_ema'] = self.net_g_ema
+        networks = {'params': self.get_bare_model(self.net_g), 'params_ema': getattr(self, 'net_g_ema', None)}
         return {
             key: {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
             for key, network in networks.items()
+            if network is not None
         }
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
@@ -336,9 +315,19 @@ class RestorationModel(SRModel):
         iters_per_epoch = self.opt['train'].get('iters_per_epoch')
         if iters_per_epoch:
             resume_state['epoch'], _ = epoch_of(iteration, iters_per_epoch)
-        if run_state.was_validation_due(self.opt, iteration):
-            for loader in run_state.validation_loaders(self.opt):
-                self.validation(loader, iteration, None, self.opt['val'].get('save_img', False))
+        val = self.opt.get('val') or {}
+        if val.get('val_freq') and iteration % val['val_freq'] == 0:  # BasicSR saves before, and knows no outcome
+            for key, options in self.opt['datasets'].items():
+                if key.split('_')[0] == 'val':
+                    loader = build_dataloader(
+                        build_dataset(options),
+                        options,
+                        num_gpu=self.opt['num_gpu'],
+                        dist=self.opt['dist'],
+                        sampler=None,
+                        seed=self.opt['manual_seed'],
+                    )
+                    self.validation(loader, iteration, None, val.get('save_img', False))
 
     def validation(
         self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool = False

@@ -23,7 +23,6 @@ Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 FIXED = ('iter', 'epoch', 'lr')  # columns before the losses'
 _MOST_ROWS_IN_MEMORY = 1000
-_FILE, _CURVE = 'metrics.csv', 'curve.png'
 _SECONDS_BETWEEN_CURVES = 60.0
 _MOST_SHARE_OF_TIME = 0.01  # that drawing may take
 
@@ -36,17 +35,15 @@ _MOST_POINTS = 20_000
 class RunLog:
     """Writes `metrics.csv` and `curve.png` into the experiment's folder.
 
-    The table has a row for every iteration (number, epoch as the toolbox counts it, rate of the first group, losses)
-    and one for every validation (number, epoch, and in the columns `dataset/metric` the means). Numbers are written
-    in full: they read back as the very floats that they were.
-
-    Rows wait in memory until `flush`, which every so many iterations call, and the end of the process. A training
-    state holds how many rows belong to it; a run that goes on from it cuts off what its predecessor wrote after that.
+    The table has a row for every iteration (number, epoch as BasicSR counts it, rate of the first group, losses) and
+    one for every validation (number, epoch, and the means in the columns `dataset/metric`), numbers in full. Rows wait
+    in memory until `flush`. A training state holds how many rows belong to it; a run that goes on from it cuts off
+    what its predecessor wrote after that.
 
     Args:
         folder: of the experiment; None writes nothing, as do all processes but the first.
         name: of the run, the title of the drawing.
-        iters_per_epoch: to tell the epoch from the iteration; None leaves that column empty.
+        iters_per_epoch: tells the epoch of an iteration; None leaves that column empty.
         best_metric: the metric of validation to draw, none if None; with `higher_is_better`.
         flush_every: iterations.
     """
@@ -61,10 +58,9 @@ class RunLog:
         flush_every: int = _MOST_ROWS_IN_MEMORY,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.name = name
-        self.iters_per_epoch = iters_per_epoch
-        self.best_metric = best_metric
-        self.higher_is_better = higher_is_better
+        self.table, self.curve = (Path(folder or '', name) for name in ('metrics.csv', 'curve.png'))
+        self.name, self.iters_per_epoch = name, iters_per_epoch
+        self.best_metric, self.higher_is_better = best_metric, higher_is_better
         self.flush_every = min(flush_every, _MOST_ROWS_IN_MEMORY)
         self._columns: list[str] = []
         self._rows: list[dict[str, Any]] = []
@@ -89,16 +85,6 @@ class RunLog:
             metrics.get(best, {}).get('better') != 'lower',
             (opt.get('logger') or {}).get('print_freq') or _MOST_ROWS_IN_MEMORY,
         )
-
-    @property
-    def table(self) -> Path:
-        """The file of numbers."""
-        return self.folder / _FILE
-
-    @property
-    def curve(self) -> Path:
-        """The drawing of them."""
-        return self.folder / _CURVE
 
     def add_iteration(self, current_iter: int, lr: float, losses: Mapping[str, float]) -> None:
         """Note the losses of an iteration."""
@@ -134,10 +120,7 @@ class RunLog:
         self._rows.clear()
 
     def draw(self, at_once: bool = False) -> None:
-        """Draw the table anew; not oftener than once a minute, unless `at_once`, and never twice the same.
-
-        A run does not end for want of its drawing: where none can be drawn a warning says why.
-        """
+        """Draw the table anew where that can be done; once a minute at most, unless `at_once`, and never twice."""
         self.flush()
         is_due = at_once or time.monotonic() > self._due_at
         if not self._is_open or not is_due or self._num_drawn == self._num_written:
@@ -177,7 +160,8 @@ class RunLog:
 
     def _open(self, current_iter: int) -> None:
         """Keep the rows of the state that is resumed; without one, those of earlier iterations."""
-        header, rows = _read_lines(self.table) if self._goes_on(current_iter) else ('', [])
+        goes_on = self.table.is_file() and (current_iter > 1 or self._num_to_keep is not None)
+        header, rows = _read_lines(self.table) if goes_on else ('', [])
         if self._num_to_keep is None:
             self._num_to_keep = sum(int(row.partition(',')[0]) < current_iter for row in rows)
         self._columns = next(csv.reader([header])) if header else [*FIXED]
@@ -188,9 +172,6 @@ class RunLog:
     def _flush_at_the_end(self) -> None:
         with suppress(FileError):
             self.flush()
-
-    def _goes_on(self, current_iter: int) -> bool:
-        return self.table.is_file() and (current_iter > 1 or self._num_to_keep is not None)
 
     def _add_columns(self, names: Sequence[str]) -> None:
         self.flush()

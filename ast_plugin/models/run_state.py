@@ -1,28 +1,18 @@
 """All that a run is, as one file that needs no other: collected from a model, and put back.
 
 Beside BasicSR's keys (`epoch`, `iter`, `optimizers`, `schedulers`) a state holds the weights under `params` and
-`params_ema`, where readers of weights files find them, the best values, each process's random generators, and what
-the parts in the model's `stateful` say of themselves. All of it is tensors and plain values.
-
-The place in the epoch's order needs no room: it follows from the iteration, see `data.sampler.epoch_of`.
+`params_ema`, where readers of weights files find them, the best values, each process's random generators, and the
+states of the parts in the model's `stateful`: tensors and plain values. The place in the epoch's order follows from the
+iteration, see `data.sampler.epoch_of`.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from basicsr.data import build_dataloader, build_dataset
 from basicsr.utils import get_root_logger
 
 from ast_plugin.data import random_states
 from ast_plugin.errors import CheckpointError
-
-
-class Stateful(Protocol):
-    """A part of a run that a state must hold; `load_state_dict` takes what `state_dict` gave, or most of it."""
-
-    def state_dict(self) -> Any: ...
-
-    def load_state_dict(self, state: Any, /) -> Any: ...
 
 
 def collect(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
@@ -72,25 +62,3 @@ def restore(model: Any, state: Mapping[str, Any]) -> None:
         missing.append('random numbers')
     if missing:
         get_root_logger().warning(f'The state says nothing of these, they start afresh: {", ".join(missing)}')
-
-
-def was_validation_due(opt: Mapping[str, Any], iteration: int) -> bool:
-    """Return whether BasicSR validates after an iteration; it saves before, so that no state knows the outcome."""
-    frequency = (opt.get('val') or {}).get('val_freq')
-    return bool(frequency) and iteration % frequency == 0
-
-
-def validation_loaders(opt: Mapping[str, Any]) -> list:
-    """Return the run's validation sets as BasicSR's loop loads them."""
-    return [
-        build_dataloader(
-            build_dataset(options),
-            options,
-            num_gpu=opt['num_gpu'],
-            dist=opt['dist'],
-            sampler=None,
-            seed=opt['manual_seed'],
-        )
-        for key, options in opt['datasets'].items()
-        if key.split('_')[0] == 'val'
-    ]

@@ -29,16 +29,10 @@ _SMALLEST_SCALE = 2.0**-24
 
 
 class Precision:
-    """Autocast for the network, and for float16 the loss scaling that keeps small gradients from vanishing.
+    """Autocast for the network in `fp32`, `bf16` or `fp16`, and loss scaling for the last, whose state is the run's.
 
-    Weights, gradients, losses and the optimiser stay in float32; so do validation and testing, as in the paper's
-    protocol, whatever a run trains in.
+    Weights, gradients, losses, the optimiser, validation and testing stay in float32.
 
-    Args:
-        name: `fp32`, `bf16` or `fp16`.
-        device: where the network runs.
-    Attributes:
-        scaler: its state belongs to a run's; it does nothing unless `name` is `fp16`.
     Raises:
         OptionError: if the format is unknown, or the device cannot compute in it.
     """
@@ -54,11 +48,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == 'fp16')
 
     def check_wrapper(self, network: nn.Module) -> None:
-        """Refuse torch's DataParallel with bf16: its threads forget autocast's format and compute in float16.
-
-        Raises:
-            OptionError: then.
-        """
+        """Refuse torch's DataParallel with bf16: its threads forget autocast's format and compute in float16."""
         if self.dtype is torch.bfloat16 and isinstance(network, nn.DataParallel):
             raise OptionError(
                 'train.precision: bf16 with several GPUs needs a process for each: torchrun --nproc_per_node=N '
@@ -249,11 +239,7 @@ class TrainingStep:
 
 
 def build_losses(train: Mapping[str, Any], device: torch.device) -> dict[str, nn.Module]:
-    """Build the losses, by their names in the log: `pixel_opt` is `l_pix`, any other `NAME_opt` is `l_NAME`.
-
-    Raises:
-        OptionError: if there is none, or one that does not add up over micro-batches.
-    """
+    """Build the losses, by their names in the log: `pixel_opt` is `l_pix`, any other `NAME_opt` is `l_NAME`."""
     losses = {
         f'l_{key.removesuffix("_opt").replace("pixel", "pix")}': build_loss(options).to(device)
         for key, options in train.items()
@@ -266,11 +252,7 @@ def build_losses(train: Mapping[str, Any], device: torch.device) -> dict[str, nn
 
 
 def check_reductions(train: Mapping[str, Any], losses: Mapping[str, nn.Module]) -> None:
-    """Refuse losses that do not add up over micro-batches.
-
-    Raises:
-        OptionError: if one is a sum over the batch, and not a mean.
-    """
+    """Refuse losses that are sums over the batch, which micro-batches do not add up to."""
     sums = [name for name, criterion in losses.items() if getattr(criterion, 'reduction', 'mean') != 'mean']
     if sums and (train.get('accumulate') or 1) > 1:
         raise OptionError(f'train.accumulate needs losses with reduction: mean, which {", ".join(sums)} is not')
@@ -291,14 +273,9 @@ def compute_losses(losses: Mapping[str, nn.Module], output: Tensor, target: Tens
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """Move an average towards a network: average = decay · average + (1 − decay) · network.
+    """Move an average towards a network, in place: average = decay · average + (1 − decay) · network.
 
     Parameters and buffers of numbers (BatchNorm's means and variances) are averaged, counters and indices copied.
-
-    Args:
-        average: a copy of `network`, changed in place.
-        network: without the wrappers of parallel training.
-        decay: in [0, 1]; 0 copies.
     """
     old, new = (list(chain(each.parameters(), each.buffers())) for each in (average, network))
     pairs = list(zip(old, new, strict=True))
@@ -319,12 +296,8 @@ def batch_size(opt: Mapping[str, Any]) -> int | None:
 
 
 def check_switches(opt: Mapping[str, Any], network: nn.Module, losses: Mapping[str, nn.Module]) -> None:
-    """Try the switches of `train` before a run, on a network that is not trained afterwards.
+    """Try the switches of `train` before a run, on a network that is not trained afterwards and may be on `meta`.
 
-    Args:
-        opt: options prepared for BasicSR.
-        network: changed in place; needs no memory behind its weights.
-        losses: by their keys in `train`.
     Raises:
         OptionError: naming the first switch that does not apply to network, losses, batch or device.
     """

@@ -42,21 +42,9 @@ def run(weights, tmp_path, capsys):
     """Runs the command on paths below `tmp_path`; gives status, stdout and stderr."""
 
     def infer_here(source, *more, output='out', weights=weights):
-        sources = [source] if isinstance(source, str) else source
-        status = main(
-            [
-                'infer',
-                '-i',
-                *(str(tmp_path / name) for name in sources),
-                '-o',
-                str(tmp_path / output),
-                '--weights',
-                str(weights),
-                '--device',
-                'cpu',
-                *map(str, more),
-            ]
-        )
+        sources = [tmp_path / name for name in ([source] if isinstance(source, str) else source)]
+        arguments = ['-i', *sources, '-o', tmp_path / output, '--weights', weights, '--device', 'cpu', *more]
+        status = main(['infer', *map(str, arguments)])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -112,13 +100,7 @@ def test_depth_gray_and_transparency(run, tmp_path, suffix, dtype, channels):
 
 @pytest.mark.parametrize(
     ('name', 'options'),
-    [
-        ('a.jpg', {'quality': 95}),
-        ('a.JPEG', {}),
-        ('a.webp', {}),
-        ('a.webp', {'lossless': True}),
-        ('a.bmp', {}),
-    ],
+    [('a.jpg', {'quality': 95}), ('a.JPEG', {}), ('a.webp', {}), ('a.webp', {'lossless': True}), ('a.bmp', {})],
 )
 def test_formats_keep_their_kind(run, tmp_path, name, options):
     rows, columns = np.mgrid[0:24, 0:32]
@@ -235,13 +217,6 @@ def test_names_that_lie_about_the_format(run, tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'a_new.png').alpha, noise(9, 9, 4)[..., 3])
 
 
-def test_earlier_results_are_replaced(run, tmp_path):
-    put(tmp_path / 'a.png')
-    put(tmp_path / 'out' / 'a.png', noise(3, 3, 3))
-    assert run('a.png')[0] == 0
-    assert read_image(tmp_path / 'out' / 'a.png').color.shape == (12, 10, 3)
-
-
 @pytest.mark.parametrize('how', ['same', 'dots', 'symlink', 'folder link', 'hard link', 'other input'])
 def test_inputs_are_never_replaced(run, tmp_path, how):
     before = put(tmp_path / 'photos' / 'a.png').read_bytes()
@@ -267,15 +242,10 @@ def test_inputs_are_never_replaced(run, tmp_path, how):
 
 def test_suffix_puts_results_beside_inputs(run, tmp_path):
     put(tmp_path / 'a.png')
+    put(tmp_path / 'a_restored.png', noise(3, 3, 3))  # of an earlier run
     assert run('a.png', '--suffix', '_restored', output='.')[0] == 0
     assert files_below(tmp_path) == ['a.png', 'a_restored.png']
-
-
-def test_tiles(run, tmp_path, weights):
-    put(tmp_path / 'a.png', noise(50, 70, 3))
-    status, _, err = run('a.png', '--tile', 32, '--overlap', 8)
-    assert (status, err) == (0, '')
-    np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'a.png').color, noise(50, 70, 3))
+    assert read_image(tmp_path / 'a_restored.png').color.shape == (12, 10, 3)
 
 
 @pytest.fixture(scope='module')
@@ -357,7 +327,7 @@ def test_enlarging_network_of_basicsr(run, tmp_path):
     [
         (['--tile', '0'], ['--tile is 0']),
         (['--batch', '0'], ['--batch is 0']),
-        (['--tile', '8', '--overlap', '8'], ['--overlap is 8', '--tile is 8']),
+        (['--tile', '8', '--overlap', '8'], ['--overlap is 8', 'tile is 8']),
         (['--overlap', '-1'], ['--overlap is -1']),
         (['--quality', '0'], ['--quality is 0']),
         (['--max-megapixels', '0'], ['--max-megapixels']),

@@ -31,14 +31,13 @@ def test_what_it_tells(info):
 
 def test_memory_lies_on_a_line(monkeypatch):
     measured = {(256, 256): 1000, (512, 512): 2500, (1024, 1024): 6500}
-    monkeypatch.setattr('ast_plugin.cli.info._child', lambda kind, job: {'peak_bytes': measured[job['size']]})
+    monkeypatch.setattr('ast_plugin.cli.info._run_child', lambda kind, job: {'peak_bytes': measured[job['size']]})
     free = 2**20
-    monkeypatch.setattr('ast_plugin.evaluation.cost.available_bytes', lambda device: free)
-    assert [predict_memory({}, size, 128) for size in ((256, 256), (200, 512), (480, 720))] == [1000, 1500, 3500]
+    assert [predict_memory({}, size, 128, free) for size in ((256, 256), (200, 512), (480, 720))] == [1000, 1500, 3500]
     larger = (1024, 512), (2000, 1024)
-    assert [predict_memory({}, size, 128) for size in larger] == [2500 + 4000 // 3, 2500 + 4000 * 7 // 3]
+    assert [predict_memory({}, size, 128, free) for size in larger] == [2500 + 4000 // 3, 2500 + 4000 * 7 // 3]
     free = 16000  # of which half could not hold a picture of 1024x1024, 8500 by the line through the smaller ones
-    assert predict_memory({}, larger[0], 128) == 4500
+    assert predict_memory({}, larger[0], 128, free) == 4500
 
 
 @pytest.mark.parametrize('text', ['', '480', '480x', '0x5', '-3x5', '4.5x3', 'axb', '480x720x3', '99999999x2', '٣x٣'])

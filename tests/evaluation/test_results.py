@@ -12,9 +12,9 @@ from ast_plugin.data.contact_sheet import join_images, make_thumbnails
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.evaluation.results import (
     ImageResult,
-    Provenance,
     Ranking,
     ValidationResults,
+    describe_provenance,
 )
 
 RESULTS = ValidationResults(
@@ -45,7 +45,7 @@ def test_comma_separated_values():
 
 
 def test_names_that_are_no_text(tmp_path):
-    made = Provenance('whole', 'psnr', os.fsdecode(b'w\xff.pth'), '', '')
+    made = {'weights': os.fsdecode(b'w\xff.pth')}
     odd = ValidationResults('rain', restored={os.fsdecode(b'a\xff\nb'): {'psnr': 1.0}}, provenance=made)
     odd.write(tmp_path)
     table = (tmp_path / 'rain.md').read_text()
@@ -99,7 +99,7 @@ def test_files_say_how_results_were_made(tmp_path):
     weights.write_bytes(b'weights' * 1000)
     metrics = {'psnr': {'type': 'calculate_psnr', 'crop_border': 4, 'better': 'higher'}}
     results = ValidationResults('rain', restored={'a|b': {'psnr': 30.0}})
-    results.provenance = Provenance.of(read_protocol('agan'), metrics, weights, torch.device('cpu'))
+    results.provenance = describe_provenance(read_protocol('agan'), metrics, weights, torch.device('cpu'))
     (row, mean) = csv.DictReader(io.StringIO(results.to_csv()))
     assert (row['image'], row['psnr'], mean['image']) == ('a|b', '30.0000', 'mean')
     for line in (row, mean):
@@ -111,8 +111,8 @@ def test_files_say_how_results_were_made(tmp_path):
         assert line['versions'].endswith('device cpu')
     text = results.to_markdown()
     assert '| a\\|b' in text and f'\n- sha256: {row["sha256"]}\n- versions: ' in text
-    none = Provenance.of(read_protocol(None), {}, None, torch.device('cpu'))
-    assert (none.weights, none.sha256) == ('', '')
+    none = describe_provenance(read_protocol(None), {}, None, torch.device('cpu'))
+    assert (none['weights'], none['sha256']) == ('', '')
 
 
 def images(values, shown=True):

@@ -134,29 +134,6 @@ def test_by_iteration_it_ends_at_the_floor():
     assert found[10:] == [0.1] * 5
 
 
-def test_a_resumed_schedule_goes_on():
-    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = WarmupCosineLR(optimizer, total_iter=10, warmup_iter=2)
-    for _ in range(4):
-        optimizer.step()
-        schedule.step()
-    state = schedule.state_dict()
-    other = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
-    resumed = WarmupCosineLR(other, total_iter=10, warmup_iter=2)
-    resumed.load_state_dict(state)
-    other.load_state_dict(optimizer.state_dict())
-    for _ in range(4):
-        for o, s in ((optimizer, schedule), (other, resumed)):
-            o.step()
-            s.step()
-        assert other.param_groups[0]['lr'] == optimizer.param_groups[0]['lr']
-
-
-def test_warm_up_in_epochs():
-    found = rates(10, lr=1.0, total_iter=10, warmup_epochs=2, iters_per_epoch=2)
-    assert found == rates(10, lr=1.0, total_iter=10, warmup_iter=4)
-
-
 @pytest.mark.parametrize(
     ('options', 'told'),
     [

@@ -179,7 +179,7 @@ def test_the_last_iteration_is_validated_once(tmp_path, monkeypatch):
 
 
 def test_an_empty_validation_set_is_named(tmp_path):
-    with pytest.raises(DataError, match='pairs holds no pictures'):
+    with pytest.raises(DataError, match='pairs holds no images'):
         build(options(tmp_path)).validation(DataLoader(Pairs(())), 1, None)
 
 

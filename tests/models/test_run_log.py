@@ -89,17 +89,6 @@ def test_resumed_run_goes_on(tmp_path):
     assert (killed / 'metrics.csv').read_text() == (whole / 'metrics.csv').read_text()
 
 
-def test_repeated_validation_has_one_row(tmp_path):
-    log = log_of(tmp_path, 1, 2)
-    log.add_validation(2, 'rain', {'psnr': 30.0})
-    resumed = RunLog(tmp_path)
-    resumed.load_state_dict(log.state_dict())
-    resumed.add_validation(2, 'rain', {'psnr': 30.0})
-    add(resumed, 3, 3)
-    resumed.flush()
-    assert [row['iter'] for row in rows(tmp_path)] == ['1', '2', '2', '3']
-
-
 def test_a_state_without_a_log_cuts_by_iteration(tmp_path):
     log_of(tmp_path, 1, 6).flush()
     log_of(tmp_path, 4, 5).flush()

@@ -2,7 +2,6 @@
 
 import logging
 import resource
-from pathlib import Path
 
 import pytest
 import torch
@@ -203,11 +202,3 @@ def test_validation_leaves_generators_alone(tmp_path):
     before = torch.get_rng_state()
     model.validation(DataLoader(Pairs()), 1, None)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_states_run_no_code(tmp_path):
-    model = build(resumable(tmp_path))
-    train(model, 1, 1)
-    model.save(0, 1)
-    path = Path(tmp_path, 'training_states', '1.state')
-    assert torch.load(path, weights_only=True).keys() == read_state(path).keys()

@@ -66,14 +66,6 @@ def test_micro_batches_add_up_to_the_whole(count, parts, device, tolerances):
     assert values[0][1] and values[1][1]
 
 
-def test_micro_batches_are_what_the_network_sees(device):
-    sizes = []
-    step = step_of(device, accumulate=3)
-    step.network.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
-    step(*batch(device, 4), losses_of, 1)
-    assert sizes == [2, 1, 1]
-
-
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_lower_precision_is_close(precision, device, tolerances):
     exact, lower = step_of(device), step_of(device, precision)
@@ -81,18 +73,6 @@ def test_lower_precision_is_close(precision, device, tolerances):
         values, changed = step(*batch(device), losses_of, 1)
         assert changed and all(map(math.isfinite, values.values()))
     assert 0 < relative(gradients(lower), gradients(exact)) < tolerances[lower.precision.dtype]
-
-
-def test_losses_see_float32(device):
-    seen = []
-    step = step_of(device, 'bf16')
-
-    def loss(output, target):
-        seen.append((output.dtype, torch.is_autocast_enabled(device.type)))
-        return losses_of(output, target)
-
-    step(*batch(device), loss, 1)
-    assert seen == [(torch.float32, False)]
 
 
 def test_long_gradients_are_cut_after_unscaling(device):
@@ -169,13 +149,6 @@ def test_infinite_loss_stops_or_is_left_out(precision, value, device):
         assert changed and math.isfinite(values['l_pix'])
 
 
-def test_a_gradient_that_is_not_finite_counts_too(device):
-    step = step_of(device)
-    step.network[0].weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(TrainingError, match=r'length of the gradients is (nan|inf); images: not told'):
-        step(*batch(device), losses_of, 1)
-
-
 def test_batches_and_losses_that_cannot_be_cut(device):
     opt = {'datasets': {'train': {'batch_size_per_gpu': 2}}, 'dist': False, 'num_gpu': 0}
     assert batch_size(opt) == 2
@@ -201,11 +174,6 @@ def test_precision_of_network_and_losses(name, device):
     assert output.dtype == (PRECISIONS[name] or torch.float32)
     assert precision.widen(output).dtype == torch.float32
     assert precision.scaler.is_enabled() == (name == 'fp16')
-
-
-def test_float64_outputs_stay():
-    output = torch.rand(2, dtype=torch.float64)
-    assert Precision('fp32', torch.device('cpu')).widen(output) is output
 
 
 def test_device_that_cannot_compute_in_it(monkeypatch, device):
@@ -261,12 +229,6 @@ def test_average_of_weights_and_statistics():
     assert torch.equal(average.mask, mask)
 
 
-def test_no_decay_copies():
-    network, average = Net(), Net()
-    update_average(average, network, 0)
-    assert all(torch.equal(a, b) for a, b in zip(average.parameters(), network.parameters(), strict=True))
-
-
 OPT = {
     'num_gpu': 0,
     'dist': False,
@@ -313,11 +275,6 @@ def test_switch_that_does_not_apply(switch, told):
     opt['train'].update(switch)
     with pytest.raises(OptionError, match=told):
         check_switches(opt, meta_network(), {'pixel_opt': nn.L1Loss()})
-
-
-def test_losses_are_looked_at():
-    with pytest.raises(OptionError, match='pixel_opt'):
-        check_switches(deepcopy(OPT), meta_network(), {'pixel_opt': nn.L1Loss(reduction='sum')})
 
 
 def test_gpus_are_left_alone(monkeypatch):
