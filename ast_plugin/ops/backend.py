@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -84,24 +84,16 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)
 
 
-class Kernel(Protocol):
-    """A function of tensors with a backward pass of its own, for `run_kernel`; it holds no tensors itself."""
-
-    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensors]:
-        """Return the output, and what the backward pass needs beside the tensors."""
-
-    def backward(self, grad: Tensor, needed: Sequence[bool], tensors: Tensors, kept: Tensors) -> Tensors:
-        """Return the gradients of the tensors, at least of those whose gradient is needed."""
-
-    def reference(self, *tensors: Tensor | None) -> Tensor:
-        """Compute the output by PyTorch's operators, of which autograd has the formulas."""
-
-
 class _KernelFunction(torch.autograd.Function):
-    """A kernel as a node of autograd."""
+    """A function of tensors with a backward pass of its own, as a node of autograd.
+
+    The kernel holds no tensors and has three methods: `forward(*tensors)` returns the output and what the backward pass
+    needs beside the tensors; `backward(grad, needed, tensors, kept)` the gradients of the tensors, at least of those
+    that are needed; `reference(*tensors)` the output by PyTorch's operators, of which autograd has the formulas.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, kernel: Kernel, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: FunctionCtx, kernel: Any, *tensors: Tensor | None) -> Tensor:
         out, kept = kernel.forward(*tensors)
         ctx.kernel, ctx.num_tensors = kernel, len(tensors)
         ctx.save_for_backward(*tensors, *kept)

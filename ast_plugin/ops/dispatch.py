@@ -95,15 +95,18 @@ def _compute(
         return torch.compiler.disable(_compute)(name, residual, x, op, *mask)
     else:
         choice = explain(x, op, *mask, residual=residual)
-        _log_once(choice)
         backend = BACKENDS[choice.backend]
+        for rejected, reason in choice.rejected.items():
+            if reason not in _logged:  # once in a process
+                _logged.add(reason)
+                _logger.warning('computing by the backend %r and not by %r: %s', choice.backend, rejected, reason)
     function = getattr(backend, name)
     if backend.takes_residual:
         return function(x, op, *mask, residual=residual)
     return with_residual(lambda x: function(x, op, *mask), x, residual)
 
 
-def check_name(name: str, where: str = 'backend') -> str:
+def _check_name(name: str, where: str = 'backend') -> str:
     """Return the name of a backend, or 'auto'; raise OptionError, which tells `where` it stands, for others."""
     if name not in (AUTO, *BACKENDS):
         raise OptionError(f'{where} is {name!r}: expected one of {", ".join((AUTO, *BACKENDS))}')
@@ -120,7 +123,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         OptionError: if there is no backend of that name.
     """
-    token = _backend_here.set(_backend_here.get() if name is None else check_name(name))
+    token = _backend_here.set(_backend_here.get() if name is None else _check_name(name))
     try:
         yield
     finally:
@@ -132,7 +135,7 @@ def requested_backend() -> str:
     here = _backend_here.get()
     if here is not None:
         return here
-    return check_name(os.environ.get(VARIABLE) or AUTO, f'the environment variable {VARIABLE}')
+    return _check_name(os.environ.get(VARIABLE) or AUTO, f'the environment variable {VARIABLE}')
 
 
 # What torch.compiler.assume_constant_result sets, without loading the compiler, which takes seconds: a compiled caller
@@ -166,11 +169,7 @@ def explain(
 
 
 def choose(call: Call) -> Choice:
-    """Choose the backend of a call.
-
-    Raises:
-        BackendUnavailable: if the one asked for by name cannot run it; says what is missing.
-    """
+    """Choose the backend of a call; raise BackendUnavailable if the one asked for by name cannot run it."""
     name = requested_backend()
     if name != AUTO:
         reason = BACKENDS[name].why_not(call)
@@ -189,14 +188,6 @@ def choose(call: Call) -> Choice:
             break
         rejected[name] = reason
     return Choice(name, AUTO, rejected)
-
-
-def _log_once(choice: Choice) -> None:
-    """Log why a faster backend was passed over, each reason once in a process."""
-    for name, reason in choice.rejected.items():
-        if reason not in _logged:
-            _logged.add(reason)
-            _logger.warning('computing by the backend %r and not by %r: %s', choice.backend, name, reason)
 
 
 def _find_watcher(tensors: list[Tensor], constants: list[Tensor]) -> str | None:

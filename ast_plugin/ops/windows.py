@@ -73,9 +73,8 @@ def relative_position_index(window: int, device: torch.device | str = 'cpu') -> 
     with torch.inference_mode(False):
         position = torch.arange(window, device=device)
         offset = position[:, None] - position[None, :] + window - 1
-        return rearrange(
-            offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :], 'i j k l -> (i j) (k l)'
-        )
+        index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
+        return rearrange(index, 'i j k l -> (i j) (k l)')
 
 
 @_cache_sizes
@@ -126,9 +125,7 @@ def padding_mask(size: tuple[int, int], window: int, shift: int, device: torch.d
 
     Args:
         size: (H, W) of the map before it was padded to multiples of the window.
-        window: side of a window.
-        shift: how far the padded map is rolled up and left before it is cut.
-        device: where the mask shall lie.
+        window, shift, device: see `shift_mask`, of the padded map.
     Returns:
         float32, [num_windows, window**2, window**2]: minus infinity where a token of the map meets one of the padding,
         else 0. Tokens of the padding see everything: no row is empty, so that softmax and its gradient stay finite,

@@ -50,18 +50,12 @@ def feed_forward(x: Tensor, op: FeedForward, residual: Residual | None = None) -
 
 
 class _Hidden(NamedTuple):
-    """What a backward pass needs of the rows of a strip and those around it.
+    """What a backward pass needs of the rows of a strip and those around it: what the GELUs are given."""
 
-    Attributes:
-        a: what the linear layers take, for the rows that `before_u` is computed for.
-        before_u, before_v, before_gate: what the GELUs after the linear layer, the convolution and the gate's linear
-            layer are given; None where there is no such layer.
-    """
-
-    a: Tensor
-    before_u: Tensor
-    before_v: Tensor | None
-    before_gate: Tensor | None
+    a: Tensor  # what the linear layers take, for the rows of `before_u`
+    before_u: Tensor  # after the linear layer
+    before_v: Tensor | None  # after the convolution, where there is one
+    before_gate: Tensor | None  # after the gate's linear layer, where there is one
 
 
 class _FeedForwardBranch(Branch):

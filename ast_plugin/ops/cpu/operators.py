@@ -201,13 +201,7 @@ def norm(x: Tensor, residual: Residual | None, dtype: torch.dtype) -> tuple[Tens
 
 
 class Branch(ABC):
-    """One call of a block's branch: f(x), or x + scale · f(norm(x)). Subclasses say what f is.
-
-    Args:
-        kernel: has what linear layers compute in, and the settings.
-        x, mask, residual: of the call; mask and the residual's scale are constants.
-        layers: parameters, as `prepare` made them.
-    """
+    """One call of a block's branch: f(x), or x + scale · f(norm(x)). Subclasses say what f is."""
 
     plain: Callable[..., Tensor]  # f by PyTorch's operators
 
@@ -238,7 +232,7 @@ class Branch(ABC):
 
 
 class _BranchKernel:
-    """A branch as a `backend.Kernel`, of x, mask, scale, the norm's weight and bias, and the tensors of `op`."""
+    """A branch as a kernel for `run_kernel`, of x, mask, scale, the norm's weight and bias, and the tensors of `op`."""
 
     def __init__(self, branch: type[Branch], x: Tensor, op: Attention | FeedForward, residual: Residual | None) -> None:
         self.branch, self.op = branch, op.with_tensors([None] * len(op.tensors))

@@ -280,7 +280,7 @@ def attend(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, 
 
 
 class _Attend(NamedTuple):
-    """`attend` as a `backend.Kernel`, of q, k and v, the bias, the gate and the mask, which is a constant."""
+    """`attend` as a kernel for `run_kernel`, of q, k and v, the bias, the gate and the mask, which is a constant."""
 
     op: Attention
 

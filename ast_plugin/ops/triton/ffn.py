@@ -181,59 +181,43 @@ def activate(z: Tensor, depthwise: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Activate:
-    """`activate` as a `backend.Kernel`."""
+    """`activate` as a kernel for `run_kernel`."""
 
     def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensors]:
-        return _Launch(*tensors).forward(), ()
+        z, u, weight, bias, tiles, blocks = self._prepare(*tensors)
+        out, (_, H, W, channels) = torch.empty_like(u), u.shape
+        with torch.cuda.device_of(out):
+            sizes = H, W, channels, *z.stride()[:3]
+            forward[tiles, blocks](u, z, weight, bias, out, *sizes, GATED=z.shape[-1] != channels, **_SETTINGS)
+        return out, ()
 
     def backward(self, grad: Tensor, needed: Sequence[bool], tensors: Tensors, kept: Tensors) -> Tensors:
-        return _Launch(*tensors).backward(grad)
+        z, u, weight, bias, tiles, blocks = self._prepare(*tensors)
+        _, H, W, channels = u.shape
+        d_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        groups = max(1, min(tiles, _PROGRAMS // blocks))
+        sums, d_before = weight.new_empty(groups, 16, channels), torch.empty_like(u)
+        sizes = channels, z.shape[-1], *z.stride()[:3]
+        with torch.cuda.device_of(d_z):
+            maps = u, z, weight, bias, grad.contiguous(), d_before, d_z, sums
+            is_gated = z.shape[-1] != channels
+            backward_gate[groups, blocks](*maps, H, W, tiles, *sizes, GATED=is_gated, **_SETTINGS)
+            backward_convolution[tiles, blocks](d_before, z, weight, d_z, H, W, *sizes, **_SETTINGS)
+        total, (_, depthwise, depthwise_bias) = sums.sum(0), tensors
+        d_weight = total[:9].t().reshape(depthwise.shape).to(depthwise.dtype)
+        return d_z, d_weight, None if depthwise_bias is None else total[9].to(depthwise_bias.dtype)
 
     def reference(self, *tensors: Tensor | None) -> Tensor:
         z, depthwise, bias = tensors
         with torch.autocast(z.device.type, enabled=False):
             return plain.activate(z, depthwise.to(z.dtype), None if bias is None else bias.to(z.dtype))
 
-
-class _Launch:
-    """One call's tensors as the kernels take them."""
-
-    def __init__(self, z: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        z = z.detach()
-        self.z = z if z.stride(-1) == 1 else z.contiguous()  # channels lie side by side
-        self.like_weight, self.like_bias = weight, bias
-        self.channels, self.hidden = len(weight), z.shape[-1]
-        self.weight = weight.detach().float().reshape(self.channels, 9).t().contiguous()
-        self.bias = self.weight.new_zeros(self.channels) if bias is None else bias.detach().float().contiguous()
-        self.num_blocks = -(-self.channels // _BLOCK)
-        B, H, W, _ = z.shape
-        self.size = H, W
-        self.num_tiles = B * -(-H // _ROWS) * -(-W // _COLUMNS)
-        self.is_gated = self.hidden != self.channels
+    def _prepare(self, z: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
+        """z, GELU of its first half, weight and bias as the kernels take them, numbers of tiles and of blocks."""
+        (B, H, W, _), channels = z.shape, len(weight)
+        z = z.detach() if z.stride(-1) == 1 else z.detach().contiguous()  # channels lie side by side
         # A pass of its own: inside the convolution each GELU would be computed nine times.
-        self.u = F.gelu(self.z[..., : self.channels]).contiguous()
-
-    def forward(self) -> Tensor:
-        out = torch.empty_like(self.u)
-        tensors, strides = (self.u, self.z, self.weight, self.bias, out), self.z.stride()[:3]
-        with torch.cuda.device_of(out):
-            grid = self.num_tiles, self.num_blocks
-            forward[grid](*tensors, *self.size, self.channels, *strides, GATED=self.is_gated, **_SETTINGS)
-        return out
-
-    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of z, the weight and the bias."""
-        d_z = torch.empty(self.z.shape, dtype=self.z.dtype, device=self.z.device)
-        groups = max(1, min(self.num_tiles, _PROGRAMS // self.num_blocks))
-        sums = self.weight.new_empty(groups, 16, self.channels)
-        d_before = torch.empty_like(self.u)
-        sizes = self.channels, self.hidden, *self.z.stride()[:3]
-        with torch.cuda.device_of(d_z):
-            tensors = self.u, self.z, self.weight, self.bias, grad.contiguous(), d_before, d_z, sums
-            grid = groups, self.num_blocks
-            backward_gate[grid](*tensors, *self.size, self.num_tiles, *sizes, GATED=self.is_gated, **_SETTINGS)
-            tensors, grid = (d_before, self.z, self.weight, d_z), (self.num_tiles, self.num_blocks)
-            backward_convolution[grid](*tensors, *self.size, *sizes, **_SETTINGS)
-        total = sums.sum(0)
-        d_weight = total[:9].t().reshape(self.like_weight.shape).to(self.like_weight.dtype)
-        return d_z, d_weight, None if self.like_bias is None else total[9].to(self.like_bias.dtype)
+        u = F.gelu(z[..., :channels]).contiguous()
+        weight = weight.detach().float().reshape(channels, 9).t().contiguous()
+        bias = weight.new_zeros(channels) if bias is None else bias.detach().float().contiguous()
+        return z, u, weight, bias, B * -(-H // _ROWS) * -(-W // _COLUMNS), -(-channels // _BLOCK)
