@@ -118,7 +118,9 @@ def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Te
         branch is not normalised and leaves float16's range. float64 stays float64.
     Source: Zhou et al., CVPR 2024, section 3.2.
     """
-    return F.linear(attend(F.linear(x, *qkv_layer(op)), gather_bias(op), op.gate, mask, op), op.proj, op.proj_bias)
+    qkv = F.linear(_roll(x, -op.shift), *qkv_layer(op))
+    out = _attend_rolled(qkv, gather_bias(op), op.gate, mask, op)
+    return _roll(F.linear(out, op.proj, op.proj_bias), op.shift)
 
 
 def attend(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, op: Attention) -> Tensor:
@@ -130,9 +132,16 @@ def attend(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, 
         gate, mask: see `Attention` and `window_attention`.
         op: of which only the settings are read.
     """
+    return _roll(_attend_rolled(_roll(qkv, -op.shift), bias, gate, mask, op), op.shift)
+
+
+def _roll(x: Tensor, shift: int) -> Tensor:
+    return x.roll((shift, shift), dims=(1, 2)) if shift else x
+
+
+def _attend_rolled(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, op: Attention) -> Tensor:
     _, H, W, _ = qkv.shape
     if op.shift:
-        qkv = qkv.roll((-op.shift, -op.shift), dims=(1, 2))
         regions = shift_mask((H, W), op.window, op.shift, qkv.device)
         mask = regions if mask is None else (mask.reshape(-1, *regions.shape) + regions).reshape(mask.shape)
     q, k, v = rearrange(
@@ -146,8 +155,7 @@ def attend(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, 
             scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask.to(dtype)[:, None]).flatten(0, 1)
         out = (attention_weights(scores, op.kind, gate, op.topk_ratio) @ v.to(dtype)).to(v.dtype)
     size = {'h': H // op.window, 'w': W // op.window, 'y': op.window}
-    out = rearrange(out, '(b h w) heads (y x) d -> b (h y) (w x) (heads d)', **size)
-    return out.roll((op.shift, op.shift), dims=(1, 2)) if op.shift else out
+    return rearrange(out, '(b h w) heads (y x) d -> b (h y) (w x) (heads d)', **size)
 
 
 def qkv_layer(op: Attention) -> tuple[Tensor, Tensor | None]:
