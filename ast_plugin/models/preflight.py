@@ -28,7 +28,7 @@ _METRIC_IMAGE_SIDE = 192  # NIQE needs two blocks of 96
 
 
 def check(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[str, Checkpoint]:
-    """Try everything that the run will need, on copies of the options.
+    """Try everything that a run of prepared options will need, and write nothing.
 
     Args:
         opt: options prepared for BasicSR.
@@ -37,7 +37,7 @@ def check(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[s
     Returns:
         The weights that networks start from, by the network's key.
     Raises:
-        PluginError: naming the first thing found wrong. Nothing has been written by then.
+        PluginError: naming the first thing found wrong.
     """
     _check_disk(opt)
     _check_logger(opt, source)
@@ -116,15 +116,13 @@ def _check_resume(opt: Mapping[str, Any]) -> None:
         raise CheckpointError(f'path.resume_state: no such file: {state}')
     content = read_state(state)
     # BasicSR's own states have the weights that belong to them in the experiment of the run's name, ours in themselves.
-    for key in _networks(opt):
+    for key in [key for key in opt if key.startswith('network_')]:
         if key in (opt['path'].get('ignore_resume_networks') or ()) or (key == 'network_g' and 'params' in content):
             continue
         weights = Path(opt['path']['models'], f'net_{key.removeprefix("network_")}_{content["iter"]}.pth')
         if not weights.is_file():
-            raise CheckpointError(
-                f'path.resume_state: {state} needs {weights}, which is not there; '
-                'is the name of the experiment the same?'
-            )
+            hint = 'is the name of the experiment the same?'
+            raise CheckpointError(f'path.resume_state: {state} needs {weights}, which is not there; {hint}')
 
 
 def _check_training(train: Mapping[str, Any], registered: Registered, source: str) -> None:
@@ -136,10 +134,9 @@ def _check_training(train: Mapping[str, Any], registered: Registered, source: st
         parameters = [torch.zeros(1, requires_grad=True)]
         target = registered.find_optimizer(options['type'])
         optimizer = _call(f'{source}: train.{key}', target, options, params=parameters)
-        schedule = train.get('scheduler')
-        schedulers = {**registered.own_schedulers, **registered.schedulers}
-        if schedule and schedule['type'] in schedulers:
-            target = schedulers[schedule['type']]
+        schedule = train.get('scheduler') or {}
+        target = {**registered.own_schedulers, **registered.schedulers}.get(schedule.get('type'))
+        if target is not None:
             given = {name: train[name] for name in ('total_iter', 'iters_per_epoch') if train.get(name) is not None}
             own = {name: given[name] for name in given if name in inspect.signature(target).parameters} | schedule
             _call(f'{source}: train.scheduler', target, own, optimizer=optimizer)
@@ -208,48 +205,31 @@ def _refuse_pixels(dataset_type: type, options: Mapping[str, Any]) -> None:
 
 
 def count_samples(where: str, options: Mapping[str, Any], registered: Registered) -> int:
-    """How many samples a dataset has, as it counts them itself.
-
-    Args:
-        where: the dataset's place in the option file, for messages.
-        options: of the dataset, prepared for BasicSR.
-        registered: what its type means.
-    Raises:
-        DataError: if it is empty, or the data is not there.
-        OptionError: if it cannot be made of these options.
-    """
+    """How many samples a dataset has, as it counts them; PluginError, beginning with `where`, if it cannot be used."""
     with _logger_untouched():
         return len(_open_dataset(where, options, registered))
 
 
 def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], registered: Registered, source: str) -> None:
-    """See that the network of a stage can start from the weights of the stage before it.
-
-    Args:
-        before, after: options of both stages, prepared for BasicSR.
-        registered: what the names in them mean.
-        source: what messages about the later stage begin with.
-    Raises:
-        PluginError: if the weights would not fit.
-    """
+    """Raise PluginError if a stage of options `after` cannot start from the weights of the one with `before`."""
     if 'network_g' not in before or 'network_g' not in after or not after['path'].get('strict_load_g', True):
         return
     with _logger_untouched():
-        old, new = (
-            _build_network(registered.get('arch', opt['network_g']['type']), opt['network_g'])
-            for opt in (before, after)
-        )
+        old, new = (_build_network(registered, opt['network_g']) for opt in (before, after))
     weights = Checkpoint(Path(f'{source}: network_g, which starts from the stage before'), old.state_dict(), None, None)
     load_into(new, weights, assign=True)
 
 
 def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[str, Checkpoint]:
     checkpoints = {}
-    for key, options in _networks(opt).items():
-        with _explained(f'{source}: {key}', options['type']):
-            network = _build_network(registered.get('arch', options['type']), options)
-        if key == 'network_g' and opt['is_train']:
-            _check_switches(opt, network, registered, source)
+    model = registered.get('model', opt['model_type'])
+    for key in [key for key in opt if key.startswith('network_')]:
+        with _explained(f'{source}: {key}', opt[key]['type']):
+            network = _build_network(registered, opt[key])
+        if key == 'network_g' and opt['is_train'] and isinstance(model, type) and issubclass(model, RestorationModel):
+            losses = _build_losses(opt['train'], registered, source)
+            with _explained(source, 'train'):
+                check_switches(opt, network, losses)
         letter = key.removeprefix('network_')
         weights = opt['path'].get(f'pretrain_{key}')
         # When a run is resumed, BasicSR puts the weights of the state in the place of these.
@@ -262,21 +242,9 @@ def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str)
     return checkpoints
 
 
-def _check_switches(opt: Mapping[str, Any], network: nn.Module, registered: Registered, source: str) -> None:
-    model = registered.get('model', opt['model_type'])
-    if not isinstance(model, type) or not issubclass(model, RestorationModel):
-        return
-    losses = _build_losses(opt['train'], registered, source)
-    with _explained(source, 'train'):
-        check_switches(opt, network, losses)
-
-
-def _networks(opt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {key: value for key, value in opt.items() if key.startswith('network_')}
-
-
-def _build_network(network_type: Callable[..., nn.Module], options: Mapping[str, Any]) -> nn.Module:
+def _build_network(registered: Registered, options: Mapping[str, Any]) -> nn.Module:
     """Build a network without memory for its weights, where its constructor can do that."""
+    network_type = registered.get('arch', options['type'])
     try:
         with torch.device('meta'):
             return network_type(**_arguments(options))

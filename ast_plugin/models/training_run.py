@@ -33,45 +33,25 @@ from ast_plugin.models.registries import load_registered
 from ast_plugin.ops import use_backend
 from ast_plugin.options import Stage, compare_file, safe_yaml, validation
 from ast_plugin.options.reading import BASE_KEY, STAGES_KEY
+from ast_plugin.options.sections import Dataset
 from ast_plugin.options.validation import Registered
 
 WEIGHTS = ('net_g_best.pth', 'net_g_latest.pth')
 """What a run leaves in its folder `models`, the better first."""
 
 _LAUNCHERS = {
-    'none': ((), ''),
-    'pytorch': (
-        ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
-        'torchrun --nproc_per_node=N -m ast_plugin …',
-    ),
-    'slurm': (('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'), 'srun python -m ast_plugin …'),
+    'none': ('', ''),
+    'pytorch': ('RANK WORLD_SIZE MASTER_ADDR MASTER_PORT', 'torchrun --nproc_per_node=N -m ast_plugin …'),
+    'slurm': ('SLURM_PROCID SLURM_NTASKS SLURM_NODELIST', 'srun python -m ast_plugin …'),
 }
 _FINISHED = 'finished.json'
 # What loaders read of a dataset's options: how many samples there are does not depend on it.
-_LOADING = {
-    'batch_size_per_gpu',
-    'num_worker_per_gpu',
-    'dataset_enlarge_ratio',
-    'prefetch_mode',
-    'num_prefetch_queue',
-    'pin_memory',
-    'persistent_workers',
-}
+_LOADING = Dataset.model_fields.keys() - {'type', 'name', 'io_backend', 'phase', 'scale'}
 
 
 @dataclass(frozen=True)
 class Run:
-    """An option file that was found right, and where it is to run.
-
-    Attributes:
-        file: the option file.
-        opt: what it says.
-        stages: the runs it stands for; one if it has no stages.
-        registered: what names in it mean.
-        is_train: for training, otherwise for testing.
-        root: the folder under which outputs go.
-        is_debug: BasicSR's debug mode.
-    """
+    """An option file that was found right, the stages it stands for, and where outputs go."""
 
     file: Path
     opt: dict[str, Any]
@@ -92,11 +72,7 @@ class Run:
         return str(self.file) if stage.name is None else f'{self.file}: {stage.name}'
 
     def select(self, name: str | None) -> list[Stage]:
-        """The stage of this name or number, or all for None.
-
-        Raises:
-            OptionError: if there is no such stage.
-        """
+        """The stage of this name or number, or all for None; OptionError if there is none."""
         if name is None:
             return self.stages
         names = [stage.name for stage in self.stages if stage.name]
@@ -111,11 +87,7 @@ class Run:
         )
 
     def prepare(self, stage: Stage, **given: Any) -> dict[str, Any]:
-        """The options of a stage as BasicSR's pipelines expect them; see `ast_plugin.options.prepare`.
-
-        Raises:
-            DataError: if the training set, whose length epochs are counted by, cannot be used.
-        """
+        """The options of a stage for BasicSR's pipelines; DataError if its data, which counts epochs, is not right."""
 
         def length_of(dataset: Mapping[str, Any]) -> int:
             # Stages that differ in batches and patches alone have their training set listed once.
@@ -151,16 +123,14 @@ def read_run(
     root: str | Path = '.',
     is_debug: bool = False,
 ) -> Run:
-    """Read and check an option file.
+    """Read and check an option file, or raise OptionError for whatever is wrong with it.
 
     Args:
-        name: a path, or the name of a shipped file; see `ast_plugin.options.find`.
+        name: a path, or the name of a shipped file.
         overrides: as given to `--force_yml`.
         is_train: for training or for testing; None for training where the file speaks of it.
         root: the folder under which outputs go.
         is_debug: BasicSR's debug mode.
-    Raises:
-        OptionError: for whatever is wrong with the file.
     """
     file = options.find(name)
     opt = options.load(file, overrides)
@@ -178,7 +148,7 @@ def read_run(
 def check_launcher(launcher: str) -> None:
     """Raise OptionError if the environment does not say what processes of this launcher are told."""
     names, command = _LAUNCHERS[launcher]
-    missing = [name for name in names if name not in os.environ]
+    missing = [name for name in names.split() if name not in os.environ]
     if missing:
         raise OptionError(
             f'--launcher {launcher}: {", ".join(missing)} not set in the environment; '
@@ -207,10 +177,7 @@ def join_processes(run: Run, launcher: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def hand_over(module: ModuleType, opt: dict[str, Any], run: Run, stage: Stage) -> Iterator[None]:
-    """Seed, and let BasicSR's pipeline in `module` receive `opt` where it would read the command line itself.
-
-    Its logger, whose files belong to one run, is taken down afterwards: the next stage has one of its own.
-    """
+    """Seed, and let BasicSR's pipeline in `module` receive `opt` where it would read the command line itself."""
     set_random_seed(opt['manual_seed'] + opt['rank'])
     with tempfile.TemporaryDirectory() as folder, use_backend(opt.get('backend')):
         # BasicSR copies the option file into the experiment, after it may have renamed the folder that it lies in.
@@ -238,6 +205,7 @@ def _self_contained(run: Run, stage: Stage, opt: Mapping[str, Any]) -> bytes:
 
 
 def _close_logs() -> None:
+    """Take down BasicSR's logger, whose files belong to one run: the next stage has one of its own."""
     root = logging.getLogger('basicsr')
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -253,33 +221,21 @@ def _close_logs() -> None:
 
 def _of_first_process(value: Any) -> Any:
     """What the first process says, given to all; each of them has to call this."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
     values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
 
 
 class Training:
-    """The training of a file's stages, one after the other.
-
-    Args:
-        run: the option file, for training.
-        stages: those of its stages that are trained.
-        auto_resume: go on from the newest state, and pass over finished stages.
-        say: takes a line on what happens.
-    """
+    """The training of stages, one after the other, telling by `say` where each begins."""
 
     def __init__(self, run: Run, stages: list[Stage], auto_resume: bool, say: Callable[[str], None]) -> None:
         self.run, self.stages, self.auto_resume, self.say = run, stages, auto_resume, say
         self.is_first = True  # of the processes that train together
 
     def check(self) -> None:
-        """Try everything that any of the stages will need, and the weights that the first of them starts from.
-
-        Raises:
-            PluginError: naming the first thing found wrong. Nothing has been written by then.
-        """
+        """Try everything that any of the stages will need, and the weights that the first of them starts from."""
         before: dict[str, Any] | None = None
         has_begun = False
         for stage in self.stages:
@@ -292,17 +248,11 @@ class Training:
             before = opt
 
     def __call__(self, process: Mapping[str, Any]) -> None:
-        """Train, as one of the processes of the run.
-
-        Args:
-            process: as `join_processes` gives it.
-        Raises:
-            RunStopped: if a signal asked for it.
-        """
+        """Train as the process that `join_processes` gives; RunStopped if a signal asks for it."""
         import basicsr.train
 
         self.is_first = process['rank'] == 0
-        if self.stages[0].name is not None and len(self.stages) == len(self.run.stages) and not self.auto_resume:
+        if self.stages[0].name is not None and self.stages is self.run.stages and not self.auto_resume:
             self._put_aside(self.run.experiment())
         for stage in self.stages:
             opt = self.run.prepare(stage, **process)
@@ -326,11 +276,7 @@ class Training:
         return can_be_passed_over and is_finished(self.run.experiment(stage), opt['train']['total_iter'])
 
     def _find_start(self, stage: Stage, opt: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-        """The entries of `path` that say where a stage begins, and a line about it.
-
-        Raises:
-            CheckpointError: if the stage before has left no weights.
-        """
+        """The entries of `path` that say where a stage begins, and a line about it."""
         state = newest_whole(opt['path']['training_states']) if self.auto_resume else None
         if state is not None:
             return {'resume_state': str(state)}, f'{stage.name} goes on from {state}' if stage.name else ''
@@ -365,14 +311,7 @@ class Training:
 
 
 def check_stage(run: Run, stage: Stage, opt: dict[str, Any], before: Mapping[str, Any] | None) -> None:
-    """Try everything that a stage will need; see `ast_plugin.models.preflight.check`.
-
-    Args:
-        run: the file that the stage is of.
-        stage: which one.
-        opt: its options as prepared.
-        before: those of the stage whose weights it starts from, if these are still to be trained.
-    """
+    """Try all that a stage needs; `before` are the options of one whose weights are still to be trained."""
     if before is not None and not stage.has_own_start:
         opt['path']['pretrain_network_g'] = None
         preflight.check_handover(before, opt, run.registered, run.source(stage))
@@ -394,11 +333,7 @@ def find_weights(experiment: Path) -> Path | None:
 
 
 def mark_finished(experiment: Path, total_iter: int) -> None:
-    """Say that a run has reached its end: `is_finished` knows then.
-
-    Raises:
-        FileError: if that cannot be written.
-    """
+    """Say that a run has reached its end: `is_finished` knows then."""
     write_file(experiment / _FINISHED, json.dumps({'total_iter': total_iter}).encode())
 
 

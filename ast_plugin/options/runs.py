@@ -20,23 +20,22 @@ from ast_plugin.options.reading import STAGES_KEY, merge
 
 _PHASES = ('train', 'val', 'test')
 _CONVERTS_UINT8 = 'RestorationModel'
+_IN_EPOCHS = (
+    ('train', 'total_epochs', 'total_iter'),
+    ('train', 'warmup_epochs', 'warmup_iter'),
+    ('val', 'times_per_epoch', 'val_freq'),
+    ('logger', 'save_checkpoint_epochs', 'save_checkpoint_freq'),
+)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the runs that an option file stands for.
+    """One of the runs that an option file stands for."""
 
-    Attributes:
-        number: its place, from 1 on.
-        name: of its folder in the experiment's; None for the one run of a file without stages.
-        opt: all its options; `name` in them is the whole file's.
-        own: what the file says of this stage alone.
-    """
-
-    number: int
-    name: str | None
-    opt: dict[str, Any]
-    own: Mapping[str, Any]
+    number: int  # from 1 on
+    name: str | None  # of its folder in the experiment's; None for the one run of a file without stages
+    opt: dict[str, Any]  # all its options; `name` in them is the whole file's
+    own: Mapping[str, Any]  # what the file says of this stage alone
 
     @property
     def has_own_start(self) -> bool:
@@ -45,11 +44,7 @@ class Stage:
 
 
 def expand(opt: Mapping[str, Any]) -> list[Stage]:
-    """The runs that options as read stand for: one, unless they have `stages`.
-
-    Raises:
-        OptionError: if `stages` is no list of mappings, or two of them are of one name.
-    """
+    """The runs that options as read stand for: one, unless they have `stages`; OptionError if these are not right."""
     if STAGES_KEY not in opt:
         return [Stage(1, None, dict(opt), {})]
     entries = opt[STAGES_KEY]
@@ -65,10 +60,7 @@ def expand(opt: Mapping[str, Any]) -> list[Stage]:
 
 
 def staged(opt: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of the stage that `entry` describes. The run keeps the file's name.
-
-    The weights that the file starts from are those of its first stage: `Stage.has_own_start` tells of others.
-    """
+    """All options of the stage that `entry` describes. The run keeps the file's name."""
     base = {key: value for key, value in opt.items() if key != STAGES_KEY}
     return merge(base, {key: value for key, value in entry.items() if key != 'name'})
 
@@ -114,7 +106,9 @@ def prepare(
     if opt.get('scale') is None:
         opt['scale'] = 1
     if opt.get('num_gpu') in (None, 'auto'):
-        opt['num_gpu'] = _num_gpus()
+        import torch
+
+        opt['num_gpu'] = torch.cuda.device_count()
     if opt.get('manual_seed') is None:
         opt['manual_seed'] = random.SystemRandom().randint(1, 10000)
     opt['name'] = run_name(opt, debug)
@@ -129,7 +123,7 @@ def prepare(
         _count_epochs(opt, length_of)
         opt['logger'].setdefault('use_tb_logger', False)  # which BasicSR reads without asking whether it is there
     if opt.get('val') is not None or not is_train:
-        opt['val'] = {'save_img': False, 'suffix': None, **_validation(opt.get('val') or {}, is_train)}
+        opt['val'] = _validation(opt.get('val') or {}, is_train)
     if is_train and 'debug' in opt['name']:
         opt['logger'].update(print_freq=1, save_checkpoint_freq=8)
         if opt.get('val') is not None:
@@ -139,14 +133,11 @@ def prepare(
 
 def _validation(val: Mapping[str, Any], is_train: bool) -> dict[str, Any]:
     """The section `val` for this run: in training with what `during_training` says, in testing without it."""
-    val = dict(val)
+    val = {'save_img': False, 'suffix': None, **val}
     during = val.pop('during_training', None) or {}
-    if not is_train or not during:
-        return val
-    # A protocol brings its own metrics: those that were written for another are not measured by it.
-    if during.get('protocol') is not None:
-        val.pop('metrics', None)
-    return {**val, **during}
+    if is_train and during.get('protocol') is not None:
+        val.pop('metrics', None)  # a protocol brings its own: those for another are not measured by it
+    return {**val, **during} if is_train else val
 
 
 def run_name(opt: Mapping[str, Any], debug: bool = False) -> str:
@@ -175,9 +166,10 @@ def _datasets(opt: dict[str, Any], is_train: bool, dataset_types: Mapping[str, o
             if isinstance(dataset[name], str):
                 dataset[name] = os.path.expanduser(dataset[name])
         options_type = getattr(dataset_types.get(dataset['type']), 'options_type', None)
-        if options_type is not None and 'seed' in options_type.model_fields and dataset.get('seed') is None:
+        keys = options_type.model_fields if options_type is not None else ()
+        if 'seed' in keys and dataset.get('seed') is None:
             dataset['seed'] = opt['manual_seed']
-        if options_type is not None and 'keep_uint8' in options_type.model_fields:
+        if 'keep_uint8' in keys:
             _keep_uint8(key, dataset, opt.get('model_type'))
         datasets[key] = dataset
     return datasets
@@ -202,81 +194,41 @@ def _paths(opt: dict[str, Any], root: Path, is_train: bool, stage: str | None) -
             paths[key] = os.path.expanduser(value)
     if is_train:
         experiment = root / 'experiments' / opt['name'] / (stage or '')
-        folders = {
-            'experiments_root': experiment,
-            'models': experiment / 'models',
-            'training_states': experiment / 'training_states',
-            'log': experiment,
-            'visualization': experiment / 'visualization',
-        }
+        folders = {name: experiment / name for name in ('models', 'training_states', 'visualization')}
+        folders |= {'experiments_root': experiment, 'log': experiment}
     else:
         results = root / 'results' / opt['name']
         folders = {'results_root': results, 'log': results, 'visualization': results / 'visualization'}
     return {**paths, **{key: str(folder) for key, folder in folders.items()}}
 
 
-def _num_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def iterations_per_epoch(num_samples: int, opt: Mapping[str, Any]) -> int:
-    """How many batches of all processes an epoch has; its last one is filled up, see `EpochSampler`.
-
-    Args:
-        num_samples: length of the training set.
-        opt: options completed for BasicSR, but for what is given in epochs.
-    """
-    dataset = opt['datasets']['train']
-    # One process alone feeds all of its GPUs, each a batch of its own; of many processes each feeds one.
-    num_devices = opt['world_size'] if opt['dist'] else max(1, opt['num_gpu'])
-    batch = dataset['batch_size_per_gpu'] * num_devices
-    return max(1, math.ceil(num_samples * (dataset.get('dataset_enlarge_ratio') or 1) / batch))
-
-
 def _count_epochs(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], int] | None) -> None:
     """Put iterations where `opt` says epochs, in place, and the iterations of an epoch in `train.iters_per_epoch`.
 
-    A schedule keeps its `warmup_epochs`; those that the run is too short for are left out.
-
-    Raises:
-        OptionError: if epochs cannot be counted because there is no `length_of`.
+    Whole numbers may have been written as `2e3`: BasicSR wants plain ones. A schedule keeps its `warmup_epochs`.
     """
-    train, val, logger = opt['train'], opt.get('val') or {}, opt.get('logger') or {}
-    in_epochs = [
-        key
-        for section, key in (
-            (train, 'total_epochs'),
-            (train, 'warmup_epochs'),
-            (val, 'times_per_epoch'),
-            (logger, 'save_checkpoint_epochs'),
-        )
-        if section.get(key) is not None
+    given = [
+        (opt[section], key, plain_key)
+        for section, key, plain_key in _IN_EPOCHS
+        if (opt.get(section) or {}).get(key) is not None
     ]
     if length_of is None or 'train' not in opt['datasets']:
-        if in_epochs:
-            raise OptionError(f'{", ".join(in_epochs)}: epochs cannot be counted without the training set')
+        if given:
+            keys = ', '.join(key for _, key, _ in given)
+            raise OptionError(f'{keys}: epochs cannot be counted without the training set')
         return
-    _shorten_warmup(train)
-    epoch = iterations_per_epoch(length_of(opt['datasets']['train']), opt)
-    train['iters_per_epoch'] = epoch
-    _replace(train, 'total_epochs', 'total_iter', lambda epochs: epochs * epoch)
-    _replace(train, 'warmup_epochs', 'warmup_iter', lambda epochs: epochs * epoch or -1)
-    _replace(val, 'times_per_epoch', 'val_freq', lambda times: max(1, epoch // times))
-    _replace(logger, 'save_checkpoint_epochs', 'save_checkpoint_freq', lambda epochs: epochs * epoch)
-
-
-def _shorten_warmup(train: dict[str, Any]) -> None:
-    """Let a run that was cut to a few epochs, to try it, keep one after its warm-up: there is no schedule otherwise."""
-    scheduler, total = train.get('scheduler'), train.get('total_epochs')
-    warmup = scheduler.get('warmup_epochs') if isinstance(scheduler, dict) else None
+    train, dataset = opt['train'], opt['datasets']['train']
+    scheduler = train.get('scheduler') if isinstance(train.get('scheduler'), dict) else {}
+    warmup, total = scheduler.get('warmup_epochs'), train.get('total_epochs')
     if total is not None and isinstance(warmup, int) and warmup >= total:
+        # A run that was cut to a few epochs, to try it, keeps one after its warm-up: there is no schedule otherwise.
         train['scheduler'] = {**scheduler, 'warmup_epochs': int(total) - 1}
-
-
-def _replace(section: dict[str, Any], key: str, plain_key: str, convert: Callable[[int], int]) -> None:
-    """Whole numbers may have been written as `2e3`: BasicSR wants plain ones."""
-    value = section.pop(key, None)
-    if value is not None:
-        section[plain_key] = convert(int(value))
+    # One process alone feeds all of its GPUs, each a batch of its own; of many processes each feeds one.
+    num_devices = opt['world_size'] if opt['dist'] else max(1, opt['num_gpu'])
+    num_samples = length_of(dataset) * (dataset.get('dataset_enlarge_ratio') or 1)
+    epoch = train['iters_per_epoch'] = max(1, math.ceil(num_samples / (dataset['batch_size_per_gpu'] * num_devices)))
+    for section, key, plain_key in given:
+        value = int(section.pop(key))
+        section[plain_key] = max(1, epoch // value) if key == 'times_per_epoch' else value * epoch
+    if train.get('warmup_iter') == 0:
+        train['warmup_iter'] = -1

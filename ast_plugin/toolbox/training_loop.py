@@ -1,6 +1,7 @@
 """Repairs of BasicSR's training loop: what it samples, how it goes on after an interruption, and what it reports."""
 
 import functools
+import itertools
 import math
 import uuid
 from pathlib import Path
@@ -14,7 +15,7 @@ from ast_plugin.data import workers
 from ast_plugin.data.random_states import SeededSamples
 from ast_plugin.data.sampler import EpochSampler
 
-_FOLDERS = ('experiments_root', 'models', 'training_states', 'visualization', 'log')
+_FOLDERS = {'experiments_root', 'models', 'training_states', 'visualization', 'log'}
 
 
 def sample_full_batches() -> None:
@@ -41,12 +42,9 @@ def load_resume_state(opt: dict) -> dict | None:
 
     Args:
         opt: BasicSR's options; `path.resume_state` is set to the file found, `resumed_iter` to its iteration, and the
-            networks are pointed at their weights: those in the state itself, or for a state without any at the files
-            that `check_resume` looks for.
+            networks are pointed at their weights: in the state itself, or where `check_resume` looks for them.
     Returns:
         The state, on the CPU, without the weights; None to start afresh.
-    Raises:
-        CheckpointError: if the file is missing or damaged, or holds anything but data.
     """
     path = opt['path'].get('resume_state')
     if opt['auto_resume']:
@@ -64,9 +62,8 @@ def load_resume_state(opt: dict) -> dict | None:
     if has_weights:
         opt['path'].update(pretrain_network_g=str(path), param_key_g='params')
     # The state may be of another experiment.
-    for key in _FOLDERS:
-        if key in opt['path']:
-            Path(opt['path'][key]).mkdir(parents=True, exist_ok=True)
+    for key in _FOLDERS & opt['path'].keys():
+        Path(opt['path'][key]).mkdir(parents=True, exist_ok=True)
     return state
 
 
@@ -154,12 +151,8 @@ def archive_under_free_names() -> None:
 
 
 def _free(prefix: str, name: str) -> str:
-    number = 1
-    candidate = name
-    while Path(prefix + candidate).exists():
-        number += 1
-        candidate = f'{name}_{number}'
-    return candidate
+    names = itertools.chain([name], (f'{name}_{number}' for number in itertools.count(2)))
+    return next(name for name in names if not Path(prefix + name).exists())
 
 
 def purge_tensorboard() -> None:
