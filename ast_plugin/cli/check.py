@@ -74,11 +74,7 @@ def _check_run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_stage(run: Run, stage: Stage, before: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
-    """Try all that can be tried of a stage, and sum it up in a line.
-
-    Returns:
-        Its options as prepared for BasicSR, and why its data cannot be used, if so.
-    """
+    """Try all that can be tried of a stage; return its prepared options, and why its data cannot be used, if so."""
     from ast_plugin.models.training_run import check_stage
 
     summary = missing = ''

@@ -25,13 +25,7 @@ def unknown(name: str, commands: Mapping[str, str]) -> str:
 
 
 def run_module(module_name: str, prog: str, arguments: Sequence[str]) -> int:
-    """Run a command's module, which has `add_arguments` and `run`; return its exit status.
-
-    Args:
-        module_name: below `ast_plugin.cli`; imported only now.
-        prog: what the user has typed so far.
-        arguments: what is left of it.
-    """
+    """Run a module of this package on the arguments behind `prog`; return its exit status."""
     module = importlib.import_module(f'ast_plugin.cli.{module_name}')
     parser = argparse.ArgumentParser(
         prog=prog,

@@ -32,13 +32,7 @@ _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: the arguments, those of the process if not given.
-    Returns:
-        The exit status. Wrong usage leaves by SystemExit(2), as argparse does.
-    """
+    """Run the command on `argv`, by default the process's arguments; return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _run(arguments)

@@ -110,11 +110,7 @@ def _cost_table(base: nn.Module, mixed: Mixed) -> str:
 
 
 def _trial(mixed: Mixed, size: tuple[int, int]) -> str:
-    """One forward and backward on noise.
-
-    Raises:
-        ShapeError: where the network does not run, or a number is not finite.
-    """
+    """One forward and backward on noise; ShapeError where the network does not run, or a number is not finite."""
     import torch
 
     image = torch.rand(1, mixed.in_channels, *size, generator=torch.Generator().manual_seed(0))
@@ -138,15 +134,12 @@ def _trial(mixed: Mixed, size: tuple[int, int]) -> str:
         raise ShapeError(f'on a {size[0]}x{size[1]} image the {where} is not finite')
     idle = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
     if idle:
-        print(f'basicsr: warning: no gradient reaches {", ".join(idle[:3])}{_more(idle, 3)}', file=sys.stderr)
+        more = f' and {len(idle) - 3} more' if len(idle) > 3 else ''
+        print(f'basicsr: warning: no gradient reaches {", ".join(idle[:3])}{more}', file=sys.stderr)
     return (
         f'{size[0]}x{size[1]} -> {output.shape[-2]}x{output.shape[-1]}: forward {middle - start:.2f} s, backward '
         f'{end - middle:.2f} s on the CPU, gradients of {len(named) - len(idle)} of {len(named)} parameters, all finite'
     )
-
-
-def _more(names: Sequence[str], shown: int) -> str:
-    return f' and {len(names) - shown} more' if len(names) > shown else ''
 
 
 def _change(before: int, after: int) -> str:

@@ -6,13 +6,13 @@ import copy
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from ast_plugin.errors import OptionError
-from ast_plugin.faults import Fault, Where, faults_of, shown
+from ast_plugin.faults import Fault, Where, shown
 from ast_plugin.options.reading import merge
 from ast_plugin.options.sections import Count, CountOrZero, FolderName, Number, Section
-from ast_plugin.options.validation import Registered, find_faults, holds, raise_faults, unique
+from ast_plugin.options.validation import Registered, find_faults, holds, model_faults, raise_faults, unique
 
 ENTRIES, SETTINGS = 'networks', 'compare'
 INPUT = 'input'  # the row of the unrestored images
@@ -59,22 +59,14 @@ class Head(Section):
 
 
 def check_comparison(opt: Mapping[str, Any], source: str, registered: Registered) -> None:
-    """Check the options of a compare file.
-
-    Raises:
-        OptionError: listing every fault, one line each.
-    """
+    """Check the options of a compare file, or raise OptionError with a line for each fault."""
     raise_faults(find_comparison_faults(opt, registered), source)
 
 
 def find_comparison_faults(opt: Mapping[str, Any], registered: Registered | None = None) -> list[Fault]:
     """Every fault of a compare file: in its own keys, then in what it comes to for each network."""
     head = {key: opt[key] for key in (ENTRIES, SETTINGS) if opt.get(key) is not None}
-    faults: list[Fault] = []
-    try:
-        Head.model_validate(head)
-    except ValidationError as error:
-        faults += faults_of(error, Head, head)
+    faults = model_faults(Head, head)
     faults += [
         Fault((key,), reason)
         for key, reason in (
@@ -84,11 +76,11 @@ def find_comparison_faults(opt: Mapping[str, Any], registered: Registered | None
         )
         if key in opt
     ]
-    faults += _budget_faults(opt)
     entries = opt.get(ENTRIES)
     if not isinstance(entries, list):
         return faults
-    faults += _name_faults(opt, entries) + _dataset_faults(opt)
+    faults += _name_faults(entries)
+    faults += _shared_faults(opt, [entry.get('name') for entry in entries if isinstance(entry, Mapping)])
     shared: dict[Fault, None] = {}
     for number, entry in enumerate(entries):
         if isinstance(entry, Mapping) and isinstance(entry.get('name'), str):
@@ -125,7 +117,7 @@ def _entry_faults(
     return own, common
 
 
-def _name_faults(opt: Mapping[str, Any], entries: list[Any]) -> list[Fault]:
+def _name_faults(entries: list[Any]) -> list[Fault]:
     faults = []
     taken: dict[str, int] = {}
     for number, entry in enumerate(entries):
@@ -142,34 +134,30 @@ def _name_faults(opt: Mapping[str, Any], entries: list[Any]) -> list[Fault]:
         elif 'debug' in key:
             faults.append(Fault(where, 'BasicSR takes a name with `debug` in it for its debug mode, choose another'))
         taken.setdefault(key, number)
-    settings = opt.get(SETTINGS)
-    baseline = settings.get('baseline') if isinstance(settings, Mapping) else None
-    names = [entry.get('name') for entry in entries if isinstance(entry, Mapping)]
-    if isinstance(baseline, str) and baseline not in names:
-        faults.append(
-            Fault((SETTINGS, 'baseline'), f'expected one of {", ".join(map(str, names))}, got {shown(baseline)}')
-        )
     return faults
 
 
-def _budget_faults(opt: Mapping[str, Any]) -> list[Fault]:
-    settings, train = opt.get(SETTINGS), opt.get('train')
-    if not isinstance(settings, Mapping) or settings.get('minutes') is None or not isinstance(train, Mapping):
-        return []
-    given = [key for key in ('total_iter', 'total_epochs') if train.get(key) is not None]
-    return [Fault(('train', key), f'{SETTINGS}.minutes says how long networks are trained') for key in given]
-
-
-def _dataset_faults(opt: Mapping[str, Any]) -> list[Fault]:
-    datasets = opt.get('datasets')
-    keys = [key for key in datasets if str(key).startswith(('val', 'test'))] if isinstance(datasets, Mapping) else []
-    tests = [key for key in keys if key.startswith('test')]
-    measured = tests or keys
-    if len(measured) == 1:
-        return []
+def _shared_faults(opt: Mapping[str, Any], names: list[Any]) -> list[Fault]:
+    """What the sections of the whole file have wrong for a comparison of networks of these names."""
+    sections = [opt.get(key) for key in (SETTINGS, 'train', 'datasets')]
+    settings, train, datasets = (section if isinstance(section, Mapping) else {} for section in sections)
+    faults = []
+    baseline = settings.get('baseline')
+    if isinstance(baseline, str) and baseline not in names:
+        expected = f'expected one of {", ".join(map(str, names))}, got {shown(baseline)}'
+        faults.append(Fault((SETTINGS, 'baseline'), expected))
+    for key in ('total_iter', 'total_epochs'):
+        if settings.get('minutes') is not None and train.get(key) is not None:
+            faults.append(Fault(('train', key), f'{SETTINGS}.minutes says how long networks are trained'))
+    tests = [key for key in datasets if str(key).startswith('test')]
+    measured = tests or [key for key in datasets if str(key).startswith('val')]
     if not measured:
-        return [Fault(('datasets', 'val'), 'required, but not there (or datasets.test): what networks are compared on')]
-    return [Fault(('datasets', measured[1]), f'networks are compared on one set, and {measured[0]} is one already')]
+        missing = 'required, but not there (or datasets.test): what networks are compared on'
+        faults.append(Fault(('datasets', 'val'), missing))
+    if len(measured) > 1:
+        message = f'networks are compared on one set, and {measured[0]} is one already'
+        faults.append(Fault(('datasets', measured[1]), message))
+    return faults
 
 
 def is_trained(entry: Mapping[str, Any]) -> bool:
@@ -178,14 +166,7 @@ def is_trained(entry: Mapping[str, Any]) -> bool:
 
 
 def expand_entry(opt: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The option file that an entry stands for: what all share, its network, and what its `train` changes.
-
-    Args:
-        opt: the options of a compare file.
-        entry: one of its `networks`.
-    Raises:
-        OptionError: if what differs cannot be laid over what is shared.
-    """
+    """The option file that an entry of `networks` stands for: what all share, its network, what its `train` changes."""
     shared = {key: value for key, value in opt.items() if key not in _OWN}
     expanded = merge(shared, {'train': entry['train']}) if entry.get('train') else copy.deepcopy(shared)
     expanded['name'] = entry.get('name')

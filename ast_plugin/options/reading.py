@@ -66,11 +66,7 @@ def _files_in(folder: Path) -> dict[str, Path]:
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The option file meant by a path (`options/AST_derain.yml`) or by the name of a file of `known_files`.
-
-    Raises:
-        OptionError: if there is no such file; it names the nearest one that is known.
-    """
+    """The option file of this path or name in `known_files`; OptionError names the nearest one if there is none."""
     path = Path(os.path.expanduser(name_or_path))
     if path.is_file():
         return path
@@ -111,9 +107,6 @@ def read(path: Path) -> dict[str, Any]:
 
     `_base_: other.yml`, or a list of such, is relative to the file that says it. Later bases are laid over earlier
     ones, the file over all of them: see `merge`.
-
-    Raises:
-        OptionError: for a file that is missing, that is no option file, or that inherits from itself.
     """
     return _read(path, (), [0])
 
@@ -163,9 +156,6 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
     Sections are merged key by key, anything else is replaced as a whole, lists too. A section with `_delete_: true`
     replaces the one below it. A length in epochs takes away the inherited one in iterations, and so on: see `RIVALS`.
-
-    Raises:
-        OptionError: if a `_delete_` is neither true nor false.
     """
     return _laid_over(copy.deepcopy(dict(base)), changes, ())
 
@@ -280,9 +270,7 @@ def fill_in(opt: dict[str, Any], source: str) -> dict[str, Any]:
 
     What is a variable and nothing else becomes what YAML makes of its value: a number, true, nothing. Inside of other
     text it is put in as text. Values that come in are not looked at for further variables.
-
-    Raises:
-        OptionError: naming every variable that is not set and has no default, and every other kind of template.
+    OptionError names every variable that is not set and has no default, and every other kind of template.
     """
     faults: list[str] = []
     filled = _filled(opt, (), faults)

@@ -60,11 +60,7 @@ def write_text(value: Any) -> str:
 
 
 def read_file(path: Path) -> Any:
-    """Read a YAML file of at most 256 KiB into dicts, lists, text, numbers, truth values and None.
-
-    Raises:
-        OptionError: if it cannot be read, is not UTF-8, is not YAML, or holds what is more than data.
-    """
+    """Read a YAML file of at most 256 KiB as `read_text` does."""
     try:
         with open(path, 'rb') as stream:
             content = stream.read(MAX_BYTES + 1)
@@ -82,10 +78,10 @@ def read_file(path: Path) -> Any:
 
 
 def read_text(text: str, source: str) -> Any:
-    """Read YAML from a string; `source` names it in messages.
+    """Read YAML into dicts, lists, text, numbers, truth values and None; `source` names it in messages.
 
     Raises:
-        OptionError: as `read_file`.
+        OptionError: if it is not YAML, or holds what is more than data.
     """
     try:
         loader = _Loader(text)

@@ -26,23 +26,14 @@ _FALLBACK_SUFFIX = '_basicsr'
 
 @dataclass(frozen=True)
 class Registered:
-    """Registered classes and functions by kind (`arch`, `dataset`, `loss`, `metric`, `model`) and name.
-
-    Attributes:
-        by_kind: the contents of each registry.
-        schedulers: classes that `train.scheduler.type` can name with every model.
-        own_schedulers: further ones that this package's models know.
-        protocols: names of each validation protocol's own metrics, by the protocol's name.
-        find_optimizer: the class that `train.optim_g.type` names; OptionError if there is none. Not checked without.
-        failed_plugins: one line for each plugin that could not be loaded.
-    """
+    """Registered classes and functions by kind (`arch`, `dataset`, `loss`, `metric`, `model`) and name."""
 
     by_kind: Mapping[str, Mapping[str, object]]
-    schedulers: Mapping[str, type] = field(default_factory=dict)
-    own_schedulers: Mapping[str, type] = field(default_factory=dict)
-    protocols: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    failed_plugins: Sequence[str] = ()
-    find_optimizer: Callable[[str], type] | None = None
+    schedulers: Mapping[str, type] = field(default_factory=dict)  # what `train.scheduler.type` names with every model
+    own_schedulers: Mapping[str, type] = field(default_factory=dict)  # further ones that this package's models know
+    protocols: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names of each protocol's own metrics
+    failed_plugins: Sequence[str] = ()  # a line for each plugin that could not be loaded
+    find_optimizer: Callable[[str], type] | None = None  # the class that `train.optim_g.type` names, or OptionError
 
     def get(self, kind: str, name: str) -> object | None:
         """What BasicSR's registry would give for `name`; None when it would raise."""
