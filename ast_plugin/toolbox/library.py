@@ -52,32 +52,28 @@ def start_distributed_on_cpus() -> None:
     No upstream issue known; mmcv, where the code is from, had the same.
     """
 
-    def start_by_torchrun(backend, **kwargs):
-        torch.distributed.init_process_group(backend=backend, **kwargs)
+    by_torchrun, by_slurm = dist_util._init_dist_pytorch, dist_util._init_dist_slurm
 
-    def start_by_slurm(backend, port=None):
+    @functools.wraps(by_torchrun)
+    def init_dist_pytorch(backend, **kwargs):
+        if torch.cuda.is_available():
+            return by_torchrun(backend, **kwargs)
+        torch.distributed.init_process_group(backend='gloo' if backend == 'nccl' else backend, **kwargs)
+
+    @functools.wraps(by_slurm)
+    def init_dist_slurm(backend, port=None):
         """As BasicSR's: rank and size from SLURM, the first node as master, port 29500 if neither told nor set."""
+        if torch.cuda.is_available():
+            return by_slurm(backend, port)
         environ = os.environ
-        if port is not None:
-            environ['MASTER_PORT'] = str(port)
-        environ.setdefault('MASTER_PORT', '29500')
+        environ['MASTER_PORT'] = str(port) if port is not None else environ.get('MASTER_PORT', '29500')
         hosts = subprocess.check_output(['scontrol', 'show', 'hostname', environ['SLURM_NODELIST']], text=True)
         environ['MASTER_ADDR'] = hosts.split()[0]
         environ['WORLD_SIZE'], environ['RANK'] = environ['SLURM_NTASKS'], environ['SLURM_PROCID']
         environ['LOCAL_RANK'] = environ.get('SLURM_LOCALID', '0')
-        torch.distributed.init_process_group(backend=backend)
+        torch.distributed.init_process_group(backend='gloo' if backend == 'nccl' else backend)
 
-    def without_cuda(starter, original):
-        @functools.wraps(original)
-        def start(backend, **kwargs):
-            if torch.cuda.is_available():
-                return original(backend, **kwargs)
-            return starter('gloo' if backend == 'nccl' else backend, **kwargs)
-
-        return start
-
-    dist_util._init_dist_pytorch = without_cuda(start_by_torchrun, dist_util._init_dist_pytorch)
-    dist_util._init_dist_slurm = without_cuda(start_by_slurm, dist_util._init_dist_slurm)
+    dist_util._init_dist_pytorch, dist_util._init_dist_slurm = init_dist_pytorch, init_dist_slurm
 
 
 def place_by_local_rank() -> None:
