@@ -89,19 +89,15 @@ def run_child(
             raise
     seconds = time.monotonic() - start
     if process.returncode:
-        raise ChildFailed(_reason(process.returncode, _tail(log, begin)), seconds)
+        raise ChildFailed(_reason(process.returncode, log, begin), seconds)
     return seconds
 
 
-def _tail(log: Path, begin: int) -> str:
+def _reason(status: int, log: Path, begin: int) -> str:
+    """What a failed process said last of its failure, behind a place in the log."""
     with log.open('rb') as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(begin, size - _TAIL_BYTES))
-        return file.read().decode('utf-8', 'replace')
-
-
-def _reason(status: int, output: str) -> str:
-    """What a failed process said last of its failure."""
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        output = file.read().decode('utf-8', 'replace')
     lines = [line.strip() for line in reversed(output.splitlines()) if line.strip()]
     errors = [line for line in lines if line.startswith('basicsr: error:')]
     if errors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -68,8 +69,8 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
             multiplications.
     Returns:
         `parameters`, `macs`, `uncounted` (operators that are left out of them, with how often they were called),
-        `seconds` of each run, `peak_bytes` on top of the weights (None where the system does not tell), `threads`,
-        `load` of the machine before.
+        `seconds` of each run, `milliseconds` of the median, `peak_bytes` on top of the weights (None where the system
+        does not tell), `threads`, `load` of the machine before.
     """
     device = find_device(job['device'])
     network = _load_any_size(job, device)
@@ -83,6 +84,7 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
     with torch.inference_mode(), frozen_weights():
         record['peak_bytes'] = peak_memory(lambda: network(image), device)
         record['seconds'] = _time_runs(network, image, job['runs'])
+    record['milliseconds'] = round(1000 * statistics.median(record['seconds']), 3)
     if job.get('counts', True):
         record['macs'], record['uncounted'] = count_macs(network, image)
     return record

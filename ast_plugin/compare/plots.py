@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -25,19 +26,9 @@ _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', 'h')
 _INCHES = (5.6, 4.2)
 _SMOOTHED_SHARE = 0.05  # of a run that a point of its loss looks back
 _MOST_POINTS = 2000
-# Where the name of a mark may stand: offsets in points from the mark, and its alignment.
-_PLACES = (
-    (8, 0, 'left', 'center'),
-    (-8, 0, 'right', 'center'),
-    (8, 8, 'left', 'bottom'),
-    (8, -8, 'left', 'top'),
-    (-8, 8, 'right', 'bottom'),
-    (-8, -8, 'right', 'top'),
-    (0, 9, 'center', 'bottom'),
-    (0, -9, 'center', 'top'),
-    (10, 20, 'left', 'bottom'),
-    (10, -20, 'left', 'top'),
-)
+_COSTS = {'parameters': 'parameters', 'macs': 'macs', 'milliseconds': 'latency', 'peak_bytes': 'memory'}  # in files
+# Where the name of a mark may stand, in points from the mark.
+_PLACES = ((8, 0), (-8, 0), (8, 8), (8, -8), (-8, 8), (-8, -8), (0, 9), (0, -9), (10, 20), (10, -20))
 
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]  # of a metrics.csv: iterations and values by name
 
@@ -72,12 +63,12 @@ def draw_all(results: Results, curves: Mapping[str, Columns], validated: str | N
     costs: dict[str, Column] = {}
     for column in results.columns():  # of the first size, where there are several
         costs.setdefault(column.key, column)
-    for key in ('parameters', 'macs', 'latency', 'memory') if metric else ():
+    for key, name in _COSTS.items() if metric else ():
         numbers = costs[key].numbers if key in costs else [None] * len(results.rows)
         points = [(row, cost) for row, cost in zip(results.rows, numbers, strict=True) if row.values and cost]
         if points:
             draw = _scatter_drawing(results, metric, points, costs[key].title)
-            plots.append(_draw(f'{metric}_against_{key}', f'{metric} against {costs[key].title}', draw))
+            plots.append(_draw(f'{metric}_against_{name}', f'{metric} against {costs[key].title}', draw))
     losses = {name: loss for name, columns in curves.items() if (loss := _loss(columns)) is not None}
     if losses:
         title = 'loss in training, a running mean'
@@ -163,9 +154,9 @@ def _draw_input(axis: Axes, results: Results, metric: str) -> Annotation | None:
     axis.axhline(found.mean, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     return axis.annotate(
         f'unrestored {format_metric(metric, found.mean)}',
-        (0.99, found.mean),
+        (1, found.mean),
         xycoords=('axes fraction', 'data'),
-        xytext=(0, 3),
+        xytext=(-3, 3),
         textcoords='offset points',
         ha='right',
         color=FAINT,
@@ -179,33 +170,34 @@ def _name_marks(axis: Axes, marks: Sequence[tuple[str, float, float, str]], note
     corners = [axis.transData.transform((cost, value)) - 6 for _, cost, value, _ in marks]
     taken = [Bbox.from_bounds(x, y, 12, 12) for x, y in corners]
 
-    def covered(box: Bbox) -> float:
-        outside = box.width * box.height - _overlap(box, frame)
-        return sum(_overlap(box, other) for other in taken) + 3 * outside
+    def put(text: Annotation, choices: Sequence[Mapping[str, Any]]) -> None:
+        def covered(choice: Mapping[str, Any]) -> float:
+            text.set(**choice)
+            box = text.get_window_extent()
+            outside = box.width * box.height - _overlap(box, frame)
+            return sum(_overlap(box, other) for other in taken) + 3 * outside
 
-    def put(artist: Annotation, choices: Sequence[Callable[[], None]]) -> None:
-        def cover_of(choose: Callable[[], None]) -> float:
-            choose()
-            return covered(artist.get_window_extent())
-
-        min(choices, key=cover_of)()
-        taken.append(artist.get_window_extent())
-
-    def side(share: float, align: str) -> None:
-        note.xy = (share, note.xy[1])
-        note.set_horizontalalignment(align)
+        text.set(**min(choices, key=covered))
+        taken.append(text.get_window_extent())
 
     if note is not None:
-        put(note, [lambda: side(0.99, 'right'), lambda: side(0.01, 'left')])
+        put(
+            note,
+            [
+                {'position': (-3, 3), 'ha': 'right'},
+                {'position': (3 - axis.bbox.width * 72 / axis.figure.dpi, 3), 'ha': 'left'},
+            ],
+        )
     for name, cost, value, colour in marks:
         font = {'color': colour, 'fontweight': 'bold', 'fontsize': 9.5}
         text = axis.annotate(name, (cost, value), xytext=(0, 0), textcoords='offset points', **font)
+        put(text, [{'position': (dx, dy), **_alignment(dx, dy)} for dx, dy in _PLACES])
 
-        def place(dx: float, dy: float, align: str, vertical: str, text: Annotation = text) -> None:
-            text.set_position((dx, dy))
-            text.set(horizontalalignment=align, verticalalignment=vertical)
 
-        put(text, [lambda where=where, place=place: place(*where) for where in _PLACES])
+def _alignment(dx: float, dy: float) -> dict[str, str]:
+    """Let a text grow away from its mark."""
+    horizontal = 'left' if dx > 0 else 'right' if dx < 0 else 'center'
+    return {'ha': horizontal, 'va': 'bottom' if dy > 0 else 'top' if dy < 0 else 'center'}
 
 
 def _overlap(first: Bbox, second: Bbox) -> float:

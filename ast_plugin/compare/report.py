@@ -177,7 +177,7 @@ def describe_method(plan: Plan, results: Results) -> list[tuple[str, str]]:
         'latest': 'the last ones of each training: no test image has picked them',
         'best': 'the best of each training by its validations',
     }[settings['weights']]
-    loads = [speed.load or 0.0 for row in results.rows for speed in row.speeds.values()]
+    loads = [speed['load'] or 0.0 for row in results.rows for speed in row.speeds.values()]
     gpu = f', {machine["gpu"]}' if machine['gpu'] else ''
     threads = settings['threads'] or machine['threads']
     lines = [

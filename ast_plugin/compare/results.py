@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -23,14 +23,8 @@ _DIGITS = {'psnr': 2, 'ssim': 4}
 Size = tuple[int, int]  # (height, width) in pixels
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its confidence interval.
-
-    Attributes:
-        mean: over the images.
-        low, high: ends of the interval; None for fewer than two images.
-    """
+class Estimate(NamedTuple):
+    """A mean over the images, and the ends of its confidence interval; None for fewer than two images."""
 
     mean: float
     low: float | None = None
@@ -65,31 +59,6 @@ def estimate(values: Sequence[float], confidence: float = 0.95, resamples: int =
     return Estimate(mean, float(interval.low), float(interval.high))
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What a network costs at one size.
-
-    Attributes:
-        macs: multiply-adds of a pass.
-        milliseconds: median of the timed runs.
-        peak_bytes: on top of the weights; None where the system does not tell.
-        uncounted: operators that `macs` leaves out.
-        load: of the machine before.
-    """
-
-    macs: int
-    milliseconds: float
-    peak_bytes: int | None
-    uncounted: Mapping[str, int]
-    load: float | None
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Speed:
-        """Out of a record of `measure.measure_speed`."""
-        milliseconds = 1000 * statistics.median(record['seconds'])
-        return cls(record['macs'], milliseconds, record['peak_bytes'], record['uncounted'], record['load'])
-
-
 @dataclass
 class Row:
     """What was found about a network, as far as it got.
@@ -99,7 +68,7 @@ class Row:
         kind: its registered type.
         failed: where and why it failed; empty if it did not.
         parameters: how many; None if it was not measured.
-        speeds: by size.
+        speeds: by size the records of `measure.measure_speed`.
         values: of each image, by metric.
         training: `iterations`, `seconds` of training, `versions`; empty for what was not trained here.
         notes: lines for the reader.
@@ -109,7 +78,7 @@ class Row:
     kind: str = ''
     failed: str = ''
     parameters: int | None = None
-    speeds: dict[Size, Speed] = field(default_factory=dict)
+    speeds: dict[Size, Mapping[str, Any]] = field(default_factory=dict)
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -120,7 +89,7 @@ class Column:
     """A column of the table for reading.
 
     Attributes:
-        key: `parameters`, `macs`, `latency` or `memory` of a cost, else the metric.
+        key: `parameters`, `macs`, `milliseconds` or `peak_bytes` of a cost, else the metric.
         title: its heading.
         numbers: a number a row; None where there is none.
         texts: the numbers as they are shown.
@@ -177,7 +146,7 @@ class Results:
     @property
     def uncounted(self) -> list[str]:
         """Operators that the multiply-adds leave out."""
-        names = {name for row in self.rows for speed in row.speeds.values() for name in speed.uncounted}
+        names = {name for row in self.rows for speed in row.speeds.values() for name in speed['uncounted']}
         return sorted({name.removeprefix('aten::').rstrip('_') for name in names})
 
     def perfect(self, metric: str) -> list[str]:
@@ -207,14 +176,9 @@ class Results:
         return named[0] if named else self.best(self.metrics[0]) if self.metrics else None
 
     def difference(self, row: Row, metric: str, reference: Row | None = None) -> Estimate | None:
-        """The mean difference of a row from another; None for that itself, and where nothing was measured.
+        """The mean difference of a row from another, or from `reference()`; None for that itself, and without values.
 
         It is paired, image by image: what hard and easy images have in common cancels.
-
-        Args:
-            row: whose difference.
-            metric: its name.
-            reference: the other row; that of `reference()` if not given.
         """
         reference = reference or self.reference()
         if reference is None or row is reference or not row.values:
@@ -228,25 +192,26 @@ class Results:
         columns = [self._cost('parameters', 'parameters', [row.parameters for row in self.rows], format_count)]
         for size in self.sizes:
             place = f'at {size[0]}²' if size[0] == size[1] else f'at {size[0]}×{size[1]}'
-            speeds = [row.speeds.get(size) for row in self.rows]
-            macs = [speed and speed.macs for speed in speeds]
-            latency = [speed and speed.milliseconds for speed in speeds]
-            memory = [speed and speed.peak_bytes and speed.peak_bytes / 2**20 for speed in speeds]
-            columns.append(self._cost('macs', f'MACs {place}', macs, format_count))
-            columns.append(self._cost('latency', f'ms {place}', latency, format_milliseconds))
-            columns.append(self._cost('memory', f'MB {place}', memory, '{:,.0f}'.format))
+            for key, title, unit, text in (
+                ('macs', 'MACs', 1, format_count),
+                ('milliseconds', 'ms', 1, format_milliseconds),
+                ('peak_bytes', 'MB', 2**20, '{:,.0f}'.format),
+            ):
+                numbers = [row.speeds.get(size, {}).get(key) for row in self.rows]
+                numbers = [number and number / unit for number in numbers]
+                columns.append(self._cost(key, f'{title} {place}', numbers, text))
         for metric in self.metrics:
             estimates = [self.estimate(row, metric) for row in self.rows]
-            means = [found and found.mean for found in estimates]
             texts = [format_interval(metric, found) for found in estimates]
+            means = [found and found.mean for found in estimates]
             columns.append(Column(metric, metric, means, texts, self._best(means, metric in self.lower_is_better)))
         reference = self.reference()
         if reference is not None:
             metric = self.metrics[0]
             differences = [self.difference(row, metric) for row in self.rows]
             texts = [format_interval(metric, found, sign=True) for found in differences]
-            title = f'{metric} against {reference.name}'
-            columns.append(Column(metric, title, [found and found.mean for found in differences], texts))
+            means = [found and found.mean for found in differences]
+            columns.append(Column(metric, f'{metric} against {reference.name}', means, texts))
         return columns
 
     def to_markdown(self) -> str:
@@ -257,31 +222,29 @@ class Results:
 
     def to_csv(self) -> str:
         """Numbers in full, a row a network."""
-        header = ['network', 'type', 'parameters']
-        header += [f'{what} {h}x{w}' for h, w in self.sizes for what in ('macs', 'ms', 'peak_bytes')]
-        header += [f'{metric}{end}' for metric in self.metrics for end in ('', ' low', ' high', ' difference')]
-        header += [f'{metric} difference {end}' for metric in self.metrics for end in ('low', 'high')]
-        header += ['iterations', 'training seconds', 'failed']
-        return to_csv([header, *(self._csv_row(row) for row in self.rows)])
+        rows = [self._csv_cells(row) for row in self.rows]
+        return to_csv([list(rows[0]), *(list(cells.values()) for cells in rows)])
 
     def images_to_csv(self) -> str:
         """Every value of every image, one a line."""
         rows = [(row.name, name, *values.values()) for row in self.rows for name, values in row.values.items()]
         return to_csv([('network', 'image', *self.metrics), *rows])
 
-    def _csv_row(self, row: Row) -> list[Any]:
-        cells: list[Any] = [row.name, row.kind, row.parameters]
+    def _csv_cells(self, row: Row) -> dict[str, Any]:
+        cells: dict[str, Any] = {'network': row.name, 'type': row.kind, 'parameters': row.parameters}
         for size in self.sizes:
-            speed = row.speeds.get(size)
-            cells += [speed.macs, round(speed.milliseconds, 3), speed.peak_bytes] if speed else [None] * 3
-        differences = [self.difference(row, metric) for metric in self.metrics]
-        for metric, difference in zip(self.metrics, differences, strict=True):
-            found = self.estimate(row, metric)
-            cells += [found.mean, found.low, found.high] if found else [None] * 3
-            cells.append(difference and difference.mean)
-        for difference in differences:
-            cells += [difference.low, difference.high] if difference else [None] * 2
-        return [*cells, row.training.get('iterations'), row.training.get('seconds'), row.failed or None]
+            speed = row.speeds.get(size, {})
+            for title, key in (('macs', 'macs'), ('ms', 'milliseconds'), ('peak_bytes', 'peak_bytes')):
+                cells[f'{title} {size[0]}x{size[1]}'] = speed.get(key)
+        nothing = Estimate(None)
+        differences = {metric: self.difference(row, metric) or nothing for metric in self.metrics}
+        for metric, difference in differences.items():
+            cells[metric], cells[f'{metric} low'], cells[f'{metric} high'] = self.estimate(row, metric) or nothing
+            cells[f'{metric} difference'] = difference.mean
+        for metric, difference in differences.items():
+            _, cells[f'{metric} difference low'], cells[f'{metric} difference high'] = difference
+        training = {'iterations': row.training.get('iterations'), 'training seconds': row.training.get('seconds')}
+        return {**cells, **training, 'failed': row.failed or None}
 
     def _cost(self, key: str, title: str, numbers: list[float | None], text: Callable[[float], str]) -> Column:
         texts = [MISSING if number is None else text(number) for number in numbers]

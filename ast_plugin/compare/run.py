@@ -9,7 +9,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ast_plugin.compare.child import ChildFailed, run_child
 from ast_plugin.compare.machine import describe_machine, installed_versions
 from ast_plugin.compare.measure import image_path, run_job
 from ast_plugin.compare.plan import Plan, PlannedNetwork
-from ast_plugin.compare.results import Results, Row, Speed, format_duration
+from ast_plugin.compare.results import Results, Row, format_duration
 from ast_plugin.errors import CheckpointError, FileError
 from ast_plugin.files import file_digest, lock_folder, write_file
 from ast_plugin.options import safe_yaml
@@ -31,11 +30,7 @@ _FIRST_COUNTED, _FEWEST_COUNTED, _COUNTING_SECONDS = 3, 5, 20.0
 
 
 class Journal:
-    """What of a comparison is done: a file for each piece of work, with the digest of all that it depends on.
-
-    Args:
-        folder: made if it is not there.
-    """
+    """Records in a folder, one for each finished piece of work, with the digest of all that it depends on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +60,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass
 class Comparison:
     """A run of a plan. What an earlier run has done with equal options is not done again.
 
@@ -74,15 +68,12 @@ class Comparison:
         say: told what is going on, a line at a time.
     """
 
-    plan: Plan
-    say: Callable[[str], None] = print
-    rows: dict[str, Row] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.journal = Journal(self.plan.folder / 'journal')
-        self.logs = self.plan.folder / 'logs'
+    def __init__(self, plan: Plan, say: Callable[[str], None] = print) -> None:
+        self.plan, self.say = plan, say
+        self.journal = Journal(plan.folder / 'journal')
+        self.logs = plan.folder / 'logs'
         self.logs.mkdir(exist_ok=True)
-        self._keep_open: list[int] = []
+        self.keep_open: Sequence[int] = ()  # descriptors that processes inherit
 
     def run(self) -> Results:
         """Train and measure. A network that fails is a row that says so.
@@ -92,19 +83,20 @@ class Comparison:
         """
         occupied = 'another comparison is at work there, choose another name or --root'
         networks = self.plan.networks
-        with lock_folder(self.plan.folder, occupied, _PATIENCE) as self._keep_open:
-            self.rows = {INPUT: Row(INPUT)}
-            self._measure_quality(self.rows[INPUT], None, None, None)
+        with lock_folder(self.plan.folder, occupied, _PATIENCE) as self.keep_open:
+            rows = [Row(INPUT)]
+            self._measure_quality(rows[0], None, None, None)
             for number, network in enumerate(networks, 1):
                 self.say(f'[{number}/{len(networks)}] {network.name}')
-                row = self.rows[network.name] = Row(network.name, network.kind, notes=list(network.notes))
-                self._train_and_measure(row, network)
-            for network in networks:  # one after the other, so that little else of the machine changes in between
-                self._measure_speeds(self.rows[network.name], network)
+                rows.append(Row(network.name, network.kind, notes=list(network.notes)))
+                self._train_and_measure(rows[-1], network)
+            # One after the other, so that little else of the machine changes in between.
+            for row, network in zip(rows[1:], networks, strict=True):
+                self._measure_speeds(row, network)
         settings, metrics = self.plan.settings, self.plan.metrics or {}
         return Results(
             self.plan.name,
-            list(self.rows.values()),
+            rows,
             frozenset(name for name, options in metrics.items() if options.get('better') == 'lower'),
             settings['baseline'],
             settings['confidence'],
@@ -114,9 +106,8 @@ class Comparison:
     def _train_and_measure(self, row: Row, network: PlannedNetwork) -> None:
         weights, param_key = network.weights, network.param_key
         if network.train is not None:
-            training = Training(network.name, network.train, self.plan, self.journal, self.say, self._keep_open)
             try:
-                weights, row.training = training.run()
+                weights, row.training = Training(self, network).run()
                 param_key = None
             except (ChildFailed, CheckpointError, FileError) as error:
                 self._fail(row, 'training', error)
@@ -167,7 +158,7 @@ class Comparison:
             record = self._measure(row, f'{row.name}.speed_{height}x{width}', job, depends_on, what)
             if record is not None:
                 row.parameters = record['parameters']
-                row.speeds[height, width] = Speed.from_record(record)
+                row.speeds[height, width] = record
 
     def _measure(self, row: Row, name: str, job: dict[str, Any], depends_on: Any, what: str) -> dict[str, Any] | None:
         """Do a job in a process of its own, unless it is done; None, and a failed row, if that fails."""
@@ -178,7 +169,7 @@ class Comparison:
         self.say(f'  {what}')
         log, threads = self.logs / f'{name}.log', self.plan.settings['threads']
         try:
-            record = run_job(job, log, threads=threads, keep_open=self._keep_open)
+            record = run_job(job, log, threads=threads, keep_open=self.keep_open)
         except ChildFailed as error:
             self._fail(row, what.partition(f' {row.name}')[0], error)
             return None
@@ -190,29 +181,13 @@ class Comparison:
 
 
 class Training:
-    """The training of one network by `basicsr train`, in a process of its own.
+    """The training of one network of a comparison by `basicsr train`, in a process of its own."""
 
-    Args:
-        name: of the network, and of its experiment.
-        opt: the option file that trains it.
-        plan: of the comparison; experiments go to `experiments/` in its folder.
-        journal: where it is noted what is done.
-        say: told what is going on, a line at a time.
-        keep_open: descriptors that processes inherit.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        opt: Mapping[str, Any],
-        plan: Plan,
-        journal: Journal,
-        say: Callable[[str], None] = print,
-        keep_open: Sequence[int] = (),
-    ) -> None:
-        self.name, self.opt, self.journal, self.say = name, copy.deepcopy(dict(opt)), journal, say
-        self.folder, self.settings, self.keep_open = plan.folder, plan.settings, keep_open
-        self.experiment = self.folder / 'experiments' / name
+    def __init__(self, comparison: Comparison, network: PlannedNetwork) -> None:
+        self.name, self.opt = network.name, copy.deepcopy(dict(network.train))
+        self.comparison, self.journal, self.say = comparison, comparison.journal, comparison.say
+        self.folder, self.settings = comparison.plan.folder, comparison.plan.settings
+        self.experiment = self.folder / 'experiments' / self.name
         self.table = self.experiment / 'metrics.csv'
         self.weights = self.experiment / 'models' / _WEIGHTS[self.settings['weights']]
 
@@ -286,28 +261,21 @@ class Training:
     def _find_length(self, digest: str) -> int:
         """How many iterations fit into the minutes that a network gets, by running a few of them."""
         record = self.journal.read(f'{self.name}.length', digest)
-        if record is None:
-            self.say(f'  finding the pace of {self.name}')
-            per_second = self._find_pace()
-            iterations = max(1, round(60 * self.settings['minutes'] * per_second))
-            record = {'iterations': iterations, 'per_second': per_second}
-            self.journal.write(f'{self.name}.length', digest, record)
-        return record['iterations']
-
-    def _find_pace(self) -> float:
-        """Iterations a second."""
+        if record is not None:
+            return record['iterations']
+        self.say(f'  finding the pace of {self.name}')
         opt = copy.deepcopy(self.opt)
         opt['name'] = f'{self.name}_pace'
         opt['logger'] = {**opt['logger'], 'print_freq': 1, 'save_checkpoint_freq': 10**9, 'use_tb_logger': False}
         opt['logger'].pop('save_checkpoint_epochs', None)
         opt['val'], opt['datasets'] = None, {'train': opt['datasets']['train']}
-        table = self.folder / 'experiments' / opt['name'] / 'metrics.csv'
-        shutil.rmtree(table.parent, ignore_errors=True)
+        folder = self.folder / 'experiments' / opt['name']
+        shutil.rmtree(folder, ignore_errors=True)
         start: tuple[int, float] | None = None
 
         def count(seconds: float) -> None:
             nonlocal start
-            done = count_iterations(table) or 0
+            done = count_iterations(folder / 'metrics.csv') or 0
             if start is None:
                 start = (done, seconds) if done >= _FIRST_COUNTED else None
             elif done - start[0] >= _FEWEST_COUNTED and seconds - start[1] >= _COUNTING_SECONDS:
@@ -315,11 +283,12 @@ class Training:
 
         try:
             self._run_child(opt, [], count)
+            raise ChildFailed('its pace could not be found, it ended too early')
         except _PaceFound as found:
-            return found.per_second
+            iterations = max(1, round(60 * self.settings['minutes'] * found.args[0]))
         finally:
-            shutil.rmtree(table.parent, ignore_errors=True)
-        raise ChildFailed('its pace could not be found, it ended too early')
+            shutil.rmtree(folder, ignore_errors=True)
+        return self.journal.write(f'{self.name}.length', digest, {'iterations': iterations})['iterations']
 
     def _run_child(self, opt: dict[str, Any], arguments: Sequence[str], on_wait: Callable[[float], None]) -> float:
         file = self.folder / 'options' / f'{opt["name"]}.yml'
@@ -329,9 +298,9 @@ class Training:
         return run_child(
             'ast_plugin',
             ['train', '-opt', str(file), '--root', str(self.folder), *arguments],
-            self.folder / 'logs' / f'{self.name}.training.log',
+            self.comparison.logs / f'{self.name}.training.log',
             threads=self.settings['threads'],
-            keep_open=self.keep_open,
+            keep_open=self.comparison.keep_open,
             on_wait=on_wait,
         )
 
@@ -344,11 +313,7 @@ class Training:
 
 
 class _PaceFound(Exception):
-    """Enough iterations have been counted."""
-
-    def __init__(self, per_second: float) -> None:
-        super().__init__(per_second)
-        self.per_second = per_second
+    """Enough iterations have been counted; holds how many there are in a second."""
 
 
 def count_iterations(table: Path) -> int | None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ast_plugin.compare import plots
-from ast_plugin.compare.results import Results, Row, Speed
+from ast_plugin.compare.results import Results, Row
 
 NAMES = ('AST', 'SwinIR', 'EDSR', 'RCAN', 'MSRResNet')
 
@@ -16,7 +16,7 @@ NAMES = ('AST', 'SwinIR', 'EDSR', 'RCAN', 'MSRResNet')
 def results(psnrs=(30.0, 29.9, 29.8, 29.7, 22.0), costs=(1e6, 1e6, 1e6, 2e6, 5e7)) -> Results:
     rows = [Row('input', values={'a': {'psnr': 22.0}, 'b': {'psnr': 23.0}})]
     for name, psnr, cost in zip(NAMES, psnrs, costs, strict=True):
-        speed = Speed(int(cost * 900), cost / 1e5, 1, {}, None)
+        speed = {'macs': int(cost * 900), 'milliseconds': cost / 1e5, 'peak_bytes': 2**20, 'uncounted': {}}
         values = {'a': {'psnr': psnr - 1}, 'b': {'psnr': psnr + 1}}
         rows.append(Row(name, parameters=int(cost), speeds={(256, 256): speed}, values=values))
     return Results('test', rows)

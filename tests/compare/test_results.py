@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ast_plugin.compare import results as formats
-from ast_plugin.compare.results import Results, Row, Speed, estimate
+from ast_plugin.compare.results import Results, Row, estimate
 
-SPEED = {'macs': 7_190_000_000, 'seconds': [0.2, 0.1, 0.4], 'peak_bytes': 2**20 * 335, 'uncounted': {}, 'load': 0.5}
+SPEED = {'macs': 7_190_000_000, 'milliseconds': 200.0, 'peak_bytes': 2**20 * 335, 'uncounted': {}, 'load': 0.5}
 
 
 def make_results(**options) -> Results:
@@ -20,7 +20,7 @@ def make_results(**options) -> Results:
 
     rows = [
         Row('input', values=values(20.0, 0.5)),
-        Row('A', 'AST', parameters=3_780_000, speeds={(256, 256): Speed.from_record(SPEED)}, values=values(29.0, 0.2)),
+        Row('A', 'AST', parameters=3_780_000, speeds={(256, 256): SPEED}, values=values(29.0, 0.2)),
         Row('B', 'EDSR', parameters=900, values=values(28.0, 0.1), training={'iterations': 300, 'seconds': 61.5}),
         Row('C', 'RCAN', failed='training: the loss is nan'),
     ]

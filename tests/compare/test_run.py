@@ -7,7 +7,8 @@ import pytest
 
 from ast_plugin.compare import run
 from ast_plugin.compare.child import ChildFailed
-from ast_plugin.compare.run import Journal, Training, count_iterations, digest_of
+from ast_plugin.compare.plan import PlannedNetwork
+from ast_plugin.compare.run import Comparison, Journal, Training, count_iterations, digest_of
 from ast_plugin.options import safe_yaml
 
 OPT = {
@@ -75,16 +76,15 @@ class Trainer:
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    (tmp_path / 'logs').mkdir()
     stand_in = Trainer(tmp_path)
     monkeypatch.setattr(run, 'run_child', stand_in)
     return stand_in
 
 
 def train(folder, opt=OPT, **settings):
-    said = []
     plan = SimpleNamespace(folder=folder, settings={**SETTINGS, **settings})
-    return Training('net', opt, plan, Journal(folder / 'journal'), said.append).run(), said
+    said = []
+    return Training(Comparison(plan, said.append), PlannedNetwork('net', opt['network_g'], opt)).run(), said
 
 
 def test_finished_training_is_not_redone(trainer, tmp_path):
