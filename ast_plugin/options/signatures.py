@@ -10,6 +10,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
@@ -116,11 +117,11 @@ def _returned_class(function: Callable) -> Callable | None:
 
 def _function_parameters(function: Callable, follow: Callable | None) -> tuple[dict | None, bool]:
     try:
-        signature = inspect.signature(function, eval_str=True)
-    except (NameError, AttributeError, SyntaxError):  # names that are imported for type checkers alone
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return None, True
+    with suppress(NameError, AttributeError, SyntaxError, TypeError):  # names may be there for type checkers alone
+        signature = inspect.signature(function, eval_str=True)
     parameters = {name: p for name, p in signature.parameters.items() if p.kind in _POSITIONAL_OR_KEYWORD}
     rest = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     if not rest or not _reads(function, rest[0]):
