@@ -12,9 +12,9 @@ from ast_plugin.data.synthesis.glare import unclip
 
 WATER = 1.333  # refractive index
 STEEPEST = 0.98  # sine of the steepest slope: a surface seen edge on
-DARKEST = 0.22  # light that comes from past the critical angle, reflected about inside the drop
+DARKEST = 0.12  # light that comes from past the critical angle, reflected about inside the drop
 REACH = 128  # pixels in which the view to 45 degrees aside is kept: most drops squeeze it to less than that
-WHITE = 0.8  # gray value above which a light is brighter than an image can show
+WHITE = 0.7  # gray above which a light is brighter than an image can show
 SLOPES = 512  # entries of the tables over the sine of the slope
 SHARP = 0.85  # squared error of a drop in focus by that of all of its surface: opacity falls off at the rim
 SMEARING = 0.6  # decrease of its logarithm with the radius of the circle of confusion by that of the drop
@@ -94,11 +94,11 @@ def surroundings(
     Beyond the image: its mirror image, with a sky coming up above it and the ground growing dark below it.
 
     Args:
-        image: RGB, [H, W, 3], float32 in [0, 1].
+        image: light of the image, [H, W, 3] float32 in [0, 1].
         focal: focal length in pixels of the image.
-        sky: brightness of the sky, in [0, 1].
+        sky: light of the sky, in [0, 1].
         skyline: degrees above the image at which the sky is open.
-        ground: brightness of the ground far below by the mean of the image.
+        ground: light of the ground far below by the mean of the image.
         glare: how much brighter white is than an image can show. Out of focus it stays white for that.
     """
     height, width = image.shape[:2]
@@ -135,7 +135,7 @@ def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: f
 
 
 def expected_error(scene: Surroundings, rim: float, defocus: float, directions: int = 24) -> float:
-    """Return the mean squared error that drops make where they are, before any is placed.
+    """Return the mean squared error of the values, roots of light, where drops are, before any is placed.
 
     It is taken over places of the image and over the surface of a round drop, whose slope grows from its middle to
     the sine `rim` at its edge. `defocus` is the radius of the circle of confusion by that of the drop.
@@ -150,4 +150,5 @@ def expected_error(scene: Surroundings, rim: float, defocus: float, directions: 
     spread = np.ones((1, rows * columns))
     across, down = ((radius * turn(angle) * spread).astype(np.float32) for turn in (np.cos, np.sin))
     seen = scene.look(x * step, y * step, across, down)
-    return SHARP * math.exp(-SMEARING * defocus) * float(np.mean((np.minimum(seen, 1) - np.minimum(clean, 1)) ** 2))
+    change = np.sqrt(np.clip(seen, 0, 1)) - np.sqrt(np.clip(clean, 0, 1))
+    return SHARP * math.exp(-SMEARING * defocus) * float(np.mean(change**2))

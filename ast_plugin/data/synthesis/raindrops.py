@@ -5,10 +5,13 @@ upper part one sees the ground and through its lower part the sky, all of a wide
 dark where the surface is too steep for light to leave the water, and smeared into the image around it by the circle
 of confusion, which is anything from a few pixels to more than the drop. A drop is round or a union of rounded lobes
 whose contour wavers, fuller below than above; drops keep clear of one another, the large ones first, with small ones
-beside them. Between them water lies as a film that blurs and pales.
+beside them. Some ran down and left a trail. Between them water lies as a film that blurs and pales.
 
 Everything on the pane is out of focus, so it is made at half the resolution or less: lobes of all drops as one list
 of pixels, a field of surface slopes, one look-up of the refracted view, one blur.
+
+Lenses, defocus and opacity mix light, not the values of an image: what is bright outweighs what is dark, and a drop out
+of focus is pale. Light is taken for the square of the value here.
 
 Two things that pairs of wet and dry images differ by are left out, for a network cannot know them: how far the second
 image is displaced and how much brighter it was exposed.
@@ -34,6 +37,7 @@ from ast_plugin.data.synthesis.ranges import Parameters, PositiveRange, Range
 
 MERGING = 4.0  # how sharply lobes join: h = log(sum(exp(MERGING * h_i))) / MERGING
 FLOOR = -0.8  # height of the bare pane, where a drop's rim is at 0 and its middle at 1
+BEADS = 9  # lobes of a trail
 LARGEST = 4.0  # radius of the largest drop by the median
 CHUNK = 2**19  # pixels of lobes rendered at a time
 OFFERED = 5.0  # area of the drops offered a place, by that of the drops that may be wanted
@@ -60,6 +64,7 @@ class RaindropParameters(Parameters):
     contact_angle: Range = Field((25, 70), description='degrees between water and glass at the rim, within [5, 80]')
     elongation: PositiveRange = Field((0.85, 1.5), description='height over width, in [0.25, 4]; one value a lobe')
     irregularity: Range = Field((0, 1), description='from round drops (0) to lobed ones with satellites (1)')
+    trails: Range = Field((0, 0.08), description='share of the drops that ran down and left a trail, within [0, 1]')
     defocus: PositiveRange = Field(
         (0.15, 1.6),
         description='radius of the circle of confusion by the median radius, up to 3; its logarithm uniform',
@@ -76,7 +81,7 @@ class RaindropParameters(Parameters):
         (0.2, 0.8), description='brightness, by that of the image, of the ground below, within [0, 2]'
     )
     glare: Range = Field(
-        (0, 4), description='how much brighter what is white is than an image can show, in white, within [0, 10]'
+        (0, 6), description='how much brighter what is white is than an image can show, in white, within [0, 10]'
     )
     focal: PositiveRange = Field(
         (700.0, 2500.0), description='pixels, up to 1e5; focal length, which says how far aside a drop looks'
@@ -93,6 +98,7 @@ class RaindropParameters(Parameters):
         'defocus': (0, 3),
         'size_spread': (0, 1),
         'irregularity': (0, 1),
+        'trails': (0, 1),
         'film': (0, 1),
         'film_blur': (0, 50),
         'sky': (0, 1),
@@ -145,9 +151,10 @@ def add_raindrops(
     unit = parameters.scale / zoom  # pixels of the pane to one of the parameters
     pane = (math.ceil(height / zoom), math.ceil(width / zoom))
     sine = math.sin(math.radians(generator.uniform(*parameters.contact_angle)))
-    small = cv2.resize(image, pane[::-1], interpolation=cv2.INTER_AREA)
+    light = image * image
+    small = cv2.resize(light, pane[::-1], interpolation=cv2.INTER_AREA)
     film, spoilt = _film(small, generator, unit, parameters, FILM_SHARE * error)
-    scene = _look_around(image, generator, parameters)
+    scene = _look_around(light, generator, parameters)
     irregularity = generator.uniform(*parameters.irregularity)
 
     # As many drops as are expected to make the error that is still wanted, then once more by the error they made.
@@ -169,24 +176,24 @@ def add_raindrops(
         layer = layer_at(better)
     layer = cv2.resize(layer, (width, height), interpolation=cv2.INTER_LINEAR)
     opacity = np.clip(layer[..., 3], 0, 1)
-    result = image * cv2.cvtColor(1 - opacity, cv2.COLOR_GRAY2RGB)
-    result += layer[..., :3]
-    return np.clip(result, 0, 1, out=result), opacity
+    light *= cv2.cvtColor(1 - opacity, cv2.COLOR_GRAY2RGB)
+    light += layer[..., :3]
+    return np.sqrt(np.clip(light, 0, 1, out=light), out=light), opacity
 
 
-def _look_around(image: np.ndarray, generator: np.random.Generator, parameters: RaindropParameters) -> Surroundings:
-    """Draw what lies around the image."""
+def _look_around(light: np.ndarray, generator: np.random.Generator, parameters: RaindropParameters) -> Surroundings:
+    """Draw what lies around the image, whose light is given."""
     focal = generator.uniform(*parameters.focal) * parameters.scale
     sky, ground, glare = (generator.uniform(*span) for span in (parameters.sky, parameters.ground, parameters.glare))
     skyline = math.exp(generator.uniform(*np.log(parameters.skyline)))
-    return surroundings(image, focal, sky, skyline=skyline, ground=ground, glare=glare)
+    return surroundings(light, focal, sky**2, skyline=skyline, ground=ground**2, glare=glare)
 
 
 def _error(small: np.ndarray, layer: np.ndarray) -> float:
-    """Return the mean squared error that a layer, colour times opacity and opacity, makes before a small image."""
+    """Return the mean squared error that a layer, colour times opacity and opacity, makes before light, [h, w, 3]."""
     wet = small * cv2.cvtColor(1 - layer[..., 3], cv2.COLOR_GRAY2RGB)
     wet += layer[..., :3]
-    return cv2.norm(np.minimum(wet, 1, out=wet), small, cv2.NORM_L2SQR) / small.size
+    return cv2.norm(np.sqrt(np.clip(wet, 0, 1, out=wet), out=wet), np.sqrt(small), cv2.NORM_L2SQR) / small.size
 
 
 def _draw_lobes(
@@ -252,7 +259,7 @@ def _shape(
 ) -> _Lobes:
     """Build each drop of a body and, if irregular, up to two bulges on it and up to two satellites beside it."""
     count = len(x)
-    lobes = [(x, y, radius, arrival)]
+    lobes = [(x, y, radius, arrival), _trails(x, y, radius, arrival, generator, parameters)]
     for chance, distances, sizes in (
         (0.7, (0.3, 0.8), (0.5, 0.85)),
         (0.4, (0.3, 0.9), (0.4, 0.75)),
@@ -269,6 +276,25 @@ def _shape(
     tall = np.sqrt(generator.uniform(*parameters.elongation, len(x)))
     sag = generator.uniform(0, 0.3, len(x))
     return _Lobes(x, y, radius / tall, radius * tall * (1 + sag), radius * tall * (1 - sag), arrival)
+
+
+def _trails(
+    x: np.ndarray,
+    y: np.ndarray,
+    radius: np.ndarray,
+    arrival: np.ndarray,
+    generator: np.random.Generator,
+    parameters: RaindropParameters,
+) -> tuple[np.ndarray, ...]:
+    """Return place, radius and arrival of beads above some drops: a tail that tapers, wavers and breaks up."""
+    ran = generator.random(len(x)) < generator.uniform(*parameters.trails)
+    shape = (np.count_nonzero(ran), BEADS)
+    x, y, radius, arrival = (values[ran, None] for values in (x, y, radius, arrival))
+    way = np.cumsum(generator.uniform(0.4, 1.0, shape), axis=1)
+    aside = np.cumsum(generator.normal(0, 0.1, shape), axis=1)
+    size = np.linspace(0.75, 0.25, BEADS) * generator.uniform(0.6, 1.0, shape)
+    beads = (x + aside * radius, y - way * radius, size * radius, arrival + np.zeros(shape))
+    return tuple(values.ravel() for values in beads)
 
 
 def _render(lobes: _Lobes, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -324,7 +350,7 @@ def _film(
     """Make the film of water: the scene blurred, paled and displaced.
 
     Args:
-        small: the image at the resolution of the pane, [h, w, 3].
+        small: light of the image at the resolution of the pane, [h, w, 3].
         generator: source of randomness.
         unit: pixels of the pane to one of the parameters.
         parameters: ranges to draw from.
@@ -342,10 +368,11 @@ def _film(
     seen = cv2.GaussianBlur(small, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
     seen = cv2.remap(seen, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     glow = np.float32(generator.uniform(0.04, 0.14))
-    seen += (np.float32(0.35) + np.float32(0.65) * small.reshape(-1, 3).mean(axis=0) - seen) * glow
+    seen += (np.float32(0.2) + np.float32(0.65) * small.reshape(-1, 3).mean(axis=0) - seen) * glow
     opacities = cv2.cvtColor(opacity, cv2.COLOR_GRAY2RGB)
-    spoilt = float(cv2.norm((seen - small) * opacities, cv2.NORM_L2SQR)) / small.size
+    layer = cv2.merge([*cv2.split(seen * opacities), opacity])
+    spoilt = _error(small, layer)
     if spoilt > most:
-        thinning = np.float32(math.sqrt(most / spoilt))
-        opacities, opacity, spoilt = opacities * thinning, opacity * thinning, most
-    return cv2.merge([*cv2.split(seen * opacities), opacity]), spoilt
+        layer *= np.float32(math.sqrt(most / spoilt))
+        spoilt = _error(small, layer)
+    return layer, spoilt

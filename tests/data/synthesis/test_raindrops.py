@@ -91,7 +91,7 @@ def test_the_mask_is_where_the_picture_changed():
     dry = opacity == 0
     assert 0.1 < dry.mean() < 0.9
     assert change[dry].max() < 1e-6
-    assert (change <= opacity + 1e-5).all()
+    assert (np.abs(wet**2 - clean**2).max(axis=2) <= opacity + 1e-5).all()  # opacity is that of light
     assert change[opacity > 0.9].mean() > 0.1
 
 
@@ -136,6 +136,19 @@ def test_drops_may_be_round_and_of_one_size():
     areas, roundness = drops(size_spread=(0, 0), irregularity=(0, 0), elongation=(1, 1), coverage=(0.05, 0.05))
     assert np.median(roundness) > 0.85
     assert np.percentile(areas, 80) < 1.5 * np.percentile(areas, 30)
+
+
+def test_drops_that_ran_down_are_tall():
+    ranges = {'irregularity': (0, 0), 'elongation': (1, 1), 'coverage': (0.05, 0.05), 'radius': (10, 10), **DRY}
+
+    def heights(share: float) -> np.ndarray:
+        parameters = RaindropParameters(**ranges, defocus=(0.2, 0.2), trails=(share, share))
+        _, opacity = add_raindrops(scene(480, 720), np.random.default_rng(5), parameters)
+        contours, _ = cv2.findContours((opacity > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        _, _, width, height = np.array([cv2.boundingRect(c) for c in contours if cv2.contourArea(c) > 100]).T
+        return height / width
+
+    assert np.median(heights(0)) < 1.3 and np.median(heights(1)) > 1.7
 
 
 def drops(**parameters) -> tuple[np.ndarray, list[float]]:
@@ -230,6 +243,7 @@ def test_drops_see_a_sky_above_the_picture_and_dark_ground_below():
         {'focal': (0, 100)},
         {'size_spread': (0, 2)},
         {'irregularity': (0, 2)},
+        {'trails': (0, 2)},
         {'skyline': (0.1, 10)},
         {'ground': (0, 3)},
         {'glare': (-1, 2)},
