@@ -211,15 +211,16 @@ def _compress_change(image: np.ndarray, rainy: np.ndarray, quality: int, generat
     Where there is no rain the image stays as it is, for the clean image of a real pair has been compressed as well.
     """
     top, left = (int(value) for value in generator.integers(0, 16, 2))  # blocks begin anywhere
-    change = _jpeg(rainy, quality, top, left) - _jpeg(image, quality, top, left)
-    return np.clip(image + change, 0, 1)
+    change = cv2.subtract(*(_jpeg(one, quality, top, left) for one in (rainy, image)), dtype=cv2.CV_32F)
+    change *= np.float32(1 / 255)
+    change += image
+    return np.clip(change, 0, 1, out=change)
 
 
 def _jpeg(image: np.ndarray, quality: int, top: int, left: int) -> np.ndarray:
-    """Return the image as JPEG keeps it, [H, W, 3] float32, in blocks that begin (top, left) before its corner."""
-    padded = cv2.copyMakeBorder(image, top, 0, left, 0, cv2.BORDER_REPLICATE)
-    levels = np.clip(padded * 255 + 0.5, 0, 255).astype(np.uint8)
-    return compress_jpeg(levels, quality)[top:, left:].astype(np.float32) / 255
+    """Return the image as JPEG keeps it, [H, W, 3] uint8, in blocks that begin (top, left) before its corner."""
+    levels = cv2.copyMakeBorder(cv2.convertScaleAbs(image, alpha=255), top, 0, left, 0, cv2.BORDER_REPLICATE)
+    return compress_jpeg(levels, quality)[top:, left:]
 
 
 def _render(shape: tuple[int, int], generator: np.random.Generator, shower: _Shower) -> np.ndarray:
