@@ -104,15 +104,10 @@ def _inline_svg(drawing: plots.Plot) -> str:
 
 
 def _viewer_data(results: Results, scenes: Scenes, best: str | None) -> dict[str, Any]:
-    """What the page's script reads: images once each, as data URLs."""
+    """What the page's script reads, images as data URLs among it."""
     sources = list(dict.fromkeys(source for files in scenes.values() for source in files))
-    images: list[str] = []
     pictures = []
     for name, files in scenes.items():
-        numbers = {}
-        for source, file in files.items():
-            numbers[source] = len(images)
-            images.append(_data_url(file))
         with Image.open(next(iter(files.values()))) as image:
             width, height = image.size
         values = {
@@ -120,13 +115,13 @@ def _viewer_data(results: Results, scenes: Scenes, best: str | None) -> dict[str
             for row in results.rows
             if name in row.values
         }
-        pictures.append({'name': name, 'width': width, 'height': height, 'images': numbers, 'values': values})
+        images = {source: _data_url(file) for source, file in files.items()}
+        pictures.append({'name': name, 'width': width, 'height': height, 'images': images, 'values': values})
     return {
         'pictures': pictures,
         'sources': [[name, 'unrestored' if name == INPUT else name] for name in sources],
         'left': INPUT if INPUT in sources else next(iter(sources), ''),
         'right': best if best in sources else next(reversed(sources), ''),
-        'images': images,
     }
 
 
