@@ -66,41 +66,37 @@ def test_shipped_files_are_right(registered, name):
     check_comparison(options.load(options.find(name)), name, registered)
 
 
+def one(**changes):
+    """A file with one network, the first of `NETWORKS` but for changes."""
+    return options_of([{**NETWORKS[0], **changes}])
+
+
+TAKEN = 'is the name of networks.0 already'
+
+
 @pytest.mark.parametrize(
     ('opt', 'complaint'),
     [
         (options_of(train__total_iter=0), 'train.total_iter: expected 1 or more, got 0'),
-        (
-            options_of([{**NETWORKS[0], 'train': {'total_iter': 0}}]),
-            'networks.0.train.total_iter: expected 1 or more, got 0',
-        ),
+        (one(train={'total_iter': 0}), 'networks.0.train.total_iter: expected 1 or more, got 0'),
         (options_of(compare={'minutes': 0}), 'compare.minutes: expected more than 0'),
         (options_of(compare={'minutes': 1}), 'train.total_iter: compare.minutes says how long networks are trained'),
-        (options_of([NETWORKS[0], NETWORKS[0]]), 'networks.1.name: good is the name of networks.0 already'),
+        (options_of([NETWORKS[0], NETWORKS[0]]), f'networks.1.name: good {TAKEN}'),
+        (options_of([NETWORKS[0], {**NETWORKS[1], 'name': 'Good'}]), f'networks.1.name: Good {TAKEN}'),
+        (one(name='input'), 'input is the name of the unrestored'),
+        (one(name='../x'), 'networks.0.name: expected a name that can name a folder'),
+        (one(name='debug_it'), 'debug mode'),
         (
-            options_of([NETWORKS[0], {**NETWORKS[1], 'name': 'Good'}]),
-            'networks.1.name: Good is the name of networks.0 already',
+            one(network_g={'type': 'MSRResNett'}),
+            'no arch is registered as MSRResNett, did you mean MSRResNet?',
         ),
-        (options_of([{**NETWORKS[0], 'name': 'input'}]), 'input is the name of the unrestored images'),
-        (options_of([{**NETWORKS[0], 'name': '../x'}]), 'networks.0.name: expected a name that can name a folder'),
-        (options_of([{**NETWORKS[0], 'name': 'debug_it'}]), 'debug mode'),
-        (
-            options_of([{'name': 'a', 'network_g': {'type': 'MSRResNett'}}]),
-            'networks.0.network_g.type: no arch is registered as MSRResNett, did you mean MSRResNet?',
-        ),
-        (
-            options_of([{'name': 'a', 'network_g': {**COMPACT, 'num_fet': 3}}]),
-            'networks.0.network_g.num_fet: unknown key, did you mean num_feat?',
-        ),
+        (one(network_g={**COMPACT, 'num_fet': 3}), 'networks.0.network_g.num_fet: unknown key, did you mean num_feat?'),
         (
             options_of([{'name': 'a'}]),
-            'networks.0.network_g: required, but not there (or weights that tell the network)',
+            'networks.0.network_g: required, but not there (or weights',
         ),
-        (options_of([{**NETWORKS[0], 'weight': 'x'}]), 'networks.0.weight: unknown key, did you mean weights?'),
-        (
-            options_of([{**NETWORKS[0], 'train': {'optim_g': {'lr': 'fast'}}}]),
-            'networks.0.train.optim_g.lr: expected a number',
-        ),
+        (one(weight='x'), 'networks.0.weight: unknown key, did you mean weights?'),
+        (one(train={'optim_g': {'lr': 'fast'}}), 'networks.0.train.optim_g.lr: expected a number'),
         (options_of([]), 'networks: expected 1 items or more'),
         (options_of(3), 'networks: expected a list'),
         (options_of(['a']), 'networks.0: expected a mapping of keys to values'),
@@ -112,14 +108,8 @@ def test_shipped_files_are_right(registered, name):
         (options_of(stages=[{}]), 'stages: networks are compared after one run each'),
         (options_of(network_g=COMPACT), 'network_g: each network is an entry of networks'),
         (options_of(datasets__test={'name': 't', 'type': 'Nothing'}), 'datasets.test.type: no dataset is registered'),
-        (
-            options_of(datasets__val_2={'name': 't', 'type': 'PairedImageDataset'}),
-            'datasets.val_2: networks are compared on one set, and val is one already',
-        ),
-        (
-            options_of(val__metrics={'psnr': {'type': 'calculate_psn'}}),
-            'val.metrics.psnr.type: no metric is registered',
-        ),
+        (options_of(datasets__val_2={'name': 't', 'type': 'PairedImageDataset'}), 'val is one already'),
+        (options_of(val__metrics={'psnr': {'type': 'calculate_psn'}}), 'psnr.type: no metric is registered'),
     ],
 )
 def test_faults(registered, opt, complaint):
