@@ -152,10 +152,14 @@ def image_path(folder: str | Path, name: str, is_clean: bool = False) -> Path:
 
 
 def _load_any_size(job: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """The network of a job, padding its input where it does not take every size."""
+    """The network of a job, padding its input where it does not take every size, after a pass on a small image."""
     network = load_network(job['network'], job['weights'], job['param_key']).to(device)
-    multiple = required_multiple(network, input_channels(job['network']))
-    return network if multiple == 1 else AnySize(network, multiple).eval()
+    channels = input_channels(job['network'])
+    multiple = required_multiple(network, channels)
+    network = network if multiple == 1 else AnySize(network, multiple).eval()
+    with torch.inference_mode():  # what libraries take at their first call is no cost of the network
+        network(torch.rand(1, channels, 64, 64, device=device))
+    return network
 
 
 def _open_dataset(options: Mapping[str, Any]) -> Any:
