@@ -127,7 +127,7 @@ def _replacement(path: Path) -> Iterator[Path]:
         raise FileError(f'{path} cannot be written: {error.strerror or error}') from error
     finally:
         with suppress(OSError):
-            partial.unlink()
+            partial.unlink(missing_ok=True)
 
 
 def _partial_start(path: Path) -> str:
