@@ -43,7 +43,7 @@ def shape_docstring(app, what, name, obj, options, lines: list[str]) -> None:
         section, colon, text = line.partition(': ')
         if colon and section in (*napoleon_custom_sections, 'Returns'):
             shaped += [f'{section}:', f'    {text}']
-        elif line.startswith('    ') and shaped and not shaped[-1] and not shaped[-2].startswith(' '):
+        elif line.startswith('    ') and shaped[-1:] == [''] and shaped[-2][:1] != ' ' and shaped[-2][-1:] != ':':
             shaped += ['::', '', line]
         else:
             shaped.append(line)
