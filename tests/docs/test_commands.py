@@ -1,4 +1,4 @@
-"""Every command of the README and docs/ is run, as it is written, on files that bear the names it uses."""
+"""The commands of the README and docs/ run on files that bear the names they use; trainings are cut short."""
 
 import shlex
 import shutil
@@ -24,7 +24,7 @@ ELSEWHERE = {
     'basicsr info': 'tests/cli/test_info.py',
     'python tools/benchmark.py': 'tests/benchmarks',
 }
-"""Commands by their beginning that take minutes or another machine, and what runs them in small."""
+"""Commands by their beginning that are not run here, and what tests the nearest to them."""
 
 SHORT = [
     'num_gpu=0',
