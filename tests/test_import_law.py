@@ -18,7 +18,7 @@ MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itsel
     'plugins': BASE,
     'ops': BASE,
     'checkpoints': BASE,
-    'archs': BASE | {'ops', 'checkpoints', 'plugins'},
+    'archs': BASE | {'faults', 'ops', 'checkpoints', 'plugins'},
     'degradations': BASE | {'ops'},
     'data': BASE | {'ops', 'degradations', 'faults'},
     'losses': BASE | {'ops'},

@@ -74,12 +74,12 @@ def _exchange_table(exchanges: Sequence[Exchange]) -> str:
     rows = [('rule', 'module', 'was', 'op', 'block', 'works on', 'parameters', 'sizes')]
     rows += [
         (
-            exchange.where,
-            exchange.name,
+            exchange.rule.where,
+            exchange.site.name,
             exchange.was,
-            exchange.op,
-            exchange.block,
-            f'{exchange.kind} {"x".join(map(str, exchange.shape))}',
+            exchange.rule.op,
+            exchange.rule.declaration.name,
+            f'{exchange.site.kind} {"x".join(map(str, exchange.site.shape))}',
             f'{exchange.parameters_before:,d} -> {exchange.parameters_after:,d}',
             ', '.join(f'{key}={value}' for key, value in exchange.options.items()),
         )

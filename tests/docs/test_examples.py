@@ -32,4 +32,6 @@ def test_mixed_networks_are_built(text, tmp_path):
     base = {**network['base'], 'depths': [2], 'num_heads': [2], 'embed_dim': 8}
     save_torch(tmp_path / 'w.pth', build_base(base).state_dict())
     mixed = Mixed(base, network['mix'], base_weights=str(tmp_path / 'w.pth'))
-    assert {exchange.block for exchange in mixed.exchanges} == {rule['with']['type'] for rule in network['mix']}
+    assert {exchange.rule.declaration.name for exchange in mixed.exchanges} == {
+        rule['with']['type'] for rule in network['mix']
+    }

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.archs.blocks import MLP, WindowAttention, token_sizes
-from ast_plugin.archs.mixed.call_sites import Site, SizePlace
+from ast_plugin.archs.mixed.call_sites import Site
 from ast_plugin.archs.networks import window_of
 from ast_plugin.errors import OptionError, ShapeError
 from ast_plugin.ops import relative_position_index
-
-OPERATIONS = ('replace', 'append', 'prepend', 'wrap')
 
 # Names in the state of a window attention that can be read; the gate of one of ours is what `dense_share` says.
 _READ = {
@@ -34,7 +32,7 @@ class MixedIn(nn.Module):
         block: see `block_registry` for what it is called with.
         works_in: how.
         site: what the module worked on.
-        op: one of `OPERATIONS`.
+        op: 'replace', 'append', 'prepend' or 'wrap'.
         original: the module that stood there; None for `replace`.
         gain: what each channel of the branch begins with, for `wrap`: 0 leaves the network as it was.
     Raises:
@@ -122,31 +120,8 @@ class MixedIn(nn.Module):
         return f'{self.op}, {self.site.kind}'
 
 
-class SizeHooks:
-    """Hooks around a module that is told H and W, which let the blocks below it know them while it runs."""
-
-    def __init__(self, place: SizePlace) -> None:
-        self.place, self.key = place, place.name
-
-    def attach(self, module: nn.Module) -> None:
-        """Register both hooks."""
-        module.register_forward_pre_hook(self._set, with_kwargs=True)
-        module.register_forward_hook(self._unset, always_call=True)
-
-    def _set(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        setattr(token_sizes, self.key, self.place.read(args, kwargs))
-
-    def _unset(self, module: nn.Module, args: tuple, output: Any) -> None:
-        setattr(token_sizes, self.key, None)
-
-
 def put_in(network: nn.Module, adapters: Sequence[tuple[nn.Module, MixedIn]]) -> None:
-    """Put adapters where modules stand, and let their blocks know the sizes of tokens.
-
-    Args:
-        network: changed in place.
-        adapters: each with the module that it stands for.
-    """
+    """Put adapters where the modules before them stand, and let their blocks know the sizes of tokens."""
     modules = dict(network.named_modules())
     # From the inside out: a module that is kept goes into its adapter with what lies in it exchanged already.
     for module, adapter in sorted(adapters, key=lambda item: -item[1].site.name.count('.')):
@@ -157,7 +132,7 @@ def put_in(network: nn.Module, adapters: Sequence[tuple[nn.Module, MixedIn]]) ->
     # A caller that is exchanged itself tells its adapter's block, too: the hooks go around both.
     modules |= {adapter.site.name: adapter for _, adapter in adapters}
     for size in dict.fromkeys(adapter.site.size for _, adapter in adapters if adapter.site.size is not None):
-        SizeHooks(size).attach(modules[size.caller])
+        size.tell_sizes(modules[size.caller])
 
 
 def keep_weights(block: nn.Module, source: nn.Module, dense_share: float | None = None) -> None:
@@ -176,6 +151,9 @@ def keep_weights(block: nn.Module, source: nn.Module, dense_share: float | None 
         OptionError: if the block can keep nothing of such a module, or not all of it.
         ShapeError: if their sizes differ.
     """
+    if not isinstance(block, (WindowAttention, MLP)) and hasattr(block, 'keep_weights'):
+        block.keep_weights(source)
+        return
     refusal = f'{type(block).__name__} can keep nothing of {type(source).__name__}'
     if isinstance(block, WindowAttention):
         weights = _read_attention(source)
@@ -190,15 +168,11 @@ def keep_weights(block: nn.Module, source: nn.Module, dense_share: float | None 
         weights = _layers(expand=layers[0], project=layers[1])
         kept = {id(parameter) for layer in layers for parameter in layer.parameters()}
         left = [name for name, parameter in source.named_parameters() if id(parameter) not in kept]
-    elif hasattr(block, 'keep_weights'):
-        block.keep_weights(source)
-        weights, left = {}, []
     else:
         raise OptionError(f'{refusal}: leave keep_weights out')
     if left:
         raise OptionError(f'{refusal}: it has learned more than the block has a place for, {", ".join(left[:4])}')
-    if weights:
-        _fill(block, weights)
+    _fill(block, weights)
     if dense_share is not None:
         if getattr(block, 'gate', None) is None:
             raise OptionError(f'dense_share is for ASSA: {type(block).__name__} has no gate')

@@ -3,11 +3,11 @@
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ast_plugin.archs.blocks import token_sizes
 from ast_plugin.archs.networks import Trial, window_of
 from ast_plugin.errors import ShapeError
 
@@ -23,14 +23,8 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a module.
-
-    Attributes:
-        args, kwargs: what it was given, tensors without their values.
-        output: the shape of what it returned, None if that was no tensor.
-    """
+class Call(NamedTuple):
+    """One call of a module: what it was given, tensors without their values, and the shape of a tensor it returned."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -40,10 +34,10 @@ class Call:
         """Every argument by its position or name."""
         return [*enumerate(self.args), *self.kwargs.items()]
 
-    def first_tensor(self) -> tuple[Key, Shape | None]:
-        """Key and shape of the first tensor that it was given; no shape if there was none."""
+    def first_tensor(self) -> tuple[Key, Shape]:
+        """Key and shape of the first tensor that it was given; no dimensions if there was none."""
         found = ((key, tuple(value.shape)) for key, value in self.arguments() if isinstance(value, Tensor))
-        return next(found, (0, None))
+        return next(found, (0, ()))
 
 
 @contextmanager
@@ -73,8 +67,7 @@ def _without_values(value: Any) -> Any:
     return value.detach().to('meta') if isinstance(value, Tensor) else value
 
 
-@dataclass(frozen=True)
-class SizePlace:
+class SizePlace(NamedTuple):
     """Where the (H, W) of tokens are found in the call of a module.
 
     Attributes:
@@ -101,9 +94,19 @@ class SizePlace:
         height, width = values[0] if len(values) == 1 else values
         return height, width
 
+    def tell_sizes(self, caller: nn.Module) -> None:
+        """Let the blocks below the caller know H and W in `token_sizes` while it runs."""
+        caller.register_forward_pre_hook(self._set, with_kwargs=True)
+        caller.register_forward_hook(self._unset, always_call=True)
 
-@dataclass(frozen=True)
-class Site:
+    def _set(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        setattr(token_sizes, self.name, self.read(args, kwargs))
+
+    def _unset(self, module: nn.Module, args: tuple, output: Any) -> None:
+        setattr(token_sizes, self.name, None)
+
+
+class Site(NamedTuple):
     """A module, and what it works on.
 
     Attributes:
@@ -147,27 +150,26 @@ def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = N
     Raises:
         ShapeError: if it is not called, or in different ways, or that cannot be told, with the shapes.
     """
-    what = f'{name} ({type(module).__name__})'
-    calls = [run.get(name, []) for run in trial.records]
-    if not calls[0] or not calls[1]:
-        raise ShapeError(f'{what} is never called, only what it holds')
-    (key, first), (_, second) = (run[0].first_tensor() for run in calls)
-    if first is None or second is None:
-        raise ShapeError(f'{what} is given no tensor')
+    runs = [run.get(name, []) for run in trial.records]
+    if not all(runs):
+        raise ShapeError('it is never called, only what it holds')
+    pairs = [(one.first_tensor(), two.first_tensor()) for one, two in zip(*runs, strict=False)]
+    (key, first), (_, second) = pairs[0]
+    if not first or not second:
+        raise ShapeError('it is given no tensor')
     kind, axis = _kind(first, second)
-    for one, two in zip(*calls, strict=False):
-        (other_key, shape), (_, other) = one.first_tensor(), two.first_tensor()
-        if other_key != key or shape is None or other is None or _kind(shape, other)[0] != kind:
-            raise ShapeError(f'{what} is called in different ways, with {list(first)} and with {list(shape or ())}')
+    for (other_key, one), (_, two) in pairs:
+        if other_key != key or not one or not two or _kind(one, two)[0] != kind:
+            raise ShapeError(f'it is called in different ways, with {list(first)} and with {list(one)}')
     if kind is None:
         sizes = ' and '.join(f'{height}x{width}' for height, width in trial.sizes)
         raise ShapeError(
-            f'{what} works on {list(first)}, then on {list(second)} for images {sizes}: expected a map [B, C, H, W] or '
+            f'it works on {list(first)}, then on {list(second)} for images {sizes}: expected a map [B, C, H, W] or '
             '[B, H, W, C], tokens [B, H·W, C] or windows'
         )
-    if len({call.first_tensor()[1][axis] for call in calls[0]}) > 1:
-        raise ShapeError(f'{what} is called with maps of different channels')
-    call = calls[0][0]
+    if len({call.first_tensor()[1][axis] for call in runs[0]}) > 1:
+        raise ShapeError('it is called with maps of different channels')
+    call = runs[0][0]
     tensors = [value for _, value in call.arguments() if isinstance(value, Tensor)]
     others = tuple(tuple(value.shape) for value in tensors[1:] if value.is_floating_point())
     size, nominal = None, (0, 0)
@@ -177,7 +179,7 @@ def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = N
         side = window_of(module) or window
         if (side is None and needs_window) or (side is not None and side**2 != first[1]):
             raise ShapeError(
-                f'{what} works on {list(first)}, which must be windows of {first[1]} tokens, and its window_size '
+                f'it works on {list(first)}, which must be windows of {first[1]} tokens, and its window_size '
                 f'is {side or "not known"}: give it under `with`'
             )
         nominal = (side, side) if side else (0, 0)

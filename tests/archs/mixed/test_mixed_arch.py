@@ -52,7 +52,7 @@ APPEND, WRAP = {'op': 'append'}, {'op': 'wrap'}
 )
 def test_networks_run_and_learn_on_odd_sizes(base, one, kind, count):
     network = Mixed(base, [one])
-    assert [exchange.kind for exchange in network.exchanges] == [kind] * count
+    assert [exchange.site.kind for exchange in network.exchanges] == [kind] * count
     for size in ODD:
         x = image(*size, batch=2)
         y = network(x)
@@ -125,7 +125,7 @@ def test_module_under_two_names(registered):
         network = Mixed({'type': 'Shared'}, [rule(name, 'MLP')])
         assert network.base.a is network.base.b
         assert type(network.base.a.block).__name__ == 'MLP'
-        assert [exchange.name for exchange in network.exchanges] == ['a']
+        assert [exchange.site.name for exchange in network.exchanges] == ['a']
 
 
 def test_kept_modules_around_exchanged_ones():
@@ -134,7 +134,7 @@ def test_kept_modules_around_exchanged_ones():
         rule(ATTENTIONS),
     ]
     network = Mixed(SWINIR, rules)
-    assert [exchange.op for exchange in network.exchanges] == ['append'] * 2 + ['replace'] * 4
+    assert [exchange.rule.op for exchange in network.exchanges] == ['append'] * 2 + ['replace'] * 4
     assert type(network.base.layers[0].original.residual_group.blocks[1].attn.block).__name__ == 'ASSA'
     assert network(image(9, 10)).shape == (1, 3, 9, 10)
 
@@ -210,7 +210,7 @@ def test_blocks_as_timm_has_them(registered):
     base = build_base({'type': 'Timm'}).eval()
     torch.manual_seed(4)
     network = Mixed({'type': 'Timm'}, [rule('**.mlp', 'MLP', KEEP)]).eval()
-    assert {exchange.kind for exchange in network.exchanges} == {'windows'}
+    assert {exchange.site.kind for exchange in network.exchanges} == {'windows'}
     x = image(8, 12)
     with torch.no_grad():
         torch.testing.assert_close(network(x), base(x))
