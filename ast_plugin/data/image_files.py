@@ -33,6 +33,8 @@ SUFFIXES = {
     'BMP': ('.bmp', '.dib'),
 }
 """File name endings of every format that can be read and written; the first is the usual one."""
+FORMAT_OF = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
+"""Format by file name ending, in small letters."""
 
 MAX_PIXELS = 200_000_000
 """Images that claim more pixels are refused, unless the reader is told otherwise."""
@@ -109,15 +111,12 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Imag
 
 def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
     """Decode the content of an image file as `read_image` does; `path` is for messages. Safe in threads."""
-    path = Path(path)
     kind = sniff_format(data)
     if kind is None:
         raise DataError(f'{path}: not a PNG, JPEG, WebP, TIFF or BMP file' if data else f'{path}: the file is empty')
+    formats = [kind, 'MPO'] if kind == 'JPEG' else [kind]
     try:
-        with (
-            _PILLOW_WITHOUT_LIMITS,
-            Image.open(io.BytesIO(data), formats=[kind, 'MPO'] if kind == 'JPEG' else [kind]) as image,
-        ):
+        with _PILLOW_WITHOUT_LIMITS, Image.open(io.BytesIO(data), formats=formats) as image:
             return _decode(path, data, kind, image, max_pixels)
     except UnidentifiedImageError as error:
         raise DataError(
@@ -168,33 +167,30 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def write_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> None:
-    """Write an image in the format that the file's name ends with; the file appears whole or not at all.
+    """Write an image as `encode_image` does; the file appears whole or not at all, in a folder that exists.
 
-    PNG and TIFF hold every image. WebP is written without loss where the image came without loss.
-
-    Args:
-        path: the file; its folder must exist. A file of that name is replaced.
-        image: the pixels and their metadata.
-        quality: of JPEG and lossy WebP, in [1, 100].
     Raises:
-        DataError: if the format cannot hold the image, or the file cannot be written.
+        DataError: if the format cannot hold the image.
+        FileError: if the file cannot be written.
     """
     write_file(path, encode_image(path, image, quality=quality))
 
 
 def encode_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> bytes:
-    """Return the bytes that `write_image` writes.
+    """Encode an image in the format that the file's name ends with.
 
+    PNG and TIFF hold every image. WebP is written without loss where the image came without loss.
+
+    Args:
+        path: the file.
+        image: the pixels and their metadata.
+        quality: of JPEG and lossy WebP, in [1, 100].
     Raises:
-        DataError: if the format that the file's name ends with cannot hold the image.
+        DataError: if the format cannot hold the image.
     """
-    path = Path(path)
-    kind = next((kind for kind, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes), None)
+    kind = FORMAT_OF.get(Path(path).suffix.lower())
     if kind is None:
-        raise DataError(
-            f'{path}: expected a name that ends in one of '
-            f'{", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)}'
-        )
+        raise DataError(f'{path}: expected a name that ends in one of {", ".join(FORMAT_OF)}')
     try:
         return _encode(image, kind, quality)
     except (OSError, ValueError, struct.error, cv2.error) as error:
@@ -212,6 +208,16 @@ def sniff_format(data: bytes) -> str | None:
     if data[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
         return 'TIFF'
     return 'BMP' if data.startswith(b'BM') else None
+
+
+def check_size(path: str | os.PathLike, width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise DataError if an image claims more pixels than are allowed."""
+    if width * height > max_pixels:
+        raise DataError(
+            f'{path}: {width}x{height} is {width * height / 1e6:.0f} million pixels, more than the '
+            f'{max_pixels / 1e6:.0f} million allowed; scale it down, or if you trust the file and the '
+            'command has that, raise --max-megapixels'
+        )
 
 
 def find_jpeg_frame(data: bytes) -> tuple[int, int, int, int, int | None] | None:
@@ -252,7 +258,8 @@ def _count_plain_pixels(data: bytes | memoryview) -> int | None:
 class _PillowWithoutLimits:
     """Pillow without its limit of pixels and its warnings, while any thread is inside: both hold for a whole process.
 
-    The limit is checked here instead, as soon as the size is known; damaged metadata are dropped without a warning.
+    The limit is `check_size` instead; damaged metadata are dropped without a warning. The lock is not held meanwhile:
+    a process that is forked from this one would wait for it forever.
     """
 
     def __init__(self) -> None:
@@ -279,25 +286,18 @@ class _PillowWithoutLimits:
 _PILLOW_WITHOUT_LIMITS = _PillowWithoutLimits()
 
 
-def _decode(path: Path, data: bytes, kind: str, image: Image.Image, max_pixels: int) -> ImageFile:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise DataError(
-            f'{path}: {width}x{height} is {width * height / 1e6:.0f} million pixels, more than the '
-            f'{max_pixels / 1e6:.0f} million allowed; scale it down, or if you trust the file and the '
-            'command has that, raise --max-megapixels'
-        )
+def _decode(path: str | os.PathLike, data: bytes, kind: str, image: Image.Image, max_pixels: int) -> ImageFile:
+    check_size(path, *image.size, max_pixels)
     frames = getattr(image, 'n_frames', 1)
-    notes = []
-    if frames > 1 and image.format == 'MPO':
-        notes.append(f'the file holds {frames} images, only the first is used')
-    elif frames > 1:
+    if frames > 1 and image.format != 'MPO':
         raise DataError(
-            f'{path}: holds {frames} frames or pages; animated files are not supported, '
-            'save its frames as single images'
+            f'{path}: holds {frames} frames or pages; animated files are not supported, save the frames as images'
         )
+    notes = [f'the file holds {frames} images, only the first is used'] if frames > 1 else []
     profile = image.info.get('icc_profile') or None
-    bits = _count_bits(data, kind, image)
+    bits = data[24] if kind == 'PNG' else 8
+    if kind == 'TIFF':
+        bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
     image.load()
     if bits == 16 and image.mode != 'CMYK':
         color, alpha = _decode_16_bits(path, data, kind, image)
@@ -317,14 +317,7 @@ def _decode(path: Path, data: bytes, kind: str, image: Image.Image, max_pixels: 
     return ImageFile(color, alpha, kind, lossless, profile, exif, dpi, tuple(notes))
 
 
-def _count_bits(data: bytes, kind: str, image: Image.Image) -> int:
-    """Bits of a sample, before decoding."""
-    if kind == 'PNG':
-        return data[24]
-    return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))) if kind == 'TIFF' else 8
-
-
-def _split_alpha(path: Path, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+def _split_alpha(path: str | os.PathLike, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
     """Gray or RGB, and opacity if there is any, of at most 8 bits."""
     gray = image.mode in ('1', 'L', 'LA')
     if image.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'RGBX', 'YCbCr'):
@@ -337,7 +330,9 @@ def _split_alpha(path: Path, image: Image.Image) -> tuple[np.ndarray, np.ndarray
     return np.asarray(image.convert('L' if gray else 'RGB')), None
 
 
-def _decode_16_bits(path: Path, data: bytes, kind: str, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+def _decode_16_bits(
+    path: str | os.PathLike, data: bytes, kind: str, image: Image.Image
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Gray or RGB, and opacity if there is any, of 16 bits: Pillow has checked the file, OpenCV keeps its depth."""
     if kind == 'TIFF' and (image.tag_v2.get(_PLANAR, 1) != 1 or image.mode not in ('I;16', 'I;16B', 'RGB', 'RGBA')):
         raise DataError(f'{path}: this layout of a 16-bit TIFF is not supported; save it as interleaved gray or RGB')
@@ -390,31 +385,19 @@ def _is_lossless_webp(data: bytes) -> bool:
 
 
 def _encode(image: ImageFile, kind: str, quality: int) -> bytes:
-    if image.color.dtype == np.uint16:
+    color = image.color[..., None] if image.is_gray else image.color
+    channels = color if image.alpha is None else np.dstack([color, image.alpha])
+    if channels.dtype == np.uint16:
         if kind not in ('PNG', 'TIFF'):
             raise ValueError(f'{kind} holds 8 bits, the image has 16; PNG and TIFF hold it')
-        return _encode_png_16_bits(image) if kind == 'PNG' else _encode_tiff_16_bits(image)
+        return (_encode_png_16_bits if kind == 'PNG' else _encode_tiff_16_bits)(image, channels)
     if kind == 'JPEG' and image.alpha is not None:
         raise ValueError('JPEG has no transparency, the image has; PNG, WebP and TIFF hold it')
-    channels = _stack_channels(image)
     if kind in ('WEBP', 'BMP') and channels.shape[2] == 2:
         channels = channels[..., [0, 0, 0, 1]]
     if kind == 'BMP' and channels.shape[2] == 4:
         # Pillow writes such files without saying that the fourth channel is alpha.
         return cv2.imencode('.bmp', cv2.cvtColor(channels, cv2.COLOR_RGBA2BGRA))[1].tobytes()
-    output = io.BytesIO()
-    pixels = np.ascontiguousarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
-    Image.fromarray(pixels).save(output, kind, **_save_options(image, kind, quality))
-    return output.getvalue()
-
-
-def _stack_channels(image: ImageFile) -> np.ndarray:
-    """Gray or RGB and alpha as one array, [H, W, 1 to 4]."""
-    color = image.color[..., None] if image.is_gray else image.color
-    return color if image.alpha is None else np.dstack([color, image.alpha])
-
-
-def _save_options(image: ImageFile, kind: str, quality: int) -> dict:
     holds = {'BMP': ('dpi',), 'WEBP': ('icc_profile', 'exif'), 'TIFF': ('icc_profile', 'dpi')}
     kept = holds.get(kind, ('icc_profile', 'exif', 'dpi'))
     options = {name: getattr(image, name) for name in kept if getattr(image, name) is not None}
@@ -424,11 +407,13 @@ def _save_options(image: ImageFile, kind: str, quality: int) -> dict:
         options |= {'lossless': True, 'exact': True} if image.lossless else {'quality': quality}
     elif kind == 'TIFF':
         options |= {'compression': 'tiff_adobe_deflate'}
-    return options
+    output = io.BytesIO()
+    pixels = np.ascontiguousarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
+    Image.fromarray(pixels).save(output, kind, **options)
+    return output.getvalue()
 
 
-def _encode_png_16_bits(image: ImageFile) -> bytes:
-    channels = _stack_channels(image)
+def _encode_png_16_bits(image: ImageFile, channels: np.ndarray) -> bytes:
     height, width, count = channels.shape
     rows = channels.astype('>u2').view(np.uint8).reshape(height, width * count * 2)
     # Filter 1 of PNG: each byte less the one of the pixel to the left.
@@ -449,11 +434,10 @@ def _encode_png_16_bits(image: ImageFile) -> bytes:
     )
 
 
-def _encode_tiff_16_bits(image: ImageFile) -> bytes:
+def _encode_tiff_16_bits(image: ImageFile, channels: np.ndarray) -> bytes:
     import tifffile
 
     output = io.BytesIO()
-    channels = _stack_channels(image)
     tifffile.imwrite(
         output,
         channels.squeeze(2) if channels.shape[2] == 1 else channels,

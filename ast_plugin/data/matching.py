@@ -12,12 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ast_plugin.data.image_files import SUFFIXES
+from ast_plugin.data.image_files import FORMAT_OF
 from ast_plugin.errors import DataError, OptionError
 
-IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-
-_NUM_SHOWN = 3  # of many faulty files in a message
 _ENCODING = ('utf-8', 'surrogateescape')  # names of files need not be UTF-8
 _REMEDIES = {
     'no partner': 'Add the partners, remove these, or correct lq_template and gt_template',
@@ -39,17 +36,11 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class DataFault:
-    """What is wrong with a file or a pair.
+    """What is wrong with a file or a pair."""
 
-    Attributes:
-        kind: a few words, the same for all faults of the kind.
-        name: the file, or the line of a list.
-        text: what is wrong with it, and what to do, in a line that says it all.
-    """
-
-    kind: str
-    name: str
-    text: str
+    kind: str  # a few words, the same for all faults of the kind
+    name: str  # the file, or the line of a list
+    text: str  # what is wrong with it, and what to do, in a line that says it all
 
 
 class PairTable(Sequence[Pair]):
@@ -139,16 +130,14 @@ def match_folders(
     Args:
         phase: whose pairs they are, for messages.
         lq_dir, gt_dir: folders of the degraded and of the clean images.
-        lq_template, gt_template: how they are named.
+        lq_template, gt_template: how they are named, see `Template`.
         deep: see `list_images`.
     Returns:
         The pairs, and a fault for each image that has no partner or several.
     Raises:
         DataError: if a folder is missing, has no image that fits, or both sides are the same files.
-        OptionError: if a template is none.
     """
-    lq = _Side(lq_dir, Template(lq_template), phase, deep)
-    gt = _Side(gt_dir, Template(gt_template), phase, deep)
+    lq, gt = _Side(lq_dir, lq_template, phase, deep), _Side(gt_dir, gt_template, phase, deep)
     pairs, faults = [], lq.unmatched(gt)
     # A clean image without a degraded one is an oversight, unless its dataset has many more of either.
     faults += [] if lq.template.is_many else gt.unmatched(lq)
@@ -177,13 +166,9 @@ def raise_faults(phase: str, faults: Iterable[DataFault]) -> None:
     by_kind = defaultdict(list)
     for fault in faults:
         by_kind[fault.kind].append(f'{fault.name} ({fault.text})')
-    if by_kind:
-        raise DataError(
-            '\n'.join(
-                f'datasets.{phase}: {len(names)} x {kind}: {shorten_list(names)}. {_REMEDIES[kind]}'
-                for kind, names in by_kind.items()
-            )
-        )
+    lines = [f'{len(names)} x {kind}: {shorten_list(names)}. {_REMEDIES[kind]}' for kind, names in by_kind.items()]
+    if lines:
+        raise DataError('\n'.join(f'datasets.{phase}: {line}' for line in lines))
 
 
 def check_equal_sizes(pair: Pair, lq: np.ndarray, gt: np.ndarray) -> None:
@@ -198,14 +183,14 @@ def check_equal_sizes(pair: Pair, lq: np.ndarray, gt: np.ndarray) -> None:
 class _Side:
     """One half of the pairs: the images of a folder by their keys."""
 
-    def __init__(self, folder: str | Path, template: Template, phase: str, deep: bool) -> None:
-        self.folder, self.template = folder, template
+    def __init__(self, folder: str | Path, template: str, phase: str, deep: bool) -> None:
+        self.folder, self.template = folder, Template(template)
         names = list_images(folder, phase, deep)
-        self.files = template.keys(names)
+        self.files = self.template.keys(names)
         if not self.files:
             raise DataError(
-                f'datasets.{phase}: none of the {len(names)} images in folder {folder} is named {template.fill("{}")} '
-                f'(there are {shorten_list(names)}). Correct the template or the folder'
+                f'datasets.{phase}: none of the {len(names)} images in folder {folder} is named '
+                f'{self.template.fill("{}")} (there are {shorten_list(names)}). Correct the template or the folder'
             )
 
     def path(self, name: str) -> str:
@@ -235,10 +220,10 @@ def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]
         DataError: if there is no such folder, it cannot be read, or no image is in it.
     """
     try:
-        names = _image_names(folder)
+        names = sorted(filter(is_image, os.listdir(folder)))
         if deep and not names:
-            inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-            names = [f'{name}/{image}' for name in inner for image in _image_names(os.path.join(folder, name))]
+            inner = (entry for entry in os.scandir(folder) if entry.is_dir())
+            names = sorted(f'{one.name}/{name}' for one in inner for name in os.listdir(one) if is_image(name))
     except OSError as error:
         reason = {FileNotFoundError: 'there is no such folder', NotADirectoryError: 'it is not a folder'}
         raise DataError(
@@ -248,21 +233,17 @@ def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]
     if not names:
         raise DataError(
             f'datasets.{phase}: no image in folder {folder} (folders in it are not searched; '
-            f'images end in {", ".join(sorted(IMAGE_SUFFIXES))}). Put the images there, or correct its dataroot'
+            f'images end in {", ".join(sorted(FORMAT_OF))}). Put the images there, or correct its dataroot'
         )
     return names
 
 
-def _image_names(folder: str | Path) -> list[str]:
-    return sorted(filter(is_image, os.listdir(folder)))
-
-
 def is_image(name: str) -> bool:
     """Tell by its ending whether a file that is not hidden is an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith('.')
+    return os.path.splitext(name)[1].lower() in FORMAT_OF and not os.path.basename(name).startswith('.')
 
 
-def shorten_list(items: Iterable[str], num_shown: int = _NUM_SHOWN) -> str:
+def shorten_list(items: Iterable[str], num_shown: int = 3) -> str:
     """Join the first few of `items`, and the number of the others."""
     items = list(items)
     rest = f' and {len(items) - num_shown} more' if len(items) > num_shown else ''

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +11,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ast_plugin.data import transforms
-from ast_plugin.data.image_files import decode_rgb, read_rgb
+from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.layouts import LAYOUTS, Source, check_source, list_pairs
-from ast_plugin.data.lmdb.format import decode_key, is_raw, view_raw
+from ast_plugin.data.lmdb.format import decode_key, decode_value, read_meta_info
 from ast_plugin.data.lmdb.reader import LmdbImages
 from ast_plugin.data.matching import Pair, PairTable, check_equal_sizes, shorten_list
 from ast_plugin.data.seeded_dataset import IoBackend, SeededDataset, SeededOptions
@@ -94,7 +94,12 @@ class PairsDataset(SeededDataset):
         try:
             if self.lmdbs is None:
                 return make_sample(read_rgb(pair.lq), read_rgb(pair.gt))
-            return _read_lmdbs(*self.lmdbs, pair.key, make_sample)
+            # Raw pixels are views into the mapped files, and gone afterwards.
+            lq_images, gt_images = self.lmdbs
+            return lq_images.read(
+                pair.key,
+                lambda *lq: gt_images.read(pair.key, lambda *gt: make_sample(decode_value(*lq), decode_value(*gt))),
+            )
         except DataError as error:
             message = str(error)
             where = '' if pair.lq in message and pair.gt in message else f' (of the pair {pair.lq}, {pair.gt})'
@@ -112,7 +117,7 @@ def _open_lmdbs(source: Source) -> tuple[tuple[LmdbImages, LmdbImages], PairTabl
     folders = source.dataroot_lq, source.dataroot_gt
     try:
         lq, gt = map(LmdbImages, folders)
-        keys, gt_keys = ([entry.key for entry in images.entries()] for images in (lq, gt))
+        keys, gt_keys = ([entry.key for entry in read_meta_info(folder)] for folder in folders)
     except DataError as error:
         raise DataError(f'datasets.{source.phase}: {error}') from error
     unmatched = sorted(set(keys) ^ set(gt_keys))
@@ -126,24 +131,3 @@ def _open_lmdbs(source: Source) -> tuple[tuple[LmdbImages, LmdbImages], PairTabl
     pairs = (Pair(key, f'{lq.folder}/{name}', f'{gt.folder}/{name}') for key, name in names)
     root = os.path.commonprefix([f'{lq.folder}/', f'{gt.folder}/'])  # noqa: RUF071 (a table cuts off letters)
     return (lq, gt), PairTable(pairs, root)
-
-
-def _read_lmdbs(
-    lq_images: LmdbImages, gt_images: LmdbImages, key: str, make_sample: Callable[[np.ndarray, np.ndarray], dict]
-) -> dict[str, Any]:
-    """Call `make_sample` with both images; raw pixels are views into the mapped files, and gone afterwards."""
-
-    def with_lq(lq_value: memoryview) -> dict[str, Any]:
-        lq = _view_pixels(lq_value, lq_images.path(key))
-        return gt_images.read(key, lambda gt_value: make_sample(lq, _view_pixels(gt_value, gt_images.path(key))))
-
-    return lq_images.read(key, with_lq)
-
-
-def _view_pixels(value: memoryview, path: str) -> np.ndarray:
-    if not is_raw(value):
-        return decode_rgb(value, path)
-    try:
-        return view_raw(value)
-    except ValueError as error:
-        raise DataError(f'{path}: damaged: {error}') from error

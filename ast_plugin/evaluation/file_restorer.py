@@ -20,14 +20,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ast_plugin.data.image_files import MAX_PIXELS, SUFFIXES, ImageFile, encode_image, read_image, sniff_format
+from ast_plugin.data.image_files import (
+    FORMAT_OF,
+    MAX_PIXELS,
+    SUFFIXES,
+    ImageFile,
+    encode_image,
+    read_image,
+    sniff_format,
+)
 from ast_plugin.errors import DataError, ShapeError
 from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.evaluation.tiling import MemoryShortage
 from ast_plugin.files import write_file
 from ast_plugin.ops import frozen_weights
-
-ENDINGS = tuple(ending for endings in SUFFIXES.values() for ending in endings)
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,10 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
                 if not images:
                     deeper = not recursive and any(entry.is_dir() for entry in path.iterdir())
                     raise DataError(
-                        f'{path}: no images in this folder (expected {", ".join(ENDINGS)})'
+                        f'{path}: no images in this folder (expected {", ".join(FORMAT_OF)})'
                         + ('; --recursive takes the folders inside too' if deeper else '')
                     )
-            elif path.suffix.lower() in ENDINGS or _format_of(path):
+            elif path.suffix.lower() in FORMAT_OF or _format_of(path):
                 path.stat()
                 images = [(path, Path())]
             else:
@@ -176,7 +182,7 @@ def _walk(folder: Path, output: Path, recursive: bool) -> Iterator[tuple[Path, P
             name for name in folders if recursive and not name.startswith('.') and (here / name).resolve() != results
         )
         for name in sorted(names):
-            if not name.startswith('.') and Path(name).suffix.lower() in ENDINGS:
+            if not name.startswith('.') and Path(name).suffix.lower() in FORMAT_OF:
                 yield here / name, here.relative_to(folder)
 
 

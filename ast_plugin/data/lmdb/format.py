@@ -9,6 +9,7 @@ lines `KEY.raw (height,width,channels) bits`, and BasicSR cannot decode them.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import struct
@@ -19,6 +20,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 
+from ast_plugin.data.image_files import decode_rgb
 from ast_plugin.errors import DataError
 
 DATA, META_INFO, DIGESTS = 'data.mdb', 'meta_info.txt', 'digests.txt'
@@ -32,7 +34,6 @@ RAW_MAGIC = b'ASTRAW1\n'
 _RAW_HEADER = struct.Struct('<8sIIHH')  # magic, height, width, channels, bytes of a sample
 _RAW_DTYPES = {1: np.dtype(np.uint8), 2: np.dtype('<u2')}
 _META_LINE = re.compile(r'(.+)\.(png|raw) \((\d+),(\d+),(\d+)\) (\d+)')
-_PNG_START = b'\x89PNG\r\n\x1a\n'
 # What a zlib stream says of itself is one of four grades; each stands for these levels' middle.
 _LEVEL_OF_GRADE = (1, 3, 6, 9)
 
@@ -72,34 +73,28 @@ def decode_key(key: str) -> str:
 
 def encode_raw(image: np.ndarray) -> bytes:
     """Return pixels with what is needed to find them: RGB [H, W, 3], uint8 or uint16."""
-    height, width, channels = image.shape
-    header = _RAW_HEADER.pack(RAW_MAGIC, height, width, channels, image.dtype.itemsize)
-    return header + np.ascontiguousarray(image, dtype=_RAW_DTYPES[image.dtype.itemsize]).tobytes()
+    size = image.dtype.itemsize
+    return _RAW_HEADER.pack(RAW_MAGIC, *image.shape, size) + np.asarray(image, _RAW_DTYPES[size]).tobytes()
 
 
-def is_raw(value: bytes | memoryview) -> bool:
-    """Tell whether a value holds pixels, by its first bytes."""
-    return bytes(value[: len(RAW_MAGIC)]) == RAW_MAGIC
-
-
-def view_raw(value: bytes | memoryview) -> np.ndarray:
-    """Return the pixels of a value as an array that lies in it: read-only, and gone when the value goes.
+def decode_value(value: bytes | memoryview, path: str) -> np.ndarray:
+    """Return the pixels of a value, RGB [H, W, 3]; raw ones lie in it, read-only, and are gone when the value goes.
 
     Raises:
-        ValueError: if the value is not as long as it says.
+        DataError: if the value is damaged; the message begins with `path`.
     """
-    if len(value) < _RAW_HEADER.size:
-        raise ValueError(f'{len(value)} bytes are no image')
-    _, height, width, channels, size = _RAW_HEADER.unpack_from(value)
-    dtype = _RAW_DTYPES.get(size)
-    if dtype is None or len(value) != _RAW_HEADER.size + height * width * channels * size:
-        raise ValueError(f'expected {height}x{width}x{channels} samples of {size} bytes, got {len(value)} bytes')
-    return np.frombuffer(value, dtype, offset=_RAW_HEADER.size).reshape(height, width, channels)
+    if bytes(value[: len(RAW_MAGIC)]) != RAW_MAGIC:
+        return decode_rgb(value, path)
+    if len(value) >= _RAW_HEADER.size:
+        _, *shape, size = _RAW_HEADER.unpack_from(value)
+        if size in _RAW_DTYPES and len(value) == _RAW_HEADER.size + math.prod(shape) * size:
+            return np.frombuffer(value, _RAW_DTYPES[size], offset=_RAW_HEADER.size).reshape(shape)
+    raise DataError(f'{path}: damaged: its {len(value)} bytes are not the pixels that they say')
 
 
 def png_level(data: bytes) -> int:
     """Return the level that the compressed data of a PNG file says it was made with, as near as it says."""
-    position = len(_PNG_START)
+    position = 8  # behind the signature
     while position + 10 <= len(data):
         length, kind = struct.unpack_from('>I4s', data, position)
         if kind == b'IDAT' and length >= 2:
@@ -114,7 +109,7 @@ def digest_of(value: bytes | memoryview) -> str:
 
 
 def read_meta_info(folder: str | Path) -> Iterator[Entry]:
-    """Read which images an LMDB has, in its order.
+    """Read which images an LMDB has, in its order, which may have one several times.
 
     Raises:
         DataError: if the file is not there, or a line is not as BasicSR writes it.
@@ -123,8 +118,8 @@ def read_meta_info(folder: str | Path) -> Iterator[Entry]:
     for number, line in enumerate(_lines(path), 1):
         match = _META_LINE.fullmatch(line)
         if match:
-            key, encoding, height, width, channels, detail = match.groups()
-            yield Entry(key, encoding, (int(height), int(width), int(channels)), int(detail))
+            key, encoding, *shape, detail = match.groups()
+            yield Entry(key, encoding, tuple(map(int, shape)), int(detail))
         elif line.strip():
             raise DataError(
                 f'{path}: line {number} is {line!r}, expected something like "0001.png (256,256,3) 1"; '
@@ -146,15 +141,20 @@ def read_digests(folder: str | Path) -> dict[str, str] | None:
     return digests
 
 
+def missing_file(path: Path) -> DataError:
+    """Return the error that an LMDB lacks a file."""
+    return DataError(
+        f'{path}: there is no such file; an LMDB of images is a folder *.lmdb with {DATA} and {META_INFO}, as '
+        f'`basicsr data lmdb` writes it'
+    )
+
+
 def _lines(path: Path) -> Iterator[str]:
     try:
         with open(path, encoding='utf-8') as file:
             for line in file:
                 yield line.rstrip('\r\n')
     except FileNotFoundError:
-        raise DataError(
-            f'{path}: there is no such file; an LMDB of images is a folder *.lmdb with {DATA} and {META_INFO}, as '
-            f'`basicsr data lmdb` writes it'
-        ) from None
+        raise missing_file(path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error

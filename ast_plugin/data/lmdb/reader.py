@@ -14,19 +14,17 @@ from typing import TypeVar
 import lmdb
 from tqdm import tqdm
 
-from ast_plugin.data.image_files import decode_rgb
 from ast_plugin.data.lmdb.format import (
     DATA,
     DIGESTS,
     KINDS,
-    META_INFO,
     SOURCE,
     Entry,
+    decode_value,
     digest_of,
-    is_raw,
+    missing_file,
     read_digests,
     read_meta_info,
-    view_raw,
 )
 from ast_plugin.data.matching import shorten_list
 from ast_plugin.data.workers import map_ahead
@@ -38,7 +36,7 @@ _AGAIN = 'write it anew with `basicsr data lmdb --overwrite`'
 
 
 class LmdbImages:
-    """The images of an LMDB, by key; ours or one that BasicSR has made.
+    """The images of an LMDB, by key; ours or one that BasicSR has made. `read_meta_info` tells which there are.
 
     The data is opened when it is first read, once in each process: a worker that was forked opens it for itself. It is
     never locked, so that any number of processes may read it, whoever else has it open.
@@ -46,45 +44,31 @@ class LmdbImages:
     Args:
         folder: `*.lmdb`, with data.mdb and meta_info.txt.
     Raises:
-        DataError: if one of them is missing or not what it should be; on reading, if the data is cut or damaged.
+        DataError: if the data is missing; on reading, if it is cut or damaged.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise DataError(
-                f'{self.folder}: there is no such LMDB; `basicsr data lmdb` makes one, or correct its dataroot'
-            )
+            raise DataError(f'{folder}: there is no such LMDB; `basicsr data lmdb` makes one, or correct its dataroot')
         if not (self.folder / DATA).is_file():
-            raise DataError(
-                f'{self.folder / DATA}: there is no such file; an LMDB of images has {DATA} and {META_INFO}, as '
-                f'`basicsr data lmdb` writes it'
-            )
+            raise missing_file(self.folder / DATA)
         self._opened: _Opened | None = None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, '_opened': None}
-
-    def entries(self) -> Iterator[Entry]:
-        """Read which images there are, in the order of the dataset, which may have one several times.
-
-        Raises:
-            DataError: if meta_info.txt is not there, or a line of it is not as it should be.
-        """
-        return read_meta_info(self.folder)
-
-    def path(self, key: str) -> str:
-        """Say where an image lies, for messages."""
-        return f'{self.folder}/{key}'
 
     def count(self) -> int:
         """Count the images in the data, whatever meta_info.txt names."""
         with self._transaction() as transaction:
             return transaction.stat()['entries']
 
-    def read(self, key: str, use: Callable[[memoryview], Result]) -> Result:
-        """Return `use(value)`; the value lies in the mapped file, and is gone when `use` returns.
+    def read(self, key: str, use: Callable[[memoryview, str], Result]) -> Result:
+        """Return `use(value, path)`; the value lies in the mapped file, and is gone when `use` returns.
 
+        Args:
+            key: of the image.
+            use: takes the value, and the image's place for messages.
         Raises:
             DataError: if the key is not there, or the LMDB cannot be read.
         """
@@ -95,7 +79,7 @@ class LmdbImages:
                     f'{self.folder}: no image has the key {key!r}, which its meta_info.txt names; '
                     f'`basicsr data check` tells what else is missing, or {_AGAIN}'
                 )
-            return use(value)
+            return use(value, f'{self.folder}/{key}')
 
     @contextmanager
     def _transaction(self) -> Iterator[lmdb.Transaction]:
@@ -113,7 +97,8 @@ class LmdbImages:
             with transaction:
                 yield transaction
         except lmdb.Error as error:
-            raise DataError(f'{self.folder / DATA}: cannot be read: {_reason(error)}; {_AGAIN}') from error
+            reason = str(error).rpartition(': ')[2]  # without the path
+            raise DataError(f'{self.folder / DATA}: cannot be read: {reason}; {_AGAIN}') from error
 
 
 def holds_pixels(folder: str | os.PathLike) -> bool:
@@ -159,48 +144,49 @@ def _open(folder: Path) -> _Opened:
     try:
         opened = _shared[place] = _Opened(folder)
     except lmdb.Error as error:
-        remedy = _AGAIN
+        reason, remedy = str(error).rpartition(': ')[2], _AGAIN
         if 'already open' in str(error):
+            reason = 'it is open already'
             remedy = 'a dataset of another type has it open in this process; let one type of dataset read it'
-        raise DataError(f'{folder / DATA}: cannot be opened: {_reason(error)}; {remedy}') from error
+        raise DataError(f'{folder / DATA}: cannot be opened: {reason}; {remedy}') from error
     return opened
 
 
-def _reason(error: lmdb.Error) -> str:
-    """What LMDB says, without the path that it begins with."""
-    return str(error).rpartition(': ')[2] if 'already open' not in str(error) else 'it is open already'
-
-
 def check_lmdb(folder: str | Path, num_workers: int = 1) -> list[str]:
-    """Read every image of an LMDB on `num_workers` threads, and compare it with its digest or else decode it.
-
-    Returns:
-        A line on each fault; nothing if all is well.
-    """
+    """Read every image of an LMDB on threads, and compare it with its digest or else decode it; return the faults."""
     try:
-        images = LmdbImages(folder)
-        digests = read_digests(folder)
-        entries = list({entry.key: entry for entry in images.entries()}.values())
-        faults = _check_keys(images, entries, digests)
+        images, digests = LmdbImages(folder), read_digests(folder)
+        entries = {entry.key: entry for entry in read_meta_info(folder)}
+        count = images.count()
     except DataError as error:
         return [str(error)]
+    faults = []
+    if count > len(entries):
+        faults.append(f'{folder}: holds {count} images, of which meta_info.txt names {len(entries)}')
+    if digests is not None and digests.keys() != entries.keys():
+        odd = sorted(digests.keys() ^ entries.keys())
+        faults.append(f'{folder}: meta_info.txt and digests.txt name different keys: {shorten_list(odd)}')
 
-    def check_entry(entry: Entry) -> str | None:
+    def find_fault(entry: Entry) -> str | None:
+        digest = None if digests is None else digests.get(entry.key)
         try:
-            return images.read(entry.key, lambda value: _check_value(images, entry, digests, value))
+            return images.read(entry.key, lambda value, path: _check_value(value, path, entry, digest))
         except DataError as error:
             return str(error)
 
-    pool = ThreadPoolExecutor(max(1, num_workers))
-    with tqdm(
-        map_ahead(pool, check_entry, entries, 256),
-        total=len(entries),
-        desc=f'verify {images.folder.name}',
-        unit='image',
-        leave=False,
-        disable=None,
-    ) as found:
-        return faults + [fault for fault in found if fault]
+    found = map_ahead(ThreadPoolExecutor(max(1, num_workers)), find_fault, entries.values(), 256)
+    title = f'verify {images.folder.name}'
+    with tqdm(found, total=len(entries), desc=title, unit='image', leave=False, disable=None) as bar:
+        return faults + [fault for fault in bar if fault]
+
+
+def _check_value(value: memoryview, path: str, entry: Entry, digest: str | None) -> str | None:
+    if digest is not None:
+        return None if digest_of(value) == digest else f'{path}: differs from what was written: damaged'
+    (height, width), (rows, columns) = entry.shape[:2], decode_value(value, path).shape[:2]
+    if (height, width) == (rows, columns):
+        return None
+    return f'{path}: has {columns}x{rows} pixels, meta_info.txt says {width}x{height}'
 
 
 def check_together(folder: str | Path) -> list[str]:
@@ -222,33 +208,5 @@ def check_together(folder: str | Path) -> list[str]:
     except (OSError, ValueError, LookupError, TypeError):
         return [*faults, f'{folder / SOURCE}: does not say what was written; write both anew with --overwrite']
     if [written[kind] for kind in reversed(KINDS)] == [*found.values()] and wrong:
-        faults.append(f"{folder}: lq.lmdb and gt.lmdb are in each other's place")
-    else:
-        faults += [f'{folder / kind}.lmdb: is not the one that was written here' for kind in wrong]
-    return faults
-
-
-def _check_keys(images: LmdbImages, entries: list[Entry], digests: dict[str, str] | None) -> list[str]:
-    """Compare the images of an LMDB with those that its text files name."""
-    faults = []
-    count = images.count()
-    if count > len(entries):
-        faults.append(f'{images.folder}: holds {count} images, of which meta_info.txt names {len(entries)}')
-    if digests is not None and digests.keys() != {entry.key for entry in entries}:
-        odd = sorted(digests.keys() ^ {entry.key for entry in entries})
-        faults.append(f'{images.folder}: meta_info.txt and digests.txt name different keys: {shorten_list(odd)}')
-    return faults
-
-
-def _check_value(images: LmdbImages, entry: Entry, digests: dict[str, str] | None, value: memoryview) -> str | None:
-    path = images.path(entry.key)
-    if digests is not None and entry.key in digests:
-        return None if digest_of(value) == digests[entry.key] else f'{path}: differs from what was written: damaged'
-    try:
-        shape = (view_raw(value) if is_raw(value) else decode_rgb(value, path)).shape
-    except ValueError as error:  # DataError is one
-        return str(error) if path in str(error) else f'{path}: damaged: {error}'
-    height, width = entry.shape[:2]
-    if shape[:2] != (height, width):
-        return f'{path}: has {shape[1]}x{shape[0]} pixels, meta_info.txt says {width}x{height}'
-    return None
+        return [*faults, f"{folder}: lq.lmdb and gt.lmdb are in each other's place"]
+    return faults + [f'{folder / kind}.lmdb: is not the one that was written here' for kind in wrong]

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import lmdb
@@ -44,7 +44,7 @@ from ast_plugin.data.lmdb.reader import check_lmdb, check_together
 from ast_plugin.data.matching import Pair, PairTable, check_equal_sizes, is_image, shorten_list
 from ast_plugin.data.workers import map_ahead, num_cores
 from ast_plugin.errors import DataError
-from ast_plugin.files import lock_folder, sync_folder
+from ast_plugin.files import PARTIAL_SUFFIX, lock_folder, replace_text, sync_folder
 
 Encoding = Literal['png', 'raw']
 
@@ -57,48 +57,44 @@ _LEVEL = 1  # of PNG files made of other formats, as BasicSR's; a higher one cos
 _SMALLEST_MAP = 2**24
 _PAGE = 4096
 _STAGED = 'pair'  # in the staging folder: becomes the destination
-_JOURNAL, _PLAN, _OLD = 'journal.jsonl', 'plan.json', 'old'
+_JOURNAL, _PLAN, _OLD = 'pairs.jsonl', 'plan.json', 'old'
 
 
 class Value(NamedTuple):
-    """An image as an LMDB has it: its line in meta_info.txt, its digest, its bytes."""
+    """An image as an LMDB has it: its key, its line in meta_info.txt, its digest, its bytes."""
 
-    entry: Entry
+    key: str
+    line: str
     digest: str
     data: bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written.
+    """What is to be written."""
 
-    Attributes:
-        items: the pairs by their keys in the LMDBs; a pair that the dataset has twice is here once.
-        order: the keys in the dataset's order, some of them twice perhaps.
-        encoding: `png`: files, those that are PNG in RGB as they are; `raw`: pixels.
-        compress_level: encode all PNG files anew with this level, 0 to 9.
-    """
-
-    items: PairTable
-    order: tuple[str, ...]
-    encoding: Encoding = 'png'
-    compress_level: int | None = None
+    items: PairTable  # the pairs by their keys in the LMDBs; a pair that the dataset has twice is here once
+    order: tuple[str, ...]  # the keys in the dataset's order, some of them twice perhaps
+    encoding: Encoding = 'png'  # png: files, those that are PNG in RGB as they are; raw: pixels
+    compress_level: int | None = None  # encode all PNG files anew with this level, 0 to 9
 
     @cached_property
     def digest(self) -> str:
         """Changes when anything does that decides the result: settings, order, or a file's place, size and time."""
         state = hashlib.blake2b(json.dumps([_FORMAT, self.encoding, self.compress_level, self.order]).encode())
         for item in self.items:
-            stamps = [(os.path.abspath(path), *_stamp(path)) for path in (item.lq, item.gt)]
+            stamps = []
+            for path in (item.lq, item.gt):
+                try:
+                    status = os.stat(path)
+                except OSError as error:
+                    raise DataError(f'{path}: cannot be read: {error.strerror}') from error
+                stamps.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
             state.update(json.dumps([item.key, stamps]).encode())
         return state.hexdigest()[:32]
 
     def encode(self, item: Pair) -> tuple[Value, Value]:
-        """Read a pair and return what goes into the two LMDBs.
-
-        Raises:
-            DataError: if an image cannot be read, or the two differ in size.
-        """
+        """Read a pair and return what goes into the two LMDBs."""
         lq_data, gt_data = read_bytes(item.lq), read_bytes(item.gt)
         lq, gt = decode_rgb(lq_data, item.lq), decode_rgb(gt_data, item.gt)
         check_equal_sizes(item, lq, gt)
@@ -114,7 +110,7 @@ class Plan:
             detail = _LEVEL if self.compress_level is None else self.compress_level
             bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
             data = cv2.imencode('.png', bgr, [cv2.IMWRITE_PNG_COMPRESSION, detail])[1].tobytes()
-        return Value(Entry(key, self.encoding, image.shape, detail), digest_of(data), data)
+        return Value(key, Entry(key, self.encoding, image.shape, detail).line(), digest_of(data), data)
 
 
 def make_plan(pairs: Sequence[Pair], encoding: Encoding = 'png', compress_level: int | None = None) -> Plan:
@@ -125,41 +121,23 @@ def make_plan(pairs: Sequence[Pair], encoding: Encoding = 'png', compress_level:
     """
     if not pairs:
         raise DataError('there are no pairs to pack')
-    unique = {(pair.key, pair.lq, pair.gt): pair for pair in pairs}
-    stems = Counter(_stem(key) for key, _, _ in unique)
-    keys = {full: encode_key(_stem(full[0]) if stems[_stem(full[0])] == 1 else full[0]) for full in unique}
+    unique = dict.fromkeys(pairs)
+    stems = Counter(_stem(pair.key) for pair in unique)
+    keys = {pair: encode_key(_stem(pair.key) if stems[_stem(pair.key)] == 1 else pair.key) for pair in unique}
     twice = [key for key, count in Counter(keys.values()).items() if count > 1]
     if twice:
-        files = [pair.lq for full, pair in unique.items() if keys[full] == twice[0]]
+        files = [pair.lq for pair in unique if keys[pair] == twice[0]]
         raise DataError(
             f'{len(twice)} keys belong to several pairs: {shorten_list(twice)}; the first to {shorten_list(files)}. '
             f'Rename these files'
         )
-    items = PairTable(Pair(keys[full], pair.lq, pair.gt) for full, pair in unique.items())
-    order = tuple(keys[pair.key, pair.lq, pair.gt] for pair in pairs)
-    return Plan(items, order, encoding, compress_level)
+    items = PairTable(Pair(keys[pair], pair.lq, pair.gt) for pair in unique)
+    return Plan(items, tuple(keys[pair] for pair in pairs), encoding, compress_level)
 
 
 def _stem(name: str) -> str:
     name = name.lstrip('/')
     return os.path.splitext(name)[0] if is_image(name) else name
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise DataError(f'{path}: cannot be read: {error.strerror}') from error
-    return status.st_size, status.st_mtime_ns
-
-
-class Record(NamedTuple):
-    """What is known of a committed pair beside its values."""
-
-    key: str
-    shape: tuple[int, int, int]
-    details: tuple[int, int]
-    digests: tuple[str, str]
 
 
 class Outcome(NamedTuple):
@@ -191,7 +169,11 @@ def write_lmdbs(
     num_workers = num_workers or num_cores()
     with _explain_errors(destination, staging):
         if _is_taken(destination, plan, overwrite):
-            _check_whole(destination, num_workers)
+            faults = check_together(destination) + _find_faults(destination, num_workers)
+            if faults:
+                raise DataError(
+                    f'{destination}: exists, but is damaged: {shorten_list(faults)}. Replace it with --overwrite'
+                )
             if _is_of(staging, plan):  # a kill came between the last rename and tidying up
                 shutil.rmtree(staging)
             return Outcome(len(plan.items), len(plan.items), _num_bytes(destination))
@@ -208,11 +190,7 @@ def write_lmdbs(
 
 
 def _is_taken(destination: Path, plan: Plan, overwrite: bool) -> bool:
-    """Whether the destination is what the plan would make of it.
-
-    Raises:
-        DataError: if it is something else that is not to be overwritten.
-    """
+    """Whether the destination is what the plan would make of it; raise DataError if it must be left alone."""
     if not os.path.lexists(destination) or (destination.is_dir() and not any(destination.iterdir())):
         return False
     names = set(os.listdir(destination)) if destination.is_dir() else set()
@@ -229,11 +207,8 @@ def _is_taken(destination: Path, plan: Plan, overwrite: bool) -> bool:
     )
 
 
-def _check_whole(destination: Path, num_workers: int) -> None:
-    faults = check_together(destination)
-    faults += [fault for kind in KINDS for fault in check_lmdb(destination / f'{kind}.lmdb', num_workers)]
-    if faults:
-        raise DataError(f'{destination}: exists, but is damaged: {shorten_list(faults)}. Replace it with --overwrite')
+def _find_faults(folder: Path, num_workers: int) -> list[str]:
+    return [fault for kind in KINDS for fault in check_lmdb(folder / f'{kind}.lmdb', num_workers)]
 
 
 @contextlib.contextmanager
@@ -253,10 +228,8 @@ def _explain_errors(destination: Path, staging: Path) -> Iterator[None]:
 
 def _adopt(staging: Path, plan: Plan) -> int:
     """Make the staging folder one of this plan, and count the pairs that both LMDBs in it have."""
-    if _is_of(staging, plan):
-        num_done = _num_committed(staging, plan)
-        if num_done is not None:
-            return num_done
+    if _is_of(staging, plan) and (num_done := _num_committed(staging, plan)) is not None:
+        return num_done
     marker = staging / _PLAN
     marker.unlink(missing_ok=True)
     for entry in staging.iterdir():
@@ -264,7 +237,7 @@ def _adopt(staging: Path, plan: Plan) -> int:
     for kind in KINDS:
         _folder(staging, kind).mkdir(parents=True)
     (staging / _JOURNAL).touch()
-    with _open_synced(marker) as file:
+    with replace_text(marker) as file:
         file.write(plan.digest)
     return 0
 
@@ -318,10 +291,7 @@ def _write_values(staging: Path, plan: Plan, num_done: int, num_workers: int) ->
     ):
         for batch in _batches(values):
             for lq, gt in batch:
-                record = Record(
-                    lq.entry.key, lq.entry.shape, (lq.entry.detail, gt.entry.detail), (lq.digest, gt.digest)
-                )
-                journal.write(json.dumps(record).encode() + b'\n')
+                journal.write(json.dumps([lq.key, lq.line, lq.digest, gt.line, gt.digest]).encode() + b'\n')
             journal.flush()
             os.fsync(journal.fileno())
             for kind, side in zip(KINDS, zip(*batch, strict=True), strict=True):
@@ -352,7 +322,7 @@ def _commit(folder: Path, values: Sequence[Value], num_before: int) -> None:
             try:
                 with environment.begin(write=True) as transaction:
                     for value in values:
-                        transaction.put(value.entry.key.encode(), value.data)
+                        transaction.put(value.key.encode(), value.data)
                 return
             except lmdb.MapFullError:
                 map_size *= 2
@@ -367,26 +337,28 @@ def _map_size(folder: Path, values: Sequence[Value]) -> int:
 
 def _write_texts(staging: Path, plan: Plan) -> None:
     """Write what goes beside the data, out of the journal."""
+    for left_over in (staging / _STAGED).rglob(f'.*{PARTIAL_SUFFIX}'):  # by a run that was killed
+        left_over.unlink()
+    digests = {}
     for number, kind in enumerate(KINDS):
-        with _open_synced(_folder(staging, kind) / META_INFO) as file:
-            for record in _records(staging, plan.order):
-                file.write(Entry(record.key, plan.encoding, record.shape, record.details[number]).line() + '\n')
-        with _open_synced(_folder(staging, kind) / DIGESTS) as file:
-            for record in _records(staging, (item.key for item in plan.items)):
-                file.write(f'{record.digests[number]}  {record.key}\n')
-    source = {'plan': plan.digest, 'encoding': plan.encoding, 'pairs': len(plan.items)}
-    source['digests'] = {kind: digest_of((_folder(staging, kind) / DIGESTS).read_bytes()) for kind in KINDS}
-    with _open_synced(staging / _STAGED / SOURCE) as file:
+        folder = _folder(staging, kind)
+        with replace_text(folder / META_INFO) as file:
+            file.writelines(f'{record[1 + 2 * number]}\n' for record in _records(staging, plan.order))
+        with replace_text(folder / DIGESTS) as file:
+            keys = [item.key for item in plan.items]
+            file.writelines(f'{record[2 + 2 * number]}  {record[0]}\n' for record in _records(staging, keys))
+        digests[kind] = digest_of((folder / DIGESTS).read_bytes())
+    with replace_text(staging / _STAGED / SOURCE) as file:
+        source = {'plan': plan.digest, 'encoding': plan.encoding, 'pairs': len(plan.items), 'digests': digests}
         file.write(json.dumps(source) + '\n')
 
 
-def _records(staging: Path, keys: Iterable[str]) -> Iterator[Record]:
-    """The journal's record of each key; the journal has them in the order in which they first come."""
-    keys = list(keys)
+def _records(staging: Path, keys: Sequence[str]) -> Iterator[list[str]]:
+    """The journal's record of each key, `_write_values` says of what; they are in the order of first occurrence."""
     kept = {key: None for key, count in Counter(keys).items() if count > 1}
     with open(staging / _JOURNAL, encoding='utf-8') as journal:
         for key in keys:
-            record = kept.get(key) or Record(*json.loads(next(journal)))
+            record = kept.get(key) or json.loads(next(journal))
             if key in kept:
                 kept[key] = record
             yield record
@@ -394,7 +366,7 @@ def _records(staging: Path, keys: Iterable[str]) -> Iterator[Record]:
 
 def _verify(staging: Path, num_workers: int) -> None:
     """Read all back; what does not pass will not be gone on from."""
-    faults = [fault for kind in KINDS for fault in check_lmdb(_folder(staging, kind), num_workers)]
+    faults = _find_faults(staging / _STAGED, num_workers)
     if faults:
         (staging / _PLAN).unlink()
         raise DataError(
@@ -412,15 +384,6 @@ def _put_in_place(staging: Path, destination: Path) -> None:
     (staging / _STAGED).rename(destination)
     sync_folder(destination.parent)
     shutil.rmtree(staging)
-
-
-@contextlib.contextmanager
-def _open_synced(path: Path) -> Iterator[IO[str]]:
-    """Open a file of the staging folder to write it from the beginning, and see it on the disk."""
-    with open(path, 'w', encoding='utf-8', newline='\n') as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _num_bytes(destination: Path) -> int:

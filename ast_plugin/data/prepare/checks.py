@@ -7,6 +7,7 @@ of many images, `check_files`, `find_extra` and `check_lmdbs` compare a dataset 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -23,15 +24,15 @@ import cv2
 import numpy as np
 
 from ast_plugin.data.image_files import (
-    MAX_PIXELS,
     SUFFIXES,
+    check_size,
     decode_image,
     decode_rgb,
     find_jpeg_frame,
     read_bytes,
     sniff_format,
 )
-from ast_plugin.data.lmdb.format import is_raw, view_raw
+from ast_plugin.data.lmdb.format import KINDS, decode_value, read_meta_info
 from ast_plugin.data.lmdb.reader import LmdbImages
 from ast_plugin.data.lmdb.writer import make_plan
 from ast_plugin.data.manifest import Entry, Manifest
@@ -41,7 +42,7 @@ from ast_plugin.data.workers import map_in_processes
 from ast_plugin.errors import DataError
 
 _NUM_EXAMPLES = 3
-
+_DEGRADED_AND_CLEAN = ('degraded', 'clean')
 _PNG_KINDS = {0: ('gray',), 3: ('palette',), 4: ('gray', 'transparency'), 6: ('transparency',)}
 _JPEG_KINDS = {1: ('gray',), 4: ('CMYK',)}
 # What libjpeg says on the error stream while it fills up missing parts with gray. It also complains of superfluous
@@ -56,52 +57,50 @@ _JPEG_LOSSES = (
 
 
 class Finding(NamedTuple):
-    """A readable image in numbers.
+    """A readable image in numbers."""
 
-    Attributes:
-        size: height and width in pixels, upright.
-        num_bytes: size of the file.
-        digest: of the pixels, see `digest_pixels`.
-        traits: how it differs from plain RGB of 8 bits, each in a word or two.
-    """
-
-    size: tuple[int, int]
-    num_bytes: int
-    digest: str
-    traits: tuple[str, ...]
+    size: tuple[int, int]  # height and width in pixels, upright
+    num_bytes: int  # of the file
+    digest: str  # of the pixels, see `digest_pixels`
+    traits: tuple[str, ...]  # how it differs from plain RGB of 8 bits, each in a word or two
 
 
 def check_pair(pair: Pair) -> tuple[Finding, Finding] | DataFault:
     """Read both images of a pair, and compare their sizes."""
-    findings = []
-    for path in (pair.lq, pair.gt):
-        try:
-            findings.append(check_image(path))
-        except DataError as error:
-            return DataFault('unreadable', path, str(error).removeprefix(f'{path}: '))
-    lq, gt = findings
+    lq, gt = findings = [_find(path) for path in (pair.lq, pair.gt)]
+    for finding in findings:
+        if isinstance(finding, DataFault):
+            return finding
     if lq.size == gt.size:
         return lq, gt
-    sizes = f'{lq.size[1]}x{lq.size[0]} pixels, its clean partner {pair.gt} {gt.size[1]}x{gt.size[0]}'
-    return DataFault('sizes differ', pair.lq, sizes + _explain_sizes(lq.size, gt.size))
+    text = f'{lq.size[1]}x{lq.size[0]} pixels, its clean partner {pair.gt} {gt.size[1]}x{gt.size[0]}'
+    factors = {gt.size[0] / lq.size[0], gt.size[1] / lq.size[1]}
+    if lq.size == gt.size[::-1]:
+        text += '; one of them is turned by 90 degrees'
+    elif len(factors) == 1 and (factor := factors.pop()) > 1 and factor.is_integer():
+        text += f'; the degraded one is {factor:.0f} times smaller, as for super-resolution, which is not done here'
+    return DataFault('sizes differ', pair.lq, text)
+
+
+def _find(path: str) -> Finding | DataFault:
+    try:
+        return check_image(path)
+    except DataError as error:
+        return DataFault('unreadable', path, str(error).removeprefix(f'{path}: '))
 
 
 def check_image(path: str | os.PathLike) -> Finding:
     """Read an image as training does, but trust it less.
 
     Raises:
-        DataError: if it cannot be read whole, is animated, or claims more than `MAX_PIXELS`.
+        DataError: if it cannot be read whole, is animated, or claims too many pixels.
     """
     path = Path(path)
     data = read_bytes(path)
     kind = sniff_format(data)
     size, traits = _read_header(path, data, kind)
-    if size and size[0] * size[1] > MAX_PIXELS:
-        raise DataError(
-            f'{path}: {size[1]}x{size[0]} is {size[0] * size[1] / 1e6:.0f} million pixels, more than the '
-            f'{MAX_PIXELS / 1e6:.0f} million allowed'
-        )
     if size:
+        check_size(path, *reversed(size))
         with _error_stream(kind == 'JPEG') as lines:
             pixels = decode_rgb(data, path)
         if any(loss in line for line in lines for loss in _JPEG_LOSSES):
@@ -128,26 +127,18 @@ def digest_pixels(pixels: np.ndarray) -> str:
 class CheckedSplit:
     """A split whose images were read; of each good pair only numbers are kept.
 
-    Attributes:
-        split: the split.
-        faults: of files that have no partner, then of pairs.
-        num_pairs: pairs looked at, good ones and faulty ones.
-        good: the numbers of the good ones in the split.
-        digests: the first 8 bytes of the digests of their degraded and of their clean images; among a million images
-            two different ones share them with a chance of 1 in 10^7.
-        sizes: how many have which height and width.
-        num_bytes: of their files.
-        traits: how many images are not plain RGB of 8 bits, by trait.
+    Of the digests of degraded and of clean images, the first 8 bytes: among a million images two different ones share
+    them with a chance of 1 in 10^7.
     """
 
     split: Split
-    faults: list[DataFault] = field(default_factory=list)
-    num_pairs: int = 0
-    good: array = field(default_factory=lambda: array('Q'))
+    faults: list[DataFault]  # of files that have no partner, then of pairs
+    num_pairs: int = 0  # looked at, good ones and faulty ones
+    good: array = field(default_factory=lambda: array('Q'))  # the numbers of the good ones in the split
     digests: tuple[array, array] = field(default_factory=lambda: (array('Q'), array('Q')))
-    sizes: Counter = field(default_factory=Counter)
-    num_bytes: int = 0
-    traits: Counter = field(default_factory=Counter)
+    sizes: Counter = field(default_factory=Counter)  # how many have which height and width
+    num_bytes: int = 0  # of the files of the good ones
+    traits: Counter = field(default_factory=Counter)  # how many images are not plain RGB of 8 bits, by trait
 
     def add(self, checked: tuple[Finding, Finding] | DataFault) -> None:
         """Count the next pair."""
@@ -193,15 +184,7 @@ class Journal:
             os.replace(self._new, path)
 
     def check(self, split: Split, workers: int, on_pair: Callable[[], None] = int) -> CheckedSplit:
-        """Check all pairs.
-
-        Args:
-            split: with the pairs.
-            workers: processes to read with.
-            on_pair: called after each.
-        Raises:
-            DataError: if the journal cannot be written, or a process is killed.
-        """
+        """Check all pairs, in as many processes, and call `on_pair` after each."""
         checked = CheckedSplit(split, list(split.faults))
         try:
             with open(self._new, 'w', encoding='utf-8') as file:
@@ -215,28 +198,17 @@ class Journal:
             raise DataError(f'cannot write {self._new}: {error.strerror or error}. Nothing is prepared yet') from error
         return checked
 
-    def entries(self, pairs: PairTable, name_of: Callable[[str], str]) -> Iterator[Entry]:
-        """Yield an entry for each good pair; `name_of` turns a path into the name that the manifest gives it."""
+    def findings(self) -> Iterator[tuple[Finding, Finding]]:
+        """Yield what was found of each good pair."""
         with open(self.path, encoding='utf-8') as file:
-            for pair, line in zip(pairs, file, strict=True):
-                checked = _parse(line)
-                if not isinstance(checked, DataFault):
-                    lq, gt = checked
-                    names = name_of(pair.lq), name_of(pair.gt)
-                    yield Entry(pair.key, *names, lq.size, (lq.num_bytes, gt.num_bytes), (lq.digest, gt.digest))
-
-    def remove(self) -> None:
-        """Remove the file."""
-        for path in (self.path, self._new):
-            path.unlink(missing_ok=True)
+            yield from (checked for checked in map(_parse, file) if not isinstance(checked, DataFault))
 
     def _known_lines(self) -> Iterator[str]:
         """Yield the lines of an earlier run, and empty ones for ever after."""
         if self.path.is_file():
             with open(self.path, encoding='utf-8', errors='replace') as file:
                 yield from file
-        while True:
-            yield ''
+        yield from itertools.repeat('')
 
 
 def _check_line(item: tuple[Pair, str]) -> str:
@@ -269,43 +241,26 @@ def _stamp(path: str) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """Images of two splits, or of one, that have the same pixels.
+class Duplicates(NamedTuple):
+    """Images of two splits, or of one, that have the same pixels."""
 
-    Attributes:
-        first, second: names of the splits.
-        kind: `degraded` or `clean`.
-        examples: files, of the first split and of the second; a few of them.
-        num: images of the second split that are in the first, too.
-    """
-
-    first: str
+    first: str  # names of the splits
     second: str
-    kind: str
-    examples: tuple[tuple[str, str], ...]
-    num: int
-
-
-def find_repeats(checked: CheckedSplit) -> Duplicates | None:
-    """Find degraded images that one split holds twice. Clean ones may well have many degraded ones."""
-    return _find_duplicates(checked, checked, 0)
+    kind: str  # degraded or clean
+    examples: tuple[tuple[str, str], ...]  # a few files, of the first split and of the second
+    num: int  # images of the second split that are in the first, too
 
 
 def find_leaks(splits: Sequence[CheckedSplit]) -> list[Duplicates]:
     """Find images to be tested with that are trained on."""
-    leaks = [
-        _find_duplicates(train, test, side)
-        for train in splits
-        for test in splits
-        for side in (0, 1)
-        if (train.split.phase, test.split.phase) == ('train', 'test')
-    ]
-    return [leak for leak in leaks if leak]
+    trained, tested = ([one for one in splits if one.split.phase == phase] for phase in ('train', 'test'))
+    leaks = (find_duplicates(train, test, kind) for train in trained for test in tested for kind in _DEGRADED_AND_CLEAN)
+    return [leak for leak in leaks if leak.num]
 
 
-def _find_duplicates(first: CheckedSplit, second: CheckedSplit, side: int) -> Duplicates | None:
-    """Find degraded (0) or clean (1) images of one split that are in another, or twice in one split."""
+def find_duplicates(first: CheckedSplit, second: CheckedSplit, kind: str) -> Duplicates:
+    """Find degraded or clean images of one split that are in another, or twice in one split."""
+    side = _DEGRADED_AND_CLEAN.index(kind)
     places: dict[int, int] = {}
     for place, digest in enumerate(first.digests[side]):
         places.setdefault(digest, place)
@@ -320,8 +275,7 @@ def _find_duplicates(first: CheckedSplit, second: CheckedSplit, side: int) -> Du
         return (pair.lq, pair.gt)[side]
 
     examples = tuple((path(first, one), path(second, other)) for one, other in hits[:_NUM_EXAMPLES])
-    kind = ('degraded', 'clean')[side]
-    return Duplicates(first.split.name, second.split.name, kind, examples, len(hits)) if hits else None
+    return Duplicates(first.split.name, second.split.name, kind, examples, len(hits))
 
 
 def check_files(
@@ -340,9 +294,8 @@ def check_files(
         DataError: if the manifest is damaged.
     """
     faults: list[DataFault] = []
-    entries = _check_keys(manifest, faults)
     check = partial(_check_entry, manifest.root, quick)
-    for found in map_in_processes(check, entries, workers, prepare=_limit_threads):
+    for found in map_in_processes(check, _check_keys(manifest, faults), workers, prepare=_limit_threads):
         faults += found
         on_pair()
     return faults
@@ -376,29 +329,22 @@ def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = 
     Raises:
         DataError: if one of them is missing or cannot be opened.
     """
-
-    def digest_value(path: str, value: memoryview) -> str:
-        return digest_pixels(view_raw(value) if is_raw(value) else decode_rgb(value, path))
-
     faults = []
-    sides = [(side, LmdbImages(folder / name)) for side, name in enumerate(('lq.lmdb', 'gt.lmdb'))]
+    sides = [LmdbImages(folder / f'{kind}.lmdb') for kind in KINDS]
     entries = list(manifest.entries())
     order = make_plan(PairTable(Pair(entry.key, entry.lq, entry.gt) for entry in entries)).order
     for entry, key in zip(entries, order, strict=True):
-        for side, images in sides:
-            path = images.path(key)
+        for images, name, digest in zip(sides, (entry.lq, entry.gt), entry.digests, strict=True):
+            path = f'{images.folder}/{key}'
             try:
-                is_same = images.read(key, partial(digest_value, path)) == entry.digests[side]
-            except ValueError as error:  # DataError is one
+                if images.read(key, lambda *value: digest_pixels(decode_value(*value))) != digest:
+                    faults.append(DataFault('changed', path, f'not the pixels of {name} in {manifest.path}'))
+            except DataError as error:
                 faults.append(DataFault('missing or damaged', path, str(error)))
-                continue
-            if not is_same:
-                name = (entry.lq, entry.gt)[side]
-                faults.append(DataFault('changed', path, f'not the pixels of {name} in {manifest.path}'))
         on_pair()
-    for _, images in sides:
-        for key in sorted({entry.key for entry in images.entries()} - set(order)):
-            faults.append(DataFault('extra', images.path(key), f'not in {manifest.path}'))
+    for images in sides:
+        for key in sorted({entry.key for entry in read_meta_info(images.folder)} - set(order)):
+            faults.append(DataFault('extra', f'{images.folder}/{key}', f'not in {manifest.path}'))
     return faults
 
 
@@ -408,17 +354,14 @@ def _check_keys(manifest: Manifest, faults: list[DataFault]) -> Iterator[Entry]:
     for number, entry in enumerate(manifest.entries(), 2):
         images = hash((entry.lq, entry.gt))
         if owners.setdefault(hash(entry.key), images) != images:
-            faults.append(
-                DataFault('key twice', entry.key, f'line {number} gives it to another pair than a line before')
-            )
+            text = f'line {number} gives it to another pair than a line before'
+            faults.append(DataFault('key twice', entry.key, text))
         yield entry
 
 
 def _check_entry(root: Path, quick: bool, entry: Entry) -> list[DataFault]:
-    faults = (
-        _check_file(os.path.join(root, name), quick, entry.size, entry.bytes[side], entry.digests[side])
-        for side, name in enumerate((entry.lq, entry.gt))
-    )
+    sides = zip((entry.lq, entry.gt), entry.bytes, entry.digests, strict=True)
+    faults = [_check_file(os.path.join(root, name), quick, entry.size, *side) for name, *side in sides]
     return [fault for fault in faults if fault]
 
 
@@ -432,10 +375,9 @@ def _check_file(path: str, quick: bool, size: tuple[int, int], num_bytes: int, d
     if quick:
         text = f'{found_bytes:,} bytes, the manifest says {num_bytes:,}'
         return None if found_bytes == num_bytes else DataFault('changed', path, text)
-    try:
-        found = check_image(path)
-    except DataError as error:
-        return DataFault('unreadable', path, str(error).removeprefix(f'{path}: '))
+    found = _find(path)
+    if isinstance(found, DataFault):
+        return found
     if found.size != size:
         text = f'{found.size[1]}x{found.size[0]} pixels, the manifest says {size[1]}x{size[0]}'
         return DataFault('changed', path, text)
@@ -445,15 +387,6 @@ def _check_file(path: str, quick: bool, size: tuple[int, int], num_bytes: int, d
 def _limit_threads() -> None:
     """Keep OpenCV to one thread: processes are the parallelism."""
     cv2.setNumThreads(1)
-
-
-def _explain_sizes(lq: tuple[int, int], gt: tuple[int, int]) -> str:
-    if lq == gt[::-1]:
-        return '; one of them is turned by 90 degrees'
-    factors = {gt[0] / lq[0], gt[1] / lq[1]}
-    if len(factors) == 1 and (factor := factors.pop()) > 1 and factor.is_integer():
-        return f'; the degraded one is {factor:.0f} times smaller, as for super-resolution, which is not done here'
-    return ''
 
 
 def _read_header(path: Path, data: bytes, kind: str | None) -> tuple[tuple[int, int] | None, tuple[str, ...]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ast_plugin.data.manifest import Entry, write_manifest
-from ast_plugin.data.matching import Pair, is_image, list_images, printable
-from ast_plugin.data.prepare.checks import CheckedSplit, Duplicates, Journal, find_leaks, find_repeats
+from ast_plugin.data.matching import is_image, list_images, printable
+from ast_plugin.data.prepare.checks import CheckedSplit, Duplicates, Journal, find_duplicates, find_leaks
 from ast_plugin.data.prepare.splits import Split
 from ast_plugin.errors import DataError
 from ast_plugin.files import lock_folder, partials_of, replace_text
@@ -33,13 +33,10 @@ _TRAITS = {
 
 @dataclass(frozen=True)
 class CheckedDataset:
-    """A dataset whose images were read.
-
-    `leaks` are images to be tested with that are trained on.
-    """
+    """A dataset whose images were read."""
 
     splits: Sequence[CheckedSplit]
-    leaks: Sequence[Duplicates]
+    leaks: Sequence[Duplicates]  # images to be tested with that are trained on
 
     @property
     def num_faults(self) -> int:
@@ -62,9 +59,8 @@ class Preparation:
     """
 
     def __init__(self, splits: Sequence[Split], source: Path, target: Path) -> None:
-        self.splits, self.source, self.target = splits, source, target
-        inside = [target.resolve(), *target.resolve().parents]
-        if source.resolve() in inside:
+        self.splits, self.target = splits, target
+        if target.resolve().is_relative_to(source.resolve()):
             raise DataError(f'{target} lies in the dataset {source}, which is left as it is; name a folder elsewhere')
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -76,11 +72,7 @@ class Preparation:
         return lock_folder(self.target, 'another run is preparing there')
 
     def check(self, workers: int, on_pair: Callable[[], None] = int) -> CheckedDataset:
-        """Read all images but those that a run checked that was killed or refused.
-
-        Raises:
-            DataError: if the folder cannot be written to.
-        """
+        """Read all images but those that a run checked that was killed or refused."""
         splits = [self._journal(split).check(split, workers, on_pair) for split in self.splits]
         return CheckedDataset(splits, find_leaks(splits))
 
@@ -112,24 +104,30 @@ class Preparation:
         Raises:
             DataError: if the disk is full or a file cannot be written; manifests that are there then are whole.
         """
-        paths = [self.target / f'{split.name}.jsonl' for split in self.splits]
-        for path in [*paths, self.target / FAULTS]:
+        paths = {split.name: self.target / f'{split.name}.jsonl' for split in self.splits}
+        for path in [*paths.values(), self.target / FAULTS]:
             for old in (path, *partials_of(path)):
                 _remove(old)
-        written = []
-        for path, checked in zip(paths, dataset.splits, strict=True):
-            if checked.good:
-                split = checked.split
-                root = self._place(checked, place, on_pair) if place else _find_root(split.pairs)
-                entries = self._journal(split).entries(split.pairs, lambda name, root=root: _below(name, root))
-                entries = _rename_entries(entries, checked) if place else entries
-                others = [] if place else _list_others(checked, root)
-                counts = {'pairs': len(checked.good), 'others': others}
-                write_manifest(path, entries, layout=layout, phase=split.phase, root=root, **counts)
-                written.append(path)
+        good = [checked for checked in dataset.splits if checked.good]
+        for checked in good:
+            split, others = checked.split, []
+            if place:
+                root = self._place(checked, place, on_pair)
+                names = _name_copies(checked)
+            else:
+                folders = {os.path.dirname(path) for pair in split.pairs for path in (pair.lq, pair.gt)}
+                root = Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+                names = ((pair.key, _below(pair.lq, root), _below(pair.gt, root)) for pair in checked.good_pairs())
+                others = _list_others(checked, root)
+            entries = (
+                Entry(*name, lq.size, (lq.num_bytes, gt.num_bytes), (lq.digest, gt.digest))
+                for name, (lq, gt) in zip(names, self._journal(split).findings(), strict=True)
+            )
+            counts = {'pairs': len(checked.good), 'others': others}
+            write_manifest(paths[split.name], entries, layout=layout, phase=split.phase, root=root, **counts)
         for split in self.splits:
-            self._journal(split).remove()
-        return written
+            self._journal(split).path.unlink()
+        return [paths[checked.split.name] for checked in good]
 
     def _journal(self, split: Split) -> Journal:
         return Journal(self.target / f'.{split.name}.checked')
@@ -139,13 +137,20 @@ class Preparation:
         folder, unfinished = self.target / checked.split.name, self.target / f'.{checked.split.name}.part'
         try:
             if folder.exists():
-                _adopt(folder, unfinished)
+                # Never with another: files that are not needed are removed.
+                if not (folder / _OURS).is_file():
+                    raise DataError(
+                        f'{folder} is there already, and not from an earlier run; move it, or name another folder'
+                    )
+                if unfinished.exists():
+                    shutil.rmtree(unfinished)
+                os.replace(folder, unfinished)
             for side in ('lq', 'gt'):
                 (unfinished / side).mkdir(parents=True, exist_ok=True)
             (unfinished / _OURS).touch()
             wanted: set[int] = set()
             copies: dict[int, Path] = {}
-            for pair, names in zip(checked.good_pairs(), _name_copies(checked), strict=True):
+            for pair, (_, *names) in zip(checked.good_pairs(), _name_copies(checked), strict=True):
                 for path, name in zip((pair.lq, pair.gt), names, strict=True):
                     # RESIDE has up to 35 degraded images to a clean one, which is kept once.
                     first = copies.setdefault(hash(path), unfinished / name)
@@ -188,8 +193,8 @@ def format_notes(dataset: CheckedDataset) -> list[str]:
         name = checked.split.name
         for trait, count in sorted(checked.traits.items()):
             lines.append(f'{name}: {_count(count, "image")} {_TRAITS.get(trait, f"{trait}; read by content")}')
-        repeats = find_repeats(checked)
-        if repeats:
+        repeats = find_duplicates(checked, checked, 'degraded')  # clean ones may well have many degraded ones
+        if repeats.num:
             examples = [f'{Path(one).name} = {Path(other).name}' for one, other in repeats.examples]
             more = ' ...' if repeats.num > len(examples) else ''
             count = _count(repeats.num, 'degraded image')
@@ -247,15 +252,6 @@ def format_options(manifests: Iterable[tuple[str, Path]]) -> list[str]:
     return lines
 
 
-def _adopt(folder: Path, unfinished: Path) -> None:
-    """Go on with the folder of an earlier run; never with another, as files that are not needed are removed."""
-    if not (folder / _OURS).is_file():
-        raise DataError(f'{folder} is there already, and not from an earlier run; move it, or name another folder')
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    os.replace(folder, unfinished)
-
-
 def _put(path: str, target: Path, how: str, first: Path) -> None:
     """Copy or link a file, unless it is there already; of a file that has a copy `first`, give that another name."""
     if how == 'link':
@@ -278,8 +274,11 @@ def _put(path: str, target: Path, how: str, first: Path) -> None:
     os.replace(partial, target)
 
 
-def _name_copies(checked: CheckedSplit) -> Iterator[tuple[str, str]]:
-    """Name the copies: the pair's key without folders, distinct also where capitals are not told from small letters."""
+def _name_copies(checked: CheckedSplit) -> Iterator[tuple[str, str, str]]:
+    """Name pairs and copies by the keys without folders, distinct also where capitals are not told from small letters.
+
+    Yields the new key, and the names of the degraded and the clean image.
+    """
     taken: set[int] = set()
     for pair in checked.good_pairs():
         stem = pair.key.replace('/', '_')
@@ -290,25 +289,17 @@ def _name_copies(checked: CheckedSplit) -> Iterator[tuple[str, str]]:
             name = f'{stem}_{count}'
         taken.add(hash(name.casefold()))
         lq_end, gt_end = (os.path.splitext(path)[1].lower() for path in (pair.lq, pair.gt))
-        yield f'lq/{name}{lq_end}', f'gt/{name}{gt_end}'
-
-
-def _rename_entries(entries: Iterable[Entry], checked: CheckedSplit) -> Iterator[Entry]:
-    for entry, (lq, gt) in zip(entries, _name_copies(checked), strict=True):
-        yield Entry(os.path.splitext(lq)[0].removeprefix('lq/'), lq, gt, entry.size, entry.bytes, entry.digests)
-
-
-def _find_root(pairs: Iterable[Pair]) -> Path:
-    """Return the deepest folder that all images lie below."""
-    folders = {os.path.dirname(path) for pair in pairs for path in (pair.lq, pair.gt)}
-    return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+        yield name, f'lq/{name}{lq_end}', f'gt/{name}{gt_end}'
 
 
 def _list_others(checked: CheckedSplit, root: Path) -> list[str]:
     """List the images that lie among those of the pairs and belong to none."""
-    known = {hash(path) for pair in checked.good_pairs() for path in (pair.lq, pair.gt)}
-    folders = sorted({os.path.dirname(path) for pair in checked.good_pairs() for path in (pair.lq, pair.gt)})
-    paths = (f'{folder}/{name}' for folder in folders for name in list_images(folder, checked.split.phase))
+    known, folders = set(), set()
+    for pair in checked.good_pairs():
+        for path in (pair.lq, pair.gt):
+            known.add(hash(path))
+            folders.add(os.path.dirname(path))
+    paths = (f'{folder}/{name}' for folder in sorted(folders) for name in list_images(folder, checked.split.phase))
     return [_below(path, root) for path in paths if hash(path) not in known]
 
 

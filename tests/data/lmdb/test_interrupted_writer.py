@@ -47,7 +47,7 @@ def test_unfinished_work_is_begun_anew(root, tmp_path, small_batches, monkeypatc
         cv2.imwrite(str(root / 'lq/003.png'), np.zeros((9, 11, 3), np.uint8))
         os.utime(root / 'lq/003.png', ns=(0, 0))
     if change == 'journal':
-        (tmp_path / '.out.part/journal.jsonl').write_text('["000", [9')
+        (tmp_path / '.out.part/pairs.jsonl').write_text('["000", [9')
     if change == 'data':
         (tmp_path / '.out.part/pair/gt.lmdb/data.mdb').write_bytes(b'rubbish' * 5000)
     if change == 'cut':

@@ -27,7 +27,7 @@ def start(source: Path, destination: Path) -> subprocess.Popen:
 
 def num_lines(destination: Path) -> int:
     """How many pairs a run has written down, finished ones included."""
-    journal = destination.with_name(f'.{destination.name}.part') / 'journal.jsonl'
+    journal = destination.with_name(f'.{destination.name}.part') / 'pairs.jsonl'
     try:
         return journal.read_bytes().count(b'\n')
     except FileNotFoundError:

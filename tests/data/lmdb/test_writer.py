@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.lmdb import writer as lmdb_writer
-from ast_plugin.data.lmdb.format import decode_key, encode_key, read_digests, read_meta_info, view_raw
+from ast_plugin.data.lmdb.format import decode_key, decode_value, encode_key, read_digests, read_meta_info
 from ast_plugin.data.lmdb.reader import LmdbImages
 from ast_plugin.data.lmdb.writer import make_plan
 from ast_plugin.data.matching import Pair
@@ -31,7 +31,7 @@ def lmdbs(folder: Path) -> tuple[Path, Path]:
 
 
 def value(folder: Path, key: str) -> bytes:
-    return LmdbImages(folder).read(key, bytes)
+    return LmdbImages(folder).read(key, lambda data, path: bytes(data))
 
 
 def test_files_in_rgb_stay_as_they_are(root, tmp_path):
@@ -106,12 +106,11 @@ def test_every_kind_of_file_keeps_its_pixels(tmp_path, encoding, level):
             path = tmp_path / kind / name
             cv2.imwrite(str(path), image) if isinstance(image, np.ndarray) else image.save(path)
     pack(tmp_path, tmp_path / 'out', encoding, None if encoding == 'raw' else level)
-    packed = LmdbImages(tmp_path / 'out/lq.lmdb')
-    for entry in packed.entries():
+    for entry in read_meta_info(tmp_path / 'out/lq.lmdb'):
         (path,) = (tmp_path / 'lq').glob(f'{entry.key}.*')
-        data = packed.read(entry.key, bytes)
+        data = value(tmp_path / 'out/lq.lmdb', entry.key)
         if encoding == 'raw':
-            assert np.array_equal(view_raw(data), read_rgb(path))
+            assert np.array_equal(decode_value(data, ''), read_rgb(path))
         else:
             copy = tmp_path / 'copy.png'
             copy.write_bytes(data)
