@@ -29,7 +29,7 @@ class Command(NamedTuple):
     """A command of `basicsr data`: what it is for, its help, its arguments, and the function that runs it."""
 
     summary: str
-    description: str
+    description: str | None
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
 
@@ -79,12 +79,11 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         '--allow-duplicates', action='store_true', help='prepare although images to test with are trained on'
     )
     place = parser.add_mutually_exclusive_group()
-    place.add_argument(
-        '--copy', dest='place', action='store_const', const='copy', help='copy the images to DST/SPLIT/lq and gt'
-    )
-    place.add_argument(
-        '--link', dest='place', action='store_const', const='link', help='make links to them there instead'
-    )
+    for name, text in (
+        ('copy', 'copy the images to DST/SPLIT/lq and gt'),
+        ('link', 'make links to them there instead'),
+    ):
+        place.add_argument(f'--{name}', dest='place', action='store_const', const=name, help=text)
     parser.add_argument('--workers', type=int, metavar='N', help='processes that read (default: one a core)')
     plain = parser.add_argument_group('plain folders (layout folders)')
     plain.add_argument('--lq', metavar='DIR', help="degraded images below SRC, such as '{split}/input'")
@@ -121,13 +120,20 @@ def prepare(args: argparse.Namespace) -> int:
         num_pairs = sum(len(split.pairs) for split in splits)
         with _progress(num_pairs, 'checking') as bar:
             dataset = preparation.check(_num_workers(args, num_pairs), bar.update)
-        _say_findings(dataset, source, LAYOUTS[args.layout].title if isinstance(layout, str) else layout.title)
+        say(f'{LAYOUTS[args.layout].title if isinstance(layout, str) else layout.title} in {source}\n')
+        say('\n'.join(preparing.format_table(dataset, source)))
+        for heading, lines in (
+            ('notes', preparing.format_notes(dataset)),
+            ('faults', preparing.format_faults(dataset, source)),
+            ('in training and test alike', preparing.format_leaks(dataset, source)),
+        ):
+            if lines:
+                say('\n  '.join([f'\n{heading}', *lines]))
+        sys.stdout.flush()
         faults = preparation.list_faults(dataset) if dataset.num_faults or dataset.leaks else None
         _refuse(dataset, faults, args)
         num_good = sum(len(checked.good) for checked in dataset.splits)
-        with _progress(
-            num_good if args.place else 0, {'copy': 'copying', 'link': 'linking'}.get(args.place, '')
-        ) as bar:
+        with _progress(num_good if args.place else 0, args.place or '') as bar:
             manifests = preparation.write(dataset, args.layout, args.place, bar.update)
         if faults:
             preparation.list_faults(dataset)
@@ -141,19 +147,6 @@ def prepare(args: argparse.Namespace) -> int:
     lines = preparing.format_options((phases[path.stem], path) for path in manifests)
     say('\n  '.join(['\nFor an option file, in place of dataroot and split:\n', *lines]))
     return 0
-
-
-def _say_findings(dataset: preparing.CheckedDataset, source: Path, title: str) -> None:
-    say(f'{title} in {source}\n')
-    say('\n'.join(preparing.format_table(dataset, source)))
-    for heading, lines in (
-        ('notes', preparing.format_notes(dataset)),
-        ('faults', preparing.format_faults(dataset, source)),
-        ('in training and test alike', preparing.format_leaks(dataset, source)),
-    ):
-        if lines:
-            say('\n  '.join([f'\n{heading}', *lines]))
-    sys.stdout.flush()
 
 
 def _refuse(dataset: preparing.CheckedDataset, faults: Path | None, args: argparse.Namespace) -> None:
@@ -313,12 +306,9 @@ def pack_lmdb(args: argparse.Namespace) -> int:
     if args.encoding == 'raw' and args.compress_level is not None:
         raise OptionError('--compress-level is for --encoding png; raw pixels are not compressed')
     plan = make_plan(_list_pairs(args), args.encoding, args.compress_level)
-    outcome = write_lmdbs(plan, args.destination, args.workers, args.overwrite)
-    resumed = f', {outcome.num_resumed} of them written before' if outcome.num_resumed else ''
-    print(
-        f'{args.destination}: {outcome.num_pairs} pairs{resumed}, {outcome.num_bytes / 2**20:.1f} MB, '
-        f'encoding {args.encoding}, verified'
-    )
+    num_pairs, num_resumed, num_bytes = write_lmdbs(plan, args.destination, args.workers, args.overwrite)
+    pairs = f'{num_pairs} pairs' + (f', {num_resumed} of them written before' if num_resumed else '')
+    print(f'{args.destination}: {pairs}, {num_bytes / 2**20:.1f} MB, encoding {args.encoding}, verified')
     return 0
 
 
@@ -367,29 +357,14 @@ def _progress(total: int, title: str) -> tqdm:
     return tqdm(total=total, desc=title, unit='pair', dynamic_ncols=True, leave=False, disable=None if total else True)
 
 
+_PREPARE = 'find and check the pairs of a dataset as it is distributed, and write manifests to train from'
+_LMDB = 'pack pairs into LMDBs, which are read faster than many files'
+_CHECK = 'verify a folder or an LMDB against its manifest'
+_SYNTH = 'make degraded images from clean photos'
+
 COMMANDS = {
-    'prepare': Command(
-        'find and check the pairs of a dataset as it is distributed, and write manifests to train from',
-        prepare.__doc__,
-        add_prepare_arguments,
-        prepare,
-    ),
-    'lmdb': Command(
-        'pack pairs into LMDBs, which are read faster than many files',
-        pack_lmdb.__doc__,
-        add_lmdb_arguments,
-        pack_lmdb,
-    ),
-    'check': Command(
-        'verify a folder or an LMDB against its manifest',
-        check.__doc__,
-        add_check_arguments,
-        check,
-    ),
-    'synth': Command(
-        'make degraded images from clean photos',
-        data_synth.__doc__,
-        data_synth.add_arguments,
-        data_synth.run,
-    ),
+    'prepare': Command(_PREPARE, prepare.__doc__, add_prepare_arguments, prepare),
+    'lmdb': Command(_LMDB, pack_lmdb.__doc__, add_lmdb_arguments, pack_lmdb),
+    'check': Command(_CHECK, check.__doc__, add_check_arguments, check),
+    'synth': Command(_SYNTH, data_synth.__doc__, data_synth.add_arguments, data_synth.run),
 }

@@ -2,8 +2,8 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -23,24 +23,12 @@ _DEGRADED_SIZE = (480, 720)  # height and width of the images that degradations 
 _DEGRADED_WIDTH = 300  # of their cells in pixels
 _DETAIL = 3  # magnification of the detail that is shown where there is no mask
 # The packaged photograph that shows a degradation well.
-_FITTING = {
-    'rain': 'rocket',
-    'raindrop': 'motorcycle_left',
-    'haze': 'china',
-    'snow': 'flower',
-    'shadow': 'coffee',
-    'moire': 'astronaut',
-}
+_FITTING = {'rain': 'rocket', 'raindrop': 'motorcycle_left', 'haze': 'china'}
+_FITTING |= {'snow': 'flower', 'shadow': 'coffee', 'moire': 'astronaut'}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """An image and its caption.
-
-    Attributes:
-        image: RGB, [H, W, 3], uint8.
-        caption: one line.
-    """
+class Cell(NamedTuple):
+    """An image, RGB [H, W, 3] uint8, and its caption of one line."""
 
     image: np.ndarray
     caption: str = ''
@@ -165,8 +153,6 @@ def join_images(images: Sequence[np.ndarray]) -> np.ndarray:
 
 def _write_text(pen: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int, size: int, ink: str) -> None:
     """Write a line, smaller if it would leave its column."""
-    font = ImageFont.load_default(size)
-    while size > 8 and pen.textlength(text, font=font) > width:
+    while size > 8 and pen.textlength(text, font=ImageFont.load_default(size)) > width:
         size -= 1
-        font = ImageFont.load_default(size)
-    pen.text((left, top), text, fill=ink, font=font)
+    pen.text((left, top), text, fill=ink, font=ImageFont.load_default(size))

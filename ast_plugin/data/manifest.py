@@ -33,43 +33,26 @@ FORMAT = 1
 
 
 class Entry(NamedTuple):
-    """A pair, and its images in numbers.
+    """A pair, and its images in numbers."""
 
-    Attributes:
-        key: names the pair; no other pair of the manifest has it.
-        lq, gt: files of the degraded and the clean image, relative to the root, with `/` between folders.
-        size: height and width, of both.
-        bytes: sizes of the two files.
-        digests: of the two images' pixels, in hexadecimal digits.
-    """
-
-    key: str
-    lq: str
-    gt: str
-    size: tuple[int, int]
-    bytes: tuple[int, int]
-    digests: tuple[str, str]
+    key: str  # names the pair; no other pair of the manifest has it
+    lq: str  # file of the degraded image, relative to the root, with `/` between folders
+    gt: str  # and of the clean one
+    size: tuple[int, int]  # height and width, of both
+    bytes: tuple[int, int]  # sizes of the two files
+    digests: tuple[str, str]  # of the two images' pixels, in hexadecimal digits
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest that was opened and whose first line was read.
-
-    Attributes:
-        path: the file.
-        layout: of the dataset as it was distributed.
-        phase: `train` or `test`.
-        root: the folder that names are relative to.
-        num_pairs: how many lines follow.
-        others: images in the folders of the pairs that belong to none.
-    """
+    """A manifest that was opened and whose first line was read."""
 
     path: Path
-    layout: str
-    phase: str
-    root: Path
-    num_pairs: int
-    others: tuple[str, ...] = ()
+    layout: str  # of the dataset as it was distributed
+    phase: str  # train or test
+    root: Path  # the folder that names are relative to
+    num_pairs: int  # how many lines follow
+    others: tuple[str, ...] = ()  # images in the folders of the pairs that belong to none
 
     def entries(self) -> Iterator[Entry]:
         """Read the pairs one by one, in order, without keeping them.

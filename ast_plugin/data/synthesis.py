@@ -54,26 +54,13 @@ class Photo:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How pairs are made.
+    """How pairs are made."""
 
-    Attributes:
-        task: a name of `DEGRADATIONS`.
-        parameters: its ranges.
-        seed: of the whole run.
-        count: pairs of each photo.
-        size: side of square patches in pixels, or None for whole photos.
-    """
-
-    task: str
-    parameters: BaseModel
-    seed: int = 0
-    count: int = 1
-    size: int | None = None
-
-    @property
-    def degradation(self) -> Degradation:
-        """The row of the task."""
-        return DEGRADATIONS[self.task]
+    task: str  # a name of `DEGRADATIONS`
+    parameters: BaseModel  # its ranges
+    seed: int = 0  # of the whole run
+    count: int = 1  # pairs of each photo
+    size: int | None = None  # side of square patches in pixels, or None for whole photos
 
 
 @dataclass(frozen=True)
@@ -147,11 +134,11 @@ def read_parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
         for name in settings
         if name not in known
     ]
-    values = {
-        name: [value, value] if _is_range(properties[name]) and _is_bound(value) else value
-        for name, value in settings.items()
-        if name in known
-    }
+    values = {name: value for name, value in settings.items() if name in known}
+    for name, value in values.items():
+        is_range = any(kind.get('maxItems') == 2 for kind in (properties[name], *properties[name].get('anyOf', ())))
+        if is_range and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            values[name] = [value, value]
     try:
         parameters = model.model_validate(values)
     except ValidationError as error:
@@ -180,17 +167,15 @@ def make_pairs(name: str, path: Path, recipe: Recipe, depth_path: Path | None = 
             f'{path}: has {width}x{height} pixels, fewer than a patch of {recipe.size}; leave it out, or ask for less'
         )
     depth = None if depth_path is None else read_depth(depth_path, (height, width))
-    digits = len(str(recipe.count))
+    row, digits = DEGRADATIONS[recipe.task], len(str(recipe.count))
     for number in range(1, recipe.count + 1):
         generator = np.random.default_rng([recipe.seed, zlib.crc32(name.encode()), number])
         if recipe.size is None:
             clean = transforms.to_float(image)
             options = {} if depth is None else {'depth': depth}
-            degraded, mask = recipe.degradation.apply(clean, generator, recipe.parameters, **options)
+            degraded, mask = row.apply(clean, generator, recipe.parameters, **options)
         else:
-            degraded, clean, mask = degraded_patch(
-                image, recipe.size, generator, recipe.degradation, recipe.parameters, depth=depth
-            )
+            degraded, clean, mask = degraded_patch(image, recipe.size, generator, row, recipe.parameters, depth=depth)
         yield SynthesizedPair(
             f'{name}_{number:0{digits}}',
             _to_integers(degraded, image.dtype),
@@ -308,36 +293,6 @@ def write_pairs(
         DataError: if an image cannot be read or written.
     """
     partial = output.absolute().parent / f'.{output.name[:64]}.synth.part'
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with lock_folder(partial, 'another run is making pairs there'):
-            try:
-                for left_over in partial.iterdir():  # by a run that was killed
-                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-                levels = []
-                for name, path in photos.items():
-                    for pair in make_pairs(name, path, recipe, depths[name]):
-                        _write_pair(partial, pair)
-                        levels.append(pair.psnr)
-                        on_pair()
-                _write_record(partial, photos, depths, recipe)
-                _put_in_place(partial, output)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise DataError(f'cannot write {output}: {error.strerror or error}') from error
-    return levels
-
-
-def _write_pair(folder: Path, pair: SynthesizedPair) -> None:
-    for kind in _FOLDERS:
-        pixels = getattr(pair, kind)
-        if pixels is not None:
-            (folder / kind).mkdir(exist_ok=True)
-            write_image(folder / kind / f'{pair.name}.png', ImageFile(pixels))
-
-
-def _write_record(folder: Path, photos: Mapping[str, Path], depths: Mapping[str, Path | None], recipe: Recipe) -> None:
     record = {
         'task': recipe.task,
         'parameters': recipe.parameters.model_dump(mode='json', exclude={'type'}),
@@ -348,7 +303,28 @@ def _write_record(folder: Path, photos: Mapping[str, Path], depths: Mapping[str,
         'depths': {name: path.name for name, path in depths.items() if path is not None},
         'ast_plugin': __version__,
     }
-    write_file(folder / _RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + '\n').encode())
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with lock_folder(partial, 'another run is making pairs there'):
+            try:
+                for left_over in partial.iterdir():  # by a run that was killed
+                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+                levels = []
+                for name, path in photos.items():
+                    for pair in make_pairs(name, path, recipe, depths[name]):
+                        for kind in _FOLDERS:
+                            if (pixels := getattr(pair, kind)) is not None:
+                                (partial / kind).mkdir(exist_ok=True)
+                                write_image(partial / kind / f'{pair.name}.png', ImageFile(pixels))
+                        levels.append(pair.psnr)
+                        on_pair()
+                write_file(partial / _RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + '\n').encode())
+                _put_in_place(partial, output)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f'cannot write {output}: {error.strerror or error}') from error
+    return levels
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
@@ -382,14 +358,6 @@ def _find_in_package(package: str, file: str) -> Path:
             f'or name a folder of photos with `source: folder` and `dataroot_gt`'
         )
     return path
-
-
-def _is_range(schema: Mapping[str, Any]) -> bool:
-    return any(kind.get('maxItems') == 2 for kind in (schema, *schema.get('anyOf', ())))
-
-
-def _is_bound(value: object) -> bool:
-    return isinstance(value, (int, float, str)) and not isinstance(value, bool)
 
 
 def _to_integers(image: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -174,11 +174,7 @@ def _probe(array: np.ndarray) -> np.ndarray:
 def _airlight(
     small: np.ndarray, depth: np.ndarray, generator: np.random.Generator, parameters: HazeParameters
 ) -> np.ndarray:
-    """Draw the mean colour of the haze, [3]: grey, warm or cold.
-
-    Haze is lit by what lights the scene, so it is about as bright as the scene or brighter, and where a bright sky is
-    seen nearly as bright as that, for dark smoke before it looks wrong.
-    """
+    """Draw the mean colour of the haze, [3]: about as bright as what lights it, the scene or its bright sky."""
     lowest, highest = parameters.airlight
     brightness = generator.uniform(lowest, highest)
     lit = generator.uniform(*SKY_LIT)
@@ -193,10 +189,7 @@ def _airlight(
 def _light(
     small: np.ndarray, airlight: np.ndarray, unit: float, generator: np.random.Generator, parameters: HazeParameters
 ) -> np.ndarray:
-    """Spread airlight of this mean colour, [3], lit by lamps outside of the image and by what is bright in it.
-
-    Returns it at the size of `small`, [h, w, 3] float32 in [0, 1]; `unit` is its pixels to one of the parameters.
-    """
+    """Spread airlight, [3], over [h, w, 3] as `small`: lit by lamps outside of it and by what is bright in it."""
     shape = small.shape[:2]
     brightness, warmth = (
         lattice_noise(shape, generator, LIGHT_CELL * unit) * np.float32(deviation / LATTICE_DEVIATION)
@@ -256,10 +249,7 @@ def _extinction(
 def _compose(
     image: np.ndarray, tau: np.ndarray, airlight: np.ndarray, adaptation: np.ndarray, lost: float, spread: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fade the image, add what is smeared, and the airlight, [h, w, 3], and expose; see the formula above.
-
-    The smear G at tau is a mixture, by tau, of a narrow and a wide Gaussian, both made at a fraction of the size.
-    """
+    """Fade the image, add what is smeared, a mixture by tau of two Gaussians, and the airlight, and expose."""
     whole = image.shape[1::-1]
     direct = cv2.exp(-tau)
     seen = cv2.exp(tau * np.float32(-lost))
@@ -337,10 +327,7 @@ def _room(shape: tuple[int, int], generator: np.random.Generator, nearest: float
 
 
 def _sky(gray: np.ndarray, small: np.ndarray) -> np.ndarray:
-    """Return how much each place is sky, [h, w] in [0, 1].
-
-    It is smooth, bright or blue, and so all the way up, and not of quite another colour than at the upper edge.
-    """
+    """Return how much each place is sky, [h, w]: smooth, bright or blue all the way up, and of its colour up there."""
     mean = cv2.blur(gray, (5, 5))
     roughness = np.sqrt(np.maximum(cv2.blur(gray * gray, (5, 5)) - mean * mean, 0))
     smooth = np.clip(2 - roughness / SKY_ROUGHNESS, 0, 1)

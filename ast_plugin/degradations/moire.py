@@ -145,8 +145,7 @@ def _on_screen(camera: _Camera, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarra
 def _profile(camera: _Camera, middle: float, width: float) -> np.ndarray:
     """Light of a row of stripes behind lens and sensor pixel by its mean, over a pixel of the screen, [PHASES] float32.
 
-    A Fourier series: each harmonic of the stripes is weakened by the lens, a Gaussian, and by the area of a pixel of
-    the sensor, which is taken as square along the screen's grid.
+    A Fourier series, each harmonic weakened by the lens, a Gaussian, and by the sensor's square pixels.
     """
     place = (np.arange(PHASES) + 0.5) / PHASES
     light = np.ones(PHASES)

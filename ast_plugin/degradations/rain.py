@@ -173,8 +173,7 @@ def _strengths(
     """Return the factors of the streaks' and the veil's opacity at which the expected squared error is `error`.
 
     With R the streaks, d the veil's change and h the headroom that it leaves, shine - image - d, the mean of
-    (d + gR h)^2 is d^2 + 2 g E[R] dh + g^2 E[R^2] h^2. Means over the image are taken on a grid of at least 128 pixels
-    a side.
+    (d + gR h)^2 is d^2 + 2 g E[R] dh + g^2 E[R^2] h^2.
     """
     step = max(1, min(image.shape[:2]) // 128)
     sample = image[::step, ::step].astype(np.float64)
@@ -206,21 +205,16 @@ def _blend(
 
 
 def _compress_change(image: np.ndarray, rainy: np.ndarray, quality: int, generator: np.random.Generator) -> np.ndarray:
-    """Return the image plus what the rain has changed in its compression: rain as a compressed film shows it.
-
-    Where there is no rain the image stays as it is, for the clean image of a real pair has been compressed as well.
-    """
+    """Return the image plus what the rain has changed in its compression; without rain it stays as it is."""
     top, left = (int(value) for value in generator.integers(0, 16, 2))  # blocks begin anywhere
-    change = cv2.subtract(*(_jpeg(one, quality, top, left) for one in (rainy, image)), dtype=cv2.CV_32F)
+    kept = []
+    for levels in (cv2.convertScaleAbs(one, alpha=255) for one in (rainy, image)):
+        bordered = cv2.copyMakeBorder(levels, top, 0, left, 0, cv2.BORDER_REPLICATE)
+        kept.append(compress_jpeg(bordered, quality)[top:, left:])
+    change = cv2.subtract(*kept, dtype=cv2.CV_32F)
     change *= np.float32(1 / 255)
     change += image
     return np.clip(change, 0, 1, out=change)
-
-
-def _jpeg(image: np.ndarray, quality: int, top: int, left: int) -> np.ndarray:
-    """Return the image as JPEG keeps it, [H, W, 3] uint8, in blocks that begin (top, left) before its corner."""
-    levels = cv2.copyMakeBorder(cv2.convertScaleAbs(image, alpha=255), top, 0, left, 0, cv2.BORDER_REPLICATE)
-    return compress_jpeg(levels, quality)[top:, left:]
 
 
 def _render(shape: tuple[int, int], generator: np.random.Generator, shower: _Shower) -> np.ndarray:
@@ -231,7 +225,8 @@ def _render(shape: tuple[int, int], generator: np.random.Generator, shower: _Sho
     """
     height, width = shape
     border = shower.length[1] / 2  # streaks whose centre lies outside still reach in
-    pad = math.ceil(_reach(shower)) + 1
+    # How far from its middle a streak still shows, in pixels of a row: to a 2000th of its brightness.
+    pad = math.ceil(shower.row_width / 2 * 11 ** (1 / shower.sharpness) + 1) + 1
     reach = border * (math.sin(abs(shower.angle)) + 4 * shower.bend) + pad
     count = generator.poisson(shower.density * (height + 2 * border) * (width + 2 * reach))
     centre_y = generator.uniform(-border, height + border, count)
@@ -267,11 +262,6 @@ def _render(shape: tuple[int, int], generator: np.random.Generator, shower: _Sho
     canvas = canvas.reshape(height, width + 2 * pad)
     canvas = cv2.sepFilter2D(canvas, -1, _profile(shower, pad), np.ones(1, np.float32), borderType=cv2.BORDER_CONSTANT)
     return canvas[:, pad : pad + width] * np.float32(shower.area())
-
-
-def _reach(shower: _Shower) -> float:
-    """Return how far from its middle a streak still shows, in pixels of a row: to a 2000th of its brightness."""
-    return shower.row_width / 2 * 11 ** (1 / shower.sharpness) + 1
 
 
 def _profile(shower: _Shower, pad: int) -> np.ndarray:

@@ -147,18 +147,11 @@ def _draw_lobes(
     irregularity: float,
     parameters: RaindropParameters,
 ) -> np.ndarray:
-    """Scatter more drops than are wanted over the pane and beyond its border, and give each its lobes.
+    """Scatter drops of the median radius `typical` over the pane and beyond its border, and give each its lobes.
 
-    Args:
-        pane: (height, width) in pixels.
-        generator: source of randomness.
-        typical: median radius in pixels of the pane.
-        offered: area of the drops that are offered a place, by that of the pane.
-        irregularity: in [0, 1].
-        parameters: ranges to draw from.
-    Returns:
-        One column a lobe, [6, n], in pixels of the pane: x, y, half the width, extent from the widest row upwards and
-        downwards, and the share of the pane that is under drops when this one has come.
+    They are more than are wanted: `offered` is their area by that of the pane. Returns one column a lobe, [6, n], in
+    pixels of the pane: x, y, half the width, extent from the widest row upwards and downwards, and the share of the
+    pane that is under drops when this one has come.
     """
     spread = generator.uniform(*parameters.size_spread)
     border = 3 * typical
@@ -230,8 +223,7 @@ def _trails(drops: np.ndarray, generator: np.random.Generator, parameters: Raind
 def _render(lobes: np.ndarray, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return where there are drops, [h, w] in [0, 1], and their outward steepness, [2, h, w], of length 1 at a rim.
 
-    Each lobe is a dome 1 - |p|^2, p the place in it relative to its extent. Heights of lobes join softly, slopes in
-    the same proportion, so that drops which touch become one.
+    Each lobe is a dome 1 - |p|^2, p the place in it by its extent. Heights join softly, and slopes in proportion.
     """
     height, width = pane = unrest.shape
     weight, across, down = np.zeros((3, height * width), np.float32)
@@ -278,11 +270,7 @@ def _defocus(layer: np.ndarray, radius: float) -> np.ndarray:
 def _film(
     small: np.ndarray, generator: np.random.Generator, unit: float, parameters: RaindropParameters, most: float
 ) -> tuple[np.ndarray, float]:
-    """Return a film of water, [h, w, 4], and the mean squared error that it makes, at `most` the error given.
-
-    It shows the scene, whose light on the pane is `small`, blurred, paled and displaced. `unit` is the pixels of the
-    pane to one of the parameters.
-    """
+    """Return a film through which `small` is blurred, paled and displaced, [h, w, 4], and its error, at `most` that."""
     shape = small.shape[:2]
     sigma = generator.uniform(*parameters.film_blur) * unit
     thickness = lattice_noise(shape, generator, 120 * unit) + 0.5 * lattice_noise(shape, generator, 36 * unit)
@@ -305,8 +293,7 @@ def _film(
 def _tables() -> tuple[np.ndarray, np.ndarray]:
     """Return, over the sine s of the slope: how far aside the view goes per focal length, and the light let through.
 
-    A ray along the axis meets the surface at asin(s) from its normal and leaves at asin(n s), by Snell; what is lost
-    is Fresnel's reflection, all of it past the critical angle.
+    A ray meets the surface at asin(s) from its normal and leaves at asin(n s), by Snell; Fresnel's reflection is lost.
     """
     s = np.linspace(0, 1, SLOPES)
     out = np.minimum(WATER * s, 1)
@@ -337,10 +324,10 @@ class Surroundings:
         return self.view[inner, inner]
 
     def look(self, x: np.ndarray, y: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
-        """Return what is seen at places of the image through slopes of water, [n, m, 3].
+        """Return what is seen at places through slopes of water, [n, m, 3].
 
         Args:
-            x, y: the places, in pixels of `view` from the image's corner; these and the slopes broadcast to [n, m].
+            x, y: the places, in pixels of `view` from the image's corner; they broadcast to [n, m].
             across, down: outward components of the sine of the slope, [n, m] float32.
         """
         # Not cv2.magnitude, whose last digit depends on where in memory its arguments lie.
@@ -408,8 +395,7 @@ def _make_layer(colour: np.ndarray, opacity: np.ndarray) -> np.ndarray:
 def expected_error(scene: Surroundings, rim: float, defocus: float, directions: int = 24) -> float:
     """Return the mean squared error of the values, roots of light, where drops are, before any is placed.
 
-    It is taken over places of the image and over the surface of a round drop, whose slope grows from its middle to
-    the sine `rim` at its edge. `defocus` is the radius of the circle of confusion by that of the drop.
+    It is taken over places of the image and the surface of a round drop, whose slope grows to the sine `rim`.
     """
     image = scene.image
     step = max(1, int(math.sqrt(image.shape[0] * image.shape[1] / 700)))

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
@@ -70,8 +69,7 @@ def add_shadow(
     return np.multiply(image, gain, out=gain), shadow
 
 
-@dataclass(frozen=True)
-class Caster:
+class Caster(NamedTuple):
     """What casts a shadow."""
 
     opacity: np.ndarray  # [rows, columns] uint8, 255 where the sun is hidden
@@ -97,10 +95,7 @@ def _draw(generator: np.random.Generator, parameters: ShadowParameters, shape: t
 
 
 def _soften(caster: Caster, sharpest: float, widening: float) -> np.ndarray:
-    """Blur the outline, ever more with the distance from where the caster stands.
-
-    `sharpest` is the standard deviation there, in pixels of the grid; it grows by `widening` over the grid's height.
-    """
+    """Blur the outline, `sharpest` where the caster stands and `widening` more a distance of the height."""
     opacity = caster.opacity.astype(np.float32) / 255
     rows, columns = opacity.shape
     y, x = np.arange(rows, dtype=np.float32)[:, None], np.arange(columns, dtype=np.float32)
