@@ -4,8 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -159,8 +158,7 @@ def required_multiple(network: nn.Module, channels: int = 3) -> int:
     return trial.multiple
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """What two runs of a network on images of different sizes have shown.
 
     Attributes:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ast_plugin import __version__
+from ast_plugin.evaluation.cost import peak_bytes
 
 _PACKAGES = ('torch', 'torchvision', 'basicsr', 'numpy', 'opencv-python', 'lmdb', 'triton')
 
@@ -51,10 +52,7 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = 'cp
     On CUDA these are the bytes that torch allocates, on a CPU the growth of the process's resident size.
     """
     if torch.device(device).type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
+        return peak_bytes(function, torch.device(device))
     # What earlier calls have left, as garbage or with the allocator, would hide what this one needs.
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):

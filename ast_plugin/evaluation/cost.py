@@ -103,18 +103,18 @@ def available_bytes(device: torch.device) -> int:
     return min(known, default=_UNKNOWN_MEMORY)
 
 
-def peak_bytes(function: Callable[[Tensor], Tensor], image: Tensor) -> int:
-    """Run a function and measure the most memory that its tensors held at once, without its parameters and input.
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Run a function and measure the most memory that its tensors held at once, without what was there before.
 
     On a CPU the tensors that pass through PyTorch's dispatcher are counted, not what a kernel allocates inside.
     """
-    if image.device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(image.device)
-        before = torch.cuda.memory_allocated(image.device)
-        function(image)
-        return torch.cuda.max_memory_allocated(image.device) - before
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
     with _LiveBytes() as live:
-        function(image)
+        function()
     return live.peak
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ast_plugin.errors import OptionError, PluginError, ShapeError, one_line
 from ast_plugin.evaluation.cost import available_bytes, peak_bytes
 from ast_plugin.ops import frozen_weights
-from ast_plugin.ops.tiles import BLENDS, check_tiling, run_tiled
+from ast_plugin.ops.tiles import check_tiling, run_tiled
 
 AUTO = 'auto'
 
@@ -54,14 +54,8 @@ class Tiling:
     def __post_init__(self) -> None:
         if isinstance(self.tile, str) and self.tile != AUTO:
             raise OptionError(f'tile is {self.tile!r}: expected the side of a tile in pixels, or {AUTO}')
-        if isinstance(self.tile, int):
-            check_tiling(self.tile, self.overlap or 0)
-        elif self.overlap is not None and self.overlap < 0:
-            raise OptionError(f'overlap is {self.overlap}: expected a number of pixels, 0 or more')
-        if self.blend not in BLENDS:
-            raise OptionError(f'blend is {self.blend!r}: expected one of {", ".join(BLENDS)}')
-        if self.batch < 1:
-            raise OptionError(f'batch is {self.batch}: expected a number of tiles, 1 or more')
+        overlap = self.overlap or 0
+        check_tiling(self.tile if isinstance(self.tile, int) else overlap + 1, overlap, self.blend, self.batch)
 
     def run(
         self,
@@ -129,7 +123,7 @@ class Tiling:
         if network not in known:
             probe = torch.zeros(1, image.shape[1], _TILE_STEP, _TILE_STEP, dtype=image.dtype, device=device)
             with _explain_failures(probe):
-                known[network] = max(1, peak_bytes(network, probe)) / _TILE_STEP**2
+                known[network] = max(1, peak_bytes(lambda: network(probe), device)) / _TILE_STEP**2
         needed = pixels * known[network]
         if needed <= usable:
             return whole

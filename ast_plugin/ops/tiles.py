@@ -13,14 +13,18 @@ from ast_plugin.ops.windows import pad_image
 BLENDS = ('ramp', 'mean')
 
 
-def check_tiling(tile: int, overlap: int) -> None:
-    """Raise OptionError unless the side of a tile in pixels is at least 1, and the overlap in [0, tile)."""
-    if tile < 1:
-        raise OptionError(f'tile is {tile}: expected the side of a tile in pixels, 1 or more')
+def check_tiling(tile: int, overlap: int, blend: str = 'ramp', batch: int = 1) -> None:
+    """Raise OptionError unless these make sense as arguments of `run_tiled`."""
     if overlap < 0:
         raise OptionError(f'overlap is {overlap}: expected a number of pixels, 0 or more')
+    if tile < 1:
+        raise OptionError(f'tile is {tile}: expected the side of a tile in pixels, 1 or more')
     if overlap >= tile:
         raise OptionError(f'overlap is {overlap} and tile is {tile}: the overlap must be smaller than the tile')
+    if blend not in BLENDS:
+        raise OptionError(f'blend is {blend!r}: expected one of {", ".join(BLENDS)}')
+    if batch < 1:
+        raise OptionError(f'batch is {batch}: expected a number of tiles, 1 or more')
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
@@ -96,11 +100,7 @@ def run_tiled(
         ShapeError: if the image is not [B, C, H, W] or the function's output is no integer multiple of its input.
     Source: starts of the tiles and 'mean': official protocol for AGAN-Data and Dense-Haze.
     """
-    check_tiling(tile, overlap)
-    if blend not in BLENDS:
-        raise OptionError(f'blend is {blend!r}: expected one of {", ".join(BLENDS)}')
-    if batch < 1:
-        raise OptionError(f'batch is {batch}: expected a number of tiles, 1 or more')
+    check_tiling(tile, overlap, blend, batch)
     if image.ndim != 4 or 0 in image.shape:
         raise ShapeError(f'run_tiled expects an image [B, C, H, W] that is not empty, got {list(image.shape)}')
     height, width = image.shape[-2:]

@@ -1,7 +1,6 @@
 """What is measured of a network: multiplications told by hand, memory that is known, the values of metrics."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -95,12 +94,10 @@ def test_a_network_with_its_weights(tmp_path):
     assert (np.asarray(Image.open(tmp_path / 'pictures/restored/0.png')) == restored.astype(np.uint8)).all()
 
 
-def test_as_a_process(tmp_path):
+def test_what_cannot_be_measured_is_a_line(tmp_path, monkeypatch, capsys):
     job = quality_job(tmp_path, TINY, weights=str(tmp_path / 'missing.pth'), record=str(tmp_path / 'record.json'))
     (tmp_path / 'job.json').write_text(json.dumps(job))
-    result = subprocess.run(
-        [sys.executable, '-m', 'ast_plugin.compare.measure', str(tmp_path / 'job.json')], capture_output=True, text=True
-    )
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith(f'basicsr: error: {tmp_path}/missing.pth does not exist')
+    monkeypatch.setattr(sys, 'argv', ['measure', str(tmp_path / 'job.json')])
+    assert measure.main() == 2
+    assert capsys.readouterr().err.startswith(f'basicsr: error: {tmp_path}/missing.pth does not exist')
     assert not (tmp_path / 'record.json').exists()

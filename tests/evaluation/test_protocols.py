@@ -70,21 +70,20 @@ def averaged_tiles(network, lq, tile, overlap):
     return (total / count).clamp(0, 1)
 
 
-@pytest.mark.parametrize(('height', 'width'), [(384, 400), (390, 700)])
-def test_agan_averages_tiles(height, width):
-    network, lq = Blur(), image(height, width)
-    restored = read_protocol('agan').restore(network, lq)
-    torch.testing.assert_close(restored, averaged_tiles(network, lq, 384, 80), rtol=0, atol=5e-7)
-    assert set(network.shapes) == {(1, 3, 384, 384)}
-
-
-def test_densehaze_has_larger_tiles():
-    protocol = read_protocol('densehaze')
-    assert (protocol.tile, protocol.overlap, protocol.blend, protocol.round) == (1152, 384, 'mean', False)
-    # What the authors' sizes do, at an eighth of them.
-    network, lq = Blur(), image(150, 200)
-    restored = read_protocol({'type': 'densehaze', 'tile': 144, 'overlap': 48}).restore(network, lq)
-    torch.testing.assert_close(restored, averaged_tiles(network, lq, 144, 48), rtol=0, atol=5e-7)
+@pytest.mark.parametrize(
+    ('options', 'tile', 'overlap', 'size'),
+    [
+        ('agan', 384, 80, (390, 700)),
+        ({'type': 'densehaze', 'tile': 144, 'overlap': 48}, 144, 48, (150, 200)),  # the authors' at an eighth
+    ],
+)
+def test_agan_and_densehaze_average_tiles(options, tile, overlap, size):
+    network, lq = Blur(), image(*size)
+    restored = read_protocol(options).restore(network, lq)
+    torch.testing.assert_close(restored, averaged_tiles(network, lq, tile, overlap), rtol=0, atol=5e-7)
+    assert set(network.shapes) == {(1, 3, tile, tile)}
+    haze = PROTOCOLS['densehaze']
+    assert (haze.tile, haze.overlap, haze.blend, haze.round) == (1152, 384, 'mean', False)
 
 
 @pytest.mark.parametrize('name', ['whole', 'tiled', 'basicsr'])

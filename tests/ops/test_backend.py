@@ -1,6 +1,7 @@
 """What is made of weights is made once within `frozen_weights`, and anew in every call elsewhere."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from ast_plugin import ops
 from ast_plugin.archs.ast_arch import AST_XS
 from ast_plugin.ops.backend import frozen_weights, make_once
+
+tiny_ast = partial(AST_XS, embed_dim=4, num_heads=[1] * 9, img_size=32)
 
 
 class Counted:
@@ -74,7 +77,7 @@ def test_other_threads_have_no_cache(counted):
 @pytest.mark.parametrize('attention', ['assa', 'topk'])
 def test_frozen_network_computes_the_same(attention, dtype):
     torch.manual_seed(0)
-    network = AST_XS(attention=attention).eval()
+    network = tiny_ast(attention=attention).eval()
     images = torch.rand(2, 1, 3, 48, 72)
     with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=dtype is torch.bfloat16):
         plain = [network(image) for image in images]
@@ -85,7 +88,7 @@ def test_frozen_network_computes_the_same(attention, dtype):
 
 def test_autocast_and_float32_share_nothing():
     torch.manual_seed(0)
-    network, image = AST_XS().eval(), torch.rand(1, 3, 32, 32)
+    network, image = tiny_ast().eval(), torch.rand(1, 3, 32, 32)
     with torch.inference_mode(), ops.frozen_weights():
         with torch.autocast('cpu', torch.bfloat16):
             network(image)
@@ -96,7 +99,7 @@ def test_autocast_and_float32_share_nothing():
 
 def test_training_within_sees_its_updates():
     torch.manual_seed(0)
-    network, image = AST_XS(drop_path_rate=0.0), torch.rand(1, 3, 32, 32)
+    network, image = tiny_ast(drop_path_rate=0.0), torch.rand(1, 3, 32, 32)
     losses = []
     with ops.frozen_weights():
         for _ in range(3):
@@ -117,7 +120,7 @@ def test_network_prepares_weights_once(monkeypatch):
     calls = []
     prepare = _FeedForwardBranch.prepare
     monkeypatch.setattr(_FeedForwardBranch, 'prepare', lambda self, op: calls.append(op) or prepare(self, op))
-    network = AST_XS().eval()
+    network = tiny_ast().eval()
     with ops.use_backend('fused'), torch.inference_mode(), ops.frozen_weights():
         for side in (32, 64, 64):
             network(torch.rand(1, 3, side, side))

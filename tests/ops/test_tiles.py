@@ -32,15 +32,15 @@ def test_starts_of_the_official_protocol(size, tile, overlap, starts):
 
 @pytest.mark.parametrize('blend', ['ramp', 'mean'])
 @pytest.mark.parametrize(('height', 'width'), [(40, 40), (37, 61), (16, 50), (9, 7), (1, 70), (33, 17)])
-@pytest.mark.parametrize('overlap', [0, 1, 2, 5, 8, 11, 15])
+@pytest.mark.parametrize('overlap', [0, 1, 5, 15])
 def test_pointwise_functions_see_no_tiles(height, width, overlap, blend):
     image = torch.rand(2, 3, height, width)
     result = run_tiled(lambda patch: patch * 2 - 1, image, 16, overlap, blend)
     torch.testing.assert_close(result, image * 2 - 1, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(('radius', 'overlap'), [(1, 3), (1, 4), (2, 6), (2, 11), (3, 9), (5, 15), (1, 15)])
-@pytest.mark.parametrize(('height', 'width'), [(40, 40), (37, 61), (16, 50), (90, 17)])
+@pytest.mark.parametrize(('radius', 'overlap'), [(1, 3), (1, 4), (2, 11), (3, 9), (1, 15)])
+@pytest.mark.parametrize(('height', 'width'), [(37, 61), (16, 50)])
 def test_equals_whole_image_within_the_overlap(height, width, radius, overlap):
     image = torch.rand(1, 3, height, width, dtype=torch.float64)
     function = convolution(radius)
@@ -120,7 +120,7 @@ def test_memory_is_bounded_by_the_tile():
 
     def needed(side, batch=1):
         image = torch.rand(1, 3, side, side)
-        return peak_bytes(lambda x: run_tiled(widened, x, 48, 16, batch=batch), image) - 4 * side * side
+        return peak_bytes(lambda: run_tiled(widened, image, 48, 16, batch=batch), image.device) - 4 * side * side
 
     small, large = needed(112), needed(208)
     assert large < 1.2 * small

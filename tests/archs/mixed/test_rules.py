@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ast_plugin.archs.mixed.mixed_arch import Mixed
+from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.archs.mixed.rules import assign, read_rules
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError
 from tests.archs.tiny_networks import EDSR, KEEP, MSRRESNET, SWINIR, TokenNet, rule
@@ -176,17 +176,18 @@ def test_sizes_out_of_range(key, value):
 
 def test_any_module_for_a_block():
     """No error but our own, whichever module of a network is exchanged for whichever block."""
-    names = [name for name, _ in Mixed(MSRRESNET, [rule('body.0', 'MLP')]).base.named_modules() if name]
+    base = {**MSRRESNET, 'num_block': 1}
+    names = [name for name, _ in build_base(base).named_modules() if name]
     tried = 0
     for name in names:
         for op in ('replace', 'append', 'wrap'):
             try:
-                network = Mixed(MSRRESNET, [rule(name, 'LeFF', {'op': op})])
+                network = Mixed(base, [rule(name, 'LeFF', {'op': op})])
             except PluginError:
                 continue
             tried += 1
             assert network(torch.rand(1, 3, 5, 6)).shape == (1, 3, 5, 6)
-    assert tried > 20
+    assert tried > 10
 
 
 @pytest.mark.parametrize(
