@@ -21,6 +21,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -66,15 +67,12 @@ def run(args: argparse.Namespace) -> int:
     if args.sheet:
         return _draw_sheet(args)
     _check(args)
-    if args.depth is not None and not DEGRADATIONS[args.task].takes_depth:
-        raise OptionError(f'--depth: {args.task} does not depend on distances, leave it out')
     recipe = Recipe(args.task, read_parameters(args.task, _read_settings(args.set)), args.seed, args.count, args.size)
     output = Path(args.output).expanduser()
     photos = _find_photos(args.input, output, args.recursive)
     depths = _find_depths(args, photos)
     check_output(output, photos.values(), args.overwrite)
-    total = len(photos) * recipe.count
-    with tqdm(total=total, unit='pair', dynamic_ncols=True, disable=None, leave=False) as bar:
+    with tqdm(total=len(photos) * args.count, unit='pair', dynamic_ncols=True, disable=None, leave=False) as bar:
         levels = write_pairs(photos, depths, recipe, output, bar.update)
     plural = 's' if len(levels) != 1 else ''
     low, high = min(levels), max(levels)
@@ -86,32 +84,26 @@ def _check(args: argparse.Namespace) -> None:
     missing = [name for name, value in (('--task', args.task), ('-i', args.input), ('-o', args.output)) if not value]
     if missing:
         raise OptionError(f'{" and ".join(missing)} must be given; see `basicsr data synth --help` for examples')
-    for name in ('count', 'size'):
+    for name, least in (('count', 1), ('size', 1), ('seed', 0)):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise OptionError(f'--{name} is {value}: expected 1 or more')
-    if args.seed < 0:
-        raise OptionError(f'--seed is {args.seed}: expected 0 or more')
+        if value is not None and value < least:
+            raise OptionError(f'--{name} is {value}: expected {least} or more')
+    if args.depth is not None and not DEGRADATIONS[args.task].takes_depth:
+        raise OptionError(f'--depth: {args.task} does not depend on distances, leave it out')
 
 
 def _read_settings(assignments: Sequence[str]) -> dict[str, object]:
     """Values of `--set`: JSON, or items with commas between them, or plain text."""
     settings = {}
     for assignment in assignments:
-        key, equals, text = assignment.partition('=')
-        if not equals or not key.strip():
+        key, equals, text = map(str.strip, assignment.partition('='))
+        if not equals or not key:
             raise OptionError(f'--set {assignment}: expected KEY=VALUE, such as psnr=22,24')
-        settings[key.strip()] = _read_value(text.strip())
+        settings[key] = [item.strip() for item in text.split(',')] if ',' in text else text
+        for candidate in (f'[{text}]', text):
+            with suppress(ValueError):
+                settings[key] = json.loads(candidate)
     return settings
-
-
-def _read_value(text: str) -> object:
-    for candidate in (text, f'[{text}]'):
-        try:
-            return json.loads(candidate)
-        except ValueError:
-            continue
-    return [item.strip() for item in text.split(',')] if ',' in text else text
 
 
 def _find_photos(inputs: Sequence[str], output: Path, recursive: bool) -> dict[str, Path]:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 from ast_plugin.data.manifest import read_manifest
 from ast_plugin.data.matching import (
@@ -48,19 +47,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Place:
-    """Two folders below a root and how images are named in them; `{split}` stands for the split.
-
-    Attributes:
-        lq_dir, gt_dir: of the degraded and of the clean images.
-        lq_template, gt_template: how they are named, see `Template`.
-        deep: whether they may lie in folders one level deeper.
-    """
+    """Two folders below a root and how images are named in them, see `Template`; `{split}` stands for the split."""
 
     lq_dir: str
     gt_dir: str
     lq_template: str = '{}'
     gt_template: str = '{}'
-    deep: bool = False
+    deep: bool = False  # whether images may lie in folders one level deeper
 
     @property
     def has_split(self) -> bool:
@@ -145,14 +138,7 @@ def find_places(layout: Layout, source: Source) -> Found:
 
 
 def match_place(layout: Layout, source: Source, place: Place, name: str) -> Found:
-    """List the pairs of a place, its numbers kept to the split.
-
-    Args:
-        layout: whose place it is.
-        source: root, phase and split.
-        place: the place.
-        name: of the split's folder.
-    """
+    """List the pairs of a place, its numbers kept to the split; `name` is that of the split's folder."""
     folders = place.folders(Path(source.dataroot), name)
     pairs, faults = match_folders(source.phase, *folders, place.lq_template, place.gt_template, place.deep)
     return _keep_numbers(layout, source, pairs, faults) if layout.numbers and not place.has_split else (pairs, faults)
@@ -311,8 +297,13 @@ def _not_there(title: str, folder: Path, fault: str, key: str, layout: Layout) -
 
 def _read_lines(list_path: Path, root: Path, faults: list[DataFault]) -> Iterator[Pair]:
     """Yield the pairs line by line, as SPAD's list has 640,000."""
-    with _open_list(list_path) as lines:
-        for number, line in enumerate(map(str.strip, lines), 1):
+    try:
+        # Names need not be UTF-8 to be opened.
+        file = open(list_path, encoding='utf-8-sig', errors='surrogateescape')  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f'{list_path}: cannot be read: {error.strerror}') from error
+    with file:
+        for number, line in enumerate(map(str.strip, file), 1):
             cuts = _cut_line(line, root) if line else []
             if len(cuts) == 1:
                 lq, gt = (name.lstrip('/') for name in cuts[0])
@@ -320,14 +311,6 @@ def _read_lines(list_path: Path, root: Path, faults: list[DataFault]) -> Iterato
             elif line:
                 text = f'{list_path}: not two image files such as /dir/lq.png /dir_gt/gt.png'
                 faults.append(DataFault('line not understood', f'line {number}, {line!r}', text))
-
-
-def _open_list(list_path: Path) -> TextIO:
-    try:
-        # Names need not be UTF-8 to be opened.
-        return open(list_path, encoding='utf-8-sig', errors='surrogateescape')
-    except OSError as error:
-        raise DataError(f'{list_path}: cannot be read: {error.strerror}') from error
 
 
 def _cut_line(line: str, root: Path) -> list[tuple[str, str]]:
@@ -354,28 +337,17 @@ def _list_files(folder: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dataset lies on disk.
-
-    Attributes:
-        title: name of the dataset.
-        description: what is expected where below `dataroot`, in a line.
-        places: folders to look in; the first that fits is taken.
-        train_splits, test_splits: values of `split` in training and otherwise; the first is the default.
-        aliases: by split, other names that its folder goes by. `.` stands for the root itself.
-        numbers: where a split is no folder, the numbers of its pairs.
-        needs, may_have: names of the options in `Source` that the layout reads.
-        find: lists the pairs.
-    """
+    """How a dataset lies on disk."""
 
     title: str
-    description: str
-    places: tuple[Place, ...] = ()
-    train_splits: tuple[str, ...] = ('train',)
-    test_splits: tuple[str, ...] = ('test',)
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    numbers: Mapping[str, range] = field(default_factory=dict)
-    needs: tuple[str, ...] = ('dataroot',)
-    may_have: tuple[str, ...] = ('split',)
+    description: str  # what is expected where below `dataroot`, in a line
+    places: tuple[Place, ...] = ()  # the first that fits is taken
+    train_splits: tuple[str, ...] = ('train',)  # values of `split` in training; the first is the default
+    test_splits: tuple[str, ...] = ('test',)  # and otherwise
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names of a split's folder; `.` is the root
+    numbers: Mapping[str, range] = field(default_factory=dict)  # of its pairs, where a split is no folder
+    needs: tuple[str, ...] = ('dataroot',)  # options in `Source` that must be there
+    may_have: tuple[str, ...] = ('split',)  # and those that may
     find: Callable[[Layout, Source], Found] = find_places
 
     def split(self, source: Source) -> str:
@@ -464,13 +436,7 @@ LAYOUTS = {
         'ITS/, OTS/, SOTS/indoor/ or SOTS/outdoor/, each with hazy/0001_0.8_0.2.jpg and clear/0001.png or gt/0001.png: '
         'many hazy ones to a clear one; split is ITS, OTS, indoor, outdoor, or train and test',
         make_places(
-            below_split(
-                *(
-                    f'{hazy} {clear}'
-                    for hazy in ('hazy', 'haze', 'ITS_haze')
-                    for clear in ('clear', 'gt', 'GT', 'ITS_clear')
-                )
-            ),
+            below_split(*(f'{hazy} {clear}' for hazy in _HAZY for clear in _CLEAR)),
             ('{}_*', '{}'),
             ('{}', '{}'),
             deep=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ast_plugin.data.layouts import (
@@ -31,21 +31,13 @@ _PLAIN += 'rain norain, rain clean, hazy clear, hazy gt, hazy GT, data gt, low h
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a dataset that was found.
+    """A part of a dataset that was found."""
 
-    Attributes:
-        name: what it is called, `train` or `test_a` for example.
-        phase: `train` or `test`.
-        pairs: those that have a partner.
-        faults: what is wrong with the others.
-        where: the folder of the degraded images, or the list, for the user to see.
-    """
-
-    name: str
-    phase: str
-    pairs: PairTable
-    faults: list[DataFault] = field(default_factory=list)
-    where: Path = Path()
+    name: str  # train or test_a for example
+    phase: str  # train or test
+    pairs: PairTable  # those that have a partner
+    faults: list[DataFault]  # what is wrong with the others
+    where: Path  # the folder of the degraded images, or the list, for the user to see
 
 
 def preparable() -> list[str]:
@@ -65,12 +57,9 @@ def plain_layout(lq: str | None, gt: str | None, lq_template: str | None, gt_tem
     if (lq is None) != (gt is None) or ('{split}' in (lq or '')) != ('{split}' in (gt or '')):
         raise OptionError('--lq and --gt go together, and either both or none have {split} in them')
     names = ((lq, gt),) if lq and gt else below_split(*_PLAIN.split(', '))
+    description = 'input/ and target/, lq/ and gt/ or such, in train/ and test/ or directly; --lq and --gt name others'
     if lq:
         description = f'{lq}/ and {gt}/, with partners of equal names or as --lq-template and --gt-template say'
-    else:
-        description = (
-            'input/ and target/, lq/ and gt/ or such, in train/ and test/ or directly; --lq and --gt name others'
-        )
     places = make_places(names, (lq_template or '{}', gt_template or '{}'))
     return Layout('A dataset of plain folders', description, places, aliases={'train': ('.',)})
 
