@@ -1,6 +1,5 @@
 """`basicsr data synth`: the same files each time, read as pairs, and clear refusals with nothing left behind."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.degradations import DEGRADATIONS
+from tests.data.images import contents
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,14 +29,6 @@ def write_photo(path: Path, height: int = 96, width: int = 128, seed: int = 0, d
     image = np.clip(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC), 0, np.iinfo(dtype).max)
     assert cv2.imencode(path.suffix, image.astype(dtype))[1].tofile(path) is None
     return path
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob('*')
-        if path.is_file()
-    }
 
 
 def synth(*arguments) -> int:
@@ -52,8 +44,8 @@ def photo(tmp_path):
 def test_every_task_repeats_its_pairs(tmp_path, photo, task, capsys):
     for name in ('one', 'two'):
         assert synth('--task', task, '-i', photo, '-o', tmp_path / name, '--count', 3, '--seed', 1, '--size', 64) == 0
-    files = digests(tmp_path / 'one')
-    assert files == digests(tmp_path / 'two')
+    files = contents(tmp_path / 'one')
+    assert files == contents(tmp_path / 'two')
     folders = ['gt', 'lq'] + ['mask'] * (task != 'moire')
     names = [f'{folder}/fenêtre ouverte_{number}.png' for folder in folders for number in (1, 2, 3)]
     assert sorted(files) == sorted([*names, 'synthesis.json'])
@@ -70,7 +62,7 @@ def test_another_process_makes_the_same_files(tmp_path, photo):
     subprocess.run(
         [sys.executable, '-m', 'ast_plugin', *arguments], cwd=tmp_path, check=True, env=environment, timeout=120
     )
-    assert digests(tmp_path / 'one') == digests(tmp_path / 'two')
+    assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
 
 
 def test_pairs_are_patches_of_the_photo(tmp_path, photo):
@@ -107,10 +99,10 @@ def test_other_photos_and_more_pairs_change_none(tmp_path):
         write_photo(tmp_path / f'photo{number}.png', seed=number)
     assert synth('--task', 'moire', '-i', tmp_path / 'photo1.png', '-o', tmp_path / 'one', '--count', 2) == 0
     assert synth('--task', 'moire', '-i', tmp_path / 'photo0.png', tmp_path / 'photo1.png', '-o', tmp_path / 'two') == 0
-    one, two = digests(tmp_path / 'one'), digests(tmp_path / 'two')
+    one, two = contents(tmp_path / 'one'), contents(tmp_path / 'two')
     assert one['lq/photo1_1.png'] == two['lq/photo1_1.png']
     assert synth('--task', 'moire', '-i', tmp_path / 'photo1.png', '-o', tmp_path / 'three', '--seed', 1) == 0
-    assert digests(tmp_path / 'three')['lq/photo1_1.png'] != one['lq/photo1_1.png']
+    assert contents(tmp_path / 'three')['lq/photo1_1.png'] != one['lq/photo1_1.png']
 
 
 def test_16_bits_stay(tmp_path):
@@ -153,9 +145,9 @@ def test_haze_takes_depth(tmp_path):
 def test_earlier_output_is_kept(tmp_path, photo, capsys):
     out = tmp_path / 'out'
     assert synth('--task', 'snow', '-i', photo, '-o', out, '--count', 2) == 0
-    before = digests(out)
+    before = contents(out)
     assert synth('--task', 'rain', '-i', photo, '-o', out) == 2
-    assert '--overwrite' in capsys.readouterr().err and digests(out) == before
+    assert '--overwrite' in capsys.readouterr().err and contents(out) == before
     assert synth('--task', 'rain', '-i', photo, '-o', out, '--overwrite') == 0
     assert len(os.listdir(out / 'lq')) == 1
     (out / 'mine.txt').write_text('x')
@@ -192,11 +184,11 @@ def fail_to_rename(path, target, rename=Path.rename):
 def test_a_failing_disk_leaves_the_earlier_output(tmp_path, photo, monkeypatch, capsys, owner, name, fault, message):
     out = tmp_path / 'out'
     assert synth('--task', 'rain', '-i', photo, '-o', out) == 0
-    before = digests(out)
+    before = contents(out)
     monkeypatch.setattr(owner, name, fault)
     assert synth('--task', 'snow', '-i', photo, '-o', out, '--overwrite') == 2
     assert message in capsys.readouterr().err
-    assert digests(out) == before and sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
+    assert contents(out) == before and sorted(os.listdir(tmp_path)) == sorted([photo.name, 'out'])
 
 
 def test_rest_of_a_killed_run_is_cleared(tmp_path, photo, capsys):

@@ -45,6 +45,12 @@ def write_noise(path: Path, seed, size: tuple[int, int] = (16, 24)) -> Path:
     return path
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder, by its place in it."""
+    files = (path for path in sorted(folder.rglob('*')) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 def touch(root: Path, *names: str) -> Path:
     """Make empty files, and their folders; listing never opens an image."""
     for name in names:

@@ -39,12 +39,3 @@ def options(lq: Path, gt: Path, **more) -> dict:
         'io_backend': {'type': 'lmdb'},
         **more,
     }
-
-
-def contents(destination: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its place in it."""
-    return {
-        path.relative_to(destination).as_posix(): path.read_bytes()
-        for path in sorted(destination.rglob('*'))
-        if path.is_file()
-    }

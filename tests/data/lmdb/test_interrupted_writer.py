@@ -11,7 +11,8 @@ import pytest
 
 from ast_plugin.data.lmdb import writer as lmdb_writer
 from ast_plugin.errors import FileError
-from tests.data.lmdb_sources import contents, pack, write_folders
+from tests.data.images import contents
+from tests.data.lmdb_sources import pack, write_folders
 
 
 @pytest.mark.parametrize('num_commits', range(6))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.lmdb_sources import contents, write_folders
+from tests.data.images import contents
+from tests.data.lmdb_sources import write_folders
 
 KILLS = 20
 PAIRS = 640  # ten batches

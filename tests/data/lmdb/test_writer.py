@@ -23,7 +23,8 @@ from ast_plugin.data.matching import Pair
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.data.sampler import EpochSampler
 from ast_plugin.errors import DataError
-from tests.data.lmdb_sources import contents, options, pack, write_folders
+from tests.data.images import contents
+from tests.data.lmdb_sources import options, pack, write_folders
 
 
 def lmdbs(folder: Path) -> tuple[Path, Path]:

@@ -22,7 +22,7 @@ from ast_plugin.data.prepare.preparation import Preparation, format_options
 from ast_plugin.data.prepare.splits import find_splits
 from ast_plugin.errors import DataError
 from ast_plugin.options.sections import FolderName
-from tests.data.images import write_noise
+from tests.data.images import contents, write_noise
 
 
 def make_agan(root: Path, train=6, test=3) -> Path:
@@ -39,14 +39,10 @@ def prepare(root: Path, target: Path, place=None, workers=1, layout='agan'):
     return checks, preparation.write(checks, layout, place)
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
-
-
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_manifest_of_each_split(tmp_path, workers):
     root = make_agan(tmp_path / 'data')
-    before = tree(root)
+    before = contents(root)
     checks, paths = prepare(root, tmp_path / 'out', workers=workers)
     assert [path.name for path in paths] == ['train.jsonl', 'test_a.jsonl'] == [path.name for path in paths]
     assert sorted(os.listdir(tmp_path / 'out')) == ['test_a.jsonl', 'train.jsonl']
@@ -56,7 +52,7 @@ def test_a_manifest_of_each_split(tmp_path, workers):
     assert (entry.key, entry.lq, entry.gt, entry.size) == ('0', 'data/0_rain.png', 'gt/0_clean.png', (16, 24))
     assert entry.bytes[0] == lq.stat().st_size
     assert entry.digests[0] == pair_checks.digest_pixels(cv2.imread(str(lq))[..., ::-1])
-    assert tree(root) == before
+    assert contents(root) == before
 
 
 def test_what_is_not_plain_is_counted(tmp_path):
@@ -162,7 +158,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     read = count_checks(monkeypatch)
     prepare(root, tmp_path / 'out')
     assert read == ['3_rain.png', '4_rain.png', '5_rain.png', '0_rain.png', '1_rain.png', '2_rain.png']
-    assert tree(tmp_path / 'out') == tree(tmp_path / 'whole')
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
 
 
 def test_a_refused_run_reads_only_what_was_mended(tmp_path, monkeypatch):
@@ -184,7 +180,7 @@ def test_rubbish_in_a_journal_is_not_believed(tmp_path, monkeypatch):
     (tmp_path / 'out/.train.checked').write_text('\n'.join(lines))
     read = count_checks(monkeypatch)
     prepare(root, tmp_path / 'out')
-    assert len(read) == 9 and tree(tmp_path / 'out') == tree(tmp_path / 'whole')
+    assert len(read) == 9 and contents(tmp_path / 'out') == contents(tmp_path / 'whole')
 
 
 COMMAND = [sys.executable, '-m', 'ast_plugin', 'data', 'prepare', 'agan']
@@ -214,7 +210,7 @@ def test_killed_at_any_moment(tmp_path):
             assert read_manifest(path).num_pairs == len(read_manifest(path).pairs())
     assert kills
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert tree(tmp_path / 'out') == tree(tmp_path / 'whole')
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
 
 
 # ---- full disks and other hindrances
@@ -240,7 +236,7 @@ def test_a_full_disk(tmp_path, place):
     assert not list((tmp_path / 'out').glob('*.jsonl'))
     prepare(root, tmp_path / 'out', 'copy' if place else None)
     prepare(root, tmp_path / 'whole', 'copy' if place else None)
-    assert tree(tmp_path / 'out') == tree(tmp_path / 'whole')
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
 
 
 def test_the_dataset_is_never_written_to(tmp_path):
@@ -302,7 +298,7 @@ def test_a_second_run_drops_what_is_gone(tmp_path):
     write_noise(root / 'train/data/1_rain.png', 55)
     prepare(root, tmp_path / 'out', 'copy')
     prepare(root, tmp_path / 'anew', 'copy')
-    assert tree(tmp_path / 'out') == tree(tmp_path / 'anew')
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'anew')
     prepare(root, tmp_path / 'out', 'link')
     assert (tmp_path / 'out/train/lq/1.png').is_symlink()
 
