@@ -99,7 +99,10 @@ class AST(nn.Module):
         super().__init__()
         check_choice('attention', attention, ATTENTIONS)
         check_choice('ffn', ffn, FEED_FORWARDS)
-        _check_lengths(depths=depths, num_heads=num_heads)
+        num_stages = 2 * NUM_LEVELS + 1
+        for key, value in (('depths', depths), ('num_heads', num_heads)):
+            if len(value) != num_stages or min(value) < 1:
+                raise OptionError(f'{key} must be {num_stages} numbers of at least 1, not {list(value)}')
         if window_size < 1 or img_size < 2**NUM_LEVELS:
             raise OptionError(
                 f'window_size must be at least 1 and img_size at least {2**NUM_LEVELS}, '
@@ -247,10 +250,3 @@ def _drop_path_rates(depths: Sequence[int], highest: float) -> list[list[float]]
     up = down[::-1] + [0.0] * max(0, sum(depths[NUM_LEVELS + 1 :]) - num_encoder)
     rates = iter(down + [highest] * depths[NUM_LEVELS] + up)
     return [[next(rates) for _ in range(depth)] for depth in depths]
-
-
-def _check_lengths(**lists: Sequence[int]) -> None:
-    expected = 2 * NUM_LEVELS + 1
-    for key, value in lists.items():
-        if len(value) != expected or min(value) < 1:
-            raise OptionError(f'{key} must be {expected} numbers of at least 1, not {list(value)}')

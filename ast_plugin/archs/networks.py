@@ -234,14 +234,11 @@ def check_runs(network: nn.Module, trial: Trial) -> None:
         Exception: whatever it raises.
         ShapeError: if the output has another size than before.
     """
-    size, devices = trial.sizes[1], _devices(network)
-    for device in devices:
-        try:
-            scale, _ = _run(_copy_to(network, device), trial.channels, size, device)
-            break
-        except Exception:  # on `meta` perhaps only because something cannot go without values
-            if device == devices[-1]:
-                raise
+    (meta, own), size = _devices(network), trial.sizes[1]
+    try:
+        scale, _ = _run(_copy_to(network, meta), trial.channels, size, meta)
+    except Exception:  # perhaps only because something cannot go without values
+        scale, _ = _run(_copy_to(network, own), trial.channels, size, own)
     if scale != trial.scale:
         raise ShapeError(f'the output is {scale} times as large as the input, it was {trial.scale} times')
 

@@ -35,7 +35,7 @@ class Spandrel(nn.Module):
     in whatever reads spandrel's networks.
 
     Args:
-        name: of the network's class, such as Restormer, NAFNet or Uformer; `names()` lists them.
+        name: of the network's class, such as Restormer, NAFNet or Uformer; the error of a wrong one lists them.
         options: its hyperparameters; those left out have its defaults.
     Shapes:
         [B, C, H, W] in [0, 1] to [B, C, s·H, s·W], s being 1 for restoration.
@@ -79,15 +79,6 @@ class Spandrel(nn.Module):
         return _row(options.get('name'))[1]
 
 
-def names() -> list[str]:
-    """The names that `Spandrel` knows here: those of the networks' classes.
-
-    Raises:
-        BackendUnavailable: if spandrel is not installed.
-    """
-    return sorted(_rows())
-
-
 def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
     """Read a network and its hyperparameters off the names and shapes of its weights.
 
@@ -98,7 +89,6 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
         BackendUnavailable: if spandrel is not installed.
     """
     spandrel = _spandrel()
-    rows = _rows()
     try:
         descriptor = spandrel.MAIN_REGISTRY.load(dict(state))
     except spandrel.UnsupportedModelError:
@@ -106,9 +96,9 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
         raise OptionError(f'spandrel cannot tell the hyperparameters of these weights: {one_line(error)}') from error
     network = descriptor.model
-    name = next((name for name, (_, network_type) in rows.items() if network_type is type(network)), None)
-    if name is None:
-        raise OptionError(f'{type(network).__name__} is a network of spandrel that cannot be built by name')
+    name = type(network).__name__
+    if _rows().get(name, (None, None))[1] is not type(network):
+        raise OptionError(f'{name} is a network of spandrel that cannot be built by name')
     known = inspect.signature(type(network)).parameters
     stored = {key: value for key, value in network.hyperparameters.items() if key in known and _is_plain(value)}
     assumed = [f'{key} {stored[key]} is assumed, the weights do not tell' for key in _NOT_IN_WEIGHTS.get(name, ())]

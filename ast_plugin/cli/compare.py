@@ -13,6 +13,7 @@ Exit status: 0 all were compared, 1 some failed (the report says which and why),
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 import sys
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _terminated_like_interrupted():
         try:
-            results = Comparison(plan, _say).run()
+            results = Comparison(plan, functools.partial(print, flush=True)).run()
         except (KeyboardInterrupt, SystemExit):
             print('basicsr: stopped; the same command goes on from here', file=sys.stderr)
             raise
@@ -60,7 +61,3 @@ def _terminated_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

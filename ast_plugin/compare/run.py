@@ -34,12 +34,11 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str, digest: str) -> dict[str, Any] | None:
         """The record of a name; None if there is none, or it has another digest."""
         try:
-            record = json.loads(self._path(name).read_text(encoding='utf-8'))
+            record = json.loads((self.folder / f'{name}.json').read_text(encoding='utf-8'))
         except (OSError, ValueError):
             return None
         return record if isinstance(record, dict) and record.get('digest') == digest else None
@@ -47,11 +46,8 @@ class Journal:
     def write(self, name: str, digest: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Write a record over an older one of that name."""
         content = {**record, 'digest': digest}
-        write_file(self._path(name), json.dumps(content, indent=1).encode())
+        write_file(self.folder / f'{name}.json', json.dumps(content, indent=1).encode(), make_folder=True)
         return content
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f'{name}.json'
 
 
 def digest_of(value: Any) -> str:
@@ -72,7 +68,7 @@ class Comparison:
         self.plan, self.say = plan, say
         self.journal = Journal(plan.folder / 'journal')
         self.logs = plan.folder / 'logs'
-        self.logs.mkdir(exist_ok=True)
+        self.logs.mkdir(parents=True, exist_ok=True)
         self.keep_open: Sequence[int] = ()  # descriptors that processes inherit
 
     def run(self) -> Results:
