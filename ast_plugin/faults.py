@@ -78,18 +78,20 @@ def unknown_key(where: Where, known: Sequence[str]) -> Fault:
 
 
 def faults_of(
-    error: ValidationError, model: type[BaseModel], value: Any, prefix: Where = (), also_known: Sequence[str] = ()
+    error: ValidationError, model: Any, value: Any, prefix: Where = (), also_known: Sequence[str] = ()
 ) -> list[Fault]:
     """One fault for each place that pydantic complains about.
 
     Args:
         error: raised by `model` about `value`.
-        model: tells the known names, for suggestions.
+        model: a pydantic model or an annotation; tells the known names, for suggestions.
         prefix: where in the file `value` lies.
         also_known: names accepted on the first level besides the model's own.
     """
     faults: dict[Where, Fault] = {}
-    for report in error.errors(include_url=False):
+    reports = error.errors(include_url=False)
+    # A tensor, which a signature may allow, cannot stand in an option file.
+    for report in [each for each in reports if each['type'] != 'needs_python_object'] or reports:
         where = _keys_only(report['loc'], value, report['type'] == 'missing')
         place = (*prefix, *where)
         if report['type'] == 'extra_forbidden':
@@ -140,9 +142,9 @@ def _keys_only(loc: Where, value: Any, is_missing: bool) -> Where:
     return tuple(where)
 
 
-def _section_at(model: type[BaseModel], where: Where) -> type[BaseModel]:
+def _section_at(model: Any, where: Where) -> type[BaseModel]:
     """The model of the section at `where` below `model`."""
-    current: Any = model
+    current = _inner(model)
     for step in where:
         fields = getattr(current, 'model_fields', None)
         current = _inner(fields[step].annotation if fields and step in fields else current)

@@ -1,14 +1,33 @@
 """Write the pages of the site that come out of the code: one for each section of option files, one for each module."""
 
+import inspect
 import pkgutil
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, Field, create_model
 
 from ast_plugin.models.registries import load_registered
-from ast_plugin.options.json_schema import OptionKey, option_keys
+from ast_plugin.options.compare_file import ComparedNetwork, CompareSettings
+from ast_plugin.options.sections import (
+    Logger,
+    Metric,
+    MixupOptions,
+    Optimizer,
+    OptionFile,
+    Paths,
+    ProtocolOptions,
+    Train,
+    Val,
+    dataset_model,
+)
+from ast_plugin.options.signatures import parameters_of
+from ast_plugin.options.validation import Registered
 
 ROOMS = {
     'ops': 'Mathematics on tensors',
@@ -23,6 +42,30 @@ ROOMS = {
 """Packages whose modules get a page, with a heading. Kernels, commands and plumbing have none."""
 HEADINGS = {'file': 'Top level', 'networks': 'networks (of a comparison)', 'compare': 'compare (of a comparison)'}
 LEFT_OUT = ('ast_plugin.ops.triton', 'ast_plugin.ops.cpu', 'ast_plugin.data.prepare', 'ast_plugin.data.lmdb')
+KINDS = {
+    'integer': 'whole number',
+    'number': 'number',
+    'boolean': 'true or false',
+    'string': 'text',
+    'object': 'mapping',
+    'null': '',
+}
+LIMITS = {
+    'minimum': '{:g} or more',
+    'exclusiveMinimum': 'more than {:g}',
+    'maximum': '{:g} or less',
+    'exclusiveMaximum': 'less than {:g}',
+}
+
+
+class OptionKey(NamedTuple):
+    """One key of an option file, as documentation shows it; `default` is None where nothing stands in."""
+
+    section: str
+    key: str
+    type: str
+    default: Any
+    description: str
 
 
 def write_options(folder: Path) -> None:
@@ -57,6 +100,72 @@ def table(section: str, keys: Sequence[OptionKey]) -> str:
 def cell(text: str) -> str:
     """Text as it may stand in a cell of a table."""
     return text.replace('|', '\\|').replace('<', '&lt;').replace('*', '\\*')
+
+
+def option_keys(registered: Registered) -> Iterator[OptionKey]:
+    """Every key of every section, in the order of a file.
+
+    Args:
+        registered: tells the types of datasets that describe their keys, and the arguments of AST.
+    Yields:
+        The section as a dotted place, with the type behind it where that decides: `datasets.* (PairsDataset)`.
+    """
+    datasets = [(name, dataset_model(name, target)) for name, target in registered.by_kind['dataset'].items()]
+    sections: dict[str, type[BaseModel]] = {
+        '': OptionFile,
+        **{f'datasets.* ({name})': model for name, model in sorted(datasets) if model is not None},
+        'network_g (AST)': argument_model(registered.by_kind['arch']['AST']),
+        'path': Paths,
+        'train': Train,
+        'train.optim_g': Optimizer,
+        'train.mixing': MixupOptions,
+        'val': Val,
+        'val.protocol': ProtocolOptions,
+        'val.metrics.*': Metric,
+        'logger': Logger,
+        'networks.*': ComparedNetwork,
+        'compare': CompareSettings,
+    }
+    for section, model in sections.items():
+        schema = model.model_json_schema()
+        required = schema.get('required', ())
+        for key, value in schema['properties'].items():
+            kind = in_words(value, schema.get('$defs', {})) + (', required' if key in required else '')
+            yield OptionKey(section, key, kind, value.get('default'), value.get('description', ''))
+
+
+def in_words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """What a value may be: `whole number, 1 or more`, `mixup or cutmix`."""
+    if '$ref' in schema:
+        return in_words(definitions[schema['$ref'].rpartition('/')[2]], definitions)
+    if 'anyOf' in schema or 'oneOf' in schema:
+        parts = (in_words(part, definitions) for part in schema.get('anyOf') or schema['oneOf'])
+        return ' or '.join(dict.fromkeys(part for part in parts if part))
+    if 'enum' in schema or 'const' in schema:
+        return ' or '.join(map(str, schema.get('enum') or [schema['const']]))
+    if schema.get('type') == 'array':
+        items = in_words(schema.get('items', {}), definitions)
+        return f'list, each item {items}' if items else 'list'
+    limits = [text.format(schema[name]) for name, text in LIMITS.items() if name in schema]
+    return ', '.join([KINDS.get(schema.get('type', ''), 'anything'), *limits])
+
+
+def argument_model(target: type) -> type[BaseModel]:
+    """The arguments of a class as a pydantic model, described by its docstring's `Args:`; `self` is left out."""
+    parameters, _ = parameters_of(target)
+    described = described_arguments(inspect.getdoc(target) or '')
+    fields: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[name] = (parameter.annotation, Field(default, description=described.get(name)))
+    return create_model(target.__name__, **fields)
+
+
+def described_arguments(docstring: str) -> dict[str, str]:
+    """What a docstring in Google's style says of each argument, in a line."""
+    block = re.search(r'^Args:\n((?:[ ]+.*\n?|\n)*)', docstring, re.MULTILINE)
+    entries = re.findall(r'^ {4}([\w, ]+): (.*(?:\n {5,}.*)*)', block[1] if block else '', re.MULTILINE)
+    return {name: ' '.join(text.split()) for names, text in entries for name in names.split(', ')}
 
 
 def write_api(folder: Path) -> None:

@@ -32,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the schema, or check a file and print it."""
     from ast_plugin import options
+
+    if not args.schema and args.opt is None:
+        raise OptionError('check: expected -opt FILE, or --schema')
+    opt = {} if args.schema else options.load(options.find(args.opt), args.force_yml)
     from ast_plugin.models.registries import load_registered
     from ast_plugin.options import compare_file, safe_yaml
     from ast_plugin.options.json_schema import json_schema
@@ -39,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.schema:
         print(json.dumps(json_schema(load_registered()), indent=2))
         return 0
-    if args.opt is None:
-        raise OptionError('check: expected -opt FILE, or --schema')
-    if compare_file.ENTRIES in options.load(options.find(args.opt), args.force_yml):
+    if compare_file.ENTRIES in opt:
         resolved = _check_comparison(args)
     else:
         resolved = _check_run(args)

@@ -76,6 +76,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_run(args: argparse.Namespace, *, is_train: bool | None) -> Run:
     """Read and check the option file that the arguments name; see `ast_plugin.models.training_run.read_run`."""
+    from ast_plugin import options
+
+    options.find(args.opt)  # a wrong name is told before BasicSR is imported, which takes seconds
     from ast_plugin.models import training_run
 
     training_run.check_launcher(getattr(args, 'launcher', 'none'))

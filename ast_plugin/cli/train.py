@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then let BasicSR train, stage by stage."""
+    run = commands.read_run(args, is_train=True)
     from ast_plugin.models.processes import RunStopped
     from ast_plugin.models.training_run import Training, join_processes
 
-    run = commands.read_run(args, is_train=True)
     training = Training(run, run.select(args.stage), args.auto_resume, functools.partial(print, flush=True))
     training.check()
     with join_processes(run, args.launcher) as process:

@@ -1,28 +1,13 @@
-"""What option files may say, for editors as a JSON schema, and for documentation key by key."""
+"""What option files may say, as a JSON schema for editors."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from pydantic import BaseModel
-
-from ast_plugin.options.compare_file import ComparedNetwork, CompareSettings, Head
+from ast_plugin.options.compare_file import Head
 from ast_plugin.options.reading import BASE_KEY, DELETE_KEY, STAGES_KEY
-from ast_plugin.options.sections import (
-    Logger,
-    Metric,
-    MixupOptions,
-    Optimizer,
-    OptionFile,
-    Paths,
-    ProtocolOptions,
-    Train,
-    Val,
-    dataset_model,
-)
-from ast_plugin.options.signatures import argument_model
+from ast_plugin.options.sections import OptionFile, dataset_model
 from ast_plugin.options.validation import Registered
 
 _TEXT_OR_LIST = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': {'type': 'string'}}]}
@@ -123,77 +108,3 @@ def _open_to_variables(section: dict[str, Any]) -> None:
 
 def _or_none(schema: dict[str, Any]) -> dict[str, Any]:
     return {'anyOf': [schema, {'type': 'null'}]}
-
-
-class OptionKey(NamedTuple):
-    """One key of an option file, as documentation shows it; `default` is None where nothing stands in."""
-
-    section: str
-    key: str
-    type: str
-    default: Any
-    description: str
-
-
-def option_keys(registered: Registered) -> Iterator[OptionKey]:
-    """Every key of every section, in the order of a file.
-
-    Args:
-        registered: tells the types of datasets that describe their keys, and the arguments of AST.
-    Yields:
-        The section as a dotted place, with the type behind it where that decides: `datasets.* (PairsDataset)`.
-    """
-    datasets = [(name, dataset_model(name, target)) for name, target in registered.by_kind['dataset'].items()]
-    sections: dict[str, type[BaseModel]] = {
-        '': OptionFile,
-        **{f'datasets.* ({name})': model for name, model in sorted(datasets) if model is not None},
-        'network_g (AST)': argument_model(registered.by_kind['arch']['AST']),
-        'path': Paths,
-        'train': Train,
-        'train.optim_g': Optimizer,
-        'train.mixing': MixupOptions,
-        'val': Val,
-        'val.protocol': ProtocolOptions,
-        'val.metrics.*': Metric,
-        'logger': Logger,
-        'networks.*': ComparedNetwork,
-        'compare': CompareSettings,
-    }
-    for section, model in sections.items():
-        schema = model.model_json_schema()
-        required = schema.get('required', ())
-        for key, value in schema['properties'].items():
-            kind = _in_words(value, schema.get('$defs', {})) + (', required' if key in required else '')
-            yield OptionKey(section, key, kind, value.get('default'), value.get('description', ''))
-
-
-_KINDS = {
-    'integer': 'whole number',
-    'number': 'number',
-    'boolean': 'true or false',
-    'string': 'text',
-    'object': 'mapping',
-    'null': '',
-}
-_LIMITS = {
-    'minimum': '{:g} or more',
-    'exclusiveMinimum': 'more than {:g}',
-    'maximum': '{:g} or less',
-    'exclusiveMaximum': 'less than {:g}',
-}
-
-
-def _in_words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """What a value may be: `whole number, 1 or more`, `mixup or cutmix`."""
-    if '$ref' in schema:
-        return _in_words(definitions[schema['$ref'].rpartition('/')[2]], definitions)
-    if 'anyOf' in schema or 'oneOf' in schema:
-        parts = (_in_words(part, definitions) for part in schema.get('anyOf') or schema['oneOf'])
-        return ' or '.join(dict.fromkeys(part for part in parts if part))
-    if 'enum' in schema or 'const' in schema:
-        return ' or '.join(map(str, schema.get('enum') or [schema['const']]))
-    if schema.get('type') == 'array':
-        items = _in_words(schema.get('items', {}), definitions)
-        return f'list, each item {items}' if items else 'list'
-    limits = [text.format(schema[name]) for name, text in _LIMITS.items() if name in schema]
-    return ', '.join([_KINDS.get(schema.get('type', ''), 'anything'), *limits])

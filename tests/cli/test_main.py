@@ -286,3 +286,13 @@ def test_resuming_and_testing(trained):
     assert f'Testing the weights {experiment}/models/net_g_latest.pth' in result.stdout
     assert len(list((trained / 'out' / 'results' / 'tiny' / 'visualization' / 'val').iterdir())) == 4
     assert [path.name for path in (trained / 'out' / 'experiments').iterdir()] == ['tiny']
+
+
+def test_wrong_name_is_told_without_basicsr():
+    code = (
+        'import sys; from ast_plugin.cli.main import main; '
+        "print([main([name, '-opt', 'AST_derian']) for name in ('train', 'test', 'check')], 'basicsr' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.stdout.strip() == '[2, 2, 2] False'
+    assert result.stderr.count('did you mean AST_derain?') == 3

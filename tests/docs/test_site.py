@@ -1,11 +1,14 @@
 """The site is built without a warning, with a page for every section of option files and every public module."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+
+from ast_plugin.models.registries import load_registered
 
 from .pages import ROOT
 
@@ -20,3 +23,14 @@ def test_site(tmp_path):
     html = {path.relative_to(tmp_path / 'site').as_posix() for path in (tmp_path / 'site').rglob('*.html')}
     assert {'index.html', 'train.html', 'options/index.html', 'api/index.html'} <= html
     assert 'FRFN' in (tmp_path / 'site' / 'api' / 'ast_plugin.archs.blocks.html').read_text(encoding='utf-8')
+
+
+def test_every_key_is_described(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'docs'))
+    keys = list(importlib.import_module('generate').option_keys(load_registered()))
+    assert [key for key in keys if not key.description or not key.type] == []
+    by_place = {(key.section, key.key): key for key in keys}
+    assert len(by_place) == len(keys)
+    assert by_place['train', 'total_iter'].type == 'whole number, 1 or more'
+    assert by_place['network_g (AST)', 'embed_dim'].default == 32
+    assert by_place['datasets.* (PairedImageDataset)', 'name'].type == 'text, required'

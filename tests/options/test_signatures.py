@@ -1,7 +1,7 @@
 """What constructors and functions take, as far as signatures and sources tell."""
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from ast_plugin.options.signatures import argument_faults
 
@@ -26,6 +26,10 @@ def forwards(**kwargs):
     return dict(**kwargs)
 
 
+def typed(value: float | Tensor = 1.0, pair: tuple[int, int] = (1, 2)):
+    return value, pair
+
+
 @pytest.mark.parametrize(
     ('target', 'arguments', 'expected'),
     [
@@ -39,6 +43,9 @@ def forwards(**kwargs):
         (factory, {'size': 1, 'scael': 2}, [f'scael: {UNKNOWN}scale?']),
         (forwards, {'anything': 1}, []),
         (Open, {'size': 1, 'depth': [1, 2]}, []),
+        (typed, {'value': 'x'}, ["value: expected a number, got the text 'x'"]),
+        (typed, {'pair': [1, 2], 'value': 3}, []),
+        (typed, {'pair': [1]}, ['pair.1: required, but not there']),
     ],
 )
 def test_signatures(target, arguments, expected):
