@@ -51,7 +51,10 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['ast_plugin', 'ast_plugin.*']),
-    package_data={'ast_plugin.compare': ['report_template.html']},
+    package_data={
+        'ast_plugin.compare': ['report_template.html'],
+        'ast_plugin.weights': ['*.safetensors', 'SHA256SUMS'],
+    },
     cmdclass={'build_py': BuildWithOptionFiles},
     python_requires='>=3.10',
     install_requires=[

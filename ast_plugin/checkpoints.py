@@ -93,16 +93,27 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
         ) from error
 
 
-def save_weights(path: str | os.PathLike, state: Mapping[str, Tensor], network: Mapping[str, Any]) -> None:
+def save_weights(
+    path: str | os.PathLike,
+    state: Mapping[str, Tensor],
+    network: Mapping[str, Any],
+    card: Mapping[str, Any] | None = None,
+) -> None:
     """Write a state as safetensors whose metadata carry the network's options; shared memory is written twice.
 
+    Args:
+        path: the file.
+        state: names and tensors.
+        network: the network's options with its `type`.
+        card: further metadata; each value is written as JSON.
     Raises:
         FileError: if the file cannot be written; what was there stays.
     """
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    write_file(path, save(tensors, {'format': 'pt', NETWORK_KEY: json.dumps(network)}))
+    metadata = {key: json.dumps(value) for key, value in {**(card or {}), NETWORK_KEY: network}.items()}
+    write_file(path, save(tensors, {'format': 'pt', **metadata}))
 
 
 def save_torch(path: str | os.PathLike, content: Any) -> None:

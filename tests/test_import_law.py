@@ -19,17 +19,18 @@ MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itsel
     'ops': BASE,
     'checkpoints': BASE,
     'archs': BASE | {'faults', 'ops', 'checkpoints', 'plugins'},
+    'weights': BASE | {'archs', 'checkpoints'},
     'degradations': BASE | {'ops'},
     'data': BASE | {'ops', 'degradations', 'faults'},
     'losses': BASE | {'ops'},
     'metrics': BASE | {'ops'},
-    'evaluation': BASE | {'ops', 'archs', 'metrics', 'data', 'checkpoints'},
+    'evaluation': BASE | {'ops', 'archs', 'metrics', 'data', 'checkpoints', 'weights'},
     'models': BASE
     | {'faults', 'options', 'plugins', 'ops', 'archs', 'losses', 'metrics', 'data', 'checkpoints', 'evaluation'},
     'toolbox': BASE | {'data', 'models', 'checkpoints'},
     'registration': BASE,
     'import_hook': BASE | {'toolbox', 'registration'},
-    '__init__': {'import_hook'},
+    '__init__': {'import_hook', 'weights'},
     '__main__': {'cli'},
 }
 ANYTHING = {'compare', 'cli'}

@@ -79,19 +79,20 @@ def build_network(options: Mapping[str, Any]) -> nn.Module:
 
 
 def load_network(
-    options: Mapping[str, Any], weights: str | os.PathLike | None = None, param_key: str | None = None
+    options: Mapping[str, Any] | None, weights: str | os.PathLike | None = None, param_key: str | None = None
 ) -> nn.Module:
     """Build a registered network in evaluation mode, with weights where they are given.
 
     Args:
-        options: see `build_network`.
+        options: see `build_network`; None for those that the weights tell, see `network_of`.
         weights, param_key: see `read_checkpoint`.
     Raises:
         OptionError, CheckpointError: as those.
     """
-    network = build_network(options)
-    if weights is not None:
-        load_into(network, read_checkpoint(weights, param_key))
+    checkpoint = None if weights is None else read_checkpoint(weights, param_key)
+    network = build_network(network_of(checkpoint)[0] if options is None else options)
+    if checkpoint is not None:
+        load_into(network, checkpoint)
     return network.eval().requires_grad_(False)
 
 

@@ -4,7 +4,8 @@ Takes PNG, JPEG, WebP, TIFF and BMP. Each result keeps name, format, depth, tran
 of its input, and stands upright. JPEG and lossy WebP are written with --quality, the rest without loss. Inputs are
 never replaced; results of an earlier run are.
 
-    basicsr infer -i photos -o restored --weights experiments/AST_derain/stage_2/models/net_g_best.safetensors
+    basicsr infer -i photo.jpg -o restored --task rain
+    basicsr infer -i photos    -o restored --weights experiments/AST_derain/stage_2/models/net_g_best.safetensors
 
 Exit status: 0 all restored, 1 some could not be, 2 wrong usage or input.
 """
@@ -25,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('-i', '--input', nargs='+', required=True, metavar='PATH', help='images, or folders of them')
     add('-o', '--output', required=True, metavar='DIR', help='folder for the restored images')
-    add('--weights', required=True, metavar='FILE', help='trained weights, .safetensors or .pth')
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument('--task', metavar='NAME', help='rain, raindrop or haze: take the weights that come along')
+    which.add_argument('--weights', metavar='FILE', help='trained weights, .safetensors or .pth')
     add(
         '-opt', metavar='FILE', help='option file whose network_g the weights are of; by default the weights file tells'
     )
@@ -67,16 +70,13 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     output = Path(args.output).expanduser()
     jobs = plan_jobs(find_images(args.input, output, args.recursive), output, args.suffix, args.format)
-    restorer = Restorer.from_weights(
-        Path(args.weights).expanduser(),
-        network=None if args.opt is None else _read_network(args.opt),
-        param_key=args.param_key,
-        device=args.device,
-        tile=args.tile,
-        overlap=args.overlap,
-        batch=args.batch,
-        self_ensemble=args.self_ensemble,
-    )
+    options = {name: getattr(args, name) for name in ('device', 'tile', 'overlap', 'batch', 'self_ensemble')}
+    if args.task is not None:
+        restorer = Restorer.from_task(args.task, **options)
+    else:
+        network = None if args.opt is None else _read_network(args.opt)
+        weights = Path(args.weights).expanduser()
+        restorer = Restorer.from_weights(weights, network=network, param_key=args.param_key, **options)
     for note in restorer.notes:
         print(f'note: {args.weights}: {note}; -opt FILE names the network in full', file=sys.stderr)
     prepare_folders(jobs, output)
@@ -129,6 +129,8 @@ def _check(args: argparse.Namespace) -> None:
         Tiling(args.tile, args.overlap, batch=args.batch)
     except OptionError as error:
         raise OptionError(f'--{error}') from None
+    if args.weights is None and (args.opt or args.param_key):
+        raise OptionError('-opt and --param-key describe a weights file: expected --weights FILE with them')
     if not 1 <= args.quality <= 100:
         raise OptionError(f'--quality is {args.quality}: expected 1 to 100')
     if not args.max_megapixels > 0:

@@ -2,33 +2,61 @@
 
 basicsr list              everything
 basicsr list arch loss    networks and losses only
+basicsr list weights      the weights that come along, for `basicsr infer --task`
 """
 
 from __future__ import annotations
 
 import argparse
 
-from ast_plugin.errors import OptionError, did_you_mean
+from ast_plugin.errors import CheckpointError, OptionError, did_you_mean
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr list`."""
-    parser.add_argument('registry', nargs='*', help='arch, dataset, loss, metric or model; all if none is given')
+    parser.add_argument(
+        'registry', nargs='*', help='arch, dataset, loss, metric, model or weights; all if none is given'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the registries."""
+    if args.registry == ['weights']:  # without BasicSR
+        _print_rows('weights', _weights())
+        return 0
     from ast_plugin.models import registries
 
-    kinds = [_kind(name, registries.KINDS) for name in args.registry] or list(registries.KINDS)
+    known = (*registries.KINDS, 'weights')
+    kinds = [_kind(name, known) for name in args.registry] or known
     registered = registries.load_registered()
     for number, kind in enumerate(kinds):
-        rows = _rows(registered.by_kind[kind])
-        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
-        print(('\n' if number else '') + f'{kind} ({len(rows)})')
-        for name, module, distribution in rows:
-            print(f'  {name:{widths[0]}}  {module:{widths[1]}}  {distribution}'.rstrip())
+        print(end='\n' if number else '')
+        _print_rows(kind, _weights() if kind == 'weights' else _rows(registered.by_kind[kind]))
     return 0
+
+
+def _print_rows(kind: str, rows: list[tuple[str, str, str]]) -> None:
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+    print(f'{kind} ({len(rows)})')
+    for first, second, third in rows:
+        print(f'  {first:{widths[0]}}  {second:{widths[1]}}  {third}'.rstrip())
+
+
+def _weights() -> list[tuple[str, str, str]]:
+    """Task, network, and size, figures and origin of the weights that come along, or why they cannot be used."""
+    from ast_plugin import weights
+
+    rows = []
+    for task in weights.TASKS:
+        try:
+            size, card = weights.find_weights(task).stat().st_size, weights.read_card(task)
+        except CheckpointError as error:
+            rows.append((task, '-', str(error)))
+            continue
+        figures = ''.join(f', {name} {value:+.1f} dB' for name, value in card['results'].items())
+        origin = f'{card["recipe"]}, {card["steps"]} steps, {card["date"]}'
+        rows.append((task, card['network']['type'], f'{size / 1e6:.1f} MB{figures} ({origin})'))
+    return rows
 
 
 def _kind(name: str, kinds: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ from ast_plugin.checkpoints import load_into, read_checkpoint
 from ast_plugin.errors import DataError, OptionError, ShapeError, one_line
 from ast_plugin.evaluation.protocols import Protocol
 from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile
+from ast_plugin.weights import find_weights
 
 _LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
@@ -20,7 +21,7 @@ _LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 class Restorer:
     """A network ready to restore images.
 
-        restorer = Restorer.from_weights('AST_derain.safetensors')
+        restorer = Restorer.from_task('rain')  # or Restorer.from_weights('AST_derain.safetensors')
         restored = restorer.restore(image)     # RGB [H, W, 3], uint8, as is `image`
 
     Images that do not fit in memory are restored in tiles. The network runs in float32, in evaluation mode.
@@ -90,6 +91,20 @@ class Restorer:
         restorer = cls(built, in_channels=input_channels(options, built), device=device, **tiling)
         restorer.notes = tuple(notes)
         return restorer
+
+    @classmethod
+    def from_task(cls, task: str, *, device: str | torch.device | None = None, **tiling: Any) -> 'Restorer':
+        """Load the network of a task with the weights that come with this package; see `ast_plugin.weights`.
+
+        Args:
+            task: 'rain', 'raindrop' or 'haze'.
+            device: see `Restorer`.
+            tiling: tile, overlap, batch and self_ensemble, see `Restorer`.
+        Raises:
+            OptionError: if there is no such task, or the device or the tiles are wrong.
+            CheckpointError: if the weights are not in this installation, or were altered.
+        """
+        return cls.from_weights(find_weights(task), device=device, **tiling)
 
     def restore(
         self,

@@ -1,0 +1,66 @@
+"""Put what a training has learned into the package as the weights of a task, in float16, with a card and a digest.
+
+    python tools/release_weights.py rain experiments/pretrained_rain/stage_2/models/net_g_best.pth --steps 7500 \\
+        --results "synthetic gain"=8.4 "real gain"=9.1
+
+The card says what the options do not, so that `basicsr list weights` can tell it. See ast_plugin/weights/__init__.py.
+"""
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from ast_plugin import __version__, options, weights
+from ast_plugin.archs.networks import build_network
+from ast_plugin.checkpoints import load_into, read_checkpoint
+from ast_plugin.errors import PluginError
+
+PHOTOGRAPHS = [
+    {
+        'name': 'CID22, training part',
+        'number': 188,
+        'licence': 'CC BY-SA 4.0, Cloudinary and the photographers it names',
+    },
+    {'name': 'CLIC 2025, validation part', 'number': 25, 'licence': 'Unsplash License'},
+]
+MAX_BYTES = 8_000_000
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check that the file fits the recipe's network, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('task', choices=weights.TASKS)
+    parser.add_argument('file', type=Path, help='.pth or .safetensors of a training; its moving average is taken')
+    parser.add_argument('--steps', type=int, required=True, help='iterations of all stages')
+    parser.add_argument('--results', nargs='+', default=[], metavar='NAME=DB', help='figures, in decibels')
+    parser.add_argument('--recipe', help='option file of the training (default: pretrained/TASK)')
+    parser.add_argument('--date', default=str(datetime.date.today()))
+    args = parser.parse_args(argv)
+    recipe = args.recipe or f'pretrained/{args.task}'
+    try:
+        checkpoint = read_checkpoint(args.file)
+        options_of_network = options.load(options.find(recipe))['network_g']
+        network = build_network(options_of_network)
+        load_into(network, checkpoint)
+        card = {
+            'recipe': recipe,
+            'photographs': PHOTOGRAPHS,
+            'steps': args.steps,
+            'date': args.date,
+            'results': {name: float(value) for name, _, value in (text.rpartition('=') for text in args.results)},
+            'version': __version__,
+        }
+        path = weights.release(args.task, network.state_dict(), options_of_network, card)
+    except PluginError as error:
+        print(f'release_weights: error: {error}', file=sys.stderr)
+        return 2
+    size = path.stat().st_size
+    print(f'{path}: {size / 1e6:.2f} MB')
+    return int(size > MAX_BYTES)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
