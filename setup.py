@@ -91,6 +91,7 @@ setup(
             *photos,
             'playwright>=1.50',
             'pytest>=8.0',
+            'pytest-xdist>=3.6',
             'ruff>=0.9',
             'setuptools>=77',
             'wheel',

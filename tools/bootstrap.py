@@ -222,7 +222,7 @@ def main() -> int:
     if arguments.task == 'demo':
         return run(['ast_plugin', 'demo', *rest])
     if arguments.task == 'test':
-        return run(['ruff', 'check', '.'], ['pytest', *rest])
+        return run(['ruff', 'check', '.'], ['pytest', '-n', 'auto', '--dist', 'worksteal', *rest])
     if arguments.task == 'docs':
         return run(['sphinx', '-W', '--keep-going', 'docs', 'docs/_build/html', *rest])
     return 0
