@@ -9,8 +9,8 @@ from benchmarks import data, net, ops, records, synthesis, train
 BENCHMARKS = {'train': train, 'data': data, 'synthesis': synthesis, 'net': net, 'ops': ops, 'table': records}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark that the arguments name."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all benchmarks; what it parses has the chosen one's `run`."""
     parser = argparse.ArgumentParser(prog='benchmark.py', description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
     for name, module in BENCHMARKS.items():
@@ -19,7 +19,12 @@ def main(argv: list[str] | None = None) -> int:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark that the arguments name."""
+    args = make_parser().parse_args(argv)
     try:
         if getattr(args, 'json', None):
             records.check_writable(args.json)

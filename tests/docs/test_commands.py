@@ -1,7 +1,10 @@
-"""The commands of the README and docs/ run on files that bear the names they use; trainings are cut short."""
+"""The commands of the README and docs/ run page by page on files that bear the names they use; long ones cut short."""
 
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 import zlib
 
 import cv2
@@ -11,20 +14,15 @@ import pytest
 from ast_plugin.archs.ast_arch import AST_XS
 from ast_plugin.checkpoints import save_torch, save_weights
 from ast_plugin.cli.main import main
+from ast_plugin.compare.plan import make_plan
+from benchmarks.__main__ import make_parser
 
 from .. import tiny_run
 from .pages import PAGES, ROOT, commands
 
-ELSEWHERE = {
-    'git clone': '.ci/run',
-    'make demo': 'tests/tools/test_bootstrap.py',
-    'make test': '.ci/run',
-    'torchrun': 'tests/test_distributed.py',
-    'basicsr compare': 'tests/cli/test_compare.py',
-    'basicsr info': 'tests/cli/test_info.py',
-    'python tools/benchmark.py': 'tests/benchmarks',
-}
-"""Commands by their beginning that are not run here, and what tests the nearest to them."""
+ELSEWHERE = ('git clone', 'make demo', 'make test')
+"""Commands by their beginning that need a clone of their own: .ci/run is the first and the last, and the second is
+`basicsr demo`, whose two commands run here."""
 
 SHORT = [
     'num_gpu=0',
@@ -36,7 +34,16 @@ SHORT = [
     'datasets:train:batch_size_per_gpu=1',
     'datasets:val:center_crop=32',
 ]
-RUNS = [(page, line) for page, line in commands() if not line.startswith(tuple(ELSEWHERE))]
+SHORT_STAGES = [
+    'num_gpu=0',
+    'network_g:type=AST_XS',
+    'train:total_epochs=1',
+    'train:precision=fp32',
+    'train:scheduler:warmup_epochs=0',
+    'datasets:train:gt_size=32',
+    'datasets:train:batch_size_per_gpu=1',
+    'datasets:train:num_worker_per_gpu=0',
+]
 
 
 def write_images(folder, names, side=64):
@@ -48,60 +55,76 @@ def write_images(folder, names, side=64):
         assert cv2.imwrite(str(folder / name), image)
 
 
-@pytest.fixture(scope='module')
-def workspaces(tmp_path_factory):
-    """A folder for each page in which the files are that its commands name."""
-    made = {}
-
-    def workspace(page):
-        if page not in made:
-            made[page] = root = tmp_path_factory.mktemp(page)
-            write_images(root, ['photo.jpg', 'photo.png'])
-            write_images(root / 'folder', ['a.png', 'b.jpg'])
-            write_images(root / 'photos', ['a.jpg', 'b.jpg'], side=300)
-            for place in (root / 'downloads' / 'raindrop', root / 'datasets' / 'AGAN-Data'):
-                for split in ('train', 'test_a', 'test_b'):
-                    for kind, ending in (('data', 'rain'), ('gt', 'clean')):
-                        start = {'train': 0, 'test_a': 10, 'test_b': 20}[split]
-                        numbers = range(start, start + 2)
-                        write_images(place / split / kind, [f'{number}_{ending}.png' for number in numbers])
-            network = AST_XS(img_size=64)
-            save_torch(root / 'model_best.pth', {'state_dict': network.state_dict()})
-            models = root / 'experiments' / 'AST_quickstart' / 'models'
-            models.mkdir(parents=True)
-            save_torch(models / 'net_g_best.pth', {'params': network.state_dict()})
-            save_weights(models / 'net_g_best.safetensors', network.state_dict(), {'type': 'AST_XS', 'img_size': 64})
-            shutil.copy(tiny_run.write(root), root / 'my.yml')
-        return made[page]
-
-    return workspace
+def write_spad(root):
+    """Two pairs for training and one for testing, as SPA-Data lists them."""
+    for name, count in (('real_world', 2), ('real_test_1000', 1)):
+        names = [f'{number}.png' for number in range(count)]
+        for folder in (name, f'{name}_gt'):
+            write_images(root / folder, names)
+        lines = [f'/{name}/{image} /{name}_gt/{image}\n' for image in names]
+        (root / f'{name}.txt').write_text(''.join(lines), encoding='utf-8')
 
 
-def arguments_of(line):
-    """The arguments to run instead of `line`: a training is made short, one on a dataset is only checked."""
-    arguments = shlex.split(line)[1:]
-    if arguments[0] == 'train':
-        return [*arguments, *SHORT] if '--force_yml' in arguments else [*arguments, '--force_yml', *SHORT]
-    return arguments
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A folder, the working directory and home, with the files that commands name."""
+    write_images(tmp_path, ['photo.jpg', 'photo.png'])
+    write_images(tmp_path / 'folder', ['a.png', 'b.jpg'])
+    write_images(tmp_path / 'photos', ['a.jpg', 'b.jpg'], side=300)
+    write_spad(tmp_path / 'datasets' / 'SPAD')
+    for place in (tmp_path / 'downloads' / 'raindrop', tmp_path / 'datasets' / 'AGAN-Data'):
+        for start, split in enumerate(('train', 'test_a', 'test_b')):
+            for kind, ending in (('data', 'rain'), ('gt', 'clean')):
+                write_images(place / split / kind, [f'{10 * start + number}_{ending}.png' for number in range(2)])
+    network = AST_XS(img_size=64)
+    save_torch(tmp_path / 'model_best.pth', {'state_dict': network.state_dict()})
+    models = tmp_path / 'experiments' / 'AST_quickstart' / 'models'
+    models.mkdir(parents=True)
+    save_torch(models / 'net_g_best.pth', {'params': network.state_dict()})
+    save_weights(models / 'net_g_best.safetensors', network.state_dict(), {'type': 'AST_XS', 'img_size': 64})
+    shutil.copy(tiny_run.write(tmp_path), tmp_path / 'my.yml')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    return tmp_path
 
 
-@pytest.mark.parametrize(('page', 'line'), RUNS, ids=[f'{page}-{line[:60]}' for page, line in RUNS])
-def test_command(page, line, workspaces, monkeypatch):
-    assert line.startswith('basicsr '), f'{line}: name the test that runs it in ELSEWHERE'
-    root = workspaces(page)
-    monkeypatch.chdir(root)
-    monkeypatch.setenv('HOME', str(root))
-    line = line.replace("'photos/*.jpg'", 'photos/a.jpg photos/b.jpg')
-    status = main([argument.replace('~', str(root)) for argument in arguments_of(line)])
-    needs_data = 'AST_derain' in line  # told where it is expected; the recipe itself is checked in tests/options
-    assert status == (2 if needs_data else 0)
+def shortened(arguments):
+    """The arguments of a training that ends after two iterations, or after one epoch of each stage."""
+    short = SHORT_STAGES if 'AST_derain' in arguments else SHORT
+    return [*arguments, *([] if '--force_yml' in arguments else ['--force_yml']), *short]
 
 
-def test_those_run_elsewhere():
-    for place in ELSEWHERE.values():
-        assert (ROOT / place).exists(), place
+def run_command(line, root):
+    """Run a line as it stands but for its length; return the exit status."""
+    words = [
+        word.replace('~', str(root)).replace('/data/', f'{root}/datasets/')
+        for word in shlex.split(line.replace("'photos/*.jpg'", 'photos/a.jpg photos/b.jpg'))
+    ]
+    match words:
+        case ['basicsr', 'train', *_]:
+            return main(shortened(words[1:]))
+        case ['basicsr', 'compare', '-opt', file]:  # tests/cli/test_compare.py trains and measures
+            return 0 if make_plan(file, root).networks else 1
+        case ['basicsr', 'info', *rest]:
+            return main(['info', *rest[:-1], '64x64'])
+        case ['basicsr', *arguments]:
+            return main(arguments)
+        case ['torchrun', '--nproc_per_node=4', *arguments]:
+            environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+            command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+            return subprocess.run([*command, *shortened(arguments)], cwd=root, env=environment, check=False).returncode
+        case ['python', 'tools/benchmark.py', *arguments]:  # tests/benchmarks runs them
+            return 0 if make_parser().parse_args(arguments).run else 1
+    raise AssertionError(f'{line}: say here how it is run')
+
+
+@pytest.mark.parametrize('page', [page.stem for page in PAGES])
+def test_commands(page, workspace):
+    for name, line in commands():
+        if name == page and not line.startswith(ELSEWHERE):
+            assert run_command(line, workspace) == 0, line
 
 
 def test_pages_are_read():
     assert len(PAGES) > 8
-    assert {line.split()[1] for _, line in RUNS} >= {'train', 'infer', 'test', 'check', 'data', 'mix'}
+    assert {line.split()[1] for _, line in commands()} >= {'train', 'infer', 'test', 'check', 'data', 'mix'}
