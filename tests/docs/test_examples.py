@@ -1,11 +1,13 @@
-"""The blocks of Python in the README and docs/ run as they stand, and the mixed networks are built."""
+"""The blocks of Python in the README and docs/ run as they stand; those of YAML are checked, mixed networks built."""
 
 import pytest
 
+from ast_plugin import options
 from ast_plugin.archs.mixed.block_registry import BLOCKS
 from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.checkpoints import save_torch
-from ast_plugin.options import safe_yaml
+from ast_plugin.models.registries import load_registered
+from ast_plugin.options import compare_file, safe_yaml, validation
 
 from .pages import blocks
 
@@ -35,3 +37,24 @@ def test_mixed_networks_are_built(text, tmp_path):
     assert {exchange.rule.declaration.name for exchange in mixed.exchanges} == {
         rule['with']['type'] for rule in network['mix']
     }
+
+
+ANY_DATASET = ('name', 'gt_size', 'batch_size_per_gpu', 'num_worker_per_gpu')  # keys that pages need not repeat
+
+
+@pytest.mark.parametrize('text', examples('yaml'))
+def test_yaml_fits_a_shipped_file(text):
+    """What a page shows of a file, put in the place of the sections that a shipped file has."""
+    shown = safe_yaml.read_text(text, 'example')
+    is_comparison = 'networks' in shown
+    file = options.find('compare/quick' if is_comparison else 'AST_quickstart')
+    opt = options.load(file)
+    common = {key: opt['datasets']['train'][key] for key in ANY_DATASET}
+    for phase, dataset in shown.pop('datasets', {}).items():
+        opt['datasets'][phase] = {**common, **dataset}
+    if 'minutes' in shown.get('compare', {}):
+        del opt['train']['total_iter']
+    for key, value in shown.items():
+        opt[key] = {**opt[key], **value} if key == 'path' else value
+    check = compare_file.check_comparison if is_comparison else validation.check
+    check(opt, str(file), load_registered())
