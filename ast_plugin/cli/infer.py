@@ -4,6 +4,7 @@ Takes PNG, JPEG, WebP, TIFF and BMP. Each result keeps name, format, depth, tran
 of its input, and stands upright. JPEG and lossy WebP are written with --quality, the rest without loss. Inputs are
 never replaced; results of an earlier run are.
 
+    basicsr infer -i photo.jpg -o restored                # finds out itself whether it is rain, raindrops or haze
     basicsr infer -i photo.jpg -o restored --task rain
     basicsr infer -i photos    -o restored --weights experiments/AST_derain/stage_2/models/net_g_best.safetensors
 
@@ -26,8 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('-i', '--input', nargs='+', required=True, metavar='PATH', help='images, or folders of them')
     add('-o', '--output', required=True, metavar='DIR', help='folder for the restored images')
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument('--task', metavar='NAME', help='rain, raindrop or haze: take the weights that come along')
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        '--task', metavar='NAME', help='rain, raindrop or haze: take the weights that come along (default: find out)'
+    )
     which.add_argument('--weights', metavar='FILE', help='trained weights, .safetensors or .pth')
     add(
         '-opt', metavar='FILE', help='option file whose network_g the weights are of; by default the weights file tells'
@@ -56,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='file format of the results (default: that of the input)',
     )
     add('--quality', type=int, default=95, metavar='N', help='of JPEG and WebP, 1 to 100 (default: 95)')
+    add('--report', metavar='FILE', help='write what was noticed and how much changed, a row an image, as CSV')
+    add('--uncertainty', action='store_true', help='write a map beside each result of where eight turns of it differ')
     add('--recursive', action='store_true', help='take folders inside folders too, and keep their tree')
     add('--max-megapixels', type=float, default=200, metavar='N', help='refuse images that claim more (default: 200)')
 
@@ -64,8 +69,12 @@ def run(args: argparse.Namespace) -> int:
     """Restore what the arguments name, and print what becomes of each file."""
     from tqdm import tqdm
 
+    from ast_plugin.evaluation import file_restorer
+    from ast_plugin.evaluation.classifier import Specialists
     from ast_plugin.evaluation.file_restorer import find_images, plan_jobs, prepare_folders, restore_files
     from ast_plugin.evaluation.restorer import Restorer
+    from ast_plugin.evaluation.tables import to_csv
+    from ast_plugin.files import write_file
 
     _check(args)
     output = Path(args.output).expanduser()
@@ -73,12 +82,19 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ('device', 'tile', 'overlap', 'batch', 'self_ensemble')}
     if args.task is not None:
         restorer = Restorer.from_task(args.task, **options)
+    elif args.weights is None:
+        restorer = Specialists(**options)
     else:
         network = None if args.opt is None else _read_network(args.opt)
         weights = Path(args.weights).expanduser()
         restorer = Restorer.from_weights(weights, network=network, param_key=args.param_key, **options)
-    for note in restorer.notes:
+    for note in getattr(restorer, 'notes', ()):
         print(f'note: {args.weights}: {note}; -opt FILE names the network in full', file=sys.stderr)
+    if args.uncertainty:
+        images = {path.absolute() for job in jobs for path in job}
+        clash = next((path for path in map(file_restorer.uncertainty_path, jobs) if path.absolute() in images), None)
+        if clash is not None:
+            raise OptionError(f'{clash} is an image of this run, and a map of --uncertainty would replace it')
     prepare_folders(jobs, output)
 
     start, num_failed = time.perf_counter(), 0
@@ -98,16 +114,24 @@ def run(args: argparse.Namespace) -> int:
             max_pixels=int(args.max_megapixels * 1e6),
             on_start=lambda job: bar.set_postfix_str(job.source.name),
             on_tile=show_tile,
+            uncertainty=args.uncertainty,
         )
+        finished = []
         for number, result in enumerate(results, 1):
+            finished.append(result)
+            for warning in result.warnings:
+                bar.write(f'warning: {result.job.source}: {warning}', file=sys.stderr)
             for note in result.notes:
                 bar.write(f'note: {result.job.source}: {note}', file=sys.stderr)
             if result.failure:
                 num_failed += 1
                 bar.write(f'basicsr: error: {result.failure}', file=sys.stderr)
             elif not is_bar:
-                print(f'[{number}/{len(jobs)}] {result.job.target} ({result.seconds:.1f} s)', flush=True)
+                found = f'{result.task} {result.confidence:.0%}, ' if result.task else ''
+                print(f'[{number}/{len(jobs)}] {result.job.target} ({found}{result.seconds:.1f} s)', flush=True)
             bar.update()
+    if args.report:
+        write_file(args.report, to_csv(file_restorer.report_rows(finished)).encode(), make_folder=True)
     restored = f'{len(jobs) - num_failed}{f" of {len(jobs)}" if num_failed else ""} image{"s" * (len(jobs) != 1)}'
     print(f'restored {restored} in {time.perf_counter() - start:.1f} s: {output}')
     return 1 if num_failed else 0

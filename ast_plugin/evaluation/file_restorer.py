@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -30,18 +31,53 @@ from ast_plugin.data.image_files import (
     sniff_format,
 )
 from ast_plugin.errors import DataError, ShapeError
+from ast_plugin.evaluation.classifier import Specialists
 from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.evaluation.tiling import MemoryShortage
 from ast_plugin.files import write_file
 from ast_plugin.ops import frozen_weights
 
+MAX_SATURATED, MAX_TINT, MAX_BRIGHTNESS = 0.1, 12.0, 50.0  # a share, levels of 255; see `Change.warnings`
+MIN_CONFIDENCE = 0.6  # of what an image is taken for
 
-@dataclass(frozen=True)
-class Job:
+
+class Job(NamedTuple):
     """A file to restore, and where the result goes."""
 
     source: Path
     target: Path
+
+
+class Change(NamedTuple):
+    """How far a result is from its image, in levels of 255."""
+
+    mean: float  # absolute, over pixels and channels
+    share: float  # of the pixels that change by more than 2 levels in a channel, in [0, 1]
+    color: tuple[float, ...]  # of the mean of each channel
+    saturated: float  # share of the values that are black or white in the result alone, in [0, 1]
+
+    @classmethod
+    def between(cls, image: np.ndarray, result: np.ndarray) -> 'Change | None':
+        """Measure it; None where the sizes differ."""
+        if image.shape != result.shape:
+            return None
+        full = np.iinfo(image.dtype).max
+        difference = (result.astype(np.float32) - image) * np.float32(255 / full)
+        absolute = np.abs(difference)
+        largest = absolute if image.ndim == 2 else absolute.max(2)
+        color = np.atleast_1d(difference.mean((0, 1), dtype=np.float64))
+        after, before = (((array == 0) | (array == full)).mean() for array in (result, image))
+        return cls(float(absolute.mean()), float((largest > 2).mean()), tuple(color), max(0.0, float(after - before)))
+
+    def warnings(self) -> Iterator[str]:
+        """Tell why a result that differs so should not be trusted."""
+        if self.saturated > MAX_SATURATED:
+            yield f'{self.saturated:.0%} of the values became black or white: the network gives values out of range'
+        brightness = sum(self.color) / len(self.color)
+        tint = max(abs(shift - brightness) for shift in self.color)
+        if tint > MAX_TINT or abs(brightness) > MAX_BRIGHTNESS:
+            shown = ', '.join(f'{shift:+.0f}' for shift in self.color)
+            yield f'the mean colour changed by {shown} levels of 255'
 
 
 @dataclass(frozen=True)
@@ -53,6 +89,10 @@ class FileResult:
     notes: tuple[str, ...] = ()  # lines on what was noticed on the way
     failure: str = ''  # why there is no result; empty if there is one
     kind: str = ''  # of the failure: unreadable, memory, network or unwritable
+    task: str = ''  # what the image was taken for, where that was asked
+    confidence: float | None = None  # in [0, 1], of that
+    change: Change | None = None  # None where there is no result, or one of another size
+    warnings: tuple[str, ...] = ()  # why the result should not be trusted
 
 
 def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bool = False) -> list[tuple[Path, Path]]:
@@ -130,21 +170,24 @@ def prepare_folders(jobs: Sequence[Job], output: Path) -> None:
 
 def restore_files(
     jobs: Iterable[Job],
-    restorer: Restorer,
+    restorer: Restorer | Specialists,
     *,
     quality: int = 95,
     max_pixels: int = MAX_PIXELS,
     on_start: Callable[[Job], None] | None = None,
     on_tile: Callable[[int, int], None] | None = None,
+    uncertainty: bool = False,
 ) -> Iterator[FileResult]:
     """Restore files one after the other, whatever becomes of each.
 
     Args:
         jobs: as from `plan_jobs`; the folders of the results are there.
+        restorer: what restores all of them; or what chooses by image, and leaves clean ones as they are.
         quality: of JPEG and lossy WebP, 1 to 100.
         max_pixels: larger images are refused.
         on_start: called with each job before it begins.
         on_tile: called with (tiles done, tiles in all) of the image at hand.
+        uncertainty: write a map of `Restorer.spread` beside each restored image, see `uncertainty_path`.
     Yields:
         A result for each job, once it has been written.
     Raises:
@@ -157,21 +200,73 @@ def restore_files(
                 on_start(job)
             start, kind = time.perf_counter(), 'unreadable'
             notes: list[str] = []
+            warnings: list[str] = []
+            task, confidence, chosen, spread = '', None, restorer, None
             try:
                 image = read_image(job.source, max_pixels=max_pixels)
                 notes += image.notes
                 kind = 'network'
-                color = restorer.restore(image.color, on_tile=on_tile, on_note=notes.append)
+                if isinstance(restorer, Specialists):
+                    task, confidence, chosen = restorer.choose(image.color)
+                    if confidence < MIN_CONFIDENCE:
+                        warnings.append(f'taken for {task}, but with {confidence:.0%} only')
+                if chosen is None:
+                    notes.append(f'no degradation found ({confidence:.0%} sure): left as it is')
+                    color = image.color
+                else:
+                    color = chosen.restore(image.color, on_tile=on_tile, on_note=notes.append)
+                    spread = chosen.spread(image.color) if uncertainty else None
+                change = Change.between(image.color, color)
+                warnings += change.warnings() if change else ()
                 kind = 'unwritable'
-                image = replace(image, color=color, alpha=_fit_alpha(image, color))
-                content = encode_image(job.target, image, quality=quality)
+                if chosen is None and FORMAT_OF[job.target.suffix.lower()] == image.format:
+                    content = job.source.read_bytes()
+                else:
+                    image = replace(image, color=color, alpha=_fit_alpha(image, color))
+                    content = encode_image(job.target, image, quality=quality)
             except (DataError, ShapeError, MemoryShortage) as error:
                 kind = 'memory' if isinstance(error, MemoryShortage) else kind
                 reason = f'{job.source}: {error}' if kind in ('network', 'memory') else str(error)
-                yield FileResult(job, time.perf_counter() - start, tuple(notes), reason, kind)
+                yield FileResult(job, time.perf_counter() - start, tuple(notes), reason, kind, task, confidence)
                 continue
             write_file(job.target, content)
-            yield FileResult(job, time.perf_counter() - start, tuple(notes))
+            if spread is not None:
+                write_file(uncertainty_path(job), draw_spread(spread))
+            seconds = time.perf_counter() - start
+            yield FileResult(job, seconds, tuple(notes), '', '', task, confidence, change, tuple(warnings))
+
+
+def uncertainty_path(job: Job) -> Path:
+    """Where the map of uncertainty of a result goes."""
+    return job.target.with_name(f'{job.target.stem}_uncertainty.png')
+
+
+def draw_spread(spread: np.ndarray) -> bytes:
+    """Draw a map [H, W] of standard deviations in [0, 1] as a PNG, with the scale below it in levels of 255."""
+    levels = 255 * spread
+    most = max(1.0, float(np.percentile(levels, 99.5)))
+    shown = np.uint8(255 * np.clip(levels / most, 0, 1))
+    bar = np.tile(np.linspace(0, 255, max(260, shown.shape[1])).astype(np.uint8), (12, 1))
+    shown = np.pad(shown, ((0, 8), (0, bar.shape[1] - shown.shape[1])))
+    drawn = cv2.applyColorMap(np.vstack([shown, bar, np.zeros((24, bar.shape[1]), np.uint8)]), cv2.COLORMAP_MAGMA)
+    text = f'0 to {most:.1f} of 255: std of eight turns'
+    cv2.putText(drawn, text, (4, len(drawn) - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255, 255, 255), 1, cv2.LINE_AA)
+    return cv2.imencode('.png', drawn)[1].tobytes()
+
+
+def report_rows(results: Iterable[FileResult]) -> list[list[Any]]:
+    """A row for each file, behind a row of headings: what was noticed, and how much changed, in levels of 255."""
+    headings = 'file task confidence mean_absolute_change changed_share mean_color_shift warnings seconds status'
+    rows: list[list[Any]] = [headings.split()]
+    for result in results:
+        change = result.change
+        shift = ' '.join(f'{value:+.2f}' for value in change.color) if change else None
+        figures = [round(change.mean, 3), round(change.share, 4), shift] if change else [None] * 3
+        confidence = None if result.confidence is None else round(result.confidence, 3)
+        status = result.kind or ('unchanged' if result.task == 'clean' else 'restored')
+        warnings = '; '.join((*result.warnings, result.failure) if result.failure else result.warnings)
+        rows.append([result.job.source, result.task, confidence, *figures, warnings, round(result.seconds, 2), status])
+    return rows
 
 
 def _walk(folder: Path, output: Path, recursive: bool) -> Iterator[tuple[Path, Path]]:

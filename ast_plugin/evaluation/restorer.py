@@ -1,7 +1,9 @@
 """Restoring images with a trained network: weights, device, memory and tiles behind one class."""
 
+import itertools
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +134,34 @@ class Restorer:
         largest = _LARGEST.get(image.dtype, 1)
         if largest == 1 and not np.issubdtype(image.dtype, np.floating):
             raise ShapeError(f'an image has uint8, uint16 or floating point values, not {image.dtype}')
+        return self._restore(image, self.protocol, largest, on_tile, on_note)
+
+    def spread(self, image: np.ndarray) -> np.ndarray:
+        """Return how far the results for the eight flips and rotations of an image differ, a map of uncertainty.
+
+        Args:
+            image: as for `restore`.
+        Returns:
+            The standard deviation over the eight, the mean over the channels, [s·H, s·W] float32 in [0, 0.5].
+        """
+        single = replace(self.protocol, self_ensemble=False)
+        values = image.astype(np.float32) / np.float32(_LARGEST.get(image.dtype, 1))
+        results = []
+        for turns, is_mirrored in itertools.product(range(4), (False, True)):
+            turned = np.rot90(values[:, ::-1] if is_mirrored else values, turns)
+            result = np.rot90(self._restore(np.ascontiguousarray(turned), single), -turns)
+            results.append(result[:, ::-1] if is_mirrored else result)
+        deviation = np.std(results, axis=0)
+        return deviation if deviation.ndim == 2 else deviation.mean(2)
+
+    def _restore(
+        self,
+        image: np.ndarray,
+        protocol: Protocol,
+        largest: int = 1,
+        on_tile: OnTile | None = None,
+        on_note: OnNote | None = None,
+    ) -> np.ndarray:
         is_gray = image.ndim == 2
         if not (is_gray or (image.ndim == 3 and image.shape[2] == 3)) or 0 in image.shape:
             raise ShapeError(f'an image is [H, W] or [H, W, 3], not {list(image.shape)}')
@@ -139,7 +169,7 @@ class Restorer:
             raise DataError('the image has colours, the network takes gray images only')
         values = torch.from_numpy(image.astype(np.float32)).div_(largest)
         batch = values[None, None].expand(1, self.in_channels, -1, -1) if is_gray else values.permute(2, 0, 1)[None]
-        result = self.protocol.restore(self.network, batch, on_tile, on_note)[0]
+        result = protocol.restore(self.network, batch, on_tile, on_note)[0]
         with torch.inference_mode():
             if is_gray and len(result) == 3:
                 result = result.mean(0, keepdim=True)

@@ -55,7 +55,7 @@ def find_weights(task: str) -> Path:
     if digest is None or not path.is_file():
         raise CheckpointError(
             f'{path} is not there: this installation came without the weights for {task}; install a wheel that has '
-            f'them, or name weights of your own with --weights'
+            f'them, or name others with --task or --weights'
         )
     if file_digest(path) != digest:
         raise CheckpointError(f'{path} was altered: its SHA-256 is not that in SHA256SUMS; install the package anew')

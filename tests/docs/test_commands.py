@@ -18,6 +18,7 @@ from ast_plugin.compare.plan import make_plan
 from benchmarks.__main__ import make_parser
 
 from .. import tiny_run
+from ..weights.helpers import release_tiny
 from .pages import PAGES, ROOT, commands
 
 ELSEWHERE = ('git clone', 'make demo', 'make test')
@@ -83,6 +84,7 @@ def workspace(tmp_path, monkeypatch):
     save_torch(models / 'net_g_best.pth', {'params': network.state_dict()})
     save_weights(models / 'net_g_best.safetensors', network.state_dict(), {'type': 'AST_XS', 'img_size': 64})
     shutil.copy(tiny_run.write(tmp_path), tmp_path / 'my.yml')
+    release_tiny(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HOME', str(tmp_path))
     return tmp_path

@@ -1,0 +1,103 @@
+"""Tell by a small network which degradation an image has, and restore it with the weights for that."""
+
+from itertools import pairwise
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ast_plugin.checkpoints import load_into, read_checkpoint
+from ast_plugin.evaluation.restorer import Restorer
+from ast_plugin.weights import CLASSIFIER, TASKS, find_weights
+
+CLASSES = ('clean', *TASKS)
+VIEW = 224  # pixels; side of what the network was trained on
+_HEIGHT = 560  # pixels; larger images are shrunk to this: degradations are synthesised at about 500
+
+
+class DegradationClassifier(nn.Module):
+    """Convolutional classifier of degradations.
+
+    3×3 convolutions with batch norm; of the last map the mean, which tells what lies over the whole image (haze), and
+    the maximum, which tells what stands in few places (drops, streaks); one linear layer.
+
+    Args:
+        widths: channels of the maps, each half as large as the one before.
+    Shape:
+        [B, 3, H, W], RGB in [0, 1], H and W from 32 up -> [B, 4], logits in the order of `CLASSES`.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 48, 72)) -> None:
+        super().__init__()
+        sizes = [(3, widths[0], 2)]
+        for before, after in pairwise(widths):
+            sizes += [(before, after, 2)] + ([(after, after, 1)] if after > 32 else [])
+        self.features = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(True))
+                for before, after, stride in sizes
+            )
+        )
+        self.head = nn.Linear(2 * widths[-1], len(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify a batch."""
+        maps = self.features(2 * x - 1)
+        return self.head(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1))
+
+
+@torch.inference_mode()
+def classify(image: np.ndarray, network: DegradationClassifier) -> dict[str, float]:
+    """Return the probability of each class.
+
+    It is the mean of what the network says of the whole image, shrunk until its shorter side is `VIEW`, and of up to
+    nine crops of the image, which is shrunk before to 560 pixels at its shorter side where it is larger.
+
+    Args:
+        image: gray [H, W] or RGB [H, W, 3]; uint8, uint16 or floating point in [0, 1].
+        network: in evaluation mode.
+    """
+    image = _shrink(image if image.dtype.kind == 'u' else image.astype(np.float32), _HEIGHT)
+    image = image / np.float32(np.iinfo(image.dtype).max if image.dtype.kind == 'u' else 1)
+    image = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
+    height, width = image.shape[:2]
+    tops, lefts = (
+        np.linspace(0, max(0, side - VIEW), min(3, -(-side // VIEW))).astype(int) for side in (height, width)
+    )
+    crops = [image[top : top + VIEW, left : left + VIEW] for top in tops for left in lefts]
+    whole, parts = (
+        network(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float()).softmax(1).mean(0)
+        for views in ([_shrink(image, VIEW)], crops)
+    )
+    return dict(zip(CLASSES, ((whole + parts) / 2).tolist(), strict=True))
+
+
+def _shrink(image: np.ndarray, side: int) -> np.ndarray:
+    scale = side / min(image.shape[:2])
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
+
+
+class Specialists:
+    """Restores each image with the weights of the degradation that it has.
+
+    Args:
+        options: device, tile, overlap, batch and self_ensemble, see `Restorer`.
+    Raises:
+        CheckpointError: if the classifier is not in this installation, or was altered.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.network = DegradationClassifier().eval()
+        load_into(self.network, read_checkpoint(find_weights(CLASSIFIER)))
+        self.restorers: dict[str, Restorer] = {}
+
+    def choose(self, image: np.ndarray) -> tuple[str, float, Restorer | None]:
+        """Return what an image, as for `classify`, is taken for, how surely, and what restores it; None if clean."""
+        shares = classify(image, self.network)
+        kind = max(shares, key=shares.get)
+        if kind != 'clean' and kind not in self.restorers:
+            self.restorers[kind] = Restorer.from_task(kind, **self.options)
+        return kind, shares[kind], self.restorers.get(kind)
