@@ -78,7 +78,11 @@ def test_attention_by_kind(dtype, kind, residual, bias, tolerances):
     check('fused', attention_case((8, 12), 4, 2, kind, bias=bias, residual=residual), dtype, tolerances[dtype])
 
 
-@pytest.mark.parametrize('missing', [{'q_bias'}, {'kv_bias'}, {'norm', 'norm_bias'}, {'norm_bias'}], ids=lambda names: '-'.join(sorted(names)))
+@pytest.mark.parametrize(
+    'missing',
+    [{'q_bias'}, {'kv_bias'}, {'norm', 'norm_bias'}, {'norm_bias'}],
+    ids=lambda names: '-'.join(sorted(names)),
+)
 @pytest.mark.parametrize('case', CASES)
 def test_parameters_may_be_missing(case, missing, tolerances):
     function, tensors = CASES[case]()
