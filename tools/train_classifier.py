@@ -64,7 +64,9 @@ def record(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     image = (255 * image).round().clip(0, 255).astype(np.uint8)
     if generator.random() < 0.6:
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(generator.uniform(40, 97))]
-        image = cv2.imdecode(cv2.imencode('.jpg', image, quality)[1], cv2.IMREAD_COLOR)
+        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        bgr = cv2.imdecode(cv2.imencode('.jpg', bgr, quality)[1], cv2.IMREAD_COLOR)
+        image = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
     return image
 
 
