@@ -34,6 +34,8 @@ _INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command on `argv`, by default the process's arguments; return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # as stderr: a name that it cannot show must not end a run
     try:
         status = _run(arguments)
         sys.stdout.flush()
