@@ -95,7 +95,14 @@ def run(args: argparse.Namespace) -> int:
         clash = next((path for path in map(file_restorer.uncertainty_path, jobs) if path.absolute() in images), None)
         if clash is not None:
             raise OptionError(f'{clash} is an image of this run, and a map of --uncertainty would replace it')
+    report = None if args.report is None else Path(args.report).expanduser()
+    if report is not None and any(
+        report.exists() and report.samefile(path) for job in jobs for path in job if path.exists()
+    ):
+        raise OptionError(f'{report} is an image of this run, and --report would replace it')
     prepare_folders(jobs, output)
+    if report is not None:
+        write_file(report, b'', make_folder=True)  # told now if it cannot be written
 
     start, num_failed = time.perf_counter(), 0
     # A bar in a terminal, one line an image elsewhere; failures and notes are lines on stderr, above the bar.
@@ -117,21 +124,24 @@ def run(args: argparse.Namespace) -> int:
             uncertainty=args.uncertainty,
         )
         finished = []
-        for number, result in enumerate(results, 1):
-            finished.append(result)
-            for warning in result.warnings:
-                bar.write(f'warning: {result.job.source}: {warning}', file=sys.stderr)
-            for note in result.notes:
-                bar.write(f'note: {result.job.source}: {note}', file=sys.stderr)
-            if result.failure:
-                num_failed += 1
-                bar.write(f'basicsr: error: {result.failure}', file=sys.stderr)
-            elif not is_bar:
-                found = f'{result.task} {result.confidence:.0%}, ' if result.task else ''
-                print(f'[{number}/{len(jobs)}] {result.job.target} ({found}{result.seconds:.1f} s)', flush=True)
-            bar.update()
-    if args.report:
-        write_file(args.report, to_csv(file_restorer.report_rows(finished)).encode(), make_folder=True)
+        try:
+            for number, result in enumerate(results, 1):
+                finished.append(result)
+                for warning in result.warnings:
+                    bar.write(f'warning: {result.job.source}: {warning}', file=sys.stderr)
+                for note in result.notes:
+                    bar.write(f'note: {result.job.source}: {note}', file=sys.stderr)
+                if result.failure:
+                    num_failed += 1
+                    bar.write(f'basicsr: error: {result.failure}', file=sys.stderr)
+                elif not is_bar:
+                    found = f'{result.task} {result.confidence:.0%}, ' if result.task else ''
+                    print(f'[{number}/{len(jobs)}] {result.job.target} ({found}{result.seconds:.1f} s)', flush=True)
+                bar.update()
+        finally:  # an ended run keeps what it noticed
+            if report is not None:  # names that are not UTF-8 keep their bytes
+                text = to_csv(file_restorer.report_rows(finished))
+                write_file(report, text.encode(errors='surrogateescape'))
     restored = f'{len(jobs) - num_failed}{f" of {len(jobs)}" if num_failed else ""} image{"s" * (len(jobs) != 1)}'
     print(f'restored {restored} in {time.perf_counter() - start:.1f} s: {output}')
     return 1 if num_failed else 0

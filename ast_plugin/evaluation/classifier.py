@@ -85,13 +85,15 @@ class Specialists:
     Args:
         options: device, tile, overlap, batch and self_ensemble, see `Restorer`.
     Raises:
-        CheckpointError: if the classifier is not in this installation, or was altered.
+        CheckpointError: if the classifier or weights of a task are not in this installation, or were altered.
     """
 
     def __init__(self, **options: Any) -> None:
         self.options = options
         self.network = DegradationClassifier().eval()
         load_into(self.network, read_checkpoint(find_weights(CLASSIFIER)))
+        for task in TASKS:
+            find_weights(task)  # told now, not at the first image that needs them
         self.restorers: dict[str, Restorer] = {}
 
     def choose(self, image: np.ndarray) -> tuple[str, float, Restorer | None]:

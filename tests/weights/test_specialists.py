@@ -1,6 +1,8 @@
 """Finding out by itself what an image lacks, reports, warnings and maps of uncertainty."""
 
 import csv
+import os
+import shutil
 
 import cv2
 import numpy as np
@@ -41,7 +43,7 @@ def test_clean_image_stays(run, tmp_path):
     assert err == f'note: {tmp_path / "a.jpg"}: no degradation found (100% sure): left as it is\n'
     assert (tmp_path / 'out' / 'a.jpg').read_bytes() == (tmp_path / 'a.jpg').read_bytes()
     assert run('--format', 'png')[0] == 0  # written anew in another format
-    assert (tmp_path / 'out' / 'a.png').exists()
+    assert (tmp_path / 'out' / 'a.jpg').exists()
     (row,) = csv.DictReader((tmp_path / 'r.csv').open())
     assert (row['task'], row['status']) == ('clean', 'unchanged')
     assert float(row['confidence']) == 1 and float(row['mean_absolute_change']) == 0
@@ -138,3 +140,17 @@ def test_samples_of_the_training(tmp_path):
         np.testing.assert_array_equal(first, second)
     views = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3)).astype(np.uint8)
     assert not tool.train(views, np.arange(40) % len(CLASSES), epochs=1, seed=0).training
+
+
+def test_report_spares_images(run, tmp_path):
+    before = (tmp_path / 'a.jpg').read_bytes()
+    status, _, err = run('--task', 'rain', '--report', tmp_path / 'a.jpg')
+    assert status == 2 and 'is an image of this run' in err
+    assert (tmp_path / 'a.jpg').read_bytes() == before
+
+
+def test_report_names_that_are_no_text(run, tmp_path):
+    name = os.fsdecode(b'mu\xf1oz.jpg')
+    shutil.copy(tmp_path / 'a.jpg', tmp_path / name)
+    run('--task', 'rain', '--report', tmp_path / 'r.csv', source=name)
+    assert b'mu\xf1oz.jpg' in (tmp_path / 'r.csv').read_bytes()
