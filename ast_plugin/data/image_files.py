@@ -298,6 +298,7 @@ def _decode(path: str | os.PathLike, data: bytes, kind: str, image: Image.Image,
     bits = data[24] if kind == 'PNG' else 8
     if kind == 'TIFF':
         bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+        _check_strips(path, image)
     image.load()
     if bits == 16 and image.mode != 'CMYK':
         color, alpha = _decode_16_bits(path, data, kind, image)
@@ -315,6 +316,15 @@ def _decode(path: str | os.PathLike, data: bytes, kind: str, image: Image.Image,
     lossless = kind != 'JPEG' and (kind != 'WEBP' or _is_lossless_webp(data))
     dpi = image.info.get('dpi') if kind != 'WEBP' else None
     return ImageFile(color, alpha, kind, lossless, profile, exif, dpi, tuple(notes))
+
+
+def _check_strips(path: str | os.PathLike, image: Image.Image) -> None:
+    """Raise DataError if strips or tiles are missing: Pillow leaves their pixels black, however many there are."""
+    count = sum((right - left) * (bottom - top) for left, top, right, bottom in (tile.extents for tile in image.tile))
+    planes = len(image.getbands()) if len(image.tile) > 1 and image.tag_v2.get(_PLANAR, 1) == 2 else 1
+    width, height = image.size
+    if count < width * height * planes:
+        raise DataError(f'{path}: damaged: strips or tiles are missing, it holds {count} of {width}x{height} pixels')
 
 
 def _split_alpha(path: str | os.PathLike, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
