@@ -10,25 +10,34 @@ import json
 import os
 import pickle
 import re
+import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ast_plugin.errors import CheckpointError, FileError
 from ast_plugin.files import PARTIAL_SUFFIX, write_file
 
+AVERAGED = re.compile(r'(?:^|[._-])(?:\w*ema|swa|avg|averaged?)(?:$|[._-])', re.IGNORECASE)
 # where the states of the field's files lie, in the order in which they are looked for
-STATE_KEYS = ('params_ema', 'params', 'state_dict', 'model_state_dict', 'model')
+STATE_KEYS = ('params', 'state_dict', 'model_state_dict', 'model', 'generator', 'net_g', 'netG', 'G', 'net', 'network')
 NETWORK_KEY = 'network'  # of safetensors' metadata: the network's options as JSON
 STATE, WEIGHTS = '{}.state', 'net_g_{}.pth'  # the names of a run's files, by iteration
 ABANDONED_SUFFIX = '.abandoned'
+
+# of what training leaves beside a network's weights
+_NOT_OF_A_NETWORK = re.compile(
+    r'optim|sched|scaler|random|rng|callback|loops|hyper_param|parts|discr|critic|^(?:net_?)?d$', re.IGNORECASE
+)
+_MOST_NESTED = 4
+_LFS_POINTER = b'version https://git-lfs'
 
 
 @dataclass(frozen=True)
@@ -37,15 +46,17 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        state: names and tensors, on the CPU, without DataParallel's `module.`.
+        state: names and tensors, on the CPU, the names as the file has them.
         network: the network's options with its `type`, where the file carries them.
-        param_key: the key under which the state lay, None if it was the whole file.
+        param_key: the key under which the state lay, those of a nested one joined by dots; None for the whole file.
+        notes: a line for each thing in the file that another reader may have expected to be taken.
     """
 
     path: Path
     state: dict[str, Tensor]
     network: dict | None = None
     param_key: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Checkpoint:
@@ -53,44 +64,78 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
 
     Args:
         path: the file.
-        param_key: the key of the state; without it the first of `STATE_KEYS` that the file has, else the whole file.
+        param_key: the key of the state, and no other; None finds the state: averaged weights before plain ones, then
+            the order of `STATE_KEYS`, else the only one there is.
     Raises:
-        CheckpointError: if the file is missing, cut, not a weights file, holds code, or has no such key.
+        CheckpointError: if the file is missing, cut, not a weights file, holds code, has no such key, or several states
+            of which none is known by its key.
     """
     path = Path(path)
     if not path.is_file():
         what = 'is a folder' if path.is_dir() else 'does not exist'
         raise CheckpointError(f'{path} {what}: expected a weights file (.pth or .safetensors)')
-    if path.suffix == '.safetensors':
-        return _read_safetensors(path)
-    content = _read_torch(path)
+    if _is_safetensors(path):
+        content, network = _read_safetensors(path)
+    else:
+        content, network = _read_torch(path), None
     if not isinstance(content, Mapping):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, expected a dictionary of weights')
-    found = param_key if param_key in content else next((key for key in STATE_KEYS if key in content), None)
-    if param_key is not None and found is None and not _is_state(content):
-        raise CheckpointError(f'{path} has no {param_key!r}; it has {_some(content)}')
-    state = content if found is None else content[found]
-    if not _is_state(state):
+    states = dict(_find_states(content))
+    key, notes = (param_key, []) if param_key is not None else _choose(path, content, states)
+    found = states.get(key or '') or _below(content, key or '')
+    if not found:
+        has = ', '.join(filter(None, states)) or ('weights under no key: give none' if states else _some(content))
+        raise CheckpointError(f'{path} has no weights under the key {key!r}; it has {has}')
+    tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    others = [str(name) for name in found if name not in tensors]
+    if others:
+        notes.append(f'left out, being no tensors: {_some(others)}')
+    return Checkpoint(path, tensors, network, key, tuple(notes))
+
+
+def _find_states(content: Mapping, where: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping]]:
+    """The mappings in a file that hold weights, by their keys joined by dots."""
+    nested = [
+        item
+        for key, value in content.items()
+        if isinstance(value, Mapping) and isinstance(key, str) and not _NOT_OF_A_NETWORK.search(key)
+        if len(where) < _MOST_NESTED
+        for item in _find_states(value, (*where, key))
+    ]
+    size = _num_weights(content)
+    if size and all(size > _num_weights(state) for _, state in nested):
+        yield '.'.join(where), content  # with a few things in it that are no weights of its own
+    else:
+        yield from nested
+
+
+def _num_weights(state: Mapping) -> int:
+    return sum(isinstance(value, Tensor) and value.ndim > 0 for name, value in state.items() if isinstance(name, str))
+
+
+def _choose(path: Path, content: Mapping, states: Mapping[str, Mapping]) -> tuple[str | None, list[str]]:
+    """The key of the state to take, None for the whole file, and what to say about the choice."""
+    if not states:
         raise CheckpointError(f'{path} holds no weights: expected names and tensors, found {_some(content)}')
-    return Checkpoint(path, _without_module(state), None, found)
+    ranks = {key: STATE_KEYS.index(last) if (last := key.rpartition('.')[2]) in STATE_KEYS else None for key in states}
+    averaged = [key for key in states if AVERAGED.search(key)]
+    candidates = averaged or [key for key in states if ranks[key] is not None] or list(states)
+    if len(candidates) > 1 and not averaged and ranks[candidates[0]] is None:
+        raise CheckpointError(f'{path} holds several states, {", ".join(states)}: say which by its key')
+    key = min(candidates, key=lambda name: (ranks[name] is None, ranks[name] or 0))
+    rest = [other for other in states if other != key]
+    what = 'averaged weights of' if averaged else 'weights of'
+    return key or None, [f'the {what} {key} are taken; the file has {", ".join(rest)}, too'] if rest else []
 
 
-def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True, assign: bool = False) -> None:
-    """Load the weights of a file into a network; `strict` and `assign` as torch has them.
-
-    Raises:
-        CheckpointError: if they are of another network; says by which names and shapes.
-    """
-    try:
-        network.load_state_dict(checkpoint.state, strict=strict, assign=assign)
-    except CheckpointError as error:
-        raise CheckpointError(f'{checkpoint.path}: {error}') from error
-    except RuntimeError as error:
-        lines = ' '.join(' '.join(str(error).splitlines()[1:3]).split())  # the first one says only that there are some
-        raise CheckpointError(
-            f'{checkpoint.path}: weights of another network than {type(network).__name__} with these options: '
-            f'{lines[:300]}{"…" if len(lines) > 300 else ""}'
-        ) from error
+def _below(content: Mapping, key: str) -> Mapping:
+    """What lies under a key that `_find_states` does not count as weights, or is the start of names: `net_g.conv.…`."""
+    named = {name[len(key) + 1 :]: content[name] for name in map(str, content) if name.startswith(f'{key}.')}
+    value = content.get(key, named)
+    if isinstance(value, Mapping) and _num_weights(value):
+        return value
+    first, dot, rest = key.partition('.')
+    return _below(content[first], rest) if dot and isinstance(content.get(first), Mapping) else {}
 
 
 def save_weights(
@@ -204,23 +249,78 @@ def keep_newest(folder: str | Path, name: str, iteration: int, count: int) -> No
         raise FileError(f'older files in {folder} cannot be removed: {error.strerror}') from error
 
 
-def _read_safetensors(path: Path) -> Checkpoint:
-    from safetensors import SafetensorError, safe_open
+def _is_safetensors(path: Path) -> bool:
+    """By the name, or by the brace that a header begins with behind its length."""
+    if path.suffix == '.safetensors':
+        return True
+    with path.open('rb') as file:
+        start = file.read(9)
+    return start[8:] == b'{' and not start.startswith((b'PK', pickle.PROTO))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework='pt') as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         network = json.loads(metadata[NETWORK_KEY]) if NETWORK_KEY in metadata else None
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f'{path} is cut or not a safetensors file: {error}') from error
+    except Exception as error:  # as with torch's readers below
+        raise CheckpointError(f'{path} is cut or not a safetensors file{_lfs(path)}: {error}') from error
     if network is not None and not (isinstance(network, dict) and isinstance(network.get('type'), str)):
         raise CheckpointError(f'{path} describes its network as {network!r}, expected options with a type')
-    return Checkpoint(path, _without_module(state), network)
+    return state, network
+
+
+class _Inert:
+    """Stands for an object that is no weights: takes whatever a file gives it, and does nothing with it."""
+
+    def __new__(cls, *_: Any, **__: Any) -> '_Inert':
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class _NumpyType(_Inert):
+    """Stands for numpy.dtype: remembers of which type and byte order."""
+
+    def __new__(cls, code: Any = '', *_: Any) -> '_NumpyType':
+        self = super().__new__(cls)
+        self.code, self.order = str(code), '<'
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = '>' if state[1] == '>' else '<'
+
+
+def _number(kind: Any, raw: Any = b'') -> Any:
+    """Stands for the function that makes NumPy's scalars: a plain number, or None for another type than a number."""
+    code = getattr(kind, 'code', '')
+    raw = raw.encode('latin1') if isinstance(raw, str) else raw
+    if not re.fullmatch(r'b1|[iu][1248]|f[248]', code) or not isinstance(raw, bytes) or len(raw) != int(code[1:]):
+        return None
+    letter = {'b1': '?', 'f2': 'e', 'f4': 'f', 'f8': 'd'}.get(code) or ' bh i   q'[int(code[1:])]
+    return struct.unpack(kind.order + (letter.upper() if code[0] == 'u' else letter), raw)[0]
+
+
+# Globals that files name beside tensors, and what is called in their place: nothing of theirs is run, or imported.
+_STAND_INS = [
+    *((_number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
+    *((_Inert, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
+    *((_Inert, name) for name in ('numpy.ndarray', 'argparse.Namespace', 'datetime.datetime', 'datetime.timedelta')),
+    *((_Inert, f'pathlib.{name}') for name in ('Path', 'PosixPath', 'WindowsPath', 'PurePosixPath')),
+    *((_Inert, f'{name}.utilities.data.AttributeDict') for name in ('lightning_fabric', 'lightning.fabric')),
+    (_NumpyType, 'numpy.dtype'),
+]
 
 
 def _torch_load(path: Path) -> Any:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
         warnings.simplefilter('ignore')  # what torch has to say about pickle protocols helps nobody here
         return torch.load(path, map_location='cpu', weights_only=True)
 
@@ -230,14 +330,19 @@ def _read_torch(path: Path) -> Any:
         return _torch_load(path)
     except pickle.UnpicklingError as error:
         if path.read_bytes()[:1] != pickle.PROTO and not zipfile.is_zipfile(path):
-            raise CheckpointError(f'{path} is not a weights file{_reason(error)}') from error
+            raise CheckpointError(f'{path} is not a weights file{_lfs(path) or _reason(error)}') from error
         raise CheckpointError(
             f'{path} holds more than weights and is not opened, because unpickling such a file can run code'
             f'{_reason(error)}. Ask its author for a file of tensors alone'
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        # torch's readers raise any of these on files that are cut or of another kind
+    except Exception as error:  # torch's readers raise a dozen kinds on files that are cut or of another kind
         raise CheckpointError(f'{path} is cut or not a weights file{_reason(error)}: fetch it again') from error
+
+
+def _lfs(path: Path) -> str:
+    with path.open('rb') as file:
+        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    return ' but a pointer of Git LFS: `git lfs pull` fetches what it points to' if is_pointer else ''
 
 
 def _reason(error: BaseException) -> str:
@@ -250,18 +355,7 @@ def _reason(error: BaseException) -> str:
     return f' ({reason.split(". ")[0].rstrip(".")})' if reason else ''
 
 
-def _is_state(content: Any) -> bool:
-    items = content.items() if isinstance(content, Mapping) else ()
-    return bool(items) and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items)
-
-
-def _without_module(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if all(name.startswith('module.') for name in state):
-        return {name.removeprefix('module.'): tensor for name, tensor in state.items()}
-    return dict(state)
-
-
-def _some(content: Mapping) -> str:
+def _some(content: Collection) -> str:
     names = [str(name) for name in list(content)[:4]]
     return ', '.join(names) + (f' and {len(content) - 4} more' if len(content) > 4 else '') if names else 'nothing'
 

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ast_plugin import __version__, options, weights
 from ast_plugin.archs.networks import build_network
-from ast_plugin.checkpoints import load_into, read_checkpoint
+from ast_plugin.archs.state import load_into
+from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.errors import PluginError
 
 PHOTOGRAPHS = [

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ast_plugin.archs.ast_arch import AST, AST_B, AST_T, AST_XS
 from ast_plugin.archs.spandrel_arch import recognise
-from ast_plugin.archs.state import infer_options
-from ast_plugin.checkpoints import Checkpoint, load_into, read_checkpoint
+from ast_plugin.archs.state import infer_options, load_into, without_prefixes
+from ast_plugin.checkpoints import Checkpoint, read_checkpoint
 from ast_plugin.errors import (
     BackendUnavailable,
     CheckpointError,
@@ -79,20 +79,25 @@ def build_network(options: Mapping[str, Any]) -> nn.Module:
 
 
 def load_network(
-    options: Mapping[str, Any] | None, weights: str | os.PathLike | None = None, param_key: str | None = None
+    options: Mapping[str, Any] | None,
+    weights: str | os.PathLike | None = None,
+    param_key: str | None = None,
+    say: Callable[[str], Any] = str,
 ) -> nn.Module:
     """Build a registered network in evaluation mode, with weights where they are given.
 
     Args:
         options: see `build_network`; None for those that the weights tell, see `network_of`.
         weights, param_key: see `read_checkpoint`.
+        say: called with each line on what was taken of the weights, see `load_into`.
     Raises:
         OptionError, CheckpointError: as those.
     """
     checkpoint = None if weights is None else read_checkpoint(weights, param_key)
     network = build_network(network_of(checkpoint)[0] if options is None else options)
     if checkpoint is not None:
-        load_into(network, checkpoint)
+        for line in load_into(network, checkpoint):
+            say(line)
     return network.eval().requires_grad_(False)
 
 
@@ -113,8 +118,9 @@ def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
         options, assumed = infer_options(checkpoint.state)
         return {'type': 'AST', **options}, assumed
     except CheckpointError as error:
-        with suppress(OptionError, BackendUnavailable):
-            return recognise(checkpoint.state)
+        for state in without_prefixes(checkpoint.state):
+            with suppress(OptionError, BackendUnavailable):
+                return recognise(state)
         raise CheckpointError(
             f'{checkpoint.path} does not say which network it is of, and {error}; name the network with an option '
             'file (-opt) or network_g'

@@ -1,11 +1,13 @@
-"""What the names and shapes of an AST state tell: official names to and from ours, and the network's options."""
+"""What names and shapes of a state tell: which of its tensors a network takes, and an AST's options and own names."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ast_plugin.checkpoints import AVERAGED, Checkpoint
 from ast_plugin.errors import CheckpointError
 
 # (official, ours) as regular expressions; a name is rewritten by every row that matches, from the top down
@@ -26,8 +28,13 @@ OFFICIAL_NAMES = (
     (r'\.mlp\.fc1\.', r'.ffn.expand.'),
     (r'\.mlp\.fc2\.', r'.ffn.project.'),
 )
+# what every AST has, and hardly another network
+_ANCHORS = {'input_proj.weight', 'output_proj.weight', 'bottleneck.blocks.0.norm1.weight'}
 _FFN_PARTS = {'partial_conv': 'frfn', 'depthwise': 'leff'}  # what only such a network, or one above it, has
 DERIVED = '.attn.relative_position_index'  # official files hold this buffer; ours is computed, see ops.windows
+# Names' parts that wrappers put in: torch.compile, FSDP, activation checkpointing, Fabric.
+_WRAPPERS = re.compile(r'\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.')
+_MOST_NAMED = 3  # tensors that a message names
 
 
 def rename_official(name: str) -> str:
@@ -38,7 +45,7 @@ def rename_official(name: str) -> str:
 
 
 def plain_state(state: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tensor]:
-    """A state under our names: official names rewritten, DataParallel's `module.` and derived buffers left out.
+    """A state under our names: official names rewritten, what wrappers put before them and derived buffers left out.
 
     Args:
         state: names and tensors of an AST, or of a network that contains one under `prefix`.
@@ -46,13 +53,114 @@ def plain_state(state: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tens
     Returns:
         A new dictionary, the tensors shared.
     """
-    if state and all(name.startswith(prefix + 'module.') for name in state):
-        state = {prefix + name[len(prefix) + len('module.') :]: tensor for name, tensor in state.items()}
-    return {
-        prefix + rename_official(name[len(prefix) :]) if name.startswith(prefix) else name: tensor
-        for name, tensor in state.items()
-        if not (name.startswith(prefix) and name.endswith(DERIVED))
-    }
+    own = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    _, own, _ = under_prefix(own, _ANCHORS)
+    renamed = {prefix + rename_official(name): tensor for name, tensor in own.items() if not name.endswith(DERIVED)}
+    return {name: tensor for name, tensor in state.items() if not name.startswith(prefix)} | renamed
+
+
+def under_prefix(
+    state: Mapping[str, Tensor], expected: Iterable[str]
+) -> tuple[str, dict[str, Tensor], Mapping[str, Tensor]]:
+    """Find what stands before a network's names in those of a state: `module.`, `net.`, `model.` in any nesting.
+
+    Args:
+        state: names and tensors, official names of an AST or others.
+        expected: names of the network's tensors, or some of them.
+    Returns:
+        The prefix under which most of `expected` are there, an average's before the plain one's, '' if none are; what
+        is under it, by names of which most are expected; and the rest of the state.
+    """
+    expected = set(expected)
+    counts: Counter[tuple[str, bool]] = Counter()
+    for name in state:
+        plain = _WRAPPERS.sub('', name)
+        for start in (0, *(match.end() for match in re.finditer(r'\.', plain))):
+            own = plain[start:]
+            counts[plain[:start], False] += own in expected
+            counts[plain[:start], True] += rename_official(own) in expected
+    most = max(counts.values(), default=0)
+    candidates = [key for key, count in counts.items() if count == most > 0] or [('', False)]
+    prefix, is_official = min(candidates, key=lambda key: (not AVERAGED.search(key[0]), len(key[0]), key[1]))
+    rename: Callable[[str], str] = rename_official if is_official else str
+    plain = {_WRAPPERS.sub('', name): name for name in state}
+    own = {rename(name[len(prefix) :]): state[full] for name, full in plain.items() if name.startswith(prefix)}
+    return prefix, own, {full: state[full] for name, full in plain.items() if not name.startswith(prefix)}
+
+
+def without_prefixes(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """A state as it is, then without the first part of all names as long as all share it."""
+    state = {_WRAPPERS.sub('', name): tensor for name, tensor in state.items()}
+    yield state
+    while len(firsts := {name.partition('.')[0] for name in state}) == 1 and all('.' in name for name in state):
+        start = len(firsts.pop()) + 1
+        state = {name[start:]: tensor for name, tensor in state.items()}
+        yield state
+
+
+def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True, assign: bool = False) -> list[str]:
+    """Load the weights of a file into a network.
+
+    What stands before all names is taken off, official names of an AST are rewritten, and counters that the network
+    does not have are left out.
+
+    Args:
+        network: takes the weights.
+        checkpoint: the file.
+        strict: refuse weights that are not all there, or do not all fit; otherwise take those that fit, if any does.
+        assign: make the file's tensors the network's own, as torch does.
+    Returns:
+        How many of the network's tensors were taken, and a line for each thing that may not have been expected.
+    Raises:
+        CheckpointError: if they are of another network; says by which names and shapes.
+    """
+    expected = network.state_dict()
+    prefix, state, rest = under_prefix(checkpoint.state, expected)
+    notes = list(checkpoint.notes)
+    if prefix:
+        notes.append(f'their names begin with {prefix}' + (f'; left out: {_named(rest)}' if rest else ''))
+    counters = [name for name, tensor in state.items() if name not in expected and tensor.ndim == 0]
+    counters += [name for name in state if name.endswith(DERIVED) and name not in expected]
+    state = {name: tensor for name, tensor in state.items() if name not in counters}
+    counters = [name for name in counters if not name.endswith(DERIVED)]
+    if counters:
+        notes.append(f'left out, being counters: {_named(counters)}')
+    taken = [name for name, tensor in expected.items() if name in state and state[name].shape == tensor.shape]
+    if not strict:
+        if not taken:
+            raise CheckpointError(
+                f'{checkpoint.path}: none of its {len(state)} tensors ({_named(state)}) is one of the {len(expected)} '
+                f'of {type(network).__name__} ({_named(expected)}) by name and shape: it is of another network'
+            )
+        unfit = [
+            f'{name} {list(tensor.shape)}, here {list(expected[name].shape)}'
+            for name, tensor in state.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ]
+        for what, names in (
+            ('of another shape', unfit),
+            ('not in the file', [name for name in expected if name not in state]),
+            ('not in the network', [name for name in state if name not in expected]),
+        ):
+            notes += [f'{what}: {_named(names)}'] if names else []
+        state = {name: state[name] for name in taken}
+    try:
+        network.load_state_dict(state, strict=strict, assign=assign)
+    except CheckpointError as error:
+        raise CheckpointError(f'{checkpoint.path}: {error}') from error
+    except RuntimeError as error:
+        lines = ' '.join(' '.join(str(error).splitlines()[1:3]).split())  # the first one says only that there are some
+        raise CheckpointError(
+            f'{checkpoint.path}: weights of another network than {type(network).__name__} with these options: '
+            f'{lines[:300]}{"…" if len(lines) > 300 else ""}'
+        ) from error
+    return [f'{len(taken)} of {len(expected)} tensors taken', *notes]
+
+
+def _named(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f' and {len(names) - _MOST_NAMED} more' if len(names) > _MOST_NAMED else ''
+    return ', '.join(names[:_MOST_NAMED]) + more
 
 
 def infer_options(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:

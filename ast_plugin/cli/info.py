@@ -11,6 +11,7 @@ time and memory. Nothing is written.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import statistics
 import tempfile
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     channels = input_channels(options)
     job = {'network': options, 'weights': weights, 'param_key': args.param_key, 'channels': channels}
     try:
-        network = load_network(options, weights, args.param_key)
+        network = load_network(options, weights, args.param_key, functools.partial(_print, 'weights'))
         multiple = required_multiple(network, channels)
     except OptionError as error:
         raise OptionError(f'{loaded.source(stage)}: network_g: {error}') from error

@@ -127,10 +127,12 @@ class _Planner:
             if 'network_g' not in opt:
                 opt['network_g'], notes = network_of(read_checkpoint(weights, entry.get('param_key')))
             for is_train in [True, False] if is_trained(entry) else [False]:
-                preflight.check(self._prepare(opt, is_train), self.registered, source)
+                weights_of = preflight.check(self._prepare(opt, is_train), self.registered, source)
         except PluginError as error:
             message = str(error)
             raise type(error)(message if message.startswith(str(self.file)) else f'{source}: {message}') from error
+        if 'network_g' in weights_of:
+            notes = [*notes, *weights_of['network_g'].notes]
         train = opt if is_trained(entry) else None
         return PlannedNetwork(entry['name'], opt['network_g'], train, weights, entry.get('param_key'), tuple(notes))
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.checkpoints import load_into, read_checkpoint
+from ast_plugin.archs.state import load_into
+from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.weights import CLASSIFIER, TASKS, find_weights
 

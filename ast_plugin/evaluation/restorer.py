@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ast_plugin.archs.networks import build_network, input_channels, network_of
-from ast_plugin.checkpoints import load_into, read_checkpoint
+from ast_plugin.archs.state import load_into
+from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.errors import DataError, OptionError, ShapeError, one_line
 from ast_plugin.evaluation.protocols import Protocol
 from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile
@@ -37,7 +38,7 @@ class Restorer:
         batch: tiles that go through the network together.
         self_ensemble: give the mean of the results for the eight flips and rotations of the image.
     Attributes:
-        notes: lines on what was assumed about the network.
+        notes: lines on what was assumed about the network, and on what of its file was not taken.
     Raises:
         OptionError: if the device is not there, or tile and overlap make no sense.
     """
@@ -89,9 +90,9 @@ class Restorer:
         checkpoint = read_checkpoint(path, param_key)
         options, notes = (network, []) if network else network_of(checkpoint)
         built = build_network(options)
-        load_into(built, checkpoint)
+        _, *of_weights = load_into(built, checkpoint)
         restorer = cls(built, in_channels=input_channels(options, built), device=device, **tiling)
-        restorer.notes = tuple(notes)
+        restorer.notes = (*of_weights, *notes)
         return restorer
 
     @classmethod

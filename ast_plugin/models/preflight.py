@@ -16,7 +16,8 @@ import torch
 from basicsr.utils import logger as basicsr_logger
 from torch import nn
 
-from ast_plugin.checkpoints import Checkpoint, load_into, read_checkpoint, read_state
+from ast_plugin.archs.state import load_into
+from ast_plugin.checkpoints import Checkpoint, read_checkpoint, read_state
 from ast_plugin.data.lmdb.reader import holds_pixels
 from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line
 from ast_plugin.evaluation.protocols import read_protocol
@@ -237,8 +238,7 @@ def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str)
             continue
         param_key = opt['path'].get(f'param_key_{letter}')
         checkpoints[key] = read_checkpoint(weights, param_key)
-        if opt['path'].get(f'strict_load_{letter}', True):
-            load_into(network, checkpoints[key], assign=True)
+        load_into(network, checkpoints[key], strict=opt['path'].get(f'strict_load_{letter}', True), assign=True)
     return checkpoints
 
 

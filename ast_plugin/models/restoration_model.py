@@ -15,11 +15,11 @@ from basicsr.utils.dist_util import master_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import (
     STATE,
     WEIGHTS,
     keep_newest,
-    load_into,
     read_checkpoint,
     read_state,
     save_torch,
@@ -66,6 +66,7 @@ class RestorationModel(SRModel):
         # Parts of the run that a training state holds, each by its state_dict and load_state_dict.
         self.stateful: dict[str, Any] = {'run_log': self.run_log}
         self.iteration = self.saved_at = 0
+        opt['path'].setdefault('param_key_g', None)  # which SRModel would take for params
         super().__init__(opt)
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
@@ -79,9 +80,10 @@ class RestorationModel(SRModel):
         self.ema_decay = train_opt.get('ema_decay') or 0
         if self.ema_decay > 0:
             self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).eval().requires_grad_(False)
-            path = self.opt['path'].get('pretrain_network_g')
-            if path is not None:
-                self.load_network(self.net_g_ema, path, self.opt['path'].get('strict_load_g', True), 'params_ema')
+            path = self.opt['path']
+            if path.get('pretrain_network_g') is not None:
+                key = path['param_key_g'] if path['param_key_g'] != 'params' else None  # the average where there is one
+                self.load_network(self.net_g_ema, path['pretrain_network_g'], path.get('strict_load_g', True), key)
         self.losses = training_step.build_losses(train_opt, self.device)
         precision = training_step.Precision(train_opt.get('precision') or 'fp32', self.device)
         precision.check_wrapper(self.net_g)
@@ -358,17 +360,12 @@ class RestorationModel(SRModel):
         self.processes.wait()  # whoever left before the first one has written would have it ended by the launcher
         raise RunStopped(number, self.iteration)
 
-    def load_network(
-        self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
-    ) -> None:
+    def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = None) -> None:
         """Load weights: official, BasicSR's or safetensors, without running anything that lies in them.
 
         Raises:
             CheckpointError: if the file cannot be used; says why.
         """
         checkpoint = read_checkpoint(load_path, param_key)
-        get_root_logger().info(f'Loading weights from {load_path}, key {checkpoint.param_key}')
-        net = self.get_bare_model(net)
-        if not strict:
-            self._print_different_keys_loading(net, checkpoint.state, strict)
-        load_into(net, checkpoint, strict=strict)
+        report = load_into(self.get_bare_model(net), checkpoint, strict=strict)
+        get_root_logger().info(f'Loading weights from {load_path}, key {checkpoint.param_key}: {"; ".join(report)}')

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ast_plugin.archs.mixed.call_sites import record_calls
 from ast_plugin.archs.networks import Trial, build_network, check_runs, input_channels, try_sizes
-from ast_plugin.checkpoints import load_into, read_checkpoint
+from ast_plugin.archs.state import load_into
+from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line
 from ast_plugin.ops.tiles import run_padded
 

@@ -1,0 +1,207 @@
+"""Weights files as they circulate: found in whatever they are wrapped, told what was taken, refused if nothing was."""
+
+import argparse
+import itertools
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ast_plugin.archs.ast_arch import AST
+from ast_plugin.archs.networks import build_network, load_network, network_of
+from ast_plugin.archs.state import OFFICIAL_NAMES, load_into
+from ast_plugin.checkpoints import read_checkpoint, save_weights
+from ast_plugin.cli.main import main
+from ast_plugin.errors import CheckpointError
+from ast_plugin.evaluation.restorer import Restorer
+
+TINY = {'type': 'AST', 'img_size': 16, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'window_size': 2}
+OTHER = {'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1, 'upscale': 1}
+
+
+def state_of(seed, options=TINY):
+    torch.manual_seed(seed)
+    return dict(build_network(options).state_dict())
+
+
+STATE, EMA, GRAY = state_of(0), state_of(1), state_of(2, {**TINY, 'out_chans': 1})
+NUM = len(STATE)
+
+
+def under(*prefixes, state=STATE):
+    return {f'{prefix}{name}': tensor for prefix in prefixes for name, tensor in state.items()}
+
+
+def official(state):
+    names = {'input_proj.': 'input_proj.proj.0.', 'output_proj.': 'output_proj.proj.0.', '.ffn.expand.': '.mlp.fc1.'}
+    renamed = {}
+    for name, tensor in state.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        renamed[name] = tensor
+    return renamed
+
+
+def write(path, content):
+    torch.save(content, path)
+    return path
+
+
+def same(network, state):
+    return all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+WRAPPED = {
+    'compiled': under('_orig_mod.'),
+    'compiled_in_parallel': under('module._orig_mod.'),
+    'parallel_compiled': under('_orig_mod.module.'),
+    'compiled_inside': {name.replace('encoder.0.', 'encoder.0._orig_mod.'): t for name, t in STATE.items()},
+    'lightning': {'state_dict': under('net.'), 'hyper_parameters': argparse.Namespace(lr=1), 'epoch': 3},
+    'lightning_with_losses': {'state_dict': under('net.') | {'loss.vgg.0.weight': torch.ones(3, 3)}},
+    'model': under('model.'),
+    'nested': {'model': {'state_dict': under('module.net.')}},
+    'generator': {'generator': STATE, 'discriminator': {'conv.weight': torch.ones(2, 2)}},
+    'kair': {'netG': STATE, 'netD': {'conv.weight': torch.ones(2, 2)}},
+    'number_inside': {'params': {**STATE, 'scale': 1}},
+    'flat_with_more': {**STATE, 'epoch': 3, 'optimizer': {'state': {0: {'exp_avg': torch.ones(9)}}}},
+    'average_of_swa_utils': under('module.') | {'n_averaged': torch.tensor(3)},
+    'counted_by_thop': STATE | {'total_ops': torch.zeros(1).sum(), 'encoder.0.total_params': torch.tensor(1.0)},
+    'numpy_numbers': {
+        'best_psnr': np.float64(31.2),
+        'best': {'i': np.int64(-3), 'b': np.bool_(True), 'f': np.float32(2)},
+        'mean': np.ones(3),
+        'path': Path('x'),
+        'state_dict': STATE,
+    },
+    'only_one_of_any_name': {'weights_of_the_thing': STATE, 'note': 'mine'},
+    'official': {'epoch': 1, 'state_dict': under('module.', state=official(STATE)), 'optimizer': {'state': {}}},
+    'official_compiled': {'state_dict': under('_orig_mod.', state=official(STATE))},
+}
+
+
+@pytest.mark.parametrize('case', WRAPPED)
+def test_wrapped_state_is_found(case, tmp_path):
+    path = write(tmp_path / 'w.pth', WRAPPED[case])
+    assert same(load_network(None, path), STATE)  # infer, compare and ast_plugin's own loading
+    for strict in (True, False):  # training and testing
+        report = load_into(network := build_network(TINY), read_checkpoint(path), strict=strict)
+        assert same(network, STATE)
+        assert report[0] == f'{NUM} of {NUM} tensors taken'
+
+
+def test_users_own_loading():
+    for case in ('compiled', 'compiled_in_parallel', 'model'):
+        network = AST(**{key: value for key, value in TINY.items() if key != 'type'})
+        network.load_state_dict(WRAPPED[case])
+        assert same(network, STATE), case
+
+
+AVERAGES = {
+    'params_ema': {'params': STATE, 'params_ema': EMA},
+    'state_dict_ema': {'state_dict': STATE, 'state_dict_ema': EMA},
+    'ema': {'model': STATE, 'ema': EMA},
+    'ema_state_dict': {'ema_state_dict': EMA, 'state_dict': STATE},
+    'g_ema': {'g': STATE, 'd': {'w': torch.ones(2)}, 'g_ema': EMA},
+    'names': {'state_dict': under('net.') | under('ema_model.', state=EMA)},
+}
+
+
+@pytest.mark.parametrize('case', AVERAGES)
+def test_average_is_preferred_and_said(case, tmp_path):
+    path = write(tmp_path / 'w.pth', AVERAGES[case])
+    restorer = Restorer.from_weights(path, network=TINY, device='cpu')
+    assert same(restorer.network, EMA)
+    assert any('ema' in note for note in restorer.notes)
+
+
+def test_unusual_things_are_said(tmp_path):
+    for case, words in {
+        'number_inside': 'no tensors: scale',
+        'lightning_with_losses': 'left out: loss.vgg.0.weight',
+        'average_of_swa_utils': 'left out: n_averaged',
+        'counted_by_thop': 'counters: total_ops',
+        'model': 'begin with model.',
+    }.items():
+        notes = Restorer.from_weights(write(tmp_path / 'w.pth', WRAPPED[case]), device='cpu').notes
+        assert any(words in note for note in notes), (case, notes)
+
+
+@pytest.mark.parametrize('content', [{'params': STATE}, STATE, {'params': STATE, 'params_ema': EMA}])
+@pytest.mark.parametrize('key', ['nonsense', 'params.nonsense', 'encoder.9'])
+def test_no_other_key_than_asked_for(content, key, tmp_path, capsys):
+    path = write(tmp_path / 'w.pth', content)
+    with pytest.raises(CheckpointError, match=f"under the key '{key}'; it has"):
+        load_network(TINY, path, key)
+    (tmp_path / 'in').mkdir()
+    assert main(['infer', '-i', str(tmp_path), '-o', str(tmp_path / 'o'), '--weights', str(path), '--param-key', key])
+
+
+def test_keys_that_are_asked_for(tmp_path):
+    path = write(tmp_path / 'w.pth', {'a': {'b': STATE}, 'flat': under('net_g.', 'other.')})
+    for key in ('a.b', 'flat', 'flat.net_g'):
+        assert read_checkpoint(path, key).param_key == key
+    save_weights(tmp_path / 'w.safetensors', STATE, TINY)
+    with pytest.raises(CheckpointError, match='under no key'):
+        read_checkpoint(tmp_path / 'w.safetensors', 'params')
+    (tmp_path / 'w.pth').write_bytes((tmp_path / 'w.safetensors').read_bytes())  # downloaded under another name
+    assert network_of(read_checkpoint(tmp_path / 'w.pth'))[0] == TINY
+
+
+def test_several_states_of_unknown_names(tmp_path):
+    path = write(tmp_path / 'w.pth', {'first': STATE, 'second': EMA})
+    with pytest.raises(CheckpointError, match='several states, first, second'):
+        read_checkpoint(path)
+    assert same(load_network(TINY, path, 'second'), EMA)
+
+
+@pytest.mark.parametrize(
+    ('rename', 'wrap'), itertools.product((dict, official), (dict, lambda s: under('net.', state=s)))
+)
+def test_loosely_with_other_channels(rename, wrap, tmp_path):
+    path = write(tmp_path / 'w.pth', {'state_dict': wrap(rename(STATE))})
+    network = build_network({**TINY, 'out_chans': 1})
+    report = load_into(network, read_checkpoint(path), strict=False)
+    assert report[0] == f'{NUM - 2} of {NUM} tensors taken'
+    assert any('another shape: output_proj' in line for line in report)
+    assert torch.equal(network.state_dict()['input_proj.weight'], STATE['input_proj.weight'])
+    with pytest.raises(CheckpointError, match='output_proj'):
+        load_into(network, read_checkpoint(path))
+
+
+@pytest.mark.parametrize('key', ['params', 'state_dict'])
+def test_zero_tensors_are_refused(key, tmp_path):
+    path = write(tmp_path / 'w.pth', {key: state_of(0, OTHER)})
+    with pytest.raises(CheckpointError, match=f'none of its .* is one of the {NUM} of AST'):
+        load_into(build_network(TINY), read_checkpoint(path), strict=False)
+
+
+def test_lfs_pointers_and_pages(tmp_path):
+    for name, content, words in (
+        ('w.pth', b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n', 'git lfs pull'),
+        ('w.safetensors', b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', 'git lfs pull'),
+        ('page.pth', b'<!DOCTYPE html><html>', 'not a weights file'),
+        ('big.pth', b'\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.', 'weights file'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=words):
+            read_checkpoint(tmp_path / name)
+
+
+def test_numpy_numbers_are_plain(tmp_path):
+    from ast_plugin.checkpoints import _torch_load
+
+    values = {'a': np.float64(31.2), 'b': np.int32(-7), 'c': np.uint8(200), 'd': np.bool_(True), 'e': np.float16(0.5)}
+    read = _torch_load(write(tmp_path / 'w.pth', values))
+    assert read == values
+    assert {type(value) for value in read.values()} == {float, int, bool}
+
+
+def test_order_of_states_is_no_matter(tmp_path):
+    for order in itertools.permutations(AVERAGES['state_dict_ema'].items()):
+        assert read_checkpoint(write(tmp_path / 'w.pth', OrderedDict(order))).param_key == 'state_dict_ema'
+
+
+def test_official_names_are_what_is_tested():
+    assert len(OFFICIAL_NAMES) > 10 and official(STATE).keys() != STATE.keys()
