@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class PluginError(Exception):
@@ -47,6 +49,20 @@ def one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error of somebody's code says, or its name: torch's go on with what helps nobody."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextmanager
+def only_warn(what: str) -> Iterator[None]:
+    """Let the failure of what a run can do without, a drawing or a log, be one warning: `what`, and why."""
+    try:
+        yield
+    except Exception as error:  # of somebody's code
+        if what not in _warned:
+            _warned.add(what)
+            logging.getLogger('basicsr').warning(f'{what}: {one_line(error)}')
+
+
+_warned: set[str] = set()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -186,13 +186,49 @@ def logged_at_the_end_of(total_iter, tb_logger) -> list[str]:
     return lines
 
 
+def spare_runs_from_tensorboard():
+    from torch.utils.tensorboard import SummaryWriter
+
+    original, SummaryWriter.add_scalar = SummaryWriter.add_scalar, lambda self, *scalar: 1 / 0
+    try:
+        opt = {'name': 'spared', 'logger': {'use_tb_logger': True}, 'root_path': sys.argv[2]}
+        train.init_tb_loggers(opt).add_scalar('loss', 1.0, 1)
+        SummaryWriter.__init__ = lambda self, **options: 1 / 0
+        train.init_tb_loggers(opt).add_scalar('loss', 1.0, 1)
+    finally:
+        SummaryWriter.add_scalar = original
+    return True
+
+
+def write_every_name():
+    from basicsr.utils import logger
+
+    file, folder = Path(sys.argv[2], 'odd.yml'), Path(sys.argv[2], 'odd')
+    file.write_text('name: odd\n')
+    folder.mkdir(exist_ok=True)
+    arguments, sys.argv[:] = sys.argv[:], [*sys.argv, 'mu\udcf1oz', '\n']
+    try:
+        train.copy_opt_file(str(file), str(folder))
+    finally:
+        sys.argv[:] = arguments
+    log = logger.get_root_logger('odd', log_file=str(folder / 'odd.log'))
+    log.info('mu\udcf1oz \u96e8')
+    logger.initialized_logger.pop('odd')
+    log.handlers.clear()
+    lines = (folder / 'odd.yml').read_text(encoding='utf-8').splitlines()
+    is_right = '\\udcf1' in lines[2] and lines[-1] == 'name: odd' and all(line[:1] in '#n' for line in lines)
+    return is_right and 'mu\\udcf1oz \u96e8' in (folder / 'odd.log').read_text(encoding='utf-8')
+
+
 def start_wandb_of_any_age():
     calls = []
     sys.modules['wandb'] = SimpleNamespace(init=lambda **options: calls.append(options), util=SimpleNamespace())
-    train.init_tb_loggers(
-        {'name': 'run', 'logger': {'use_tb_logger': True, 'wandb': {'project': 'rain'}}, 'root_path': sys.argv[2]}
-    ).close()
-    return calls[0]['project'] == 'rain' and calls[0]['sync_tensorboard'] and len(calls[0]['id']) == 8
+    opt = {'name': 'run', 'logger': {'use_tb_logger': True, 'wandb': {'project': 'rain'}}, 'root_path': sys.argv[2]}
+    for resumed_iter in (None, 4, 8):
+        train.init_tb_loggers({**opt, 'resumed_iter': resumed_iter}).close()
+    first, *others = calls
+    is_begun = first['project'] == 'rain' and first['sync_tensorboard'] and len(first['id']) == 8
+    return is_begun and [(call['id'], call['resume']) for call in others] == [(first['id'], 'allow')] * 2
 
 
 def place_by_local_rank():

@@ -9,10 +9,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / 'ast_plugin'
 
-BASE = {'errors', 'files'}
+BASE = {'errors', 'files', 'names'}
 MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itself always
     'errors': set(),
     'files': {'errors'},
+    'names': {'errors', 'files'},
     'faults': BASE,
     'options': BASE | {'faults', 'plugins'},
     'plugins': BASE,

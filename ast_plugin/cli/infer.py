@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin.evaluation.classifier import Specialists
     from ast_plugin.evaluation.file_restorer import find_images, plan_jobs, prepare_folders, restore_files
     from ast_plugin.evaluation.restorer import Restorer
-    from ast_plugin.evaluation.tables import to_csv
     from ast_plugin.files import write_file
+    from ast_plugin.names import to_csv
 
     _check(args)
     output = Path(args.output).expanduser()

@@ -24,6 +24,7 @@ from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.evaluation.restorer import find_device
 from ast_plugin.evaluation.results import distinct
 from ast_plugin.files import write_file
+from ast_plugin.names import file_name, printable
 from ast_plugin.ops import frozen_weights
 from ast_plugin.plugins import load_plugins
 
@@ -124,7 +125,7 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
         sample = dataset[number]
         if 'gt' not in sample:
             raise DataError(f'{job["dataset"]["name"]} has no clean images that results could be measured by')
-        name = distinct(Path(sample['lq_path']).stem, values)
+        name = distinct(printable(Path(sample['lq_path']).stem), values)
         lq, gt = sample['lq'][None].float(), sample['gt'][None].float()
         with torch.inference_mode():
             restored = lq.clamp(0, 1) if network is None else protocol.restore(network, lq, on_note=notes.append)
@@ -148,7 +149,7 @@ KINDS = {'speed': measure_speed, 'memory': measure_memory, 'quality': measure_qu
 
 def image_path(folder: str | Path, name: str, is_clean: bool = False) -> Path:
     """Where a restored image is kept, or the clean one that belongs to it."""
-    return Path(folder, 'clean' if is_clean else 'restored', f'{name}.png')
+    return Path(folder, 'clean' if is_clean else 'restored', file_name(name, '.png'))
 
 
 def _load_any_size(job: Mapping[str, Any], device: torch.device) -> nn.Module:

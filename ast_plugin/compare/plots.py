@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from ast_plugin.compare.results import Column, Results, Row, format_metric, format_tick
+from ast_plugin.errors import only_warn
+from ast_plugin.models.run_log import draw_legend
+from ast_plugin.names import LITERAL, printable, write_name
 from ast_plugin.options.compare_file import INPUT
 
 INK, FAINT, GRID = '#1b1b1b', '#6b6b6b', '#dddddd'
@@ -58,7 +62,7 @@ def draw_all(results: Results, curves: Mapping[str, Columns], validated: str | N
         curves: of each trained network the columns of its `metrics.csv`.
         validated: the column of validation to draw, `dataset/metric`; None for none.
     """
-    plots = []
+    wanted: list[tuple[str, str, Callable[[Figure, Axes], None]]] = []
     metric = next(iter(results.metrics), None)
     costs: dict[str, Column] = {}
     for column in results.columns():  # of the first size, where there are several
@@ -68,11 +72,11 @@ def draw_all(results: Results, curves: Mapping[str, Columns], validated: str | N
         points = [(row, cost) for row, cost in zip(results.rows, numbers, strict=True) if row.values and cost]
         if points:
             draw = _scatter_drawing(results, metric, points, costs[key].title)
-            plots.append(_draw(f'{metric}_against_{name}', f'{metric} against {costs[key].title}', draw))
+            wanted.append((f'{metric}_against_{name}', f'{metric} against {costs[key].title}', draw))
     losses = {name: loss for name, columns in curves.items() if (loss := _loss(columns)) is not None}
     if losses:
         title = 'loss in training, a running mean'
-        plots.append(_draw('training_loss', title, _line_drawing(results, title, losses, clips=True)))
+        wanted.append(('training_loss', title, _line_drawing(results, title, losses, clips=True)))
     scores = {
         name: columns[validated]
         for name, columns in curves.items()
@@ -81,12 +85,17 @@ def draw_all(results: Results, curves: Mapping[str, Columns], validated: str | N
     if scores:
         dataset, _, metric = validated.rpartition('/')
         title = f'{metric} of {dataset}, validated in training'
-        plots.append(_draw('training_validation', title, _line_drawing(results, title, scores)))
+        wanted.append(('training_validation', title, _line_drawing(results, title, scores)))
+    plots = []
+    for name, title, draw in wanted:
+        with only_warn(f'not drawn: {title}'):
+            plots.append(_draw(re.sub(r'[^\w-]', '_', name), title, draw))
     return plots
 
 
 def _draw(name: str, title: str, draw: Callable[[Figure, Axes], None]) -> Plot:
     style = {
+        **LITERAL,
         'font.size': 10,
         'axes.edgecolor': FAINT,
         'text.color': INK,
@@ -103,7 +112,7 @@ def _draw(name: str, title: str, draw: Callable[[Figure, Axes], None]) -> Plot:
         draw(figure, axis)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format='png', dpi=200)
-        figure.savefig(svg, format='svg', metadata={'Date': None, 'Title': title}, transparent=True)
+        figure.savefig(svg, format='svg', metadata={'Date': None, 'Title': printable(title)}, transparent=True)
     return Plot(name, title, png.getvalue(), svg.getvalue().decode())
 
 
@@ -134,11 +143,12 @@ def _scatter_drawing(
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel(label)
-        axis.set_ylabel(metric)
+        write_name(axis.set_xlabel(''), label)
+        write_name(axis.set_ylabel(''), metric)
         axis.margins(y=0.12)
         note = _draw_input(axis, results, metric)
-        axis.set_title(f'{metric} of {len(results.images)} images', loc='left', fontweight='bold')
+        title = axis.set_title('', loc='left', fontweight='bold')
+        write_name(title, f'{metric} of {len(results.images)} images')
         figure.draw_without_rendering()  # only now is known where things are
         _name_marks(axis, marks, note)
 
@@ -190,7 +200,8 @@ def _name_marks(axis: Axes, marks: Sequence[tuple[str, float, float, str]], note
         )
     for name, cost, value, colour in marks:
         font = {'color': colour, 'fontweight': 'bold', 'fontsize': 9.5}
-        text = axis.annotate(name, (cost, value), xytext=(0, 0), textcoords='offset points', **font)
+        text = axis.annotate('', (cost, value), xytext=(0, 0), textcoords='offset points', **font)
+        write_name(text, name)
         put(text, [{'position': (dx, dy), **_alignment(dx, dy)} for dx, dy in _PLACES])
 
 
@@ -209,18 +220,18 @@ def _line_drawing(results: Results, title: str, lines: Columns, clips: bool = Fa
     def draw(figure: Figure, axis: Axes) -> None:
         styles = _styles(results)
         # The legend lists names as their lines end, from top to bottom.
-        for name, (iterations, values) in sorted(lines.items(), key=lambda line: -np.nan_to_num(line[1][1][-1])):
+        ordered = dict(sorted(lines.items(), key=lambda line: -np.nan_to_num(line[1][1][-1])))
+        drawn: list[Any] = []
+        for name, (iterations, values) in ordered.items():
             colour, marker = styles.get(name, (FAINT, 'o'))
             marker = marker if len(values) <= 40 else None
-            axis.plot(iterations, values, color=colour, linewidth=1.6, marker=marker, markersize=4, label=name)
+            drawn += axis.plot(iterations, values, color=colour, linewidth=1.6, marker=marker, markersize=4)
         axis.set_xlabel('iteration')
-        axis.set_title(title, loc='left', fontweight='bold')
+        write_name(axis.set_title('', loc='left', fontweight='bold'), title)
         axis.xaxis.set_major_formatter(lambda value, _: format_tick(value))
         if clips:
             _clip_to_learning(axis, lines)
-        legend = axis.legend(frameon=False, labelcolor='linecolor', handlelength=1.2)
-        for text in legend.get_texts():
-            text.set_fontweight('bold')
+        draw_legend(axis, drawn, list(ordered), labelcolor='linecolor', handlelength=1.2, prop={'weight': 'bold'})
 
     return draw
 

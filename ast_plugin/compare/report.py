@@ -18,9 +18,11 @@ from ast_plugin.compare.machine import describe_machine, installed_versions
 from ast_plugin.compare.measure import image_path
 from ast_plugin.compare.plan import Plan
 from ast_plugin.compare.results import Results, format_duration, format_interval, format_metric
+from ast_plugin.errors import only_warn
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.files import write_file
 from ast_plugin.models.run_log import read_columns
+from ast_plugin.names import escape_markdown
 from ast_plugin.options.compare_file import INPUT
 
 CLEAN = 'clean'  # the source of the images that results are measured against
@@ -38,19 +40,22 @@ def write_outputs(plan: Plan, results: Results) -> Path:
     Raises:
         FileError: if a file cannot be written.
     """
-    drawings = plots.draw_all(results, _read_curves(plan), _validated_column(plan, results))
-    failures = [f'\n- {row.name} failed, {row.failed}' for row in results.rows if row.failed]
+    failures = [escape_markdown(f'{row.name} failed, {row.failed}') for row in results.rows if row.failed]
     contents = {
-        'table.md': f'{results.to_markdown()}\n{"".join(failures)}'.rstrip() + '\n',
+        'table.md': f'{results.to_markdown()}\n{"".join(f"{chr(10)}- {line}" for line in failures)}'.rstrip() + '\n',
         'table.csv': results.to_csv(),
         'images.csv': results.images_to_csv(),
-        'report.html': render_page(results, _scenes(plan, results), drawings, describe_method(plan, results)),
-        **{f'plots/{drawing.name}.svg': drawing.svg for drawing in drawings},
     }
     for name, text in contents.items():
         write_file(plan.folder / name, text.encode(), make_folder=True)
+    drawings: list[plots.Plot] = []
+    with only_warn('not drawn'):
+        drawings = plots.draw_all(results, _read_curves(plan), _validated_column(plan, results))
     for drawing in drawings:
+        write_file(plan.folder / 'plots' / f'{drawing.name}.svg', drawing.svg.encode(), make_folder=True)
         write_file(plan.folder / 'plots' / f'{drawing.name}.png', drawing.png)
+    page = render_page(results, _scenes(plan, results), drawings, describe_method(plan, results))
+    write_file(plan.folder / 'report.html', page.encode())
     return plan.folder / 'report.html'
 
 
@@ -108,14 +113,18 @@ def _viewer_data(results: Results, scenes: Scenes, best: str | None) -> dict[str
     sources = list(dict.fromkeys(source for files in scenes.values() for source in files))
     pictures = []
     for name, files in scenes.items():
-        with Image.open(next(iter(files.values()))) as image:
-            width, height = image.size
+        images: dict[str, str] = {}
+        with only_warn(f'{name} is not shown'):
+            with Image.open(next(iter(files.values()))) as image:
+                width, height = image.size
+            images = {source: _data_url(file) for source, file in files.items()}
+        if not images:
+            continue
         values = {
             row.name: [format_metric(*item) for item in row.values[name].items()]
             for row in results.rows
             if name in row.values
         }
-        images = {source: _data_url(file) for source, file in files.items()}
         pictures.append({'name': name, 'width': width, 'height': height, 'images': images, 'values': values})
     return {
         'pictures': pictures,

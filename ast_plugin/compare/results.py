@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import bootstrap
 
-from ast_plugin.evaluation.tables import to_csv, to_markdown
+from ast_plugin.names import to_csv, to_markdown
 from ast_plugin.options.compare_file import INPUT
 
 MISSING = '–'

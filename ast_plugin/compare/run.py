@@ -316,8 +316,8 @@ def count_iterations(table: Path) -> int | None:
     """The last iteration in a run's `metrics.csv`; None if there is none."""
     try:
         # The last line may just be being written.
-        lines = table.read_text(encoding='utf-8').rpartition('\n')[0].splitlines()
-    except OSError:
+        lines = table.read_text(encoding='utf-8').rpartition('\n')[0].split('\n')
+    except (OSError, ValueError):
         return None
     numbers = [line.partition(',')[0] for line in lines[1:]]
     return max((int(number) for number in numbers if number.isdecimal()), default=None)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from ast_plugin.data.image_files import read_rgb
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import ShapeError
 from ast_plugin.files import write_file
+from ast_plugin.names import drawable
 
 PAPER, INK, FAINT = '#ffffff', '#1b1b1b', '#6b6b6b'
 GAP = 16  # pixels between images and around them
@@ -153,6 +155,8 @@ def join_images(images: Sequence[np.ndarray]) -> np.ndarray:
 
 def _write_text(pen: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int, size: int, ink: str) -> None:
     """Write a line, smaller if it would leave its column."""
-    while size > 8 and pen.textlength(text, font=ImageFont.load_default(size)) > width:
+    text, file = drawable(text, width // 4)  # as many characters as fit in the smallest size, or nearly
+    load = ImageFont.load_default if file is None else partial(ImageFont.truetype, file)
+    while size > 8 and pen.textlength(text, font=load(size)) > width:
         size -= 1
-    pen.text((left, top), text, fill=ink, font=ImageFont.load_default(size))
+    pen.text((left, top), text, fill=ink, font=load(size))

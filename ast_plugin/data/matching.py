@@ -248,9 +248,3 @@ def shorten_list(items: Iterable[str], num_shown: int = 3) -> str:
     items = list(items)
     rest = f' and {len(items) - num_shown} more' if len(items) > num_shown else ''
     return ', '.join(items[:num_shown]) + rest
-
-
-def printable(name: str) -> str:
-    """Show a name in one line of text: names may hold anything but a slash, also ends of lines and bytes of no text."""
-    shown = name.encode('utf-8', 'backslashreplace').decode()
-    return shown.translate({ord('\n'): '\\n', ord('\r'): '\\r', ord('\t'): '\\t'})

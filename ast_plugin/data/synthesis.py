@@ -27,6 +27,7 @@ from ast_plugin.degradations import DEGRADATIONS, Degradation
 from ast_plugin.errors import DataError, OptionError, did_you_mean
 from ast_plugin.faults import faults_of
 from ast_plugin.files import lock_folder, write_file
+from ast_plugin.names import file_name, seed_of
 
 # Colour photos of scenes, each scene in one split only: split, package and file. What else these packages hold is gray,
 # drawn, seen through a microscope or a telescope, or a retina, and would teach a network little about photos.
@@ -111,7 +112,7 @@ def folder_photos(folder: str | Path, phase: str, split: str = 'all', names: lis
         return [_choose(name, by_name, str(folder)) for name in names]
     if split == 'all':
         return photos
-    wanted = [photo for photo in photos if (zlib.crc32(photo.name.encode()) % _VAL_SHARE == 0) == (split == 'val')]
+    wanted = [photo for photo in photos if (seed_of(photo.name) % _VAL_SHARE == 0) == (split == 'val')]
     if not wanted:
         raise DataError(
             f'datasets.{phase}: none of the {len(photos)} photos in {folder} falls into the split {split!r}, '
@@ -169,7 +170,7 @@ def make_pairs(name: str, path: Path, recipe: Recipe, depth_path: Path | None = 
     depth = None if depth_path is None else read_depth(depth_path, (height, width))
     row, digits = DEGRADATIONS[recipe.task], len(str(recipe.count))
     for number in range(1, recipe.count + 1):
-        generator = np.random.default_rng([recipe.seed, zlib.crc32(name.encode()), number])
+        generator = np.random.default_rng([recipe.seed, seed_of(name), number])
         if recipe.size is None:
             clean = transforms.to_float(image)
             options = {} if depth is None else {'depth': depth}
@@ -315,10 +316,10 @@ def write_pairs(
                         for kind in _FOLDERS:
                             if (pixels := getattr(pair, kind)) is not None:
                                 (partial / kind).mkdir(exist_ok=True)
-                                write_image(partial / kind / f'{pair.name}.png', ImageFile(pixels))
+                                write_image(partial / kind / file_name(pair.name, '.png'), ImageFile(pixels))
                         levels.append(pair.psnr)
                         on_pair()
-                write_file(partial / _RECORD, (json.dumps(record, indent=2, ensure_ascii=False) + '\n').encode())
+                write_file(partial / _RECORD, (json.dumps(record, indent=2) + '\n').encode())
                 _put_in_place(partial, output)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)

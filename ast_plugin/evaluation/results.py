@@ -15,10 +15,10 @@ from PIL import Image
 
 import ast_plugin
 from ast_plugin.data.contact_sheet import Cell, draw_contact_sheet, save_sheet
-from ast_plugin.data.matching import printable
+from ast_plugin.errors import only_warn
 from ast_plugin.evaluation.protocols import Metrics, Protocol
-from ast_plugin.evaluation.tables import to_csv, to_markdown
 from ast_plugin.files import file_digest, write_file
+from ast_plugin.names import escape_markdown, printable, to_csv, to_markdown
 
 INPUT = 'input'  # column prefix of the unrestored image's values
 
@@ -112,7 +112,7 @@ class ValidationResults:
         rows = []
         for name in self.examples():
             captions = (
-                f'{printable(name)}: {_scores(self.degraded.get(name, {}))}'.removesuffix(': '),
+                f'{name}: {_scores(self.degraded.get(name, {}))}'.removesuffix(': '),
                 _scores(self.restored[name]),
                 f'rank {ranks[name]} of {len(ranks)} by {self.ranking.metric}',
             )
@@ -127,7 +127,7 @@ class ValidationResults:
         rows = [['image', *(f'{kind} {metric}'.strip() for kind, metric in columns)]]
         for name, before, after in lines:
             cells = ((before if kind else after).get(metric) for kind, metric in columns)
-            rows.append([printable(name), *('' if cell is None else f'{cell:.4f}' for cell in cells)])
+            rows.append([name, *('' if cell is None else f'{cell:.4f}' for cell in cells)])
         return rows
 
     def notes(self) -> list[str]:
@@ -138,28 +138,29 @@ class ValidationResults:
                 count = sum(values.get(metric) == math.inf for values in by_image.values())
                 if count and count < len(by_image):
                     lines.append(f'{kind}{metric}: {count} of {len(by_image)} are inf and left out of the mean')
-        return lines + [printable(f'{name}: {value}') for name, value in self.provenance.items()]
+        return lines + [f'{name}: {value}' for name, value in self.provenance.items()]
 
     def to_markdown(self) -> str:
         """Return the table in Markdown, and the notes on it."""
-        notes = '\n'.join(f'- {note}' for note in self.notes())
+        notes = '\n'.join(f'- {escape_markdown(note)}' for note in self.notes())
         return f'{to_markdown(self.rows())}\n\n{notes}' if notes else to_markdown(self.rows())
 
     def to_csv(self) -> str:
         """Return the table as comma-separated values; how it was made stands in columns, the same in each row."""
         header, *rows = self.rows()
-        values = [printable(value) for value in self.provenance.values()]
-        return to_csv([[*header, *self.provenance], *(row + values for row in rows)])
+        rows = [[*header, *self.provenance], *([*row, *self.provenance.values()] for row in rows)]
+        return to_csv([list(map(printable, row)) for row in rows])
 
     def write(self, folder: Path) -> Path | None:
         """Write `DATASET.csv`, `DATASET.md` and a sheet of examples, whose path is returned where there are any."""
         write_file(folder / f'{self.dataset}.csv', self.to_csv().encode())
         write_file(folder / f'{self.dataset}.md', f'{self.to_markdown()}\n'.encode())
-        sheet = self.draw_examples()
-        if sheet is None:
-            return None
-        path = folder / f'{self.dataset}_worst_and_best.png'
-        save_sheet(sheet, path)
+        path = None
+        with only_warn(f'{self.dataset}: the worst and the best images are not drawn'):
+            sheet = self.draw_examples()
+            if sheet is not None:
+                save_sheet(sheet, folder / f'{self.dataset}_worst_and_best.png')
+                path = folder / f'{self.dataset}_worst_and_best.png'
         return path
 
 

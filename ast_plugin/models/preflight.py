@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from ast_plugin.models.restoration_model import RestorationModel
 from ast_plugin.models.training_step import check_switches
 from ast_plugin.options.validation import Registered
 
+_WANDB_OFFLINE = ('offline', 'dryrun', 'disabled')
 _METRIC_IMAGE_SIDE = 192  # NIQE needs two blocks of 96
 
 
@@ -98,14 +100,34 @@ def _check_disk(opt: Mapping[str, Any]) -> None:
 def _check_logger(opt: Mapping[str, Any], source: str) -> None:
     """BasicSR asserts or imports too late for a clear word."""
     logger = opt.get('logger') or {}
-    if not opt['is_train'] or not (logger.get('wandb') or {}).get('project') or 'debug' in opt['name']:
+    if not opt['is_train'] or 'debug' in opt['name']:
+        return
+    if logger.get('use_tb_logger') and importlib.util.find_spec('tensorboard') is None:
+        raise OptionError(
+            f'{source}: logger.use_tb_logger needs the package tensorboard, which is not installed: '
+            'pip install tensorboard, or set it to false'
+        )
+    if not (logger.get('wandb') or {}).get('project'):
         return
     if not logger.get('use_tb_logger'):
         raise OptionError(f'{source}: logger.wandb takes over what TensorBoard gets: set logger.use_tb_logger to true')
-    if importlib.util.find_spec('wandb') is None:
+    try:
+        import wandb
+    except ImportError:
         raise OptionError(
             f'{source}: logger.wandb needs the package wandb, which is not installed: '
             'pip install "ast_plugin[wandb]", or leave logger.wandb out'
+        ) from None
+    if os.environ.get('WANDB_MODE') in _WANDB_OFFLINE or os.environ.get('RANK', '0') != '0':
+        return
+    try:  # what would ask for the key later does so now
+        is_logged_in = wandb.login() or wandb.setup().settings.mode in _WANDB_OFFLINE
+    except Exception:  # of many kinds, some of which only some versions have
+        is_logged_in = False
+    if not is_logged_in:
+        raise OptionError(
+            f'{source}: logger.wandb: this machine is not logged in to Weights & Biases: give `wandb login`, set '
+            'WANDB_API_KEY, keep the run here with WANDB_MODE=offline, or leave logger.wandb out'
         )
 
 

@@ -36,6 +36,7 @@ from ast_plugin.models import mixup, network_switches, optimizers, run_state, tr
 from ast_plugin.models.processes import Processes, RunStopped, received_signal
 from ast_plugin.models.progress import TrainingProgress
 from ast_plugin.models.run_log import RunLog
+from ast_plugin.names import file_name, printable
 from ast_plugin.ops import frozen_weights
 
 
@@ -199,9 +200,9 @@ class RestorationModel(SRModel):
                 return
             self.validated_at[name] = current_iter
         results = self.measure(dataloader, current_iter, save_img)
-        if tb_logger:
-            for image, thumbnails in results.thumbnails.items():
-                tb_logger.add_image(f'{name}/{image}', join_images(thumbnails), current_iter, dataformats='HWC')
+        for image, thumbnails in results.thumbnails.items() if tb_logger else ():
+            tag = f'{name}/{printable(image)}'
+            tb_logger.add_image(tag, join_images(thumbnails), current_iter, dataformats='HWC')
         if not results.mean():
             return
         self.metric_results = results.mean()
@@ -241,8 +242,8 @@ class RestorationModel(SRModel):
     def _image_path(self, dataset: str, image: str, current_iter: int | str) -> Path:
         folder = Path(self.opt['path']['visualization'])
         if self.is_train:
-            return folder / image / f'{image}_{current_iter}.png'
-        return folder / dataset / f'{image}_{self.opt["val"].get("suffix") or self.opt["name"]}.png'
+            return folder / file_name(image) / file_name(image, f'_{current_iter}.png')
+        return folder / dataset / file_name(image, f'_{self.opt["val"].get("suffix") or self.opt["name"]}.png')
 
     @master_only
     def _write_results(self, results: ValidationResults) -> None:

@@ -10,14 +10,14 @@ import os
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ast_plugin.errors import FileError
+from ast_plugin.errors import only_warn
 from ast_plugin.files import write_file
+from ast_plugin.names import LITERAL, write_name
 
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -62,12 +62,12 @@ class RunLog:
         self.name, self.iters_per_epoch = name, iters_per_epoch
         self.best_metric, self.higher_is_better = best_metric, higher_is_better
         self.flush_every = min(flush_every, _MOST_ROWS_IN_MEMORY)
-        self._columns: list[str] = []
+        self._columns = [*FIXED]
         self._rows: list[dict[str, Any]] = []
         self._num_written = 0
         self._num_to_keep: int | None = None
         self._validated: dict[str, int] = {}  # by dataset: iteration of its last row
-        self._is_open = False
+        self._is_begun = False
         self._num_drawn = 0
         self._due_at = time.monotonic() + _SECONDS_BETWEEN_CURVES
 
@@ -101,45 +101,38 @@ class RunLog:
         self._add(current_iter, {f'{name}/{metric}': value for metric, value in means.items()})
 
     def flush(self, durably: bool = False) -> None:
-        """Write what waits, where `durably` down to the disk itself.
-
-        Raises:
-            FileError: if that fails.
-        """
-        if not self._is_open or not (self._rows or durably):
+        """Write what waits, where `durably` down to the disk itself. What cannot be written is warned of, and waits."""
+        if not self._rows:
             return
-        try:
-            with self.table.open('a', encoding='utf-8', newline='') as file:
-                csv.DictWriter(file, self._columns, lineterminator='\n').writerows(self._rows)
-                if durably:
-                    file.flush()
-                    os.fsync(file.fileno())
-        except OSError as error:
-            raise FileError(f'{self.table} cannot be written: {error}') from error
-        self._num_written += len(self._rows)
-        self._rows.clear()
+        with only_warn(f'{self.table} cannot be written, its rows wait'):
+            self._begin(self._rows[0]['iter'])
+            new = dict.fromkeys(name for row in self._rows for name in row if name not in self._columns)
+            if new:
+                self._columns += new
+                self._rewrite([row + ',' * len(new) for row in _read_lines(self.table)[1]])
+            self._append(durably)
+            self._num_written += len(self._rows)
+            self._rows.clear()
 
     def draw(self, at_once: bool = False) -> None:
         """Draw the table anew where that can be done; once a minute at most, unless `at_once`, and never twice."""
         self.flush()
         is_due = at_once or time.monotonic() > self._due_at
-        if not self._is_open or not is_due or self._num_drawn == self._num_written:
+        if not self._is_begun or not is_due or self._num_drawn == self._num_written:
             return
         start = time.monotonic()
-        try:
+        with only_warn(f'{self.curve} is not drawn'):
             columns = read_columns(self.table)
             write_file(self.curve, draw_curve(columns, self.name, self.best_metric, self.higher_is_better))
-        except (ImportError, FileError) as error:
-            logging.getLogger('basicsr').warning(f'{self.curve} is not drawn: {error}')
         self._num_drawn = self._num_written
         end = time.monotonic()
         self._due_at = end + max(_SECONDS_BETWEEN_CURVES, (end - start) / _MOST_SHARE_OF_TIME)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many rows there are up to now; they are on disk before this returns."""
+        """Return how many rows there are up to now; they are on disk before this returns, unless that fails."""
         self.flush(durably=True)
-        rows = self._num_written if self._is_open else self._num_to_keep or 0
-        return {'rows': rows, 'validated': dict(self._validated)}
+        written = self._num_written if self._is_begun else self._num_to_keep or 0
+        return {'rows': written + len(self._rows), 'validated': dict(self._validated)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on behind that many rows: call it before the first iteration."""
@@ -149,34 +142,51 @@ class RunLog:
     def _add(self, current_iter: int, values: Mapping[str, float]) -> None:
         if self.folder is None:
             return
-        if not self._is_open:
-            self._open(current_iter)
-        new = [name for name in values if name not in self._columns]
-        if new:
-            self._add_columns(new)
+        if not self._rows and not self._is_begun:
+            atexit.register(self.flush)  # of a run that fails, too: the last losses tell most about it
+            with only_warn(f'{self.table} cannot be written, its rows wait'):
+                self._begin(current_iter)
         epoch = (current_iter - 1) // self.iters_per_epoch if self.iters_per_epoch else ''
         exact = {name: repr(float(value)) for name, value in values.items()}
         self._rows.append({'iter': current_iter, 'epoch': epoch, **exact})
 
-    def _open(self, current_iter: int) -> None:
+    def _begin(self, current_iter: int) -> None:
         """Keep the rows of the state that is resumed; without one, those of earlier iterations."""
-        goes_on = self.table.is_file() and (current_iter > 1 or self._num_to_keep is not None)
-        header, rows = _read_lines(self.table) if goes_on else ('', [])
-        if self._num_to_keep is None:
-            self._num_to_keep = sum(int(row.partition(',')[0]) < current_iter for row in rows)
-        self._columns = next(csv.reader([header])) if header else [*FIXED]
-        self._rewrite(rows[: self._num_to_keep])
-        self._is_open = True
-        atexit.register(self._flush_at_the_end)  # of a run that fails, too: the last losses tell most about it
+        if self._is_begun and self.table.is_file():
+            return
+        header, rows = '', []
+        if self.table.is_file() and (current_iter > 1 or self._num_to_keep is not None):
+            try:
+                header, rows = _read_lines(self.table)
+                self._columns = next(csv.reader([header]))
+                if self._columns[: len(FIXED)] != [*FIXED]:
+                    raise ValueError(f'expected columns that begin with {", ".join(FIXED)}')
+                num_before = sum(int(row.partition(',')[0]) < current_iter for row in rows)
+                rows = rows[: num_before if self._num_to_keep is None else self._num_to_keep]
+            except (ValueError, StopIteration) as error:
+                aside = self.table.with_name(f'{self.table.name}.damaged')
+                self.table.replace(aside)
+                header, rows = '', []
+                logging.getLogger('basicsr').warning(f'{self.table} is begun anew, put aside as {aside.name}: {error}')
+        if not header:
+            self._columns = [*FIXED]
+        self._rewrite(rows)
+        self._is_begun = True
 
-    def _flush_at_the_end(self) -> None:
-        with suppress(FileError):
-            self.flush()
-
-    def _add_columns(self, names: Sequence[str]) -> None:
-        self.flush()
-        self._columns += names
-        self._rewrite([row + ',' * len(names) for row in _read_lines(self.table)[1]])
+    def _append(self, durably: bool) -> None:
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns, lineterminator='\n').writerows(self._rows)
+        with self.table.open('ab', buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                content = text.getvalue().encode()
+                if file.write(content) != len(content):
+                    raise OSError('the disk is full')
+            except OSError:
+                file.truncate(end)
+                raise
+            if durably:
+                os.fsync(file.fileno())
 
     def _rewrite(self, rows: Sequence[str]) -> None:
         """Write the table with these lines, whole or not at all."""
@@ -219,7 +229,8 @@ def draw_curve(columns: Columns, title: str, best_metric: str | None = None, hig
     losses = [name for name in columns if name not in FIXED and '/' not in name]
     validated = [name for name in columns if '/' in name and name.rpartition('/')[2] == best_metric]
     heights = [3, 1, *([2.4] if validated else [])]
-    with rc_context({'font.size': 10, 'axes.edgecolor': _FAINT, 'text.color': _INK, 'axes.labelcolor': _INK}):
+    style = {'font.size': 10, 'axes.edgecolor': _FAINT, 'text.color': _INK, 'axes.labelcolor': _INK}
+    with rc_context({**LITERAL, **style}):
         figure = Figure(figsize=(10, 1.45 * sum(heights)), dpi=110, layout='constrained')
         axes = list(figure.subplots(len(heights), sharex=True, height_ratios=heights))
         _draw_losses(axes[0], columns, losses, ticker)
@@ -238,22 +249,22 @@ def draw_curve(columns: Columns, title: str, best_metric: str | None = None, hig
         axes[-1].set_xlabel('iteration')
         axes[-1].xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
         axes[-1].xaxis.set_major_formatter(lambda value, _: f'{value:,.0f}')
-        axes[0].set_title(title, loc='left', fontsize=14, fontweight='bold')
+        write_name(axes[0].set_title('', loc='left', fontsize=14, fontweight='bold'), title)
         image = io.BytesIO()
         FigureCanvasAgg(figure).print_png(image)
     return image.getvalue()
 
 
 def _draw_losses(axis, columns: Columns, names: Sequence[str], ticker) -> None:
+    lines, labels = [], []
     for name, colour in zip(names, itertools.cycle(_COLOURS), strict=False):
         iterations, values = columns[name]
         smooth = _smoothed(values)
         axis.plot(*_thinned(iterations, values), color=colour, linewidth=0.6, alpha=0.28)
-        label = f'{name}   {smooth[-1]:.4g}'
-        axis.plot(*_thinned(iterations, smooth), color=colour, linewidth=1.8, label=label)
+        labels.append(f'{name}   {smooth[-1]:.4g}')
+        lines += axis.plot(*_thinned(iterations, smooth), color=colour, linewidth=1.8)
     axis.set_ylabel('loss')
-    if names:
-        axis.legend(loc='upper right', frameon=False)
+    draw_legend(axis, lines, labels, loc='upper right')
     numbers = np.concatenate([[], *(columns[name][1][np.isfinite(columns[name][1])] for name in names)])
     # Logarithmic where losses span more than a few times their least; with as many labels as that span needs.
     if numbers.size and numbers.min() > 0 and numbers.max() >= 4 * numbers.min():
@@ -265,6 +276,7 @@ def _draw_losses(axis, columns: Columns, names: Sequence[str], ticker) -> None:
 
 
 def _draw_validation(axis, columns: Columns, names: Sequence[str], metric: str, higher_is_better: bool) -> None:
+    lines, labels = [], []
     for name, colour in zip(names, itertools.cycle(_COLOURS), strict=False):
         iterations, values = columns[name]
         marker = 'o' if len(values) <= 60 else None
@@ -272,13 +284,21 @@ def _draw_validation(axis, columns: Columns, names: Sequence[str], metric: str, 
         if np.isnan(values).all():
             continue
         best = int(np.nanargmax(values) if higher_is_better else np.nanargmin(values))
-        label = f'{name.rpartition("/")[0]}   best {values[best]:.4g} at {iterations[best]:,}'
+        labels.append(f'{name.rpartition("/")[0]}   best {values[best]:.4g} at {iterations[best]:,}')
         star = {'marker': '*', 'markersize': 15, 'markeredgecolor': 'white', 'linestyle': 'none', 'zorder': 3}
-        axis.plot(iterations[best], values[best], color=colour, label=label, **star)
+        lines += axis.plot(iterations[best], values[best], color=colour, **star)
     axis.margins(y=0.15)
-    axis.set_ylabel(metric)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc='lower right' if higher_is_better else 'upper right', frameon=False)
+    write_name(axis.set_ylabel(''), metric)
+    draw_legend(axis, lines, labels, loc='lower right' if higher_is_better else 'upper right')
+
+
+def draw_legend(axis: Any, lines: Sequence[Any], labels: Sequence[str], **options: Any) -> None:
+    """Put a legend of these lines into axes of matplotlib, each label as it stands."""
+    if lines:
+        # A label that begins with an underscore would be left out.
+        legend = axis.legend(lines, ['-'] * len(lines), frameon=False, **options)
+        for text, label in zip(legend.get_texts(), labels, strict=True):
+            write_name(text, label)
 
 
 def _thinned(iterations: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from basicsr.utils.dist_util import get_dist_info, init_dist
 
 from ast_plugin import options
 from ast_plugin.checkpoints import newest_whole, read_checkpoint
-from ast_plugin.errors import CheckpointError, OptionError, did_you_mean
+from ast_plugin.errors import CheckpointError, OptionError, did_you_mean, only_warn
 from ast_plugin.files import write_file
 from ast_plugin.models import preflight
 from ast_plugin.models.processes import catch_signals, failing_together, leave
@@ -213,7 +213,8 @@ def _close_logs() -> None:
     basicsr_logger.initialized_logger.pop('basicsr', None)
     wandb = sys.modules.get('wandb')
     if wandb is not None and getattr(wandb, 'run', None) is not None:
-        wandb.finish()
+        with only_warn('W&B was not told of the end of the run'):
+            wandb.finish()
     # Schedules and optimisers hold one another: without this the next stage would find the memory of this one taken.
     gc.collect()
     torch.cuda.empty_cache()

@@ -2,7 +2,12 @@
 
 import functools
 import itertools
+import logging
 import math
+import shlex
+import sys
+import time
+import types
 import uuid
 from pathlib import Path
 
@@ -14,7 +19,11 @@ from ast_plugin.checkpoints import newest_whole, read_state
 from ast_plugin.data import workers
 from ast_plugin.data.random_states import SeededSamples
 from ast_plugin.data.sampler import EpochSampler
+from ast_plugin.errors import only_warn
+from ast_plugin.files import write_file
+from ast_plugin.names import printable
 
+WANDB_RECORD = 'wandb_run'  # in an experiment: the id of its run at W&B
 _FOLDERS = {'experiments_root', 'models', 'training_states', 'visualization', 'log'}
 
 
@@ -176,6 +185,68 @@ def purge_tensorboard() -> None:
     train.init_tb_loggers = init_tb_loggers
 
 
+class SparedWriter:
+    """A writer of TensorBoard whose failures end no run: the first is warned of. Without a writer nothing is done."""
+
+    def __init__(self, writer) -> None:
+        self.writer = writer
+
+    def __getattr__(self, name):
+        try:
+            attribute = getattr(self.writer, name)
+        except AttributeError:
+            if self.writer is not None:
+                raise
+            return lambda *args, **kwargs: None
+        if not callable(attribute):
+            return attribute
+
+        def call(*args, **kwargs):
+            with only_warn(_NO_TENSORBOARD):
+                return attribute(*args, **kwargs)
+
+        return call
+
+
+_NO_TENSORBOARD = 'what goes to TensorBoard is not written'
+
+
+def spare_runs_from_tensorboard() -> None:
+    """Let a run go on where TensorBoard's files cannot be written, or its package cannot be imported.
+
+    Fault: whatever the writer raises, on a full disk for one, ends the training. No upstream issue known.
+    """
+    original = train.init_tb_loggers
+
+    @functools.wraps(original)
+    def init_tb_loggers(opt):
+        is_wanted = opt['logger'].get('use_tb_logger') and 'debug' not in opt['name'] and not opt.get('rank')
+        tb_logger = None
+        with only_warn(_NO_TENSORBOARD):
+            tb_logger = original(opt)
+        return SparedWriter(tb_logger) if is_wanted else tb_logger
+
+    train.init_tb_loggers = init_tb_loggers
+
+
+def write_every_name() -> None:
+    """Write log files and copies of option files in UTF-8, with escapes for what is no text.
+
+    Fault: both have the encoding of the locale. A line of the log with a name that it lacks is lost under a traceback,
+    and `copy_opt_file`, which puts the command line into the copy, ends the run. No upstream issue known.
+    """
+    file_handler = functools.partial(logging.FileHandler, encoding='utf-8', errors='backslashreplace')
+    logger.logging = types.SimpleNamespace(**{**vars(logging), 'FileHandler': file_handler})
+
+    def copy_opt_file(opt_file, experiments_root):
+        """Copy an option file into the experiment, below the time and the command line."""
+        head = f'# GENERATE TIME: {time.asctime()}\n# CMD:\n# {printable(shlex.join(sys.argv))}\n\n'
+        source = Path(opt_file)
+        write_file(Path(experiments_root, source.name), head.encode() + source.read_bytes())
+
+    train.copy_opt_file = copy_opt_file
+
+
 def count_down_to_zero() -> None:
     """Let the remaining time in log lines end at zero.
 
@@ -210,21 +281,33 @@ def show_rates_in_tensorboard() -> None:
 
 
 def start_wandb_of_any_age() -> None:
-    """Start a run of Weights & Biases without `wandb.util.generate_id`.
+    """Start a run of Weights & Biases without `wandb.util.generate_id`, and go on with it when training is resumed.
 
-    Fault: `init_wandb_logger` asks it for the run's id, and wandb 0.28.2 removed it (slime#2332).
+    Fault: `init_wandb_logger` asks it for the run's id, and wandb 0.28.2 removed it (slime#2332); it begins another run
+    at every resumption that does not name one, and what wandb raises ends the training.
     """
 
     @logger.master_only
     def init_wandb_logger(opt):
-        """Start, or by `logger.wandb.resume_id` resume, a run that takes over what goes to TensorBoard."""
+        """Start a run that takes over what goes to TensorBoard, or go on with that of the experiment.
+
+        It is the one of `logger.wandb.resume_id`, or where the training is resumed the one that the experiment's file
+        `wandb_run` names.
+        """
         import wandb
 
-        project, resume_id = opt['logger']['wandb']['project'], opt['logger']['wandb'].get('resume_id')
+        settings = opt['logger']['wandb']
+        record = Path(opt.get('path', {}).get('experiments_root', opt['root_path']), WANDB_RECORD)
+        resume_id = settings.get('resume_id')
+        if not resume_id and opt.get('resumed_iter') and record.is_file():
+            resume_id = record.read_text(encoding='utf-8').strip()
         run_id = resume_id or uuid.uuid4().hex[:8]
         resume = 'allow' if resume_id else 'never'
-        wandb.init(id=run_id, resume=resume, name=opt['name'], config=opt, project=project, sync_tensorboard=True)
-        get_root_logger().info(f'Use wandb logger with id={run_id}; project={project}.')
+        with only_warn('nothing goes to W&B'):
+            project = settings['project']
+            wandb.init(id=run_id, resume=resume, name=opt['name'], config=opt, project=project, sync_tensorboard=True)
+            write_file(record, f'{run_id}\n'.encode())
+            get_root_logger().info(f'Use wandb logger with id={run_id}; project={project}.')
 
     for module in (logger, utils, train):
         module.init_wandb_logger = init_wandb_logger
@@ -237,6 +320,8 @@ REPAIRS = (
     start_loading_once,
     archive_under_free_names,
     purge_tensorboard,
+    spare_runs_from_tensorboard,
+    write_every_name,
     count_down_to_zero,
     show_rates_in_tensorboard,
     start_wandb_of_any_age,

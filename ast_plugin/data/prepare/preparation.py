@@ -13,11 +13,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ast_plugin.data.manifest import Entry, write_manifest
-from ast_plugin.data.matching import is_image, list_images, printable
+from ast_plugin.data.matching import is_image, list_images
 from ast_plugin.data.prepare.checks import CheckedSplit, Duplicates, Journal, find_duplicates, find_leaks
 from ast_plugin.data.prepare.splits import Split
 from ast_plugin.errors import DataError
 from ast_plugin.files import lock_folder, partials_of, replace_text
+from ast_plugin.names import printable
 
 FAULTS = 'faults.txt'
 _OURS = '.prepared'  # marks folders that may be changed by the next run
