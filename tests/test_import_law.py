@@ -21,6 +21,7 @@ MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itsel
     'checkpoints': BASE,
     'archs': BASE | {'faults', 'ops', 'checkpoints', 'plugins'},
     'weights': BASE | {'archs', 'checkpoints'},
+    'spandrel': BASE | {'archs', 'checkpoints'},
     'degradations': BASE | {'ops'},
     'data': BASE | {'ops', 'degradations', 'faults'},
     'losses': BASE | {'ops'},

@@ -55,7 +55,7 @@ class Spandrel(nn.Module):
         self.network = network_type(**options)
         # The hyperparameters decide what sizes it takes; spandrel works that out where it loads a state.
         descriptor = architecture.load(self.network.state_dict())
-        if not isinstance(descriptor, _spandrel().ImageModelDescriptor):
+        if not isinstance(descriptor, import_spandrel().ImageModelDescriptor):
             raise OptionError(f'Spandrel: {name} fills in what a mask covers, it does not restore images')
         self.scale = descriptor.scale
         self.sizes = descriptor.size_requirements
@@ -88,7 +88,7 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
         OptionError: if spandrel does not know the network.
         BackendUnavailable: if spandrel is not installed.
     """
-    spandrel = _spandrel()
+    spandrel = import_spandrel()
     try:
         descriptor = spandrel.MAIN_REGISTRY.load(dict(state))
     except spandrel.UnsupportedModelError:
@@ -105,7 +105,12 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
     return {'type': 'Spandrel', 'name': name, **stored}, assumed
 
 
-def _spandrel() -> Any:
+def import_spandrel() -> Any:
+    """Return the package spandrel, with the networks of its second package where that is installed.
+
+    Raises:
+        BackendUnavailable: if spandrel is not installed.
+    """
     # BasicSR first: with it torchvision, which spandrel imports, is made to work beside any build of torch.
     import basicsr  # noqa: F401
 
@@ -125,7 +130,7 @@ def _spandrel() -> Any:
 
 def _rows() -> dict[str, tuple[Any, type[nn.Module]]]:
     """Architecture and network class by the latter's name; the former's generic parameter says what it builds."""
-    spandrel = _spandrel()
+    spandrel = import_spandrel()
     rows = {}
     for support in spandrel.MAIN_REGISTRY:
         for base in getattr(type(support.architecture), '__orig_bases__', ()):

@@ -1,0 +1,96 @@
+"""AST through spandrel's public interface: recognised, built with the right options, and computing the same."""
+
+import pytest
+import torch
+
+from ast_plugin.archs.ast_arch import AST
+from ast_plugin.archs.networks import build_network
+from ast_plugin.checkpoints import save_torch, save_weights
+from ast_plugin.errors import BackendUnavailable, OptionError
+
+from .archs.golden import GoldenCase
+
+try:
+    from ast_plugin import spandrel as ours
+    from ast_plugin.spandrel import spandrel
+except BackendUnavailable:
+    pytest.skip('the extra `baselines` is not installed', allow_module_level=True)
+SMALL = {'type': 'AST', 'embed_dim': 4, 'num_heads': [1] * 9}
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _installed():
+    ours.install()
+    ours.install()
+
+
+def _descriptor(path):
+    descriptor = spandrel.ModelLoader().load_from_file(path).eval()
+    assert descriptor.architecture.id == 'AST' and isinstance(descriptor.model, AST)
+    assert (descriptor.purpose, descriptor.scale) == ('Restoration', 1)
+    return descriptor
+
+
+@pytest.mark.parametrize('name', ['tiny_frfn_128', 'tiny_frfn_4ch', 'tiny_leff_128', 'tiny_mlp_128'])
+def test_load_official_names(name, tmp_path):
+    case = GoldenCase(name)
+    save_torch(tmp_path / 'net.pth', {'state_dict': case.state()})
+    with torch.inference_mode():
+        assert case.error(_descriptor(tmp_path / 'net.pth').model(case.input())) < 1e-5
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'depths': [1] * 9},
+        {'depths': [2] * 9, 'img_size': 64},  # where the deepest levels shift differently than with 128
+        {'depths': [1] * 9, 'attention': 'sparse'},  # which names and shapes do not tell
+        {'depths': [1] * 9, 'ffn': 'leff', 'in_chans': 1, 'out_chans': 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('size', [(1, 1), (37, 91)])
+def test_load_options_of_metadata(options, size, tmp_path):
+    options = SMALL | options
+    network = build_network(options).eval()
+    save_weights(tmp_path / 'net.safetensors', network.state_dict(), options)
+    descriptor = _descriptor(tmp_path / 'net.safetensors')
+    image = torch.rand(2, network.in_chans, *size)
+    with torch.inference_mode():
+        torch.testing.assert_close(descriptor(image), network(image).clamp(0, 1), rtol=0, atol=0)
+    assert (descriptor.input_channels, descriptor.output_channels) == (network.in_chans, network.out_chans)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_cast(dtype, tmp_path, tolerances):
+    options = SMALL | {'depths': [1] * 9}
+    save_weights(tmp_path / 'net.safetensors', build_network(options).state_dict(), options)
+    descriptor, image = _descriptor(tmp_path / 'net.safetensors'), torch.rand(1, 3, 40, 24)
+    with torch.inference_mode():
+        want, got = descriptor(image), descriptor.to(dtype)(image.to(dtype))
+    assert got.dtype == dtype and (got.float() - want).norm() < tolerances[dtype] * want.norm()
+
+
+def test_tags_of_a_variant(tmp_path):
+    save_torch(tmp_path / 'net.pth', {'params': build_network({'type': 'AST_XS'}).state_dict()})
+    assert _descriptor(tmp_path / 'net.pth').tags == ['AST_XS', '16dim', 'assa', 'frfn']
+
+
+def test_uformer_stays_uformer():
+    uformer = spandrel.MAIN_REGISTRY['Uformer'].architecture
+    network = build_network({'type': 'Spandrel', 'name': 'Uformer', 'embed_dim': 4, 'num_heads': [1] * 9})
+    assert spandrel.MAIN_REGISTRY.load(network.state_dict()).architecture is uformer
+
+
+def test_install_beside_another_ast():
+    class Other(spandrel.Architecture):
+        def __init__(self):
+            super().__init__(id='AST', detect=lambda state: False)
+
+        def load(self, state_dict):
+            raise NotImplementedError
+
+    registry = spandrel.ArchRegistry()
+    registry.add(spandrel.ArchSupport.from_architecture(Other()))
+    with pytest.raises(OptionError, match='another architecture AST already, Other'):
+        ours.install(registry)
