@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+_MEMORY = re.compile(
+    r'out of memory|(allocate|insufficient|not enough) memory|failed to allocate|bad_alloc|ALLOC_FAILED', re.IGNORECASE
+)
 
 
 class PluginError(Exception):
@@ -14,6 +19,10 @@ class PluginError(Exception):
 
 class OptionError(PluginError, ValueError):
     """An option file or command-line argument is wrong."""
+
+
+class MemoryShortage(OptionError):
+    """An image does not fit in memory in the way that was asked for."""
 
 
 class DataError(PluginError, ValueError):
@@ -38,6 +47,11 @@ class ShapeError(PluginError, ValueError):
 
 class BackendUnavailable(PluginError, RuntimeError):
     """A backend asked for by name cannot run here."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, by the error's type or, as libraries have no common one, by its words."""
+    return isinstance(error, MemoryError | MemoryShortage) or bool(_MEMORY.search(str(error)))
 
 
 def one_line(error: BaseException) -> str:

@@ -1,8 +1,9 @@
 """Read and write image files without losing bit depth, transparency, gray or colour profile.
 
-Pillow reads all files of 8 bits and all metadata. OpenCV reads 16 bits, which Pillow cannot hold in colour, and is
-faster where only the pixels count. PNG of 16 bits with a profile or with gray and alpha, which neither of them writes,
-is written here.
+Pixels come first: PNG and JPEG files are taken apart, so that whatever their metadata are, a decoder sees the pixels
+alone, and the metadata go into the written file as they were. Pillow decodes 8 bits. OpenCV decodes 16 bits, which
+Pillow cannot hold in colour, and is faster where only the pixels count. PNG of 16 bits with gray and alpha, which
+neither of them writes, is written here.
 """
 
 from __future__ import annotations
@@ -10,19 +11,35 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from ast_plugin.errors import DataError
+from ast_plugin.data.image_metadata import (
+    EXIF_PREFIX,
+    HOLDERS,
+    JPEG_SCAN,
+    add_tags,
+    is_resolution,
+    jpeg_segments,
+    png_chunk,
+    png_chunks,
+    png_metadata,
+    split_metadata,
+    take_apart,
+    take_other_metadata,
+)
+from ast_plugin.errors import DataError, MemoryShortage, one_line, out_of_memory
 from ast_plugin.files import write_file
 
 SUFFIXES = {
@@ -44,18 +61,11 @@ _DECODES_TO_RGB = hasattr(cv2, 'IMREAD_COLOR_RGB')
 _IMREAD_RGB = cv2.IMREAD_COLOR_RGB if _DECODES_TO_RGB else cv2.IMREAD_COLOR
 
 _PNG_START = b'\x89PNG\r\n\x1a\n'
-_PNG_END = b'IEND\xaeB`\x82'
 _PNG_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by number of channels
 _JPEG_END = b'\xff\xd9'
-_JPEG_SCAN = 0xDA
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _JPEG_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, in Huffman codes
-_EXIF_PREFIX = b'Exif\0\0'
-_ORIENTATION_TAG = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 258, 262, 284, 338  # tags of TIFF
-# Decoders index, unpack and convert what a damaged file claims.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, MemoryError)
-_DECODE_ERRORS += (struct.error, zlib.error, cv2.error)
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF orientation
     2: lambda array: array[:, ::-1],
     3: lambda array: array[::-1, ::-1],
@@ -77,8 +87,10 @@ class ImageFile:
         format: a key of `SUFFIXES`.
         lossless: whether the file's compression kept every value.
         icc_profile: the colour profile that `color` is in, or None for sRGB.
-        exif: EXIF data without orientation and thumbnail, as Pillow takes it, or None.
+        exif: EXIF data, which are those of a TIFF file without pixels, upright and without thumbnail, or None.
+        xmp: XMP data, or None.
         dpi: resolution (across, down), or None.
+        extra: metadata that only files of `format` hold: names, and the bytes as they lie in the file.
         notes: lines on what could not be kept.
     """
 
@@ -88,13 +100,22 @@ class ImageFile:
     lossless: bool = True
     icc_profile: bytes | None = None
     exif: bytes | None = None
+    xmp: bytes | None = None
     dpi: tuple[float, float] | None = None
+    extra: tuple[tuple[str, bytes], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def is_gray(self) -> bool:
         """Whether the image has one channel of brightness instead of three colours."""
         return self.color.ndim == 2
+
+    def metadata(self, kind: str) -> tuple[dict[str, Any], list[str]]:
+        """Return the metadata that a file of format `kind` holds, by attribute, and the names of the others."""
+        held, lost = split_metadata({key: getattr(self, key) for key in HOLDERS}, kind)
+        if kind == self.format:
+            return held | {'extra': self.extra}, lost
+        return held | {'extra': ()}, lost + list(dict.fromkeys(name for name, _ in self.extra))
 
 
 def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
@@ -105,6 +126,7 @@ def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Imag
     Raises:
         DataError: if the file cannot be read whole, is animated, of a kind that is not supported, or larger than
             `max_pixels`, before its pixels are decoded.
+        MemoryShortage: if it does not fit in memory.
     """
     return decode_image(read_bytes(path), path, max_pixels=max_pixels)
 
@@ -114,18 +136,34 @@ def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_
     kind = sniff_format(data)
     if kind is None:
         raise DataError(f'{path}: not a PNG, JPEG, WebP, TIFF or BMP file' if data else f'{path}: the file is empty')
-    formats = [kind, 'MPO'] if kind == 'JPEG' else [kind]
+    size = 0, 0
     try:
-        with _PILLOW_WITHOUT_LIMITS, Image.open(io.BytesIO(data), formats=formats) as image:
-            return _decode(path, data, kind, image, max_pixels)
-    except UnidentifiedImageError as error:
-        raise DataError(
-            f'{path}: damaged, or a kind of {kind} that is not supported; save it anew with 8 or 16 bits in gray or RGB'
-        ) from error
-    except DataError:
-        raise
-    except _DECODE_ERRORS as error:
-        raise DataError(f'{path}: the {kind} file is damaged: {error or type(error).__name__}') from error
+        plain, metadata, notes = take_apart(data, kind)
+        try:
+            with _PILLOW_WITHOUT_LIMITS, Image.open(io.BytesIO(plain), formats=[kind]) as image:
+                check_size(path, *image.size, max_pixels)
+                size = image.size
+                return _decode(path, plain, kind, image, metadata, notes)
+        except DataError:
+            raise
+        except Exception as error:  # decoders index, unpack, convert and assert what a damaged file claims
+            num_pixels = _count_plain_pixels(data) if kind == 'JPEG' and not out_of_memory(error) else None
+            pixels = _decode_plainly(plain, cv2.IMREAD_UNCHANGED) if num_pixels and num_pixels <= max_pixels else None
+            if pixels is None or pixels.shape[2:] not in ((), (3,)):
+                raise
+            notes.append(f'read by OpenCV, as Pillow does not take it ({one_line(error)})')
+            color = pixels if pixels.ndim == 2 else pixels[..., ::-1]
+            return _make_image(color, None, kind, False, metadata, notes)
+    except Exception as error:
+        if out_of_memory(error) or not _has_memory(16 * math.prod(size)):
+            raise MemoryShortage(f'{path}: {size[0]}x{size[1]} does not fit in memory') from error
+        if isinstance(error, DataError):
+            raise
+        if isinstance(error, UnidentifiedImageError):
+            raise DataError(
+                f'{path}: damaged, or a kind of {kind} that is not supported; save it anew in 8 or 16 bits, gray or RGB'
+            ) from error
+        raise DataError(f'{path}: the {kind} file is damaged: {one_line(error)}') from error
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:
@@ -146,10 +184,7 @@ def decode_rgb(data: bytes | memoryview, path: str | os.PathLike) -> np.ndarray:
     """
     num_pixels = _count_plain_pixels(data)
     if num_pixels is not None and num_pixels <= MAX_PIXELS:
-        try:
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _IMREAD_RGB | cv2.IMREAD_ANYDEPTH)
-        except cv2.error:
-            pixels = None
+        pixels = _decode_plainly(data, _IMREAD_RGB | cv2.IMREAD_ANYDEPTH)
         if pixels is not None:
             return pixels if _DECODES_TO_RGB else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
     # The thorough reader takes the other files, and tells what is wrong with damaged ones.
@@ -179,7 +214,8 @@ def write_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95)
 def encode_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> bytes:
     """Encode an image in the format that the file's name ends with.
 
-    PNG and TIFF hold every image. WebP is written without loss where the image came without loss.
+    PNG and TIFF hold every image. WebP is written without loss where the image came without loss. Metadata that the
+    format does not hold, which `ImageFile.metadata` names, are left out.
 
     Args:
         path: the file.
@@ -222,17 +258,12 @@ def check_size(path: str | os.PathLike, width: int, height: int, max_pixels: int
 
 def find_jpeg_frame(data: bytes) -> tuple[int, int, int, int, int | None] | None:
     """Return marker, height, width and channels of a JPEG's frame, and where its scan begins if it does."""
-    position, frame = 2, None
-    while position + 10 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:  # padding
-            position += 1
-            continue
-        if marker == _JPEG_SCAN:
-            return frame and (*frame, position)
-        if marker in _JPEG_FRAMES and frame is None:
-            frame = (marker, *struct.unpack_from('>HHB', data, position + 5))
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], 'big')
+    frame = None
+    for marker, start, _ in jpeg_segments(data):
+        if marker == JPEG_SCAN:
+            return frame and (*frame, start)
+        if marker in _JPEG_FRAMES and frame is None and start + 10 <= len(data):
+            frame = (marker, *struct.unpack_from('>HHB', data, start + 5))
     return frame and (*frame, None)
 
 
@@ -243,7 +274,7 @@ def _count_plain_pixels(data: bytes | memoryview) -> int | None:
     """
     kind = sniff_format(bytes(data[:16]))
     if kind == 'PNG':
-        is_whole = len(data) >= 24 and (bytes(data[-len(_PNG_END) :]) == _PNG_END or _PNG_END in bytes(data))
+        is_whole = any(name == b'IEND' for name, _, _ in png_chunks(data))
         return math.prod(struct.unpack_from('>II', data, 16)) if is_whole else None
     data = bytes(data)
     if kind == 'JPEG' and (frame := find_jpeg_frame(data)):
@@ -286,45 +317,80 @@ class _PillowWithoutLimits:
 _PILLOW_WITHOUT_LIMITS = _PillowWithoutLimits()
 
 
-def _decode(path: str | os.PathLike, data: bytes, kind: str, image: Image.Image, max_pixels: int) -> ImageFile:
-    check_size(path, *image.size, max_pixels)
+def _decode_plainly(data: bytes | memoryview, flags: int) -> np.ndarray | None:
+    """The pixels as OpenCV has them; None if it does not read them."""
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        return None
+
+
+def _has_memory(num_bytes: int) -> bool:
+    """Whether so much memory can be had at once: decoders tell of memory that ran out as they tell of damage."""
+    try:
+        np.empty(num_bytes, np.uint8)
+    except MemoryError:
+        return False
+    return True
+
+
+def _make_image(
+    color: np.ndarray,
+    alpha: np.ndarray | None,
+    kind: str,
+    lossless: bool,
+    metadata: dict[str, Any],
+    notes: Sequence[str],
+) -> ImageFile:
+    """Put decoded pixels upright, by the `orientation` among the metadata, which viewers shall not apply again."""
+    orientation = metadata.pop('orientation', 1)
+    if orientation != 1 and 'xmp' in metadata:
+        metadata['xmp'] = re.sub(rb'(tiff:Orientation(?:>|=["\']))[2-8]', rb'\g<1>1', metadata['xmp'])
+    # Decoders of TIFF have applied it already.
+    upright = _UPRIGHT.get(1 if kind == 'TIFF' else orientation, lambda array: array)
+    color, alpha = (None if part is None else np.ascontiguousarray(upright(part)) for part in (color, alpha))
+    return ImageFile(color, alpha, kind, lossless, **metadata, notes=tuple(notes))
+
+
+def _decode(
+    path: str | os.PathLike,
+    data: bytes,
+    kind: str,
+    image: Image.Image,
+    metadata: dict[str, Any],
+    notes: list[str],
+) -> ImageFile:
+    """Decode what `take_apart` has left of a file, and give it the metadata and notes from there."""
     frames = getattr(image, 'n_frames', 1)
-    if frames > 1 and image.format != 'MPO':
+    if frames > 1:
         raise DataError(
             f'{path}: holds {frames} frames or pages; animated files are not supported, save the frames as images'
         )
-    notes = [f'the file holds {frames} images, only the first is used'] if frames > 1 else []
-    profile = image.info.get('icc_profile') or None
     bits = data[24] if kind == 'PNG' else 8
     if kind == 'TIFF':
         bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
         _check_strips(path, image)
+    if kind not in ('PNG', 'JPEG'):
+        metadata, lines = take_other_metadata(data, image, kind)
+        notes += lines
+    if kind == 'JPEG' and is_resolution(image.info.get('dpi')):
+        metadata['dpi'] = image.info['dpi']
     image.load()
     if bits == 16 and image.mode != 'CMYK':
         color, alpha = _decode_16_bits(path, data, kind, image)
     else:
         if image.mode == '1':
             notes.append('written with 8 bits instead of 1')
+        if image.mode in ('P', 'PA'):
+            notes.append('written in RGB instead of a palette')
         if image.mode == 'CMYK':
             notes.append('converted from CMYK to RGB')
-            image, profile = _convert_cmyk(image, profile), None
+            image = _convert_cmyk(image, metadata.pop('icc_profile', None))
         color, alpha = _split_alpha(path, image)
-    exif, orientation = _read_exif(image, kind)
-    # Decoders of TIFF have applied the orientation already.
-    upright = _UPRIGHT.get(1 if kind == 'TIFF' else orientation, lambda array: array)
-    color, alpha = (None if part is None else np.ascontiguousarray(upright(part)) for part in (color, alpha))
+    if kind == 'TIFF' and 0 in image.tag_v2.get(_EXTRA_SAMPLES, ()):
+        notes.append('a channel of no said meaning, which is no transparency, is left out')
     lossless = kind != 'JPEG' and (kind != 'WEBP' or _is_lossless_webp(data))
-    dpi = image.info.get('dpi') if kind != 'WEBP' else None
-    return ImageFile(color, alpha, kind, lossless, profile, exif, dpi, tuple(notes))
-
-
-def _check_strips(path: str | os.PathLike, image: Image.Image) -> None:
-    """Raise DataError if strips or tiles are missing: Pillow leaves their pixels black, however many there are."""
-    count = sum((right - left) * (bottom - top) for left, top, right, bottom in (tile.extents for tile in image.tile))
-    planes = len(image.getbands()) if len(image.tile) > 1 and image.tag_v2.get(_PLANAR, 1) == 2 else 1
-    width, height = image.size
-    if count < width * height * planes:
-        raise DataError(f'{path}: damaged: strips or tiles are missing, it holds {count} of {width}x{height} pixels')
+    return _make_image(color, alpha, kind, lossless, metadata, notes)
 
 
 def _split_alpha(path: str | os.PathLike, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
@@ -338,6 +404,15 @@ def _split_alpha(path: str | os.PathLike, image: Image.Image) -> tuple[np.ndarra
         pixels = np.asarray(image.convert('RGBA'))
         return pixels[..., 0] if gray else pixels[..., :3], pixels[..., 3]
     return np.asarray(image.convert('L' if gray else 'RGB')), None
+
+
+def _check_strips(path: str | os.PathLike, image: Image.Image) -> None:
+    """Raise DataError if strips or tiles are missing: Pillow leaves their pixels black, however many there are."""
+    count = sum((right - left) * (bottom - top) for left, top, right, bottom in (tile.extents for tile in image.tile))
+    planes = len(image.getbands()) if len(image.tile) > 1 and image.tag_v2.get(_PLANAR, 1) == 2 else 1
+    width, height = image.size
+    if count < width * height * planes:
+        raise DataError(f'{path}: damaged: strips or tiles are missing, it holds {count} of {width}x{height} pixels')
 
 
 def _decode_16_bits(
@@ -355,6 +430,8 @@ def _decode_16_bits(
         alpha = None if transparent is None else np.where(pixels == transparent, 0, 65535).astype(np.uint16)
         return ~pixels if white_is_zero else pixels, alpha
     color, alpha = pixels[..., 2::-1], pixels[..., 3] if pixels.shape[2] == 4 else None
+    if kind == 'TIFF' and not {1, 2} & {*image.tag_v2.get(_EXTRA_SAMPLES, ())}:
+        alpha = None
     if kind == 'PNG' and data[25] == 4:
         color = color[..., 0]
     if kind == 'TIFF' and alpha is not None and image.tag_v2.get(_EXTRA_SAMPLES) == (1,):  # multiplied by alpha
@@ -374,16 +451,6 @@ def _convert_cmyk(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert('RGB')
 
 
-def _read_exif(image: Image.Image, kind: str) -> tuple[bytes | None, int]:
-    """EXIF data without orientation, and the orientation. A TIFF's tags describe its own pixels and stay behind."""
-    try:
-        exif = image.getexif()
-        orientation = exif.pop(_ORIENTATION_TAG, 1)
-        return (exif.tobytes() if len(exif) and kind != 'TIFF' else None), orientation
-    except _DECODE_ERRORS:
-        return None, 1  # damaged metadata do not cost the image
-
-
 def _is_lossless_webp(data: bytes) -> bool:
     position = 12
     while position + 8 <= len(data):
@@ -397,33 +464,38 @@ def _is_lossless_webp(data: bytes) -> bool:
 def _encode(image: ImageFile, kind: str, quality: int) -> bytes:
     color = image.color[..., None] if image.is_gray else image.color
     channels = color if image.alpha is None else np.dstack([color, image.alpha])
-    if channels.dtype == np.uint16:
-        if kind not in ('PNG', 'TIFF'):
-            raise ValueError(f'{kind} holds 8 bits, the image has 16; PNG and TIFF hold it')
-        return (_encode_png_16_bits if kind == 'PNG' else _encode_tiff_16_bits)(image, channels)
+    metadata, _ = image.metadata(kind)
+    if channels.dtype == np.uint16 and kind not in ('PNG', 'TIFF'):
+        raise ValueError(f'{kind} holds 8 bits, the image has 16; PNG and TIFF hold it')
     if kind == 'JPEG' and image.alpha is not None:
         raise ValueError('JPEG has no transparency, the image has; PNG, WebP and TIFF hold it')
+    if kind == 'TIFF':
+        return _encode_tiff(channels, metadata)
     if kind in ('WEBP', 'BMP') and channels.shape[2] == 2:
         channels = channels[..., [0, 0, 0, 1]]
     if kind == 'BMP' and channels.shape[2] == 4:
         # Pillow writes such files without saying that the fourth channel is alpha.
         return cv2.imencode('.bmp', cv2.cvtColor(channels, cv2.COLOR_RGBA2BGRA))[1].tobytes()
-    holds = {'BMP': ('dpi',), 'WEBP': ('icc_profile', 'exif'), 'TIFF': ('icc_profile', 'dpi')}
-    kept = holds.get(kind, ('icc_profile', 'exif', 'dpi'))
-    options = {name: getattr(image, name) for name in kept if getattr(image, name) is not None}
-    if kind == 'JPEG':
-        options |= {'quality': quality, 'subsampling': 0 if quality >= 90 else 2}
-    elif kind == 'WEBP':
-        options |= {'lossless': True, 'exact': True} if image.lossless else {'quality': quality}
-    elif kind == 'TIFF':
-        options |= {'compression': 'tiff_adobe_deflate'}
-    output = io.BytesIO()
     pixels = np.ascontiguousarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
-    Image.fromarray(pixels).save(output, kind, **options)
+    output = io.BytesIO()
+    if kind == 'PNG':
+        if pixels.dtype == np.uint16:
+            data = _encode_png_16_bits(channels)
+        else:
+            Image.fromarray(pixels).save(output, 'PNG')
+            data = output.getvalue()
+        return data[:33] + png_metadata(metadata) + data[33:]
+    metadata['extra'] = b''.join(segment for _, segment in metadata['extra'])
+    if kind == 'JPEG':
+        metadata |= {'quality': quality, 'subsampling': 0 if quality >= 90 else 2}
+        metadata |= {'exif': EXIF_PREFIX + metadata['exif']} if 'exif' in metadata else {}
+    elif kind == 'WEBP':
+        metadata |= {'lossless': True, 'exact': True} if image.lossless else {'quality': quality}
+    Image.fromarray(pixels).save(output, kind, **metadata)
     return output.getvalue()
 
 
-def _encode_png_16_bits(image: ImageFile, channels: np.ndarray) -> bytes:
+def _encode_png_16_bits(channels: np.ndarray) -> bytes:
     height, width, count = channels.shape
     rows = channels.astype('>u2').view(np.uint8).reshape(height, width * count * 2)
     # Filter 1 of PNG: each byte less the one of the pixel to the left.
@@ -431,34 +503,33 @@ def _encode_png_16_bits(image: ImageFile, channels: np.ndarray) -> bytes:
     filtered[:, 0] = 1
     filtered[:, 1:] = rows
     filtered[:, 1 + count * 2 :] -= rows[:, : -count * 2]
-    chunks = [(b'IHDR', struct.pack('>IIBBBBB', width, height, 16, _PNG_COLOR_TYPES[count], 0, 0, 0))]
-    if image.icc_profile:
-        chunks.append((b'iCCP', b'ICC profile\0\0' + zlib.compress(image.icc_profile)))
-    if image.exif:
-        chunks.append((b'eXIf', image.exif.removeprefix(_EXIF_PREFIX)))
-    if image.dpi:
-        chunks.append((b'pHYs', struct.pack('>IIB', *(round(float(dots) / 0.0254) for dots in image.dpi), 1)))
-    chunks += [(b'IDAT', zlib.compress(filtered, 6)), (b'IEND', b'')]
-    return _PNG_START + b''.join(
-        struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body)) for name, body in chunks
+    header = struct.pack('>IIBBBBB', width, height, 16, _PNG_COLOR_TYPES[count], 0, 0, 0)
+    return (
+        _PNG_START
+        + png_chunk(b'IHDR', header)
+        + png_chunk(b'IDAT', zlib.compress(filtered, 6))
+        + png_chunk(b'IEND', b'')
     )
 
 
-def _encode_tiff_16_bits(image: ImageFile, channels: np.ndarray) -> bytes:
+def _encode_tiff(channels: np.ndarray, metadata: dict[str, Any]) -> bytes:
     import tifffile
 
+    count, dpi = channels.shape[2], metadata.get('dpi')
     output = io.BytesIO()
     tifffile.imwrite(
         output,
-        channels.squeeze(2) if channels.shape[2] == 1 else channels,
-        photometric='minisblack' if image.is_gray else 'rgb',
-        planarconfig='contig',
+        channels.squeeze(2) if count == 1 else channels,
+        byteorder='<',
+        photometric='minisblack' if count < 3 else 'rgb',
+        planarconfig='contig' if count > 1 else None,
         metadata=None,
-        extrasamples=None if image.alpha is None else ['unassalpha'],
+        software=False,
+        extrasamples=['unassalpha'] if count in (2, 4) else None,
         compression='zlib',
         predictor=True,
-        iccprofile=image.icc_profile,
-        resolution=image.dpi and tuple(map(float, image.dpi)),
-        resolutionunit='INCH' if image.dpi else None,
+        iccprofile=metadata.get('icc_profile'),
+        resolution=dpi and tuple(map(float, dpi)),
+        resolutionunit='INCH' if dpi else None,
     )
-    return output.getvalue()
+    return add_tags(output.getvalue(), metadata)

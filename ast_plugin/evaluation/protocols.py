@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ast_plugin.errors import DataError, OptionError, PluginError, ShapeError, did_you_mean, one_line
-from ast_plugin.evaluation.tiling import AUTO, MemoryShortage, OnNote, OnTile, Tiling, evaluating
+from ast_plugin.errors import DataError, MemoryShortage, OptionError, PluginError, ShapeError, did_you_mean, one_line
+from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, Tiling, evaluating
 from ast_plugin.metrics.images import as_array, eight_bits, fractions, to_toolbox
 
 Metrics = Mapping[str, Mapping[str, Any]]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.errors import OptionError, PluginError, ShapeError, one_line
+from ast_plugin.errors import MemoryShortage, OptionError, PluginError, ShapeError, one_line, out_of_memory
 from ast_plugin.evaluation.cost import available_bytes, peak_bytes
 from ast_plugin.ops import frozen_weights
 from ast_plugin.ops.tiles import check_tiling, run_tiled
@@ -26,10 +26,6 @@ _bytes_per_pixel: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyD
 
 OnTile = Callable[[int, int], None]
 OnNote = Callable[[str], None]
-
-
-class MemoryShortage(OptionError):
-    """An image does not fit in memory in the way that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,9 @@ class Tiling:
             overlap = tile // 4 if self.overlap is None else min(self.overlap, tile - 1)
             try:
                 return run_tiled(apply, image, tile, overlap, self.blend, on_tile, batch)
-            except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+            except Exception as error:
+                if isinstance(error, PluginError) or not out_of_memory(error):
+                    raise
                 shown = f'{width}x{height} in tiles of {tile}' if tile < whole else f'{width}x{height}'
                 if tile < whole and batch > 1:
                     note(f'{shown}, {batch} at once, does not fit in memory, trying {batch // 2}')
@@ -156,12 +154,10 @@ def evaluating(network: nn.Module | Callable) -> Iterator[None]:
 
 @contextmanager
 def _explain_failures(patch: Tensor) -> Iterator[None]:
-    """Add the size to what a network raises, and turn memory that ran out on a CPU into MemoryError."""
+    """Add the size to what a network raises, but where that is memory that ran out."""
     try:
         yield
-    except (torch.cuda.OutOfMemoryError, PluginError):
-        raise
-    except RuntimeError as error:
-        if 'allocate memory' in str(error) or 'not enough memory' in str(error):
-            raise MemoryError(str(error)) from error
+    except Exception as error:  # networks of others raise what they like
+        if isinstance(error, PluginError) or out_of_memory(error):
+            raise
         raise ShapeError(f'the network failed on {patch.shape[-1]}x{patch.shape[-2]}: {one_line(error)}') from error
