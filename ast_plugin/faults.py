@@ -94,11 +94,16 @@ def faults_of(
     for report in [each for each in reports if each['type'] != 'needs_python_object'] or reports:
         where = _keys_only(report['loc'], value, report['type'] == 'missing')
         place = (*prefix, *where)
+        if report['type'] == 'union_tag_invalid':
+            key = report['ctx']['discriminator'].strip("'")
+            got = report['input'].get(key)
+            expected = f'expected {report["ctx"]["expected_tags"]}, got {shown(got)}'
+            place, report = (*place, key), {**report, 'expected': expected}
         if report['type'] == 'extra_forbidden':
             names = [*_section_at(model, where[:-1]).model_fields, *(also_known if len(where) == 1 else ())]
             fault = unknown_key(place, names)
         else:
-            fault = Fault(place, _message(report))
+            fault = Fault(place, report.get('expected') or _message(report))
         faults[place] = _joined(faults[place], fault) if place in faults else fault
     # Of a union, the member that got furthest tells what is wrong; that the others want another kind is no news.
     return [

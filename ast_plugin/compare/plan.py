@@ -21,6 +21,7 @@ from ast_plugin.options.compare_file import (
     is_trained,
     measured_dataset,
 )
+from ast_plugin.options.reading import Sources
 from ast_plugin.options.validation import Registered
 
 
@@ -85,7 +86,7 @@ def make_plan(name_or_path: str, root: str | Path, overrides: Sequence[str] = ()
     file = options.find(name_or_path)
     opt = options.load(file, overrides)
     registered = load_registered()
-    check_comparison(opt, str(file), registered)
+    check_comparison(opt, str(file), registered, Sources(file, overrides).explain)
     if opt.get('manual_seed') is None:
         opt['manual_seed'] = 0  # one seed for all networks, and when the command is given again
     val = opt.get('val') or {}

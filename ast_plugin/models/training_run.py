@@ -32,7 +32,7 @@ from ast_plugin.models.progress import close_bars
 from ast_plugin.models.registries import load_registered
 from ast_plugin.ops import use_backend
 from ast_plugin.options import Stage, compare_file, safe_yaml, validation
-from ast_plugin.options.reading import BASE_KEY, STAGES_KEY
+from ast_plugin.options.reading import BASE_KEY, STAGES_KEY, Sources
 from ast_plugin.options.sections import Dataset
 from ast_plugin.options.validation import Registered
 
@@ -140,7 +140,8 @@ def read_run(
     if is_train is None:
         entries = opt.get(STAGES_KEY)
         is_train = any('train' in part for part in (opt, *(entries if isinstance(entries, list) else ())) if part)
-    validation.check(opt, str(file), registered, is_train=is_train)
+    explain = Sources(file, overrides).explain
+    validation.check(opt, str(file), registered, is_train=is_train, explain=explain)
     root = Path(os.path.expanduser(root)).resolve()
     return Run(file, opt, options.expand(opt), registered, is_train, root, is_debug)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -58,9 +58,11 @@ class Head(Section):
     compare: CompareSettings = Field(default_factory=CompareSettings)
 
 
-def check_comparison(opt: Mapping[str, Any], source: str, registered: Registered) -> None:
+def check_comparison(
+    opt: Mapping[str, Any], source: str, registered: Registered, explain: Callable[[Fault], Fault] | None = None
+) -> None:
     """Check the options of a compare file, or raise OptionError with a line for each fault."""
-    raise_faults(find_comparison_faults(opt, registered), source)
+    raise_faults(find_comparison_faults(opt, registered), source, explain)
 
 
 def find_comparison_faults(opt: Mapping[str, Any], registered: Registered | None = None) -> list[Fault]:

@@ -9,10 +9,14 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from yaml.nodes import MappingNode, Node, ScalarNode
+
 from ast_plugin.errors import OptionError, did_you_mean
+from ast_plugin.faults import Fault, Where, dotted
 from ast_plugin.options import safe_yaml
 from ast_plugin.plugins import option_folders
 
@@ -32,6 +36,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED_FOLDERS = (_PACKAGE / 'option_files', _PACKAGE.parent / 'options')
 _SUFFIXES = ('.yml', '.yaml')
 _TEMPLATE_MARKS = ('{{', '{%')
+_WANTS_TEXT = re.compile(r"text|name|'")  # also in the words of a choice: expected 'fp32' or 'fp16'
 _VARIABLE = re.compile(r'\$\{([A-Za-z_][A-Za-z0-9_]*)(?::([^{}]*))?\}')
 
 
@@ -71,9 +76,7 @@ def find(name_or_path: str | Path) -> Path:
     if path.is_file():
         return path
     known = known_files()
-    name = path.as_posix()
-    for suffix in _SUFFIXES:
-        name = name.removesuffix(suffix)
+    name = _without_suffix(path.as_posix())
     if name in known:
         return known[name]
     if path.is_dir():
@@ -82,6 +85,10 @@ def find(name_or_path: str | Path) -> Path:
         f'{name_or_path}: no such option file{did_you_mean(name, known) or did_you_mean(path.stem, known)} '
         '(`basicsr options` lists those that come along)'
     )
+
+
+def _without_suffix(name: str) -> str:
+    return next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), name)
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -105,8 +112,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any]:
     """Read an option file and all that it inherits from; nothing in any of them is run.
 
-    `_base_: other.yml`, or a list of such, is relative to the file that says it. Later bases are laid over earlier
-    ones, the file over all of them: see `merge`.
+    `_base_: other.yml`, or a list of such, is relative to the file that says it, or else a name in `known_files`. Later
+    bases are laid over earlier ones, the file over all of them: see `merge`.
     """
     return _read(path, (), [0])
 
@@ -129,6 +136,72 @@ def _read(path: Path, including: tuple[Path, ...], num_read: list[int]) -> dict[
     return _merged(inherited, opt, path) if inherited else opt
 
 
+class Sources:
+    """Where each option of a file stands: in it, in what it inherits from, or on the command line.
+
+    Args:
+        path: the file, which was read before.
+        overrides: as given to `load`.
+    """
+
+    def __init__(self, path: Path, overrides: Iterable[str] = ()) -> None:
+        self.path, self.files = path, list(_chain(path))
+        self.overrides = {
+            tuple(keys.split(':')): value for keys, _, value in (text.partition('=') for text in overrides)
+        }
+
+    def explain(self, fault: Fault) -> Fault:
+        """A fault that says besides what stands there where YAML makes no text of it, and what of it is inherited."""
+        return replace(fault, message=fault.message + self._written(fault) + self._inherited(fault))
+
+    def _written(self, fault: Fault) -> str:
+        expected = fault.message.partition(', got')[0]
+        if not expected.startswith('expected') or not _WANTS_TEXT.search(expected):
+            return ''
+        node = self._find(fault.where)[1]
+        written = node.value if isinstance(node, ScalarNode) and node.style is None else ''
+        written = self.overrides.get(tuple(map(str, fault.where)), written)
+        variable = _VARIABLE.fullmatch(written)
+        written, place = (_value_of(variable), f' in {written}') if variable else (written, '')
+        if not written or isinstance(safe_yaml.read_text(written, place), str):
+            return ''
+        return f", which YAML makes of {written}: put quotes around it{place}, '{written}'"
+
+    def _inherited(self, fault: Fault) -> str:
+        """What the fault is about and is inherited: the option, or those of a section that the message names."""
+        is_section = not fault.unknown_key and isinstance(self._find(fault.where)[1], MappingNode)
+        keys = re.findall(r'\w+', fault.message) if is_section else ()
+        places = [(*fault.where, key) for key in keys] if is_section else [fault.where]
+        found = [(where[-1], *self._find(where)) for where in places]
+        found = [(key, path, node) for key, path, node in found if path != self.path]
+        if not found:
+            return ''
+        place = f'{found[0][1]}:{found[0][2].start_mark.line + 1}'
+        message = f' ({", ".join(str(key) for key, *_ in found)} inherited from {place})'
+        if not is_section and not fault.unknown_key:
+            return message
+        where = fault.where if is_section else fault.where[:-1]
+        section = dotted(where[2:] if where[:1] == (STAGES_KEY,) else where)
+        return f'{message}; `{DELETE_KEY}: true` in {section} leaves out all that is inherited there'
+
+    def _find(self, where: Where) -> tuple[Path, Node | None]:
+        """The last file that says what is at `where`, and what stands there."""
+        for place in (where, where[2:]) if where[:1] == (STAGES_KEY,) else (where,):
+            for path in self.files:
+                node = safe_yaml.node_at(path, place)
+                if node is not None:
+                    return path, node
+        return self.path, None
+
+
+def _chain(path: Path, including: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """A file that was read before, and what it inherits from, the later before what they are laid over."""
+    yield path
+    bases = safe_yaml.read_file(path).get(BASE_KEY, [])
+    for name in reversed(bases if isinstance(bases, list) else [bases]):
+        yield from _chain(_base_path(name, (*including, path)), (*including, path))
+
+
 def _merged(base: dict[str, Any], changes: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return merge(base, changes)
@@ -138,14 +211,19 @@ def _merged(base: dict[str, Any], changes: dict[str, Any], path: Path) -> dict[s
 
 def _base_path(name: Any, chain: tuple[Path, ...]) -> Path:
     source = f'{chain[-1]}: {BASE_KEY}'
-    if not isinstance(name, str) or not name.endswith(_SUFFIXES) or '\0' in name:
-        raise OptionError(f'{source}: expected the path of a .yml file, or a list of such, got {name!r:.80}')
+    known = known_files()
+    if not isinstance(name, str) or not (name.endswith(_SUFFIXES) or name in known) or '\0' in name:
+        hint = did_you_mean(name, known) if isinstance(name, str) else ''
+        expected = 'expected the path of a .yml file, or a list of such, or the name of a shipped one'
+        raise OptionError(f'{source}: {expected}, got {name!r:.80}{hint}')
     if Path(name).is_absolute():
         raise OptionError(f'{source}: expected a path relative to this file, got {name}')
     path = chain[-1].parent / name
     if not path.is_file():
         there = [file.name for file in path.parent.glob('*.y*ml')] if path.parent.is_dir() else []
-        raise OptionError(f'{source}: no such file: {path}{did_you_mean(path.name, there)}')
+        if _without_suffix(name) not in known:
+            raise OptionError(f'{source}: no such file: {path}{did_you_mean(path.name, [*there, *known])}')
+        path = known[_without_suffix(name)]
     if any(path.samefile(other) for other in chain):
         raise OptionError(f'{source}: inherits from itself: {" -> ".join(map(str, (*chain, path)))}')
     return path

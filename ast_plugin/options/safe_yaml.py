@@ -1,12 +1,13 @@
 """YAML as data and nothing else: no tags that make objects, no bombs, no keys given twice.
 
-Numbers are read as YAML 1.2 has them (`1e-4` is a number, `010` is ten, `1:30` and dates are text), truth
-values as YAML 1.1 has them (`true`, `yes`, `on`), which is what BasicSR's users write.
+Numbers are read as YAML 1.2 has them (`1e-4` is a number, `010` is ten, `1:30`, dates and `2024_06_01` are text), but
+for thousands (`100_000`); truth values as YAML 1.1 has them (`true`, `yes`, `on`), which is what BasicSR's users write.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ MAX_DEPTH = 50
 
 _TAG = 'tag:yaml.org,2002:'
 _MERGE_TAG = f'{_TAG}merge'
-_INT = re.compile(r'^[-+]?(?:[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+)$')
+_INT = re.compile(r'^[-+]?(?:[0-9]+|[0-9]{1,3}(?:_[0-9]{3})+|0o[0-7]+|0x[0-9a-fA-F]+)$')
 _FLOAT = re.compile(
-    r'^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$'
+    r'^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$'
 )
 _BOOL = re.compile(r'^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$')
 _NULL = re.compile(r'^(?:~|null|Null|NULL|)$')
@@ -61,6 +62,25 @@ def write_text(value: Any) -> str:
 
 def read_file(path: Path) -> Any:
     """Read a YAML file of at most 256 KiB as `read_text` does."""
+    return read_text(_text_of(path), str(path))
+
+
+def node_at(path: Path, where: Sequence[str | int]) -> Node | None:
+    """What stands in a file that was read before at these keys and numbers, with its line; None if nothing does."""
+    node = _compose(_text_of(path), str(path))
+    for step in where:
+        items: dict[Any, Node] = {}
+        if isinstance(node, MappingNode):
+            items = {key.value: value for key, value in node.value}
+        elif isinstance(node, SequenceNode):
+            items = dict(enumerate(node.value))
+        if step not in items:
+            return None
+        node = items[step]
+    return node
+
+
+def _text_of(path: Path) -> str:
     try:
         with open(path, 'rb') as stream:
             content = stream.read(MAX_BYTES + 1)
@@ -71,10 +91,9 @@ def read_file(path: Path) -> Any:
     if len(content) > MAX_BYTES:
         raise OptionError(f'{path}: larger than {MAX_BYTES // 1024} KiB, so hardly an option file')
     try:
-        text = content.decode('utf-8-sig')
+        return content.decode('utf-8-sig')
     except UnicodeDecodeError:
         raise OptionError(f'{path}: expected YAML text in UTF-8, this is something else') from None
-    return read_text(text, str(path))
 
 
 def read_text(text: str, source: str) -> Any:
@@ -83,17 +102,21 @@ def read_text(text: str, source: str) -> Any:
     Raises:
         OptionError: if it is not YAML, or holds what is more than data.
     """
+    node = _compose(text, source)
+    return None if node is None else _Builder(source).build(node, 0)
+
+
+def _compose(text: str, source: str) -> Node | None:
     try:
         loader = _Loader(text)
         try:
-            node = loader.get_single_node()
+            return loader.get_single_node()
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         raise OptionError(f'{source}{_place(error)}: not YAML: {_reason(error)}') from None
     except RecursionError:
         raise OptionError(f'{source}: nested deeper than {MAX_DEPTH} levels') from None
-    return None if node is None else _Builder(source).build(node, 0)
 
 
 def _place(error: yaml.YAMLError) -> str:
@@ -138,7 +161,10 @@ class _Builder:
                 continue
             key = self.build(key_node, depth + 1)
             if not isinstance(key, str):
-                raise self._error(key_node, f'keys must be text, got {key!r}; put quotes around it if it is meant')
+                message = f'keys must be text, got {key!r}'
+                if isinstance(key_node, ScalarNode):
+                    message += f", which YAML makes of {key_node.value}: put quotes around it, '{key_node.value}'"
+                raise self._error(key_node, message)
             if key in own:
                 raise self._error(key_node, f'the key {key} is given twice in the same place')
             own[key] = self.build(value_node, depth + 1)

@@ -48,7 +48,14 @@ class Registered:
         return f'no {kind} is registered as {name}{suggestion} ({hint})'
 
 
-def check(opt: Mapping[str, Any], source: str, registered: Registered | None = None, *, is_train: bool = True) -> None:
+def check(
+    opt: Mapping[str, Any],
+    source: str,
+    registered: Registered | None = None,
+    *,
+    is_train: bool = True,
+    explain: Callable[[Fault], Fault] | None = None,
+) -> None:
     """Check the options of a file, as read, before `ast_plugin.options.prepare` completes them.
 
     Args:
@@ -56,16 +63,17 @@ def check(opt: Mapping[str, Any], source: str, registered: Registered | None = N
         source: the file's name in messages.
         registered: what names may be used; without it only keys and types are checked.
         is_train: what training needs must be there as well.
+        explain: says more about a fault, see `reading.Sources`.
     Raises:
         OptionError: listing every fault, one line each: `FILE: datasets.train.gt_sise: unknown key, did you mean …?`
     """
-    raise_faults(find_faults(opt, registered, is_train=is_train), source)
+    raise_faults(find_faults(opt, registered, is_train=is_train), source, explain)
 
 
-def raise_faults(faults: list[Fault], source: str) -> None:
+def raise_faults(faults: list[Fault], source: str, explain: Callable[[Fault], Fault] | None = None) -> None:
     """Raise OptionError with a line for each fault, if there are any."""
     if faults:
-        raise OptionError('\n'.join(f'{source}: {fault}' for fault in faults))
+        raise OptionError('\n'.join(f'{source}: {explain(fault) if explain else fault}' for fault in faults))
 
 
 def find_faults(opt: Mapping[str, Any], registered: Registered | None = None, *, is_train: bool = True) -> list[Fault]:
@@ -118,6 +126,13 @@ class _RunCheck:
     def _report(self, where: Where, message: str) -> None:
         self.found.append(Fault(where, message))
 
+    def _report_type(self, where: Where) -> None:
+        options = self._at(*where)
+        if isinstance(options, dict) and 'type' in options:
+            self._report((*where, 'type'), f'expected text, got {shown(options["type"])}')
+        else:
+            self._report(where, 'expected a mapping with a type')
+
     def _at(self, *where: str | int) -> Any:
         value: Any = self.opt
         for key in where:
@@ -135,7 +150,7 @@ class _RunCheck:
         kinds = {f'{pattern}{letter}': kind for pattern, kind in _PATH_PATTERNS.items() for letter in letters}
         for key in networks:
             if not _is_typed(self.opt[key]):
-                self._report((key,), 'expected a mapping with a type')
+                self._report_type((key,))
         for key, value in self._section('path').items():
             if value is not None and not isinstance(value, kinds.get(key, object)):
                 self._report(
@@ -242,7 +257,7 @@ class _RunCheck:
         """Check `{type: NAME, argument: value, …}`."""
         options = self._at(*where)
         if not _is_typed(options):
-            self._report(where, 'expected a mapping with a type')
+            self._report_type(where)
             return
         target = registered.get(kind, options['type'])
         if target is None:

@@ -85,7 +85,7 @@ def test_merge(base, changes, expected):
         ({'file': '_base_: file.yml\n'}, 'inherits from itself: file.yml -> file.yml'),
         ({'file': '_base_: a.yml\n', 'a': '_base_: b.yml\n', 'b': '_base_: ./a.yml\n'}, 'a.yml -> b.yml -> a.yml'),
         ({'file': '_base_: /etc/hosts.yml\n'}, 'expected a path relative to this file'),
-        ({'file': '_base_: 3\n'}, 'expected the path of a .yml file, or a list of such, got 3'),
+        ({'file': '_base_: 3\n'}, 'or the name of a shipped one, got 3'),
         ({'file': '_base_: [{a: 1}]\n'}, 'expected the path of a .yml file'),
         ({'file': '_base_: ~\n'}, 'expected the path of a .yml file'),
         ({'file': '_base_: base.py\n'}, 'expected the path of a .yml file'),
