@@ -1,7 +1,7 @@
 """Weights and training states on disk: read without running what lies in them, written whole or not at all.
 
 Weights are official files, BasicSR's, or safetensors. A training state is what torch.save writes, a zip file in which
-each part has its checksum. Reading by torch does not look at those; `read_state` does.
+each part has its checksum. Reading by torch does not look at those; here they are looked at.
 """
 
 import functools
@@ -87,7 +87,7 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
         has = ', '.join(filter(None, states)) or ('weights under no key: give none' if states else _some(content))
         raise CheckpointError(f'{path} has no weights under the key {key!r}; it has {has}')
     tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    others = [str(name) for name in found if name not in tensors]
+    others = [name for name in found if name not in tensors]
     if others:
         notes.append(f'left out, being no tensors: {_some(others)}')
     return Checkpoint(path, tensors, network, key, tuple(notes))
@@ -180,11 +180,6 @@ def read_state(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()
-            if damaged is not None:
-                raise CheckpointError(f'the part {damaged} is damaged')
         state = _torch_load(path)
         iteration = state['iter']
         if not isinstance(iteration, int) or iteration < 0:
@@ -320,6 +315,13 @@ _STAND_INS = [
 
 
 def _torch_load(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            for part in file.infolist():
+                part.CRC = part.CRC or None  # 0 in files that torch was told to write without checksums
+            damaged = file.testzip()
+        if damaged is not None:
+            raise CheckpointError(f'the part {damaged} is damaged')
     with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
         warnings.simplefilter('ignore')  # what torch has to say about pickle protocols helps nobody here
         return torch.load(path, map_location='cpu', weights_only=True)
@@ -352,11 +354,12 @@ def _reason(error: BaseException) -> str:
     reason = next((line for line in lines if 'GLOBAL' in line), lines[0] if lines else '')
     if 'weights_only' in reason:  # advice to switch the safety off
         return ''
-    return f' ({reason.split(". ")[0].rstrip(".")})' if reason else ''
+    return f' ({reason.split(". ")[0].rstrip(".")[:300]})' if reason else ''
 
 
 def _some(content: Collection) -> str:
-    names = [str(name) for name in list(content)[:4]]
+    some = list(content)[:4]
+    names = [' '.join(name.split())[:60] if isinstance(name, str) else type(name).__name__ for name in some]
     return ', '.join(names) + (f' and {len(content) - 4} more' if len(content) > 4 else '') if names else 'nothing'
 
 

@@ -94,11 +94,24 @@ def load_network(
         OptionError, CheckpointError: as those.
     """
     checkpoint = None if weights is None else read_checkpoint(weights, param_key)
-    network = build_network(network_of(checkpoint)[0] if options is None else options)
+    network = build_network_of(checkpoint)[0] if options is None else build_network(options)
     if checkpoint is not None:
         for line in load_into(network, checkpoint):
             say(line)
     return network.eval().requires_grad_(False)
+
+
+def build_network_of(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """Build the network that a weights file is of; returns it with what `network_of` does.
+
+    Raises:
+        CheckpointError: if nothing tells, or no such network can be built.
+    """
+    options, assumed = network_of(checkpoint)
+    try:
+        return build_network(options), options, assumed
+    except OptionError as error:
+        raise CheckpointError(f'{checkpoint.path}: the network that it tells of cannot be built: {error}') from error
 
 
 def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
@@ -113,10 +126,10 @@ def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
         CheckpointError: if nothing tells.
     """
     if checkpoint.network is not None:
+        _check_claims(checkpoint, checkpoint.network)
         return checkpoint.network, []
     try:
         options, assumed = infer_options(checkpoint.state)
-        return {'type': 'AST', **options}, assumed
     except CheckpointError as error:
         for state in without_prefixes(checkpoint.state):
             with suppress(OptionError, BackendUnavailable):
@@ -125,6 +138,23 @@ def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
             f'{checkpoint.path} does not say which network it is of, and {error}; name the network with an option '
             'file (-opt) or network_g'
         ) from error
+    options = {'type': 'AST', **options}
+    _check_claims(checkpoint, options)
+    return options, assumed
+
+
+def _check_claims(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
+    """Refuse options of a network that is far larger than its file, before building it takes the memory or an hour."""
+    num_bytes = checkpoint.path.stat().st_size
+    for key, value in options.items():
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, (int, float))]
+        if sum(numbers) > max(4096, num_bytes // 64):
+            raise CheckpointError(f'{checkpoint.path}: tells of a network with {key} {value}, more than it can hold')
+    with suppress(OptionError), torch.device('meta'):
+        network = build_network(options)
+        count = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+        if count > 2**26 + num_bytes:
+            raise CheckpointError(f'{checkpoint.path}: tells of a network of {count:,} weights, more than it can hold')
 
 
 def input_channels(options: Mapping[str, Any], network: nn.Module | None = None) -> int:

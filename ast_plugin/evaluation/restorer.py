@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ast_plugin.archs.networks import build_network, input_channels, network_of
+from ast_plugin.archs.networks import build_network, build_network_of, input_channels
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.errors import DataError, OptionError, ShapeError, one_line
@@ -88,8 +88,7 @@ class Restorer:
         _protocol(**tiling)  # wrong options are told before a large file is read
         device = find_device(device)
         checkpoint = read_checkpoint(path, param_key)
-        options, notes = (network, []) if network else network_of(checkpoint)
-        built = build_network(options)
+        built, options, notes = (build_network(network), network, []) if network else build_network_of(checkpoint)
         _, *of_weights = load_into(built, checkpoint)
         restorer = cls(built, in_channels=input_channels(options, built), device=device, **tiling)
         restorer.notes = (*of_weights, *notes)
