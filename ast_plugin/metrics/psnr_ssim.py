@@ -5,6 +5,7 @@ All take an image and its reference as `ast_plugin.metrics.images.check_pair` do
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -13,9 +14,38 @@ from torch import Tensor
 from ast_plugin.errors import ShapeError
 from ast_plugin.metrics.images import check_pair, fractions, matlab_luma
 
-_TRAINING_LUMA = np.array([65.738, 129.057, 25.064], np.float32) / 256  # of the release: BT.601's to three digits
+TRAINING_LUMA = np.array([65.738, 129.057, 25.064], np.float32) / 256  # of the release: BT.601's to three digits
 _GAUSSIAN_SIDE, _GAUSSIAN_SIGMA = 11, 1.5
 _UNIFORM_SIDE = 7
+
+
+def _uniform_means(plane: np.ndarray) -> np.ndarray:
+    """Means over squares; along one side and then the other, so that float32 is rounded where scikit-image rounds."""
+    columns = cv2.boxFilter(plane, -1, (1, _UNIFORM_SIDE))
+    return cv2.boxFilter(columns, -1, (_UNIFORM_SIDE, 1))
+
+
+def _gaussian_means(plane: np.ndarray) -> np.ndarray:
+    kernel = cv2.getGaussianKernel(_GAUSSIAN_SIDE, _GAUSSIAN_SIGMA, cv2.CV_64F)
+    return cv2.sepFilter2D(plane, -1, kernel, kernel)
+
+
+class Window(NamedTuple):
+    """What SSIM takes its local means over.
+
+    Attributes:
+        side: in pixels, odd.
+        means: [H, W] to the means around each pixel, [H, W].
+        correction: of variances; n / (n - 1) makes them those of samples.
+    """
+
+    side: int
+    means: Callable[[np.ndarray], np.ndarray]
+    correction: float = 1.0
+
+
+UNIFORM = Window(_UNIFORM_SIDE, _uniform_means, _UNIFORM_SIDE**2 / (_UNIFORM_SIDE**2 - 1))
+GAUSSIAN = Window(_GAUSSIAN_SIDE, _gaussian_means)
 
 
 def psnr_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
@@ -47,7 +77,7 @@ def psnr_y_float(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> 
     image, reference = check_pair(image, reference)
     if image.shape[2] != 3:
         raise ShapeError(f'psnr_y_float expects RGB, three channels; got {image.shape[2]}')
-    difference = ((fractions(image) - fractions(reference)) * _TRAINING_LUMA).sum(axis=2)
+    difference = ((fractions(image) - fractions(reference)) * TRAINING_LUMA).sum(axis=2)
     root = np.sqrt(np.square(difference).mean())
     return math.inf if root == 0 else float(20 * np.log10(1 / root))
 
@@ -63,10 +93,8 @@ def ssim_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> floa
     image, reference = check_pair(image, reference)
     _check_size(image, _UNIFORM_SIDE)
 
-    count = _UNIFORM_SIDE**2
     pairs = zip(cv2.split(fractions(image)), cv2.split(fractions(reference)), strict=True)
-    channels = [_similarity(*pair, _uniform_means, _UNIFORM_SIDE, 1, count / (count - 1)) for pair in pairs]
-    return float(np.mean(channels))
+    return float(np.mean([_similarity(*pair, UNIFORM, peak=1) for pair in pairs]))
 
 
 def ssim_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
@@ -79,7 +107,7 @@ def ssim_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) ->
     """
     image, reference = check_pair(image, reference)
     _check_size(image, _GAUSSIAN_SIDE)
-    return float(_similarity(matlab_luma(image), matlab_luma(reference), _gaussian_means, _GAUSSIAN_SIDE, 255, 1))
+    return float(_similarity(matlab_luma(image), matlab_luma(reference), GAUSSIAN, peak=255))
 
 
 def _decibels(difference: np.ndarray, peak: float) -> float:
@@ -87,37 +115,22 @@ def _decibels(difference: np.ndarray, peak: float) -> float:
     return math.inf if mean_square == 0 else 20 * math.log10(peak) - 10 * math.log10(mean_square)
 
 
-def _uniform_means(plane: np.ndarray) -> np.ndarray:
-    """Means over squares; along one side and then the other, so that float32 is rounded where scikit-image rounds."""
-    columns = cv2.boxFilter(plane, -1, (1, _UNIFORM_SIDE))
-    return cv2.boxFilter(columns, -1, (_UNIFORM_SIDE, 1))
-
-
-def _gaussian_means(plane: np.ndarray) -> np.ndarray:
-    kernel = cv2.getGaussianKernel(_GAUSSIAN_SIDE, _GAUSSIAN_SIGMA, cv2.CV_64F)
-    return cv2.sepFilter2D(plane, -1, kernel, kernel)
-
-
-def _similarity(
-    x: np.ndarray,
-    y: np.ndarray,
-    local_means: Callable[[np.ndarray], np.ndarray],
-    side: int,
-    peak: float,
-    correction: float,
-) -> np.floating:
-    """Mean of the map of SSIM where windows lie inside. x, y: [H, W], floating point, which is computed in."""
-    inside = slice(side // 2, -(side // 2))
+def similarity_map(x: np.ndarray, y: np.ndarray, window: Window, peak: float) -> np.ndarray:
+    """SSIM of two planes [H, W] where windows lie inside, [H - side + 1, W - side + 1], in the dtype of the planes."""
+    inside = slice(window.side // 2, -(window.side // 2))
     mean_x, mean_y, square_x, square_y, product = (
-        local_means(plane)[inside, inside] for plane in (x, y, x * x, y * y, x * y)
+        window.means(plane)[inside, inside] for plane in (x, y, x * x, y * y, x * y)
     )
-    variance_x = correction * (square_x - mean_x * mean_x)
-    variance_y = correction * (square_y - mean_y * mean_y)
-    covariance = correction * (product - mean_x * mean_y)
+    variance_x = window.correction * (square_x - mean_x * mean_x)
+    variance_y = window.correction * (square_y - mean_y * mean_y)
+    covariance = window.correction * (product - mean_x * mean_y)
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
     above = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    below = (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
-    return (above / below).mean(dtype=np.float64).astype(x.dtype)
+    return above / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
+
+
+def _similarity(x: np.ndarray, y: np.ndarray, window: Window, peak: float) -> np.floating:
+    return similarity_map(x, y, window, peak).mean(dtype=np.float64).astype(x.dtype)
 
 
 def _check_size(image: np.ndarray, least: int) -> None:

@@ -71,6 +71,8 @@ def workspace(tmp_path, monkeypatch):
     """A folder, the working directory and home, with the files that commands name."""
     write_images(tmp_path, ['photo.jpg', 'photo.png'])
     write_images(tmp_path / 'folder', ['a.png', 'b.jpg'])
+    for folder in ('restored', 'clean'):
+        write_images(tmp_path / folder, ['a.png'])
     write_images(tmp_path / 'photos', ['a.jpg', 'b.jpg'], side=300)
     write_spad(tmp_path / 'datasets' / 'SPAD')
     for place in (tmp_path / 'downloads' / 'raindrop', tmp_path / 'datasets' / 'AGAN-Data'):

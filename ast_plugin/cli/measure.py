@@ -1,0 +1,244 @@
+"""Measure images of any network against clean ones, in the definitions that papers use, side by side.
+
+  basicsr measure results/SRN testsets/gt
+  basicsr measure results/SRN testsets/gt --input testsets/lq --csv images.csv
+  basicsr measure results/SRN testsets/gt --like 31.87      how was this figure computed?
+  basicsr measure restored.png clean.png
+
+Images are paired by name, whatever their endings, in sub-folders too; a template says what else stands in a name.
+Intervals are those of the mean over the images, at 95 %, by bootstrap. Nothing is written without --csv or --markdown.
+Exit status: 0 all measured, 1 some could not be, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from ast_plugin.data.image_files import read_image
+from ast_plugin.data.matching import Template, is_image, shorten_list
+from ast_plugin.errors import DataError, OptionError, ShapeError
+from ast_plugin.files import write_file
+from ast_plugin.names import printable, to_csv, to_markdown
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ast_plugin.metrics.definitions import Definition
+
+    Values = dict[Definition | str, float]
+
+_NEAREST = 5  # definitions that are shown where none gives a figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `basicsr measure`."""
+    parser.add_argument('restored', metavar='RESTORED', help='folder of restored images, or one image')
+    parser.add_argument('gt', metavar='GT', help='folder of the clean images, or one image')
+    parser.add_argument('--input', metavar='LQ', help='the degraded images, to be measured as well')
+    parser.add_argument(
+        '--restored-template',
+        default='{}',
+        metavar='NAME',
+        help='how restored images are named: {}_SRN for 0001_SRN.png',
+    )
+    parser.add_argument('--gt-template', default='{}', metavar='NAME', help='how clean images are named')
+    parser.add_argument('--input-template', default='{}', metavar='NAME', help='how degraded images are named')
+    parser.add_argument('--crop-border', type=int, default=0, metavar='N', help='pixels to leave out at each side')
+    parser.add_argument(
+        '--pyiqa', nargs='+', default=[], metavar='METRIC', help='measure by these metrics of pyiqa too'
+    )
+    parser.add_argument('--like', metavar='FIGURE', help='a published PSNR or SSIM: name the definitions that give it')
+    parser.add_argument(
+        '--worst', type=int, default=3, metavar='N', help='name as many of the worst images (default: 3)'
+    )
+    parser.add_argument('--csv', metavar='FILE', help='write the values of every image')
+    parser.add_argument('--markdown', metavar='FILE', help='write the table of means')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, and write what is asked for."""
+    _check(args)
+    from ast_plugin.metrics.definitions import KNOWN, all_definitions
+
+    sides = {'restored': args.restored, 'gt': args.gt, **({'input': args.input} if args.input else {})}
+    pairs, notes = _pair({side: Path(path).expanduser() for side, path in sides.items()}, vars(args))
+    definitions = [definition._replace(border=args.crop_border) for definition in KNOWN]
+    if args.like:
+        definitions = all_definitions('ssim' if float(args.like) <= 1 else 'psnr')
+    values, failures = _measure(pairs, definitions, args.pyiqa, args.crop_border)
+    print(end=''.join(f'{line}\n' for line in notes + failures))
+    if not values:
+        raise DataError(f'none of {len(pairs)} pairs could be measured')
+    if args.like:
+        found = _explain(args.like, definitions, [each['restored'] for each in values.values()])
+    else:
+        found = _report(values, args)
+    return 1 if notes or failures else found
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.crop_border < 0 or args.worst < 0:
+        raise OptionError('--crop-border and --worst: expected a number of 0 or more')
+    if args.like is not None and not re.fullmatch(r'[0-9]+(\.[0-9]+)?', args.like):
+        raise OptionError(f'--like {args.like}: expected a figure as it was published, such as 31.87 or 0.918')
+    if args.like and (args.pyiqa or args.input or args.csv or args.markdown or args.crop_border):
+        raise OptionError('--like looks for a definition of its own: leave the other options of figures out')
+
+
+def _pair(sides: Mapping[str, Path], templates: Mapping[str, str]) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """Pair the images of all sides by name; and a line on those of each side that have no partner.
+
+    Returns:
+        By name the path of each side; and the lines.
+    """
+    for side, path in sides.items():
+        if not path.exists():
+            raise DataError(f'{path}: there is no such file or folder ({side})')
+    if len({path.is_dir() for path in sides.values()}) == 2:
+        kinds = ', '.join(f'{path} is {"a folder" if path.is_dir() else "a file"}' for path in sides.values())
+        raise DataError(f'expected folders or single images, not both: {kinds}')
+    if sides['restored'].is_file():
+        return {sides['restored'].stem: dict(sides)}, []
+    found = {side: _images(path, templates[f'{side}_template']) for side, path in sides.items()}
+    names = [name for name in found['restored'] if all(name in images for images in found.values())]
+    if not names:
+        examples = '; '.join(f'{side}: {shorten_list(map(printable, images))}' for side, images in found.items())
+        raise DataError(f'no name is in all folders ({examples}): say with --restored-template how images are named')
+    lines = []
+    for side, images in found.items():
+        alone = [printable(name) for name in images if name not in names]
+        if alone:
+            lines.append(f'not measured: {len(alone)} of {side} without a partner: {shorten_list(alone)}')
+    return {name: {side: images[name] for side, images in found.items()} for name in names}, lines
+
+
+def _images(folder: Path, template: str) -> dict[str, Path]:
+    """Images of a folder and those inside of it by their folder and the key of their name, in order."""
+    found: dict[str, Path] = {}
+    pattern = Template(template)
+    for where, folders, files in os.walk(folder):
+        folders.sort()
+        for key, names in pattern.keys(sorted(filter(is_image, files))).items():
+            name = Path(where, key).relative_to(folder).as_posix()
+            if len(names) > 1:
+                raise DataError(f'{where}: several images are called {printable(key)}: {shorten_list(names)}')
+            found[name] = Path(where, names[0])
+    if not found:
+        raise DataError(f'{folder}: no image is named {pattern.fill("{}")} here or in the folders inside')
+    return found
+
+
+def _measure(
+    pairs: Mapping[str, Mapping[str, Path]], definitions: Sequence[Definition], metrics: Sequence[str], border: int
+) -> tuple[dict[str, dict[str, Values]], list[str]]:
+    """By name and side the values of each definition and metric of pyiqa; and a line on each pair that failed."""
+    from ast_plugin.metrics.definitions import KNOWN, measure
+
+    values, failures = {}, []
+    for name, paths in tqdm(pairs.items(), unit='image', disable=None, leave=False):
+        try:
+            gt, by_side = _read(paths['gt']), {}
+            for side in paths.keys() - {'gt'}:
+                image = _read(paths[side])
+                if image.shape != gt.shape:
+                    shapes = ' and '.join('x'.join(map(str, each.shape)) for each in (image, gt))
+                    raise DataError(f'{paths[side]} and {paths["gt"]} differ: {shapes} (height, width, channels)')
+                measured = measure(image, gt, definitions)
+                nothing = [definition for definition in definitions[: len(KNOWN)] if math.isnan(measured[definition])]
+                if nothing:
+                    raise DataError(f'{paths[side]} is too small for {nothing[0].name} with a border of {border}')
+                by_side[side] = {**measured, **_measure_by_pyiqa(image, gt, metrics, border)}
+            values[name] = by_side
+        except (DataError, ShapeError) as error:
+            failures.append(f'not measured: {printable(str(error))}')
+    return values, failures
+
+
+def _measure_by_pyiqa(image: np.ndarray, gt: np.ndarray, metrics: Sequence[str], border: int) -> dict[str, float]:
+    if not metrics:
+        return {}
+    from ast_plugin.metrics.images import fractions, to_toolbox
+    from ast_plugin.metrics.registered_metrics import pyiqa
+
+    pair = [to_toolbox(each if each.dtype == 'uint8' else fractions(each)) for each in (image, gt)]
+    return {metric: pyiqa(*pair, metric, crop_border=border) for metric in metrics}
+
+
+def _read(path: Path) -> np.ndarray:
+    image = read_image(path)
+    if image.alpha is not None:
+        raise DataError(f'{path} has transparency, which no metric measures: save it without')
+    return image.color
+
+
+def _explain(figure: str, definitions: Sequence[Definition], values: Sequence[Values]) -> int:
+    """Print the definitions whose mean is the figure within its digits, or those that come nearest."""
+    from ast_plugin.metrics.definitions import KNOWN, gives, mean_over_images
+
+    means = {
+        definition: mean_over_images([each[definition] for each in values], definition.is_pooled)
+        for definition in definitions
+    }
+    digits = len(figure.partition('.')[2]) + 2
+    matches = {definition: how for definition, mean in means.items() if (how := gives(figure, mean))}
+    shown = sorted(matches, key=lambda one: (one not in KNOWN, matches[one] == 'cut off'))
+    shown = shown or sorted(definitions, key=lambda one: abs(means[one] - float(figure)))[:_NEAREST]
+    print(f'{figure} of {len(values)} images:' if matches else f'no definition gives {figure}; the nearest:')
+    for definition in shown:
+        source = f' ({KNOWN[definition]})' if definition in KNOWN else ''
+        print(
+            f'  {means[definition]:.{digits}f}  {definition}{source}'
+            + ', cut off' * (matches.get(definition) == 'cut off')
+        )
+    return 0 if matches else 1
+
+
+def _report(values: Mapping[str, Mapping[str, Values]], args: argparse.Namespace) -> int:
+    """Print the table of means and the worst images, and write the files asked for."""
+    from ast_plugin.compare.results import estimate
+    from ast_plugin.metrics.definitions import KNOWN, mean_over_images
+
+    sides = [side for side in ('input', 'restored') if side in next(iter(values.values()))]
+    columns = list(next(iter(values.values()))['restored'])
+    rows = [['metric', *sides, *['gain'] * (len(sides) - 1), '95 % interval', 'as in']]
+    for column in columns:
+        by_side = [[each[side][column] for each in values.values()] for side in sides]
+        means, interval = [mean_over_images(each) for each in by_side], estimate(by_side[-1])
+        digits = _digits(column)
+        numbers = [f'{mean:.{digits}f}' for mean in means]
+        numbers += [f'{means[-1] - means[0]:+.{digits}f}'] * (len(sides) - 1)
+        limits = '–' if interval.low is None else f'{interval.low:.{digits}f} to {interval.high:.{digits}f}'
+        source = 'pyiqa' if isinstance(column, str) else KNOWN[column._replace(border=0)]
+        rows.append([_title(column), *numbers, limits, source])
+    table = to_markdown(rows)
+    print(f'{table}\n\n{len(values)} image{"s" * (len(values) > 1)}')
+    first = columns[0]
+    for name in sorted(values, key=lambda name: values[name]['restored'][first])[
+        : args.worst if len(values) > 1 else 0
+    ]:
+        print(f'worst: {printable(name)}, {_title(first)} {values[name]["restored"][first]:.2f}')
+    if args.csv:
+        header = ['image', *(f'{side} {_title(column)}' for side in sides for column in columns)]
+        lines = [
+            [printable(name), *(each[side][c] for side in sides for c in columns)] for name, each in values.items()
+        ]
+        write_file(Path(args.csv).expanduser(), to_csv([header, *lines]).encode(), make_folder=True)
+    if args.markdown:
+        write_file(Path(args.markdown).expanduser(), f'{table}\n'.encode(), make_folder=True)
+    return 0
+
+
+def _title(column: Definition | str) -> str:
+    return column if isinstance(column, str) else column.name
+
+
+def _digits(column: Definition | str) -> int:
+    return 2 if not isinstance(column, str) and column.metric == 'psnr' else 4

@@ -1,0 +1,167 @@
+"""`basicsr measure`: the figures of others' tools, definitions found from figures, and what cannot be measured."""
+
+import csv
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from ast_plugin.cli.main import main
+from ast_plugin.metrics import ssim_y_matlab
+from ast_plugin.metrics.definitions import KNOWN, Definition, all_definitions, gives, mean_over_images, measure
+
+SIZES = [(48, 40), (37, 50), (40, 40)]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three pairs; restored images carry a suffix, one lies in a sub-folder, and endings differ."""
+    rng = np.random.default_rng(3)
+    for number, (height, width) in enumerate(SIZES):
+        clean = cv2.GaussianBlur(rng.integers(0, 256, (height, width, 3), 'uint8'), (0, 0), 2)
+        noisy = np.clip(clean + rng.normal(0, 4 + 4 * number, clean.shape), 0, 255).astype('uint8')
+        for folder, image, name in (('gt', clean, f'{number}.png'), ('out', noisy, f'{number}_net.tif')):
+            path = tmp_path / folder / ('deep' if number == 2 else '') / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return tmp_path
+
+
+def _arguments(folder, *more):
+    return ['measure', str(folder / 'out'), str(folder / 'gt'), '--restored-template', '{}_net', *map(str, more)]
+
+
+def _pairs(folder):
+    for name in ('0', '1', 'deep/2'):
+        yield tuple(np.asarray(Image.open(folder / where)) for where in (f'out/{name}_net.tif', f'gt/{name}.png'))
+
+
+def test_measure_as_scikit_image(folders, capsys):
+    assert main(_arguments(folders, '--csv', folders / 'new/each.csv', '--markdown', folders / 'table.md')) == 0
+    with (folders / 'new/each.csv').open() as file:
+        rows = {row['image']: row for row in csv.DictReader(file)}
+    for name, (image, gt) in zip(('0', '1', 'deep/2'), _pairs(folders), strict=True):
+        row = rows[name]
+        assert float(row['restored psnr_rgb']) == pytest.approx(peak_signal_noise_ratio(gt, image), rel=1e-13)
+        similarity = structural_similarity(gt, image, channel_axis=2)
+        assert float(row['restored ssim_rgb_uniform']) == pytest.approx(similarity, rel=1e-11)
+        assert float(row['restored ssim_luma_matlab_gaussian']) == pytest.approx(ssim_y_matlab(image, gt), rel=1e-11)
+    shown = capsys.readouterr().out
+    assert (folders / 'table.md').read_text().strip() in shown and '3 images' in shown and 'worst: deep/2' in shown
+
+
+def test_measure_as_basicsr(folders):
+    from basicsr.metrics import calculate_psnr, calculate_ssim
+
+    for image, gt in _pairs(folders):
+        values = measure(image, gt, all_definitions('psnr', [3]) + all_definitions('ssim', [3]))
+        pair = [np.ascontiguousarray(each[..., ::-1]) for each in (image, gt)]
+        for calculate, metric, window, near in (
+            (calculate_psnr, 'psnr', '', 1e-6),
+            (calculate_ssim, 'ssim', 'gaussian', 1e-4),
+        ):
+            for channels, luma in (('rgb', False), ('luma', True)):
+                want = calculate(*pair, crop_border=3, test_y_channel=luma)
+                assert values[Definition(metric, channels, window, 3)] == pytest.approx(want, rel=near)
+
+
+@pytest.mark.parametrize(
+    'definition', [*KNOWN, Definition('psnr', 'gray', border=2), Definition('psnr', 'rgb', '', 4, True)]
+)
+def test_like_finds_the_definition(definition, folders, capsys):
+    values = [measure(*pair, [definition])[definition] for pair in _pairs(folders)]
+    figure = f'{mean_over_images(values, definition.is_pooled):.6f}'
+    assert main(_arguments(folders, '--like', figure)) == 0
+    assert f'  {definition}' in capsys.readouterr().out.replace(f' ({KNOWN.get(definition)})', '')
+
+
+def test_like_a_figure_that_nothing_gives(folders, capsys):
+    assert main(_arguments(folders, '--like', '55.55')) == 1
+    shown = capsys.readouterr().out
+    assert 'no definition gives 55.55; the nearest:' in shown and shown.count('\n') == 6
+
+
+def test_gain_over_the_input(folders, capsys):
+    (folders / 'gt').rename(folders / 'clean')
+    arguments = [
+        'measure',
+        folders / 'clean',
+        folders / 'clean',
+        '--input',
+        folders / 'out',
+        '--input-template',
+        '{}_net',
+    ]
+    assert main([*map(str, arguments)]) == 0
+    shown = capsys.readouterr().out
+    assert '| psnr_rgb' in shown and 'inf' in shown and 'input' in shown
+
+
+def test_single_images(folders, capsys):
+    assert main(['measure', str(folders / 'out/0_net.tif'), str(folders / 'gt/0.png')]) == 0
+    assert '1 image\n' in capsys.readouterr().out
+
+
+def test_images_that_cannot_be_measured(folders, capsys):
+    image = np.asarray(Image.open(folders / 'out/0_net.tif'))
+    Image.fromarray(image[:-1]).save(folders / 'out/0_net.tif')
+    Image.fromarray(np.dstack([image[..., 0]] * 4)).save(folders / 'out/3_net.png')
+    Image.fromarray(image[..., 0]).save(folders / 'out/4_net.png')
+    (folders / 'out/5_net.png').write_bytes(b'no image')
+    for folder, name in (('out', '7_net'), ('gt', '7')):
+        Image.fromarray(image[:9]).save(folders / folder / f'{name}.png')
+    (folders / 'out/6_net.png').write_bytes(b'no partner')
+    for number in (3, 4, 5):
+        Image.fromarray(image).save(folders / f'gt/{number}.png')
+    assert main(_arguments(folders)) == 1
+    shown = capsys.readouterr().out
+    for words in (
+        '47x40x3 and 48x40x3',
+        '3_net.png has transparency',
+        '48x40 and 48x40x3',
+        '5_net.png',
+        '2 images',
+        'too small for ssim',
+    ):
+        assert words in shown
+    assert 'not measured: 1 of restored without a partner: 6' in shown
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({1: 'nowhere'}, 'nowhere: there is no such file or folder (restored)'),
+        ({2: 'gt/0.png'}, 'expected folders or single images, not both'),
+        ({4: '{}'}, 'no name is in all folders (restored: 0_net, 1_net, deep/2_net; gt: 0, 1, deep/2)'),
+        ({4: '{}_other'}, 'no image is named {}_other'),
+        ({5: '--like=dB'}, 'expected a figure as it was published'),
+        ({5: '--like=31.2', 6: '--crop-border=2'}, 'leave the other options of figures out'),
+        ({5: '--crop-border=-1'}, '--crop-border and --worst: expected a number of 0 or more'),
+        ({5: '--crop-border=90'}, 'none of 3 pairs could be measured'),
+        ({5: '--csv=gt/0.png/x.csv'}, 'x.csv'),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_usage(change, words, folders, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    arguments = dict(enumerate(['measure', 'out', 'gt', '--restored-template', '{}_net'])) | change
+    assert main(list(arguments.values())) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_16_bits_keep_their_depth():
+    rng = np.random.default_rng(1)
+    gt = rng.integers(0, 65536, (20, 30, 3), 'uint16')
+    image = np.clip(gt.astype(int) + 40, 0, 65535).astype('uint16')
+    (value,) = measure(image, gt, [Definition('psnr', 'rgb')]).values()
+    assert value == pytest.approx(peak_signal_noise_ratio(gt, image, data_range=65535), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    'figure, value, how',
+    [('31.87', 31.8749, 'rounded'), ('31.87', 31.8751, 'cut off'), ('31.87', 31.8649, None), ('32', 32.4, 'rounded')],
+)
+def test_gives(figure, value, how):
+    assert gives(figure, value) == how
