@@ -55,6 +55,9 @@ setup(
         'ast_plugin.compare': ['report_template.html'],
         'ast_plugin.weights': ['*.safetensors', 'SHA256SUMS'],
     },
+    # A path in a .pth file: a finder of its own would come behind an empty namespace package, which Python makes of the
+    # clone itself where the working directory is the folder that holds it.
+    options={'editable_wheel': {'mode': 'compat'}},
     cmdclass={'build_py': BuildWithOptionFiles},
     python_requires='>=3.10',
     install_requires=[
@@ -71,6 +74,7 @@ setup(
         'PyYAML>=6.0',
         'safetensors>=0.4.3',
         'scipy>=1.15',
+        'setuptools<82',  # the last with pkg_resources, which TensorBoard's nightly builds import: BasicSR asks for one
         'tifffile>=2024.8',
         'torch>=2.6',
         'torchvision>=0.21',
@@ -93,7 +97,6 @@ setup(
             'pytest>=8.0',
             'pytest-xdist>=3.6',
             'ruff>=0.9',
-            'setuptools>=77',
             'wheel',
         ],
     },

@@ -205,7 +205,7 @@ def newest_whole(folder: str | Path, warn: Callable[[str], None] = _tell) -> Pat
         folder: an experiment's `training_states`; it need not be there.
         warn: takes a line on each newer one that cannot be read.
     """
-    for _, path in sorted(_numbered(Path(folder), STATE).items(), reverse=True):
+    for _, path in sorted(numbered_files(Path(folder), STATE).items(), reverse=True):
         try:
             read_state(path)
         except CheckpointError as error:
@@ -230,7 +230,7 @@ def keep_newest(folder: str | Path, name: str, iteration: int, count: int) -> No
         FileError: if a file cannot be deleted.
     """
     folder = Path(folder)
-    numbered = _numbered(folder, name)
+    numbered = numbered_files(folder, name)
     past = sorted(number for number in numbered if number <= iteration)
     try:
         for number in past[:-count]:
@@ -363,7 +363,8 @@ def _some(content: Collection) -> str:
     return ', '.join(names) + (f' and {len(content) - 4} more' if len(content) > 4 else '') if names else 'nothing'
 
 
-def _numbered(folder: Path, name: str) -> dict[int, Path]:
+def numbered_files(folder: Path, name: str) -> dict[int, Path]:
+    """The files of a folder that bear a name such as `STATE` or `WEIGHTS`, by their numbers."""
     pattern = re.compile(re.escape(name).replace(r'\{\}', r'(\d+)'), re.ASCII)
     if not folder.is_dir():
         return {}

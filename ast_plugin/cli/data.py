@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from ast_plugin.data.prepare import preparation as preparing
 from ast_plugin.data.prepare.checks import check_files, check_lmdbs, find_extra
 from ast_plugin.data.prepare.splits import find_splits, plain_layout, preparable
 from ast_plugin.data.workers import num_cores
-from ast_plugin.errors import DataError, OptionError
+from ast_plugin.errors import DataError, OptionError, PluginError
 
 
 class Command(NamedTuple):
@@ -305,11 +306,36 @@ def pack_lmdb(args: argparse.Namespace) -> int:
     """
     if args.encoding == 'raw' and args.compress_level is not None:
         raise OptionError('--compress-level is for --encoding png; raw pixels are not compressed')
-    plan = make_plan(_list_pairs(args), args.encoding, args.compress_level)
+    try:
+        pairs = _list_pairs(args)
+    except PluginError as error:
+        raise type(error)(_advise(str(error), args)) from error
+    plan = make_plan(pairs, args.encoding, args.compress_level)
     num_pairs, num_resumed, num_bytes = write_lmdbs(plan, args.destination, args.workers, args.overwrite)
     pairs = f'{num_pairs} pairs' + (f', {num_resumed} of them written before' if num_resumed else '')
     print(f'{args.destination}: {pairs}, {num_bytes / 2**20:.1f} MB, encoding {args.encoding}, verified')
     return 0
+
+
+def _advise(message: str, args: argparse.Namespace) -> str:
+    """What is wrong with SRC, in the words of this command in the place of those of an option file."""
+    message = message.partition('\nTo try without it')[0]
+    for keys, words in (
+        (r'datasets\.\w+\.(split|list_file|\w+_template)', r'--\1'),
+        (r'datasets\.\w+\.\w+', 'SRC'),
+        (r'datasets\.\w+: ', ''),
+        (r', or correct lq_template and gt_template' if args.layout else r'$^', ''),
+        (r'(?<!-)\b(lq|gt)_template', r'--\1-template'),
+        (r'correct its dataroot( in the option file)?', 'correct SRC'),
+        (r'\blist_file\b', '--list-file'),
+    ):
+        message = re.sub(keys, words, message)
+    if args.layout in preparable() and message.count(' x '):
+        message += (
+            f'\nTo leave them out: basicsr data prepare {args.layout} SRC PREPARED --skip-faulty, then basicsr data '
+            f'lmdb PREPARED/{args.split or args.phase}.jsonl DST'
+        )
+    return message
 
 
 def _list_pairs(args: argparse.Namespace) -> Sequence[Pair]:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import DataError, OptionError
+from ast_plugin.files import write_file
 
 _DEPTH_ENDINGS = ('.npy', '.npz', '.png', '.tif', '.tiff')
 
@@ -156,7 +157,7 @@ def _draw_sheet(args: argparse.Namespace) -> int:
     import numpy as np
 
     from ast_plugin.data.contact_sheet import draw_degradations
-    from ast_plugin.data.image_files import ImageFile, write_image
+    from ast_plugin.data.image_files import ImageFile, encode_image
     from ast_plugin.data.synthesis import packaged_photos
 
     useless = [name for name in ('output', 'depth', 'size') if getattr(args, name) is not None]
@@ -168,7 +169,7 @@ def _draw_sheet(args: argparse.Namespace) -> int:
     else:
         photos = {photo.name: photo.path for photo in packaged_photos()}
     sheet = draw_degradations(photos, [args.task] if args.task else None, args.seed)
-    write_image(path, ImageFile(np.asarray(sheet)), quality=74)
+    write_file(path, encode_image(path, ImageFile(np.asarray(sheet)), quality=74), make_folder=True)
     print(f'drew {path}')
     return 0
 

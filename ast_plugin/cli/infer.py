@@ -6,6 +6,7 @@ never replaced; results of an earlier run are.
 
     basicsr infer -i photo.jpg -o restored                # finds out itself whether it is rain, raindrops or haze
     basicsr infer -i photo.jpg -o restored --task rain
+    basicsr infer -i photo.jpg -o restored.png            # one image, to a file of this name and format
     basicsr infer -i photos    -o restored --weights experiments/AST_derain/stage_2/models/net_g_best.safetensors
 
 Exit status: 0 all restored, 1 some could not be, 2 wrong usage or input.
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `basicsr infer` takes."""
     add = parser.add_argument
     add('-i', '--input', nargs='+', required=True, metavar='PATH', help='images, or folders of them')
-    add('-o', '--output', required=True, metavar='DIR', help='folder for the restored images')
+    add('-o', '--output', required=True, metavar='PATH', help='folder for the restored images; or the name of one')
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         '--task', metavar='NAME', help='rain, raindrop or haze: take the weights that come along (default: find out)'
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         report.exists() and report.samefile(path) for job in jobs for path in job if path.exists()
     ):
         raise OptionError(f'{report} is an image of this run, and --report would replace it')
-    prepare_folders(jobs, output)
+    prepare_folders(jobs)
     if report is not None:
         write_file(report, b'', make_folder=True)  # told now if it cannot be written
 

@@ -77,6 +77,6 @@ def _weights(run: Run, args: argparse.Namespace) -> tuple[Stage, Path]:
         return trained[-1]
     folders = ' or '.join(str(run.experiment(stage) / 'models') for stage in chosen)
     raise OptionError(
-        f'no weights to test: {folders} holds neither {" nor ".join(WEIGHTS)}; '
+        f'no weights to test: {folders} holds neither {" nor ".join(WEIGHTS)} nor net_g_ITERATION.pth; '
         f'train first (`basicsr train -opt {args.opt}`) or name a file with --weights'
     )

@@ -40,6 +40,8 @@ from ast_plugin.ops import frozen_weights
 MAX_SATURATED, MAX_TINT, MAX_BRIGHTNESS = 0.1, 12.0, 50.0  # a share, levels of 255; see `Change.warnings`
 MIN_CONFIDENCE = 0.6  # of what an image is taken for
 
+_NOT_WRITTEN = {'.gif', '.heic', '.heif', '.avif', '.exr', '.jp2', '.jxl', '.dng'}  # nobody names a folder so
+
 
 class Job(NamedTuple):
     """A file to restore, and where the result goes."""
@@ -136,12 +138,21 @@ def plan_jobs(
     """Name a result for every image of `find_images`: distinct names, none of them an image to be read.
 
     Args:
-        output: folder of the results.
+        output: folder of the results; or the name of a single one, where it ends as images do and is no folder.
         suffix: goes behind the name.
         file_format: 'keep', 'png' or 'tiff'.
     Raises:
-        DataError: if a result would replace an input.
+        DataError: if a result would replace an input, or `output` names an image and there are several.
     """
+    ending = output.suffix.lower()
+    if ending in _NOT_WRITTEN and not output.is_dir():
+        raise DataError(f'{output}: expected a folder, or a name that ends in one of {", ".join(FORMAT_OF)}')
+    if ending in FORMAT_OF and not output.is_dir():
+        if len(images) > 1 or suffix or file_format != 'keep':
+            what = f'{len(images)} images' if len(images) > 1 else 'a suffix or a format for it'
+            raise DataError(f'{output} is the name of one result, but there are {what}: expected a folder')
+        _protect_inputs(jobs := [Job(images[0][0], output)])
+        return jobs
     names = [(source, output / folder, source.stem + suffix, _ending(source, file_format)) for source, folder in images]
     wanted = Counter(_key(folder / (stem + ending)) for _, folder, stem, ending in names)
     jobs, occupied = [], set(wanted)
@@ -157,9 +168,9 @@ def plan_jobs(
     return jobs
 
 
-def prepare_folders(jobs: Sequence[Job], output: Path) -> None:
+def prepare_folders(jobs: Sequence[Job]) -> None:
     """Make the folders of the results, and see that files can be made there, before hours are spent on restoring."""
-    for folder in dict.fromkeys([output, *(job.target.parent for job in jobs)]):
+    for folder in dict.fromkeys(job.target.parent for job in jobs):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

@@ -275,13 +275,15 @@ class RestorationModel(SRModel):
 
     def save(self, epoch: int, current_iter: int) -> None:
         """Write weights and training state, each whole or not at all, and then delete those that are too old."""
-        if self.processes.rank == 0:
-            folder = Path(self.opt['path']['models'])
-            save_torch(folder / WEIGHTS.format('latest' if current_iter == -1 else current_iter), self.weights())
-            if current_iter != -1:
-                keep_newest(folder, WEIGHTS, current_iter, self._num_kept())
+        self._save_weights('latest' if current_iter == -1 else current_iter)
+        if self.processes.rank == 0 and current_iter != -1:
+            keep_newest(Path(self.opt['path']['models']), WEIGHTS, current_iter, self._num_kept())
         self.save_training_state(epoch, current_iter)
         self._pause(is_over=current_iter == -1)
+
+    @master_only
+    def _save_weights(self, which: int | str) -> None:
+        save_torch(Path(self.opt['path']['models']) / WEIGHTS.format(which), self.weights())
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Return the network's weights, and their moving average where there is one, by the keys of BasicSR's files."""
@@ -356,6 +358,8 @@ class RestorationModel(SRModel):
         if self.iteration != self.saved_at:
             iters_per_epoch = self.opt['train'].get('iters_per_epoch') or self.opt['train']['total_iter']
             self.save(epoch_of(self.iteration, iters_per_epoch)[0], self.iteration)
+        if self.iteration:
+            self._save_weights('latest')
         if self.progress is not None:
             self.progress.bar.close()
         self.processes.wait()  # whoever left before the first one has written would have it ended by the launcher

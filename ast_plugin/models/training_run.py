@@ -22,7 +22,7 @@ from basicsr.utils import logger as basicsr_logger
 from basicsr.utils import misc, set_random_seed
 from basicsr.utils.dist_util import get_dist_info, init_dist
 
-from ast_plugin import options
+from ast_plugin import checkpoints, options
 from ast_plugin.checkpoints import newest_whole, read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError, did_you_mean, only_warn
 from ast_plugin.files import write_file
@@ -37,7 +37,7 @@ from ast_plugin.options.sections import Dataset
 from ast_plugin.options.validation import Registered
 
 WEIGHTS = ('net_g_best.pth', 'net_g_latest.pth')
-"""What a run leaves in its folder `models`, the better first."""
+"""What a run leaves in its folder `models`, the better first; beside them net_g_ITERATION.pth."""
 
 _LAUNCHERS = {
     'none': ('', ''),
@@ -330,8 +330,14 @@ def _shortened_warmup(stage: Stage, opt: Mapping[str, Any]) -> str:
 
 
 def find_weights(experiment: Path) -> Path | None:
-    """The weights that a run has left: its best ones, else its latest, else None."""
-    return next((path for name in WEIGHTS if (path := experiment / 'models' / name).is_file()), None)
+    """The weights that a run has left: its best ones, else the newest, else None.
+
+    A run that was killed has saved some after its last state; they may be newer than the `latest` of an earlier end.
+    """
+    best, latest = (experiment / 'models' / name for name in WEIGHTS)
+    numbered = sorted(checkpoints.numbered_files(experiment / 'models', checkpoints.WEIGHTS).items())
+    newest = [path for path in (latest, *(path for _, path in numbered[-1:])) if path.is_file()]
+    return best if best.is_file() else max(newest, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def mark_finished(experiment: Path, total_iter: int) -> None:

@@ -74,6 +74,8 @@ def workspace(tmp_path, monkeypatch):
     for folder in ('restored', 'clean'):
         write_images(tmp_path / folder, ['a.png'])
     write_images(tmp_path / 'photos', ['a.jpg', 'b.jpg'], side=300)
+    for place in ('train/lq', 'train/gt', 'val/lq', 'val/gt'):
+        write_images(tmp_path / 'datasets' / 'my_pairs' / place, ['1.png', '2.png'])
     write_spad(tmp_path / 'datasets' / 'SPAD')
     for place in (tmp_path / 'downloads' / 'raindrop', tmp_path / 'datasets' / 'AGAN-Data'):
         for start, split in enumerate(('train', 'test_a', 'test_b')):
