@@ -186,6 +186,18 @@ def logged_at_the_end_of(total_iter, tb_logger) -> list[str]:
     return lines
 
 
+def resume_with_other_options():
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])
+    state = {'iter': 1, 'optimizers': [optimizer.state_dict()], 'schedulers': [schedule.state_dict()]}
+    recorded = {'train': {'optim_g': {'type': 'AdamW', 'lr': 0.3}}}
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=0.3)
+    model = BaseModel({'num_gpu': 0, 'is_train': True})
+    model.optimizers, model.schedulers = [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])]
+    model.resume_training({**state, 'recorded': recorded})
+    return optimizer.param_groups[0]['lr'] == 0.3
+
+
 def spare_runs_from_tensorboard():
     from torch.utils.tensorboard import SummaryWriter
 

@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='go on from the newest state of the experiment, if there is one; finished stages are passed over',
     )
+    parser.add_argument(
+        '--force_resume',
+        action='store_true',
+        help='resume from a state that the options do not fit: what does not, such as another optimiser, starts afresh',
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin.models.processes import RunStopped
     from ast_plugin.models.training_run import Training, join_processes
 
-    training = Training(run, run.select(args.stage), args.auto_resume, functools.partial(print, flush=True))
+    say = functools.partial(print, flush=True)
+    training = Training(run, run.select(args.stage), args.auto_resume, say, args.force_resume)
     training.check()
     with join_processes(run, args.launcher) as process:
         try:

@@ -22,6 +22,7 @@ from ast_plugin.checkpoints import Checkpoint, read_checkpoint, read_state
 from ast_plugin.data.lmdb.reader import holds_pixels
 from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line
 from ast_plugin.evaluation.protocols import read_protocol
+from ast_plugin.models import run_state
 from ast_plugin.models.restoration_model import RestorationModel
 from ast_plugin.models.training_step import check_switches
 from ast_plugin.options.validation import Registered
@@ -44,14 +45,15 @@ def check(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[s
     """
     _check_disk(opt)
     _check_logger(opt, source)
+    state = None
     with _logger_untouched():
         if opt['is_train']:
-            _check_resume(opt)
+            state = _check_resume(opt)
             _check_training(opt['train'], registered, source)
         _check_metrics(opt.get('val') or {}, registered, source)
         for key, options in opt['datasets'].items():
             _check_dataset(f'{source}: datasets.{key}', options, registered)
-        return _check_networks(opt, registered, source)
+        return _check_networks(opt, registered, source, state)
 
 
 @contextmanager
@@ -131,10 +133,11 @@ def _check_logger(opt: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _check_resume(opt: Mapping[str, Any]) -> None:
+def _check_resume(opt: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state that the run goes on from, None for none."""
     state = opt['path'].get('resume_state')
     if state is None:
-        return
+        return None
     if not Path(state).is_file():
         raise CheckpointError(f'path.resume_state: no such file: {state}')
     content = read_state(state)
@@ -146,6 +149,7 @@ def _check_resume(opt: Mapping[str, Any]) -> None:
         if not weights.is_file():
             hint = 'is the name of the experiment the same?'
             raise CheckpointError(f'path.resume_state: {state} needs {weights}, which is not there; {hint}')
+    return content
 
 
 def _check_training(train: Mapping[str, Any], registered: Registered, source: str) -> None:
@@ -243,7 +247,32 @@ def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], register
     load_into(new, weights, assign=True)
 
 
-def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[str, Checkpoint]:
+def _check_state(state: Mapping[str, Any], opt: Mapping[str, Any], network: nn.Module, source: str) -> None:
+    """Refuse what a resumed run could not follow: another network, another optimiser, an end that lies behind it."""
+    path = opt['path']['resume_state']
+    if 'params' in state and 'network_g' not in (opt['path'].get('ignore_resume_networks') or ()):
+        try:
+            load_into(network, Checkpoint(Path(path), state['params']), assign=True)
+        except CheckpointError as error:
+            others = run_state.changes(state.get('options'), run_state.record(opt)).items()
+            others = [f'{key}: {change}' for key, change in others if key.startswith('network_g')]
+            raise OptionError(
+                f'{source}: network_g is another one than that of the state: {"; ".join([*others, str(error)])}. Give '
+                "the state's, or begin with path.pretrain_network_g and strict_load_g: false"
+            ) from error
+    lines = run_state.misfits(state, opt, network.parameters())
+    if lines and not opt.get('force_resume'):
+        raise OptionError(
+            f'{source}: the run cannot go on from {path} with these options:\n  '
+            + '\n  '.join(lines)
+            + '\nGive those of the state, name another run, or go on all the same with --force_resume: what does not '
+            'fit starts afresh'
+        )
+
+
+def _check_networks(
+    opt: Mapping[str, Any], registered: Registered, source: str, state: Mapping[str, Any] | None
+) -> dict[str, Checkpoint]:
     checkpoints = {}
     model = registered.get('model', opt['model_type'])
     for key in [key for key in opt if key.startswith('network_')]:
@@ -253,6 +282,8 @@ def _check_networks(opt: Mapping[str, Any], registered: Registered, source: str)
             losses = _build_losses(opt['train'], registered, source)
             with _explained(source, 'train'):
                 check_switches(opt, network, losses)
+        if key == 'network_g' and state is not None:
+            _check_state(state, opt, network, source)
         letter = key.removeprefix('network_')
         weights = opt['path'].get(f'pretrain_{key}')
         # When a run is resumed, BasicSR puts the weights of the state in the place of these.

@@ -57,6 +57,7 @@ class RestorationModel(SRModel):
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
+        self.recorded = run_state.record(opt) if opt['is_train'] else {}
         self.progress: TrainingProgress | None = None
         self.processes = Processes()
         self.validator = Validator.from_options(opt, self._image_path, self.processes)
@@ -195,7 +196,7 @@ class RestorationModel(SRModel):
             raise DataError(f'the validation set {name} holds no images')
         if self.is_train:
             # BasicSR validates once more after the last iteration, and has counted past it by then
-            current_iter = min(current_iter, self.opt['train']['total_iter'])
+            current_iter = min(current_iter, max(self.opt['train']['total_iter'], self.iteration))
             if self.validated_at.get(name) == current_iter:
                 return
             self.validated_at[name] = current_iter
@@ -315,7 +316,7 @@ class RestorationModel(SRModel):
         Args:
             resume_state: its `epoch` becomes the one of the next iteration, should epochs be longer or shorter now.
         """
-        run_state.restore(self, resume_state)
+        run_state.restore(self, resume_state, self.recorded)
         self.iteration = self.saved_at = iteration = resume_state['iter']
         iters_per_epoch = self.opt['train'].get('iters_per_epoch')
         if iters_per_epoch:

@@ -23,7 +23,7 @@ from basicsr.utils import misc, set_random_seed
 from basicsr.utils.dist_util import get_dist_info, init_dist
 
 from ast_plugin import checkpoints, options
-from ast_plugin.checkpoints import newest_whole, read_checkpoint
+from ast_plugin.checkpoints import newest_whole, read_checkpoint, read_state
 from ast_plugin.errors import CheckpointError, OptionError, did_you_mean, only_warn
 from ast_plugin.files import write_file
 from ast_plugin.models import preflight
@@ -232,8 +232,11 @@ def _of_first_process(value: Any) -> Any:
 class Training:
     """The training of stages, one after the other, telling by `say` where each begins."""
 
-    def __init__(self, run: Run, stages: list[Stage], auto_resume: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: Run, stages: list[Stage], auto_resume: bool, say: Callable[[str], None], force_resume: bool = False
+    ) -> None:
         self.run, self.stages, self.auto_resume, self.say = run, stages, auto_resume, say
+        self.force_resume = force_resume
         self.is_first = True  # of the processes that train together
 
     def check(self) -> None:
@@ -241,7 +244,7 @@ class Training:
         before: dict[str, Any] | None = None
         has_begun = False
         for stage in self.stages:
-            opt = self.run.prepare(stage)
+            opt = self._prepare(stage)
             if has_begun or not self._is_finished(stage, opt):
                 if not has_begun:
                     opt['path'].update(self._find_start(stage, opt)[0])
@@ -257,7 +260,7 @@ class Training:
         if self.stages[0].name is not None and self.stages is self.run.stages and not self.auto_resume:
             self._put_aside(self.run.experiment())
         for stage in self.stages:
-            opt = self.run.prepare(stage, **process)
+            opt = self._prepare(stage, **process)
             if _of_first_process(self._is_finished(stage, opt)):
                 self._tell(f'{stage.name} is finished: {self.run.experiment(stage)}')
                 continue
@@ -272,6 +275,13 @@ class Training:
                 basicsr.train.train_pipeline(str(self.run.root))
             if stage.name is not None and self.is_first:
                 mark_finished(self.run.experiment(stage), opt['train']['total_iter'])
+
+    def _prepare(self, stage: Stage, **process: Any) -> dict[str, Any]:
+        """The options of a stage; without a seed in the file that of the run that is resumed."""
+        state = newest_whole(self.run.experiment(stage) / 'training_states') if self.auto_resume else None
+        if state is not None and stage.opt.get('manual_seed') is None:
+            stage.opt['manual_seed'] = (read_state(state).get('options') or {}).get('manual_seed')
+        return {**self.run.prepare(stage, **process), 'force_resume': self.force_resume}
 
     def _is_finished(self, stage: Stage, opt: Mapping[str, Any]) -> bool:
         can_be_passed_over = stage.name is not None and self.auto_resume

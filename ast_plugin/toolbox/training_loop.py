@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from basicsr import train, utils
+from basicsr.models.base_model import BaseModel
 from basicsr.utils import check_resume, get_root_logger, logger, misc
 
 from ast_plugin.checkpoints import newest_whole, read_state
@@ -21,6 +22,7 @@ from ast_plugin.data.random_states import SeededSamples
 from ast_plugin.data.sampler import EpochSampler
 from ast_plugin.errors import only_warn
 from ast_plugin.files import write_file
+from ast_plugin.models import run_state
 from ast_plugin.names import printable
 
 WANDB_RECORD = 'wandb_run'  # in an experiment: the id of its run at W&B
@@ -66,6 +68,7 @@ def load_resume_state(opt: dict) -> dict | None:
     has_weights = state.pop('params', None) is not None and 'network_g' in opt
     has_weights = has_weights and 'network_g' not in (opt['path'].get('ignore_resume_networks') or ())
     state.pop('params_ema', None)
+    state['recorded'] = run_state.record(opt)
     # Networks that are not told of are not pointed anywhere.
     check_resume({key: value for key, value in opt.items() if not (has_weights and key == 'network_g')}, state['iter'])
     if has_weights:
@@ -74,6 +77,20 @@ def load_resume_state(opt: dict) -> dict | None:
     for key in _FOLDERS & opt['path'].keys():
         Path(opt['path'][key]).mkdir(parents=True, exist_ok=True)
     return state
+
+
+def resume_with_other_options() -> None:
+    """Let a run that is resumed follow its options where they differ from those of the state.
+
+    Fault: `resume_training` puts the state's rates, other numbers of the optimiser, and the whole schedule in the place
+    of the options', or a mixture where the schedule is of another kind. No upstream issue known.
+    """
+
+    def resume_training(self, resume_state):
+        """Take up optimisers and schedules where a state left them."""
+        run_state.restore(self, resume_state, resume_state.get('recorded'))
+
+    BaseModel.resume_training = resume_training
 
 
 def resume_within_epochs() -> None:
@@ -316,6 +333,7 @@ def start_wandb_of_any_age() -> None:
 REPAIRS = (
     sample_full_batches,
     resume_anywhere,
+    resume_with_other_options,
     resume_within_epochs,
     start_loading_once,
     archive_under_free_names,

@@ -1,0 +1,175 @@
+"""Resuming with other options: what can be followed is, what cannot is refused by name, before anything starts."""
+
+import sys
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ast_plugin  # noqa: F401  registers everything
+from ast_plugin.cli.main import main
+from ast_plugin.models import run_state
+from tests import tiny_run
+from tests.models.test_restoration_model import build, options, train
+
+ADAMW = {'type': 'AdamW', 'lr': 2e-3}
+COSINE = {'type': 'WarmupCosineLR', 'warmup_iter': 2}
+OTHERS = {
+    'longer': {'total_iter': 24},
+    'shorter': {'total_iter': 6},
+    'lr': {'optim_g': {**ADAMW, 'lr': 5e-4}},
+    'weight_decay': {'optim_g': {**ADAMW, 'weight_decay': 0.3}},
+    'betas': {'optim_g': {**ADAMW, 'betas': [0.8, 0.9], 'eps': 1e-6}},
+    'eta_min': {'scheduler': {**COSINE, 'eta_min': 1e-4}},
+    'warm_up': {'scheduler': {**COSINE, 'warmup_iter': 6}},
+    'stepwise': {'scheduler': {'type': 'MultiStepLR', 'milestones': [3, 6], 'gamma': 0.5}},
+    'restarts': {'scheduler': {'type': 'CosineAnnealingRestartLR', 'periods': [8], 'eta_min': 1e-5}},
+    'all': {'total_iter': 12, 'optim_g': {**ADAMW, 'lr': 1e-3, 'weight_decay': 0}, 'scheduler': {**COSINE}},
+}
+
+
+def begun(folder, **switches) -> dict:
+    """The state of iteration 4."""
+    model = build(options(folder, **switches))
+    train(model, 1, 4)
+    model.save(0, 4)
+    return torch.load(folder / 'training_states' / '4.state', weights_only=True)
+
+
+def resumed(folder, state, **switches):
+    opt = options(folder, **switches)
+    opt['path']['pretrain_network_g'] = str(folder / 'models' / 'net_g_4.pth')
+    model = build(opt)
+    model.resume_training(deepcopy(state))
+    return model
+
+
+def rates(model, first, last) -> list[tuple]:
+    found = []
+    for iteration in range(first, last + 1):
+        model.update_learning_rate(iteration)
+        model.optimizer_g.step()
+        found.append(tuple(model.get_current_learning_rate()))
+    return found
+
+
+@pytest.fixture(scope='module')
+def state(tmp_path_factory):
+    return begun(tmp_path_factory.mktemp('begun'))
+
+
+def numbers(model) -> dict:
+    """What the option file says of an optimiser."""
+    group = model.optimizer_g.param_groups[0]
+    return {key: group[key] for key in ('initial_lr', 'betas', 'eps', 'weight_decay')}
+
+
+@pytest.mark.parametrize('is_old', [False, True], ids=['', 'state_of_before'])
+@pytest.mark.parametrize('other', OTHERS)
+def test_other_options_are_followed(state, tmp_path, caplog, other, is_old):
+    (tmp_path / 'models').mkdir()
+    torch.save({'params': state['params']}, tmp_path / 'models' / 'net_g_4.pth')
+    old = {key: value for key, value in state.items() if not (is_old and key == 'options')}
+    caplog.clear()
+    model = resumed(tmp_path, old, **OTHERS[other])
+    fresh = build(options(tmp_path, **OTHERS[other]))
+    assert numbers(model) == numbers(fresh)
+    moments = model.optimizer_g.state[next(model.net_g.parameters())]
+    assert torch.equal(moments['exp_avg'], state['optimizers'][0]['state'][0]['exp_avg'])
+    rates(fresh, 1, 4)
+    assert rates(model, 5, 8) == rates(fresh, 5, 8)
+
+
+def test_equal_options_change_nothing(state, tmp_path):
+    (tmp_path / 'models').mkdir()
+    torch.save({'params': state['params']}, tmp_path / 'models' / 'net_g_4.pth')
+    model = resumed(tmp_path, state)
+    assert not run_state.changes(state['options'], model.recorded)
+    again = [schedule.state_dict() for schedule in model.schedulers]
+    assert again == state['schedulers']
+    assert model.optimizer_g.state_dict()['param_groups'] == state['optimizers'][0]['param_groups']
+
+
+@pytest.mark.parametrize('is_old', [False, True], ids=['', 'state_of_before'])
+@pytest.mark.parametrize(
+    ('switches', 'said'),
+    [
+        ({'total_iter': 3}, 'train.total_iter: 3, and the state is of iteration 4'),
+        ({'optim_g': {'type': 'Adam', 'lr': 2e-3}}, 'train.optim_g: '),
+        ({'optim_g': {'type': 'RMSprop', 'lr': 2e-3}}, 'train.optim_g: '),
+        ({'optim_g': {**ADAMW, 'amsgrad': True}}, 'train.optim_g: AdamW with these options does not go on'),
+        ({'optim_g': {**ADAMW}, 'optim_d': {**ADAMW}}, 'train.optim_*: 2 optimisers'),
+    ],
+)
+def test_misfits(state, tmp_path, switches, said, is_old):
+    old = {key: value for key, value in state.items() if not (is_old and key == 'options')}
+    lines = run_state.misfits(old, options(tmp_path, **switches))
+    assert len(lines) == 1 and lines[0].startswith(said)
+    assert not run_state.misfits(old, options(tmp_path))
+
+
+def test_misfit_of_other_shapes(state, tmp_path):
+    assert (
+        'network_g has 1 parameters'
+        in run_state.misfits(state, options(tmp_path), [torch.zeros(3, requires_grad=True)])[0]
+    )
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A run of four iterations."""
+    folder = tmp_path_factory.mktemp('run')
+    file = tiny_run.write(folder)
+    text = file.read_text().replace('SRModel', 'RestorationModel').replace('!!float 2', '2')
+    file.write_text(text.replace('manual_seed: 1\n', ''))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(['train', '-opt', 'tiny.yml']) == 0
+    return folder
+
+
+def listing(folder):
+    return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob('*'))
+
+
+@pytest.mark.parametrize(
+    ('force', 'said'),
+    [
+        (['train:total_iter=3'], 'train.total_iter: 3, and the state is of iteration 4'),
+        (['train:optim_g:type=Adam'], 'train.optim_g: the type is Adam, and the state is of AdamW'),
+        (['network_g:num_feat=16'], 'network_g is another one than that of the state: network_g.num_feat: 8 → 16'),
+    ],
+)
+def test_refused_before_anything(folder, monkeypatch, capfd, force, said):
+    monkeypatch.chdir(folder)
+    before = listing(folder)
+    assert main(['train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml', *force]) == 2
+    message = capfd.readouterr().err
+    assert said in message and 'Traceback' not in message
+    assert '--force_resume' in message or 'network_g' in force[0]
+    assert listing(folder) == before
+
+
+def test_forced_and_followed(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    command = ['train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml']
+    assert main([*command, 'train:total_iter=3', '--force_resume']) == 0
+    assert 'Best' in capfd.readouterr().err
+    assert main([*command, 'train:total_iter=8', 'train:optim_g:lr=1e-3']) == 0
+    said = capfd.readouterr().err
+    assert 'train.total_iter: 4 → 8' in said and 'train.optim_g.lr: 0.0001 → 0.001' in said
+    assert 'manual_seed: ' not in said[said.index('Options that differ') :].partition('\n')[0]  # that of the state
+    lines = (folder / 'experiments' / 'tiny' / 'metrics.csv').read_text().splitlines()
+    assert [line.split(',')[2] for line in lines if line.startswith('5,')] == ['0.0005']
+    assert main([*command, 'train:total_iter=9', 'train:optim_g:type=SGD', 'train:optim_g:betas=']) == 2
+
+
+def test_wandb_login_comes_first(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(login=lambda: 1 / 0))
+    before = listing(folder)
+    keys = ['logger:use_tb_logger=true', 'logger:wandb={project: rain}']
+    assert main(['train', '-opt', 'tiny.yml', '--force_yml', *keys]) == 2
+    assert 'not logged in to Weights & Biases' in capfd.readouterr().err
+    assert listing(folder) == before
