@@ -66,6 +66,8 @@ _JPEG_END = b'\xff\xd9'
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _JPEG_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, in Huffman codes
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 258, 262, 284, 338  # tags of TIFF
+# First row and column of each pass of an interlaced PNG, and the steps down and across.
+_ADAM7 = (0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF orientation
     2: lambda array: array[:, ::-1],
     3: lambda array: array[::-1, ::-1],
@@ -376,6 +378,8 @@ def _decode(
     if kind == 'JPEG' and is_resolution(image.info.get('dpi')):
         metadata['dpi'] = image.info['dpi']
     image.load()
+    if kind == 'PNG':
+        _check_rows(path, data)
     if bits == 16 and image.mode != 'CMYK':
         color, alpha = _decode_16_bits(path, data, kind, image)
     else:
@@ -413,6 +417,22 @@ def _check_strips(path: str | os.PathLike, image: Image.Image) -> None:
     width, height = image.size
     if count < width * height * planes:
         raise DataError(f'{path}: damaged: strips or tiles are missing, it holds {count} of {width}x{height} pixels')
+
+
+def _check_rows(path: str | os.PathLike, data: bytes) -> None:
+    """Raise DataError if rows of a PNG are missing: where its compressed data end soundly, Pillow leaves them black."""
+    width, height, depth, color_type, _, _, is_interlaced = struct.unpack_from('>IIBBBBB', data, 16)
+    bits = depth * {2: 3, 4: 2, 6: 4}.get(color_type, 1)
+    sizes = [(-((row - height) // down), -((column - width) // across)) for row, column, down, across in _ADAM7]
+    rows = [size for size in (sizes if is_interlaced else [(height, width)]) if all(size)]
+    expected = sum(count * (1 + (length * bits + 7) // 8) for count, length in rows)
+    count, inflater = 0, zlib.decompressobj()
+    for rest in (data[start + 8 : end - 4] for name, start, end in png_chunks(data) if name == b'IDAT'):
+        while rest and count < expected:
+            count += len(inflater.decompress(rest, 2**20))
+            rest = inflater.unconsumed_tail
+    if count + len(inflater.flush()) < expected:
+        raise DataError(f'{path}: damaged: its pixels are {count} bytes, expected {expected}')
 
 
 def _decode_16_bits(
