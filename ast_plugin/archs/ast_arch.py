@@ -78,6 +78,7 @@ class AST(nn.Module):
     """
 
     block_classes = (ASTBlock,)  # what training compiles or checkpoints one by one, see models.network_switches
+    takes_any_size = True
 
     def __init__(
         self,

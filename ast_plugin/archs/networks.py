@@ -2,6 +2,7 @@
 
 import copy
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
@@ -32,7 +33,10 @@ CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'img_channel', 
 
 _OWN = {'AST': AST, 'AST_XS': AST_XS, 'AST_T': AST_T, 'AST_B': AST_B}  # found without importing BasicSR
 _FALLBACK_SUFFIX = '_basicsr'  # under which BasicSR registers some of its own, and finds them without it
-_MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)  # networks want sides that are multiples of one of these, or of a window
+# Networks want sides that are multiples of one of these, or of a window that is halved some times.
+_MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+_HALVINGS = 4
+_trials: weakref.WeakKeyDictionary[nn.Module, 'Trial'] = weakref.WeakKeyDictionary()
 
 
 def registered_network(name: Any) -> Callable[..., nn.Module]:
@@ -170,17 +174,38 @@ class AnySize(nn.Module):
 
     Args:
         network: maps [B, C, H, W] to [B, D, s·H, s·W].
-        multiple: of which H and W must be.
+        size_multiple: of which H and W must be.
     """
 
-    def __init__(self, network: nn.Module, multiple: int) -> None:
+    takes_any_size = True
+
+    def __init__(self, network: nn.Module, size_multiple: int) -> None:
         super().__init__()
-        self.network, self.multiple = network, multiple
+        self.network, self.size_multiple = network, size_multiple
 
     def forward(self, image: Tensor) -> Tensor:
         """Pad, run the network, crop."""
         height, width = image.shape[-2:]
-        return run_padded(self.network, image, -height % self.multiple, -width % self.multiple)
+        return run_padded(self.network, image, -height % self.size_multiple, -width % self.size_multiple)
+
+
+def any_size(network: nn.Module, channels: int = 3) -> nn.Module:
+    """Let a network take images of any size: whatever restores images runs networks through this.
+
+    Networks that take them all, or say so by a true attribute `takes_any_size`, are returned as they are, and so are
+    those that run on no size that is tried: what is wrong with them shows on the image. All others pad by `AnySize`.
+
+    Args:
+        network: maps [B, C, H, W] to [B, D, s·H, s·W]; it is tried once, see `try_sizes`.
+        channels: C.
+    """
+    if getattr(network, 'takes_any_size', False):
+        return network
+    try:
+        multiple = _trial(network, channels).multiple
+    except OptionError:
+        return network
+    return network if multiple == 1 else AnySize(network, multiple).train(network.training)
 
 
 def required_multiple(network: nn.Module, channels: int = 3) -> int:
@@ -189,10 +214,17 @@ def required_multiple(network: nn.Module, channels: int = 3) -> int:
     Raises:
         OptionError: if it works on no size, or its results have another one.
     """
-    trial = try_sizes(network, [channels], nominal=32)
-    if trial.scale != 1:
-        raise OptionError(f'{type(network).__name__} enlarges images {trial.scale} times: expected the same size')
-    return trial.multiple
+    stated = 1, getattr(network, 'scale', 1)
+    multiple, scale = stated if getattr(network, 'takes_any_size', False) else _trial(network, channels)[1:3]
+    if scale != 1:
+        raise OptionError(f'{type(network).__name__} enlarges images {scale} times: expected the same size')
+    return multiple
+
+
+def _trial(network: nn.Module, channels: int) -> 'Trial':
+    if network not in _trials:
+        _trials[network] = try_sizes(network, [channels], nominal=32)
+    return _trials[network]
 
 
 class Trial(NamedTuple):
@@ -238,7 +270,8 @@ def try_sizes(
         OptionError: if it runs on no size, with what it raised.
     """
     windows = {side for module in network.modules() if (side := window_of(module))}
-    multiples = [multiple] if multiple else sorted({*_MULTIPLES, *windows})
+    halved = {side << number for side in windows for number in range(_HALVINGS)}
+    multiples = [multiple] if multiple else sorted({*_MULTIPLES, *halved})
     failure = ''
     for device in _devices(network):
         copied = _copy_to(network, device)

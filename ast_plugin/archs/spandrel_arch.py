@@ -44,6 +44,8 @@ class Spandrel(nn.Module):
         OptionError: if there is no such network, or it does not take these hyperparameters.
     """
 
+    takes_any_size = True
+
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__()
         architecture, network_type = _row(name)

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ast_plugin import ops
     from ast_plugin.archs.blocks import FEED_FORWARDS, WindowAttention
-    from ast_plugin.archs.networks import AnySize, input_channels, load_network, required_multiple
+    from ast_plugin.archs.networks import any_size, input_channels, load_network, required_multiple
     from ast_plugin.evaluation.cost import available_bytes, count_macs_of_size
 
     weights = None if args.weights is None else str(Path(args.weights).expanduser())
@@ -60,12 +60,11 @@ def run(args: argparse.Namespace) -> int:
     job = {'network': options, 'weights': weights, 'param_key': args.param_key, 'channels': channels}
     try:
         network = load_network(options, weights, args.param_key, functools.partial(_print, 'weights'))
-        multiple = required_multiple(network, channels)
+        required_multiple(network, channels)  # refuses networks that enlarge images
     except OptionError as error:
         raise OptionError(f'{loaded.source(stage)}: network_g: {error}') from error
-    if multiple > 1:
-        network = AnySize(network, multiple).eval()
-    multiple = getattr(network, 'size_multiple', multiple)
+    network = any_size(network, channels)
+    multiple = getattr(network, 'size_multiple', 1)
     _print('network', f'{options["type"]}, {loaded.source(stage)}')
     parameters = list(network.parameters())
     held = sum(parameter.nbytes for parameter in parameters) / _MEBIBYTE

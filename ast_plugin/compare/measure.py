@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ast_plugin.archs.networks import AnySize, input_channels, load_network, required_multiple
+from ast_plugin.archs.networks import AnySize, any_size, input_channels, load_network, required_multiple
 from ast_plugin.compare.child import ChildFailed, run_child
 from ast_plugin.compare.machine import load_average, peak_memory
 from ast_plugin.errors import DataError, PluginError
@@ -138,7 +138,7 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
     return {
         'values': dict(sorted(values.items())),
         'protocol': protocol.describe(),
-        'multiple': getattr(network, 'multiple', 1),
+        'multiple': network.size_multiple if isinstance(network, AnySize) else 1,
         'notes': list(dict.fromkeys(notes)),
         'kept': kept,
     }
@@ -156,8 +156,8 @@ def _load_any_size(job: Mapping[str, Any], device: torch.device) -> nn.Module:
     """The network of a job, padding its input where it does not take every size, after a pass on a small image."""
     network = load_network(job['network'], job['weights'], job['param_key']).to(device)
     channels = input_channels(job['network'])
-    multiple = required_multiple(network, channels)
-    network = network if multiple == 1 else AnySize(network, multiple).eval()
+    required_multiple(network, channels)  # refuses networks that enlarge images
+    network = any_size(network, channels)
     with torch.inference_mode():  # what libraries take at their first call is no cost of the network
         network(torch.rand(1, channels, 64, 64, device=device))
     return network

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ast_plugin.archs.networks import any_size
 from ast_plugin.errors import MemoryShortage, OptionError, PluginError, ShapeError, one_line, out_of_memory
 from ast_plugin.evaluation.cost import available_bytes, peak_bytes
 from ast_plugin.ops import frozen_weights
@@ -63,7 +64,8 @@ class Tiling:
         """Run a network on an image.
 
         Args:
-            network: maps [N, C, h, w] to [N, D, s·h, s·w]; a module gets its tiles on its own device.
+            network: maps [N, C, h, w] to [N, D, s·h, s·w]; a module gets its tiles on its own device, and padded where
+                it does not take every size, see `any_size`.
             image: [B, C, H, W], floating point, on any device.
             on_tile: called with (tiles done, tiles in all).
             on_note: called with a line when memory is short and tiles or fewer tiles at once are chosen.
@@ -77,14 +79,15 @@ class Tiling:
         device = next((parameter.device for parameter in parameters), image.device)
         dtype = image.dtype if image.dtype == torch.float64 else torch.float32
         note = on_note or (lambda line: None)
+        run = any_size(network, image.shape[1]) if isinstance(network, nn.Module) else network
 
         def apply(patches: Tensor) -> Tensor:
             with _explain_failures(patches):
-                return network(patches.to(device)).to(image.device, dtype)
+                return run(patches.to(device)).to(image.device, dtype)
 
         height, width = image.shape[-2:]
         whole, batch = max(height, width), self.batch
-        tile = self._choose_tile(network, image, device, note) if self.tile == AUTO else self.tile or whole
+        tile = self._choose_tile(network, run, image, device, note) if self.tile == AUTO else self.tile or whole
         while True:
             overlap = tile // 4 if self.overlap is None else min(self.overlap, tile - 1)
             try:
@@ -106,8 +109,8 @@ class Tiling:
                 note(f'{shown} does not fit in memory, trying tiles of {smaller}')
                 tile = smaller
 
-    def _choose_tile(self, network: Callable, image: Tensor, device: torch.device, note: OnNote) -> int:
-        """A tile that covers the image if it fits in memory, else the largest that does."""
+    def _choose_tile(self, network: Callable, run: Callable, image: Tensor, device: torch.device, note: OnNote) -> int:
+        """A tile that covers the image if it fits in memory, else the largest that does; `run` runs the network."""
         height, width = image.shape[-2:]
         whole = max(height, width)
         free = available_bytes(device)
@@ -121,7 +124,7 @@ class Tiling:
         if network not in known:
             probe = torch.zeros(1, image.shape[1], _TILE_STEP, _TILE_STEP, dtype=image.dtype, device=device)
             with _explain_failures(probe):
-                known[network] = max(1, peak_bytes(lambda: network(probe), device)) / _TILE_STEP**2
+                known[network] = max(1, peak_bytes(lambda: run(probe), device)) / _TILE_STEP**2
         needed = pixels * known[network]
         if needed <= usable:
             return whole

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ast_plugin.errors import OptionError, ShapeError
-from ast_plugin.ops.windows import check_windows, relative_position_index, shift_mask
+from ast_plugin.ops.windows import check_windows, keep_shape_in_trace, relative_position_index, shift_mask
 
 ATTENTION_KINDS = ('assa', 'dense', 'sparse', 'sparse_relu', 'topk')
 
@@ -97,7 +97,9 @@ def attention_weights(scores: Tensor, kind: str, gate: Tensor | None = None, top
         dense_share, sparse_share = gate.to(scores.dtype).softmax(0)
         return dense_share * scores.softmax(-1) + sparse_share * scores.relu().square()
     if kind == 'topk':
-        keep = max(1, round(topk_ratio * scores.shape[-1]))
+        num_keys = int(scores.shape[-1])  # of a window, and so a constant; a tensor while it is traced
+        scores = keep_shape_in_trace(scores, [-1] * (scores.ndim - 1) + [num_keys])
+        keep = max(1, round(topk_ratio * num_keys))
         lowest = scores.topk(keep, dim=-1).values[..., -1:]
         return scores.masked_fill(scores < lowest, float('-inf')).softmax(-1)
     raise OptionError(f'attention {kind!r} is unknown: one of {", ".join(ATTENTION_KINDS)}')

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ast_plugin.errors import OptionError, ShapeError
-from ast_plugin.ops.windows import pad_image
+from ast_plugin.ops.windows import keep_shape_in_trace, pad_image
 
 BLENDS = ('ramp', 'mean')
 
@@ -151,7 +151,9 @@ def run_padded(function: Callable[[Tensor], Tensor], image: Tensor, bottom: int,
     Raises:
         ShapeError: if the function returns anything else, as some networks do in training.
     """
+    # What networks of others compute from the size of an image while they are traced would stay as it is.
     padded = pad_image(image, bottom, right)
+    padded = keep_shape_in_trace(padded, padded.shape)
     output = function(padded)
     if not isinstance(output, Tensor):
         raise ShapeError(f'expected one tensor of images, got a {type(output).__name__}')

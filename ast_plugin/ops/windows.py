@@ -1,7 +1,7 @@
 """Cutting maps into windows, the masks and indices that window attention needs, and padding."""
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -154,19 +154,48 @@ def pad_image(x: Tensor, bottom: int, right: int) -> Tensor:
     Returns:
         [B, C, H + bottom, W + right]; `x` itself where nothing is added. A side of one pixel is repeated.
     """
-    if not bottom and not right:
-        return x
     H, W = x.shape[-2:]
-    if bottom < H and right < W:
-        return F.pad(x, (0, right, 0, bottom), mode='reflect')
+    if not torch.jit.is_tracing():  # a trace is to pad images of other sizes, too, by what it computes from them
+        if not bottom and not right:
+            return x
+        if bottom < H and right < W:
+            return F.pad(x, (0, right, 0, bottom), mode='reflect')
     rows = _reflect_positions(H, H + bottom, x.device)
     columns = _reflect_positions(W, W + right, x.device)
     return x.index_select(-2, rows).index_select(-1, columns)
 
 
 def _reflect_positions(size: int, target: int, device: torch.device) -> Tensor:
-    position = torch.arange(target, device=device)
-    if size == 1:
-        return torch.zeros_like(position)
-    position = position % (2 * size - 2)
-    return torch.minimum(position, 2 * size - 2 - position)
+    period = 2 * size - 2
+    period = period.clamp(min=1) if isinstance(period, Tensor) else max(period, 1)  # a tensor while it is traced
+    position = torch.arange(target, device=device) % period
+    return torch.minimum(position, period - position)
+
+
+def keep_shape_in_trace(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Let a trace of torch.jit raise for other shapes than that which it was made with; else return x as it is.
+
+    Needed by whatever fixes numbers of the shape while it is traced, as networks do that make masks of their input's
+    size: at another size such a trace would compute something else, and not say so.
+
+    Args:
+        x: any tensor.
+        shape: what it has to have; -1 where any number will do.
+    """
+    if not torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # ONNX states the shapes of its inputs
+        return x
+    return _scripted_check()(x, [int(side) for side in shape])
+
+
+@cache
+def _scripted_check() -> Callable:
+    return torch.jit.script(_check_shape)
+
+
+def _check_shape(x: Tensor, shape: list[int]) -> Tensor:
+    same = x.dim() == len(shape)
+    for side, wanted in zip(x.shape, shape):  # noqa: B905 - TorchScript knows no `strict`
+        same = same and (wanted == -1 or side == wanted)
+    if not same:
+        raise RuntimeError(f'this network was traced for {shape} alone, and got {x.shape}: trace it for that, too')
+    return x

@@ -46,6 +46,7 @@ class Mixed(nn.Module):
         CheckpointError: if the weights are not those of the base.
     """
 
+    takes_any_size = True
     network_options = ('base',)  # arguments that are a network's options themselves: option files are checked with it
     transient_options = ('base_weights', 'base_param_key')  # not needed to build the network for weights of its own
 

@@ -1,0 +1,150 @@
+"""Every network takes images of any size wherever images are restored; traces are right at other sizes, or raise."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from ast_plugin.archs.ast_arch import AST
+from ast_plugin.archs.networks import AnySize, any_size, build_network, load_network
+from ast_plugin.checkpoints import save_torch
+from ast_plugin.cli.main import main
+from ast_plugin.data.image_files import ImageFile, encode_image, read_image
+from ast_plugin.evaluation.protocols import PROTOCOLS, read_protocol
+from ast_plugin.evaluation.restorer import Restorer
+from ast_plugin.ops import attention_weights, use_backend
+from ast_plugin.ops.windows import pad_to_multiple
+from tests.archs.tiny_networks import AST as SMALL_AST
+from tests.archs.tiny_networks import RRDBNET, SWINIR, excite, rule
+
+SWINIR_7 = {**SWINIR, 'window_size': 7, 'img_size': 28}
+PICKY = {
+    'SwinIR': SWINIR,
+    'SwinIR 7': SWINIR_7,
+    'RRDBNet 1': RRDBNET,
+    'RRDBNet 2': {**RRDBNET, 'scale': 2},
+    'SwinIR x2': {**SWINIR, 'upscale': 2, 'upsampler': 'pixelshuffledirect'},
+}
+MIXED = {'type': 'Mixed', 'base': SWINIR, 'mix': [rule('**.attn')]}
+
+
+def random(height, width, channels=3, batch=1):
+    return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('options', PICKY.values(), ids=PICKY)
+@pytest.mark.parametrize('protocol', [*PROTOCOLS, {'type': 'tiled', 'tile': 30, 'overlap': 5}], ids=str)
+def test_protocols_restore_any_size(options, protocol):
+    network = load_network(options)
+    image = random(37, 50)
+    restored = read_protocol(protocol).restore(network, image)
+    scale = 2 if 'upscale' in options and options['upscale'] == 2 else options.get('scale', 1)
+    scale = scale if options['type'] == 'RRDBNet' or 'upsampler' in options else 1
+    assert restored.shape == (1, 3, scale * 37, scale * 50)
+
+
+@pytest.mark.parametrize('size', [(1, 1), (3, 2), (37, 50)])
+@pytest.mark.parametrize('options', [SWINIR, RRDBNET], ids=lambda options: options['type'])
+def test_any_size_is_the_padded_network(options, size):
+    network = load_network(options)
+    image = random(*size)
+    with torch.no_grad():
+        want = network(pad_to_multiple(image, 4))[..., : size[0], : size[1]]
+        assert torch.equal(PROTOCOLS['whole'].restore(network, image), want.clamp(0, 1))
+
+
+def test_any_size_leaves_fitting_networks():
+    network = build_network(SMALL_AST)
+    assert any_size(network) is network
+    picky = build_network(SWINIR)
+    assert isinstance(any_size(picky), AnySize)
+    assert any_size(any_size(picky)).network is picky
+
+
+def test_any_size_tries_a_network_once(monkeypatch):
+    network = load_network(SWINIR)
+    any_size(network)
+    monkeypatch.setattr('ast_plugin.archs.networks.try_sizes', None)
+    assert any_size(network).size_multiple == 4
+
+
+@pytest.mark.parametrize('options', [SWINIR, RRDBNET], ids=lambda options: options['type'])
+def test_infer_any_size(options, tmp_path, capsys):
+    image = np.random.default_rng(0).integers(0, 256, (37, 50, 3), 'uint8')
+    (tmp_path / 'a.png').write_bytes(encode_image(tmp_path / 'a.png', ImageFile(image)))
+    save_torch(tmp_path / 'w.pth', {'params': build_network(options).state_dict()})
+    (tmp_path / 'o.yml').write_text(f'name: o\nnetwork_g: {options}\n'.replace("'", ''))
+    files = ['-i', tmp_path / 'a.png', '-o', tmp_path / 'out', '--weights', tmp_path / 'w.pth', '-opt']
+    assert main(['infer', *map(str, files), str(tmp_path / 'o.yml')]) == 0
+    assert read_image(tmp_path / 'out' / 'a.png').color.shape == (37, 50, 3)
+
+
+def test_restorer_spreads_any_size():
+    restorer = Restorer(build_network(SWINIR), device='cpu')
+    assert restorer.spread(np.zeros((7, 9, 3), np.float32)).shape == (7, 9)
+
+
+def traced(network, size, dtype=torch.float32):
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('ignore')
+        return torch.jit.trace(network, random(*size).to(dtype), check_trace=False)
+
+
+OTHERS = [random(16, 16, batch=2), random(32, 32), random(32, 8), random(8, 32), random(20, 37), random(4, 4, batch=4)]
+
+
+@pytest.mark.parametrize('size', [(16, 16), (13, 22)])
+@pytest.mark.parametrize(
+    'network',
+    [
+        lambda: load_network(MIXED),
+        lambda: load_network({**MIXED, 'mix': [rule('**.mlp', 'FRFN')]}),
+        lambda: any_size(load_network(SWINIR)),
+        lambda: any_size(load_network(RRDBNET)),
+    ],
+    ids=['mixed attention', 'mixed ffn', 'padded SwinIR', 'padded RRDBNet'],
+)
+def test_trace_of_others_is_right_or_raises(network, size):
+    torch.manual_seed(0)
+    network = excite(network())
+    trace = traced(network, size)
+    num_raised = 0
+    for image in [random(*size), *OTHERS]:
+        with torch.no_grad():
+            try:
+                got = trace(image)
+            except torch.jit.Error as error:
+                assert 'this network was traced for [1, 3, 16, ' in str(error)
+                num_raised += 1
+            else:
+                torch.testing.assert_close(got, network(image))
+    assert num_raised >= len(OTHERS) - 1
+
+
+@pytest.mark.parametrize('attention', ['topk', 'assa'])
+@pytest.mark.parametrize('size', [(32, 32), (13, 22)])
+def test_trace_of_ast_takes_any_size(attention, size):
+    torch.manual_seed(0)
+    network = excite(AST(**{key: value for key, value in SMALL_AST.items() if key != 'type'}, attention=attention))
+    network = network.double().eval()
+    with use_backend('reference'), torch.no_grad():
+        trace = traced(network, size, torch.float64)
+        for image in [random(*size), *OTHERS, random(1, 1), random(2, 3)]:
+            torch.testing.assert_close(trace(image.double()), network(image.double()))
+
+
+def test_trace_of_topk_refuses_other_windows():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        trace = torch.jit.trace(lambda scores: attention_weights(scores, 'topk'), torch.rand(2, 4, 4))
+    scores = torch.rand(3, 5, 4)
+    assert torch.equal(trace(scores), attention_weights(scores, 'topk'))
+    with pytest.raises(torch.jit.Error, match='traced for'):
+        trace(torch.rand(2, 8, 8))
+
+
+def test_saved_trace_raises_at_other_sizes(tmp_path):
+    traced(load_network(MIXED), (16, 16)).save(tmp_path / 'mixed.pt')
+    with pytest.raises(torch.jit.Error, match='this network was traced for'):
+        torch.jit.load(tmp_path / 'mixed.pt')(random(32, 32))
