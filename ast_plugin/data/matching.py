@@ -230,6 +230,8 @@ def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]
             f'datasets.{phase}: {reason.get(type(error), error.strerror)}: {error.filename or folder}. '
             f'Put the images there, or correct its dataroot in the option file'
         ) from None
+    if not names and os.path.exists(os.path.join(folder, 'data.mdb')):
+        raise DataError(f'datasets.{phase}: {folder} is an LMDB: set io_backend: {{type: lmdb}} beside its dataroot')
     if not names:
         raise DataError(
             f'datasets.{phase}: no image in folder {folder} (folders in it are not searched; '

@@ -67,7 +67,7 @@ class RestorationModel(SRModel):
         self.run_log = RunLog.from_options(opt, self.processes.rank)
         # Parts of the run that a training state holds, each by its state_dict and load_state_dict.
         self.stateful: dict[str, Any] = {'run_log': self.run_log}
-        self.iteration = self.saved_at = 0
+        self.iteration = self.saved_at = self.trained_at = 0
         opt['path'].setdefault('param_key_g', None)  # which SRModel would take for params
         super().__init__(opt)
 
@@ -134,6 +134,7 @@ class RestorationModel(SRModel):
         """Take a batch, and the names of its images for messages; what is of 8 bits becomes float on the device."""
         # Out of pinned memory the processor need not wait for the copy.
         self.lq = to_unit_range(data['lq'].to(self.device, non_blocking=True))
+        self.__dict__.pop('gt', None)  # of the batch before: images to restore may have none
         if 'gt' in data:
             self.gt = to_unit_range(data['gt'].to(self.device, non_blocking=True))
         self.images = list(data.get('lq_path', ()))
@@ -152,6 +153,7 @@ class RestorationModel(SRModel):
             self.model_ema(self.ema_decay)
         self.run_log.add_iteration(current_iter, self.get_current_learning_rate()[0], self.log_dict)
         self.progress.advance(self.log_dict)
+        self.trained_at = current_iter
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Move the averaged weights towards the present ones."""
@@ -205,6 +207,8 @@ class RestorationModel(SRModel):
             tag = f'{name}/{printable(image)}'
             tb_logger.add_image(tag, join_images(thumbnails), current_iter, dataformats='HWC')
         if not results.mean():
+            if self.validator.metrics:
+                self._note(f'{name} is restored, not measured: it holds no gt')
             return
         self.metric_results = results.mean()
         if not self.is_train:
@@ -356,15 +360,29 @@ class RestorationModel(SRModel):
             number = int(numbers)
         if not number:
             return
+        self._save_iteration()
+        if self.progress is not None:
+            self.progress.bar.close()
+        self.processes.wait()  # whoever left before the first one has written would have it ended by the launcher
+        raise RunStopped(number, self.iteration)
+
+    def save_unsaved(self) -> int:
+        """Save what was trained since the last state, for an error that ends the run between two iterations.
+
+        Returns:
+            The iteration that is saved; 0 if none is: within an iteration, or where other processes are not in step.
+        """
+        if self.processes.count > 1 or not self.is_train or not 0 < self.trained_at == self.iteration:
+            return 0
+        self._save_iteration()
+        return self.iteration
+
+    def _save_iteration(self) -> None:
         if self.iteration != self.saved_at:
             iters_per_epoch = self.opt['train'].get('iters_per_epoch') or self.opt['train']['total_iter']
             self.save(epoch_of(self.iteration, iters_per_epoch)[0], self.iteration)
         if self.iteration:
             self._save_weights('latest')
-        if self.progress is not None:
-            self.progress.bar.close()
-        self.processes.wait()  # whoever left before the first one has written would have it ended by the launcher
-        raise RunStopped(number, self.iteration)
 
     def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = None) -> None:
         """Load weights: official, BasicSR's or safetensors, without running anything that lies in them.

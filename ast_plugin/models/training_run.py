@@ -11,7 +11,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ from basicsr.utils.dist_util import get_dist_info, init_dist
 
 from ast_plugin import checkpoints, options
 from ast_plugin.checkpoints import newest_whole, read_checkpoint, read_state
-from ast_plugin.errors import CheckpointError, OptionError, did_you_mean, only_warn
+from ast_plugin.errors import CheckpointError, OptionError, PluginError, did_you_mean, only_warn
 from ast_plugin.files import write_file
 from ast_plugin.models import preflight
 from ast_plugin.models.processes import catch_signals, failing_together, leave
@@ -147,7 +147,12 @@ def read_run(
 
 
 def check_launcher(launcher: str) -> None:
-    """Raise OptionError if the environment does not say what processes of this launcher are told."""
+    """Raise OptionError if the environment does not say what processes of this launcher are told, or of another one."""
+    if launcher == 'none' and os.environ.get('WORLD_SIZE', '1') != '1' and 'RANK' in os.environ:
+        raise OptionError(
+            f'this is one of {os.environ["WORLD_SIZE"]} processes (WORLD_SIZE), and each would write alone to the '
+            'same folder: add `--launcher pytorch`, or start one process without torchrun'
+        )
     names, command = _LAUNCHERS[launcher]
     missing = [name for name in names.split() if name not in os.environ]
     if missing:
@@ -192,6 +197,24 @@ def hand_over(module: ModuleType, opt: dict[str, Any], run: Run, stage: Stage) -
             module.parse_options = original
             close_bars()
             _close_logs()
+
+
+@contextmanager
+def _saving_at_errors(module: ModuleType) -> Iterator[None]:
+    """Save what was trained since the last state where an error ends BasicSR's pipeline in `module`; say so in it."""
+    build, built = module.build_model, []
+    module.build_model = lambda opt: built.append(build(opt)) or built[-1]
+    try:
+        yield
+    except Exception as error:
+        iteration = 0
+        with suppress(Exception):  # the disk may be what failed
+            iteration = built[0].save_unsaved()
+        if iteration and isinstance(error, PluginError):
+            error.args = (f'{error}. Iteration {iteration} is saved: mend it, and go on with --auto_resume',)
+        raise
+    finally:
+        module.build_model = build
 
 
 def _self_contained(run: Run, stage: Stage, opt: Mapping[str, Any]) -> bytes:
@@ -271,7 +294,7 @@ class Training:
             for later in self.run.stages[stage.number :]:
                 # What they have learned rests on weights that are about to be replaced.
                 self._put_aside(self.run.experiment(later))
-            with catch_signals(), hand_over(basicsr.train, opt, self.run, stage):
+            with catch_signals(), hand_over(basicsr.train, opt, self.run, stage), _saving_at_errors(basicsr.train):
                 basicsr.train.train_pipeline(str(self.run.root))
             if stage.name is not None and self.is_first:
                 mark_finished(self.run.experiment(stage), opt['train']['total_iter'])

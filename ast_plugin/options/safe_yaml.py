@@ -30,6 +30,8 @@ _FLOAT = re.compile(
 _BOOL = re.compile(r'^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$')
 _NULL = re.compile(r'^(?:~|null|Null|NULL|)$')
 _TRUE = {'yes', 'true', 'on'}
+_CONTROL = re.compile(r'[\x00-\x1f\x7f]')
+_BACKSLASH = 'in double quotes a backslash begins such a character: write paths with / or in single quotes'
 
 
 class _Loader(yaml.SafeLoader):
@@ -128,6 +130,8 @@ def _reason(error: yaml.YAMLError) -> str:
     reason = getattr(error, 'problem', None) or getattr(error, 'reason', None) or str(error)
     if "'\\t'" in reason:
         reason += ' (indent with spaces, not tabs)'
+    elif 'escape' in reason:
+        reason += f' ({_BACKSLASH})'
     return ' '.join(reason.split())
 
 
@@ -182,6 +186,8 @@ class _Builder:
     def _scalar(self, node: ScalarNode) -> Any:
         kind = node.tag.removeprefix(_TAG)
         value: str = node.value
+        if node.style == '"' and _CONTROL.search(value):
+            raise self._error(node, f'{value!r} holds {_CONTROL.search(value).group()!r}: {_BACKSLASH}')
         try:
             if kind == 'str' or node.tag == _MERGE_TAG:
                 return value

@@ -185,8 +185,13 @@ class _RunCheck:
             needed += [('datasets', 'train'), ('train',), ('logger',)]
             needed += [] if self.is_third_party else [('train', 'optim_g'), ('train', 'scheduler')]
             needed += [('train', 'total_iter'), ('logger', 'save_checkpoint_freq')]
+            measured = [key for key in datasets if phase_of(key) == 'val']
             if isinstance(self.opt.get('val'), dict):
                 needed.append(('val', 'val_freq'))
+            if measured and self.opt.get('val') is None:
+                self._report(('val',), f'datasets.{measured[0]} is never measured without; give val.val_freq')
+            elif self.opt.get('val') and datasets and not measured:
+                self._report(('datasets', 'val'), 'nothing to measure by val; add it, or leave val out')
         elif datasets and not any(phase_of(key) in ('val', 'test') for key in datasets):
             self._report(('datasets', 'val'), 'required for testing (or datasets.test), but not there')
         for *section, key in needed:

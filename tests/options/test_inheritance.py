@@ -89,7 +89,7 @@ def test_merge(base, changes, expected):
         ({'file': '_base_: [{a: 1}]\n'}, 'expected the path of a .yml file'),
         ({'file': '_base_: ~\n'}, 'expected the path of a .yml file'),
         ({'file': '_base_: base.py\n'}, 'expected the path of a .yml file'),
-        ({'file': '_base_: "a\\0.yml"\n'}, 'expected the path of a .yml file'),
+        ({'file': '_base_: "a\\0.yml"\n'}, 'in double quotes a backslash begins'),
         ({'file': '_base_: mmdet::a.yml\n'}, 'no such file: mmdet::a.yml'),
         ({'file': '_base_: a.yml\n', 'a': '- 1\n'}, 'a.yml: expected keys and values'),
         ({'file': '_base_: a.yml\n', 'a': 'x: !!python/name:os.system\n'}, 'a.yml:1: the tag'),

@@ -1,0 +1,127 @@
+"""Situations out of public trackers of restoration toolboxes, trainers and picture tools, tried on this project."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ast_plugin.cli.main import main
+from ast_plugin.errors import DataError, OptionError
+from ast_plugin.options import safe_yaml
+from tests import tiny_run
+from tests.models import test_restoration_model as model_tests
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with the tiny run, trained by RestorationModel."""
+    file = tiny_run.write(tmp_path)
+    file.write_text(file.read_text().replace('SRModel', 'RestorationModel'))
+    monkeypatch.chdir(tmp_path)
+    from basicsr.utils import logger
+
+    monkeypatch.setattr(logger, 'initialized_logger', {})
+    return tmp_path
+
+
+def complaint(capfd, *arguments):
+    capfd.readouterr()
+    assert main(list(arguments)) == 2
+    return capfd.readouterr().err
+
+
+class Unpaired(Dataset):
+    """Images to restore, of the size of the training's patches, without what they should become."""
+
+    opt = {'name': 'unpaired'}
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return {'lq': torch.full((3, 16, 16), 0.5), 'lq_path': f'{index}.png'}
+
+
+def test_validation_without_gt(tmp_path):
+    """XPixelGroup/BasicSR#547: never measured against the gt of the batch that was trained on before."""
+    model = model_tests.build(model_tests.options(tmp_path))
+    model_tests.train(model, 1, 1)
+    batch = model_tests.batch()
+    model.feed_data({key: image[:1] for key, image in batch.items()})
+    results = model.measure(DataLoader(Unpaired()))
+    assert len(results.restored) == 2 and not results.mean()
+    model.feed_data(batch)
+    model.validation(DataLoader(Unpaired()), 1, None, False)
+    assert model.notes == {'unpaired is restored, not measured: it holds no gt'}
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'expected'),
+    [
+        ('\nval:\n', '\nlater:\n', 'val: datasets.val is never measured without'),
+        ('\n  val:\n    name: val\n', '\n  test:\n    name: val\n', 'datasets.val: nothing to measure by val'),
+    ],
+)
+def test_validation_that_never_comes(folder, capfd, old, new, expected):
+    """neosr-project/neosr#3, XPixelGroup/BasicSR#623: half of what a validation needs is a fault, not silence."""
+    text = (folder / 'tiny.yml').read_text()
+    assert old in text
+    (folder / 'tiny.yml').write_text(text.replace(old, new))
+    for command in ('check', 'train'):
+        assert expected in complaint(capfd, command, '-opt', 'tiny.yml')
+    assert not (folder / 'experiments').exists()
+
+
+def test_torchrun_without_launcher(folder, capfd, monkeypatch):
+    """XPixelGroup/HAT#114: processes that each believe to be alone would write to one folder."""
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    for command in ('train', 'test'):
+        assert 'add `--launcher pytorch`' in complaint(capfd, command, '-opt', 'tiny.yml')
+    assert not (folder / 'experiments').exists()
+
+
+def test_damaged_training_image_saves(folder, capfd):
+    """XPixelGroup/BasicSR#254: what was trained before a damaged image is not lost, and goes on bit for bit."""
+    arguments = ['train', '-opt', 'tiny.yml', '--force_yml', 'datasets:train:type=PairsDataset', 'val:val_freq=9']
+    arguments.append('logger:save_checkpoint_freq=9')
+    assert main(arguments) == 0
+    expected = torch.load('experiments/tiny/models/net_g_latest.pth', weights_only=True)['params']
+    for number in (1, 2, 3):  # one of them, or two, are of the second iteration; the first image is tried beforehand
+        path = folder / 'data' / 'gt' / f'{number}.png'
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        message = complaint(capfd, *arguments)
+        path.write_bytes(whole)
+        if 'Iteration 1 is saved' in message:
+            break
+    assert f'{number}.png' in message and 'go on with --auto_resume' in message
+    assert (folder / 'experiments' / 'tiny' / 'training_states' / '1.state').is_file()
+    assert main([*arguments, '--auto_resume']) == 0
+    resumed = torch.load('experiments/tiny/models/net_g_latest.pth', weights_only=True)['params']
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        (r'a: "D:\train\lq"', "unknown escape character 'l'"),
+        (r'a: "D:\train\new"', r"holds '\t'"),
+        (r'a: "C:\Users\me"', 'expected escape sequence'),
+    ],
+)
+def test_backslashes_in_double_quotes(text, expected):
+    """SYSU-SAIL/DASR#57: a path of Windows in double quotes is not the path that it looks like."""
+    with pytest.raises(OptionError, match='write paths with / or in single quotes') as caught:
+        safe_yaml.read_text(text, 'my.yml')
+    assert expected in str(caught.value)
+    assert safe_yaml.read_text(text.replace('"', "'"), 'my.yml') == {'a': text[4:-1]}
+
+
+def test_lmdb_without_io_backend(folder):
+    """victorca25/traiNNer#70: a folder that is an LMDB is told by what it holds, not asked for images."""
+    from ast_plugin.data.matching import list_images
+
+    (folder / 'lq.lmdb').mkdir()
+    (folder / 'lq.lmdb' / 'data.mdb').write_bytes(b'')
+    with pytest.raises(DataError, match='is an LMDB: set io_backend'):
+        list_images('lq.lmdb', 'train')
