@@ -372,14 +372,14 @@ def _decode(
     if kind == 'TIFF':
         bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
         _check_strips(path, image)
+    if kind == 'PNG':
+        _check_rows(path, data)
     if kind not in ('PNG', 'JPEG'):
         metadata, lines = take_other_metadata(data, image, kind)
         notes += lines
     if kind == 'JPEG' and is_resolution(image.info.get('dpi')):
         metadata['dpi'] = image.info['dpi']
     image.load()
-    if kind == 'PNG':
-        _check_rows(path, data)
     if bits == 16 and image.mode != 'CMYK':
         color, alpha = _decode_16_bits(path, data, kind, image)
     else:
@@ -432,7 +432,7 @@ def _check_rows(path: str | os.PathLike, data: bytes) -> None:
             count += len(inflater.decompress(rest, 2**20))
             rest = inflater.unconsumed_tail
     if count + len(inflater.flush()) < expected:
-        raise DataError(f'{path}: damaged: its pixels are {count} bytes, expected {expected}')
+        raise DataError(f'{path}: truncated or damaged: its pixels are {count} bytes, expected {expected}')
 
 
 def _decode_16_bits(
