@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
         weights = Path(args.weights).expanduser()
         restorer = Restorer.from_weights(weights, network=network, param_key=args.param_key, **options)
     for note in getattr(restorer, 'notes', ()):
-        print(f'note: {args.weights}: {note}; -opt FILE names the network in full', file=sys.stderr)
+        hint = '; -opt FILE names the network in full' if 'assumed' in note else ''
+        print(f'note: {args.weights}: {note}{hint}', file=sys.stderr)
     if args.uncertainty:
         images = {path.absolute() for job in jobs for path in job}
         clash = next((path for path in map(file_restorer.uncertainty_path, jobs) if path.absolute() in images), None)

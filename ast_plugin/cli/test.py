@@ -47,10 +47,12 @@ def run(args: argparse.Namespace) -> int:
     stage, weights = _weights(run, args)
     opt = run.prepare(stage)
     paths = {'pretrain_network_g': str(weights)}
+    if str(weights) != os.path.expanduser(opt['path'].get('pretrain_network_g') or ''):
+        paths['param_key_g'] = None  # the key in the file is of the weights in the file
     opt['path'].update(paths)
     states = preflight.check(opt, run.registered, str(run.file))
     if 'network_g' in states:
-        # The option file's key where the weights have it, averaged weights before plain ones otherwise.
+        # BasicSR's own models take none for params.
         paths['param_key_g'] = states['network_g'].param_key
     with join_processes(run, args.launcher) as process:
         if process['rank'] == 0:

@@ -16,8 +16,11 @@ from ast_plugin.checkpoints import read_checkpoint, save_weights
 from ast_plugin.cli.main import main
 from ast_plugin.errors import CheckpointError
 from ast_plugin.evaluation.restorer import Restorer
+from tests import tiny_run
+from tests.models import test_restoration_model as training
 
 TINY = {'type': 'AST', 'img_size': 16, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'window_size': 2}
+NET_OF_RUN = {'type': 'SRVGGNetCompact', 'num_feat': 8, 'num_conv': 1, 'upscale': 1}
 OTHER = {'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1, 'upscale': 1}
 
 
@@ -205,3 +208,58 @@ def test_order_of_states_is_no_matter(tmp_path):
 
 def test_official_names_are_what_is_tested():
     assert len(OFFICIAL_NAMES) > 10 and official(STATE).keys() != STATE.keys()
+
+
+# ---- every place that reads weights
+
+
+def trained(folder, path, **options):
+    opt = training.options(folder, ema_decay=0.5)
+    opt['network_g'] = dict(TINY)
+    opt['path'].update(pretrain_network_g=str(path), **options)
+    return training.build(opt)
+
+
+def test_training_and_its_average(tmp_path):
+    both = write(tmp_path / 'both.pth', {'params': under('_orig_mod.'), 'params_ema': under('_orig_mod.', state=EMA)})
+    for strict in (True, False):
+        for options, network, average in (({}, EMA, EMA), ({'param_key_g': 'params'}, STATE, EMA)):
+            model = trained(tmp_path, both, strict_load_g=strict, **options)
+            assert same(model.net_g, network) and same(model.net_g_ema, average)
+    with pytest.raises(CheckpointError, match='under the key'):
+        trained(tmp_path, both, param_key_g='nonsense')
+    with pytest.raises(CheckpointError, match='none of its'):
+        trained(tmp_path, write(tmp_path / 'other.pth', state_of(0, OTHER)), strict_load_g=False)
+
+
+def test_mixed_takes_them_for_its_base(tmp_path):
+    base = state_of(3, OTHER)
+    path = write(tmp_path / 'w.pth', {'generator': {f'module._orig_mod.{name}': t for name, t in base.items()}})
+    rule = {'match': 'body.2', 'with': {'type': 'FRFN', 'mlp_ratio': 2}}
+    options = {'type': 'Mixed', 'base': OTHER, 'base_weights': str(path), 'mix': [rule], 'nominal_size': 16}
+    mixed = build_network(options)
+    assert torch.equal(mixed.state_dict()['base.body.0.weight'], base['body.0.weight'])
+    with pytest.raises(CheckpointError, match=r'base_weights: .* under the key'):
+        build_network({**options, 'base_param_key': 'params'})
+
+
+def test_checks_refuse_before_anything_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / 'other.pth', {'params': state_of(0, TINY)})
+    write(tmp_path / 'own.pth', {'generator': {f'net.{name}': t for name, t in state_of(0, NET_OF_RUN).items()}})
+    file = str(tiny_run.write(tmp_path))
+    opt = ['-opt', file, '--force_yml', 'model_type=RestorationModel']
+    for name, more, words in (
+        ('other.pth', ['path:strict_load_g=false'], 'none of its'),
+        ('own.pth', ['path:param_key_g=params'], "under the key 'params'; it has generator"),
+    ):
+        for command in ('check', 'train', 'test'):
+            assert main([command, *opt, f'path:pretrain_network_g={name}', *more]) == 2
+            assert words in capsys.readouterr().err
+    assert not (tmp_path / 'experiments').exists() and not (tmp_path / 'results').exists()
+    monkeypatch.setattr('ast_plugin.cli.info.predict_memory', lambda *_: None)  # in processes of its own
+    assert main(['info', *opt, '--weights', 'own.pth', '--size', '16x16']) == 0
+    out = capsys.readouterr().out
+    assert 'weights     8 of 8 tensors taken' in out and 'begin with net.' in out
+    # The option file's key is of the weights that it names, not of others.
+    assert main(['test', *opt, 'path:param_key_g=state_dict', '--weights', 'own.pth']) == 0
