@@ -97,4 +97,4 @@ def _check_stage(run: Run, stage: Stage, before: dict[str, Any] | None) -> tuple
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    commands.say(line, sys.stderr)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from ast_plugin.errors import did_you_mean
+from ast_plugin.names import printable_lines
 
 if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
+
+
+def say(text: str, file: IO[str] | None = None) -> None:
+    """Print lines; what names in them hold besides text is shown by its escapes."""
+    print(printable_lines(text), file=file, flush=True)
 
 
 def listed(commands: Mapping[str, str]) -> str:

@@ -13,7 +13,6 @@ Exit status: 0 all were compared, 1 some failed (the report says which and why),
 from __future__ import annotations
 
 import argparse
-import functools
 import signal
 import sys
 from collections.abc import Iterator
@@ -37,15 +36,15 @@ def run(args: argparse.Namespace) -> int:
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _terminated_like_interrupted():
         try:
-            results = Comparison(plan, functools.partial(print, flush=True)).run()
+            results = Comparison(plan, commands.say).run()
         except (KeyboardInterrupt, SystemExit):
             print('basicsr: stopped; the same command goes on from here', file=sys.stderr)
             raise
     report = write_outputs(plan, results)
-    print(f'\n{results.to_markdown()}\n\nReport: {report}', flush=True)
+    commands.say(f'\n{results.to_markdown()}\n\nReport: {report}')
     failed = [row for row in results.rows if row.failed]
     for row in failed:
-        print(f'basicsr: error: {row.name}: {row.failed}', file=sys.stderr)
+        commands.say(f'basicsr: error: {row.name}: {row.failed}', sys.stderr)
     return 1 if failed else 0
 
 

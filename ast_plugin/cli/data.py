@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ast_plugin.cli import commands, data_synth
+from ast_plugin.cli.commands import say
 from ast_plugin.data.layouts import LAYOUTS, Source, list_pairs
 from ast_plugin.data.lmdb.reader import check_lmdb, check_together
 from ast_plugin.data.lmdb.writer import make_plan, write_lmdbs
@@ -366,12 +367,6 @@ def _list_pairs(args: argparse.Namespace) -> Sequence[Pair]:
     where = {'dataroot_lq': str(lq_dir), 'dataroot_gt': str(gt_dir)}
     templates = {'lq_template': args.lq_template, 'gt_template': args.gt_template}
     return list_pairs('folders', Source(args.phase, **where, **templates))
-
-
-def say(text: str) -> None:
-    """Print a line; names of files in it need not be text that the terminal can show."""
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(text.encode(encoding, 'backslashreplace').decode(encoding))
 
 
 def _num_workers(args: argparse.Namespace, num_items: int) -> int:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ast_plugin.cli import commands
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.files import write_file
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         levels = write_pairs(photos, depths, recipe, output, bar.update)
     plural = 's' if len(levels) != 1 else ''
     low, high = min(levels), max(levels)
-    print(f'made {len(levels)} pair{plural} ({args.task}, PSNR {low:.1f} to {high:.1f} dB): {output}')
+    commands.say(f'made {len(levels)} pair{plural} ({args.task}, PSNR {low:.1f} to {high:.1f} dB): {output}')
     return 0
 
 
@@ -170,7 +171,7 @@ def _draw_sheet(args: argparse.Namespace) -> int:
         photos = {photo.name: photo.path for photo in packaged_photos()}
     sheet = draw_degradations(photos, [args.task] if args.task else None, args.seed)
     write_file(path, encode_image(path, ImageFile(np.asarray(sheet)), quality=74), make_folder=True)
-    print(f'drew {path}')
+    commands.say(f'drew {path}')
     return 0
 
 

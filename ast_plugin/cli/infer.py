@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin.evaluation.file_restorer import find_images, plan_jobs, prepare_folders, restore_files
     from ast_plugin.evaluation.restorer import Restorer
     from ast_plugin.files import write_file
-    from ast_plugin.names import to_csv
+    from ast_plugin.names import printable, to_csv
 
     _check(args)
     output = Path(args.output).expanduser()
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
             restorer,
             quality=args.quality,
             max_pixels=int(args.max_megapixels * 1e6),
-            on_start=lambda job: bar.set_postfix_str(job.source.name),
+            on_start=lambda job: bar.set_postfix_str(printable(job.source.name)),
             on_tile=show_tile,
             uncertainty=args.uncertainty,
         )
@@ -130,22 +130,23 @@ def run(args: argparse.Namespace) -> int:
             for number, result in enumerate(results, 1):
                 finished.append(result)
                 for warning in result.warnings:
-                    bar.write(f'warning: {result.job.source}: {warning}', file=sys.stderr)
+                    bar.write(printable(f'warning: {result.job.source}: {warning}'), file=sys.stderr)
                 for note in result.notes:
-                    bar.write(f'note: {result.job.source}: {note}', file=sys.stderr)
+                    bar.write(printable(f'note: {result.job.source}: {note}'), file=sys.stderr)
                 if result.failure:
                     num_failed += 1
-                    bar.write(f'basicsr: error: {result.failure}', file=sys.stderr)
+                    bar.write(printable(f'basicsr: error: {result.failure}'), file=sys.stderr)
                 elif not is_bar:
                     found = f'{result.task} {result.confidence:.0%}, ' if result.task else ''
-                    print(f'[{number}/{len(jobs)}] {result.job.target} ({found}{result.seconds:.1f} s)', flush=True)
+                    line = f'[{number}/{len(jobs)}] {result.job.target} ({found}{result.seconds:.1f} s)'
+                    print(printable(line), flush=True)
                 bar.update()
         finally:  # an ended run keeps what it noticed
             if report is not None:  # names that are not UTF-8 keep their bytes
                 text = to_csv(file_restorer.report_rows(finished))
                 write_file(report, text.encode(errors='surrogateescape'))
     restored = f'{len(jobs) - num_failed}{f" of {len(jobs)}" if num_failed else ""} image{"s" * (len(jobs) != 1)}'
-    print(f'restored {restored} in {time.perf_counter() - start:.1f} s: {output}')
+    print(printable(f'restored {restored} in {time.perf_counter() - start:.1f} s: {output}'))
     return 1 if num_failed else 0
 
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except PluginError as error:
-        print(f'basicsr: error: {error}', file=sys.stderr)
+        commands.say(f'basicsr: error: {error}', sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('basicsr: interrupted', file=sys.stderr)

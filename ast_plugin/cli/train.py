@@ -14,7 +14,6 @@ the one before. Everything that can be found wrong beforehand is, in all of them
 from __future__ import annotations
 
 import argparse
-import functools
 import shlex
 import sys
 
@@ -42,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin.models.processes import RunStopped
     from ast_plugin.models.training_run import Training, join_processes
 
-    say = functools.partial(print, flush=True)
-    training = Training(run, run.select(args.stage), args.auto_resume, say, args.force_resume)
+    training = Training(run, run.select(args.stage), args.auto_resume, commands.say, args.force_resume)
     training.check()
     with join_processes(run, args.launcher) as process:
         try:
@@ -53,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
                 is_saved = f'saved after iteration {stop.iteration}; go on'
                 what = is_saved if stop.iteration else 'nothing trained yet; start again'
                 line = f'basicsr: stopped by {stop.name}, {what} by: {_command_to_go_on(args)}'
-                print(line, file=sys.stderr, flush=True)
+                commands.say(line, sys.stderr)
             return stop.code
     return 0
 

@@ -301,9 +301,9 @@ class Training:
 
     def _prepare(self, stage: Stage, **process: Any) -> dict[str, Any]:
         """The options of a stage; without a seed in the file that of the run that is resumed."""
-        state = newest_whole(self.run.experiment(stage) / 'training_states') if self.auto_resume else None
-        if state is not None and stage.opt.get('manual_seed') is None:
-            stage.opt['manual_seed'] = (read_state(state).get('options') or {}).get('manual_seed')
+        if self.auto_resume and stage.opt.get('manual_seed') is None:
+            state = newest_whole(self.run.experiment(stage) / 'training_states')
+            stage.opt['manual_seed'] = state and (read_state(state).get('options') or {}).get('manual_seed')
         return {**self.run.prepare(stage, **process), 'force_resume': self.force_resume}
 
     def _is_finished(self, stage: Stage, opt: Mapping[str, Any]) -> bool:

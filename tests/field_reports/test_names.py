@@ -1,0 +1,261 @@
+"""Names that users give: shown, drawn and passed on as what they are, and no drawing and no log ends a run."""
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+import warnings
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+import pytest
+
+import ast_plugin  # noqa: F401  registers everything
+from ast_plugin import errors, names
+from ast_plugin.cli.main import main
+from ast_plugin.compare import measure, plots, report
+from ast_plugin.data.contact_sheet import Cell, draw_contact_sheet
+from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults
+from ast_plugin.models import run_log
+from ast_plugin.models.run_log import RunLog, draw_curve
+from ast_plugin.toolbox.training_loop import SparedWriter
+from tests.compare.test_plots import curves, results
+
+ODD = {
+    'mathematics': 'AST_$EXP_$SEED',
+    'tex': r'$\frac{1}{2$ a^_{b} \alpha',
+    'underscore': '_hidden_',
+    'no_font': '\u96e8\U0001f327',
+    'no_text': os.fsdecode(b'mu\xf1oz'),
+    'lines': 'one\ntwo\r\u2028three',
+    'controls': 'a\x1b[31mred\x07\x00\x7f\x85',
+    'reordered': 'photo\u202egnp.exe',
+    'markup': '</svg><script>alert(1)</script>&amp;|`*[a](b)',
+    'long': 'x' * 255,
+    'path': '../a/b\\c',
+    'option': '--rm -rf',
+    'noncharacter': 'a\uffffb\ufdd0',
+}
+
+
+SYMBOLS = frozenset(map(chr, range(0x2190, 0x2B00)))
+
+
+@pytest.fixture(params=ODD.values(), ids=ODD)
+def odd(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _told_nothing():
+    errors._warned.clear()
+    names._warn_of_fonts.cache_clear()
+
+
+def is_clean(text: str) -> bool:
+    return text.encode() and '\n' not in text and not any(map(re.compile(r'[\x00-\x1f\x7f-\x9f\u202e]').search, text))
+
+
+def test_printable_is_one_line_of_text(odd):
+    assert is_clean(names.printable(odd))
+    assert names.printable('Grün 雨 é ñ') == 'Grün 雨 é ñ'
+
+
+def test_markdown_keeps_its_columns(odd):
+    lines = names.to_markdown([['name', 'psnr'], [odd, '30.00']]).split('\n')
+    assert len(lines) == 3 and all(len(re.findall(r'(?<!\\)\|', line)) == 3 for line in lines)
+    assert not re.search(r'(?<!\\)[<`*$]', lines[2])
+
+
+def test_file_name_fits_everywhere(odd):
+    name = names.file_name(odd, '_20000.png')
+    assert len(os.fsencode(name)) <= 255 and name.endswith('_20000.png')
+    assert names.file_name(odd + 'y', '_20000.png') != name
+
+
+def test_seed_of_any_name(odd):
+    assert 0 <= names.seed_of(odd) < 2**32
+    assert names.seed_of('grün') == names.zlib.crc32('grün'.encode())  # pairs made before stay as they are
+
+
+def test_curve_is_drawn():
+    iterations, values = np.arange(1, 5), np.array([4.0, 3.0, 2.0, 1.0])
+    columns = {name.replace('/', '_'): (iterations, values) for name in ['lr', *ODD.values()]}
+    columns |= {f'{name}/{ODD["tex"]}': (iterations, values) for name in ODD.values()}
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter('always')
+        assert draw_curve(columns, ODD['mathematics'], ODD['tex']).startswith(b'\x89PNG')
+    assert not raised
+
+
+@pytest.mark.parametrize('first', [0, 5, 8])
+def test_comparison_is_drawn(first, caplog):
+    odd = list(ODD.values())[first : first + 5]
+    found, lines = results(), curves()
+    lines = dict(zip(odd, lines.values(), strict=True))
+    for row, name in zip(found.rows[1:], odd, strict=True):
+        row.name = name
+        row.speeds = {}
+    for row in found.rows:
+        row.values = {image: {odd[0]: value['psnr']} for image, value in row.values.items()}
+    for columns in lines.values():
+        columns[f'{odd[1]}/{odd[0]}'] = columns['val/psnr']
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter('always')
+        drawn = plots.draw_all(found, lines, f'{odd[1]}/{odd[0]}')
+    assert len(drawn) == 3 and not raised and 'not drawn' not in caplog.text
+    for drawing in drawn:
+        assert re.fullmatch(r'[\w-]+', drawing.name)
+        ElementTree.fromstring(drawing.svg)
+        report._inline_svg(drawing).encode()
+
+
+def test_sheet_is_drawn(odd):
+    cell = Cell(np.zeros((20, 40, 3), np.uint8), odd)
+    assert draw_contact_sheet([odd], [[cell]]).size[0] > 480
+
+
+def test_name_that_no_font_has(monkeypatch, caplog):
+    usual = names._fonts()[:1]
+    monkeypatch.setattr(names, '_fonts', lambda: usual)
+    assert names.drawable('a雨b')[0] == r'a\u96e8b' == names.drawable('a雨b')[0]
+    assert names.drawable('grün $x$')[0] == 'grün $x$'
+    assert caplog.text.count('No installed font') == 1
+    assert names.drawable('a' * 80 + 'b')[0] == 'a' * 39 + '…' + 'a' * 19 + 'b'
+
+
+def test_name_that_another_font_has(monkeypatch):
+    usual, other = names._fonts()[0], names._fonts()[0].replace('DejaVuSans', 'STIXGeneral')
+    monkeypatch.setattr(names, '_fonts', lambda: (usual, other))
+    found = names._missing(usual, SYMBOLS) - names._missing(other, SYMBOLS)
+    special = min(found)
+    assert names.drawable(f'a{special}') == (f'a{special}', other)
+
+
+def test_legend_names_what_begins_with_underscore():
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    run_log.draw_legend(axis, axis.plot([1, 2]), ['_run $a'])
+    (text,) = axis.get_legend().get_texts()
+    assert text.get_text() == '_run $a' and not text.get_parse_math()
+
+
+@pytest.mark.parametrize('error', [ValueError, RuntimeError, MemoryError, OSError, ImportError])
+def test_curve_that_fails_ends_no_run(tmp_path, monkeypatch, caplog, error):
+    def fail(*_):
+        raise error('no')
+
+    monkeypatch.setattr(run_log, 'draw_curve', fail)
+    log = RunLog(tmp_path, 'run')
+    for iteration in (1, 2):
+        log.add_iteration(iteration, 1.0, {'l_pix': 1.0})
+        log.draw(at_once=True)
+    assert caplog.text.count('curve.png is not drawn: no') == 1
+    assert (tmp_path / 'metrics.csv').read_text().count('\n') == 3
+
+
+@pytest.mark.parametrize('content', [b'', b'\xff\xfe', b'a,b\n1,2\n', b'iter,epoch,lr\nx,0,1\n', b'iter,epoch,lr'])
+def test_damaged_table_ends_no_run(tmp_path, caplog, content):
+    (tmp_path / 'metrics.csv').write_bytes(content)
+    log = RunLog(tmp_path, 'run')
+    log.add_iteration(5, 1.0, {'l_pix': 1.0})
+    log.flush()
+    assert list(csv.DictReader(io.StringIO((tmp_path / 'metrics.csv').read_text())))[-1]['iter'] == '5'
+    aside = tmp_path / 'metrics.csv.damaged'
+    assert ('begun anew' in caplog.text) == aside.exists()
+    assert not aside.exists() or aside.read_bytes() == content
+
+
+def test_measured_is_written_before_drawn(tmp_path, monkeypatch, caplog):
+    plan = SimpleNamespace(folder=tmp_path, networks=[], settings={'pictures': 1})
+    monkeypatch.setattr(report, 'describe_method', lambda *_: [])
+    monkeypatch.setattr(report.plots, 'draw_all', lambda *_: 1 / 0)
+    page = report.write_outputs(plan, results())
+    assert page.is_file() and 'not drawn: division by zero' in caplog.text
+    monkeypatch.setattr(report, 'render_page', lambda *_: 1 / 0)
+    assert report.write_outputs(plan, results()).name == 'table.md' and 'report.html is not written' in caplog.text
+    assert {'table.md', 'table.csv', 'images.csv'} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_image_that_is_damaged_is_not_shown(tmp_path, caplog):
+    (tmp_path / 'a.png').write_bytes(b'no image')
+    page = report.render_page(results(), {'a': {'input': tmp_path / 'a.png'}}, [], [])
+    assert 'a is not shown' in caplog.text and '</html>' in page
+
+
+def test_tables_of_a_test_are_written(tmp_path, odd, monkeypatch, caplog):
+    shown = (np.zeros((4, 4, 3), np.uint8),) * 3
+    found = ValidationResults.collect('rain', [ImageResult(0, odd, {odd: 30.0}, {}, shown)], Ranking(odd, count=1))
+    assert found.write(tmp_path).is_file()
+    assert len(list(csv.reader((tmp_path / 'rain.csv').open(encoding='utf-8')))) == 3
+    monkeypatch.setattr('ast_plugin.evaluation.results.draw_contact_sheet', lambda *_: 1 / 0)
+    assert found.write(tmp_path) is None and 'not drawn' in caplog.text
+
+
+def test_tensorboard_takes_any_name(tmp_path, odd):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(tmp_path))
+    writer.add_image(f'val/{names.printable(odd)}', np.zeros((4, 4, 3), np.uint8), 1, dataformats='HWC')
+    writer.close()
+
+
+def test_tensorboard_that_fails_ends_no_run(caplog):
+    writer = SparedWriter(SimpleNamespace(add_scalar=lambda *_: 1 / 0, log_dir='here'))
+    for step in range(3):
+        writer.add_scalar('loss', 1.0, step)
+    assert caplog.text.count('TensorBoard is not written: division by zero') == 1
+    assert writer.log_dir == 'here'
+    SparedWriter(None).add_scalar('loss', 1.0, 1)
+
+
+def test_comparison_measures_any_image(tmp_path):
+    lq, gt = tmp_path / 'lq', tmp_path / 'gt'
+    lq.mkdir()
+    gt.mkdir()
+    image = cv2.imencode('.png', np.zeros((16, 16, 3), np.uint8))[1].tobytes()
+    for name in (b'mu\xf1oz.png', b'a\nb.png', b'y' * 251 + b'.png'):
+        for folder in (lq, gt):
+            (folder / os.fsdecode(name)).write_bytes(image)
+    dataset = {'name': 'val', 'type': 'PairsDataset', 'layout': 'folders', 'phase': 'val', 'scale': 1}
+    dataset |= {'dataroot_lq': str(lq), 'dataroot_gt': str(gt)}
+    job = {
+        'network': None,
+        'dataset': dataset,
+        'protocol': None,
+        'metrics': {'mse': {'type': 'calculate_psnr', 'crop_border': 0}},
+    }
+    record = measure.measure_quality({**job, 'kept': 3, 'folder': str(tmp_path / 'pictures')})
+    assert sorted(record['values']) == [r'a\nb', r'mu\udcf1oz', 'y' * 251]
+    json.dumps(record, ensure_ascii=False).encode()
+    assert all(measure.image_path(tmp_path / 'pictures', name).is_file() for name in record['kept'])
+
+
+@pytest.mark.parametrize('name', [b'mu\xf1oz.png', b'a\nb.png', b'y' * 251 + b'.png', b'-x.png', b'$a_$.png'])
+def test_synthesis_of_any_name(tmp_path, name, capfd):
+    photo = tmp_path / 'photos' / os.fsdecode(name)
+    photo.parent.mkdir()
+    photo.write_bytes(cv2.imencode('.png', np.full((48, 48, 3), 90, np.uint8))[1].tobytes())
+    arguments = ['data', 'synth', '--task', 'rain', '-i', str(photo.parent), '-o', str(tmp_path / 'out')]
+    assert main(arguments) == 0, capfd.readouterr().err
+    assert len(list((tmp_path / 'out' / 'lq').iterdir())) == 1
+    recorded = json.loads((tmp_path / 'out' / 'synthesis.json').read_text())
+    assert list(recorded['photographs'].values()) == [photo.name]
+    assert main(['data', 'synth', '--task', 'rain', '-i', str(photo), '--sheet', str(tmp_path / 'sheet.jpg')]) == 0
+
+
+def test_message_with_controls(tmp_path, capfd):
+    assert main(['infer', '-i', str(tmp_path / ODD['controls'].replace('\x00', '')), '-o', str(tmp_path / 'out')]) == 2
+    assert r'a\x1b[31mred\x07' in capfd.readouterr().err
+
+
+def test_line_of_a_log_is_warned_once(caplog):
+    for _ in range(2):
+        with errors.only_warn('nothing'):
+            raise KeyError('a')
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
