@@ -65,6 +65,22 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def class_of_failure(error: Exception, stage: str) -> str:
+    """Return the class of what failed one item of a batch, whose other items go on: 'memory', or the stage.
+
+    Args:
+        error: any error of any code.
+        stage: 'unreadable', 'network', 'metric' or 'unwritable'.
+    Raises:
+        The error, where no other item would fare better: wrong options, a missing backend, a disk that takes no more.
+    """
+    if out_of_memory(error):
+        return 'memory'
+    if isinstance(error, OptionError | BackendUnavailable | FileError):
+        raise error
+    return stage
+
+
 @contextmanager
 def only_warn(what: str) -> Iterator[None]:
     """Let the failure of what a run can do without, a drawing or a log, be one warning: `what`, and why."""

@@ -19,6 +19,7 @@ import argparse
 import glob
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ from ast_plugin.cli import commands
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.files import write_file
+from ast_plugin.names import printable
 
 _DEPTH_ENDINGS = ('.npy', '.npz', '.png', '.tif', '.tiff')
 
@@ -71,15 +73,19 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     recipe = Recipe(args.task, read_parameters(args.task, _read_settings(args.set)), args.seed, args.count, args.size)
     output = Path(args.output).expanduser()
-    photos = _find_photos(args.input, output, args.recursive)
+    photos, lines = _find_photos(args.input, output, args.recursive)
     depths = _find_depths(args, photos)
     check_output(output, photos.values(), args.overwrite)
     with tqdm(total=len(photos) * args.count, unit='pair', dynamic_ncols=True, disable=None, leave=False) as bar:
-        levels = write_pairs(photos, depths, recipe, output, bar.update)
+        levels, failures = write_pairs(photos, depths, recipe, output, bar.update)
     plural = 's' if len(levels) != 1 else ''
     low, high = min(levels), max(levels)
-    commands.say(f'made {len(levels)} pair{plural} ({args.task}, PSNR {low:.1f} to {high:.1f} dB): {output}')
-    return 0
+    lines = [*(f'basicsr: error: {failure}' for failure in failures), *lines]
+    for line in lines:
+        print(printable(line), file=sys.stderr)
+    left = f', {len(failures)} of {len(photos)} photos failed' if failures else ''
+    commands.say(f'made {len(levels)} pair{plural} ({args.task}, PSNR {low:.1f} to {high:.1f} dB){left}: {output}')
+    return 1 if failures or any(line.startswith('basicsr: error') for line in lines) else 0
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -108,8 +114,8 @@ def _read_settings(assignments: Sequence[str]) -> dict[str, object]:
     return settings
 
 
-def _find_photos(inputs: Sequence[str], output: Path, recursive: bool) -> dict[str, Path]:
-    """Every photo by the name that its pairs get: the file's, with folder and ending where that is needed."""
+def _find_photos(inputs: Sequence[str], output: Path, recursive: bool) -> tuple[dict[str, Path], list[str]]:
+    """Every photo by the name that its pairs get: with folder and ending where needed; lines on the rest."""
     from ast_plugin.evaluation.file_restorer import find_images
 
     paths = []
@@ -120,16 +126,16 @@ def _find_photos(inputs: Sequence[str], output: Path, recursive: bool) -> dict[s
             raise DataError(f'{given}: no file matches this pattern')
         paths += matches or [expanded]
     found = find_images(paths, output, recursive)
-    names = ['_'.join((*folder.parts, path.stem)) for path, folder in found]
+    names = ['_'.join((*folder.parts, path.stem)) for path, folder in found.images]
     counts = Counter(name.casefold() for name in names)
     named: dict[str, Path] = {}
-    for (path, _), name in zip(found, names, strict=True):
+    for (path, _), name in zip(found.images, names, strict=True):
         name = f'{name}_{path.suffix[1:].lower()}' if counts[name.casefold()] > 1 else name
         other = next((taken for taken in named if taken.casefold() == name.casefold()), None)
         if other is not None:
             raise DataError(f'{path} and {named[other]} would make pairs of one name; rename one, or give them apart')
         named[name] = path
-    return named
+    return named, found.lines()
 
 
 def _find_depths(args: argparse.Namespace, photos: dict[str, Path]) -> dict[str, Path | None]:
@@ -166,7 +172,7 @@ def _draw_sheet(args: argparse.Namespace) -> int:
         raise OptionError(f'--sheet does not go with --{(useless or ["set"])[0]}; it takes --task, -i and --seed')
     path = Path(args.sheet).expanduser()
     if args.input:
-        photos = _find_photos(args.input, path.parent / 'nothing', args.recursive)
+        photos, _ = _find_photos(args.input, path.parent / 'nothing', args.recursive)
     else:
         photos = {photo.name: photo.path for photo in packaged_photos()}
     sheet = draw_degradations(photos, [args.task] if args.task else None, args.seed)

@@ -1,8 +1,9 @@
 """Restore image files with trained weights.
 
-Takes PNG, JPEG, WebP, TIFF and BMP. Each result keeps name, format, depth, transparency, colour profile and EXIF data
-of its input, and stands upright. JPEG and lossy WebP are written with --quality, the rest without loss. Inputs are
-never replaced; results of an earlier run are.
+Takes PNG, JPEG, WebP, TIFF and BMP. Each result keeps name, format, depth, transparency, colour profile, EXIF data and
+other metadata of its input, or a note says what is lost, and stands upright. JPEG and lossy WebP are written with
+--quality, the rest without loss. Inputs are never replaced; results of an earlier run are. What cannot be restored is
+told with its reason, and what is no image counted; the others are restored all the same.
 
     basicsr infer -i photo.jpg -o restored                # finds out itself whether it is rain, raindrops or haze
     basicsr infer -i photo.jpg -o restored --task rain
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     output = Path(args.output).expanduser()
-    jobs = plan_jobs(find_images(args.input, output, args.recursive), output, args.suffix, args.format)
+    found = find_images(args.input, output, args.recursive)
+    jobs = plan_jobs(found.images, output, args.suffix, args.format)
     options = {name: getattr(args, name) for name in ('device', 'tile', 'overlap', 'batch', 'self_ensemble')}
     if args.task is not None:
         restorer = Restorer.from_task(args.task, **options)
@@ -106,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
     if report is not None:
         write_file(report, b'', make_folder=True)  # told now if it cannot be written
 
-    start, num_failed = time.perf_counter(), 0
+    start = time.perf_counter()
+    failed = Counter({'unreadable': len(found.failures)} if found.failures else {})
     # A bar in a terminal, one line an image elsewhere; failures and notes are lines on stderr, above the bar.
     is_bar = sys.stderr.isatty()
     with tqdm(total=len(jobs), unit='image', dynamic_ncols=True, file=sys.stderr, disable=not is_bar) as bar:
@@ -134,20 +138,24 @@ def run(args: argparse.Namespace) -> int:
                 for note in result.notes:
                     bar.write(printable(f'note: {result.job.source}: {note}'), file=sys.stderr)
                 if result.failure:
-                    num_failed += 1
+                    failed[result.kind] += 1
                     bar.write(printable(f'basicsr: error: {result.failure}'), file=sys.stderr)
                 elif not is_bar:
-                    found = f'{result.task} {result.confidence:.0%}, ' if result.task else ''
-                    line = f'[{number}/{len(jobs)}] {result.job.target} ({found}{result.seconds:.1f} s)'
+                    task = f'{result.task} {result.confidence:.0%}, ' if result.task else ''
+                    line = f'[{number}/{len(jobs)}] {result.job.target} ({task}{result.seconds:.1f} s)'
                     print(printable(line), flush=True)
                 bar.update()
         finally:  # an ended run keeps what it noticed
             if report is not None:  # names that are not UTF-8 keep their bytes
                 text = to_csv(file_restorer.report_rows(finished))
                 write_file(report, text.encode(errors='surrogateescape'))
-    restored = f'{len(jobs) - num_failed}{f" of {len(jobs)}" if num_failed else ""} image{"s" * (len(jobs) != 1)}'
-    print(printable(f'restored {restored} in {time.perf_counter() - start:.1f} s: {output}'))
-    return 1 if num_failed else 0
+    for line in found.lines():
+        print(printable(line), file=sys.stderr)
+    num_failed, total = failed.total(), len(jobs) + len(found.failures)
+    restored = f'{total - num_failed}{f" of {total}" if failed else ""} image{"s" * (total != 1)}'
+    classes = f' (failed: {", ".join(f"{count} {kind}" for kind, count in failed.items())})' if failed else ''
+    print(printable(f'restored {restored} in {time.perf_counter() - start:.1f} s{classes}: {output}'))
+    return 1 if failed else 0
 
 
 def _tile(text: str) -> int | str:

@@ -8,6 +8,7 @@ neither of them writes, is written here.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -16,6 +17,7 @@ import struct
 import threading
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,7 @@ SUFFIXES = {
 FORMAT_OF = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 """Format by file name ending, in small letters."""
 
+NOT_READ = 'not a PNG, JPEG, WebP, TIFF or BMP file'
 MAX_PIXELS = 200_000_000
 """Images that claim more pixels are refused, unless the reader is told otherwise."""
 
@@ -137,7 +140,7 @@ def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_
     """Decode the content of an image file as `read_image` does; `path` is for messages. Safe in threads."""
     kind = sniff_format(data)
     if kind is None:
-        raise DataError(f'{path}: not a PNG, JPEG, WebP, TIFF or BMP file' if data else f'{path}: the file is empty')
+        raise DataError(f'{path}: {NOT_READ if data else "the file is empty"}')
     size = 0, 0
     try:
         plain, metadata, notes = take_apart(data, kind)
@@ -246,6 +249,25 @@ def sniff_format(data: bytes) -> str | None:
     if data[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
         return 'TIFF'
     return 'BMP' if data.startswith(b'BM') else None
+
+
+def why_no_image(path: str | os.PathLike) -> str | None:
+    """Return why a file in a folder is not taken, in words that files of a kind share; None if it is."""
+    name = os.path.basename(path)
+    ending = os.path.splitext(name)[1].lower()
+    if name.startswith('.'):
+        return 'hidden'
+    if ending in FORMAT_OF:
+        return None
+    kind = None
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        kind = sniff_format(file.read(16))
+    return f'{kind} {f"named {ending}" if ending else "without ending"}' if kind else ending or 'without ending'
+
+
+def count_reasons(reasons: Counter[str]) -> str:
+    """Return counts of `why_no_image` in a line: `2 .heic, 1 PNG without ending`."""
+    return ', '.join(f'{count:,} {reason}' for reason, count in reasons.most_common())
 
 
 def check_size(path: str | os.PathLike, width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:

@@ -75,7 +75,9 @@ def take_apart(data: bytes, kind: str) -> tuple[bytes, dict[str, Any], list[str]
             elif name != b'iDOT':  # offsets of rows
                 _take_chunk(name, data[position:end], found, lost)
             position = end if name != b'IEND' else len(data)
-        if position < len(data):  # a file that was cut, perhaps behind its pixels
+        if data[position + 4 : position + 8] == b'IDAT':
+            raise EOFError('it is truncated')
+        if position < len(data):  # cut behind its pixels, perhaps
             kept.append(png_chunk(b'IEND', b''))
             position = len(data)
     else:

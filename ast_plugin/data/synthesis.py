@@ -24,7 +24,7 @@ from ast_plugin.data import transforms
 from ast_plugin.data.image_files import ImageFile, read_image, read_rgb, write_image
 from ast_plugin.data.matching import list_images
 from ast_plugin.degradations import DEGRADATIONS, Degradation
-from ast_plugin.errors import DataError, OptionError, did_you_mean
+from ast_plugin.errors import DataError, MemoryShortage, OptionError, PluginError, did_you_mean, one_line
 from ast_plugin.faults import faults_of
 from ast_plugin.files import lock_folder, write_file
 from ast_plugin.names import file_name, seed_of
@@ -279,7 +279,7 @@ def write_pairs(
     recipe: Recipe,
     output: Path,
     on_pair: Callable[[], None] = int,
-) -> list[float]:
+) -> tuple[list[float], list[str]]:
     """Write the pairs of all photos into a folder that appears whole or not at all; an earlier one is replaced.
 
     Args:
@@ -289,9 +289,9 @@ def write_pairs(
         output: the folder, which `check_output` has passed.
         on_pair: called after each pair.
     Returns:
-        The PSNR of each pair in dB.
+        The PSNR of each pair in dB; and why photos have none, as those that can be read have theirs all the same.
     Raises:
-        DataError: if an image cannot be read or written.
+        DataError: if no photo can be read, or images cannot be written.
     """
     partial = output.absolute().parent / f'.{output.name[:64]}.synth.part'
     record = {
@@ -310,22 +310,28 @@ def write_pairs(
             try:
                 for left_over in partial.iterdir():  # by a run that was killed
                     shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-                levels = []
+                levels, failures = [], []
                 for name, path in photos.items():
-                    for pair in make_pairs(name, path, recipe, depths[name]):
-                        for kind in _FOLDERS:
-                            if (pixels := getattr(pair, kind)) is not None:
-                                (partial / kind).mkdir(exist_ok=True)
-                                write_image(partial / kind / file_name(pair.name, '.png'), ImageFile(pixels))
-                        levels.append(pair.psnr)
-                        on_pair()
+                    try:
+                        for pair in make_pairs(name, path, recipe, depths[name]):
+                            for kind in _FOLDERS:
+                                if (pixels := getattr(pair, kind)) is not None:
+                                    (partial / kind).mkdir(exist_ok=True)
+                                    write_image(partial / kind / file_name(pair.name, '.png'), ImageFile(pixels))
+                            levels.append(pair.psnr)
+                            on_pair()
+                    except (DataError, MemoryShortage, MemoryError) as error:
+                        failures.append(str(error) if isinstance(error, PluginError) else f'{path}: {one_line(error)}')
+                        del record['photographs'][name]
+                if not levels:
+                    raise DataError(failures[0])
                 write_file(partial / _RECORD, (json.dumps(record, indent=2) + '\n').encode())
                 _put_in_place(partial, output)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise DataError(f'cannot write {output}: {error.strerror or error}') from error
-    return levels
+    return levels, failures
 
 
 def _put_in_place(partial: Path, output: Path) -> None:

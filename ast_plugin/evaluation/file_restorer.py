@@ -1,6 +1,6 @@
 """Restoring image files: which files are meant, where each result goes, and one after the other with one policy::
 
-    jobs = plan_jobs(find_images(['photos'], output), output)
+    jobs = plan_jobs(find_images(['photos'], output).images, output)
     for result in restore_files(jobs, Restorer.from_weights('derain.pth')):
         print(result.job.target, result.failure, result.notes)
 
@@ -24,16 +24,18 @@ import numpy as np
 from ast_plugin.data.image_files import (
     FORMAT_OF,
     MAX_PIXELS,
+    NOT_READ,
     SUFFIXES,
     ImageFile,
+    count_reasons,
     encode_image,
     read_image,
     sniff_format,
+    why_no_image,
 )
-from ast_plugin.errors import DataError, ShapeError
+from ast_plugin.errors import DataError, class_of_failure, one_line
 from ast_plugin.evaluation.classifier import Specialists
 from ast_plugin.evaluation.restorer import Restorer
-from ast_plugin.evaluation.tiling import MemoryShortage
 from ast_plugin.files import write_file
 from ast_plugin.ops import frozen_weights
 
@@ -97,7 +99,20 @@ class FileResult:
     warnings: tuple[str, ...] = ()  # why the result should not be trusted
 
 
-def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bool = False) -> list[tuple[Path, Path]]:
+class Found(NamedTuple):
+    """What lies at the inputs of a batch."""
+
+    images: list[tuple[Path, Path]]  # each file with the folder that it lay in, relative to the input
+    failures: list[str]  # why inputs, or folders in them, cannot be used
+    left_out: Counter[str]  # how many files and folders were seen and not taken, by reason
+
+    def lines(self) -> list[str]:
+        """Return what the user must know of it, in lines."""
+        lines = [f'basicsr: error: {failure}' for failure in self.failures]
+        return lines + ([f'note: left out: {count_reasons(self.left_out)}'] if self.left_out else [])
+
+
+def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bool = False) -> Found:
     """Find the files to restore, each once, folders in order of names.
 
     Args:
@@ -105,31 +120,28 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
         output: folder that is left out where it lies inside an input.
         recursive: whether to go into folders inside folders.
     Returns:
-        Each file with the folder that it lay in, relative to the input.
+        The files; those named that cannot be read among them, as the others are restored all the same.
     Raises:
-        DataError: if an input is missing, no image, or a folder without any.
+        DataError: if there is nothing to restore.
     """
-    found: dict[tuple[int, int] | Path, tuple[Path, Path]] = {}
+    found = Found([], [], Counter())
+    known: set[tuple[int, int] | Path] = set()
     for path in (Path(given).expanduser() for given in inputs):
-        try:
-            if path.is_dir():
-                images = list(_walk(path, output, recursive))
-                if not images:
-                    deeper = not recursive and any(entry.is_dir() for entry in path.iterdir())
-                    raise DataError(
-                        f'{path}: no images in this folder (expected {", ".join(FORMAT_OF)})'
-                        + ('; --recursive takes the folders inside too' if deeper else '')
-                    )
-            elif path.suffix.lower() in FORMAT_OF or _format_of(path):
-                path.stat()
-                images = [(path, Path())]
-            else:
-                raise DataError(f'{path}: not a PNG, JPEG, WebP, TIFF or BMP file')
-        except OSError as error:
-            raise DataError(f'{error.filename or path}: cannot be read: {error.strerror}') from error
+        images = list(_walk(path, output, recursive, found)) if path.is_dir() else [(path, Path())]
+        if path.is_dir() and not images:
+            reasons = f'; there are {count_reasons(found.left_out)}' if found.left_out else ''
+            deeper = '; --recursive takes the folders inside too' if found.left_out['folders inside'] else ''
+            failure = f'{path}: no images in this folder (expected {", ".join(FORMAT_OF)}{reasons}){deeper}'
+            found.failures.append(failure)
         for image, folder in images:
-            found.setdefault(_identity(image) or image, (image, folder))
-    return list(found.values())
+            identity = _identity(image) or image
+            found.left_out.update(['other names of the same file'] if identity in known and image != path else [])
+            found.images.extend([(image, folder)] if identity not in known else [])
+            known.add(identity)
+    reasons = [_why_unreadable(image) for image, _ in found.images]
+    if None not in reasons:
+        raise DataError(next(iter([*reasons, *found.failures])))
+    return found
 
 
 def plan_jobs(
@@ -209,42 +221,58 @@ def restore_files(
         for job in jobs:
             if on_start is not None:
                 on_start(job)
-            start, kind = time.perf_counter(), 'unreadable'
-            notes: list[str] = []
-            warnings: list[str] = []
-            task, confidence, chosen, spread = '', None, restorer, None
-            try:
-                image = read_image(job.source, max_pixels=max_pixels)
-                notes += image.notes
-                kind = 'network'
-                if isinstance(restorer, Specialists):
-                    task, confidence, chosen = restorer.choose(image.color)
-                    if confidence < MIN_CONFIDENCE:
-                        warnings.append(f'taken for {task}, but with {confidence:.0%} only')
-                if chosen is None:
-                    notes.append(f'no degradation found ({confidence:.0%} sure): left as it is')
-                    color = image.color
-                else:
-                    color = chosen.restore(image.color, on_tile=on_tile, on_note=notes.append)
-                    spread = chosen.spread(image.color) if uncertainty else None
-                change = Change.between(image.color, color)
-                warnings += change.warnings() if change else ()
-                kind = 'unwritable'
-                if chosen is None and FORMAT_OF[job.target.suffix.lower()] == image.format:
-                    content = job.source.read_bytes()
-                else:
-                    image = replace(image, color=color, alpha=_fit_alpha(image, color))
-                    content = encode_image(job.target, image, quality=quality)
-            except (DataError, ShapeError, MemoryShortage) as error:
-                kind = 'memory' if isinstance(error, MemoryShortage) else kind
-                reason = f'{job.source}: {error}' if kind in ('network', 'memory') else str(error)
-                yield FileResult(job, time.perf_counter() - start, tuple(notes), reason, kind, task, confidence)
-                continue
-            write_file(job.target, content)
-            if spread is not None:
-                write_file(uncertainty_path(job), draw_spread(spread))
-            seconds = time.perf_counter() - start
-            yield FileResult(job, seconds, tuple(notes), '', '', task, confidence, change, tuple(warnings))
+            yield _restore_file(job, restorer, quality, max_pixels, on_tile, uncertainty)
+
+
+def _restore_file(
+    job: Job,
+    restorer: Restorer | Specialists,
+    quality: int,
+    max_pixels: int,
+    on_tile: Callable[[int, int], None] | None,
+    uncertainty: bool,
+) -> FileResult:
+    """Restore a file as `restore_files` says, or tell why that cannot be."""
+    start, stage = time.perf_counter(), 'unreadable'
+    notes: list[str] = []
+    warnings: list[str] = []
+    task, confidence, chosen, spread = '', None, restorer, None
+    try:
+        image = read_image(job.source, max_pixels=max_pixels)
+        stage = 'network'
+        if isinstance(restorer, Specialists):
+            task, confidence, chosen = restorer.choose(image.color)
+            if confidence < MIN_CONFIDENCE:
+                warnings.append(f'taken for {task}, but with {confidence:.0%} only')
+        kind = FORMAT_OF[job.target.suffix.lower()]
+        if chosen is None:
+            notes.append(f'no degradation found ({confidence:.0%} sure): left as it is')
+            color = image.color
+        else:
+            color = chosen.restore(image.color, on_tile=on_tile, on_note=notes.append)
+            spread = chosen.spread(image.color) if uncertainty else None
+        change = Change.between(image.color, color)
+        warnings += change.warnings() if change else ()
+        stage = 'unwritable'
+        if chosen is None and kind == image.format:
+            content = job.source.read_bytes()
+        else:
+            _, lost = image.metadata(kind)
+            notes += [*image.notes, *([f'{kind} does not hold {", ".join(lost)}'] if lost else [])]
+            image = replace(image, color=color, alpha=_fit_alpha(image, color))
+            content = encode_image(job.target, image, quality=quality)
+        drawn = None if spread is None else draw_spread(spread)
+    except Exception as error:
+        kind = class_of_failure(error, stage)
+        reason = f'does not fit in memory ({one_line(error)})' if isinstance(error, MemoryError) else one_line(error)
+        if str(job.source) not in reason and kind != 'unwritable':
+            reason = f'{job.source}: {reason}'
+        return FileResult(job, time.perf_counter() - start, tuple(notes), reason, kind, task, confidence)
+    write_file(job.target, content)
+    if drawn is not None:
+        write_file(uncertainty_path(job), drawn)
+    seconds = time.perf_counter() - start
+    return FileResult(job, seconds, tuple(notes), '', '', task, confidence, change, tuple(warnings))
 
 
 def uncertainty_path(job: Job) -> Path:
@@ -280,20 +308,32 @@ def report_rows(results: Iterable[FileResult]) -> list[list[Any]]:
     return rows
 
 
-def _walk(folder: Path, output: Path, recursive: bool) -> Iterator[tuple[Path, Path]]:
+def _walk(folder: Path, output: Path, recursive: bool, found: Found) -> Iterator[tuple[Path, Path]]:
     results = output.resolve()
-    for current, folders, names in os.walk(folder, onerror=_fail):
+
+    def fail(error: OSError) -> None:
+        found.failures.append(f'{error.filename or folder}: cannot be read: {error.strerror}')
+
+    for current, folders, names in os.walk(folder, onerror=fail):
         here = Path(current)
-        folders[:] = sorted(
-            name for name in folders if recursive and not name.startswith('.') and (here / name).resolve() != results
-        )
+        folders[:] = sorted(name for name in folders if (here / name).resolve() != results)
+        skipped = [name for name in folders if not recursive or name.startswith('.')]
+        found.left_out.update('hidden' if name.startswith('.') else 'folders inside' for name in skipped)
+        folders[:] = [name for name in folders if name not in skipped]
         for name in sorted(names):
-            if not name.startswith('.') and Path(name).suffix.lower() in FORMAT_OF:
+            reason = why_no_image(here / name)
+            if reason is None:
                 yield here / name, here.relative_to(folder)
+            else:
+                found.left_out[reason] += 1
 
 
-def _fail(error: OSError) -> None:
-    raise error
+def _why_unreadable(path: Path) -> str | None:
+    """Why a file that was named is no image; None where it looks like one."""
+    try:
+        return None if _format_of(path) or path.suffix.lower() in FORMAT_OF else f'{path}: {NOT_READ}'
+    except OSError as error:
+        return f'{path}: cannot be read: {error.strerror}'
 
 
 def _format_of(path: Path) -> str | None:

@@ -162,7 +162,7 @@ def test_earlier_output_is_kept(tmp_path, photo, capsys):
 def test_a_fault_half_way_leaves_nothing(tmp_path, photo, capsys):
     bad = tmp_path / 'zz.png'
     bad.write_bytes(photo.read_bytes()[:2000])
-    assert synth('--task', 'rain', '-i', photo, bad, '-o', tmp_path / 'out') == 2
+    assert synth('--task', 'rain', '-i', bad, '-o', tmp_path / 'out') == 2
     assert 'zz.png' in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == sorted([photo.name, 'zz.png'])
 

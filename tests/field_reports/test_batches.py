@@ -1,0 +1,188 @@
+"""Kinds C and H: an item that fails says why and of which class, the others go on; what is left out is counted."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ast_plugin.cli.main import main
+from ast_plugin.data import image_files
+from ast_plugin.data.image_files import decode_image, read_image
+from ast_plugin.errors import DataError, FileError, MemoryShortage, OptionError
+from ast_plugin.evaluation.file_restorer import Job, find_images, plan_jobs, restore_files
+from ast_plugin.evaluation.restorer import Restorer
+from tests.data.images import noise, save
+
+
+class Changes(nn.Module):
+    """A network that gives back what it gets, and fails on images of one height."""
+
+    def __init__(self, height=None, error=None):
+        super().__init__()
+        self.height, self.error = height, error
+
+    def forward(self, x):
+        if x.shape[-2] == self.height:
+            raise self.error
+        return x
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    MemoryShortage('too large'),
+    torch.cuda.OutOfMemoryError('CUDA out of memory'),
+    RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes'),
+    RuntimeError("can't allocate memory: you tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)"),
+    RuntimeError('CUDNN_STATUS_ALLOC_FAILED'),
+]
+BROKEN = [AssertionError(), IndexError('x'), RuntimeError('shape'), ZeroDivisionError('x'), NotImplementedError()]
+
+
+@pytest.mark.parametrize(
+    ('error', 'kind'),
+    [*((error, 'memory') for error in OUT_OF_MEMORY), *((error, 'network') for error in BROKEN)],
+    ids=repr,
+)
+def test_network_fails_on_one_image(tmp_path, error, kind):
+    sources = [save(tmp_path / f'{number}.png', noise(8 + number, 9, 3)) for number in range(3)]
+    jobs = [Job(source, tmp_path / f'out{source.name}') for source in sources]
+    results = list(restore_files(jobs, Restorer(Changes(9, error), device='cpu')))
+    assert [result.kind for result in results] == ['', kind, '']
+    assert results[1].failure.startswith(f'{sources[1]}: ') and not jobs[1].target.exists()
+
+
+@pytest.mark.parametrize('place', ['read_bytes', '_decode', 'encode_image', 'Change.between', 'draw_spread'])
+@pytest.mark.parametrize('error', OUT_OF_MEMORY[::3], ids=repr)
+def test_memory_runs_out_anywhere(tmp_path, monkeypatch, place, error):
+    from ast_plugin.evaluation import file_restorer
+
+    sources = [save(tmp_path / f'{number}.png', noise(8, 9, 3)) for number in range(2)]
+    jobs = [Job(source, tmp_path / f'out{source.name}') for source in sources]
+    where = image_files if place in ('read_bytes', '_decode') else file_restorer
+    *owner, name = place.split('.')
+    where = getattr(where, owner[0]) if owner else where
+    real, errors = getattr(where, name), [error]
+
+    def fail_once(*args, **options):
+        if errors:
+            raise errors.pop()
+        return real(*args, **options)
+
+    monkeypatch.setattr(where, name, fail_once)
+    results = list(restore_files(jobs, Restorer(Changes(), device='cpu'), uncertainty=True))
+    assert [result.kind for result in results] == ['memory', '']
+    assert str(sources[0]) in results[0].failure and 'damaged' not in results[0].failure
+
+
+@pytest.mark.parametrize('ending', ['.png', '.jpg', '.webp', '.tif', '.bmp'])
+def test_decoders_without_memory(tmp_path, monkeypatch, ending):
+    data = save(tmp_path / f'a{ending}', noise(30, 40, 3)).read_bytes()
+
+    def fail(*_):
+        raise OSError('decoder error')
+
+    monkeypatch.setattr(image_files, '_decode', fail)
+    monkeypatch.setattr(image_files, '_decode_plainly', lambda *_: None)
+    with pytest.raises(DataError, match='decoder error'):
+        decode_image(data, 'a')
+    monkeypatch.setattr(image_files, '_has_memory', lambda num_bytes: num_bytes < 1000)
+    with pytest.raises(MemoryShortage, match='40x30 does not fit in memory'):
+        decode_image(data, 'a')
+
+
+@pytest.mark.parametrize('error', [OptionError('no such backend'), FileError('disk full')], ids=repr)
+def test_what_no_image_can_do_ends_the_batch(tmp_path, error):
+    job = Job(save(tmp_path / 'a.png', noise(8, 9, 3)), tmp_path / 'b.png')
+    with pytest.raises(type(error), match=str(error)):
+        list(restore_files([job, job], Restorer(Changes(8, error), device='cpu')))
+
+
+def no_ending(folder):
+    Image.fromarray(noise(8, 9, 3)).save(folder / 'drawing', 'PNG')
+
+
+SEEN = [
+    (
+        lambda folder: [(folder / f'a{end}').write_bytes(b'x') for end in ('.heic', '.HEIC', '.avif')],
+        '2 .heic, 1 .avif',
+    ),
+    (lambda folder: [(folder / f'a{end}').write_bytes(b'x') for end in ('.exr', '.gif')], '1 .exr, 1 .gif'),
+    (no_ending, '1 PNG without ending'),
+    (lambda folder: (folder / 'b.jpg~').write_bytes((folder / 'a.jpg').read_bytes()), '1 JPEG named .jpg~'),
+    (lambda folder: (folder / '.c.jpg').write_bytes((folder / 'a.jpg').read_bytes()), '1 hidden'),
+    (lambda folder: (folder / 'inside').mkdir(), '1 folders inside'),
+    (lambda folder: (folder / 'b.jpg').symlink_to('a.jpg'), '1 other names of the same file'),
+    (lambda folder: (folder / 'README').write_text('x'), '1 without ending'),
+    (lambda folder: None, None),
+]
+
+
+@pytest.mark.parametrize(('make', 'reason'), SEEN)
+def test_what_is_left_out_of_a_folder(tmp_path, make, reason):
+    save(tmp_path / 'a.jpg', noise(8, 9, 3))
+    make(tmp_path)
+    found = find_images([tmp_path], tmp_path / 'out')
+    assert [path.name for path, _ in found.images] == ['a.jpg']
+    assert found.lines() == ([f'note: left out: {reason}'] if reason else [])
+
+
+def test_inputs_that_are_missing(tmp_path):
+    good = save(tmp_path / 'a.png', noise(8, 9, 3))
+    (tmp_path / 'link.png').symlink_to('nowhere')
+    (tmp_path / 'text').write_text('x')
+    (tmp_path / 'empty').mkdir()
+    found = find_images(
+        [tmp_path / name for name in ('link.png', 'gone.png', 'text', 'empty', 'a.png')], tmp_path / 'o'
+    )
+    assert len(found.failures) == 1 and 'empty' in found.failures[0]
+    jobs = plan_jobs(found.images, tmp_path / 'o')
+    assert [path for path, _ in found.images][-1] == good and len(jobs) == 4
+    with pytest.raises(DataError, match=r'gone\.png: cannot be read: No such file'):
+        find_images([tmp_path / 'gone.png', tmp_path / 'text'], tmp_path / 'o')
+
+
+@pytest.mark.skipif(os.name == 'nt' or os.geteuid() == 0, reason='root reads everything')
+def test_folder_that_cannot_be_read(tmp_path):
+    save(tmp_path / 'a.png', noise(8, 9, 3))
+    (tmp_path / 'closed').mkdir(mode=0)
+    found = find_images([tmp_path], tmp_path / 'o', recursive=True)
+    assert len(found.images) == 1 and 'closed' in found.failures[0]
+
+
+def test_infer_ends_with_a_summary(tmp_path, capsys, monkeypatch):
+    photos = tmp_path / 'photos'
+    photos.mkdir()
+    save(photos / 'a.png', noise(8, 9, 3))
+    save(photos / 'b.png', noise(9, 9, 3))
+    save(photos / 'c.png', noise(8, 9, 3), None)
+    (photos / 'd.png').symlink_to('nowhere')
+    (photos / 'e.heic').write_bytes(b'x')
+    restorer = Restorer(Changes(9, MemoryError()), device='cpu')
+    monkeypatch.setattr(Restorer, 'from_task', lambda *_, **__: restorer)
+    arguments = ['infer', '-i', photos, tmp_path / 'gone.png', '-o', tmp_path / 'out', '--task', 'rain']
+    assert main([*map(str, arguments)]) == 1
+    out, err = capsys.readouterr()
+    assert 'restored 2 of 5 images in ' in out and '(failed: 1 memory, 2 unreadable)' in out
+    assert err.splitlines()[-1] == 'note: left out: 1 .heic'
+    np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'c.png').color, noise(8, 9, 3))
+
+
+def test_synth_goes_on_without_a_bad_photo(tmp_path, capsys):
+    photos = tmp_path / 'photos'
+    photos.mkdir()
+    save(photos / 'a.png', noise(40, 50, 3))
+    (photos / 'b.png').write_bytes(b'x')
+    (photos / 'c.png').symlink_to('nowhere')
+    (photos / 'd.heic').write_bytes(b'x')
+    arguments = ['data', 'synth', '--task', 'rain', '-i', str(photos), '-o', str(tmp_path / 'out')]
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert 'made 1 pair (' in out and '2 of 3 photos failed' in out
+    assert f'{photos / "b.png"}: not a PNG' in err and 'c.png: cannot be read' in err and '1 .heic' in err
+    assert [path.name for path in (tmp_path / 'out' / 'lq').iterdir()] == ['a.png']
+    (photos / 'a.png').unlink()
+    assert main([*arguments[:-1], str(tmp_path / 'none')]) == 2
+    assert not (tmp_path / 'none').exists()
