@@ -182,7 +182,7 @@ def test_synth_goes_on_without_a_bad_photo(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert 'made 1 pair (' in out and '2 of 3 photos failed' in out
     assert f'{photos / "b.png"}: not a PNG' in err and 'c.png: cannot be read' in err and '1 .heic' in err
-    assert [path.name for path in (tmp_path / 'out' / 'lq').iterdir()] == ['a.png']
+    assert [path.name for path in (tmp_path / 'out' / 'lq').iterdir()] == ['a_1.png']
     (photos / 'a.png').unlink()
     assert main([*arguments[:-1], str(tmp_path / 'none')]) == 2
     assert not (tmp_path / 'none').exists()
