@@ -119,11 +119,10 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
     notes = list(checkpoint.notes)
     if prefix:
         notes.append(f'their names begin with {prefix}' + (f'; left out: {_named(rest)}' if rest else ''))
-    counters = [name for name, tensor in state.items() if name not in expected and tensor.ndim == 0]
-    counters += [name for name in state if name.endswith(DERIVED) and name not in expected]
-    state = {name: tensor for name, tensor in state.items() if name not in counters}
-    counters = [name for name in counters if not name.endswith(DERIVED)]
-    if counters:
+    extra = {name: tensor for name, tensor in state.items() if name not in expected}
+    state = {name: tensor for name, tensor in state.items() if name in expected or tensor.ndim}
+    state = {name: tensor for name, tensor in state.items() if not (name in extra and name.endswith(DERIVED))}
+    if counters := [name for name, tensor in extra.items() if tensor.ndim == 0]:
         notes.append(f'left out, being counters: {_named(counters)}')
     taken = [name for name, tensor in expected.items() if name in state and state[name].shape == tensor.shape]
     if not strict:

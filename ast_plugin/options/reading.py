@@ -37,6 +37,7 @@ _SHIPPED_FOLDERS = (_PACKAGE / 'option_files', _PACKAGE.parent / 'options')
 _SUFFIXES = ('.yml', '.yaml')
 _TEMPLATE_MARKS = ('{{', '{%')
 _WANTS_TEXT = re.compile(r"text|name|'")  # also in the words of a choice: expected 'fp32' or 'fp16'
+_WANTS_NUMBER = re.compile(r'^expected (?:.*number|true or false)(?!.*text)|or (?:more|less)$')
 _VARIABLE = re.compile(r'\$\{([A-Za-z_][A-Za-z0-9_]*)(?::([^{}]*))?\}')
 
 
@@ -145,7 +146,7 @@ class Sources:
     """
 
     def __init__(self, path: Path, overrides: Iterable[str] = ()) -> None:
-        self.path, self.files = path, list(_chain(path))
+        self.path, self.files = path, {each: safe_yaml.compose_file(each) for each in _chain(path)}
         self.overrides = {
             tuple(keys.split(':')): value for keys, _, value in (text.partition('=') for text in overrides)
         }
@@ -156,9 +157,12 @@ class Sources:
 
     def _written(self, fault: Fault) -> str:
         expected = fault.message.partition(', got')[0]
+        node = self._find(fault.where)[1]
+        if isinstance(node, ScalarNode) and node.style is not None and _WANTS_NUMBER.search(expected):
+            is_number = isinstance(_scalar(node.value), (int, float))
+            return ': take the quotes away' if is_number else ''
         if not expected.startswith('expected') or not _WANTS_TEXT.search(expected):
             return ''
-        node = self._find(fault.where)[1]
         written = node.value if isinstance(node, ScalarNode) and node.style is None else ''
         written = self.overrides.get(tuple(map(str, fault.where)), written)
         variable = _VARIABLE.fullmatch(written)
@@ -187,8 +191,8 @@ class Sources:
     def _find(self, where: Where) -> tuple[Path, Node | None]:
         """The last file that says what is at `where`, and what stands there."""
         for place in (where, where[2:]) if where[:1] == (STAGES_KEY,) else (where,):
-            for path in self.files:
-                node = safe_yaml.node_at(path, place)
+            for path, content in self.files.items():
+                node = safe_yaml.node_at(content, place)
                 if node is not None:
                     return path, node
         return self.path, None

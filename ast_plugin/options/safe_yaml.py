@@ -67,9 +67,13 @@ def read_file(path: Path) -> Any:
     return read_text(_text_of(path), str(path))
 
 
-def node_at(path: Path, where: Sequence[str | int]) -> Node | None:
-    """What stands in a file that was read before at these keys and numbers, with its line; None if nothing does."""
-    node = _compose(_text_of(path), str(path))
+def compose_file(path: Path) -> Node | None:
+    """Read a YAML file into nodes, which know their lines and how they are written."""
+    return _compose(_text_of(path), str(path))
+
+
+def node_at(node: Node | None, where: Sequence[str | int]) -> Node | None:
+    """What stands below a node at these keys and numbers; None if nothing does."""
     for step in where:
         items: dict[Any, Node] = {}
         if isinstance(node, MappingNode):

@@ -103,7 +103,13 @@ def test_keys_of_sections():
 def test_numbers_need_no_quotes(tmp_path, registered):
     message = faults(tmp_path, registered, ['manual_seed=12:30', 'train:optim_g:lr=on'])
     assert "manual_seed: expected a whole number, got the text '12:30'" in message
-    assert 'put quotes' not in message
+    assert 'put quotes' not in message and 'take the quotes' not in message
+    path = tmp_path / 'my.yml'
+    text = path.read_text().replace('total_iter: 2', "total_iter: '2'").replace('manual_seed: 0', 'manual_seed: "0"')
+    path.write_text(text)
+    with pytest.raises(OptionError) as error:
+        validation.check(options.load(path), 'my.yml', registered, explain=Sources(path).explain)
+    assert str(error.value).count(': take the quotes away') == 2
 
 
 def test_stages_and_comparisons(tmp_path, capsys):
