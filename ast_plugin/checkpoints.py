@@ -27,14 +27,26 @@ from ast_plugin.files import PARTIAL_SUFFIX, write_file
 
 AVERAGED = re.compile(r'(?:^|[._-])(?:\w*ema|swa|avg|averaged?)(?:$|[._-])', re.IGNORECASE)
 # where the states of the field's files lie, in the order in which they are looked for
-STATE_KEYS = ('params', 'state_dict', 'model_state_dict', 'model', 'generator', 'net_g', 'netG', 'G', 'net', 'network')
+STATE_KEYS = (
+    'params',
+    'state_dict',
+    'model_state_dict',
+    'model',
+    'generator',
+    'gen',
+    'net_g',
+    'netG',
+    'G',
+    'net',
+    'network',
+)
 NETWORK_KEY = 'network'  # of safetensors' metadata: the network's options as JSON
 STATE, WEIGHTS = '{}.state', 'net_g_{}.pth'  # the names of a run's files, by iteration
 ABANDONED_SUFFIX = '.abandoned'
 
 # of what training leaves beside a network's weights
 _NOT_OF_A_NETWORK = re.compile(
-    r'optim|sched|scaler|random|rng|callback|loops|hyper_param|parts|discr|critic|^(?:net_?)?d$', re.IGNORECASE
+    r'optim|sched|scaler|random|rng|callback|loops|hyper_param|parts|disc|critic|^(?:net_?)?d$', re.IGNORECASE
 )
 _MOST_NESTED = 4
 _LFS_POINTER = b'version https://git-lfs'
@@ -121,7 +133,9 @@ def _choose(path: Path, content: Mapping, states: Mapping[str, Mapping]) -> tupl
     averaged = [key for key in states if AVERAGED.search(key)]
     candidates = averaged or [key for key in states if ranks[key] is not None] or list(states)
     if len(candidates) > 1 and not averaged and ranks[candidates[0]] is None:
-        raise CheckpointError(f'{path} holds several states, {", ".join(states)}: say which by its key')
+        raise CheckpointError(
+            f'{path} holds several states, {", ".join(states)}: name one by --param-key or path.param_key_g'
+        )
     key = min(candidates, key=lambda name: (ranks[name] is None, ranks[name] or 0))
     rest = [other for other in states if other != key]
     what = 'averaged weights of' if averaged else 'weights of'

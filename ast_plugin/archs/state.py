@@ -118,7 +118,8 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
     prefix, state, rest = under_prefix(checkpoint.state, expected)
     notes = list(checkpoint.notes)
     if prefix:
-        notes.append(f'their names begin with {prefix}' + (f'; left out: {_named(rest)}' if rest else ''))
+        others = f'; left out: {_named(rest)}' if rest else ''
+        notes.append(f'names begin with {prefix}, which is left off{others}')
     extra = {name: tensor for name, tensor in state.items() if name not in expected}
     state = {name: tensor for name, tensor in state.items() if name in expected or tensor.ndim}
     state = {name: tensor for name, tensor in state.items() if not (name in extra and name.endswith(DERIVED))}

@@ -66,6 +66,7 @@ WRAPPED = {
     'model': under('model.'),
     'nested': {'model': {'state_dict': under('module.net.')}},
     'generator': {'generator': STATE, 'discriminator': {'conv.weight': torch.ones(2, 2)}},
+    'gen': {'gen': STATE, 'disc': {'conv.weight': torch.ones(2, 2)}},
     'kair': {'netG': STATE, 'netD': {'conv.weight': torch.ones(2, 2)}},
     'number_inside': {'params': {**STATE, 'scale': 1}},
     'flat_with_more': {**STATE, 'epoch': 3, 'optimizer': {'state': {0: {'exp_avg': torch.ones(9)}}}},
@@ -154,7 +155,7 @@ def test_keys_that_are_asked_for(tmp_path):
 
 def test_several_states_of_unknown_names(tmp_path):
     path = write(tmp_path / 'w.pth', {'first': STATE, 'second': EMA})
-    with pytest.raises(CheckpointError, match='several states, first, second'):
+    with pytest.raises(CheckpointError, match='several states, first, second: name one by --param-key'):
         read_checkpoint(path)
     assert same(load_network(TINY, path, 'second'), EMA)
 
