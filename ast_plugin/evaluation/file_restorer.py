@@ -37,6 +37,7 @@ from ast_plugin.errors import DataError, class_of_failure, one_line
 from ast_plugin.evaluation.classifier import Specialists
 from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.files import write_file
+from ast_plugin.names import file_name
 from ast_plugin.ops import frozen_weights
 
 MAX_SATURATED, MAX_TINT, MAX_BRIGHTNESS = 0.1, 12.0, 50.0  # a share, levels of 255; see `Change.warnings`
@@ -277,7 +278,7 @@ def _restore_file(
 
 def uncertainty_path(job: Job) -> Path:
     """Where the map of uncertainty of a result goes."""
-    return job.target.with_name(f'{job.target.stem}_uncertainty.png')
+    return job.target.with_name(file_name(job.target.stem, '_uncertainty.png'))
 
 
 def draw_spread(spread: np.ndarray) -> bytes:

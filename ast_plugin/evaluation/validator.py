@@ -116,7 +116,7 @@ class Validator:
                 written[number] = self.image_path(dataset, name, current_iter)
                 if self.world_size > 1:
                     # Which of several namesakes this one is will be known when all have been read.
-                    written[number] = written[number].with_name(f'.{number}~{written[number].name}')
+                    written[number] = written[number].with_name(f'.{number}{written[number].suffix}')
                 pixels = _to_pixels(visuals['result'])
                 image_file = ImageFile(pixels if pixels.shape[2] == 3 else pixels[..., 0])
                 write_file(written[number], encode_image(written[number], image_file), make_folder=True)

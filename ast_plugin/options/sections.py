@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+_MOST_NAME_BYTES = 200  # file systems take 255, of which log files and archives need some
 
 
 def _whole(value: Any) -> Any:
@@ -17,11 +19,19 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _with_room_for_endings(value: str) -> str:
+    if len(value.encode()) > _MOST_NAME_BYTES:
+        raise ValueError(f'expected a name of at most {_MOST_NAME_BYTES} bytes, got {len(value.encode())}')
+    return value
+
+
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
-FolderName = Annotated[str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]{0,99}$')]
+FolderName = Annotated[
+    str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]{0,99}$'), AfterValidator(_with_room_for_endings)
+]
 Mapping = dict[str, Any]
 
 

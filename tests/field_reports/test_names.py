@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 import ast_plugin  # noqa: F401  registers everything
 from ast_plugin import errors, names
@@ -22,6 +23,7 @@ from ast_plugin.data.contact_sheet import Cell, draw_contact_sheet
 from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults
 from ast_plugin.models import run_log
 from ast_plugin.models.run_log import RunLog, draw_curve
+from ast_plugin.options.sections import FolderName
 from ast_plugin.toolbox.training_loop import SparedWriter
 from tests.compare.test_plots import curves, results
 
@@ -247,6 +249,21 @@ def test_synthesis_of_any_name(tmp_path, name, capfd):
     recorded = json.loads((tmp_path / 'out' / 'synthesis.json').read_text())
     assert list(recorded['photographs'].values()) == [photo.name]
     assert main(['data', 'synth', '--task', 'rain', '-i', str(photo), '--sheet', str(tmp_path / 'sheet.jpg')]) == 0
+
+
+def test_lmdb_in_a_folder_of_no_text(tmp_path, capfd):
+    image = cv2.imencode('.png', np.full((16, 16, 3), 90, np.uint8))[1].tobytes()
+    for kind in ('lq', 'gt'):
+        folder = tmp_path / ODD['no_text'] / kind
+        folder.mkdir(parents=True)
+        (folder / os.fsdecode(b'mu\xf1oz.png')).write_bytes(image)
+    arguments = ['data', 'lmdb', str(folder.parent), str(folder.parent / 'packed')]
+    assert main(arguments) == 0, capfd.readouterr().err
+
+
+def test_name_longer_than_files_can_have():
+    with pytest.raises(ValidationError, match='at most 200 bytes, got 300'):
+        TypeAdapter(FolderName).validate_python('雨' * 100)
 
 
 def test_message_with_controls(tmp_path, capfd):

@@ -114,7 +114,7 @@ class _Opened:
 
     def __init__(self, folder: Path) -> None:
         self.process = os.getpid()
-        self.environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False)
+        self.environment = lmdb.open(os.fsencode(folder), readonly=True, lock=False, readahead=False, create=False)
         self.check_size(folder)
 
     def check_size(self, folder: Path) -> None:

@@ -273,7 +273,7 @@ def _folder(staging: Path, kind: str) -> Path:
 def _num_entries(folder: Path) -> int:
     if not (folder / DATA).exists():
         return 0
-    with contextlib.closing(lmdb.open(str(folder), readonly=True, lock=False, create=False)) as environment:
+    with contextlib.closing(lmdb.open(os.fsencode(folder), readonly=True, lock=False, create=False)) as environment:
         statistics = environment.stat()
         if (folder / DATA).stat().st_size < (environment.info()['last_pgno'] + 1) * statistics['psize']:
             raise ValueError(f'{folder} is cut off')
@@ -316,7 +316,7 @@ def _commit(folder: Path, values: Sequence[Value], num_before: int) -> None:
     """Add a batch, whole or not at all, unless it is there already."""
     map_size = _map_size(folder, values)
     while True:
-        with contextlib.closing(lmdb.open(str(folder), map_size=map_size, lock=False)) as environment:
+        with contextlib.closing(lmdb.open(os.fsencode(folder), map_size=map_size, lock=False)) as environment:
             if environment.stat()['entries'] > num_before:
                 return
             try:
