@@ -7,6 +7,8 @@
 
 Images are restored and measured as val.protocol says (README, "Measuring"). Tables, the worst and the best images in
 a contact sheet, and images go to results/NAME; an older folder of that name is renamed, not overwritten.
+
+Exit status: 0 all measured, 1 some images failed and are named, 2 wrong usage or input.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     run = commands.read_run(args, is_train=False)
     import basicsr.test
 
+    from ast_plugin.evaluation.validator import Validator
     from ast_plugin.models import preflight
     from ast_plugin.models.training_run import hand_over, join_processes
 
@@ -59,9 +62,10 @@ def run(args: argparse.Namespace) -> int:
             print(f'Testing the weights {weights}', flush=True)
         opt = run.prepare(stage, **process)
         opt['path'].update(paths)
+        num_failed = Validator.num_failed
         with hand_over(basicsr.test, opt, run, stage):
             basicsr.test.test_pipeline(str(run.root))
-    return 0
+    return 1 if Validator.num_failed > num_failed else 0
 
 
 def _weights(run: Run, args: argparse.Namespace) -> tuple[Stage, Path]:

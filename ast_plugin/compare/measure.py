@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from ast_plugin.archs.networks import AnySize, any_size, input_channels, load_network, required_multiple
 from ast_plugin.compare.child import ChildFailed, run_child
 from ast_plugin.compare.machine import load_average, peak_memory
-from ast_plugin.errors import DataError, PluginError
+from ast_plugin.errors import DataError, OptionError, PluginError, class_of_failure, one_line
 from ast_plugin.evaluation.cost import count_macs
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.evaluation.restorer import find_device
 from ast_plugin.evaluation.results import distinct
+from ast_plugin.evaluation.validator import name_of
 from ast_plugin.files import write_file
 from ast_plugin.names import file_name, printable
 from ast_plugin.ops import frozen_weights
@@ -122,19 +124,32 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, dict[str, float]] = {}
     kept: list[str] = []  # the first ones by name: some datasets list their files in no order
     for number in range(len(dataset)):
-        sample = dataset[number]
-        if 'gt' not in sample:
-            raise DataError(f'{job["dataset"]["name"]} has no clean images that results could be measured by')
-        name = distinct(printable(Path(sample['lq_path']).stem), values)
-        lq, gt = sample['lq'][None].float(), sample['gt'][None].float()
-        with torch.inference_mode():
-            restored = lq.clamp(0, 1) if network is None else protocol.restore(network, lq, on_note=notes.append)
-        values[name] = protocol.measure(restored[0], gt[0].clamp(0, 1), job['metrics'])
+        path, stage, failures = name_of(dataset, number), 'unreadable', []
+        try:
+            sample = dataset[number]
+            path, stage = sample['lq_path'], 'network'
+            if 'gt' not in sample:
+                raise OptionError(f'{job["dataset"]["name"]} has no clean images that results could be measured by')
+            lq, gt = sample['lq'][None].float(), sample['gt'][None].float()
+            with torch.inference_mode():
+                restored = lq.clamp(0, 1) if network is None else protocol.restore(network, lq, on_note=notes.append)
+            stage = 'metric'
+            measured = protocol.measure(restored[0], gt[0].clamp(0, 1), job['metrics'], failures.append)
+        except Exception as error:
+            failures.append(f'{class_of_failure(error, stage)}: {one_line(error)}')
+            measured = dict.fromkeys(protocol.metrics if job['metrics'] is None else job['metrics'], math.nan)
+        name = distinct(printable(Path(path).stem), values)
+        values[name] = measured  # what is not a number for one network is left out for all
+        notes += [f'{path}: {failure}' for failure in failures]
+        if all(map(math.isnan, measured.values())):
+            continue
         kept = sorted([*kept, name])[: job['kept']]
         if name in kept:
             _keep(image_path(job['folder'], name), restored[0])
             if network is None:
                 _keep(image_path(job['folder'], name, is_clean=True), gt[0])
+    if all(math.isnan(value) for measured in values.values() for value in measured.values()):
+        raise DataError(f'no image of {job["dataset"]["name"]} can be restored and measured: {"; ".join(notes[:3])}')
     return {
         'values': dict(sorted(values.items())),
         'protocol': protocol.describe(),

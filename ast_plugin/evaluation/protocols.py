@@ -7,6 +7,7 @@ scores = protocol.measure(restored, gt)                 # {'psnr': 31.2, 'ssim':
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ast_plugin.errors import DataError, MemoryShortage, OptionError, PluginError, ShapeError, did_you_mean, one_line
+from ast_plugin.errors import (
+    DataError,
+    MemoryShortage,
+    OptionError,
+    PluginError,
+    ShapeError,
+    class_of_failure,
+    did_you_mean,
+    one_line,
+)
 from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, Tiling, evaluating
 from ast_plugin.metrics.images import as_array, eight_bits, fractions, to_toolbox
 
@@ -99,18 +109,34 @@ class Protocol:
             return (result * 255).round_().div_(255) if self.round else result
 
     def measure(
-        self, restored: np.ndarray | Tensor, reference: np.ndarray | Tensor, metrics: Metrics | None = None
+        self,
+        restored: np.ndarray | Tensor,
+        reference: np.ndarray | Tensor,
+        metrics: Metrics | None = None,
+        on_failure: Callable[[str], None] | None = None,
     ) -> dict[str, float]:
         """Measure an image against its reference, both as `ast_plugin.metrics.images.check_pair` takes them.
 
         Args:
             restored, reference: RGB or gray.
             metrics: other ones than the protocol's, in BasicSR's form; each gets BGR in [0, 255], uint8 if `round`.
+            on_failure: called with a line on each metric that fails or is not a number, whose value then is NaN.
         """
         pair = [as_array(image) for image in (restored, reference)]
         img, img2 = (to_toolbox(eight_bits(image) if self.round else fractions(image)) for image in pair)
         chosen = self.metrics if metrics is None else metrics
-        return {name: _measured(name, options, img, img2) for name, options in chosen.items()}
+        values: dict[str, float] = {}
+        for name, options in chosen.items():
+            try:
+                values[name] = _measured(name, options, img, img2)
+                if on_failure and math.isnan(values[name]):
+                    raise DataError(f'{name} is not a number, of an image of {img.shape[1]}x{img.shape[0]}')
+            except PluginError as error:
+                if on_failure is None:
+                    raise
+                on_failure(f'{class_of_failure(error, "metric")}: {error}')
+                values[name] = math.nan
+        return values
 
     def describe(self) -> str:
         """Return what is done, in a line: `agan: tiles of 384, overlap 80, mean; not rounded`."""

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +33,7 @@ class ImageResult:
     restored: dict[str, float] = field(default_factory=dict)
     degraded: dict[str, float] = field(default_factory=dict)  # empty where the input has not the result's size
     thumbnails: tuple[np.ndarray, ...] = ()  # input, result and clean image, RGB, [h, w, 3], uint8, of one size
+    failure: str = ''  # its class and why it has no values, or why some of them are NaN
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class ValidationResults:
         restored: a dictionary of metrics for each image's name.
         degraded: the same for the unrestored input; empty where its size is not the result's.
         thumbnails: input, result and clean image of some of the images.
+        failures: why images have no values, or some that are NaN, by name.
         ranking: which image is better than another.
         provenance: how the results were made, see `describe_provenance`; goes into the files.
     """
@@ -65,6 +68,7 @@ class ValidationResults:
     restored: dict[str, dict[str, float]] = field(default_factory=dict)
     degraded: dict[str, dict[str, float]] = field(default_factory=dict)
     thumbnails: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
     ranking: Ranking | None = None
     provenance: dict[str, str] = field(default_factory=dict)
 
@@ -79,12 +83,14 @@ class ValidationResults:
             results.restored[name] = image.restored
             if image.degraded:
                 results.degraded[name] = image.degraded
+            if image.failure:
+                results.failures[name] = image.failure
             if image.thumbnails:
                 results.thumbnails[name] = image.thumbnails
         return results
 
     def mean(self) -> dict[str, float]:
-        """Return the mean over the images, by metric; images that equal their reference (PSNR inf) are left out."""
+        """Return the mean over the images, by metric, without inf (the PSNR of what equals its reference) and NaN."""
         return _mean(self.restored)
 
     def mean_input(self) -> dict[str, float]:
@@ -135,9 +141,11 @@ class ValidationResults:
         lines = []
         for kind, by_image in (('', self.restored), (f'{INPUT} ', self.degraded)):
             for metric in _mean(by_image):
-                count = sum(values.get(metric) == math.inf for values in by_image.values())
-                if count and count < len(by_image):
-                    lines.append(f'{kind}{metric}: {count} of {len(by_image)} are inf and left out of the mean')
+                column = [values.get(metric, math.nan) for values in by_image.values()]
+                counts = Counter(str(value) for value in column if not math.isfinite(value))
+                for value, count in counts.items() if counts.total() < len(column) else ():
+                    lines.append(f'{kind}{metric}: {count} of {len(column)} are {value} and left out of the mean')
+        lines += [f'failed: {name}: {failure}' for name, failure in self.failures.items()]
         return lines + [f'{name}: {value}' for name, value in self.provenance.items()]
 
     def to_markdown(self) -> str:
@@ -194,7 +202,7 @@ def _mean(by_image: dict[str, dict[str, float]]) -> dict[str, float]:
     means = {}
     for metric in next(iter(measured), {}):
         column = [values[metric] for values in measured]
-        means[metric] = fmean([value for value in column if value != math.inf] or column)
+        means[metric] = fmean([value for value in column if math.isfinite(value)] or column)
     return means
 
 

@@ -1,6 +1,7 @@
 """Restores and measures a dataset image by image, all processes of a run together."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from tqdm import tqdm
 
 from ast_plugin.data.contact_sheet import make_thumbnails
 from ast_plugin.data.image_files import ImageFile, encode_image
-from ast_plugin.errors import PluginError
+from ast_plugin.errors import DataError, PluginError, class_of_failure, one_line
 from ast_plugin.evaluation.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
 from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults, distinct
 from ast_plugin.files import write_file
 from ast_plugin.metrics.images import as_array, eight_bits
 from ast_plugin.metrics.registered_metrics import better_direction
+from ast_plugin.names import printable
 
 ImagePath = Callable[[str, str, int | str], Path]  # of dataset, name and iteration
 
@@ -37,6 +39,8 @@ class Validator:
         num_examples: of how many of the worst and of the best images the results carry thumbnails.
         processes: that share the work, see `ast_plugin.models.processes.Processes`; None for this one alone.
     """
+
+    num_failed = 0  # images of all sets in this process, for the exit status
 
     def __init__(
         self,
@@ -92,22 +96,32 @@ class Validator:
             current_iter: goes into the names of images.
             save_img: write the restored images, rounded to 8 bits.
         Returns:
-            A row an image, the same in every process.
+            A row an image, the same in every process; those that failed say why, and are left out of the means.
         Raises:
-            PluginError: if an image cannot be restored or measured; names it.
+            PluginError: if no image can be restored and measured, or for what no image is at fault.
         """
         dataset = loader.dataset.opt['name']
         images: list[ImageResult] = []
         written: dict[int, Path] = {}
         taken: dict[str, None] = {}
         for number, sample in self._samples(loader):
-            path = sample['lq_path'][0]
+            name, stage = name_of(loader.dataset, number), 'unreadable'
             try:
+                if isinstance(sample, Exception):
+                    raise sample
+                name, stage = sample['lq_path'][0], 'network'
                 visuals = restore(sample)
-                image = self._measure_image(dataset, number, Path(path).stem, visuals)
-            except PluginError as error:
-                error.args = (f'{dataset}: {path}: {error}', *error.args[1:])
-                raise
+                stage = 'metric'
+                image = self._measure_image(dataset, number, Path(name).stem, visuals)
+            except Exception as error:
+                if isinstance(error, PluginError) and name not in str(error):
+                    error.args = (f'{dataset}: {name}: {error}', *error.args[1:])
+                kind, text = class_of_failure(error, stage), one_line(error)
+                if 'Original Traceback' in str(error):  # of another process, with what it says in the end
+                    text = str(error).strip().splitlines()[-1]
+                failure = f'{kind}: {text}'
+                images.append(ImageResult(number, Path(name).stem, failure=failure))
+                continue
             images.append(image)
             self._drop_thumbnails(images)
             if save_img:
@@ -121,6 +135,7 @@ class Validator:
                 image_file = ImageFile(pixels if pixels.shape[2] == 3 else pixels[..., 0])
                 write_file(written[number], encode_image(written[number], image_file), make_folder=True)
         results = ValidationResults.collect(dataset, self.gather(images), self.ranking)
+        self._tell_failures(results)
         names = list(results.restored)
         for number, path in written.items():
             final = self.image_path(dataset, names[number], current_iter)
@@ -141,20 +156,48 @@ class Validator:
                 pin_memory=loader.pin_memory,
             )
         disable = None if self.rank == 0 else True  # None: where there is no terminal
-        bar = tqdm(loader, desc=dataset.opt['name'], unit='image', leave=False, disable=disable)
-        yield from zip(mine, bar, strict=True)
+        samples = iter(loader)
+        with tqdm(total=len(mine), desc=dataset.opt['name'], unit='image', leave=False, disable=disable) as bar:
+            for number in mine:
+                try:
+                    sample = next(samples)
+                except StopIteration:
+                    raise ValueError(f'{dataset.opt["name"]}: a loader of fewer samples than its dataset') from None
+                except Exception as error:  # of any dataset
+                    if 'DataLoader worker (pid' in str(error):
+                        raise  # it is dead
+                    sample = error
+                yield number, sample
+                bar.update()
+
+    def _tell_failures(self, results: ValidationResults) -> None:
+        """Warn of images that failed; raise where none is left that anything is known of."""
+        failures, count = results.failures, len(results.restored)
+        Validator.num_failed += len(failures)
+        if failures and self.rank == 0:
+            shown = '; '.join(failures.values()) if len(failures) < 4 else f'{next(iter(failures.values()))}; and more'
+            logging.getLogger('basicsr').warning(
+                printable(
+                    f'{results.dataset}: {len(failures)} of {count} images failed, the means are without: {shown}'
+                )
+            )
+        values = [value for image in results.restored.values() for value in image.values()]
+        if len(failures) == count and all(map(math.isnan, values)):
+            raise DataError(
+                f'{results.dataset}: no image can be restored and measured: {next(iter(failures.values()))}'
+            )
 
     def _measure_image(self, dataset: str, number: int, name: str, visuals: Mapping[str, Tensor]) -> ImageResult:
-        restored, degraded = {}, {}
+        restored, degraded, failures = {}, {}, []
         if 'gt' in visuals:
-            restored = self.protocol.measure(visuals['result'], visuals['gt'], self.metrics)
+            restored = self.protocol.measure(visuals['result'], visuals['gt'], self.metrics, failures.append)
             known = self._degraded.setdefault(dataset, {})
             if number not in known and visuals['lq'].shape == visuals['gt'].shape:
-                known[number] = self.protocol.measure(visuals['lq'], visuals['gt'], self.metrics)
+                known[number] = self.protocol.measure(visuals['lq'], visuals['gt'], self.metrics, lambda _: None)
             degraded = known.get(number, {})
         is_shown = number < self.num_strips or (self.num_examples and restored)
         images = [_to_pixels(visuals[key]) for key in ('lq', 'result', 'gt') if is_shown and key in visuals]
-        return ImageResult(number, name, restored, degraded, make_thumbnails(images))
+        return ImageResult(number, name, restored, degraded, make_thumbnails(images), '; '.join(failures))
 
     def _drop_thumbnails(self, images: list[ImageResult]) -> None:
         """Keep those of the worst and the best so far: the thumbnails of a thousand images would fill the memory."""
@@ -165,6 +208,12 @@ class Validator:
             shown.sort(key=lambda place: self.ranking.key(images[place].restored))
             middle = shown[self.num_examples]
             images[middle] = replace(images[middle], thumbnails=())
+
+
+def name_of(dataset: Any, number: int) -> str:
+    """The file of a sample that could not be read, where the dataset has a list of pairs."""
+    pairs = getattr(dataset, 'pairs', ())
+    return pairs[number].lq if number < len(pairs) else f'image_{number + 1}'
 
 
 def _to_pixels(image: Tensor) -> np.ndarray:
