@@ -22,7 +22,7 @@ from ast_plugin.data.manifest import read_manifest
 from ast_plugin.data.matching import DataFault, Pair
 from ast_plugin.data.prepare import preparation as preparing
 from ast_plugin.data.prepare.checks import check_files, check_lmdbs, find_extra
-from ast_plugin.data.prepare.splits import find_splits, plain_layout, preparable
+from ast_plugin.data.prepare.splits import find_splits, find_unused, plain_layout, preparable
 from ast_plugin.data.workers import num_cores
 from ast_plugin.errors import DataError, OptionError, PluginError
 
@@ -125,7 +125,7 @@ def prepare(args: argparse.Namespace) -> int:
         say(f'{LAYOUTS[args.layout].title if isinstance(layout, str) else layout.title} in {source}\n')
         say('\n'.join(preparing.format_table(dataset, source)))
         for heading, lines in (
-            ('notes', preparing.format_notes(dataset)),
+            ('notes', [*preparing.format_notes(dataset), *find_unused(source, splits)]),
             ('faults', preparing.format_faults(dataset, source)),
             ('in training and test alike', preparing.format_leaks(dataset, source)),
         ):

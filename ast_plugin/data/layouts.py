@@ -346,6 +346,7 @@ class Layout:
     test_splits: tuple[str, ...] = ('test',)  # and otherwise
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names of a split's folder; `.` is the root
     numbers: Mapping[str, range] = field(default_factory=dict)  # of its pairs, where a split is no folder
+    has_scenes: bool = False  # whether a split may have many such places, one for each scene of a video
     needs: tuple[str, ...] = ('dataroot',)  # options in `Source` that must be there
     may_have: tuple[str, ...] = ('split',)  # and those that may
     find: Callable[[Layout, Source], Found] = find_places

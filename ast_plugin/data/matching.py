@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import unicodedata
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ast_plugin.data.image_files import FORMAT_OF
+from ast_plugin.data.image_files import FORMAT_OF, count_reasons, why_no_image
 from ast_plugin.errors import DataError, OptionError
+from ast_plugin.names import printable
 
 _ENCODING = ('utf-8', 'surrogateescape')  # names of files need not be UTF-8
+LEFT_OUT = 'left out'  # kind of what was seen and not taken, which is no fault
 _REMEDIES = {
     'no partner': 'Add the partners, remove these, or correct lq_template and gt_template',
     'several partners': 'Keep one partner of each, or name the endings in lq_template and gt_template',
@@ -139,6 +143,7 @@ def match_folders(
     """
     lq, gt = _Side(lq_dir, lq_template, phase, deep), _Side(gt_dir, gt_template, phase, deep)
     pairs, faults = [], lq.unmatched(gt)
+    faults += [DataFault(LEFT_OUT, str(side.folder), text) for side in (lq, gt) if (text := side.left_out(lq, gt))]
     # A clean image without a degraded one is an oversight, unless its dataset has many more of either.
     faults += [] if lq.template.is_many else gt.unmatched(lq)
     for key in sorted(lq.files.keys() & gt.files.keys()):
@@ -162,9 +167,16 @@ def match_folders(
 
 
 def raise_faults(phase: str, faults: Iterable[DataFault]) -> None:
-    """Raise DataError with a line on each kind of fault, its number, the first few and a remedy, if there are any."""
+    """Raise DataError with a line on each kind of fault, its number, the first few and a remedy, if there are any.
+
+    What was seen and not taken is no fault, and told by a warning.
+    """
     by_kind = defaultdict(list)
     for fault in faults:
+        if fault.kind == LEFT_OUT:
+            text = printable(f'datasets.{phase}: left out of {fault.name}: {fault.text}')
+            logging.getLogger('basicsr').warning(text)
+            continue
         by_kind[fault.kind].append(f'{fault.name} ({fault.text})')
     lines = [f'{len(names)} x {kind}: {shorten_list(names)}. {_REMEDIES[kind]}' for kind, names in by_kind.items()]
     if lines:
@@ -196,17 +208,61 @@ class _Side:
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
+    def left_out(self, lq: _Side, gt: _Side) -> str:
+        """Count what lies in the folder and is taken by neither side of the pairs, by reason."""
+        taken = {
+            name
+            for side in (lq, gt)
+            if _same(side.folder, self.folder)
+            for names in side.files.values()
+            for name in names
+        }
+        reasons = Counter()
+        for entry in os.scandir(self.folder):
+            if entry.is_dir():
+                is_other = any(_same(side.folder, entry.path) for side in (lq, gt))
+                has_images = not is_other and any(map(is_image, _names_in(entry.path)))
+                reasons['folders with images'] += has_images and not any(
+                    name.startswith(f'{entry.name}/') for name in taken
+                )
+            elif entry.name not in taken:
+                reasons[why_no_image(entry.path) or f'not named {self.template.fill("{}")}'] += 1
+        del reasons['hidden']
+        return count_reasons(+reasons)
+
     def unmatched(self, other: _Side) -> list[DataFault]:
         """Return a fault for each image whose key `other` lacks, in order."""
         keys = sorted(self.files.keys() - other.files.keys())
-        by_lower = {key.lower(): key for key in other.files} if keys else {}
+        by_fold = {_fold(key): key for key in other.files} if keys else {}
         faults = []
         for key in keys:
-            near = by_lower.get(key.lower())
-            hint = f'; {other.files[near][0]} differs only in the case of its letters, rename one' if near else ''
+            near = by_fold.get(_fold(key))
+            hint = f'; {other.files[near][0]} differs only in {_difference(key, near)}, rename one' if near else ''
             text = f'no {other.template.fill(key)} in {other.folder}{hint}'
             faults += [DataFault('no partner', self.path(name), text) for name in self.files[key]]
         return faults
+
+
+def _same(one: str | Path, other: str | Path) -> bool:
+    return os.path.normpath(one) == os.path.normpath(other)
+
+
+def _names_in(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _fold(key: str) -> str:
+    """Equal for names that some systems take for the same."""
+    return unicodedata.normalize('NFC', key).casefold()
+
+
+def _difference(one: str, other: str) -> str:
+    if unicodedata.normalize('NFC', one) == unicodedata.normalize('NFC', other):
+        return 'how Unicode writes its accents (NFC and NFD)'
+    return 'the case of its letters'
 
 
 def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ast_plugin.data.image_files import count_reasons, why_no_image
 from ast_plugin.data.layouts import (
     LAYOUTS,
     SPAD_LISTS,
@@ -19,8 +21,9 @@ from ast_plugin.data.layouts import (
     read_list,
     walk_folders,
 )
-from ast_plugin.data.matching import DataFault, PairTable, shorten_list
+from ast_plugin.data.matching import LEFT_OUT, DataFault, Pair, PairTable, shorten_list
 from ast_plugin.errors import DataError, OptionError, did_you_mean
+from ast_plugin.names import printable
 
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.bz2', '.rar', '.7z')
 
@@ -61,7 +64,9 @@ def plain_layout(lq: str | None, gt: str | None, lq_template: str | None, gt_tem
     if lq:
         description = f'{lq}/ and {gt}/, with partners of equal names or as --lq-template and --gt-template say'
     places = make_places(names, (lq_template or '{}', gt_template or '{}'))
-    return Layout('A dataset of plain folders', description, places, aliases={'train': ('.',)})
+    aliases = {'train': ('Train', 'training', '.'), 'test': ('Test', 'testing'), 'val': ('valid', 'validation')}
+    title = 'A dataset of plain folders'
+    return Layout(title, description, places, test_splits=('test', 'val'), aliases=aliases, has_scenes=True)
 
 
 def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) -> list[Split]:
@@ -89,7 +94,9 @@ def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) 
     splits, seen = [], set()
     for name in wanted or known:
         phase = 'train' if name in row.train_splits else 'test'
-        split = _find_list(row, folders, name, phase) or _find_place(row, source, folders, name, phase, bool(wanted))
+        split = _find_list(row, folders, name, phase)
+        split = split or (row.has_scenes and _find_scenes(row, source, folders, name, phase, bool(wanted))) or None
+        split = split or _find_place(row, source, folders, name, phase, bool(wanted))
         if split is None and wanted:
             raise _nothing_found(row, source, f'the split {name} of {row.title}')
         # The root itself may go for several splits; the first has it, unless numbers divide it.
@@ -139,7 +146,9 @@ def _find_place(
         for alias in known:
             if alias == '.' and (hits or not others.isdisjoint(root.parts[len(source.parts) :])):
                 continue  # in the folder of another split
-            place = next((place for place in row.places if place.fits(root, alias)), None)
+            # Folders that do not say the split are of the one whose folder they lie in, see `_find_scenes`.
+            places = (place for place in row.places if place.has_split or alias == '.' or not row.has_scenes)
+            place = next((place for place in places if place.fits(root, alias)), None)
             if place:
                 level = depth
                 hits[Path(os.path.normpath(place.folders(root, alias)[0]))] = root, place, alias
@@ -148,7 +157,61 @@ def _find_place(
     folder = _choose_only(row, name, list(hits))
     root, place, alias = hits[folder]
     pairs, faults = match_place(row, Source(phase, str(root), split=name), place, alias)
-    return Split(name, phase, PairTable(pairs), faults, folder)
+    return Split(name, phase, PairTable(pairs), _without_left_out(faults), folder)
+
+
+def _without_left_out(faults: Sequence[DataFault]) -> list[DataFault]:
+    return [fault for fault in faults if fault.kind != LEFT_OUT]  # `find_unused` knows more
+
+
+def _find_scenes(
+    row: Layout, source: Path, folders: Sequence[tuple[int, Path]], name: str, phase: str, is_wanted: bool
+) -> Split | None:
+    """The split in several pairs of folders, a scene each, in the split's folder or, of training, outside of others.
+
+    Keys of pairs begin with their scene.
+    """
+    own = {alias for alias in row.names(name) if alias != '.'}
+    others = {alias for other in row.train_splits + row.test_splits if other != name for alias in row.names(other)}
+    inside, outside = [], []
+    for _, root in folders:
+        parts = set(root.relative_to(source).parts)
+        place = next((place for place in row.places if place.fits(root, '.')), None)
+        if place and parts & own:
+            inside.append((root, place))
+        elif place and not parts & others and ('.' in row.names(name) or is_wanted):
+            outside.append((root, place))
+    scenes = inside or outside
+    if len(scenes) < 2 and (not inside or inside[0][1].has_split):
+        return None
+    top = Path(os.path.commonpath([root for root, _ in scenes]))
+    pairs, faults = [], []
+    for root, place in scenes:
+        found, wrong = match_place(row, Source(phase, str(root), split=name), place, '.')
+        scene = root.relative_to(top).as_posix()
+        pairs += [Pair(f'{scene}/{pair.key}'.removeprefix('./'), pair.lq, pair.gt) for pair in found]
+        faults += wrong
+    return Split(name, phase, PairTable(pairs), _without_left_out(faults), top)
+
+
+def find_unused(source: Path, splits: Sequence[Split]) -> list[str]:
+    """Return lines on the files of a dataset's folder that no split has, by folder and by reason."""
+    known, others, lines = set(), Counter(), []
+    for split in splits:
+        known.update(hash(os.path.normpath(path)) for pair in split.pairs for path in (pair.lq, pair.gt))
+        known.update(hash(os.path.normpath(fault.name)) for fault in split.faults)
+        known.add(hash(os.path.normpath(split.where)))
+    for _, folder in walk_folders(source):
+        paths = [entry.path for entry in os.scandir(folder) if not entry.is_dir()]
+        paths = [path for path in paths if hash(os.path.normpath(path)) not in known]
+        reasons = [why_no_image(path) for path in paths]
+        others.update(reason for reason in reasons if reason not in (None, 'hidden'))
+        if None in reasons:
+            count = reasons.count(None)
+            where = printable(os.path.relpath(folder, source))
+            lines.append(f'left out: {where}: {count:,} image{"s" * (count > 1)} of no pair')
+    more = [f'left out: images of no pair in {len(lines) - 10} more folders'] if len(lines) > 10 else []
+    return lines[:10] + more + ([f'left out: {count_reasons(others)}'] if others else [])
 
 
 def _choose_only(row: Layout, name: str, places: list[Path]) -> Path:

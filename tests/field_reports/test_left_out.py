@@ -1,0 +1,119 @@
+"""Kind H in data: scenes pair scene by scene, and what no pair takes is counted by reason."""
+
+import logging
+import unicodedata
+
+import pytest
+
+from ast_plugin.cli.main import main
+from ast_plugin.data.layouts import Source, list_pairs
+from ast_plugin.data.prepare.splits import find_splits, find_unused, plain_layout
+from ast_plugin.errors import DataError
+from tests.data.images import touch, write_noise
+
+SCENES = [f'{split}/scene{number}' for split in ('train', 'test') for number in (1, 2, 3)]
+
+
+def scenes(root, *sides, below=SCENES):
+    return touch(root, *(f'{scene}/{side}/{name}.png' for scene in below for side in sides for name in '12'))
+
+
+def splits_of(root, *given, wanted=()):
+    return {split.name: split for split in find_splits(plain_layout(*(given or [None] * 4)), root, wanted)}
+
+
+@pytest.mark.parametrize(
+    ('sides', 'given'),
+    [
+        (('blur', 'sharp'), ()),
+        (('input', 'target'), ()),
+        (('noisy', 'good'), ('noisy', 'good', None, None)),
+        (('noisy', 'good'), ('{split}/noisy', '{split}/good', None, None)),
+    ],
+)
+def test_scenes_pair_scene_by_scene(tmp_path, sides, given):
+    found = splits_of(scenes(tmp_path, *sides), *given)
+    assert {name: len(split.pairs) for name, split in found.items()} == {'train': 6, 'test': 6}
+    assert [pair.key for pair in found['test'].pairs][:3] == ['scene1/1', 'scene1/2', 'scene2/1']
+    for split in found.values():
+        assert all(pair.lq.split('/')[-3] == pair.gt.split('/')[-3] for pair in split.pairs)
+    assert find_unused(tmp_path, list(found.values())) == []
+
+
+@pytest.mark.parametrize(
+    ('below', 'counts'),
+    [
+        (['train/a', 'train/b', 'test'], {'train': 4, 'test': 2}),
+        (['a', 'b', 'c'], {'train': 6}),
+        (['Train/part/a', 'Train/b', 'valid/a', 'valid/b'], {'train': 4, 'val': 4}),
+        (['train', 'val', 'test'], {'train': 2, 'val': 2, 'test': 2}),
+    ],
+)
+def test_scenes_of_other_trees(tmp_path, below, counts):
+    found = splits_of(scenes(tmp_path, 'blur', 'sharp', below=below))
+    assert {name: len(split.pairs) for name, split in found.items()} == counts
+    assert find_unused(tmp_path, list(found.values())) == []
+
+
+def test_what_no_split_has_is_counted(tmp_path):
+    scenes(tmp_path, 'blur', 'sharp', 'blur_gamma')
+    touch(tmp_path, 'train/scene1/blur/9.heic', 'notes.txt', 'train/more.txt', 'train/loose.png')
+    lines = find_unused(tmp_path, list(splits_of(tmp_path).values()))
+    assert 'left out: train: 1 image of no pair' in lines
+    assert f'left out: {"test/scene2/blur_gamma"}: 2 images of no pair' in lines
+    assert lines[-1] == 'left out: 2 .txt, 1 .heic' and len(lines) == 8
+
+
+def test_prepare_counts_in_its_notes(tmp_path, capsys):
+    for number, scene in enumerate(('train/a', 'train/b')):
+        for side in ('blur', 'sharp'):
+            write_noise(tmp_path / 'data' / scene / side / '1.png', f'{number}{side}'.encode()[0] + len(side))
+    touch(tmp_path / 'data', 'train/a/blur/2.heic')
+    assert main(['data', 'prepare', 'folders', str(tmp_path / 'data'), str(tmp_path / 'out')]) == 0
+    out = capsys.readouterr().out
+    assert 'left out: 1 .heic' in out and 'prepared 2 pairs' in out
+
+
+@pytest.mark.parametrize(
+    ('file', 'reason'),
+    [
+        ('lq/b.heic', '1 .heic'),
+        ('lq/b.avif', '1 .avif'),
+        ('gt/inner/b.png', '1 folders with images'),
+        ('gt/list.txt', '1 .txt'),
+        ('gt/none', '1 without ending'),
+    ],
+)
+def test_training_warns_of_what_it_leaves_out(tmp_path, caplog, file, reason):
+    touch(tmp_path, 'lq/a.png', 'gt/a.png', file)
+    with caplog.at_level(logging.WARNING, 'basicsr'):
+        logging.getLogger('basicsr').propagate = True
+        pairs = list_pairs(
+            'folders', Source('train', dataroot_lq=str(tmp_path / 'lq'), dataroot_gt=str(tmp_path / 'gt'))
+        )
+    assert len(pairs) == 1
+    assert caplog.messages == [f'datasets.train: left out of {tmp_path / file.split("/")[0]}: {reason}']
+
+
+def test_training_warns_of_names_of_no_template(tmp_path, caplog):
+    touch(tmp_path, 'a_rain.png', 'a_clean.png', 'c_mask.png')
+    source = Source(
+        'train', dataroot_lq=str(tmp_path), dataroot_gt=str(tmp_path), lq_template='{}_rain', gt_template='{}_clean'
+    )
+    logging.getLogger('basicsr').propagate = True
+    assert len(list_pairs('folders', source)) == 1
+    assert all('1 not named {}_' in message for message in caplog.messages) and caplog.messages
+
+
+@pytest.mark.parametrize(
+    ('lq', 'gt', 'hint'),
+    [
+        (unicodedata.normalize('NFC', 'é'), unicodedata.normalize('NFD', 'é'), 'NFC and NFD'),
+        (unicodedata.normalize('NFD', '가'), unicodedata.normalize('NFC', '가'), 'NFC and NFD'),
+        ('A', 'a', 'the case of its letters'),
+    ],
+)
+def test_names_that_look_alike(tmp_path, lq, gt, hint):
+    touch(tmp_path, f'lq/{lq}.png', f'gt/{gt}.png', 'lq/b.png', 'gt/b.png')
+    with pytest.raises(DataError, match=f'no partner.*{hint}'):
+        list_pairs('folders', Source('train', dataroot_lq=str(tmp_path / 'lq'), dataroot_gt=str(tmp_path / 'gt')))
