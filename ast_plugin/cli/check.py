@@ -5,7 +5,8 @@
   basicsr check --schema > basicsr.schema.json       a JSON schema, for editors that complete and underline
 
 Keys, values, inheritance, stages, networks, losses and schedules are checked anywhere; epochs are counted, and the data
-is looked at, where it is. What is found goes to stderr, the file to stdout. Nothing is run, nothing is written.
+is looked at, where it is: one sample of each set passes through network, losses and metrics (its shape alone, where the
+network is large for a CPU). What is found goes to stderr, the file to stdout. Nothing is written.
 """
 
 from __future__ import annotations
@@ -85,11 +86,11 @@ def _check_stage(run: Run, stage: Stage, before: dict[str, Any] | None) -> tuple
         train = opt.get('train') or {}
         if train.get('iters_per_epoch'):
             summary = f', {train["total_iter"]:,d} iterations, {train["iters_per_epoch"]:,d} of them an epoch'
-        check_stage(run, stage, opt, before)
+        check_stage(run, stage, opt, before, is_run=False)
     except DataError as error:
         # Everything else can be found wrong all the same; any length will do for that.
         opt = run.prepare(stage, length_of=lambda dataset: 1)
-        check_stage(run, stage, {**opt, 'datasets': {}}, before)
+        check_stage(run, stage, {**opt, 'datasets': {}}, before, is_run=False)
         missing = str(error).removeprefix(f'{run.source(stage)}: ')
         summary += '; its data was not checked'
     _say(f'{stage.name or run.opt["name"]}: right{summary}')

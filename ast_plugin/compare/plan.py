@@ -112,7 +112,7 @@ class _Planner:
         self.file, self.opt, self.folder, self.registered = file, opt, folder, registered
         self.dataset: dict[str, Any] = {}
         self._num_samples: int | None = None
-        self._checked_data: set[bool] = set()  # True: of training, False: of measuring
+        self._samples: dict[bool, dict[str, Any]] = {True: {}, False: {}}  # read once: of training, and of measuring
 
     def plan(self, number: int, entry: Mapping[str, Any]) -> PlannedNetwork:
         """Try an entry of `networks`.
@@ -128,7 +128,9 @@ class _Planner:
             if 'network_g' not in opt:
                 opt['network_g'], notes = network_of(read_checkpoint(weights, entry.get('param_key')))
             for is_train in [True, False] if is_trained(entry) else [False]:
-                weights_of = preflight.check(self._prepare(opt, is_train), self.registered, source)
+                weights_of = preflight.check(
+                    self._prepare(opt, is_train), self.registered, source, False, self._samples[is_train]
+                )
         except PluginError as error:
             message = str(error)
             raise type(error)(message if message.startswith(str(self.file)) else f'{source}: {message}') from error
@@ -138,7 +140,7 @@ class _Planner:
         return PlannedNetwork(entry['name'], opt['network_g'], train, weights, entry.get('param_key'), tuple(notes))
 
     def _prepare(self, opt: Mapping[str, Any], is_train: bool) -> dict[str, Any]:
-        """Options as BasicSR would get them; the data, which all networks share, is left out once it was checked."""
+        """Options as BasicSR would get them; all networks share the data."""
         prepared = options.prepare(
             opt,
             root=self.folder,
@@ -150,9 +152,6 @@ class _Planner:
             key = measured_dataset(opt)
             self.dataset = prepared['datasets'][key]
             prepared['datasets'] = {key: self.dataset}
-        if is_train in self._checked_data:
-            prepared['datasets'] = {}
-        self._checked_data.add(is_train)
         return prepared
 
     def _count_samples(self, dataset: Mapping[str, Any]) -> int:

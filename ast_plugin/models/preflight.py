@@ -3,47 +3,78 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import inspect
+import io
+import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from basicsr.metrics import calculate_metric
+from basicsr.models.sr_model import SRModel
 from basicsr.utils import logger as basicsr_logger
-from torch import nn
+from basicsr.utils import tensor2img
+from torch import Tensor, nn
+from torch.utils.data import default_collate
 
+from ast_plugin.archs.networks import required_multiple
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import Checkpoint, read_checkpoint, read_state
+from ast_plugin.data import random_states
 from ast_plugin.data.lmdb.reader import holds_pixels
 from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.models import run_state
+from ast_plugin.models.progress import TrainingProgress
 from ast_plugin.models.restoration_model import RestorationModel
-from ast_plugin.models.training_step import check_switches
+from ast_plugin.models.run_log import RunLog
+from ast_plugin.models.training_step import batch_size, check_switches, compute_losses
+from ast_plugin.ops import use_backend
+from ast_plugin.options.runs import phase_of
 from ast_plugin.options.validation import Registered
 
 _WANDB_OFFLINE = ('offline', 'dryrun', 'disabled')
 _METRIC_IMAGE_SIDE = 192  # NIQE needs two blocks of 96
+_LARGEST_METRIC_IMAGE = 512  # of a validation image, its middle
+_VALIDATED_SIDE = 64  # of a validation image, its corner: every network takes all sizes, see `any_size`
+# Multiplications that a CPU does in some seconds: networks that need more are not run for a check alone.
+_AFFORDABLE = 2e11
+_HALF_ON_CPU = 20  # times as long as in fp32
 
 
-def check(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[str, Checkpoint]:
+def check(
+    opt: Mapping[str, Any],
+    registered: Registered,
+    source: str,
+    is_run: bool = True,
+    samples: dict[str, Any] | None = None,
+) -> dict[str, Checkpoint]:
     """Try everything that a run of prepared options will need, and write nothing.
+
+    At last a sample of each dataset passes through the model, see `_try_model`.
 
     Args:
         opt: options prepared for BasicSR.
         registered: what the names in them mean.
         source: the option file's name in messages.
+        is_run: whether a run follows; else networks that are large for this machine's CPU pass shapes alone.
+        samples: the first one of each dataset by its key, if they were read before; others are added.
     Returns:
         The weights that networks start from, by the network's key.
     Raises:
         PluginError: naming the first thing found wrong.
     """
+    samples = {} if samples is None else samples
     _check_disk(opt)
+    _check_device(opt, source)
     _check_logger(opt, source)
     state = None
     with _logger_untouched():
@@ -52,8 +83,13 @@ def check(opt: Mapping[str, Any], registered: Registered, source: str) -> dict[s
             _check_training(opt['train'], registered, source)
         _check_metrics(opt.get('val') or {}, registered, source)
         for key, options in opt['datasets'].items():
-            _check_dataset(f'{source}: datasets.{key}', options, registered)
-        return _check_networks(opt, registered, source, state)
+            if key not in samples:
+                samples[key] = _read_sample(f'{source}: datasets.{key}', options, registered)
+        checkpoints, is_large = _check_networks(opt, registered, source, state, samples)
+        samples = {key: samples[key] for key in opt['datasets']}
+        if samples and (is_run or not is_large):
+            _try_model(opt, registered, source, samples)
+        return checkpoints
 
 
 @contextmanager
@@ -97,6 +133,18 @@ def _check_disk(opt: Mapping[str, Any]) -> None:
             pass
     except OSError as error:
         raise OptionError(f'{folder}: cannot be made: {error.strerror} ({existing}); choose another --root') from None
+
+
+def _check_device(opt: Mapping[str, Any], source: str) -> None:
+    """Refuse GPUs that are not there: BasicSR takes the number for a fact, and multiplies the batch by it."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    is_one_of_many = count and not {'WORLD_SIZE', 'SLURM_PROCID'}.isdisjoint(os.environ)  # each takes one
+    if opt['num_gpu'] > count and not is_one_of_many:
+        have = f'{count} of them' if count else 'no GPU that this torch can use (CUDA)'
+        raise OptionError(
+            f'{source}: num_gpu: {opt["num_gpu"]}, but this machine has {have}: set num_gpu to auto for what there is, '
+            'or to 0 for the CPU'
+        )
 
 
 def _check_logger(opt: Mapping[str, Any], source: str) -> None:
@@ -200,13 +248,13 @@ def _check_metrics(val: Mapping[str, Any], registered: Registered, source: str) 
                 target(img=image, img2=image, **_arguments(options))
 
 
-def _check_dataset(where: str, options: Mapping[str, Any], registered: Registered) -> None:
+def _read_sample(where: str, options: Mapping[str, Any], registered: Registered) -> Any:
     """Find the data, and read the first sample."""
     dataset_type = registered.get('dataset', options['type'])
     with _explained(where, options['type'], 'cannot read its data', DataError):
         _refuse_pixels(dataset_type, options)
         dataset = _open_dataset(where, options, registered)
-        dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
+        return dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
 
 
 def _open_dataset(where: str, options: Mapping[str, Any], registered: Registered) -> Any:
@@ -271,13 +319,21 @@ def _check_state(state: Mapping[str, Any], opt: Mapping[str, Any], network: nn.M
 
 
 def _check_networks(
-    opt: Mapping[str, Any], registered: Registered, source: str, state: Mapping[str, Any] | None
-) -> dict[str, Checkpoint]:
-    checkpoints = {}
+    opt: Mapping[str, Any],
+    registered: Registered,
+    source: str,
+    state: Mapping[str, Any] | None,
+    samples: Mapping[str, Any],
+) -> tuple[dict[str, Checkpoint], bool]:
+    """The weights that networks start from, and whether the network is large for this machine's CPU."""
+    checkpoints, is_large = {}, False
     model = registered.get('model', opt['model_type'])
     for key in [key for key in opt if key.startswith('network_')]:
         with _explained(f'{source}: {key}', opt[key]['type']):
             network = _build_network(registered, opt[key])
+        if key == 'network_g' and _is_large(network, opt, samples):
+            is_large = True
+            _try_shapes(network, opt, registered, source, samples)
         if key == 'network_g' and opt['is_train'] and isinstance(model, type) and issubclass(model, RestorationModel):
             losses = _build_losses(opt['train'], registered, source)
             with _explained(source, 'train'):
@@ -292,7 +348,7 @@ def _check_networks(
         param_key = opt['path'].get(f'param_key_{letter}')
         checkpoints[key] = read_checkpoint(weights, param_key)
         load_into(network, checkpoints[key], strict=opt['path'].get(f'strict_load_{letter}', True), assign=True)
-    return checkpoints
+    return checkpoints, is_large
 
 
 def _build_network(registered: Registered, options: Mapping[str, Any]) -> nn.Module:
@@ -304,3 +360,165 @@ def _build_network(registered: Registered, options: Mapping[str, Any]) -> nn.Mod
     except (NotImplementedError, RuntimeError):
         # Some constructors compute with tensors; on the second try a fault of the options shows as what it is.
         return network_type(**_arguments(options))
+
+
+def _is_large(network: nn.Module, opt: Mapping[str, Any], samples: Mapping[str, Any]) -> bool:
+    """Whether a step on a sample would take a CPU more than some seconds, by parameters and pixels."""
+    sample = samples.get('train')
+    if opt['num_gpu'] or not isinstance(sample, dict) or 'lq' not in sample:
+        return False
+    work = 6 * sum(parameter.numel() for parameter in network.parameters()) * sample['lq'][..., 0, :, :].numel()
+    is_half = (opt['train'].get('precision') or 'fp32') != 'fp32'
+    return work * _num_tried(opt) * (_HALF_ON_CPU if is_half else 1) > _AFFORDABLE
+
+
+def _num_tried(opt: Mapping[str, Any]) -> int:
+    """Images of the batch that is tried: all on a GPU, whose memory has to take them, else two of a micro-batch."""
+    batch = batch_size(opt) or 1
+    return batch if opt['num_gpu'] else min(2, max(1, batch // (opt['train'].get('accumulate') or 1)))
+
+
+def _try_shapes(
+    network: nn.Module, opt: Mapping[str, Any], registered: Registered, source: str, samples: Mapping[str, Any]
+) -> None:
+    """Pass the shapes of a training sample through network and losses, with values only where it cannot do without."""
+    sample, model = samples['train'], registered.get('model', opt['model_type'])
+    if not (isinstance(model, type) and issubclass(model, SRModel)) or 'gt' not in sample:
+        return
+    device = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
+    lq, gt = (torch.zeros(_num_tried(opt), *sample[key].shape, device=device) for key in ('lq', 'gt'))
+    losses = {key: loss.to(device) for key, loss in _build_losses(opt['train'], registered, source).items()}
+    try:
+        with _passing(source, 'train', network, lq), torch.no_grad(), use_backend('reference'):
+            compute_losses(losses, network(lq), gt)
+    except OptionError as error:
+        if 'meta' not in str(error):  # what a tensor without values cannot do says nothing about the sample
+            raise
+
+
+def _try_model(opt: Mapping[str, Any], registered: Registered, source: str, samples: Mapping[str, Any]) -> None:
+    """Pass a sample of each dataset through the model of a run as BasicSR will: one step, and a validation each.
+
+    A step is one of the whole batch on a GPU, and of one or two images of it on a CPU, at the configured patch; a
+    validation restores a corner of its image, and measures its middle. Nothing is logged, and what is written goes to a
+    folder that is deleted.
+    """
+    opt = copy.deepcopy(dict(opt))
+    count = _num_tried(opt) if opt['is_train'] else 0
+    with tempfile.TemporaryDirectory() as folder, random_states.preserved(), use_backend(opt.get('backend')), _quiet():
+        opt['path'] |= {key: folder for key in ('experiments_root', 'results_root', 'models', 'training_states',
+                                                'log', 'visualization') if key in opt['path']}  # fmt: skip
+        if opt['path'].get('resume_state'):  # it brings the weights
+            opt['path'] |= {key: None for key in opt['path'] if key.startswith('pretrain_network_')}
+        if opt['is_train']:
+            train = opt['train']
+            train.pop('compile', None)  # which takes longer than all the rest
+            if not opt['num_gpu']:
+                train['accumulate'] = None
+            if train.get('mixing'):
+                train['mixing'] |= {'start_epoch': 1, 'probability': 1.0}
+        if opt['num_gpu']:
+            torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
+        with _explained(source, opt['model_type']):
+            model = registered.get('model', opt['model_type'])(opt)
+        if isinstance(model, RestorationModel):
+            model.run_log = RunLog(None)
+            model.progress = TrainingProgress(1, 0, logging.getLogger('basicsr'), is_shown=False)
+        network = getattr(model, 'net_g', None)
+        if isinstance(model, SRModel) and opt.get('val'):
+            for key, sample in samples.items():
+                if phase_of(key) != 'train' and isinstance(sample, dict) and isinstance(sample.get('lq'), Tensor):
+                    with _passing(source, key, network, sample['lq'][None]):
+                        _try_validation(model, opt, sample)
+        if 'train' in samples and count:
+            batch = default_collate([samples['train']] * count)
+            with _passing(source, 'train', network, batch.get('lq')):
+                model.update_learning_rate(1, warmup_iter=opt['train'].get('warmup_iter', -1))
+                model.feed_data(batch)
+                model.optimize_parameters(1)
+        del model, network
+    gc.collect()
+    if opt['num_gpu']:
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What is said of a trial would be said again of the run."""
+    logger = logging.getLogger('basicsr')
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.disabled = was_disabled
+
+
+@contextmanager
+def _passing(source: str, key: str, network: nn.Module | None, lq: Tensor | None) -> Iterator[None]:
+    """Say of what is raised that it is the sample of a dataset which does not go through, and what sizes would."""
+    shown = '' if lq is None else f' {list(lq.shape)}'
+    what = 'network, losses and optimiser' if key == 'train' else 'network and metrics'
+    where = f'{source}: datasets.{key}'
+    with _explained(where, f'a batch{shown}' if key == 'train' else f'an image{shown}', f'does not go through {what}'):
+        try:
+            yield
+        except DataError as error:  # the data was read: what is wrong is what they are put together with
+            raise OptionError(str(error)) from error
+        except PluginError:
+            raise
+        except Exception as error:
+            hint = _size_hint(network, lq) if key == 'train' else ''
+            raise OptionError(
+                f'{where}: its first sample{shown} does not go through {what}: {type(error).__name__}: '
+                f'{first_line(error)}{hint}'
+            ) from error
+
+
+def _size_hint(network: nn.Module | None, lq: Tensor | None) -> str:
+    if network is None or lq is None or lq.ndim != 4:
+        return ''
+    bare = getattr(network, 'module', network)
+    try:
+        multiple = required_multiple(bare, lq.shape[1])
+    except OptionError:
+        return ''
+    if not any(side % multiple for side in lq.shape[-2:]):
+        return ''
+    return f'; {type(bare).__name__} is trained on sides that are multiples of {multiple}: set gt_size to one'
+
+
+def _try_validation(model: SRModel, opt: Mapping[str, Any], sample: Mapping[str, Any]) -> None:
+    """Restore a corner of a validation image, and measure the middle of its clean one against itself."""
+    height, width = sample['lq'].shape[-2:]
+    corner = sample['lq'][..., :_VALIDATED_SIDE, :_VALIDATED_SIDE]
+    was_train, model.is_train = model.is_train, False
+    try:
+        model.feed_data(default_collate([{**sample, 'lq': corner}]))
+        model.test()
+        result = model.get_current_visuals()['result']
+    finally:
+        model.is_train = was_train
+    if result.ndim != 4:
+        return
+    is_ours, metrics = isinstance(model, RestorationModel), opt['val'].get('metrics') or {}
+    pair = []
+    if isinstance(sample.get('gt'), Tensor):
+        scale = result.shape[-1] // corner.shape[-1]
+        size, clean = (scale * height, scale * width), tuple(sample['gt'].shape[-2:])
+        if metrics and size != clean:
+            raise DataError(
+                f'the network makes {size[1]}x{size[0]} of an image of {width}x{height}, whose clean one has '
+                f'{clean[1]}x{clean[0]}: they cannot be compared (scale is {opt["scale"]})'
+            )
+        top, left = (max(0, side - _LARGEST_METRIC_IMAGE) // 2 for side in clean)
+        clean = sample['gt'][..., top : top + _LARGEST_METRIC_IMAGE, left : left + _LARGEST_METRIC_IMAGE].float()
+        alike = clean if len(clean) == result.shape[1] else clean.mean(0, True).expand(result.shape[1], -1, -1)
+        pair = [alike[None], clean[None]]
+    if is_ours and pair:
+        model.validator.protocol.measure(*pair, model.validator.metrics)
+    elif not is_ours:
+        images = dict(zip(('img', 'img2'), map(tensor2img, pair or [result]), strict=False))
+        for options in metrics.values():
+            calculate_metric(images, options)

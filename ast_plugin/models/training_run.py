@@ -345,12 +345,14 @@ class Training:
             self.say(line)
 
 
-def check_stage(run: Run, stage: Stage, opt: dict[str, Any], before: Mapping[str, Any] | None) -> None:
-    """Try all that a stage needs; `before` are the options of one whose weights are still to be trained."""
+def check_stage(
+    run: Run, stage: Stage, opt: dict[str, Any], before: Mapping[str, Any] | None, is_run: bool = True
+) -> None:
+    """Try all that a stage needs, see `preflight.check`; `before` are the options of one yet to be trained."""
     if before is not None and not stage.has_own_start:
         opt['path']['pretrain_network_g'] = None
         preflight.check_handover(before, opt, run.registered, run.source(stage))
-    preflight.check(opt, run.registered, run.source(stage))
+    preflight.check(opt, run.registered, run.source(stage), is_run)
 
 
 def _shortened_warmup(stage: Stage, opt: Mapping[str, Any]) -> str:
