@@ -276,7 +276,8 @@ def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]
         DataError: if there is no such folder, it cannot be read, or no image is in it.
     """
     try:
-        names = sorted(filter(is_image, os.listdir(folder)))
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if is_image(entry.name) and not entry.is_dir())
         if deep and not names:
             inner = (entry for entry in os.scandir(folder) if entry.is_dir())
             names = sorted(f'{one.name}/{name}' for one in inner for name in os.listdir(one) if is_image(name))

@@ -11,7 +11,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +24,16 @@ from basicsr.utils.dist_util import get_dist_info, init_dist
 
 from ast_plugin import checkpoints, options
 from ast_plugin.checkpoints import newest_whole, read_checkpoint, read_state
-from ast_plugin.errors import CheckpointError, OptionError, PluginError, did_you_mean, only_warn
-from ast_plugin.files import write_file
+from ast_plugin.errors import (
+    CheckpointError,
+    OptionError,
+    PluginError,
+    TrainingError,
+    did_you_mean,
+    first_line,
+    only_warn,
+)
+from ast_plugin.files import lock_folder, write_file
 from ast_plugin.models import preflight
 from ast_plugin.models.processes import catch_signals, failing_together, leave
 from ast_plugin.models.progress import close_bars
@@ -45,6 +53,7 @@ _LAUNCHERS = {
     'slurm': ('SLURM_PROCID SLURM_NTASKS SLURM_NODELIST', 'srun python -m ast_plugin …'),
 }
 _FINISHED = 'finished.json'
+_PATIENCE = 10.0  # seconds in which the processes of a killed run, that loaded its data, see that it is gone
 # What loaders read of a dataset's options: how many samples there are does not depend on it.
 _LOADING = Dataset.model_fields.keys() - {'type', 'name', 'io_backend', 'phase', 'scale'}
 
@@ -200,21 +209,46 @@ def hand_over(module: ModuleType, opt: dict[str, Any], run: Run, stage: Stage) -
 
 
 @contextmanager
-def _saving_at_errors(module: ModuleType) -> Iterator[None]:
-    """Save what was trained since the last state where an error ends BasicSR's pipeline in `module`; say so in it."""
+def _attended(module: ModuleType, folder: Path | None) -> Iterator[None]:
+    """Attend BasicSR's pipeline in `module`: keep other trainings out of its folder, and save when it ends by an error.
+
+    Args:
+        module: its `build_model` is called once the folder is there.
+        folder: of the experiment; None in all processes but the first.
+    """
     build, built = module.build_model, []
-    module.build_model = lambda opt: built.append(build(opt)) or built[-1]
-    try:
-        yield
-    except Exception as error:
-        iteration = 0
-        with suppress(Exception):  # the disk may be what failed
-            iteration = built[0].save_unsaved()
-        if iteration and isinstance(error, PluginError):
-            error.args = (f'{error}. Iteration {iteration} is saved: mend it, and go on with --auto_resume',)
-        raise
-    finally:
-        module.build_model = build
+    with ExitStack() as held:
+
+        def build_model(opt: dict[str, Any]) -> Any:
+            _occupy(folder, held)
+            built.append(build(opt))
+            return built[0]
+
+        module.build_model = build_model
+        try:
+            yield
+        except Exception as error:
+            iteration = 0
+            with suppress(Exception):  # the disk may be what failed
+                iteration = built[0].save_unsaved()
+            saved = f'. Iteration {iteration} is saved: mend it, and go on with --auto_resume' if iteration else ''
+            if isinstance(error, PluginError):
+                error.args = (f'{error}{saved}',)
+            elif str(error).startswith('DataLoader worker'):
+                raise TrainingError(
+                    f'a process that loads data is gone: {first_line(error)} Lower datasets.train.num_worker_per_gpu '
+                    f'(0 loads in the training process), or give more memory (docker: --shm-size){saved}'
+                ) from error
+            raise
+        finally:
+            module.build_model = build
+
+
+def _occupy(folder: Path | None, held: ExitStack) -> None:
+    """Keep other trainings out of a folder while `held` lasts; FileError if one is there. Not all disks have locks."""
+    if folder is not None and folder.exists():
+        with suppress(OSError):
+            held.enter_context(lock_folder(folder, 'another training of this name is at work there', _PATIENCE))
 
 
 def _self_contained(run: Run, stage: Stage, opt: Mapping[str, Any]) -> bytes:
@@ -280,6 +314,9 @@ class Training:
         import basicsr.train
 
         self.is_first = process['rank'] == 0
+        folder = self.run.experiment() if self.is_first else None
+        with ExitStack() as held:  # before anything is renamed
+            _occupy(folder, held)
         if self.stages[0].name is not None and self.stages is self.run.stages and not self.auto_resume:
             self._put_aside(self.run.experiment())
         for stage in self.stages:
@@ -294,7 +331,7 @@ class Training:
             for later in self.run.stages[stage.number :]:
                 # What they have learned rests on weights that are about to be replaced.
                 self._put_aside(self.run.experiment(later))
-            with catch_signals(), hand_over(basicsr.train, opt, self.run, stage), _saving_at_errors(basicsr.train):
+            with catch_signals(), hand_over(basicsr.train, opt, self.run, stage), _attended(basicsr.train, folder):
                 basicsr.train.train_pipeline(str(self.run.root))
             if stage.name is not None and self.is_first:
                 mark_finished(self.run.experiment(stage), opt['train']['total_iter'])

@@ -1,11 +1,15 @@
 """Situations out of public trackers of restoration toolboxes, trainers and picture tools, tried on this project."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ast_plugin.cli.main import main
-from ast_plugin.errors import DataError, OptionError
+from ast_plugin.data.matching import list_images
+from ast_plugin.errors import DataError, OptionError, TrainingError
+from ast_plugin.models import training_run
 from ast_plugin.options import safe_yaml
 from tests import tiny_run
 from tests.models import test_restoration_model as model_tests
@@ -119,9 +123,35 @@ def test_backslashes_in_double_quotes(text, expected):
 
 def test_lmdb_without_io_backend(folder):
     """victorca25/traiNNer#70: a folder that is an LMDB is told by what it holds, not asked for images."""
-    from ast_plugin.data.matching import list_images
-
     (folder / 'lq.lmdb').mkdir()
     (folder / 'lq.lmdb' / 'data.mdb').write_bytes(b'')
     with pytest.raises(DataError, match='is an LMDB: set io_backend'):
         list_images('lq.lmdb', 'train')
+
+
+def test_training_beside_another(folder, capfd, monkeypatch):
+    """XPixelGroup/HAT#114: a second training of a name would rename the first one's folder under its hands."""
+    experiment = folder / 'experiments' / 'tiny'
+    experiment.mkdir(parents=True)
+    monkeypatch.setattr(training_run, '_PATIENCE', 0.0)
+    module = SimpleNamespace(build_model=str)
+    with training_run._attended(module, experiment):
+        module.build_model({})
+        for more in ((), ('--auto_resume',)):
+            message = complaint(capfd, 'train', '-opt', 'tiny.yml', *more)
+            assert 'another training of this name is at work there' in message
+    assert [path.name for path in experiment.parent.iterdir()] == ['tiny'] and not list(experiment.iterdir())
+
+
+def test_killed_worker_is_explained():
+    """XPixelGroup/BasicSR#59: what to do when memory is short in containers, not a traceback out of the backward."""
+    explained = pytest.raises(TrainingError, match=r'num_worker_per_gpu.*--shm-size')
+    with explained, training_run._attended(SimpleNamespace(build_model=str), None):
+        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible')
+
+
+def test_folder_named_like_an_image(folder):
+    """xinntao/Real-ESRGAN#499: it is no image to train on."""
+    for kind in ('lq', 'gt'):
+        (folder / 'data' / kind / 'more.png').mkdir()
+    assert list_images('data/lq', 'train') == ['0.png', '1.png', '2.png', '3.png']
