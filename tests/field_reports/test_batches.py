@@ -11,6 +11,8 @@ from torch import nn
 from ast_plugin.cli.main import main
 from ast_plugin.data import image_files
 from ast_plugin.data.image_files import decode_image, read_image
+from ast_plugin.data.matching import Pair
+from ast_plugin.data.prepare import checks
 from ast_plugin.errors import DataError, FileError, MemoryShortage, OptionError
 from ast_plugin.evaluation.file_restorer import Job, find_images, plan_jobs, restore_files
 from ast_plugin.evaluation.restorer import Restorer
@@ -186,3 +188,13 @@ def test_synth_goes_on_without_a_bad_photo(tmp_path, capsys):
     (photos / 'a.png').unlink()
     assert main([*arguments[:-1], str(tmp_path / 'none')]) == 2
     assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize('error', [MemoryError(), MemoryShortage('large')], ids=repr)
+def test_prepare_tells_memory_from_damage(monkeypatch, tmp_path, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checks, 'read_bytes', fail)
+    fault = checks.check_pair(Pair('a', str(tmp_path / 'a.png'), str(tmp_path / 'b.png')))
+    assert fault.kind == 'too large for memory'

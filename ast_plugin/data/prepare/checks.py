@@ -39,7 +39,7 @@ from ast_plugin.data.manifest import Entry, Manifest
 from ast_plugin.data.matching import DataFault, Pair, PairTable, list_images
 from ast_plugin.data.prepare.splits import Split
 from ast_plugin.data.workers import map_in_processes
-from ast_plugin.errors import DataError
+from ast_plugin.errors import DataError, MemoryShortage, one_line, out_of_memory
 
 _NUM_EXAMPLES = 3
 _DEGRADED_AND_CLEAN = ('degraded', 'clean')
@@ -85,8 +85,9 @@ def check_pair(pair: Pair) -> tuple[Finding, Finding] | DataFault:
 def _find(path: str) -> Finding | DataFault:
     try:
         return check_image(path)
-    except DataError as error:
-        return DataFault('unreadable', path, str(error).removeprefix(f'{path}: '))
+    except (DataError, MemoryShortage, MemoryError) as error:
+        kind = 'too large for memory' if out_of_memory(error) else 'unreadable'
+        return DataFault(kind, path, one_line(error).removeprefix(f'{path}: '))
 
 
 def check_image(path: str | os.PathLike) -> Finding:
