@@ -43,7 +43,7 @@ def collect(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
     }
 
 
-def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> None:
+def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> None:
     """Put back all but the weights, which BasicSR has loaded when it built the model.
 
     States that BasicSR's own models wrote have less in them; then a line in the log says what starts afresh.
@@ -51,7 +51,7 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
     Args:
         model: any of BasicSR's.
         state: of a run.
-        recorded: what `record` says of the options that the model is built by; None follows none that differ.
+        recorded: what `record` says of the options that the model is built by; None takes the state's.
     Raises:
         CheckpointError: if the state is of another optimiser or network than the model has.
     """
@@ -61,7 +61,7 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
     try:
         for number, (optimizer, saved) in enumerate(zip(model.optimizers, state['optimizers'], strict=True)):
             key, given = options[number] if number < len(options) else ('', {})
-            before = _optimizer_options(old)[number][1] if old else None
+            before = given if recorded is None else _optimizer_options(old)[number][1] if old else None
             if model.opt.get('force_resume') and _optimizer_misfit(given, saved, before, optimizer):
                 logger.warning(f'train.{key}: starts afresh, the state does not fit it')
             else:
