@@ -38,6 +38,7 @@ from ast_plugin.models.restoration_model import RestorationModel
 from ast_plugin.models.run_log import RunLog
 from ast_plugin.models.training_step import batch_size, check_switches, compute_losses
 from ast_plugin.ops import use_backend
+from ast_plugin.ops.windows import pad_image
 from ast_plugin.options.runs import phase_of
 from ast_plugin.options.validation import Registered
 
@@ -514,6 +515,8 @@ def _try_validation(model: SRModel, opt: Mapping[str, Any], sample: Mapping[str,
             )
         top, left = (max(0, side - _LARGEST_METRIC_IMAGE) // 2 for side in clean)
         clean = sample['gt'][..., top : top + _LARGEST_METRIC_IMAGE, left : left + _LARGEST_METRIC_IMAGE].float()
+        # An image too small for a metric fails alone, when its turn comes.
+        clean = pad_image(clean[None], *(max(0, _METRIC_IMAGE_SIDE - side) for side in clean.shape[-2:]))[0]
         alike = clean if len(clean) == result.shape[1] else clean.mean(0, True).expand(result.shape[1], -1, -1)
         pair = [alike[None], clean[None]]
     if is_ours and pair:

@@ -96,8 +96,9 @@ def test_fault_is_found_beforehand(command, tmp_path, fault, name, monkeypatch):
         [OURS, {'network_g': SWINIR}],
         [OURS, {'network_g': AST}, {'train': {'mixing': {'type': 'cutmix', 'alpha': 1.0}, 'accumulate': 2}}],
         [OURS, {'network_g': AST}, {'train': {'ema_decay': 0.9}}],
+        [OURS, {'val': {'metrics': {'niqe': {'type': 'calculate_niqe', 'crop_border': 0}}}}],
     ],
-    ids=['SRModel', 'ours', 'sizes of validation', 'mixing', 'average'],
+    ids=['SRModel', 'ours', 'sizes of validation', 'mixing', 'average', 'small for NIQE'],
 )
 def test_sound_options_pass(command, changes):
     status, errors = command('check', *changes)
