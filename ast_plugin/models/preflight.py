@@ -198,6 +198,10 @@ def _check_resume(opt: Mapping[str, Any]) -> dict[str, Any] | None:
         if not weights.is_file():
             hint = 'is the name of the experiment the same?'
             raise CheckpointError(f'path.resume_state: {state} needs {weights}, which is not there; {hint}')
+    kinds = {'epoch': int, 'optimizers': list, 'schedulers': list}
+    wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    if wrong:
+        raise CheckpointError(f'path.resume_state: {state} lacks {", ".join(wrong)}: expected a whole training state')
     return content
 
 

@@ -27,10 +27,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ast_plugin.archs.networks import build_network
-from ast_plugin.checkpoints import save_weights
+from ast_plugin.checkpoints import read_checkpoint, save_torch, save_weights
 from ast_plugin.data.image_files import encode_image, read_image, read_rgb
 from ast_plugin.errors import CheckpointError, DataError
 
@@ -544,7 +545,6 @@ VALUES = (
 
 def make_weights():
     """What whole files hold: (name, ending, content or bytes)."""
-    import torch
     from safetensors.torch import save
 
     from ast_plugin.archs.spandrel_arch import recognise
@@ -602,8 +602,6 @@ def hostile(draw, function=os.mkdir):
 def change_content(draw, content):
     """Another content: what a dictionary of weights may be by mistake or ill will."""
     from collections import OrderedDict
-
-    import torch
 
     def tensor():
         one = torch.zeros(1)
@@ -784,7 +782,6 @@ def mutate_pickle(draw, data):
 
 def mutated_weights(number, files):
     """File `number`: its ending, its bytes, and how it was made."""
-    import torch
 
     draw = np.random.default_rng([2, number])
     name, ending, data, content = choose(draw, files)
@@ -938,6 +935,29 @@ def test_fuzz_infer(tmp_path):
     told = {line.split(': ')[2] for line in child.stderr.splitlines() if line.startswith('basicsr: error: ')}
     for file in folder.iterdir():
         assert (str(file) in told) != any(out.glob(f'{file.stem}*')), f'{file.name}: {child.stderr}'
+
+
+@pytest.mark.parametrize('part', ['epoch', 'optimizers', 'schedulers'])
+def test_states_without_a_part(part, tmp_path):
+    from ast_plugin.models.preflight import _check_resume
+
+    whole = {'epoch': 1, 'iter': 2, 'optimizers': [], 'schedulers': []}
+    for change in ({key: value for key, value in whole.items() if key != part}, {**whole, part: 'text'}):
+        save_torch(tmp_path / '2.state', change)
+        with pytest.raises(CheckpointError, match=f'2.state lacks {part}'):
+            _check_resume({'path': {'resume_state': str(tmp_path / '2.state')}})
+
+
+@pytest.mark.parametrize('place', ['data.pkl', 'data/0'])
+def test_flipped_bit_in_weights(place, tmp_path):
+    save_torch(tmp_path / 'w.pth', {'params': {'a': torch.zeros(100)}})
+    with zipfile.ZipFile(tmp_path / 'w.pth') as file:
+        part = next(info for info in file.infolist() if info.filename.endswith(place))
+    content = bytearray((tmp_path / 'w.pth').read_bytes())
+    content[content.index(part.filename.encode()) + 60 if place == 'data.pkl' else len(content) // 2] ^= 1
+    (tmp_path / 'w.pth').write_bytes(content)
+    with pytest.raises(CheckpointError, match=r'w\.pth.*'):
+        read_checkpoint(tmp_path / 'w.pth')
 
 
 if __name__ == '__main__':
