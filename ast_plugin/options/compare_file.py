@@ -177,6 +177,8 @@ def expand_entry(opt: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, 
     settings = opt.get(SETTINGS)
     if isinstance(settings, Mapping) and settings.get('minutes') and isinstance(expanded.get('train'), dict):
         expanded['train'].setdefault('total_iter', UNKNOWN_LENGTH)
+    if not any(str(key).startswith('val') for key in opt.get('datasets') or ()):
+        expanded.pop('val', None)  # it says how the test set is measured, after training
     paths = {'pretrain_network_g': entry.get('weights'), 'param_key_g': entry.get('param_key')}
     expanded['path'] = {key: value for key, value in paths.items() if value is not None}
     return expanded
