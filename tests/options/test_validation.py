@@ -136,7 +136,7 @@ CASES = [
     ),
     ('datasets:val:name', ..., f'datasets.val.name: {MISSING}'),
     ('network_g', ..., f'network_g: {MISSING}'),
-    ('network_g:type', ['AST'], 'network_g: expected a mapping with a type'),
+    ('network_g:type', ['AST'], "network_g.type: expected text, got the list ['AST']"),
     (
         'network_g:type',
         'AST_TT',
