@@ -84,7 +84,8 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
     """
     path = Path(path)
     if not path.is_file():
-        what = 'is a folder' if path.is_dir() else 'does not exist'
+        is_address = path.parts and path.parts[0].lower() in ('http:', 'https:')
+        what = 'is a folder' if path.is_dir() else 'is an address, download it' if is_address else 'does not exist'
         raise CheckpointError(f'{path} {what}: expected a weights file (.pth or .safetensors)')
     if _is_safetensors(path):
         content, network = _read_safetensors(path)
@@ -99,10 +100,18 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
         has = ', '.join(filter(None, states)) or ('weights under no key: give none' if states else _some(content))
         raise CheckpointError(f'{path} has no weights under the key {key!r}; it has {has}')
     tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    _check_values(path, tensors)
     others = [name for name in found if name not in tensors]
     if others:
         notes.append(f'left out, being no tensors: {_some(others)}')
     return Checkpoint(path, tensors, network, key, tuple(notes))
+
+
+def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
+            kind = f'{tensor.dtype}, {tensor.layout}, on {tensor.device}'
+            raise CheckpointError(f'{path}: {name} is a tensor of {kind}: expected plain real numbers, on the CPU')
 
 
 def _find_states(content: Mapping, where: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping]]:
@@ -110,9 +119,9 @@ def _find_states(content: Mapping, where: tuple[str, ...] = ()) -> Iterator[tupl
     nested = [
         item
         for key, value in content.items()
-        if isinstance(value, Mapping) and isinstance(key, str) and not _NOT_OF_A_NETWORK.search(key)
+        if isinstance(value, Mapping) and isinstance(key, (str, int)) and not _NOT_OF_A_NETWORK.search(str(key))
         if len(where) < _MOST_NESTED
-        for item in _find_states(value, (*where, key))
+        for item in _find_states(value, (*where, str(key)))
     ]
     size = _num_weights(content)
     if size and all(size > _num_weights(state) for _, state in nested):
@@ -128,7 +137,10 @@ def _num_weights(state: Mapping) -> int:
 def _choose(path: Path, content: Mapping, states: Mapping[str, Mapping]) -> tuple[str | None, list[str]]:
     """The key of the state to take, None for the whole file, and what to say about the choice."""
     if not states:
-        raise CheckpointError(f'{path} holds no weights: expected names and tensors, found {_some(content)}')
+        is_state = {'iter', 'optimizers'} <= content.keys()
+        what = ', as a training state that has its weights in models/net_g_*.pth' if is_state else ''
+        what = ', NumPy arrays or other objects' if any(isinstance(v, _Inert) for v in content.values()) else what
+        raise CheckpointError(f'{path} holds no weights: expected names and tensors, found {_some(content)}{what}')
     ranks = {key: STATE_KEYS.index(last) if (last := key.rpartition('.')[2]) in STATE_KEYS else None for key in states}
     averaged = [key for key in states if AVERAGED.search(key)]
     candidates = averaged or [key for key in states if ranks[key] is not None] or list(states)
@@ -139,7 +151,16 @@ def _choose(path: Path, content: Mapping, states: Mapping[str, Mapping]) -> tupl
     key = min(candidates, key=lambda name: (ranks[name] is None, ranks[name] or 0))
     rest = [other for other in states if other != key]
     what = 'averaged weights of' if averaged else 'weights of'
-    return key or None, [f'the {what} {key} are taken; the file has {", ".join(rest)}, too'] if rest else []
+    notes = [f'the {what} {key} are taken; the file has {", ".join(rest)}, too'] if rest else []
+    if not averaged:
+        nameless = [name for name, value in content.items() if _holds_list(value) and AVERAGED.search(str(name))]
+        notes += [f'averaged weights under {name} have no names, and are not taken' for name in nameless]
+    return key or None, notes
+
+
+def _holds_list(value: Any) -> bool:
+    parts = [value, *value.values()] if isinstance(value, Mapping) else [value]
+    return any(isinstance(part, (list, tuple)) and any(isinstance(item, Tensor) for item in part) for part in parts)
 
 
 def _below(content: Mapping, key: str) -> Mapping:
@@ -331,11 +352,16 @@ _STAND_INS = [
 def _torch_load(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
+            names = [part.rpartition('/')[2] for part in file.namelist()]
+            if 'constants.pkl' in names:
+                raise CheckpointError('it is a TorchScript program: save the state_dict() of torch.jit.load(...)')
+            if 'data.pkl' not in names:
+                raise CheckpointError(f'it is an archive with {_some(names)}: unpack it')
             for part in file.infolist():
                 part.CRC = part.CRC or None  # 0 in files that torch was told to write without checksums
             damaged = file.testzip()
         if damaged is not None:
-            raise CheckpointError(f'the part {damaged} is damaged')
+            raise zipfile.BadZipFile(f'the part {damaged} is damaged')
     with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
         warnings.simplefilter('ignore')  # what torch has to say about pickle protocols helps nobody here
         return torch.load(path, map_location='cpu', weights_only=True)
@@ -344,6 +370,8 @@ def _torch_load(path: Path) -> Any:
 def _read_torch(path: Path) -> Any:
     try:
         return _torch_load(path)
+    except CheckpointError as error:
+        raise CheckpointError(f'{path} is not a weights file: {error}') from error
     except pickle.UnpicklingError as error:
         if path.read_bytes()[:1] != pickle.PROTO and not zipfile.is_zipfile(path):
             raise CheckpointError(f'{path} is not a weights file{_lfs(path) or _reason(error)}') from error
@@ -373,7 +401,7 @@ def _reason(error: BaseException) -> str:
 
 def _some(content: Collection) -> str:
     some = list(content)[:4]
-    names = [' '.join(name.split())[:60] if isinstance(name, str) else type(name).__name__ for name in some]
+    names = [' '.join(name.split())[:60] if isinstance(name, str) else repr(name)[:60] for name in some]
     return ', '.join(names) + (f' and {len(content) - 4} more' if len(content) > 4 else '') if names else 'nothing'
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from ast_plugin.checkpoints import AVERAGED, Checkpoint
+from ast_plugin.checkpoints import AVERAGED, STATE_KEYS, Checkpoint
 from ast_plugin.errors import CheckpointError
 
 # (official, ours) as regular expressions; a name is rewritten by every row that matches, from the top down
@@ -68,8 +68,8 @@ def under_prefix(
         state: names and tensors, official names of an AST or others.
         expected: names of the network's tensors, or some of them.
     Returns:
-        The prefix under which most of `expected` are there, an average's before the plain one's, '' if none are; what
-        is under it, by names of which most are expected; and the rest of the state.
+        The prefix under which most of `expected` are there, an average's before one of `STATE_KEYS` before others, ''
+        if none are; what is under it, by names of which most are expected; and the rest of the state.
     """
     expected = set(expected)
     counts: Counter[tuple[str, bool]] = Counter()
@@ -81,11 +81,15 @@ def under_prefix(
             counts[plain[:start], True] += rename_official(own) in expected
     most = max(counts.values(), default=0)
     candidates = [key for key, count in counts.items() if count == most > 0] or [('', False)]
-    prefix, is_official = min(candidates, key=lambda key: (not AVERAGED.search(key[0]), len(key[0]), key[1]))
+    prefix, is_official = min(candidates, key=lambda key: (_rank(key[0]), len(key[0]), key[1]))
     rename: Callable[[str], str] = rename_official if is_official else str
     plain = {_WRAPPERS.sub('', name): name for name in state}
     own = {rename(name[len(prefix) :]): state[full] for name, full in plain.items() if name.startswith(prefix)}
     return prefix, own, {full: state[full] for name, full in plain.items() if not name.startswith(prefix)}
+
+
+def _rank(prefix: str) -> int:
+    return 0 if AVERAGED.search(prefix) else 1 if not prefix or not {*STATE_KEYS}.isdisjoint(prefix.split('.')) else 2
 
 
 def without_prefixes(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -118,6 +122,13 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
     prefix, state, rest = under_prefix(checkpoint.state, expected)
     notes = list(checkpoint.notes)
     if prefix:
+        other, same, _ = under_prefix(rest, expected)
+        if _rank(other) == _rank(prefix) > 0 and len(expected.keys() & same) == len(expected.keys() & state):
+            states = f'{prefix.rstrip(".")}, {other.rstrip(".")}'
+            raise CheckpointError(
+                f'{checkpoint.path} holds several states, {states}: name one by --param-key or path.param_key_g'
+                f'{f", behind {checkpoint.param_key}." if checkpoint.param_key else ""}'
+            )
         others = f'; left out: {_named(rest)}' if rest else ''
         notes.append(f'names begin with {prefix}, which is left off{others}')
     extra = {name: tensor for name, tensor in state.items() if name not in expected}
@@ -126,6 +137,11 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
     if counters := [name for name, tensor in extra.items() if tensor.ndim == 0]:
         notes.append(f'left out, being counters: {_named(counters)}')
     taken = [name for name, tensor in expected.items() if name in state and state[name].shape == tensor.shape]
+    if unlike := [name for name in taken if state[name].is_floating_point() != expected[name].is_floating_point()]:
+        raise CheckpointError(
+            f'{checkpoint.path}: {unlike[0]} is {state[unlike[0]].dtype}, expected {expected[unlike[0]].dtype}: '
+            'weights of a quantised network cannot be taken'
+        )
     if not strict:
         if not taken:
             raise CheckpointError(
@@ -242,6 +258,7 @@ def _compare(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str
         return 'The file is not of an AST'
     want, _ = infer_options(expected)
     differing = {key: value for key, value in have.items() if value != want[key]}
-    differing = differing or {key: have[key] for key in ('embed_dim', 'depths')}
+    if not differing:
+        return 'Its options are those of this network, only names or shapes are others'
     options = ', '.join(f'{key}: {value}' for key, value in differing.items())
     return f'The file is of an AST with {options}: set these under network_g'

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -191,6 +192,59 @@ def test_lfs_pointers_and_pages(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=words):
             read_checkpoint(tmp_path / name)
+
+
+def test_files_of_other_kinds_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'packed.pth', 'w') as file:
+        file.writestr('w.pth', b'0')
+    torch.jit.save(torch.jit.script(torch.nn.Conv2d(1, 1, 1)), tmp_path / 'script.pth')
+    write(tmp_path / 'arrays.pth', {name: tensor.numpy() for name, tensor in STATE.items()})
+    write(tmp_path / 'state.pth', {'epoch': 1, 'iter': 9, 'optimizers': [], 'schedulers': []})
+    for name, words in {
+        'packed.pth': 'archive with w.pth: unpack it',
+        'script.pth': 'TorchScript program',
+        'arrays.pth': 'NumPy arrays',
+        'state.pth': 'training state',
+        'https://x.org/w.pth': 'is an address, download it',
+    }.items():
+        with pytest.raises(CheckpointError, match=words) as error:
+            read_checkpoint(tmp_path / name if '/' not in name else name)
+        assert 'fetch it again' not in str(error.value)
+
+
+UNUSUAL = {
+    'meta': lambda tensor: tensor.to('meta'),
+    'sparse': lambda tensor: tensor.to_sparse(),
+    'complex': lambda tensor: tensor.to(torch.complex64),
+    'int8': lambda tensor: tensor.to(torch.int8),
+    'bool': lambda tensor: tensor > 0,
+}
+
+
+@pytest.mark.parametrize('strict', [True, False])
+@pytest.mark.parametrize('case', UNUSUAL)
+def test_values_that_are_no_weights(case, strict, tmp_path):
+    path = write(tmp_path / 'w.pth', {'params': {name: UNUSUAL[case](tensor) for name, tensor in STATE.items()}})
+    with pytest.raises(CheckpointError) as error:
+        load_into(build_network(TINY), read_checkpoint(path), strict=strict)
+    assert len(str(error.value)) < 300
+
+
+def test_several_states_in_one_dictionary(tmp_path):
+    path = write(tmp_path / 'w.pth', {'state_dict': under('student.') | under('teacher.', state=EMA)})
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match=r'several states, student, teacher: .* behind state_dict\.'):
+            load_into(build_network(TINY), read_checkpoint(path), strict=strict)
+    assert same(load_network(TINY, path, 'state_dict.teacher'), EMA)
+    path = write(tmp_path / 'w.pth', under('old.', state=EMA) | under('net_g.'))
+    assert same(load_network(None, path), STATE)  # the one that a run is of
+    assert same(load_network(None, write(tmp_path / 'w.pth', {0: STATE})), STATE)
+
+
+def test_average_without_names_is_said(tmp_path):
+    average = {'decay': 0.9, 'shadow_params': list(EMA.values())}
+    path = write(tmp_path / 'w.pth', {'model': STATE, 'ema': average, 'ema_decay': 0.9})
+    assert read_checkpoint(path).notes == ('averaged weights under ema have no names, and are not taken',)
 
 
 def test_numpy_numbers_are_plain(tmp_path):
