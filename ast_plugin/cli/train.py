@@ -18,6 +18,7 @@ import shlex
 import sys
 
 from ast_plugin.cli import commands
+from ast_plugin.errors import OptionError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin.models.processes import RunStopped
     from ast_plugin.models.training_run import Training, join_processes
 
+    is_resumed = args.auto_resume or any((stage.opt.get('path') or {}).get('resume_state') for stage in run.stages)
+    if args.force_resume and not is_resumed:
+        raise OptionError('--force_resume resumes nothing by itself: add --auto_resume, or set path.resume_state')
     training = Training(run, run.select(args.stage), args.auto_resume, commands.say, args.force_resume)
     training.check()
     with join_processes(run, args.launcher) as process:

@@ -74,11 +74,11 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
             f'the state of iteration {state["iter"]} does not fit the optimiser, schedule or network of the options: '
             f'{error}. Resume with the options it was trained with'
         ) from error
+    if state.get('best_metric_results'):
+        model.best_metric_results = _best_values(model.opt, state['best_metric_results'], told)
     if told:
         lines = '; '.join(f'{key}: {change}' for key, change in told.items())
         logger.warning(f'Options that differ from the state are followed from here on: {lines}')
-    if state.get('best_metric_results'):
-        model.best_metric_results = state['best_metric_results']
     missing = []
     for name, part in getattr(model, 'stateful', {}).items():
         if name in state.get('parts', {}):
@@ -100,7 +100,8 @@ def record(opt: Mapping[str, Any]) -> dict[str, Any]:
     train_set = opt.get('datasets', {}).get('train') or {}
     numbers = {key: value for key, value in train_set.items() if isinstance(value, (bool, int, float))}
     part = {key: opt.get(key) for key in ('model_type', 'network_g', 'train', 'manual_seed', 'num_gpu', 'world_size')}
-    return json.loads(json.dumps({**part, 'datasets': {'train': numbers}}, default=repr))
+    val = {key: (opt.get('val') or {}).get(key) for key in ('metrics', 'protocol', 'best_metric')}
+    return json.loads(json.dumps({**part, 'datasets': {'train': numbers}, 'val': val}, default=repr))
 
 
 def changes(old: Any, new: Any, where: str = '') -> dict[str, str]:
@@ -109,10 +110,26 @@ def changes(old: Any, new: Any, where: str = '') -> dict[str, str]:
         return {}
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found: dict[str, str] = {}
-        for key in dict.fromkeys([*old, *new]):
+        for key in dict.fromkeys([*old, *new] if where else [key for key in new if key in old]):
             found |= changes(old.get(key), new.get(key), f'{where}.{key}'.removeprefix('.'))
         return found
     return {} if old == new else {where: f'{_said(old)} → {_said(new)}'}
+
+
+def _best_values(opt: Mapping[str, Any], values: Mapping[str, Any], told: dict[str, str]) -> dict[str, Any]:
+    """The best values of a state that can be compared with those to come; adds to `told` where others start afresh."""
+    names = [part['name'] for key, part in (opt.get('datasets') or {}).items() if key.startswith('val')] or [*values]
+    stale = {key.split('.')[2] for key in told if key.startswith('val.metrics.')}
+    if 'val.best_metric' in told:
+        stale.add(opt['val'].get('best_metric'))
+    if (
+        not told.keys().isdisjoint(('val.protocol', 'val.metrics')) or names[0] not in values
+    ):  # the first dataset decides which weights are the best
+        stale = {metric for parts in values.values() for metric in parts}
+    if stale:
+        told['best values'] = f'of {", ".join(sorted(map(str, stale)))} start afresh'
+    kept = {name: {k: v for k, v in values[name].items() if k not in stale} for name in names if name in values}
+    return {name: parts for name, parts in kept.items() if parts}
 
 
 def _said(value: Any) -> str:

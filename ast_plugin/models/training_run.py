@@ -351,7 +351,9 @@ class Training:
         """The entries of `path` that say where a stage begins, and a line about it."""
         state = newest_whole(opt['path']['training_states']) if self.auto_resume else None
         if state is not None:
-            return {'resume_state': str(state)}, f'{stage.name} goes on from {state}' if stage.name else ''
+            is_other = opt['path'].get('resume_state') and str(state) != str(opt['path']['resume_state'])
+            what = 'path.resume_state is passed over: --auto_resume' if is_other else stage.name
+            return {'resume_state': str(state)}, f'{what} goes on from {state}' if what else ''
         if stage.number == 1 or stage.has_own_start or opt['path'].get('resume_state'):
             return {}, ''
         before = self.run.stages[stage.number - 2]

@@ -1,5 +1,6 @@
 """Resuming with other options: what can be followed is, what cannot is refused by name, before anything starts."""
 
+import shutil
 import sys
 from copy import deepcopy
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import ast_plugin  # noqa: F401  registers everything
+from ast_plugin import checkpoints
 from ast_plugin.cli.main import main
 from ast_plugin.models import run_state
 from tests import tiny_run
@@ -163,6 +165,44 @@ def test_forced_and_followed(folder, monkeypatch, capfd):
     lines = (folder / 'experiments' / 'tiny' / 'metrics.csv').read_text().splitlines()
     assert [line.split(',')[2] for line in lines if line.startswith('5,')] == ['0.0005']
     assert main([*command, 'train:total_iter=9', 'train:optim_g:type=SGD', 'train:optim_g:betas=']) == 2
+
+
+@pytest.mark.parametrize(
+    ('force', 'is_afresh'),
+    [
+        ([], False),
+        (['val:metrics:psnr:crop_border=4'], True),
+        (['val:protocol=tiled'], True),
+        (['datasets:val:name=other'], True),
+        (['val:metrics:ssim={type: calculate_ssim, crop_border: 0}', 'val:best_metric=ssim'], True),
+        (['val:metrics:ssim={type: calculate_ssim, crop_border: 0}'], False),
+    ],
+)
+def test_best_values_are_of_one_measure(folder, tmp_path, monkeypatch, capfd, force, is_afresh):
+    shutil.copytree(folder, tmp_path / 'run')
+    monkeypatch.chdir(tmp_path / 'run')
+    run = tmp_path / 'run' / 'experiments' / 'tiny'
+    newest = checkpoints.newest_whole(run / 'training_states')
+    state = torch.load(newest, weights_only=True)
+    state['best_metric_results']['val']['psnr']['val'] = 99.0
+    torch.save(state, newest)
+    (run / 'models' / 'net_g_best.pth').unlink()
+    assert main(['train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml', 'train:total_iter=12', *force]) == 0
+    said = capfd.readouterr().err
+    assert (run / 'models' / 'net_g_best.pth').exists() == is_afresh
+    assert ('best values: of' in said and 'start afresh' in said) == (is_afresh or any('ssim' in key for key in force))
+
+
+def test_resuming_that_contradicts_itself(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    before = listing(folder)
+    assert main(['train', '-opt', 'tiny.yml', '--force_resume']) == 2
+    assert 'add --auto_resume' in capfd.readouterr().err
+    assert listing(folder) == before
+    state = 'experiments/tiny/training_states/2.state'
+    force = [f'path:resume_state={state}', 'train:total_iter=12']
+    assert main(['train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml', *force]) == 0
+    assert 'path.resume_state is passed over: --auto_resume goes on from' in ''.join(capfd.readouterr())
 
 
 def test_wandb_login_comes_first(folder, monkeypatch, capfd):
