@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ast_plugin.cli import commands
@@ -90,11 +92,22 @@ def _check_stage(run: Run, stage: Stage, before: dict[str, Any] | None) -> tuple
     except DataError as error:
         # Everything else can be found wrong all the same; any length will do for that.
         opt = run.prepare(stage, length_of=lambda dataset: 1)
+        if _data_is_there(opt['datasets'].values()):
+            raise
         check_stage(run, stage, {**opt, 'datasets': {}}, before, is_run=False)
         missing = str(error).removeprefix(f'{run.source(stage)}: ')
         summary += '; its data was not checked'
     _say(f'{stage.name or run.opt["name"]}: right{summary}')
     return opt, missing
+
+
+def _data_is_there(datasets: Iterable[dict[str, Any]]) -> bool:
+    """Tell whether all that the datasets name is on this machine: what is wrong with it is then wrong with the run."""
+    named = [
+        [value for key, value in dataset.items() if value and (key.startswith('dataroot') or key == 'manifest')]
+        for dataset in datasets
+    ]
+    return all(named) and all(os.path.exists(str(path)) for paths in named for path in paths)
 
 
 def _say(line: str) -> None:

@@ -39,7 +39,9 @@ _DEPTH_ENDINGS = ('.npy', '.npz', '.png', '.tif', '.tiff')
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr data synth`."""
     parser.add_argument('--task', choices=tuple(DEGRADATIONS), help='the degradation')
-    parser.add_argument('-i', '--input', nargs='+', metavar='PATH', help='photos, folders of them, or patterns')
+    parser.add_argument(
+        '-i', '--input', nargs='+', action='extend', metavar='PATH', help='photos, folders of them, or patterns'
+    )
     parser.add_argument('-o', '--output', metavar='DIR', help='folder for the pairs, which is not there yet')
     parser.add_argument('--count', type=int, default=1, metavar='N', help='pairs of each photo (default: 1)')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='another seed gives others (default: 0)')

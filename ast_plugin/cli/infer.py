@@ -28,7 +28,15 @@ from ast_plugin.errors import OptionError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `basicsr infer` takes."""
     add = parser.add_argument
-    add('-i', '--input', nargs='+', required=True, metavar='PATH', help='images, or folders of them')
+    add(
+        '-i',
+        '--input',
+        nargs='+',
+        action='extend',
+        required=True,
+        metavar='PATH',
+        help='images, or folders of them',
+    )
     add('-o', '--output', required=True, metavar='PATH', help='folder for the restored images; or the name of one')
     which = parser.add_mutually_exclusive_group()
     which.add_argument(

@@ -16,14 +16,14 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from ast_plugin.data.image_files import read_image
-from ast_plugin.data.matching import Template, is_image, shorten_list
+from ast_plugin.data.matching import Template, difference_of, fold, is_image, shorten_list
 from ast_plugin.errors import DataError, OptionError, ShapeError
 from ast_plugin.files import write_file
 from ast_plugin.names import printable, to_csv, to_markdown
@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--input-template', default='{}', metavar='NAME', help='how degraded images are named')
     parser.add_argument('--crop-border', type=int, default=0, metavar='N', help='pixels to leave out at each side')
     parser.add_argument(
-        '--pyiqa', nargs='+', default=[], metavar='METRIC', help='measure by these metrics of pyiqa too'
+        '--pyiqa',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='METRIC',
+        help='measure by these metrics of pyiqa too',
     )
     parser.add_argument('--like', metavar='FIGURE', help='a published PSNR or SSIM: name the definitions that give it')
     parser.add_argument(
@@ -111,13 +116,28 @@ def _pair(sides: Mapping[str, Path], templates: Mapping[str, str]) -> tuple[dict
     names = [name for name in found['restored'] if all(name in images for images in found.values())]
     if not names:
         examples = '; '.join(f'{side}: {shorten_list(map(printable, images))}' for side, images in found.items())
-        raise DataError(f'no name is in all folders ({examples}): say with --restored-template how images are named')
+        hint = _hint(found['restored'], found)
+        raise DataError(
+            f'no name is in all folders ({examples}){hint or ": say with --restored-template how images are named"}'
+        )
     lines = []
     for side, images in found.items():
-        alone = [printable(name) for name in images if name not in names]
+        alone = [name for name in images if name not in names]
         if alone:
-            lines.append(f'not measured: {len(alone)} of {side} without a partner: {shorten_list(alone)}')
+            shown = shorten_list(map(printable, alone))
+            lines.append(f'not measured: {len(alone)} of {side} without a partner: {shown}{_hint(alone, found)}')
     return {name: {side: images[name] for side, images in found.items()} for name in names}, lines
+
+
+def _hint(names: Iterable[str], found: Mapping[str, Iterable[str]]) -> str:
+    """Say what the first name that looks like another differs in; nothing if there is none."""
+    others = {fold(name): name for images in found.values() for name in images}
+    others |= {fold(name): name for images in found.values() for name in images if name not in names}
+    alike = next((name for name in names if others[fold(name)] != name), None)
+    if alike is None:
+        return ''
+    other = others[fold(alike)]
+    return f'; {printable(alike)} and {printable(other)} differ only in {difference_of(alike, other)}, rename one'
 
 
 def _images(folder: Path, template: str) -> dict[str, Path]:

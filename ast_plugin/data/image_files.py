@@ -9,10 +9,12 @@ neither of them writes, is written here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
 import re
+import stat
 import struct
 import threading
 import warnings
@@ -197,10 +199,23 @@ def decode_rgb(data: bytes | memoryview, path: str | os.PathLike) -> np.ndarray:
     return np.repeat(color[..., None], 3, axis=2) if color.ndim == 2 else color
 
 
+def open_image(path: str | os.PathLike) -> io.FileIO:
+    """Open a regular file; raise OSError of any other at once: pipes wait for their writer, and devices never end."""
+
+    def open_at_once(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0))
+
+    file = open(path, 'rb', buffering=0, opener=open_at_once)  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, 'a pipe or device, expected a file', os.fspath(path))
+
+
 def read_bytes(path: str | os.PathLike) -> bytes:
     """Read a file whole, or raise DataError with its name."""
     try:
-        with open(path, 'rb', buffering=0) as file:
+        with open_image(path) as file:
             return file.read()
     except (OSError, ValueError) as error:
         raise DataError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
@@ -260,7 +275,7 @@ def why_no_image(path: str | os.PathLike) -> str | None:
     if ending in FORMAT_OF:
         return None
     kind = None
-    with contextlib.suppress(OSError), open(path, 'rb') as file:
+    with contextlib.suppress(OSError), open_image(path) as file:
         kind = sniff_format(file.read(16))
     return f'{kind} {f"named {ending}" if ending else "without ending"}' if kind else ending or 'without ending'
 
@@ -390,8 +405,9 @@ def _decode(
         raise DataError(
             f'{path}: holds {frames} frames or pages; animated files are not supported, save the frames as images'
         )
-    bits = data[24] if kind == 'PNG' else 8
+    bits, has_other_samples = data[24] if kind == 'PNG' else 8, False
     if kind == 'TIFF':
+        has_other_samples = 0 in image.tag_v2.get(_EXTRA_SAMPLES, ())
         bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
         _check_strips(path, image)
     if kind == 'PNG':
@@ -413,7 +429,7 @@ def _decode(
             notes.append('converted from CMYK to RGB')
             image = _convert_cmyk(image, metadata.pop('icc_profile', None))
         color, alpha = _split_alpha(path, image)
-    if kind == 'TIFF' and 0 in image.tag_v2.get(_EXTRA_SAMPLES, ()):
+    if has_other_samples:
         notes.append('a channel of no said meaning, which is no transparency, is left out')
     lossless = kind != 'JPEG' and (kind != 'WEBP' or _is_lossless_webp(data))
     return _make_image(color, alpha, kind, lossless, metadata, notes)

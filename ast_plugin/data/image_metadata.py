@@ -210,7 +210,8 @@ def _copy_tags(file: bytes, directory: ImageFileDirectory_v2 | None = None) -> I
     directory = ImageFileDirectory_v2() if directory is None else directory
     try:
         tags, exif = _read_directory(file), Image.Exif()
-        exif.load(file)
+        if {_EXIF_TAG, _GPS_TAG} & set(tags):
+            exif.load(file)
         for tag in set(tags) - _STRUCTURE:
             directory.tagtype[tag] = tags.tagtype[tag]
             value = tags[tag]  # text in its bytes: written as text it would lose its accents
@@ -289,7 +290,7 @@ def add_tags(data: bytes, metadata: dict[str, Any]) -> bytes:
 
 def _read_directory(data: bytes) -> ImageFileDirectory_v2:
     """The first tags of a TIFF file or EXIF data."""
-    directory = ImageFileDirectory_v2(data[:8])
+    directory = ImageFileDirectory_v2(data[: 16 if data[2] == 43 else 8])  # a BigTIFF's offsets have 8 bytes
     stream = io.BytesIO(data)
     stream.seek(directory.next)
     directory.load(stream)

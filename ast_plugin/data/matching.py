@@ -233,11 +233,11 @@ class _Side:
     def unmatched(self, other: _Side) -> list[DataFault]:
         """Return a fault for each image whose key `other` lacks, in order."""
         keys = sorted(self.files.keys() - other.files.keys())
-        by_fold = {_fold(key): key for key in other.files} if keys else {}
+        by_fold = {fold(key): key for key in other.files} if keys else {}
         faults = []
         for key in keys:
-            near = by_fold.get(_fold(key))
-            hint = f'; {other.files[near][0]} differs only in {_difference(key, near)}, rename one' if near else ''
+            near = by_fold.get(fold(key))
+            hint = f'; {other.files[near][0]} differs only in {difference_of(key, near)}, rename one' if near else ''
             text = f'no {other.template.fill(key)} in {other.folder}{hint}'
             faults += [DataFault('no partner', self.path(name), text) for name in self.files[key]]
         return faults
@@ -254,12 +254,13 @@ def _names_in(folder: str) -> list[str]:
         return []
 
 
-def _fold(key: str) -> str:
+def fold(key: str) -> str:
     """Equal for names that some systems take for the same."""
     return unicodedata.normalize('NFC', key).casefold()
 
 
-def _difference(one: str, other: str) -> str:
+def difference_of(one: str, other: str) -> str:
+    """What two names of one `fold` differ in."""
     if unicodedata.normalize('NFC', one) == unicodedata.normalize('NFC', other):
         return 'how Unicode writes its accents (NFC and NFD)'
     return 'the case of its letters'

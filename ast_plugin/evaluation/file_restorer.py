@@ -29,6 +29,7 @@ from ast_plugin.data.image_files import (
     ImageFile,
     count_reasons,
     encode_image,
+    open_image,
     read_image,
     sniff_format,
     why_no_image,
@@ -338,7 +339,7 @@ def _why_unreadable(path: Path) -> str | None:
 
 
 def _format_of(path: Path) -> str | None:
-    with open(path, 'rb') as file:
+    with open_image(path) as file:
         return sniff_format(file.read(16))
 
 

@@ -175,7 +175,8 @@ class Validator:
         failures, count = results.failures, len(results.restored)
         Validator.num_failed += len(failures)
         if failures and self.rank == 0:
-            shown = '; '.join(failures.values()) if len(failures) < 4 else f'{next(iter(failures.values()))}; and more'
+            shown = [f'{name}: {failure}' for name, failure in failures.items()]
+            shown = '; '.join(shown) if len(shown) < 4 else f'{shown[0]}; and more'
             logging.getLogger('basicsr').warning(
                 printable(
                     f'{results.dataset}: {len(failures)} of {count} images failed, the means are without: {shown}'
@@ -212,8 +213,9 @@ class Validator:
 
 def name_of(dataset: Any, number: int) -> str:
     """The file of a sample that could not be read, where the dataset has a list of pairs."""
-    pairs = getattr(dataset, 'pairs', ())
-    return pairs[number].lq if number < len(pairs) else f'image_{number + 1}'
+    pairs = getattr(dataset, 'pairs', None) or getattr(dataset, 'paths', ())  # ours or BasicSR's
+    pair = pairs[number] if number < len(pairs) else f'image_{number + 1}'
+    return pair if isinstance(pair, str) else pair.lq if hasattr(pair, 'lq') else str(next(iter(pair.values())))
 
 
 def _to_pixels(image: Tensor) -> np.ndarray:

@@ -32,6 +32,7 @@ from ast_plugin.data import random_states
 from ast_plugin.data.lmdb.reader import holds_pixels
 from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line
 from ast_plugin.evaluation.protocols import read_protocol
+from ast_plugin.evaluation.validator import name_of
 from ast_plugin.models import run_state
 from ast_plugin.models.progress import TrainingProgress
 from ast_plugin.models.restoration_model import RestorationModel
@@ -244,13 +245,21 @@ def _check_metrics(val: Mapping[str, Any], registered: Registered, source: str) 
     """Measure noise: a metric that stumbles over its options would do so hours later."""
     with _explained(f'{source}: val.protocol', 'protocol'):
         read_protocol(val.get('protocol'))
-    image = np.random.default_rng(0).integers(0, 256, (_METRIC_IMAGE_SIDE, _METRIC_IMAGE_SIDE, 3), dtype=np.uint8)
-    for key, options in (val.get('metrics') or {}).items():
+    metrics = val.get('metrics') or {}
+    side = _metric_image_side(metrics)
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    for key, options in metrics.items():
         target = registered.get('metric', options['type'])
         # Others' metrics may want other data of their own models.
         if target.__module__.split('.')[0] in ('basicsr', 'ast_plugin'):
             with _explained(f'{source}: val.metrics.{key}', options['type'], 'cannot measure with these options'):
                 target(img=image, img2=image, **_arguments(options))
+
+
+def _metric_image_side(metrics: Mapping[str, Mapping[str, Any]]) -> int:
+    """The side of an image that is large enough for all metrics, behind their borders."""
+    borders = [options.get('crop_border') for options in metrics.values()]
+    return _METRIC_IMAGE_SIDE + 2 * max([0, *(border for border in borders if isinstance(border, int))])
 
 
 def _read_sample(where: str, options: Mapping[str, Any], registered: Registered) -> Any:
@@ -259,6 +268,7 @@ def _read_sample(where: str, options: Mapping[str, Any], registered: Registered)
     with _explained(where, options['type'], 'cannot read its data', DataError):
         _refuse_pixels(dataset_type, options)
         dataset = _open_dataset(where, options, registered)
+    with _explained(where, options['type'], f'cannot read the sample of {name_of(dataset, 0)}', DataError):
         return dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
 
 
@@ -520,7 +530,8 @@ def _try_validation(model: SRModel, opt: Mapping[str, Any], sample: Mapping[str,
         top, left = (max(0, side - _LARGEST_METRIC_IMAGE) // 2 for side in clean)
         clean = sample['gt'][..., top : top + _LARGEST_METRIC_IMAGE, left : left + _LARGEST_METRIC_IMAGE].float()
         # An image too small for a metric fails alone, when its turn comes.
-        clean = pad_image(clean[None], *(max(0, _METRIC_IMAGE_SIDE - side) for side in clean.shape[-2:]))[0]
+        enough = _metric_image_side(metrics)
+        clean = pad_image(clean[None], *(max(0, enough - side) for side in clean.shape[-2:]))[0]
         alike = clean if len(clean) == result.shape[1] else clean.mean(0, True).expand(result.shape[1], -1, -1)
         pair = [alike[None], clean[None]]
     if is_ours and pair:

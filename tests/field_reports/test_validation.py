@@ -1,5 +1,6 @@
 """Kind C in validation: an image that fails says why, the others are measured, and the means are theirs."""
 
+import logging
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.errors import DataError, FileError, MemoryShortage, OptionError
 from ast_plugin.evaluation.protocols import PROTOCOLS
 from ast_plugin.evaluation.validator import Validator
+from tests import tiny_run
 from tests.data.images import noise, save
 
 BASICSR = {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}, 'ssim': {'type': 'calculate_ssim', 'crop_border': 0}}
@@ -95,6 +97,18 @@ def test_failures_are_counted_for_the_status():
     before = Validator.num_failed
     measure(Images(30, 20, 8), error=AssertionError())
     assert Validator.num_failed == before + 2
+
+
+def test_empty_file_of_basicsr_is_named(tmp_path, caplog):
+    from basicsr.data.paired_image_dataset import PairedImageDataset
+
+    tiny_run.write(tmp_path)
+    (tmp_path / 'data' / 'gt' / '2.png').write_bytes(b'')
+    options = {f'dataroot_{side}': str(tmp_path / 'data' / side) for side in ('lq', 'gt')}
+    options |= {'name': 'mine', 'phase': 'val', 'scale': 1, 'io_backend': {'type': 'disk'}}
+    logging.getLogger('basicsr').propagate = True
+    results = measure(PairedImageDataset(options))
+    assert list(results.failures) == ['2'] and '1 of 4 images failed' in caplog.text and '2: unreadable' in caplog.text
 
 
 def test_cut_file_among_pairs(tmp_path):
