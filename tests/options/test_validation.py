@@ -113,12 +113,13 @@ def test_best_metric_is_measured_in_training(registered, val, fault):
 
 UNKNOWN = 'unknown key, did you mean '
 MISSING = 'required, but not there'
+FOLDER_NAME = r'expected a name that can name a folder (up to 100 letters, no / or \, no dot or blank first)'
 CASES = [
     ('nam', 'x', f'nam: {UNKNOWN}name?'),
     ('nettwork_g', {}, f'nettwork_g: {UNKNOWN}network_g?'),
     ('name', ..., f'name: {MISSING}'),
     ('name', 5, 'name: expected text, got 5'),
-    ('name', '../up', "name: expected a name that can name a folder, got the text '../up'"),
+    ('name', '../up', f"name: {FOLDER_NAME}, got the text '../up'"),
     ('scale', 'two', "scale: expected a number, got the text 'two'"),
     ('scale', 0, 'scale: expected more than 0, got 0'),
     ('scale', float('nan'), 'scale: expected a finite number, got nan'),
