@@ -313,7 +313,7 @@ def _count_plain_pixels(data: bytes | memoryview) -> int | None:
     """
     kind = sniff_format(bytes(data[:16]))
     if kind == 'PNG':
-        is_whole = any(name == b'IEND' for name, _, _ in png_chunks(data))
+        is_whole = data[12:16] == b'IHDR' and any(name == b'IEND' for name, _, _ in png_chunks(data))
         return math.prod(struct.unpack_from('>II', data, 16)) if is_whole else None
     data = bytes(data)
     if kind == 'JPEG' and (frame := find_jpeg_frame(data)):
