@@ -158,6 +158,8 @@ class Sources:
     def _written(self, fault: Fault) -> str:
         expected = fault.message.partition(', got')[0]
         node = self._find(fault.where)[1]
+        if fault.message.endswith("got the text 'None'"):
+            return ': nothing is written ~'
         if isinstance(node, ScalarNode) and node.style is not None and _WANTS_NUMBER.search(expected):
             is_number = isinstance(_scalar(node.value), (int, float))
             return ': take the quotes away' if is_number else ''

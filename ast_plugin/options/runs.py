@@ -17,9 +17,11 @@ from typing import Any
 
 from ast_plugin.errors import OptionError
 from ast_plugin.options.reading import STAGES_KEY, merge
+from ast_plugin.options.sections import whole
 
 _PHASES = ('train', 'val', 'test')
 _CONVERTS_UINT8 = 'RestorationModel'
+_WHOLE_NUMBERS = ('_iter', '_freq', '_epochs')  # how keys of these end
 _IN_EPOCHS = (
     ('train', 'total_epochs', 'total_iter'),
     ('train', 'warmup_epochs', 'warmup_iter'),
@@ -207,6 +209,8 @@ def _count_epochs(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], 
 
     Whole numbers may have been written as `2e3`: BasicSR wants plain ones. A schedule keeps its `warmup_epochs`.
     """
+    for section in filter(None, map(opt.get, ('train', 'val', 'logger'))):
+        section.update({key: whole(value) for key, value in section.items() if key.endswith(_WHOLE_NUMBERS)})
     given = [
         (opt[section], key, plain_key)
         for section, key, plain_key in _IN_EPOCHS

@@ -120,7 +120,7 @@ def _compose(text: str, source: str) -> Node | None:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise OptionError(f'{source}{_place(error)}: not YAML: {_reason(error)}') from None
+        raise OptionError(f'{source}{_place(error)}: not YAML: {_reason(error)}{_hard_space(text)}') from None
     except RecursionError:
         raise OptionError(f'{source}: nested deeper than {MAX_DEPTH} levels') from None
 
@@ -130,12 +130,21 @@ def _place(error: yaml.YAMLError) -> str:
     return '' if mark is None else f':{mark.line + 1}'
 
 
+def _hard_space(text: str) -> str:
+    numbers = [number for number, line in enumerate(text.splitlines(), 1) if line.lstrip(' ').startswith('\u00a0')]
+    return (
+        f' (line {numbers[0]} begins with a space that does not break, U+00A0: type ordinary ones)' if numbers else ''
+    )
+
+
 def _reason(error: yaml.YAMLError) -> str:
     reason = getattr(error, 'problem', None) or getattr(error, 'reason', None) or str(error)
     if "'\\t'" in reason:
         reason += ' (indent with spaces, not tabs)'
     elif 'escape' in reason:
         reason += f' ({_BACKSLASH})'
+    elif any(words in reason for words in ('mapping values', 'cannot start any token', 'undefined alias')):
+        reason += " (put quotes around text that holds ': ' or begins with one of * & ! % @ `)"
     return ' '.join(reason.split())
 
 
@@ -209,7 +218,8 @@ class _Builder:
 
     def _tag_error(self, node: Node) -> OptionError:
         tag = node.tag.replace(_TAG, '!!')
-        return self._error(node, f'the tag {tag} is refused: an option file holds plain values only')
+        what = 'an option file holds plain values only, put quotes around text that begins with !'
+        return self._error(node, f'the tag {tag} is refused: {what}')
 
     def _error(self, node: Node, message: str) -> OptionError:
         return OptionError(f'{self.source}:{node.start_mark.line + 1}: {message}')

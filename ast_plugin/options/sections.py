@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 _MOST_NAME_BYTES = 200  # file systems take 255, of which log files and archives need some
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
     """5e3 is a whole number too: BasicSR's users write frequencies so."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -26,9 +26,9 @@ def _with_room_for_endings(value: str) -> str:
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Whole = Annotated[int, BeforeValidator(whole)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
+CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole)]
 FolderName = Annotated[
     str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]{0,99}$'), AfterValidator(_with_room_for_endings)
 ]

@@ -152,7 +152,9 @@ class _RunCheck:
             if not _is_typed(self.opt[key]):
                 self._report_type((key,))
         for key, value in self._section('path').items():
-            if value is not None and not isinstance(value, kinds.get(key, object)):
+            if value == 'None' and kinds.get(key, str) is str:
+                self._report(('path', key), "expected text or nothing, got the text 'None'")
+            elif value is not None and not isinstance(value, kinds.get(key, object)):
                 self._report(
                     ('path', key), f'expected {"text" if kinds[key] is str else "true or false"}, got {shown(value)}'
                 )

@@ -123,6 +123,35 @@ def test_stages_and_comparisons(tmp_path, capsys):
     assert 'makes of on: put quotes' in capsys.readouterr().err
 
 
+def test_none_of_python_is_no_text(tmp_path, registered):
+    for changed in ({'weights': 'None'}, {'key': 'None'}):
+        assert "expected text or nothing, got the text 'None': nothing is written ~" in faults(
+            tmp_path, registered, **changed
+        )
+
+
+@pytest.mark.parametrize('name', ['a: b', '@x', '%x', '`x', '*x', '!x', '&x: y'])
+def test_marks_of_yaml_want_quotes(name):
+    with pytest.raises(OptionError, match='put quotes around text'):
+        safe_yaml.read_text(f'name: {name}', 'my.yml')
+
+
+def test_space_that_does_not_break_is_said():
+    with pytest.raises(OptionError, match=r'line 3 begins .*U\+00A0'):
+        safe_yaml.read_text('a:\n  b: 1\n\u00a0\u00a0c:\n    d: 1\n  e: 2\n', 'my.yml')
+
+
+def test_numbers_with_exponents_are_whole(tmp_path, registered):
+    path = tmp_path / 'my.yml'
+    path.write_text(
+        FILE.format(**RIGHT).replace('total_iter: 2', 'total_iter: 1e5').replace('val_freq: 1', 'val_freq: 2e3')
+    )
+    opt = options.load(path)
+    prepared = options.prepare(opt, root=tmp_path, is_train=True, length_of=lambda dataset: 1)
+    assert (prepared['train']['total_iter'], prepared['val']['val_freq']) == (100_000, 2000)
+    assert {type(prepared['train']['total_iter']), type(prepared['val']['val_freq'])} == {int}
+
+
 # ---- inheritance
 
 PASTED = """\
