@@ -90,6 +90,8 @@ def check(
         checkpoints, is_large = _check_networks(opt, registered, source, state, samples)
         samples = {key: samples[key] for key in opt['datasets']}
         if samples and (is_run or not is_large):
+            if 'network_g' in checkpoints and opt['path'].get('param_key_g') is None:  # SRModel takes none for params
+                opt = {**opt, 'path': {**opt['path'], 'param_key_g': checkpoints['network_g'].param_key}}
             _try_model(opt, registered, source, samples)
         return checkpoints
 

@@ -15,6 +15,7 @@ import torch
 from basicsr import train, utils
 from basicsr.models.base_model import BaseModel
 from basicsr.utils import check_resume, get_root_logger, logger, misc
+from basicsr.utils.dist_util import get_dist_info
 
 from ast_plugin.checkpoints import newest_whole, read_state
 from ast_plugin.data import workers
@@ -259,7 +260,8 @@ def write_every_name() -> None:
         """Copy an option file into the experiment, below the time and the command line."""
         head = f'# GENERATE TIME: {time.asctime()}\n# CMD:\n# {printable(shlex.join(sys.argv))}\n\n'
         source = Path(opt_file)
-        write_file(Path(experiments_root, source.name), head.encode() + source.read_bytes())
+        if get_dist_info()[0] == 0:  # the others may come before the folder is there
+            write_file(Path(experiments_root, source.name), head.encode() + source.read_bytes())
 
     train.copy_opt_file = copy_opt_file
 

@@ -291,7 +291,7 @@ def test_names_that_are_no_text(prepared, capfd):
     assert 'fog \\udcff' in out and 'prepared 6 pairs' in out
     (prepared / strange / 'GT/02_GT.png').write_bytes(b'')
     out = check(capfd, f'{strange}_out', status=1)
-    assert '1 unreadable' in out and 'fog \\udcff\\n/GT/02_GT.png: the file is empty' in out
+    assert '1 unreadable' in out and '/GT/02_GT.png: the file is empty' in out
     assert main(['data', 'prepare', 'densehaze', strange, f'{strange}_out']) == 2
 
 

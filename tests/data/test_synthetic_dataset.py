@@ -122,7 +122,7 @@ def test_an_unreadable_photo_names_phase_and_file(folder):
 @pytest.mark.parametrize(
     ('options', 'expected'),
     [
-        ({'degradation': {'type': 'fog'}}, r'datasets\.train\.degradation: .*rain'),
+        ({'degradation': {'type': 'fog'}}, r'datasets\.train\.degradation.*rain'),
         ({'degradation': {'psnr': [30, 20]}}, r'degradation\.psnr.*lowest, highest'),
         ({'degradation': {'lenght': 2}}, r'degradation\.lenght: unknown key'),
         ({'source': 'folder'}, 'dataroot_gt'),

@@ -54,7 +54,7 @@ def test_type_is_rain_by_default():
         ({'type': 'snow', 'amount': [2, 1]}, r'^datasets\.train\.degradation\.amount: .*lowest, highest'),
         ({'type': 'moire', 'pitch': 'wide'}, r'^datasets\.train\.degradation\.pitch: '),
         ({'type': 'shadow', 'coverage': [0.5, 2]}, r'^datasets\.train\.degradation\.coverage: must lie within'),
-        ({'type': 'snwo'}, r'^datasets\.train\.degradation: .*snow'),
+        ({'type': 'snwo'}, r'^datasets\.train\.degradation.*snow'),
         ('snow', r'^datasets\.train\.degradation: '),
     ],
 )
