@@ -24,7 +24,7 @@ from ast_plugin.evaluation.cost import count_macs
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.evaluation.restorer import find_device
 from ast_plugin.evaluation.results import distinct
-from ast_plugin.evaluation.validator import name_of
+from ast_plugin.evaluation.validator import files_of
 from ast_plugin.files import write_file
 from ast_plugin.names import file_name, printable
 from ast_plugin.ops import frozen_weights
@@ -124,7 +124,7 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, dict[str, float]] = {}
     kept: list[str] = []  # the first ones by name: some datasets list their files in no order
     for number in range(len(dataset)):
-        path, stage, failures = name_of(dataset, number), 'unreadable', []
+        path, stage, failures = files_of(dataset, number)[0], 'unreadable', []
         try:
             sample = dataset[number]
             path, stage = sample['lq_path'], 'network'

@@ -105,7 +105,7 @@ class Validator:
         written: dict[int, Path] = {}
         taken: dict[str, None] = {}
         for number, sample in self._samples(loader):
-            name, stage = name_of(loader.dataset, number), 'unreadable'
+            name, stage = files_of(loader.dataset, number)[0], 'unreadable'
             try:
                 if isinstance(sample, Exception):
                     raise sample
@@ -211,11 +211,11 @@ class Validator:
             images[middle] = replace(images[middle], thumbnails=())
 
 
-def name_of(dataset: Any, number: int) -> str:
-    """The file of a sample that could not be read, where the dataset has a list of pairs."""
+def files_of(dataset: Any, number: int) -> list[str]:
+    """The files of a sample that could not be read, the degraded one first, where the dataset has a list of them."""
     pairs = getattr(dataset, 'pairs', None) or getattr(dataset, 'paths', ())  # ours or BasicSR's
     pair = pairs[number] if number < len(pairs) else f'image_{number + 1}'
-    return pair if isinstance(pair, str) else pair.lq if hasattr(pair, 'lq') else str(next(iter(pair.values())))
+    return [pair] if isinstance(pair, str) else [pair.lq] if hasattr(pair, 'lq') else [*map(str, pair.values())]
 
 
 def _to_pixels(image: Tensor) -> np.ndarray:

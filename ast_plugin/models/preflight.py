@@ -29,10 +29,11 @@ from ast_plugin.archs.networks import required_multiple
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import Checkpoint, read_checkpoint, read_state
 from ast_plugin.data import random_states
+from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.lmdb.reader import holds_pixels
 from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line
 from ast_plugin.evaluation.protocols import read_protocol
-from ast_plugin.evaluation.validator import name_of
+from ast_plugin.evaluation.validator import files_of
 from ast_plugin.models import run_state
 from ast_plugin.models.progress import TrainingProgress
 from ast_plugin.models.restoration_model import RestorationModel
@@ -270,8 +271,14 @@ def _read_sample(where: str, options: Mapping[str, Any], registered: Registered)
     with _explained(where, options['type'], 'cannot read its data', DataError):
         _refuse_pixels(dataset_type, options)
         dataset = _open_dataset(where, options, registered)
-    with _explained(where, options['type'], f'cannot read the sample of {name_of(dataset, 0)}', DataError):
-        return dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
+    files = files_of(dataset, 0)
+    with _explained(where, options['type'], f'cannot read the sample of {files[0]}', DataError):
+        try:
+            return dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
+        except Exception:
+            for file in filter(os.path.isfile, files):
+                read_rgb(file)  # names the file that cannot be decoded, which BasicSR's datasets do not
+            raise
 
 
 def _open_dataset(where: str, options: Mapping[str, Any], registered: Registered) -> Any:

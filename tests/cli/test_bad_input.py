@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import sys
 
 import cv2
@@ -92,7 +93,7 @@ def test_five_faults_give_five_lines(folder, capfd):
             'datasets.train: PairedImageDataset: No such file or directory: nowhere',
         ),
         (['datasets:val:dataroot_gt=~nobody/x'], 'datasets.val: PairedImageDataset: No such file or directory'),
-        (['datasets:train:gt_size=400'], 'datasets.train: PairedImageDataset cannot read its data'),
+        (['datasets:train:gt_size=400'], 'datasets.train: PairedImageDataset cannot read the sample of data/lq/'),
         (['network_g:act_type=unheard'], 'network_g: SRVGGNetCompact cannot be made'),
         (['network_g={type: AST, depths: [1, 2]}'], 'tiny.yml: network_g: depths must be'),
         (['train:pixel_opt:reduction=most'], 'train.pixel_opt: L1Loss cannot be made of these options: ValueError'),
@@ -148,7 +149,8 @@ def test_empty_data(folder, capfd):
 def test_corrupt_image(folder, capfd):
     for file in (folder / 'data' / 'gt').iterdir():
         file.write_bytes(b'not an image')
-    assert 'datasets.train: PairedImageDataset cannot read its data' in train(folder, capfd)
+    expected = r'tiny.yml: datasets.train: data/gt/\d.png: not a PNG, JPEG, WebP, TIFF or BMP file\n'
+    assert re.fullmatch(expected, train(folder, capfd))
 
 
 def test_state_without_its_weights(folder, capfd):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -55,9 +56,9 @@ def test_readme_installs_basicsr_as_bootstrap_does():
 def test_clone_is_found_from_the_folder_above(tmp_path):
     """An editable installation puts the clone itself on the path, before which no empty namespace package comes."""
     clone = tmp_path / 'above' / 'ast_plugin'
-    (clone / 'ast_plugin').mkdir(parents=True)
-    for name in ('setup.py', 'pyproject.toml', 'ast_plugin/__init__.py', 'ast_plugin/import_hook.py'):
-        (clone / name).write_bytes((ROOT / name).read_bytes())
+    shutil.copytree(ROOT / 'ast_plugin', clone / 'ast_plugin', ignore=shutil.ignore_patterns('weights', '__pycache__'))
+    for name in ('setup.py', 'pyproject.toml'):
+        shutil.copy(ROOT / name, clone)
     code = "from setuptools.build_meta import build_editable; build_editable('wheel')"
     (clone / 'wheel').mkdir()
     subprocess.run([sys.executable, '-c', code], cwd=clone, check=True, capture_output=True)
