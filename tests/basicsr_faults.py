@@ -80,6 +80,10 @@ def start_distributed_on_cpus():
     return dist.get_backend() == 'gloo'
 
 
+def compute_on_the_device():
+    return BaseModel({'num_gpu': 0, 'device': 'mps', 'is_train': True}).device.type == 'mps'
+
+
 def wrap_networks_on_cpus():
     model = BaseModel({'num_gpu': 0, 'is_train': True, 'dist': True})
     return isinstance(model.model_to_device(torch.nn.Linear(2, 2)), torch.nn.parallel.DistributedDataParallel)

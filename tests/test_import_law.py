@@ -14,19 +14,20 @@ MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itsel
     'errors': set(),
     'files': {'errors'},
     'names': {'errors', 'files'},
+    'devices': {'errors'},
     'faults': BASE,
-    'options': BASE | {'faults', 'plugins'},
+    'options': BASE | {'faults', 'plugins', 'devices'},
     'plugins': BASE,
     'ops': BASE,
     'checkpoints': BASE,
     'archs': BASE | {'faults', 'ops', 'checkpoints', 'plugins'},
-    'weights': BASE | {'archs', 'checkpoints'},
+    'weights': BASE | {'archs', 'checkpoints', 'devices'},
     'spandrel': BASE | {'archs', 'checkpoints'},
     'degradations': BASE | {'ops'},
     'data': BASE | {'ops', 'degradations', 'faults'},
     'losses': BASE | {'ops'},
-    'metrics': BASE | {'ops'},
-    'evaluation': BASE | {'ops', 'archs', 'metrics', 'data', 'checkpoints', 'weights'},
+    'metrics': BASE | {'ops', 'devices'},
+    'evaluation': BASE | {'devices', 'ops', 'archs', 'metrics', 'data', 'checkpoints', 'weights'},
     'models': BASE
     | {'faults', 'options', 'plugins', 'ops', 'archs', 'losses', 'metrics', 'data', 'checkpoints', 'evaluation'},
     'toolbox': BASE | {'data', 'models', 'checkpoints'},
@@ -118,7 +119,7 @@ def test_ops_load_torch_alone():
 
 def test_ast_is_built_without_basicsr():
     modules = loaded('-c', 'from ast_plugin.archs.networks import build_network; build_network({"type": "AST_XS"})')
-    assert not modules & {'basicsr', 'torchvision', 'cv2', 'mmengine', 'PIL', 'spandrel'}
+    assert not modules & {'basicsr', 'torchvision', 'cv2', 'mmengine', 'PIL', 'spandrel', 'huggingface_hub'}
 
 
 def test_package_loads_nothing_heavy():

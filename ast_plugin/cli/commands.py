@@ -10,6 +10,8 @@ from typing import IO, TYPE_CHECKING
 from ast_plugin.errors import did_you_mean
 from ast_plugin.names import printable_lines
 
+DEVICES = 'cpu, cuda, cuda:1 ..., mps, or auto: the first there is of cuda, mps, cpu'
+
 if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
 
@@ -44,7 +46,7 @@ def run_module(module_name: str, prog: str, arguments: Sequence[str]) -> int:
 
 
 def add_file_arguments(parser: argparse.ArgumentParser, is_needed: bool = True) -> None:
-    """Declare what says which options are meant, and `--root`."""
+    """Declare what says which options are meant, `--root` and `--device`."""
     parser.add_argument(
         '-opt',
         '--opt',
@@ -65,6 +67,14 @@ def add_file_arguments(parser: argparse.ArgumentParser, is_needed: bool = True) 
         default=[],
         metavar='KEY:SUB=VALUE',
         help='change options of the file, in all of its stages: train:total_epochs=1 datasets:train:gt_size=64',
+    )
+    parser.add_argument(
+        '--device',
+        dest='force_yml',
+        action='append',
+        type='device={}'.format,
+        metavar='NAME',
+        help="cpu, cuda, mps, or auto: the first there is of cuda, mps, cpu; instead of the file's device",
     )
 
 

@@ -30,16 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='DIR',
         help='write experiments/ and results/ under DIR instead of the working directory',
     )
+    parser.add_argument('--device', default='auto', metavar='NAME', help='auto, cpu, cuda or mps (default: auto)')
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, test, draw, and print the gain."""
     root = args.root.expanduser().resolve()
     start = time.monotonic()
+    where = ['-opt', OPTION_FILE, '--root', str(root), '--device', args.device]
     for command in (['train'], ['test', '--force_yml', 'val:save_img=true']):
-        status = subprocess.run(
-            [sys.executable, '-m', 'ast_plugin', *command, '-opt', OPTION_FILE, '--root', str(root)], check=False
-        ).returncode
+        status = subprocess.run([sys.executable, '-m', 'ast_plugin', *command, *where], check=False).returncode
         if status:
             return status
         if command[0] == 'train':

@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ast_plugin.cli.commands import DEVICES
 from ast_plugin.errors import OptionError
 
 
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='give the mean of the results for the eight flips and rotations: a little better, eight times as long',
     )
-    add('--device', metavar='NAME', help='cpu, cuda, cuda:1 ... (default: a GPU where there is one)')
+    add('--device', default='auto', metavar='NAME', help=f'{DEVICES} (default: auto)')
     add('--suffix', default='', metavar='TEXT', help='put TEXT behind the names: photo.jpg becomes photoTEXT.jpg')
     add(
         '--format',

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--size', default='256x256', metavar='HxW', help='of an image in pixels (default: %(default)s)')
     parser.add_argument('--weights', metavar='FILE', help='load these weights, and see that they fit')
     parser.add_argument('--param-key', metavar='KEY', help='where a .pth file holds the weights, such as params_ema')
-    parser.add_argument('--run', action='store_true', help='put an image of the size through on the CPU, and measure')
+    parser.add_argument('--run', action='store_true', help='put an image of the size through, and measure')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,11 +53,13 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin import ops
     from ast_plugin.archs.blocks import FEED_FORWARDS, WindowAttention
     from ast_plugin.archs.networks import any_size, input_channels, load_network, required_multiple
+    from ast_plugin.devices import describe_device, find_device
     from ast_plugin.evaluation.cost import available_bytes, count_macs_of_size
 
     weights = None if args.weights is None else str(Path(args.weights).expanduser())
     channels = input_channels(options)
-    job = {'network': options, 'weights': weights, 'param_key': args.param_key, 'channels': channels}
+    device = find_device(stage.opt.get('device'))
+    job = {'network': options, 'weights': weights, 'param_key': args.param_key, 'device': str(device)}
     try:
         network = load_network(options, weights, args.param_key, functools.partial(_print, 'weights'))
         required_multiple(network, channels)  # refuses networks that enlarge images
@@ -78,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
     backend = "PyTorch's operators: the network has no blocks of AST"
     if any(isinstance(module, (WindowAttention, *FEED_FORWARDS.values())) for module in network.modules()):
         with torch.inference_mode():
-            backend = f'{ops.explain(torch.zeros(1, 8, 8, 1))}, on the CPU'
-    _print('backend', backend)
+            backend = str(ops.explain(torch.zeros(1, 8, 8, 1, device=device)))
+    _print('backend', f'{backend}, on {describe_device(device)}')
 
-    free = available_bytes(torch.device('cpu'))
+    free = available_bytes(device)
     needed = predict_memory(job, size, multiple, free)
     if needed is None:
         _print('memory', 'not predicted: this system does not tell how large a process is')
@@ -109,7 +111,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def predict_memory(job: dict[str, Any], size: tuple[int, int], multiple: int, free: int) -> int | None:
-    """Predict the peak memory of a pass on a CPU above the weights, on a line through two sizes that are measured.
+    """Predict the peak memory of a pass above the weights, on a line through two sizes that are measured.
 
     Args:
         job: what `compare.measure` is told of the network.
@@ -135,7 +137,7 @@ def predict_memory(job: dict[str, Any], size: tuple[int, int], multiple: int, fr
 
 def _measure(job: dict[str, Any], size: tuple[int, int]) -> str:
     peak = _run_child('memory', {**job, 'size': size})['peak_bytes']
-    record = _run_child('speed', {**job, 'size': size, 'runs': _RUNS, 'device': 'cpu', 'counts': False})
+    record = _run_child('speed', {**job, 'size': size, 'runs': _RUNS, 'counts': False})
     memory = 'unknown memory' if peak is None else f'{peak / _MEBIBYTE:.0f} MiB above the parameters'
     load = '' if record['load'] is None else f', load {record["load"]}'
     median, count = statistics.median(record['seconds']), len(record['seconds'])

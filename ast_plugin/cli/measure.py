@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ast_plugin.cli.commands import DEVICES
 from ast_plugin.data.image_files import read_image
 from ast_plugin.data.matching import Template, difference_of, fold, is_image, shorten_list
 from ast_plugin.errors import DataError, OptionError, ShapeError
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='METRIC',
         help='measure by these metrics of pyiqa too',
     )
+    parser.add_argument('--device', default='auto', metavar='NAME', help=f'for pyiqa: {DEVICES} (default: auto)')
     parser.add_argument('--like', metavar='FIGURE', help='a published PSNR or SSIM: name the definitions that give it')
     parser.add_argument(
         '--worst', type=int, default=3, metavar='N', help='name as many of the worst images (default: 3)'
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     definitions = [definition._replace(border=args.crop_border) for definition in KNOWN]
     if args.like:
         definitions = all_definitions('ssim' if float(args.like) <= 1 else 'psnr')
-    values, failures = _measure(pairs, definitions, args.pyiqa, args.crop_border)
+    values, failures = _measure(pairs, definitions, args.pyiqa, args.crop_border, args.device)
     print(end=''.join(f'{line}\n' for line in notes + failures))
     if not values:
         raise DataError(f'none of {len(pairs)} pairs could be measured')
@@ -157,7 +159,11 @@ def _images(folder: Path, template: str) -> dict[str, Path]:
 
 
 def _measure(
-    pairs: Mapping[str, Mapping[str, Path]], definitions: Sequence[Definition], metrics: Sequence[str], border: int
+    pairs: Mapping[str, Mapping[str, Path]],
+    definitions: Sequence[Definition],
+    metrics: Sequence[str],
+    border: int,
+    device: str,
 ) -> tuple[dict[str, dict[str, Values]], list[str]]:
     """By name and side the values of each definition and metric of pyiqa; and a line on each pair that failed."""
     from ast_plugin.metrics.definitions import KNOWN, measure
@@ -175,21 +181,23 @@ def _measure(
                 nothing = [definition for definition in definitions[: len(KNOWN)] if math.isnan(measured[definition])]
                 if nothing:
                     raise DataError(f'{paths[side]} is too small for {nothing[0].name} with a border of {border}')
-                by_side[side] = {**measured, **_measure_by_pyiqa(image, gt, metrics, border)}
+                by_side[side] = {**measured, **_measure_by_pyiqa(image, gt, metrics, border, device)}
             values[name] = by_side
         except (DataError, ShapeError) as error:
             failures.append(f'not measured: {printable(str(error))}')
     return values, failures
 
 
-def _measure_by_pyiqa(image: np.ndarray, gt: np.ndarray, metrics: Sequence[str], border: int) -> dict[str, float]:
+def _measure_by_pyiqa(
+    image: np.ndarray, gt: np.ndarray, metrics: Sequence[str], border: int, device: str
+) -> dict[str, float]:
     if not metrics:
         return {}
     from ast_plugin.metrics.images import fractions, to_toolbox
     from ast_plugin.metrics.registered_metrics import pyiqa
 
     pair = [to_toolbox(each if each.dtype == 'uint8' else fractions(each)) for each in (image, gt)]
-    return {metric: pyiqa(*pair, metric, crop_border=border) for metric in metrics}
+    return {metric: pyiqa(*pair, metric, crop_border=border, device=device) for metric in metrics}
 
 
 def _read(path: Path) -> np.ndarray:

@@ -19,6 +19,7 @@ from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError, PluginError, ShapeError, first_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ast_plugin.archs.mixed.mixed_arch import Mixed
@@ -50,14 +51,15 @@ def run(args: argparse.Namespace) -> int:
         options = stage.opt.get('network_g') or {}
         if options.get('type') != 'Mixed':
             raise OptionError(f'{loaded.source(stage)}: network_g.type: expected Mixed, got {options.get("type")}')
-        _show(options, loaded.source(stage), tuple(args.size))
+        _show(options, loaded.source(stage), tuple(args.size), stage.opt.get('device'))
     return 0
 
 
-def _show(options: dict[str, Any], source: str, size: tuple[int, int]) -> None:
+def _show(options: dict[str, Any], source: str, size: tuple[int, int], device: str | None) -> None:
     from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
+    from ast_plugin.devices import find_device
 
-    arguments = {key: value for key, value in options.items() if key != 'type'}
+    arguments, found = {key: value for key, value in options.items() if key != 'type'}, find_device(device)
     try:
         mixed = Mixed(**arguments)
         base = build_base(options['base'])
@@ -67,7 +69,7 @@ def _show(options: dict[str, Any], source: str, size: tuple[int, int]) -> None:
     print()
     print(_cost_table(base, mixed))
     print()
-    print(_trial(mixed, size), flush=True)
+    print(_trial(mixed, size, found), flush=True)
 
 
 def _exchange_table(exchanges: Sequence[Exchange]) -> str:
@@ -109,16 +111,21 @@ def _cost_table(base: nn.Module, mixed: Mixed) -> str:
     )
 
 
-def _trial(mixed: Mixed, size: tuple[int, int]) -> str:
+def _trial(mixed: Mixed, size: tuple[int, int], device: torch.device) -> str:
     """One forward and backward on noise; ShapeError where the network does not run, or a number is not finite."""
     import torch
 
-    image = torch.rand(1, mixed.in_channels, *size, generator=torch.Generator().manual_seed(0))
+    from ast_plugin.devices import describe_device, wait_for
+
+    image = torch.rand(1, mixed.in_channels, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    mixed.to(device).train()
     start = time.perf_counter()
     try:
-        output = mixed.train()(image)
+        output = mixed(image)
+        wait_for(device)
         middle = time.perf_counter()
         output.square().mean().backward()
+        wait_for(device)
     except PluginError:
         raise
     except Exception as error:  # whatever somebody's network raises in training alone
@@ -138,7 +145,8 @@ def _trial(mixed: Mixed, size: tuple[int, int]) -> str:
         print(f'basicsr: warning: no gradient reaches {", ".join(idle[:3])}{more}', file=sys.stderr)
     return (
         f'{size[0]}x{size[1]} -> {output.shape[-2]}x{output.shape[-1]}: forward {middle - start:.2f} s, backward '
-        f'{end - middle:.2f} s on the CPU, gradients of {len(named) - len(idle)} of {len(named)} parameters, all finite'
+        f'{end - middle:.2f} s on {describe_device(device)}, '
+        f'gradients of {len(named) - len(idle)} of {len(named)} parameters, all finite'
     )
 
 

@@ -49,9 +49,9 @@ def installed_versions() -> dict[str, str]:
 def peak_memory(function: Callable[[], object], device: torch.device | str = 'cpu') -> int | None:
     """Bytes that a call takes at most on top of what is held before it; None where the system does not tell.
 
-    On CUDA these are the bytes that torch allocates, on a CPU the growth of the process's resident size.
+    On a GPU these are the bytes of tensors, on a CPU the growth of the process's resident size.
     """
-    if torch.device(device).type == 'cuda':
+    if torch.device(device).type != 'cpu':
         return peak_bytes(function, torch.device(device))
     # What earlier calls have left, as garbage or with the allocator, would hide what this one needs.
     gc.collect()

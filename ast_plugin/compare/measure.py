@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from ast_plugin.archs.networks import AnySize, any_size, input_channels, load_network, required_multiple
 from ast_plugin.compare.child import ChildFailed, run_child
 from ast_plugin.compare.machine import load_average, peak_memory
+from ast_plugin.devices import describe_device, find_device, wait_for
 from ast_plugin.errors import DataError, OptionError, PluginError, class_of_failure, one_line
 from ast_plugin.evaluation.cost import count_macs
 from ast_plugin.evaluation.protocols import read_protocol
-from ast_plugin.evaluation.restorer import find_device
 from ast_plugin.evaluation.results import distinct
 from ast_plugin.evaluation.validator import files_of
 from ast_plugin.files import write_file
+from ast_plugin.metrics.registered_metrics import with_device
 from ast_plugin.names import file_name, printable
 from ast_plugin.ops import frozen_weights
 from ast_plugin.plugins import load_plugins
@@ -80,7 +81,7 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
     record: dict[str, Any] = {
         'parameters': sum(parameter.numel() for parameter in network.parameters()),
         'threads': torch.get_num_threads(),
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
+        'device': describe_device(device),
         'load': load_average(),
     }
     image = torch.rand(1, input_channels(job['network']), *job['size'], device=device)
@@ -94,17 +95,18 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_memory(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Peak memory of a pass on a CPU on top of the weights, after one on a small image.
+    """Peak memory of a pass on top of the weights, after one on a small image.
 
     Args:
-        job: `network`, `weights`, `param_key`, `size` (height, width).
+        job: `network`, `weights`, `param_key`, `size` (height, width), `device`.
     Returns:
         `peak_bytes`; None where the system does not tell.
     """
-    network = _load_any_size(job, torch.device('cpu'))
-    image = torch.rand(1, input_channels(job['network']), *job['size'])
+    device = find_device(job['device'])
+    network = _load_any_size(job, device)
+    image = torch.rand(1, input_channels(job['network']), *job['size'], device=device)
     with torch.inference_mode():
-        return {'peak_bytes': peak_memory(lambda: network(image))}
+        return {'peak_bytes': peak_memory(lambda: network(image), device)}
 
 
 def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,8 +119,9 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
         `values`, by image and metric; `protocol`, in a line; `multiple`, of which the sizes had to be; `notes`;
         `kept`, the names of the images in the folder.
     """
-    protocol = read_protocol(job['protocol'])
-    network = None if job['network'] is None else _load_any_size(job, find_device(job['device']))
+    protocol, device = read_protocol(job['protocol']), find_device(job['device'])
+    metrics = with_device(protocol.metrics if job['metrics'] is None else job['metrics'], device)
+    network = None if job['network'] is None else _load_any_size(job, device)
     dataset = _open_dataset(job['dataset'])
     notes: list[str] = []
     values: dict[str, dict[str, float]] = {}
@@ -134,10 +137,10 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
             with torch.inference_mode():
                 restored = lq.clamp(0, 1) if network is None else protocol.restore(network, lq, on_note=notes.append)
             stage = 'metric'
-            measured = protocol.measure(restored[0], gt[0].clamp(0, 1), job['metrics'], failures.append)
+            measured = protocol.measure(restored[0], gt[0].clamp(0, 1), metrics, failures.append)
         except Exception as error:
             failures.append(f'{class_of_failure(error, stage)}: {one_line(error)}')
-            measured = dict.fromkeys(protocol.metrics if job['metrics'] is None else job['metrics'], math.nan)
+            measured = dict.fromkeys(metrics, math.nan)
         name = distinct(printable(Path(path).stem), values)
         values[name] = measured  # what is not a number for one network is left out for all
         notes += [f'{path}: {failure}' for failure in failures]
@@ -200,8 +203,7 @@ def _time_runs(network: nn.Module, image: Tensor, runs: int) -> list[float]:
     for number in range(_WARM_UP + runs):
         start = time.perf_counter()
         network(image)
-        if image.device.type == 'cuda':
-            torch.cuda.synchronize(image.device)
+        wait_for(image.device)
         if number >= _WARM_UP:
             taken.append(round(time.perf_counter() - start, 6))
         if len(taken) >= _FEWEST_RUNS and sum(taken) > _MOST_SECONDS:

@@ -10,6 +10,7 @@ from typing import Any
 from ast_plugin import options
 from ast_plugin.archs.networks import network_of
 from ast_plugin.checkpoints import read_checkpoint
+from ast_plugin.devices import find_device
 from ast_plugin.errors import OptionError, PluginError
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.models import preflight
@@ -96,10 +97,11 @@ def make_plan(name_or_path: str, root: str | Path, overrides: Sequence[str] = ()
         raise OptionError(f'{file}: val.{error}') from error
     if not val.get('metrics') and not protocol.metrics:
         raise OptionError(f'{file}: val.metrics: required, the protocol {protocol.type} has no metrics of its own')
+    settings = CompareSettings.model_validate(opt.get('compare') or {}).model_dump()
+    settings['device'] = str(find_device(opt.get('device') or settings['device']))
     folder = Path(root).expanduser().resolve() / 'comparisons' / opt['name']
     planner = _Planner(file, opt, folder, registered)
     networks = [planner.plan(number, entry) for number, entry in enumerate(opt['networks'])]
-    settings = CompareSettings.model_validate(opt.get('compare') or {}).model_dump()
     return Plan(
         opt['name'], folder, networks, planner.dataset, val.get('protocol'), val.get('metrics') or None, settings
     )

@@ -92,7 +92,7 @@ def on_line(x: float, first: tuple[float, float], second: tuple[float, float]) -
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the free memory of a device: of the GPU, or of the machine and the container we run in.
+    """Return the free memory of a device: of a GPU, or of the machine and the container we run in, which MPS shares.
 
     Where the system does not tell (it does on Linux), 4 GiB are assumed.
     """
@@ -100,13 +100,15 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     known = [amount for amount in (_free_in_machine(), *map(_free_in_group, _GROUP_FILES)) if amount is not None]
+    if device.type == 'mps':
+        known.append(max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
     return min(known, default=_UNKNOWN_MEMORY)
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """Run a function and measure the most memory that its tensors held at once, without what was there before.
 
-    On a CPU the tensors that pass through PyTorch's dispatcher are counted, not what a kernel allocates inside.
+    But on CUDA the tensors that pass through PyTorch's dispatcher are counted, not what a kernel allocates inside.
     """
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)

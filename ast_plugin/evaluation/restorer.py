@@ -13,9 +13,10 @@ from torch import nn
 from ast_plugin.archs.networks import build_network, build_network_of, input_channels
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import read_checkpoint
-from ast_plugin.errors import DataError, OptionError, ShapeError, one_line
+from ast_plugin.devices import AUTO, find_device
+from ast_plugin.errors import DataError, OptionError, ShapeError
 from ast_plugin.evaluation.protocols import Protocol
-from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile
+from ast_plugin.evaluation.tiling import OnNote, OnTile
 from ast_plugin.weights import find_weights
 
 _LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
@@ -32,7 +33,7 @@ class Restorer:
     Args:
         network: maps [1, C, H, W] in [0, 1] to [1, D, s·H, s·W], C and D being 1 or 3.
         in_channels: C.
-        device: 'cpu', 'cuda', 'cuda:1' …; None takes a GPU where there is one.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1' …, 'mps'; see `ast_plugin.devices.find_device`.
         tile: side of a tile in pixels; 'auto' or None chooses by the free memory, and takes the whole where it fits.
         overlap: pixels that neighbouring tiles share; None takes a quarter of the tile.
         batch: tiles that go through the network together.
@@ -48,7 +49,7 @@ class Restorer:
         network: nn.Module,
         *,
         in_channels: int = 3,
-        device: str | torch.device | None = None,
+        device: str | torch.device | None = AUTO,
         tile: int | str | None = None,
         overlap: int | None = None,
         batch: int = 1,
@@ -69,7 +70,7 @@ class Restorer:
         *,
         network: Mapping[str, Any] | None = None,
         param_key: str | None = None,
-        device: str | torch.device | None = None,
+        device: str | torch.device | None = AUTO,
         **tiling: Any,
     ) -> 'Restorer':
         """Build the network that a weights file is of, and load it.
@@ -95,7 +96,7 @@ class Restorer:
         return restorer
 
     @classmethod
-    def from_task(cls, task: str, *, device: str | torch.device | None = None, **tiling: Any) -> 'Restorer':
+    def from_task(cls, task: str, *, device: str | torch.device | None = AUTO, **tiling: Any) -> 'Restorer':
         """Load the network of a task with the weights that come with this package; see `ast_plugin.weights`.
 
         Args:
@@ -177,24 +178,6 @@ class Restorer:
             result = result.round_() if largest > 1 else result
             array = result.movedim(0, -1).numpy().astype(image.dtype if largest > 1 else np.float32)
         return np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)
-
-
-def find_device(name: str | torch.device | None) -> torch.device:
-    """Return the device of that name; None takes the first GPU, or the CPU where there is none.
-
-    Raises:
-        OptionError: if there is no such device here.
-    """
-    if name is None:
-        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        count = torch.cuda.device_count()
-        have = f'cpu, cuda:0 to cuda:{count - 1}' if count > 1 else 'cpu, cuda' if count else 'cpu'
-        raise OptionError(f'device {name!s} cannot be used here, there is: {have} ({one_line(error)})') from error
-    return device
 
 
 def _protocol(

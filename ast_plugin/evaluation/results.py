@@ -16,6 +16,7 @@ from PIL import Image
 
 import ast_plugin
 from ast_plugin.data.contact_sheet import Cell, draw_contact_sheet, save_sheet
+from ast_plugin.devices import describe_device
 from ast_plugin.errors import only_warn
 from ast_plugin.evaluation.protocols import Metrics, Protocol
 from ast_plugin.files import file_digest, write_file
@@ -180,13 +181,13 @@ def describe_provenance(
         basicsr = version('basicsr')
     except PackageNotFoundError:
         basicsr = 'unknown'
-    name = f'{device.type} ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else device.type
     return {
         'protocol': protocol.describe(),
         'metrics': '; '.join(f'{name}: {_describe_metric(options)}' for name, options in metrics.items()),
         'weights': str(weights or ''),
         'sha256': file_digest(weights) if weights else '',
-        'versions': f'ast_plugin {ast_plugin.__version__}, basicsr {basicsr}, torch {torch.__version__}, device {name}',
+        'versions': f'ast_plugin {ast_plugin.__version__}, basicsr {basicsr}, torch {torch.__version__}, '
+        f'device {describe_device(device)}',
     }
 
 

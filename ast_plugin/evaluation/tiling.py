@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.archs.networks import any_size
+from ast_plugin.devices import widest_dtype
 from ast_plugin.errors import MemoryShortage, OptionError, PluginError, ShapeError, one_line, out_of_memory
 from ast_plugin.evaluation.cost import available_bytes, peak_bytes
 from ast_plugin.ops import frozen_weights
@@ -70,7 +71,7 @@ class Tiling:
             on_tile: called with (tiles done, tiles in all).
             on_note: called with a line when memory is short and tiles or fewer tiles at once are chosen.
         Returns:
-            [B, D, s·H, s·W], float32 or float64 as the image, on the image's device.
+            [B, D, s·H, s·W], float32 or float64 as the image (computed in float32 on MPS), on the image's device.
         Raises:
             MemoryShortage: if the image does not fit in memory as asked for.
             ShapeError: if the network does not take these sizes.
@@ -83,7 +84,7 @@ class Tiling:
 
         def apply(patches: Tensor) -> Tensor:
             with _explain_failures(patches):
-                return run(patches.to(device)).to(image.device, dtype)
+                return run(patches.to(widest_dtype(patches.dtype, device)).to(device)).to(image.device).to(dtype)
 
         height, width = image.shape[-2:]
         whole, batch = max(height, width), self.batch
@@ -122,7 +123,8 @@ class Tiling:
             return whole
         known = _bytes_per_pixel if isinstance(network, nn.Module) else {}
         if network not in known:
-            probe = torch.zeros(1, image.shape[1], _TILE_STEP, _TILE_STEP, dtype=image.dtype, device=device)
+            size, dtype = (1, image.shape[1], _TILE_STEP, _TILE_STEP), widest_dtype(image.dtype, device)
+            probe = torch.zeros(size, dtype=dtype, device=device)
             with _explain_failures(probe):
                 known[network] = max(1, peak_bytes(lambda: run(probe), device)) / _TILE_STEP**2
         needed = pixels * known[network]

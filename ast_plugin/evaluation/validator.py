@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from ast_plugin.data.contact_sheet import make_thumbnails
 from ast_plugin.data.image_files import ImageFile, encode_image
+from ast_plugin.devices import AUTO
 from ast_plugin.errors import DataError, PluginError, class_of_failure, one_line
 from ast_plugin.evaluation.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
 from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults, distinct
 from ast_plugin.files import write_file
 from ast_plugin.metrics.images import as_array, eight_bits
-from ast_plugin.metrics.registered_metrics import better_direction
+from ast_plugin.metrics.registered_metrics import better_direction, with_device
 from ast_plugin.names import printable
 
 ImagePath = Callable[[str, str, int | str], Path]  # of dataset, name and iteration
@@ -63,7 +64,7 @@ class Validator:
     def from_options(cls, opt: Mapping[str, Any], image_path: ImagePath, processes: Any = None) -> 'Validator':
         """Build a validator by `val`, with thumbnails of `logger.tb_pictures` images, else 4, where they are shown.
 
-        What `val` leaves out is put in: the protocol's metrics, and of each metric which way is better.
+        What `val` leaves out is put in: the protocol's metrics, and of each metric which way is better, and its device.
         """
         logger = opt.get('logger') or {}
         shown = logger.get('tb_pictures')
@@ -76,7 +77,7 @@ class Validator:
         # Only where it must be said: other packages' metrics may not take the argument.
         metrics = {
             name: {**options, 'better': 'lower'} if better_direction(options) == 'lower' else dict(options)
-            for name, options in metrics.items()
+            for name, options in with_device(metrics, opt.get('device') or AUTO).items()
         }
         if opt.get('val') is not None:
             val['metrics'] = metrics

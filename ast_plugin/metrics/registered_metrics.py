@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ast_plugin.devices import AUTO, find_device
 from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError, did_you_mean, first_line
 from ast_plugin.metrics.images import fractions, from_toolbox
 from ast_plugin.metrics.psnr_ssim import psnr_rgb, psnr_y_float, psnr_y_matlab, ssim_rgb, ssim_y_matlab
@@ -50,6 +51,7 @@ def pyiqa(
     crop_border: int = 0,
     input_order: str = 'HWC',
     better: str | None = None,
+    device: str = AUTO,
     **options: Any,
 ) -> float:
     """Measure one image by a metric of pyiqa (lpips, dists, niqe …), which downloads the metric's weights once.
@@ -59,14 +61,15 @@ def pyiqa(
         metric: its name in pyiqa.
         crop_border, input_order: as of BasicSR's metrics.
         better: what BasicSR leaves among the options; without effect here.
+        device: that the metric's network runs on, see `ast_plugin.devices.find_device`.
         options: the metric's own.
     Raises:
         BackendUnavailable: if pyiqa is not installed, or the weights cannot be downloaded.
-        OptionError: if pyiqa has no such metric, or it measures sets of images.
+        OptionError: if pyiqa has no such metric, it measures sets of images, or the device is not there.
         ShapeError: if the images are too small for the metric, or differ in size.
     """
     pair = [from_toolbox(image, crop_border, input_order) for image in (img, img2)]
-    model = _pyiqa_model(metric, json.dumps(options, sort_keys=True))
+    model = _pyiqa_model(metric, json.dumps(options, sort_keys=True), device)
     tensors = [torch.from_numpy(np.ascontiguousarray(fractions(image).transpose(2, 0, 1)[None])) for image in pair]
     tensors = [tensor.float() for tensor in tensors]
     needs_reference = model.metric_mode == 'FR'
@@ -89,12 +92,20 @@ def better_direction(options: Mapping[str, Any]) -> str:
     return 'lower' if options['type'] in _LOWER_IS_BETTER else 'higher'
 
 
+def with_device(metrics: Mapping[str, Mapping[str, Any]], device: torch.device | str) -> dict[str, dict[str, Any]]:
+    """Return metrics of which those that are networks, pyiqa's, run on a device where their options name none."""
+    return {
+        name: {**options, 'device': options.get('device', str(device))} if options['type'] == 'pyiqa' else dict(options)
+        for name, options in metrics.items()
+    }
+
+
 @functools.lru_cache(maxsize=8)
-def _pyiqa_model(metric: str, options: str) -> Any:
-    """The metric's network, made once; on the GPU where there is one, as pyiqa has it."""
+def _pyiqa_model(metric: str, options: str, device: str) -> Any:
+    """The metric's network, made once."""
     _pyiqa_entry(metric)
     try:
-        return _pyiqa_package().create_metric(metric, **json.loads(options))
+        return _pyiqa_package().create_metric(metric, device=find_device(device), **json.loads(options))
     except OSError as error:  # of urllib, requests and huggingface_hub alike
         raise BackendUnavailable(
             f'pyiqa: the weights of {metric} cannot be fetched ({first_line(error)}); '

@@ -150,6 +150,8 @@ def _check_device(opt: Mapping[str, Any], source: str) -> None:
             f'{source}: num_gpu: {opt["num_gpu"]}, but this machine has {have}: set num_gpu to auto for what there is, '
             'or to 0 for the CPU'
         )
+    if opt.get('device') == 'mps' and opt['dist']:
+        raise OptionError(f'{source}: device: mps trains in one process; leave --launcher out, or set device to cpu')
 
 
 def _check_logger(opt: Mapping[str, Any], source: str) -> None:
@@ -389,17 +391,21 @@ def _build_network(registered: Registered, options: Mapping[str, Any]) -> nn.Mod
 def _is_large(network: nn.Module, opt: Mapping[str, Any], samples: Mapping[str, Any]) -> bool:
     """Whether a step on a sample would take a CPU more than some seconds, by parameters and pixels."""
     sample = samples.get('train')
-    if opt['num_gpu'] or not isinstance(sample, dict) or 'lq' not in sample:
+    if _is_on_gpu(opt) or not isinstance(sample, dict) or 'lq' not in sample:
         return False
     work = 6 * sum(parameter.numel() for parameter in network.parameters()) * sample['lq'][..., 0, :, :].numel()
     is_half = (opt['train'].get('precision') or 'fp32') != 'fp32'
     return work * _num_tried(opt) * (_HALF_ON_CPU if is_half else 1) > _AFFORDABLE
 
 
+def _is_on_gpu(opt: Mapping[str, Any]) -> bool:
+    return bool(opt['num_gpu']) or opt.get('device') == 'mps'
+
+
 def _num_tried(opt: Mapping[str, Any]) -> int:
     """Images of the batch that is tried: all on a GPU, whose memory has to take them, else two of a micro-batch."""
     batch = batch_size(opt) or 1
-    return batch if opt['num_gpu'] else min(2, max(1, batch // (opt['train'].get('accumulate') or 1)))
+    return batch if _is_on_gpu(opt) else min(2, max(1, batch // (opt['train'].get('accumulate') or 1)))
 
 
 def _try_shapes(
@@ -437,7 +443,7 @@ def _try_model(opt: Mapping[str, Any], registered: Registered, source: str, samp
         if opt['is_train']:
             train = opt['train']
             train.pop('compile', None)  # which takes longer than all the rest
-            if not opt['num_gpu']:
+            if not _is_on_gpu(opt):
                 train['accumulate'] = None
             if train.get('mixing'):
                 train['mixing'] |= {'start_epoch': 1, 'probability': 1.0}

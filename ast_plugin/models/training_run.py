@@ -177,7 +177,8 @@ def join_processes(run: Run, launcher: str) -> Iterator[dict[str, Any]]:
     is_distributed = launcher != 'none'
     if is_distributed:
         # Gloo for a run on CPUs, whether there are GPUs or not.
-        backend = {'backend': 'gloo'} if run.opt.get('num_gpu') == 0 else {}
+        is_on_cpu = run.opt.get('device') == 'cpu' or run.opt.get('num_gpu') == 0
+        backend = {'backend': 'gloo'} if is_on_cpu else {}
         init_dist(launcher, **backend, **((run.opt.get('dist_params') or {}) if launcher == 'slurm' else {}))
     try:
         with failing_together():

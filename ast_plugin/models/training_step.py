@@ -45,7 +45,10 @@ class Precision:
         self.dtype = PRECISIONS[name]
         if self.dtype is not None:
             self._try(device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=name == 'fp16')
+        self.scaler = self._scaler(device)
+
+    def _scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(device.type, enabled=self.name == 'fp16')
 
     def check_wrapper(self, network: nn.Module) -> None:
         """Refuse torch's DataParallel with bf16: its threads forget autocast's format and compute in float16."""
@@ -65,13 +68,14 @@ class Precision:
 
     def _try(self, device: torch.device) -> None:
         """Run a convolution there and back: what a device lacks shows only then, and autocast may switch itself off."""
-        image = torch.ones(1, 4, 4, 4, device=device)
+        image, scaler = torch.ones(1, 4, 4, 4, device=device), self._scaler(device)
         weight = torch.ones(4, 4, 3, 3, device=device, requires_grad=True)
         reason = ''
         try:
             with self.autocast():
                 output = F.conv2d(image, weight)
-            output.float().sum().backward()
+            scaler.scale(output.float().sum()).backward()
+            scaler.unscale_(torch.optim.SGD([weight]))
         except RuntimeError as error:
             reason = f' ({str(error).splitlines()[0]})'
         if reason or output.dtype != self.dtype:
@@ -305,7 +309,8 @@ def check_switches(opt: Mapping[str, Any], network: nn.Module, losses: Mapping[s
     check_reductions(train, losses)
     network_switches.apply(network, train)
     mixup.from_options(train, seed=0, rank=0)
-    # A GPU is left alone: each process takes its own later, and would take memory of the first one now.
-    precision = Precision((train.get('precision') or 'fp32') if opt['num_gpu'] == 0 else 'fp32', torch.device('cpu'))
+    # A GPU of CUDA is left alone: each process takes its own later, and would take memory of the first one now.
+    device = 'cpu' if opt['num_gpu'] else opt.get('device', 'cpu')
+    precision = Precision((train.get('precision') or 'fp32') if not opt['num_gpu'] else 'fp32', torch.device(device))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     TrainingStep(network, optimizer, precision, train, batch=batch_size(opt))

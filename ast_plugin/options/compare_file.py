@@ -45,7 +45,9 @@ class CompareSettings(Section):
     sizes: list[Size] = Field([[256, 256]], min_length=1, description='[height, width] for speed, memory and MACs')
     runs: Count = Field(10, description='timed runs at each size')
     threads: Count | None = Field(None, description='of the CPU, for speed; all cores if not given')
-    device: str | None = Field(None, description='cpu, cuda, cuda:1 …; a GPU where there is one if not given')
+    device: str | None = Field(
+        None, description="of what is measured: auto, cpu, cuda, cuda:1 … or mps; the file's device goes before it"
+    )
     resamples: Count = Field(10_000, description='of the images, for confidence intervals')
     confidence: Number = Field(0.95, gt=0, lt=1, description='of the intervals')
     pictures: CountOrZero = Field(4, description='that the report shows')

@@ -19,6 +19,7 @@ from ast_plugin.errors import OptionError
 from ast_plugin.options.reading import STAGES_KEY, merge
 from ast_plugin.options.sections import whole
 
+AUTO = 'auto'
 _PHASES = ('train', 'val', 'test')
 _CONVERTS_UINT8 = 'RestorationModel'
 _WHOLE_NUMBERS = ('_iter', '_freq', '_epochs')  # how keys of these end
@@ -100,17 +101,14 @@ def prepare(
     Returns:
         What BasicSR's pipelines expect of `parse_options`. No folder is made, no random state touched.
     Raises:
-        OptionError: if something is given in epochs and there is no `length_of`.
+        OptionError: if something is given in epochs and there is no `length_of`, or `device` is not there.
     """
     opt = copy.deepcopy(dict(opt))
     root = Path(os.path.expanduser(root)).resolve()
     # BasicSR reads these whether they are there or not.
     if opt.get('scale') is None:
         opt['scale'] = 1
-    if opt.get('num_gpu') in (None, 'auto'):
-        import torch
-
-        opt['num_gpu'] = torch.cuda.device_count()
+    opt['device'], opt['num_gpu'] = _choose_device(opt.get('device') or AUTO, opt.get('num_gpu'))
     if opt.get('manual_seed') is None:
         opt['manual_seed'] = random.SystemRandom().randint(1, 10000)
     opt['name'] = run_name(opt, debug)
@@ -131,6 +129,24 @@ def prepare(
         if opt.get('val') is not None:
             opt['val']['val_freq'] = 8
     return opt
+
+
+def _choose_device(device: str, num_gpu: int | str | None) -> tuple[str, int]:
+    """The type of the device that a run computes on, and how many GPUs of CUDA it takes.
+
+    A number of GPUs is taken for a fact here, as BasicSR takes it, and checked with all else that a run needs.
+    """
+    count = num_gpu if isinstance(num_gpu, int) else None
+    if device == AUTO and count is not None:
+        return ('cuda', count) if count else ('cpu', 0)
+    from ast_plugin.devices import find_device  # torch, which options as data do without
+
+    device = find_device(device).type
+    if device != 'cuda':
+        return device, 0
+    import torch
+
+    return device, count or torch.cuda.device_count()
 
 
 def _validation(val: Mapping[str, Any], is_train: bool) -> dict[str, Any]:

@@ -346,7 +346,12 @@ class OptionFile(RealESRGAN):
     name: FolderName = Field(description='of the run, and of its folder')
     model_type: str = Field(min_length=1, description='registered model')
     scale: Number | None = _optional('of super-resolution; 1 for restoration', gt=0)
-    num_gpu: CountOrZero | Literal['auto'] | None = _optional('GPUs of each process; all if not given, 0 for the CPU')
+    device: Literal['auto', 'cpu', 'cuda', 'mps'] | None = _optional(
+        'what computes; auto takes the first there is of cuda, mps, cpu; if not given, num_gpu tells'
+    )
+    num_gpu: CountOrZero | Literal['auto'] | None = _optional(
+        'GPUs of each process; all if not given; 0 for the CPU, where no device is given'
+    )
     manual_seed: CountOrZero | None = _optional('drawn if not given')
     backend: Literal['auto', 'fused', 'triton', 'reference'] | None = _optional(
         'what computes our blocks; if not given, what AST_BACKEND names, else the fastest that can'

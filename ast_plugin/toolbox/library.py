@@ -93,6 +93,21 @@ def place_by_local_rank() -> None:
     dist_util._init_dist_pytorch = start
 
 
+def compute_on_the_device() -> None:
+    """Let models compute on the device of the options, where they name one.
+
+    Fault: `BaseModel` knows CUDA and, without GPUs, the CPU; MPS it cannot be told of. No upstream issue known.
+    """
+    original = BaseModel.__init__
+
+    @functools.wraps(original)
+    def __init__(self, opt):
+        original(self, opt)
+        self.device = torch.device(opt.get('device') or self.device)
+
+    BaseModel.__init__ = __init__
+
+
 def wrap_networks_on_cpus() -> None:
     """Wrap networks for distributed training on CPUs.
 
@@ -179,6 +194,7 @@ REPAIRS = (
     explain_unknown_names,
     start_distributed_on_cpus,
     place_by_local_rank,
+    compute_on_the_device,
     wrap_networks_on_cpus,
     offer_torch_optimizers,
     keep_cosine_at_its_end,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ast_plugin.archs.networks import load_network
 from ast_plugin.checkpoints import save_weights
+from ast_plugin.devices import find_device
 from ast_plugin.errors import CheckpointError, OptionError, did_you_mean
 from ast_plugin.files import file_digest, write_file
 
@@ -31,15 +32,15 @@ def load(task: str, device: str | torch.device = 'cpu', dtype: torch.dtype = tor
 
     Args:
         task: a name of `TASKS`.
-        device: where the network goes.
+        device: where the network goes, see `ast_plugin.devices.find_device`.
         dtype: of its weights and of the images that it takes.
     Returns:
         A network from RGB [B, 3, H, W] in [0, 1], of any height and width, to the restored images.
     Raises:
-        OptionError: if there is no such task; says what is near.
+        OptionError: if there is no such task, or no such device; says what is near.
         CheckpointError: if the weights are not in this installation, or were altered.
     """
-    return load_network(None, find_weights(task)).to(device, dtype)
+    return load_network(None, find_weights(task)).to(find_device(device), dtype)
 
 
 def find_weights(task: str) -> Path:

@@ -7,7 +7,7 @@ from ast_plugin.archs.networks import CHANNEL_KEYS, build_network
 from ast_plugin.checkpoints import save_weights
 from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError
 from ast_plugin.evaluation import tiling
-from ast_plugin.evaluation.restorer import Restorer, find_device
+from ast_plugin.evaluation.restorer import Restorer
 
 TINY = {'type': 'AST', 'img_size': 64, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9}
 
@@ -127,12 +127,6 @@ def test_wrong_tiles_are_refused_at_once(tmp_path):
         Restorer(Scale(), tile=8, overlap=8)
     with pytest.raises(OptionError):
         Restorer.from_weights(tmp_path / 'missing.pth', tile=8, overlap=8)
-
-
-@pytest.mark.parametrize('name', ['nonsense', 'cuda:99', 'meta:x'])
-def test_devices_that_are_not_there(name):
-    with pytest.raises(OptionError, match=f'{name} cannot be used here, there is: cpu'):
-        find_device(name)
 
 
 def test_metadata_name_the_network(tmp_path):

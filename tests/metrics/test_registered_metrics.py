@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ast_plugin  # noqa: F401 (before BasicSR)
+from ast_plugin.devices import find_device
 from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError
 from ast_plugin.metrics import images, registered_metrics
 
@@ -31,6 +32,7 @@ def package(monkeypatch):
 
     def create_metric(name, as_loss=False, device=None, scale=1.0):
         calls.append((name, scale))
+        assert device == find_device()
         if name == 'musiq':
             raise urllib.error.URLError('Name or service not known')
         mode = configs[name]['metric_mode']
@@ -104,6 +106,7 @@ def test_directions(package):
         ('xyz', {}, OptionError, 'it has entropy, fid, lpips, musiq'),
         ('fid', {}, OptionError, 'fid measures sets of images'),
         ('entropy', {'colour': 3}, OptionError, 'entropy cannot be made with .*colour'),
+        ('entropy', {'device': 'nonsense'}, OptionError, 'nonsense cannot be used here, there is: '),
         ('musiq', {}, BackendUnavailable, 'weights of musiq cannot be fetched .*Name or service not known'),
         ('lpips', {'crop_border': 4}, ShapeError, 'lpips fails on 4x8 pixels: Kernel size is larger$'),
     ],
@@ -112,6 +115,13 @@ def test_what_cannot_be_measured(package, metric, options, error, message):
     with pytest.raises(error, match=message) as caught:
         measure(metric, **options)
     assert '\n' not in str(caught.value)
+
+
+def test_metrics_run_where_the_network_does():
+    metrics = {'a': {'type': 'pyiqa', 'metric': 'lpips'}, 'b': {'type': 'calculate_psnr'}}
+    metrics['c'] = metrics['a'] | {'device': 'cpu'}
+    placed = registered_metrics.with_device(metrics, torch.device('cuda:1'))
+    assert [options.get('device') for options in placed.values()] == ['cuda:1', None, 'cpu']
 
 
 def test_images_of_two_sizes(package):

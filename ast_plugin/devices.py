@@ -1,0 +1,52 @@
+"""Where networks run: a GPU of CUDA, one of Apple's by Metal (MPS), or the CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from ast_plugin.errors import OptionError, one_line
+
+AUTO = 'auto'
+
+
+def present_devices() -> list[str]:
+    """Names of the devices of this machine that torch can use, the fastest first."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [f'cuda:{number}' for number in range(count)] if count > 1 else ['cuda'] * count
+    return [*gpus, *(['mps'] if torch.backends.mps.is_available() else []), 'cpu']
+
+
+def find_device(name: str | torch.device | None = AUTO) -> torch.device:
+    """Return a device after a tensor was put on it.
+
+    Args:
+        name: as torch calls it; 'auto' or None takes the first of CUDA, MPS and the CPU that is there.
+    Raises:
+        OptionError: if there is no such device here; says what there is.
+    """
+    present = present_devices()
+    name = present[0] if name in (None, AUTO) else name
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise OptionError(
+            f'device {name!s} cannot be used here, there is: {", ".join(present)} ({one_line(error)})'
+        ) from error
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device's type, and of CUDA what GPU it is: figures depend on it."""
+    return f'{device.type} ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else device.type
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given; the CPU always has."""
+    if device.type in ('cuda', 'mps'):
+        getattr(torch, device.type).synchronize()
+
+
+def widest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return a dtype, or float32 for float64 on MPS, which has none."""
+    return torch.float32 if dtype == torch.float64 and device.type == 'mps' else dtype

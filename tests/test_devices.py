@@ -1,0 +1,205 @@
+"""Devices: which one is taken on machines with CUDA or MPS, played here, and that every command asks in one place."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ast_plugin  # noqa: F401 (before BasicSR)
+from ast_plugin import devices, options
+from ast_plugin.cli.main import main
+from ast_plugin.devices import describe_device, find_device, present_devices, wait_for, widest_dtype
+from ast_plugin.errors import OptionError
+from ast_plugin.evaluation import cost, tiling
+from ast_plugin.models import preflight
+from ast_plugin.ops.backend import Call
+from ast_plugin.ops.dispatch import choose
+from tests import tiny_run
+from tests.options.test_options import OPT
+
+CPU, ONE, FOUR, APPLE = (0, False), (1, False), (4, False), (0, True)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Play a machine with as many GPUs of CUDA, and with or without MPS: the tensors that try them lie on the CPU."""
+
+    def play(count, has_mps):
+        zeros = torch.zeros
+
+        def zeros_there(*size, device, **options):
+            there = {'cuda': count, 'mps': has_mps, 'cpu': 1}.get(device.type, 0)
+            if (device.index or 0) >= there:
+                raise RuntimeError(f'no {device}')
+            return zeros(*size, **options)
+
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
+        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: has_mps)
+        monkeypatch.setattr(devices, 'torch', SimpleNamespace(**{**vars(torch), 'zeros': zeros_there}))
+
+    return play
+
+
+@pytest.mark.parametrize(
+    ('what', 'present'),
+    [
+        (CPU, ['cpu']),
+        (ONE, ['cuda', 'cpu']),
+        (FOUR, ['cuda:0', 'cuda:1', 'cuda:2', 'cuda:3', 'cpu']),
+        (APPLE, ['mps', 'cpu']),
+        ((1, True), ['cuda', 'mps', 'cpu']),
+    ],
+)
+def test_auto_takes_the_first_present(machine, what, present):
+    machine(*what)
+    assert present_devices() == present
+    assert find_device() == find_device('auto') == find_device(None) == torch.device(present[0])
+    assert [str(find_device(name)) for name in present] == present
+
+
+@pytest.mark.parametrize(
+    ('what', 'name', 'present'),
+    [
+        (CPU, 'cuda', 'cpu'),
+        (CPU, 'mps', 'cpu'),
+        (ONE, 'cuda:1', 'cuda, cpu'),
+        (FOUR, 'cuda:4', 'cuda:0, cuda:1, cuda:2, cuda:3, cpu'),
+        (APPLE, 'cuda', 'mps, cpu'),
+        (CPU, 'nonsense', 'cpu'),
+        (CPU, 'meta:x', 'cpu'),
+        (CPU, '', 'cpu'),
+    ],
+)
+def test_absent_device_is_refused(machine, what, name, present):
+    machine(*what)
+    with pytest.raises(OptionError, match=re.escape(f'device {name} cannot be used here, there is: {present} (')):
+        find_device(name)
+
+
+@pytest.mark.parametrize('name', ['nonsense', 'cuda:99', 'meta', 'mps:7'])
+def test_absent_device_is_refused_unplayed(name):
+    with pytest.raises(OptionError, match=f'{name} cannot be used here, there is: .*cpu'):
+        find_device(name)
+
+
+@pytest.mark.parametrize(
+    ('what', 'given', 'chosen'),
+    [
+        (CPU, {}, ('cpu', 0)),
+        (FOUR, {}, ('cuda', 4)),
+        (APPLE, {}, ('mps', 0)),
+        (FOUR, {'num_gpu': 0}, ('cpu', 0)),
+        (FOUR, {'num_gpu': 2}, ('cuda', 2)),
+        (APPLE, {'num_gpu': 0}, ('cpu', 0)),
+        (FOUR, {'device': 'cpu', 'num_gpu': 2}, ('cpu', 0)),
+        (FOUR, {'device': 'cuda', 'num_gpu': 0}, ('cuda', 4)),
+        (FOUR, {'device': 'cuda', 'num_gpu': 3}, ('cuda', 3)),
+        (APPLE, {'device': 'mps', 'num_gpu': 'auto'}, ('mps', 0)),
+        (APPLE, {'device': 'auto', 'num_gpu': 'auto'}, ('mps', 0)),
+        (CPU, {'num_gpu': 2}, ('cuda', 2)),  # preflight refuses it
+    ],
+)
+def test_run_takes_its_device(machine, what, given, chosen):
+    machine(*what)
+    opt = {key: value for key, value in OPT.items() if key != 'num_gpu'} | given
+    prepared = options.prepare(opt)
+    assert (prepared['device'], prepared['num_gpu']) == chosen
+    with pytest.raises(OptionError, match='there is: '):
+        options.prepare({**opt, 'device': 'mps' if not what[1] else 'cuda'})
+
+
+def test_mps_is_one_process():
+    with pytest.raises(OptionError, match='device: mps trains in one process'):
+        preflight._check_device({'num_gpu': 0, 'device': 'mps', 'dist': True}, 'o.yml')
+
+
+def test_mps_batch_is_tried_whole():
+    opt = {'num_gpu': 0, 'device': 'mps', 'dist': False, 'datasets': {'train': {'batch_size_per_gpu': 6}}, 'train': {}}
+    assert preflight._num_tried(opt) == 6 and preflight._num_tried({**opt, 'device': 'cpu'}) == 2
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_blocks_on_mps_are_plain_operators(dtype):
+    call = Call(None, torch.device('mps'), dtype, frozenset([dtype]), (1, 8, 8, 4), needs_grad=True)
+    choice = choose(call)
+    assert choice.backend == 'reference' and not choice.rejected
+
+
+def test_float64_is_float32_on_mps():
+    assert widest_dtype(torch.float64, torch.device('mps')) == torch.float32
+    assert widest_dtype(torch.float64, torch.device('cpu')) == torch.float64
+    assert widest_dtype(torch.bfloat16, torch.device('mps')) == torch.bfloat16
+
+
+@pytest.mark.parametrize('tile', [8, 'auto'])
+def test_tiles_have_the_device_s_dtype(monkeypatch, tile):
+    monkeypatch.setattr(tiling, 'widest_dtype', lambda dtype, device: torch.float32)
+    monkeypatch.setattr(tiling, 'available_bytes', lambda device: 2**20)
+    seen = set()
+
+    def network(image):
+        seen.add(image.dtype)
+        return image
+
+    image = torch.rand(1, 3, 20, 12, dtype=torch.float64)
+    restored = tiling.Tiling(tile).run(network, image)
+    assert seen == {torch.float32} and restored.dtype == torch.float64
+    torch.testing.assert_close(restored, image, rtol=0, atol=1e-6)
+
+
+def test_memory_of_mps_is_the_machine_s(monkeypatch):
+    monkeypatch.setattr(torch.mps, 'recommended_max_memory', lambda: 3000)
+    monkeypatch.setattr(torch.mps, 'driver_allocated_memory', lambda: 1000)
+    assert cost.available_bytes(torch.device('mps')) == 2000
+    assert cost.available_bytes(torch.device('cpu')) > 2000
+
+
+def test_waiting_and_naming(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.mps, 'synchronize', lambda: waited.append('mps'))
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: waited.append('cuda'))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'H100')
+    names = [torch.device(name) for name in ('cpu', 'mps', 'cuda')]
+    for device in names:
+        wait_for(device)
+    assert waited == ['mps', 'cuda'] and [describe_device(each) for each in names] == ['cpu', 'mps', 'cuda (H100)']
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        'train -opt tiny.yml',
+        'test -opt tiny.yml --weights w.pth',
+        'check -opt tiny.yml',
+        'compare -opt compare/quick',
+        'info -opt AST_quickstart',
+        'mix -opt mix/SwinIR_ASSA_FRFN',
+        'infer -i data/lq -o out --task rain',
+    ],
+)
+def test_every_command_refuses_an_absent_device(machine, tmp_path, monkeypatch, capfd, command):
+    machine(*CPU)
+    tiny_run.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert main([*command.split(), '--device', 'mps']) == 2
+    assert 'device mps cannot be used here, there is: cpu (' in capfd.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_unknown_device_of_a_file_is_refused(tmp_path, monkeypatch, capfd):
+    tiny_run.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(['check', '-opt', 'tiny.yml', '--device', 'gpu']) == 2
+    assert "device: expected 'auto', 'cpu', 'cuda' or 'mps', got the text 'gpu'" in capfd.readouterr().err
+
+
+def test_demo_hands_the_device_on(monkeypatch):
+    commands = []
+    monkeypatch.setattr(
+        'subprocess.run', lambda command, check: commands.append(command) or SimpleNamespace(returncode=3)
+    )
+    assert main(['demo', '--device', 'cpu']) == 3
+    assert commands[0][-2:] == ['--device', 'cpu']
