@@ -41,6 +41,7 @@ metrics = ['pyiqa>=0.1.14']
 baselines = ['spandrel>=0.4.2', 'spandrel_extra_arches>=0.2']
 optimizers = ['pytorch-optimizer>=4.0']
 docs = [f'{package}; python_version >= "3.11"' for package in ('sphinx>=8.1', 'myst-parser>=5.0', 'furo>=2024.8')]
+hub = ['huggingface_hub>=0.26']
 photos = ['scikit-image>=0.25', 'scikit-learn>=1.5']  # both carry the colour photographs of the demonstration
 
 setup(
@@ -84,6 +85,7 @@ setup(
         'metrics': metrics,
         'baselines': baselines,
         'optimizers': optimizers,
+        'hub': hub,
         'photos': photos,
         'triton': ['triton>=3.2; sys_platform == "linux"'],  # PyTorch for CUDA brings the version that goes with it
         'wandb': ['wandb>=0.16'],
@@ -91,6 +93,7 @@ setup(
         'test': [
             *baselines,
             *docs,
+            *hub,
             *optimizers,
             *photos,
             'playwright>=1.50',

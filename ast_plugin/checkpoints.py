@@ -41,6 +41,7 @@ STATE_KEYS = (
     'network',
 )
 NETWORK_KEY = 'network'  # of safetensors' metadata: the network's options as JSON
+PRETRAINED, CONFIG = 'model.safetensors', 'config.json'  # of a folder that huggingface_hub's mixin wrote
 STATE, WEIGHTS = '{}.state', 'net_g_{}.pth'  # the names of a run's files, by iteration
 ABANDONED_SUFFIX = '.abandoned'
 
@@ -75,7 +76,7 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
     """Read a weights file: safetensors, or what torch.save wrote, with weights_only and nothing else.
 
     Args:
-        path: the file.
+        path: the file; or a folder that `save_pretrained` wrote.
         param_key: the key of the state, and no other; None finds the state: averaged weights before plain ones, then
             the order of `STATE_KEYS`, else the only one there is.
     Raises:
@@ -83,12 +84,21 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
             of which none is known by its key.
     """
     path = Path(path)
+    config = path / CONFIG
+    path = path / PRETRAINED if (path / PRETRAINED).is_file() else path
     if not path.is_file():
         is_address = path.parts and path.parts[0].lower() in ('http:', 'https:')
-        what = 'is a folder' if path.is_dir() else 'is an address, download it' if is_address else 'does not exist'
+        what = (
+            f'is a folder without {PRETRAINED}'
+            if path.is_dir()
+            else 'is an address, download it'
+            if is_address
+            else 'does not exist'
+        )
         raise CheckpointError(f'{path} {what}: expected a weights file (.pth or .safetensors)')
     if _is_safetensors(path):
         content, network = _read_safetensors(path)
+        network = network or _read_config(config)
     else:
         content, network = _read_torch(path), None
     if not isinstance(content, Mapping):
@@ -301,6 +311,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
     if network is not None and not (isinstance(network, dict) and isinstance(network.get('type'), str)):
         raise CheckpointError(f'{path} describes its network as {network!r}, expected options with a type')
     return state, network
+
+
+def _read_config(path: Path) -> dict | None:
+    """The options of a network in the config.json beside its weights, where it says of which type they are."""
+    try:
+        options = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+    return options if isinstance(options, dict) and isinstance(options.get('type'), str) else None
 
 
 class _Inert:

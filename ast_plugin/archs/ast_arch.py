@@ -3,12 +3,14 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, check_choice, init_weights, run_checkpointed
-from ast_plugin.archs.state import describe_mismatch, plain_state
+from ast_plugin.archs.pretrained import Pretrained
+from ast_plugin.archs.state import describe_mismatch, infer_options, plain_state
 from ast_plugin.errors import CheckpointError, OptionError, ShapeError
 from ast_plugin.ops import pad_to_multiple
 
@@ -52,7 +54,7 @@ class Stage(nn.Module):
         return x
 
 
-class AST(nn.Module):
+class AST(Pretrained):
     """U-shaped restoration transformer: feed-forward blocks going down, attention at the bottom and going up.
 
     Args:
@@ -78,6 +80,7 @@ class AST(nn.Module):
     """
 
     block_classes = (ASTBlock,)  # what training compiles or checkpoints one by one, see models.network_switches
+    variants = VARIANTS
     takes_any_size = True
 
     def __init__(
@@ -170,6 +173,11 @@ class AST(nn.Module):
         y = self.output_proj(_nchw(y))[..., :H, :W]
         return x + y if self.in_chans == self.out_chans else y.contiguous()
 
+    @staticmethod
+    def read_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Read the options off names and shapes; see `infer_options`, which also says what is assumed."""
+        return infer_options(state)[0]
+
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         """Load a state with our names or the official ones, with or without DataParallel's `module.`.
 
@@ -204,6 +212,7 @@ def _variant(name: str) -> Callable[..., AST]:
     ]
     build.__signature__ = signature.replace(parameters=parameters, return_annotation=AST)
     build.__name__ = build.__qualname__ = name
+    build.from_pretrained = AST.from_pretrained
     build.__doc__ = f'AST with {", ".join(f"{key} {value}" for key, value in row.items())}; see `AST` for the options.'
     return build
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ast_plugin.archs.mixed.call_sites import record_calls
 from ast_plugin.archs.networks import Trial, build_network, check_runs, input_channels, try_sizes
+from ast_plugin.archs.pretrained import Pretrained
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line
@@ -18,7 +19,7 @@ from ast_plugin.ops.tiles import run_padded
 _COMPILED = 'basicsr.ops.'
 
 
-class Mixed(nn.Module):
+class Mixed(Pretrained):
     """A registered network in which rules have exchanged modules for blocks of `block_registry.BLOCKS`.
 
         network_g:
