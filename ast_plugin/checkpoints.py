@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ast_plugin.errors import CheckpointError, FileError
 from ast_plugin.files import PARTIAL_SUFFIX, write_file
+from ast_plugin.names import say
 
 AVERAGED = re.compile(r'(?:^|[._-])(?:\w*ema|swa|avg|averaged?)(?:$|[._-])', re.IGNORECASE)
 # where the states of the field's files lie, in the order in which they are looked for
@@ -240,7 +241,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 @functools.cache  # a folder is looked through before a run starts and once more when it does
 def _tell(line: str) -> None:
-    print(f'basicsr: warning: {line}', file=sys.stderr, flush=True)
+    say(f'basicsr: warning: {line}', file=sys.stderr)
 
 
 def newest_whole(folder: str | Path, warn: Callable[[str], None] = _tell) -> Path | None:

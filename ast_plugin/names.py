@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MOST_BYTES = 255  # of a file's name, on every file system in use
 LITERAL = {'text.parse_math': False, 'text.usetex': False, 'axes.formatter.use_mathtext': False}
@@ -36,9 +36,9 @@ def printable(name: str) -> str:
     return name if name.isascii() and name.isprintable() else ''.join(map(_printable_character, name))
 
 
-def printable_lines(text: str) -> str:
-    """Show a message, each of its lines by `printable`."""
-    return '\n'.join(map(printable, text.split('\n')))
+def say(*lines: str, file: IO[str] | None = None) -> None:
+    """Print lines, each by `printable`: all that is said to a terminal goes through here."""
+    print(*map(printable, lines), sep='\n', file=file, flush=True)
 
 
 def seed_of(name: str) -> int:

@@ -21,6 +21,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from ast_plugin.errors import first_line
+from ast_plugin.names import say
 
 GROUP = 'basicsr.plugins'
 OPTIONS_GROUP = 'basicsr.options'
@@ -43,7 +44,7 @@ def load_plugins() -> tuple[str, ...]:
                 loaded()
         except Exception as error:  # whatever a stranger's module raises
             failures.append(f'{_description(point)} failed to load: {type(error).__name__}: {first_line(error)}')
-            print(f'basicsr: warning: {failures[-1]}', file=sys.stderr)
+            say(f'basicsr: warning: {failures[-1]}', file=sys.stderr)
     return tuple(failures)
 
 
@@ -59,7 +60,7 @@ def option_folders() -> dict[str, Path]:
         roots = [Path(root, *steps) for root in (spec.submodule_search_locations or ())] if spec else []
         folder = next((root for root in roots if root.is_dir()), None)
         if folder is None:
-            print(f'basicsr: warning: {_description(point)} has no folder {point.value}', file=sys.stderr)
+            say(f'basicsr: warning: {_description(point)} has no folder {point.value}', file=sys.stderr)
         else:
             folders[point.name] = folder
     return folders

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ast_plugin.cli import commands
 from ast_plugin.errors import DataError, OptionError
+from ast_plugin.names import say
 
 if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
@@ -111,4 +112,4 @@ def _data_is_there(datasets: Iterable[dict[str, Any]]) -> bool:
 
 
 def _say(line: str) -> None:
-    commands.say(line, sys.stderr)
+    say(line, file=sys.stderr)

@@ -5,20 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from ast_plugin.errors import did_you_mean
-from ast_plugin.names import printable_lines
 
 DEVICES = 'cpu, cuda, cuda:1 ..., mps, or auto: the first there is of cuda, mps, cpu'
 
 if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
-
-
-def say(text: str, file: IO[str] | None = None) -> None:
-    """Print lines; what names in them hold besides text is shown by its escapes."""
-    print(printable_lines(text), file=file, flush=True)
 
 
 def listed(commands: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ast_plugin.cli import commands
+from ast_plugin.names import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,15 +37,15 @@ def run(args: argparse.Namespace) -> int:
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _terminated_like_interrupted():
         try:
-            results = Comparison(plan, commands.say).run()
+            results = Comparison(plan, say).run()
         except (KeyboardInterrupt, SystemExit):
-            print('basicsr: stopped; the same command goes on from here', file=sys.stderr)
+            say('basicsr: stopped; the same command goes on from here', file=sys.stderr)
             raise
     report = write_outputs(plan, results)
-    commands.say(f'\n{results.to_markdown()}\n\nReport: {report}')
+    say('', *results.to_markdown().split('\n'), '', f'Report: {report}')
     failed = [row for row in results.rows if row.failed]
     for row in failed:
-        commands.say(f'basicsr: error: {row.name}: {row.failed}', sys.stderr)
+        say(f'basicsr: error: {row.name}: {row.failed}', file=sys.stderr)
     return 1 if failed else 0
 
 

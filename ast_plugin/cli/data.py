@@ -14,7 +14,6 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ast_plugin.cli import commands, data_synth
-from ast_plugin.cli.commands import say
 from ast_plugin.data.layouts import LAYOUTS, Source, list_pairs
 from ast_plugin.data.lmdb.reader import check_lmdb, check_together
 from ast_plugin.data.lmdb.writer import make_plan, write_lmdbs
@@ -25,6 +24,7 @@ from ast_plugin.data.prepare.checks import check_files, check_lmdbs, find_extra
 from ast_plugin.data.prepare.splits import find_splits, find_unused, plain_layout, preparable
 from ast_plugin.data.workers import num_cores
 from ast_plugin.errors import DataError, OptionError, PluginError
+from ast_plugin.names import say
 
 
 class Command(NamedTuple):
@@ -122,16 +122,15 @@ def prepare(args: argparse.Namespace) -> int:
         num_pairs = sum(len(split.pairs) for split in splits)
         with _progress(num_pairs, 'checking') as bar:
             dataset = preparation.check(_num_workers(args, num_pairs), bar.update)
-        say(f'{LAYOUTS[args.layout].title if isinstance(layout, str) else layout.title} in {source}\n')
-        say('\n'.join(preparing.format_table(dataset, source)))
+        title = LAYOUTS[args.layout].title if isinstance(layout, str) else layout.title
+        say(f'{title} in {source}', '', *preparing.format_table(dataset, source))
         for heading, lines in (
             ('notes', [*preparing.format_notes(dataset), *find_unused(source, splits)]),
             ('faults', preparing.format_faults(dataset, source)),
             ('in training and test alike', preparing.format_leaks(dataset, source)),
         ):
             if lines:
-                say('\n  '.join([f'\n{heading}', *lines]))
-        sys.stdout.flush()
+                say('', heading, *(f'  {line}' for line in lines))
         faults = preparation.list_faults(dataset) if dataset.num_faults or dataset.leaks else None
         _refuse(dataset, faults, args)
         num_good = sum(len(checked.good) for checked in dataset.splits)
@@ -139,7 +138,7 @@ def prepare(args: argparse.Namespace) -> int:
             manifests = preparation.write(dataset, args.layout, args.place, bar.update)
         if faults:
             preparation.list_faults(dataset)
-    say('\n  '.join([f'\nprepared {num_good:,} pairs', *map(str, manifests)]))
+    say('', f'prepared {num_good:,} pairs', *(f'  {path}' for path in manifests))
     older = sorted(set(target.glob('*.jsonl')) - set(manifests))
     if older:
         say(f'there from an earlier run, and left as it is: {", ".join(path.name for path in older)}')
@@ -147,7 +146,7 @@ def prepare(args: argparse.Namespace) -> int:
         say(f'left out for faults: {dataset.num_faults:,}, listed in {faults}')
     phases = {split.name: split.phase for split in splits}
     lines = preparing.format_options((phases[path.stem], path) for path in manifests)
-    say('\n  '.join(['\nFor an option file, in place of dataroot and split:\n', *lines]))
+    say('', 'For an option file, in place of dataroot and split:', '', *(f'  {line}' for line in lines))
     return 0
 
 
@@ -238,7 +237,6 @@ def _check_lmdbs(path: Path, lmdbs: Sequence[Path], args: argparse.Namespace) ->
             say(f'{folder}: {len(faults):,} fault{"s" if len(faults) > 1 else ""}' if faults else f'{folder}: whole')
         for fault in faults:
             say('  ' + fault.replace('\n', ' '))
-    sys.stdout.flush()
     total = sum(len(faults) for _, faults in results)
     if manifest:
         folder = path.parent if path in lmdbs else path
@@ -251,11 +249,9 @@ def _check_lmdbs(path: Path, lmdbs: Sequence[Path], args: argparse.Namespace) ->
 def _say_faults(path: Path, what: str, faults: Sequence[DataFault]) -> int:
     kinds = Counter(fault.kind for fault in faults)
     result = ', '.join(f'{count:,} {kind}' for kind, count in kinds.items()) or 'all as they were'
-    say(f'{path}: {what}: {result}')
     width = max(map(len, kinds), default=0)
-    for fault in faults:
-        say(f'  {fault.kind:{width}}  {fault.name}: {fault.text}'.replace('\n', '\\n'))
-    sys.stdout.flush()
+    lines = (f'  {fault.kind:{width}}  {fault.name}: {fault.text}' for fault in faults)
+    say(f'{path}: {what}: {result}', *lines)
     return len(faults)
 
 
@@ -314,7 +310,7 @@ def pack_lmdb(args: argparse.Namespace) -> int:
     plan = make_plan(pairs, args.encoding, args.compress_level)
     num_pairs, num_resumed, num_bytes = write_lmdbs(plan, args.destination, args.workers, args.overwrite)
     pairs = f'{num_pairs} pairs' + (f', {num_resumed} of them written before' if num_resumed else '')
-    print(f'{args.destination}: {pairs}, {num_bytes / 2**20:.1f} MB, encoding {args.encoding}, verified')
+    say(f'{args.destination}: {pairs}, {num_bytes / 2**20:.1f} MB, encoding {args.encoding}, verified')
     return 0
 
 

@@ -27,11 +27,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ast_plugin.cli import commands
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.files import write_file
-from ast_plugin.names import printable
+from ast_plugin.names import say
 
 _DEPTH_ENDINGS = ('.npy', '.npz', '.png', '.tif', '.tiff')
 
@@ -83,10 +82,10 @@ def run(args: argparse.Namespace) -> int:
     plural = 's' if len(levels) != 1 else ''
     low, high = min(levels), max(levels)
     lines = [*(f'basicsr: error: {failure}' for failure in failures), *lines]
-    for line in lines:
-        print(printable(line), file=sys.stderr)
+    if lines:
+        say(*lines, file=sys.stderr)
     left = f', {len(failures)} of {len(photos)} photos failed' if failures else ''
-    commands.say(f'made {len(levels)} pair{plural} ({args.task}, PSNR {low:.1f} to {high:.1f} dB){left}: {output}')
+    say(f'made {len(levels)} pair{plural} ({args.task}, PSNR {low:.1f} to {high:.1f} dB){left}: {output}')
     return 1 if failures or any(line.startswith('basicsr: error') for line in lines) else 0
 
 
@@ -179,16 +178,16 @@ def _draw_sheet(args: argparse.Namespace) -> int:
         photos = {photo.name: photo.path for photo in packaged_photos()}
     sheet = draw_degradations(photos, [args.task] if args.task else None, args.seed)
     write_file(path, encode_image(path, ImageFile(np.asarray(sheet)), quality=74), make_folder=True)
-    commands.say(f'drew {path}')
+    say(f'drew {path}')
     return 0
 
 
 def _print_parameters(task: str | None) -> int:
     for name in [task] if task else DEGRADATIONS:
-        print(name)
+        say(name)
         for key, field in DEGRADATIONS[name].parameters.model_fields.items():
             if key not in ('type', 'layers'):
                 default = field.get_default()
                 shown = ', '.join(map(str, default)) if isinstance(default, tuple) else str(default)
-                print(f'  {key} = {shown}: {field.description}')
+                say(f'  {key} = {shown}: {field.description}')
     return 0

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from ast_plugin.names import say
+
 OPTION_FILE = 'AST_quickstart'
 
 
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         if status:
             return status
         if command[0] == 'train':
-            print(f'Training took {(time.monotonic() - start) / 60:.1f} minutes', flush=True)
+            say(f'Training took {(time.monotonic() - start) / 60:.1f} minutes')
     return _show(root)
 
 
@@ -78,8 +80,8 @@ def _show(root: Path) -> int:
     path = results / 'rain_restored_clean.png'
     save_sheet(draw_contact_sheet(['rainy', 'restored', 'clean'], rows), path)
     mean = measured['mean']
-    print(f'Rainy, restored and clean, side by side: {path}')
-    print(f'PSNR gain over input: {float(mean["psnr"]) - float(mean["input psnr"]):+.2f} dB')
+    gain = float(mean['psnr']) - float(mean['input psnr'])
+    say(f'Rainy, restored and clean, side by side: {path}', f'PSNR gain over input: {gain:+.2f} dB')
     return 0
 
 

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin.evaluation.file_restorer import find_images, plan_jobs, prepare_folders, restore_files
     from ast_plugin.evaluation.restorer import Restorer
     from ast_plugin.files import write_file
-    from ast_plugin.names import printable, to_csv
+    from ast_plugin.names import printable, say, to_csv
 
     _check(args)
     output = Path(args.output).expanduser()
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         restorer = Restorer.from_weights(weights, network=network, param_key=args.param_key, **options)
     for note in getattr(restorer, 'notes', ()):
         hint = '; -opt FILE names the network in full' if 'assumed' in note else ''
-        print(f'note: {args.weights}: {note}{hint}', file=sys.stderr)
+        say(f'note: {args.weights}: {note}{hint}', file=sys.stderr)
     if args.uncertainty:
         images = {path.absolute() for job in jobs for path in job}
         clash = next((path for path in map(file_restorer.uncertainty_path, jobs) if path.absolute() in images), None)
@@ -152,18 +152,18 @@ def run(args: argparse.Namespace) -> int:
                 elif not is_bar:
                     task = f'{result.task} {result.confidence:.0%}, ' if result.task else ''
                     line = f'[{number}/{len(jobs)}] {result.job.target} ({task}{result.seconds:.1f} s)'
-                    print(printable(line), flush=True)
+                    say(line)
                 bar.update()
         finally:  # an ended run keeps what it noticed
             if report is not None:  # names that are not UTF-8 keep their bytes
                 text = to_csv(file_restorer.report_rows(finished))
                 write_file(report, text.encode(errors='surrogateescape'))
-    for line in found.lines():
-        print(printable(line), file=sys.stderr)
+    if lines := found.lines():
+        say(*lines, file=sys.stderr)
     num_failed, total = failed.total(), len(jobs) + len(found.failures)
     restored = f'{total - num_failed}{f" of {total}" if failed else ""} image{"s" * (total != 1)}'
     classes = f' (failed: {", ".join(f"{count} {kind}" for kind, count in failed.items())})' if failed else ''
-    print(printable(f'restored {restored} in {time.perf_counter() - start:.1f} s{classes}: {output}'))
+    say(f'restored {restored} in {time.perf_counter() - start:.1f} s{classes}: {output}')
     return 1 if failed else 0
 
 

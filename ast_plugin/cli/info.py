@@ -20,6 +20,7 @@ from typing import Any
 
 from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError
+from ast_plugin.names import say
 
 _MOST_PIXELS = 2**26
 _PROBES = ((256, 256), (512, 512))
@@ -158,4 +159,4 @@ def _run_child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print(name: str, text: str) -> None:
-    print(f'{name:10}  {text}', flush=True)
+    say(f'{name:10}  {text}')

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 from ast_plugin.errors import CheckpointError, OptionError, did_you_mean
+from ast_plugin.names import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,16 +31,16 @@ def run(args: argparse.Namespace) -> int:
     kinds = [_kind(name, known) for name in args.registry] or known
     registered = registries.load_registered()
     for number, kind in enumerate(kinds):
-        print(end='\n' if number else '')
+        if number:
+            say('')
         _print_rows(kind, _weights() if kind == 'weights' else _rows(registered.by_kind[kind]))
     return 0
 
 
 def _print_rows(kind: str, rows: list[tuple[str, str, str]]) -> None:
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
-    print(f'{kind} ({len(rows)})')
-    for first, second, third in rows:
-        print(f'  {first:{widths[0]}}  {second:{widths[1]}}  {third}'.rstrip())
+    lines = (f'  {first:{widths[0]}}  {second:{widths[1]}}  {third}'.rstrip() for first, second, third in rows)
+    say(f'{kind} ({len(rows)})', *lines)
 
 
 def _weights() -> list[tuple[str, str, str]]:

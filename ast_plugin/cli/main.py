@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ast_plugin import __version__
 from ast_plugin.cli import commands
 from ast_plugin.errors import PluginError
+from ast_plugin.names import say
 
 # Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`, its docstring is its help.
 COMMANDS = {
@@ -42,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except PluginError as error:
-        commands.say(f'basicsr: error: {error}', sys.stderr)
+        say(*f'basicsr: error: {error}'.split('\n'), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('basicsr: interrupted', file=sys.stderr)
+        say('basicsr: interrupted', file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left (`basicsr list | head`). Python would complain once more at its exit.

@@ -27,7 +27,7 @@ from ast_plugin.data.image_files import read_image
 from ast_plugin.data.matching import Template, difference_of, fold, is_image, shorten_list
 from ast_plugin.errors import DataError, OptionError, ShapeError
 from ast_plugin.files import write_file
-from ast_plugin.names import printable, to_csv, to_markdown
+from ast_plugin.names import printable, say, to_csv, to_markdown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     if args.like:
         definitions = all_definitions('ssim' if float(args.like) <= 1 else 'psnr')
     values, failures = _measure(pairs, definitions, args.pyiqa, args.crop_border, args.device)
-    print(end=''.join(f'{line}\n' for line in notes + failures))
+    if notes or failures:
+        say(*notes, *failures)
     if not values:
         raise DataError(f'none of {len(pairs)} pairs could be measured')
     if args.like:
@@ -126,8 +127,9 @@ def _pair(sides: Mapping[str, Path], templates: Mapping[str, str]) -> tuple[dict
     for side, images in found.items():
         alone = [name for name in images if name not in names]
         if alone:
-            shown = shorten_list(map(printable, alone))
-            lines.append(f'not measured: {len(alone)} of {side} without a partner: {shown}{_hint(alone, found)}')
+            lines.append(
+                f'not measured: {len(alone)} of {side} without a partner: {shorten_list(alone)}{_hint(alone, found)}'
+            )
     return {name: {side: images[name] for side, images in found.items()} for name in names}, lines
 
 
@@ -184,7 +186,7 @@ def _measure(
                 by_side[side] = {**measured, **_measure_by_pyiqa(image, gt, metrics, border, device)}
             values[name] = by_side
         except (DataError, ShapeError) as error:
-            failures.append(f'not measured: {printable(str(error))}')
+            failures.append(f'not measured: {error}')
     return values, failures
 
 
@@ -219,10 +221,10 @@ def _explain(figure: str, definitions: Sequence[Definition], values: Sequence[Va
     matches = {definition: how for definition, mean in means.items() if (how := gives(figure, mean))}
     shown = sorted(matches, key=lambda one: (one not in KNOWN, matches[one] == 'cut off'))
     shown = shown or sorted(definitions, key=lambda one: abs(means[one] - float(figure)))[:_NEAREST]
-    print(f'{figure} of {len(values)} images:' if matches else f'no definition gives {figure}; the nearest:')
+    say(f'{figure} of {len(values)} images:' if matches else f'no definition gives {figure}; the nearest:')
     for definition in shown:
         source = f' ({KNOWN[definition]})' if definition in KNOWN else ''
-        print(
+        say(
             f'  {means[definition]:.{digits}f}  {definition}{source}'
             + ', cut off' * (matches.get(definition) == 'cut off')
         )
@@ -247,12 +249,12 @@ def _report(values: Mapping[str, Mapping[str, Values]], args: argparse.Namespace
         source = 'pyiqa' if isinstance(column, str) else KNOWN[column._replace(border=0)]
         rows.append([_title(column), *numbers, limits, source])
     table = to_markdown(rows)
-    print(f'{table}\n\n{len(values)} image{"s" * (len(values) > 1)}')
+    say(*table.split('\n'), '', f'{len(values)} image{"s" * (len(values) > 1)}')
     first = columns[0]
     for name in sorted(values, key=lambda name: values[name]['restored'][first])[
         : args.worst if len(values) > 1 else 0
     ]:
-        print(f'worst: {printable(name)}, {_title(first)} {values[name]["restored"][first]:.2f}')
+        say(f'worst: {name}, {_title(first)} {values[name]["restored"][first]:.2f}')
     if args.csv:
         header = ['image', *(f'{side} {_title(column)}' for side in sides for column in columns)]
         lines = [

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError, PluginError, ShapeError, first_line
+from ast_plugin.names import say
 
 if TYPE_CHECKING:
     import torch
@@ -65,14 +66,12 @@ def _show(options: dict[str, Any], source: str, size: tuple[int, int], device: s
         base = build_base(options['base'])
     except PluginError as error:
         raise type(error)(f'{source}: network_g: {error}') from error
-    print(_exchange_table(mixed.exchanges))
-    print()
-    print(_cost_table(base, mixed))
-    print()
-    print(_trial(mixed, size, found), flush=True)
+    say(*_exchange_table(mixed.exchanges), '')
+    say(*_cost_table(base, mixed), '')
+    say(_trial(mixed, size, found))
 
 
-def _exchange_table(exchanges: Sequence[Exchange]) -> str:
+def _exchange_table(exchanges: Sequence[Exchange]) -> list[str]:
     rows = [('rule', 'module', 'was', 'op', 'block', 'works on', 'parameters', 'sizes')]
     rows += [
         (
@@ -90,7 +89,7 @@ def _exchange_table(exchanges: Sequence[Exchange]) -> str:
     return _table(rows)
 
 
-def _cost_table(base: nn.Module, mixed: Mixed) -> str:
+def _cost_table(base: nn.Module, mixed: Mixed) -> list[str]:
     """Parameters and MACs of both, and what the count of the latter leaves out."""
     import torch
 
@@ -105,10 +104,11 @@ def _cost_table(base: nn.Module, mixed: Mixed) -> str:
     macs = [total for total, _ in measured]
     rows.append((f'MACs at {side}x{side}', *(f'{count / 1e9:.3f} G' for count in macs), _change(*macs)))
     left_out = sorted({name.partition('::')[2].strip('_') for _, names in measured for name in names})
-    return (
-        f'{_table(rows)}\nMACs are counted by mmengine: of convolutions, linear layers and matrix products, with the '
-        f'work of norms and resizing. Left out: {", ".join(left_out) or "nothing else"}, sums, shifts and copies.'
-    )
+    return [
+        *_table(rows),
+        'MACs are counted by mmengine: of convolutions, linear layers and matrix products, with the work of norms and '
+        f'resizing. Left out: {", ".join(left_out) or "nothing else"}, sums, shifts and copies.',
+    ]
 
 
 def _trial(mixed: Mixed, size: tuple[int, int], device: torch.device) -> str:
@@ -142,7 +142,7 @@ def _trial(mixed: Mixed, size: tuple[int, int], device: torch.device) -> str:
     idle = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
     if idle:
         more = f' and {len(idle) - 3} more' if len(idle) > 3 else ''
-        print(f'basicsr: warning: no gradient reaches {", ".join(idle[:3])}{more}', file=sys.stderr)
+        say(f'basicsr: warning: no gradient reaches {", ".join(idle[:3])}{more}', file=sys.stderr)
     return (
         f'{size[0]}x{size[1]} -> {output.shape[-2]}x{output.shape[-1]}: forward {middle - start:.2f} s, backward '
         f'{end - middle:.2f} s on {describe_device(device)}, '
@@ -154,8 +154,6 @@ def _change(before: int, after: int) -> str:
     return f'{100 * (after / before - 1):+.1f} %' if before else ''
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return '\n'.join(
-        '  '.join(f'{cell:{width}}' for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return ['  '.join(f'{cell:{width}}' for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

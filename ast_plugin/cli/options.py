@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ast_plugin.errors import OptionError
 from ast_plugin.files import write_file
+from ast_plugin.names import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     files = options.known_files()
     width = max(map(len, files), default=0)
     for name, path in files.items():
-        print(f'{name:{width}}  {_first_comment(path)}'.rstrip())
+        say(f'{name:{width}}  {_first_comment(path)}'.rstrip())
     return 0
 
 
@@ -53,4 +54,4 @@ def _copy(source: Path, folder: Path, force: bool) -> None:
         )
     for path, copy in new.items():
         write_file(copy, path.read_bytes(), make_folder=True)
-    print(f'{len(new)} option files copied to {folder}, {len(copies) - len(new)} were there already')
+    say(f'{len(new)} option files copied to {folder}, {len(copies) - len(new)} were there already')

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError
+from ast_plugin.names import say
 
 if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         paths['param_key_g'] = states['network_g'].param_key
     with join_processes(run, args.launcher) as process:
         if process['rank'] == 0:
-            print(f'Testing the weights {weights}', flush=True)
+            say(f'Testing the weights {weights}')
         opt = run.prepare(stage, **process)
         opt['path'].update(paths)
         num_failed = Validator.num_failed

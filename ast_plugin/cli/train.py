@@ -19,6 +19,7 @@ import sys
 
 from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError
+from ast_plugin.names import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     is_resumed = args.auto_resume or any((stage.opt.get('path') or {}).get('resume_state') for stage in run.stages)
     if args.force_resume and not is_resumed:
         raise OptionError('--force_resume resumes nothing by itself: add --auto_resume, or set path.resume_state')
-    training = Training(run, run.select(args.stage), args.auto_resume, commands.say, args.force_resume)
+    training = Training(run, run.select(args.stage), args.auto_resume, say, args.force_resume)
     training.check()
     with join_processes(run, args.launcher) as process:
         try:
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
                 is_saved = f'saved after iteration {stop.iteration}; go on'
                 what = is_saved if stop.iteration else 'nothing trained yet; start again'
                 line = f'basicsr: stopped by {stop.name}, {what} by: {_command_to_go_on(args)}'
-                commands.say(line, sys.stderr)
+                say(line, file=sys.stderr)
             return stop.code
     return 0
 

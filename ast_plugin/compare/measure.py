@@ -24,10 +24,10 @@ from ast_plugin.errors import DataError, OptionError, PluginError, class_of_fail
 from ast_plugin.evaluation.cost import count_macs
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.evaluation.results import distinct
-from ast_plugin.evaluation.validator import files_of
+from ast_plugin.evaluation.validator import name_of
 from ast_plugin.files import write_file
 from ast_plugin.metrics.registered_metrics import with_device
-from ast_plugin.names import file_name, printable
+from ast_plugin.names import file_name, printable, say
 from ast_plugin.ops import frozen_weights
 from ast_plugin.plugins import load_plugins
 
@@ -127,7 +127,7 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, dict[str, float]] = {}
     kept: list[str] = []  # the first ones by name: some datasets list their files in no order
     for number in range(len(dataset)):
-        path, stage, failures = files_of(dataset, number)[0], 'unreadable', []
+        path, stage, failures = name_of(dataset, number), 'unreadable', []
         try:
             sample = dataset[number]
             path, stage = sample['lq_path'], 'network'
@@ -218,7 +218,7 @@ def main() -> int:
     try:
         record = KINDS[job['kind']](job)
     except PluginError as error:
-        print(f'basicsr: error: {error}', file=sys.stderr)
+        say(*f'basicsr: error: {error}'.split('\n'), file=sys.stderr)
         return 2
     write_file(job['record'], json.dumps(record).encode())
     return 0

@@ -19,6 +19,7 @@ from ast_plugin.compare.plan import Plan, PlannedNetwork
 from ast_plugin.compare.results import Results, Row, format_duration
 from ast_plugin.errors import CheckpointError, FileError
 from ast_plugin.files import file_digest, lock_folder, write_file
+from ast_plugin.names import say
 from ast_plugin.options import safe_yaml
 from ast_plugin.options.compare_file import INPUT
 
@@ -64,7 +65,7 @@ class Comparison:
         say: told what is going on, a line at a time.
     """
 
-    def __init__(self, plan: Plan, say: Callable[[str], None] = print) -> None:
+    def __init__(self, plan: Plan, say: Callable[[str], None] = say) -> None:
         self.plan, self.say = plan, say
         self.journal = Journal(plan.folder / 'journal')
         self.logs = plan.folder / 'logs'

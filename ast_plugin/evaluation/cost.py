@@ -20,7 +20,7 @@ _FREE_OPERATORS = ('aten::pad', 'aten::rsub', 'aten::unflatten', 'aten::alias', 
 _SMALL = ((128, 128), (128, 256))
 
 _UNKNOWN_MEMORY = 4 * 2**30
-_MEMORY_INFO = Path('/proc/meminfo')
+_MEMORY_INFO, _PROCESS_SIZE = Path('/proc/meminfo'), Path('/proc/self/statm')
 # Limit, use and statistics of this process's container, by the second and the first version of Linux's control groups.
 _GROUPS = Path('/sys/fs/cgroup'), Path('/sys/fs/cgroup/memory')
 _GROUP_FILES = (
@@ -92,17 +92,17 @@ def on_line(x: float, first: tuple[float, float], second: tuple[float, float]) -
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the free memory of a device: of a GPU, or of the machine and the container we run in, which MPS shares.
+    """Return the free memory of a device: of a GPU, or, which MPS shares, of the machine, container and limits we run in.
 
     Where the system does not tell (it does on Linux), 4 GiB are assumed.
     """
     if device.type == 'cuda':
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    known = [amount for amount in (_free_in_machine(), *map(_free_in_group, _GROUP_FILES)) if amount is not None]
+    known = [_free_in_machine(), _free_in_process(), *map(_free_in_group, _GROUP_FILES)]
     if device.type == 'mps':
         known.append(max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
-    return min(known, default=_UNKNOWN_MEMORY)
+    return min((amount for amount in known if amount is not None), default=_UNKNOWN_MEMORY)
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
@@ -160,6 +160,18 @@ def _free_in_machine() -> int | None:
     amounts = dict(line.split(':', 1) for line in lines if ':' in line)
     amount = amounts.get('MemAvailable') or amounts.get('MemFree')
     return int(amount.split()[0]) * 1024 if amount else None
+
+
+def _free_in_process() -> int | None:
+    """What `ulimit -v` leaves of the address space; None without a limit."""
+    try:
+        import resource  # not on Windows
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(_PROCESS_SIZE.read_text().split()[0]) * resource.getpagesize()
+        return None if limit == resource.RLIM_INFINITY else max(0, limit - used)
+    except (ImportError, OSError):
+        return None
 
 
 def _free_in_group(files: Sequence[Path]) -> int | None:

@@ -123,13 +123,13 @@ class Restorer:
         Args:
             image: gray [H, W] or RGB [H, W, 3]; uint8, uint16, or floating point in [0, 1].
             on_tile: called with (tiles done, tiles in all).
-            on_note: called with a line when tiles are chosen because memory is short.
+            on_note: called with a line when tiles are chosen because memory is short, or colours are lost.
         Returns:
             The restored image, [s·H, s·W] or [s·H, s·W, 3], clamped to the range of its dtype and rounded to the
             nearest value: the input's dtype, float32 for floating point.
         Raises:
             ShapeError: if the array is no such image, or the network does not take its size.
-            DataError: if colours are given to a network for gray, or the network's result is not finite.
+            DataError: if colours are given to a network for gray, or the network's result is not finite or no image.
             OptionError: if the image does not fit in memory with the tiles asked for.
         """
         largest = _LARGEST.get(image.dtype, 1)
@@ -171,6 +171,10 @@ class Restorer:
         values = torch.from_numpy(image.astype(np.float32)).div_(largest)
         batch = values[None, None].expand(1, self.in_channels, -1, -1) if is_gray else values.permute(2, 0, 1)[None]
         result = protocol.restore(self.network, batch, on_tile, on_note)[0]
+        if len(result) not in (1, 3):
+            raise DataError(f'the network gives {len(result)} channels: expected 1 (gray) or 3 (RGB)')
+        if len(result) == 1 and not is_gray and on_note is not None:
+            on_note('the network gives gray images: the colours are lost')
         with torch.inference_mode():
             if is_gray and len(result) == 3:
                 result = result.mean(0, keepdim=True)

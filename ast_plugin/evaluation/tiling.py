@@ -82,9 +82,15 @@ class Tiling:
         note = on_note or (lambda line: None)
         run = any_size(network, image.shape[1]) if isinstance(network, nn.Module) else network
 
+        is_in_network = False
+
         def apply(patches: Tensor) -> Tensor:
+            nonlocal is_in_network
+            is_in_network = True
             with _explain_failures(patches):
-                return run(patches.to(widest_dtype(patches.dtype, device)).to(device)).to(image.device).to(dtype)
+                result = run(patches.to(widest_dtype(patches.dtype, device)).to(device)).to(image.device).to(dtype)
+            is_in_network = False
+            return result
 
         height, width = image.shape[-2:]
         whole, batch = max(height, width), self.batch
@@ -103,10 +109,15 @@ class Tiling:
                     continue
                 smaller = min(tile, whole) // 2 // _TILE_STEP * _TILE_STEP
                 if self.tile != AUTO or smaller == 0:
-                    raise MemoryShortage(
-                        f'{shown} does not fit in the memory of {device}; choose tiles smaller than {min(tile, whole)} '
-                        '(--tile, or in an option file val.protocol: {type: tiled, tile: N})'
-                    ) from error
+                    # Below the multiple that a network pads to, tiles take as much.
+                    can_help = is_in_network and min(tile, whole) > getattr(run, 'size_multiple', 1)
+                    advice = (
+                        f'choose tiles smaller than {min(tile, whole)} (--tile, or in an option file '
+                        'val.protocol: {type: tiled, tile: N})'
+                        if can_help
+                        else 'smaller tiles would not help: end other programs, raise `ulimit -v`, or cut the image up'
+                    )
+                    raise MemoryShortage(f'{shown} does not fit in the memory of {device}; {advice}') from error
                 note(f'{shown} does not fit in memory, trying tiles of {smaller}')
                 tile = smaller
 

@@ -106,7 +106,7 @@ class Validator:
         written: dict[int, Path] = {}
         taken: dict[str, None] = {}
         for number, sample in self._samples(loader):
-            name, stage = files_of(loader.dataset, number)[0], 'unreadable'
+            name, stage = name_of(loader.dataset, number), 'unreadable'
             try:
                 if isinstance(sample, Exception):
                     raise sample
@@ -178,11 +178,8 @@ class Validator:
         if failures and self.rank == 0:
             shown = [f'{name}: {failure}' for name, failure in failures.items()]
             shown = '; '.join(shown) if len(shown) < 4 else f'{shown[0]}; and more'
-            logging.getLogger('basicsr').warning(
-                printable(
-                    f'{results.dataset}: {len(failures)} of {count} images failed, the means are without: {shown}'
-                )
-            )
+            line = f'{results.dataset}: {len(failures)} of {count} images failed, which the means leave out: {shown}'
+            logging.getLogger('basicsr').warning(printable(line))
         values = [value for image in results.restored.values() for value in image.values()]
         if len(failures) == count and all(map(math.isnan, values)):
             raise DataError(
@@ -212,11 +209,11 @@ class Validator:
             images[middle] = replace(images[middle], thumbnails=())
 
 
-def files_of(dataset: Any, number: int) -> list[str]:
-    """The files of a sample that could not be read, the degraded one first, where the dataset has a list of them."""
+def name_of(dataset: Any, number: int) -> str:
+    """The file of a sample that could not be read, where the dataset has a list of pairs."""
     pairs = getattr(dataset, 'pairs', None) or getattr(dataset, 'paths', ())  # ours or BasicSR's
     pair = pairs[number] if number < len(pairs) else f'image_{number + 1}'
-    return [pair] if isinstance(pair, str) else [pair.lq] if hasattr(pair, 'lq') else [*map(str, pair.values())]
+    return pair if isinstance(pair, str) else pair.lq if hasattr(pair, 'lq') else str(next(iter(pair.values())))
 
 
 def _to_pixels(image: Tensor) -> np.ndarray:

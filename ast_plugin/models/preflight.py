@@ -7,12 +7,14 @@ import gc
 import importlib.util
 import inspect
 import io
+import itertools
 import logging
+import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,16 @@ from ast_plugin.archs.networks import required_multiple
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import Checkpoint, read_checkpoint, read_state
 from ast_plugin.data import random_states
-from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.lmdb.reader import holds_pixels
-from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line
+from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line, one_line
 from ast_plugin.evaluation.protocols import read_protocol
-from ast_plugin.evaluation.validator import files_of
+from ast_plugin.evaluation.validator import name_of
 from ast_plugin.models import run_state
 from ast_plugin.models.progress import TrainingProgress
 from ast_plugin.models.restoration_model import RestorationModel
 from ast_plugin.models.run_log import RunLog
 from ast_plugin.models.training_step import batch_size, check_switches, compute_losses
 from ast_plugin.ops import use_backend
-from ast_plugin.ops.windows import pad_image
 from ast_plugin.options.runs import phase_of
 from ast_plugin.options.validation import Registered
 
@@ -273,14 +273,8 @@ def _read_sample(where: str, options: Mapping[str, Any], registered: Registered)
     with _explained(where, options['type'], 'cannot read its data', DataError):
         _refuse_pixels(dataset_type, options)
         dataset = _open_dataset(where, options, registered)
-    files = files_of(dataset, 0)
-    with _explained(where, options['type'], f'cannot read the sample of {files[0]}', DataError):
-        try:
-            return dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
-        except Exception:
-            for file in filter(os.path.isfile, files):
-                read_rgb(file)  # names the file that cannot be decoded, which BasicSR's datasets do not
-            raise
+    with _explained(where, options['type'], f'cannot read the sample of {name_of(dataset, 0)}', DataError):
+        return dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
 
 
 def _open_dataset(where: str, options: Mapping[str, Any], registered: Registered) -> Any:
@@ -459,7 +453,7 @@ def _try_model(opt: Mapping[str, Any], registered: Registered, source: str, samp
             for key, sample in samples.items():
                 if phase_of(key) != 'train' and isinstance(sample, dict) and isinstance(sample.get('lq'), Tensor):
                     with _passing(source, key, network, sample['lq'][None]):
-                        _try_validation(model, opt, sample)
+                        _try_validation(model, opt, sample, _later_samples(source, key, opt, registered))
         if 'train' in samples and count:
             batch = default_collate([samples['train']] * count)
             with _passing(source, 'train', network, batch.get('lq')):
@@ -470,6 +464,14 @@ def _try_model(opt: Mapping[str, Any], registered: Registered, source: str, samp
     gc.collect()
     if opt['num_gpu']:
         torch.cuda.empty_cache()
+
+
+def _later_samples(source: str, key: str, opt: Mapping[str, Any], registered: Registered) -> Iterator[Any]:
+    """Read the samples behind the first one of a validation set, but those that fail: they do so in their turn."""
+    dataset = _open_dataset(f'{source}: datasets.{key}', opt['datasets'][key], registered)
+    for number in range(1, len(dataset)):
+        with suppress(Exception):
+            yield dataset[number]
 
 
 @contextmanager
@@ -519,8 +521,10 @@ def _size_hint(network: nn.Module | None, lq: Tensor | None) -> str:
     return f'; {type(bare).__name__} is trained on sides that are multiples of {multiple}: set gt_size to one'
 
 
-def _try_validation(model: SRModel, opt: Mapping[str, Any], sample: Mapping[str, Any]) -> None:
-    """Restore a corner of a validation image, and measure the middle of its clean one against itself."""
+def _try_validation(
+    model: SRModel, opt: Mapping[str, Any], sample: Mapping[str, Any], later: Iterable[Mapping[str, Any]]
+) -> None:
+    """Restore a corner of the first image of a validation set, and measure it; see `_try_metrics` for the others."""
     height, width = sample['lq'].shape[-2:]
     corner = sample['lq'][..., :_VALIDATED_SIDE, :_VALIDATED_SIDE]
     was_train, model.is_train = model.is_train, False
@@ -532,26 +536,53 @@ def _try_validation(model: SRModel, opt: Mapping[str, Any], sample: Mapping[str,
         model.is_train = was_train
     if result.ndim != 4:
         return
-    is_ours, metrics = isinstance(model, RestorationModel), opt['val'].get('metrics') or {}
-    pair = []
-    if isinstance(sample.get('gt'), Tensor):
-        scale = result.shape[-1] // corner.shape[-1]
-        size, clean = (scale * height, scale * width), tuple(sample['gt'].shape[-2:])
-        if metrics and size != clean:
-            raise DataError(
-                f'the network makes {size[1]}x{size[0]} of an image of {width}x{height}, whose clean one has '
-                f'{clean[1]}x{clean[0]}: they cannot be compared (scale is {opt["scale"]})'
-            )
-        top, left = (max(0, side - _LARGEST_METRIC_IMAGE) // 2 for side in clean)
-        clean = sample['gt'][..., top : top + _LARGEST_METRIC_IMAGE, left : left + _LARGEST_METRIC_IMAGE].float()
-        # An image too small for a metric fails alone, when its turn comes.
-        enough = _metric_image_side(metrics)
-        clean = pad_image(clean[None], *(max(0, enough - side) for side in clean.shape[-2:]))[0]
-        alike = clean if len(clean) == result.shape[1] else clean.mean(0, True).expand(result.shape[1], -1, -1)
-        pair = [alike[None], clean[None]]
-    if is_ours and pair:
-        model.validator.protocol.measure(*pair, model.validator.metrics)
-    elif not is_ours:
-        images = dict(zip(('img', 'img2'), map(tensor2img, pair or [result]), strict=False))
-        for options in metrics.values():
-            calculate_metric(images, options)
+    metrics = model.validator.metrics if isinstance(model, RestorationModel) else opt['val'].get('metrics') or {}
+    if not metrics:
+        return
+    if not isinstance(sample.get('gt'), Tensor):
+        if not isinstance(model, RestorationModel):
+            for options in metrics.values():
+                calculate_metric({'img': tensor2img(result)}, options)
+        return
+    scale = result.shape[-1] // corner.shape[-1]
+    size, clean = (scale * height, scale * width), tuple(sample['gt'].shape[-2:])
+    if size != clean:
+        raise DataError(
+            f'the network makes {size[1]}x{size[0]} of an image of {width}x{height}, whose clean one has '
+            f'{clean[1]}x{clean[0]}: they cannot be compared (scale is {opt["scale"]})'
+        )
+    _try_metrics(model, metrics, result.shape[1], itertools.chain([sample], later))
+
+
+def _try_metrics(
+    model: SRModel, metrics: Mapping[str, Mapping[str, Any]], channels: int, samples: Iterable[Mapping[str, Any]]
+) -> None:
+    """Measure the middle of clean images against themselves, until each metric has measured one.
+
+    Where `model` is ours, an image too small for a metric fails alone when its turn comes: later ones are tried then.
+    """
+    enough, waiting, failures = _metric_image_side(metrics), dict(metrics), {}
+    most = max(_LARGEST_METRIC_IMAGE, enough)
+    for sample in samples:
+        top, left = (max(0, side - most) // 2 for side in sample['gt'].shape[-2:])
+        clean = sample['gt'][..., top : top + most, left : left + most].float()
+        pair = [
+            clean[None] if len(clean) == channels else clean.mean(0, True).expand(channels, -1, -1)[None],
+            clean[None],
+        ]
+        for name, options in list(waiting.items()):
+            try:
+                if isinstance(model, RestorationModel):
+                    value = model.validator.protocol.measure(*pair, {name: options})[name]
+                else:
+                    value = calculate_metric(dict(zip(('img', 'img2'), map(tensor2img, pair), strict=True)), options)
+                if math.isnan(value):
+                    raise DataError(f'{name} is not a number, of an image of {clean.shape[-1]}x{clean.shape[-2]}')
+                del waiting[name]
+            except Exception as error:  # of any metric
+                if not isinstance(model, RestorationModel) or min(clean.shape[-2:]) >= enough:
+                    raise
+                failures.setdefault(name, error)
+        if not waiting:
+            return
+    raise DataError(f'no image is large enough for {next(iter(waiting))}: {one_line(failures[next(iter(waiting))])}')

@@ -36,7 +36,7 @@ from ast_plugin.models import mixup, network_switches, optimizers, run_state, tr
 from ast_plugin.models.processes import Processes, RunStopped, received_signal
 from ast_plugin.models.progress import TrainingProgress
 from ast_plugin.models.run_log import RunLog
-from ast_plugin.names import file_name, printable
+from ast_plugin.names import file_name, printable, say
 from ast_plugin.ops import frozen_weights
 
 
@@ -256,9 +256,9 @@ class RestorationModel(SRModel):
         protocol, metrics = self.validator.protocol, self.validator.metrics
         results.provenance = describe_provenance(protocol, metrics, weights, self.device)
         sheet = results.write(Path(self.opt['path']['results_root']))
-        print(f'\n{results.dataset}\n\n{results.to_markdown()}\n', flush=True)
+        say('', results.dataset, '', *results.to_markdown().split('\n'), '')
         if sheet is not None:
-            print(f'The worst and the best images: {sheet}', flush=True)
+            say(f'The worst and the best images: {sheet}')
 
     def _initialize_best_metric_results(self, dataset_name: str) -> None:
         """BasicSR's, and for metrics that were added since the run began, which a resumed state knows nothing of."""

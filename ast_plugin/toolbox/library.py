@@ -3,19 +3,24 @@
 import functools
 import os
 import subprocess
+import sys
 import warnings
+from contextlib import suppress
 
+import cv2
 import torch
 import torch.distributed
 from basicsr.archs.srresnet_arch import MSRResNet
 from basicsr.archs.swinir_arch import WindowAttention
 from basicsr.models.base_model import BaseModel
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR
-from basicsr.utils import dist_util
+from basicsr.utils import dist_util, img_util
+from basicsr.utils.file_client import FileClient
 from basicsr.utils.registry import Registry
 from torch.nn.parallel import DistributedDataParallel
 
-from ast_plugin.errors import OptionError, did_you_mean
+from ast_plugin.data.image_files import decode_rgb
+from ast_plugin.errors import DataError, OptionError, did_you_mean
 from ast_plugin.models.optimizers import build_optimizer
 
 
@@ -190,7 +195,47 @@ def build_swinir_without_warning() -> None:
     WindowAttention.__init__ = __init__
 
 
+class _Content(bytes):
+    """The content of a file, and its path."""
+
+    path = 'an image'
+
+
+def name_what_is_not_decoded() -> None:
+    """Let `imfrombytes` name the file that is no image, and say what is wrong with it.
+
+    Fault: OpenCV raises `!buf.empty()` for an empty file and gives None for a damaged one, which `imfrombytes` takes
+    for pixels: hours into a training nothing says which file it was. BasicSR#254.
+    """
+    get, decode = FileClient.get, img_util.imfrombytes
+
+    @functools.wraps(get)
+    def get_named(self, filepath, client_key='default'):
+        content = get(self, filepath, client_key)
+        if content is None:
+            raise DataError(f'{filepath}: not in the LMDB {client_key}')
+        content = _Content(content)
+        content.path = filepath
+        return content
+
+    @functools.wraps(decode)
+    def imfrombytes(content, flag='color', float32=False):
+        image = None
+        with suppress(cv2.error, AttributeError):  # an attribute of None
+            image = decode(content, flag, float32)
+        if image is None:
+            path = getattr(content, 'path', _Content.path)
+            decode_rgb(content, path)
+            raise DataError(f'{path}: OpenCV does not decode it: save it anew as PNG')
+        return image
+
+    FileClient.get = get_named
+    for module in [module for module in sys.modules.values() if vars(module).get('imfrombytes') is decode]:
+        module.imfrombytes = imfrombytes
+
+
 REPAIRS = (
+    name_what_is_not_decoded,
     explain_unknown_names,
     start_distributed_on_cpus,
     place_by_local_rank,

@@ -1,5 +1,6 @@
 """What a network costs and how much memory there is."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -36,6 +37,16 @@ def test_system_tells_its_memory(tmp_path, monkeypatch):
     assert _free_in_group(files) == 350
     files[0].write_text('max\n')
     assert _free_in_group(files) is None
+
+
+def test_limit_of_the_address_space_counts(monkeypatch):
+    resource = pytest.importorskip('resource')
+    monkeypatch.setattr(resource, 'getrlimit', lambda kind: (2**50, 2**50))
+    before = cost._free_in_process()
+    monkeypatch.setattr(resource, 'getrlimit', lambda kind: (2**50 - before + 10**6, 2**50))
+    assert 0 <= available_bytes(torch.device('cpu')) <= 10**6
+    monkeypatch.setattr(resource, 'getrlimit', lambda kind: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert cost._free_in_process() is None
 
 
 def test_macs_of_a_convolution_and_a_product():

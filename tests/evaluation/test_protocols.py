@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ast_plugin.errors import DataError, OptionError, ShapeError
+from ast_plugin.errors import DataError, MemoryShortage, OptionError, ShapeError
 from ast_plugin.evaluation import tiling
 from ast_plugin.evaluation.protocols import PROTOCOLS, read_protocol
 from ast_plugin.metrics import psnr_rgb, psnr_y_matlab, ssim_rgb, ssim_y_matlab
@@ -234,6 +234,14 @@ def test_fewer_tiles_at_once_in_short_memory():
 def test_pass_that_does_not_fit():
     with pytest.raises(OptionError, match=r'70x60 does not fit in the memory of cpu.*tiled'):
         read_protocol('whole').restore(Forgetful(), image(60, 70))
+
+
+@pytest.mark.parametrize(('multiple', 'advice'), [(8, 'choose tiles smaller than 70'), (128, 'would not help')])
+def test_advice_where_memory_is_short(multiple, advice):
+    network = Forgetful()
+    network.takes_any_size, network.size_multiple = True, multiple
+    with pytest.raises(MemoryShortage, match=advice):
+        read_protocol('tiled').restore(network, image(60, 70))
 
 
 @pytest.mark.parametrize('square', [10**6, 10**9])

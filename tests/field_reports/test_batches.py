@@ -198,3 +198,27 @@ def test_prepare_tells_memory_from_damage(monkeypatch, tmp_path, error):
     monkeypatch.setattr(checks, 'read_bytes', fail)
     fault = checks.check_pair(Pair('a', str(tmp_path / 'a.png'), str(tmp_path / 'b.png')))
     assert fault.kind == 'too large for memory'
+
+
+@pytest.mark.parametrize('channels', [1, 2, 4])
+def test_network_that_changes_the_channels(tmp_path, channels):
+    source = save(tmp_path / 'a.png', noise(8, 9, 3))
+    network = nn.Conv2d(3, channels, 1)
+    (result,) = restore_files([Job(source, tmp_path / 'out.png')], Restorer(network, device='cpu'))
+    if channels == 1:
+        assert result.notes == ('the network gives gray images: the colours are lost',) and not result.failure
+    else:
+        assert result.kind == 'network' and f'gives {channels} channels: expected 1 (gray) or 3' in result.failure
+
+
+@pytest.mark.parametrize('damage', [lambda content: b'', lambda content: content[: len(content) // 2]])
+def test_basicsr_names_what_it_cannot_decode(tmp_path, damage):
+    from basicsr.data.single_image_dataset import SingleImageDataset
+
+    for name in 'ab':
+        path = save(tmp_path / f'{name}.jpg', noise(30, 40, 3))
+    path.write_bytes(damage(path.read_bytes())[:40])
+    dataset = SingleImageDataset({'dataroot_lq': str(tmp_path), 'io_backend': {'type': 'disk'}})
+    assert dataset[0]['lq'].shape == (3, 30, 40)
+    with pytest.raises(DataError, match=r'b\.jpg: '):
+        dataset[1]

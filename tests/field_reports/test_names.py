@@ -1,5 +1,6 @@
 """Names that users give: shown, drawn and passed on as what they are, and no drawing and no log ends a run."""
 
+import ast
 import csv
 import io
 import json
@@ -7,6 +8,7 @@ import logging
 import os
 import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-import ast_plugin  # noqa: F401  registers everything
+import ast_plugin
 from ast_plugin import errors, names
 from ast_plugin.cli.main import main
 from ast_plugin.compare import measure, plots, report
@@ -276,3 +278,34 @@ def test_line_of_a_log_is_warned_once(caplog):
         with errors.only_warn('nothing'):
             raise KeyError('a')
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_all_that_is_said_is_printable():
+    package = Path(ast_plugin.__file__).parent
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob('*.py')
+        for node in ast.walk(ast.parse(file.read_text(encoding='utf-8')))
+        if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'print'
+    }
+    assert found == {'names.py', 'cli/check.py'}  # which prints a file: JSON and YAML have escapes of their own
+
+
+@pytest.mark.parametrize('name', ['lines', 'controls', 'reordered', 'no_text'])
+def test_folder_in_what_is_said(tmp_path, capfd, name):
+    folder = tmp_path / ODD[name].replace('\x00', '') / 'pairs'
+    for kind in ('lq', 'gt'):
+        (folder / kind).mkdir(parents=True)
+        cv2.imencode('.png', np.full((16, 16, 3), len(kind + name), np.uint8))[1].tofile(folder / kind / 'a.png')
+    prepared, shown = folder.parent / 'prepared', names.printable(str(folder.parent))
+    assert main(['data', 'prepare', 'folders', str(folder), str(prepared), '--lq', 'lq', '--gt', 'gt']) == 0
+    (folder / 'lq' / 'a.png').unlink()
+    assert main(['data', 'check', str(prepared)]) == 1
+    assert main(['options', str(folder.parent / 'options')]) == 0
+    lines = capfd.readouterr().out.split('\n')
+    for line in (
+        f'in {shown}/pairs',
+        f'{shown}/prepared/train.jsonl: 1 pairs: 1 missing',
+        f'copied to {shown}/options',
+    ):
+        assert any(line in each for each in lines)
