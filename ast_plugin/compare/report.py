@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -165,13 +166,16 @@ def _validated_column(plan: Plan, results: Results) -> str | None:
 
 
 def _scenes(plan: Plan, results: Results) -> Scenes:
+    """The first images that were kept, as those that failed were not: the files of each by their network."""
     folder = plan.folder / 'pictures'
-    scenes = {}
-    for name in results.images[: plan.settings['pictures']]:
+
+    def kept(name: str) -> dict[str, Path]:
         files = {row.name: image_path(folder / row.name, name) for row in results.rows if row.values}
         files[CLEAN] = image_path(folder / INPUT, name, is_clean=True)
-        scenes[name] = {source: file for source, file in files.items() if file.is_file()}
-    return scenes
+        return {source: file for source, file in files.items() if file.is_file()}
+
+    scenes = ((name, kept(name)) for name in results.images)
+    return dict(itertools.islice((scene for scene in scenes if scene[1]), plan.settings['pictures']))
 
 
 def describe_method(plan: Plan, results: Results) -> list[tuple[str, str]]:

@@ -170,7 +170,8 @@ def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_
             raise DataError(
                 f'{path}: damaged, or a kind of {kind} that is not supported; save it anew in 8 or 16 bits, gray or RGB'
             ) from error
-        raise DataError(f'{path}: the {kind} file is damaged: {one_line(error)}') from error
+        reason = one_line(error) if str(error) else 'its parts do not fit together'  # as assertions say nothing
+        raise DataError(f'{path}: the {kind} file is damaged: {reason}') from error
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:

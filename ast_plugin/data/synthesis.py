@@ -293,7 +293,7 @@ def write_pairs(
     Raises:
         DataError: if no photo can be read, or images cannot be written.
     """
-    partial = output.absolute().parent / f'.{output.name[:64]}.synth.part'
+    partial = output.absolute().parent / file_name(f'.{output.name}', '.synth.part')
     record = {
         'task': recipe.task,
         'parameters': recipe.parameters.model_dump(mode='json', exclude={'type'}),

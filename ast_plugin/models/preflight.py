@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import torch
+from basicsr.archs.vgg_arch import VGG_PRETRAIN_PATH
 from basicsr.metrics import calculate_metric
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import logger as basicsr_logger
@@ -124,6 +126,11 @@ def _explained(
         raise type(error)(message) from error
     except KeyError as error:
         raise kind(f'{where}: {what} needs the key {error}, which is not there') from error
+    except URLError as error:
+        raise kind(
+            f'{where}: {what} fetches weights from the network, which fails: {error.reason}. Those of a perceptual '
+            f'loss may lie in {VGG_PRETRAIN_PATH} of the working directory'
+        ) from error
     except OSError as error:
         raise kind(f'{where}: {what}: {error.strerror or error}: {error.filename or ""}'.rstrip(': ')) from error
     except Exception as error:

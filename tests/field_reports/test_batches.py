@@ -1,6 +1,7 @@
 """Kinds C and H: an item that fails says why and of which class, the others go on; what is left out is counted."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ast_plugin.cli.main import main
+from ast_plugin.compare import report
 from ast_plugin.data import image_files
 from ast_plugin.data.image_files import decode_image, read_image
 from ast_plugin.data.matching import Pair
@@ -222,3 +224,14 @@ def test_basicsr_names_what_it_cannot_decode(tmp_path, damage):
     assert dataset[0]['lq'].shape == (3, 30, 40)
     with pytest.raises(DataError, match=r'b\.jpg: '):
         dataset[1]
+
+
+def test_report_shows_the_images_that_were_kept(tmp_path):
+    for folder, side in (('input', 'restored'), ('input', 'clean'), ('a', 'restored')):
+        (tmp_path / 'pictures' / folder / side).mkdir(parents=True)
+        for name in 'bcd':
+            save(tmp_path / 'pictures' / folder / side / f'{name}.png', noise(8, 9, 3))
+    rows = [SimpleNamespace(name=name, values={'b': {}}) for name in ('input', 'a', 'failed')]
+    plan = SimpleNamespace(folder=tmp_path, settings={'pictures': 2})
+    scenes = report._scenes(plan, SimpleNamespace(images=list('abcd'), rows=rows))
+    assert {name: len(files) for name, files in scenes.items()} == {'b': 3, 'c': 3}

@@ -9,8 +9,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from ast_plugin.data.image_files import FORMAT_OF, decode_image, encode_image
-from tests.data.images import SRGB, noise
+from ast_plugin.data.image_files import FORMAT_OF, decode_image, encode_image, read_image
+from tests.data.images import SRGB, noise, write_png
 
 PIXELS = noise(16, 24, 3)
 EXIF = Image.Exif()
@@ -95,6 +95,12 @@ def test_png_without_its_palette():
     )
     with pytest.raises(ValueError, match=r'photo: the PNG file is damaged'):
         decode_image(data, 'photo')
+
+
+def test_png_of_indices_without_a_palette(tmp_path):
+    write_png(tmp_path / 'a.png', noise(16, 24), color_type=3, depth=8)
+    with pytest.raises(ValueError, match=r'a\.png: the PNG file is damaged: its parts do not fit together'):
+        read_image(tmp_path / 'a.png')
 
 
 def test_jpeg_that_pillow_does_not_read(monkeypatch):

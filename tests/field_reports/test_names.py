@@ -268,6 +268,18 @@ def test_name_longer_than_files_can_have():
         TypeAdapter(FolderName).validate_python('雨' * 100)
 
 
+def test_folder_of_the_longest_name(tmp_path, capfd):
+    for kind in ('lq', 'gt'):
+        (tmp_path / kind).mkdir()
+        cv2.imencode('.png', np.full((16, 16, 3), 90, np.uint8))[1].tofile(tmp_path / kind / 'a.png')
+    for number, command in enumerate(
+        (['synth', '--task', 'rain', '-i', str(tmp_path / 'gt'), '-o'], ['lmdb', str(tmp_path)])
+    ):
+        folder = tmp_path / f'{chr(0x1F327) * 63}{number}'  # 253 bytes
+        assert main(['data', *command, str(folder)]) == 0, capfd.readouterr().err
+        assert folder.is_dir()
+
+
 def test_message_with_controls(tmp_path, capfd):
     assert main(['infer', '-i', str(tmp_path / ODD['controls'].replace('\x00', '')), '-o', str(tmp_path / 'out')]) == 2
     assert r'a\x1b[31mred\x07' in capfd.readouterr().err

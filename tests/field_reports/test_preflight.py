@@ -1,6 +1,7 @@
 """`check` and `train` put data, network, losses, device and metrics together before any folder is touched."""
 
 import re
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -123,6 +124,18 @@ def test_large_network_passes_shapes(command, monkeypatch, changes, message):
     status, errors = command('check', OURS, {'network_g': {**AST, **changes}})
     assert status == (2 if message else 0), errors
     assert re.search(message, errors), errors
+
+
+def test_weights_that_cannot_be_fetched(command, monkeypatch):
+    def fetch(*arguments, **options):
+        raise URLError('no network here')
+
+    monkeypatch.setattr('torch.hub.load_state_dict_from_url', fetch)
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', fetch)
+    perceptual = {'type': 'PerceptualLoss', 'layer_weights': {'conv1_1': 1.0}, 'vgg_type': 'vgg11'}
+    status, errors = command('check', OURS, {'train': {'perceptual_opt': perceptual}})
+    assert status == 2
+    assert re.search('no network here.*pretrained_models', errors), errors
 
 
 def test_trial_leaves_random_numbers(command):

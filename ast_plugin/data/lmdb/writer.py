@@ -45,6 +45,7 @@ from ast_plugin.data.matching import Pair, PairTable, check_equal_sizes, is_imag
 from ast_plugin.data.workers import map_ahead, num_cores
 from ast_plugin.errors import DataError
 from ast_plugin.files import PARTIAL_SUFFIX, lock_folder, replace_text, sync_folder
+from ast_plugin.names import file_name
 
 Encoding = Literal['png', 'raw']
 
@@ -165,7 +166,7 @@ def write_lmdbs(
     destination = Path(os.path.abspath(os.path.expanduser(destination)))
     if not destination.name:
         raise DataError(f'{destination}: exists, and is not a pair of LMDBs; choose another place')
-    staging = destination.with_name(f'.{destination.name}.part')
+    staging = destination.with_name(file_name(f'.{destination.name}', '.part'))
     num_workers = num_workers or num_cores()
     with _explain_errors(destination, staging):
         if _is_taken(destination, plan, overwrite):
