@@ -92,7 +92,7 @@ def on_line(x: float, first: tuple[float, float], second: tuple[float, float]) -
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the free memory of a device: of a GPU, or, which MPS shares, of the machine, container and limits we run in.
+    """Return the free memory of a device: of a GPU, or of the machine, container and limits here, which MPS shares.
 
     Where the system does not tell (it does on Linux), 4 GiB are assumed.
     """

@@ -232,6 +232,7 @@ def test_comparison_measures_any_image(tmp_path):
         'network': None,
         'dataset': dataset,
         'protocol': None,
+        'device': 'cpu',
         'metrics': {'mse': {'type': 'calculate_psnr', 'crop_border': 0}},
     }
     record = measure.measure_quality({**job, 'kept': 3, 'folder': str(tmp_path / 'pictures')})
