@@ -36,7 +36,7 @@ _EXPECTED = {
     'literal_error': '{expected}',
     'enum': '{expected}',
     'string_too_short': 'text that is not empty',
-    'string_pattern_mismatch': 'a name that can name a folder (up to 100 letters, no / or \\, no dot or blank first)',
+    'string_pattern_mismatch': 'a name that can name a folder (no / or \\, no dot or blank first)',
     'too_short': '{min_length} items or more',
     'too_long': '{max_length} items or fewer',
 }

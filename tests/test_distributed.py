@@ -223,7 +223,10 @@ def test_the_failure_of_one_ends_all_and_is_told_once(tmp_path, how):
     told = [line for _, _, errors in (first, second) for line in errors.splitlines() if 'basicsr: error' in line]
     if how == 'error':
         assert second[0] == 2
-        assert told == ['basicsr: error: [rank 1] 2.png cannot be read']
+        saved = 'Iteration 1 is saved: mend it, and go on with --auto_resume'
+        assert told == [f'basicsr: error: [rank 1] 2.png cannot be read. {saved}']
+        state = torch.load(tmp_path / 'experiments/tiny/training_states/1.state', weights_only=True)
+        assert state['iter'] == 1 and len(state['random']) == 2
     else:
         assert second[0] == -9
         assert len(told) == 1 and told[0].startswith('basicsr: error: [rank 0] another process of this run is gone')

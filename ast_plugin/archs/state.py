@@ -34,6 +34,7 @@ _FFN_PARTS = {'partial_conv': 'frfn', 'depthwise': 'leff'}  # what only such a n
 DERIVED = '.attn.relative_position_index'  # official files hold this buffer; ours is computed, see ops.windows
 # Names' parts that wrappers put in: torch.compile, FSDP, activation checkpointing, Fabric.
 _WRAPPERS = re.compile(r'\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.')
+_PARALLEL = re.compile(r'(?<=\.)module\.')  # inside of names, where a part of a network was wrapped by DataParallel
 _MOST_NAMED = 3  # tensors that a message names
 
 
@@ -72,20 +73,25 @@ def under_prefix(
         if none are; what is under it, by names of which most are expected; and the rest of the state.
     """
     expected = set(expected)
+    has_module = any(re.search(r'\bmodule\.', name) for name in expected)
+    plain = {name if has_module else _PARALLEL.sub('', name): full for name, full in _unwrapped(state).items()}
     counts: Counter[tuple[str, bool]] = Counter()
-    for name in state:
-        plain = _WRAPPERS.sub('', name)
-        for start in (0, *(match.end() for match in re.finditer(r'\.', plain))):
-            own = plain[start:]
-            counts[plain[:start], False] += own in expected
-            counts[plain[:start], True] += rename_official(own) in expected
+    for name in plain:
+        for start in (0, *(match.end() for match in re.finditer(r'\.', name))):
+            own = name[start:]
+            counts[name[:start], False] += own in expected
+            counts[name[:start], True] += rename_official(own) in expected
     most = max(counts.values(), default=0)
     candidates = [key for key, count in counts.items() if count == most > 0] or [('', False)]
     prefix, is_official = min(candidates, key=lambda key: (_rank(key[0]), len(key[0]), key[1]))
     rename: Callable[[str], str] = rename_official if is_official else str
-    plain = {_WRAPPERS.sub('', name): name for name in state}
     own = {rename(name[len(prefix) :]): state[full] for name, full in plain.items() if name.startswith(prefix)}
     return prefix, own, {full: state[full] for name, full in plain.items() if not name.startswith(prefix)}
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """A state's names by what they are without wrappers."""
+    return {_WRAPPERS.sub('', name): name for name in state}
 
 
 def _rank(prefix: str) -> int:
@@ -94,7 +100,7 @@ def _rank(prefix: str) -> int:
 
 def without_prefixes(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """A state as it is, then without the first part of all names as long as all share it."""
-    state = {_WRAPPERS.sub('', name): tensor for name, tensor in state.items()}
+    state = {plain: state[name] for plain, name in _unwrapped(state).items()}
     yield state
     while len(firsts := {name.partition('.')[0] for name in state}) == 1 and all('.' in name for name in state):
         start = len(firsts.pop()) + 1

@@ -16,6 +16,7 @@ Exit status: 0 all restored, 1 some could not be, 2 wrong usage or input.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections import Counter
@@ -83,14 +84,14 @@ def run(args: argparse.Namespace) -> int:
 
     from ast_plugin.evaluation import file_restorer
     from ast_plugin.evaluation.classifier import Specialists
-    from ast_plugin.evaluation.file_restorer import find_images, plan_jobs, prepare_folders, restore_files
+    from ast_plugin.evaluation.file_restorer import find_images, plan_jobs, prepare_folders
     from ast_plugin.evaluation.restorer import Restorer
     from ast_plugin.files import write_file
     from ast_plugin.names import printable, say, to_csv
 
     _check(args)
-    output = Path(args.output).expanduser()
-    found = find_images(args.input, output, args.recursive)
+    output = os.path.expanduser(args.output)
+    found = find_images(args.input, Path(output), args.recursive)
     jobs = plan_jobs(found.images, output, args.suffix, args.format)
     options = {name: getattr(args, name) for name in ('device', 'tile', 'overlap', 'batch', 'self_ensemble')}
     if args.task is not None:
@@ -115,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         raise OptionError(f'{report} is an image of this run, and --report would replace it')
     prepare_folders(jobs)
+    file_restorer.mark_results(Path(output), args.input)
     if report is not None:
         write_file(report, b'', make_folder=True)  # told now if it cannot be written
 
@@ -129,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
                 name, _, _ = (bar.postfix or '').partition(', tile ')
                 bar.set_postfix_str(f'{name}, tile {done}/{total}')
 
-        results = restore_files(
+        results = file_restorer.restore_files(
             jobs,
             restorer,
             quality=args.quality,
@@ -163,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     num_failed, total = failed.total(), len(jobs) + len(found.failures)
     restored = f'{total - num_failed}{f" of {total}" if failed else ""} image{"s" * (total != 1)}'
     classes = f' (failed: {", ".join(f"{count} {kind}" for kind, count in failed.items())})' if failed else ''
-    say(f'restored {restored} in {time.perf_counter() - start:.1f} s{classes}: {output}')
+    say(f'restored {restored} in {time.perf_counter() - start:.1f} s{classes}: {Path(output)}')
     return 1 if failed else 0
 
 

@@ -227,7 +227,6 @@ class _Side:
                 )
             elif entry.name not in taken:
                 reasons[why_no_image(entry.path) or f'not named {self.template.fill("{}")}'] += 1
-        del reasons['hidden']
         return count_reasons(+reasons)
 
     def unmatched(self, other: _Side) -> list[DataFault]:

@@ -44,6 +44,7 @@ from ast_plugin.ops import frozen_weights
 MAX_SATURATED, MAX_TINT, MAX_BRIGHTNESS = 0.1, 12.0, 50.0  # a share, levels of 255; see `Change.warnings`
 MIN_CONFIDENCE = 0.6  # of what an image is taken for
 
+_RESULTS = '.basicsr_results'  # lies in a folder of results that is inside an input
 _NOT_WRITTEN = {'.gif', '.heic', '.heif', '.avif', '.exr', '.jp2', '.jxl', '.dng'}  # nobody names a folder so
 
 
@@ -119,7 +120,7 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
 
     Args:
         inputs: files, and folders of which all images are taken but hidden ones.
-        output: folder that is left out where it lies inside an input.
+        output: folder that is left out where it lies inside an input, as those of earlier results are.
         recursive: whether to go into folders inside folders.
     Returns:
         The files; those named that cannot be read among them, as the others are restored all the same.
@@ -147,21 +148,23 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
 
 
 def plan_jobs(
-    images: Sequence[tuple[Path, Path]], output: Path, suffix: str = '', file_format: str = 'keep'
+    images: Sequence[tuple[Path, Path]], output: str | os.PathLike, suffix: str = '', file_format: str = 'keep'
 ) -> list[Job]:
     """Name a result for every image of `find_images`: distinct names, none of them an image to be read.
 
     Args:
-        output: folder of the results; or the name of a single one, where it ends as images do and is no folder.
+        output: folder of the results; or the name of a single one, where it ends as images do, not in a slash, and is
+            no folder.
         suffix: goes behind the name.
         file_format: 'keep', 'png' or 'tiff'.
     Raises:
         DataError: if a result would replace an input, or `output` names an image and there are several.
     """
-    ending = output.suffix.lower()
-    if ending in _NOT_WRITTEN and not output.is_dir():
+    is_folder, output = os.fspath(output).endswith(('/', os.sep)), Path(output)
+    kind = '' if is_folder or output.is_dir() else output.suffix.lower()
+    if kind in _NOT_WRITTEN:
         raise DataError(f'{output}: expected a folder, or a name that ends in one of {", ".join(FORMAT_OF)}')
-    if ending in FORMAT_OF and not output.is_dir():
+    if kind in FORMAT_OF:
         if len(images) > 1 or suffix or file_format != 'keep':
             what = f'{len(images)} images' if len(images) > 1 else 'a suffix or a format for it'
             raise DataError(f'{output} is the name of one result, but there are {what}: expected a folder')
@@ -191,6 +194,13 @@ def prepare_folders(jobs: Sequence[Job]) -> None:
                 pass
         except OSError as error:
             raise DataError(f'{folder}: no images can be written there: {error.strerror or error}') from error
+
+
+def mark_results(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
+    """Have `find_images` leave out a folder of results inside an input, when later ones go elsewhere."""
+    parents = [Path(given).expanduser().resolve() for given in inputs]
+    if output.is_dir() and not {*parents}.isdisjoint(output.resolve().parents):
+        (output / _RESULTS).touch()
 
 
 def restore_files(
@@ -319,6 +329,9 @@ def _walk(folder: Path, output: Path, recursive: bool, found: Found) -> Iterator
     for current, folders, names in os.walk(folder, onerror=fail):
         here = Path(current)
         folders[:] = sorted(name for name in folders if (here / name).resolve() != results)
+        earlier = {name for name in folders if (here / name / _RESULTS).exists()}
+        found.left_out.update(['folders of earlier results'] * len(earlier))
+        folders[:] = [name for name in folders if name not in earlier]
         skipped = [name for name in folders if not recursive or name.startswith('.')]
         found.left_out.update('hidden' if name.startswith('.') else 'folders inside' for name in skipped)
         folders[:] = [name for name in folders if name not in skipped]

@@ -81,9 +81,6 @@ class Validator:
         }
         if opt.get('val') is not None:
             val['metrics'] = metrics
-            if not metrics:
-                other = '' if protocol.metrics else f', and protocol {protocol.type} has none of its own'
-                logging.getLogger('basicsr').warning(f'Nothing is measured: val.metrics names no metric{other}')
         return cls(metrics, image_path, num_strips, protocol, 0 if opt['is_train'] else _EXAMPLES, processes)
 
     def measure(

@@ -86,7 +86,8 @@ def check(
         if opt['is_train']:
             state = _check_resume(opt)
             _check_training(opt['train'], registered, source)
-        _check_metrics(opt.get('val') or {}, registered, source)
+        if opt.get('val') is not None:
+            _check_metrics(opt['val'], registered, source)
         for key, options in opt['datasets'].items():
             if key not in samples:
                 samples[key] = _read_sample(f'{source}: datasets.{key}', options, registered)
@@ -256,8 +257,11 @@ def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 def _check_metrics(val: Mapping[str, Any], registered: Registered, source: str) -> None:
     """Measure noise: a metric that stumbles over its options would do so hours later."""
     with _explained(f'{source}: val.protocol', 'protocol'):
-        read_protocol(val.get('protocol'))
+        protocol = read_protocol(val.get('protocol'))
     metrics = val.get('metrics') or {}
+    if not metrics and (val.get('metrics') is not None or not protocol.metrics):
+        other = '' if protocol.metrics else f', and protocol {protocol.type} has none of its own'
+        logging.getLogger('basicsr').warning(f'{source}: nothing is measured: val.metrics names no metric{other}')
     side = _metric_image_side(metrics)
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     for key, options in metrics.items():

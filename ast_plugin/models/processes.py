@@ -21,6 +21,7 @@ from ast_plugin.errors import PluginError
 PATIENCE = timedelta(days=1)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+FAILED = 1000  # greater than any signal: a process cannot go on, and asks the others to save and leave
 
 _received: list[int] = []  # signals belong to the process, and so does this
 
@@ -85,6 +86,13 @@ def failing_together() -> Iterator[None]:
         if isinstance(error, PluginError):
             error.args = (f'[rank {rank}] {error}', *error.args[1:])
         raise
+
+
+def follow() -> None:
+    """End without a word (SystemExit) when the process that has failed has said why."""
+    with suppress(RuntimeError, ValueError):
+        dist.distributed_c10d._get_default_store().wait([_MESSAGE], timedelta(seconds=5))
+    raise SystemExit(2)
 
 
 def leave() -> None:

@@ -33,7 +33,7 @@ from ast_plugin.errors import DataError
 from ast_plugin.evaluation.results import ValidationResults, describe_provenance
 from ast_plugin.evaluation.validator import Validator
 from ast_plugin.models import mixup, network_switches, optimizers, run_state, training_step
-from ast_plugin.models.processes import Processes, RunStopped, received_signal
+from ast_plugin.models.processes import FAILED, Processes, RunStopped, follow, received_signal
 from ast_plugin.models.progress import TrainingProgress
 from ast_plugin.models.run_log import RunLog
 from ast_plugin.names import file_name, printable, say
@@ -352,30 +352,44 @@ class RestorationModel(SRModel):
 
         Raises:
             RunStopped: then.
+            SystemExit: where another process has failed, which says why.
         """
-        number = received_signal() or 0
-        if self.processes.count > 1:
-            numbers = torch.tensor(number, device=self.device)
-            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
-            number = int(numbers)
+        number = self._ask_all(received_signal() or 0)
         if not number:
             return
         self._save_iteration()
+        if number == FAILED:
+            follow()
         if self.progress is not None:
             self.progress.bar.close()
         self.processes.wait()  # whoever left before the first one has written would have it ended by the launcher
         raise RunStopped(number, self.iteration)
 
-    def save_unsaved(self) -> int:
+    def save_unsaved(self, is_loading: bool) -> int:
         """Save what was trained since the last state, for an error that ends the run between two iterations.
 
+        Args:
+            is_loading: whether it came while a batch was awaited: then other processes save as well, when they ask
+                one another before the next iteration, see `leave_if_asked`.
         Returns:
             The iteration that is saved; 0 if none is: within an iteration, or where other processes are not in step.
         """
-        if self.processes.count > 1 or not self.is_train or not 0 < self.trained_at == self.iteration:
+        if not self.is_train or not 0 < self.trained_at == self.iteration:
             return 0
+        if self.processes.count > 1:
+            if not is_loading or self.iteration >= self.opt['train']['total_iter']:
+                return 0
+            self._ask_all(FAILED)
         self._save_iteration()
         return self.iteration
+
+    def _ask_all(self, number: int) -> int:
+        """The greatest number that any process gives; all of them call this together."""
+        if self.processes.count == 1:
+            return number
+        numbers = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        return int(numbers)
 
     def _save_iteration(self) -> None:
         if self.iteration != self.saved_at:

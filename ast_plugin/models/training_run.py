@@ -231,7 +231,7 @@ def _attended(module: ModuleType, folder: Path | None) -> Iterator[None]:
         except Exception as error:
             iteration = 0
             with suppress(Exception):  # the disk may be what failed
-                iteration = built[0].save_unsaved()
+                iteration = built[0].save_unsaved(getattr(error, 'is_of_loading', False))
             saved = f'. Iteration {iteration} is saved: mend it, and go on with --auto_resume' if iteration else ''
             if isinstance(error, PluginError):
                 error.args = (f'{error}{saved}',)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-_MOST_NAME_BYTES = 200  # file systems take 255, of which log files and archives need some
+_MOST_NAME_BYTES = 100  # file systems take 255, for the names of a run and its stage, a time and endings
 
 
 def whole(value: Any) -> Any:
@@ -30,7 +30,7 @@ Whole = Annotated[int, BeforeValidator(whole)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole)]
 FolderName = Annotated[
-    str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]{0,99}$'), AfterValidator(_with_room_for_endings)
+    str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]*$'), AfterValidator(_with_room_for_endings)
 ]
 Mapping = dict[str, Any]
 

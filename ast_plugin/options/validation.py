@@ -279,6 +279,8 @@ class _RunCheck:
                 return
             names = {**names, 'ignored': ('type', 'name')}
         self.found += argument_faults(target, options, where, **names)
+        if hasattr(target, 'find_faults'):
+            self.found += target.find_faults(options, where)
         # Of a network that is made of another one.
         for key in getattr(target, 'network_options', ()):
             if isinstance(options.get(key), dict):

@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import shlex
+import signal
 import sys
 import time
 import types
@@ -27,6 +28,7 @@ from ast_plugin.models import run_state
 from ast_plugin.names import printable
 
 WANDB_RECORD = 'wandb_run'  # in an experiment: the id of its run at W&B
+_CHILD_ENDS = getattr(signal, 'SIGCHLD', signal.SIGINT)  # of which Windows has none
 _FOLDERS = {'experiments_root', 'models', 'training_states', 'visualization', 'log'}
 
 
@@ -132,10 +134,11 @@ def resume_within_epochs() -> None:
 
 
 def start_loading_once() -> None:
-    """Let the training loop start loading when it knows the epoch.
+    """Let the training loop start loading when it knows the epoch, and hear of dead workers when it awaits a batch.
 
     Fault: its prefetchers start the workers when they are made, before `set_epoch`; the loop resets them at once, and
-    all of that is thrown away. No upstream issue known.
+    all of that is thrown away. That a worker was killed is raised by torch wherever the loop is, as within a step that
+    has changed half of the weights. No upstream issue known.
     """
 
     def started_by_reset(kind):
@@ -148,8 +151,20 @@ def start_loading_once() -> None:
 
             def reset(self):
                 """Load the epoch that the sampler was told of."""
+                handler = signal.getsignal(_CHILD_ENDS)
                 with workers.block_signals():
                     super().reset()
+                if signal.getsignal(_CHILD_ENDS) != handler:  # torch's, which it sets in the main thread alone
+                    signal.signal(_CHILD_ENDS, handler or signal.SIG_DFL)
+
+            def next(self):
+                """Give the next batch; what is raised has the attribute `is_of_loading`."""
+                try:
+                    torch._C._error_if_any_worker_fails()
+                    return super().next()
+                except Exception as error:
+                    error.is_of_loading = True
+                    raise
 
         return Prefetcher
 

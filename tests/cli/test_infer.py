@@ -197,7 +197,8 @@ def test_folders_inside_folders(run, tmp_path):
     put(tmp_path / 'photos' / '.cache' / 'c.jpg')
     for _ in range(2):  # the second time the results lie inside the input
         assert run('photos', '--recursive', output='photos/out')[0] == 0
-        assert files_below(tmp_path / 'photos' / 'out') == ['a.png', 'x/a.png', 'x/y/b.jpg']
+        results = ['.basicsr_results', 'a.png', 'x/a.png', 'x/y/b.jpg']
+        assert files_below(tmp_path / 'photos' / 'out') == results
 
 
 def test_distinct_names(run, tmp_path):

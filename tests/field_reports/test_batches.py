@@ -235,3 +235,19 @@ def test_report_shows_the_images_that_were_kept(tmp_path):
     plan = SimpleNamespace(folder=tmp_path, settings={'pictures': 2})
     scenes = report._scenes(plan, SimpleNamespace(images=list('abcd'), rows=rows))
     assert {name: len(files) for name, files in scenes.items()} == {'b': 3, 'c': 3}
+
+
+def test_results_inside_an_input(tmp_path, capsys, monkeypatch):
+    """Those of earlier runs are left out, wherever this one writes; a slash at the end means a folder."""
+    (tmp_path / 'in' / 'deep').mkdir(parents=True)
+    for name in ('a.png', 'deep/b.png'):
+        save(tmp_path / 'in' / name, noise(8, 9, 3))
+    restorer = Restorer(nn.Identity(), device='cpu')
+    monkeypatch.setattr(Restorer, 'from_task', lambda *_, **__: restorer)
+    monkeypatch.chdir(tmp_path)
+    for output in ('in/first', 'in/second', 'in/deep/third.jpg/', 'in/first'):
+        assert main(['infer', '-i', 'in', '-o', output, '--recursive', '--task', 'rain']) == 0
+        assert 'restored 2 images' in capsys.readouterr().out
+        assert (tmp_path / output / 'a.png').is_file() and (tmp_path / output / 'deep' / 'b.png').is_file()
+    assert main(['infer', '-i', 'in/a.png', '-o', 'one.jpg/', '--task', 'rain']) == 0
+    assert (tmp_path / 'one.jpg' / 'a.png').is_file()

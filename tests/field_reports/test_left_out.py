@@ -44,6 +44,8 @@ def test_scenes_pair_scene_by_scene(tmp_path, sides, given):
     ('below', 'counts'),
     [
         (['train/a', 'train/b', 'test'], {'train': 4, 'test': 2}),
+        (['train/a', 'train/b', 'test/a'], {'train': 4, 'test': 2}),
+        (['train/a', 'test/a'], {'train': 2, 'test': 2}),
         (['a', 'b', 'c'], {'train': 6}),
         (['Train/part/a', 'Train/b', 'valid/a', 'valid/b'], {'train': 4, 'val': 4}),
         (['train', 'val', 'test'], {'train': 2, 'val': 2, 'test': 2}),
@@ -57,11 +59,11 @@ def test_scenes_of_other_trees(tmp_path, below, counts):
 
 def test_what_no_split_has_is_counted(tmp_path):
     scenes(tmp_path, 'blur', 'sharp', 'blur_gamma')
-    touch(tmp_path, 'train/scene1/blur/9.heic', 'notes.txt', 'train/more.txt', 'train/loose.png')
+    touch(tmp_path, 'train/scene1/blur/9.heic', 'notes.txt', 'train/more.txt', 'train/loose.png', '.cache/a.png')
     lines = find_unused(tmp_path, list(splits_of(tmp_path).values()))
     assert 'left out: train: 1 image of no pair' in lines
     assert f'left out: {"test/scene2/blur_gamma"}: 2 images of no pair' in lines
-    assert lines[-1] == 'left out: 2 .txt, 1 .heic' and len(lines) == 8
+    assert lines[-1] == 'left out: 2 .txt, 1 hidden, 1 .heic' and len(lines) == 8
 
 
 def test_prepare_counts_in_its_notes(tmp_path, capsys):
@@ -82,6 +84,7 @@ def test_prepare_counts_in_its_notes(tmp_path, capsys):
         ('gt/inner/b.png', '1 folders with images'),
         ('gt/list.txt', '1 .txt'),
         ('gt/none', '1 without ending'),
+        ('lq/._a.png', '1 hidden'),
     ],
 )
 def test_training_warns_of_what_it_leaves_out(tmp_path, caplog, file, reason):

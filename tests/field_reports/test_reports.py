@@ -1,5 +1,7 @@
 """Situations out of public trackers of restoration toolboxes, trainers and picture tools, tried on this project."""
 
+import multiprocessing
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from ast_plugin.cli.main import main
 from ast_plugin.data.matching import list_images
 from ast_plugin.errors import DataError, OptionError, TrainingError
 from ast_plugin.models import training_run
+from ast_plugin.models.restoration_model import RestorationModel
 from ast_plugin.options import safe_yaml
 from tests import tiny_run
 from tests.models import test_restoration_model as model_tests
@@ -148,6 +151,23 @@ def test_killed_worker_is_explained():
     explained = pytest.raises(TrainingError, match=r'num_worker_per_gpu.*--shm-size')
     with explained, training_run._attended(SimpleNamespace(build_model=str), None):
         raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible')
+
+
+def test_killed_worker_saves(folder, capfd, monkeypatch):
+    """XPixelGroup/BasicSR#59: a worker that is killed within an iteration is told of behind it, which is saved."""
+    step = RestorationModel.optimize_parameters
+
+    def optimize_parameters(self, current_iter):
+        for process in multiprocessing.active_children():
+            process.kill()
+        time.sleep(0.3)  # not join, which would take the news
+        step(self, current_iter)
+
+    monkeypatch.setattr(RestorationModel, 'optimize_parameters', optimize_parameters)
+    arguments = ['datasets:train:num_worker_per_gpu=1', 'val:val_freq=9', 'logger:save_checkpoint_freq=9']
+    message = complaint(capfd, 'train', '-opt', 'tiny.yml', '--force_yml', *arguments)
+    assert 'a process that loads data is gone' in message and 'Iteration 1 is saved' in message
+    assert (folder / 'experiments' / 'tiny' / 'training_states' / '1.state').is_file()
 
 
 def test_folder_named_like_an_image(folder):

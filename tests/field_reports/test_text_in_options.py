@@ -123,6 +123,20 @@ def test_stages_and_comparisons(tmp_path, capsys):
     assert 'makes of on: put quotes' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ('rule', 'key', 'written'),
+    [('match: 007, with: {type: MLP}', 'match', '007'), ("match: 'body.*', with: {type: on}", 'with.type', 'on')],
+)
+def test_rules_of_a_mix_are_quoted(tmp_path, registered, rule, key, written):
+    path = tmp_path / 'my.yml'
+    text = FILE.format(**RIGHT).replace('{type: AST_XS, img_size: 64, attention: assa}', '{type: Mixed, base: {}}')
+    path.write_text(text.replace('base: {}', f'base: {{type: EDSR, upscale: 1}}, mix: [{{{rule}}}]'))
+    with pytest.raises(OptionError) as error:
+        validation.check(options.load(path), 'my.yml', registered, explain=Sources(path).explain)
+    assert f'network_g.mix.0.{key}: expected text' in str(error.value)
+    assert f'YAML makes of {written}: put quotes around it' in str(error.value)
+
+
 def test_none_of_python_is_no_text(tmp_path, registered):
     for changed in ({'weights': 'None'}, {'key': 'None'}):
         assert "expected text or nothing, got the text 'None': nothing is written ~" in faults(

@@ -62,6 +62,7 @@ WRAPPED = {
     'compiled_in_parallel': under('module._orig_mod.'),
     'parallel_compiled': under('_orig_mod.module.'),
     'compiled_inside': {name.replace('encoder.0.', 'encoder.0._orig_mod.'): t for name, t in STATE.items()},
+    'parallel_inside': {name.replace('encoder.0.', 'encoder.0.module.'): t for name, t in STATE.items()},
     'lightning': {'state_dict': under('net.'), 'hyper_parameters': argparse.Namespace(lr=1), 'epoch': 3},
     'lightning_with_losses': {'state_dict': under('net.') | {'loss.vgg.0.weight': torch.ones(3, 3)}},
     'model': under('model.'),

@@ -240,15 +240,16 @@ def test_testing_prints_and_writes_the_table(tmp_path, capsys):
         ({'protocol': 'whole', 'metrics': {}}, '\n'),
     ],
 )
-def test_nothing_to_measure_is_said_at_once(tmp_path, caplog, monkeypatch, val, end):
-    from ast_plugin.models.restoration_model import RestorationModel
+def test_nothing_to_measure_is_said_at_once(caplog, monkeypatch, val, end):
+    from ast_plugin.models import preflight
+    from ast_plugin.models.registries import load_registered
 
     monkeypatch.setattr(logging.getLogger('basicsr'), 'propagate', True)
-    RestorationModel({**options(tmp_path), 'val': val})
-    assert f'Nothing is measured: val.metrics names no metric{end}' in caplog.text
+    preflight._check_metrics(val, load_registered(), 'my.yml')
+    assert f'my.yml: nothing is measured: val.metrics names no metric{end}' in caplog.text
     caplog.clear()
-    RestorationModel({**options(tmp_path), 'val': {'protocol': 'whole'}})
-    assert 'Nothing is measured' not in caplog.text
+    preflight._check_metrics({'protocol': 'whole'}, load_registered(), 'my.yml')
+    assert 'nothing is measured' not in caplog.text
 
 
 def test_testing_by_a_protocol(tmp_path, capsys):

@@ -14,6 +14,7 @@ from ast_plugin.archs.pretrained import Pretrained
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line
+from ast_plugin.faults import Fault, Where
 from ast_plugin.ops.tiles import run_padded
 
 _COMPILED = 'basicsr.ops.'
@@ -84,6 +85,13 @@ class Mixed(Pretrained):
         self.size_multiple, self.scale = trial.multiple, trial.scale
         if hasattr(self.base, 'block_classes'):
             self.block_classes = self.base.block_classes
+
+    @staticmethod
+    def find_faults(options: Mapping[str, Any], where: Where) -> list[Fault]:
+        """What is wrong with the rules of options that stand at `where` in an option file."""
+        from ast_plugin.archs.mixed import rules
+
+        return rules.rule_faults(options['mix'], (*where, 'mix')) if 'mix' in options else []
 
     def forward(self, x: Tensor) -> Tensor:
         """Restore images.

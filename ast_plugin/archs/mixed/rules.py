@@ -8,8 +8,18 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field, PrivateAttr, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from torch import nn
+from typing_extensions import TypedDict
 
 from ast_plugin.archs import blocks
 from ast_plugin.archs.mixed.adapters import MixedIn, keep_weights, put_in
@@ -17,7 +27,7 @@ from ast_plugin.archs.mixed.block_registry import Declaration, declaration
 from ast_plugin.archs.mixed.call_sites import Site, find_site
 from ast_plugin.archs.networks import Trial, square_side, window_of
 from ast_plugin.errors import OptionError, PluginError, ShapeError, did_you_mean, one_line
-from ast_plugin.faults import faults_of
+from ast_plugin.faults import Fault, Where, faults_of
 
 DENSE_SHARE = 0.99
 WINDOW_SIZE = 8
@@ -26,6 +36,14 @@ _CLASS = 'class:'
 _NEAR = 4  # names that a message lists
 # Blocks whose linear layers start as AST's do; those of others start as their authors have them.
 _DRAWN_ANEW = (blocks.ASTBlock, *blocks.ATTENTIONS.values(), *blocks.FEED_FORWARDS.values())
+
+
+class Block(TypedDict):
+    """What stands at `with`: a block's type, and its options."""
+
+    __pydantic_config__ = ConfigDict(extra='allow')
+
+    type: str
 
 
 class Rule(BaseModel, extra='forbid', frozen=True, strict=True):
@@ -42,7 +60,7 @@ class Rule(BaseModel, extra='forbid', frozen=True, strict=True):
     """
 
     match: str
-    block: dict[Any, Any] = Field(alias='with')
+    block: Block = Field(alias='with')
     op: Literal['replace', 'append', 'prepend', 'wrap'] = 'replace'
     keep_weights: bool = False
     dense_share: float | None = Field(None, gt=0, lt=1)
@@ -58,8 +76,8 @@ class Rule(BaseModel, extra='forbid', frozen=True, strict=True):
 
     @field_validator('block')
     @classmethod
-    def _check_block(cls, block: dict[Any, Any]) -> dict[Any, Any]:
-        said = declaration(block.get('type'))
+    def _check_block(cls, block: Block) -> Block:
+        said = declaration(block['type'])
         known = [name for name in said.parameters or () if name != 'layout']
         for key in block.keys() - {'type'}:
             if key == 'layout' or (said.parameters is not None and key not in known):
@@ -100,13 +118,21 @@ def read_rules(rules: Any) -> list[Rule]:
     Raises:
         OptionError: naming rule and key of all that is wrong.
     """
-    try:
-        read = _RULES.validate_python(rules)
-    except ValidationError as error:
-        raise OptionError('; '.join(map(str, faults_of(error, Rule, rules, ('mix',))))) from None
+    if faults := rule_faults(rules, ('mix',)):
+        raise OptionError('; '.join(map(str, faults)))
+    read = _RULES.validate_python(rules)
     for number, rule in enumerate(read):
         rule._number = number
     return read
+
+
+def rule_faults(rules: Any, where: Where) -> list[Fault]:
+    """What is wrong with rules that stand at `where` in an option file."""
+    try:
+        _RULES.validate_python(rules)
+    except ValidationError as error:
+        return faults_of(error, Rule, rules, where)
+    return []
 
 
 def assign(network: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:

@@ -182,7 +182,7 @@ def _find_scenes(
         elif place and not parts & others and ('.' in row.names(name) or is_wanted):
             outside.append((root, place))
     scenes = inside or outside
-    if len(scenes) < 2 and (not inside or inside[0][1].has_split):
+    if len(scenes) < 2 and (not inside or (inside[0][1].has_split and inside[0][0].name in own)):
         return None
     top = Path(os.path.commonpath([root for root, _ in scenes]))
     pairs, faults = [], []
@@ -202,10 +202,10 @@ def find_unused(source: Path, splits: Sequence[Split]) -> list[str]:
         known.update(hash(os.path.normpath(fault.name)) for fault in split.faults)
         known.add(hash(os.path.normpath(split.where)))
     for _, folder in walk_folders(source):
-        paths = [entry.path for entry in os.scandir(folder) if not entry.is_dir()]
+        paths = [entry.path for entry in os.scandir(folder) if not entry.is_dir() or entry.name.startswith('.')]
         paths = [path for path in paths if hash(os.path.normpath(path)) not in known]
         reasons = [why_no_image(path) for path in paths]
-        others.update(reason for reason in reasons if reason not in (None, 'hidden'))
+        others.update(filter(None, reasons))
         if None in reasons:
             count = reasons.count(None)
             where = printable(os.path.relpath(folder, source))
