@@ -163,7 +163,9 @@ def _check_claims(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
 
 def input_channels(options: Mapping[str, Any], network: nn.Module | None = None) -> int:
     """Channels of the images that a network takes, as its options or it itself say; 3 if nothing says it."""
-    stated = [*map(options.get, CHANNEL_KEYS), *(getattr(network, key, None) for key in CHANNEL_KEYS)]
+    base = options.get('base')  # of a Mixed
+    told = options | base if isinstance(base, Mapping) else options
+    stated = [*map(told.get, CHANNEL_KEYS), *(getattr(network, key, None) for key in CHANNEL_KEYS)]
     return next((channels for channels in stated if isinstance(channels, int)), 3)
 
 

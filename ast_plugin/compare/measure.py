@@ -26,7 +26,7 @@ from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.evaluation.results import distinct
 from ast_plugin.evaluation.validator import name_of
 from ast_plugin.files import write_file
-from ast_plugin.metrics.registered_metrics import with_device
+from ast_plugin.metrics.registered_metrics import complete
 from ast_plugin.names import file_name, printable, say
 from ast_plugin.ops import frozen_weights
 from ast_plugin.plugins import load_plugins
@@ -114,13 +114,14 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         job: `network` (None measures the unrestored images), `weights`, `param_key`, `dataset` (options), `protocol`,
-            `metrics`, `device`, `kept` (how many images to keep), `folder` (where).
+            `metrics`, `bit_depth`, `device`, `kept` (how many images to keep), `folder` (where).
     Returns:
         `values`, by image and metric; `protocol`, in a line; `multiple`, of which the sizes had to be; `notes`;
         `kept`, the names of the images in the folder.
     """
-    protocol, device = read_protocol(job['protocol']), find_device(job['device'])
-    metrics = with_device(protocol.metrics if job['metrics'] is None else job['metrics'], device)
+    bit_depth, device = job.get('bit_depth') or 8, find_device(job['device'])
+    protocol = read_protocol(job['protocol'], bit_depth)
+    metrics = complete(protocol.metrics if job['metrics'] is None else job['metrics'], device, bit_depth)
     network = None if job['network'] is None else _load_any_size(job, device)
     dataset = _open_dataset(job['dataset'])
     notes: list[str] = []

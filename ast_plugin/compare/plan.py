@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin import options
-from ast_plugin.archs.networks import network_of
+from ast_plugin.archs.networks import input_channels, network_of
 from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.devices import find_device
 from ast_plugin.errors import OptionError, PluginError
@@ -63,6 +63,7 @@ class Plan:
         protocol: as `val.protocol` says it; None for BasicSR's own.
         metrics: of `val.metrics`; None for those of the protocol.
         settings: the section `compare`, with what it leaves out filled in.
+        bit_depth: of images.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Plan:
     protocol: Any
     metrics: Mapping[str, Mapping[str, Any]] | None
     settings: Mapping[str, Any]
+    bit_depth: int = 8
 
 
 def make_plan(name_or_path: str, root: str | Path, overrides: Sequence[str] = ()) -> Plan:
@@ -103,7 +105,14 @@ def make_plan(name_or_path: str, root: str | Path, overrides: Sequence[str] = ()
     planner = _Planner(file, opt, folder, registered)
     networks = [planner.plan(number, entry) for number, entry in enumerate(opt['networks'])]
     return Plan(
-        opt['name'], folder, networks, planner.dataset, val.get('protocol'), val.get('metrics') or None, settings
+        opt['name'],
+        folder,
+        networks,
+        planner.dataset,
+        val.get('protocol'),
+        val.get('metrics') or None,
+        settings,
+        opt.get('bit_depth') or 8,
     )
 
 
@@ -149,6 +158,7 @@ class _Planner:
             is_train=is_train,
             dataset_types=self.registered.by_kind['dataset'],
             length_of=self._count_samples,
+            channels_of=input_channels,
         )
         if not is_train:
             key = measured_dataset(opt)

@@ -123,6 +123,7 @@ class Comparison:
             'dataset': plan.dataset,
             'protocol': plan.protocol,
             'metrics': plan.metrics,
+            'bit_depth': plan.bit_depth,
             'device': plan.settings['device'],
             'kept': plan.settings['pictures'],
             'folder': str(plan.folder / 'pictures' / row.name),

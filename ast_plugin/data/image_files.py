@@ -556,7 +556,7 @@ def _encode(image: ImageFile, kind: str, quality: int) -> bytes:
 
 def _encode_png_16_bits(channels: np.ndarray) -> bytes:
     height, width, count = channels.shape
-    rows = channels.astype('>u2').view(np.uint8).reshape(height, width * count * 2)
+    rows = channels.astype('>u2', order='C').view(np.uint8).reshape(height, width * count * 2)
     # Filter 1 of PNG: each byte less the one of the pixel to the left.
     filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
     filtered[:, 0] = 1

@@ -88,7 +88,7 @@ class PairsDataset(SeededDataset):
         pair = self.pairs[number]
 
         def make_sample(lq: np.ndarray, gt: np.ndarray) -> dict[str, Any]:
-            check_equal_sizes(pair, lq, gt)
+            check_equal_sizes(pair, self.check_depth(lq, pair.lq), self.check_depth(gt, pair.gt))
             return self.sample(*self._cut([lq, gt], generator), pair.lq, pair.gt)
 
         try:

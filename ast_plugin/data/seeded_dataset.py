@@ -44,6 +44,13 @@ class SeededOptions(BaseModel):
     pin_memory: bool = Field(False, description='faster copies to a GPU')
     persistent_workers: bool = Field(False, description='keep the workers from epoch to epoch')
 
+    in_chans: Literal[1, 3] = Field(
+        3,
+        description='1: gray pairs, 0.299 R + 0.587 G + 0.114 B of colours; put in by the command for such a network',
+    )
+    bit_depth: Literal[8, 16] = Field(
+        8, description="16: refuse images of 8 bits; put in by the command: the run's bit_depth"
+    )
     gt_size: int | None = Field(None, ge=1, description='training: side of the square patch in pixels')
     keep_uint8: bool = Field(
         False,
@@ -118,12 +125,21 @@ class SeededDataset(Dataset):
 
     collate = staticmethod(transforms.collate)
 
+    def check_depth(self, image: np.ndarray, path: str | PurePath) -> np.ndarray:
+        """Return an image; raise DataError if it has 8 bits where the run is to have 16."""
+        if self.options.bit_depth == 16 and image.dtype == np.uint8:
+            raise DataError(f'{path}: has 8 bits, bit_depth is 16: give images of 16 bits, or set bit_depth to 8')
+        return image
+
     def sample(self, lq: np.ndarray, gt: np.ndarray, lq_path: str | PurePath, gt_path: str | PurePath) -> dict:
-        """Return what models take: `lq`, `gt`, RGB [C, H, W], and where they come from.
+        """Return what models take: `lq`, `gt`, [C, H, W], and where they come from.
+
+        RGB [H, W, 3] becomes gray where `in_chans` is 1.
 
         Images are float32 in [0, 1], as BasicSR's models want them; with `keep_uint8` those of 8 bits are uint8.
         """
         keep = self.options.keep_uint8
+        lq, gt = (transforms.to_channels(image, self.options.in_chans) for image in (lq, gt))
         return {
             'lq': transforms.to_tensor(lq, keep),
             'gt': transforms.to_tensor(gt, keep),

@@ -108,7 +108,7 @@ class SyntheticPairsDataset(SeededDataset):
         image = self._cache.get(photo.path)
         if image is None:
             try:
-                image = read_rgb(photo.path)
+                image = self.check_depth(read_rgb(photo.path), photo.path)
             except DataError as error:
                 raise DataError(f'datasets.{self.options.phase}: {error}') from error
             if self._cached_bytes + image.nbytes <= CACHE_BYTES:

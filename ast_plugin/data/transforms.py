@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+_GRAY = np.array([[0.299], [0.587], [0.114]], np.float32)  # of BT.601, as of MATLAB's rgb2gray
+
 
 def window(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
     """Return a rectangle of `image`; outside of the image it goes on as its reflection, as often as needed.
@@ -75,6 +77,17 @@ def random_flip(
     if use_rot and transpose:
         images = [image.swapaxes(0, 1) for image in images]
     return list(images)
+
+
+def to_channels(image: np.ndarray, count: int) -> np.ndarray:
+    """Return RGB [H, W, 3] as it is, or for one channel its gray, [H, W, 1], 0.299 R + 0.587 G + 0.114 B.
+
+    Gray is rounded to the dtype of the image; that of three equal channels of integers is what they are.
+    """
+    if count == 3:
+        return image
+    gray = image.astype(np.float32) @ _GRAY
+    return gray if image.dtype.kind == 'f' else np.rint(gray).astype(image.dtype)
 
 
 def to_float(image: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ from ast_plugin.errors import (
     one_line,
 )
 from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, Tiling, evaluating
-from ast_plugin.metrics.images import as_array, eight_bits, fractions, to_toolbox
+from ast_plugin.metrics.images import as_array, fractions, to_integers, to_toolbox
 
 Metrics = Mapping[str, Mapping[str, Any]]
 
@@ -48,7 +48,8 @@ class Protocol:
         square: zeros are put around the image, which stays in the middle, up to a square whose side is a multiple of
             this; cut away again after the network. None for no padding.
         tile, overlap, blend, batch: see `ast_plugin.evaluation.tiling.Tiling`.
-        round: results and references are rounded to 8 bits before they are measured, as files hold them.
+        round: results and references are rounded to `bit_depth` before they are measured, as files hold them.
+        bit_depth: 8 or 16.
         self_ensemble: the result is the mean over the eight flips and rotations of the image.
     """
 
@@ -60,6 +61,7 @@ class Protocol:
     blend: str = 'ramp'
     batch: int = 1
     round: bool = False
+    bit_depth: int = 8
     self_ensemble: bool = False
 
     def __post_init__(self) -> None:
@@ -88,8 +90,8 @@ class Protocol:
             on_tile: called with (tiles done, tiles in all), eight times over with `self_ensemble`.
             on_note: called with a line when memory is short and tiles are made smaller.
         Returns:
-            [B, D, s·H, s·W], clamped to [0, 1], rounded to 255ths if `round`; float32 (float64 of float64) on the
-            device of `lq`.
+            [B, D, s·H, s·W], clamped to [0, 1], rounded to 255ths or 65535ths if `round`; float32 (float64 of float64)
+            on the device of `lq`.
         Raises:
             MemoryShortage: if the image does not fit in memory.
             ShapeError: if `lq` is not [B, C, H, W], or the network does not take it.
@@ -106,7 +108,8 @@ class Protocol:
             if not torch.isfinite(result).all():
                 raise DataError('the network gave values that are not finite; its weights or the image are at fault')
             result = result.clamp(0, 1)
-            return (result * 255).round_().div_(255) if self.round else result
+            largest = 2**self.bit_depth - 1
+            return (result * largest).round_().div_(largest) if self.round else result
 
     def measure(
         self,
@@ -119,11 +122,13 @@ class Protocol:
 
         Args:
             restored, reference: RGB or gray.
-            metrics: other ones than the protocol's, in BasicSR's form; each gets BGR in [0, 255], uint8 if `round`.
+            metrics: other ones than the protocol's, in BasicSR's form; each gets BGR in [0, 255], which is
+                uint8 if rounded to 8 bits.
             on_failure: called with a line on each metric that fails or is not a number, whose value then is NaN.
         """
         pair = [as_array(image) for image in (restored, reference)]
-        img, img2 = (to_toolbox(eight_bits(image) if self.round else fractions(image)) for image in pair)
+        pair = [to_integers(image, self.bit_depth) if self.round else fractions(image) for image in pair]
+        img, img2 = map(to_toolbox, pair)
         chosen = self.metrics if metrics is None else metrics
         values: dict[str, float] = {}
         for name, options in chosen.items():
@@ -150,7 +155,8 @@ class Protocol:
             overlap = self.tile // 4 if self.overlap is None else self.overlap
             parts.append(f'tiles of {self.tile}, overlap {overlap}, {self.blend}')
         parts += ['mean over eight flips and rotations'] if self.self_ensemble else []
-        return f'{self.type}: {"; ".join(parts)}; {"rounded to 8 bits" if self.round else "not rounded"}'
+        parts.append(f'rounded to {self.bit_depth} bits' if self.round else 'not rounded')
+        return f'{self.type}: {"; ".join(parts)}'
 
     def _run_padded(self, network: Callable, image: Tensor, on_tile: OnTile | None, on_note: OnNote | None) -> Tensor:
         if self.square is None:
@@ -183,18 +189,17 @@ PROTOCOLS: dict[str, Protocol] = {
 """The protocols by name. Source of spad, agan, densehaze: test scripts of the AST release (Zhou et al., CVPR 2024)."""
 
 
-def read_protocol(value: str | Mapping[str, Any] | None) -> Protocol:
+def read_protocol(value: str | Mapping[str, Any] | None, bit_depth: int = 8) -> Protocol:
     """Return the protocol of an option file's `val.protocol`, whose types its schema has checked.
 
     Args:
         value: a name of `PROTOCOLS`; or a mapping with that as `type`, and any of square, tile, overlap, blend, batch,
             round and self_ensemble, which replace the protocol's own. None for BasicSR's own way.
+        bit_depth: of images, 8 or 16.
     Raises:
         OptionError: if there is no such protocol, or its parameters make no sense.
     """
-    if value is None:
-        return PROTOCOLS['basicsr']
-    changes = {'type': value} if isinstance(value, str) else dict(value)
+    changes = {'type': value or 'basicsr'} if value is None or isinstance(value, str) else dict(value)
     name = changes.pop('type', None)
     if not isinstance(name, str) or name not in PROTOCOLS:
         raise OptionError(
@@ -202,7 +207,7 @@ def read_protocol(value: str | Mapping[str, Any] | None) -> Protocol:
             f'there are {", ".join(PROTOCOLS)}'
         )
     try:
-        protocol = dataclasses.replace(PROTOCOLS[name], **changes)
+        protocol = dataclasses.replace(PROTOCOLS[name], **changes, bit_depth=bit_depth)
     except (OptionError, TypeError) as error:
         raise OptionError(f'protocol {name}: {error}') from None
     idle = [] if protocol.tile else [key for key in ('overlap', 'blend', 'batch') if key in changes]

@@ -19,8 +19,8 @@ from ast_plugin.errors import DataError, PluginError, class_of_failure, one_line
 from ast_plugin.evaluation.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
 from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults, distinct
 from ast_plugin.files import write_file
-from ast_plugin.metrics.images import as_array, eight_bits
-from ast_plugin.metrics.registered_metrics import better_direction, with_device
+from ast_plugin.metrics.images import as_array, to_integers
+from ast_plugin.metrics.registered_metrics import better_direction, complete
 from ast_plugin.names import printable
 
 ImagePath = Callable[[str, str, int | str], Path]  # of dataset, name and iteration
@@ -64,7 +64,8 @@ class Validator:
     def from_options(cls, opt: Mapping[str, Any], image_path: ImagePath, processes: Any = None) -> 'Validator':
         """Build a validator by `val`, with thumbnails of `logger.tb_pictures` images, else 4, where they are shown.
 
-        What `val` leaves out is put in: the protocol's metrics, and of each metric which way is better, and its device.
+        What `val` leaves out is put in: the protocol's metrics, and of each metric which way is better, and what
+        `complete` puts in.
         """
         logger = opt.get('logger') or {}
         shown = logger.get('tb_pictures')
@@ -72,12 +73,12 @@ class Validator:
         is_shown = opt['is_train'] and logger.get('use_tb_logger') and 'debug' not in opt['name']
         num_strips = (_TENSORBOARD_IMAGES if shown is None else shown) * bool(is_shown)
         val = opt.get('val') or {}
-        protocol = read_protocol(val.get('protocol'))
+        protocol = read_protocol(val.get('protocol'), opt.get('bit_depth') or 8)
         metrics = protocol.metrics if val.get('metrics') is None else val['metrics']
         # Only where it must be said: other packages' metrics may not take the argument.
         metrics = {
             name: {**options, 'better': 'lower'} if better_direction(options) == 'lower' else dict(options)
-            for name, options in with_device(metrics, opt.get('device') or AUTO).items()
+            for name, options in complete(metrics, opt.get('device') or AUTO, protocol.bit_depth).items()
         }
         if opt.get('val') is not None:
             val['metrics'] = metrics
@@ -92,7 +93,7 @@ class Validator:
             restore: returns `lq`, `result` and perhaps `gt` of a sample, [1, C, H, W] in [0, 1].
             loader: gives samples in batches of one.
             current_iter: goes into the names of images.
-            save_img: write the restored images, rounded to 8 bits.
+            save_img: write the restored images, rounded to the protocol's bit depth.
         Returns:
             A row an image, the same in every process; those that failed say why, and are left out of the means.
         Raises:
@@ -129,7 +130,7 @@ class Validator:
                 if self.world_size > 1:
                     # Which of several namesakes this one is will be known when all have been read.
                     written[number] = written[number].with_name(f'.{number}{written[number].suffix}')
-                pixels = _to_pixels(visuals['result'])
+                pixels = _to_pixels(visuals['result'], self.protocol.bit_depth)
                 image_file = ImageFile(pixels if pixels.shape[2] == 3 else pixels[..., 0])
                 write_file(written[number], encode_image(written[number], image_file), make_folder=True)
         results = ValidationResults.collect(dataset, self.gather(images), self.ranking)
@@ -213,6 +214,6 @@ def name_of(dataset: Any, number: int) -> str:
     return pair if isinstance(pair, str) else pair.lq if hasattr(pair, 'lq') else str(next(iter(pair.values())))
 
 
-def _to_pixels(image: Tensor) -> np.ndarray:
-    """Return RGB or gray, [H, W, 3 or 1], uint8, of a tensor [1, C, H, W]; what is not in [0, 1] is cut off."""
-    return eight_bits(as_array(image.clamp(0, 1)))
+def _to_pixels(image: Tensor, bit_depth: int = 8) -> np.ndarray:
+    """Return RGB or gray, [H, W, 3 or 1], uint8 or uint16, of a tensor [1, C, H, W] that is cut to [0, 1]."""
+    return to_integers(as_array(image.clamp(0, 1)), bit_depth)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ast_plugin.metrics.images import LARGEST, LUMA, check_pair, eight_bits, matlab_luma
+from ast_plugin.metrics.images import LARGEST, LUMA, check_pair, matlab_luma, to_integers
 from ast_plugin.metrics.psnr_ssim import GAUSSIAN, TRAINING_LUMA, UNIFORM, similarity_map
 
 _GRAY = np.array([0.299, 0.587, 0.114])
@@ -31,7 +31,7 @@ CHANNELS = {
     'luma_training': _Channels(
         "luma not rounded, Uformer's batch_PSNR", lambda image: _values(image) @ TRAINING_LUMA[:, None].astype(float)
     ),
-    'gray': _Channels('gray rounded to 8 bits', lambda image: np.rint(eight_bits(image) @ _GRAY[:, None])),
+    'gray': _Channels('gray rounded to 8 bits', lambda image: np.rint(to_integers(image) @ _GRAY[:, None])),
 }
 WINDOWS = {
     'gaussian': ('Gaussian windows of 11', GAUSSIAN),

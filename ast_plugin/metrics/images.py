@@ -61,27 +61,34 @@ def fractions(image: np.ndarray) -> np.ndarray:
     return np.divide(image, LARGEST.get(image.dtype, 1), dtype=dtype)
 
 
-def eight_bits(image: np.ndarray) -> np.ndarray:
-    """The values as uint8, rounded to the nearest, of two to the even one: as a file of 8 bits holds them."""
-    if image.dtype == np.uint8:
+def to_integers(image: np.ndarray, bit_depth: int = 8) -> np.ndarray:
+    """The values as a file of 8 or 16 bits holds them, rounded to the nearest, of two to the even one."""
+    dtype = np.dtype(f'uint{bit_depth}')
+    if image.dtype == dtype:
         return image
-    return np.rint(fractions(image).clip(0, 1) * np.float32(255)).astype(np.uint8)
+    return np.rint(fractions(image).clip(0, 1) * np.float32(LARGEST[dtype])).astype(dtype)
 
 
-def matlab_luma(image: np.ndarray) -> np.ndarray:
-    """The first plane of MATLAB's `rgb2ycbcr` of an image of 8 bits, as float64, [H, W]; gray images as they are.
+def matlab_luma(image: np.ndarray, bit_depth: int = 8) -> np.ndarray:
+    """The first plane of MATLAB's `rgb2ycbcr` of an image of 8 or 16 bits, as float64, [H, W]; gray images as they are.
 
-    Halves are rounded away from zero, as MATLAB's integers are.
+    White is 235 of 255, or 60395 of 65535. Halves are rounded away from zero, as MATLAB's integers are.
     """
-    image = eight_bits(image)
+    image = to_integers(image, bit_depth)
     if image.shape[2] == 1:
         return image[..., 0].astype(np.float64)
-    return np.floor(image.astype(np.float64) @ (LUMA / 255) + 16.5)
+    return np.floor(image.astype(np.float64) @ (LUMA / 255) + (16 * LARGEST[image.dtype] / 255 + 0.5))
 
 
 def to_toolbox(image: np.ndarray) -> np.ndarray:
-    """RGB or gray, [H, W, C], uint8 or floating point in [0, 1], as BasicSR's metrics take it: BGR in [0, 255]."""
+    """RGB or gray, [H, W, C], as BasicSR's metrics take it: BGR, uint8, or floating point in [0, 255].
+
+    Args:
+        image: uint8; uint16, of which float64 up to 255.0 is made, so that no value is lost; or float in [0, 1].
+    """
     image = image[..., ::-1]
+    if image.dtype == np.uint16:
+        return np.divide(image, 257, order='C')
     return np.ascontiguousarray(image if image.dtype == np.uint8 else image * image.dtype.type(255))
 
 

@@ -58,14 +58,15 @@ def psnr_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> floa
     return _decibels(fractions(image) - fractions(reference), peak=1)
 
 
-def psnr_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
-    """PSNR of the luma of images rounded to 8 bits, the luma rounded too; peak 255. Gray images count as luma.
+def psnr_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor, bit_depth: int = 8) -> float:
+    """PSNR of the luma of images rounded to 8 or 16 bits, the luma rounded too; peak 255 or 65535. Gray is luma.
 
     Numerics: float64.
     Source: MATLAB's `rgb2ycbcr` and `20 log10(255 / rmse)`, the usual script for deraining; the AST release's on SPAD.
     """
     image, reference = check_pair(image, reference)
-    return _decibels(matlab_luma(image) - matlab_luma(reference), peak=255)
+    luma, other = (matlab_luma(each, bit_depth) for each in (image, reference))
+    return _decibels(luma - other, peak=2**bit_depth - 1)
 
 
 def psnr_y_float(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
@@ -97,8 +98,8 @@ def ssim_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> floa
     return float(np.mean([_similarity(*pair, UNIFORM, peak=1) for pair in pairs]))
 
 
-def ssim_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
-    """SSIM of the luma of images rounded to 8 bits, the luma rounded too; range 255. Gray images count as luma.
+def ssim_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor, bit_depth: int = 8) -> float:
+    """SSIM of the luma of images rounded to 8 or 16 bits, the luma rounded too; range 255 or 65535. Gray is luma.
 
     Windows are Gaussian, of 11 pixels and sigma 1.5, and lie inside of the image.
 
@@ -107,7 +108,8 @@ def ssim_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) ->
     """
     image, reference = check_pair(image, reference)
     _check_size(image, _GAUSSIAN_SIDE)
-    return float(_similarity(matlab_luma(image), matlab_luma(reference), GAUSSIAN, peak=255))
+    planes = (matlab_luma(each, bit_depth) for each in (image, reference))
+    return float(_similarity(*planes, GAUSSIAN, peak=2**bit_depth - 1))
 
 
 def _decibels(difference: np.ndarray, peak: float) -> float:

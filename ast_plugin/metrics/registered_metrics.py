@@ -9,7 +9,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,19 +24,33 @@ _INSTALL = 'pip install "ast_plugin[metrics]"'
 _OF_SETS = ('fid', 'sfid', 'fid_dinov2', 'inception_score')  # pyiqa's metrics of sets of images, not of one
 
 
-def _metric(name: str, measure: Callable[[np.ndarray, np.ndarray], float], what: str) -> Callable[..., float]:
-    """Return `measure` as a metric of BasicSR's, which finds its arguments by these names and passes others on."""
+def _metric(name: str, measure: Callable[..., float], what: str, rounds: bool = False) -> Callable[..., float]:
+    """Return `measure` as a metric of BasicSR's, which finds its arguments by these names and passes others on.
+
+    One that `rounds` has `bit_depth` as well, 8 or 16, which a run puts in.
+    """
 
     def calculate(img: np.ndarray, img2: np.ndarray, crop_border: int = 0, input_order: str = 'HWC', **kwargs) -> float:
         return measure(*(from_toolbox(image, crop_border, input_order) for image in (img, img2)))
 
+    def calculate_rounded(
+        img: np.ndarray,
+        img2: np.ndarray,
+        crop_border: int = 0,
+        input_order: str = 'HWC',
+        bit_depth: Literal[8, 16] = 8,
+        **kwargs,
+    ) -> float:
+        return measure(*(from_toolbox(image, crop_border, input_order) for image in (img, img2)), bit_depth)
+
+    calculate = calculate_rounded if rounds else calculate
     calculate.__name__ = calculate.__qualname__ = name
     calculate.__doc__ = f'{what}: see `{measure.__name__}`.'
     return calculate
 
 
-calculate_psnr_matlab = _metric('calculate_psnr_matlab', psnr_y_matlab, 'PSNR of the 8-bit luma, as in MATLAB')
-calculate_ssim_matlab = _metric('calculate_ssim_matlab', ssim_y_matlab, 'SSIM of the 8-bit luma, as in MATLAB')
+calculate_psnr_matlab = _metric('calculate_psnr_matlab', psnr_y_matlab, 'PSNR of the rounded luma, as in MATLAB', True)
+calculate_ssim_matlab = _metric('calculate_ssim_matlab', ssim_y_matlab, 'SSIM of the rounded luma, as in MATLAB', True)
 calculate_psnr_skimage = _metric('calculate_psnr_skimage', psnr_rgb, 'PSNR of unrounded RGB, as in scikit-image')
 calculate_ssim_skimage = _metric('calculate_ssim_skimage', ssim_rgb, 'SSIM of unrounded RGB, as in scikit-image')
 calculate_psnr_y_float = _metric(
@@ -71,7 +85,7 @@ def pyiqa(
     pair = [from_toolbox(image, crop_border, input_order) for image in (img, img2)]
     model = _pyiqa_model(metric, json.dumps(options, sort_keys=True), device)
     tensors = [torch.from_numpy(np.ascontiguousarray(fractions(image).transpose(2, 0, 1)[None])) for image in pair]
-    tensors = [tensor.float() for tensor in tensors]
+    tensors = [tensor.float().expand(-1, 3, -1, -1) for tensor in tensors]  # of gray, three equal channels
     needs_reference = model.metric_mode == 'FR'
     if needs_reference and tensors[0].shape != tensors[1].shape:
         raise ShapeError(f'{metric}: the image is {list(pair[0].shape)} and the reference {list(pair[1].shape)}')
@@ -92,12 +106,20 @@ def better_direction(options: Mapping[str, Any]) -> str:
     return 'lower' if options['type'] in _LOWER_IS_BETTER else 'higher'
 
 
-def with_device(metrics: Mapping[str, Mapping[str, Any]], device: torch.device | str) -> dict[str, dict[str, Any]]:
-    """Return metrics of which those that are networks, pyiqa's, run on a device where their options name none."""
-    return {
-        name: {**options, 'device': options.get('device', str(device))} if options['type'] == 'pyiqa' else dict(options)
-        for name, options in metrics.items()
-    }
+def complete(
+    metrics: Mapping[str, Mapping[str, Any]], device: torch.device | str = AUTO, bit_depth: int = 8
+) -> dict[str, dict[str, Any]]:
+    """Put into the options of metrics what they leave out and a run tells.
+
+    Args:
+        metrics: options by printed name, each with a `type`.
+        device: for metrics that are networks, pyiqa's.
+        bit_depth: of images, for metrics that round them; 8, their default, is not put in.
+    """
+    told = {'pyiqa': {'device': str(device)}}
+    if bit_depth != 8:
+        told |= {name: {'bit_depth': bit_depth} for name in ('calculate_psnr_matlab', 'calculate_ssim_matlab')}
+    return {name: {**options, **told.get(options['type'], {}), **options} for name, options in metrics.items()}
 
 
 @functools.lru_cache(maxsize=8)

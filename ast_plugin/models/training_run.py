@@ -23,6 +23,7 @@ from basicsr.utils import misc, set_random_seed
 from basicsr.utils.dist_util import get_dist_info, init_dist
 
 from ast_plugin import checkpoints, options
+from ast_plugin.archs.networks import input_channels
 from ast_plugin.checkpoints import newest_whole, read_checkpoint, read_state
 from ast_plugin.errors import (
     CheckpointError,
@@ -113,6 +114,7 @@ class Run:
             debug=self.is_debug,
             dataset_types=self.registered.by_kind['dataset'],
             stage=stage.name,
+            channels_of=input_channels,
             **{'length_of': length_of, **given},
         )
 

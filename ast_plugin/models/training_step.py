@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ast_plugin.errors import OptionError, TrainingError
+from ast_plugin.errors import OptionError, ShapeError, TrainingError
 from ast_plugin.models import mixup, network_switches
 
 Losses = dict[str, Tensor]
@@ -263,7 +263,13 @@ def check_reductions(train: Mapping[str, Any], losses: Mapping[str, nn.Module]) 
 
 
 def compute_losses(losses: Mapping[str, nn.Module], output: Tensor, target: Tensor) -> Losses:
-    """Return the value of every loss. BasicSR's perceptual loss comes in two parts, either may be None."""
+    """Return the value of every loss. BasicSR's perceptual loss comes in two parts, either may be None.
+
+    Raises:
+        ShapeError: if the output is a tensor of another shape, which losses would stretch to the target's in silence.
+    """
+    if isinstance(output, Tensor) and output.shape != target.shape:
+        raise ShapeError(f'the network gives {list(output.shape)} for a clean image {list(target.shape)}')
     values: Losses = {}
     for name, criterion in losses.items():
         value = criterion(output, target)

@@ -10,7 +10,7 @@ import copy
 import math
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ast_plugin.options.sections import whole
 
 AUTO = 'auto'
 _PHASES = ('train', 'val', 'test')
-_CONVERTS_UINT8 = 'RestorationModel'
+_OUR_MODEL = 'RestorationModel'
 _WHOLE_NUMBERS = ('_iter', '_freq', '_epochs')  # how keys of these end
 _IN_EPOCHS = (
     ('train', 'total_epochs', 'total_iter'),
@@ -85,6 +85,7 @@ def prepare(
     dataset_types: Mapping[str, object] | None = None,
     stage: str | None = None,
     length_of: Callable[[Mapping[str, Any]], int] | None = None,
+    channels_of: Callable[[Mapping[str, Any]], int] | None = None,
 ) -> dict[str, Any]:
     """Complete options as BasicSR's `parse_options` does after it has read a file. The argument stays as it is.
 
@@ -98,6 +99,7 @@ def prepare(
         stage: name of the stage that `opt` is of; it trains in a folder of that name inside of the experiment's.
         length_of: counts the samples of a training set, out of its completed options. With it what is given in epochs
             becomes iterations, and `train.iters_per_epoch` is set.
+        channels_of: tells of a network's options how many channels it takes; our datasets give gray pairs for one.
     Returns:
         What BasicSR's pipelines expect of `parse_options`. No folder is made, no random state touched.
     Raises:
@@ -115,7 +117,9 @@ def prepare(
     # A state to resume from is put into path.resume_state by us: BasicSR would look for it under the working
     # directory, whatever the root.
     opt.update(is_train=is_train, auto_resume=False, dist=dist, rank=rank, world_size=world_size)
-    opt['datasets'] = _datasets(opt, is_train, dataset_types or {})
+    network = opt.get('network_g')
+    is_gray = isinstance(network, dict) and channels_of is not None and channels_of(network) == 1
+    opt['datasets'] = _datasets(opt, is_train, dataset_types or {}, is_gray)
     opt['path'] = _paths(opt, root, is_train, stage)
     if stage is not None and is_train:
         opt['name'] = f'{opt["name"]}_{stage}'
@@ -169,7 +173,9 @@ def phase_of(dataset_key: str) -> str:
     return phase if phase in _PHASES else ''
 
 
-def _datasets(opt: dict[str, Any], is_train: bool, dataset_types: Mapping[str, object]) -> dict[str, Any]:
+def _datasets(
+    opt: dict[str, Any], is_train: bool, dataset_types: Mapping[str, object], is_gray: bool
+) -> dict[str, Any]:
     """The datasets of this run. BasicSR's training stumbles over test sets, its testing would test on train."""
     phases = ('train', 'val') if is_train else ('val', 'test')
     datasets = {}
@@ -187,6 +193,10 @@ def _datasets(opt: dict[str, Any], is_train: bool, dataset_types: Mapping[str, o
         keys = options_type.model_fields if options_type is not None else ()
         if 'seed' in keys and dataset.get('seed') is None:
             dataset['seed'] = opt['manual_seed']
+        if 'in_chans' in keys and is_gray:
+            dataset.setdefault('in_chans', 1)
+        if opt.get('bit_depth') == 16:
+            _set_bit_depth(key, dataset, keys, opt.get('model_type'))
         if 'keep_uint8' in keys:
             _keep_uint8(key, dataset, opt.get('model_type'))
         datasets[key] = dataset
@@ -195,14 +205,23 @@ def _datasets(opt: dict[str, Any], is_train: bool, dataset_types: Mapping[str, o
 
 def _keep_uint8(key: str, dataset: dict[str, Any], model_type: str | None) -> None:
     """Let training images stay of 8 bits on their way to a model that makes floats of them on its device."""
-    converts = model_type == _CONVERTS_UINT8
+    converts = model_type == _OUR_MODEL
     if dataset.get('keep_uint8') and not converts:
         raise OptionError(
             f'datasets.{key}.keep_uint8: {model_type} expects floats; leave it out, or take model_type: '
-            f'{_CONVERTS_UINT8}, which converts on its device'
+            f'{_OUR_MODEL}, which converts on its device'
         )
     if dataset.get('keep_uint8') is None and dataset['phase'] == 'train':
         dataset['keep_uint8'] = converts
+
+
+def _set_bit_depth(key: str, dataset: dict[str, Any], keys: Iterable[str], model_type: str | None) -> None:
+    """Tell a dataset that images have 16 bits; refuse it, and models, of which 8 would be left without a word."""
+    if 'bit_depth' not in keys:
+        raise OptionError(f'datasets.{key}.type: {dataset["type"]} reads 8 bits, bit_depth is 16: take PairsDataset')
+    if model_type != _OUR_MODEL:
+        raise OptionError(f'model_type: {model_type} measures and writes 8 bits, bit_depth is 16: take {_OUR_MODEL}')
+    dataset.setdefault('bit_depth', 16)
 
 
 def _paths(opt: dict[str, Any], root: Path, is_train: bool, stage: str | None) -> dict[str, Any]:

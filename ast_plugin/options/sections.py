@@ -352,6 +352,9 @@ class OptionFile(RealESRGAN):
     num_gpu: CountOrZero | Literal['auto'] | None = _optional(
         'GPUs of each process; all if not given; 0 for the CPU, where no device is given'
     )
+    bit_depth: Literal[8, 16] | None = _optional(
+        'of images, in metrics and written files too; 16 takes images of 16 bits alone; 8 if not given'
+    )
     manual_seed: CountOrZero | None = _optional('drawn if not given')
     backend: Literal['auto', 'fused', 'triton', 'reference'] | None = _optional(
         'what computes our blocks; if not given, what AST_BACKEND names, else the fastest that can'

@@ -120,7 +120,7 @@ def test_what_cannot_be_measured(package, metric, options, error, message):
 def test_metrics_run_where_the_network_does():
     metrics = {'a': {'type': 'pyiqa', 'metric': 'lpips'}, 'b': {'type': 'calculate_psnr'}}
     metrics['c'] = metrics['a'] | {'device': 'cpu'}
-    placed = registered_metrics.with_device(metrics, torch.device('cuda:1'))
+    placed = registered_metrics.complete(metrics, torch.device('cuda:1'))
     assert [options.get('device') for options in placed.values()] == ['cuda:1', None, 'cpu']
 
 

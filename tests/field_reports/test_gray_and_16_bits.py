@@ -1,0 +1,323 @@
+"""Gray pairs for networks of one channel, and images of 16 bits: trained on, validated, written and measured whole."""
+
+import csv
+import re
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from ast_plugin import options
+from ast_plugin.archs.networks import input_channels
+from ast_plugin.cli.main import main
+from ast_plugin.data.image_files import ImageFile, read_image, write_image
+from ast_plugin.data.pairs_dataset import PairsDataset
+from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
+from ast_plugin.errors import DataError, OptionError
+from ast_plugin.evaluation.protocols import read_protocol
+from ast_plugin.evaluation.restorer import Restorer
+from ast_plugin.metrics.images import LUMA, from_toolbox, to_integers, to_toolbox
+from ast_plugin.metrics.psnr_ssim import psnr_rgb, psnr_y_matlab, ssim_y_matlab
+from ast_plugin.metrics.registered_metrics import calculate_psnr_matlab, calculate_ssim_matlab, complete
+
+METRICS = {
+    'psnr': {'type': 'calculate_psnr', 'crop_border': 0},
+    'ssim': {'type': 'calculate_ssim', 'crop_border': 0},
+    'rgb': {'type': 'calculate_psnr_skimage'},
+    'matlab': {'type': 'calculate_psnr_matlab'},
+}
+SIZE = (20, 24)
+
+
+def network(channels):
+    return {
+        'type': 'SRVGGNetCompact',
+        'num_feat': 4,
+        'num_conv': 1,
+        'upscale': 1,
+        'num_in_ch': channels,
+        'num_out_ch': channels,
+    }
+
+
+def write_pairs(folder, channels, bits, suffix='png', count=2):
+    """Pairs of noise, the degraded ones within a few levels of the clean ones; gray files for one channel."""
+    generator, dtype, largest = np.random.default_rng(0), f'uint{bits}', 2**bits - 1
+    for number in range(count):
+        clean = generator.integers(0, largest + 1, SIZE if channels == 1 else (*SIZE, 3))
+        lq = np.clip(clean + generator.integers(-9, 10, clean.shape), 0, largest)
+        for kind, image in (('lq', lq), ('gt', clean)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            write_image(folder / kind / f'{number}.{suffix}', ImageFile(image.astype(dtype), format='PNG'))
+    return folder
+
+
+def option_file(folder, source, channels, **top):
+    """A run of two iterations, validated once, the images written."""
+    if source == 'synthetic':
+        places = {
+            'type': 'SyntheticPairsDataset',
+            'source': 'folder',
+            'dataroot_gt': str(folder / 'gt'),
+            'split': 'all',
+        }
+    else:
+        ending = '' if source == 'folders' else '.lmdb'
+        places = {f'dataroot_{kind}': str(folder / f'{kind}{ending}') for kind in ('lq', 'gt')}
+        places |= {'type': 'PairsDataset', 'io_backend': {'type': 'lmdb' if ending else 'disk'}}
+    opt = {
+        'name': 'tiny',
+        'model_type': 'RestorationModel',
+        'num_gpu': 0,
+        'manual_seed': 1,
+        'datasets': {
+            'train': {'name': 'train', 'gt_size': 16, 'batch_size_per_gpu': 2, 'num_worker_per_gpu': 0, **places},
+            'val': {'name': 'val', **places},
+        },
+        'network_g': network(channels),
+        'train': {
+            'total_iter': 2,
+            'optim_g': {'type': 'AdamW', 'lr': 1e-4},
+            'scheduler': {'type': 'MultiStepLR', 'milestones': [9]},
+            'pixel_opt': {'type': 'L1Loss'},
+        },
+        'val': {'val_freq': 2, 'save_img': True, 'metrics': METRICS},
+        'logger': {'print_freq': 1, 'save_checkpoint_freq': 2},
+        **top,
+    }
+    (folder / 'o.yml').write_text(yaml.safe_dump(opt))
+    return folder / 'o.yml'
+
+
+def psnr(image, other, peak):
+    difference = image.astype(float) - other.astype(float)
+    return 10 * np.log10(peak**2 / np.mean(difference**2))
+
+
+@pytest.mark.parametrize(
+    ('source', 'channels', 'bits'),
+    [
+        ('folders', 1, 8),
+        ('folders', 3, 16),
+        ('folders', 1, 16),
+        ('png', 1, 8),
+        ('png', 3, 16),
+        ('raw', 1, 16),
+        ('synthetic', 1, 8),
+        ('synthetic', 3, 16),
+    ],
+)
+def test_run_keeps_channels_and_depth(tmp_path, source, channels, bits):
+    write_pairs(tmp_path, channels, bits)
+    if source in ('png', 'raw'):
+        assert main(['data', 'lmdb', str(tmp_path), str(tmp_path / 'packed'), '--encoding', source]) == 0
+        for kind in ('lq', 'gt'):
+            (tmp_path / 'packed' / f'{kind}.lmdb').rename(tmp_path / f'{kind}.lmdb')
+    top = {'bit_depth': bits} if bits == 16 else {}
+    file = option_file(tmp_path, source, channels, **top)
+    assert main(['check', '-opt', str(file), '--root', str(tmp_path)]) == 0
+    assert main(['train', '-opt', str(file), '--root', str(tmp_path)]) == 0
+    experiment = tmp_path / 'experiments' / 'tiny'
+    rows = list(csv.DictReader((experiment / 'metrics.csv').open()))
+    figures = {key.rpartition('/')[2]: float(value) for key, value in rows[-1].items() if value and 'val' in key}
+    peak, found = 2**bits - 1, {name: [] for name in ('psnr', 'matlab')}
+    for number in range(2):
+        (written,) = experiment.glob(f'visualization/{number}*/*.png')
+        image, clean = read_image(written).color, read_image(tmp_path / 'gt' / f'{number}.png').color
+        assert image.dtype == clean.dtype == np.dtype(f'uint{bits}') and image.shape == clean.shape
+        assert bits == 8 or (image % 257).any()  # not of 8 bits made wider
+        found['psnr'].append(psnr(image, clean, peak))
+        planes = [image, clean]
+        if channels == 3:
+            planes = [np.floor(each @ (LUMA / 255) + 16 * peak / 255 + 0.5) for each in planes]
+        found['matlab'].append(psnr(*planes, peak))
+    assert figures['psnr'] == pytest.approx(np.mean(found['psnr']), abs=2e-4)
+    assert figures['matlab'] == pytest.approx(np.mean(found['matlab']), abs=2e-4)
+    assert figures['rgb'] == pytest.approx(figures['psnr'], abs=2e-3)
+    restorer = Restorer.from_weights(
+        experiment / 'models' / 'net_g_best.safetensors', network=network(channels), device='cpu'
+    )
+    restored = restorer.restore(read_image(tmp_path / 'lq' / '0.png').color)
+    assert restored.dtype == np.dtype(f'uint{bits}') and restored.ndim == (2 if channels == 1 else 3)
+
+
+def dataset(folder, **more):
+    places = {'dataroot_lq': str(folder / 'lq'), 'dataroot_gt': str(folder / 'gt')}
+    return PairsDataset({'name': 'a', 'type': 'PairsDataset', 'phase': 'val', 'scale': 1, **places, **more})
+
+
+@pytest.mark.parametrize('bits', [8, 16])
+def test_colours_become_luma(tmp_path, bits):
+    write_pairs(tmp_path, 3, bits)
+    sample = dataset(tmp_path, in_chans=1)[0]
+    for kind in ('lq', 'gt'):
+        color = read_image(tmp_path / kind / '0.png').color.astype(float)
+        expected = color @ [0.299, 0.587, 0.114]
+        assert sample[kind].shape == (1, *SIZE)
+        assert np.abs(sample[kind][0].numpy() * (2**bits - 1) - expected).max() <= 0.51
+
+
+def test_gray_files_are_equal_channels(tmp_path):
+    write_pairs(tmp_path, 1, 8)
+    three, one = dataset(tmp_path)[0], dataset(tmp_path, in_chans=1)[0]
+    assert three['gt'].shape == (3, *SIZE) and (three['gt'] == one['gt']).all()
+    gray = read_image(tmp_path / 'gt' / '0.png').color
+    np.testing.assert_array_equal((one['gt'][0] * 255).round().numpy(), gray)
+
+
+def test_synthetic_gray_is_of_its_colours(tmp_path):
+    write_pairs(tmp_path, 3, 8)
+    opt = {'name': 'a', 'type': 'SyntheticPairsDataset', 'phase': 'val', 'scale': 1, 'source': 'folder'}
+    opt |= {'dataroot_gt': str(tmp_path / 'gt'), 'split': 'all'}
+    color, gray = SyntheticPairsDataset(opt)[0], SyntheticPairsDataset({**opt, 'in_chans': 1})[0]
+    for kind in ('lq', 'gt'):
+        expected = (color[kind] * np.array([0.299, 0.587, 0.114], np.float32)[:, None, None]).sum(0)
+        np.testing.assert_allclose(gray[kind][0], expected, atol=0.51 / 255)
+
+
+def prepared(opt, **changes):
+    types = {'PairsDataset': PairsDataset, 'Other': object}
+    return options.prepare({**opt, **changes}, dataset_types=types, length_of=lambda _: 2, channels_of=input_channels)[
+        'datasets'
+    ]['train']
+
+
+@pytest.mark.parametrize(
+    ('network_g', 'channels'),
+    [
+        ({'type': 'AST', 'in_chans': 1}, 1),
+        ({'type': 'SwinIR', 'in_chans': 3}, None),
+        ({'type': 'AST'}, None),
+        ({'type': 'Mixed', 'base': network(1), 'mix': []}, 1),
+        ({'type': 'AST', 'in_chans': 4}, None),
+    ],
+)
+def test_network_tells_the_channels(tmp_path, network_g, channels):
+    opt = yaml.safe_load(option_file(tmp_path, 'folders', 3).read_text())
+    assert prepared(opt, network_g=network_g).get('in_chans') == channels
+    opt['datasets']['train']['in_chans'] = 3
+    assert prepared(opt, network_g=network_g)['in_chans'] == 3
+    assert 'bit_depth' not in prepared(opt) and prepared(opt, bit_depth=16)['bit_depth'] == 16
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'model_type': 'SRModel'}, 'SRModel measures and writes 8 bits, bit_depth is 16: take RestorationModel'),
+        ({'type': 'Other'}, r'datasets\.train\.type: Other reads 8 bits, bit_depth is 16: take PairsDataset'),
+    ],
+)
+def test_what_reads_8_bits_is_refused(tmp_path, change, message):
+    opt = yaml.safe_load(option_file(tmp_path, 'folders', 3).read_text())
+    opt['datasets']['train'] |= {key: value for key, value in change.items() if key == 'type'}
+    with pytest.raises(OptionError, match=message):
+        prepared(opt, bit_depth=16, **{key: value for key, value in change.items() if key != 'type'})
+
+
+@pytest.mark.parametrize(
+    ('source', 'top', 'message'),
+    [
+        ('folders', {'bit_depth': 12}, 'bit_depth: expected 8 or 16, got 12'),
+        ('folders', {'bit_depth': 16}, r'lq/0\.png: has 8 bits, bit_depth is 16: give images of 16 bits, or set'),
+        ('raw', {'bit_depth': 16}, r'lq\.lmdb/0\.png: has 8 bits, bit_depth is 16'),
+        ('png', {'bit_depth': 16}, r'lq\.lmdb/0\.png: has 8 bits, bit_depth is 16'),
+        ('synthetic', {'bit_depth': 16}, r'gt/\d\.png: has 8 bits, bit_depth is 16'),
+    ],
+)
+def test_bad_depth_is_refused(tmp_path, capfd, source, top, message):
+    write_pairs(tmp_path, 3, 8)
+    if source in ('png', 'raw'):
+        assert main(['data', 'lmdb', str(tmp_path), str(tmp_path / 'packed'), '--encoding', source]) == 0
+        for kind in ('lq', 'gt'):
+            (tmp_path / 'packed' / f'{kind}.lmdb').rename(tmp_path / f'{kind}.lmdb')
+    file = option_file(tmp_path, source, 3, **top)
+    assert main(['train', '-opt', str(file), '--root', str(tmp_path)]) == 2
+    assert re.search(message, capfd.readouterr().err)
+    assert not (tmp_path / 'experiments').exists()
+
+
+def test_16_bits_are_read_with_8_as_before(tmp_path):
+    write_pairs(tmp_path, 3, 16)
+    pixels = read_image(tmp_path / 'gt' / '0.png').color
+    got = dataset(tmp_path)[0]['gt'].numpy().transpose(1, 2, 0)
+    np.testing.assert_array_equal(got, pixels / np.float32(65535))
+
+
+def test_colours_for_a_gray_network_are_refused(tmp_path):
+    from ast_plugin.archs.networks import build_network
+
+    with pytest.raises(DataError, match='the network takes gray images only'):
+        Restorer(build_network(network(1)), in_channels=1, device='cpu').restore(np.zeros((8, 8, 3), np.uint8))
+
+
+def test_output_of_other_channels_is_refused(tmp_path, capfd):
+    write_pairs(tmp_path, 3, 8)
+    file = option_file(tmp_path, 'folders', 3, val=None, network_g={'type': 'AST_XS', 'img_size': 16, 'out_chans': 1})
+    opt = yaml.safe_load(file.read_text())
+    del opt['datasets']['val']
+    file.write_text(yaml.safe_dump(opt))
+    assert main(['check', '-opt', str(file)]) == 2
+    assert 'gives [2, 1, 16, 16] for a clean image [2, 3, 16, 16]' in capfd.readouterr().err
+
+
+# Metrics of 16 bits
+
+
+def pair(channels=3):
+    generator = np.random.default_rng(3)
+    clean = generator.integers(0, 65536, (16, 18, channels), dtype=np.uint16)
+    return np.clip(clean.astype(int) + generator.integers(-40, 41, clean.shape), 0, 65535).astype(np.uint16), clean
+
+
+def test_toolbox_gets_every_level():
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256, 1)
+    there = to_toolbox(levels)
+    assert there.max() == 255.0 and there.dtype == np.float64
+    np.testing.assert_array_equal(to_integers(from_toolbox(there), 16), levels)
+    np.testing.assert_array_equal(to_integers(levels / np.float32(65535), 16), levels)
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    np.testing.assert_array_equal(to_integers(eight, 16), eight.astype(np.uint16) * 257)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_metrics_have_the_peak_of_16_bits(channels):
+    image, clean = pair(channels)
+    metrics = complete({name: options for name, options in METRICS.items() if name != 'ssim'}, bit_depth=16)
+    values = read_protocol('basicsr', 16).measure(image, clean, metrics)
+    planes = [image, clean]
+    if channels == 3:
+        planes = [np.floor(each @ (LUMA / 255) + 4112.5) for each in planes]
+    assert values['psnr'] == pytest.approx(psnr(image, clean, 65535), abs=1e-9)
+    assert values['rgb'] == pytest.approx(psnr(image, clean, 65535), abs=1e-4)
+    assert values['matlab'] == pytest.approx(psnr(*planes, 65535), abs=1e-9)
+    assert values['matlab'] == pytest.approx(psnr_y_matlab(image, clean, 16), abs=1e-9)
+    assert psnr_rgb(image, clean) == pytest.approx(values['rgb'], abs=1e-4)
+    # With 8 bits, the default, as before:
+    rounded = [np.rint(each / 257).astype(np.uint8) for each in (image, clean)]
+    assert read_protocol('basicsr').measure(image, clean, METRICS) == read_protocol('basicsr').measure(
+        *rounded, METRICS
+    )
+    assert complete(METRICS) == METRICS
+
+
+def test_matlab_metrics_take_their_depth():
+    image, clean = (to_toolbox(each) for each in pair())
+    direct = ssim_y_matlab(*pair(), 16)
+    assert calculate_ssim_matlab(image, clean, bit_depth=16) == pytest.approx(direct, abs=1e-12)
+    assert calculate_ssim_matlab(image, clean) != direct
+    # MATLAB's limits: black is 16 and white 235 of 255, which are 4112 and 60395 of 65535.
+    black, white = np.zeros((1, 1, 3)), np.full((1, 1, 3), 255.0)
+    assert calculate_psnr_matlab(black, white, bit_depth=16) == pytest.approx(20 * np.log10(65535 / (60395 - 4112)))
+
+
+@pytest.mark.parametrize(('bit_depth', 'dtype'), [(8, np.uint8), (16, np.uint16)])
+def test_gray_tiff_and_png_alike(tmp_path, bit_depth, dtype):
+    gray = np.random.default_rng(0).integers(0, 2**bit_depth, SIZE).astype(dtype)
+    for kind in ('png', 'tiff'):
+        for side in ('lq', 'gt'):
+            (tmp_path / kind / side).mkdir(parents=True)
+            assert cv2.imwrite(str(tmp_path / kind / side / f'a.{kind}'), gray)
+    one, other = (dataset(tmp_path / kind, in_chans=1, bit_depth=bit_depth)[0]['lq'] for kind in ('png', 'tiff'))
+    np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal((one[0].numpy() * (2**bit_depth - 1)).round(), gray)
