@@ -84,9 +84,7 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
         CheckpointError: if the file is missing, cut, not a weights file, holds code, has no such key, or several states
             of which none is known by its key.
     """
-    path = Path(path)
-    config = path / CONFIG
-    path = path / PRETRAINED if (path / PRETRAINED).is_file() else path
+    config, path = Path(path, CONFIG), weights_file(path)
     if not path.is_file():
         is_address = path.parts and path.parts[0].lower() in ('http:', 'https:')
         what = (
@@ -116,6 +114,12 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
     if others:
         notes.append(f'left out, being no tensors: {_some(others)}')
     return Checkpoint(path, tensors, network, key, tuple(notes))
+
+
+def weights_file(path: str | os.PathLike) -> Path:
+    """The file of the weights in a folder that `save_pretrained` wrote; any other path as it is."""
+    inside = Path(path, PRETRAINED)
+    return inside if inside.is_file() else Path(path)
 
 
 def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,8 @@ from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import PRETRAINED, read_checkpoint, save_weights
 from ast_plugin.errors import BackendUnavailable, CheckpointError, FileError, OptionError, PluginError, one_line
 
-_WHERE = ('revision', 'cache_dir', 'force_download', 'local_files_only', 'token')  # to find a file of a repository
+# What finds a file of a repository; the last two before version 1.
+_WHERE = ('revision', 'cache_dir', 'force_download', 'local_files_only', 'token', 'proxies', 'resume_download')
 
 
 class Pretrained(nn.Module):

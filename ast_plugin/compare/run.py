@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ast_plugin.checkpoints import weights_file
 from ast_plugin.compare.child import ChildFailed, run_child
 from ast_plugin.compare.machine import describe_machine, installed_versions
 from ast_plugin.compare.measure import image_path, run_job
@@ -128,7 +129,7 @@ class Comparison:
             'kept': plan.settings['pictures'],
             'folder': str(plan.folder / 'pictures' / row.name),
         }
-        depends_on = {**job, 'weights': None if weights is None else file_digest(weights), 'folder': None}
+        depends_on = {**job, 'weights': None if weights is None else file_digest(weights_file(weights)), 'folder': None}
         record = self._measure(row, f'{row.name}.quality', job, depends_on, f'restoring with {row.name}')
         if record is None:
             return
@@ -253,7 +254,7 @@ class Training:
         else:
             opt['val'] = self.opt.get('val')
         start = (self.opt.get('path') or {}).get('pretrain_network_g')
-        start_digest = None if start is None else file_digest(Path(start).expanduser())
+        start_digest = None if start is None else file_digest(weights_file(Path(start).expanduser()))
         return {'opt': opt, 'start': start_digest, 'minutes': self.settings['minutes']}
 
     def _find_length(self, digest: str) -> int:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import ast_plugin
+from ast_plugin.checkpoints import weights_file
 from ast_plugin.data.contact_sheet import Cell, draw_contact_sheet, save_sheet
 from ast_plugin.devices import describe_device
 from ast_plugin.errors import only_warn
@@ -185,7 +186,7 @@ def describe_provenance(
         'protocol': protocol.describe(),
         'metrics': '; '.join(f'{name}: {_describe_metric(options)}' for name, options in metrics.items()),
         'weights': str(weights or ''),
-        'sha256': file_digest(weights) if weights else '',
+        'sha256': file_digest(weights_file(weights)) if weights else '',
         'versions': f'ast_plugin {ast_plugin.__version__}, basicsr {basicsr}, torch {torch.__version__}, '
         f'device {describe_device(device)}',
     }

@@ -15,9 +15,12 @@ from ast_plugin.archs.ast_arch import AST, AST_B, AST_T, AST_XS, VARIANTS
 from ast_plugin.archs.mixed.mixed_arch import Mixed
 from ast_plugin.archs.networks import load_network
 from ast_plugin.checkpoints import read_checkpoint
+from ast_plugin.cli.main import main
 from ast_plugin.errors import BackendUnavailable, CheckpointError, FileError, OptionError
 from ast_plugin.evaluation.restorer import Restorer
+from ast_plugin.files import file_digest
 from ast_plugin.weights import TASKS, find_weights
+from tests import tiny_run
 
 from . import tiny_networks
 from .golden import NAMES, GoldenCase
@@ -92,6 +95,16 @@ def test_folder_is_a_weights_file(tmp_path):
     assert same(load_network(None, folder), network)
     restored = Restorer.from_weights(folder, device='cpu').network
     assert restored.options['img_size'] == 16
+
+
+def test_folder_is_measured(tmp_path, monkeypatch, capfd):
+    network = load_network(tiny_networks.SRVGG | {'num_feat': 8, 'num_conv': 1})
+    folder_of(tmp_path, network.state_dict())
+    tiny_run.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ours = ['--force_yml', 'model_type=RestorationModel', 'datasets:val:type=PairsDataset']
+    assert main(['test', '-opt', 'tiny.yml', '--weights', str(tmp_path), *ours]) == 0
+    assert file_digest(tmp_path / 'model.safetensors') in capfd.readouterr().out
 
 
 @pytest.mark.parametrize('config', [None, '{', '[1]', {'hidden_size': 3}, {'type': 3}])
