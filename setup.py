@@ -89,6 +89,7 @@ setup(
         'photos': photos,
         'triton': ['triton>=3.2; sys_platform == "linux"'],  # PyTorch for CUDA brings the version that goes with it
         'wandb': ['wandb>=0.16'],
+        'web': ['gradio>=6.31,<7'],
         'docs': docs,
         'test': [
             *baselines,

@@ -21,6 +21,7 @@ COMMANDS = {
     'test': 'measure trained weights on the validation and test sets of an option file',
     'check': 'check an option file, and print all that it comes to',
     'infer': 'restore images with trained weights',
+    'web': 'restore images on a page in the browser',
     'measure': 'measure restored images of any network against clean ones',
     'info': 'tell what a network needs: parameters, multiplications, memory, time',
     'data': 'prepare, check, pack and synthesise pairs of images',

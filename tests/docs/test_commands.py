@@ -1,5 +1,6 @@
 """The commands of the README and docs/ run page by page on files that bear the names they use; long ones cut short."""
 
+import argparse
 import os
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from ast_plugin.archs.ast_arch import AST_XS
 from ast_plugin.checkpoints import save_torch, save_weights
+from ast_plugin.cli import web
 from ast_plugin.cli.main import main
 from ast_plugin.compare.plan import make_plan
 from benchmarks.__main__ import make_parser
@@ -111,6 +113,11 @@ def run_command(line, root):
             return main(shortened(words[1:]))
         case ['basicsr', 'compare', '-opt', file]:  # tests/cli/test_compare.py trains and measures
             return 0 if make_plan(file, root).networks else 1
+        case ['basicsr', 'web', *rest]:  # tests/cli/test_web.py serves the page
+            parser = argparse.ArgumentParser()
+            web.add_arguments(parser)
+            args = parser.parse_args(rest)
+            return 0 if web.find_networks(args.weights, args.device) else 1
         case ['basicsr', 'info', *rest]:
             return main(['info', *rest[:-1], '64x64'])
         case ['basicsr', *arguments]:

@@ -1,0 +1,259 @@
+"""Serve a page on which an image is dropped, restored and compared with its restoration.
+
+Restores as `basicsr infer` does, one image after the other: what is downloaded has the name, size, format and metadata
+that `infer` would give it. The page answers this machine alone unless --host opens it, asks nothing of the network, and
+keeps its files in a temporary folder, each for two hours at most; the folder goes when the command ends (Ctrl-C).
+
+    basicsr web                                                   # http://127.0.0.1:7860, the weights that come along
+    basicsr web --weights experiments/AST_derain/models/net_g_best.safetensors --port 8000
+
+Needs the extra `web`: pip install "ast_plugin[web]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import functools
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ast_plugin.cli.commands import DEVICES
+from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, one_line
+from ast_plugin.names import printable, say
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ast_plugin.evaluation.restorer import Restorer
+
+BYTES_A_PIXEL = 8  # of RGB with transparency in 16 bits: files of images need no more
+MAX_SHOWN = 2048  # the longer side, in pixels, of what the page shows; what is downloaded has the full size
+SECONDS_KEPT = 7200
+AT_WORK = threading.Lock()  # held while an image is restored: one at a time
+STYLE = """
+.gradio-container { width: 100% !important; max-width: 960px !important; margin: auto; }
+.fillable { padding: 8px !important; }
+main { padding: 24px 8px !important; }
+#figures { text-align: center; font-variant-numeric: tabular-nums; }
+#figures p { margin: 4px 0; overflow-wrap: anywhere; }
+#download { width: auto; min-width: 200px; margin: auto; }
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `basicsr web` takes."""
+    add = parser.add_argument
+    add('--weights', metavar='FILE', help='trained weights, .safetensors or .pth (default: those that come along)')
+    add('--device', default='auto', metavar='NAME', help=f'{DEVICES} (default: auto)')
+    add('--host', default='127.0.0.1', metavar='ADDRESS', help='where to listen; 0.0.0.0 opens the page to the network')
+    add('--port', type=int, default=7860, metavar='N', help='default: 7860')
+    add(
+        '--max-megapixels',
+        type=float,
+        default=50,
+        metavar='N',
+        help=f'refuse images that claim more, and files of more than {BYTES_A_PIXEL} times N megabytes (default: 50)',
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C or SIGTERM."""
+    max_pixels = int(args.max_megapixels * 1e6)
+    if max_pixels < 1:
+        raise OptionError(f'--max-megapixels is {args.max_megapixels}: expected more than 0')
+    _check_address(args.host, args.port)
+    networks = find_networks(args.weights, args.device)
+    with tempfile.TemporaryDirectory(prefix='basicsr_web_', ignore_cleanup_errors=True) as folder:
+        gradio = _import_gradio(folder, args.host)
+        page = _build_page(gradio, networks, folder, max_pixels)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            page.launch(
+                server_name=f'[{args.host}]' if ':' in args.host else args.host,
+                server_port=args.port,
+                max_file_size=max_pixels * BYTES_A_PIXEL,
+                prevent_thread_lock=True,
+                share=False,
+                quiet=True,
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
+                pwa=False,
+                ssr_mode=False,
+                mcp_server=False,
+                theme=gradio.themes.Default(primary_hue='blue', font=['system-ui', 'sans-serif']),
+                css=STYLE,
+            )
+            say(f'{page.local_url} (Ctrl-C ends it)')
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            say('stopped')
+        finally:
+            if page.is_running:
+                # Browsers hold their connections open; uvicorn tells of each that is cut as of an error.
+                logging.getLogger('uvicorn.error').disabled = page.server.force_exit = True
+                page.close(verbose=False)
+    if AT_WORK.locked():  # Python would wait for the thread that restores an image for nobody
+        sys.stdout.flush()
+        os._exit(0)
+    return 0
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse an address before seconds are spent on what will listen there, whose message would not say why."""
+    if not 0 < port < 65536:
+        raise OptionError(f'--port is {port}: expected 1 to 65535')
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        reason = (error.strerror or one_line(error)).partition(' (')[0]  # without the address once more
+        advice = 'choose another --port' if error.errno == errno.EADDRINUSE else 'expected an address of this machine'
+        raise OptionError(f'nothing can listen at --host {host} --port {port} ({reason}): {advice}') from None
+
+
+def find_networks(weights: str | None, device: str) -> dict[str, Callable[[], Restorer]]:
+    """What builds a restorer, once, by the task or the name of the weights file."""
+    from ast_plugin.devices import find_device
+    from ast_plugin.evaluation.restorer import Restorer
+    from ast_plugin.weights import TASKS, find_weights
+
+    if weights is not None:
+        restorer = Restorer.from_weights(Path(weights).expanduser(), device=device)
+        for note in restorer.notes:
+            say(f'note: {weights}: {note}', file=sys.stderr)
+        return {Path(weights).name: lambda: restorer}
+    find_device(device)
+    networks = {}
+    for task in TASKS:
+        try:
+            find_weights(task)
+        except CheckpointError:
+            continue  # `basicsr list weights` says why
+        networks[task] = functools.cache(functools.partial(Restorer.from_task, task, device=device))
+    if not networks:
+        raise OptionError('no weights came along with this installation: expected --weights FILE')
+    return networks
+
+
+def _import_gradio(folder: str, host: str) -> ModuleType:
+    """Import gradio with its files in `folder`, and nothing sent anywhere."""
+    direct = ','.join(filter(None, [os.environ.get('no_proxy') or os.environ.get('NO_PROXY'), host, 'localhost']))
+    os.environ |= {'no_proxy': direct, 'NO_PROXY': direct}  # it asks its own page for an answer as it starts
+    os.environ |= {'GRADIO_TEMP_DIR': folder, 'GRADIO_ANALYTICS_ENABLED': 'False'}
+    try:
+        import gradio
+    except ImportError as error:
+        raise OptionError(
+            f'basicsr web needs gradio, which cannot be imported ({one_line(error)}): pip install "ast_plugin[web]"'
+        ) from None
+    return gradio
+
+
+def _build_page(gradio: ModuleType, networks: dict[str, Callable[[], Restorer]], folder: str, max_pixels: int) -> Any:
+    from ast_plugin.evaluation.file_restorer import FORMAT_OF
+
+    nothing = gradio.update(visible=False)
+
+    def update(image: str | None, network: str, progress=gradio.Progress()) -> tuple[Any, str, Any]:  # noqa: B008
+        if image is None:
+            return nothing, '', nothing
+        try:
+            with AT_WORK:
+                target, shown, lines = _restore(
+                    Path(image), folder, networks[network](), max_pixels, lambda *tiles: progress(tiles, unit='tiles')
+                )
+            lines[0] = f'{network}: {lines[0]}'
+        except PluginError as error:
+            target, shown, lines = None, None, [f'error: {error}']
+        lines = [escape(printable(line.replace(image, Path(image).name))) for line in lines]
+        text = ''.join(f'<p>{line}</p>' for line in lines)
+        if target is None:
+            return nothing, text, nothing
+        return gradio.update(value=shown, visible=True), text, gradio.update(value=str(target), visible=True)
+
+    with gradio.Blocks(title='Restore an image', analytics_enabled=False, delete_cache=(600, SECONDS_KEPT)) as page:
+        gradio.Markdown('# Restore an image\nDrop an image to see it left of the bar, and restored right of it.')
+        network = gradio.Radio(
+            list(networks),
+            value=next(iter(networks)),
+            visible=len(networks) > 1,
+            label='Task',
+            show_label=False,
+            container=False,
+        )
+        image = gradio.File(file_types=list(FORMAT_OF), show_label=False, height=260)
+        slider = gradio.ImageSlider(
+            visible=False, format='png', show_label=False, buttons=['fullscreen'], max_height=520, interactive=False
+        )
+        figures = gradio.HTML(elem_id='figures')
+        download = gradio.DownloadButton('Download', visible=False, variant='primary', elem_id='download')
+        outputs = [slider, figures, download]
+        # At once, as a result that does not go with what is chosen must not be taken for it.
+        gone = gradio.on(
+            [image.change, network.input],
+            lambda: (nothing, '', nothing),
+            outputs=outputs,
+            queue=False,
+            show_progress='hidden',
+            api_visibility='private',
+        )
+        gone.then(
+            update,
+            [image, network],
+            outputs,
+            show_progress_on=figures,
+            concurrency_limit=1,
+            trigger_mode='always_last',
+            api_visibility='private',
+        )
+    return page.queue(max_size=20, api_open=False)
+
+
+def _restore(
+    image: Path, folder: str, restorer: Restorer, max_pixels: int, on_tile: Callable[[int, int], None]
+) -> tuple[Path, list[np.ndarray], list[str]]:
+    """Restore a file as `basicsr infer` does.
+
+    Returns:
+        The file of the result; image and result as the page shows them, uint8 RGB of one size; lines on them.
+    Raises:
+        PluginError: if there is no result.
+    """
+    import cv2
+    import numpy as np
+
+    from ast_plugin.data.image_files import read_image
+    from ast_plugin.evaluation.file_restorer import find_images, plan_jobs, restore_files
+
+    output = Path(tempfile.mkdtemp(dir=folder))
+    jobs = plan_jobs(find_images([image], output).images, output)
+    (result,) = restore_files(jobs, restorer, max_pixels=max_pixels, on_tile=on_tile)
+    if result.failure:
+        raise DataError(result.failure)
+    colors = [read_image(path, max_pixels=sys.maxsize).color for path in result.job]
+    height, width = colors[0].shape[:2]
+    share = min(1, MAX_SHOWN / max(height, width))
+    size = max(1, round(share * width)), max(1, round(share * height))
+    colors = [np.uint8(color >> 8) if color.dtype == np.uint16 else color for color in colors]
+    colors = [cv2.resize(color, size, interpolation=cv2.INTER_AREA) for color in colors]
+    shown = [cv2.cvtColor(color, cv2.COLOR_GRAY2RGB) if color.ndim == 2 else color for color in colors]
+    change = '' if result.change is None else f', mean change {result.change.mean:.1f} of 255 levels'
+    figures = f'{width} × {height} pixels, {result.seconds:.1f} s{change}'
+    warnings, notes = (
+        [f'{kind}: {line}' for line in lines] for kind, lines in (('warning', result.warnings), ('note', result.notes))
+    )
+    return result.job.target, shown, [figures, *warnings, *notes]
