@@ -236,6 +236,18 @@ def write_every_name():
     return is_right and 'mu\\udcf1oz \u96e8' in (folder / 'odd.log').read_text(encoding='utf-8')
 
 
+def name_what_is_not_decoded():
+    from basicsr.data.single_image_dataset import SingleImageDataset
+
+    folder = Path(sys.argv[2], 'images')
+    folder.mkdir(exist_ok=True)
+    (folder / 'empty.png').write_bytes(b'')
+    try:
+        SingleImageDataset({'dataroot_lq': str(folder), 'io_backend': {'type': 'disk'}})[0]
+    except Exception as error:
+        return str(error) == f'{folder / "empty.png"}: the file is empty'
+
+
 def start_wandb_of_any_age():
     calls = []
     sys.modules['wandb'] = SimpleNamespace(init=lambda **options: calls.append(options), util=SimpleNamespace())

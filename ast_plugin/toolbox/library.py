@@ -230,8 +230,9 @@ def name_what_is_not_decoded() -> None:
         return image
 
     FileClient.get = get_named
-    for module in [module for module in sys.modules.values() if vars(module).get('imfrombytes') is decode]:
-        module.imfrombytes = imfrombytes
+    for module in list(sys.modules.values()):
+        if getattr(module, '__dict__', {}).get('imfrombytes') is decode:
+            module.imfrombytes = imfrombytes
 
 
 REPAIRS = (

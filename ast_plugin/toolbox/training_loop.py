@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 import math
+import re
 import shlex
 import signal
 import sys
@@ -262,12 +263,21 @@ def spare_runs_from_tensorboard() -> None:
     train.init_tb_loggers = init_tb_loggers
 
 
+def _show_names(record: logging.LogRecord) -> bool:
+    """Show what names in a line of the log hold besides text by its escapes: a filter that lets all lines pass."""
+    record.msg = re.sub(r'[^\n\t]+', lambda part: printable(part[0]), record.getMessage())
+    record.args = ()
+    return True
+
+
 def write_every_name() -> None:
     """Write log files and copies of option files in UTF-8, with escapes for what is no text.
 
     Fault: both have the encoding of the locale. A line of the log with a name that it lacks is lost under a traceback,
-    and `copy_opt_file`, which puts the command line into the copy, ends the run. No upstream issue known.
+    and `copy_opt_file`, which puts the command line into the copy, ends the run. What names hold for a terminal's
+    control reaches it. No upstream issue known.
     """
+    logging.getLogger('basicsr').addFilter(_show_names)
     file_handler = functools.partial(logging.FileHandler, encoding='utf-8', errors='backslashreplace')
     logger.logging = types.SimpleNamespace(**{**vars(logging), 'FileHandler': file_handler})
 

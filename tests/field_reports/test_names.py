@@ -325,3 +325,10 @@ def test_folder_in_what_is_said(tmp_path, capfd, name):
         f'copied to {shown}/options',
     ):
         assert any(line in each for each in lines)
+
+
+def test_names_in_the_log_are_printable(odd, caplog):
+    with caplog.at_level(logging.INFO, 'basicsr'):
+        logging.getLogger('basicsr').info('\t # of %s', odd)
+    (record,) = caplog.records
+    assert record.getMessage() == '\t # of ' + '\n'.join(map(names.printable, odd.split('\n')))
