@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -375,7 +375,7 @@ def _staged_faults(opt: Mapping[str, Any], registered: Registered | None, is_tra
         if len(numbers) == num_checked:
             faults.append(fault)
         else:
-            faults += [Fault((STAGES_KEY, number, *fault.where), fault.message) for number in numbers]
+            faults += [replace(fault, where=(STAGES_KEY, number, *fault.where)) for number in numbers]
     return faults if num_checked else [*faults, *_RunCheck(base, registered, is_train).faults()]
 
 

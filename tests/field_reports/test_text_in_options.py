@@ -196,7 +196,7 @@ def test_file_beside_comes_before_a_shipped_name(tmp_path):
         options.load(tmp_path / 'my.yml')
 
 
-@pytest.mark.parametrize('base', ['AST_quickstart', 'AST_derain', 'AST_deraindrop'])
+@pytest.mark.parametrize('base', ['AST_quickstart', 'AST_derain', 'AST_deraindrop', 'pretrained/rain'])
 def test_inherited_keys_are_said(base, tmp_path, registered):
     path = tmp_path / 'my.yml'
     path.write_text(PASTED.format(base=base))
@@ -204,7 +204,8 @@ def test_inherited_keys_are_said(base, tmp_path, registered):
     with pytest.raises(OptionError) as error:
         validation.check(opt, str(path), registered, explain=Sources(path).explain)
     for line in str(error.value).splitlines():
-        assert 'inherited from' in line and f'{base}.yml:' in line, line
+        file = 'options/pretrained/' if 'pretrained' in base else f'{base}.yml:'
+        assert 'inherited from' in line and file in line, line
         assert '`_delete_: true` in datasets.train' in line
     text = path.read_text().replace('type: Pairs', '_delete_: true\n    gt_size: 64\n    type: Pairs')
     more = '    batch_size_per_gpu: 1\n    num_worker_per_gpu: 0\n'
