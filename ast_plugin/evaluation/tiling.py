@@ -127,7 +127,13 @@ class Tiling:
         whole = max(height, width)
         free = available_bytes(device)
         if device.type == 'cpu':
-            free -= 4 * image.nelement() * 4  # the result, and what becomes of it
+            result = image.nelement() * 4
+            if free < 2 * result:  # which tiles would find out at their end
+                raise MemoryShortage(
+                    f'{width}x{height} does not fit in memory: its result takes {2 * result / 2**30:.2f} GiB, and '
+                    f'{free / 2**30:.2f} GiB are free; end other programs, raise `ulimit -v`, or cut the image up'
+                )
+            free -= 4 * result  # with what becomes of it
         usable = max(0, free) * _USABLE_SHARE / len(image)
         pixels = math.prod(-(-side // _TILE_STEP) * _TILE_STEP for side in (height, width))
         if pixels * _AMPLE_BYTES_PER_PIXEL <= usable:

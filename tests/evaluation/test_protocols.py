@@ -236,6 +236,14 @@ def test_pass_that_does_not_fit():
         read_protocol('whole').restore(Forgetful(), image(60, 70))
 
 
+def test_result_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr(tiling, 'available_bytes', lambda device: 2 * 4 * 3 * 60 * 70 - 1)
+    network = Blur()
+    with pytest.raises(MemoryShortage, match='70x60 does not fit in memory: its result takes'):
+        read_protocol('tiled').restore(network, image(60, 70))
+    assert not network.shapes
+
+
 @pytest.mark.parametrize(('multiple', 'advice'), [(8, 'choose tiles smaller than 70'), (128, 'would not help')])
 def test_advice_where_memory_is_short(multiple, advice):
     network = Forgetful()
