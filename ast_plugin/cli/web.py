@@ -201,12 +201,11 @@ def _build_page(gradio: ModuleType, networks: dict[str, Callable[[], Restorer]],
         )
         figures = gradio.HTML(elem_id='figures')
         download = gradio.DownloadButton('Download', visible=False, variant='primary', elem_id='download')
-        outputs = [slider, figures, download]
         # At once, as a result that does not go with what is chosen must not be taken for it.
         gone = gradio.on(
             [image.change, network.input],
-            lambda: (nothing, '', nothing),
-            outputs=outputs,
+            lambda: (nothing, nothing),
+            outputs=[slider, download],
             queue=False,
             show_progress='hidden',
             api_visibility='private',
@@ -214,7 +213,7 @@ def _build_page(gradio: ModuleType, networks: dict[str, Callable[[], Restorer]],
         gone.then(
             update,
             [image, network],
-            outputs,
+            [slider, figures, download],
             show_progress_on=figures,
             concurrency_limit=1,
             trigger_mode='always_last',
