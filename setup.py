@@ -39,6 +39,7 @@ def description() -> str:
 metrics = ['pyiqa>=0.1.14']
 # The second holds networks whose licences restrict their use, Restormer among them.
 baselines = ['spandrel>=0.4.2', 'spandrel_extra_arches>=0.2']
+onnx = ['onnx>=1.16', 'onnxruntime>=1.18']
 optimizers = ['pytorch-optimizer>=4.0']
 docs = [f'{package}; python_version >= "3.11"' for package in ('sphinx>=8.1', 'myst-parser>=5.0', 'furo>=2024.8')]
 hub = ['huggingface_hub>=0.26']
@@ -84,6 +85,7 @@ setup(
     extras_require={
         'metrics': metrics,
         'baselines': baselines,
+        'onnx': onnx,
         'optimizers': optimizers,
         'hub': hub,
         'photos': photos,
@@ -95,6 +97,7 @@ setup(
             *baselines,
             *docs,
             *hub,
+            *onnx,
             *optimizers,
             *photos,
             'playwright>=1.50',

@@ -15,7 +15,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Checkpoint:
         network: the network's options with its `type`, where the file carries them.
         param_key: the key under which the state lay, those of a nested one joined by dots; None for the whole file.
         notes: a line for each thing in the file that another reader may have expected to be taken.
+        metadata: of a safetensors file, each value JSON; see `save_weights`.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Checkpoint:
     network: dict | None = None
     param_key: str | None = None
     notes: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Checkpoint:
@@ -96,10 +98,10 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
         )
         raise CheckpointError(f'{path} {what}: expected a weights file (.pth or .safetensors)')
     if _is_safetensors(path):
-        content, network = _read_safetensors(path)
+        content, network, metadata = _read_safetensors(path)
         network = network or _read_config(config)
     else:
-        content, network = _read_torch(path), None
+        content, network, metadata = _read_torch(path), None, {}
     if not isinstance(content, Mapping):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, expected a dictionary of weights')
     states = dict(_find_states(content))
@@ -113,7 +115,7 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
     others = [name for name in found if name not in tensors]
     if others:
         notes.append(f'left out, being no tensors: {_some(others)}')
-    return Checkpoint(path, tensors, network, key, tuple(notes))
+    return Checkpoint(path, tensors, network, key, tuple(notes), metadata)
 
 
 def weights_file(path: str | os.PathLike) -> Path:
@@ -303,7 +305,7 @@ def _is_safetensors(path: Path) -> bool:
     return start[8:] == b'{' and not start.startswith((b'PK', pickle.PROTO))
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None, dict[str, str]]:
     from safetensors import safe_open
 
     try:
@@ -315,7 +317,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
         raise CheckpointError(f'{path} is cut or not a safetensors file{_lfs(path)}: {error}') from error
     if network is not None and not (isinstance(network, dict) and isinstance(network.get('type'), str)):
         raise CheckpointError(f'{path} describes its network as {network!r}, expected options with a type')
-    return state, network
+    return state, network, {key: text for key, text in metadata.items() if key != 'format'}
 
 
 def _read_config(path: Path) -> dict | None:

@@ -14,6 +14,7 @@ Cases:
   train       forward and backward of two images of 128²
   photograph  480×720: zero-padded to a square of 768² as the official code does, whole, and whole by `basicsr infer`,
               from reading weights and image to writing the result
+  onnx        480×720, whole, beside the exported network in ONNX Runtime on as many threads
   gpu         in bfloat16 on CUDA, by each backend and torch.compile: forward 512² and training 8×256²
 """
 
@@ -43,6 +44,7 @@ from ast_plugin.__main__ import main as basicsr
 from ast_plugin.checkpoints import save_weights
 from ast_plugin.compare.machine import peak_memory
 from ast_plugin.errors import OptionError
+from ast_plugin.evaluation.export import export_network, read_onnx
 from ast_plugin.models import network_switches
 from benchmarks import records
 from benchmarks.records import Line, say
@@ -56,7 +58,7 @@ from benchmarks.timing import (
     synchronized,
 )
 
-CASES = ('forward', 'bfloat16', 'train', 'photograph', 'gpu')
+CASES = ('forward', 'bfloat16', 'train', 'photograph', 'onnx', 'gpu')
 _WARM_UP = (128, 128)
 _OFFICIAL_SQUARE = 128  # the official test pads to a square of a multiple of this
 _NO_COMPILE = 'not run: inductor takes minutes for a whole network; --compile runs it'
@@ -90,6 +92,7 @@ class Way:
         square: zero-pad to a square that is a multiple of this first; 0 for what the network does by itself.
         is_command: whether `basicsr infer` computes, with files.
         is_compiled: whether the network goes through torch.compile.
+        is_exported: whether ONNX Runtime computes.
         device: `cpu` or `cuda`.
     """
 
@@ -104,6 +107,7 @@ class Way:
     square: int = 0
     is_command: bool = False
     is_compiled: bool = False
+    is_exported: bool = False
     device: str = 'cpu'
 
     @property
@@ -145,6 +149,9 @@ def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> d
         whole = replace(fused, path='fused, whole')
         command = replace(fused, path='basicsr infer', is_command=True)
         add('photograph 480×720', [official, whole, *end, command], size=(480, 720))
+    if 'onnx' in cases:
+        exported = replace(reference, path='onnxruntime', is_exported=True)
+        add('480×720, exported', [reference, fused, exported], size=(480, 720))
     if 'gpu' in cases:
         paths = [reference, replace(reference, path='triton', backend='triton'), compiled]
         gpu = {'precision': 'bf16', 'device': 'cuda'}
@@ -164,6 +171,8 @@ def prepare(way: Way) -> Compute:
     x = torch.rand(way.batch, 3, *way.size)
     if way.is_command:
         return _prepare_command(way, network, x[0])
+    if way.is_exported:
+        return partial(_export(network), x)
     function = torch.compile(network, dynamic=False) if way.is_compiled else network
     height, width = way.size
     top, left = (way.padded[0] - height) // 2, (way.padded[1] - width) // 2
@@ -184,6 +193,14 @@ def prepare(way: Way) -> Compute:
 
 def _network(way: Way) -> nn.Module:
     return ARCH_REGISTRY.get(way.net)(drop_path_rate=0.0).train(way.trains)
+
+
+def _export(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The network in ONNX Runtime."""
+    with tempfile.TemporaryDirectory(prefix='basicsr_benchmark_') as folder:
+        path = Path(folder, 'network.onnx')
+        export_network(network, path)
+        return read_onnx(path.read_bytes())
 
 
 def _prepare_command(way: Way, network: nn.Module, image: Tensor) -> Compute:
@@ -210,8 +227,8 @@ def _prepare_command(way: Way, network: nn.Module, image: Tensor) -> Compute:
 def _peak(way: Way, compute: Compute) -> int | None:
     if way.device == 'cuda':
         return peak_memory(compute, 'cuda')
-    # What was padded to another size is not compared, nor what reads its weights or compiles in the same call.
-    if way.square or way.is_command or way.is_compiled:
+    # What was padded to another size is not compared, nor what reads, compiles or exports in the same call.
+    if way.square or way.is_command or way.is_compiled or way.is_exported:
         return None
     return in_fresh_process(_peak_here, way)
 

@@ -105,6 +105,40 @@ def load_network(
     return network.eval().requires_grad_(False)
 
 
+class Loaded(NamedTuple):
+    """A network with the weights of a file.
+
+    Attributes:
+        network: it.
+        options: `type` and arguments that it was built with.
+        notes: lines on what was assumed about it, and on what of its file was not taken.
+        metadata: of the file, see `Checkpoint`.
+    """
+
+    network: nn.Module
+    options: Mapping[str, Any]
+    notes: tuple[str, ...]
+    metadata: Mapping[str, str]
+
+
+def load_file(
+    path: str | os.PathLike, options: Mapping[str, Any] | None = None, param_key: str | None = None
+) -> Loaded:
+    """Build the network that a weights file is of, and load it.
+
+    Args:
+        path, param_key: see `read_checkpoint`.
+        options: of the network; None for those that the file tells, see `network_of`.
+    Raises:
+        CheckpointError: if the file cannot be used, or is not of this network.
+        OptionError: if the network cannot be built with the options.
+    """
+    checkpoint = read_checkpoint(path, param_key)
+    network, options, notes = (build_network(options), options, []) if options else build_network_of(checkpoint)
+    _, *of_weights = load_into(network, checkpoint)
+    return Loaded(network, options, (*of_weights, *notes), checkpoint.metadata)
+
+
 def build_network_of(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any], list[str]]:
     """Build the network that a weights file is of; returns it with what `network_of` does.
 

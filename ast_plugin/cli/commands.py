@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ast_plugin.errors import did_you_mean
+from ast_plugin.errors import OptionError, did_you_mean
 
 DEVICES = 'cpu, cuda, cuda:1 ..., mps, or auto: the first there is of cuda, mps, cpu'
 
@@ -82,6 +82,37 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--debug', action='store_true', help="BasicSR's debug mode: report and validate often")
     # Launchers of the past pass it; where this process runs is read from the environment.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Declare what says which weights are meant; a `default` says what is done without, else they are required."""
+    which = parser.add_mutually_exclusive_group(required=default is None)
+    otherwise = '' if default is None else f' (default: {default})'
+    which.add_argument(
+        '--task', metavar='NAME', help=f'rain, raindrop or haze: take the weights that come along{otherwise}'
+    )
+    which.add_argument('--weights', metavar='FILE', help='trained weights, .safetensors or .pth')
+    parser.add_argument(
+        '-opt', metavar='FILE', help='option file whose network_g the weights are of; by default the weights file tells'
+    )
+    parser.add_argument('--param-key', metavar='KEY', help='where a .pth file holds the weights, such as params_ema')
+
+
+def check_weights_arguments(args: argparse.Namespace) -> None:
+    """Raise OptionError where a weights file is described and none given."""
+    if args.weights is None and (args.opt or args.param_key):
+        raise OptionError('-opt and --param-key describe a weights file: expected --weights FILE with them')
+
+
+def read_network(name: str) -> dict[str, Any]:
+    """The options of the network of an option file, by its path or its name; raise OptionError if it has none."""
+    from ast_plugin import options
+
+    file = options.find(name)
+    network = options.load(file).get('network_g')
+    if not isinstance(network, dict) or 'type' not in network:
+        raise OptionError(f'{file}: expected network_g with a type and its arguments')
+    return network
 
 
 def read_run(args: argparse.Namespace, *, is_train: bool | None) -> Run:

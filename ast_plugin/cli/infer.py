@@ -21,9 +21,8 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-from ast_plugin.cli.commands import DEVICES
+from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError
 
 
@@ -40,15 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='images, or folders of them',
     )
     add('-o', '--output', required=True, metavar='PATH', help='folder for the restored images; or the name of one')
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        '--task', metavar='NAME', help='rain, raindrop or haze: take the weights that come along (default: find out)'
-    )
-    which.add_argument('--weights', metavar='FILE', help='trained weights, .safetensors or .pth')
-    add(
-        '-opt', metavar='FILE', help='option file whose network_g the weights are of; by default the weights file tells'
-    )
-    add('--param-key', metavar='KEY', help='where a .pth file holds the weights, such as params_ema')
+    commands.add_weights_arguments(parser, 'find out')
     add(
         '--tile',
         type=_tile,
@@ -63,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='give the mean of the results for the eight flips and rotations: a little better, eight times as long',
     )
-    add('--device', default='auto', metavar='NAME', help=f'{DEVICES} (default: auto)')
+    add('--device', default='auto', metavar='NAME', help=f'{commands.DEVICES} (default: auto)')
     add('--suffix', default='', metavar='TEXT', help='put TEXT behind the names: photo.jpg becomes photoTEXT.jpg')
     add(
         '--format',
@@ -99,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.weights is None:
         restorer = Specialists(**options)
     else:
-        network = None if args.opt is None else _read_network(args.opt)
+        network = None if args.opt is None else commands.read_network(args.opt)
         weights = Path(args.weights).expanduser()
         restorer = Restorer.from_weights(weights, network=network, param_key=args.param_key, **options)
     for note in getattr(restorer, 'notes', ()):
@@ -185,21 +176,10 @@ def _check(args: argparse.Namespace) -> None:
         Tiling(args.tile, args.overlap, batch=args.batch)
     except OptionError as error:
         raise OptionError(f'--{error}') from None
-    if args.weights is None and (args.opt or args.param_key):
-        raise OptionError('-opt and --param-key describe a weights file: expected --weights FILE with them')
+    commands.check_weights_arguments(args)
     if not 1 <= args.quality <= 100:
         raise OptionError(f'--quality is {args.quality}: expected 1 to 100')
     if not args.max_megapixels > 0:
         raise OptionError(f'--max-megapixels is {args.max_megapixels}: expected more than 0')
     if any(mark in args.suffix for mark in ('/', '\\', '\0')):
         raise OptionError(f'--suffix is {args.suffix!r}: expected a part of a file name, not a path')
-
-
-def _read_network(name: str) -> dict[str, Any]:
-    from ast_plugin import options
-
-    file = options.find(name)
-    network = options.load(file).get('network_g')
-    if not isinstance(network, dict) or 'type' not in network:
-        raise OptionError(f'{file}: expected network_g with a type and its arguments')
-    return network

@@ -22,6 +22,7 @@ COMMANDS = {
     'check': 'check an option file, and print all that it comes to',
     'infer': 'restore images with trained weights',
     'web': 'restore images on a page in the browser',
+    'export': 'write a network with its weights for ONNX Runtime and others',
     'measure': 'measure restored images of any network against clean ones',
     'info': 'tell what a network needs: parameters, multiplications, memory, time',
     'data': 'prepare, check, pack and synthesise pairs of images',

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ast_plugin.archs.networks import build_network, build_network_of, input_channels
-from ast_plugin.archs.state import load_into
-from ast_plugin.checkpoints import read_checkpoint
+from ast_plugin.archs.networks import input_channels, load_file
 from ast_plugin.devices import AUTO, find_device
 from ast_plugin.errors import DataError, OptionError, ShapeError
 from ast_plugin.evaluation.protocols import Protocol
@@ -88,11 +86,10 @@ class Restorer:
         """
         _protocol(**tiling)  # wrong options are told before a large file is read
         device = find_device(device)
-        checkpoint = read_checkpoint(path, param_key)
-        built, options, notes = (build_network(network), network, []) if network else build_network_of(checkpoint)
-        _, *of_weights = load_into(built, checkpoint)
-        restorer = cls(built, in_channels=input_channels(options, built), device=device, **tiling)
-        restorer.notes = (*of_weights, *notes)
+        loaded = load_file(path, network, param_key)
+        channels = input_channels(loaded.options, loaded.network)
+        restorer = cls(loaded.network, in_channels=channels, device=device, **tiling)
+        restorer.notes = loaded.notes
         return restorer
 
     @classmethod

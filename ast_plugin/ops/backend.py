@@ -41,7 +41,8 @@ def with_residual(function: Callable[[Tensor], Tensor], x: Tensor, residual: Res
     """Return function(x), or x + scale · function(layer_norm(x)) where a residual is given."""
     if residual is None:
         return function(x)
-    y = function(F.layer_norm(x, x.shape[-1:], residual.weight, residual.bias, residual.eps))
+    channels = x.shape[-1] if residual.weight is None else len(residual.weight)  # a number, while it is traced, too
+    y = function(F.layer_norm(x, [channels], residual.weight, residual.bias, residual.eps))
     return x + (y if residual.scale is None else y * residual.scale)
 
 

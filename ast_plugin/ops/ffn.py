@@ -81,7 +81,7 @@ def refine(x: Tensor, partial_conv: Tensor | None) -> Tensor:
     """[conv3×3(x[:C/4]), x[C/4:]], or x itself without a convolution."""
     if partial_conv is None:
         return x
-    head, tail = x.tensor_split([len(partial_conv)], dim=-1)
+    head, tail = x[..., : len(partial_conv)], x[..., len(partial_conv) :]
     return torch.cat([conv3x3(head, partial_conv, None), tail.to(head.dtype)], dim=-1)
 
 

@@ -132,8 +132,8 @@ def padding_mask(size: tuple[int, int], window: int, shift: int, device: torch.d
         and their results are cropped.
     """
     H, W = size
-    rows = torch.arange(H + -H % window, device=device).roll(-shift) >= H
-    columns = torch.arange(W + -W % window, device=device).roll(-shift) >= W
+    rows = torch.arange(H + -H % window, device=device).roll(-shift, 0) >= H
+    columns = torch.arange(W + -W % window, device=device).roll(-shift, 0) >= W
     padding = partition_windows((rows[:, None] | columns[None, :])[None, :, :, None], window)[..., 0]
     hidden = padding[:, None, :] & ~padding[:, :, None]
     return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float('-inf'))

@@ -126,6 +126,7 @@ def test_net_lines():
         '512² forward': ['reference', 'fused', 'fused, bf16', 'torch.compile'],
         '2×128² forward and backward': ['reference', 'fused', 'torch.compile'],
         'photograph 480×720': ['reference, 768²', 'fused, whole', 'torch.compile', 'basicsr infer'],
+        '480×720, exported': ['reference', 'fused', 'onnxruntime'],
         '512² forward, bf16, CUDA': ['reference', 'triton', 'torch.compile'],
         '8×256² forward and backward, bf16, CUDA': ['reference', 'triton', 'torch.compile'],
     }
@@ -152,6 +153,12 @@ def test_net_ways_compute_one_thing(monkeypatch, trains):
     torch.testing.assert_close(output, reference, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(torch, 'compile', lambda network, dynamic: lambda x: network(x) + 1)
     torch.testing.assert_close(net.prepare(replace(way, is_compiled=True))(), reference + 1)
+
+
+def test_net_onnx_restores_as_the_network():
+    pytest.importorskip('onnxruntime', reason='extra onnx')
+    way = Way('AST_XS', size=(40, 56))
+    torch.testing.assert_close(net.prepare(replace(way, is_exported=True))(), net.prepare(way)(), rtol=0, atol=1e-5)
 
 
 def test_net_command_restores_as_the_network():

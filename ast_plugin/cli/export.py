@@ -1,0 +1,69 @@
+"""Write a network with its weights for other runtimes, after these restored images as PyTorch does.
+
+    basicsr export --task rain -o rain.onnx
+    basicsr export --weights net_g_best.safetensors -o network.onnx --half
+    basicsr export --weights net_g_best.safetensors -o network.pt --format torchscript --size 480x720
+
+The file takes `image`, float32 [batch, channels, height, width] in [0, 1], and gives `restored`; padding and cropping
+are inside. It carries the network's options, img_size, recipe and version as metadata, each value JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from ast_plugin.cli import commands
+from ast_plugin.cli.info import parse_size
+from ast_plugin.names import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `basicsr export` takes."""
+    commands.add_weights_arguments(parser)
+    add = parser.add_argument
+    add('-o', '--output', required=True, metavar='FILE', help='the file, in a folder that is there')
+    add(
+        '--format',
+        choices=('onnx', 'torchscript', 'torch.export'),
+        default='onnx',
+        help='of the file (default: %(default)s)',
+    )
+    add(
+        '--size',
+        default='dynamic',
+        metavar='HxW',
+        help='take single images of this size alone; by default (dynamic) all sizes and batches',
+    )
+    add('--half', action='store_true', help='compute in float16; images stay float32')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the file, and print at which images it was compared with PyTorch."""
+    commands.check_weights_arguments(args)
+    size = None if args.size == 'dynamic' else parse_size(args.size)
+    from ast_plugin.archs.networks import input_channels, load_file
+    from ast_plugin.evaluation.export import check_export, export_network, network_metadata
+    from ast_plugin.weights import TASKS, find_weights
+
+    output = Path(args.output).expanduser()
+    check_export(output, args.format)
+    is_task = args.task is not None or (args.weights in TASKS and not Path(args.weights).exists())
+    path = find_weights(args.task or args.weights) if is_task else Path(args.weights).expanduser()
+    loaded = load_file(path, None if args.opt is None else commands.read_network(args.opt), args.param_key)
+    for note in loaded.notes:
+        say(f'note: {path}: {note}', sys.stderr)
+    export_network(
+        loaded.network,
+        output,
+        args.format,
+        channels=input_channels(loaded.options, loaded.network),
+        size=size,
+        is_half=args.half,
+        metadata=network_metadata(loaded.options, loaded.metadata),
+        say=partial(say, file=sys.stderr),
+    )
+    say(f'{output}: {loaded.options["type"]} as {args.format}, {output.stat().st_size / 1e6:.1f} MB')
+    return 0

@@ -1,0 +1,73 @@
+"""`basicsr export` in this process, on small weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ast_plugin.archs.networks import build_network
+from ast_plugin.checkpoints import save_torch, save_weights
+from ast_plugin.cli.main import main
+
+from ..archs.tiny_networks import SRVGG
+from ..docs.pages import blocks
+from ..weights.helpers import TINY, release_tiny
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The working directory, with weights of a small network in w.pth and w.safetensors, and of every task."""
+    network = build_network(SRVGG)
+    save_torch(tmp_path / 'w.pth', {'params': network.state_dict()})
+    save_weights(tmp_path / 'w.safetensors', network.state_dict(), SRVGG)
+    (tmp_path / 'o.yml').write_text(f'name: o\nnetwork_g: {json.dumps(SRVGG)}\n')
+    (tmp_path / 'released').mkdir()
+    release_tiny(monkeypatch, tmp_path / 'released')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_export_task(here, capsys):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='extra onnx')
+    assert main(['export', '--task', 'rain', '-o', 'rain.onnx']) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith('rain.onnx: AST as onnx, ') and '1x3x37x91: as PyTorch' in err
+    session = onnxruntime.InferenceSession('rain.onnx')
+    known = session.get_modelmeta().custom_metadata_map
+    assert json.loads(known['network']) == TINY and json.loads(known['recipe']) == 'pretrained/rain'
+    # The script of docs/export.md, on weights that change nothing.
+    (script,) = [text for name, text in blocks('py') if name.startswith('export-')]
+    for size in ((37, 91), (480, 720)):
+        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save('photo.png')
+        exec(compile(script, 'docs/export.md', 'exec'), {})
+        np.testing.assert_array_equal(np.asarray(Image.open('restored.png')), pixels)
+
+
+@pytest.mark.parametrize(
+    'words', ['--weights rain', '--weights w.safetensors', '--weights w.pth -opt o.yml --size 20x30']
+)
+def test_export_weights(words, here):
+    assert main(['export', *words.split(), '-o', 'w.pt', '--format', 'torchscript']) == 0
+    assert torch.jit.load('w.pt')(torch.zeros(1, 3, 20, 30)).shape == (1, 3, 20, 30)
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ('--task rian', 'there are no weights for the task rian, did you mean rain'),
+        ('--weights rian', 'rian does not exist: expected a weights file'),
+        ('--task rain -opt o.yml', '-opt and --param-key describe a weights file'),
+        ('--task rain --size 0x4', '--size 0x4: expected sides of 1 or more'),
+        ('--task rain --size big', '--size big: expected height and width in pixels'),
+        ('--task rain --size 99999x99999', 'at most'),
+        ('--task rain -o no/such.pt', 'there is no folder no'),
+        ('--task rain -o released', 'it is a folder'),
+    ],
+)
+def test_export_wrong_arguments(words, message, here, capsys):
+    assert main(['export', '-o', 'n.pt', '--format', 'torchscript', *words.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (here / 'n.pt').exists()
