@@ -81,6 +81,7 @@ setup(
         'torch>=2.6',
         'torchvision>=0.21',
         'tqdm>=4.66',
+        'typing_extensions>=4.12',  # TypedDict that pydantic takes before Python 3.12
     ],
     extras_require={
         'metrics': metrics,

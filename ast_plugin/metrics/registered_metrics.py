@@ -27,13 +27,10 @@ _OF_SETS = ('fid', 'sfid', 'fid_dinov2', 'inception_score')  # pyiqa's metrics o
 def _metric(name: str, measure: Callable[..., float], what: str, rounds: bool = False) -> Callable[..., float]:
     """Return `measure` as a metric of BasicSR's, which finds its arguments by these names and passes others on.
 
-    One that `rounds` has `bit_depth` as well, 8 or 16, which a run puts in.
+    `bit_depth`, which a run puts in, is for one that `rounds`.
     """
 
-    def calculate(img: np.ndarray, img2: np.ndarray, crop_border: int = 0, input_order: str = 'HWC', **kwargs) -> float:
-        return measure(*(from_toolbox(image, crop_border, input_order) for image in (img, img2)))
-
-    def calculate_rounded(
+    def calculate(
         img: np.ndarray,
         img2: np.ndarray,
         crop_border: int = 0,
@@ -41,9 +38,9 @@ def _metric(name: str, measure: Callable[..., float], what: str, rounds: bool = 
         bit_depth: Literal[8, 16] = 8,
         **kwargs,
     ) -> float:
-        return measure(*(from_toolbox(image, crop_border, input_order) for image in (img, img2)), bit_depth)
+        pair = (from_toolbox(image, crop_border, input_order) for image in (img, img2))
+        return measure(*pair, **({'bit_depth': bit_depth} if rounds else {}))
 
-    calculate = calculate_rounded if rounds else calculate
     calculate.__name__ = calculate.__qualname__ = name
     calculate.__doc__ = f'{what}: see `{measure.__name__}`.'
     return calculate
