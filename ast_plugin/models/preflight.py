@@ -186,12 +186,12 @@ def _check_logger(opt: Mapping[str, Any], source: str) -> None:
     if os.environ.get('WANDB_MODE') in _WANDB_OFFLINE or os.environ.get('RANK', '0') != '0':
         return
     try:  # what would ask for the key later does so now
-        is_logged_in = wandb.login() or wandb.setup().settings.mode in _WANDB_OFFLINE
-    except Exception:  # of many kinds, some of which only some versions have
-        is_logged_in = False
+        is_logged_in, reason = wandb.login() or wandb.setup().settings.mode in _WANDB_OFFLINE, ''
+    except Exception as error:  # of many kinds, some of which only some versions have
+        is_logged_in, reason = False, f' ({first_line(error)})'
     if not is_logged_in:
         raise OptionError(
-            f'{source}: logger.wandb: this machine is not logged in to Weights & Biases: give `wandb login`, set '
+            f'{source}: logger.wandb: this machine is not logged in to Weights & Biases{reason}: give `wandb login`, set '
             'WANDB_API_KEY, keep the run here with WANDB_MODE=offline, or leave logger.wandb out'
         )
 

@@ -279,11 +279,17 @@ class RestorationModel(SRModel):
         save_weights(folder / 'net_g_best.safetensors', network.state_dict(), options)
 
     def save(self, epoch: int, current_iter: int) -> None:
-        """Write weights and training state, each whole or not at all, and then delete those that are too old."""
-        self._save_weights('latest' if current_iter == -1 else current_iter)
-        if self.processes.rank == 0 and current_iter != -1:
-            keep_newest(Path(self.opt['path']['models']), WEIGHTS, current_iter, self._num_kept())
-        self.save_training_state(epoch, current_iter)
+        """Write weights and training state, each whole or not at all, and then delete those that are too old.
+
+        At the end of a run, which BasicSR tells by -1, the last iteration is saved so that a longer run goes on from it.
+        """
+        if current_iter == -1:
+            self._save_iteration()
+        else:
+            self._save_weights(current_iter)
+            if self.processes.rank == 0:
+                keep_newest(Path(self.opt['path']['models']), WEIGHTS, current_iter, self._num_kept())
+            self.save_training_state(epoch, current_iter)
         self._pause(is_over=current_iter == -1)
 
     @master_only
@@ -301,8 +307,6 @@ class RestorationModel(SRModel):
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         """Write all that the run is, see `run_state`; older states go when this one has been read back whole."""
-        if current_iter == -1:
-            return
         state = run_state.collect(self, epoch, current_iter)
         if self.processes.rank == 0:
             folder = Path(self.opt['path']['training_states'])
@@ -357,7 +361,8 @@ class RestorationModel(SRModel):
         number = self._ask_all(received_signal() or 0)
         if not number:
             return
-        self._save_iteration()
+        if self.iteration:
+            self._save_iteration()
         if number == FAILED:
             follow()
         if self.progress is not None:
@@ -395,8 +400,7 @@ class RestorationModel(SRModel):
         if self.iteration != self.saved_at:
             iters_per_epoch = self.opt['train'].get('iters_per_epoch') or self.opt['train']['total_iter']
             self.save(epoch_of(self.iteration, iters_per_epoch)[0], self.iteration)
-        if self.iteration:
-            self._save_weights('latest')
+        self._save_weights('latest')
 
     def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = None) -> None:
         """Load weights: official, BasicSR's or safetensors, without running anything that lies in them.

@@ -205,11 +205,23 @@ def test_resuming_that_contradicts_itself(folder, monkeypatch, capfd):
     assert 'path.resume_state is passed over: --auto_resume goes on from' in ''.join(capfd.readouterr())
 
 
+def test_finished_run_is_extended(tmp_path):
+    model = build(options(tmp_path))
+    train(model, 1, 4)
+    model.save(0, 4)
+    train(model, 5, 6)
+    model.save(-1, -1)
+    state = checkpoints.newest_whole(tmp_path / 'training_states')
+    assert state.name == '6.state' and (tmp_path / 'models' / 'net_g_latest.pth').is_file()
+    longer = resumed(tmp_path, torch.load(state, weights_only=True), total_iter=24)
+    assert longer.iteration == 6
+
+
 def test_wandb_login_comes_first(folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(login=lambda: 1 / 0))
     before = listing(folder)
     keys = ['logger:use_tb_logger=true', 'logger:wandb={project: rain}']
     assert main(['train', '-opt', 'tiny.yml', '--force_yml', *keys]) == 2
-    assert 'not logged in to Weights & Biases' in capfd.readouterr().err
+    assert 'not logged in to Weights & Biases (division by zero)' in capfd.readouterr().err
     assert listing(folder) == before
