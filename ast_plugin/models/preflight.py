@@ -191,8 +191,8 @@ def _check_logger(opt: Mapping[str, Any], source: str) -> None:
         is_logged_in, reason = False, f' ({first_line(error)})'
     if not is_logged_in:
         raise OptionError(
-            f'{source}: logger.wandb: this machine is not logged in to Weights & Biases{reason}: give `wandb login`, set '
-            'WANDB_API_KEY, keep the run here with WANDB_MODE=offline, or leave logger.wandb out'
+            f'{source}: logger.wandb: this machine is not logged in to Weights & Biases{reason}: give `wandb login`, '
+            'set WANDB_API_KEY, keep the run here with WANDB_MODE=offline, or leave logger.wandb out'
         )
 
 

@@ -281,7 +281,7 @@ class RestorationModel(SRModel):
     def save(self, epoch: int, current_iter: int) -> None:
         """Write weights and training state, each whole or not at all, and then delete those that are too old.
 
-        At the end of a run, which BasicSR tells by -1, the last iteration is saved so that a longer run goes on from it.
+        At the end of a run, for which BasicSR gives -1, the last iteration is saved: a longer run goes on from it.
         """
         if current_iter == -1:
             self._save_iteration()
