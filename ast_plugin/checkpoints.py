@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from ast_plugin.errors import CheckpointError, FileError
@@ -206,8 +208,6 @@ def save_weights(
     Raises:
         FileError: if the file cannot be written; what was there stays.
     """
-    from safetensors.torch import save
-
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     metadata = {key: json.dumps(value) for key, value in {**(card or {}), NETWORK_KEY: network}.items()}
     write_file(path, save(tensors, {'format': 'pt', **metadata}))
@@ -306,8 +306,6 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None, dict[str, str]]:
-    from safetensors import safe_open
-
     try:
         with safe_open(path, framework='pt') as file:
             metadata = file.metadata() or {}

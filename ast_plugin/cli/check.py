@@ -18,9 +18,12 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ast_plugin import options
 from ast_plugin.cli import commands
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.names import say
+from ast_plugin.options import compare_file, safe_yaml
+from ast_plugin.options.json_schema import json_schema
 
 if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
@@ -35,14 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the schema, or check a file and print it."""
-    from ast_plugin import options
-
     if not args.schema and args.opt is None:
         raise OptionError('check: expected -opt FILE, or --schema')
     opt = {} if args.schema else options.load(options.find(args.opt), args.force_yml)
     from ast_plugin.models.registries import load_registered
-    from ast_plugin.options import compare_file, safe_yaml
-    from ast_plugin.options.json_schema import json_schema
 
     if args.schema:
         print(json.dumps(json_schema(load_registered()), indent=2))

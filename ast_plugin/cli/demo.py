@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from ast_plugin import options
 from ast_plugin.names import say
 
 OPTION_FILE = 'AST_quickstart'
@@ -51,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(root: Path) -> int:
     """Draw each validation image rainy, restored and clean, and print the mean gain."""
-    from ast_plugin import options
     from ast_plugin.data.contact_sheet import Cell, draw_contact_sheet, save_sheet
     from ast_plugin.data.image_files import read_rgb
     from ast_plugin.models.registries import load_registered

@@ -21,9 +21,14 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError
+from ast_plugin.files import write_file
+from ast_plugin.names import printable, say, to_csv
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,42 +76,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Restore what the arguments name, and print what becomes of each file."""
-    from tqdm import tqdm
-
     from ast_plugin.evaluation import file_restorer
-    from ast_plugin.evaluation.classifier import Specialists
-    from ast_plugin.evaluation.file_restorer import find_images, plan_jobs, prepare_folders
-    from ast_plugin.evaluation.restorer import Restorer
-    from ast_plugin.files import write_file
-    from ast_plugin.names import printable, say, to_csv
 
     _check(args)
     output = os.path.expanduser(args.output)
-    found = find_images(args.input, Path(output), args.recursive)
-    jobs = plan_jobs(found.images, output, args.suffix, args.format)
-    options = {name: getattr(args, name) for name in ('device', 'tile', 'overlap', 'batch', 'self_ensemble')}
-    if args.task is not None:
-        restorer = Restorer.from_task(args.task, **options)
-    elif args.weights is None:
-        restorer = Specialists(**options)
-    else:
-        network = None if args.opt is None else commands.read_network(args.opt)
-        weights = Path(args.weights).expanduser()
-        restorer = Restorer.from_weights(weights, network=network, param_key=args.param_key, **options)
+    found = file_restorer.find_images(args.input, Path(output), args.recursive)
+    jobs = file_restorer.plan_jobs(found.images, output, args.suffix, args.format)
+    restorer = _load_restorer(args)
     for note in getattr(restorer, 'notes', ()):
         hint = '; -opt FILE names the network in full' if 'assumed' in note else ''
         say(f'note: {args.weights}: {note}{hint}', file=sys.stderr)
-    if args.uncertainty:
-        images = {path.absolute() for job in jobs for path in job}
-        clash = next((path for path in map(file_restorer.uncertainty_path, jobs) if path.absolute() in images), None)
-        if clash is not None:
-            raise OptionError(f'{clash} is an image of this run, and a map of --uncertainty would replace it')
     report = None if args.report is None else Path(args.report).expanduser()
-    if report is not None and any(
-        report.exists() and report.samefile(path) for job in jobs for path in job if path.exists()
-    ):
-        raise OptionError(f'{report} is an image of this run, and --report would replace it')
-    prepare_folders(jobs)
+    maps = map(file_restorer.uncertainty_path, jobs) if args.uncertainty else ()
+    file_restorer.refuse_clash(maps, 'a map of --uncertainty', jobs)
+    file_restorer.refuse_clash([report] if report else [], '--report', jobs)
+    file_restorer.prepare_folders(jobs)
     file_restorer.mark_results(Path(output), args.input)
     if report is not None:
         write_file(report, b'', make_folder=True)  # told now if it cannot be written
@@ -158,6 +142,20 @@ def run(args: argparse.Namespace) -> int:
     classes = f' (failed: {", ".join(f"{count} {kind}" for kind, count in failed.items())})' if failed else ''
     say(f'restored {restored} in {time.perf_counter() - start:.1f} s{classes}: {Path(output)}')
     return 1 if failed else 0
+
+
+def _load_restorer(args: argparse.Namespace) -> Any:
+    """The Restorer that the arguments name, or Specialists, which find one for each image."""
+    from ast_plugin.evaluation.classifier import Specialists
+    from ast_plugin.evaluation.restorer import Restorer
+
+    options = {name: getattr(args, name) for name in ('device', 'tile', 'overlap', 'batch', 'self_ensemble')}
+    if args.task is not None:
+        return Restorer.from_task(args.task, **options)
+    if args.weights is None:
+        return Specialists(**options)
+    network = None if args.opt is None else commands.read_network(args.opt)
+    return Restorer.from_weights(Path(args.weights).expanduser(), network=network, param_key=args.param_key, **options)
 
 
 def _tile(text: str) -> int | str:

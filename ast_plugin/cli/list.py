@@ -8,6 +8,7 @@ basicsr list weights      the weights that come along, for `basicsr infer --task
 from __future__ import annotations
 
 import argparse
+from importlib.metadata import packages_distributions, version
 
 from ast_plugin.errors import CheckpointError, OptionError, did_you_mean
 from ast_plugin.names import say
@@ -71,8 +72,6 @@ def _kind(name: str, kinds: tuple[str, ...]) -> str:
 
 def _rows(registry: dict[str, object]) -> list[tuple[str, str, str]]:
     """Name, module and distribution of each entry."""
-    from importlib.metadata import packages_distributions, version
-
     distributions = packages_distributions()
     rows = []
     for name, item in sorted(registry.items(), key=lambda pair: pair[0].lower()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ast_plugin import options
 from ast_plugin.errors import OptionError
 from ast_plugin.files import write_file
 from ast_plugin.names import say
@@ -23,8 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List the files, or copy them out."""
-    from ast_plugin import options
-
     if args.folder is not None:
         _copy(options.shipped_folder(), args.folder, args.force)
         return 0

@@ -34,7 +34,7 @@ from ast_plugin.data.image_files import (
     sniff_format,
     why_no_image,
 )
-from ast_plugin.errors import DataError, class_of_failure, one_line
+from ast_plugin.errors import DataError, OptionError, class_of_failure, one_line
 from ast_plugin.evaluation.classifier import Specialists
 from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.files import write_file
@@ -285,6 +285,14 @@ def _restore_file(
         write_file(uncertainty_path(job), drawn)
     seconds = time.perf_counter() - start
     return FileResult(job, seconds, tuple(notes), '', '', task, confidence, change, tuple(warnings))
+
+
+def refuse_clash(paths: Iterable[Path], what: str, jobs: Sequence[Job]) -> None:
+    """Raise OptionError if `what` goes to one of `paths` that is an image which a job reads or writes."""
+    images = {_identity(path) or path.absolute() for job in jobs for path in job}
+    clash = next((path for path in paths if (_identity(path) or path.absolute()) in images), None)
+    if clash is not None:
+        raise OptionError(f'{clash} is an image of this run, and {what} would replace it')
 
 
 def uncertainty_path(job: Job) -> Path:

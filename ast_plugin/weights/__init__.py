@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ast_plugin.archs.networks import load_network
@@ -69,8 +70,6 @@ def read_card(task: str) -> dict[str, Any]:
     Raises:
         OptionError, CheckpointError: as `load`.
     """
-    from safetensors import safe_open
-
     with safe_open(find_weights(task), framework='pt') as file:
         return {key: json.loads(text) for key, text in file.metadata().items() if key != 'format'}
 
