@@ -23,7 +23,7 @@ from .. import tiny_run
 from ..weights.helpers import release_tiny
 from .pages import PAGES, ROOT, commands
 
-ELSEWHERE = ('git clone', 'make demo', 'make test', 'pip install', 'PYTHONPATH=tools')
+ELSEWHERE = ('git clone', 'make demo', 'make test', 'pip install', 'PYTHONPATH=$PWD/tools')
 """Commands by their beginning that need a clone of their own: .ci/run is the first and the last, and the second is
 `basicsr demo`, whose two commands run here."""
 
