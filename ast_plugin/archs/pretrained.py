@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ast_plugin.archs.state import load_into
-from ast_plugin.checkpoints import PRETRAINED, read_checkpoint, save_weights
+from ast_plugin.checkpoints import CONFIG, PRETRAINED, read_checkpoint, save_weights
 from ast_plugin.errors import BackendUnavailable, CheckpointError, FileError, OptionError, PluginError, one_line
 
 # What finds a file of a repository; the last two before version 1.
@@ -71,10 +71,11 @@ class Pretrained(nn.Module):
             return _on_hub(cls).from_pretrained(name, **options)
         except PluginError:
             raise
-        except (OSError, ValueError) as error:  # among them all of huggingface_hub's own
+        # huggingface_hub's own are among them; it takes the attributes of a config.json that is no object.
+        except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f'{name}: expected a folder with {PRETRAINED}, as save_pretrained writes it, or a repository of '
-                f'Hugging Face that can be reached ({one_line(error)})'
+                f'{name}: expected a folder with {PRETRAINED} and {CONFIG}, as save_pretrained writes them, or a '
+                f'repository of Hugging Face that can be reached ({one_line(error)})'
             ) from error
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:

@@ -91,7 +91,7 @@ def add_weights_arguments(parser: argparse.ArgumentParser, default: str | None =
     which.add_argument(
         '--task', metavar='NAME', help=f'rain, raindrop or haze: take the weights that come along{otherwise}'
     )
-    which.add_argument('--weights', metavar='FILE', help='trained weights, .safetensors or .pth')
+    which.add_argument('--weights', metavar='FILE', help='trained weights, .safetensors or .pth; or a task')
     parser.add_argument(
         '-opt', metavar='FILE', help='option file whose network_g the weights are of; by default the weights file tells'
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ast_plugin.cli import commands
 from ast_plugin.cli.info import parse_size
+from ast_plugin.errors import OptionError
 from ast_plugin.names import say
 
 
@@ -24,13 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `basicsr export` takes."""
     commands.add_weights_arguments(parser)
     add = parser.add_argument
-    add('-o', '--output', required=True, metavar='FILE', help='the file, in a folder that is there')
-    add(
-        '--format',
-        choices=('onnx', 'torchscript', 'torch.export'),
-        default='onnx',
-        help='of the file (default: %(default)s)',
-    )
+    add('-o', '--output', required=True, metavar='FILE', help='the file: .onnx, .pt or .pt2, as the format')
+    add('--format', choices=('onnx', 'torchscript', 'torch.export'), default='onnx', help='default: %(default)s')
     add(
         '--size',
         default='dynamic',
@@ -46,12 +42,13 @@ def run(args: argparse.Namespace) -> int:
     size = None if args.size == 'dynamic' else parse_size(args.size)
     from ast_plugin.archs.networks import input_channels, load_file
     from ast_plugin.evaluation.export import check_export, export_network, network_metadata
-    from ast_plugin.weights import TASKS, find_weights
+    from ast_plugin.weights import find_weights, resolve_weights
 
     output = Path(args.output).expanduser()
     check_export(output, args.format)
-    is_task = args.task is not None or (args.weights in TASKS and not Path(args.weights).exists())
-    path = find_weights(args.task or args.weights) if is_task else Path(args.weights).expanduser()
+    path = resolve_weights(args.weights) if args.task is None else find_weights(args.task)
+    if output.exists() and output.samefile(path):
+        raise OptionError(f'{output} holds the weights themselves, and would be replaced: expected another name')
     loaded = load_file(path, None if args.opt is None else commands.read_network(args.opt), args.param_key)
     for note in loaded.notes:
         say(f'note: {path}: {note}', sys.stderr)

@@ -148,6 +148,7 @@ def _load_restorer(args: argparse.Namespace) -> Any:
     """The Restorer that the arguments name, or Specialists, which find one for each image."""
     from ast_plugin.evaluation.classifier import Specialists
     from ast_plugin.evaluation.restorer import Restorer
+    from ast_plugin.weights import resolve_weights
 
     options = {name: getattr(args, name) for name in ('device', 'tile', 'overlap', 'batch', 'self_ensemble')}
     if args.task is not None:
@@ -155,7 +156,7 @@ def _load_restorer(args: argparse.Namespace) -> Any:
     if args.weights is None:
         return Specialists(**options)
     network = None if args.opt is None else commands.read_network(args.opt)
-    return Restorer.from_weights(Path(args.weights).expanduser(), network=network, param_key=args.param_key, **options)
+    return Restorer.from_weights(resolve_weights(args.weights), network=network, param_key=args.param_key, **options)
 
 
 def _tile(text: str) -> int | str:

@@ -104,11 +104,12 @@ def run(args: argparse.Namespace) -> int:
 def parse_size(text: str) -> tuple[int, int]:
     """Return height and width of 'HxW'."""
     match = re.fullmatch(r'([0-9]{1,9})[x×]([0-9]{1,9})', text.strip().lower())
-    if match is None:
-        raise OptionError(f'--size {text}: expected height and width in pixels, such as 480x720')
-    height, width = map(int, match.groups())
-    if not (height and width) or height * width > _MOST_PIXELS:
-        raise OptionError(f'--size {text}: expected sides of 1 or more and at most {_MOST_PIXELS:,d} pixels in all')
+    height, width = map(int, match.groups()) if match else (0, 0)
+    if not 0 < height * width <= _MOST_PIXELS:
+        raise OptionError(
+            f'--size {text}: expected height and width in pixels, such as 480x720, each 1 or more and at most '
+            f'{_MOST_PIXELS:,d} pixels in all'
+        )
     return height, width
 
 

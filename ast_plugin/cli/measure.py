@@ -220,7 +220,8 @@ def _explain(figure: str, definitions: Sequence[Definition], values: Sequence[Va
     digits = len(figure.partition('.')[2]) + 2
     matches = {definition: how for definition, mean in means.items() if (how := gives(figure, mean))}
     shown = sorted(matches, key=lambda one: (one not in KNOWN, matches[one] == 'cut off'))
-    shown = shown or sorted(definitions, key=lambda one: abs(means[one] - float(figure)))[:_NEAREST]
+    present = [one for one in definitions if not math.isnan(means[one])]  # borders may leave nothing of an image
+    shown = shown or sorted(present, key=lambda one: abs(means[one] - float(figure)))[:_NEAREST]
     say(f'{figure} of {len(values)} images:' if matches else f'no definition gives {figure}; the nearest:')
     for definition in shown:
         source = f' ({KNOWN[definition]})' if definition in KNOWN else ''

@@ -129,10 +129,10 @@ def find_networks(weights: str | None, device: str) -> dict[str, Callable[[], Re
     """What builds a restorer, once, by the task or the name of the weights file."""
     from ast_plugin.devices import find_device
     from ast_plugin.evaluation.restorer import Restorer
-    from ast_plugin.weights import TASKS, find_weights
+    from ast_plugin.weights import TASKS, find_weights, resolve_weights
 
     if weights is not None:
-        restorer = Restorer.from_weights(Path(weights).expanduser(), device=device)
+        restorer = Restorer.from_weights(resolve_weights(weights), device=device)
         for note in restorer.notes:
             say(f'note: {weights}: {note}', file=sys.stderr)
         return {Path(weights).name: lambda: restorer}

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from ast_plugin import __version__
 from ast_plugin.archs.networks import any_size, registered_network
-from ast_plugin.errors import BackendUnavailable, FileError, OptionError, ShapeError, one_line
+from ast_plugin.errors import BackendUnavailable, FileError, MemoryShortage, OptionError, ShapeError, one_line
+from ast_plugin.evaluation.cost import available_bytes, on_line, padded_pixels, peak_bytes
 from ast_plugin.files import write_file
 from ast_plugin.ops import use_backend
 from ast_plugin.ops.windows import keep_shape_in_trace
 
-FORMATS = ('onnx', 'torchscript', 'torch.export')
+# Formats, and what their files may end in: with an ending of another kind, a file would be taken for what it is not.
+FORMATS = {'onnx': ('.onnx',), 'torchscript': ('.pt', '.ts', '.torchscript'), 'torch.export': ('.pt2',)}
 OPSET = 17  # of ONNX; the first with LayerNormalization, and what most runtimes read
 IMAGE, RESTORED = 'image', 'restored'  # names of the input and the output
 # Of the difference to PyTorch in float32, as a share of the largest value; by is_half.
@@ -38,6 +40,7 @@ BOUNDS = {False: 1e-4, True: 1e-2}
 _AXES = {0: 'batch', 2: 'height', 3: 'width'}
 # Batch, height and width of images. It is traced with the first: none of it is 1, which shapes treat in its own way.
 _SHAPES = ((2, 13, 22), (1, 1, 1), (1, 37, 91), (3, 91, 37), (2, 130, 140))
+_PROBES = ((128, 128), (128, 256))  # sizes at which memory is measured
 _EXTRA = 'pip install "ast_plugin[onnx]"'
 
 Run = Callable[[Tensor], Tensor]
@@ -73,8 +76,8 @@ def export_network(
     traced with takes single ones.
 
     Args:
-        network: on the CPU, in float32; left as it is.
-        path: the file, in a folder that is there.
+        network: on the CPU, in float32; it is put into evaluation mode.
+        path: the file, in a folder that is there, with an ending of the format.
         file_format: one of `FORMATS`.
         channels: C.
         size: (H, W) of the only images that will be taken, one at a time; None for all sizes and batches.
@@ -84,8 +87,10 @@ def export_network(
     Raises:
         BackendUnavailable: if a package is missing.
         FileError: if the file cannot be written.
-        OptionError: if the network cannot be written in this format or size; names the operator or the image at which
-            PyTorch and the other runtime part. Nothing is written then.
+        MemoryShortage: if a pass at `size` needs more memory than is free.
+        OptionError: if the path does not end as the format's files do, or the network cannot be written in this format
+            or size; names the operator or the image at which PyTorch and the other runtime part. Nothing is written
+            then.
     """
     check_export(path, file_format)
     write = partial(_write_checked, network.eval(), Path(path), file_format, channels, is_half, metadata or {}, say)
@@ -114,6 +119,8 @@ def _write_checked(
     network = any_size(network, channels)
     generator = torch.Generator().manual_seed(0)
     images = [torch.rand(batch, channels, *side, generator=generator) for batch, *side in shapes]
+    if not axes:
+        _check_memory(network, images[0])
     with torch.no_grad():
         expected = [network(image) for image in images]
     scale = expected[0].shape[-1] // images[0].shape[-1]
@@ -130,7 +137,7 @@ def _write_checked(
         exported = _Exported(copy.deepcopy(network) if is_half else network, dtype, axes)
         content = _WRITERS[file_format](exported, images[0], axes, scale, texts)
         run = _READERS[file_format](content)
-    _compare(run, images, expected, BOUNDS[is_half], f'{name} as {file_format}', say)
+    _compare(run, images, expected, is_half, f'{name} as {file_format}', say)
     write_file(path, content)
 
 
@@ -142,6 +149,9 @@ def check_export(path: str | os.PathLike, file_format: str) -> None:
     if path.is_dir() or not path.parent.is_dir():
         why = 'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'
         raise FileError(f'{path} cannot be written: {why}; expected the name of a file in a folder that is there')
+    if path.suffix.lower() not in FORMATS[file_format]:
+        others = [f'{name} in {" or ".join(endings)}' for name, endings in FORMATS.items()]
+        raise OptionError(f'{path} is no name of a file of the format {file_format}: {", ".join(others)}')
     for package in ('onnx', 'onnxruntime') if file_format == 'onnx' else ():
         try:
             importlib.import_module(package)
@@ -159,11 +169,15 @@ def network_metadata(options: Mapping[str, Any], of_file: Mapping[str, str]) -> 
 
 @torch.no_grad()
 def _compare(
-    run: Run, images: Sequence[Tensor], expected: Sequence[Tensor], bound: float, what: str, say: Callable[[str], Any]
+    run: Run, images: Sequence[Tensor], expected: Sequence[Tensor], is_half: bool, what: str, say: Callable[[str], Any]
 ) -> None:
-    for image, wanted in zip(images, expected, strict=True):
+    bound = BOUNDS[is_half]
+    of_size = 'it computes with numbers of the size that it was traced with; --size HxW writes it for one size'
+    for number, (image, wanted) in enumerate(zip(images, expected, strict=True)):
         shown = 'x'.join(map(str, image.shape))
-        hint = 'it computes with numbers of the size that it was traced with; --size HxW writes it for one size'
+        # The first size is that of the trace.
+        causes = [of_size] * (number > 0) + ['float16 is too coarse for it; leave --half out'] * is_half
+        hint = ', or '.join(causes) or 'an operator computes something else there'
         try:
             got = run(image)
         except Exception as error:  # each runtime has its own
@@ -174,6 +188,25 @@ def _compare(
         if not error <= bound:
             raise OptionError(f'{what} differs from PyTorch by {error:.1e} at {shown}, more than {bound:.0e}: {hint}')
         say(f'{shown}: as PyTorch, {error:.0e} apart')
+
+
+def _check_memory(network: nn.Module, image: Tensor) -> None:
+    """Refuse an image for which memory runs out: the system may end a process that takes too much, without a word."""
+    multiple, cpu = getattr(network, 'size_multiple', 1), torch.device('cpu')
+    pixels, *of_probes = (padded_pixels(size, multiple) for size in (tuple(image.shape[-2:]), *_PROBES))
+    if pixels <= of_probes[1]:
+        return
+    with use_backend('reference'), torch.no_grad():
+        probes = [image.new_zeros(1, image.shape[1], *size) for size in _PROBES]
+        peaks = [peak_bytes(partial(network, probe), cpu) for probe in probes]
+    # A trace, and the other runtime beside it, held a third more than a pass.
+    needed, free = 1.5 * on_line(pixels, *zip(of_probes, peaks, strict=True)), available_bytes(cpu)
+    if needed > free:
+        height, width = image.shape[-2:]
+        raise MemoryShortage(
+            f'--size {height}x{width} needs about {needed / 2**30:.1f} GiB to be traced, and '
+            f'{free / 2**30:.1f} GiB are free: choose a smaller one, or write the network for all sizes'
+        )
 
 
 @contextmanager

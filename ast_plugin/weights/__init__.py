@@ -9,6 +9,7 @@ results (figures by name) and version (of this package). `tools/release_weights.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,23 @@ def find_weights(task: str) -> Path:
     if file_digest(path) != digest:
         raise CheckpointError(f'{path} was altered: its SHA-256 is not that in SHA256SUMS; install the package anew')
     return path
+
+
+def resolve_weights(name: str) -> Path:
+    """Return the path of a weights file by what a command line says: a file, else the name of a task.
+
+    Raises:
+        CheckpointError: as `load`; or if a word names neither, says what task is near.
+    """
+    path = Path(name).expanduser()
+    if os.path.exists(path) or name != path.stem:
+        return path
+    if name in TASKS:
+        return find_weights(name)
+    raise CheckpointError(
+        f'{name} does not exist: expected a weights file (.pth or .safetensors) or a task '
+        f'({", ".join(TASKS)}){did_you_mean(name, TASKS)}'
+    )
 
 
 def read_card(task: str) -> dict[str, Any]:

@@ -200,6 +200,7 @@ def test_given_arguments_go_first(hub, tmp_path):
         ('shapes', CheckpointError, 'do not fit the network'),
         ('argument', OptionError, 'AST cannot be built: .*nonsense'),
         ('incomplete', CheckpointError, 'output_proj.bias .* is missing'),
+        ('config', CheckpointError, r'expected a folder with model\.safetensors and config\.json'),
     ],
 )
 def test_what_cannot_be_loaded(hub, tmp_path, monkeypatch, change, error, message):
@@ -212,6 +213,8 @@ def test_what_cannot_be_loaded(hub, tmp_path, monkeypatch, change, error, messag
     if change == 'cut':
         content = (folder / 'model.safetensors').read_bytes()
         (folder / 'model.safetensors').write_bytes(content[: len(content) // 2])
+    if change == 'config':
+        (folder / 'config.json').write_text('[1]')
     if change == 'incomplete':
         state = {k: v for k, v in AST(**TINY).state_dict().items() if k != 'output_proj.bias'}
         folder_of(folder, state)

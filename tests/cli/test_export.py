@@ -58,11 +58,16 @@ def test_export_weights(words, here):
     ('words', 'message'),
     [
         ('--task rian', 'there are no weights for the task rian, did you mean rain'),
-        ('--weights rian', 'rian does not exist: expected a weights file'),
+        (
+            '--weights rian',
+            'or a task (rain, raindrop, haze), did you mean rain?',
+        ),
         ('--task rain -opt o.yml', '-opt and --param-key describe a weights file'),
-        ('--task rain --size 0x4', '--size 0x4: expected sides of 1 or more'),
+        ('--task rain --size 0x4', '--size 0x4: expected height and width in pixels, such as 480x720, each 1 or more'),
         ('--task rain --size big', '--size big: expected height and width in pixels'),
         ('--task rain --size 99999x99999', 'at most'),
+        ('--task rain --size 1000000000x1000000000', 'at most'),
+        ('--task rain -o n.pth', 'n.pth is no name of a file of the format torchscript'),
         ('--task rain -o no/such.pt', 'there is no folder no'),
         ('--task rain -o released', 'it is a folder'),
     ],
@@ -71,3 +76,11 @@ def test_export_wrong_arguments(words, message, here, capsys):
     assert main(['export', '-o', 'n.pt', '--format', 'torchscript', *words.split()]) == 2
     assert message in capsys.readouterr().err
     assert not (here / 'n.pt').exists()
+
+
+def test_export_over_the_weights(here, capsys):
+    content = (here / 'w.pth').rename(here / 'w.pt').read_bytes()
+    words = '--weights w.pt -opt o.yml -o ./w.pt --format torchscript'
+    assert main(['export', *words.split()]) == 2
+    assert 'w.pt holds the weights themselves, and would be replaced' in capsys.readouterr().err
+    assert (here / 'w.pt').read_bytes() == content

@@ -366,6 +366,7 @@ def test_wrong_weights(run, tmp_path, weights):
     torch.save({'params': {'conv.weight': torch.zeros(3)}}, tmp_path / 'other.pth')
     for name in ('missing.pth', 'cut.safetensors', 'text.pth', 'other.pth', 'a.png'):
         assert_refused(run('a.png', weights=tmp_path / name), name)
+    assert_refused(run('a.png', weights='rian'), 'or a task', 'did you mean rain?')
     assert not (tmp_path / 'out').exists()
 
 

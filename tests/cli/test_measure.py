@@ -83,6 +83,17 @@ def test_like_a_figure_that_nothing_gives(folders, capsys):
     assert 'no definition gives 55.55; the nearest:' in shown and shown.count('\n') == 6
 
 
+def test_like_on_small_images(tmp_path, capsys):
+    """Of which a border of 6 leaves something to uniform windows alone, where both images are equal."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 3), 'uint8')
+    images[1, 6:14, 6:14] = images[0, 6:14, 6:14]
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / f'{number}.png')
+    assert main(['measure', str(tmp_path / '0.png'), str(tmp_path / '1.png'), '--like', '0.99995']) == 1
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shown == ['1.0000000'] * 5
+
+
 def test_gain_over_the_input(folders, capsys):
     (folders / 'gt').rename(folders / 'clean')
     arguments = [

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ast_plugin.archs.networks import any_size, load_network
-from ast_plugin.errors import BackendUnavailable, FileError, OptionError
-from ast_plugin.evaluation.export import BOUNDS, OPSET, export_network, network_metadata
+from ast_plugin.errors import BackendUnavailable, FileError, MemoryShortage, OptionError
+from ast_plugin.evaluation import export
+from ast_plugin.evaluation.export import BOUNDS, FORMATS, OPSET, export_network, network_metadata
 from tests.archs.tiny_networks import AST, RRDBNET, SRVGG, SWINIR, excite, image, rule
 
 onnx = pytest.importorskip('onnx', reason='extra onnx')
@@ -99,8 +100,8 @@ def test_onnx_says_what_it_is(all_kinds):
 
 @pytest.mark.parametrize(
     'options',
-    [{**SRVGG, 'num_in_ch': 1, 'num_out_ch': 1}, {**RRDBNET, 'scale': 2}, MIXED_MAPS, SHALLOW, MIXED],
-    ids=['gray', 'RRDBNet x2', 'Mixed RRDBNet', 'SwinIR', 'Mixed SwinIR'],
+    [{**SRVGG, 'num_in_ch': 1, 'num_out_ch': 1}, {**RRDBNET, 'scale': 2}, MIXED_MAPS, MIXED],
+    ids=['gray', 'RRDBNet x2', 'Mixed RRDBNet', 'Mixed SwinIR'],
 )
 def test_onnx_of_others(options, tmp_path):
     network, channels = build(options), options.get('num_in_ch', 3)
@@ -131,7 +132,7 @@ def test_onnx_in_half(tmp_path):
 
 
 def test_onnx_of_one_size(tmp_path):
-    network, x = build(MIXED_MAPS), image(37, 50)
+    network, x = build(SRVGG), image(37, 50)
     export_network(network, tmp_path / 'n.onnx', size=(37, 50))
     assert_near(restore(tmp_path / 'n.onnx', x), network(x).detach())
     with pytest.raises(Exception, match='Got: 38 Expected: 37'):
@@ -152,9 +153,42 @@ def test_onnx_of_one_size(tmp_path):
 )
 def test_refused_networks(network, file_format, message, tmp_path, capfd):
     with pytest.raises(OptionError, match=message):
-        export_network(network, tmp_path / 'n', file_format)
+        export_network(network, tmp_path / f'n{FORMATS.get(file_format, [""])[0]}', file_format)
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr() == ('', '')
+
+
+class BeyondHalf(nn.Module):
+    """Computes with values that float16 has no place for."""
+
+    takes_any_size = True
+
+    def forward(self, x):
+        return x * 1e5 / 1e5
+
+
+def test_half_that_is_too_coarse(tmp_path):
+    with pytest.raises(OptionError, match=r'differs from PyTorch by .* at 1x3x4x4, .*: float16 is too coarse'):
+        export_network(BeyondHalf(), tmp_path / 'n.onnx', size=(4, 4), is_half=True)
+    export_network(BeyondHalf(), tmp_path / 'n.onnx', size=(4, 4))
+
+
+def test_size_beyond_memory(tmp_path, monkeypatch):
+    network, size = build(SRVGG), (160, 240)
+    monkeypatch.setattr(export, 'available_bytes', lambda device: 1e6)
+    with pytest.raises(
+        MemoryShortage, match=r'--size 160x240 needs about 0\.0 GiB to be traced, and 0\.0 GiB are free'
+    ):
+        export_network(network, tmp_path / 'n.pt', 'torchscript', size=size)
+    export_network(network, tmp_path / 'n.pt', 'torchscript', size=(20, 30))  # not worth asking
+    monkeypatch.undo()
+    export_network(network, tmp_path / 'n.pt', 'torchscript', size=size)
+
+
+@pytest.mark.parametrize(('name', 'file_format'), [('n.pth', 'onnx'), ('n.onnx', 'torchscript'), ('n', 'torch.export')])
+def test_ending_of_another_format(name, file_format, tmp_path):
+    with pytest.raises(OptionError, match=rf'n.* is no name of a file of the format {file_format}: onnx in \.onnx, '):
+        export_network(nn.Identity(), tmp_path / name, file_format)
 
 
 def test_torchscript_of_ast(tmp_path):
