@@ -156,7 +156,8 @@ def _images(folder: Path, template: str) -> dict[str, Path]:
                 raise DataError(f'{where}: several images are called {printable(key)}: {shorten_list(names)}')
             found[name] = Path(where, names[0])
     if not found:
-        raise DataError(f'{folder}: no image is named {pattern.fill("{}")} here or in the folders inside')
+        named = '' if template == '{}' else f' named {template}'
+        raise DataError(f'{folder}: expected images{named}, found none here or in the folders inside')
     return found
 
 

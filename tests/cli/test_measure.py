@@ -146,7 +146,8 @@ def test_images_that_cannot_be_measured(folders, capsys):
         ({1: 'nowhere'}, 'nowhere: there is no such file or folder (restored)'),
         ({2: 'gt/0.png'}, 'expected folders or single images, not both'),
         ({4: '{}'}, 'no name is in all folders (restored: 0_net, 1_net, deep/2_net; gt: 0, 1, deep/2)'),
-        ({4: '{}_other'}, 'no image is named {}_other'),
+        ({4: '{}_other'}, 'expected images named {}_other, found none here'),
+        ({1: 'empty', 4: '{}'}, 'empty: expected images, found none here'),
         ({5: '--like=dB'}, 'expected a figure as it was published'),
         ({5: '--like=31.2', 6: '--crop-border=2'}, 'leave the other options of figures out'),
         ({5: '--crop-border=-1'}, '--crop-border and --worst: expected a number of 0 or more'),
@@ -157,6 +158,7 @@ def test_images_that_cannot_be_measured(folders, capsys):
 )
 def test_wrong_usage(change, words, folders, capsys, monkeypatch):
     monkeypatch.chdir(folders)
+    (folders / 'empty').mkdir()
     arguments = dict(enumerate(['measure', 'out', 'gt', '--restored-template', '{}_net'])) | change
     assert main(list(arguments.values())) == 2
     assert words in capsys.readouterr().err
