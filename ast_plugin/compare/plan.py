@@ -153,7 +153,7 @@ class _Planner:
     def _prepare(self, opt: Mapping[str, Any], is_train: bool) -> dict[str, Any]:
         """Options as BasicSR would get them; all networks share the data."""
         prepared = options.prepare(
-            opt,
+            opt if is_train else {**opt, 'val': self.opt.get('val') or {}},  # training alone may have no use for it
             root=self.folder,
             is_train=is_train,
             dataset_types=self.registered.by_kind['dataset'],

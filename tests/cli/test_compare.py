@@ -20,6 +20,7 @@ from ast_plugin.compare import measure
 from ast_plugin.compare import run as compare_run
 from ast_plugin.compare.child import ChildFailed
 from ast_plugin.compare.plan import make_plan
+from ast_plugin.errors import PluginError
 from ast_plugin.models import registries
 from ast_plugin.options import safe_yaml
 from ast_plugin.options.compare_file import check_comparison, find_comparison_faults
@@ -164,6 +165,19 @@ def test_a_plan(tmp_path, monkeypatch):
     assert given.train is None and given.network_g == COMPACT and given.weights == Path('w.safetensors')
     assert tuned.train['path'] == {'pretrain_network_g': 'w.safetensors'} and tuned.train['train']['total_iter'] == 2
     assert plan.dataset['name'] == 'val' and plan.dataset['phase'] == 'val'
+
+
+def test_metrics_of_weights_are_tried(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    save_weights(tmp_path / 'w.safetensors', load_network(COMPACT, None).state_dict(), COMPACT)
+    opt = options_of([{'name': 'given', 'weights': 'w.safetensors'}])
+    opt['datasets'] = {'test': opt['datasets']['val']}
+    file = write(tmp_path, opt)
+    assert make_plan(str(file), '.').dataset['phase'] == 'test' and 'nothing is measured' not in caplog.text
+    opt['val']['metrics'] = {'psnr': {'type': 'calculate_psnr', 'crop_border': 500}}
+    file.write_text(safe_yaml.write_text(opt))
+    with pytest.raises(PluginError, match='no image is large enough for psnr'):
+        make_plan(str(file), '.')
 
 
 # ---- a comparison
