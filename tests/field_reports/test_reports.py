@@ -1,7 +1,7 @@
 """Situations out of public trackers of restoration toolboxes, trainers and picture tools, tried on this project."""
 
 import multiprocessing
-import time
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -160,7 +160,7 @@ def test_killed_worker_saves(folder, capfd, monkeypatch):
     def optimize_parameters(self, current_iter):
         for process in multiprocessing.active_children():
             process.kill()
-        time.sleep(0.3)  # not join, which would take the news
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # not join, which would take the news
         step(self, current_iter)
 
     monkeypatch.setattr(RestorationModel, 'optimize_parameters', optimize_parameters)
