@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     failed = [row for row in results.rows if row.failed]
     for row in failed:
         say(f'basicsr: error: {row.name}: {row.failed}', file=sys.stderr)
-    return 1 if failed else 0
+    incomparable = results.incomparable()
+    for metric in incomparable:
+        say(f'basicsr: error: {metric}: no image was measured for all rows, so there is no mean', file=sys.stderr)
+    return 1 if failed or incomparable else 0
 
 
 @contextmanager

@@ -154,6 +154,15 @@ class Results:
         rows = [row.values for row in self.rows if row.values]
         return [name for name in self.images if not all(math.isfinite(values[name][metric]) for values in rows)]
 
+    def incomparable(self) -> list[str]:
+        """Metrics without a mean to compare: each image failed for some row, not always the same."""
+        rows = [row.values for row in self.rows if row.values]
+        return [
+            metric
+            for metric in self.metrics
+            if rows and all(any(math.isnan(values[name][metric]) for values in rows) for name in self.images)
+        ]
+
     def of_metric(self, row: Row, metric: str) -> list[float]:
         """The values of a row's metric, image by image: of those images that are finite for all rows, or of all."""
         perfect = set(self.perfect(metric))

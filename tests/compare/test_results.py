@@ -37,6 +37,15 @@ def test_best_and_reference():
     assert make_results(baseline='C').reference().name == 'A'  # it failed
 
 
+def test_failures_leave_no_common_image():
+    found = make_results()
+    found.rows[1].values['one']['psnr'] = float('nan')
+    found.rows[2].values['two']['error'] = float('inf')
+    assert found.incomparable() == []
+    found.rows[2].values['two']['psnr'] = float('nan')
+    assert found.incomparable() == ['psnr']
+
+
 def test_differences():
     found = make_results()
     _, a, b, c = found.rows
