@@ -21,7 +21,7 @@ SMALL = {**AST, 'img_size': 64, 'window_size': 4}
 SHALLOW = {**SWINIR, 'depths': [2], 'num_heads': [2]}
 MIXED = {'type': 'Mixed', 'base': SHALLOW, 'mix': [rule('**.attn')]}
 MIXED_MAPS = {'type': 'Mixed', 'base': RRDBNET, 'mix': [rule('body.*', 'ASTBlock', window_size=3, num_heads=2)]}
-SIZES = [(5, 90), (1, 1), (70, 33), (100, 150)]
+SIZES = [(5, 90), (1, 1), (70, 33), (61, 100)]
 
 
 def of_all_kinds():
