@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import types
 import uuid
@@ -18,6 +19,7 @@ from basicsr import train, utils
 from basicsr.models.base_model import BaseModel
 from basicsr.utils import check_resume, get_root_logger, logger, misc
 from basicsr.utils.dist_util import get_dist_info
+from torch.utils.data._utils import signal_handling
 
 from ast_plugin.checkpoints import newest_whole, read_state
 from ast_plugin.data import workers
@@ -134,6 +136,11 @@ def resume_within_epochs() -> None:
     train.build_dataset, train.create_train_val_dataloader = build_dataset, create_train_val_dataloader
 
 
+def _is_of_torch(handler) -> bool:
+    """Whether a handler of signals is one of torch's data loaders, or, as that of None, written in C."""
+    return handler is None or getattr(handler, '__module__', '') == signal_handling.__name__
+
+
 def start_loading_once() -> None:
     """Let the training loop start loading when it knows the epoch, and hear of dead workers when it awaits a batch.
 
@@ -155,8 +162,9 @@ def start_loading_once() -> None:
                 handler = signal.getsignal(_CHILD_ENDS)
                 with workers.block_signals():
                     super().reset()
-                if signal.getsignal(_CHILD_ENDS) != handler:  # torch's, which it sets in the main thread alone
-                    signal.signal(_CHILD_ENDS, handler or signal.SIG_DFL)
+                is_main = threading.current_thread() is threading.main_thread()
+                if is_main and _is_of_torch(signal.getsignal(_CHILD_ENDS)):  # it sets its own once a process
+                    signal.signal(_CHILD_ENDS, signal.SIG_DFL if _is_of_torch(handler) else handler)
 
             def next(self):
                 """Give the next batch; what is raised has the attribute `is_of_loading`."""

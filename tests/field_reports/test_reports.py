@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from ast_plugin.cli.main import main
 from ast_plugin.data.matching import list_images
@@ -155,6 +156,8 @@ def test_killed_worker_is_explained():
 
 def test_killed_worker_saves(folder, capfd, monkeypatch):
     """XPixelGroup/BasicSR#59: a worker that is killed within an iteration is told of behind it, which is saved."""
+    monkeypatch.setattr(signal_handling, '_SIGCHLD_handler_set', False)
+    list(DataLoader([0], num_workers=1))  # has torch set its handler of dead workers, as once a process
     step = RestorationModel.optimize_parameters
 
     def optimize_parameters(self, current_iter):
