@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import socket
 
 import numpy as np
@@ -14,6 +15,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import torch
 
 SEED = 20240617
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 TOLERANCES = {  # of ‖got − want‖ / ‖want‖, by the dtype that was computed in
     torch.float64: 1e-10,
     torch.float32: 2e-5,
@@ -30,6 +32,16 @@ def pytest_addoption(parser):
 def device(request) -> torch.device:
     """The device of `--device`."""
     return torch.device(request.config.getoption('--device'))
+
+
+@pytest.fixture(scope='session')
+def browser():
+    """Debian's Chromium, driven by playwright."""
+    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    if CHROMIUM is None:
+        pytest.skip('no Chromium here: apt-get install chromium')
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
 
 
 @pytest.fixture(scope='session')

@@ -86,7 +86,7 @@ class Pretrained(nn.Module):
             FileError: if a file cannot be written; the weights that were there stay.
         """
         try:
-            self._twin().save_pretrained(folder, config=self.options, **options)
+            self._with_hub().save_pretrained(folder, config=self.options, **options)
         except OSError as error:
             raise FileError(f'{folder} cannot be written: {one_line(error)}') from error
 
@@ -96,14 +96,14 @@ class Pretrained(nn.Module):
         Raises:
             BackendUnavailable: without huggingface_hub, which raises its own errors of network and rights.
         """
-        return self._twin().push_to_hub(repository, config=self.options, **options)
+        return self._with_hub().push_to_hub(repository, config=self.options, **options)
 
-    def _twin(self) -> Any:
+    def _with_hub(self) -> Any:
         """This network with huggingface_hub's methods, sharing all that it has."""
         hub_type = _on_hub(type(self))
-        twin = object.__new__(hub_type)
-        twin.__dict__ = self.__dict__
-        return twin
+        network = object.__new__(hub_type)
+        network.__dict__ = self.__dict__
+        return network
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +22,6 @@ from ast_plugin.data.image_files import read_image
 from ..weights.helpers import TINY
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 SERVE = """
 import os, signal, sys, tempfile, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
@@ -117,15 +115,6 @@ def server(files, tmp_path_factory):
     server = Server(tmp_path_factory.mktemp('server'), files / 'weights.safetensors')
     yield server
     server.process.kill()
-
-
-@pytest.fixture(scope='module')
-def browser():
-    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    if CHROMIUM is None:
-        pytest.skip('no Chromium here: apt-get install chromium')
-    with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
 
 
 @pytest.fixture

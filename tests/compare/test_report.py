@@ -4,7 +4,6 @@ import html
 import io
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,7 +16,6 @@ from tests.compare.test_plots import curves, results
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>"\'&'
 COLOURS = {'input': (200, 30, 30), 'AST': (30, 200, 30), 'SwinIR': (30, 30, 200), 'clean': (230, 230, 230)}
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 
 
 class Page(HTMLParser):
@@ -99,15 +97,6 @@ def test_networks_that_images_do_not_tell_apart():
 
 
 # ---- in a browser
-
-
-@pytest.fixture(scope='module')
-def browser():
-    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
-    if CHROMIUM is None:
-        pytest.skip('no Chromium here: apt-get install chromium')
-    with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
 
 
 @pytest.fixture
