@@ -15,19 +15,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ast_plugin import options
 from ast_plugin.cli import commands
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.names import say
-from ast_plugin.options import compare_file, safe_yaml
+from ast_plugin.options import Stage, compare_file, safe_yaml
 from ast_plugin.options.json_schema import json_schema
 
 if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
-    from ast_plugin.options import Stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +91,7 @@ def _check_stage(run: Run, stage: Stage, before: dict[str, Any] | None) -> tuple
     except DataError as error:
         # Everything else can be found wrong all the same; any length will do for that.
         opt = run.prepare(stage, length_of=lambda dataset: 1)
-        if _data_is_there(opt['datasets'].values()):
+        if all(map(_data_is_there, opt['datasets'].values())):
             raise
         check_stage(run, stage, {**opt, 'datasets': {}}, before, is_run=False)
         missing = str(error).removeprefix(f'{run.source(stage)}: ')
@@ -101,13 +100,15 @@ def _check_stage(run: Run, stage: Stage, before: dict[str, Any] | None) -> tuple
     return opt, missing
 
 
-def _data_is_there(datasets: Iterable[dict[str, Any]]) -> bool:
-    """Tell whether all that the datasets name is on this machine: what is wrong with it is then wrong with the run."""
-    named = [
-        [value for key, value in dataset.items() if value and (key.startswith('dataroot') or key == 'manifest')]
-        for dataset in datasets
-    ]
-    return all(named) and all(os.path.exists(str(path)) for paths in named for path in paths)
+def _data_is_there(dataset: dict[str, Any]) -> bool:
+    """Tell whether all that a dataset names is on this machine: what is wrong with it is then wrong with the run."""
+    from ast_plugin.data.synthesis import packaged_photos
+
+    paths = [value for key, value in dataset.items() if value and (key.startswith('dataroot') or key == 'manifest')]
+    if not paths and dataset.get('type') == 'SyntheticPairsDataset':
+        with suppress(DataError):
+            paths = [photo.path for photo in packaged_photos()]
+    return bool(paths) and all(os.path.exists(str(path)) for path in paths)
 
 
 def _say(line: str) -> None:

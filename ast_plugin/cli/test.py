@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError
 from ast_plugin.names import say
+from ast_plugin.options import Stage
 
 if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
-    from ast_plugin.options import Stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

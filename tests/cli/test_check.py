@@ -89,6 +89,12 @@ def test_what_a_file_comes_to(folder, capfd):
     assert check(capfd, '-opt', 'again.yml') == (0, out, err)
 
 
+def test_packaged_photos_are_data_that_is_there(folder, capfd):
+    pytest.importorskip('skimage', reason='scikit-image is not installed')
+    status, _, err = check(capfd, '-opt', 'AST_quickstart', '--force_yml', 'num_gpu=0', 'bit_depth=16')
+    assert status == 2 and 'datasets.train: ' in err and 'has 8 bits, bit_depth is 16' in err
+
+
 def test_a_file_without_stages_or_data(folder, capfd):
     status, out, err = check(capfd, '-opt', 'tiny.yml')
     assert (status, err) == (0, 'tiny: right, 4 iterations, 2 of them an epoch\n')
