@@ -15,7 +15,7 @@ Cases:
   photograph  480×720: zero-padded to a square of 768² as the official code does, whole, and whole by `basicsr infer`,
               from reading weights and image to writing the result
   onnx        480×720, whole, beside the exported network in ONNX Runtime on as many threads
-  gpu         in bfloat16 on CUDA, by each backend and torch.compile: forward 512² and training 8×256²
+  gpu         in bfloat16 on CUDA, by each backend, as a CUDA graph, and torch.compile: forward 512² and training 8×256²
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from ast_plugin.compare.machine import peak_memory
 from ast_plugin.errors import OptionError
 from ast_plugin.evaluation.export import export_network, read_onnx
 from ast_plugin.models import network_switches
+from ast_plugin.ops.cuda_graphs import Graphs, TrainingGraph
 from benchmarks import records
 from benchmarks.records import Line, say
 from benchmarks.timing import (
@@ -61,7 +62,7 @@ from benchmarks.timing import (
 CASES = ('forward', 'bfloat16', 'train', 'photograph', 'onnx', 'gpu')
 _WARM_UP = (128, 128)
 _OFFICIAL_SQUARE = 128  # the official test pads to a square of a multiple of this
-_NO_COMPILE = 'not run: inductor takes minutes for a whole network; --compile runs it'
+_NO_COMPILE = 'not run: inductor takes minutes for all blocks; --compile runs it'
 
 # What AST-B is to reach on two cores. Against a case's first line: at least so many times faster, at most this share of
 # its memory.
@@ -91,7 +92,8 @@ class Way:
         trains: whether gradients are computed.
         square: zero-pad to a square that is a multiple of this first; 0 for what the network does by itself.
         is_command: whether `basicsr infer` computes, with files.
-        is_compiled: whether the network goes through torch.compile.
+        is_compiled: whether the blocks go through torch.compile.
+        is_graphed: whether the network is replayed as a CUDA graph.
         is_exported: whether ONNX Runtime computes.
         device: `cpu` or `cuda`.
     """
@@ -107,6 +109,7 @@ class Way:
     square: int = 0
     is_command: bool = False
     is_compiled: bool = False
+    is_graphed: bool = False
     is_exported: bool = False
     device: str = 'cpu'
 
@@ -153,7 +156,8 @@ def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> d
         exported = replace(reference, path='onnxruntime', is_exported=True)
         add('480×720, exported', [reference, fused, exported], size=(480, 720))
     if 'gpu' in cases:
-        paths = [reference, replace(reference, path='triton', backend='triton'), compiled]
+        by_triton = replace(reference, path='triton', backend='triton')
+        paths = [reference, by_triton, replace(by_triton, path='triton, graph', is_graphed=True), compiled]
         gpu = {'precision': 'bf16', 'device': 'cuda'}
         add('512² forward, bf16, CUDA', paths, size=(512, 512), **gpu)
         add('8×256² forward and backward, bf16, CUDA', paths, batch=8, size=(256, 256), trains=True, **gpu)
@@ -173,7 +177,9 @@ def prepare(way: Way) -> Compute:
         return _prepare_command(way, network, x[0])
     if way.is_exported:
         return partial(_export(network), x)
-    function = torch.compile(network, dynamic=False) if way.is_compiled else network
+    function = network_switches.apply(network, {'compile': way.is_compiled})
+    if way.is_graphed:
+        function = TrainingGraph(network) if way.trains else partial(Graphs(), network)
     height, width = way.size
     top, left = (way.padded[0] - height) // 2, (way.padded[1] - width) // 2
     x = functional.pad(x, (left, way.padded[1] - width - left, top, way.padded[0] - height - top)).to(way.device)

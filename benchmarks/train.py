@@ -38,6 +38,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     'fp16': {'precision': 'fp16'},
     'channels_last': {'channels_last': True},
     'compile': {'compile': True},
+    'cuda_graph': {'cuda_graph': True},  # does nothing on a CPU
+    'bf16, cuda_graph': {'precision': 'bf16', 'cuda_graph': True},
     'accumulate: 2': {'accumulate': 2},
     'gradient_checkpointing': {'gradient_checkpointing': True},
     'fused': {'optim_g': {'fused': True}},

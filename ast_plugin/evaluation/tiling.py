@@ -14,6 +14,7 @@ from ast_plugin.devices import widest_dtype
 from ast_plugin.errors import MemoryShortage, OptionError, PluginError, ShapeError, one_line, out_of_memory
 from ast_plugin.evaluation.cost import available_bytes, peak_bytes
 from ast_plugin.ops import frozen_weights
+from ast_plugin.ops.cuda_graphs import run_graphed
 from ast_plugin.ops.tiles import check_tiling, run_tiled
 
 AUTO = 'auto'
@@ -88,7 +89,8 @@ class Tiling:
             nonlocal is_in_network
             is_in_network = True
             with _explain_failures(patches):
-                result = run(patches.to(widest_dtype(patches.dtype, device)).to(device)).to(image.device).to(dtype)
+                own = patches.to(widest_dtype(patches.dtype, device)).to(device)
+                result = run_graphed(network, run, own).to(image.device).to(dtype)
             is_in_network = False
             return result
 

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ast_plugin.errors import OptionError, ShapeError, TrainingError
 from ast_plugin.models import mixup, network_switches
+from ast_plugin.ops.cuda_graphs import TrainingGraph
 
 Losses = dict[str, Tensor]
 
@@ -98,7 +99,7 @@ class TrainingStep:
         precision: in what the network computes.
         train: `accumulate`, micro-batches that a batch is cut into; `clip_grad_norm`, the length to which longer
             gradients are cut; `on_nonfinite`, `stop` or `skip`, for a loss or a gradient that is NaN or Inf;
-            `channels_last`, how images are laid out.
+            `channels_last`, how images are laid out; `cuda_graph`, whether the network is replayed on CUDA.
         is_distributed: whether other processes train the same network.
         batch: images that a batch has, where that is known.
     Raises:
@@ -115,6 +116,11 @@ class TrainingStep:
         batch: int | None = None,
     ) -> None:
         self.network, self.optimizer, self.precision = network, optimizer, precision
+        self.forward = network
+        if train.get('cuda_graph'):
+            is_parallel = is_distributed or isinstance(network, (nn.DataParallel, DistributedDataParallel))
+            TrainingGraph.check(train, is_parallel)
+            self.forward = TrainingGraph(network)
         self.is_distributed = is_distributed
         self.parameters = [p for group in optimizer.param_groups for p in group['params']]
         self.accumulate = train.get('accumulate') or 1
@@ -178,7 +184,7 @@ class TrainingStep:
             is_exchanged = number == count - 1 or not isinstance(self.network, DistributedDataParallel)
             with nullcontext() if is_exchanged else self.network.no_sync():
                 with self.precision.autocast():
-                    output = self.network(part)
+                    output = self.forward(part)
                 parts = compute_losses(self.precision.widen(output), target)
                 self.precision.scaler.scale(share * sum(parts.values())).backward()
             for name, value in parts.items():

@@ -37,12 +37,17 @@ class Residual(NamedTuple):
     scale: Tensor | None = None
 
 
-def with_residual(function: Callable[[Tensor], Tensor], x: Tensor, residual: Residual | None) -> Tensor:
+def with_residual(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    residual: Residual | None,
+    layer_norm: Callable[..., Tensor] = F.layer_norm,
+) -> Tensor:
     """Return function(x), or x + scale · function(layer_norm(x)) where a residual is given."""
     if residual is None:
         return function(x)
     channels = x.shape[-1] if residual.weight is None else len(residual.weight)  # a number, while it is traced, too
-    y = function(F.layer_norm(x, [channels], residual.weight, residual.bias, residual.eps))
+    y = function(layer_norm(x, [channels], residual.weight, residual.bias, residual.eps))
     return x + (y if residual.scale is None else y * residual.scale)
 
 
@@ -148,3 +153,13 @@ def make_once(make: Callable[[], T], weights: Iterable[Tensor | None], *settings
     if key not in cache:
         cache[key] = weights, make()
     return cache[key][1]
+
+
+def cast_once(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A weight in a dtype; within `frozen_weights` it is cast once, where autocast would do so at each call."""
+    return None if weight is None else make_once(lambda: weight.to(dtype), [weight], dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer, in the dtype of its input."""
+    return F.linear(x, cast_once(weight, x.dtype), cast_once(bias, x.dtype))

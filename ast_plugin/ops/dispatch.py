@@ -41,7 +41,7 @@ class Backend(NamedTuple):
 # Fastest first.
 BACKENDS = {
     'fused': Backend('cpu', cpu.why_not, cpu.window_attention, cpu.feed_forward, takes_residual=True),
-    'triton': Backend('cuda', triton.why_not, triton.window_attention, triton.feed_forward),
+    'triton': Backend('cuda', triton.why_not, triton.window_attention, triton.feed_forward, takes_residual=True),
     'reference': Backend(None, lambda call: None, attention.window_attention, ffn.feed_forward),
 }
 

@@ -203,6 +203,7 @@ class Train(Section):
     precision: Literal['fp32', 'bf16', 'fp16'] | None = _optional('of the arithmetic; fp32 if not given')
     channels_last: bool | None = _optional('lay tensors out as convolutions on CUDA like them')
     compile: bool | str | None = _optional('compile each block; true, or the name of a backend')
+    cuda_graph: bool | None = _optional('on CUDA, replay the network as a graph: small networks gain most')
     accumulate: Count | None = _optional('parts that a batch is cut into; their gradients make one step')
     gradient_checkpointing: bool | None = _optional('compute blocks again going back: less memory')
     mixing: MixupOptions | None = _optional('blend the images of a batch: mixup or cutmix')

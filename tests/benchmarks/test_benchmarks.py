@@ -127,8 +127,8 @@ def test_net_lines():
         '2×128² forward and backward': ['reference', 'fused', 'torch.compile'],
         'photograph 480×720': ['reference, 768²', 'fused, whole', 'torch.compile', 'basicsr infer'],
         '480×720, exported': ['reference', 'fused', 'onnxruntime'],
-        '512² forward, bf16, CUDA': ['reference', 'triton', 'torch.compile'],
-        '8×256² forward and backward, bf16, CUDA': ['reference', 'triton', 'torch.compile'],
+        '512² forward, bf16, CUDA': ['reference', 'triton', 'triton, graph', 'torch.compile'],
+        '8×256² forward and backward, bf16, CUDA': ['reference', 'triton', 'triton, graph', 'torch.compile'],
     }
     assert {way.padded for way in found['photograph 480×720']} == {(768, 768), (480, 720)}
 
@@ -151,8 +151,11 @@ def test_net_ways_compute_one_thing(monkeypatch, trains):
     output = compute()
     assert output.shape == (1, 3, 40, 56) and torch.equal(compute(), output)
     torch.testing.assert_close(output, reference, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(torch, 'compile', lambda network, dynamic: lambda x: network(x) + 1)
-    torch.testing.assert_close(net.prepare(replace(way, is_compiled=True))(), reference + 1)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: compiled.append(type(self).__name__))
+    for changes in ({'is_compiled': True}, {'is_graphed': True} if trains else {}):
+        torch.testing.assert_close(net.prepare(replace(way, **changes))(), reference)
+    assert set(compiled) == {'ASTBlock'}
 
 
 def test_net_onnx_restores_as_the_network():
@@ -182,7 +185,7 @@ def test_net_prints_and_writes(tmp_path, monkeypatch, capsys):
     small, compiled, *gpu = record['results']
     assert (small['path'], compiled['skipped'][:7]) == ('reference', 'not run')
     assert small['peak_bytes'] > 2**20 and small['of_floor'] > 0
-    assert [line['skipped'] for line in gpu] == ['not run: torch finds no GPU here'] * 6
+    assert [line['skipped'] for line in gpu] == ['not run: torch finds no GPU here'] * 8
     assert record['versions']['torch'] == torch.__version__ and record['machine']['threads'] > 0
     assert main(['table', str(file)]) == 0
     assert capsys.readouterr().out.splitlines()[: len(lines)] == lines

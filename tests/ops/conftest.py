@@ -34,10 +34,10 @@ def load_kernels():
     before = os.environ.get('TRITON_INTERPRET', '0')
     # Triton reads it when a kernel is defined, which is when it is imported.
     os.environ['TRITON_INTERPRET'] = str(int(INTERPRETED))
-    from ast_plugin.ops.triton import attention, ffn
+    from ast_plugin.ops.triton import attention, ffn, norm
 
     os.environ['TRITON_INTERPRET'] = before
-    return attention, ffn
+    return attention, ffn, norm
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ast_plugin import ops
 from ast_plugin.ops import attention as plain_attention
@@ -11,7 +12,7 @@ from ast_plugin.ops import triton as triton_backend
 from .conftest import INTERPRETED, load_kernels
 from .op_cases import as_leaves, attention_case, check, draw, feed_forward_case, relative_error, results
 
-attention, ffn = load_kernels()
+attention, ffn, norm = load_kernels()
 
 
 @pytest.fixture(autouse=True)
@@ -90,13 +91,40 @@ def test_feed_forward_by_shape(place, tolerances, kind, size, hidden, dtype, bia
     check('triton', case, dtype, tolerances[dtype], place)
 
 
+@pytest.mark.parametrize(('channels', 'rows'), [(8, 3), (80, 5), (512, 9), (1, 4)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_by_shape(place, tolerances, monkeypatch, channels, rows, dtype):
+    """A program takes several blocks of rows, of which the last is not full."""
+    monkeypatch.setattr(norm, '_PROGRAMS', 2)
+    monkeypatch.setattr(norm, '_ELEMENTS', 1024)
+    x, grad = 2 + torch.randn(2, rows, 11, channels), torch.randn(2, rows, 11, channels)
+    weight, bias = torch.randn(channels), torch.randn(channels)
+    leaves = [tensor.to(place, dtype).requires_grad_() for tensor in (x, weight, bias)]
+    got = norm.layer_norm(leaves[0], [channels], *leaves[1:], 1e-5)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    want = F.layer_norm(wide[0], [channels], *wide[1:], 1e-5)
+    gradients = torch.autograd.grad(got, leaves, grad.to(got)), torch.autograd.grad(want, wide, grad.to(dtype).to(want))
+    assert relative_error(got, want) < tolerances[dtype]
+    assert all(relative_error(*pair) < tolerances[dtype] for pair in zip(*gradients, strict=True) if channels > 1)
+
+
+def test_norm_under_autocast(place):
+    """In the type of autocast, and not first in float32; without weights it is PyTorch's."""
+    x, weight, bias = (torch.randn(2, 4, 4, 8), torch.randn(8), torch.randn(8))
+    x, weight, bias = (tensor.to(place) for tensor in (x, weight, bias))
+    with torch.autocast(place.type, torch.bfloat16):
+        y = norm.layer_norm(x, [8], weight, bias, 1e-5)
+        assert torch.equal(y, F.layer_norm(x, [8], weight, bias, 1e-5).bfloat16())
+        assert torch.equal(norm.layer_norm(x, [8], None, None, 1e-5), F.layer_norm(x, [8]))
+
+
 def test_sums_over_many_tiles(place, tolerances, monkeypatch):
     monkeypatch.setattr(ffn, '_PROGRAMS', 2)
     check('triton', feed_forward_case('frfn', (9, 10)), torch.float32, tolerances[torch.float32], place)
 
 
 def test_mlp_is_left_to_pytorch(place):
-    case = feed_forward_case('mlp', (4, 4))
+    case = feed_forward_case('mlp', (4, 4), residual=False)
     got, want = (results(backend, case, torch.float32, place) for backend in ('triton', 'reference'))
     assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -171,7 +199,8 @@ def test_what_is_kept_for_the_backward_pass(place):
 def test_check_passes_right_kernels(place, needs_grad):
     errors = triton_backend.attention_errors(place, torch.float32, needs_grad, 'assa', 4, 16, True)
     errors |= triton_backend.activation_errors(place, torch.float32, needs_grad, False)
-    assert len(errors) == (12 if needs_grad else 3)
+    errors |= triton_backend.norm_errors(place, torch.float32, needs_grad)
+    assert len(errors) == (16 if needs_grad else 4)
     assert max(errors.values()) < triton_backend.NEAR[torch.float32]
 
 

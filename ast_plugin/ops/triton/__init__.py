@@ -14,13 +14,14 @@ from functools import lru_cache
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ast_plugin.errors import first_line
 from ast_plugin.ops import attention as plain_attention
 from ast_plugin.ops import ffn as plain_ffn
 from ast_plugin.ops.attention import Attention
-from ast_plugin.ops.backend import Call
+from ast_plugin.ops.backend import Call, Residual, with_residual
 from ast_plugin.ops.ffn import FeedForward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,20 +32,22 @@ _CAPABILITY = (8, 0)  # below it, products of half types are computed without te
 _checked: dict[tuple, str | None] = {}
 
 
-def _load_kernels() -> tuple[ModuleType, ModuleType]:
-    from ast_plugin.ops.triton import attention, ffn
+def _load_kernels() -> tuple[ModuleType, ModuleType, ModuleType]:
+    from ast_plugin.ops.triton import attention, ffn, norm
 
-    return attention, ffn
+    return attention, ffn, norm
 
 
-def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Tensor:
+def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None, residual: Residual | None = None) -> Tensor:
     """See `ops.window_attention`."""
-    return _load_kernels()[0].window_attention(x, op, mask)
+    attention, _, norm = _load_kernels()
+    return with_residual(lambda x: attention.window_attention(x, op, mask), x, residual, norm.layer_norm)
 
 
-def feed_forward(x: Tensor, op: FeedForward) -> Tensor:
+def feed_forward(x: Tensor, op: FeedForward, residual: Residual | None = None) -> Tensor:
     """See `ops.feed_forward`."""
-    return _load_kernels()[1].feed_forward(x, op)
+    _, ffn, norm = _load_kernels()
+    return with_residual(lambda x: ffn.feed_forward(x, op), x, residual, norm.layer_norm)
 
 
 def why_not(call: Call) -> str | None:
@@ -91,10 +94,10 @@ def check_kernels(call: Call) -> str | None:
     op = call.op
     if isinstance(op, Attention):
         variant = op.kind, op.window, max(1, call.shape[-1] // op.num_heads), call.is_masked
-    elif op is None or op.depthwise is None:
+    elif op is None:
         return None
     else:
-        variant = (op.is_gated,)
+        variant = () if op.depthwise is None else (op.is_gated,)
     key = call.device, call.dtype, call.needs_grad, variant
     if key not in _checked:
         if torch.cuda.is_current_stream_capturing():
@@ -108,7 +111,10 @@ def check_kernels(call: Call) -> str | None:
 def find_fault(device: torch.device, dtype: torch.dtype, needs_grad: bool, variant: tuple) -> str | None:
     """Compare a variant of the kernels with plain operators: what is wrong, or None."""
     try:
-        errors = (attention_errors if len(variant) > 1 else activation_errors)(device, dtype, needs_grad, *variant)
+        errors = norm_errors(device, dtype, needs_grad)
+        if variant:
+            others = attention_errors if len(variant) > 1 else activation_errors
+            errors |= others(device, dtype, needs_grad, *variant)
     # Whatever the compiler, the driver or the device says: the reference computes instead, and the reason is told.
     except Exception as error:
         return f'its kernels fail on {device} ({type(error).__name__}: {first_line(error)[:200]})'
@@ -117,6 +123,16 @@ def find_fault(device: torch.device, dtype: torch.dtype, needs_grad: bool, varia
         described = ', '.join(f'{name} is off by {error:.0e}' for name, error in wrong.items())
         return f'its kernels do not compute on {device} what the reference does: {described}'
     return None
+
+
+def norm_errors(device: torch.device, dtype: torch.dtype, needs_grad: bool) -> dict[str, float]:
+    """Relative errors of the norm's output and gradients, of 2 images of 11×13 with 80 channels."""
+    tensors = {'map': _waves(device, 2, 11, 13, 80).to(dtype), 'weight': _waves(device, 80), 'bias': _waves(device, 80)}
+    functions = (
+        lambda x, weight, bias, norm=norm: norm(x, [80], weight, bias, 1e-5)
+        for norm in (_load_kernels()[2].layer_norm, F.layer_norm)
+    )
+    return {f'{name} (norm)': error for name, error in _errors(*functions, tensors, needs_grad).items()}
 
 
 def attention_errors(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ast_plugin.ops import attention as plain
 from ast_plugin.ops.attention import Attention
-from ast_plugin.ops.backend import Tensors, run_kernel
+from ast_plugin.ops.backend import Tensors, linear, make_once, run_kernel
 from ast_plugin.ops.windows import MASKED
 
 # Whether there is a softmax, and the power of the sparse branch's relu or 0.
@@ -270,8 +270,14 @@ def backward(
 
 def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Tensor:
     """See `ops.window_attention`; `topk` is not among the kinds."""
-    qkv = F.linear(x, *plain.qkv_layer(op))
-    return F.linear(attend(qkv, plain.gather_bias(op).float(), op.gate, mask, op), op.proj, op.proj_bias)
+
+    def prepare() -> tuple[Tensor | None, ...]:
+        layer = (tensor if tensor is None else tensor.to(x.dtype) for tensor in plain.qkv_layer(op))
+        return *layer, plain.gather_bias(op).float().contiguous()
+
+    weight, weight_bias, table = make_once(prepare, op.tensors[:7], x.dtype, op.window)
+    qkv = F.linear(x, weight, weight_bias)
+    return linear(attend(qkv, table, op.gate, mask, op), op.proj, op.proj_bias)
 
 
 def attend(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, op: Attention) -> Tensor:
@@ -314,7 +320,9 @@ class _Launch:
         self.channels = channels // 3
         self.bias = bias.detach().to(torch.float32).contiguous()
         # What is not used is not read: any tensor may stand there.
-        self.shares = self.bias if gate is None else gate.detach().float().softmax(0)
+        self.shares = (
+            self.bias if gate is None else make_once(lambda: gate.detach().float().softmax(0), [gate], 'shares')
+        )
         self.mask = self.bias if mask is None else mask.detach().to(torch.float32).contiguous()
         tokens, head = op.window**2, self.channels // op.num_heads
         full = max(_LEAST, triton.next_power_of_2(tokens))
@@ -329,9 +337,9 @@ class _Launch:
         sides = head, max(_LEAST, triton.next_power_of_2(head)), op.window, tokens, full, self.queries
         wide = qkv.dtype == torch.bfloat16 and _IS_INTERPRETED
         self.constants = *sides, *_BRANCHES[op.kind], op.shift > 0, mask is not None, qkv.dtype == torch.float16, wide
-        # float32 is multiplied without tensor cores, with more in registers.
-        num_warps = 4 if full <= _MOST_TOKENS and qkv.dtype != torch.float32 else 8
-        self.options = {'num_warps': num_warps, 'num_stages': 1}
+        # float32 is multiplied without tensor cores, with more in registers; else the next windows are loaded ahead.
+        is_light = full <= _MOST_TOKENS and qkv.dtype != torch.float32
+        self.options = {'num_warps': 4, 'num_stages': 3} if is_light else {'num_warps': 8, 'num_stages': 1}
         self.tokens, self.full = tokens, full
 
     def forward(self) -> Tensor:

@@ -4,7 +4,8 @@ Computes what `ops.ffn.feed_forward` does. For the backward pass what the first 
 takes are kept; activations between are computed again. Imported only where Triton is.
 
 A program takes channels by the block and a tile of ROWS × COLUMNS positions, whose neighbours come from the caches.
-Maps between kernels are [B, H, W, channels] without gaps; what is outside counts as zero.
+Maps between kernels are [B, H, W, channels] without gaps; what is outside counts as zero. Sums over tiles stay in
+registers until a program's last tile: a sum over positions at each of them took twice as long as all else together.
 
 Numerics: convolution, GELU and gate in float32, rounded once to the map's type; gradients of the depthwise weights are
 summed in float32, in an order that shapes determine.
@@ -13,23 +14,21 @@ summed in float32, in an order that shapes determine.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ast_plugin.ops import ffn as plain
-from ast_plugin.ops.backend import Tensors, run_kernel
+from ast_plugin.ops.backend import Tensors, cast_once, linear, make_once, run_kernel
 from ast_plugin.ops.ffn import FeedForward
 
 _BLOCK = 64  # channels of a program
-_ROWS, _COLUMNS = 4, 8
+_ROWS, _COLUMNS = 2, 8
 _PROGRAMS = 2048  # of the kernel with sums; fixed, so that their order is the same everywhere
-_SETTINGS = {'BLOCK': _BLOCK, 'ROWS': _ROWS, 'COLUMNS': _COLUMNS, 'num_warps': 8, 'num_stages': 1}
+_SETTINGS = {'BLOCK': _BLOCK, 'ROWS': _ROWS, 'COLUMNS': _COLUMNS, 'num_warps': 4, 'num_stages': 1}
 
 # Compiled once for all values.
 _VARYING = ('height', 'width', 'num_tiles')
-_TAPS_FULL = tl.constexpr(16)  # nine taps and the bias, filled up to a power of two
 
 
 @triton.jit
@@ -65,19 +64,48 @@ def _tap(map_ptr, image, row, column, height, width, channel, channels):
 
 @triton.jit
 def _convolved(
-    map_ptr, weight_ptr, image, row, column, height, width, channel, channels,
-    POSITIONS: tl.constexpr, BLOCK: tl.constexpr, FLIPPED: tl.constexpr,
+    map_ptr, weight_ptr, bias_ptr, image, row, column, height, width, channel, channels,
+    POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the convolution, or with FLIPPED of its transpose; weights [9, channels]."""
+    """A tile of the convolution; weights [9, channels]."""
     y = tl.zeros([POSITIONS, BLOCK], dtype=tl.float32)
     for tap in tl.static_range(9):
         weight = tl.load(weight_ptr + tap * channels + channel, mask=channel < channels, other=0.0)
-        if FLIPPED:
-            x = _tap(map_ptr, image, row + 1 - tap // 3, column + 1 - tap % 3, height, width, channel, channels)
-        else:
-            x = _tap(map_ptr, image, row + tap // 3 - 1, column + tap % 3 - 1, height, width, channel, channels)
+        x = _tap(map_ptr, image, row + tap // 3 - 1, column + tap % 3 - 1, height, width, channel, channels)
         y += x * weight[None, :]
-    return y
+    return y + tl.load(bias_ptr + channel, mask=channel < channels, other=0.0)[None, :]
+
+
+@triton.jit
+def _add_tap(
+    d_u, d_weight, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, TAP: tl.constexpr
+):  # fmt: skip
+    """A tap's part of the transposed convolution, and of the gradient of its weight by position."""
+    weight = tl.load(weight_ptr + TAP * channels + channel, mask=channel < channels, other=0.0)
+    d = _tap(d_before_ptr, image, row + 1 - TAP // 3, column + 1 - TAP % 3, height, width, channel, channels)
+    return d_u + d * weight[None, :], d_weight + d * u
+
+
+@triton.jit
+def _offsets(image, row, column, z_image, z_row, z_column):
+    """Where positions of z begin, in 64 bits."""
+    wide = row.to(tl.int64) * z_row + column.to(tl.int64) * z_column
+    return (wide + tl.cast(image, tl.int64) * z_image)[:, None]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def gelu(
+    z_ptr, u_ptr, height, width, channels, z_image, z_row, z_column,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """u = GELU of z's first half, a map without gaps: in the convolution each value would be computed nine times."""
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
+    inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
+    at_z = z_ptr + _offsets(image, row, column, z_image, z_row, z_column) + channel[None, :]
+    u = _gelu(tl.load(at_z, mask=inside, other=0.0).to(tl.float32))
+    position = (tl.cast(image, tl.int64) * height + row) * width + column
+    tl.store(u_ptr + position[:, None] * channels + channel[None, :], u.to(u_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -89,14 +117,13 @@ def forward(
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
     inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
-    before = _convolved(
-        u_ptr, weight_ptr, image, row, column, height, width, channel, channels, ROWS * COLUMNS, BLOCK, False
+    y = _gelu(
+        _convolved(
+            u_ptr, weight_ptr, bias_ptr, image, row, column, height, width, channel, channels, ROWS * COLUMNS, BLOCK
+        )
     )
-    before += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0)[None, :]
-    y = _gelu(before)
     if GATED:
-        at_z = row.to(tl.int64) * z_row + column.to(tl.int64) * z_column + tl.cast(image, tl.int64) * z_image
-        at_z = z_ptr + at_z[:, None] + channels + channel[None, :]
+        at_z = z_ptr + _offsets(image, row, column, z_image, z_row, z_column) + channels + channel[None, :]
         y *= _gelu(tl.load(at_z, mask=inside, other=0.0).to(tl.float32))
     position = (tl.cast(image, tl.int64) * height + row) * width + column
     at = out_ptr + position[:, None] * channels + channel[None, :]
@@ -105,74 +132,90 @@ def forward(
 
 @triton.jit(do_not_specialize=_VARYING)
 def backward_gate(
-    u_ptr, z_ptr, weight_ptr, bias_ptr, grad_ptr, d_before_ptr, d_z_ptr, sums_ptr,
-    height, width, num_tiles, channels, hidden, z_image, z_row, z_column,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    GATED: tl.constexpr,
+    u_ptr, z_ptr, weight_ptr, bias_ptr, grad_ptr, d_before_ptr, d_z_ptr,
+    height, width, channels, hidden, z_image, z_row, z_column,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of `forward`'s result to that of the convolution's, of the gate's half of z, and of weights.
+    """From the gradient of `forward`'s result to that of the convolution's, and of the gate's half of z. Same grid.
 
-    Grid: groups of tiles, blocks of channels. A program takes every so many-th tile and writes one sum of the gradients
-    of the nine taps and the bias: [groups, 16, channels] float32. `d_z` is [B, H, W, hidden] without gaps.
+    `d_z` is [B, H, W, hidden] without gaps.
     """
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0)
-    tap_of_row = tl.arange(0, _TAPS_FULL)[:, None]
-    sums = tl.zeros([_TAPS_FULL, BLOCK], dtype=tl.float32)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        image, row, column = _tile(tile, height, width, ROWS, COLUMNS)
-        inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
-        position = ((tl.cast(image, tl.int64) * height + row) * width + column)[:, None]
-        before = _convolved(
-            u_ptr, weight_ptr, image, row, column, height, width, channel, channels, ROWS * COLUMNS, BLOCK, False
-        )
-        before += bias[None, :]
-        at = position * channels + channel[None, :]
-        d_before = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            at_z = row.to(tl.int64) * z_row + column.to(tl.int64) * z_column + tl.cast(image, tl.int64) * z_image
-            at_z = z_ptr + at_z[:, None] + channels + channel[None, :]
-            gate = tl.load(at_z, mask=inside, other=0.0).to(tl.float32)
-            d_gate = d_before * _gelu(before) * _gelu_slope(gate)
-            at_d_z = d_z_ptr + position * hidden + channels + channel[None, :]
-            tl.store(at_d_z, d_gate.to(d_z_ptr.dtype.element_ty), mask=inside)
-            d_before = d_before * _gelu(gate)
-        d_before = d_before * _gelu_slope(before)
-        tl.store(d_before_ptr + at, d_before.to(d_before_ptr.dtype.element_ty), mask=inside)
-        for tap in tl.static_range(9):
-            x = _tap(u_ptr, image, row + tap // 3 - 1, column + tap % 3 - 1, height, width, channel, channels)
-            sums += tl.where(tap_of_row == tap, tl.sum(d_before * x, 0)[None, :], 0.0)
-        sums += tl.where(tap_of_row == 9, tl.sum(d_before, 0)[None, :], 0.0)
-    first = tl.cast(tl.program_id(0), tl.int64) * (_TAPS_FULL * channels)
-    at_sums = sums_ptr + first + tap_of_row * channels + channel[None, :]
-    tl.store(at_sums, sums, mask=(tap_of_row < _TAPS_FULL) & (channel[None, :] < channels))
+    image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
+    inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
+    position = ((tl.cast(image, tl.int64) * height + row) * width + column)[:, None]
+    before = _convolved(
+        u_ptr, weight_ptr, bias_ptr, image, row, column, height, width, channel, channels, ROWS * COLUMNS, BLOCK
+    )
+    at = position * channels + channel[None, :]
+    d_before = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        at_z = z_ptr + _offsets(image, row, column, z_image, z_row, z_column) + channels + channel[None, :]
+        gate = tl.load(at_z, mask=inside, other=0.0).to(tl.float32)
+        d_gate = d_before * _gelu(before) * _gelu_slope(gate)
+        at_d_z = d_z_ptr + position * hidden + channels + channel[None, :]
+        tl.store(at_d_z, d_gate.to(d_z_ptr.dtype.element_ty), mask=inside)
+        d_before = d_before * _gelu(gate)
+    d_before = d_before * _gelu_slope(before)
+    tl.store(d_before_ptr + at, d_before.to(d_before_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def backward_convolution(
-    d_before_ptr, z_ptr, weight_ptr, d_z_ptr, height, width, channels, hidden, z_image, z_row, z_column,
+    d_before_ptr, z_ptr, weight_ptr, d_z_ptr, sums_ptr,
+    height, width, num_tiles, channels, hidden, z_image, z_row, z_column,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of the convolution's result to that of z's first half, through its GELU. Grid as `forward`."""
+    """From the gradient of the convolution's result to that of z's first half, through its GELU, and of weights.
+
+    Grid: groups of tiles, blocks of channels. A program takes every so many-th tile and writes one sum of the gradients
+    of the nine taps and the bias: [groups, 10, channels] float32. A tap's gradients by position, once loaded, serve
+    both: z's with its weight, and its weight's with the map that the convolution took.
+    """
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
-    inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
-    d_u = _convolved(
-        d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, ROWS * COLUMNS, BLOCK, True
-    )
-    at_z = row.to(tl.int64) * z_row + column.to(tl.int64) * z_column + tl.cast(image, tl.int64) * z_image
-    z = tl.load(z_ptr + at_z[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    position = ((tl.cast(image, tl.int64) * height + row) * width + column)[:, None]
-    at = d_z_ptr + position * hidden + channel[None, :]
-    tl.store(at, (d_u * _gelu_slope(z)).to(d_z_ptr.dtype.element_ty), mask=inside)
+    real = channel < channels
+    # A variable each, as Triton has no list of them.
+    s0 = tl.zeros([ROWS * COLUMNS, BLOCK], dtype=tl.float32)
+    s1, s2, s3, s4, s5, s6, s7, s8, s9 = s0, s0, s0, s0, s0, s0, s0, s0, s0
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        image, row, column = _tile(tile, height, width, ROWS, COLUMNS)
+        inside = ((row < height) & (column < width))[:, None] & real[None, :]
+        at_z = z_ptr + _offsets(image, row, column, z_image, z_row, z_column) + channel[None, :]
+        z = tl.load(at_z, mask=inside, other=0.0).to(tl.float32)
+        u = _gelu(z)
+        y = tl.zeros([ROWS * COLUMNS, BLOCK], dtype=tl.float32)
+        y, s0 = _add_tap(y, s0, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 0)
+        y, s1 = _add_tap(y, s1, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 1)
+        y, s2 = _add_tap(y, s2, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 2)
+        y, s3 = _add_tap(y, s3, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 3)
+        y, s4 = _add_tap(y, s4, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 4)
+        y, s5 = _add_tap(y, s5, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 5)
+        y, s6 = _add_tap(y, s6, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 6)
+        y, s7 = _add_tap(y, s7, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 7)
+        y, s8 = _add_tap(y, s8, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 8)
+        s9 += _tap(d_before_ptr, image, row, column, height, width, channel, channels)
+        position = ((tl.cast(image, tl.int64) * height + row) * width + column)[:, None]
+        at = d_z_ptr + position * hidden + channel[None, :]
+        tl.store(at, (y * _gelu_slope(z)).to(d_z_ptr.dtype.element_ty), mask=inside)
+    at_sums = sums_ptr + tl.cast(tl.program_id(0), tl.int64) * (10 * channels) + channel
+    tl.store(at_sums, tl.sum(s0, 0), mask=real)
+    tl.store(at_sums + channels, tl.sum(s1, 0), mask=real)
+    tl.store(at_sums + 2 * channels, tl.sum(s2, 0), mask=real)
+    tl.store(at_sums + 3 * channels, tl.sum(s3, 0), mask=real)
+    tl.store(at_sums + 4 * channels, tl.sum(s4, 0), mask=real)
+    tl.store(at_sums + 5 * channels, tl.sum(s5, 0), mask=real)
+    tl.store(at_sums + 6 * channels, tl.sum(s6, 0), mask=real)
+    tl.store(at_sums + 7 * channels, tl.sum(s7, 0), mask=real)
+    tl.store(at_sums + 8 * channels, tl.sum(s8, 0), mask=real)
+    tl.store(at_sums + 9 * channels, tl.sum(s9, 0), mask=real)
 
 
 def feed_forward(x: Tensor, op: FeedForward) -> Tensor:
     """See `ops.feed_forward`; an MLP, two products and a GELU, is left to PyTorch's own kernels."""
     if op.depthwise is None:
         return plain.feed_forward(x, op)
-    z = F.linear(plain.refine(x, op.partial_conv), op.expand, op.expand_bias)
-    return F.linear(activate(z, op.depthwise, op.depthwise_bias), op.project, op.project_bias)
+    z = linear(plain.refine(x, cast_once(op.partial_conv, x.dtype)), op.expand, op.expand_bias)
+    return linear(activate(z, op.depthwise, op.depthwise_bias), op.project, op.project_bias)
 
 
 def activate(z: Tensor, depthwise: Tensor, bias: Tensor | None) -> Tensor:
@@ -196,13 +239,12 @@ class _Activate:
         _, H, W, channels = u.shape
         d_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
         groups = max(1, min(tiles, _PROGRAMS // blocks))
-        sums, d_before = weight.new_empty(groups, 16, channels), torch.empty_like(u)
+        sums, d_before = weight.new_empty(groups, 10, channels), torch.empty_like(u)
         sizes = channels, z.shape[-1], *z.stride()[:3]
         with torch.cuda.device_of(d_z):
-            maps = u, z, weight, bias, grad.contiguous(), d_before, d_z, sums
-            is_gated = z.shape[-1] != channels
-            backward_gate[groups, blocks](*maps, H, W, tiles, *sizes, GATED=is_gated, **_SETTINGS)
-            backward_convolution[tiles, blocks](d_before, z, weight, d_z, H, W, *sizes, **_SETTINGS)
+            maps = u, z, weight, bias, grad.contiguous(), d_before, d_z
+            backward_gate[tiles, blocks](*maps, H, W, *sizes, GATED=z.shape[-1] != channels, **_SETTINGS)
+            backward_convolution[groups, blocks](d_before, z, weight, d_z, sums, H, W, tiles, *sizes, **_SETTINGS)
         total, (_, depthwise, depthwise_bias) = sums.sum(0), tensors
         d_weight = total[:9].t().reshape(depthwise.shape).to(depthwise.dtype)
         return d_z, d_weight, None if depthwise_bias is None else total[9].to(depthwise_bias.dtype)
@@ -216,8 +258,14 @@ class _Activate:
         """z, GELU of its first half, weight and bias as the kernels take them, numbers of tiles and of blocks."""
         (B, H, W, _), channels = z.shape, len(weight)
         z = z.detach() if z.stride(-1) == 1 else z.detach().contiguous()  # channels lie side by side
-        # A pass of its own: inside the convolution each GELU would be computed nine times.
-        u = F.gelu(z[..., :channels]).contiguous()
-        weight = weight.detach().float().reshape(channels, 9).t().contiguous()
-        bias = weight.new_zeros(channels) if bias is None else bias.detach().float().contiguous()
-        return z, u, weight, bias, B * -(-H // _ROWS) * -(-W // _COLUMNS), -(-channels // _BLOCK)
+
+        def prepare() -> tuple[Tensor, Tensor]:
+            taps = weight.detach().float().reshape(channels, 9).t().contiguous()
+            return taps, taps.new_zeros(channels) if bias is None else bias.detach().float().contiguous()
+
+        taps, shift = make_once(prepare, (weight, bias), 'taps')
+        tiles, blocks = B * -(-H // _ROWS) * -(-W // _COLUMNS), -(-channels // _BLOCK)
+        u = torch.empty(B, H, W, channels, dtype=z.dtype, device=z.device)
+        with torch.cuda.device_of(u):
+            gelu[tiles, blocks](z, u, H, W, channels, *z.stride()[:3], **_SETTINGS)
+        return z, u, taps, shift, tiles, blocks

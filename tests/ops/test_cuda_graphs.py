@@ -1,0 +1,133 @@
+"""Networks as CUDA graphs. Which inputs are captured is shown with a pretended device, what comes out on a GPU."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ast_plugin.errors import OptionError
+from ast_plugin.evaluation.tiling import Tiling, evaluating
+from ast_plugin.ops import cuda_graphs
+from ast_plugin.ops.cuda_graphs import Graphs, TrainingGraph
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Captures are pretended: what they were of is listed, and whoever replays adds 'replayed' to it."""
+    events = []
+
+    def capture(run, x, pool):
+        events.append(tuple(x.shape))
+
+        def replay(x):
+            events.append('replayed')
+            return run(x)
+
+        return replay
+
+    monkeypatch.setattr(cuda_graphs, 'capture', capture)
+    monkeypatch.setattr(torch.cuda, 'graph_pool_handle', lambda: 'pool')
+    return events
+
+
+def test_second_input_of_a_size_is_captured(captured):
+    graphs, size, other = Graphs(), torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 9)
+    for x in (size, other, size, size, other):
+        assert torch.equal(graphs(torch.sin, x), x.sin())
+    # Replayed once after a capture, to be compared with the call.
+    assert captured == [(1, 3, 8, 8), 'replayed', 'replayed', (1, 3, 8, 9), 'replayed']
+
+
+def test_old_sizes_are_given_up(captured):
+    graphs = Graphs()
+    for side in range(8, 14):
+        for _ in range(2):
+            graphs(torch.sin, torch.rand(1, 3, side, side))
+    assert [key[0][-1] for key in graphs.graphs] == [10, 11, 12, 13]
+
+
+def test_wrong_graph_is_not_used(captured, monkeypatch, caplog):
+    monkeypatch.setattr(cuda_graphs, 'capture', lambda run, x, pool: lambda x: run(x) * 1.01)
+    graphs, x = Graphs(), torch.rand(1, 3, 8, 8)
+    assert all(torch.equal(graphs(torch.sin, x), x.sin()) for _ in range(3))
+    assert 'off by 1e-02' in caplog.text
+
+
+def test_network_that_cannot_be_captured_is_called(captured, monkeypatch):
+    def capture(run, x, pool):
+        raise RuntimeError('operation not permitted when stream is capturing')
+
+    monkeypatch.setattr(cuda_graphs, 'capture', capture)
+    graphs, x = Graphs(), torch.rand(1, 3, 8, 8)
+    assert all(torch.equal(graphs(torch.sin, x), x.sin()) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ('train', 'is_distributed', 'other'),
+    [
+        ({'accumulate': 2}, False, 'train.accumulate'),
+        ({'compile': True}, False, 'train.compile'),
+        ({'gradient_checkpointing': True}, False, 'train.gradient_checkpointing'),
+        ({}, True, 'several processes'),
+    ],
+)
+def test_what_training_by_graphs_does_not_go_with(train, is_distributed, other):
+    with pytest.raises(OptionError, match=other):
+        TrainingGraph.check(train, is_distributed)
+    TrainingGraph.check({'accumulate': 1, 'compile': False}, False)
+
+
+def test_training_on_a_cpu_is_as_ever():
+    network = nn.Conv2d(3, 3, 3)
+    x = torch.rand(1, 3, 8, 8)
+    graphed = TrainingGraph(network)
+    assert all(torch.equal(graphed(x), network(x)) for _ in range(3))
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 3, 3, padding=1)
+    ).cuda()
+
+
+@needs_gpu
+def test_tiles_by_graphs(monkeypatch):
+    network, image, replays = small_network().eval(), torch.rand(1, 3, 64, 64), []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, 'replay', lambda self: (replays.append(1), replay(self))[1])
+    tiling = Tiling(tile=32, overlap=0)
+    with evaluating(network):
+        want = network(image.cuda()).cpu()[..., 1:31, 1:31]
+        got = [tiling.run(network, image) for _ in range(2)]
+    assert len(replays) == 1 + 2 + 4  # of eight tiles one is called, one captured and compared
+    assert all((each[..., 1:31, 1:31] - want).abs().max() < 1e-5 for each in got)
+    assert torch.equal(*got)
+
+
+@needs_gpu
+@pytest.mark.parametrize('precision', [None, torch.bfloat16])
+def test_training_by_graphs(precision):
+    plain, graphed = small_network(), small_network()
+    by_graph, losses = TrainingGraph(graphed), ([], [])
+    for step in range(6):
+        x = torch.rand(2, 3, 16, 16, device='cuda', generator=torch.Generator('cuda').manual_seed(step))
+        for network, call, values in ((plain, plain, losses[0]), (graphed, by_graph, losses[1])):
+            network.zero_grad()
+            with torch.autocast('cuda', precision, enabled=precision is not None):
+                loss = (call(x).float() - x).square().mean()
+            loss.backward()
+            torch._foreach_add_(list(network.parameters()), [p.grad for p in network.parameters()], alpha=-0.1)
+            values.append(float(loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+    assert all(
+        torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-5)
+        for a, b in zip(plain.state_dict().values(), graphed.state_dict().values(), strict=True)
+    )
+    other = torch.rand(1, 3, 16, 16, device='cuda')
+    assert by_graph(other).shape == other.shape  # a batch of another size is called
+    copy.deepcopy(graphed), graphed.eval()(other)
