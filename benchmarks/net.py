@@ -129,7 +129,7 @@ def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> d
         net: registered name of the network.
         size: side of the large image in pixels.
         cases: of `CASES`.
-        compiles: whether cases on the CPU have a line of torch.compile.
+        compiles: whether cases have a line of torch.compile.
     """
     reference = Way(net, path='reference')
     fused = replace(reference, path='fused', backend='fused')
@@ -157,7 +157,7 @@ def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> d
         add('480×720, exported', [reference, fused, exported], size=(480, 720))
     if 'gpu' in cases:
         by_triton = replace(reference, path='triton', backend='triton')
-        paths = [reference, by_triton, replace(by_triton, path='triton, graph', is_graphed=True), compiled]
+        paths = [reference, by_triton, replace(by_triton, path='triton, graph', is_graphed=True), *end]
         gpu = {'precision': 'bf16', 'device': 'cuda'}
         add('512² forward, bf16, CUDA', paths, size=(512, 512), **gpu)
         add('8×256² forward and backward, bf16, CUDA', paths, batch=8, size=(256, 256), trains=True, **gpu)
