@@ -4,9 +4,17 @@ import argparse
 import sys
 
 from ast_plugin.errors import PluginError
-from benchmarks import data, net, ops, records, synthesis, train
+from benchmarks import data, net, ops, peers, records, synthesis, train
 
-BENCHMARKS = {'train': train, 'data': data, 'synthesis': synthesis, 'net': net, 'ops': ops, 'table': records}
+BENCHMARKS = {
+    'train': train,
+    'data': data,
+    'synthesis': synthesis,
+    'net': net,
+    'peers': peers,
+    'ops': ops,
+    'table': records,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:

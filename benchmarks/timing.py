@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ast_plugin.errors import first_line
+from ast_plugin.errors import PluginError, first_line
 from ast_plugin.ops.cpu import operators
 from benchmarks.records import Line
 
@@ -66,7 +66,10 @@ def measure_paths(
             outputs[path] = compute().float()
             lines[path]['peak_bytes'] = peak(path, compute)
             computations[path] = compute
-        except RuntimeError as error:  # too little memory or no compiler: other paths can still be measured
+        except (
+            PluginError,
+            RuntimeError,
+        ) as error:  # too little memory, or no compiler or package
             lines[path]['skipped'] = f'failed: {first_line(error)[:120]}'
     for path, taken in take_turns(computations, turns).items():
         lines[path] |= taken

@@ -16,7 +16,7 @@ import torch
 from ast_plugin.archs.ast_arch import AST
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import OptionError
-from benchmarks import data, net, ops, records, synthesis, timing, train
+from benchmarks import data, net, ops, peers, records, synthesis, timing, train
 from benchmarks.__main__ import main
 from benchmarks.net import Way
 
@@ -62,12 +62,13 @@ def test_door_in_tools(tmp_path):
 @pytest.mark.parametrize('file', sorted((ROOT / 'benchmarks').glob('*.json')), ids=lambda file: file.name)
 def test_records_of_the_project(file, capsys):
     record = json.loads(file.read_text())
-    if record['benchmark'] in ('net', 'ops'):
+    if record['benchmark'] in ('net', 'ops', 'peers'):
         assert main(['table', str(file)]) == 0
-        assert '| fused | ' in capsys.readouterr().out
+        assert ' × faster ' in capsys.readouterr().out
     elif record['benchmark'] == 'train':
         assert train.table(record['results']).startswith('| switch |')
-        assert {line['switch'] for line in record['results']['cpu']} <= set(train.SWITCHES)
+        lines = [line for measured in record['results'].values() for line in measured or ()]
+        assert {line['switch'] for line in lines} <= set(train.SWITCHES)
 
 
 @pytest.mark.parametrize(
@@ -194,15 +195,36 @@ def test_net_prints_and_writes(tmp_path, monkeypatch, capsys):
 def test_net_targets():
     lines = [
         {'case': '512² forward', 'path': 'reference', 'median': 8.0},
-        {'case': '512² forward', 'path': 'fused', 'faster': 2.6, 'of_memory': 0.3},
-        {'case': '512² forward', 'path': 'fused, bf16', 'faster': 4.9, 'of_memory': 0.3},
-        {'case': '2×128² forward and backward', 'path': 'fused', 'faster': 2.0, 'of_memory': 0.7},
-        {'case': '64² forward', 'path': 'fused', 'faster': 9.0},
+        {'case': '512² forward', 'path': 'fused', 'of_floor': 0.76, 'of_memory': 0.3},
+        {'case': '512² forward', 'path': 'fused, bf16', 'of_floor': 0.69, 'of_memory': 0.3},
+        {'case': '2×128² forward and backward', 'path': 'fused', 'of_floor': 0.8, 'of_memory': 0.7},
+        {'case': '64² forward', 'path': 'fused', 'of_floor': 0.9},
     ]
     assert [': reached:' in line for line in net.target_remarks(lines)] == [True, False, False]
     # 16 s at 193 GFLOP/s are 8 s at twice the rate.
     (text,) = net.official_remarks(lines, 386e9)
     assert 'the reference takes 8.00 s, the official network 8.00 s' in text
+
+
+def test_peers_lines(monkeypatch):
+    pytest.importorskip('spandrel_extra_arches', reason='extra baselines')
+    small = {'AST_XS': {'type': 'AST_XS', 'img_size': 32}, 'EDSR': {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3}}
+    small['EDSR'] |= {'upscale': 1, 'num_feat': 4, 'num_block': 1}
+    monkeypatch.setitem(peers.CASES, 'equal', small)
+    monkeypatch.setattr(peers, '_SIZE', 64)
+    monkeypatch.setattr(peers, 'in_onnx_runtime', lambda network: network)
+    monkeypatch.setattr(peers, 'in_fresh_process', lambda function, *arguments: 2**20)
+    lines = peers.measure(['equal'], 1, {'fp32': 1e9, 'copy': 1e9})
+    names = ['AST_XS', 'AST_XS, by plain operators', 'AST_XS, by ONNX Runtime', 'EDSR']
+    assert [line['path'] for line in lines] == names
+    assert [line['operations'] for line in lines] == [lines[0]['operations']] * 3 + [lines[3]['operations']]
+    assert all(line['of_floor'] > 0 and line['faster'] > 0 for line in lines)
+
+
+@pytest.mark.parametrize('name', peers.CASES['equal'])
+def test_peers_of_equal_size(name):
+    pytest.importorskip('spandrel_extra_arches', reason='extra baselines')
+    assert 12e9 <= peers.count(peers.CASES['equal'][name])[0] <= 16e9  # two operations for a multiply-add
 
 
 def test_ops_halves():

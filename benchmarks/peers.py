@@ -1,0 +1,143 @@
+"""What AST needs beside the networks that people would pick instead: seconds, memory, distance from each one's floor.
+
+  python tools/benchmark.py peers --json benchmarks/peers_cpu.json
+  python tools/benchmark.py peers --cases equal --turns 5
+
+Networks of a case restore the same image of 256² and take turns in one process, on a CPU in float32; the first line is
+what the others are compared with. Networks of spandrel need the extra `baselines`, the last line of a case `onnx`.
+Floors are as those of `benchmark.py net`. Cases:
+
+  equal      at 7 ± 1 billion multiply-adds
+  published  at sizes that their authors published
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ast_plugin import ops
+from ast_plugin.archs.networks import build_network
+from ast_plugin.compare.machine import peak_memory
+from ast_plugin.errors import OptionError
+from ast_plugin.models import network_switches
+from benchmarks import records
+from benchmarks.net import in_onnx_runtime
+from benchmarks.records import Line, say
+from benchmarks.timing import Compute, add_ratios, in_fresh_process, machine_rates, measure_paths
+
+_SIZE = 256
+_SWINIR = {'type': 'SwinIR', 'upscale': 1, 'img_size': 64, 'window_size': 8, 'mlp_ratio': 2, 'upsampler': ''}
+_SWINIR |= {'resi_connection': '1conv'}
+_UFORMER = {'type': 'Spandrel', 'name': 'Uformer', 'img_size': 128, 'embed_dim': 32, 'win_size': 8, 'modulator': True}
+_NAFNET = {'type': 'Spandrel', 'name': 'NAFNet', 'middle_blk_num': 1, 'enc_blk_nums': [1, 1, 1, 28]}
+_NAFNET |= {'dec_blk_nums': [1, 1, 1, 1]}
+_RESTORMER = {'type': 'Spandrel', 'name': 'Restormer'}
+
+CASES: dict[str, dict[str, Mapping[str, Any]]] = {
+    'equal': {
+        'AST_XS': {'type': 'AST_XS', 'img_size': 128},
+        'NAFNet, width 20': {**_NAFNET, 'width': 20},
+        'Restormer, dim 16': {**_RESTORMER, 'dim': 16, 'num_blocks': [1, 2, 2, 4], 'num_refinement_blocks': 1},
+        'Uformer, dim 16': {**_UFORMER, 'embed_dim': 16, 'depths': [1] * 9},
+        'SwinIR, dim 36': {**_SWINIR, 'embed_dim': 36, 'depths': [2, 2], 'num_heads': [2, 2]},
+    },
+    'published': {
+        'AST_B': {'type': 'AST_B', 'img_size': 128},
+        'NAFNet, width 64': {**_NAFNET, 'width': 64},
+        'Restormer': _RESTORMER,
+        'Uformer-B': {**_UFORMER, 'depths': [1, 2, 8, 8, 2, 8, 8, 2, 1]},
+        'SwinIR-S': {**_SWINIR, 'embed_dim': 60, 'depths': [6] * 4, 'num_heads': [6] * 4},
+    },
+}
+REFERENCE, EXPORTED = 'by plain operators', 'by ONNX Runtime'
+
+
+def lines_of(case: str) -> dict[str, tuple[Mapping[str, Any], str]]:
+    """Options of a network and how it computes, by the name of a line; AST comes first, and in three ways."""
+    networks = CASES[case]
+    ours, *others = networks
+    ways = {ours: 'auto', f'{ours}, {REFERENCE}': 'reference', f'{ours}, {EXPORTED}': EXPORTED}
+    found = {name: (networks[ours], way) for name, way in ways.items()}
+    return found | {name: (networks[name], 'auto') for name in others}
+
+
+def prepare(options: Mapping[str, Any], way: str, size: int = _SIZE) -> Compute:
+    """Build a network and its input; equal for equal settings. Returns a function that computes once."""
+    torch.manual_seed(0)
+    network, x = build_network(dict(options)).eval(), torch.rand(1, 3, size, size)
+    if way == EXPORTED:
+        return partial(in_onnx_runtime(network), x)
+
+    def compute() -> torch.Tensor:
+        with ops.use_backend(way), torch.inference_mode():
+            return network(x)
+
+    return compute
+
+
+def count(options: Mapping[str, Any]) -> tuple[int, int]:
+    """Operations of matrix products and convolutions, and bytes that blocks read and write."""
+    side = _SIZE // 2  # all of them take time and memory in proportion to the pixels
+    network, numbers = build_network(dict(options)).eval(), []
+    for block in network_switches.blocks(network):
+        block.register_forward_hook(lambda module, args, output: numbers.append(args[0].numel() + output.numel()))
+    with ops.use_backend('reference'), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.rand(1, 3, side, side))
+    return 4 * counter.get_total_flops(), 4 * 4 * sum(numbers)
+
+
+def _peak(options: Mapping[str, Any], way: str) -> int | None:
+    prepare(options, way, 128)()  # what libraries take at their first call belongs to no line
+    return peak_memory(prepare(options, way))
+
+
+def measure(cases: Sequence[str], turns: int, rates: dict[str, float]) -> list[Line]:
+    """Measure cases.
+
+    Args:
+        cases: of `CASES`.
+        turns: timed calls of each line.
+        rates: of the machine, see `timing.machine_rates`.
+    Returns:
+        A line for each network, see `timing.measure_paths`, with `operations` and `floor` in seconds.
+    """
+    lines: list[Line] = []
+    for case in cases:
+        ways = lines_of(case)
+
+        def peak(path: str, compute: Compute, case=case, ways=ways) -> int | None:
+            say(f'{case}, {path}: memory')
+            options, way = ways[path]
+            return None if way == EXPORTED else in_fresh_process(_peak, options, way)
+
+        found = measure_paths(case, {path: partial(prepare, *way) for path, way in ways.items()}, turns, peak)
+        for path, line in found.items():
+            operations, moved = count(ways[path][0])
+            line |= {'operations': operations, 'floor': operations / rates['fp32'] + moved / rates['copy']}
+        add_ratios(list(found.values()))
+        lines += found.values()
+    return lines
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `benchmark.py peers`."""
+    parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES), help='of networks')
+    parser.add_argument('--turns', type=int, default=3, help='timed calls of each line (default: %(default)s)')
+    records.add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, and write the record."""
+    if args.turns < 1:
+        raise OptionError('--turns must be 1 or more')
+    rates = machine_rates()
+    lines = measure(args.cases, args.turns, rates)
+    print(records.backend_table(lines))
+    records.write(args.json, 'peers', {'turns': args.turns, 'size': _SIZE}, lines, rates=rates)
+    return 0
