@@ -179,7 +179,7 @@ def prepare(way: Way) -> Compute:
         return partial(in_onnx_runtime(network), x)
     function = network_switches.apply(network, {'compile': way.is_compiled})
     if way.is_graphed:
-        function = TrainingGraph(network) if way.trains else partial(Graphs(), network)
+        function = TrainingGraph(network, {}) if way.trains else partial(Graphs(), network)
     height, width = way.size
     top, left = (way.padded[0] - height) // 2, (way.padded[1] - width) // 2
     x = functional.pad(x, (left, way.padded[1] - width - left, top, way.padded[0] - height - top)).to(way.device)

@@ -82,6 +82,7 @@ class AST(Pretrained):
     block_classes = (ASTBlock,)  # what training compiles or checkpoints one by one, see models.network_switches
     variants = VARIANTS
     takes_any_size = True
+    works_as_graph = True  # of CUDA: no value is read on the host, and no tensor is kept by size
 
     def __init__(
         self,

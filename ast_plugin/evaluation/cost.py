@@ -98,7 +98,11 @@ def available_bytes(device: torch.device) -> int:
     """
     if device.type == 'cuda':
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        segments = [each for each in torch.cuda.memory_snapshot() if each['device'] == index]
+        # What CUDA graphs have reserved is theirs.
+        shared = [each for each in segments if tuple(each['segment_pool_id']) == (0, 0)]
+        return free + sum(each['total_size'] - each['allocated_size'] for each in shared)
     known = [_free_in_machine(), _free_in_process(), *map(_free_in_group, _GROUP_FILES)]
     if device.type == 'mps':
         known.append(max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))

@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from ast_plugin.devices import widest_dtype
 from ast_plugin.errors import MemoryShortage, OptionError, PluginError, ShapeError, one_line, out_of_memory
 from ast_plugin.evaluation.cost import available_bytes, peak_bytes
 from ast_plugin.ops import frozen_weights
-from ast_plugin.ops.cuda_graphs import run_graphed
+from ast_plugin.ops.cuda_graphs import release_graphs, run_graphed
 from ast_plugin.ops.tiles import check_tiling, run_tiled
 
 AUTO = 'auto'
@@ -104,6 +104,8 @@ class Tiling:
             except Exception as error:
                 if isinstance(error, PluginError) or not out_of_memory(error):
                     raise
+                if release_graphs():
+                    continue
                 shown = f'{width}x{height} in tiles of {tile}' if tile < whole else f'{width}x{height}'
                 if tile < whole and batch > 1:
                     note(f'{shown}, {batch} at once, does not fit in memory, trying {batch // 2}')
@@ -169,11 +171,16 @@ def evaluating(network: nn.Module | Callable) -> Iterator[None]:
     if was_training:
         network.eval()
     try:
-        with torch.inference_mode(), frozen_weights(), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.inference_mode(), frozen_weights(), _without_tf32():
             yield
     finally:
         if was_training:
             network.train()
+
+
+def _without_tf32() -> AbstractContextManager:
+    cudnn = torch.backends.cudnn  # whose other flags have defaults that switch it off
+    return cudnn.flags(cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
 
 
 @contextmanager

@@ -119,8 +119,7 @@ class TrainingStep:
         self.forward = network
         if train.get('cuda_graph'):
             is_parallel = is_distributed or isinstance(network, (nn.DataParallel, DistributedDataParallel))
-            TrainingGraph.check(train, is_parallel)
-            self.forward = TrainingGraph(network)
+            self.forward = TrainingGraph(network, train, is_parallel)
         self.is_distributed = is_distributed
         self.parameters = [p for group in optimizer.param_groups for p in group['params']]
         self.accumulate = train.get('accumulate') or 1

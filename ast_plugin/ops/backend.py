@@ -143,11 +143,14 @@ def make_once(make: Callable[[], T], weights: Iterable[Tensor | None], *settings
 
     Args:
         make: computes from the weights and the settings alone; its result is shared, not to be written to.
-        weights: what it reads. What is no parameter is another tensor in each call, and nothing is cached of it.
+        weights: what it reads. What is no parameter is another tensor in each call, and nothing is cached of it, nor of
+            what gradients are asked of.
         settings: what else it depends on, itself included where several share weights.
     """
     cache, weights = _cache.get(), tuple(weights)
-    if cache is None or not all(weight is None or isinstance(weight, nn.Parameter) for weight in weights):
+    given = [weight for weight in weights if weight is not None]
+    is_trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in given)
+    if cache is None or is_trained or not all(isinstance(weight, nn.Parameter) for weight in given):
         return make()
     key = (*map(id, weights), *settings)
     if key not in cache:

@@ -31,7 +31,7 @@ def _check_size(H: int, W: int, window: int) -> None:
 
 
 def _cache_sizes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Cache a function of sizes, but where a compiler, a trace or a transform watches: there its tensors are theirs."""
+    """Cache a function of sizes, but where compilers, traces, transforms or captures watch: those own its tensors."""
     cached = lru_cache(maxsize=32)(function)
 
     @wraps(function)
@@ -41,6 +41,7 @@ def _cache_sizes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             or torch.jit.is_tracing()
             or torch._C._functorch.peek_interpreter_stack() is not None
             or type(torch.empty(0, device='cpu')) is not Tensor  # fake tensors
+            or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         )
         return (function if is_watched else cached)(*args)
 

@@ -25,7 +25,8 @@ class Counted:
             self.count += 1
             return self.weight.sum().item()
 
-        return make_once(make, (self.weight, None), *settings)
+        with torch.no_grad():
+            return make_once(make, (self.weight, None), *settings)
 
 
 @pytest.fixture
@@ -62,6 +63,17 @@ def test_new_weights_at_an_old_address():
     with frozen_weights():
         sums = [Counted(nn.Parameter(torch.full((3,), float(value))))() for value in range(20)]
     assert sums == [3.0 * value for value in range(20)]
+
+
+def test_nothing_is_cached_of_what_gradients_are_asked_of():
+    weight, count = nn.Parameter(torch.ones(3)), []
+    with frozen_weights():
+        for context in (torch.no_grad(), torch.enable_grad(), torch.enable_grad(), torch.no_grad()):
+            with context:
+                doubled = make_once(lambda: count.append(1) or 2 * weight, [weight])
+            if torch.is_grad_enabled() and doubled.requires_grad:
+                doubled.sum().backward()
+    assert len(count) == 3 and weight.grad.tolist() == [4, 4, 4]
 
 
 def test_other_threads_have_no_cache(counted):

@@ -9,10 +9,18 @@ from torch import nn
 
 from ast_plugin.errors import OptionError
 from ast_plugin.evaluation.tiling import Tiling, evaluating
-from ast_plugin.ops import cuda_graphs
+from ast_plugin.ops import cuda_graphs, use_backend
 from ast_plugin.ops.cuda_graphs import Graphs, TrainingGraph
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
+def small_network():
+    """One that says it can be captured."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 3, 3, padding=1))
+    network.works_as_graph = True
+    return network
 
 
 @pytest.fixture
@@ -34,36 +42,62 @@ def captured(monkeypatch):
     return events
 
 
-def test_second_input_of_a_size_is_captured(captured):
+def test_third_input_of_a_size_is_captured(captured):
     graphs, size, other = Graphs(), torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 9)
-    for x in (size, other, size, size, other):
+    for x in (size, other, size, size, size, other):
         assert torch.equal(graphs(torch.sin, x), x.sin())
     # Replayed once after a capture, to be compared with the call.
-    assert captured == [(1, 3, 8, 8), 'replayed', 'replayed', (1, 3, 8, 9), 'replayed']
+    assert captured == [(1, 3, 8, 8), 'replayed', 'replayed']
 
 
-def test_old_sizes_are_given_up(captured):
+def test_later_sizes_are_called(captured):
     graphs = Graphs()
     for side in range(8, 14):
-        for _ in range(2):
+        for _ in range(4):
             graphs(torch.sin, torch.rand(1, 3, side, side))
-    assert [key[0][-1] for key in graphs.graphs] == [10, 11, 12, 13]
+    assert [key[0][-1] for key in graphs.graphs] == [8, 9, 10, 11]
+    assert len(captured) == 4 * 3
+
+
+def test_other_ways_to_compute_have_graphs_of_their_own(captured):
+    graphs, x = Graphs(), torch.rand(1, 3, 8, 8)
+    with torch.inference_mode():
+        for name, is_lower in (('auto', False), ('reference', False), ('auto', True)):
+            with use_backend(name), torch.autocast('cpu', torch.bfloat16, enabled=is_lower):
+                for _ in range(3):
+                    graphs(torch.sin, x)
+    assert len(graphs.graphs) == 3
+
+
+def test_short_memory_ends_graphs(captured):
+    graphs, x = Graphs(), torch.rand(1, 3, 8, 8)
+    for _ in range(4):
+        graphs(torch.sin, x)
+    assert cuda_graphs.release_graphs() and not graphs.graphs
+    again = Graphs()
+    for _ in range(4):
+        graphs(torch.sin, x), again(torch.sin, x)
+    assert not graphs.graphs and again.graphs
 
 
 def test_wrong_graph_is_not_used(captured, monkeypatch, caplog):
     monkeypatch.setattr(cuda_graphs, 'capture', lambda run, x, pool: lambda x: run(x) * 1.01)
     graphs, x = Graphs(), torch.rand(1, 3, 8, 8)
-    assert all(torch.equal(graphs(torch.sin, x), x.sin()) for _ in range(3))
+    assert all(torch.equal(graphs(torch.sin, x), x.sin()) for _ in range(4))
     assert 'off by 1e-02' in caplog.text
 
 
 def test_network_that_cannot_be_captured_is_called(captured, monkeypatch):
     def capture(run, x, pool):
+        captured.append(x)
         raise RuntimeError('operation not permitted when stream is capturing')
 
     monkeypatch.setattr(cuda_graphs, 'capture', capture)
-    graphs, x = Graphs(), torch.rand(1, 3, 8, 8)
-    assert all(torch.equal(graphs(torch.sin, x), x.sin()) for _ in range(3))
+    graphs = Graphs()
+    for side in (8, 9):
+        x = torch.rand(1, 3, side, 8)
+        assert all(torch.equal(graphs(torch.sin, x), x.sin()) for _ in range(4))
+    assert len(captured) == 1  # a failed capture is not tried again
 
 
 @pytest.mark.parametrize(
@@ -77,49 +111,59 @@ def test_network_that_cannot_be_captured_is_called(captured, monkeypatch):
 )
 def test_what_training_by_graphs_does_not_go_with(train, is_distributed, other):
     with pytest.raises(OptionError, match=other):
-        TrainingGraph.check(train, is_distributed)
-    TrainingGraph.check({'accumulate': 1, 'compile': False}, False)
+        TrainingGraph(small_network(), train, is_distributed)
+    TrainingGraph(small_network(), {'accumulate': 1, 'compile': False})
+
+
+def test_networks_that_training_by_graphs_does_not_take():
+    with pytest.raises(OptionError, match='Conv2d is not known to work as one, only AST is'):
+        TrainingGraph(nn.Conv2d(3, 3, 3), {})
+    network = small_network()
+    network[0].use_checkpoint = True
+    with pytest.raises(OptionError, match='use_checkpoint'):
+        TrainingGraph(network, {})
+    network = small_network()
+    network.register_forward_hook(lambda *args: None)
+    with pytest.raises(OptionError, match='hooks'):
+        TrainingGraph(network, {})
 
 
 def test_training_on_a_cpu_is_as_ever():
-    network = nn.Conv2d(3, 3, 3)
+    network = small_network().eval()
     x = torch.rand(1, 3, 8, 8)
-    graphed = TrainingGraph(network)
+    graphed = TrainingGraph(network, {})
     assert all(torch.equal(graphed(x), network(x)) for _ in range(3))
 
 
-@pytest.mark.parametrize('factor', [1, 1.01])
-def test_graph_of_training_is_compared_with_calls(monkeypatch, caplog, factor):
+@pytest.mark.parametrize(('scale', 'gradient', 'wrong'), [(1, 1, None), (1.01, 1, 'output'), (1, 1.1, 'gradients')])
+def test_graph_of_training_is_compared_with_calls(monkeypatch, scale, gradient, wrong):
     def make_graphed_callables(network, args, **options):
-        network(*args), network.__dict__.update(forward=lambda x: factor * type(network).forward(network, x))
+        def graphed(x):
+            y = scale * type(network).forward(network, x)
+            return gradient * y + (1 - gradient) * y.detach()
+
+        network(*args), network.__dict__.update(forward=graphed)
 
     monkeypatch.setattr(torch.cuda, 'make_graphed_callables', make_graphed_callables)
     monkeypatch.setattr(torch.random, 'fork_rng', lambda devices: nullcontext())
-    network, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.rand(2, 3, 8, 8)
+    network, x = small_network(), torch.rand(2, 3, 8, 8)
     before = copy.deepcopy(network.state_dict())
-    run = TrainingGraph(network)._capture(x)
-    assert (run is network) == (factor != 1) == ('off by' in caplog.text)
+    with pytest.raises(OptionError, match=f'{wrong} off by') if wrong else nullcontext():
+        assert TrainingGraph(network, {})._capture(x).__name__ == 'graphed'
     assert 'forward' not in vars(network)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def small_network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 3, 3, padding=1)
-    ).cuda()
-
-
 @needs_gpu
 def test_tiles_by_graphs(monkeypatch):
-    network, image, replays = small_network().eval(), torch.rand(1, 3, 64, 64), []
+    network, image, replays = small_network().cuda().eval(), torch.rand(1, 3, 64, 64), []
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, 'replay', lambda self: (replays.append(1), replay(self))[1])
     tiling = Tiling(tile=32, overlap=0)
     with evaluating(network):
         want = network(image.cuda()).cpu()[..., :30, :30]
         got = [tiling.run(network, image) for _ in range(2)]
-    assert len(replays) == 1 + 2 + 4  # of eight tiles one is called, one captured and compared
+    assert len(replays) == 1 + 5  # of eight tiles two are called, one captured and compared
     assert all((each[..., :30, :30] - want).abs().max() < 1e-5 for each in got)
     assert torch.equal(*got)
 
@@ -127,8 +171,8 @@ def test_tiles_by_graphs(monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize('precision', [None, torch.bfloat16])
 def test_training_by_graphs(precision):
-    plain, graphed = small_network(), small_network()
-    by_graph, losses = TrainingGraph(graphed), ([], [])
+    plain, graphed = small_network().cuda(), small_network().cuda()
+    by_graph, losses = TrainingGraph(graphed, {}), ([], [])
     for step in range(6):
         x = torch.rand(2, 3, 16, 16, device='cuda', generator=torch.Generator('cuda').manual_seed(step))
         for network, call, values in ((plain, plain, losses[0]), (graphed, by_graph, losses[1])):

@@ -33,6 +33,7 @@ _BRANCHES = {'assa': (True, 2), 'dense': (True, 0), 'sparse': (False, 2), 'spars
 _LEAST = 16  # of every side of a matrix product
 # More tokens than this, and a program takes `_LEAST` queries at a time: its matrices then stay in registers.
 _MOST_TOKENS = 64
+_AHEAD = 32  # largest heads of which windows are loaded ahead: larger ones would not fit some devices' shared memory
 # Groups of windows keep what is the same for all windows of a head; with fewer programs a large device would idle.
 # Fixed, not read off the device, so that the order of sums is the same everywhere.
 _PROGRAMS = 2048
@@ -320,9 +321,7 @@ class _Launch:
         self.channels = channels // 3
         self.bias = bias.detach().to(torch.float32).contiguous()
         # What is not used is not read: any tensor may stand there.
-        self.shares = (
-            self.bias if gate is None else make_once(lambda: gate.detach().float().softmax(0), [gate], 'shares')
-        )
+        self.shares = self.bias if gate is None else gate.detach().float().softmax(0)
         self.mask = self.bias if mask is None else mask.detach().to(torch.float32).contiguous()
         tokens, head = op.window**2, self.channels // op.num_heads
         full = max(_LEAST, triton.next_power_of_2(tokens))
@@ -339,7 +338,8 @@ class _Launch:
         self.constants = *sides, *_BRANCHES[op.kind], op.shift > 0, mask is not None, qkv.dtype == torch.float16, wide
         # float32 is multiplied without tensor cores, with more in registers; else the next windows are loaded ahead.
         is_light = full <= _MOST_TOKENS and qkv.dtype != torch.float32
-        self.options = {'num_warps': 4, 'num_stages': 3} if is_light else {'num_warps': 8, 'num_stages': 1}
+        num_stages = 3 if is_light and head <= _AHEAD else 1
+        self.options = {'num_warps': 4 if is_light else 8, 'num_stages': num_stages}
         self.tokens, self.full = tokens, full
 
     def forward(self) -> Tensor:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ast_plugin.ops import ffn as plain
-from ast_plugin.ops.backend import Tensors, cast_once, linear, make_once, run_kernel
+from ast_plugin.ops.backend import Tensors, cast_once, linear, run_kernel
 from ast_plugin.ops.ffn import FeedForward
 
 _BLOCK = 64  # channels of a program
@@ -258,12 +258,8 @@ class _Activate:
         """z, GELU of its first half, weight and bias as the kernels take them, numbers of tiles and of blocks."""
         (B, H, W, _), channels = z.shape, len(weight)
         z = z.detach() if z.stride(-1) == 1 else z.detach().contiguous()  # channels lie side by side
-
-        def prepare() -> tuple[Tensor, Tensor]:
-            taps = weight.detach().float().reshape(channels, 9).t().contiguous()
-            return taps, taps.new_zeros(channels) if bias is None else bias.detach().float().contiguous()
-
-        taps, shift = make_once(prepare, (weight, bias), 'taps')
+        taps = weight.detach().float().reshape(channels, 9).t().contiguous()
+        shift = taps.new_zeros(channels) if bias is None else bias.detach().float().contiguous()
         tiles, blocks = B * -(-H // _ROWS) * -(-W // _COLUMNS), -(-channels // _BLOCK)
         u = torch.empty(B, H, W, channels, dtype=z.dtype, device=z.device)
         with torch.cuda.device_of(u):

@@ -21,12 +21,12 @@ _PROGRAMS = 1024  # of the kernel with sums; fixed, so that their order is the s
 
 
 @triton.jit
-def _normalised(x, is_channel, channels, eps):
-    """Rows without their mean, divided by their standard deviation, and one over that."""
+def _normalised(x, inside, channels, eps):
+    """Rows without their mean, divided by their standard deviation, and one over that; zero where they only fill up."""
     mean = tl.sum(x, 1) / channels
-    centred = tl.where(is_channel, x - mean[:, None], 0.0)
+    centred = tl.where(inside, x - mean[:, None], 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
-    return centred * inverse[:, None], inverse
+    return tl.where(inside, centred * inverse[:, None], 0.0), inverse
 
 
 @triton.jit(do_not_specialize=('num_rows',))
@@ -42,7 +42,7 @@ def forward(
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
-    normalised, _ = _normalised(x, is_channel, channels, eps)
+    normalised, _ = _normalised(x, inside, channels, eps)
     y = normalised * weight[None, :] + bias[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -67,7 +67,7 @@ def backward(
         at = row.to(tl.int64)[:, None] * channels + channel[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        normalised, inverse = _normalised(x, is_channel, channels, eps)
+        normalised, inverse = _normalised(x, inside, channels, eps)
         d_weight += grad * normalised
         d_bias += grad
         grad = grad * weight[None, :]
