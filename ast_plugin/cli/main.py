@@ -38,9 +38,10 @@ _INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command on `argv`, by default the process's arguments; return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Read when torch is loaded. By itself a thread that waits for others spins: where other programs want the cores,
-    # two threads of `infer` took 24 s instead of 6, nearly all of it in barriers.
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    # Read when torch is loaded. By itself a thread that waits for others spins ten times as long: where other programs
+    # want the cores, two threads of `infer` take twice the time, most of it in barriers; on idle ones it gains nothing.
+    if 'OMP_WAIT_POLICY' not in os.environ:
+        os.environ.setdefault('GOMP_SPINCOUNT', '30000')
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')  # as stderr: a name that it cannot show must not end a run
     try:

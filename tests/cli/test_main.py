@@ -68,6 +68,17 @@ def test_wrong_usage(capsys, arguments, complaint):
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('own', [{}, {'GOMP_SPINCOUNT': '7'}, {'OMP_WAIT_POLICY': 'ACTIVE'}])
+def test_waiting_threads_spin_briefly_unless_told(monkeypatch, capsys, own):
+    for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    command.main(['list', 'metric'])
+    expected = own or {'GOMP_SPINCOUNT': '30000'}
+    assert {name: os.environ[name] for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY') if name in os.environ} == expected
+
+
 def test_without_arguments_it_helps(capsys):
     assert command.main([]) == 2
     assert 'commands:' in capsys.readouterr().err
