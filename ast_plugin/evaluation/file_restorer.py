@@ -61,7 +61,7 @@ class Change(NamedTuple):
     mean: float  # absolute, over pixels and channels
     share: float  # of the pixels that change by more than 2 levels in a channel, in [0, 1]
     color: tuple[float, ...]  # of the mean of each channel
-    saturated: float  # share of the values that are black or white in the result alone, in [0, 1]
+    saturated: float  # share of the values that become black or white by a quarter of the range or more, in [0, 1]
 
     @classmethod
     def between(cls, image: np.ndarray, result: np.ndarray) -> 'Change | None':
@@ -73,8 +73,9 @@ class Change(NamedTuple):
         absolute = np.abs(difference)
         largest = absolute if image.ndim == 2 else absolute.max(2)
         color = np.atleast_1d(difference.mean((0, 1), dtype=np.float64))
-        after, before = (((array == 0) | (array == full)).mean() for array in (result, image))
-        return cls(float(absolute.mean()), float((largest > 2).mean()), tuple(color), max(0.0, float(after - before)))
+        # A dark ground below a veil of rain becomes black, too, but not by so much.
+        saturated = ((result == 0) | (result == full)) & (absolute >= 64)
+        return cls(float(absolute.mean()), float((largest > 2).mean()), tuple(color), float(saturated.mean()))
 
     def warnings(self) -> Iterator[str]:
         """Tell why a result that differs so should not be trusted."""
