@@ -60,8 +60,8 @@ def _place(token, window, height, width, shift, SIDE: tl.constexpr):
 
 
 @triton.jit
-def _offsets(image, row, column, stride_image, stride_row, stride_column):
-    """Where tokens begin, in 64 bits: maps of many images pass 2**31 numbers."""
+def offsets(image, row, column, stride_image, stride_row, stride_column):
+    """Where positions of a map begin, in 64 bits: maps of many images pass 2**31 numbers."""
     wide = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
     return wide + tl.cast(image, tl.int64) * stride_image
 
@@ -165,8 +165,8 @@ def forward(
     for window in range(first, tl.minimum(first + per_program, num_windows)):
         image, row_q, column_q, edges_q = _place(query, window, height, width, shift, SIDE)
         image, row_k, column_k, edges_k = _place(key, window, height, width, shift, SIDE)
-        at_q = qkv_ptr + _offsets(image, row_q, column_q, qkv_image, qkv_row, qkv_column)[:, None] + own
-        at_k = qkv_ptr + _offsets(image, row_k, column_k, qkv_image, qkv_row, qkv_column)[:, None] + own
+        at_q = qkv_ptr + offsets(image, row_q, column_q, qkv_image, qkv_row, qkv_column)[:, None] + own
+        at_k = qkv_ptr + offsets(image, row_k, column_k, qkv_image, qkv_row, qkv_column)[:, None] + own
         q = tl.load(at_q, mask=real_q, other=0.0)
         k = tl.load(at_k + channels, mask=real_k, other=0.0)
         v = tl.load(at_k + 2 * channels, mask=real_k, other=0.0)
@@ -182,7 +182,7 @@ def forward(
                 positive = positive * positive
             weights += sparse_share * positive
         y = _product(weights, v, SCALED, WIDE)
-        at_out = out_ptr + _offsets(image, row_q, column_q, out_image, out_row, out_column)[:, None] + own
+        at_out = out_ptr + offsets(image, row_q, column_q, out_image, out_row, out_column)[:, None] + own
         tl.store(at_out, y.to(out_ptr.dtype.element_ty), mask=real_q)
 
 
@@ -219,9 +219,9 @@ def backward(
     for window in range(first, tl.minimum(first + per_program, num_windows)):
         image, row_q, column_q, edges_q = _place(query, window, height, width, shift, SIDE)
         image, row_k, column_k, edges_k = _place(key, window, height, width, shift, SIDE)
-        at_q = qkv_ptr + _offsets(image, row_q, column_q, qkv_image, qkv_row, qkv_column)[:, None] + own
-        at_k = qkv_ptr + _offsets(image, row_k, column_k, qkv_image, qkv_row, qkv_column)[:, None] + own
-        at_grad = grad_ptr + _offsets(image, row_q, column_q, grad_image, grad_row, grad_column)[:, None] + own
+        at_q = qkv_ptr + offsets(image, row_q, column_q, qkv_image, qkv_row, qkv_column)[:, None] + own
+        at_k = qkv_ptr + offsets(image, row_k, column_k, qkv_image, qkv_row, qkv_column)[:, None] + own
+        at_grad = grad_ptr + offsets(image, row_q, column_q, grad_image, grad_row, grad_column)[:, None] + own
         q = tl.load(at_q, mask=real_q, other=0.0)
         k = tl.load(at_k + channels, mask=real_k, other=0.0)
         v = tl.load(at_k + 2 * channels, mask=real_k, other=0.0)
@@ -254,8 +254,8 @@ def backward(
         d_v = _transposed_product(weights, grad, SCALED, WIDE)
         d_q = _product(d_scores, k, SCALED, WIDE) * scale
         d_k = _transposed_product(d_scores, q, SCALED, WIDE) * scale
-        at_d_q = d_q_ptr + _offsets(image, row_q, column_q, d_q_image, d_q_row, d_q_column)[:, None] + own
-        at_d_kv = d_kv_ptr + _offsets(image, row_k, column_k, d_kv_image, d_kv_row, d_kv_column)[:, None] + own
+        at_d_q = d_q_ptr + offsets(image, row_q, column_q, d_q_image, d_q_row, d_q_column)[:, None] + own
+        at_d_kv = d_kv_ptr + offsets(image, row_k, column_k, d_kv_image, d_kv_row, d_kv_column)[:, None] + own
         at_d_kv += tl.cast(block, tl.int64) * d_kv_block
         tl.store(at_d_q, d_q.to(d_q_ptr.dtype.element_ty), mask=real_q)
         tl.store(at_d_kv, d_k.to(d_kv_ptr.dtype.element_ty), mask=real_k)

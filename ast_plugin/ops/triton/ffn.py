@@ -21,6 +21,7 @@ from torch import Tensor
 from ast_plugin.ops import ffn as plain
 from ast_plugin.ops.backend import Tensors, cast_once, linear, run_kernel
 from ast_plugin.ops.ffn import FeedForward
+from ast_plugin.ops.triton.attention import offsets
 
 _BLOCK = 64  # channels of a program
 _ROWS, _COLUMNS = 2, 8
@@ -86,13 +87,6 @@ def _add_tap(
     return d_u + d * weight[None, :], d_weight + d * u
 
 
-@triton.jit
-def _offsets(image, row, column, z_image, z_row, z_column):
-    """Where positions of z begin, in 64 bits."""
-    wide = row.to(tl.int64) * z_row + column.to(tl.int64) * z_column
-    return (wide + tl.cast(image, tl.int64) * z_image)[:, None]
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def gelu(
     z_ptr, u_ptr, height, width, channels, z_image, z_row, z_column,
@@ -102,7 +96,7 @@ def gelu(
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
     inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
-    at_z = z_ptr + _offsets(image, row, column, z_image, z_row, z_column) + channel[None, :]
+    at_z = z_ptr + offsets(image, row, column, z_image, z_row, z_column)[:, None] + channel[None, :]
     u = _gelu(tl.load(at_z, mask=inside, other=0.0).to(tl.float32))
     position = (tl.cast(image, tl.int64) * height + row) * width + column
     tl.store(u_ptr + position[:, None] * channels + channel[None, :], u.to(u_ptr.dtype.element_ty), mask=inside)
@@ -123,7 +117,7 @@ def forward(
         )
     )
     if GATED:
-        at_z = z_ptr + _offsets(image, row, column, z_image, z_row, z_column) + channels + channel[None, :]
+        at_z = z_ptr + offsets(image, row, column, z_image, z_row, z_column)[:, None] + channels + channel[None, :]
         y *= _gelu(tl.load(at_z, mask=inside, other=0.0).to(tl.float32))
     position = (tl.cast(image, tl.int64) * height + row) * width + column
     at = out_ptr + position[:, None] * channels + channel[None, :]
@@ -150,7 +144,7 @@ def backward_gate(
     at = position * channels + channel[None, :]
     d_before = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        at_z = z_ptr + _offsets(image, row, column, z_image, z_row, z_column) + channels + channel[None, :]
+        at_z = z_ptr + offsets(image, row, column, z_image, z_row, z_column)[:, None] + channels + channel[None, :]
         gate = tl.load(at_z, mask=inside, other=0.0).to(tl.float32)
         d_gate = d_before * _gelu(before) * _gelu_slope(gate)
         at_d_z = d_z_ptr + position * hidden + channels + channel[None, :]
@@ -180,7 +174,7 @@ def backward_convolution(
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         image, row, column = _tile(tile, height, width, ROWS, COLUMNS)
         inside = ((row < height) & (column < width))[:, None] & real[None, :]
-        at_z = z_ptr + _offsets(image, row, column, z_image, z_row, z_column) + channel[None, :]
+        at_z = z_ptr + offsets(image, row, column, z_image, z_row, z_column)[:, None] + channel[None, :]
         z = tl.load(at_z, mask=inside, other=0.0).to(tl.float32)
         u = _gelu(z)
         y = tl.zeros([ROWS * COLUMNS, BLOCK], dtype=tl.float32)
