@@ -248,16 +248,20 @@ def _peak_here(way: Way) -> int | None:
 def count(way: Way) -> tuple[int, int]:
     """Operations of matrix products and convolutions, and bytes that blocks read and write, from shapes alone."""
     with torch.device('meta'):
-        network = _network(way)
-        x = torch.empty(way.batch, 3, *way.padded)
+        operations, numbers = count_pass(_network(way), torch.empty(way.batch, 3, *way.padded))
+    # A backward pass has two products for each of the forward pass; torch's own count of it overlooks groups.
+    passes = 3 if way.trains else 1
+    return passes * operations, passes * numbers * (2 if way.precision == 'bf16' else 4)
+
+
+def count_pass(network: nn.Module, x: Tensor) -> tuple[int, int]:
+    """Operations of matrix products and convolutions of a pass, and how many numbers blocks read and write."""
     numbers = []
     for block in network_switches.blocks(network):
         block.register_forward_hook(lambda module, args, output: numbers.append(args[0].numel() + output.numel()))
     with ops.use_backend('reference'), FlopCounterMode(display=False) as counter, torch.no_grad():
         network(x)
-    # A backward pass has two products for each of the forward pass; torch's own count of it overlooks groups.
-    passes = 3 if way.trains else 1
-    return passes * counter.get_total_flops(), passes * sum(numbers) * (2 if way.precision == 'bf16' else 4)
+    return counter.get_total_flops(), sum(numbers)
 
 
 def measure_case(case: str, cases_ways: Sequence[Way], turns: int, rates: dict[str, float]) -> list[Line]:

@@ -19,15 +19,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ast_plugin import ops
 from ast_plugin.archs.networks import build_network
 from ast_plugin.compare.machine import peak_memory
 from ast_plugin.errors import OptionError
-from ast_plugin.models import network_switches
 from benchmarks import records
-from benchmarks.net import in_onnx_runtime
+from benchmarks.net import count_pass, in_onnx_runtime
 from benchmarks.records import Line, say
 from benchmarks.timing import Compute, add_ratios, in_fresh_process, machine_rates, measure_paths
 
@@ -86,12 +84,8 @@ def prepare(options: Mapping[str, Any], way: str, size: int = _SIZE) -> Compute:
 def count(options: Mapping[str, Any]) -> tuple[int, int]:
     """Operations of matrix products and convolutions, and bytes that blocks read and write."""
     side = _SIZE // 2  # all of them take time and memory in proportion to the pixels
-    network, numbers = build_network(dict(options)).eval(), []
-    for block in network_switches.blocks(network):
-        block.register_forward_hook(lambda module, args, output: numbers.append(args[0].numel() + output.numel()))
-    with ops.use_backend('reference'), FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.rand(1, 3, side, side))
-    return 4 * counter.get_total_flops(), 4 * 4 * sum(numbers)
+    operations, numbers = count_pass(build_network(dict(options)).eval(), torch.rand(1, 3, side, side))
+    return 4 * operations, 4 * 4 * numbers
 
 
 def _peak(options: Mapping[str, Any], way: str) -> int | None:
