@@ -101,7 +101,7 @@ def available_bytes(device: torch.device) -> int:
         index = torch.cuda.current_device() if device.index is None else device.index
         segments = [each for each in torch.cuda.memory_snapshot() if each['device'] == index]
         # What CUDA graphs have reserved is theirs.
-        shared = [each for each in segments if tuple(each['segment_pool_id']) == (0, 0)]
+        shared = [each for each in segments if tuple(each.get('segment_pool_id', (0, 0))) == (0, 0)]
         return free + sum(each['total_size'] - each['allocated_size'] for each in shared)
     known = [_free_in_machine(), _free_in_process(), *map(_free_in_group, _GROUP_FILES)]
     if device.type == 'mps':

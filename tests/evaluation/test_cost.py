@@ -24,6 +24,17 @@ def test_peak_memory_counts_live_tensors():
         assert peak_bytes(function, x.device) == 2 * 4000
 
 
+def test_memory_that_graphs_have_reserved_is_not_free(monkeypatch):
+    segments = [
+        {'device': 0, 'segment_pool_id': (0, 0), 'total_size': 100, 'allocated_size': 40},
+        {'device': 0, 'segment_pool_id': (0, 1), 'total_size': 1000, 'allocated_size': 0},
+        {'device': 1, 'segment_pool_id': (0, 0), 'total_size': 1000, 'allocated_size': 0},
+    ]
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (7, 10_000))
+    monkeypatch.setattr(torch.cuda, 'memory_snapshot', lambda: segments)
+    assert available_bytes(torch.device('cuda:0')) == 7 + 60
+
+
 def test_system_tells_its_memory(tmp_path, monkeypatch):
     assert 0 < available_bytes(torch.device('cpu')) < 2**50
     information = tmp_path / 'meminfo'
