@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ast_plugin import options
-from ast_plugin.archs.networks import load_network
+from ast_plugin.archs.networks import build_network, load_network
 from ast_plugin.checkpoints import save_torch, save_weights
 from ast_plugin.cli.main import main as basicsr
 from ast_plugin.compare import measure
@@ -21,6 +21,7 @@ from ast_plugin.compare import run as compare_run
 from ast_plugin.compare.child import ChildFailed
 from ast_plugin.compare.plan import make_plan
 from ast_plugin.errors import PluginError
+from ast_plugin.evaluation.cost import count_macs
 from ast_plugin.models import registries
 from ast_plugin.options import safe_yaml
 from ast_plugin.options.compare_file import check_comparison, find_comparison_faults
@@ -65,6 +66,14 @@ def test_shipped_files_are_right(registered, name):
     if name != 'compare/quick':
         pytest.importorskip('spandrel_extra_arches', reason='the extra `baselines` is not installed')
     check_comparison(options.load(options.find(name)), name, registered)
+
+
+def test_networks_of_record_cost_alike(registered):
+    pytest.importorskip('spandrel_extra_arches', reason='the extra `baselines` is not installed')
+    side = 128  # a quarter of 256 x 256, and all of them take as much for every pixel
+    for entry in options.load(options.find('compare/synthetic'))['networks']:
+        count, _ = count_macs(build_network(entry['network_g']).eval(), torch.zeros(1, 3, side, side))
+        assert 6e9 < 4 * count < 8e9, entry['name']
 
 
 def one(**changes):

@@ -76,6 +76,8 @@ def workspace(tmp_path, monkeypatch):
     for folder in ('restored', 'clean'):
         write_images(tmp_path / folder, ['a.png'])
     write_images(tmp_path / 'photos', ['a.jpg', 'b.jpg'], side=300)
+    for split in ('train', 'val'):
+        write_images(tmp_path / 'datasets' / 'photos' / split, ['c.png'], side=300)
     for place in ('train/lq', 'train/gt', 'val/lq', 'val/gt'):
         write_images(tmp_path / 'datasets' / 'my_pairs' / place, ['1.png', '2.png'])
     write_spad(tmp_path / 'datasets' / 'SPAD')
