@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
+
 import torch
 
 from ast_plugin.errors import OptionError, one_line
 
 AUTO = 'auto'
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def present_devices() -> list[str]:
@@ -45,6 +49,18 @@ def wait_for(device: torch.device) -> None:
     """Wait until a device has done what it was given; the CPU always has."""
     if device.type in ('cuda', 'mps'):
         getattr(torch, device.type).synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep for this process what it frees, where glibc is.
+
+    By itself it gives large blocks back to the system, which hands them out anew page by page, filled with zeros: a
+    step of training on a CPU asks for hundreds of thousands of pages.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def widest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

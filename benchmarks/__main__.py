@@ -4,10 +4,11 @@ import argparse
 import sys
 
 from ast_plugin.errors import PluginError
-from benchmarks import data, net, ops, peers, records, synthesis, train
+from benchmarks import data, net, ops, peers, records, start, synthesis, train
 
 BENCHMARKS = {
     'train': train,
+    'start': start,
     'data': data,
     'synthesis': synthesis,
     'net': net,

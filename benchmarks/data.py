@@ -59,14 +59,14 @@ class Settings:
         size: side of the images in pixels.
         patch: side of the patches.
         rounds: how often each reader reads all pairs.
-        workers: processes of the DataLoader; 0 leaves it out.
+        workers: processes of the DataLoader, one number after the other; 0 leaves it out.
     """
 
     pairs: int
     size: int
     patch: int
     rounds: int
-    workers: int
+    workers: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -193,14 +193,14 @@ def measure(readers: Mapping[str, Reader], settings: Settings) -> list[Line]:
     ]
 
 
-def measure_loader(readers: Mapping[str, Reader], settings: Settings) -> list[Line]:
+def measure_loader(readers: Mapping[str, Reader], settings: Settings, workers: int) -> list[Line]:
     """Read all pairs through torch's DataLoader, worker processes and batches, timed by the clock; lines as above."""
     repeats = max(1, -(-32 * _BATCH // settings.pairs))
     loaders = {
         name: DataLoader(
             ConcatDataset([reader.dataset] * repeats),
             batch_size=_BATCH,
-            num_workers=settings.workers,
+            num_workers=workers,
             persistent_workers=True,
             collate_fn=getattr(reader.dataset, 'collate', None),
         )
@@ -272,14 +272,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--size', type=int, default=256, help='side of the images in pixels (256)')
     parser.add_argument('--patch', type=int, default=128, help='side of the patches in pixels (128)')
     parser.add_argument('--rounds', type=int, default=15, help='how often each reader reads all pairs (15)')
-    parser.add_argument('--workers', type=int, default=2, help='processes of the DataLoader (2); 0 leaves it out')
+    parser.add_argument(
+        '--workers', type=int, nargs='+', default=[2], help='processes of the DataLoader (2); 0 leaves it out'
+    )
     records.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, and write the record."""
     settings = Settings(args.pairs, args.size, args.patch, args.rounds, args.workers)
-    if min(settings.pairs, settings.size, settings.patch, settings.rounds) < 1 or settings.workers < 0:
+    if min(settings.pairs, settings.size, settings.patch, settings.rounds) < 1 or min(settings.workers) < 0:
         raise OptionError('--pairs, --size, --patch and --rounds must be 1 or more, --workers 0 or more')
     if settings.patch > settings.size:
         raise OptionError(f'--patch {settings.patch} must not exceed --size {settings.size}')
@@ -287,13 +289,13 @@ def run(args: argparse.Namespace) -> int:
         write_pairs(Path(name), settings.pairs, settings.size)
         readers = make_readers(Path(name), settings)
         results = {
-            'loader': measure_loader(readers, settings) if settings.workers else None,
+            'loader': {count: measure_loader(readers, settings, count) for count in settings.workers if count},
             'one_process': measure(readers, settings),
         }
     print(f'One process, one thread, patches of {settings.patch}² out of {settings.size}²:\n')
     print(table(results['one_process'], settings.pairs))
-    if results['loader']:
-        print(f'\nDataLoader, {settings.workers} workers, batches of {_BATCH}:\n')
-        print(table(results['loader'], settings.pairs))
+    for workers, lines in results['loader'].items():
+        print(f'\nDataLoader, {workers} workers, batches of {_BATCH}:\n')
+        print(table(lines, settings.pairs))
     records.write(args.json, 'data', asdict(settings), results)
     return 0

@@ -6,8 +6,8 @@
 Lines of a case start from the same weights, as drawn for training, and the same image, and take turns in one process;
 a line's time is the median of its turns, its CPU time what all threads spent. Memory is by how much a fresh process
 that has computed 128² once grows; on CUDA it is what torch allocates. The floor of a line is its matrix products and
-convolutions at the rate of the fastest matrix product of this run, and one copy of what each block reads and writes.
-Cases:
+convolutions at the rate of the fastest matrix product, and one copy of what each block reads and writes; a product is
+timed between any two calls, each call compared with the floor at its time, and of those the median is given. Cases:
 
   forward     restoring one image of 256² and one of --size², without gradients
   bfloat16    the latter under autocast
@@ -43,6 +43,7 @@ from ast_plugin import ops
 from ast_plugin.__main__ import main as basicsr
 from ast_plugin.checkpoints import save_weights
 from ast_plugin.compare.machine import peak_memory
+from ast_plugin.devices import keep_freed_memory
 from ast_plugin.errors import OptionError
 from ast_plugin.evaluation.export import export_network, read_onnx
 from ast_plugin.models import network_switches
@@ -56,6 +57,7 @@ from benchmarks.timing import (
     in_fresh_process,
     machine_rates,
     measure_paths,
+    speed_probe,
     synchronized,
 )
 
@@ -178,6 +180,8 @@ def prepare(way: Way) -> Compute:
     if way.is_exported:
         return partial(in_onnx_runtime(network), x)
     function = network_switches.apply(network, {'compile': way.is_compiled})
+    if way.trains and way.device == 'cpu':
+        keep_freed_memory()  # as training does
     if way.is_graphed:
         function = TrainingGraph(network, {}) if way.trains else partial(Graphs(), network)
     height, width = way.size
@@ -282,7 +286,8 @@ def measure_case(case: str, cases_ways: Sequence[Way], turns: int, rates: dict[s
         say(f'{case}, {path}: memory')
         return _peak(by_path[path], compute)
 
-    lines = measure_paths(case, {path: partial(prepare, way) for path, way in by_path.items()}, turns, peak)
+    probe = speed_probe(rates, cases_ways[0].device)
+    lines = measure_paths(case, {path: partial(prepare, way) for path, way in by_path.items()}, turns, peak, probe)
     for path, way in by_path.items():
         operations, moved = count(way)
         lines[path] |= {'operations': operations, 'floor': operations / rates[way.precision] + moved / rates['copy']}

@@ -27,7 +27,7 @@ from ast_plugin.errors import OptionError
 from benchmarks import records
 from benchmarks.net import count_pass, in_onnx_runtime
 from benchmarks.records import Line, say
-from benchmarks.timing import Compute, add_ratios, in_fresh_process, machine_rates, measure_paths
+from benchmarks.timing import Compute, add_ratios, in_fresh_process, machine_rates, measure_paths, speed_probe
 
 _SIZE = 256
 _SWINIR = {'type': 'SwinIR', 'upscale': 1, 'img_size': 64, 'window_size': 8, 'mlp_ratio': 2, 'upsampler': ''}
@@ -104,6 +104,7 @@ def measure(cases: Sequence[str], turns: int, rates: dict[str, float]) -> list[L
         A line for each network, see `timing.measure_paths`, with `operations` and `floor` in seconds.
     """
     lines: list[Line] = []
+    probe = speed_probe(rates)
     for case in cases:
         ways = lines_of(case)
 
@@ -112,7 +113,7 @@ def measure(cases: Sequence[str], turns: int, rates: dict[str, float]) -> list[L
             options, way = ways[path]
             return None if way == EXPORTED else in_fresh_process(_peak, options, way)
 
-        found = measure_paths(case, {path: partial(prepare, *way) for path, way in ways.items()}, turns, peak)
+        found = measure_paths(case, {path: partial(prepare, *way) for path, way in ways.items()}, turns, peak, probe)
         for path, line in found.items():
             operations, moved = count(ways[path][0])
             line |= {'operations': operations, 'floor': operations / rates['fp32'] + moved / rates['copy']}

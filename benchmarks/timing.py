@@ -22,23 +22,31 @@ NO_GPU = 'torch finds no GPU here'
 Compute = Callable[[], Tensor]
 
 
-def take_turns(functions: Mapping[Any, Callable[[], object]], turns: int) -> dict[Any, Line]:
+def take_turns(
+    functions: Mapping[Any, Callable[[], object]], turns: int, probe: Callable[[], float] | None = None
+) -> dict[Any, Line]:
     """Call functions in turn, so that other work of the machine slows them alike.
 
     Args:
         functions: by name.
         turns: how often each is called.
+        probe: tells between calls how fast the machine is at the moment, see `speed_probe`.
     Returns:
-        For each `seconds` of every call, and `cpu_seconds`, which all threads of this process spent: on a busy machine
-        they tell more.
+        For each `seconds` of every call, `cpu_seconds`, which all threads of this process spent: on a busy machine they
+        tell more; and `speeds`, the better of those that the probe found before and after.
     """
-    taken: dict[Any, Line] = {name: {'seconds': [], 'cpu_seconds': []} for name in functions}
+    taken: dict[Any, Line] = {name: {'seconds': [], 'cpu_seconds': [], 'speeds': []} for name in functions}
+    probe = probe or (lambda: 1.0)
+    before = probe()
     for _ in range(turns):
         for name, function in functions.items():
             start, cpu_start = time.perf_counter(), time.process_time()
             function()
             taken[name]['seconds'].append(round(time.perf_counter() - start, 5))
             taken[name]['cpu_seconds'].append(round(time.process_time() - cpu_start, 5))
+            after = probe()
+            taken[name]['speeds'].append(round(max(before, after), 3))
+            before = after
     return taken
 
 
@@ -47,6 +55,7 @@ def measure_paths(
     paths: Mapping[str, Callable[[], Compute]],
     turns: int,
     peak: Callable[[str, Compute], int | None] = lambda path, compute: None,
+    probe: Callable[[], float] | None = None,
 ) -> dict[str, Line]:
     """Time paths that compute one thing; one that fails has `skipped`, which says why.
 
@@ -55,8 +64,9 @@ def measure_paths(
         paths: functions that prepare the computation. The others are compared with the path `reference`.
         turns: timed calls of each, after one that compiles and allocates.
         peak: measures the memory of a path's computation.
+        probe: see `take_turns`.
     Returns:
-        By path `seconds`, `cpu_seconds`, `peak_bytes`, and `error` against the reference.
+        By path `seconds`, `cpu_seconds`, `speeds`, `peak_bytes`, and `error` against the reference.
     """
     lines: dict[str, Line] = {path: {'case': case, 'path': path} for path in paths}
     computations, outputs = {}, {}
@@ -71,7 +81,7 @@ def measure_paths(
             RuntimeError,
         ) as error:  # too little memory, or no compiler or package
             lines[path]['skipped'] = f'failed: {first_line(error)[:120]}'
-    for path, taken in take_turns(computations, turns).items():
+    for path, taken in take_turns(computations, turns, probe).items():
         lines[path] |= taken
         if 'reference' in computations:
             reference = outputs['reference']
@@ -90,7 +100,9 @@ def add_ratios(lines: Sequence[Line]) -> None:
         if line.get('peak_bytes') and first.get('peak_bytes'):
             line['of_memory'] = line['peak_bytes'] / first['peak_bytes']
         if line.get('floor'):
-            line['of_floor'] = line['floor'] / line['fastest']
+            # Each call against a floor of its own: other tenants of the machine slow both.
+            moments = zip(line['seconds'], line['speeds'], strict=True)
+            line['of_floor'] = statistics.median(line['floor'] / speed / seconds for seconds, speed in moments)
 
 
 def synchronized(compute: Compute, device: str) -> Compute:
@@ -126,8 +138,21 @@ def machine_rates(device: str = 'cpu') -> dict[str, float]:
     return rates
 
 
-def _fastest(compute: Compute, device: str) -> float:
-    seconds = take_turns({0: synchronized(compute, device)}, 6)[0]['seconds']
+def speed_probe(rates: Mapping[str, float], device: str = 'cpu') -> Callable[[], float] | None:
+    """A function that returns the rate of a product at the moment as a share of `machine_rates`; None on CUDA."""
+    if device != 'cpu':
+        return None
+    x, weight = torch.randn(4096, 1024), torch.randn(1024, 1024)
+
+    def probe() -> float:
+        with torch.inference_mode():
+            return 2 * 4096 * 1024**2 / _fastest(lambda: operators.linear(x, weight), device, 3) / rates['fp32']
+
+    return probe
+
+
+def _fastest(compute: Compute, device: str, calls: int = 6) -> float:
+    seconds = take_turns({0: synchronized(compute, device)}, calls)[0]['seconds']
     return max(min(seconds[1:]), 1e-9)  # the first call prepares the library; clocks have steps
 
 

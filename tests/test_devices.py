@@ -1,6 +1,9 @@
 """Devices: which one is taken on machines with CUDA or MPS, played here, and that every command asks in one place."""
 
+import platform
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,14 @@ import torch
 import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin import devices, options
 from ast_plugin.cli.main import main
-from ast_plugin.devices import describe_device, find_device, present_devices, wait_for, widest_dtype
+from ast_plugin.devices import (
+    describe_device,
+    find_device,
+    keep_freed_memory,
+    present_devices,
+    wait_for,
+    widest_dtype,
+)
 from ast_plugin.errors import OptionError
 from ast_plugin.evaluation import cost, tiling
 from ast_plugin.models import preflight
@@ -203,3 +213,29 @@ def test_demo_hands_the_device_on(monkeypatch):
     )
     assert main(['demo', '--device', 'cpu']) == 3
     assert commands[0][-2:] == ['--device', 'cpu']
+
+
+_PAGES = """
+import resource
+from ast_plugin.devices import keep_freed_memory
+{first}
+for turn in range(3):
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = bytearray(2**26)
+    del block
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - pages)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or not platform.libc_ver()[0], reason='glibc alone is told')
+def test_freed_memory_is_kept():
+    def pages(first):
+        return int(subprocess.check_output([sys.executable, '-c', _PAGES.format(first=first)], text=True))
+
+    assert pages('') > 10_000
+    assert pages('keep_freed_memory()') < 1000
+
+
+def test_freed_memory_elsewhere(monkeypatch):
+    monkeypatch.setattr(devices.ctypes, 'CDLL', lambda name: SimpleNamespace())
+    keep_freed_memory()

@@ -29,6 +29,7 @@ from ast_plugin.data import random_states
 from ast_plugin.data.contact_sheet import join_images
 from ast_plugin.data.sampler import epoch_of
 from ast_plugin.data.transforms import to_unit_range
+from ast_plugin.devices import keep_freed_memory
 from ast_plugin.errors import DataError
 from ast_plugin.evaluation.results import ValidationResults, describe_provenance
 from ast_plugin.evaluation.validator import Validator
@@ -78,6 +79,8 @@ class RestorationModel(SRModel):
     def init_training_settings(self) -> None:
         """Build losses, moving average, optimiser, schedule, and the step that uses them."""
         self.net_g.train()
+        if self.device.type == 'cpu':
+            keep_freed_memory()
         train_opt = self.opt['train']
         self.ema_decay = train_opt.get('ema_decay') or 0
         if self.ema_decay > 0:

@@ -101,14 +101,23 @@ def test_a_path_that_fails_is_a_line():
     assert all(len(lines[path]['seconds']) == len(lines[path]['cpu_seconds']) == 2 for path in ('reference', 'other'))
 
 
+def test_speeds_between_calls():
+    found = iter([0.5, 0.25, 1.0])
+    taken = timing.take_turns({'one': lambda: None}, 2, lambda: next(found))
+    assert taken['one']['speeds'] == [0.5, 1.0]  # the better one of before and after
+
+
 def test_backend_table():
     lines = [
-        {'case': 'one', 'path': 'a', 'seconds': [4.0, 2.0, 3.0], 'cpu_seconds': [6.0], 'peak_bytes': 100, 'floor': 1.0},
-        {'case': 'one', 'path': 'b', 'seconds': [1.5], 'cpu_seconds': [2.0], 'peak_bytes': 20 * 2**20, 'floor': 1.5},
+        {'case': 'one', 'path': 'a', 'seconds': [4.0, 2.0, 3.0], 'cpu_seconds': [6.0], 'peak_bytes': 100},
+        {'case': 'one', 'path': 'b', 'seconds': [1.5], 'cpu_seconds': [2.0], 'peak_bytes': 20 * 2**20},
         {'case': 'one', 'path': 'c', 'seconds': [0.5], 'cpu_seconds': [0.5], 'peak_bytes': None, 'error': 1e-7},
         {'case': 'one', 'path': 'd', 'skipped': 'no time'},
     ]
+    lines[0] |= {'floor': 1.0, 'speeds': [0.5, 1.0, 0.5]}
+    lines[1] |= {'floor': 1.5, 'speeds': [1.0]}
     timing.add_ratios(lines)
+    assert lines[0]['of_floor'] == 0.5  # the middle one of 2 / 4, 1 / 2 and 2 / 3
     assert [line.get('faster') for line in lines] == [1, 2, 6, None]
     rows = records.backend_table(lines).splitlines()
     assert rows[3] == '| one | b | 1.50 s | 1.50 s | 2.00 | 2.00 s | 3.00 | 20 | 209715.20 | 100% |  |'
@@ -177,7 +186,7 @@ def test_net_prints_and_writes(tmp_path, monkeypatch, capsys):
     """A case on the CPU, its memory in a fresh process; without a GPU its lines say so."""
     gpu = net.ways('AST_XS', 512, ['gpu'])
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(timing, '_fastest', lambda compute, device: 1e-3)
+    monkeypatch.setattr(timing, '_fastest', lambda compute, device, calls=6: 1e-3)
     monkeypatch.setattr(net, 'ways', lambda *_: {'small': [Way('AST_XS', 'small', 'reference', size=(64, 64))], **gpu})
     file = tmp_path / 'net.json'
     assert main(['net', '--net', 'AST_XS', '--turns', '1', '--json', str(file)]) == 0
@@ -327,7 +336,7 @@ def test_data_reads_every_way(tmp_path, capsys):
     assert [row[1].strip() for row in rows[2:]] == list(lines)
     assert lines[data.OPENCV]['of_opencv'] == lines[data.BASICSR]['of_basicsr'] == 1
     assert all(len(line['seconds']) == 2 and line['pairs_per_second'] > 0 for line in lines.values())
-    assert record['settings']['patch'] == 32 and record['results']['loader'] is None
+    assert record['settings']['patch'] == 32 and record['results']['loader'] == {}
 
 
 def test_synthesis_record_and_table(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ what the GELUs are given is kept: there it costs little.
 Numerics: oneDNN accumulates in float32, and its GELU is exact up to 4e-7; gradients of parameters add up in float32
 over strips, also for bfloat16. The order of all sums depends on shapes and the number of threads alone. oneDNN adds
 up the products of thousands of hidden channels in one go, MKL in pieces, with half the error: with gradients, which of
-attention's gate are small differences of large sums, small maps are projected in pieces as well.
+attention's gate are small differences of large sums, small maps are projected by MKL.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from ast_plugin.ops.ffn import FeedForward
 
 # Largest map of hidden channels whose like are kept for the backward pass, four of them a block.
 KEPT_BYTES = 8 * 2**20
-_PIECE = 128  # hidden channels whose products are added up in one go where it has to be exact
 
 
 def feed_forward(x: Tensor, op: FeedForward, residual: Residual | None = None) -> Tensor:
@@ -106,19 +105,9 @@ class _FeedForwardBranch(Branch):
         hidden, u = self._hidden(whole, whole)
         v = u if hidden.before_v is None else F.gelu(hidden.before_v)
         gate = None if hidden.before_gate is None else F.gelu(hidden.before_gate)
-        y = None
-        size = _PIECE if self.dtype is torch.float32 else op.hidden  # others would round in between, or are exact
-        for first in range(0, op.hidden, size):
-            piece = slice(first, first + size)
-            part = v[..., piece].contiguous() if gate is None else v[..., piece] * gate[..., piece]
-            layer = op.project[:, piece].contiguous()
-            if y is not None:
-                y = linear_plus(part, layer, None, y)
-            elif self._sums_in_product():
-                y = linear_plus(part, layer, op.project_bias, x)
-            else:
-                y = linear(part, layer, op.project_bias)
-        if self.residual is not None and not self._sums_in_product():
+        v = v if gate is None else gate.mul_(v)
+        y = (F.linear if self.dtype is torch.float32 else linear)(v, op.project, op.project_bias)
+        if self.residual is not None:
             y = x + (y if self.scale is None else y * self.scale)
         # What oneDNN returns is a view; autograd forbids to change views that come out of a Function in place.
         return y.clone() if y._is_view() else y, hidden
