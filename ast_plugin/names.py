@@ -16,6 +16,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,6 +89,21 @@ def write_name(text: Any, name: str, most: int = _MOST_DRAWN) -> None:
     text.set(text=shown, parse_math=False, usetex=False)
     if file is not None:
         text.set_fontproperties(FontProperties(fname=file, size=text.get_fontsize()))
+
+
+def to_columns(rows: Iterable[Sequence[str]], align: str = '', indent: str = '') -> list[str]:
+    """Lines of cells below one another.
+
+    Args:
+        rows: of one length.
+        align: '<' or '>' for each column; '' for all to the left.
+        indent: what lines begin with.
+    """
+    rows = list(rows)
+    columns = zip(*rows, strict=True)
+    widths = [f'{side}{max(map(len, column))}' for side, column in zip(cycle(align or '<'), columns, strict=False)]
+    lines = ('  '.join(map(format, row, widths)) for row in rows)
+    return [f'{indent}{line}'.rstrip() for line in lines]
 
 
 def to_markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ast_plugin.errors import OptionError, did_you_mean
+from ast_plugin.names import to_columns
 
 DEVICES = 'cpu, cuda, cuda:1 ..., mps, or auto: the first there is of cuda, mps, cpu'
 
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
 
 def listed(commands: Mapping[str, str]) -> str:
     """A line for each command with what it is for, as helps end with."""
-    width = max(map(len, commands))
-    return 'commands:\n' + '\n'.join(f'  {name:{width}}  {text}' for name, text in commands.items())
+    return '\n'.join(['commands:', *to_columns(commands.items(), indent='  ')])
 
 
 def unknown(name: str, commands: Mapping[str, str]) -> str:

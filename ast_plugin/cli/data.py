@@ -24,7 +24,7 @@ from ast_plugin.data.prepare.checks import check_files, check_lmdbs, find_extra
 from ast_plugin.data.prepare.splits import find_splits, find_unused, plain_layout, preparable
 from ast_plugin.data.workers import num_cores
 from ast_plugin.errors import DataError, OptionError, PluginError
-from ast_plugin.names import say
+from ast_plugin.names import say, to_columns
 
 
 class Command(NamedTuple):
@@ -70,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr data prepare`."""
     names = preparable()
-    width = max(map(len, names))
-    parser.epilog = 'layouts:\n' + '\n'.join(f'  {name:{width}}  {LAYOUTS[name].title}' for name in names)
+    parser.epilog = '\n'.join(['layouts:', *to_columns(((name, LAYOUTS[name].title) for name in names), indent='  ')])
     parser.add_argument('layout', metavar='LAYOUT', help=f'one of {", ".join(names)}')
     parser.add_argument('source', metavar='SRC', type=Path, help='folder of the dataset, unpacked')
     parser.add_argument('target', metavar='DST', type=Path, help='folder for the manifests')
@@ -249,8 +248,7 @@ def _check_lmdbs(path: Path, lmdbs: Sequence[Path], args: argparse.Namespace) ->
 def _say_faults(path: Path, what: str, faults: Sequence[DataFault]) -> int:
     kinds = Counter(fault.kind for fault in faults)
     result = ', '.join(f'{count:,} {kind}' for kind, count in kinds.items()) or 'all as they were'
-    width = max(map(len, kinds), default=0)
-    lines = (f'  {fault.kind:{width}}  {fault.name}: {fault.text}' for fault in faults)
+    lines = to_columns(((fault.kind, f'{fault.name}: {fault.text}') for fault in faults), indent='  ')
     say(f'{path}: {what}: {result}', *lines)
     return len(faults)
 

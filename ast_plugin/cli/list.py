@@ -11,7 +11,7 @@ import argparse
 from importlib.metadata import packages_distributions, version
 
 from ast_plugin.errors import CheckpointError, OptionError, did_you_mean
-from ast_plugin.names import say
+from ast_plugin.names import say, to_columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the registries."""
     if args.registry == ['weights']:  # without BasicSR
-        _print_rows('weights', _weights())
-        return 0
+        return _say('weights', _weights())
     from ast_plugin.models import registries
 
     known = (*registries.KINDS, 'weights')
@@ -34,14 +33,13 @@ def run(args: argparse.Namespace) -> int:
     for number, kind in enumerate(kinds):
         if number:
             say('')
-        _print_rows(kind, _weights() if kind == 'weights' else _rows(registered.by_kind[kind]))
+        _say(kind, _weights() if kind == 'weights' else _rows(registered.by_kind[kind]))
     return 0
 
 
-def _print_rows(kind: str, rows: list[tuple[str, str, str]]) -> None:
-    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
-    lines = (f'  {first:{widths[0]}}  {second:{widths[1]}}  {third}'.rstrip() for first, second, third in rows)
-    say(f'{kind} ({len(rows)})', *lines)
+def _say(kind: str, rows: list[tuple[str, str, str]]) -> int:
+    say(f'{kind} ({len(rows)})', *to_columns(rows, indent='  '))
+    return 0
 
 
 def _weights() -> list[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError, PluginError, ShapeError, first_line
-from ast_plugin.names import say
+from ast_plugin.names import say, to_columns
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ def _exchange_table(exchanges: Sequence[Exchange]) -> list[str]:
         )
         for exchange in exchanges
     ]
-    return _table(rows)
+    return to_columns(rows)
 
 
 def _cost_table(base: nn.Module, mixed: Mixed) -> list[str]:
@@ -105,7 +105,7 @@ def _cost_table(base: nn.Module, mixed: Mixed) -> list[str]:
     rows.append((f'MACs at {side}x{side}', *(f'{count / 1e9:.3f} G' for count in macs), _change(*macs)))
     left_out = sorted({name.partition('::')[2].strip('_') for _, names in measured for name in names})
     return [
-        *_table(rows),
+        *to_columns(rows),
         'MACs are counted by mmengine: of convolutions, linear layers and matrix products, with the work of norms and '
         f'resizing. Left out: {", ".join(left_out) or "nothing else"}, sums, shifts and copies.',
     ]
@@ -152,8 +152,3 @@ def _trial(mixed: Mixed, size: tuple[int, int], device: torch.device) -> str:
 
 def _change(before: int, after: int) -> str:
     return f'{100 * (after / before - 1):+.1f} %' if before else ''
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ['  '.join(f'{cell:{width}}' for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -13,7 +13,7 @@ from pathlib import Path
 from ast_plugin import options
 from ast_plugin.errors import OptionError
 from ast_plugin.files import write_file
-from ast_plugin.names import say
+from ast_plugin.names import say, to_columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if args.folder is not None:
         _copy(options.shipped_folder(), args.folder, args.force)
         return 0
-    files = options.known_files()
-    width = max(map(len, files), default=0)
-    for name, path in files.items():
-        say(f'{name:{width}}  {_first_comment(path)}'.rstrip())
+    say(*to_columns((name, _first_comment(path)) for name, path in options.known_files().items()))
     return 0
 
 

@@ -25,7 +25,7 @@ from ast_plugin.data.contact_sheet import Cell, draw_contact_sheet
 from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults
 from ast_plugin.models import run_log
 from ast_plugin.models.run_log import RunLog, draw_curve
-from ast_plugin.names import MOST_BYTES
+from ast_plugin.names import MOST_BYTES, to_columns
 from ast_plugin.options.sections import FolderName
 from ast_plugin.toolbox.training_loop import SparedWriter
 from tests.compare.test_plots import curves, results
@@ -332,3 +332,10 @@ def test_names_in_the_log_are_printable(odd, caplog):
         logging.getLogger('basicsr').info('\t # of %s', odd)
     (record,) = caplog.records
     assert record.getMessage() == '\t # of ' + '\n'.join(map(names.printable, odd.split('\n')))
+
+
+def test_columns():
+    rows = [('a', '1', 'x'), ('long', '100', '')]
+    assert to_columns(rows, '<><', indent=' ') == [' a       1  x', ' long  100']
+    assert to_columns(rows) == ['a     1    x', 'long  100']
+    assert to_columns([]) == []

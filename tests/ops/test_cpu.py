@@ -31,11 +31,13 @@ def _strips(request, monkeypatch):
         monkeypatch.setattr(operators, 'STRIP_BYTES', 1)
 
 
-@pytest.fixture(params=['oneDNN', 'plain'])
+@pytest.fixture(params=['AVX512', 'AVX2', 'plain'])
 def _operators(request, monkeypatch):
-    """With oneDNN's operators, and as where they are missing."""
+    """With oneDNN's operators, GELUs within or apart by the processor, and as where they are missing."""
     if request.param == 'plain':
         monkeypatch.setattr(operators, 'has_onednn', lambda dtype: False)
+    else:
+        monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: request.param)
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)

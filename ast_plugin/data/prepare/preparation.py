@@ -18,7 +18,7 @@ from ast_plugin.data.prepare.checks import CheckedSplit, Duplicates, Journal, fi
 from ast_plugin.data.prepare.splits import Split
 from ast_plugin.errors import DataError
 from ast_plugin.files import lock_folder, partials_of, replace_text
-from ast_plugin.names import printable
+from ast_plugin.names import printable, to_columns
 
 FAULTS = 'faults.txt'
 _OURS = '.prepared'  # marks folders that may be changed by the next run
@@ -179,12 +179,7 @@ def format_table(dataset: CheckedDataset, source: Path) -> list[str]:
         size = tqdm.format_sizeof(checked.num_bytes, 'B')
         where = _shorten(str(checked.split.where), source)
         rows.append((checked.split.name, *counts, _format_sizes(checked.sizes), size, where))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligns = '<>><><'
-    return [
-        '  '.join(f'{cell:{align}{width}}' for cell, align, width in zip(row, aligns, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return to_columns(rows, '<>><><')
 
 
 def format_notes(dataset: CheckedDataset) -> list[str]:

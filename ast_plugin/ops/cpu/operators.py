@@ -1,6 +1,7 @@
 """What the CPU's kernels are made of: oneDNN's operators with an activation or a sum, strips of rows, branches.
 
-PyTorch's own linear layers in float32 go to MKL, which on processors of other makers reaches half of what oneDNN does.
+PyTorch's own linear layers in float32 go to MKL, which on processors with AVX-512 of other makers reaches half of what
+oneDNN does.
 torch.compile calls oneDNN through operators that are not public: here they are tried before they are used, and plain
 PyTorch does the same work where they are missing.
 """
@@ -71,29 +72,26 @@ def _onednn_conv(
     return y.permute(0, 2, 3, 1)
 
 
-@lru_cache(maxsize=8)
-def _fuses_gelu(dtype: torch.dtype) -> bool:
-    """Whether oneDNN applies a GELU within a product.
+def _fuses(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes linear layers, and within a product or convolution what follows it.
 
-    With AVX2 it does so at a fifth of the speed of a GELU of its own: the product's sums hold all registers.
+    With AVX2 alone a GELU within takes five times as long as one of its own, as a product's sums hold all registers,
+    and MKL's products are up to a tenth faster.
     """
-    is_slow = dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() == 'AVX2'
-    return has_onednn(dtype) and not is_slow
+    return has_onednn(dtype) and not (dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() == 'AVX2')
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """x · weightᵀ + bias, [..., in] -> [..., out], with a GELU where asked."""
-    is_fused = gelu and _fuses_gelu(x.dtype)
-    if has_onednn(x.dtype):
-        y = _onednn_linear(x, weight, bias, 'gelu' if is_fused else 'none')
-    else:
-        y = F.linear(x, weight, bias)
-    return torch.ops.aten.gelu_(y) if gelu and not is_fused else y
+    if _fuses(x.dtype):
+        return _onednn_linear(x, weight, bias, 'gelu' if gelu else 'none')
+    y = F.linear(x, weight, bias)
+    return torch.ops.aten.gelu_(y) if gelu else y
 
 
 def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
     """x · weightᵀ + bias + other; `other` of the result's shape and dtype."""
-    if has_onednn(x.dtype):
+    if _fuses(x.dtype):
         return torch.ops.mkldnn._linear_pointwise.binary(x, other.contiguous(), weight, bias, 'add')
     return F.linear(x, weight, bias).add_(other)
 
@@ -109,7 +107,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, edges: tuple[bool, b
     (top, bottom), groups = edges, x.shape[-1] // weight.shape[1]
     # Padding has one width for both sides: at an edge of the map one side gets a row too much.
     padding = (1, 1) if top or bottom else (0, 1)
-    is_fused = gelu and _fuses_gelu(x.dtype)
+    is_fused = gelu and _fuses(x.dtype)
     if has_onednn(x.dtype):
         y = _onednn_conv(x, weight, bias, padding, groups, 'gelu' if is_fused else 'none')
     else:
