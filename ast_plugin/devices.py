@@ -63,6 +63,12 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Let glibc give back to the system what it keeps, as `keep_freed_memory` lets it, where glibc is."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def widest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return a dtype, or float32 for float64 on MPS, which has none."""
     return torch.float32 if dtype == torch.float64 and device.type == 'mps' else dtype

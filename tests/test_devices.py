@@ -17,6 +17,7 @@ from ast_plugin.devices import (
     find_device,
     keep_freed_memory,
     present_devices,
+    return_freed_memory,
     wait_for,
     widest_dtype,
 )
@@ -236,6 +237,33 @@ def test_freed_memory_is_kept():
     assert pages('keep_freed_memory()') < 1000
 
 
+_RESIDENT = """
+import torch
+from ast_plugin.devices import keep_freed_memory
+from ast_plugin.evaluation.cost import available_bytes
+
+def resident():
+    return int(open('/proc/self/statm').read().split()[1]) * 4096
+
+available_bytes(torch.device('cpu'))
+keep_freed_memory()
+before = resident()
+blocks = [bytearray(2**20) for _ in range(200)]
+last = bytearray(1000)
+del blocks
+kept = resident()
+available_bytes(torch.device('cpu'))
+print(kept - before, resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or not platform.libc_ver()[0], reason='glibc alone is told')
+def test_kept_memory_counts_as_free():
+    kept, returned = map(int, subprocess.check_output([sys.executable, '-c', _RESIDENT], text=True).split())
+    assert kept > 150 * 2**20 and returned < 50 * 2**20
+
+
 def test_freed_memory_elsewhere(monkeypatch):
     monkeypatch.setattr(devices.ctypes, 'CDLL', lambda name: SimpleNamespace())
     keep_freed_memory()
+    return_freed_memory()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ast_plugin.devices import return_freed_memory
 from ast_plugin.ops import use_backend
 
 # Counted with the operator that they belong to, or nothing but views and copies: no multiplications are missing for
@@ -103,6 +104,7 @@ def available_bytes(device: torch.device) -> int:
         # What CUDA graphs have reserved is theirs.
         shared = [each for each in segments if tuple(each.get('segment_pool_id', (0, 0))) == (0, 0)]
         return free + sum(each['total_size'] - each['allocated_size'] for each in shared)
+    return_freed_memory()  # a training before has kept its own, which the system counts as taken
     known = [_free_in_machine(), _free_in_process(), *map(_free_in_group, _GROUP_FILES)]
     if device.type == 'mps':
         known.append(max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
