@@ -147,8 +147,6 @@ def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> d
         paths = [fused] * ('forward' in cases) + [half] * ('bfloat16' in cases and side == size)
         if paths:
             add(f'{side}² forward', [reference, *paths, *end], size=(side, side))
-    if 'train' in cases:
-        add('2×128² forward and backward', [reference, fused, *end], batch=2, size=(128, 128), trains=True)
     if 'photograph' in cases:
         official = replace(reference, path='reference, 768²', square=_OFFICIAL_SQUARE)
         whole = replace(fused, path='fused, whole')
@@ -157,6 +155,8 @@ def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> d
     if 'onnx' in cases:
         exported = replace(reference, path='onnxruntime', is_exported=True)
         add('480×720, exported', [reference, fused, exported], size=(480, 720))
+    if 'train' in cases:  # last, as the process keeps from there what it frees
+        add('2×128² forward and backward', [reference, fused, *end], batch=2, size=(128, 128), trains=True)
     if 'gpu' in cases:
         by_triton = replace(reference, path='triton', backend='triton')
         paths = [reference, by_triton, replace(by_triton, path='triton, graph', is_graphed=True), *end]
