@@ -7,11 +7,11 @@ imported, or at once if it already is. `ast_plugin.ops` works without BasicSR.
 `ast_plugin.load('rain')` is `ast_plugin.weights.load`: a network with the weights that come along.
 """
 
-from ast_plugin import import_hook
+from ast_plugin import registration
 
 __version__ = '0.1.0'
 
-import_hook.install()
+registration.install()
 
 
 def __getattr__(name):  # `load` needs torch, which `import ast_plugin` does without

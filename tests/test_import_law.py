@@ -43,9 +43,8 @@ MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itsel
         'devices',
     },
     'toolbox': BASE | {'data', 'models', 'checkpoints'},
-    'registration': BASE,
-    'import_hook': BASE | {'toolbox', 'registration'},
-    '__init__': {'import_hook', 'weights'},
+    'registration': BASE | {'toolbox'},
+    '__init__': {'registration', 'weights'},
     '__main__': {'cli'},
 }
 ANYTHING = {'compare', 'cli'}
