@@ -32,7 +32,7 @@ from ast_plugin.names import printable, say, to_csv, to_markdown
 if TYPE_CHECKING:
     import numpy as np
 
-    from ast_plugin.metrics.definitions import Definition
+    from ast_plugin.metrics.psnr_ssim import Definition
 
     Values = dict[Definition | str, float]
 
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what is asked for."""
     _check(args)
-    from ast_plugin.metrics.definitions import KNOWN, all_definitions
+    from ast_plugin.metrics.psnr_ssim import KNOWN, all_definitions
 
     sides = {'restored': args.restored, 'gt': args.gt, **({'input': args.input} if args.input else {})}
     pairs, notes = _pair({side: Path(path).expanduser() for side, path in sides.items()}, vars(args))
@@ -169,7 +169,7 @@ def _measure(
     device: str,
 ) -> tuple[dict[str, dict[str, Values]], list[str]]:
     """By name and side the values of each definition and metric of pyiqa; and a line on each pair that failed."""
-    from ast_plugin.metrics.definitions import KNOWN, measure
+    from ast_plugin.metrics.psnr_ssim import KNOWN, measure
 
     values, failures = {}, []
     for name, paths in tqdm(pairs.items(), unit='image', disable=None, leave=False):
@@ -196,7 +196,7 @@ def _measure_by_pyiqa(
 ) -> dict[str, float]:
     if not metrics:
         return {}
-    from ast_plugin.metrics.images import fractions, to_toolbox
+    from ast_plugin.metrics.psnr_ssim import fractions, to_toolbox
     from ast_plugin.metrics.registered_metrics import pyiqa
 
     pair = [to_toolbox(each if each.dtype == 'uint8' else fractions(each)) for each in (image, gt)]
@@ -212,7 +212,7 @@ def _read(path: Path) -> np.ndarray:
 
 def _explain(figure: str, definitions: Sequence[Definition], values: Sequence[Values]) -> int:
     """Print the definitions whose mean is the figure within its digits, or those that come nearest."""
-    from ast_plugin.metrics.definitions import KNOWN, gives, mean_over_images
+    from ast_plugin.metrics.psnr_ssim import KNOWN, gives, mean_over_images
 
     means = {
         definition: mean_over_images([each[definition] for each in values], definition.is_pooled)
@@ -236,7 +236,7 @@ def _explain(figure: str, definitions: Sequence[Definition], values: Sequence[Va
 def _report(values: Mapping[str, Mapping[str, Values]], args: argparse.Namespace) -> int:
     """Print the table of means and the worst images, and write the files asked for."""
     from ast_plugin.compare.results import estimate
-    from ast_plugin.metrics.definitions import KNOWN, mean_over_images
+    from ast_plugin.metrics.psnr_ssim import KNOWN, mean_over_images
 
     sides = [side for side in ('input', 'restored') if side in next(iter(values.values()))]
     columns = list(next(iter(values.values()))['restored'])

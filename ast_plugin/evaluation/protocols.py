@@ -29,7 +29,7 @@ from ast_plugin.errors import (
     one_line,
 )
 from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, Tiling, evaluating
-from ast_plugin.metrics.images import as_array, fractions, to_integers, to_toolbox
+from ast_plugin.metrics.psnr_ssim import as_array, fractions, to_integers, to_toolbox
 
 Metrics = Mapping[str, Mapping[str, Any]]
 
@@ -118,7 +118,7 @@ class Protocol:
         metrics: Metrics | None = None,
         on_failure: Callable[[str], None] | None = None,
     ) -> dict[str, float]:
-        """Measure an image against its reference, both as `ast_plugin.metrics.images.check_pair` takes them.
+        """Measure an image against its reference, both as `ast_plugin.metrics.psnr_ssim.check_pair` takes them.
 
         Args:
             restored, reference: RGB or gray.

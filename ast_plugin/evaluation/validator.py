@@ -19,7 +19,7 @@ from ast_plugin.errors import DataError, PluginError, class_of_failure, one_line
 from ast_plugin.evaluation.protocols import PROTOCOLS, Metrics, Protocol, read_protocol
 from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults, distinct
 from ast_plugin.files import write_file
-from ast_plugin.metrics.images import as_array, to_integers
+from ast_plugin.metrics.psnr_ssim import as_array, to_integers
 from ast_plugin.metrics.registered_metrics import better_direction, complete
 from ast_plugin.names import printable
 

@@ -1,33 +1,135 @@
-"""PSNR (in decibels) and SSIM in the definitions that papers use. Of equal images PSNR is inf and SSIM 1.
+"""PSNR (in decibels) and SSIM: in the definitions that papers use, and in all the usual ones at once.
 
-All take an image and its reference as `ast_plugin.metrics.images.check_pair` does, and raise what it raises.
+The papers' definitions are functions of an image and its reference, see `check_pair`. Of equal images PSNR is inf and
+SSIM 1.
 """
 
+from __future__ import annotations
+
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from torch import Tensor
 
-from ast_plugin.errors import ShapeError
-from ast_plugin.metrics.images import check_pair, fractions, matlab_luma
+from ast_plugin.errors import DataError, OptionError, ShapeError
 
+LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+LUMA = np.array([65.481, 128.553, 24.966])
+"""RGB in [0, 1] to the Y of BT.601, which goes from 16 (black) to 235 (white)."""
+GRAY = np.array([0.299, 0.587, 0.114])
 TRAINING_LUMA = np.array([65.738, 129.057, 25.064], np.float32) / 256  # of the release: BT.601's to three digits
-_GAUSSIAN_SIDE, _GAUSSIAN_SIGMA = 11, 1.5
-_UNIFORM_SIDE = 7
+
+_ROUNDING = 1e-6  # what arithmetic may add to a value that was clamped
 
 
-def _uniform_means(plane: np.ndarray) -> np.ndarray:
-    """Means over squares; along one side and then the other, so that float32 is rounded where scikit-image rounds."""
-    columns = cv2.boxFilter(plane, -1, (1, _UNIFORM_SIDE))
-    return cv2.boxFilter(columns, -1, (_UNIFORM_SIDE, 1))
+def check_pair(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return both images as arrays [H, W, C], their values as they are.
+
+    Args:
+        image, reference: arrays, gray [H, W] or [H, W, 1] or RGB [H, W, 3]; or tensors, [C, H, W] or [1, C, H, W], on
+            any device. uint8, uint16, or floating point in [0, 1]; the two may differ in that.
+    Raises:
+        ShapeError: if one is no such image, or they differ in size.
+        DataError: if values of floating point are not in [0, 1].
+    """
+    pair = as_array(image, 'the image'), as_array(reference, 'the reference')
+    if pair[0].shape != pair[1].shape:
+        sizes = (f'{W}x{H} with {C} channel{"s" if C > 1 else ""}' for H, W, C in (each.shape for each in pair))
+        raise ShapeError(f'the image is {next(sizes)} and the reference {next(sizes)}: expected two images of one size')
+    return pair
 
 
-def _gaussian_means(plane: np.ndarray) -> np.ndarray:
-    kernel = cv2.getGaussianKernel(_GAUSSIAN_SIDE, _GAUSSIAN_SIGMA, cv2.CV_64F)
-    return cv2.sepFilter2D(plane, -1, kernel, kernel)
+def as_array(image: np.ndarray | Tensor, name: str = 'the image') -> np.ndarray:
+    """One image as `check_pair` returns it; `name` is what messages call it."""
+    if isinstance(image, Tensor):
+        planes = image[0] if image.ndim == 4 and len(image) == 1 else image
+        if planes.ndim != 3:
+            raise ShapeError(f'{name} is a tensor {list(image.shape)}: expected [C, H, W] or [1, C, H, W]')
+        planes = planes.float() if planes.dtype in (torch.float16, torch.bfloat16) else planes
+        image = planes.detach().cpu().numpy().transpose(1, 2, 0)
+    if not isinstance(image, np.ndarray):
+        raise ShapeError(f'{name} is a {type(image).__name__}: expected an array or a tensor')
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
+        raise ShapeError(f'{name} is {list(image.shape)}: expected [H, W] or [H, W, 3], not empty')
+    if image.dtype not in LARGEST:
+        if not np.issubdtype(image.dtype, np.floating):
+            raise ShapeError(f'{name} is of {image.dtype}: expected uint8, uint16 or floating point')
+        low, high = float(image.min()), float(image.max())
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+            raise DataError(f'{name} has values from {low:g} to {high:g}: expected [0, 1] in floating point')
+    return image
+
+
+def fractions(image: np.ndarray) -> np.ndarray:
+    """The values in [0, 1], as float64 if they are that, else as float32: what evaluation scripts compute with."""
+    dtype = np.result_type(image.dtype if image.dtype not in LARGEST else np.float32, np.float32)
+    return np.divide(image, LARGEST.get(image.dtype, 1), dtype=dtype)
+
+
+def to_integers(image: np.ndarray, bit_depth: int = 8) -> np.ndarray:
+    """The values as a file of 8 or 16 bits holds them, rounded to the nearest, of two to the even one."""
+    dtype = np.dtype(f'uint{bit_depth}')
+    if image.dtype == dtype:
+        return image
+    return np.rint(fractions(image).clip(0, 1) * np.float32(LARGEST[dtype])).astype(dtype)
+
+
+def matlab_luma(image: np.ndarray, bit_depth: int = 8) -> np.ndarray:
+    """The first plane of MATLAB's `rgb2ycbcr` of an image of 8 or 16 bits, as float64, [H, W]; gray images as they are.
+
+    White is 235 of 255, or 60395 of 65535. Halves are rounded away from zero, as MATLAB's integers are.
+    """
+    image = to_integers(image, bit_depth)
+    if image.shape[2] == 1:
+        return image[..., 0].astype(np.float64)
+    return np.floor(image.astype(np.float64) @ (LUMA / 255) + (16 * LARGEST[image.dtype] / 255 + 0.5))
+
+
+def to_toolbox(image: np.ndarray) -> np.ndarray:
+    """RGB or gray, [H, W, C], as BasicSR's metrics take it: BGR, uint8, or floating point in [0, 255].
+
+    Args:
+        image: uint8; uint16, of which float64 up to 255.0 is made, so that no value is lost; or float in [0, 1].
+    """
+    image = image[..., ::-1]
+    if image.dtype == np.uint16:
+        return np.divide(image, 257, order='C')
+    return np.ascontiguousarray(image if image.dtype == np.uint8 else image * image.dtype.type(255))
+
+
+def from_toolbox(image: np.ndarray, crop_border: int = 0, input_order: str = 'HWC') -> np.ndarray:
+    """BGR or gray in [0, 255], as BasicSR gives it, as RGB or gray, uint8 or floating point in [0, 1], [H, W, C].
+
+    Raises:
+        OptionError: for an order that BasicSR has not, or a border below 0.
+        ShapeError: if it is no such image, or the border leaves nothing of it.
+        DataError: if there are values outside of [0, 255].
+    """
+    if input_order not in ('HWC', 'CHW'):
+        raise OptionError(f'input_order is {input_order!r}: expected HWC or CHW')
+    if crop_border < 0:
+        raise OptionError(f'crop_border is {crop_border}: expected a number of pixels, 0 or more')
+    if image.ndim == 2:
+        image = image[..., None]
+    elif input_order == 'CHW':
+        image = image.transpose(1, 2, 0)
+    height, width, _ = image.shape
+    if min(height, width) <= 2 * crop_border:
+        raise ShapeError(f'crop_border {crop_border} leaves nothing of an image of {width}x{height} pixels')
+    image = image[crop_border : height - crop_border, crop_border : width - crop_border, ::-1]
+    if image.dtype == np.uint8:
+        return image
+    low, high = float(image.min()), float(image.max())
+    if not (low >= -1e-3 and high <= 255 + 1e-3):
+        raise DataError(f'an image has values from {low:g} to {high:g}: expected [0, 255], as BasicSR gives them')
+    return np.divide(image, 255, dtype=np.result_type(image.dtype, np.float32)).clip(0, 1)
 
 
 class Window(NamedTuple):
@@ -44,8 +146,23 @@ class Window(NamedTuple):
     correction: float = 1.0
 
 
-UNIFORM = Window(_UNIFORM_SIDE, _uniform_means, _UNIFORM_SIDE**2 / (_UNIFORM_SIDE**2 - 1))
-GAUSSIAN = Window(_GAUSSIAN_SIDE, _gaussian_means)
+def _uniform_means(plane: np.ndarray) -> np.ndarray:
+    # Along one side and then the other, so that float32 is rounded where scikit-image rounds.
+    return cv2.boxFilter(cv2.boxFilter(plane, -1, (1, 7)), -1, (7, 1))
+
+
+def _gaussian_means(plane: np.ndarray) -> np.ndarray:
+    kernel = cv2.getGaussianKernel(11, 1.5, cv2.CV_64F)
+    return cv2.sepFilter2D(plane, -1, kernel, kernel)
+
+
+UNIFORM = Window(7, _uniform_means, correction=49 / 48)
+GAUSSIAN = Window(11, _gaussian_means)
+
+
+def decibels(mean_square: float, peak: float = 255) -> float:
+    """PSNR of a mean squared error; inf for 0."""
+    return math.inf if mean_square == 0 else 20 * math.log10(peak) - 10 * math.log10(mean_square)
 
 
 def psnr_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
@@ -55,7 +172,7 @@ def psnr_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> floa
     Source: scikit-image, `peak_signal_noise_ratio`; the AST release's figures on AGAN-Data and Dense-Haze.
     """
     image, reference = check_pair(image, reference)
-    return _decibels(fractions(image) - fractions(reference), peak=1)
+    return decibels(_mean_square(fractions(image) - fractions(reference)), peak=1)
 
 
 def psnr_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor, bit_depth: int = 8) -> float:
@@ -66,7 +183,7 @@ def psnr_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor, bi
     """
     image, reference = check_pair(image, reference)
     luma, other = (matlab_luma(each, bit_depth) for each in (image, reference))
-    return _decibels(luma - other, peak=2**bit_depth - 1)
+    return decibels(_mean_square(luma - other), peak=2**bit_depth - 1)
 
 
 def psnr_y_float(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
@@ -92,10 +209,8 @@ def ssim_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> floa
     Source: scikit-image, `structural_similarity(…, channel_axis=2, data_range=1)`; the AST release on AGAN-Data.
     """
     image, reference = check_pair(image, reference)
-    _check_size(image, _UNIFORM_SIDE)
-
-    pairs = zip(cv2.split(fractions(image)), cv2.split(fractions(reference)), strict=True)
-    return float(np.mean([_similarity(*pair, UNIFORM, peak=1) for pair in pairs]))
+    planes = zip(cv2.split(fractions(image)), cv2.split(fractions(reference)), strict=True)
+    return float(np.mean([_similarity(*pair, UNIFORM, peak=1) for pair in planes]))
 
 
 def ssim_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor, bit_depth: int = 8) -> float:
@@ -107,14 +222,12 @@ def ssim_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor, bi
     Source: Wang et al., TIP 2004, after MATLAB's `rgb2ycbcr`: the usual script for deraining, the AST release on SPAD.
     """
     image, reference = check_pair(image, reference)
-    _check_size(image, _GAUSSIAN_SIDE)
     planes = (matlab_luma(each, bit_depth) for each in (image, reference))
     return float(_similarity(*planes, GAUSSIAN, peak=2**bit_depth - 1))
 
 
-def _decibels(difference: np.ndarray, peak: float) -> float:
-    mean_square = float(np.square(difference).mean(dtype=np.float64))
-    return math.inf if mean_square == 0 else 20 * math.log10(peak) - 10 * math.log10(mean_square)
+def _mean_square(difference: np.ndarray) -> float:
+    return float(np.square(difference).mean(dtype=np.float64))
 
 
 def similarity_map(x: np.ndarray, y: np.ndarray, window: Window, peak: float) -> np.ndarray:
@@ -132,10 +245,152 @@ def similarity_map(x: np.ndarray, y: np.ndarray, window: Window, peak: float) ->
 
 
 def _similarity(x: np.ndarray, y: np.ndarray, window: Window, peak: float) -> np.floating:
+    height, width = x.shape
+    if min(height, width) < window.side:
+        raise ShapeError(f'the images have {width}x{height} pixels: SSIM needs at least {window.side} a side')
     return similarity_map(x, y, window, peak).mean(dtype=np.float64).astype(x.dtype)
 
 
-def _check_size(image: np.ndarray, least: int) -> None:
-    height, width = image.shape[:2]
-    if min(height, width) < least:
-        raise ShapeError(f'the images have {width}x{height} pixels: SSIM needs at least {least} a side')
+class _Channels(NamedTuple):
+    text: str
+    planes: Callable[[np.ndarray], np.ndarray]  # [H, W, 3] to [H, W, C], float64, black and white 255 apart or nearly
+
+
+def _values(image: np.ndarray) -> np.ndarray:
+    return image.astype(np.float64) * (255 / LARGEST.get(image.dtype, 1))
+
+
+CHANNELS = {
+    'rgb': _Channels('RGB', _values),
+    'luma_matlab': _Channels("luma rounded to 8 bits, MATLAB's rgb2ycbcr", lambda image: matlab_luma(image)[..., None]),
+    'luma': _Channels('luma of BT.601, not rounded', lambda image: _values(image) @ LUMA[:, None] / 255 + 16),
+    'luma_training': _Channels(
+        "luma not rounded, Uformer's batch_PSNR", lambda image: _values(image) @ TRAINING_LUMA[:, None].astype(float)
+    ),
+    'gray': _Channels('gray rounded to 8 bits', lambda image: np.rint(to_integers(image) @ GRAY[:, None])),
+}
+WINDOWS = {
+    'gaussian': ('Gaussian windows of 11', GAUSSIAN),
+    'uniform': ('uniform windows of 7, variances of samples', UNIFORM),
+    'gaussian_samples': ('Gaussian windows of 11, variances of samples', GAUSSIAN._replace(correction=121 / 120)),
+}
+
+
+class Definition(NamedTuple):
+    """How a figure is computed.
+
+    Attributes:
+        metric: 'psnr' or 'ssim'.
+        channels: a key of `CHANNELS`.
+        window: of SSIM, a key of `WINDOWS`.
+        border: pixels cut away at each side.
+        is_pooled: PSNR of the mean squared error of all images, instead of the mean of their PSNR.
+    """
+
+    metric: str
+    channels: str
+    window: str = ''
+    border: int = 0
+    is_pooled: bool = False
+
+    @property
+    def name(self) -> str:
+        """In one word, for a table."""
+        return '_'.join(filter(None, [self.metric, self.channels, self.window]))
+
+    def __str__(self) -> str:
+        parts = [self.metric.upper(), CHANNELS[self.channels].text, self.window and WINDOWS[self.window][0]]
+        parts.append(f'a border of {self.border} cut away' if self.border else 'no border cut away')
+        if self.metric == 'psnr':
+            parts.append('of the mean squared error' if self.is_pooled else 'mean over the images')
+        return ', '.join(filter(None, parts))
+
+
+KNOWN = {
+    Definition('psnr', 'rgb'): 'scikit-image, BasicSR',
+    Definition('ssim', 'rgb', 'uniform'): 'scikit-image',
+    Definition('psnr', 'luma_matlab'): 'MATLAB scripts for deraining',
+    Definition('ssim', 'luma_matlab', 'gaussian'): 'MATLAB scripts for deraining',
+    Definition('psnr', 'luma'): 'BasicSR, test_y_channel',
+    Definition('ssim', 'luma', 'gaussian'): 'BasicSR, test_y_channel',
+    Definition('ssim', 'rgb', 'gaussian'): 'BasicSR',
+    Definition('psnr', 'luma_training'): 'Uformer and AST, in training',
+}
+"""The definitions in use, and where."""
+
+
+def all_definitions(metric: str, borders: Iterable[int] = range(13)) -> list[Definition]:
+    """List the definitions of a metric, those in use first."""
+    windows = WINDOWS if metric == 'ssim' else ('',)
+    pooled = (False, True) if metric == 'psnr' else (False,)
+    found = [
+        Definition(metric, channels, window, border, is_pooled)
+        for border in borders
+        for is_pooled in pooled
+        for channels in CHANNELS
+        for window in windows
+    ]
+    return sorted(found, key=lambda definition: definition not in KNOWN)
+
+
+def measure(
+    image: np.ndarray | Tensor, reference: np.ndarray | Tensor, definitions: Sequence[Definition]
+) -> dict[Definition, float]:
+    """Measure a pair of images in many definitions, each plane and map being computed once.
+
+    Args:
+        image, reference: see `check_pair`. Gray images have one plane, which is their luma.
+        definitions: `is_pooled` makes no difference for one pair.
+    Returns:
+        A value for each definition; NaN where the border or the window leaves nothing of the image.
+    Raises:
+        ShapeError, DataError: as `check_pair`.
+    Numerics: float64.
+    """
+    pair = check_pair(image, reference)
+
+    @functools.cache
+    def planes(channels: str) -> list[np.ndarray]:
+        read = CHANNELS[channels].planes if pair[0].shape[2] == 3 else _values
+        return [read(each) for each in pair]
+
+    @functools.cache
+    def values(channels: str, window: str) -> np.ndarray:
+        """Squared errors, or similarities where there is a window, [H, W, C]."""
+        x, y = planes(channels)
+        if not window:
+            return np.square(x - y)
+        if min(x.shape[:2]) < WINDOWS[window][1].side:
+            return np.empty((0, 0, 1))
+        both = zip(np.moveaxis(x, 2, 0), np.moveaxis(y, 2, 0), strict=True)
+        similar = [similarity_map(*map(np.ascontiguousarray, two), WINDOWS[window][1], 255) for two in both]
+        return np.stack(similar, axis=2)
+
+    measured = {}
+    for definition in definitions:
+        whole, border = values(definition.channels, definition.window), definition.border
+        inner = whole[border : whole.shape[0] - border, border : whole.shape[1] - border]
+        mean = float(inner.mean()) if inner.size else math.nan
+        measured[definition] = decibels(mean) if definition.metric == 'psnr' else mean
+    return measured
+
+
+def mean_over_images(values: Sequence[float], is_pooled: bool = False) -> float:
+    """The figure of a set of images from one value an image; see `Definition` for `is_pooled`.
+
+    Images that equal their reference, of PSNR inf, are left out of a mean, unless all do; pooled, they count.
+    """
+    if is_pooled:
+        return decibels(float(np.mean([255**2 / 10 ** (value / 10) for value in values])))
+    return float(np.mean([value for value in values if value != math.inf] or values))
+
+
+def gives(figure: str, value: float) -> str | None:
+    """How a value becomes a published figure within its digits: 'rounded', 'cut off', or None if it does not."""
+    digits = len(figure.partition('.')[2])
+    unit = 10.0**-digits
+    if not math.isfinite(value):
+        return None
+    if abs(value - float(figure)) <= unit / 2 * (1 + 1e-9):
+        return 'rounded'
+    return 'cut off' if 0 <= value - float(figure) < unit else None

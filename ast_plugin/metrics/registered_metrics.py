@@ -16,8 +16,15 @@ import torch
 
 from ast_plugin.devices import AUTO, find_device
 from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError, did_you_mean, first_line
-from ast_plugin.metrics.images import fractions, from_toolbox
-from ast_plugin.metrics.psnr_ssim import psnr_rgb, psnr_y_float, psnr_y_matlab, ssim_rgb, ssim_y_matlab
+from ast_plugin.metrics.psnr_ssim import (
+    fractions,
+    from_toolbox,
+    psnr_rgb,
+    psnr_y_float,
+    psnr_y_matlab,
+    ssim_rgb,
+    ssim_y_matlab,
+)
 
 _LOWER_IS_BETTER = ('calculate_niqe', 'calculate_fid')
 _INSTALL = 'pip install "ast_plugin[metrics]"'

@@ -10,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ast_plugin.cli.main import main
 from ast_plugin.metrics import ssim_y_matlab
-from ast_plugin.metrics.definitions import KNOWN, Definition, all_definitions, gives, mean_over_images, measure
+from ast_plugin.metrics.psnr_ssim import KNOWN, Definition, all_definitions, gives, mean_over_images, measure
 
 SIZES = [(48, 40), (37, 50), (40, 40)]
 

@@ -17,8 +17,15 @@ from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.evaluation.restorer import Restorer
-from ast_plugin.metrics.images import LUMA, from_toolbox, to_integers, to_toolbox
-from ast_plugin.metrics.psnr_ssim import psnr_rgb, psnr_y_matlab, ssim_y_matlab
+from ast_plugin.metrics.psnr_ssim import (
+    LUMA,
+    from_toolbox,
+    psnr_rgb,
+    psnr_y_matlab,
+    ssim_y_matlab,
+    to_integers,
+    to_toolbox,
+)
 from ast_plugin.metrics.registered_metrics import calculate_psnr_matlab, calculate_ssim_matlab, complete
 
 METRICS = {

@@ -11,7 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin.errors import DataError, OptionError, ShapeError
 from ast_plugin.metrics import psnr_rgb, psnr_y_float, psnr_y_matlab, ssim_rgb, ssim_y_matlab
-from ast_plugin.metrics.images import from_toolbox, matlab_luma, to_toolbox
+from ast_plugin.metrics.psnr_ssim import from_toolbox, matlab_luma, to_toolbox
 
 # The official tools' figures on the pair, in all digits that are known: MATLAB's in Octave, scikit-image, the release.
 GOLDEN = [

@@ -12,7 +12,7 @@ import torch
 import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin.devices import find_device
 from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError
-from ast_plugin.metrics import images, registered_metrics
+from ast_plugin.metrics import psnr_ssim, registered_metrics
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 12, 3), dtype=np.uint8)
 REFERENCE = np.random.default_rng(1).integers(0, 256, (16, 12, 3), dtype=np.uint8)
@@ -80,7 +80,7 @@ def test_images_come_as_rgb_in_the_unit_range(package):
     red, other = (image[..., 2].mean() / 255 for image in (IMAGE, REFERENCE))
     assert measure('entropy') == pytest.approx(red)
     assert measure('lpips') == pytest.approx(red - other)
-    assert measure('lpips', images.to_toolbox(IMAGE[..., ::-1] / 255)) == pytest.approx(red - other)
+    assert measure('lpips', psnr_ssim.to_toolbox(IMAGE[..., ::-1] / 255)) == pytest.approx(red - other)
     assert measure('entropy', crop_border=2) == pytest.approx(IMAGE[2:-2, 2:-2, 2].mean() / 255)
 
 
