@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field, create_model
 
 from ast_plugin.models.registries import load_registered
-from ast_plugin.options.compare_file import ComparedNetwork, CompareSettings
 from ast_plugin.options.sections import (
+    ComparedNetwork,
+    CompareSettings,
     Logger,
     Metric,
     MixupOptions,
@@ -22,12 +23,12 @@ from ast_plugin.options.sections import (
     OptionFile,
     Paths,
     ProtocolOptions,
+    Registered,
     Train,
     Val,
     dataset_model,
 )
-from ast_plugin.options.signatures import parameters_of
-from ast_plugin.options.validation import Registered
+from ast_plugin.options.validation import parameters_of
 
 ROOMS = {
     'ops': 'Mathematics on tensors',

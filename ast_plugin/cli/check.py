@@ -22,8 +22,9 @@ from ast_plugin import options
 from ast_plugin.cli import commands
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.names import say
-from ast_plugin.options import Stage, compare_file, safe_yaml
-from ast_plugin.options.json_schema import json_schema
+from ast_plugin.options import Stage, safe_yaml
+from ast_plugin.options.reading import NETWORKS_KEY
+from ast_plugin.options.sections import json_schema
 
 if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.schema:
         print(json.dumps(json_schema(load_registered()), indent=2))
         return 0
-    if compare_file.ENTRIES in opt:
+    if NETWORKS_KEY in opt:
         resolved = _check_comparison(args)
     else:
         resolved = _check_run(args)

@@ -15,15 +15,10 @@ from ast_plugin.errors import OptionError, PluginError
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.models import preflight
 from ast_plugin.models.registries import load_registered
-from ast_plugin.options.compare_file import (
-    CompareSettings,
-    check_comparison,
-    expand_entry,
-    is_trained,
-    measured_dataset,
-)
-from ast_plugin.options.reading import Sources
-from ast_plugin.options.validation import Registered
+from ast_plugin.options import validation
+from ast_plugin.options.reading import NETWORKS_KEY, Sources
+from ast_plugin.options.runs import expand_network, is_trained, measured_dataset
+from ast_plugin.options.sections import CompareSettings, Registered
 
 
 @dataclass(frozen=True)
@@ -88,8 +83,10 @@ def make_plan(name_or_path: str, root: str | Path, overrides: Sequence[str] = ()
     """
     file = options.find(name_or_path)
     opt = options.load(file, overrides)
+    if NETWORKS_KEY not in opt:
+        raise OptionError(f'{file}: {NETWORKS_KEY}: required, but not there; one network is trained by `basicsr train`')
     registered = load_registered()
-    check_comparison(opt, str(file), registered, Sources(file, overrides).explain)
+    validation.check(opt, str(file), registered, explain=Sources(file, overrides).explain)
     if opt.get('manual_seed') is None:
         opt['manual_seed'] = 0  # one seed for all networks, and when the command is given again
     val = opt.get('val') or {}
@@ -133,7 +130,7 @@ class _Planner:
         """
         source = f'{self.file}: networks.{number} ({entry["name"]})'
         weights = None if entry.get('weights') is None else Path(entry['weights']).expanduser()
-        opt = expand_entry(self.opt, entry)
+        opt = expand_network(self.opt, entry)
         notes: list[str] = []
         try:
             if 'network_g' not in opt:

@@ -21,7 +21,7 @@ from ast_plugin.compare.results import Column, Results, Row, format_metric, form
 from ast_plugin.errors import only_warn
 from ast_plugin.models.run_log import draw_legend
 from ast_plugin.names import LITERAL, printable, write_name
-from ast_plugin.options.compare_file import INPUT
+from ast_plugin.options.sections import INPUT
 
 INK, FAINT, GRID = '#1b1b1b', '#6b6b6b', '#dddddd'
 # Told apart by every eye, and the markers by every printer.

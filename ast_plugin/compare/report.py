@@ -24,7 +24,7 @@ from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.files import write_file
 from ast_plugin.models.run_log import read_columns
 from ast_plugin.names import escape_markdown
-from ast_plugin.options.compare_file import INPUT
+from ast_plugin.options.sections import INPUT
 
 CLEAN = 'clean'  # the source of the images that results are measured against
 _TEMPLATE = Path(__file__).with_name('report_template.html')

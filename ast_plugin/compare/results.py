@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from ast_plugin.names import to_csv, to_markdown
-from ast_plugin.options.compare_file import INPUT
+from ast_plugin.options.sections import INPUT
 
 MISSING = '–'
 _SEED = 0

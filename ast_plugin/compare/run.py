@@ -22,7 +22,7 @@ from ast_plugin.errors import CheckpointError, FileError
 from ast_plugin.files import file_digest, lock_folder, write_file
 from ast_plugin.names import say
 from ast_plugin.options import safe_yaml
-from ast_plugin.options.compare_file import INPUT
+from ast_plugin.options.sections import INPUT
 
 _PATIENCE = 30.0  # seconds for processes of a killed comparison to end
 _WEIGHTS = {'latest': 'net_g_latest.pth', 'best': 'net_g_best.pth'}

@@ -44,7 +44,7 @@ from ast_plugin.models.run_log import RunLog
 from ast_plugin.models.training_step import batch_size, check_switches, compute_losses
 from ast_plugin.ops import use_backend
 from ast_plugin.options.runs import phase_of
-from ast_plugin.options.validation import Registered
+from ast_plugin.options.sections import Registered
 
 _WANDB_OFFLINE = ('offline', 'dryrun', 'disabled')
 _METRIC_IMAGE_SIDE = 192  # NIQE needs two blocks of 96

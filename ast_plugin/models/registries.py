@@ -12,7 +12,7 @@ from basicsr.utils import registry
 
 from ast_plugin.evaluation.protocols import PROTOCOLS
 from ast_plugin.models.optimizers import SCHEDULERS, find_optimizer
-from ast_plugin.options.validation import Registered
+from ast_plugin.options.sections import Registered
 from ast_plugin.plugins import load_plugins
 
 KINDS = ('arch', 'dataset', 'loss', 'metric', 'model')

@@ -40,10 +40,9 @@ from ast_plugin.models.processes import catch_signals, failing_together, leave
 from ast_plugin.models.progress import close_bars
 from ast_plugin.models.registries import load_registered
 from ast_plugin.ops import use_backend
-from ast_plugin.options import Stage, compare_file, safe_yaml, validation
-from ast_plugin.options.reading import BASE_KEY, STAGES_KEY, Sources
-from ast_plugin.options.sections import Dataset
-from ast_plugin.options.validation import Registered
+from ast_plugin.options import Stage, safe_yaml, validation
+from ast_plugin.options.reading import BASE_KEY, NETWORKS_KEY, STAGES_KEY, Sources
+from ast_plugin.options.sections import Dataset, Registered
 
 WEIGHTS = ('net_g_best.pth', 'net_g_latest.pth')
 """What a run leaves in its folder `models`, the better first; beside them net_g_ITERATION.pth."""
@@ -145,7 +144,7 @@ def read_run(
     """
     file = options.find(name)
     opt = options.load(file, overrides)
-    if compare_file.ENTRIES in opt:
+    if NETWORKS_KEY in opt:
         raise OptionError(f'{file}: a comparison of several networks: `basicsr compare -opt {name}`')
     registered = load_registered()
     if is_train is None:

@@ -6,9 +6,10 @@ Nothing that a file holds is run.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ast_plugin.faults import Fault, Where, dotted
 from ast_plugin.options import safe_yaml
 from ast_plugin.plugins import option_folders
 
-BASE_KEY, DELETE_KEY, STAGES_KEY = '_base_', '_delete_', 'stages'
+BASE_KEY, DELETE_KEY, STAGES_KEY, NETWORKS_KEY = '_base_', '_delete_', 'stages', 'networks'
 # More files than any chain needs; two files that name one another twice each would otherwise be read for ever.
 MAX_FILES = 64
 # Of these keys of a section one says what the others would: giving one takes the inherited others away.
@@ -110,31 +111,39 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     return fill_in(opt, str(path))
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, files: dict[Path, Node] | None = None) -> dict[str, Any]:
     """Read an option file and all that it inherits from; nothing in any of them is run.
 
     `_base_: other.yml`, or a list of such, is relative to the file that says it, or else a name in `known_files`. Later
     bases are laid over earlier ones, the file over all of them: see `merge`.
+
+    Args:
+        path: the file.
+        files: takes what each file holds, those that are laid over others before these.
     """
-    return _read(path, (), [0])
+    return _read(path, (), {} if files is None else files, [0])
 
 
-def _read(path: Path, including: tuple[Path, ...], num_read: list[int]) -> dict[str, Any]:
+def _read(path: Path, including: tuple[Path, ...], files: dict[Path, Node], num_read: list[int]) -> dict[str, Any]:
     num_read[0] += 1
     if num_read[0] > MAX_FILES:
         raise OptionError(f'{including[0]}: {BASE_KEY}: inherits from more than {MAX_FILES} files')
-    opt = safe_yaml.read_file(path)
+    node = safe_yaml.compose_file(path)
+    opt = safe_yaml.build(node, str(path))
     if not isinstance(opt, dict) or not opt:
         kind = {type(None): 'nothing', dict: 'nothing', list: 'a list'}.get(type(opt), 'a single value')
         raise OptionError(f'{path}: expected keys and values (`name: ...`), got {kind}')
     if 'custom_imports' in opt:
         raise OptionError(f'{path}: custom_imports: refused, an option file runs no code; install it as a plugin')
+    files.setdefault(path, node)
     bases = opt.pop(BASE_KEY, [])
     chain = (*including, path)
-    inherited: dict[str, Any] = {}
-    for name in bases if isinstance(bases, list) else [bases]:
-        inherited = _merged(inherited, _read(_base_path(name, chain), chain, num_read), path)
-    return _merged(inherited, opt, path) if inherited else opt
+    paths = [_base_path(name, chain) for name in (bases if isinstance(bases, list) else [bases])]
+    parts = [opt, *(_read(base, chain, files, num_read) for base in reversed(paths))]
+    try:
+        return functools.reduce(merge, reversed(parts), {}) if bases else opt
+    except OptionError as error:
+        raise OptionError(f'{path}: {error}') from None
 
 
 class Sources:
@@ -146,10 +155,11 @@ class Sources:
     """
 
     def __init__(self, path: Path, overrides: Iterable[str] = ()) -> None:
-        self.path, self.files = path, {each: safe_yaml.compose_file(each) for each in _chain(path)}
-        self.overrides = {
-            tuple(keys.split(':')): value for keys, _, value in (text.partition('=') for text in overrides)
-        }
+        self.path = path
+        self.files: dict[Path, Node] = {}
+        read(path, self.files)
+        pairs = (text.partition('=') for text in overrides)
+        self.overrides = {tuple(keys.split(':')): value for keys, _, value in pairs}
 
     def explain(self, fault: Fault) -> Fault:
         """A fault that says besides what stands there where YAML makes no text of it, and what of it is inherited."""
@@ -158,8 +168,6 @@ class Sources:
     def _written(self, fault: Fault) -> str:
         expected = fault.message.partition(', got')[0]
         node = self._find(fault.where)[1]
-        if fault.message.endswith("got the text 'None'"):
-            return ': nothing is written ~'
         if isinstance(node, ScalarNode) and node.style is not None and _WANTS_NUMBER.search(expected):
             is_number = isinstance(_scalar(node.value), (int, float))
             return ': take the quotes away' if is_number else ''
@@ -198,21 +206,6 @@ class Sources:
                 if node is not None:
                     return path, node
         return self.path, None
-
-
-def _chain(path: Path, including: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """A file that was read before, and what it inherits from, the later before what they are laid over."""
-    yield path
-    bases = safe_yaml.read_file(path).get(BASE_KEY, [])
-    for name in reversed(bases if isinstance(bases, list) else [bases]):
-        yield from _chain(_base_path(name, (*including, path)), (*including, path))
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any], path: Path) -> dict[str, Any]:
-    try:
-        return merge(base, changes)
-    except OptionError as error:
-        raise OptionError(f'{path}: {error}') from None
 
 
 def _base_path(name: Any, chain: tuple[Path, ...]) -> Path:
@@ -295,19 +288,16 @@ def override(opt: dict[str, Any], text: str) -> None:
 
 def _set_in_stage(stage: Any, steps: list[str], value: Any) -> bool:
     """Set what a stage says itself of the key. Whatever it does not, it takes from the file."""
-    section, key = _at(stage, steps[:-1]), steps[-1]
-    if isinstance(section, list) and key.isdecimal() and int(key) < len(section):
-        section[int(key)] = value
-        return True
-    if not isinstance(section, dict):
-        return False
-    others = [other for other in rivals(tuple(steps[:-1]), key) if other in section and value is not None]
-    if key not in section and not others and not section.get(DELETE_KEY):
-        return False
-    for other in others:
-        del section[other]
-    section[key] = {**value, DELETE_KEY: True} if isinstance(value, dict) else value
-    return True
+    section, key = find_at(stage, steps[:-1]), steps[-1]
+    if isinstance(section, dict):
+        others = [other for other in rivals(tuple(steps[:-1]), key) if other in section and value is not None]
+        is_said = key in section or others or section.get(DELETE_KEY)
+    else:
+        is_said = isinstance(section, list) and key.isdecimal() and int(key) < len(section)
+    if is_said:
+        replaces = isinstance(value, dict) and isinstance(section, dict)
+        _assign(section, steps, {**value, DELETE_KEY: True} if replaces else value)
+    return bool(is_said)
 
 
 def _set(opt: dict[str, Any], steps: list[str], value: Any, source: str) -> None:
@@ -317,24 +307,35 @@ def _set(opt: dict[str, Any], steps: list[str], value: Any, source: str) -> None
         key = _step(section, step, source)
         if isinstance(section, dict) and section.get(key) is None:
             # A stage may not have said anything yet of a section of the file.
-            is_of_file = in_stage and isinstance(_at(opt, steps[2 : depth + 1]), dict)
+            is_of_file = in_stage and isinstance(find_at(opt, steps[2 : depth + 1]), dict)
             if key not in section and not is_of_file:
                 where = ':'.join(steps[:depth]) or 'the file'
                 raise OptionError(f'{source}: {where} has no section {key}{did_you_mean(key, section)}')
             section[key] = {}
         section = section[key]
-    section[_step(section, steps[-1], source)] = value
-    for other in rivals(tuple(steps[2 * in_stage : -1]), steps[-1]) if value is not None else ():
+    _step(section, steps[-1], source)
+    _assign(section, steps[2 * in_stage :], value)
+
+
+def _assign(section: dict[str, Any] | list[Any], steps: list[str], value: Any) -> None:
+    """Set the last of `steps` in its section, in the place of what says the same in other units."""
+    if isinstance(section, list):
+        section[int(steps[-1])] = value
+        return
+    section[steps[-1]] = value
+    for other in rivals(tuple(steps[:-1]), steps[-1]) if value is not None else ():
         section.pop(other, None)
 
 
-def _at(value: Any, steps: Iterable[str]) -> Any:
-    """What lies below `value` at these keys and numbers; None if nothing."""
-    for step in steps:
-        if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+def find_at(value: Any, where: Sequence[str | int], default: Any = None) -> Any:
+    """What lies below `value` at these keys and numbers; the default if there is nothing."""
+    for step in where:
+        if isinstance(value, Mapping) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and str(step).isdecimal() and int(step) < len(value):
             value = value[int(step)]
         else:
-            value = value.get(step) if isinstance(value, dict) else None
+            return default
     return value
 
 

@@ -2,6 +2,7 @@
 
 `stages` is a list. An entry holds what differs from the rest of the file, see `ast_plugin.options.reading.merge`, and
 may have a `name`; without one the stages are called stage_1, stage_2 … Stage N trains in experiments/RUN/NAME.
+In a compare file the list `networks` stands in the place of `network_g`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.errors import OptionError
-from ast_plugin.options.reading import STAGES_KEY, merge
-from ast_plugin.options.sections import whole
+from ast_plugin.options.reading import STAGES_KEY, find_at, merge
+from ast_plugin.options.sections import ComparedFile, whole
 
 AUTO = 'auto'
+# Stands for a number of iterations that is found out by measuring, see `compare.minutes`.
+UNKNOWN_LENGTH = 10**6
 _PHASES = ('train', 'val', 'test')
 _OUR_MODEL = 'RestorationModel'
 _WHOLE_NUMBERS = ('_iter', '_freq', '_epochs')  # how keys of these end
@@ -71,6 +74,31 @@ def staged(opt: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
 def stage_name(number: int, entry: Mapping[str, Any]) -> str:
     """The name of a stage, and of its folder."""
     return entry.get('name') or f'stage_{number}'
+
+
+def is_trained(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of `networks` is trained: where it has no weights, or says besides how."""
+    return entry.get('weights') is None or entry.get('train') is not None
+
+
+def expand_network(opt: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The option file that an entry of `networks` stands for: what all share, its network, what its `train` changes."""
+    shared = {key: value for key, value in opt.items() if key not in ComparedFile.model_fields}
+    own = {key: entry[key] for key in ('name', 'network_g', 'train') if entry.get(key) is not None}
+    expanded = merge(shared, own)
+    if find_at(opt, ('compare', 'minutes')) and isinstance(expanded.get('train'), dict):
+        expanded['train'].setdefault('total_iter', UNKNOWN_LENGTH)
+    datasets = opt.get('datasets')
+    if isinstance(datasets, Mapping) and 'val' not in map(phase_of, datasets):
+        expanded.pop('val', None)  # it says how the test set is measured, after training
+    paths = {'pretrain_network_g': entry.get('weights'), 'param_key_g': entry.get('param_key')}
+    expanded['path'] = {key: value for key, value in paths.items() if value is not None}
+    return expanded
+
+
+def measured_dataset(opt: Mapping[str, Any]) -> str:
+    """The key of the set that networks are compared on: the test set, or where there is none that of validation."""
+    return next(key for phase in ('test', 'val') for key in opt['datasets'] if phase_of(key) == phase)
 
 
 def prepare(

@@ -64,7 +64,7 @@ def write_text(value: Any) -> str:
 
 def read_file(path: Path) -> Any:
     """Read a YAML file of at most 256 KiB as `read_text` does."""
-    return read_text(_text_of(path), str(path))
+    return build(compose_file(path), str(path))
 
 
 def compose_file(path: Path) -> Node | None:
@@ -108,7 +108,11 @@ def read_text(text: str, source: str) -> Any:
     Raises:
         OptionError: if it is not YAML, or holds what is more than data.
     """
-    node = _compose(text, source)
+    return build(_compose(text, source), source)
+
+
+def build(node: Node | None, source: str) -> Any:
+    """The value that a node of `compose_file` stands for; see `read_text`."""
     return None if node is None else _Builder(source).build(node, 0)
 
 

@@ -1,17 +1,53 @@
 """The keys of an option file, section by section: BasicSR's, gathered from its pipelines and models, and ours.
 
-Sections that are open by nature (datasets by phase, networks by letter, arguments of registered things) are mappings
-here; `ast_plugin.options.validation` holds them against what is registered.
+Arguments of registered things are open here; `ast_plugin.options.validation` holds them against what is registered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
+from ast_plugin.errors import did_you_mean
+from ast_plugin.options.reading import BASE_KEY, DELETE_KEY, STAGES_KEY
+
+INPUT = 'input'  # the row of the unrestored images in a comparison
+
 _MOST_NAME_BYTES = 100  # file systems take 255, for the names of a run and its stage, a time and endings
+# BasicSR registers some of its own under NAME_basicsr, and falls back to that when NAME is not taken.
+_FALLBACK_SUFFIX = '_basicsr'
+_TEXT_OR_LIST = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': {'type': 'string'}}]}
+_TEXT_OR_NONE = {'anyOf': [{'type': 'string'}, {'type': 'null'}]}
+_VARIABLE = {'type': 'string', 'pattern': r'^\$\{', 'description': '${NAME} or ${NAME:default} of the environment'}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Registered classes and functions by kind (`arch`, `dataset`, `loss`, `metric`, `model`) and name."""
+
+    by_kind: Mapping[str, Mapping[str, object]]
+    schedulers: Mapping[str, type] = field(default_factory=dict)  # what `train.scheduler.type` names with every model
+    own_schedulers: Mapping[str, type] = field(default_factory=dict)  # further ones that this package's models know
+    protocols: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names of each protocol's own metrics
+    failed_plugins: Sequence[str] = ()  # a line for each plugin that could not be loaded
+    find_optimizer: Callable[[str], type] | None = None  # the class that `train.optim_g.type` names, or OptionError
+
+    def get(self, kind: str, name: str) -> object | None:
+        """What BasicSR's registry would give for `name`; None when it would raise."""
+        registry = self.by_kind[kind]
+        return registry.get(name, registry.get(name + _FALLBACK_SUFFIX))
+
+    def missing(self, kind: str, name: str) -> str:
+        """Why `name` cannot be had, and what to do."""
+        names = [known.removesuffix(_FALLBACK_SUFFIX) for known in self.by_kind[kind]]
+        suggestion = did_you_mean(name, names)
+        hint = '; '.join(self.failed_plugins) or f'is its plugin installed? `basicsr list {kind}` shows what there is'
+        return f'no {kind} is registered as {name}{suggestion} ({hint})'
 
 
 def whole(value: Any) -> Any:
@@ -25,6 +61,20 @@ def _with_room_for_endings(value: str) -> str:
     return value
 
 
+def _not_taken(value: str) -> str:
+    if value.casefold() == INPUT:
+        raise ValueError(f'{INPUT} is the name of the unrestored images')
+    if 'debug' in value.casefold():
+        raise ValueError('BasicSR takes a name with `debug` in it for its debug mode, choose another')
+    return value
+
+
+def _not_none(value: str) -> str:
+    if value == 'None':
+        raise ValueError('expected text, or nothing, which is written ~')
+    return value
+
+
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(whole)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
@@ -32,7 +82,8 @@ CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole)]
 FolderName = Annotated[
     str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]*$'), AfterValidator(_with_room_for_endings)
 ]
-Mapping = dict[str, Any]
+Text = Annotated[str, AfterValidator(_not_none)]
+Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
 def _optional(description: str, **limits: Any) -> Any:
@@ -63,6 +114,14 @@ class Typed(BaseModel):
     model_config = ConfigDict(extra='allow', strict=True)
 
     type: str = Field(min_length=1, description='registered name')
+
+
+class Network(Typed):
+    """A network and its arguments."""
+
+
+class Loss(Typed):
+    """A loss and its arguments."""
 
 
 class Optimizer(Typed):
@@ -215,13 +274,13 @@ class Train(Section):
     scheduler: Scheduler | None = _optional('schedule of the learning rate: type and its arguments')
     ema_decay: Number | None = _optional('0 for no averaged weights', ge=0, lt=1)
     clip_grad_norm: Number | None = _optional('longer gradients are cut to this length', gt=0)
-    pixel_opt: Mapping | None = _optional(
+    pixel_opt: Loss | None = _optional(
         'loss between images: type and its arguments; RestorationModel takes any number of *_opt'
     )
-    perceptual_opt: Mapping | None = _optional('loss between features of a VGG network')
-    gan_opt: Mapping | None = _optional('loss of a GAN: type and its arguments')
-    ldl_opt: Mapping | None = _optional('locally discriminative loss of ESRGAN and Real-ESRGAN')
-    feature_matching_opt: Mapping | None = _optional('loss between features of network_d, HiFaceGAN')
+    perceptual_opt: Loss | None = _optional('loss between features of a VGG network')
+    gan_opt: Loss | None = _optional('loss of a GAN: type and its arguments')
+    ldl_opt: Loss | None = _optional('locally discriminative loss of ESRGAN and Real-ESRGAN')
+    feature_matching_opt: Loss | None = _optional('loss between features of network_d, HiFaceGAN')
     net_d_iters: Count | None = _optional('GANs: steps of network_d for each of network_g')
     net_d_init_iters: CountOrZero | None = _optional('GANs: steps of network_d before network_g begins')
     net_d_reg_every: Count | None = _optional('StyleGAN2: steps of network_d between regularisations')
@@ -302,7 +361,7 @@ class Logger(Section):
 
 
 class Paths(Section):
-    """Weights to start from. BasicSR's keys per network (`pretrain_network_g` …) are checked by their pattern."""
+    """Weights to start from; of each network `pretrain_network_g`, `param_key_g` and `strict_load_g`, by its letter."""
 
     resume_state: str | None = _optional('a .state file under training_states/')
     ignore_resume_networks: list[str] | None = _optional('networks that keep their own weights when a run is resumed')
@@ -342,7 +401,7 @@ RealESRGAN = _described_model('RealESRGAN', Section, (*_REALESRGAN_KEYS, *_SECON
 
 
 class OptionFile(RealESRGAN):
-    """The top level. `network_g`, `network_d` and further networks are checked by their pattern."""
+    """The top level; further networks are called by other letters."""
 
     name: FolderName = Field(description='of the run, and of its folder')
     model_type: str = Field(min_length=1, description='registered model')
@@ -363,7 +422,137 @@ class OptionFile(RealESRGAN):
     find_unused_parameters: bool | None = _optional('distributed training of networks that leave some weights unused')
     dist_params: DistParams | None = _optional('arguments of distributed training under slurm')
     datasets: dict[str, Dataset] = Field(description='train, val, test, or val_2 …: type, and the keys of that dataset')
+    network_g: Network | None = _optional('network that restores images: type and its arguments')
+    network_d: Network | None = _optional('GANs: network that tells them from clean ones')
     path: Paths | None = _optional('weights and states to start from')
     train: Train | None = _optional('losses, optimiser, schedule, length')
     val: Val | None = _optional('validation and metrics')
     logger: Logger | None = _optional('reports and training states')
+
+
+@functools.cache
+def file_model(letters: tuple[str, ...]) -> type[OptionFile]:
+    """The top level of a file with networks of these letters (`g` for `network_g`), and what `path` says of each."""
+    kinds = {'pretrain_network': Text | None, 'param_key': Text | None, 'strict_load': bool | None}
+    paths = {f'{name}_{letter}': (kind, None) for letter in letters or ('g',) for name, kind in kinds.items()}
+    networks = {f'network_{letter}': (Network, ...) for letter in letters}
+    path = create_model('Paths', __base__=Paths, **paths)
+    return create_model('OptionFile', __base__=OptionFile, path=(path | None, None), **networks)
+
+
+class Stage(BaseModel):
+    """What a stage may say besides the keys of an option file."""
+
+    model_config = ConfigDict(extra='allow', strict=True)
+
+    name: FolderName | None = _optional('of its folder; by itself stage_N')
+
+
+class StagedFile(BaseModel):
+    """What an option file of several stages has besides."""
+
+    stages: list[Stage] = Field(min_length=1, description='what differs in each')
+
+
+class ComparedNetwork(Section):
+    """One network of a comparison."""
+
+    name: Annotated[FolderName, AfterValidator(_not_taken)] = Field(
+        description='in tables and plots, and of its folder'
+    )
+    network_g: Network | None = _optional('type and arguments; not needed where the weights tell')
+    weights: str | None = _optional('trained weights; with train, what training starts from')
+    param_key: str | None = _optional('where the weights lie in a .pth file, such as params_ema')
+    train: dict[str, Any] | None = _optional("what differs from the file's train; without weights not needed")
+
+
+class CompareSettings(Section):
+    """How networks are compared."""
+
+    baseline: str | None = _optional('differences are told against this network; the best if not given')
+    minutes: Number | None = _optional('of training for each network, instead of total_iter', gt=0)
+    weights: Literal['latest', 'best'] = Field('latest', description='which weights of a training are measured')
+    sizes: list[Size] = Field([[256, 256]], min_length=1, description='[height, width] for speed, memory and MACs')
+    runs: Count = Field(10, description='timed runs at each size')
+    threads: Count | None = _optional('of the CPU, for speed; all cores if not given')
+    device: str | None = _optional(
+        "of what is measured: auto, cpu, cuda, cuda:1 … or mps; the file's device goes before it"
+    )
+    resamples: Count = Field(10_000, description='of the images, for confidence intervals')
+    confidence: Number = Field(0.95, gt=0, lt=1, description='of the intervals')
+    pictures: CountOrZero = Field(4, description='that the report shows')
+
+
+class ComparedFile(BaseModel):
+    """What a file for `basicsr compare` has besides the keys of an option file."""
+
+    networks: list[ComparedNetwork] = Field(min_length=1)
+    compare: CompareSettings | None = None
+
+
+def json_schema(registered: Registered) -> dict[str, Any]:
+    """What option files may say, as a JSON schema (draft 2020-12) for editors, with the registered names.
+
+    It says less than `validation.check`: a file inherits and has stages, so that no key is missing for sure.
+    """
+    schema, compared = OptionFile.model_json_schema(), ComparedFile.model_json_schema()
+    definitions = {**compared.pop('$defs'), **schema.pop('$defs'), 'Variable': _VARIABLE}
+    definitions['ComparedNetwork']['properties']['train'] = {'$ref': '#/$defs/Train'}
+    schema['patternProperties'] = {'^network_': {'$ref': '#/$defs/Network'}}
+    definitions['Train']['patternProperties'] = {'_opt$': {'anyOf': [{'$ref': '#/$defs/Loss'}, {'type': 'null'}]}}
+    paths = {'^(pretrain_network|param_key)_': _TEXT_OR_NONE, '^strict_load_': {'type': 'boolean'}}
+    definitions['Paths']['patternProperties'] = paths
+    by_kind = registered.by_kind
+    types = {
+        'Network': by_kind['arch'],
+        'Loss': by_kind['loss'],
+        'Metric': by_kind['metric'],
+        'Dataset': by_kind['dataset'],
+        'Scheduler': {*registered.own_schedulers, *registered.schedulers},
+    }
+    names = [(definitions[section]['properties']['type'], types[section]) for section in types]
+    for value, known in [*names, (schema['properties']['model_type'], by_kind['model'])]:
+        value['anyOf'] = [{'enum': sorted(known)}, {}]  # others may be of a plugin that is not installed here
+    definitions['Dataset']['allOf'] = list(_described_datasets(registered, definitions))
+    for section in (schema, *definitions.values()):
+        _open_to_variables(section)
+    stage = copy.deepcopy({key: schema[key] for key in ('type', 'properties', 'patternProperties')})
+    stage['properties'] |= Stage.model_json_schema()['properties']
+    definitions['Stage'] = {**stage, 'additionalProperties': False, 'description': 'what differs in a stage'}
+    schema['properties'] |= {
+        BASE_KEY: {**_TEXT_OR_LIST, 'description': 'files to build on, relative to this one'},
+        STAGES_KEY: {'type': 'array', 'minItems': 1, 'items': {'$ref': '#/$defs/Stage'}},
+    }
+    for key, value in compared['properties'].items():
+        schema['properties'][key] = {**value, 'description': 'of a file for `basicsr compare`'}
+    about = {
+        '$schema': 'https://json-schema.org/draft/2020-12/schema',
+        'title': 'Option file of BasicSR with ast_plugin',
+    }
+    return {**schema, **about, '$defs': definitions}
+
+
+def _described_datasets(registered: Registered, definitions: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a condition for each type of dataset whose keys are known, and add these to the definitions."""
+    for name, target in registered.by_kind['dataset'].items():
+        model = dataset_model(name, target)
+        if model is None:
+            continue
+        described = model.model_json_schema(ref_template=f'#/$defs/{name}.{{model}}')
+        definitions.update({f'{name}.{key}': value for key, value in described.pop('$defs', {}).items()})
+        definitions[name] = described
+        yield {
+            'if': {'properties': {'type': {'const': name}}, 'required': ['type']},
+            'then': {'$ref': f'#/$defs/{name}'},
+        }
+
+
+def _open_to_variables(section: dict[str, Any]) -> None:
+    """Let a section leave out anything, which it may inherit, and take a variable wherever it is not text already."""
+    section.pop('required', None)
+    if section.get('additionalProperties') is False:
+        section['properties'][DELETE_KEY] = {'type': 'boolean', 'description': 'replace what is inherited'}
+    for name, value in section.get('properties', {}).items():
+        if value.get('type') not in ('string', 'object') and name not in (DELETE_KEY, 'type'):
+            note = {key: value.pop(key) for key in ('description', 'default', 'title') if key in value}
+            section['properties'][name] = {'anyOf': [value, {'$ref': '#/$defs/Variable'}], **note}

@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import textwrap
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
 from ast_plugin.errors import OptionError, PluginError, did_you_mean
 from ast_plugin.faults import Fault, Where, faults_of, shown, unknown_key
-from ast_plugin.options.reading import RIVALS, STAGES_KEY, rivals
-from ast_plugin.options.runs import phase_of, stage_name, staged
-from ast_plugin.options.sections import FolderName, OptionFile, Paths, dataset_model
-from ast_plugin.options.signatures import argument_faults
+from ast_plugin.options.reading import NETWORKS_KEY, RIVALS, STAGES_KEY, find_at, rivals
+from ast_plugin.options.runs import expand_network, is_trained, phase_of, stage_name, staged
+from ast_plugin.options.sections import ComparedFile, Registered, StagedFile, Typed, dataset_model, file_model
 
-_FOLDER_NAME = TypeAdapter(FolderName)
-_PATH_PATTERNS = {'pretrain_network_': str, 'param_key_': str, 'strict_load_': bool}
 _OPEN_SECTIONS = ((), ('train',), ('val',), ('logger',), ('path',))  # where a third party's model may read its own keys
 _MISSING = 'required, but not there'
-# BasicSR registers some of its own under NAME_basicsr, and falls back to that when NAME is not taken.
-_FALLBACK_SUFFIX = '_basicsr'
-
-
-@dataclass(frozen=True)
-class Registered:
-    """Registered classes and functions by kind (`arch`, `dataset`, `loss`, `metric`, `model`) and name."""
-
-    by_kind: Mapping[str, Mapping[str, object]]
-    schedulers: Mapping[str, type] = field(default_factory=dict)  # what `train.scheduler.type` names with every model
-    own_schedulers: Mapping[str, type] = field(default_factory=dict)  # further ones that this package's models know
-    protocols: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names of each protocol's own metrics
-    failed_plugins: Sequence[str] = ()  # a line for each plugin that could not be loaded
-    find_optimizer: Callable[[str], type] | None = None  # the class that `train.optim_g.type` names, or OptionError
-
-    def get(self, kind: str, name: str) -> object | None:
-        """What BasicSR's registry would give for `name`; None when it would raise."""
-        registry = self.by_kind[kind]
-        return registry.get(name, registry.get(name + _FALLBACK_SUFFIX))
-
-    def missing(self, kind: str, name: str) -> str:
-        """Why `name` cannot be had, and what to do."""
-        names = [known.removesuffix(_FALLBACK_SUFFIX) for known in self.by_kind[kind]]
-        suggestion = did_you_mean(name, names)
-        hint = '; '.join(self.failed_plugins) or f'is its plugin installed? `basicsr list {kind}` shows what there is'
-        return f'no {kind} is registered as {name}{suggestion} ({hint})'
+_UNKNOWN = inspect.Parameter.empty
+_POSITIONAL_OR_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def check(
@@ -77,17 +58,16 @@ def raise_faults(faults: list[Fault], source: str, explain: Callable[[Fault], Fa
 
 
 def find_faults(opt: Mapping[str, Any], registered: Registered | None = None, *, is_train: bool = True) -> list[Fault]:
-    """Every fault of the options, those inside of its stages too, in the order of the file."""
-    if STAGES_KEY in opt:
+    """Every fault of the options, those inside of its stages or networks too, in the order of the file."""
+    if NETWORKS_KEY in opt:
+        faults = _comparison_faults(opt, registered)
+    elif STAGES_KEY in opt:
         faults = _staged_faults(opt, registered, is_train)
     else:
         faults = _RunCheck(opt, registered, is_train).faults()
-    return sorted(unique(faults), key=lambda fault: _position(opt, fault.where))
-
-
-def unique(faults: list[Fault]) -> list[Fault]:
-    """One fault for each key: two checks may see it, and what the first one says is nearer to the cause."""
-    return list({fault.where: fault for fault in reversed(faults)}.values())[::-1]
+    # One for each key: two checks may see it, and what the first one says is nearer to the cause.
+    first = {fault.where: fault for fault in reversed(faults)}
+    return sorted(first.values(), key=lambda fault: _position(opt, fault.where))
 
 
 def _position(opt: Any, where: Where) -> list[int]:
@@ -121,58 +101,29 @@ class _RunCheck:
             self._check_best_metric()
         self._check_rivals()
         self._check_namesakes()
-        return unique(self.found)
+        return self.found
 
     def _report(self, where: Where, message: str) -> None:
         self.found.append(Fault(where, message))
 
-    def _report_type(self, where: Where) -> None:
-        options = self._at(*where)
-        if isinstance(options, dict) and 'type' in options:
-            self._report((*where, 'type'), f'expected text, got {shown(options["type"])}')
-        else:
-            self._report(where, 'expected a mapping with a type')
-
     def _at(self, *where: str | int) -> Any:
-        value: Any = self.opt
-        for key in where:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+        return find_at(self.opt, where)
 
     def _section(self, *where: str) -> dict[str, Any]:
         value = self._at(*where)
         return value if isinstance(value, dict) else {}
 
     def _check_keys(self) -> None:
-        """Hold keys and types against the sections; keys that name networks go by their pattern."""
-        networks = [key for key in self.opt if key.startswith('network_')]
-        letters = [key.removeprefix('network_') for key in networks or ['network_g']]
-        kinds = {f'{pattern}{letter}': kind for pattern, kind in _PATH_PATTERNS.items() for letter in letters}
-        for key in networks:
-            if not _is_typed(self.opt[key]):
-                self._report_type((key,))
-        for key, value in self._section('path').items():
-            if value == 'None' and kinds.get(key, str) is str:
-                self._report(('path', key), "expected text or nothing, got the text 'None'")
-            elif value is not None and not isinstance(value, kinds.get(key, object)):
-                self._report(
-                    ('path', key), f'expected {"text" if kinds[key] is str else "true or false"}, got {shown(value)}'
-                )
-        for fault in model_faults(OptionFile, dict(self.opt), also_known=('network_g', 'network_d')):
-            if not fault.unknown_key or not self._is_open(fault.where, networks, kinds):
-                known = [*kinds, *Paths.model_fields]
-                self.found.append(
-                    unknown_key(fault.where, known) if fault.where[:-1] == ('path',) and fault.unknown_key else fault
-                )
+        """Hold keys and types against the sections."""
+        model = file_model(tuple(key.removeprefix('network_') for key in self.opt if key.startswith('network_')))
+        faults = model_faults(model, dict(self.opt))
+        self.found += [fault for fault in faults if not (fault.unknown_key and self._is_open(fault.where))]
 
-    def _is_open(self, where: Where, networks: list[str], kinds: Mapping[str, type]) -> bool:
-        """Whether a key that no section has is known all the same, or may be read by a third party's model."""
-        section, key = where[:-1], str(where[-1])
-        if (section == () and key in networks) or (section == ('path',) and key in kinds):
-            return True
+    def _is_open(self, where: Where) -> bool:
+        """Whether a key that no section has may be read by the model."""
         if self.is_third_party:
-            return section in _OPEN_SECTIONS
-        return self.is_ours and section == ('train',) and key.endswith('_opt')
+            return where[:-1] in _OPEN_SECTIONS
+        return self.is_ours and where[:-1] == ('train',) and str(where[-1]).endswith('_opt')
 
     def _check_presence(self) -> None:
         datasets = self._section('datasets')
@@ -263,8 +214,9 @@ class _RunCheck:
     def _check_call(self, registered: Registered, kind: str, where: tuple[str, ...], **names: tuple[str, ...]) -> None:
         """Check `{type: NAME, argument: value, …}`."""
         options = self._at(*where)
-        if not _is_typed(options):
-            self._report_type(where)
+        faults = model_faults(Typed, options, where)
+        if faults:
+            self.found += faults
             return
         target = registered.get(kind, options['type'])
         if target is None:
@@ -327,83 +279,236 @@ def _is_typed(options: Any) -> bool:
     return isinstance(options, dict) and isinstance(options.get('type'), str)
 
 
-def model_faults(
-    model: type[BaseModel], value: Any, where: Where = (), also_known: tuple[str, ...] = ()
-) -> list[Fault]:
+def model_faults(model: type[BaseModel], value: Any, where: Where = ()) -> list[Fault]:
     """What `model` finds wrong in `value`, which lies at `where`; see `ast_plugin.faults.faults_of`."""
     try:
         model.model_validate(value)
     except ValidationError as error:
-        return faults_of(error, model, value, where, also_known)
+        return faults_of(error, model, value, where)
     return []
 
 
 def _staged_faults(opt: Mapping[str, Any], registered: Registered | None, is_train: bool) -> list[Fault]:
     """The faults of each stage with all that it takes from the file, named where they were written."""
-    entries = opt[STAGES_KEY]
     base = {key: value for key, value in opt.items() if key != STAGES_KEY}
-    if not isinstance(entries, list) or not entries:
-        message = f'expected a list of mappings, each of what differs in a stage, got {shown(entries)}'
-        return [*_RunCheck(base, registered, is_train).faults(), Fault((STAGES_KEY,), message)]
-    faults = _stage_name_faults(entries)
-    if isinstance(base.get('path'), dict) and base['path'].get('resume_state') is not None:
+    faults = model_faults(StagedFile, {STAGES_KEY: opt[STAGES_KEY]})
+    if find_at(base, ('path', 'resume_state')) is not None:
         message = f'a state is of one stage: put it into {STAGES_KEY}.0.path or another, or use --auto_resume'
         faults.append(Fault(('path', 'resume_state'), message))
-    inherited: dict[Fault, list[int]] = {}
-    num_checked = 0
-    for number, entry in enumerate(entries):
-        place = (STAGES_KEY, number)
-        if not isinstance(entry, dict):
-            faults.append(Fault(place, f'expected a mapping of what differs in this stage, got {shown(entry)}'))
-            continue
+    stages = {}
+    for number, entry in _mappings(opt[STAGES_KEY]).items():
+        stages[number] = {key: value for key, value in entry.items() if key != STAGES_KEY}
         if STAGES_KEY in entry:
-            faults.append(Fault((*place, STAGES_KEY), 'stages have no stages of their own'))
+            faults.append(Fault((STAGES_KEY, number, STAGES_KEY), 'stages have no stages of their own'))
+    faults += _name_faults(STAGES_KEY, {number: stage_name(number + 1, entry) for number, entry in stages.items()})
+    if not stages:
+        return [*faults, *_RunCheck(base, registered, is_train).faults()]
+    return faults + _faults_of_entries(
+        STAGES_KEY, base, stages, lambda entry: _RunCheck(staged(base, entry), registered, is_train).faults()
+    )
+
+
+def _comparison_faults(opt: Mapping[str, Any], registered: Registered | None) -> list[Fault]:
+    """Every fault of a compare file: in its own keys, then in what it comes to for each network."""
+    faults = model_faults(ComparedFile, {key: opt[key] for key in ComparedFile.model_fields if key in opt})
+    faults += [
+        Fault((key,), reason)
+        for key, reason in (
+            ('network_g', f'each network is an entry of {NETWORKS_KEY}'),
+            (STAGES_KEY, 'networks are compared after one run each; compare the weights of staged runs by `weights`'),
+            ('path', 'weights are given by `weights` of a network; runs are resumed by themselves'),
+        )
+        if key in opt
+    ]
+    entries = _mappings(opt[NETWORKS_KEY])
+    names = {number: entry['name'] for number, entry in entries.items() if isinstance(entry.get('name'), str)}
+    faults += _name_faults(NETWORKS_KEY, names)
+    faults += _shared_faults(opt, list(names.values()))
+
+    def find(entry: Mapping[str, Any]) -> list[Fault]:
+        found = find_faults(expand_network(opt, entry), registered, is_train=is_trained(entry))
+        made_here = {'name', 'path', *(() if 'network_g' in entry else ('network_g',))}
+        return [fault for fault in found if fault.where[0] not in made_here]
+
+    alike: dict[bool, dict[int, Mapping[str, Any]]] = {True: {}, False: {}}
+    for number, entry in entries.items():
+        if entry.get('network_g') is None and entry.get('weights') is None:
+            missing = 'required, but not there (or weights that tell the network)'
+            faults.append(Fault((NETWORKS_KEY, number, 'network_g'), missing))
+        else:
+            alike[is_trained(entry)][number] = entry
+    for some in alike.values():
+        faults += _faults_of_entries(NETWORKS_KEY, opt, some, find)
+    return faults
+
+
+def _mappings(entries: Any) -> dict[int, dict[str, Any]]:
+    """The items of a list that are mappings, by their number; of what is no list there are none."""
+    numbered = enumerate(entries if isinstance(entries, list) else ())
+    return {number: entry for number, entry in numbered if isinstance(entry, dict)}
+
+
+def _name_faults(key: str, names: Mapping[int, Any]) -> list[Fault]:
+    """Report entries that share a name, and so a folder: some file systems tell no capitals."""
+    first: dict[str, int] = {}
+    return [
+        Fault((key, number, 'name'), f'{name} is the name of {key}.{first[name.casefold()]} already')
+        for number, name in names.items()
+        if isinstance(name, str) and first.setdefault(name.casefold(), number) != number
+    ]
+
+
+def _faults_of_entries(
+    key: str,
+    base: Mapping[str, Any],
+    entries: Mapping[int, Mapping[str, Any]],
+    find: Callable[[Mapping[str, Any]], list[Fault]],
+) -> list[Fault]:
+    """The faults of each run of a file, named where they were written: in an entry of `key`, or in what all share."""
+    faults: list[Fault] = []
+    inherited: dict[Fault, list[int]] = {}
+    for number, entry in entries.items():
+        place = (key, number)
         try:
-            run = staged(base, {key: value for key, value in entry.items() if key != STAGES_KEY})
+            found = find(entry)
         except OptionError as error:
             where, _, message = str(error).partition(': ')
             faults.append(Fault((*place, *where.split('.')), message))
             continue
-        num_checked += 1
-        for fault in _RunCheck(run, registered, is_train).faults():
-            if holds(entry, fault.where):
-                faults.append(Fault((*place, *fault.where), fault.message, fault.unknown_key))
+        for fault in found:
+            is_there = find_at(entry, fault.where, _UNKNOWN) is not _UNKNOWN
+            if is_there or (fault.where[0] in entry and fault.where[0] not in base):
+                faults.append(replace(fault, where=(*place, *fault.where)))
             else:
                 inherited.setdefault(fault, []).append(number)
     for fault, numbers in inherited.items():
-        # What is wrong in all of them is wrong in what they share; else only this stage makes it wrong.
-        if len(numbers) == num_checked:
+        # What is wrong in all of them is wrong in what they share; else only this entry makes it wrong.
+        if len(numbers) == len(entries):
             faults.append(fault)
         else:
-            faults += [replace(fault, where=(STAGES_KEY, number, *fault.where)) for number in numbers]
-    return faults if num_checked else [*faults, *_RunCheck(base, registered, is_train).faults()]
-
-
-def _stage_name_faults(entries: list[Any]) -> list[Fault]:
-    faults = []
-    taken: dict[str, int] = {}
-    for number, entry in enumerate(entries):
-        where = (STAGES_KEY, number, 'name')
-        if not isinstance(entry, dict):
-            continue
-        try:
-            if entry.get('name') is not None:
-                _FOLDER_NAME.validate_python(entry['name'], strict=True)
-        except ValidationError:
-            faults.append(Fault(where, f'expected a name that can name a folder, got {shown(entry["name"])}'))
-            continue
-        name = stage_name(number + 1, entry)
-        if name in taken:
-            faults.append(Fault(where, f'{name} is the name of {STAGES_KEY}.{taken[name]} already'))
-        taken[name] = number
+            faults += [replace(fault, where=(key, number, *fault.where)) for number in numbers]
     return faults
 
 
-def holds(value: Any, where: Where) -> bool:
-    """Whether there is something at `where` below `value`."""
-    for step in where:
-        keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-        if step not in keys:
-            return False
-        value = value[step]
-    return True
+def _shared_faults(opt: Mapping[str, Any], names: Sequence[str]) -> list[Fault]:
+    """What the sections of the whole file have wrong for a comparison of networks of these names."""
+    faults = []
+    baseline = find_at(opt, ('compare', 'baseline'))
+    if isinstance(baseline, str) and baseline not in names:
+        expected = f'expected one of {", ".join(names)}, got {shown(baseline)}'
+        faults.append(Fault(('compare', 'baseline'), expected))
+    for key in ('total_iter', 'total_epochs'):
+        if find_at(opt, ('compare', 'minutes')) is not None and find_at(opt, ('train', key)) is not None:
+            faults.append(Fault(('train', key), 'compare.minutes says how long networks are trained'))
+    phases = {key: phase_of(key) for key in opt['datasets']} if isinstance(opt.get('datasets'), dict) else {}
+    tests = [key for key, phase in phases.items() if phase == 'test']
+    measured = tests or [key for key, phase in phases.items() if phase == 'val']
+    if not measured:
+        missing = 'required, but not there (or datasets.test): what networks are compared on'
+        faults.append(Fault(('datasets', 'val'), missing))
+    if len(measured) > 1:
+        message = f'networks are compared on one set, and {measured[0]} is one already'
+        faults.append(Fault(('datasets', measured[1]), message))
+    return faults
+
+
+def argument_faults(
+    target: Callable,
+    arguments: Mapping[str, Any],
+    where: Where,
+    given: Collection[str] = (),
+    ignored: Collection[str] = ('type',),
+    optional: Collection[str] = (),
+) -> list[Fault]:
+    """Compare options with the signature of what they will be passed to as keyword arguments.
+
+    Args:
+        target: class or function.
+        arguments: the options at `where`.
+        given: arguments that the caller passes besides, which an option file must not.
+        ignored: options that are taken out before the call.
+        optional: arguments that the caller passes if the options do not.
+    """
+    parameters, is_open = parameters_of(target)
+    known = {name: parameter for name, parameter in parameters.items() if name not in given}
+    faults = []
+    for name, value in arguments.items():
+        if name in known:
+            faults += _value_faults(known[name], value, (*where, name))
+        elif name not in ignored and not is_open:
+            faults.append(unknown_key((*where, name), [*known, *ignored]))
+    for name, parameter in known.items():
+        if parameter.default is _UNKNOWN and name not in arguments and name not in optional and not is_open:
+            faults.append(Fault((*where, name), f'required by {getattr(target, "__name__", target)}, but not there'))
+    return faults
+
+
+def _value_faults(parameter: inspect.Parameter, value: Any, where: Where) -> list[Fault]:
+    annotation, default = parameter.annotation, parameter.default
+    if annotation is _UNKNOWN or isinstance(annotation, str):
+        # Then only text, numbers and truth values are told apart: a default of 8 may allow [8, 8].
+        if not isinstance(value, (str, bool, int, float)):
+            return []
+        annotation = next((kind for kind in (bool, str, int, float) if isinstance(default, kind)), Any)
+        annotation = float if annotation is int else annotation
+    has_config = hasattr(annotation, 'model_config')
+    try:
+        adapter = TypeAdapter(annotation, config=None if has_config else ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticUserError, TypeError, NameError):
+        return []
+    try:
+        # YAML has lists only, and in JSON a list may be a tuple, however strict one is.
+        adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        return faults_of(error, annotation, value, where)
+    return []
+
+
+def parameters_of(target: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The parameters by name, and whether others are accepted as well."""
+    if not inspect.isclass(target):
+        return _function_parameters(target, functools.partial(_returned_class_parameters, target))
+    # nn.Module's **kwargs take nothing.
+    classes = [cls for cls in target.__mro__ if cls is not object and cls.__module__ != 'torch.nn.modules.module']
+    return _constructor_parameters([vars(cls)['__init__'] for cls in classes if '__init__' in vars(cls)])
+
+
+def _constructor_parameters(constructors: list[Callable]) -> tuple[dict[str, inspect.Parameter], bool]:
+    if not constructors:
+        return {}, False
+    inherited = functools.partial(_constructor_parameters, constructors[1:])
+    parameters, is_open = _function_parameters(constructors[0], inherited)
+    return dict(list(parameters.items())[1:]), is_open  # without self
+
+
+def _returned_class_parameters(function: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
+    """A factory `def AST_T(**options) -> AST` takes what AST takes."""
+    returned = None
+    with suppress(NameError, TypeError, AttributeError):
+        returned = typing.get_type_hints(function).get('return')
+    return parameters_of(returned) if inspect.isclass(returned) else ({}, True)
+
+
+def _function_parameters(function: Callable, rest: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Those of a function; where it passes on its `**kwargs`, with those that `rest` returns."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return {}, True
+    with suppress(NameError, AttributeError, SyntaxError, TypeError):  # names may be there for type checkers alone
+        signature = inspect.signature(function, eval_str=True)
+    parameters = {name: p for name, p in signature.parameters.items() if p.kind in _POSITIONAL_OR_KEYWORD}
+    open_names = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    if not open_names or not _reads(function, open_names[0]):
+        return parameters, False
+    others, is_open = rest()
+    return parameters | {name: p for name, p in others.items() if name not in parameters}, is_open
+
+
+def _reads(function: Callable, name: str) -> bool:
+    """Whether `**name` is used: BasicSR's metrics and SwinIR take `**kwargs` and drop what is in it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree))

@@ -23,8 +23,7 @@ from ast_plugin.compare.plan import make_plan
 from ast_plugin.errors import PluginError
 from ast_plugin.evaluation.cost import count_macs
 from ast_plugin.models import registries
-from ast_plugin.options import safe_yaml
-from ast_plugin.options.compare_file import check_comparison, find_comparison_faults
+from ast_plugin.options import safe_yaml, validation
 from tests import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +64,7 @@ def registered():
 def test_shipped_files_are_right(registered, name):
     if name != 'compare/quick':
         pytest.importorskip('spandrel_extra_arches', reason='the extra `baselines` is not installed')
-    check_comparison(options.load(options.find(name)), name, registered)
+    validation.check(options.load(options.find(name)), name, registered)
 
 
 def test_networks_of_record_cost_alike(registered):
@@ -123,16 +122,16 @@ TAKEN = 'is the name of networks.0 already'
     ],
 )
 def test_faults(registered, opt, complaint):
-    faults = [str(fault) for fault in find_comparison_faults(opt, registered)]
+    faults = [str(fault) for fault in validation.find_faults(opt, registered)]
     assert any(complaint in fault for fault in faults), faults
 
 
 def test_a_right_file_has_no_faults(registered):
-    assert find_comparison_faults(options_of(), registered) == []
+    assert validation.find_faults(options_of(), registered) == []
 
 
 def test_what_all_share_is_told_once(registered):
-    faults = [str(fault) for fault in find_comparison_faults(options_of(datasets__train={'type': 'x'}), registered)]
+    faults = [str(fault) for fault in validation.find_faults(options_of(datasets__train={'type': 'x'}), registered)]
     assert len(faults) == len(set(faults)) and not any('networks.' in fault for fault in faults)
 
 

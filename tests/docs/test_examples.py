@@ -8,7 +8,7 @@ from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.checkpoints import save_torch
 from ast_plugin.errors import BackendUnavailable
 from ast_plugin.models.registries import load_registered
-from ast_plugin.options import compare_file, safe_yaml, validation
+from ast_plugin.options import safe_yaml, validation
 
 from .pages import blocks
 
@@ -60,5 +60,4 @@ def test_yaml_fits_a_shipped_file(text):
         del opt['train']['total_iter']
     for key, value in shown.items():
         opt[key] = {**opt[key], **value} if key == 'path' else value
-    check = compare_file.check_comparison if is_comparison else validation.check
-    check(opt, str(file), load_registered())
+    validation.check(opt, str(file), load_registered())

@@ -139,7 +139,7 @@ def test_rules_of_a_mix_are_quoted(tmp_path, registered, rule, key, written):
 
 def test_none_of_python_is_no_text(tmp_path, registered):
     for changed in ({'weights': 'None'}, {'key': 'None'}):
-        assert "expected text or nothing, got the text 'None': nothing is written ~" in faults(
+        assert "expected text, or nothing, which is written ~ (got the text 'None')" in faults(
             tmp_path, registered, **changed
         )
 

@@ -6,7 +6,7 @@ import torch
 
 from ast_plugin.errors import OptionError
 from ast_plugin.models.optimizers import WarmupCosineLR, build_optimizer, build_schedule, find_optimizer
-from ast_plugin.options.signatures import argument_faults
+from ast_plugin.options.validation import argument_faults
 
 
 @pytest.fixture

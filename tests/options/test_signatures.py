@@ -3,7 +3,7 @@
 import pytest
 from torch import Tensor, nn
 
-from ast_plugin.options.signatures import argument_faults
+from ast_plugin.options.validation import argument_faults
 
 UNKNOWN = 'unknown key, did you mean '
 
