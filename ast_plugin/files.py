@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -68,6 +69,28 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def replace_folder(partial: Path, destination: Path, old: Path) -> None:
+    """Put a finished folder in its place; what is there lies in `old` meanwhile, comes back on failure, or goes.
+
+    Raises:
+        OSError: if a folder cannot be renamed.
+    """
+    is_there = destination.is_dir() and any(destination.iterdir())
+    if is_there:
+        shutil.rmtree(old, ignore_errors=True)
+        destination.rename(old)
+    elif os.name == 'nt' and destination.is_dir():
+        destination.rmdir()
+    try:
+        partial.rename(destination)
+    except OSError:
+        if is_there:
+            old.rename(destination)
+        raise
+    sync_folder(destination.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import ast_plugin  # noqa: F401 (before BasicSR)
-from ast_plugin.data.sampler import EpochSampler
+from ast_plugin.data.randomness import EpochSampler
 
 TINY = {'type': 'AST', 'img_size': 16, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'drop_path_rate': 0.0}
 BATCH = 4  # of all processes together

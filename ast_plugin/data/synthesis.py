@@ -26,7 +26,7 @@ from ast_plugin.data.matching import list_images
 from ast_plugin.degradations import DEGRADATIONS, Degradation
 from ast_plugin.errors import DataError, MemoryShortage, OptionError, PluginError, did_you_mean, one_line
 from ast_plugin.faults import faults_of
-from ast_plugin.files import lock_folder, write_file
+from ast_plugin.files import lock_folder, replace_folder, write_file
 from ast_plugin.names import file_name, seed_of
 
 # Colour photos of scenes, each scene in one split only: split, package and file. What else these packages hold is gray,
@@ -167,16 +167,15 @@ def make_pairs(name: str, path: Path, recipe: Recipe, depth_path: Path | None = 
         raise DataError(
             f'{path}: has {width}x{height} pixels, fewer than a patch of {recipe.size}; leave it out, or ask for less'
         )
-    depth = None if depth_path is None else read_depth(depth_path, (height, width))
+    options = {} if depth_path is None else {'depth': read_depth(depth_path, (height, width))}
     row, digits = DEGRADATIONS[recipe.task], len(str(recipe.count))
     for number in range(1, recipe.count + 1):
         generator = np.random.default_rng([recipe.seed, seed_of(name), number])
         if recipe.size is None:
             clean = transforms.to_float(image)
-            options = {} if depth is None else {'depth': depth}
             degraded, mask = row.apply(clean, generator, recipe.parameters, **options)
         else:
-            degraded, clean, mask = degraded_patch(image, recipe.size, generator, row, recipe.parameters, depth=depth)
+            degraded, clean, mask = degraded_patch(image, recipe.size, generator, row, recipe.parameters, **options)
         yield SynthesizedPair(
             f'{name}_{number:0{digits}}',
             _to_integers(degraded, image.dtype),
@@ -216,18 +215,16 @@ def degraded_patch(
     margin = degradation.margin
     top, left = transforms.random_offset(image.shape, size, generator)
     place = (top - margin, left - margin, size + 2 * margin, size + 2 * margin)
-    whole = [image] if depth is None else [image, depth]
-    parts = [transforms.window(array, *place) for array in whole]
-    parts = transforms.random_flip(parts, use_hflip, use_rot, generator)
-    clean = transforms.to_float(parts[0])
+    parts = [transforms.window(array, *place) for array in (image, depth) if array is not None]
+    clean, *depths = transforms.random_flip(parts, use_hflip, use_rot, generator)
+    clean = transforms.to_float(clean)
     if gamma != (1.0, 1.0):
         clean = clean ** np.float32(np.exp(generator.uniform(*np.log(gamma))))
-    options = {} if depth is None else {'depth': parts[1]}
     if clean_share and generator.random() < clean_share:
         degraded, mask = clean, np.zeros(clean.shape[:2], np.float32)
     else:
-        degraded, mask = degradation.apply(clean, generator, parameters, **options)
-    inner = (slice(margin, margin + size), slice(margin, margin + size))
+        degraded, mask = degradation.apply(clean, generator, parameters, *depths)
+    inner = (slice(margin, margin + size),) * 2
     return degraded[inner], clean[inner], None if mask is None else mask[inner]
 
 
@@ -240,7 +237,9 @@ def read_depth(path: Path, shape: tuple[int, int]) -> np.ndarray:
         DataError: if it cannot be read or is not of `shape`.
     """
     if path.suffix.lower() in ('.npy', '.npz'):
-        depth = _load_array(path)
+        depth = _read_array(path)
+        if depth.ndim != 2 or depth.dtype.kind not in 'fiu':
+            raise DataError(f'{path}: expected an array of numbers [H, W]; got {depth.dtype} {list(depth.shape)}')
     else:
         color = read_image(path).color
         if color.ndim != 2:
@@ -249,6 +248,18 @@ def read_depth(path: Path, shape: tuple[int, int]) -> np.ndarray:
     if depth.shape != shape:
         raise DataError(f'{path}: a map of distances has the size of its photo, {shape}; this has {depth.shape}')
     return depth.astype(np.float32)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        if len(loaded.files) == 1:
+            return loaded[loaded.files[0]]
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise DataError(f'{path}: cannot be read as an array: {error}') from error
+    raise DataError(f'{path}: expected one array, got {len(loaded.files)}: {", ".join(loaded.files[:3])}')
 
 
 def check_output(output: Path, photos: Iterable[Path], overwrite: bool) -> None:
@@ -326,27 +337,12 @@ def write_pairs(
                 if not levels:
                     raise DataError(failures[0])
                 write_file(partial / _RECORD, (json.dumps(record, indent=2) + '\n').encode())
-                _put_in_place(partial, output)
+                replace_folder(partial, output, partial.with_suffix('.old'))
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise DataError(f'cannot write {output}: {error.strerror or error}') from error
     return levels, failures
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    old = partial.with_suffix('.old')
-    if output.is_dir() and any(output.iterdir()):
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        try:
-            partial.rename(output)
-        except OSError:
-            old.rename(output)
-            raise
-    else:
-        partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _choose(name: str, known: Mapping[str, Any], where: str) -> Any:
@@ -370,19 +366,3 @@ def _find_in_package(package: str, file: str) -> Path:
 def _to_integers(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
     # In float64: float32 would miss some of the values of 16 bits.
     return np.rint(image.astype(np.float64) * np.iinfo(dtype).max).astype(dtype)
-
-
-def _load_array(path: Path) -> np.ndarray:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            if len(loaded.files) != 1:
-                raise DataError(f'{path}: expected one array, got {len(loaded.files)}: {", ".join(loaded.files[:3])}')
-            loaded = loaded[loaded.files[0]]
-    except DataError:
-        raise
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise DataError(f'{path}: cannot be read as an array: {error}') from error
-    if loaded.ndim != 2 or loaded.dtype.kind not in 'fiu':
-        raise DataError(f'{path}: expected an array of numbers [H, W]; got {loaded.dtype} {list(loaded.shape)}')
-    return loaded

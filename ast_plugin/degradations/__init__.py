@@ -28,8 +28,9 @@ class Degradation:
     Attributes:
         parameters: its ranges, with `type: Literal[name] = name`.
         apply: pure function (image, generator, parameters) -> (degraded image, mask). Images are RGB [H, W, 3],
-            float32 in [0, 1]; the mask is the opacity of what was put over the image, [H, W] float32 in [0, 1], or
-            None where every pixel is degraded.
+            float32 in [0, 1], of any size. The generator is the source of all randomness: the same state gives the
+            same result, bit for bit. The mask is the opacity of what was put over the image, [H, W] float32 in
+            [0, 1], or None where every pixel is degraded.
         margin: pixels around a patch that its degradation depends on.
         takes_depth: whether `apply` has a further argument `depth`, a map of distances [H, W].
     """

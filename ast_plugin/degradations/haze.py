@@ -23,18 +23,21 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 from pydantic import Field
 
-from ast_plugin.degradations.fields import (
+from ast_plugin.degradations.base import (
+    Parameters,
+    PositiveRange,
+    Range,
     add_glare,
     fractal_noise,
     lattice_noise,
+    limited,
     shrink,
     strips,
     to_rgb,
-    uniform_noise,
 )
-from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, limited
 from ast_plugin.errors import DataError
 
 DENSEST = 2.5  # mean optical depth beyond which too little of the image would be left to be restored
@@ -87,18 +90,13 @@ class HazeParameters(Parameters):
 
 
 def add_haze(
-    image: np.ndarray, generator: np.random.Generator, parameters: HazeParameters, depth: np.ndarray | None = None
+    image: np.ndarray, generator: Generator, parameters: HazeParameters, depth: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put haze into a clean image.
+    """Put haze into a clean image, see `Degradation.apply`; the mask is its opacity, 1 - exp(-k tau).
 
     Args:
-        image: RGB, [H, W, 3], float32 in [0, 1], any size.
-        generator: source of all randomness; the same state gives the same result, bit for bit.
-        parameters: ranges to draw from.
         depth: [H, W], distance of each pixel in any unit, such as metres; infinite is sky; 0 and NaN are unknown, and
             filled in from around. Without it depth is guessed, see `guess_depth`.
-    Returns:
-        The hazy image, [H, W, 3] float32 in [0, 1], and the opacity of the haze, 1 - exp(-k tau), [H, W] float32.
     Raises:
         DataError: if `depth` has another size, a negative value, or no finite one above 0; or if visibility is asked
             for without depth.
@@ -114,22 +112,26 @@ def add_haze(
     nearest = generator.uniform(*parameters.nearest)
     depth = guess_depth(image, generator, nearest, parameters.room) if depth is None else fill_depth(depth, shape)
     light = add_glare(image, WHITE, generator.uniform(*parameters.glare))
-    small, small_depth = (_probe(part) for part in (light, depth))
+    ratio = min(shape) / PROBE_SIDE
+    small, small_depth = shrink(light, ratio), shrink(depth, ratio)
     airlight = _airlight(small, small_depth, generator, parameters)
     unit = min(small.shape[:2]) / min(shape) * parameters.scale  # pixels of `small` to one of the parameters
     airlight = _light(small, airlight, unit, generator, parameters)
     adaptation = _adaptation(airlight, generator, parameters)
     thickness = depth * _swathes(shape, generator, parameters)
     if parameters.visibility is None:
-        tau = _probe(thickness)
-        beta = _extinction(small, tau, airlight, adaptation, 1 - forward, 10 ** (-amount / 10))
+        tau, error = shrink(thickness, ratio), 10 ** (-amount / 10)
+        beta = _extinction(small, tau, airlight, adaptation, 1 - forward, error)
     else:
         beta = -math.log(CONTRAST_THRESHOLD) / amount
     thickness *= np.float32(beta)
     deviation = generator.uniform(*parameters.noise)
     hazy, opacity = _compose(light, thickness, airlight, adaptation, 1 - forward, spread)
-    if deviation:
-        hazy += uniform_noise(hazy.shape, generator, deviation)
+    if deviation:  # uniform noise, as that is drawn fastest
+        noise = np.frombuffer(generator.bytes(hazy.size), np.uint8).reshape(hazy.shape).astype(np.float32)
+        noise -= np.float32(127.5)
+        noise *= np.float32(deviation / math.sqrt((256**2 - 1) / 12))
+        hazy += noise
     return np.clip(hazy, 0, 1, out=hazy), opacity
 
 
@@ -166,17 +168,10 @@ def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return filled
 
 
-def _probe(array: np.ndarray) -> np.ndarray:
-    """Return an image or a map at the size at which the strength is sought."""
-    return shrink(array, min(array.shape[:2]) / PROBE_SIDE)
-
-
-def _airlight(
-    small: np.ndarray, depth: np.ndarray, generator: np.random.Generator, parameters: HazeParameters
-) -> np.ndarray:
+def _airlight(small: np.ndarray, depth: np.ndarray, generator: Generator, parameters: HazeParameters) -> np.ndarray:
     """Draw the mean colour of the haze, [3]: about as bright as what lights it, the scene or its bright sky."""
-    lowest, highest = parameters.airlight
-    brightness = generator.uniform(lowest, highest)
+    highest = parameters.airlight[1]
+    brightness = generator.uniform(*parameters.airlight)
     lit = generator.uniform(*SKY_LIT)
     brightness = max(brightness, min(SCENE_LIT * float(np.minimum(small, 1).mean()), highest))
     farthest = small[depth > 0.96 * depth.max()]
@@ -187,7 +182,7 @@ def _airlight(
 
 
 def _light(
-    small: np.ndarray, airlight: np.ndarray, unit: float, generator: np.random.Generator, parameters: HazeParameters
+    small: np.ndarray, airlight: np.ndarray, unit: float, generator: Generator, parameters: HazeParameters
 ) -> np.ndarray:
     """Spread airlight, [3], over [h, w, 3] as `small`: lit by lamps outside of it and by what is bright in it."""
     shape = small.shape[:2]
@@ -207,7 +202,7 @@ def _light(
     return np.minimum(field, np.float32(SHOULDER)) + np.float32(1 - SHOULDER) * (1 - np.exp(-over))
 
 
-def _adaptation(airlight: np.ndarray, generator: np.random.Generator, parameters: HazeParameters) -> np.ndarray:
+def _adaptation(airlight: np.ndarray, generator: Generator, parameters: HazeParameters) -> np.ndarray:
     """Draw the logarithm of what the camera multiplies the channels of an opaque haze by, [3]."""
     exposure = generator.uniform(*parameters.exposure) * math.log(2) / GAMMA
     colour = np.maximum(airlight.reshape(-1, 3).mean(axis=0), 1e-2)
@@ -215,7 +210,7 @@ def _adaptation(airlight: np.ndarray, generator: np.random.Generator, parameters
     return (exposure + balance).astype(np.float32)
 
 
-def _swathes(shape: tuple[int, int], generator: np.random.Generator, parameters: HazeParameters) -> np.ndarray:
+def _swathes(shape: tuple[int, int], generator: Generator, parameters: HazeParameters) -> np.ndarray:
     """Return the extinction relative to its mean, [H, W]: lognormal noise, made at a quarter of the size."""
     strength = generator.uniform(*parameters.unevenness)
     cell = generator.uniform(*parameters.cell) * parameters.scale / 4
@@ -274,7 +269,7 @@ def _compose(
     return result, 1 - seen
 
 
-def guess_depth(image: np.ndarray, generator: np.random.Generator, nearest: float, room: float = 0.0) -> np.ndarray:
+def guess_depth(image: np.ndarray, generator: Generator, nearest: float, room: float = 0.0) -> np.ndarray:
     """Guess how far off everything in an image is.
 
     Not true depth, but one that haze may follow without looking wrong. Up to a horizon drawn at random lies a ground
@@ -306,7 +301,7 @@ def guess_depth(image: np.ndarray, generator: np.random.Generator, nearest: floa
     return np.clip(_align(np.clip(depth, nearest, 1), gray, image), nearest / 2, 1)
 
 
-def _ground(shape: tuple[int, int], generator: np.random.Generator, nearest: float) -> np.ndarray:
+def _ground(shape: tuple[int, int], generator: Generator, nearest: float) -> np.ndarray:
     """Return the depth of a ground plane up to a horizon, and of what stands on it above, [h, w]."""
     row = ((np.arange(shape[0], dtype=np.float32) + 0.5) / shape[0])[:, None]
     horizon = generator.uniform(0.1, 0.5)
@@ -315,7 +310,7 @@ def _ground(shape: tuple[int, int], generator: np.random.Generator, nearest: flo
     return np.minimum(ground, standing) + np.zeros(shape, np.float32)
 
 
-def _room(shape: tuple[int, int], generator: np.random.Generator, nearest: float) -> np.ndarray:
+def _room(shape: tuple[int, int], generator: Generator, nearest: float) -> np.ndarray:
     """Return the depth of a box that is open towards the camera, its back wall at 1, [h, w]."""
     y, x = ((np.arange(size, dtype=np.float32) + 0.5) / size for size in shape)
     x -= np.float32(generator.uniform(0.3, 0.7))

@@ -17,10 +17,10 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 from pydantic import Field
 
-from ast_plugin.degradations.fields import compress_jpeg, strips
-from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, limited
+from ast_plugin.degradations.base import Parameters, PositiveRange, Range, compress_jpeg, limited, strips
 
 SENSOR = 2  # pixels of the sensor by those of the image, along each side
 FRAME = (480, 720)  # height and width in pixels of the image that a smaller patch is taken to be cut from
@@ -51,22 +51,13 @@ class MoireParameters(Parameters):
     quality: Range = limited((75, 96), 1, 100, 'of the JPEG that the camera writes')
 
 
-def add_moire(
-    image: np.ndarray, generator: np.random.Generator, parameters: MoireParameters
-) -> tuple[np.ndarray, None]:
-    """Show a clean image on a screen and take a photo of that.
+def add_moire(image: np.ndarray, generator: Generator, parameters: MoireParameters) -> tuple[np.ndarray, None]:
+    """Show a clean image on a screen and take a photo of that, of 256 levels; see `Degradation.apply`.
 
-    Args:
-        image: RGB, [H, W, 3], float32 in [0, 1], any size; a patch is taken to be cut from an image of `FRAME`.
-        generator: source of all randomness; the same state gives the same result, bit for bit.
-        parameters: ranges to draw from.
-    Returns:
-        The photo of the screen, [H, W, 3] float32 in [0, 1], of 256 levels; and None, as every pixel is degraded.
+    A patch is taken to be cut from an image of `FRAME`. There is no mask, as every pixel is degraded.
     Source: Yuan et al., "AIM 2019 challenge on image demoiréing", for photos of a simulated screen.
     """
-    height, width = image.shape[:2]
-    camera = _draw_camera(generator, parameters, (height, width))
-    bands = _bands(camera, (height, width))
+    bands = _bands(_draw_camera(generator, parameters, image.shape[:2]), image.shape[:2])
     photo = _expose(image, bands, generator, parameters)
     quality = round(generator.uniform(*parameters.quality))
     decoded = cv2.cvtColor(compress_jpeg(photo, quality), cv2.COLOR_BGR2RGB)
@@ -86,7 +77,7 @@ class _Camera:
     blur: float  # standard deviation of the lens
 
 
-def _draw_camera(generator: np.random.Generator, parameters: MoireParameters, shape: tuple[int, int]) -> _Camera:
+def _draw_camera(generator: Generator, parameters: MoireParameters, shape: tuple[int, int]) -> _Camera:
     frame = [SENSOR * max(side, length) for side, length in zip(shape, FRAME, strict=True)]
     half = math.hypot(*frame) / 2
     angle = math.radians(generator.uniform(*parameters.rotation))
@@ -156,9 +147,7 @@ def _profile(camera: _Camera, middle: float, width: float) -> np.ndarray:
     return np.maximum(light, 0).astype(np.float32)
 
 
-def _expose(
-    image: np.ndarray, bands: np.ndarray, generator: np.random.Generator, parameters: MoireParameters
-) -> np.ndarray:
+def _expose(image: np.ndarray, bands: np.ndarray, generator: Generator, parameters: MoireParameters) -> np.ndarray:
     """Return the photo as BGR, [H, W, 3] uint8: the image's light through the bands, exposed, with noise."""
     exposure = generator.uniform(*parameters.exposure)
     red, blue = 1 + generator.uniform(*parameters.balance, 2)

@@ -15,10 +15,20 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 from pydantic import Field
 
-from ast_plugin.degradations.fields import compress_jpeg, smooth_field, strips, to_rgb
-from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, draw_log_uniform, limited
+from ast_plugin.degradations.base import (
+    Parameters,
+    PositiveRange,
+    Range,
+    compress_jpeg,
+    draw_log_uniform,
+    lattice_noise,
+    limited,
+    strips,
+    to_rgb,
+)
 
 MIN_HEADROOM = 0.06  # mean of (1 - image)^2 below which an image is too white for rain to be made stronger
 MAX_OPACITY = 0.95
@@ -107,17 +117,10 @@ class _Shower:
         return self.density * mean_rows * mean, self.density * mean_rows * square
 
 
-def add_rain(
-    image: np.ndarray, generator: np.random.Generator, parameters: RainParameters
-) -> tuple[np.ndarray, np.ndarray]:
-    """Put rain over a clean image.
+def add_rain(image: np.ndarray, generator: Generator, parameters: RainParameters) -> tuple[np.ndarray, np.ndarray]:
+    """Put rain over a clean image, see `Degradation.apply`; the mask is the opacity of the streaks alone.
 
-    Args:
-        image: RGB, [H, W, 3], float32 in [0, 1], any size; a patch gets the rain that its image would get.
-        generator: source of all randomness; the same state gives the same result, bit for bit.
-        parameters: ranges to draw from.
-    Returns:
-        The rainy image, [H, W, 3] float32 in [0, 1], and the opacity of the streaks alone, [H, W] float32 in [0, 1].
+    A patch gets the rain that its image would get.
     Numerics: PSNR is an expectation over streaks. One rendering of 480 x 720 lies within about 1 dB of it and a
     patch scatters more. Below 20 dB streaks saturate, and in a nearly white image nothing shows: both stay cleaner.
     """
@@ -126,7 +129,7 @@ def add_rain(
     showers = _draw_showers(generator, parameters)
     shine = np.clip(generator.uniform(*parameters.light) + generator.normal(0, 0.015, 3), 0, 1)
     light = np.clip(0.5 + 0.45 * float(image.mean()) + generator.normal(0, 0.01, 3), 0, 1)
-    veil = generator.uniform(*parameters.veil) * smooth_field(
+    veil = generator.uniform(*parameters.veil) * lattice_noise(
         shape, generator, VEIL_CELL * parameters.scale, 0.3, 1, cv2.INTER_LINEAR
     )
     gain, thinning = _strengths(image, veil, light, shine, showers, error)
@@ -142,7 +145,7 @@ def add_rain(
     return rainy, streaks
 
 
-def _draw_showers(generator: np.random.Generator, parameters: RainParameters) -> list[_Shower]:
+def _draw_showers(generator: Generator, parameters: RainParameters) -> list[_Shower]:
     """Draw the values of the layers that an image has, and which these are."""
     scale = parameters.scale
     angle = math.radians(generator.uniform(*parameters.angle))
@@ -204,7 +207,7 @@ def _blend(
     return result
 
 
-def _compress_change(image: np.ndarray, rainy: np.ndarray, quality: int, generator: np.random.Generator) -> np.ndarray:
+def _compress_change(image: np.ndarray, rainy: np.ndarray, quality: int, generator: Generator) -> np.ndarray:
     """Return the image plus what the rain has changed in its compression; without rain it stays as it is."""
     top, left = (int(value) for value in generator.integers(0, 16, 2))  # blocks begin anywhere
     kept = []
@@ -217,7 +220,7 @@ def _compress_change(image: np.ndarray, rainy: np.ndarray, quality: int, generat
     return np.clip(change, 0, 1, out=change)
 
 
-def _render(shape: tuple[int, int], generator: np.random.Generator, shower: _Shower) -> np.ndarray:
+def _render(shape: tuple[int, int], generator: Generator, shower: _Shower) -> np.ndarray:
     """Draw one layer of streaks with the brightness of `shower`, [H, W] float32.
 
     A streak leans less than 60 degrees, so it is one point on each row that it crosses, shared between two pixels in

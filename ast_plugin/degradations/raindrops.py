@@ -23,10 +23,19 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 from pydantic import Field
 
-from ast_plugin.degradations.fields import add_glare, lattice_noise, to_rgb
-from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, draw_log_uniform, limited
+from ast_plugin.degradations.base import (
+    Parameters,
+    PositiveRange,
+    Range,
+    add_glare,
+    draw_log_uniform,
+    lattice_noise,
+    limited,
+    to_rgb,
+)
 
 MERGING = 4.0  # how sharply lobes join: h = log(sum(exp(MERGING * h_i))) / MERGING
 FLOOR = -0.8  # height of the bare pane, where a drop's rim is at 0 and its middle at 1
@@ -75,18 +84,12 @@ class RaindropParameters(Parameters):
 
 
 def add_raindrops(
-    image: np.ndarray, generator: np.random.Generator, parameters: RaindropParameters
+    image: np.ndarray, generator: Generator, parameters: RaindropParameters
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put wet glass before a clean image.
+    """Put wet glass before a clean image, see `Degradation.apply`; where the mask is 0 the image is the clean one.
 
-    Args:
-        image: RGB, [H, W, 3], float32 in [0, 1], any size. Drops see what it shows and, beyond its border, its mirror
-            image under a sky and over a dark ground; so a patch is best degraded with a margin of its image.
-        generator: source of all randomness; the same state gives the same result, bit for bit.
-        parameters: ranges to draw from.
-    Returns:
-        The image through the glass, [H, W, 3] float32 in [0, 1], and the opacity of the water before each pixel,
-        [H, W] float32 in [0, 1]; where it is 0 the image is the clean one.
+    Drops see what the image shows and, beyond its border, its mirror image under a sky and over a dark ground; so a
+    patch is best degraded with a margin of its image.
     Numerics: psnr is met within about 0.5 dB by how many drops there are, where they are many; the limits of
         `coverage` come first, so that a scene of little contrast stays cleaner, and one of very much may be worse.
     """
@@ -141,7 +144,7 @@ def _error(small: np.ndarray, layer: np.ndarray) -> float:
 
 def _draw_lobes(
     pane: tuple[int, int],
-    generator: np.random.Generator,
+    generator: Generator,
     typical: float,
     offered: float,
     irregularity: float,
@@ -183,9 +186,7 @@ def _apart(drops: np.ndarray, size: tuple[float, float]) -> list[int]:
     return kept
 
 
-def _shape(
-    drops: np.ndarray, generator: np.random.Generator, irregularity: float, parameters: RaindropParameters
-) -> np.ndarray:
+def _shape(drops: np.ndarray, generator: Generator, irregularity: float, parameters: RaindropParameters) -> np.ndarray:
     """Build each drop of a body and, if irregular, up to two bulges on it and up to two satellites beside it."""
     x, y, radius, arrival = drops
     count = len(x)
@@ -208,7 +209,7 @@ def _shape(
     return np.stack([x, y, radius / tall, radius * tall * (1 + sag), radius * tall * (1 - sag), arrival])
 
 
-def _trails(drops: np.ndarray, generator: np.random.Generator, parameters: RaindropParameters) -> np.ndarray:
+def _trails(drops: np.ndarray, generator: Generator, parameters: RaindropParameters) -> np.ndarray:
     """Return beads above some drops, [4, n] as the drops: a tail that tapers, wavers and breaks up."""
     ran = generator.random(drops.shape[1]) < generator.uniform(*parameters.trails)
     x, y, radius, arrival = drops[:, ran, None]
@@ -268,7 +269,7 @@ def _defocus(layer: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _film(
-    small: np.ndarray, generator: np.random.Generator, unit: float, parameters: RaindropParameters, most: float
+    small: np.ndarray, generator: Generator, unit: float, parameters: RaindropParameters, most: float
 ) -> tuple[np.ndarray, float]:
     """Return a film through which `small` is blurred, paled and displaced, [h, w, 4], and its error, at `most` that."""
     shape = small.shape[:2]

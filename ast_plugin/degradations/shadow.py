@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 from pydantic import Field
 
-from ast_plugin.degradations.fields import fractal_noise, lattice_noise
-from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, limited
+from ast_plugin.degradations.base import Parameters, PositiveRange, Range, fractal_noise, lattice_noise, limited
 
 FRAME = (480, 720)  # height and width in pixels at scale 1 of the image that a smaller patch is taken to be cut from
 GRID_ROWS = 240  # rows on which shadows are drawn; their edges are softer than that
@@ -46,18 +46,10 @@ class ShadowParameters(Parameters):
     scale: float = Field(1.0, gt=0, le=20, description='size of images that patches come from: 1 for 480x720')
 
 
-def add_shadow(
-    image: np.ndarray, generator: np.random.Generator, parameters: ShadowParameters
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cast a shadow on a clean image.
+def add_shadow(image: np.ndarray, generator: Generator, parameters: ShadowParameters) -> tuple[np.ndarray, np.ndarray]:
+    """Cast a shadow on a clean image, see `Degradation.apply`; the mask is how much of the sun is kept away.
 
-    Args:
-        image: RGB, [H, W, 3], float32 in [0, 1], any size. A patch smaller than `FRAME` gets a part of the shadow that
-            an image of that size would get, with some of the shadow in it.
-        generator: source of all randomness; the same state gives the same result, bit for bit.
-        parameters: ranges to draw from.
-    Returns:
-        The shadowed image, [H, W, 3] float32 in [0, 1], and how much of the sun is kept away, [H, W] float32 in [0, 1].
+    A patch smaller than `FRAME` gets a part of the shadow that an image of that size would get, some of it in sight.
     """
     height, width = image.shape[:2]
     frame = [max(length, side * parameters.scale) for length, side in zip(image.shape, FRAME, strict=False)]
@@ -76,7 +68,7 @@ class Caster(NamedTuple):
     foot: np.ndarray  # where it stands, (x, y) in pixels of the grid or beyond: there the edge is sharpest
 
 
-def _draw(generator: np.random.Generator, parameters: ShadowParameters, shape: tuple[int, int]) -> np.ndarray:
+def _draw(generator: Generator, parameters: ShadowParameters, shape: tuple[int, int]) -> np.ndarray:
     """Draw casters until the coverage that was drawn is met, and soften the best; [rows, columns] float32 in [0, 1]."""
     wanted = generator.uniform(*parameters.coverage)
     best, best_error = None, math.inf
@@ -111,7 +103,7 @@ def _soften(caster: Caster, sharpest: float, widening: float) -> np.ndarray:
     return np.clip(soft, 0, 1, out=soft)
 
 
-def _light(generator: np.random.Generator, parameters: ShadowParameters, shadow: np.ndarray) -> np.ndarray:
+def _light(generator: Generator, parameters: ShadowParameters, shadow: np.ndarray) -> np.ndarray:
     """Return the factor of encoded values, [rows, columns, 3] float32 in [0, 1]."""
     ambient, tint = generator.uniform(*parameters.ambient), generator.uniform(*parameters.tint)
     sky = ambient * np.array([1 - tint, 1 + generator.normal(0, 0.01), 1 + tint], np.float32)
@@ -122,7 +114,7 @@ def _light(generator: np.random.Generator, parameters: ShadowParameters, shadow:
     return cv2.pow(1 - shadow[..., None] * (1 - left), 1 / GAMMA)
 
 
-def _offset(generator: np.random.Generator, shadow: np.ndarray, window: tuple[float, float]) -> tuple[float, float]:
+def _offset(generator: Generator, shadow: np.ndarray, window: tuple[float, float]) -> tuple[float, float]:
     """Return where on the grid a window lies: anywhere around a random place in the shadow, within the grid."""
     chance = generator.random(3)
     places = np.flatnonzero(shadow > 0.25)
@@ -147,7 +139,7 @@ def _enlarge(
 # The functions that follow draw a caster on a grid of any ratio; lengths are shares of the grid's height.
 
 
-def draw_wall(shape: tuple[int, int], generator: np.random.Generator) -> Caster:
+def draw_wall(shape: tuple[int, int], generator: Generator) -> Caster:
     """A wall or roof line that comes in from a side, straight with a few steps and gables."""
     rows, columns = shape
     reach = math.hypot(rows, columns)
@@ -169,7 +161,7 @@ def draw_wall(shape: tuple[int, int], generator: np.random.Generator) -> Caster:
     return Caster(_fill(shape, points + centre), foot)
 
 
-def draw_object(shape: tuple[int, int], generator: np.random.Generator) -> Caster:
+def draw_object(shape: tuple[int, int], generator: Generator) -> Caster:
     """Something of a smooth or a cornered outline, half of the time held on a stick or an arm from the border."""
     rows, columns = shape
     radius = generator.uniform(0.16, 0.46) * rows
@@ -192,7 +184,7 @@ def draw_object(shape: tuple[int, int], generator: np.random.Generator) -> Caste
     return Caster(opacity, foot)
 
 
-def draw_figure(shape: tuple[int, int], generator: np.random.Generator) -> Caster:
+def draw_figure(shape: tuple[int, int], generator: Generator) -> Caster:
     """A person or two, feet near or beyond the border, drawn long by a low sun."""
     rows, columns = shape
     opacity = np.zeros(shape, np.uint8)
@@ -212,7 +204,7 @@ def draw_figure(shape: tuple[int, int], generator: np.random.Generator) -> Caste
     return Caster(opacity, base)
 
 
-def draw_foliage(shape: tuple[int, int], generator: np.random.Generator) -> Caster:
+def draw_foliage(shape: tuple[int, int], generator: Generator) -> Caster:
     """The crown of a tree: leaves in clusters, with sun between them, and a few branches."""
     rows, columns = shape
     crown = fractal_noise(shape, generator, 0.9 * rows, octaves=3)
@@ -237,7 +229,7 @@ def draw_foliage(shape: tuple[int, int], generator: np.random.Generator) -> Cast
     return Caster(opacity, foot)
 
 
-def draw_bars(shape: tuple[int, int], generator: np.random.Generator) -> Caster:
+def draw_bars(shape: tuple[int, int], generator: Generator) -> Caster:
     """A pole with an arm, or the bars of a fence or window, spread as a near lamp or perspective spreads them."""
     rows, columns = shape
     reach = math.hypot(rows, columns)
@@ -272,7 +264,7 @@ def draw_bars(shape: tuple[int, int], generator: np.random.Generator) -> Caster:
     return Caster(np.minimum(opacity, _fill(shape, end)), _outside(shape, generator))
 
 
-CASTERS: dict[CasterName, Callable[[tuple[int, int], np.random.Generator], Caster]] = {
+CASTERS: dict[CasterName, Callable[[tuple[int, int], Generator], Caster]] = {
     'wall': draw_wall,
     'object': draw_object,
     'figure': draw_figure,
@@ -281,7 +273,7 @@ CASTERS: dict[CasterName, Callable[[tuple[int, int], np.random.Generator], Caste
 }
 
 
-def _person(generator: np.random.Generator) -> list[np.ndarray]:
+def _person(generator: Generator) -> list[np.ndarray]:
     """Polygons of someone who stands or walks, (right, up as negative) with feet at 0 and the head's top at -1."""
     stride, sway = generator.uniform(0.02, 0.16), generator.normal(0, 0.03)
     hip, chest, neck = np.array([sway, -0.5]), np.array([sway * 1.5, -0.72]), np.array([sway * 1.6, -0.84])
@@ -305,7 +297,7 @@ def _person(generator: np.random.Generator) -> list[np.ndarray]:
     return parts
 
 
-def _leaves(shape: tuple[int, int], centres: np.ndarray, size: float, generator: np.random.Generator) -> np.ndarray:
+def _leaves(shape: tuple[int, int], centres: np.ndarray, size: float, generator: Generator) -> np.ndarray:
     """Put leaves of about `size` at `centres`: noise with gaps where leaves are few, drawn as small ellipses."""
     opacity = np.zeros(shape, np.uint8)
     count = len(centres)
@@ -346,7 +338,7 @@ def _rotate(points: np.typing.ArrayLike, angle: float) -> np.ndarray:
     return np.asarray(points, float) @ np.array([[cos, sin], [-sin, cos]])
 
 
-def _outside(shape: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+def _outside(shape: tuple[int, int], generator: Generator) -> np.ndarray:
     """A point beyond the border, (x, y)."""
     rows, columns = shape
     angle = generator.uniform(0, 2 * math.pi)

@@ -12,10 +12,19 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 from pydantic import Field
 
-from ast_plugin.degradations.fields import fractal_noise, strips, to_rgb
-from ast_plugin.degradations.parameters import Parameters, PositiveRange, Range, draw_log_uniform, limited
+from ast_plugin.degradations.base import (
+    Parameters,
+    PositiveRange,
+    Range,
+    draw_log_uniform,
+    fractal_noise,
+    limited,
+    strips,
+    to_rgb,
+)
 
 CLUMPS, CLUMP_SIDE = 16, 64  # outlines of flakes that are kept, and the side in pixels at which they are kept
 SPRITES = 24  # flakes of a layer that are rendered for an image; each is put down many times
@@ -55,17 +64,10 @@ class SnowParameters(Parameters):
     layers: tuple[FlakeLayer, ...] = Field((FAR, MIDDLE, NEAR), min_length=1, description='from far to near')
 
 
-def add_snow(
-    image: np.ndarray, generator: np.random.Generator, parameters: SnowParameters
-) -> tuple[np.ndarray, np.ndarray]:
-    """Let snow fall before a clean image.
+def add_snow(image: np.ndarray, generator: Generator, parameters: SnowParameters) -> tuple[np.ndarray, np.ndarray]:
+    """Let snow fall before a clean image, see `Degradation.apply`; the mask is the opacity of the flakes alone.
 
-    Args:
-        image: RGB, [H, W, 3], float32 in [0, 1], any size; a patch gets the snow that its image would get.
-        generator: source of all randomness; the same state gives the same result, bit for bit.
-        parameters: ranges to draw from.
-    Returns:
-        The snowy image, [H, W, 3] float32 in [0, 1], and the opacity of the flakes alone, [H, W] float32 in [0, 1].
+    A patch gets the snow that its image would get.
     Source: Liu et al., "DesnowNet", TIP 2018, for what is seen through a flake; Chen et al., ICCV 2021, for the veil.
     """
     shape = image.shape[:2]
@@ -100,7 +102,7 @@ def _blend(image: np.ndarray, veil: np.ndarray, clear: np.ndarray, light: np.nda
 
 def _fall(
     clear: np.ndarray,
-    generator: np.random.Generator,
+    generator: Generator,
     layer: FlakeLayer,
     amount: float,
     angle: float,
@@ -151,9 +153,7 @@ def _stamp(clear: np.ndarray, sprite: np.ndarray, y: int, x: int, strength: floa
         clear[first:bottom, start:right] *= 1 - part * np.float32(strength)
 
 
-def _sprite(
-    generator: np.random.Generator, diameter: float, layer: FlakeLayer, angle: float, spread: float
-) -> np.ndarray:
+def _sprite(generator: Generator, diameter: float, layer: FlakeLayer, angle: float, spread: float) -> np.ndarray:
     """Render one flake: a clump, turned, scaled, out of focus and moving. Opacity, [n, n] float32 in [0, 1]."""
     clump = _clumps()[generator.integers(CLUMPS)]
     disc = diameter * generator.uniform(*layer.defocus)

@@ -32,7 +32,7 @@ from torch.utils.data import default_collate
 from ast_plugin.archs.networks import required_multiple
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import Checkpoint, read_checkpoint, read_state
-from ast_plugin.data import random_states
+from ast_plugin.data import randomness
 from ast_plugin.data.lmdb.reader import holds_pixels
 from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line, one_line
 from ast_plugin.evaluation.protocols import read_protocol
@@ -440,7 +440,7 @@ def _try_model(opt: Mapping[str, Any], registered: Registered, source: str, samp
     """
     opt = copy.deepcopy(dict(opt))
     count = _num_tried(opt) if opt['is_train'] else 0
-    with tempfile.TemporaryDirectory() as folder, random_states.preserved(), use_backend(opt.get('backend')), _quiet():
+    with tempfile.TemporaryDirectory() as folder, randomness.preserved(), use_backend(opt.get('backend')), _quiet():
         opt['path'] |= {key: folder for key in ('experiments_root', 'results_root', 'models', 'training_states',
                                                 'log', 'visualization') if key in opt['path']}  # fmt: skip
         if opt['path'].get('resume_state'):  # it brings the weights

@@ -25,9 +25,9 @@ from ast_plugin.checkpoints import (
     save_torch,
     save_weights,
 )
-from ast_plugin.data import random_states
+from ast_plugin.data import randomness
 from ast_plugin.data.contact_sheet import join_images
-from ast_plugin.data.sampler import epoch_of
+from ast_plugin.data.randomness import epoch_of
 from ast_plugin.data.transforms import to_unit_range
 from ast_plugin.devices import keep_freed_memory
 from ast_plugin.errors import DataError
@@ -350,7 +350,7 @@ class RestorationModel(SRModel):
         self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool = False
     ) -> None:
         """Validate without touching the random numbers that training goes on with."""
-        with random_states.preserved():
+        with randomness.preserved():
             super().validation(dataloader, current_iter, tb_logger, save_img)
         self._pause(is_over=self.is_train and current_iter > self.opt['train']['total_iter'])
 

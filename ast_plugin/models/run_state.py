@@ -3,7 +3,7 @@
 Beside BasicSR's keys (`epoch`, `iter`, `optimizers`, `schedulers`) a state holds the weights under `params` and
 `params_ema`, where readers of weights files find them, the best values, each process's random generators, the options
 that training depends on, and the states of the parts in the model's `stateful`: tensors and plain values. The place in
-the epoch's order follows from the iteration, see `data.sampler.epoch_of`.
+the epoch's order follows from the iteration, see `data.randomness.epoch_of`.
 
 A run that is resumed follows its options: rates are those of a run that had them from its beginning. What cannot be
 followed is found by `misfits` before anything starts.
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ast_plugin.data import random_states
+from ast_plugin.data import randomness
 from ast_plugin.errors import CheckpointError
 from ast_plugin.models.optimizers import build_optimizer, restore_rates
 
@@ -29,7 +29,7 @@ _CHANGED_BY_STEPS = ('last_epoch', 'verbose')  # of a schedule, as all names tha
 
 def collect(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
     """Return the state of a RestorationModel after an iteration. All processes of a run must call this together."""
-    here = random_states.capture(every_device=not model.opt['dist'])
+    here = randomness.capture(every_device=not model.opt['dist'])
     return {
         'epoch': epoch,
         'iter': iteration,
@@ -88,7 +88,7 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
     if hasattr(model, 'processes'):
         everyones = state.get('random', [])
         if model.processes.rank < len(everyones):
-            random_states.restore(everyones[model.processes.rank])
+            randomness.restore(everyones[model.processes.rank])
         else:
             missing.append('random numbers')
     if missing:

@@ -23,8 +23,7 @@ from torch.utils.data._utils import signal_handling
 
 from ast_plugin.checkpoints import newest_whole, read_state
 from ast_plugin.data import workers
-from ast_plugin.data.random_states import SeededSamples
-from ast_plugin.data.sampler import EpochSampler
+from ast_plugin.data.randomness import EpochSampler, SeededSamples
 from ast_plugin.errors import only_warn
 from ast_plugin.files import write_file
 from ast_plugin.models import run_state
@@ -36,7 +35,7 @@ _FOLDERS = {'experiments_root', 'models', 'training_states', 'visualization', 'l
 
 
 def sample_full_batches() -> None:
-    """Train with `ast_plugin.data.sampler.EpochSampler` in the place of BasicSR's `EnlargedSampler`.
+    """Train with `ast_plugin.data.randomness.EpochSampler` in the place of BasicSR's `EnlargedSampler`.
 
     Fault: it shuffles by the epoch alone, whatever the seed, and the loader drops the last partial batch, so that a set
     smaller than a batch trains on nothing, in silence. No upstream issue known.

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ast_plugin.data.pairs_dataset import PairsDataset
-from ast_plugin.data.sampler import EpochSampler
+from ast_plugin.data.randomness import EpochSampler
 from ast_plugin.errors import DataError, OptionError
 
 SIZE = (10, 13)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from ast_plugin.checkpoints import save_torch
-from ast_plugin.data import random_states
-from ast_plugin.data.random_states import SeededSamples
+from ast_plugin.data import randomness
+from ast_plugin.data.randomness import SeededSamples
 
 
 def draw() -> tuple:
@@ -17,17 +17,17 @@ def draw() -> tuple:
 
 def test_states_come_back_from_a_file(tmp_path):
     draw()
-    save_torch(tmp_path / 'states', random_states.capture())
+    save_torch(tmp_path / 'states', randomness.capture())
     expected = [draw() for _ in range(3)]
-    random_states.restore(torch.load(tmp_path / 'states', weights_only=True))
+    randomness.restore(torch.load(tmp_path / 'states', weights_only=True))
     assert [draw() for _ in range(3)] == expected
 
 
 def test_preserved_leaves_no_trace():
-    states = random_states.capture()
+    states = randomness.capture()
     expected = draw()
-    random_states.restore(states)
-    with random_states.preserved():
+    randomness.restore(states)
+    with randomness.preserved():
         draw()
     assert draw() == expected
 
@@ -50,9 +50,9 @@ def test_samples_of_others_are_repeatable():
     first = [dataset[index] for index in positions]
     assert [sample[0].item() for sample in first[:6]] == [0, 1, 2, 3, 0, 1]
     assert len({tuple(sample[1:].tolist()) for sample in first}) == len(first)
-    before = random_states.capture()
+    before = randomness.capture()
     expected = draw()
-    random_states.restore(before)
+    randomness.restore(before)
     again = [dataset[index] for index in reversed(positions)][::-1]
     assert draw() == expected
     in_workers = list(torch.utils.data.DataLoader(dataset, None, sampler=positions, num_workers=2))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from ast_plugin.data import synthetic_dataset
-from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
+from ast_plugin.data import pairs_dataset
+from ast_plugin.data.pairs_dataset import SyntheticPairsDataset
 from ast_plugin.degradations import DEGRADATIONS, Degradation
 from ast_plugin.errors import DataError, OptionError
 
@@ -102,12 +102,12 @@ def test_a_margin_is_cut_off_again(folder, monkeypatch):
 def test_photos_are_decoded_once_while_they_fit(folder, monkeypatch):
     reads = []
     image = np.zeros((60, 80, 3), np.uint8)
-    monkeypatch.setattr(synthetic_dataset, 'read_rgb', lambda path: reads.append(path) or image)
+    monkeypatch.setattr(pairs_dataset, 'read_rgb', lambda path: reads.append(path) or image)
     data = dataset(source='folder', dataroot_gt=str(folder), split='all')
     for _ in range(3):
         data[0]
     assert len(reads) == 1
-    monkeypatch.setattr(synthetic_dataset, 'CACHE_BYTES', image.nbytes + 1)
+    monkeypatch.setattr(pairs_dataset, 'CACHE_BYTES', image.nbytes + 1)
     for _ in range(3):
         data[1]
     assert len(reads) == 4

@@ -6,10 +6,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from ast_plugin.data.pairs_dataset import SyntheticPairsDataset
 from ast_plugin.data.synthesis import degraded_patch, packaged_photos
-from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
 from ast_plugin.degradations import DEGRADATIONS, AnyParameters, snow
-from ast_plugin.degradations.parameters import Limits
+from ast_plugin.degradations.base import Limits
 from ast_plugin.degradations.rain import FINE
 from ast_plugin.errors import OptionError
 from tests.degradations.helpers import degrade, gray, photo, psnr, scene

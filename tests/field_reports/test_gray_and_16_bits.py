@@ -12,8 +12,7 @@ from ast_plugin import options
 from ast_plugin.archs.networks import input_channels
 from ast_plugin.cli.main import main
 from ast_plugin.data.image_files import ImageFile, read_image, write_image
-from ast_plugin.data.pairs_dataset import PairsDataset
-from ast_plugin.data.synthetic_dataset import SyntheticPairsDataset
+from ast_plugin.data.pairs_dataset import PairsDataset, SyntheticPairsDataset
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.evaluation.restorer import Restorer

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,23 +29,24 @@ import numpy as np
 from tqdm import tqdm
 
 from ast_plugin.data.image_files import decode_rgb, read_bytes
-from ast_plugin.data.lmdb.format import (
+from ast_plugin.data.lmdb.reader import (
     DATA,
     DIGESTS,
     KINDS,
     META_INFO,
     SOURCE,
     Entry,
+    LmdbImages,
+    check_lmdb,
+    check_together,
     digest_of,
     encode_key,
     encode_raw,
-    png_level,
 )
-from ast_plugin.data.lmdb.reader import check_lmdb, check_together
 from ast_plugin.data.matching import Pair, PairTable, check_equal_sizes, is_image, shorten_list
 from ast_plugin.data.workers import map_ahead, num_cores
 from ast_plugin.errors import DataError
-from ast_plugin.files import PARTIAL_SUFFIX, lock_folder, replace_text, sync_folder
+from ast_plugin.files import PARTIAL_SUFFIX, lock_folder, replace_folder, replace_text
 from ast_plugin.names import file_name
 
 Encoding = Literal['png', 'raw']
@@ -55,6 +57,8 @@ COMMIT_BYTES = 32 * 2**20
 
 _FORMAT = 1  # to be raised when other bytes are written for the same plan: unfinished work is then begun anew
 _LEVEL = 1  # of PNG files made of other formats, as BasicSR's; a higher one costs time and gains a twentieth
+# What a zlib stream says of its level is one of four grades; each stands for these levels' middle.
+_LEVEL_OF_GRADE = (1, 3, 6, 9)
 _SMALLEST_MAP = 2**24
 _PAGE = 4096
 _STAGED = 'pair'  # in the staging folder: becomes the destination
@@ -106,12 +110,23 @@ class Plan:
             data, detail = encode_raw(image), 8 * image.dtype.itemsize
         elif self.compress_level is None and data.startswith(b'\x89PNG') and data[25] == 2:
             # A PNG in RGB decodes as fast as OpenCV's own, often faster, and costs no time now.
-            detail = png_level(data)
+            detail = _png_level(data)
         else:
             detail = _LEVEL if self.compress_level is None else self.compress_level
             bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
             data = cv2.imencode('.png', bgr, [cv2.IMWRITE_PNG_COMPRESSION, detail])[1].tobytes()
         return Value(key, Entry(key, self.encoding, image.shape, detail).line(), digest_of(data), data)
+
+
+def _png_level(data: bytes) -> int:
+    """Return the level that the compressed data of a PNG file says it was made with, as near as it says."""
+    position = 8  # behind the signature
+    while position + 10 <= len(data):
+        length, kind = struct.unpack_from('>I4s', data, position)
+        if kind == b'IDAT' and length >= 2:
+            return _LEVEL_OF_GRADE[data[position + 9] >> 6]
+        position += length + 12
+    return 0
 
 
 def make_plan(pairs: Sequence[Pair], encoding: Encoding = 'png', compress_level: int | None = None) -> Plan:
@@ -186,7 +201,8 @@ def write_lmdbs(
             _write_texts(staging, plan)
             _verify(staging, num_workers)
             _is_taken(destination, plan, overwrite)  # somebody may have put something there meanwhile
-            _put_in_place(staging, destination)
+            replace_folder(staging / _STAGED, destination, staging / _OLD)
+            shutil.rmtree(staging)
         return Outcome(len(plan.items), num_done, _num_bytes(destination))
 
 
@@ -255,30 +271,21 @@ def _num_committed(staging: Path, plan: Plan) -> int | None:
     The journal is written first, then the degraded, then the clean images: each may be a batch ahead of the next.
     """
     try:
-        counts = [_num_entries(_folder(staging, kind)) for kind in KINDS]
+        folders = [_folder(staging, kind) for kind in KINDS]
+        counts = [LmdbImages(folder).count() if (folder / DATA).exists() else 0 for folder in folders]
         num_done = min(counts)
         with open(staging / _JOURNAL, 'rb+') as journal:
             for item in plan.items[:num_done]:
                 if json.loads(journal.readline())[0] != item.key:
                     return None
             journal.truncate(journal.tell())
-    except (OSError, ValueError, LookupError, lmdb.Error):
+    except (OSError, ValueError, LookupError):  # of which DataError is one
         return None
     return num_done if counts[0] >= counts[1] else None
 
 
 def _folder(staging: Path, kind: str) -> Path:
     return staging / _STAGED / f'{kind}.lmdb'
-
-
-def _num_entries(folder: Path) -> int:
-    if not (folder / DATA).exists():
-        return 0
-    with contextlib.closing(lmdb.open(os.fsencode(folder), readonly=True, lock=False, create=False)) as environment:
-        statistics = environment.stat()
-        if (folder / DATA).stat().st_size < (environment.info()['last_pgno'] + 1) * statistics['psize']:
-            raise ValueError(f'{folder} is cut off')
-        return statistics['entries']
 
 
 def _write_values(staging: Path, plan: Plan, num_done: int, num_workers: int) -> None:
@@ -315,7 +322,9 @@ def _batches(pairs: Iterable[tuple[Value, Value]]) -> Iterator[list[tuple[Value,
 
 def _commit(folder: Path, values: Sequence[Value], num_before: int) -> None:
     """Add a batch, whole or not at all, unless it is there already."""
-    map_size = _map_size(folder, values)
+    present = (folder / DATA).stat().st_size if (folder / DATA).exists() else 0
+    needed = present + sum(len(value.data) + 2 * _PAGE for value in values)
+    map_size = max(_SMALLEST_MAP, 2 ** math.ceil(math.log2(needed * 1.1)))
     while True:
         with contextlib.closing(lmdb.open(os.fsencode(folder), map_size=map_size, lock=False)) as environment:
             if environment.stat()['entries'] > num_before:
@@ -327,13 +336,6 @@ def _commit(folder: Path, values: Sequence[Value], num_before: int) -> None:
                 return
             except lmdb.MapFullError:
                 map_size *= 2
-
-
-def _map_size(folder: Path, values: Sequence[Value]) -> int:
-    """A power of two that should hold what is there and a batch more, each value with two pages to itself."""
-    present = (folder / DATA).stat().st_size if (folder / DATA).exists() else 0
-    needed = present + sum(len(value.data) + 2 * _PAGE for value in values)
-    return max(_SMALLEST_MAP, 2 ** math.ceil(math.log2(needed * 1.1)))
 
 
 def _write_texts(staging: Path, plan: Plan) -> None:
@@ -374,17 +376,6 @@ def _verify(staging: Path, num_workers: int) -> None:
             f'{len(faults)} images came back other than they were written: {shorten_list(faults)}. The disk or '
             f'the memory of this machine is at fault; the same command begins anew'
         )
-
-
-def _put_in_place(staging: Path, destination: Path) -> None:
-    if destination.is_dir() and any(destination.iterdir()):
-        shutil.rmtree(staging / _OLD, ignore_errors=True)
-        destination.rename(staging / _OLD)
-    if os.name == 'nt' and destination.is_dir():
-        destination.rmdir()
-    (staging / _STAGED).rename(destination)
-    sync_folder(destination.parent)
-    shutil.rmtree(staging)
 
 
 def _num_bytes(destination: Path) -> int:

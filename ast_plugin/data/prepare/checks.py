@@ -32,8 +32,7 @@ from ast_plugin.data.image_files import (
     read_bytes,
     sniff_format,
 )
-from ast_plugin.data.lmdb.format import KINDS, decode_value, read_meta_info
-from ast_plugin.data.lmdb.reader import LmdbImages
+from ast_plugin.data.lmdb.reader import KINDS, LmdbImages, read_meta_info
 from ast_plugin.data.lmdb.writer import make_plan
 from ast_plugin.data.manifest import Entry, Manifest
 from ast_plugin.data.matching import DataFault, Pair, PairTable, list_images
@@ -338,8 +337,9 @@ def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = 
         for images, name, digest in zip(sides, (entry.lq, entry.gt), entry.digests, strict=True):
             path = f'{images.folder}/{key}'
             try:
-                if images.read(key, lambda *value: digest_pixels(decode_value(*value))) != digest:
-                    faults.append(DataFault('changed', path, f'not the pixels of {name} in {manifest.path}'))
+                with images.image(key) as image:
+                    if digest_pixels(image) != digest:
+                        faults.append(DataFault('changed', path, f'not the pixels of {name} in {manifest.path}'))
             except DataError as error:
                 faults.append(DataFault('missing or damaged', path, str(error)))
         on_pair()

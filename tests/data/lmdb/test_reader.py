@@ -54,8 +54,9 @@ def append(line: str):
 
 def change(damage):
     def change_value(raw: Path) -> None:
-        value = LmdbImages(raw / 'lq.lmdb').read('005', lambda value, path: bytes(value))
-        rewrite(raw / 'lq.lmdb', lambda writing: writing.put(b'005', damage(value)))
+        with LmdbImages(raw / 'lq.lmdb').value('005') as value:
+            damaged = damage(bytes(value))
+        rewrite(raw / 'lq.lmdb', lambda writing: writing.put(b'005', damaged))
 
     return change_value
 
@@ -117,13 +118,15 @@ def test_an_lmdb_that_grows_while_it_is_open(tmp_path):
         writing.put(b'a', b'1' * 1000)
     (tmp_path / 'meta_info.txt').write_text('a.png (1,1,3) 1\nb.png (1,1,3) 1\n')
     images = LmdbImages(tmp_path)
-    assert images.read('a', lambda value, path: len(value)) == 1000
+    with images.value('a') as value:
+        assert len(value) == 1000
     code = (
         f'import lmdb; e = lmdb.open({str(tmp_path)!r}, map_size=2**26, lock=False); '
         'w = e.begin(write=True); w.put(b"b", b"2" * 9000000); w.commit()'
     )
     subprocess.run([sys.executable, '-c', code], check=True)
-    assert images.read('b', lambda value, path: len(value)) == 9_000_000
+    with images.value('b') as value:
+        assert len(value) == 9_000_000
 
 
 @pytest.mark.parametrize('map_size', [2**20, 2**40])

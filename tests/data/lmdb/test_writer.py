@@ -16,12 +16,18 @@ from torch.utils.data import DataLoader
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.lmdb import writer as lmdb_writer
-from ast_plugin.data.lmdb.format import decode_key, decode_value, encode_key, read_digests, read_meta_info
-from ast_plugin.data.lmdb.reader import LmdbImages
+from ast_plugin.data.lmdb.reader import (
+    LmdbImages,
+    decode_key,
+    decode_value,
+    encode_key,
+    read_digests,
+    read_meta_info,
+)
 from ast_plugin.data.lmdb.writer import make_plan
 from ast_plugin.data.matching import Pair
 from ast_plugin.data.pairs_dataset import PairsDataset
-from ast_plugin.data.sampler import EpochSampler
+from ast_plugin.data.randomness import EpochSampler
 from ast_plugin.errors import DataError
 from tests.data.images import contents
 from tests.data.lmdb_sources import options, pack, write_folders
@@ -32,7 +38,8 @@ def lmdbs(folder: Path) -> tuple[Path, Path]:
 
 
 def value(folder: Path, key: str) -> bytes:
-    return LmdbImages(folder).read(key, lambda data, path: bytes(data))
+    with LmdbImages(folder).value(key) as data:
+        return bytes(data)
 
 
 def test_files_in_rgb_stay_as_they_are(root, tmp_path):
@@ -190,11 +197,12 @@ def test_foreign_files_are_never_replaced(root, tmp_path, overwrite, kind):
 def test_the_map_grows_with_what_comes(tmp_path, monkeypatch):
     root = write_folders(tmp_path / 'source', 40, (40, 40))
     # Too little for a single batch: the map fills up, several times over.
-    monkeypatch.setattr(lmdb_writer, '_map_size', lambda *_: 2**15)
+    monkeypatch.setattr(lmdb_writer, '_SMALLEST_MAP', 2**15)
+    monkeypatch.setattr(lmdb_writer, '_PAGE', 0)
     sizes, opened = [], lmdb.open
     monkeypatch.setattr(lmdb, 'open', lambda *a, **k: sizes.append(k.get('map_size')) or opened(*a, **k))
     pack(root, tmp_path / 'out', 'raw')
-    assert {2**15, 2**16, 2**17} <= set(sizes)
+    assert {2**18, 2**19} <= set(sizes)
     assert LmdbImages(tmp_path / 'out/lq.lmdb').count() == 40
 
 

@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 
-from ast_plugin.data.sampler import EpochSampler, epoch_of
+from ast_plugin.data.randomness import EpochSampler, epoch_of
 from ast_plugin.errors import DataError
 
 

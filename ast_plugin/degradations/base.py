@@ -1,4 +1,4 @@
-"""Random fields, and the arithmetic of images and maps that several degradations share.
+"""What degradations share: parameters with their ranges, random fields, and arithmetic of images and maps.
 
 Images are RGB [H, W, 3], maps [H, W], all float32.
 """
@@ -7,28 +7,85 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
+from numpy.random import Generator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+Bounds = tuple[float, float]
 
 
-def smooth_field(
+def _check_order(bounds: Bounds) -> Bounds:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f'a range is [lowest, highest]; got {list(bounds)}')
+    return bounds
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Range = Annotated[tuple[Number, Number], AfterValidator(_check_order)]
+PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_check_order)]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The least and the most that the ends of a range may be; as `json_schema_extra`, JSON schemas say so too."""
+
+    least: float
+    most: float
+
+    def __call__(self, schema: dict[str, Any]) -> None:
+        """Add the limits to the schema of a range."""
+        for item in schema['prefixItems']:
+            item.update(minimum=self.least, maximum=self.most)
+
+
+def limited(default: Any, least: float, most: float, description: str) -> Any:
+    """Return the field of a range whose ends lie in [least, most]; `default` ... makes it a required one."""
+    description = f'{description}, within [{least:g}, {most:g}]'
+    return Field(default, description=description, json_schema_extra=Limits(least, most))
+
+
+class Parameters(BaseModel):
+    """Parameters of a degradation or of one of its layers: immutable, unknown keys are refused."""
+
+    model_config = ConfigDict(extra='forbid', frozen=True)
+
+    @field_validator('*')
+    @classmethod
+    def _check_limits(cls, value: Any, info: ValidationInfo) -> Any:
+        limits = cls.model_fields[info.field_name].json_schema_extra
+        if isinstance(limits, Limits) and not limits.least <= value[0] <= value[1] <= limits.most:
+            raise ValueError(f'must lie within [{limits.least:g}, {limits.most:g}]; got {list(value)}')
+        return value
+
+
+def draw_log_uniform(generator: Generator, bounds: Bounds) -> float:
+    """Draw a number whose logarithm is uniform between those of `bounds`."""
+    return math.exp(generator.uniform(*np.log(bounds)))
+
+
+def lattice_noise(
     shape: tuple[int, int],
-    generator: np.random.Generator,
+    generator: Generator,
     cell: float,
-    low: float,
-    high: float,
+    low: float = -1,
+    high: float = 1,
     interpolation: int = cv2.INTER_CUBIC,
 ) -> np.ndarray:
-    """Return values that are uniform in [low, high] at the nodes of a lattice, and interpolated between them.
+    """Return values that are uniform at the nodes of a lattice, and interpolated between them, [H, W] float32.
 
     Args:
         shape: (height, width) in pixels.
         generator: source of randomness.
-        cell: pixels between nodes; the lattice lies at a random offset.
+        cell: pixels between nodes, at least 1; the lattice lies at a random offset.
         low, high: range of the nodes. Cubic interpolation may leave it a little.
         interpolation: cv2.INTER_LINEAR or cv2.INTER_CUBIC.
     """
+    cell = max(float(cell), 1.0)
     border = 1 if interpolation == cv2.INTER_CUBIC else 0  # nodes outside the image that the interpolation needs
     size = [math.ceil(side / cell) + 2 + 2 * border for side in shape]
     grid = generator.uniform(low, high, size).astype(np.float32)
@@ -38,12 +95,7 @@ def smooth_field(
     return cv2.warpAffine(grid, matrix, shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
-def lattice_noise(shape: tuple[int, int], generator: np.random.Generator, cell: float) -> np.ndarray:
-    """Return values in about [-1, 1], of mean 0, independent `cell` pixels (at least 1) apart, [H, W] float32."""
-    return smooth_field(shape, generator, max(float(cell), 1.0), -1, 1)
-
-
-def fractal_noise(shape: tuple[int, int], generator: np.random.Generator, cell: float, octaves: int = 4) -> np.ndarray:
+def fractal_noise(shape: tuple[int, int], generator: Generator, cell: float, octaves: int = 4) -> np.ndarray:
     """Return values in [0, 1], of mean 0.5, whose coarsest octave varies over `cell` pixels, [H, W] float32.
 
     Each octave has half the cell and half the amplitude of the one before.
@@ -53,14 +105,6 @@ def fractal_noise(shape: tuple[int, int], generator: np.random.Generator, cell: 
         total += lattice_noise(shape, generator, cell / 2**octave) * np.float32(0.5**octave)
     weight = sum(0.5**octave for octave in range(octaves))
     return np.clip(0.5 + total / np.float32(2 * weight), 0, 1)
-
-
-def uniform_noise(shape: tuple[int, ...], generator: np.random.Generator, deviation: float) -> np.ndarray:
-    """Return independent values of mean 0 and this standard deviation, float32; uniform, as that is drawn fastest."""
-    values = np.frombuffer(generator.bytes(math.prod(shape)), np.uint8).reshape(shape).astype(np.float32)
-    values -= np.float32(127.5)
-    values *= np.float32(deviation / math.sqrt((256**2 - 1) / 12))
-    return values
 
 
 def to_rgb(field: np.ndarray) -> np.ndarray:
