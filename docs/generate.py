@@ -42,7 +42,13 @@ ROOMS = {
 }
 """Packages whose modules get a page, with a heading. Kernels, commands and plumbing have none."""
 HEADINGS = {'file': 'Top level', 'networks': 'networks (of a comparison)', 'compare': 'compare (of a comparison)'}
-LEFT_OUT = ('ast_plugin.ops.triton', 'ast_plugin.ops.cpu', 'ast_plugin.data.prepare', 'ast_plugin.data.lmdb')
+LEFT_OUT = (
+    'ast_plugin.ops.triton',
+    'ast_plugin.ops.cpu',
+    'ast_plugin.data.prepare',
+    'ast_plugin.data.checks',
+    'ast_plugin.data.lmdb',
+)
 KINDS = {
     'integer': 'whole number',
     'number': 'number',

@@ -14,14 +14,14 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ast_plugin.cli import commands, data_synth
-from ast_plugin.data.layouts import LAYOUTS, Source, list_pairs
+from ast_plugin.data import prepare as preparing
+from ast_plugin.data.checks import check_files, check_lmdbs, find_extra
+from ast_plugin.data.layouts import LAYOUTS, Source, list_pairs, plain_layout, preparable
 from ast_plugin.data.lmdb.reader import check_lmdb, check_together
 from ast_plugin.data.lmdb.writer import make_plan, write_lmdbs
 from ast_plugin.data.manifest import read_manifest
 from ast_plugin.data.matching import DataFault, Pair
-from ast_plugin.data.prepare import preparation as preparing
-from ast_plugin.data.prepare.checks import check_files, check_lmdbs, find_extra
-from ast_plugin.data.prepare.splits import find_splits, find_unused, plain_layout, preparable
+from ast_plugin.data.prepare import find_splits, find_unused
 from ast_plugin.data.workers import num_cores
 from ast_plugin.errors import DataError, OptionError, PluginError
 from ast_plugin.names import say, to_columns
@@ -120,49 +120,51 @@ def prepare(args: argparse.Namespace) -> int:
     with preparation.lock():
         num_pairs = sum(len(split.pairs) for split in splits)
         with _progress(num_pairs, 'checking') as bar:
-            dataset = preparation.check(_num_workers(args, num_pairs), bar.update)
+            preparation.check(_num_workers(args, num_pairs), bar.update)
         title = LAYOUTS[args.layout].title if isinstance(layout, str) else layout.title
-        say(f'{title} in {source}', '', *preparing.format_table(dataset, source))
+        say(f'{title} in {source}', '', *preparing.format_table(preparation))
         for heading, lines in (
-            ('notes', [*preparing.format_notes(dataset), *find_unused(source, splits)]),
-            ('faults', preparing.format_faults(dataset, source)),
-            ('in training and test alike', preparing.format_leaks(dataset, source)),
+            ('notes', [*preparing.format_notes(preparation), *find_unused(source, splits)]),
+            ('faults', preparing.format_faults(preparation)),
+            ('in training and test alike', preparing.format_leaks(preparation)),
         ):
             if lines:
                 say('', heading, *(f'  {line}' for line in lines))
-        faults = preparation.list_faults(dataset) if dataset.num_faults or dataset.leaks else None
-        _refuse(dataset, faults, args)
-        num_good = sum(len(checked.good) for checked in dataset.splits)
+        faults = preparation.list_faults() if preparation.num_faults or preparation.leaks else None
+        _refuse(preparation, faults, args)
+        num_good = sum(len(checked.good) for checked in preparation.checked)
         with _progress(num_good if args.place else 0, args.place or '') as bar:
-            manifests = preparation.write(dataset, args.layout, args.place, bar.update)
+            manifests = preparation.write(args.layout, args.place, bar.update)
         if faults:
-            preparation.list_faults(dataset)
+            preparation.list_faults()
     say('', f'prepared {num_good:,} pairs', *(f'  {path}' for path in manifests))
     older = sorted(set(target.glob('*.jsonl')) - set(manifests))
     if older:
         say(f'there from an earlier run, and left as it is: {", ".join(path.name for path in older)}')
-    if dataset.num_faults:
-        say(f'left out for faults: {dataset.num_faults:,}, listed in {faults}')
+    if preparation.num_faults:
+        say(f'left out for faults: {preparation.num_faults:,}, listed in {faults}')
     phases = {split.name: split.phase for split in splits}
     lines = preparing.format_options((phases[path.stem], path) for path in manifests)
     say('', 'For an option file, in place of dataroot and split:', '', *(f'  {line}' for line in lines))
     return 0
 
 
-def _refuse(dataset: preparing.CheckedDataset, faults: Path | None, args: argparse.Namespace) -> None:
+def _refuse(preparation: preparing.Preparation, faults: Path | None, args: argparse.Namespace) -> None:
     """Stop where the user has to decide."""
     lines = []
-    if dataset.num_faults and not args.skip_faulty:
-        lines.append(f'faults: {dataset.num_faults:,}; mend or remove the files, or leave them out with --skip-faulty')
-    if dataset.leaks and not args.allow_duplicates:
-        number = sum(leak.num for leak in dataset.leaks)
+    if preparation.num_faults and not args.skip_faulty:
+        lines.append(
+            f'faults: {preparation.num_faults:,}; mend or remove the files, or leave them out with --skip-faulty'
+        )
+    if preparation.leaks and not args.allow_duplicates:
+        number = sum(leak.num for leak in preparation.leaks)
         lines.append(
             f'{number:,} images in training and test alike: remove them from one side, '
             f'or accept them with --allow-duplicates'
         )
     if lines:
         raise DataError('\n'.join([f'nothing was prepared; all that is wrong is listed in {faults}', *lines]))
-    if not any(checked.good for checked in dataset.splits):
+    if not any(checked.good for checked in preparation.checked):
         raise DataError(f'no pair of {args.source} can be used (all faults in {faults})')
 
 

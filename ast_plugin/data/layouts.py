@@ -21,13 +21,13 @@ from ast_plugin.data.matching import (
 )
 from ast_plugin.errors import DataError, OptionError, did_you_mean
 
-_MAX_DEPTH = 6
-_MAX_FOLDERS = 5000
+SPAD_LISTS = {'train': 'real_world.txt', 'test': 'real_test_1000.txt'}
+# Usual names of plain folders of pairs.
+_PLAIN = 'lq gt, LQ GT, input target, input gt, input groundtruth, degraded clean, noisy clean, rainy clean, '
+_PLAIN += 'rain norain, rain clean, hazy clear, hazy gt, hazy GT, data gt, low high, blur sharp, source target'
 
 Found = tuple[Sequence[Pair], list[DataFault]]
 """Pairs of a dataset, and what is wrong with the files that belong to none."""
-
-SPAD_LISTS = {'train': 'real_world.txt', 'test': 'real_test_1000.txt'}
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,18 @@ class Place:
         """Return the folders of `split` below `root`."""
         return root / self.lq_dir.replace('{split}', split), root / self.gt_dir.replace('{split}', split)
 
-    def exists(self, root: Path, split: str) -> bool:
-        """Tell whether both folders are there; one for both must hold a degraded image, as any folder might be it."""
-        lq_dir, gt_dir = self.folders(root, split)
-        if lq_dir == gt_dir:
-            return bool(_find_keys(lq_dir, self.lq_template, self.deep))
-        return os.path.isdir(lq_dir) and os.path.isdir(gt_dir)
+    def rank(self, root: Path, split: str) -> int:
+        """Return 0 where a folder is missing, 2 where an image has its partner, 1 otherwise.
 
-    def fits(self, root: Path, split: str) -> bool:
-        """Tell whether both folders are there and at least one image has its partner."""
+        One folder for both must hold a degraded image to be there, as any folder might be it.
+        """
         lq_dir, gt_dir = self.folders(root, split)
         if not (os.path.isdir(lq_dir) and os.path.isdir(gt_dir)):
-            return False
-        if (lq_dir, self.lq_template) == (gt_dir, self.gt_template):
-            return False  # each image would be its own partner
+            return 0
         lq_keys = _find_keys(lq_dir, self.lq_template, self.deep)
-        return bool(lq_keys) and not lq_keys.isdisjoint(_find_keys(gt_dir, self.gt_template, self.deep))
+        if lq_dir == gt_dir and (not lq_keys or self.lq_template == self.gt_template):
+            return int(bool(lq_keys))  # each image would be its own partner
+        return 2 if lq_keys and not lq_keys.isdisjoint(_find_keys(gt_dir, self.gt_template, self.deep)) else 1
 
 
 def list_pairs(layout: str, source: Source) -> PairTable:
@@ -112,26 +108,66 @@ def check_source(layout: str, source: Source) -> None:
         raise OptionError(f'layout {layout} {", and ".join(what)}; it takes {", ".join(row.needs + row.may_have)}')
 
 
-def below_split(*pairs: str) -> tuple[tuple[str, str], ...]:
+def preparable() -> list[str]:
+    """Return the names of the layouts that datasets are distributed in."""
+    return [name for name in LAYOUTS if name != 'manifest']
+
+
+def plain_layout(
+    lq: str | None = None, gt: str | None = None, lq_template: str | None = None, gt_template: str | None = None
+) -> Layout:
+    """Return the layout of two folders below a root, with usual names where none are given.
+
+    Args:
+        lq, gt: the folders, with `{split}` where each split has its own.
+        lq_template, gt_template: how images are named in them.
+    Raises:
+        OptionError: if only one folder is given, or only one of them has `{split}`.
+    """
+    if (lq is None) != (gt is None) or ('{split}' in (lq or '')) != ('{split}' in (gt or '')):
+        raise OptionError('--lq and --gt go together, and either both or none have {split} in them')
+    names = ((lq, gt),) if lq and gt else _below_split(*_PLAIN.split(', '))
+    description = 'input/ and target/, lq/ and gt/ or such, in train/ and test/ or directly; --lq and --gt name others'
+    if lq:
+        description = f'{lq}/ and {gt}/, with partners of equal names or as --lq-template and --gt-template say'
+    return Layout(
+        'A dataset of plain folders',
+        description,
+        _make_places(names, (lq_template or '{}', gt_template or '{}')),
+        test_splits=('test', 'val'),
+        aliases={'train': ('Train', 'training', '.'), 'test': ('Test', 'testing'), 'val': ('valid', 'validation')},
+        has_scenes=True,
+    )
+
+
+def _below_split(*pairs: str) -> tuple[tuple[str, str], ...]:
     """Return pairs of folders below the folder of their split: `input target` is `{split}/input`, `{split}/target`."""
     return tuple(tuple(f'{{split}}/{name}'.removesuffix('/.') for name in pair.split()) for pair in pairs)
 
 
-def make_places(names: Sequence[tuple[str, str]], *templates: tuple[str, str], deep: bool = False) -> tuple[Place, ...]:
+def _make_places(
+    names: Sequence[tuple[str, str]], *templates: tuple[str, str], deep: bool = False
+) -> tuple[Place, ...]:
     """Return each pair of folders with each pair of templates; equal names where no template is given."""
     return tuple(Place(*folders, *template, deep) for folders in names for template in templates or (('{}', '{}'),))
 
 
-def choose_place(places: Sequence[Place], root: Path, splits: Sequence[str]) -> tuple[Place, str] | None:
-    """Return the first place, and the first name of a split, that fits below `root`; else the last that is there."""
-    present = [(place, split) for split in splits for place in places if place.exists(root, split)]
-    return next((found for found in present if found[0].fits(root, found[1])), present[-1] if present else None)
+def _choose_place(places: Sequence[Place], root: Path, splits: Sequence[str]) -> tuple[Place, str] | None:
+    """Return the first place, and the first name of a split, with a pair below `root`; else the last that is there."""
+    present = None
+    for split in splits:
+        for place in places:
+            rank = place.rank(root, split)
+            if rank == 2:
+                return place, split
+            present = (place, split) if rank else present
+    return present
 
 
-def find_places(layout: Layout, source: Source) -> Found:
+def _find_places(layout: Layout, source: Source) -> Found:
     """List the pairs in the first of the layout's places that is there."""
     root, split = Path(source.dataroot), layout.split(source)
-    chosen = choose_place(layout.places, root, layout.names(split))
+    chosen = _choose_place(layout.places, root, layout.names(split))
     if not chosen:
         raise _root_lacks(layout, source, _name_missing_folder(layout, root, split))
     return match_place(layout, source, *chosen)
@@ -142,36 +178,6 @@ def match_place(layout: Layout, source: Source, place: Place, name: str) -> Foun
     folders = place.folders(Path(source.dataroot), name)
     pairs, faults = match_folders(source.phase, *folders, place.lq_template, place.gt_template, place.deep)
     return _keep_numbers(layout, source, pairs, faults) if layout.numbers and not place.has_split else (pairs, faults)
-
-
-def walk_folders(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Walk the folders in `folder`, itself first, each once, level by level: yields depth and folder.
-
-    Links to folders are followed, loops of links are not.
-
-    Raises:
-        DataError: if a folder cannot be read, or there are so many that this is no dataset.
-    """
-    level, seen = [folder], set()
-    for depth in range(_MAX_DEPTH + 1):
-        below = []
-        for current in level:
-            place = os.path.realpath(current)
-            if place in seen:
-                continue
-            seen.add(place)
-            if len(seen) > _MAX_FOLDERS:
-                raise DataError(f'{folder} has more than {_MAX_FOLDERS} folders in it; name the folder of one dataset')
-            yield depth, current
-            try:
-                names = sorted(name for name in os.listdir(current) if name[0] != '.')
-            except OSError as error:
-                raise DataError(
-                    f'{current}: this folder cannot be read: {error.strerror}. Make it readable, or move it out of '
-                    f'the dataset'
-                ) from error
-            below += [current / name for name in names if os.path.isdir(current / name)]
-        level = below
 
 
 def read_list(list_path: Path, root: Path, phase: str) -> Found:
@@ -234,8 +240,8 @@ def _find_listed(layout: Layout, source: Source) -> Found:
     name = source.list_file or SPAD_LISTS.get(split)
     if name and (root / name).is_file():
         return read_list(root / name, root, source.phase)
-    if not source.list_file and choose_place(layout.places, root, layout.names(split)):
-        return find_places(layout, source)
+    if not source.list_file and (chosen := _choose_place(layout.places, root, layout.names(split))):
+        return match_place(layout, source, *chosen)
     if name:
         raise _root_lacks(layout, source, name)
     raise OptionError(
@@ -349,7 +355,16 @@ class Layout:
     has_scenes: bool = False  # whether a split may have many such places, one for each scene of a video
     needs: tuple[str, ...] = ('dataroot',)  # options in `Source` that must be there
     may_have: tuple[str, ...] = ('split',)  # and those that may
-    find: Callable[[Layout, Source], Found] = find_places
+    find: Callable[[Layout, Source], Found] = _find_places
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All splits there may be."""
+        return self.train_splits + self.test_splits
+
+    def phase(self, split: str) -> str:
+        """Return what a split is for."""
+        return 'train' if split in self.train_splits else 'test'
 
     def split(self, source: Source) -> str:
         """Return the split that `source` names, or the default of its phase."""
@@ -362,8 +377,8 @@ class Layout:
 
 # Rain streaks come with the names of their authors' Matlab scripts (norain-1x2.png), of PReNet's copies (rain-001.png),
 # or equal ones (DRSformer, Restormer).
-_RAIN = make_places(
-    below_split(
+_RAIN = _make_places(
+    _below_split(
         *('input target', 'input gt', 'input groundtruth', 'rain/X2 norain', 'rain norain', 'rainy norain'),
         *('rainy .', 'rainy_image ground_truth', 'data gt', '. .'),
     ),
@@ -400,22 +415,22 @@ LAYOUTS = {
         'real_world.txt for training, real_test_1000.txt for testing, '
         'with lines "/dir/lq.png /dir_gt/gt.png", and the folders that they name; '
         'or train/ and test/, each with input/ and target/ of the same names',
-        make_places(below_split('input target', 'data gt')),
+        _make_places(_below_split('input target', 'data gt')),
         may_have=('split', 'list_file'),
         find=_find_listed,
     ),
     'agan': Layout(
         'AGAN-Data',
         'train/, test_a/ and test_b/, each with data/12_rain.png and gt/12_clean.png',
-        make_places(below_split('data gt'), ('{}_rain', '{}_clean')),
+        _make_places(_below_split('data gt'), ('{}_rain', '{}_clean')),
         test_splits=('test_a', 'test_b'),
     ),
     'densehaze': Layout(
         'Dense-Haze',
         'input/ and gt/ with 01.png to 55.png, or hazy/01_hazy.png and GT/01_GT.png, or all in one folder; '
         '1 to 50 are for training, 51 to 55 for testing',
-        make_places((*below_split('input gt'), ('input', 'gt')), ('{}_hazy', '{}_GT'), ('{}', '{}'))
-        + make_places((*below_split('hazy GT'), ('hazy', 'GT'), ('.', '.')), ('{}_hazy', '{}_GT')),
+        _make_places((*_below_split('input gt'), ('input', 'gt')), ('{}_hazy', '{}_GT'), ('{}', '{}'))
+        + _make_places((*_below_split('hazy GT'), ('hazy', 'GT'), ('.', '.')), ('{}_hazy', '{}_GT')),
         numbers={'train': range(1, 51), 'test': range(51, 56)},
     ),
     'rain100': Layout(
@@ -436,8 +451,8 @@ LAYOUTS = {
         'RESIDE',
         'ITS/, OTS/, SOTS/indoor/ or SOTS/outdoor/, each with hazy/0001_0.8_0.2.jpg and clear/0001.png or gt/0001.png: '
         'many hazy ones to a clear one; split is ITS, OTS, indoor, outdoor, or train and test',
-        make_places(
-            below_split(*(f'{hazy} {clear}' for hazy in _HAZY for clear in _CLEAR)),
+        _make_places(
+            _below_split(*(f'{hazy} {clear}' for hazy in _HAZY for clear in _CLEAR)),
             ('{}_*', '{}'),
             ('{}', '{}'),
             deep=True,
@@ -454,20 +469,20 @@ LAYOUTS = {
         'Snow100K',
         'train/ or all/, and test/ or Snow100K-S/, -M/ and -L/, each with synthetic/ and gt/ of the same names; '
         'split names other folders than train and test',
-        make_places(below_split('synthetic gt')),
+        _make_places(_below_split('synthetic gt')),
         test_splits=('test', 'Snow100K-S', 'Snow100K-M', 'Snow100K-L'),
         aliases={'train': ('all',)},
     ),
     'istd': Layout(
         'ISTD',
         'train/train_A/ with shadows and train/train_C/ without, of the same names, and test/ likewise',
-        make_places((*below_split('{split}_A {split}_C'), ('{split}_A', '{split}_C'))),
+        _make_places((*_below_split('{split}_A {split}_C'), ('{split}_A', '{split}_C'))),
     ),
     'srd': Layout(
         'SRD',
         'train/shadow/1.jpg and train/shadow_free/1_no_shadow.jpg (in test/ 1_free.jpg), or train_A/ and train_C/',
-        make_places(
-            (*below_split('shadow shadow_free', '{split}_A {split}_C'), ('{split}_A', '{split}_C')),
+        _make_places(
+            (*_below_split('shadow shadow_free', '{split}_A {split}_C'), ('{split}_A', '{split}_C')),
             *(('{}', '{}_no_shadow'), ('{}', '{}_free'), ('{}', '{}')),
         ),
         aliases={'train': ('Train', 'SRD_Train'), 'test': ('Test', 'SRD_Test', 'test_data')},
@@ -476,12 +491,12 @@ LAYOUTS = {
         'TIP-2018',
         'trainData/source/1_source.png and trainData/target/1_target.png, and testData/ likewise; '
         'or train/ and test/, or both kinds in one folder',
-        make_places(
+        _make_places(
             (
                 ('{split}Data/source', '{split}Data/target'),
-                *below_split('source target'),
+                *_below_split('source target'),
                 ('{split}Data', '{split}Data'),
-                *below_split('. .'),
+                *_below_split('. .'),
             ),
             ('{}_source', '{}_target'),
         ),

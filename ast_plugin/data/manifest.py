@@ -10,7 +10,7 @@ those of the pairs and belong to none of them. Each further line is a pair:
   {"key": "a", "lq": "rain/a.png", "gt": "clean/a.png", "size": [256, 256], "bytes": [9041, 8220], "digests": [.., ..]}
 
 `size` is height and width; of `bytes` and `digests` the first is of the degraded image. A digest is that of the decoded
-pixels (`prepare.checks.digest_pixels`), so that a file written anew without loss is still the same image.
+pixels (`checks.digest_pixels`), so that a file written anew without loss is still the same image.
 """
 
 from __future__ import annotations

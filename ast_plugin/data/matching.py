@@ -9,6 +9,7 @@ import unicodedata
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,24 +211,17 @@ class _Side:
 
     def left_out(self, lq: _Side, gt: _Side) -> str:
         """Count what lies in the folder and is taken by neither side of the pairs, by reason."""
-        taken = {
-            name
-            for side in (lq, gt)
-            if _same(side.folder, self.folder)
-            for names in side.files.values()
-            for name in names
-        }
+        sides = [side for side in (lq, gt) if _same(side.folder, self.folder)]
+        taken = {name.partition('/')[0] for side in sides for names in side.files.values() for name in names}
         reasons = Counter()
         for entry in os.scandir(self.folder):
-            if entry.is_dir():
-                is_other = any(_same(side.folder, entry.path) for side in (lq, gt))
-                has_images = not is_other and any(map(is_image, _names_in(entry.path)))
-                reasons['folders with images'] += has_images and not any(
-                    name.startswith(f'{entry.name}/') for name in taken
-                )
-            elif entry.name not in taken:
+            if entry.name in taken or any(_same(side.folder, entry.path) for side in (lq, gt)):
+                continue
+            if not entry.is_dir():
                 reasons[why_no_image(entry.path) or f'not named {self.template.fill("{}")}'] += 1
-        return count_reasons(+reasons)
+            elif any(map(is_image, next(os.walk(entry.path), ('', [], []))[2])):  # none where it cannot be read
+                reasons['folders with images'] += 1
+        return count_reasons(reasons)
 
     def unmatched(self, other: _Side) -> list[DataFault]:
         """Return a fault for each image whose key `other` lacks, in order."""
@@ -244,13 +238,6 @@ class _Side:
 
 def _same(one: str | Path, other: str | Path) -> bool:
     return os.path.normpath(one) == os.path.normpath(other)
-
-
-def _names_in(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
 
 
 def fold(key: str) -> str:
@@ -295,6 +282,19 @@ def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]
             f'images end in {", ".join(sorted(FORMAT_OF))}). Put the images there, or correct its dataroot'
         )
     return names
+
+
+def list_others(paths: Iterable[str]) -> list[str]:
+    """List the images in the folders of some files that are none of these files, folders in order of names."""
+    known, folders, others = set(), set(), []
+    for path in paths:
+        known.add(hash(path))
+        folders.add(os.path.dirname(path))
+    for folder in sorted(folders):
+        with suppress(DataError):  # a folder without images
+            found = (os.path.join(folder, name) for name in list_images(folder, ''))
+            others += [path for path in found if hash(path) not in known]
+    return others
 
 
 def is_image(name: str) -> bool:

@@ -11,10 +11,9 @@ from torch import nn
 
 from ast_plugin.cli.main import main
 from ast_plugin.compare import report
-from ast_plugin.data import image_files
+from ast_plugin.data import checks, image_files
 from ast_plugin.data.image_files import decode_image, read_image
 from ast_plugin.data.matching import Pair
-from ast_plugin.data.prepare import checks
 from ast_plugin.errors import DataError, FileError, MemoryShortage, OptionError
 from ast_plugin.evaluation.file_restorer import Job, find_images, plan_jobs, restore_files
 from ast_plugin.evaluation.restorer import Restorer

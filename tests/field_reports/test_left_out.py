@@ -6,8 +6,8 @@ import unicodedata
 import pytest
 
 from ast_plugin.cli.main import main
-from ast_plugin.data.layouts import Source, list_pairs
-from ast_plugin.data.prepare.splits import find_splits, find_unused, plain_layout
+from ast_plugin.data.layouts import Source, list_pairs, plain_layout
+from ast_plugin.data.prepare import find_splits, find_unused
 from ast_plugin.errors import DataError
 from tests.data.images import touch, write_noise
 

@@ -1,7 +1,7 @@
 """Read every image of a dataset to the last byte, so that a training of days does not meet a bad one.
 
-`Journal` checks the pairs of a split and remembers what it has seen, `find_leaks` and `find_repeats` compare the pixels
-of many images, `check_files`, `find_extra` and `check_lmdbs` compare a dataset with the manifest that was made of it.
+`Journal` checks the pairs of a split and remembers what it has seen. `find_leaks` and `find_duplicates` compare the
+pixels of many images; `check_files`, `find_extra` and `check_lmdbs` a dataset with the manifest that was made of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,8 +35,7 @@ from ast_plugin.data.image_files import (
 from ast_plugin.data.lmdb.reader import KINDS, LmdbImages, read_meta_info
 from ast_plugin.data.lmdb.writer import make_plan
 from ast_plugin.data.manifest import Entry, Manifest
-from ast_plugin.data.matching import DataFault, Pair, PairTable, list_images
-from ast_plugin.data.prepare.splits import Split
+from ast_plugin.data.matching import DataFault, Pair, PairTable, list_others
 from ast_plugin.data.workers import map_in_processes
 from ast_plugin.errors import DataError, MemoryShortage, one_line, out_of_memory
 
@@ -101,7 +100,7 @@ def check_image(path: str | os.PathLike) -> Finding:
     size, traits = _read_header(path, data, kind)
     if size:
         check_size(path, *reversed(size))
-        with _error_stream(kind == 'JPEG') as lines:
+        with _error_stream() if kind == 'JPEG' else nullcontext([]) as lines:
             pixels = decode_rgb(data, path)
         if any(loss in line for line in lines for loss in _JPEG_LOSSES):
             raise DataError(f'{path}: the JPEG file is damaged: {lines[0].decode(errors="replace").strip()}')
@@ -121,6 +120,17 @@ def digest_pixels(pixels: np.ndarray) -> str:
     state = hashlib.blake2b(f'{pixels.shape} {pixels.dtype.itemsize}\n'.encode(), digest_size=16)
     state.update(np.ascontiguousarray(pixels))
     return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of a dataset that was found."""
+
+    name: str  # train or test_a for example
+    phase: str  # train or test
+    pairs: PairTable  # those that have a partner
+    faults: list[DataFault]  # what is wrong with the others
+    where: Path  # the folder of the degraded images, or the list, for the user to see
 
 
 @dataclass
@@ -294,8 +304,18 @@ def check_files(
         DataError: if the manifest is damaged.
     """
     faults: list[DataFault] = []
+    owners: dict[int, int] = {}
     check = partial(_check_entry, manifest.root, quick)
-    for found in map_in_processes(check, _check_keys(manifest, faults), workers, prepare=_limit_threads):
+
+    def with_own_keys() -> Iterator[Entry]:
+        for number, entry in enumerate(manifest.entries(), 2):
+            images = hash((entry.lq, entry.gt))
+            if owners.setdefault(hash(entry.key), images) != images:
+                text = f'line {number} gives it to another pair than a line before'
+                faults.append(DataFault('key twice', entry.key, text))
+            yield entry
+
+    for found in map_in_processes(check, with_own_keys(), workers, prepare=_limit_threads):
         faults += found
         on_pair()
     return faults
@@ -303,24 +323,13 @@ def check_files(
 
 def find_extra(manifests: Iterable[Manifest]) -> list[DataFault]:
     """Find images that lie among those of all manifests of a dataset, and were not there when they were made."""
-    known: set[int] = set()
-    folders: set[str] = set()
-    for manifest in manifests:
-        names = (name for entry in manifest.entries() for name in (entry.lq, entry.gt))
-        for name in (*manifest.others, *names):
-            path = os.path.join(manifest.root, name)
-            known.add(hash(path))
-            folders.add(os.path.dirname(path))
-    extra = []
-    for folder in sorted(folders):
-        try:
-            paths = [os.path.join(folder, name) for name in list_images(folder, '')]
-        except DataError:
-            continue  # its images are missing, each of which `check_files` tells
-        extra += [
-            DataFault('extra', path, 'came after the manifest was made') for path in paths if hash(path) not in known
-        ]
-    return extra
+    known = (
+        os.path.join(manifest.root, name)
+        for manifest in manifests
+        for names in itertools.chain([manifest.others], ((entry.lq, entry.gt) for entry in manifest.entries()))
+        for name in names
+    )
+    return [DataFault('extra', path, 'came after the manifest was made') for path in list_others(known)]
 
 
 def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = int) -> list[DataFault]:
@@ -347,17 +356,6 @@ def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = 
         for key in sorted({entry.key for entry in read_meta_info(images.folder)} - set(order)):
             faults.append(DataFault('extra', f'{images.folder}/{key}', f'not in {manifest.path}'))
     return faults
-
-
-def _check_keys(manifest: Manifest, faults: list[DataFault]) -> Iterator[Entry]:
-    """Yield the entries; a key that an earlier pair has, of other images, adds to the faults."""
-    owners: dict[int, int] = {}
-    for number, entry in enumerate(manifest.entries(), 2):
-        images = hash((entry.lq, entry.gt))
-        if owners.setdefault(hash(entry.key), images) != images:
-            text = f'line {number} gives it to another pair than a line before'
-            faults.append(DataFault('key twice', entry.key, text))
-        yield entry
 
 
 def _check_entry(root: Path, quick: bool, entry: Entry) -> list[DataFault]:
@@ -404,12 +402,9 @@ def _read_header(path: Path, data: bytes, kind: str | None) -> tuple[tuple[int, 
 
 
 @contextmanager
-def _error_stream(listen: bool) -> Iterator[list[bytes]]:
+def _error_stream() -> Iterator[list[bytes]]:
     """Collect what C libraries write to the error stream meanwhile: libjpeg has no other way to tell of losses."""
     lines: list[bytes] = []
-    if not listen:
-        yield lines
-        return
     with tempfile.TemporaryFile() as stream:
         before = os.dup(2)
         os.dup2(stream.fileno(), 2)

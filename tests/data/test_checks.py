@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ast_plugin.data.checks import check_image, check_pair, digest_pixels
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.matching import Pair
-from ast_plugin.data.prepare.checks import check_image, check_pair, digest_pixels
 from ast_plugin.errors import DataError
 
 
