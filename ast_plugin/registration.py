@@ -22,7 +22,7 @@ REGISTERED: dict[str, tuple[str, tuple[str, ...]]] = {
     'ast_plugin.archs.spandrel_arch': ('ARCH_REGISTRY', ('Spandrel',)),
     'ast_plugin.models.restoration_model': ('MODEL_REGISTRY', ('RestorationModel',)),
     'ast_plugin.data.pairs_dataset': ('DATASET_REGISTRY', ('PairsDataset', 'SyntheticPairsDataset')),
-    'ast_plugin.losses.restoration_loss': (
+    'ast_plugin.losses': (
         'LOSS_REGISTRY',
         ('ASTCharbonnierLoss', 'TVLoss', 'EdgeLoss', 'FFTLoss', 'PSNRLoss'),
     ),

@@ -23,10 +23,10 @@ from basicsr.utils.registry import ARCH_REGISTRY
 
 from ast_plugin.compare.machine import peak_memory
 from ast_plugin.errors import OptionError, PluginError, first_line
-from ast_plugin.losses.restoration_loss import ASTCharbonnierLoss
-from ast_plugin.models import mixup, network_switches
+from ast_plugin.losses import ASTCharbonnierLoss
+from ast_plugin.models import network_switches
 from ast_plugin.models.optimizers import build_optimizer
-from ast_plugin.models.training_step import Precision, TrainingStep, update_average
+from ast_plugin.models.training_step import Precision, TrainingStep, build_mixup, update_average
 from benchmarks import records
 from benchmarks.records import MEGABYTE, Line, say
 from benchmarks.timing import NO_GPU, in_fresh_process, take_turns
@@ -93,7 +93,7 @@ class Steps:
         optimizer = build_optimizer('AdamW', self.network.parameters(), **options)
         precision = Precision(train.get('precision', 'fp32'), self.device)
         self.step = TrainingStep(self.network, optimizer, precision, train, batch=settings.batch)
-        self.mixing = mixup.from_options(train, seed=0, rank=0)
+        self.mixing = build_mixup(train, seed=0, rank=0)
         self.loss = ASTCharbonnierLoss()
         self.images = torch.rand(2, settings.batch, 3, settings.size, settings.size, device=self.device)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field, create_model
 
-from ast_plugin.models.registries import load_registered
+from ast_plugin.models.preflight import load_registered
 from ast_plugin.options.sections import (
     ComparedNetwork,
     CompareSettings,
@@ -40,7 +40,7 @@ ROOMS = {
     'losses': 'Losses',
     'metrics': 'Metrics',
 }
-"""Packages whose modules get a page, with a heading. Kernels, commands and plumbing have none."""
+"""Packages whose modules get a page, and modules that do, with a heading. Kernels, commands and plumbing have none."""
 HEADINGS = {'file': 'Top level', 'networks': 'networks (of a comparison)', 'compare': 'compare (of a comparison)'}
 LEFT_OUT = (
     'ast_plugin.ops.triton',
@@ -180,7 +180,7 @@ def write_api(folder: Path) -> None:
     lines = ['# API', '']
     for room, heading in ROOMS.items():
         package = import_module(f'ast_plugin.{room}')
-        found = pkgutil.iter_modules(package.__path__, f'{package.__name__}.')
+        found = pkgutil.iter_modules(getattr(package, '__path__', ()), f'{package.__name__}.')
         own = [package.__name__] if any(defined_in(package, item) for item in vars(package).values()) else []
         pages = own + [info.name for info in found if not info.ispkg and not info.name.startswith(LEFT_OUT)]
         lines += [f'## {heading}', '', '```{toctree}', ':maxdepth: 1', '', *pages, '```', '']

@@ -27,6 +27,8 @@ from basicsr.utils import MessageLogger
 from basicsr.utils.dist_util import init_dist
 from basicsr.utils.registry import ARCH_REGISTRY
 
+from ast_plugin.toolbox.repairs import REPAIRS
+
 
 class Ten(torch.utils.data.Dataset):
     """Ten numbers, fewer than a batch."""
@@ -293,7 +295,7 @@ def works(probe) -> bool:
 
 def main():
     results = {}
-    for repair in toolbox.repairs():
+    for repair in REPAIRS:
         probe = globals()[repair.__name__]
         before = works(probe)
         repair()

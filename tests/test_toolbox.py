@@ -17,8 +17,8 @@ from ast_plugin import toolbox
 from ast_plugin.errors import CheckpointError, OptionError, PluginError
 
 ROOT = Path(__file__).parents[1]
-REPAIRS = toolbox.repairs()
 train = importlib.import_module('basicsr.train')
+REPAIRS = importlib.import_module('ast_plugin.toolbox.repairs').REPAIRS
 
 
 def python(code: str, *arguments: str, env: dict | None = None) -> subprocess.CompletedProcess:

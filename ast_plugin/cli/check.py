@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.schema and args.opt is None:
         raise OptionError('check: expected -opt FILE, or --schema')
     opt = {} if args.schema else options.load(options.find(args.opt), args.force_yml)
-    from ast_plugin.models.registries import load_registered
+    from ast_plugin.models.preflight import load_registered
 
     if args.schema:
         print(json.dumps(json_schema(load_registered()), indent=2))

@@ -54,7 +54,7 @@ def _show(root: Path) -> int:
     """Draw each validation image rainy, restored and clean, and print the mean gain."""
     from ast_plugin.data.contact_sheet import Cell, draw_contact_sheet, save_sheet
     from ast_plugin.data.image_files import read_rgb
-    from ast_plugin.models.registries import load_registered
+    from ast_plugin.models.preflight import load_registered
 
     datasets = load_registered().by_kind['dataset']
     opt = options.prepare(options.load(options.find(OPTION_FILE)), root=root, is_train=False, dataset_types=datasets)

@@ -25,11 +25,11 @@ def run(args: argparse.Namespace) -> int:
     """Print the registries."""
     if args.registry == ['weights']:  # without BasicSR
         return _say('weights', _weights())
-    from ast_plugin.models import registries
+    from ast_plugin.models import preflight
 
-    known = (*registries.KINDS, 'weights')
+    known = (*preflight.KINDS, 'weights')
     kinds = [_kind(name, known) for name in args.registry] or known
-    registered = registries.load_registered()
+    registered = preflight.load_registered()
     for number, kind in enumerate(kinds):
         if number:
             say('')

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if str(weights) != os.path.expanduser(opt['path'].get('pretrain_network_g') or ''):
         paths['param_key_g'] = None  # the key in the file is of the weights in the file
     opt['path'].update(paths)
-    states = preflight.check(opt, run.registered, str(run.file))
+    states = preflight.check(opt, str(run.file))
     if 'network_g' in states:
         # BasicSR's own models take none for params.
         paths['param_key_g'] = states['network_g'].param_key

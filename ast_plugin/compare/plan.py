@@ -14,7 +14,6 @@ from ast_plugin.devices import find_device
 from ast_plugin.errors import OptionError, PluginError
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.models import preflight
-from ast_plugin.models.registries import load_registered
 from ast_plugin.options import validation
 from ast_plugin.options.reading import NETWORKS_KEY, Sources
 from ast_plugin.options.runs import expand_network, is_trained, measured_dataset
@@ -85,7 +84,7 @@ def make_plan(name_or_path: str, root: str | Path, overrides: Sequence[str] = ()
     opt = options.load(file, overrides)
     if NETWORKS_KEY not in opt:
         raise OptionError(f'{file}: {NETWORKS_KEY}: required, but not there; one network is trained by `basicsr train`')
-    registered = load_registered()
+    registered = preflight.load_registered()
     validation.check(opt, str(file), registered, explain=Sources(file, overrides).explain)
     if opt.get('manual_seed') is None:
         opt['manual_seed'] = 0  # one seed for all networks, and when the command is given again
@@ -136,9 +135,7 @@ class _Planner:
             if 'network_g' not in opt:
                 opt['network_g'], notes = network_of(read_checkpoint(weights, entry.get('param_key')))
             for is_train in [True, False] if is_trained(entry) else [False]:
-                weights_of = preflight.check(
-                    self._prepare(opt, is_train), self.registered, source, False, self._samples[is_train]
-                )
+                weights_of = preflight.check(self._prepare(opt, is_train), source, False, self._samples[is_train])
         except PluginError as error:
             message = str(error)
             raise type(error)(message if message.startswith(str(self.file)) else f'{source}: {message}') from error
@@ -165,5 +162,5 @@ class _Planner:
 
     def _count_samples(self, dataset: Mapping[str, Any]) -> int:
         if self._num_samples is None:
-            self._num_samples = preflight.count_samples(f'{self.file}: datasets.train', dataset, self.registered)
+            self._num_samples = preflight.count_samples(f'{self.file}: datasets.train', dataset)
         return self._num_samples

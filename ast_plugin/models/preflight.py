@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from basicsr.archs.vgg_arch import VGG_PRETRAIN_PATH
 from basicsr.metrics import calculate_metric
+from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import logger as basicsr_logger
-from basicsr.utils import tensor2img
+from basicsr.utils import registry, tensor2img
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -35,17 +36,25 @@ from ast_plugin.checkpoints import Checkpoint, read_checkpoint, read_state
 from ast_plugin.data import randomness
 from ast_plugin.data.lmdb.reader import holds_pixels
 from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line, one_line
-from ast_plugin.evaluation.protocols import read_protocol
+from ast_plugin.evaluation.protocols import PROTOCOLS, read_protocol
 from ast_plugin.evaluation.validator import name_of
 from ast_plugin.models import run_state
-from ast_plugin.models.progress import TrainingProgress
+from ast_plugin.models.optimizers import SCHEDULERS, find_optimizer
 from ast_plugin.models.restoration_model import RestorationModel
-from ast_plugin.models.run_log import RunLog
+from ast_plugin.models.run_log import RunLog, TrainingProgress
 from ast_plugin.models.training_step import batch_size, check_switches, compute_losses
 from ast_plugin.ops import use_backend
 from ast_plugin.options.runs import phase_of
 from ast_plugin.options.sections import Registered
+from ast_plugin.plugins import load_plugins
 
+KINDS = ('arch', 'dataset', 'loss', 'metric', 'model')
+_BASICSR_SCHEDULERS = {
+    'MultiStepLR': MultiStepRestartLR,
+    'MultiStepRestartLR': MultiStepRestartLR,
+    'CosineAnnealingRestartLR': CosineAnnealingRestartLR,
+}
+_FOLDERS = {'experiments_root', 'results_root', 'models', 'training_states', 'log', 'visualization'}  # keys of `path`
 _WANDB_OFFLINE = ('offline', 'dryrun', 'disabled')
 _METRIC_IMAGE_SIDE = 192  # NIQE needs two blocks of 96
 _LARGEST_METRIC_IMAGE = 512  # of a validation image, its middle
@@ -55,12 +64,21 @@ _AFFORDABLE = 2e11
 _HALF_ON_CPU = 20  # times as long as in fp32
 
 
+def load_registered() -> Registered:
+    """Load the plugins, and say what is registered."""
+    failed = load_plugins()
+    return Registered(
+        by_kind={kind: dict(iter(getattr(registry, f'{kind.upper()}_REGISTRY'))) for kind in KINDS},
+        schedulers=_BASICSR_SCHEDULERS,
+        own_schedulers=SCHEDULERS,
+        protocols={name: tuple(protocol.metrics) for name, protocol in PROTOCOLS.items()},
+        failed_plugins=failed,
+        find_optimizer=find_optimizer,
+    )
+
+
 def check(
-    opt: Mapping[str, Any],
-    registered: Registered,
-    source: str,
-    is_run: bool = True,
-    samples: dict[str, Any] | None = None,
+    opt: Mapping[str, Any], source: str, is_run: bool = True, samples: dict[str, Any] | None = None
 ) -> dict[str, Checkpoint]:
     """Try everything that a run of prepared options will need, and write nothing.
 
@@ -68,7 +86,6 @@ def check(
 
     Args:
         opt: options prepared for BasicSR.
-        registered: what the names in them mean.
         source: the option file's name in messages.
         is_run: whether a run follows; else networks that are large for this machine's CPU pass shapes alone.
         samples: the first one of each dataset by its key, if they were read before; others are added.
@@ -81,22 +98,32 @@ def check(
     _check_disk(opt)
     _check_device(opt, source)
     _check_logger(opt, source)
-    state = None
+    state, losses = None, {}
     with _logger_untouched():
         if opt['is_train']:
             state = _check_resume(opt)
-            _check_training(opt['train'], registered, source)
+            losses = _check_training(opt['train'], source)
         if opt.get('val') is not None:
-            _check_metrics(opt['val'], registered, source)
+            _check_metrics(opt['val'], source)
         for key, options in opt['datasets'].items():
             if key not in samples:
-                samples[key] = _read_sample(f'{source}: datasets.{key}', options, registered)
-        checkpoints, is_large = _check_networks(opt, registered, source, state, samples)
+                samples[key] = _read_sample(f'{source}: datasets.{key}', options)
+        networks = {key: _build_network(f'{source}: {key}', opt[key]) for key in opt if key.startswith('network_')}
+        is_large = 'network_g' in networks and _is_large(networks['network_g'], opt, samples)
+        if is_large:
+            _try_shapes(networks['network_g'], losses, opt, source, samples['train'])
+        if opt['is_train'] and 'network_g' in networks:
+            if _is_of(opt, RestorationModel):
+                with _explained(source, 'train'):
+                    check_switches(opt, networks['network_g'], losses)
+            if state is not None:
+                _check_state(state, opt, networks['network_g'], source)
+        checkpoints = _check_weights(opt, networks)
         samples = {key: samples[key] for key in opt['datasets']}
         if samples and (is_run or not is_large):
             if 'network_g' in checkpoints and opt['path'].get('param_key_g') is None:  # SRModel takes none for params
                 opt = {**opt, 'path': {**opt['path'], 'param_key_g': checkpoints['network_g'].param_key}}
-            _try_model(opt, registered, source, samples)
+            _try_model(opt, source, samples)
         return checkpoints
 
 
@@ -219,33 +246,30 @@ def _check_resume(opt: Mapping[str, Any]) -> dict[str, Any] | None:
     return content
 
 
-def _check_training(train: Mapping[str, Any], registered: Registered, source: str) -> None:
-    """Build losses, optimisers and schedules: wrong values show only then."""
-    _build_losses(train, registered, source)
+def _check_training(train: Mapping[str, Any], source: str) -> dict[str, nn.Module]:
+    """Build optimisers, schedules and losses, which are returned: wrong values show only then.
+
+    Without the perceptual loss, which reads, or even fetches, the weights of a VGG.
+    """
     for key, options in train.items():
         if not key.startswith('optim_') or not options:
             continue
         parameters = [torch.zeros(1, requires_grad=True)]
-        target = registered.find_optimizer(options['type'])
-        optimizer = _call(f'{source}: train.{key}', target, options, params=parameters)
+        optimizer = _build(f'{source}: train.{key}', find_optimizer(options['type']), options, params=parameters)
         schedule = train.get('scheduler') or {}
-        target = {**registered.own_schedulers, **registered.schedulers}.get(schedule.get('type'))
+        target = {**SCHEDULERS, **_BASICSR_SCHEDULERS}.get(schedule.get('type'))
         if target is not None:
             given = {name: train[name] for name in ('total_iter', 'iters_per_epoch') if train.get(name) is not None}
             own = {name: given[name] for name in given if name in inspect.signature(target).parameters} | schedule
-            _call(f'{source}: train.scheduler', target, own, optimizer=optimizer)
-
-
-def _build_losses(train: Mapping[str, Any], registered: Registered, source: str) -> dict[str, nn.Module]:
-    """The losses by their keys, but for the perceptual one, which reads, or even fetches, the weights of a VGG."""
+            _build(f'{source}: train.scheduler', target, own, optimizer=optimizer)
     return {
-        key: _call(f'{source}: train.{key}', registered.get('loss', options['type']), options)
+        key: _build(f'{source}: train.{key}', registry.LOSS_REGISTRY.get(options['type']), options)
         for key, options in train.items()
         if key.endswith('_opt') and key != 'perceptual_opt' and options
     }
 
 
-def _call(where: str, target: Callable, options: Mapping[str, Any], **given: Any) -> Any:
+def _build(where: str, target: Callable, options: Mapping[str, Any], **given: Any) -> Any:
     with _explained(where, options['type']):
         return target(**given, **_arguments(options))
 
@@ -254,7 +278,7 @@ def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     return copy.deepcopy({key: value for key, value in options.items() if key != 'type'})
 
 
-def _check_metrics(val: Mapping[str, Any], registered: Registered, source: str) -> None:
+def _check_metrics(val: Mapping[str, Any], source: str) -> None:
     """Measure noise: a metric that stumbles over its options would do so hours later."""
     with _explained(f'{source}: val.protocol', 'protocol'):
         protocol = read_protocol(val.get('protocol'))
@@ -265,7 +289,7 @@ def _check_metrics(val: Mapping[str, Any], registered: Registered, source: str) 
     side = _metric_image_side(metrics)
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     for key, options in metrics.items():
-        target = registered.get('metric', options['type'])
+        target = registry.METRIC_REGISTRY.get(options['type'])
         # Others' metrics may want other data of their own models.
         if target.__module__.split('.')[0] in ('basicsr', 'ast_plugin'):
             with _explained(f'{source}: val.metrics.{key}', options['type'], 'cannot measure with these options'):
@@ -278,50 +302,46 @@ def _metric_image_side(metrics: Mapping[str, Mapping[str, Any]]) -> int:
     return _METRIC_IMAGE_SIDE + 2 * max([0, *(border for border in borders if isinstance(border, int))])
 
 
-def _read_sample(where: str, options: Mapping[str, Any], registered: Registered) -> Any:
+def _read_sample(where: str, options: Mapping[str, Any]) -> Any:
     """Find the data, and read the first sample."""
-    dataset_type = registered.get('dataset', options['type'])
-    with _explained(where, options['type'], 'cannot read its data', DataError):
-        _refuse_pixels(dataset_type, options)
-        dataset = _open_dataset(where, options, registered)
+    dataset = _open_dataset(where, options)
     with _explained(where, options['type'], f'cannot read the sample of {name_of(dataset, 0)}', DataError):
-        return dataset[(0, 0) if getattr(dataset_type, 'index_carries_epoch', False) else 0]
+        return dataset[(0, 0) if getattr(dataset, 'index_carries_epoch', False) else 0]
 
 
-def _open_dataset(where: str, options: Mapping[str, Any], registered: Registered) -> Any:
-    """Build a dataset, and see that there is something in it."""
+def _open_dataset(where: str, options: Mapping[str, Any]) -> Any:
+    """Build a dataset, and see that there is something in it.
+
+    One of others, which decodes images, is not given an LMDB of pixels.
+    """
+    dataset_type = registry.DATASET_REGISTRY.get(options['type'])
+    knows_lmdbs = 'io_backend' in getattr(getattr(dataset_type, 'options_type', None), 'model_fields', ())
     with _explained(where, options['type'], 'cannot read its data', DataError):
-        dataset = registered.get('dataset', options['type'])(copy.deepcopy(options))
+        if (options.get('io_backend') or {}).get('type') == 'lmdb' and not knows_lmdbs:
+            for key, folder in options.items():
+                if key.startswith('dataroot') and isinstance(folder, str) and holds_pixels(folder):
+                    raise DataError(
+                        f'{options["type"]} reads LMDBs of PNG files, and {key}, {folder}, holds pixels. Set type: '
+                        f'PairsDataset, or write the LMDB with `basicsr data lmdb --encoding png`'
+                    )
+        dataset = dataset_type(copy.deepcopy(options))
         if len(dataset) == 0:
             raise DataError(f'{where}: {options["type"]} finds no data')
     return dataset
 
 
-def _refuse_pixels(dataset_type: type, options: Mapping[str, Any]) -> None:
-    """Raise DataError if a dataset of others, which decodes images, is given an LMDB of pixels."""
-    is_lmdb = (options.get('io_backend') or {}).get('type') == 'lmdb'
-    if not is_lmdb or 'io_backend' in getattr(getattr(dataset_type, 'options_type', None), 'model_fields', ()):
-        return
-    for key, folder in options.items():
-        if key.startswith('dataroot') and isinstance(folder, str) and holds_pixels(folder):
-            raise DataError(
-                f'{options["type"]} reads LMDBs of PNG files, and {key}, {folder}, holds pixels. Set type: '
-                f'PairsDataset, or write the LMDB with `basicsr data lmdb --encoding png`'
-            )
-
-
-def count_samples(where: str, options: Mapping[str, Any], registered: Registered) -> int:
+def count_samples(where: str, options: Mapping[str, Any]) -> int:
     """How many samples a dataset has, as it counts them; PluginError, beginning with `where`, if it cannot be used."""
     with _logger_untouched():
-        return len(_open_dataset(where, options, registered))
+        return len(_open_dataset(where, options))
 
 
-def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], registered: Registered, source: str) -> None:
+def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], source: str) -> None:
     """Raise PluginError if a stage of options `after` cannot start from the weights of the one with `before`."""
     if 'network_g' not in before or 'network_g' not in after or not after['path'].get('strict_load_g', True):
         return
     with _logger_untouched():
-        old, new = (_build_network(registered, opt['network_g']) for opt in (before, after))
+        old, new = (_build_network(f'{source}: network_g', opt['network_g']) for opt in (before, after))
     weights = Checkpoint(Path(f'{source}: network_g, which starts from the stage before'), old.state_dict(), None, None)
     load_into(new, weights, assign=True)
 
@@ -349,48 +369,34 @@ def _check_state(state: Mapping[str, Any], opt: Mapping[str, Any], network: nn.M
         )
 
 
-def _check_networks(
-    opt: Mapping[str, Any],
-    registered: Registered,
-    source: str,
-    state: Mapping[str, Any] | None,
-    samples: Mapping[str, Any],
-) -> tuple[dict[str, Checkpoint], bool]:
-    """The weights that networks start from, and whether the network is large for this machine's CPU."""
-    checkpoints, is_large = {}, False
-    model = registered.get('model', opt['model_type'])
-    for key in [key for key in opt if key.startswith('network_')]:
-        with _explained(f'{source}: {key}', opt[key]['type']):
-            network = _build_network(registered, opt[key])
-        if key == 'network_g' and _is_large(network, opt, samples):
-            is_large = True
-            _try_shapes(network, opt, registered, source, samples)
-        if key == 'network_g' and opt['is_train'] and isinstance(model, type) and issubclass(model, RestorationModel):
-            losses = _build_losses(opt['train'], registered, source)
-            with _explained(source, 'train'):
-                check_switches(opt, network, losses)
-        if key == 'network_g' and state is not None:
-            _check_state(state, opt, network, source)
-        letter = key.removeprefix('network_')
-        weights = opt['path'].get(f'pretrain_{key}')
-        # When a run is resumed, BasicSR puts the weights of the state in the place of these.
-        if not weights or opt['path'].get('resume_state'):
-            continue
-        param_key = opt['path'].get(f'param_key_{letter}')
-        checkpoints[key] = read_checkpoint(weights, param_key)
-        load_into(network, checkpoints[key], strict=opt['path'].get(f'strict_load_{letter}', True), assign=True)
-    return checkpoints, is_large
-
-
-def _build_network(registered: Registered, options: Mapping[str, Any]) -> nn.Module:
+def _build_network(where: str, options: Mapping[str, Any]) -> nn.Module:
     """Build a network without memory for its weights, where its constructor can do that."""
-    network_type = registered.get('arch', options['type'])
-    try:
-        with torch.device('meta'):
+    network_type = registry.ARCH_REGISTRY.get(options['type'])
+    with _explained(where, options['type']):
+        try:
+            with torch.device('meta'):
+                return network_type(**_arguments(options))
+        except (NotImplementedError, RuntimeError):
+            # Some constructors compute with tensors; on the second try a fault of the options shows as what it is.
             return network_type(**_arguments(options))
-    except (NotImplementedError, RuntimeError):
-        # Some constructors compute with tensors; on the second try a fault of the options shows as what it is.
-        return network_type(**_arguments(options))
+
+
+def _check_weights(opt: Mapping[str, Any], networks: Mapping[str, nn.Module]) -> dict[str, Checkpoint]:
+    """Load the weights that networks start from, but for those in whose place BasicSR puts the ones of a state."""
+    path, checkpoints = opt['path'], {}
+    for key, network in networks.items():
+        letter = key.removeprefix('network_')
+        weights = path.get(f'pretrain_{key}')
+        if weights and not path.get('resume_state'):
+            checkpoints[key] = read_checkpoint(weights, path.get(f'param_key_{letter}'))
+            load_into(network, checkpoints[key], strict=path.get(f'strict_load_{letter}', True), assign=True)
+    return checkpoints
+
+
+def _is_of(opt: Mapping[str, Any], kind: type) -> bool:
+    """Whether the model of a run is of this class."""
+    model = registry.MODEL_REGISTRY.get(opt['model_type'])
+    return isinstance(model, type) and issubclass(model, kind)
 
 
 def _is_large(network: nn.Module, opt: Mapping[str, Any], samples: Mapping[str, Any]) -> bool:
@@ -414,15 +420,14 @@ def _num_tried(opt: Mapping[str, Any]) -> int:
 
 
 def _try_shapes(
-    network: nn.Module, opt: Mapping[str, Any], registered: Registered, source: str, samples: Mapping[str, Any]
+    network: nn.Module, losses: Mapping[str, nn.Module], opt: Mapping[str, Any], source: str, sample: Mapping[str, Any]
 ) -> None:
     """Pass the shapes of a training sample through network and losses, with values only where it cannot do without."""
-    sample, model = samples['train'], registered.get('model', opt['model_type'])
-    if not (isinstance(model, type) and issubclass(model, SRModel)) or 'gt' not in sample:
+    if not _is_of(opt, SRModel) or 'gt' not in sample:
         return
     device = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
     lq, gt = (torch.zeros(_num_tried(opt), *sample[key].shape, device=device) for key in ('lq', 'gt'))
-    losses = {key: loss.to(device) for key, loss in _build_losses(opt['train'], registered, source).items()}
+    losses = {key: copy.deepcopy(loss).to(device) for key, loss in losses.items()}
     try:
         with _passing(source, 'train', network, lq), torch.no_grad(), use_backend('reference'):
             compute_losses(losses, network(lq), gt)
@@ -431,7 +436,7 @@ def _try_shapes(
             raise
 
 
-def _try_model(opt: Mapping[str, Any], registered: Registered, source: str, samples: Mapping[str, Any]) -> None:
+def _try_model(opt: Mapping[str, Any], source: str, samples: Mapping[str, Any]) -> None:
     """Pass a sample of each dataset through the model of a run as BasicSR will: one step, and a validation each.
 
     A step is one of the whole batch on a GPU, and of one or two images of it on a CPU, at the configured patch; a
@@ -441,8 +446,7 @@ def _try_model(opt: Mapping[str, Any], registered: Registered, source: str, samp
     opt = copy.deepcopy(dict(opt))
     count = _num_tried(opt) if opt['is_train'] else 0
     with tempfile.TemporaryDirectory() as folder, randomness.preserved(), use_backend(opt.get('backend')), _quiet():
-        opt['path'] |= {key: folder for key in ('experiments_root', 'results_root', 'models', 'training_states',
-                                                'log', 'visualization') if key in opt['path']}  # fmt: skip
+        opt['path'] |= dict.fromkeys(_FOLDERS & opt['path'].keys(), folder)
         if opt['path'].get('resume_state'):  # it brings the weights
             opt['path'] |= {key: None for key in opt['path'] if key.startswith('pretrain_network_')}
         if opt['is_train']:
@@ -455,7 +459,7 @@ def _try_model(opt: Mapping[str, Any], registered: Registered, source: str, samp
         if opt['num_gpu']:
             torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
         with _explained(source, opt['model_type']):
-            model = registered.get('model', opt['model_type'])(opt)
+            model = registry.MODEL_REGISTRY.get(opt['model_type'])(opt)
         if isinstance(model, RestorationModel):
             model.run_log = RunLog(None)
             model.progress = TrainingProgress(1, 0, logging.getLogger('basicsr'), is_shown=False)
@@ -464,7 +468,7 @@ def _try_model(opt: Mapping[str, Any], registered: Registered, source: str, samp
             for key, sample in samples.items():
                 if phase_of(key) != 'train' and isinstance(sample, dict) and isinstance(sample.get('lq'), Tensor):
                     with _passing(source, key, network, sample['lq'][None]):
-                        _try_validation(model, opt, sample, _later_samples(source, key, opt, registered))
+                        _try_validation(model, opt, sample, _later_samples(source, key, opt))
         if 'train' in samples and count:
             batch = default_collate([samples['train']] * count)
             with _passing(source, 'train', network, batch.get('lq')):
@@ -477,9 +481,9 @@ def _try_model(opt: Mapping[str, Any], registered: Registered, source: str, samp
         torch.cuda.empty_cache()
 
 
-def _later_samples(source: str, key: str, opt: Mapping[str, Any], registered: Registered) -> Iterator[Any]:
+def _later_samples(source: str, key: str, opt: Mapping[str, Any]) -> Iterator[Any]:
     """Read the samples behind the first one of a validation set, but those that fail: they do so in their turn."""
-    dataset = _open_dataset(f'{source}: datasets.{key}', opt['datasets'][key], registered)
+    dataset = _open_dataset(f'{source}: datasets.{key}', opt['datasets'][key])
     for number in range(1, len(dataset)):
         with suppress(Exception):
             yield dataset[number]
@@ -503,33 +507,25 @@ def _passing(source: str, key: str, network: nn.Module | None, lq: Tensor | None
     """Say of what is raised that it is the sample of a dataset which does not go through, and what sizes would."""
     shown = '' if lq is None else f' {list(lq.shape)}'
     what = 'network, losses and optimiser' if key == 'train' else 'network and metrics'
-    where = f'{source}: datasets.{key}'
-    with _explained(where, f'a batch{shown}' if key == 'train' else f'an image{shown}', f'does not go through {what}'):
-        try:
+    try:
+        with _explained(f'{source}: datasets.{key}', f'its first sample{shown}', f'does not go through {what}'):
             yield
-        except DataError as error:  # the data was read: what is wrong is what they are put together with
-            raise OptionError(str(error)) from error
-        except PluginError:
-            raise
-        except Exception as error:
-            hint = _size_hint(network, lq) if key == 'train' else ''
-            raise OptionError(
-                f'{where}: its first sample{shown} does not go through {what}: {type(error).__name__}: '
-                f'{first_line(error)}{hint}'
-            ) from error
+    except DataError as error:  # the data was read: what is wrong is what they are put together with
+        raise OptionError(str(error)) from error
+    except PluginError as error:
+        hint = _size_hint(network, lq) if key == 'train' else ''
+        raise type(error)(f'{error}{hint}') from error
 
 
 def _size_hint(network: nn.Module | None, lq: Tensor | None) -> str:
     if network is None or lq is None or lq.ndim != 4:
         return ''
     bare = getattr(network, 'module', network)
-    try:
+    with suppress(OptionError):
         multiple = required_multiple(bare, lq.shape[1])
-    except OptionError:
-        return ''
-    if not any(side % multiple for side in lq.shape[-2:]):
-        return ''
-    return f'; {type(bare).__name__} is trained on sides that are multiples of {multiple}: set gt_size to one'
+        if any(side % multiple for side in lq.shape[-2:]):
+            return f'; {type(bare).__name__} is trained on sides that are multiples of {multiple}: set gt_size to one'
+    return ''
 
 
 def _try_validation(

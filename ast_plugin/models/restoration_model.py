@@ -33,10 +33,9 @@ from ast_plugin.devices import keep_freed_memory
 from ast_plugin.errors import DataError
 from ast_plugin.evaluation.results import ValidationResults, describe_provenance
 from ast_plugin.evaluation.validator import Validator
-from ast_plugin.models import mixup, network_switches, optimizers, run_state, training_step
+from ast_plugin.models import network_switches, optimizers, run_state, training_step
 from ast_plugin.models.processes import FAILED, Processes, RunStopped, follow, received_signal
-from ast_plugin.models.progress import TrainingProgress
-from ast_plugin.models.run_log import RunLog
+from ast_plugin.models.run_log import RunLog, TrainingProgress
 from ast_plugin.names import file_name, printable, say
 from ast_plugin.ops import frozen_weights
 
@@ -94,14 +93,9 @@ class RestorationModel(SRModel):
         precision.check_wrapper(self.net_g)
         self.setup_optimizers()
         self.setup_schedulers()
-        self.mixing = mixup.from_options(train_opt, self.opt.get('manual_seed') or 0, self.opt.get('rank', 0))
+        self.mixing = training_step.build_mixup(train_opt, self.opt.get('manual_seed') or 0, self.opt.get('rank', 0))
         self.step = training_step.TrainingStep(
-            self.net_g,
-            self.optimizer_g,
-            precision,
-            train_opt,
-            is_distributed=self.opt['dist'],
-            batch=training_step.batch_size(self.opt),
+            self.net_g, self.optimizer_g, precision, train_opt, batch=training_step.batch_size(self.opt)
         )
         if precision.scaler.is_enabled():
             self.stateful['scaler'] = precision.scaler

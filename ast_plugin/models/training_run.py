@@ -37,8 +37,7 @@ from ast_plugin.errors import (
 from ast_plugin.files import lock_folder, write_file
 from ast_plugin.models import preflight
 from ast_plugin.models.processes import catch_signals, failing_together, leave
-from ast_plugin.models.progress import close_bars
-from ast_plugin.models.registries import load_registered
+from ast_plugin.models.run_log import close_bars
 from ast_plugin.ops import use_backend
 from ast_plugin.options import Stage, safe_yaml, validation
 from ast_plugin.options.reading import BASE_KEY, NETWORKS_KEY, STAGES_KEY, Sources
@@ -103,7 +102,7 @@ class Run:
             key = json.dumps({name: value for name, value in dataset.items() if name not in _LOADING}, default=repr)
             if key not in self._num_samples:
                 where = f'{self.source(stage)}: datasets.train'
-                self._num_samples[key] = preflight.count_samples(where, dataset, self.registered)
+                self._num_samples[key] = preflight.count_samples(where, dataset)
             return self._num_samples[key]
 
         return options.prepare(
@@ -146,7 +145,7 @@ def read_run(
     opt = options.load(file, overrides)
     if NETWORKS_KEY in opt:
         raise OptionError(f'{file}: a comparison of several networks: `basicsr compare -opt {name}`')
-    registered = load_registered()
+    registered = preflight.load_registered()
     if is_train is None:
         entries = opt.get(STAGES_KEY)
         is_train = any('train' in part for part in (opt, *(entries if isinstance(entries, list) else ())) if part)
@@ -392,8 +391,8 @@ def check_stage(
     """Try all that a stage needs, see `preflight.check`; `before` are the options of one yet to be trained."""
     if before is not None and not stage.has_own_start:
         opt['path']['pretrain_network_g'] = None
-        preflight.check_handover(before, opt, run.registered, run.source(stage))
-    preflight.check(opt, run.registered, run.source(stage), is_run)
+        preflight.check_handover(before, opt, run.source(stage))
+    preflight.check(opt, run.source(stage), is_run)
 
 
 def _shortened_warmup(stage: Stage, opt: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A step of training: losses, number format, gradients in micro-batches, whether they may be used, moving average."""
+"""A step of training: MixUp, losses, number format, gradients of micro-batches, whether they are used, the average."""
 
 import logging
 import math
@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,14 +20,17 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ast_plugin.errors import OptionError, ShapeError, TrainingError
-from ast_plugin.models import mixup, network_switches
+from ast_plugin.models import network_switches
 from ast_plugin.ops.cuda_graphs import TrainingGraph
+from ast_plugin.options.sections import MixupOptions
+from ast_plugin.options.validation import model_faults, raise_faults
 
 Losses = dict[str, Tensor]
 
 PRECISIONS: dict[str, torch.dtype | None] = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 # Loss scaling begins at 2**16 and halves at each overflow: below this it was not the scale that was too large.
 _SMALLEST_SCALE = 2.0**-24
+_MIXUP_STREAM = 0x6D6978  # keeps its random numbers apart from those that datasets draw with the same seed
 
 
 class Precision:
@@ -100,7 +104,6 @@ class TrainingStep:
         train: `accumulate`, micro-batches that a batch is cut into; `clip_grad_norm`, the length to which longer
             gradients are cut; `on_nonfinite`, `stop` or `skip`, for a loss or a gradient that is NaN or Inf;
             `channels_last`, how images are laid out; `cuda_graph`, whether the network is replayed on CUDA.
-        is_distributed: whether other processes train the same network.
         batch: images that a batch has, where that is known.
     Raises:
         OptionError: if a value is out of range.
@@ -112,15 +115,12 @@ class TrainingStep:
         optimizer: Optimizer,
         precision: Precision,
         train: Mapping[str, Any],
-        is_distributed: bool = False,
         batch: int | None = None,
     ) -> None:
         self.network, self.optimizer, self.precision = network, optimizer, precision
-        self.forward = network
-        if train.get('cuda_graph'):
-            is_parallel = is_distributed or isinstance(network, (nn.DataParallel, DistributedDataParallel))
-            self.forward = TrainingGraph(network, train, is_parallel)
-        self.is_distributed = is_distributed
+        self.is_distributed = isinstance(network, DistributedDataParallel)
+        is_parallel = self.is_distributed or isinstance(network, nn.DataParallel)
+        self.forward = TrainingGraph(network, train, is_parallel) if train.get('cuda_graph') else network
         self.parameters = [p for group in optimizer.param_groups for p in group['params']]
         self.accumulate = train.get('accumulate') or 1
         self.clip_grad_norm = train.get('clip_grad_norm')
@@ -180,7 +180,7 @@ class TrainingStep:
         for number, (part, target) in enumerate(zip(lq.tensor_split(count), gt.tensor_split(count), strict=True)):
             share = len(part) / len(lq)
             # Processes exchange gradients once a step, after the last micro-batch.
-            is_exchanged = number == count - 1 or not isinstance(self.network, DistributedDataParallel)
+            is_exchanged = number == count - 1 or not self.is_distributed
             with nullcontext() if is_exchanged else self.network.no_sync():
                 with self.precision.autocast():
                     output = self.forward(part)
@@ -245,6 +245,90 @@ class TrainingStep:
                 'train.clip_grad_norm; with train.on_nonfinite: skip such steps are left out'
             )
         logging.getLogger('basicsr').warning(f'{message}. The step is left out')
+
+
+class Mixup:
+    """MixUp or CutMix, drawn by (seed, rank, iteration) alone: a resumed run needs no state to go on with the same.
+
+    MixUp is AST's: a share λ ~ Beta(alpha, alpha) for each sample, λ · sample + (1 − λ) · partner, the partners a
+    random permutation of the batch. CutMix puts a rectangle of the partner over each sample: one rectangle for the
+    whole batch, 1 − λ of the area, its centre anywhere, cut off at the border.
+
+    Args:
+        options: the section `train.mixing`.
+        seed: the run's.
+        rank: the process's; each mixes its own batches its own way.
+        iters_per_epoch: tells the epoch of an iteration; may be left out where `start_epoch` is 1.
+    Raises:
+        OptionError: if `start_epoch` cannot be told.
+    Source: Zhang et al., ICLR 2018, with the released scripts' per-sample shares; Yun et al., ICCV 2019.
+    """
+
+    def __init__(self, options: MixupOptions, seed: int = 0, rank: int = 0, iters_per_epoch: int | None = None) -> None:
+        if options.start_epoch > 1 and not iters_per_epoch:
+            raise OptionError(
+                f'train.mixing.start_epoch: {options.start_epoch} needs train.iters_per_epoch to tell the epoch; '
+                'the command fills it in, elsewhere set it, or start_epoch: 1'
+            )
+        self.options = options
+        self.seed, self.rank = seed, rank
+        self.first_iteration = (options.start_epoch - 1) * (iters_per_epoch or 0) + 1
+
+    def __call__(self, lq: Tensor, gt: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
+        """Mix a batch.
+
+        Args:
+            lq, gt: [B, C, H, W]; gt may be larger by a whole factor. They stay as they are.
+            iteration: counted from 1.
+        Returns:
+            Both, mixed in the same way; the same tensors where this batch is not mixed.
+        """
+        if iteration < self.first_iteration:
+            return lq, gt
+        generator = np.random.default_rng([_MIXUP_STREAM, self.seed, self.rank, iteration])
+        if generator.random() >= self.options.probability:
+            return lq, gt
+        partners = torch.from_numpy(generator.permutation(len(lq))).to(lq.device)
+        mix = self._mix_up if self.options.type == 'mixup' else self._cut_mix
+        return mix(lq, gt, partners, generator)
+
+    def _mix_up(self, lq: Tensor, gt: Tensor, partners: Tensor, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        shares = torch.from_numpy(generator.beta(self.options.alpha, self.options.alpha, (len(lq), 1, 1, 1)))
+        mixed = []
+        for images in (lq, gt):
+            share = shares.to(images.device, images.dtype)
+            mixed.append(share * images + (1 - share) * images[partners])
+        return tuple(mixed)
+
+    def _cut_mix(self, lq: Tensor, gt: Tensor, partners: Tensor, generator: np.random.Generator) -> tuple[Tensor, ...]:
+        factor = gt.shape[-2] // lq.shape[-2]
+        if gt.shape[-2:] != (factor * lq.shape[-2], factor * lq.shape[-1]):
+            raise ShapeError(
+                f'CutMix needs clean images of the size of the degraded ones, or a multiple of it; got '
+                f'{tuple(gt.shape[-2:])} for {tuple(lq.shape[-2:])}'
+            )
+        share = (1 - generator.beta(self.options.alpha, self.options.alpha)) ** 0.5
+        bounds = []
+        for length in lq.shape[-2:]:
+            cut = round(length * share)
+            start = int(generator.integers(length)) - cut // 2
+            bounds.append((max(0, start), min(length, start + cut)))
+        mixed = []
+        for images, scale in ((lq, 1), (gt, factor)):
+            box = (..., *(slice(scale * first, scale * last) for first, last in bounds))
+            images = images.clone()
+            images[box] = images[partners][box]
+            mixed.append(images)
+        return tuple(mixed)
+
+
+def build_mixup(train: Mapping[str, Any], seed: int, rank: int) -> Mixup | None:
+    """Build what `train.mixing` asks for; None if nothing."""
+    options = train.get('mixing')
+    if not options:
+        return None
+    raise_faults(model_faults(MixupOptions, options, ('train', 'mixing')), 'options')
+    return Mixup(MixupOptions(**options), seed, rank, train.get('iters_per_epoch'))
 
 
 def build_losses(train: Mapping[str, Any], device: torch.device) -> dict[str, nn.Module]:
@@ -319,7 +403,7 @@ def check_switches(opt: Mapping[str, Any], network: nn.Module, losses: Mapping[s
     train = opt['train']
     check_reductions(train, losses)
     network_switches.apply(network, train)
-    mixup.from_options(train, seed=0, rank=0)
+    build_mixup(train, seed=0, rank=0)
     # A GPU of CUDA is left alone: each process takes its own later, and would take memory of the first one now.
     device = 'cpu' if opt['num_gpu'] else opt.get('device', 'cpu')
     precision = Precision((train.get('precision') or 'fp32') if not opt['num_gpu'] else 'fp32', torch.device(device))

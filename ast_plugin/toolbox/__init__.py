@@ -8,7 +8,6 @@ around the import of `basicsr`, so nobody else need.
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from ast_plugin.errors import PluginError
@@ -78,13 +77,8 @@ def repair_after_import() -> None:
             f'pip install basicsr=={VERSION}'
         )
     _repaired = True
-    for repair in repairs():
+    importlib.import_module('basicsr')  # at first: what imports it there must not be what this module waits for
+    from ast_plugin.toolbox.repairs import REPAIRS
+
+    for repair in REPAIRS:
         repair()
-
-
-def repairs() -> tuple[Callable[[], None], ...]:
-    """The repairs of the imported BasicSR, in their order."""
-    importlib.import_module('basicsr')  # at first: what imports it here must not be what this module waits for
-    from ast_plugin.toolbox import library, training_loop
-
-    return (*library.REPAIRS, *training_loop.REPAIRS)

@@ -13,7 +13,7 @@ from ast_plugin.archs.spandrel_arch import Spandrel
 from ast_plugin.checkpoints import Checkpoint, read_checkpoint, save_torch
 from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError
 from ast_plugin.evaluation.restorer import Restorer
-from ast_plugin.models import registries
+from ast_plugin.models import preflight
 from ast_plugin.options import validation
 
 TINY = {
@@ -121,7 +121,7 @@ def test_bad_options(installed, options, complaint):
 def test_option_check_knows_hyperparameters(installed):
     network = {'type': 'Spandrel', 'name': 'NAFNet', 'widht': 8}
     opt = {'name': 'a', 'model_type': 'RestorationModel', 'datasets': {}, 'network_g': network}
-    faults = validation.find_faults(opt, registries.load_registered(), is_train=False)
+    faults = validation.find_faults(opt, preflight.load_registered(), is_train=False)
     found = [str(fault) for fault in faults if 'network_g' in fault.where]
     assert found == ['network_g.widht: unknown key, did you mean width?']
 

@@ -132,10 +132,10 @@ def test_usage(folder, capfd):
 
 @pytest.fixture(scope='module')
 def json_schema():
-    from ast_plugin.models import registries
+    from ast_plugin.models import preflight
     from ast_plugin.options import sections
 
-    return sections.json_schema(registries.load_registered())
+    return sections.json_schema(preflight.load_registered())
 
 
 def test_schema_is_printed(capfd, json_schema):

@@ -22,7 +22,7 @@ from ast_plugin.compare.child import ChildFailed
 from ast_plugin.compare.plan import make_plan
 from ast_plugin.errors import PluginError
 from ast_plugin.evaluation.cost import count_macs
-from ast_plugin.models import registries
+from ast_plugin.models import preflight
 from ast_plugin.options import safe_yaml, validation
 from tests import tiny_run
 
@@ -54,7 +54,7 @@ def write(folder: Path, opt) -> Path:
 
 @pytest.fixture(scope='module')
 def registered():
-    return registries.load_registered()
+    return preflight.load_registered()
 
 
 # ---- what a compare file says

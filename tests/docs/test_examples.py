@@ -7,7 +7,7 @@ from ast_plugin.archs.mixed.block_registry import BLOCKS
 from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.checkpoints import save_torch
 from ast_plugin.errors import BackendUnavailable
-from ast_plugin.models.registries import load_registered
+from ast_plugin.models.preflight import load_registered
 from ast_plugin.options import safe_yaml, validation
 
 from .pages import blocks

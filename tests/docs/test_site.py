@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ast_plugin.models.registries import load_registered
+from ast_plugin.models.preflight import load_registered
 
 from .pages import ROOT
 

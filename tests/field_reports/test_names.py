@@ -27,7 +27,7 @@ from ast_plugin.models import run_log
 from ast_plugin.models.run_log import RunLog, draw_curve
 from ast_plugin.names import MOST_BYTES, to_columns
 from ast_plugin.options.sections import FolderName
-from ast_plugin.toolbox.training_loop import SparedWriter
+from ast_plugin.toolbox.repairs import SparedWriter
 from tests.compare.test_plots import curves, results
 
 ODD = {

@@ -13,7 +13,6 @@ from PIL import Image
 from ast_plugin.cli.main import main
 from ast_plugin.data.image_files import decode_image, encode_image
 from ast_plugin.models import preflight
-from ast_plugin.models.registries import load_registered
 from tests import tiny_run
 from tests.data.images import noise, save
 
@@ -104,4 +103,4 @@ def test_data_that_is_there_and_wrong(tmp_path, capsys, command, damage):
 @pytest.mark.parametrize('border', [0, 4, 40])
 def test_niqe_with_a_border_passes(border):
     metrics = {'niqe': {'type': 'calculate_niqe', 'crop_border': border}}
-    preflight._check_metrics({'metrics': metrics}, load_registered(), 'o.yml')
+    preflight._check_metrics({'metrics': metrics}, 'o.yml')

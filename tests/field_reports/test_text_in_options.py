@@ -5,7 +5,7 @@ import pytest
 from ast_plugin import options
 from ast_plugin.cli.main import main
 from ast_plugin.errors import OptionError
-from ast_plugin.models.registries import load_registered
+from ast_plugin.models.preflight import load_registered
 from ast_plugin.options import safe_yaml, validation
 from ast_plugin.options.reading import Sources
 from ast_plugin.options.validation import Registered

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from ast_plugin.errors import OptionError, ShapeError
-from ast_plugin.models.mixup import Mixup, from_options
+from ast_plugin.models.training_step import Mixup, build_mixup
 from ast_plugin.options.sections import MixupOptions
 
 
@@ -92,10 +92,10 @@ def test_depends_on_seed_rank_and_iteration(kind):
 
 def test_it_starts_with_an_epoch():
     lq, gt = torch.rand(2, 4, 3, 8, 8)
-    mixing = from_options({'mixing': {'type': 'mixup', 'start_epoch': 6}, 'iters_per_epoch': 10}, seed=0, rank=0)
+    mixing = build_mixup({'mixing': {'type': 'mixup', 'start_epoch': 6}, 'iters_per_epoch': 10}, seed=0, rank=0)
     assert mixing(lq, gt, 50) == (lq, gt)
     assert not torch.equal(mixing(lq, gt, 51)[0], lq)
-    assert from_options({}, seed=0, rank=0) is None
+    assert build_mixup({}, seed=0, rank=0) is None
 
 
 def test_probability():
@@ -117,4 +117,4 @@ def test_probability():
 )
 def test_wrong_options(options, told):
     with pytest.raises(OptionError, match=told):
-        from_options({'mixing': options}, seed=0, rank=0)
+        build_mixup({'mixing': options}, seed=0, rank=0)

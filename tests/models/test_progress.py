@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from ast_plugin.models.progress import TrainingProgress, close_bars, memory
+from ast_plugin.models.run_log import TrainingProgress, close_bars, memory
 
 
 class Terminal(io.StringIO):
@@ -58,7 +58,7 @@ def test_a_file_and_other_processes_get_nothing(monkeypatch):
 
 def test_share_of_waiting_for_data(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr('ast_plugin.models.progress.time', clock)
+    monkeypatch.setattr('ast_plugin.models.run_log.time', clock)
     progress = TrainingProgress(100, 0, logging.Logger('toolbox'), is_shown=False)
     assert progress.data_share == 0
     for _ in range(100):

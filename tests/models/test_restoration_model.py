@@ -242,13 +242,12 @@ def test_testing_prints_and_writes_the_table(tmp_path, capsys):
 )
 def test_nothing_to_measure_is_said_at_once(caplog, monkeypatch, val, end):
     from ast_plugin.models import preflight
-    from ast_plugin.models.registries import load_registered
 
     monkeypatch.setattr(logging.getLogger('basicsr'), 'propagate', True)
-    preflight._check_metrics(val, load_registered(), 'my.yml')
+    preflight._check_metrics(val, 'my.yml')
     assert f'my.yml: nothing is measured: val.metrics names no metric{end}' in caplog.text
     caplog.clear()
-    preflight._check_metrics({'protocol': 'whole'}, load_registered(), 'my.yml')
+    preflight._check_metrics({'protocol': 'whole'}, 'my.yml')
     assert 'nothing is measured' not in caplog.text
 
 

@@ -10,7 +10,7 @@ import torch
 
 import ast_plugin  # noqa: F401  registers everything
 from ast_plugin.errors import OptionError, TrainingError
-from ast_plugin.models.mixup import Mixup
+from ast_plugin.models.training_step import Mixup
 from ast_plugin.options.sections import MixupOptions
 from tests.models.test_restoration_model import batch, build, options, same, train, weights
 
@@ -185,7 +185,7 @@ def step_of(network, **train):
     torch.manual_seed(0)
     network = network(torch.nn.Conv2d(3, 3, 3, padding=1))
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-    return TrainingStep(network, optimizer, Precision('fp32', torch.device('cpu')), train, True)
+    return TrainingStep(network, optimizer, Precision('fp32', torch.device('cpu')), train)
 
 def losses(output, target):
     return {'l_pix': (output - target).square().mean()}
@@ -197,7 +197,6 @@ def tell(*words):
 def main():
     mine = slice(4 * rank, 4 * rank + 4)
     together, alone = step_of(DistributedDataParallel, accumulate=2), step_of(lambda network: network)
-    alone.is_distributed = False
     values = [together(lq[mine], gt[mine], losses, 1)[0], alone(lq, gt, losses, 1)[0]]
     torch.testing.assert_close(values[0], values[1])
     for a, b in zip(together.parameters, alone.parameters):

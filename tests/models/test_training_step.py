@@ -11,7 +11,7 @@ from torch import nn
 
 from ast_plugin.archs.ast_arch import AST
 from ast_plugin.errors import OptionError, TrainingError
-from ast_plugin.losses.restoration_loss import ASTCharbonnierLoss, FFTLoss, PSNRLoss
+from ast_plugin.losses import ASTCharbonnierLoss, FFTLoss, PSNRLoss
 from ast_plugin.models.training_step import (
     PRECISIONS,
     Precision,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ast_plugin import options
-from ast_plugin.models import registries
+from ast_plugin.models import preflight
 from ast_plugin.options import validation
 
 MIX = {  # exchanged modules, parameters before and after
@@ -31,7 +31,7 @@ ABLATION = {  # parameters
 
 @pytest.fixture(scope='module')
 def registered():
-    return registries.load_registered()
+    return preflight.load_registered()
 
 
 def read(name, registered):

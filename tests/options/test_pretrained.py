@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ast_plugin import options
-from ast_plugin.models.registries import load_registered
+from ast_plugin.models.preflight import load_registered
 from ast_plugin.options import runs
 from ast_plugin.options.validation import check
 

@@ -7,7 +7,7 @@ import pytest
 
 from ast_plugin import options
 from ast_plugin.errors import OptionError
-from ast_plugin.models import registries
+from ast_plugin.models import preflight
 from ast_plugin.options import safe_yaml, validation
 from tests import tiny_run
 
@@ -17,7 +17,7 @@ SHIPPED = [file for name, file in options.shipped_files().items() if not name.st
 
 @pytest.fixture(scope='module')
 def registered():
-    return registries.load_registered()
+    return preflight.load_registered()
 
 
 def changed(path, value):

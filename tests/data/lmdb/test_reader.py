@@ -217,15 +217,15 @@ def test_preflight_refuses_pixels_for_basicsr(packed, tmp_path, capsys, encoding
     )
     file.write_text(text.replace('{type: disk}', '{type: lmdb}').replace('gt_size: 32', 'gt_size: 8'))
     from ast_plugin import options as option_files
-    from ast_plugin.models import preflight, registries
+    from ast_plugin.models import preflight
 
-    registered = registries.load_registered()
+    registered = preflight.load_registered()
     opt = option_files.prepare(option_files.load(file), root=tmp_path, dataset_types=registered.by_kind['dataset'])
     if encoding == 'png':
-        preflight.check(opt, registered, 'tiny.yml')
+        preflight.check(opt, 'tiny.yml')
         return
     with pytest.raises(DataError, match=r'PairedImageDataset reads LMDBs of PNG files.*holds pixels.*PairsDataset'):
-        preflight.check(opt, registered, 'tiny.yml')
+        preflight.check(opt, 'tiny.yml')
 
 
 @pytest.mark.parametrize(

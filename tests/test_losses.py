@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ast_plugin.errors import OptionError, ShapeError
-from ast_plugin.losses.restoration_loss import (
+from ast_plugin.losses import (
     BINOMIAL,
     ASTCharbonnierLoss,
     EdgeLoss,

@@ -1,1 +1,0 @@
-"""Losses of image restoration, see `restoration_loss`."""
