@@ -14,7 +14,8 @@ import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,8 @@ from ast_plugin.names import say
 AVERAGED = re.compile(r'(?:^|[._-])(?:\w*ema|swa|avg|averaged?)(?:$|[._-])', re.IGNORECASE)
 # where the states of the field's files lie, in the order in which they are looked for
 STATE_KEYS = (
-    'params',
-    'state_dict',
-    'model_state_dict',
-    'model',
-    'generator',
-    'gen',
-    'net_g',
-    'netG',
-    'G',
-    'net',
-    'network',
+    *('params', 'state_dict', 'model_state_dict', 'model', 'generator', 'gen'),
+    *('net_g', 'netG', 'G', 'net', 'network'),
 )
 NETWORK_KEY = 'network'  # of safetensors' metadata: the network's options as JSON
 PRETRAINED, CONFIG = 'model.safetensors', 'config.json'  # of a folder that huggingface_hub's mixin wrote
@@ -90,18 +82,12 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
     """
     config, path = Path(path, CONFIG), weights_file(path)
     if not path.is_file():
-        is_address = path.parts and path.parts[0].lower() in ('http:', 'https:')
-        what = (
-            f'is a folder without {PRETRAINED}'
-            if path.is_dir()
-            else 'is an address, download it'
-            if is_address
-            else 'does not exist'
-        )
+        what = f'is a folder without {PRETRAINED}' if path.is_dir() else 'does not exist'
+        what = 'is an address, download it' if re.match('https?:', str(path), re.IGNORECASE) else what
         raise CheckpointError(f'{path} {what}: expected a weights file (.pth or .safetensors)')
     if _is_safetensors(path):
         content, network, metadata = _read_safetensors(path)
-        network = network or _read_config(config)
+        network = network or _network_in(config)
     else:
         content, network, metadata = _read_torch(path), None, {}
     if not isinstance(content, Mapping):
@@ -113,9 +99,11 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
         has = ', '.join(filter(None, states)) or ('weights under no key: give none' if states else _some(content))
         raise CheckpointError(f'{path} has no weights under the key {key!r}; it has {has}')
     tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    _check_values(path, tensors)
-    others = [name for name in found if name not in tensors]
-    if others:
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
+            kind = f'{tensor.dtype}, {tensor.layout}, on {tensor.device}'
+            raise CheckpointError(f'{path}: {name} is a tensor of {kind}: expected plain real numbers, on the CPU')
+    if others := [name for name in found if name not in tensors]:
         notes.append(f'left out, being no tensors: {_some(others)}')
     return Checkpoint(path, tensors, network, key, tuple(notes), metadata)
 
@@ -124,13 +112,6 @@ def weights_file(path: str | os.PathLike) -> Path:
     """The file of the weights in a folder that `save_pretrained` wrote; any other path as it is."""
     inside = Path(path, PRETRAINED)
     return inside if inside.is_file() else Path(path)
-
-
-def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_meta or tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
-            kind = f'{tensor.dtype}, {tensor.layout}, on {tensor.device}'
-            raise CheckpointError(f'{path}: {name} is a tensor of {kind}: expected plain real numbers, on the CPU')
 
 
 def _find_states(content: Mapping, where: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping]]:
@@ -233,38 +214,34 @@ def read_state(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         state = _torch_load(path)
-        iteration = state['iter']
+        iteration = state.get('iter') if isinstance(state, dict) else None
         if not isinstance(iteration, int) or iteration < 0:
             raise CheckpointError(f'it says that its iteration is {iteration!r}')
     except Exception as error:  # torch raises half a dozen kinds for files that are not what they should be
-        reason = str(error).splitlines()[0].split('. ')[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f'{path} is no training state that can be resumed from: {reason}; name another .state '
+            f'{path} is no training state that can be resumed from{_reason(error)}; name another .state '
             'file in path.resume_state, or remove this one to resume from the one before'
         ) from error
     return state
 
 
-@functools.cache  # a folder is looked through before a run starts and once more when it does
-def _tell(line: str) -> None:
-    say(f'basicsr: warning: {line}', file=sys.stderr)
+def newest_whole(folder: str | Path) -> Path | None:
+    """The state of the highest iteration in an experiment's `training_states` that can be read; None if there is none.
 
-
-def newest_whole(folder: str | Path, warn: Callable[[str], None] = _tell) -> Path | None:
-    """The state of the highest iteration that can be read; None if there is none.
-
-    Args:
-        folder: an experiment's `training_states`; it need not be there.
-        warn: takes a line on each newer one that cannot be read.
+    Each newer one that cannot be read is a line on stderr.
     """
     for _, path in sorted(numbered_files(Path(folder), STATE).items(), reverse=True):
         try:
             read_state(path)
+            return path
         except CheckpointError as error:
-            warn(f'passed over: {error}')
-            continue
-        return path
+            _warn(f'passed over: {error}')
     return None
+
+
+@functools.cache  # a folder is looked through before a run starts and once more when it does
+def _warn(line: str) -> None:
+    say(f'basicsr: warning: {line}', file=sys.stderr)
 
 
 def keep_newest(folder: str | Path, name: str, iteration: int, count: int) -> None:
@@ -298,11 +275,10 @@ def keep_newest(folder: str | Path, name: str, iteration: int, count: int) -> No
 
 def _is_safetensors(path: Path) -> bool:
     """By the name, or by the brace that a header begins with behind its length."""
-    if path.suffix == '.safetensors':
-        return True
     with path.open('rb') as file:
         start = file.read(9)
-    return start[8:] == b'{' and not start.startswith((b'PK', pickle.PROTO))
+    looks_so = start[8:] == b'{' and not start.startswith((b'PK', pickle.PROTO))
+    return looks_so or path.suffix == '.safetensors'
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None, dict[str, str]]:
@@ -313,18 +289,20 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None, dict[
         network = json.loads(metadata[NETWORK_KEY]) if NETWORK_KEY in metadata else None
     except Exception as error:  # as with torch's readers below
         raise CheckpointError(f'{path} is cut or not a safetensors file{_lfs(path)}: {error}') from error
-    if network is not None and not (isinstance(network, dict) and isinstance(network.get('type'), str)):
+    if network is not None and not _has_type(network):
         raise CheckpointError(f'{path} describes its network as {network!r}, expected options with a type')
     return state, network, {key: text for key, text in metadata.items() if key != 'format'}
 
 
-def _read_config(path: Path) -> dict | None:
+def _network_in(path: Path) -> dict | None:
     """The options of a network in the config.json beside its weights, where it says of which type they are."""
-    try:
+    with suppress(OSError, ValueError):
         options = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return None
-    return options if isinstance(options, dict) and isinstance(options.get('type'), str) else None
+        return options if _has_type(options) else None
+
+
+def _has_type(options: Any) -> bool:
+    return isinstance(options, dict) and isinstance(options.get('type'), str)
 
 
 class _Inert:
