@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.archs.mixed.call_sites import record_calls
+from ast_plugin.archs.mixed.adapters import record_calls
 from ast_plugin.archs.networks import Trial, build_network, check_runs, input_channels, try_sizes
 from ast_plugin.archs.state import Pretrained, load_into
 from ast_plugin.checkpoints import read_checkpoint

@@ -22,9 +22,8 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from ast_plugin.archs import blocks
-from ast_plugin.archs.mixed.adapters import MixedIn, keep_weights, put_in
+from ast_plugin.archs.mixed.adapters import MixedIn, Site, find_site, keep_weights, put_in
 from ast_plugin.archs.mixed.block_registry import Declaration, declaration
-from ast_plugin.archs.mixed.call_sites import Site, find_site
 from ast_plugin.archs.networks import Trial, square_side, window_of
 from ast_plugin.errors import OptionError, PluginError, ShapeError, did_you_mean, one_line
 from ast_plugin.faults import Fault, Where, faults_of
