@@ -50,23 +50,14 @@ _LFS_POINTER = b'version https://git-lfs'
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a weights file holds.
-
-    Attributes:
-        path: the file.
-        state: names and tensors, on the CPU, the names as the file has them.
-        network: the network's options with its `type`, where the file carries them.
-        param_key: the key under which the state lay, those of a nested one joined by dots; None for the whole file.
-        notes: a line for each thing in the file that another reader may have expected to be taken.
-        metadata: of a safetensors file, each value JSON; see `save_weights`.
-    """
+    """What a weights file holds."""
 
     path: Path
-    state: dict[str, Tensor]
-    network: dict | None = None
-    param_key: str | None = None
-    notes: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    state: dict[str, Tensor]  # on the CPU, the names as the file has them
+    network: dict | None = None  # the network's options with its `type`, where the file carries them
+    param_key: str | None = None  # under which the state lay, nested keys joined by dots; None for the whole file
+    notes: tuple[str, ...] = ()  # a line for each thing in the file that another reader may have expected to be taken
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of safetensors, each value JSON; see `save_weights`
 
 
 def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Checkpoint:

@@ -106,19 +106,12 @@ def load_network(
 
 
 class Loaded(NamedTuple):
-    """A network with the weights of a file.
-
-    Attributes:
-        network: it.
-        options: `type` and arguments that it was built with.
-        notes: lines on what was assumed about it, and on what of its file was not taken.
-        metadata: of the file, see `Checkpoint`.
-    """
+    """A network with the weights of a file."""
 
     network: nn.Module
-    options: Mapping[str, Any]
-    notes: tuple[str, ...]
-    metadata: Mapping[str, str]
+    options: Mapping[str, Any]  # that it was built with, `type` among them
+    notes: tuple[str, ...]  # lines on what was assumed about it, and on what of its file was not taken
+    metadata: Mapping[str, str]  # of the file, see `Checkpoint`
 
 
 def load_file(
@@ -163,20 +156,19 @@ def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
     Raises:
         CheckpointError: if nothing tells.
     """
-    if checkpoint.network is not None:
-        _check_claims(checkpoint, checkpoint.network)
-        return checkpoint.network, []
-    try:
-        options, assumed = infer_options(checkpoint.state)
-    except CheckpointError as error:
-        for state in without_prefixes(checkpoint.state):
-            with suppress(OptionError, BackendUnavailable):
-                return recognise(state)
-        raise CheckpointError(
-            f'{checkpoint.path} does not say which network it is of, and {error}; name the network with an option '
-            'file (-opt) or network_g'
-        ) from error
-    options = {'type': 'AST', **options}
+    options, assumed = checkpoint.network, []
+    if options is None:
+        try:
+            told, assumed = infer_options(checkpoint.state)
+            options = {'type': 'AST', **told}
+        except CheckpointError as error:
+            for state in without_prefixes(checkpoint.state):
+                with suppress(OptionError, BackendUnavailable):
+                    return recognise(state)
+            raise CheckpointError(
+                f'{checkpoint.path} does not say which network it is of, and {error}; name the network with an option '
+                'file (-opt) or network_g'
+            ) from error
     _check_claims(checkpoint, options)
     return options, assumed
 
@@ -264,21 +256,13 @@ def _trial(network: nn.Module, channels: int) -> 'Trial':
 
 
 class Trial(NamedTuple):
-    """What two runs of a network on images of different sizes have shown.
+    """What two runs of a network on images of different sizes have shown."""
 
-    Attributes:
-        channels: of the images.
-        multiple: what both sides of an image must be multiples of.
-        scale: how many times larger than the input the output is.
-        sizes: (H, W) of the two images.
-        records: what `record` yielded for each run.
-    """
-
-    channels: int
-    multiple: int
-    scale: int
-    sizes: tuple[tuple[int, int], tuple[int, int]]
-    records: tuple[Any, Any]
+    channels: int  # of the images
+    multiple: int  # what both sides of an image must be multiples of
+    scale: int  # how many times larger than the input the output is
+    sizes: tuple[tuple[int, int], tuple[int, int]]  # (H, W) of the two images
+    records: tuple[Any, Any]  # what `record` yielded for each run
 
 
 Record = Callable[[nn.Module], AbstractContextManager[Any]]

@@ -133,17 +133,11 @@ def from_toolbox(image: np.ndarray, crop_border: int = 0, input_order: str = 'HW
 
 
 class Window(NamedTuple):
-    """What SSIM takes its local means over.
+    """What SSIM takes its local means over."""
 
-    Attributes:
-        side: in pixels, odd.
-        means: [H, W] to the means around each pixel, [H, W].
-        correction: of variances; n / (n - 1) makes them those of samples.
-    """
-
-    side: int
-    means: Callable[[np.ndarray], np.ndarray]
-    correction: float = 1.0
+    side: int  # in pixels, odd
+    means: Callable[[np.ndarray], np.ndarray]  # [H, W] to the means around each pixel, [H, W]
+    correction: float = 1.0  # of variances; n / (n - 1) makes them those of samples
 
 
 def _uniform_means(plane: np.ndarray) -> np.ndarray:
@@ -277,21 +271,13 @@ WINDOWS = {
 
 
 class Definition(NamedTuple):
-    """How a figure is computed.
+    """How a figure is computed."""
 
-    Attributes:
-        metric: 'psnr' or 'ssim'.
-        channels: a key of `CHANNELS`.
-        window: of SSIM, a key of `WINDOWS`.
-        border: pixels cut away at each side.
-        is_pooled: PSNR of the mean squared error of all images, instead of the mean of their PSNR.
-    """
-
-    metric: str
-    channels: str
-    window: str = ''
-    border: int = 0
-    is_pooled: bool = False
+    metric: str  # 'psnr' or 'ssim'
+    channels: str  # a key of `CHANNELS`
+    window: str = ''  # of SSIM, a key of `WINDOWS`
+    border: int = 0  # pixels cut away at each side
+    is_pooled: bool = False  # PSNR of the mean squared error of all images, instead of the mean of their PSNR
 
     @property
     def name(self) -> str:

@@ -75,17 +75,11 @@ def _without_values(value: Any) -> Any:
 
 
 class SizePlace(NamedTuple):
-    """Where the (H, W) of tokens are found in the call of a module.
+    """Where the (H, W) of tokens are found in the call of a module."""
 
-    Attributes:
-        caller: name of the module, an ancestor of the one that needs them, or that itself.
-        keys: of one argument that is a pair or a map, or of two that are numbers.
-        axes: of a map, where H and W are; None of numbers.
-    """
-
-    caller: str
-    keys: tuple[Key, ...]
-    axes: tuple[int, int] | None = None
+    caller: str  # name of the module, an ancestor of the one that needs them, or that itself
+    keys: tuple[Key, ...]  # of one argument that is a pair or a map, or of two that are numbers
+    axes: tuple[int, int] | None = None  # of a map, where H and W are; None of numbers
 
     @property
     def name(self) -> str:
@@ -113,27 +107,16 @@ class SizePlace(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A module, and what it works on.
-
-    Attributes:
-        name: of the module.
-        kind: 'nchw', 'nhwc', 'tokens' or 'windows'; what x is, see `block_registry`.
-        x_key: position or name of x among the arguments.
-        shape: of x in the first run.
-        output: of what the module returned.
-        size: where tokens have their (H, W) from.
-        nominal: (H, W) of the map in the first run, or of the window.
-        others: shapes of further tensors with numbers that it is given.
-    """
+    """A module, and what it works on: x, the first tensor that it is given."""
 
     name: str
-    kind: str
+    kind: str  # 'nchw', 'nhwc', 'tokens' or 'windows'; what x is, see `block_registry`
     x_key: Key
-    shape: Shape
-    output: Shape | None
-    size: SizePlace | None = None
-    nominal: tuple[int, int] = (0, 0)
-    others: tuple[Shape, ...] = ()
+    shape: Shape  # of x in the first run
+    output: Shape | None  # of what the module returned then
+    size: SizePlace | None = None  # where tokens have their (H, W) from
+    nominal: tuple[int, int] = (0, 0)  # of the map in the first run, or of the window
+    others: tuple[Shape, ...] = ()  # of further tensors of floating point that it is given
 
     @property
     def place(self) -> str:
