@@ -7,9 +7,8 @@ import inspect
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -27,18 +26,10 @@ from ast_plugin.errors import DataError, OptionError, PluginError
 from ast_plugin.names import say, to_columns
 
 
-class Command(NamedTuple):
-    """A command of `basicsr data`: what it is for, its help, its arguments, and the function that runs it."""
-
-    summary: str
-    description: str | None
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr data`: a command, and what is left to it."""
-    listed = commands.listed({name: command.summary for name, command in COMMANDS.items()})
+    summaries = {name: text.partition('.\n')[0] for name, (text, *_) in COMMANDS.items()}
+    listed = commands.listed({name: text[0].lower() + text[1:] for name, text in summaries.items()})
     parser.usage = 'basicsr data COMMAND ...'
     parser.epilog = f'{listed}\n\n`basicsr data COMMAND --help` says more, with examples.'
     parser.add_argument('command', nargs='?', help=argparse.SUPPRESS)
@@ -53,18 +44,18 @@ def run(args: argparse.Namespace) -> int:
         return 2
     if args.command not in COMMANDS:
         args.parser.error(commands.unknown(args.command, COMMANDS))
-    command = COMMANDS[args.command]
+    description, add_command_arguments, run_command = COMMANDS[args.command]
     parser = argparse.ArgumentParser(
         prog=f'basicsr data {args.command}',
-        description=inspect.cleandoc(command.description or ''),
+        description=inspect.cleandoc(description),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.add_arguments(parser)
+    add_command_arguments(parser)
     parsed = parser.parse_args(args.arguments)
     if getattr(parsed, 'workers', None) is not None and parsed.workers < 1:
         raise OptionError(f'--workers is {parsed.workers}: expected 1 or more')
-    return command.run(parsed)
+    return run_command(parsed)
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,10 +71,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         '--allow-duplicates', action='store_true', help='prepare although images to test with are trained on'
     )
     place = parser.add_mutually_exclusive_group()
-    for name, text in (
-        ('copy', 'copy the images to DST/SPLIT/lq and gt'),
-        ('link', 'make links to them there instead'),
-    ):
+    for name, text in {'copy': 'copy the images to DST/SPLIT/lq and gt', 'link': 'make links to them instead'}.items():
         place.add_argument(f'--{name}', dest='place', action='store_const', const=name, help=text)
     parser.add_argument('--workers', type=int, metavar='N', help='processes that read (default: one a core)')
     plain = parser.add_argument_group('plain folders (layout folders)')
@@ -374,14 +362,9 @@ def _progress(total: int, title: str) -> tqdm:
     return tqdm(total=total, desc=title, unit='pair', dynamic_ncols=True, leave=False, disable=None if total else True)
 
 
-_PREPARE = 'find and check the pairs of a dataset as it is distributed, and write manifests to train from'
-_LMDB = 'pack pairs into LMDBs, which are read faster than many files'
-_CHECK = 'verify a folder or an LMDB against its manifest'
-_SYNTH = 'make degraded images from clean photos'
-
-COMMANDS = {
-    'prepare': Command(_PREPARE, prepare.__doc__, add_prepare_arguments, prepare),
-    'lmdb': Command(_LMDB, pack_lmdb.__doc__, add_lmdb_arguments, pack_lmdb),
-    'check': Command(_CHECK, check.__doc__, add_check_arguments, check),
-    'synth': Command(_SYNTH, data_synth.__doc__, data_synth.add_arguments, data_synth.run),
+COMMANDS = {  # what each says of itself, its arguments, and the function that runs it
+    'prepare': (prepare.__doc__, add_prepare_arguments, prepare),
+    'lmdb': (pack_lmdb.__doc__, add_lmdb_arguments, pack_lmdb),
+    'check': (check.__doc__, add_check_arguments, check),
+    'synth': (data_synth.__doc__, data_synth.add_arguments, data_synth.run),
 }

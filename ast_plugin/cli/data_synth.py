@@ -25,8 +25,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
+from ast_plugin.data.contact_sheet import draw_degradations
+from ast_plugin.data.image_files import ImageFile, encode_image
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.files import write_file
@@ -162,10 +165,6 @@ def _find_depths(args: argparse.Namespace, photos: dict[str, Path]) -> dict[str,
 
 
 def _draw_sheet(args: argparse.Namespace) -> int:
-    import numpy as np
-
-    from ast_plugin.data.contact_sheet import draw_degradations
-    from ast_plugin.data.image_files import ImageFile, encode_image
     from ast_plugin.data.synthesis import packaged_photos
 
     useless = [name for name in ('output', 'depth', 'size') if getattr(args, name) is not None]

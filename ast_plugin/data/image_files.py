@@ -13,14 +13,12 @@ import errno
 import io
 import math
 import os
-import re
 import stat
 import struct
 import threading
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from ast_plugin.data.image_metadata import (
     EXIF_PREFIX,
     HOLDERS,
     JPEG_SCAN,
+    Metadata,
     add_tags,
     is_resolution,
     jpeg_segments,
@@ -73,15 +72,6 @@ _JPEG_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, i
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 258, 262, 284, 338  # tags of TIFF
 # First row and column of each pass of an interlaced PNG, and the steps down and across.
 _ADAM7 = (0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF orientation
-    2: lambda array: array[:, ::-1],
-    3: lambda array: array[::-1, ::-1],
-    4: lambda array: array[::-1],
-    5: lambda array: array.swapaxes(0, 1),
-    6: lambda array: np.rot90(array, -1),
-    7: lambda array: array.swapaxes(0, 1)[::-1, ::-1],
-    8: lambda array: np.rot90(array),
-}
 
 
 @dataclass(frozen=True)
@@ -145,12 +135,12 @@ def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_
         raise DataError(f'{path}: {NOT_READ if data else "the file is empty"}')
     size = 0, 0
     try:
-        plain, metadata, notes = take_apart(data, kind)
+        plain, metadata = take_apart(data, kind)
         try:
             with _PILLOW_WITHOUT_LIMITS, Image.open(io.BytesIO(plain), formats=[kind]) as image:
                 check_size(path, *image.size, max_pixels)
                 size = image.size
-                return _decode(path, plain, kind, image, metadata, notes)
+                return _decode(path, plain, kind, image, metadata)
         except DataError:
             raise
         except Exception as error:  # decoders index, unpack, convert and assert what a damaged file claims
@@ -158,9 +148,8 @@ def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_
             pixels = _decode_plainly(plain, cv2.IMREAD_UNCHANGED) if num_pixels and num_pixels <= max_pixels else None
             if pixels is None or pixels.shape[2:] not in ((), (3,)):
                 raise
-            notes.append(f'read by OpenCV, as Pillow does not take it ({one_line(error)})')
-            color = pixels if pixels.ndim == 2 else pixels[..., ::-1]
-            return _make_image(color, None, kind, False, metadata, notes)
+            metadata.notes.append(f'read by OpenCV, as Pillow does not take it ({one_line(error)})')
+            return _make_image(pixels if pixels.ndim == 2 else pixels[..., ::-1], None, kind, False, metadata)
     except Exception as error:
         if out_of_memory(error) or not _has_memory(16 * math.prod(size)):
             raise MemoryShortage(f'{path}: {size[0]}x{size[1]} does not fit in memory') from error
@@ -375,32 +364,21 @@ def _has_memory(num_bytes: int) -> bool:
 
 
 def _make_image(
-    color: np.ndarray,
-    alpha: np.ndarray | None,
-    kind: str,
-    lossless: bool,
-    metadata: dict[str, Any],
-    notes: Sequence[str],
+    color: np.ndarray, alpha: np.ndarray | None, kind: str, lossless: bool, metadata: Metadata
 ) -> ImageFile:
-    """Put decoded pixels upright, by the `orientation` among the metadata, which viewers shall not apply again."""
-    orientation = metadata.pop('orientation', 1)
-    if orientation != 1 and 'xmp' in metadata:
-        metadata['xmp'] = re.sub(rb'(tiff:Orientation(?:>|=["\']))[2-8]', rb'\g<1>1', metadata['xmp'])
-    # Decoders of TIFF have applied it already.
-    upright = _UPRIGHT.get(1 if kind == 'TIFF' else orientation, lambda array: array)
-    color, alpha = (None if part is None else np.ascontiguousarray(upright(part)) for part in (color, alpha))
-    return ImageFile(color, alpha, kind, lossless, **metadata, notes=tuple(notes))
+    """Put decoded pixels upright."""
+    metadata.finish()
+    # Decoders of TIFF have turned them already.
+    orientation = metadata.orientation if kind != 'TIFF' and metadata.orientation in range(2, 9) else 1
+    turn = (orientation - 1) % 4
+    rows, columns = -1 if turn >= 2 else 1, -1 if turn in (1, 2) else 1
+    parts = (part if part is None or orientation < 5 else part.swapaxes(0, 1) for part in (color, alpha))
+    color, alpha = (None if part is None else np.ascontiguousarray(part[::rows, ::columns]) for part in parts)
+    return ImageFile(color, alpha, kind, lossless, **metadata.values, notes=tuple(metadata.notes))
 
 
-def _decode(
-    path: str | os.PathLike,
-    data: bytes,
-    kind: str,
-    image: Image.Image,
-    metadata: dict[str, Any],
-    notes: list[str],
-) -> ImageFile:
-    """Decode what `take_apart` has left of a file, and give it the metadata and notes from there."""
+def _decode(path: str | os.PathLike, data: bytes, kind: str, image: Image.Image, metadata: Metadata) -> ImageFile:
+    """Decode what `take_apart` has left of a file, and give it the metadata from there."""
     frames = getattr(image, 'n_frames', 1)
     if frames > 1:
         raise DataError(
@@ -414,26 +392,25 @@ def _decode(
     if kind == 'PNG':
         _check_rows(path, data)
     if kind not in ('PNG', 'JPEG'):
-        metadata, lines = take_other_metadata(data, image, kind)
-        notes += lines
-    if kind == 'JPEG' and is_resolution(image.info.get('dpi')):
-        metadata['dpi'] = image.info['dpi']
+        take_other_metadata(data, image, kind, metadata)
+    if is_resolution(image.info.get('dpi')):
+        metadata.take('dpi', image.info['dpi'])
     image.load()
     if bits == 16 and image.mode != 'CMYK':
         color, alpha = _decode_16_bits(path, data, kind, image)
     else:
         if image.mode == '1':
-            notes.append('written with 8 bits instead of 1')
+            metadata.notes.append('written with 8 bits instead of 1')
         if image.mode in ('P', 'PA'):
-            notes.append('written in RGB instead of a palette')
+            metadata.notes.append('written in RGB instead of a palette')
         if image.mode == 'CMYK':
-            notes.append('converted from CMYK to RGB')
-            image = _convert_cmyk(image, metadata.pop('icc_profile', None))
+            metadata.notes.append('converted from CMYK to RGB')
+            image = _convert_cmyk(image, metadata.values.pop('icc_profile', None))
         color, alpha = _split_alpha(path, image)
     if has_other_samples:
-        notes.append('a channel of no said meaning, which is no transparency, is left out')
+        metadata.notes.append('a channel of no said meaning, which is no transparency, is left out')
     lossless = kind != 'JPEG' and (kind != 'WEBP' or _is_lossless_webp(data))
-    return _make_image(color, alpha, kind, lossless, metadata, notes)
+    return _make_image(color, alpha, kind, lossless, metadata)
 
 
 def _split_alpha(path: str | os.PathLike, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:

@@ -7,24 +7,28 @@ and the resolution into every format that holds them, chunks of PNG and segments
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 JPEG_SCAN = 0xDA
-_PNG_PIXELS = (b'tRNS', b'acTL', b'fcTL')  # beside those with a capital: transparency, and frames
+# What Pillow shall see beside the chunks with a capital: transparency, frames and resolution.
+_PNG_KEPT = (b'tRNS', b'acTL', b'fcTL', b'pHYs')
 _PNG_UNSAFE = (b'gAMA', b'cHRM', b'sRGB', b'cICP', b'mDCV', b'cLLI', b'mDCv', b'cLLi')  # of the colours, which stay
 _PNG_XMP = b'XML:com.adobe.xmp\0'
 EXIF_PREFIX, _XMP_PREFIX = b'Exif\0\0', b'http://ns.adobe.com/xap/1.0/\0'
-_JPEG_EXTRA = {  # segments that are kept as they are, by marker and beginning
-    (0xE1, b'http://ns.adobe.com/xmp/extension/\0'): 'extended XMP',
-    (0xED, b'Photoshop 3.0\0'): 'IPTC data',
-    (0xFE, b''): 'the comment',
-}
+_XMP_ORIENTATION = re.compile(rb'(tiff:Orientation(?:>|=["\']))[2-8]')
+_JPEG_EXTRA = (  # segments that are kept as they are: marker, beginning, name
+    (0xE1, b'http://ns.adobe.com/xmp/extension/\0', 'extended XMP'),
+    (0xED, b'Photoshop 3.0\0', 'IPTC data'),
+    (0xFE, b'', 'the comment'),
+)
 _JPEG_MOST = 65533  # bytes in a segment
 _MOST_METADATA = 2**26  # bytes of a colour profile or XMP that are unpacked
 _ORIENTATION_TAG = 0x0112
@@ -42,6 +46,41 @@ HOLDERS = {  # how a message calls them, and the formats that hold them
 _JPEG_ROOM = {'exif': _JPEG_MOST - len(EXIF_PREFIX), 'xmp': _JPEG_MOST - len(_XMP_PREFIX)}
 
 
+@dataclass
+class Metadata:
+    """What lies in a file beside its pixels."""
+
+    values: dict[str, Any] = field(default_factory=dict)  # by attribute of `ImageFile`
+    orientation: int = 1  # of the pixels, as EXIF data number it
+    lost: list[str] = field(default_factory=list)  # names of what cannot be kept
+    notes: list[str] = field(default_factory=list)  # lines on what else should be known
+
+    def take(self, key: str, value: Any) -> None:
+        """Keep a value, None if it is damaged."""
+        if value:
+            self.values[key] = value
+        else:
+            self.lost.append(f'{HOLDERS[key][0]}, damaged')
+
+    def take_extra(self, name: str, data: bytes) -> None:
+        """Keep what only files of the same format hold."""
+        self.values['extra'] = (*self.values.get('extra', ()), (name, data))
+
+    def finish(self) -> None:
+        """Have EXIF data and XMP call the image upright, as viewers shall not turn it again; note what is lost."""
+        if 'exif' in self.values:
+            try:
+                exif, orientation = _make_upright(self.values.pop('exif'))
+            except (struct.error, LookupError):
+                exif, orientation = None, 1
+            self.take('exif', exif)
+            self.orientation = orientation if orientation != 1 else self.orientation
+        if self.orientation != 1 and 'xmp' in self.values:
+            self.values['xmp'] = _XMP_ORIENTATION.sub(rb'\g<1>1', self.values['xmp'])
+        if self.lost:
+            self.notes.append(f'not kept: {", ".join(dict.fromkeys(self.lost))}')
+
+
 def split_metadata(given: dict[str, Any], kind: str) -> tuple[dict[str, Any], list[str]]:
     """Return those of some metadata, by attribute of `ImageFile`, that a format holds, and the names of the others."""
     held = {key: value for key, value in given.items() if value and kind in HOLDERS[key][1]}
@@ -52,64 +91,76 @@ def split_metadata(given: dict[str, Any], kind: str) -> tuple[dict[str, Any], li
     return held, [HOLDERS[key][0] for key, value in given.items() if value and key not in held]
 
 
-def take_apart(data: bytes, kind: str) -> tuple[bytes, dict[str, Any], list[str]]:
-    """Separate a PNG or JPEG into a file of the pixels alone, and its metadata by attribute, `orientation` among them.
-
-    Metadata that cannot be kept go into the notes. Other formats are returned as they are.
-    """
-    if kind not in ('PNG', 'JPEG'):
-        return data, {}, []
-    found: dict[str, Any] = {'extra': []}
-    lost: list[str] = []
-    notes: list[str] = []
-    kept, position = [data[: 8 if kind == 'PNG' else 2]], 8 if kind == 'PNG' else 2
+def take_apart(data: bytes, kind: str) -> tuple[bytes, Metadata]:
+    """Separate a PNG or JPEG into a file of the pixels alone, and its metadata; others are returned as they are."""
+    metadata = Metadata()
     if kind == 'PNG':
-        for name, position, end in png_chunks(data):
-            is_whole = zlib.crc32(data[position + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], 'big')
-            if name == b'tRNS':
-                is_whole &= end - position - 12 == {0: 2, 2: 6}.get(data[25], end - position - 12)
-            if not name[0] & 32 or (name in _PNG_PIXELS and is_whole):
-                kept.append(data[position:end])
-            elif not is_whole:
-                lost.append(f'{name.decode("latin-1")}, which is damaged')
-            elif name != b'iDOT':  # offsets of rows
-                _take_chunk(name, data[position:end], found, lost)
-            position = end if name != b'IEND' else len(data)
-        if data[position + 4 : position + 8] == b'IDAT':
-            raise EOFError('it is truncated')
-        if position < len(data):  # cut behind its pixels, perhaps
-            kept.append(png_chunk(b'IEND', b''))
-            position = len(data)
-    else:
-        profile: dict[int, bytes] = {}
-        for marker, start, end in jpeg_segments(data):
-            position = start
-            if marker == JPEG_SCAN:
-                break
-            body = data[start + 4 : end]
-            if marker in (0xE0, 0xEE) or not (0xE1 <= marker <= 0xEF or marker == 0xFE):
-                kept.append(data[start:end])  # JFIF and Adobe tell of the pixels
-            elif marker == 0xE2 and body.startswith(b'MPF\0'):
-                notes.append('the file holds several images, only the first is used')
-            elif marker == 0xE2 and body.startswith(b'ICC_PROFILE\0'):
-                profile[body[12] if len(body) > 12 else 0] = body[14:]
-            else:
-                _take_segment(marker, data[start:end], found, lost)
-            position = end
-        found |= {'icc_profile': b''.join(profile[number] for number in sorted(profile))} if profile else {}
-    kept.append(data[position:])
-    if 'exif' in found:
-        try:
-            found['exif'], found['orientation'] = _make_upright(found['exif'])
-        except (struct.error, LookupError):
-            del found['exif']
-            lost.append('EXIF data, which are damaged')
-    found['extra'] = tuple(found['extra'])
-    return b''.join(kept), found, notes + _lines_on_lost(lost)
+        data = _take_chunks(data, metadata)
+    if kind == 'JPEG':
+        data = _take_segments(data, metadata)
+    return data, metadata
 
 
-def _lines_on_lost(names: Sequence[str]) -> list[str]:
-    return [f'not kept: {", ".join(dict.fromkeys(names))}'] if names else []
+def _take_chunks(data: bytes, metadata: Metadata) -> bytes:
+    """Sort the chunks of a PNG into those of the pixels, which are returned as a file, and metadata."""
+    kept, position = [data[:8]], 8
+    for name, position, end in png_chunks(data):
+        chunk, body = data[position:end], data[position + 8 : end - 4]
+        position = end if name != b'IEND' else len(data)
+        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], 'big')
+        if name in (b'tRNS', b'pHYs'):
+            is_whole &= len(body) == (9 if name == b'pHYs' else {0: 2, 2: 6}.get(data[25], len(body)))
+        if not name[0] & 32 or (name in _PNG_KEPT and is_whole):
+            kept.append(chunk)
+        elif not is_whole:
+            metadata.lost.append(f'{name.decode("latin-1")}, damaged')
+        elif name == b'eXIf':
+            metadata.take('exif', body.removeprefix(EXIF_PREFIX))
+        elif name == b'iCCP':
+            metadata.take('icc_profile', _inflate(body.partition(b'\0')[2][1:]))
+        elif name == b'iTXt' and body.startswith(_PNG_XMP) and len(body) > 20:
+            text = body[20:].split(b'\0', 2)[-1]
+            metadata.take('xmp', _inflate(text) if body[18] else text)
+        elif name in _PNG_UNSAFE or name[3] & 32:
+            metadata.take_extra(name.decode('latin-1'), chunk)
+        elif name != b'iDOT':  # offsets of rows
+            metadata.lost.append(name.decode('latin-1'))  # by its name unsafe to copy where pixels change
+    if data[position + 4 : position + 8] == b'IDAT':
+        raise EOFError('it is truncated')
+    if position < len(data):  # cut behind its pixels, perhaps
+        kept.append(png_chunk(b'IEND', b''))
+    return b''.join(kept)
+
+
+def _take_segments(data: bytes, metadata: Metadata) -> bytes:
+    """Sort the segments of a JPEG into those of the pixels, which are returned as a file, and metadata."""
+    kept, position, exif = [data[:2]], 2, b''
+    profile: dict[int, bytes] = {}
+    for marker, position, end in jpeg_segments(data):
+        if marker == JPEG_SCAN:
+            break
+        segment, body, position = data[position:end], data[position + 4 : end], end
+        titles = (title for known, start, title in _JPEG_EXTRA if marker == known and body.startswith(start))
+        if title := next(titles, None):
+            metadata.take_extra(title, segment)
+        elif marker in (0xE0, 0xEE) or not 0xE1 <= marker <= 0xEF:
+            kept.append(segment)  # JFIF and Adobe tell of the pixels
+        elif marker == 0xE1 and body.startswith(b'Exif\0'):
+            exif += body[len(EXIF_PREFIX) :]
+        elif marker == 0xE1 and body.startswith(_XMP_PREFIX):
+            metadata.take('xmp', body[len(_XMP_PREFIX) :])
+        elif marker == 0xE2 and body.startswith(b'ICC_PROFILE\0'):
+            profile[body[12] if len(body) > 12 else 0] = body[14:]
+        elif marker == 0xE2 and body.startswith(b'MPF\0'):
+            metadata.notes.append('the file holds several images, only the first is used')
+        else:
+            name = body[:16].partition(b'\0')[0].decode('ascii', 'ignore')
+            metadata.lost.append(f'APP{marker - 0xE0} {name}'.strip())
+    if exif:
+        metadata.take('exif', exif)
+    if profile:
+        metadata.take('icc_profile', b''.join(profile[number] for number in sorted(profile)))
+    return b''.join([*kept, data[position:]])
 
 
 def png_chunks(data: bytes | memoryview) -> Iterator[tuple[bytes, int, int]]:
@@ -136,45 +187,6 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         if marker == JPEG_SCAN:
             return
         position = end
-
-
-def _take_chunk(name: bytes, chunk: bytes, found: dict[str, Any], lost: list[str]) -> None:
-    """Sort the metadata in a chunk of a PNG into those found and the names of those lost."""
-    body = chunk[8:-4]
-    if name == b'eXIf':
-        found['exif'] = body.removeprefix(EXIF_PREFIX)
-    elif name == b'iCCP':
-        profile = _inflate(body.partition(b'\0')[2][1:])
-        found |= {'icc_profile': profile} if profile else {}
-        lost += [] if profile else ['the colour profile, which is damaged']
-    elif name == b'iTXt' and body.startswith(_PNG_XMP) and len(body) > 20:
-        text = body[20:].split(b'\0', 2)[-1]
-        xmp = _inflate(text) if body[18] else text
-        found |= {'xmp': xmp} if xmp else {}
-        lost += [] if xmp else ['XMP, which is damaged']
-    elif name == b'pHYs' and len(body) == 9 and body[8] == 1:
-        dpi = tuple(dots * 0.0254 for dots in struct.unpack('>II', body[:8]))
-        found |= {'dpi': dpi} if is_resolution(dpi) else {}
-    elif name in _PNG_UNSAFE or name[3] & 32:
-        found['extra'].append((name.decode('latin-1'), chunk))
-    else:
-        lost.append(name.decode('latin-1'))  # by its name unsafe to copy where pixels change
-
-
-def _take_segment(marker: int, segment: bytes, found: dict[str, Any], lost: list[str]) -> None:
-    """Sort the metadata in a segment of a JPEG into those found and the names of those lost."""
-    body = segment[4:]
-    if marker == 0xE1 and body.startswith(b'Exif\0'):
-        found['exif'] = found.get('exif', b'') + body[len(EXIF_PREFIX) :]
-    elif marker == 0xE1 and body.startswith(_XMP_PREFIX):
-        found['xmp'] = body[len(_XMP_PREFIX) :]
-    else:
-        names = (name for (known, start), name in _JPEG_EXTRA.items() if marker == known and body.startswith(start))
-        name = next(names, None)
-        if name:
-            found['extra'].append((name, segment))
-        else:
-            lost.append(f'APP{marker - 0xE0} {body[:16].partition(bytes(1))[0].decode("ascii", "ignore")}'.strip())
 
 
 def _inflate(data: bytes) -> bytes | None:
@@ -232,29 +244,21 @@ def is_resolution(value: Any) -> bool:
         return False
 
 
-def take_other_metadata(data: bytes, image: Image.Image, kind: str) -> tuple[dict[str, Any], list[str]]:
-    """The metadata of a WebP, TIFF or BMP by attribute, `orientation` among them, and notes on those not kept."""
-    found: dict[str, Any] = {
-        key: image.info[key] for key in ('icc_profile', 'xmp') if isinstance(image.info.get(key), bytes)
-    }
-    if is_resolution(image.info.get('dpi')):
-        found['dpi'] = image.info['dpi']
+def take_other_metadata(data: bytes, image: Image.Image, kind: str, metadata: Metadata) -> None:
+    """Take the metadata of a WebP, TIFF or BMP that Pillow has opened."""
+    for key in ('icc_profile', 'xmp'):
+        if image.info.get(key) and isinstance(image.info[key], bytes):
+            metadata.take(key, image.info[key])
     if kind == 'TIFF':
         image.info.pop('xmp', None)  # Pillow would look for an orientation there
-        found['orientation'] = image.tag_v2.get(_ORIENTATION_TAG, 1)
+        metadata.orientation = image.tag_v2.get(_ORIENTATION_TAG, 1)
         tags = _copy_tags(data)
         if tags:
-            found['exif'] = b'II*\0\x08\0\0\0' + tags.tobytes(8)
-        lost = (['layers'] if _LAYERS_TAG in image.tag_v2 else []) + (
-            ['its tags, which are damaged'] if tags is None else []
-        )
-        return found, _lines_on_lost(lost)
-    try:
-        if image.info.get('exif'):
-            found['exif'], found['orientation'] = _make_upright(image.info['exif'].removeprefix(EXIF_PREFIX))
-    except (struct.error, LookupError):
-        return found, ['not kept: EXIF data, which are damaged']
-    return found, []
+            metadata.take('exif', b'II*\0\x08\0\0\0' + tags.tobytes(8))
+        metadata.lost += ['layers'] if _LAYERS_TAG in image.tag_v2 else []
+        metadata.lost += ['its tags, which are damaged'] if tags is None else []
+    elif image.info.get('exif'):
+        metadata.take('exif', image.info['exif'].removeprefix(EXIF_PREFIX))
 
 
 def png_metadata(metadata: dict[str, Any]) -> bytes:
