@@ -42,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ast_plugin import ops
 from ast_plugin.__main__ import main as basicsr
 from ast_plugin.checkpoints import save_weights
-from ast_plugin.compare.machine import peak_memory
+from ast_plugin.compare.measure import peak_memory
 from ast_plugin.devices import keep_freed_memory
 from ast_plugin.errors import OptionError
 from ast_plugin.evaluation.export import export_network, read_onnx

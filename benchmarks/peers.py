@@ -22,7 +22,7 @@ import torch
 
 from ast_plugin import ops
 from ast_plugin.archs.networks import build_network
-from ast_plugin.compare.machine import peak_memory
+from ast_plugin.compare.measure import peak_memory
 from ast_plugin.errors import OptionError
 from benchmarks import records
 from benchmarks.net import count_pass, in_onnx_runtime

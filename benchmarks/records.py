@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ast_plugin.compare.machine import describe_machine, installed_versions
+from ast_plugin.compare.measure import describe_machine, installed_versions
 from ast_plugin.errors import DataError
 from ast_plugin.files import write_file
 

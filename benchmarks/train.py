@@ -21,7 +21,7 @@ import basicsr.archs  # noqa: F401 - registers, ours too
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 
-from ast_plugin.compare.machine import peak_memory
+from ast_plugin.compare.measure import peak_memory
 from ast_plugin.errors import OptionError, PluginError, first_line
 from ast_plugin.losses import ASTCharbonnierLoss
 from ast_plugin.models import network_switches

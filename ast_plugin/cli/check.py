@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_comparison(args: argparse.Namespace) -> dict[str, Any]:
     """Check a file for `basicsr compare`; return the option file that each network is trained by."""
-    from ast_plugin.compare.plan import make_plan
+    from ast_plugin.compare.run import make_plan
 
     plan = make_plan(args.opt, args.root, args.force_yml)
     for network in plan.networks:

@@ -29,9 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then train, measure and report."""
-    from ast_plugin.compare.plan import make_plan
     from ast_plugin.compare.report import write_outputs
-    from ast_plugin.compare.run import Comparison
+    from ast_plugin.compare.run import Comparison, make_plan
 
     plan = make_plan(args.opt, args.root, args.force_yml)
     plan.folder.mkdir(parents=True, exist_ok=True)

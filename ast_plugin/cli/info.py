@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.cli import commands
-from ast_plugin.compare.child import ChildFailed
+from ast_plugin.compare.child import ChildFailed, run_job
 from ast_plugin.errors import OptionError
 from ast_plugin.names import say
 
@@ -149,8 +149,6 @@ def _measure(job: dict[str, Any], size: tuple[int, int]) -> str:
 
 def _run_child(kind: str, job: dict[str, Any]) -> dict[str, Any]:
     """The record of a measurement in a fresh process."""
-    from ast_plugin.compare.measure import run_job
-
     with tempfile.TemporaryDirectory(prefix='basicsr_info_') as folder:
         try:
             return run_job({**job, 'kind': kind}, Path(folder, 'log'))

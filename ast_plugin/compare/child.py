@@ -1,20 +1,22 @@
 """Processes that a comparison starts, one for each piece of work: a crash in one of them ends no other.
 
-Run as a module it becomes another module's process: `python -m ast_plugin.compare.child MODULE ARGUMENT …`.
+Run as a module it becomes another module's process: `python -m ast_plugin.compare.child PARENT MODULE ARGUMENT …`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _PR_SET_PDEATHSIG = 1
@@ -23,12 +25,7 @@ _TAIL_BYTES = 64 * 1024
 
 
 class ChildFailed(Exception):
-    """A process has failed.
-
-    Args:
-        reason: in a line.
-        seconds: that it ran.
-    """
+    """A process has failed, for a reason in a line, after so many seconds."""
 
     def __init__(self, reason: str, seconds: float = 0.0) -> None:
         super().__init__(reason)
@@ -63,8 +60,7 @@ def run_child(
     """
     environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
     environment['PYTHONPATH'] = os.pathsep.join([str(_PACKAGE_PARENT), *filter(None, [os.environ.get('PYTHONPATH')])])
-    if threads is not None:
-        environment['OMP_NUM_THREADS'] = str(threads)
+    environment |= {} if threads is None else {'OMP_NUM_THREADS': str(threads)}
     start = time.monotonic()
     with log.open('ab') as output:
         begin = output.tell()
@@ -91,6 +87,32 @@ def run_child(
     if process.returncode:
         raise ChildFailed(_reason(process.returncode, log, begin), seconds)
     return seconds
+
+
+def run_job(
+    job: Mapping[str, Any], log: Path, *, threads: int | None = None, keep_open: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Measure one thing of one network in a fresh process.
+
+    Args:
+        job: `kind`, a key of `measure.KINDS`, and what its function takes. `network` is a network's type and arguments,
+            `weights` and `param_key` are None for weights as they are drawn.
+        log: file that the process's output is appended to; the job and its record lie beside it meanwhile.
+        threads, keep_open: see `run_child`.
+    Returns:
+        The record of what was measured; ChildFailed says why there is none.
+    """
+    job_file, record_file = log.with_suffix('.job'), log.with_suffix('.record')
+    record_file.unlink(missing_ok=True)
+    job_file.write_text(json.dumps({**job, 'record': str(record_file)}), encoding='utf-8')
+    try:
+        run_child('ast_plugin.compare.measure', [str(job_file)], log, threads=threads, keep_open=keep_open)
+        return json.loads(record_file.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise ChildFailed('it left no record') from error
+    finally:
+        job_file.unlink(missing_ok=True)
+        record_file.unlink(missing_ok=True)
 
 
 def _reason(status: int, log: Path, begin: int) -> str:

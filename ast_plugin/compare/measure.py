@@ -1,13 +1,22 @@
-"""Measures one thing of one network in a fresh process: `python -m ast_plugin.compare.measure JOB`, see `run_job`."""
+"""Measures one thing of one network in a fresh process, and says on which machine it is.
+
+`python -m ast_plugin.compare.measure JOB`, see `ast_plugin.compare.child.run_job`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
+import os
+import platform
+import re
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +25,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ast_plugin import __version__
 from ast_plugin.archs.networks import AnySize, any_size, input_channels, load_network, required_multiple
-from ast_plugin.compare.child import ChildFailed, run_child
-from ast_plugin.compare.machine import load_average, peak_memory
-from ast_plugin.devices import describe_device, find_device, wait_for
+from ast_plugin.devices import describe_device, find_device, return_freed_memory, wait_for
 from ast_plugin.errors import DataError, OptionError, PluginError, class_of_failure, one_line
-from ast_plugin.evaluation.cost import count_macs
+from ast_plugin.evaluation.cost import count_macs, peak_bytes
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.evaluation.results import distinct
 from ast_plugin.evaluation.validator import name_of
@@ -35,34 +43,59 @@ _WARM_UP = 2  # runs before those that are timed
 _MOST_SECONDS = 60.0  # for timed runs, as soon as there are three
 _FEWEST_RUNS = 3
 _KEPT_SIDE = 768  # longest side of the images that are kept for the report, in pixels
+_PACKAGES = ('torch', 'torchvision', 'basicsr', 'numpy', 'opencv-python', 'lmdb', 'triton')
 
 
-def run_job(
-    job: Mapping[str, Any], log: Path, *, threads: int | None = None, keep_open: Sequence[int] = ()
-) -> dict[str, Any]:
-    """Do a job in a fresh process.
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, threads that torch uses, load, and the GPU; no names of hosts or users."""
+    return {
+        'processor': _read('/proc/cpuinfo', r'^model name\s*: (.+)$') or platform.processor() or platform.machine(),
+        'cores': os.cpu_count(),
+        'threads': torch.get_num_threads(),
+        'load': load_average(),
+        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        'system': f'{platform.system()} {platform.machine()}',
+    }
 
-    Args:
-        job: `kind`, a key of `KINDS`, and what its function takes. `network` is a network's type and arguments,
-            `weights` and `param_key` are None for weights as they are drawn.
-        log: file that the process's output is appended to; the job and its record lie beside it meanwhile.
-        threads, keep_open: see `run_child`.
-    Returns:
-        The record of what was measured.
-    Raises:
-        ChildFailed: saying why there is none.
+
+def load_average() -> float | None:
+    """Processes that wanted to run in the last minute; None where the system does not tell."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python, this package, and the installed packages that decide its speed."""
+    versions = {'python': platform.python_version(), 'ast_plugin': __version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def peak_memory(function: Callable[[], object], device: torch.device | str = 'cpu') -> int | None:
+    """Bytes that a call takes at most on top of what is held before it; None where the system does not tell.
+
+    On a GPU these are the bytes of tensors, on a CPU the growth of the process's resident size.
     """
-    job_file, record_file = log.with_suffix('.job'), log.with_suffix('.record')
-    record_file.unlink(missing_ok=True)
-    job_file.write_text(json.dumps({**job, 'record': str(record_file)}), encoding='utf-8')
-    try:
-        run_child(__name__, [str(job_file)], log, threads=threads, keep_open=keep_open)
-        return json.loads(record_file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise ChildFailed('it left no record') from error
-    finally:
-        job_file.unlink(missing_ok=True)
-        record_file.unlink(missing_ok=True)
+    if torch.device(device).type != 'cpu':
+        return peak_bytes(function, torch.device(device))
+    # What earlier calls have left, as garbage or with the allocator, would hide what this one needs.
+    gc.collect()
+    return_freed_memory()
+    with contextlib.suppress(OSError):
+        Path('/proc/self/clear_refs').write_text('5')  # the highest resident size counts from now on
+    resident = _read('/proc/self/status', r'^VmRSS:\s+(\d+) kB$')
+    function()
+    highest = _read('/proc/self/status', r'^VmHWM:\s+(\d+) kB$')
+    return None if resident is None or highest is None else max(0, int(highest) - int(resident)) * 1024
+
+
+def _read(file: str, pattern: str) -> str | None:
+    """What Linux says of the machine or this process in a line of a file; None elsewhere."""
+    with contextlib.suppress(OSError):
+        found = re.search(pattern, Path(file).read_text(encoding='utf-8'), re.MULTILINE)
+        return found and found[1].strip()
+    return None
 
 
 def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Writes what a comparison has found: tables, plots, and one page that needs nothing but a browser."""
+"""Shows a comparison: tables, plots in which every mark carries its name, and a page that needs but a browser."""
 
 from __future__ import annotations
 
@@ -7,30 +7,237 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 from PIL import Image, features
 
-from ast_plugin.compare import plots
-from ast_plugin.compare.machine import describe_machine, installed_versions
-from ast_plugin.compare.measure import image_path
-from ast_plugin.compare.plan import Plan
-from ast_plugin.compare.results import Results, format_duration, format_interval, format_metric
+from ast_plugin.compare.measure import describe_machine, image_path, installed_versions
+from ast_plugin.compare.results import (
+    Column,
+    Results,
+    Row,
+    format_duration,
+    format_interval,
+    format_metric,
+    format_tick,
+)
+from ast_plugin.compare.run import Plan
 from ast_plugin.errors import only_warn
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.files import write_file
-from ast_plugin.models.run_log import read_columns
-from ast_plugin.names import escape_markdown
+from ast_plugin.models.run_log import COLOURS, FAINT, GRID, INK, STYLE, draw_legend, quieten, read_columns, smoothed
+from ast_plugin.names import escape_markdown, printable, write_name
 from ast_plugin.options.sections import INPUT
 
 CLEAN = 'clean'  # the source of the images that results are measured against
 _TEMPLATE = Path(__file__).with_name('report_template.html')
 _QUALITY = 92  # of the images in the page
+_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', 'h')  # told apart by every printer
+_INCHES = (5.6, 4.2)
+_SMOOTHED_SHARE = 0.05  # of a run that a point of its loss looks back
+_MOST_POINTS = 2000
+_COSTS = {'parameters': 'parameters', 'macs': 'macs', 'milliseconds': 'latency', 'peak_bytes': 'memory'}  # in files
+# Where the name of a mark may stand, in points from the mark.
+_PLACES = ((8, 0), (-8, 0), (8, 8), (8, -8), (-8, 8), (-8, -8), (0, 9), (0, -9), (10, 20), (10, -20))
+_SVG_COLOURS = {INK: 'currentColor', FAINT: 'var(--faint)', GRID: 'var(--grid)'}
+
+Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]  # of a metrics.csv: iterations and values by name
 Scenes = Mapping[str, Mapping[str, Path]]  # by name the files of every source: `input`, networks, `clean`
-_SVG_COLOURS = {plots.INK: 'currentColor', plots.FAINT: 'var(--faint)', plots.GRID: 'var(--grid)'}
+
+
+class Plot(NamedTuple):
+    """A drawing, for files and for the report."""
+
+    name: str  # of its file, without ending
+    title: str  # what it shows
+    png: bytes  # for documents, 200 dots an inch
+    svg: str  # for pages; colours of ink and grid as in `INK`, `FAINT`, `GRID`
+
+
+def draw_all(results: Results, curves: Mapping[str, Columns], validated: str | None) -> list[Plot]:
+    """Every plot that there are numbers for.
+
+    Args:
+        results: of the comparison.
+        curves: of each trained network the columns of its `metrics.csv`.
+        validated: the column of validation to draw, `dataset/metric`; None for none.
+    """
+    wanted: list[tuple[str, str, Callable[[Axes], None]]] = []
+    metric = next(iter(results.metrics), None)
+    costs: dict[str, Column] = {}
+    for column in results.columns():  # of the first size, where there are several
+        costs.setdefault(column.key, column)
+    for key in _COSTS if metric else ():
+        numbers = costs[key].numbers if key in costs else ()
+        points = [(row, cost) for row, cost in zip(results.rows, numbers, strict=False) if row.values and cost]
+        if points:
+            draw = partial(_draw_scatter, results=results, metric=metric, points=points, label=costs[key].title)
+            wanted.append((f'{metric}_against_{_COSTS[key]}', f'{metric} against {costs[key].title}', draw))
+    losses = {name: loss for name, columns in curves.items() if (loss := _loss(columns)) is not None}
+    if losses:
+        title = 'loss in training, a running mean'
+        wanted.append(('training_loss', title, partial(_draw_losses, results=results, title=title, lines=losses)))
+    scores = {
+        name: columns[validated]
+        for name, columns in curves.items()
+        if validated in columns and columns[validated][0].size > 1
+    }
+    if scores:
+        dataset, _, metric = validated.rpartition('/')
+        title = f'{metric} of {dataset}, validated in training'
+        wanted.append(('training_validation', title, partial(_draw_lines, results=results, title=title, lines=scores)))
+    plots = []
+    for name, title, draw in wanted:
+        with only_warn(f'not drawn: {title}'):
+            plots.append(_draw(re.sub(r'[^\w-]', '_', name), title, draw))
+    return plots
+
+
+def _draw(name: str, title: str, draw: Callable[[Axes], None]) -> Plot:
+    with rc_context({**STYLE, 'svg.hashsalt': name}):  # equal drawings are equal files
+        figure = Figure(figsize=_INCHES, layout='constrained')
+        axis = figure.subplots()
+        quieten(axis)
+        draw(axis)
+        png, svg = io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format='png', dpi=200)
+        figure.savefig(svg, format='svg', metadata={'Date': None, 'Title': printable(title)}, transparent=True)
+    return Plot(name, title, png.getvalue(), svg.getvalue().decode())
+
+
+def _styles(results: Results) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each network."""
+    names = [row.name for row in results.networks]
+    return dict(zip(names, itertools.cycle(zip(COLOURS, _MARKERS, strict=True)), strict=False))
+
+
+def _draw_scatter(axis: Axes, results: Results, metric: str, points: Sequence[tuple[Row, float]], label: str) -> None:
+    styles = _styles(results)
+    marks = []
+    for row, cost in points:
+        colour, marker = styles[row.name]
+        found = results.estimate(row, metric)
+        if found.low is not None:
+            axis.plot([cost, cost], [found.low, found.high], color=colour, alpha=0.35, linewidth=3, zorder=2)
+        axis.plot(cost, found.mean, marker, color=colour, markersize=8, markeredgecolor='white', zorder=3)
+        marks.append((row.name, cost, found.mean, colour))
+    axis.set_xscale('log')
+    costs = [cost for _, cost in points]
+    # A span of its own where all cost alike, room for names otherwise.
+    axis.set_xlim(min(costs) / 1.7, max(costs) * 1.7)
+    is_narrow = max(costs) < 12 * min(costs)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
+    axis.xaxis.set_major_formatter(lambda value, _: format_tick(value))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    write_name(axis.set_xlabel(''), label)
+    write_name(axis.set_ylabel(''), metric)
+    axis.margins(y=0.12)
+    title = axis.set_title('', loc='left', fontweight='bold')
+    write_name(title, f'{metric} of {len(results.images)} images')
+    _name_marks(axis, marks, _draw_input(axis, results, metric))
+
+
+def _draw_input(axis: Axes, results: Results, metric: str) -> Annotation | None:
+    """A line at the unrestored images' mean, and its name."""
+    row = next((row for row in results.rows if row.name == INPUT and row.values), None)
+    found = results.estimate(row, metric) if row is not None else None
+    if found is None or not math.isfinite(found.mean):
+        return None
+    axis.axhline(found.mean, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    return axis.annotate(
+        f'unrestored {format_metric(metric, found.mean)}',
+        (1, found.mean),
+        xycoords=('axes fraction', 'data'),
+        xytext=(-3, 3),
+        textcoords='offset points',
+        ha='right',
+        color=FAINT,
+        fontsize=9,
+    )
+
+
+def _name_marks(axis: Axes, marks: Sequence[tuple[str, float, float, str]], note: Annotation | None) -> None:
+    """Put each name where it covers least: other names, marks, the frame; the note first, left or right."""
+    axis.figure.draw_without_rendering()  # only now is known where things are
+    frame = axis.get_window_extent()
+    corners = [axis.transData.transform((cost, value)) - 6 for _, cost, value, _ in marks]
+    taken = [Bbox.from_bounds(x, y, 12, 12) for x, y in corners]
+
+    def put(text: Annotation, choices: Sequence[Mapping[str, Any]]) -> None:
+        def covered(choice: Mapping[str, Any]) -> float:
+            text.set(**choice)
+            box = text.get_window_extent()
+            outside = box.width * box.height - _overlap(box, frame)
+            return sum(_overlap(box, other) for other in taken) + 3 * outside
+
+        text.set(**min(choices, key=covered))
+        taken.append(text.get_window_extent())
+
+    if note is not None:
+        left = 3 - axis.bbox.width * 72 / axis.figure.dpi
+        put(note, [{'position': (-3, 3), 'ha': 'right'}, {'position': (left, 3), 'ha': 'left'}])
+    for name, cost, value, colour in marks:
+        font = {'color': colour, 'fontweight': 'bold', 'fontsize': 9.5}
+        text = axis.annotate('', (cost, value), xytext=(0, 0), textcoords='offset points', **font)
+        write_name(text, name)
+        # A text grows away from its mark.
+        sides, heights = {-1: 'right', 0: 'center', 1: 'left'}, {-1: 'top', 0: 'center', 1: 'bottom'}
+        signs = [(np.sign(dx), np.sign(dy)) for dx, dy in _PLACES]
+        places = zip(_PLACES, signs, strict=True)
+        put(text, [{'position': place, 'ha': sides[x], 'va': heights[y]} for place, (x, y) in places])
+
+
+def _overlap(first: Bbox, second: Bbox) -> float:
+    common = Bbox.intersection(first, second)
+    return 0.0 if common is None else common.width * common.height
+
+
+def _draw_lines(axis: Axes, results: Results, title: str, lines: Columns) -> None:
+    styles = _styles(results)
+    # The legend lists names as their lines end, from top to bottom.
+    ordered = dict(sorted(lines.items(), key=lambda line: -np.nan_to_num(line[1][1][-1])))
+    drawn: list[Any] = []
+    for name, (iterations, values) in ordered.items():
+        colour, marker = styles.get(name, (FAINT, 'o'))
+        marker = marker if len(values) <= 40 else None
+        drawn += axis.plot(iterations, values, color=colour, linewidth=1.6, marker=marker, markersize=4)
+    axis.set_xlabel('iteration')
+    write_name(axis.set_title('', loc='left', fontweight='bold'), title)
+    axis.xaxis.set_major_formatter(lambda value, _: format_tick(value))
+    draw_legend(axis, drawn, list(ordered), labelcolor='linecolor', handlelength=1.2, prop={'weight': 'bold'})
+
+
+def _draw_losses(axis: Axes, results: Results, title: str, lines: Columns) -> None:
+    """Draw lines without the first few iterations' losses, which would press all the rest to the floor."""
+    values = np.concatenate([values[len(values) // 20 :] for _, values in lines.values()])
+    low, high = np.nanmin(values), np.nanpercentile(values, 99)
+    if np.isfinite([low, high]).all() and high > low:
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
+    _draw_lines(axis, results, title, lines)
+
+
+def _loss(columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
+    """The sum of the losses of each iteration, smoothed; None if the log has none."""
+    names = [name for name in columns if name.startswith('l_') and columns[name][0].size]
+    if not names:
+        return None
+    iterations = columns[names[0]][0]
+    total = smoothed(
+        sum(columns[name][1] for name in names if len(columns[name][1]) == len(iterations)), _SMOOTHED_SHARE
+    )
+    points = slice(round(len(total) * _SMOOTHED_SHARE) // 2, None, math.ceil(len(total) / _MOST_POINTS))
+    return iterations[points], total[points]
 
 
 def write_outputs(plan: Plan, results: Results) -> Path:
@@ -49,9 +256,9 @@ def write_outputs(plan: Plan, results: Results) -> Path:
     }
     for name, text in contents.items():
         write_file(plan.folder / name, text.encode(), make_folder=True)
-    drawings: list[plots.Plot] = []
+    drawings: list[Plot] = []
     with only_warn('not drawn'):
-        drawings = plots.draw_all(results, _read_curves(plan), _validated_column(plan, results))
+        drawings = draw_all(results, _read_curves(plan), _validated_column(plan, results))
     for drawing in drawings:
         write_file(plan.folder / 'plots' / f'{drawing.name}.svg', drawing.svg.encode(), make_folder=True)
         write_file(plan.folder / 'plots' / f'{drawing.name}.png', drawing.png)
@@ -62,15 +269,13 @@ def write_outputs(plan: Plan, results: Results) -> Path:
     return plan.folder / 'table.md'
 
 
-def render_page(
-    results: Results, scenes: Scenes, drawings: Sequence[plots.Plot], method: Sequence[tuple[str, str]]
-) -> str:
+def render_page(results: Results, scenes: Scenes, drawings: Sequence[Plot], method: Sequence[tuple[str, str]]) -> str:
     """The page as HTML.
 
     Args:
         results: of the comparison.
         scenes: images to be looked at.
-        drawings: of `plots.draw_all`.
+        drawings: of `draw_all`.
         method: what readers must know of how the figures came about: terms and what is said of them.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -102,7 +307,7 @@ def _not_told_from(results: Results, metric: str, best: Any) -> list[str]:
     ]
 
 
-def _inline_svg(drawing: plots.Plot) -> str:
+def _inline_svg(drawing: Plot) -> str:
     svg = drawing.svg[drawing.svg.index('<svg') :]
     for colour, replacement in _SVG_COLOURS.items():
         svg = svg.replace(colour, replacement)
@@ -144,7 +349,7 @@ def _data_url(file: Path) -> str:
         return f'data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}'
 
 
-def _read_curves(plan: Plan) -> dict[str, plots.Columns]:
+def _read_curves(plan: Plan) -> dict[str, Columns]:
     curves = {}
     for network in plan.networks:
         if network.train is not None:
@@ -175,7 +380,7 @@ def _scenes(plan: Plan, results: Results) -> Scenes:
         return {source: file for source, file in files.items() if file.is_file()}
 
     scenes = ((name, kept(name)) for name in results.images)
-    return dict(itertools.islice((scene for scene in scenes if scene[1]), plan.settings['pictures']))
+    return dict(itertools.islice((scene for scene in scenes if scene[1]), plan.settings.pictures))
 
 
 def describe_method(plan: Plan, results: Results) -> list[tuple[str, str]]:
@@ -186,16 +391,16 @@ def describe_method(plan: Plan, results: Results) -> list[tuple[str, str]]:
     weights = {
         'latest': 'the last ones of each training: no test image has picked them',
         'best': 'the best of each training by its validations',
-    }[settings['weights']]
+    }[settings.weights]
     loads = [speed['load'] or 0.0 for row in results.rows for speed in row.speeds.values()]
     gpu = f', {machine["gpu"]}' if machine['gpu'] else ''
-    threads = settings['threads'] or machine['threads']
+    threads = settings.threads or machine['threads']
     lines = [
         ('Data', f'{plan.dataset["name"]} ({plan.dataset["type"]}), {len(results.images)} images'),
         ('Protocol', read_protocol(plan.protocol).describe()),
         ('Training', _describe_training(plan, results)),
         ('Weights', weights + (f'; given ones for {", ".join(given)}' if given else '')),
-        ('Timed runs', f'{settings["runs"]} for each network and size, after two'),
+        ('Timed runs', f'{settings.runs} for each network and size, after two'),
         ('Machine', f'{machine["processor"]}, {cores} cores, {threads} threads{gpu}, {machine["system"]}'),
         ('Versions', ', '.join(f'{name} {version}' for name, version in installed_versions().items())),
     ]
@@ -210,8 +415,8 @@ def _describe_training(plan: Plan, results: Results) -> str:
         return 'none here, weights were given'
     first = opts[0]
     lengths = {row.training['iterations'] for row in results.rows if row.training.get('iterations')}
-    if plan.settings['minutes']:
-        budget = f'as many iterations for each as fit into {plan.settings["minutes"]:g} minutes'
+    if plan.settings.minutes:
+        budget = f'as many iterations for each as fit into {plan.settings.minutes:g} minutes'
     elif len(lengths) == 1:
         budget = f'{next(iter(lengths)):,} iterations for each'
     else:

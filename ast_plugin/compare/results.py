@@ -61,65 +61,38 @@ def estimate(values: Sequence[float], confidence: float = 0.95, resamples: int =
 
 @dataclass
 class Row:
-    """What was found about a network, as far as it got.
+    """What was found about a network, as far as it got."""
 
-    Attributes:
-        name: of the network; `input` for the unrestored images.
-        kind: its registered type.
-        failed: where and why it failed; empty if it did not.
-        parameters: how many; None if it was not measured.
-        speeds: by size the records of `measure.measure_speed`.
-        values: of each image, by metric.
-        training: `iterations`, `seconds` of training, `versions`; empty for what was not trained here.
-        notes: lines for the reader.
-    """
-
-    name: str
-    kind: str = ''
-    failed: str = ''
+    name: str  # of the network; `input` for the unrestored images
+    kind: str = ''  # its registered type
+    failed: str = ''  # where and why it failed
     parameters: int | None = None
-    speeds: dict[Size, Mapping[str, Any]] = field(default_factory=dict)
-    values: dict[str, dict[str, float]] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    speeds: dict[Size, Mapping[str, Any]] = field(default_factory=dict)  # records of `measure.measure_speed`
+    values: dict[str, dict[str, float]] = field(default_factory=dict)  # of each image, by metric
+    training: dict[str, Any] = field(default_factory=dict)  # `iterations`, `seconds`, `versions`; empty without one
+    notes: list[str] = field(default_factory=list)  # lines for the reader
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table for reading.
+    """A column of the table for reading."""
 
-    Attributes:
-        key: `parameters`, `macs`, `milliseconds` or `peak_bytes` of a cost, else the metric.
-        title: its heading.
-        numbers: a number a row; None where there is none.
-        texts: the numbers as they are shown.
-        best: the best number of the networks; None where fewer than two have one, or none is better.
-    """
-
-    key: str
-    title: str
-    numbers: list[float | None]
-    texts: list[str]
-    best: float | None = None
+    key: str  # `parameters`, `macs`, `milliseconds` or `peak_bytes` of a cost, else the metric
+    title: str  # its heading
+    numbers: list[float | None]  # a number a row
+    texts: list[str]  # the numbers as they are shown
+    best: float | None = None  # of the networks; None where fewer than two have one, or none is better
 
 
 @dataclass
 class Results:
-    """All rows, the unrestored input first, and how they are to be read.
+    """All rows, and how they are to be read."""
 
-    Attributes:
-        name: of the comparison.
-        rows: the input's, then a network's each in the order of the file.
-        lower_is_better: metrics of which small values are good.
-        baseline: name of the network that others are told against; None for the best.
-        confidence, resamples: of intervals.
-    """
-
-    name: str
-    rows: list[Row]
-    lower_is_better: frozenset[str] = frozenset()
-    baseline: str | None = None
-    confidence: float = 0.95
+    name: str  # of the comparison
+    rows: list[Row]  # the input's, then a network's each in the order of the file
+    lower_is_better: frozenset[str] = frozenset()  # metrics of which small values are good
+    baseline: str | None = None  # the network that others are told against; None for the best
+    confidence: float = 0.95  # of intervals
     resamples: int = 10_000
 
     @property
@@ -128,15 +101,19 @@ class Results:
         return [row for row in self.rows if row.name != INPUT]
 
     @property
+    def measured(self) -> list[Row]:
+        """The rows that have values."""
+        return [row for row in self.rows if row.values]
+
+    @property
     def images(self) -> list[str]:
         """Names of the images."""
-        return list(next((row.values for row in self.rows if row.values), {}))
+        return list(self.measured[0].values) if self.measured else []
 
     @property
     def metrics(self) -> list[str]:
         """Names of the metrics, in the order of the file."""
-        measured = next((row.values for row in self.rows if row.values), {})
-        return list(next(iter(measured.values()), {}))
+        return list(self.measured[0].values[self.images[0]]) if self.measured else []
 
     @property
     def sizes(self) -> list[Size]:
@@ -151,16 +128,16 @@ class Results:
 
     def perfect(self, metric: str) -> list[str]:
         """Images of which some row's value is not finite, as the PSNR of what equals its reference."""
-        rows = [row.values for row in self.rows if row.values]
+        rows = [row.values for row in self.measured]
         return [name for name in self.images if not all(math.isfinite(values[name][metric]) for values in rows)]
 
     def incomparable(self) -> list[str]:
         """Metrics without a mean to compare: each image failed for some row, not always the same."""
-        rows = [row.values for row in self.rows if row.values]
+        rows = [row.values for row in self.measured]
         return [
             metric
             for metric in self.metrics
-            if rows and all(any(math.isnan(values[name][metric]) for values in rows) for name in self.images)
+            if all(any(math.isnan(values[name][metric]) for values in rows) for name in self.images)
         ]
 
     def of_metric(self, row: Row, metric: str) -> list[float]:
@@ -176,12 +153,12 @@ class Results:
     def best(self, metric: str) -> Row | None:
         """The network of the best mean; None if none was measured."""
         sign = -1 if metric in self.lower_is_better else 1
-        measured = [row for row in self.networks if row.values]
-        return max(measured, key=lambda row: sign * statistics.fmean(self.of_metric(row, metric)), default=None)
+        networks = [row for row in self.measured if row.name != INPUT]
+        return max(networks, key=lambda row: sign * statistics.fmean(self.of_metric(row, metric)), default=None)
 
     def reference(self) -> Row | None:
         """The row that differences are told against: the named one, where it was measured, else the best."""
-        named = [row for row in self.rows if row.name == self.baseline and row.values]
+        named = [row for row in self.measured if row.name == self.baseline]
         return named[0] if named else self.best(self.metrics[0]) if self.metrics else None
 
     def difference(self, row: Row, metric: str, reference: Row | None = None) -> Estimate | None:

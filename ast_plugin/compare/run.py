@@ -1,4 +1,4 @@
-"""Runs a comparison: trains what needs training, measures every network alike, and goes on where it was ended."""
+"""Runs a comparison: what its file asks for is tried, then trained and measured alike, going on where it was ended."""
 
 from __future__ import annotations
 
@@ -9,26 +9,131 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ast_plugin.checkpoints import weights_file
-from ast_plugin.compare.child import ChildFailed, run_child
-from ast_plugin.compare.machine import describe_machine, installed_versions
-from ast_plugin.compare.measure import image_path, run_job
-from ast_plugin.compare.plan import Plan, PlannedNetwork
+from ast_plugin import options
+from ast_plugin.archs.networks import network_of
+from ast_plugin.checkpoints import read_checkpoint, weights_file
+from ast_plugin.compare.child import ChildFailed, run_child, run_job
+from ast_plugin.compare.measure import describe_machine, image_path, installed_versions
 from ast_plugin.compare.results import Results, Row, format_duration
-from ast_plugin.errors import CheckpointError, FileError
+from ast_plugin.devices import find_device
+from ast_plugin.errors import CheckpointError, FileError, OptionError, PluginError
+from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.files import file_digest, lock_folder, write_file
+from ast_plugin.models import preflight
+from ast_plugin.models.run_log import read_columns
+from ast_plugin.models.training_run import Run
 from ast_plugin.names import say
-from ast_plugin.options import safe_yaml
-from ast_plugin.options.sections import INPUT
+from ast_plugin.options import safe_yaml, validation
+from ast_plugin.options.reading import NETWORKS_KEY, Sources
+from ast_plugin.options.runs import Stage, expand_network, is_trained, measured_dataset
+from ast_plugin.options.sections import INPUT, CompareSettings
 
 _PATIENCE = 30.0  # seconds for processes of a killed comparison to end
 _WEIGHTS = {'latest': 'net_g_latest.pth', 'best': 'net_g_best.pth'}
 _NOTE_SECONDS, _TELL_SECONDS = 5.0, 30.0  # between notes of the time taken, and between lines about it
 # Iterations that set the pace where networks get minutes: the first ones are slow, enough of the rest are counted.
 _FIRST_COUNTED, _FEWEST_COUNTED, _COUNTING_SECONDS = 3, 5, 20.0
+
+
+@dataclass(frozen=True)
+class PlannedNetwork:
+    """One network of a comparison."""
+
+    name: str  # of its row
+    network_g: Mapping[str, Any]  # type and arguments
+    train: Mapping[str, Any] | None = None  # the option file that trains it; None for one that is measured as it is
+    weights: Path | None = None  # that it is measured with, or that its training starts from
+    param_key: str | None = None
+    notes: tuple[str, ...] = ()  # lines for the reader
+
+    @property
+    def kind(self) -> str:
+        """What tables call its architecture: its type, and the name of one of spandrel's."""
+        return ' '.join(filter(None, [self.network_g['type'], self.network_g.get('name')]))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison, tried before any folder is made."""
+
+    name: str
+    folder: Path  # of its results
+    networks: Sequence[PlannedNetwork]
+    dataset: Mapping[str, Any]  # options of the set that is measured, prepared for BasicSR
+    protocol: Any  # as `val.protocol` says it; None for BasicSR's own
+    metrics: Mapping[str, Mapping[str, Any]] | None  # of `val.metrics`; None for those of the protocol
+    settings: CompareSettings
+    bit_depth: int = 8
+
+
+def make_plan(name_or_path: str, root: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """Read a compare file and try all that it needs; PluginError names what is wrong.
+
+    Args:
+        name_or_path: of the file.
+        root: folder that `comparisons/` is made in.
+        overrides: options as `--force_yml` takes them.
+    """
+    file = options.find(name_or_path)
+    opt = options.load(file, overrides)
+    if NETWORKS_KEY not in opt:
+        raise OptionError(f'{file}: {NETWORKS_KEY}: required, but not there; one network is trained by `basicsr train`')
+    registered = preflight.load_registered()
+    validation.check(opt, str(file), registered, explain=Sources(file, overrides).explain)
+    if opt.get('manual_seed') is None:
+        opt['manual_seed'] = 0  # one seed for all networks, and when the command is given again
+    val = opt.get('val') or {}
+    try:
+        protocol = read_protocol(val.get('protocol'))
+    except OptionError as error:
+        raise OptionError(f'{file}: val.{error}') from error
+    if not val.get('metrics') and not protocol.metrics:
+        raise OptionError(f'{file}: val.metrics: required, the protocol {protocol.type} has no metrics of its own')
+    settings = CompareSettings.model_validate(opt.get('compare') or {})
+    settings.device = str(find_device(opt.get('device') or settings.device))
+    folder = Path(root).expanduser().resolve() / 'comparisons' / opt['name']
+    run = Run(file, opt, [], registered, True, folder)
+    samples: dict[bool, dict[str, Any]] = {True: {}, False: {}}  # read once: of training, and of measuring
+    networks = []
+    for number, entry in enumerate(opt[NETWORKS_KEY]):
+        source = f'{file}: {NETWORKS_KEY}.{number} ({entry["name"]})'
+        try:
+            network, dataset = _plan_network(run, source, entry, samples)
+        except PluginError as error:
+            message = str(error)
+            raise type(error)(message if message.startswith(str(file)) else f'{source}: {message}') from error
+        networks.append(network)
+    metrics, bit_depth = val.get('metrics') or None, opt.get('bit_depth') or 8
+    return Plan(opt['name'], folder, networks, dataset, val.get('protocol'), metrics, settings, bit_depth)
+
+
+def _plan_network(
+    run: Run, source: str, entry: Mapping[str, Any], samples: Mapping[bool, dict[str, Any]]
+) -> tuple[PlannedNetwork, dict[str, Any]]:
+    """Build, load, train a step of and measure an entry of `networks`; return it, and the set that is measured."""
+    weights = None if entry.get('weights') is None else Path(entry['weights']).expanduser()
+    opt, notes = expand_network(run.opt, entry), []
+    if 'network_g' not in opt:
+        opt['network_g'], notes = network_of(read_checkpoint(weights, entry.get('param_key')))
+    train = opt if is_trained(entry) else None
+    for is_train in [False] if train is None else [True, False]:
+        # Training alone may have no use for `val`.
+        stage = Stage(1, None, opt if is_train else {**opt, 'val': run.opt.get('val') or {}}, {})
+        prepared = replace(run, is_train=is_train).prepare(stage)
+        if not is_train:
+            key = measured_dataset(opt)
+            dataset = prepared['datasets'][key]
+            prepared['datasets'] = {key: dataset}
+        checkpoints = preflight.check(prepared, source, False, samples[is_train])
+    if 'network_g' in checkpoints:
+        notes = [*notes, *checkpoints['network_g'].notes]
+    return PlannedNetwork(
+        entry['name'], opt['network_g'], train, weights, entry.get('param_key'), tuple(notes)
+    ), dataset
 
 
 class Journal:
@@ -59,12 +164,7 @@ def digest_of(value: Any) -> str:
 
 
 class Comparison:
-    """A run of a plan. What an earlier run has done with equal options is not done again.
-
-    Args:
-        plan: what to do.
-        say: told what is going on, a line at a time.
-    """
+    """A run of a plan. What an earlier run has done with equal options is not done again."""
 
     def __init__(self, plan: Plan, say: Callable[[str], None] = say) -> None:
         self.plan, self.say = plan, say
@@ -74,11 +174,7 @@ class Comparison:
         self.keep_open: Sequence[int] = ()  # descriptors that processes inherit
 
     def run(self) -> Results:
-        """Train and measure. A network that fails is a row that says so.
-
-        Raises:
-            FileError: if another comparison is at work in the folder.
-        """
+        """Train and measure; a network that fails is a row that says so. FileError if another comparison is there."""
         occupied = 'another comparison is at work there, choose another name or --root'
         networks = self.plan.networks
         with lock_folder(self.plan.folder, occupied, _PATIENCE) as self.keep_open:
@@ -96,9 +192,9 @@ class Comparison:
             self.plan.name,
             rows,
             frozenset(name for name, options in metrics.items() if options.get('better') == 'lower'),
-            settings['baseline'],
-            settings['confidence'],
-            settings['resamples'],
+            settings.baseline,
+            settings.confidence,
+            settings.resamples,
         )
 
     def _train_and_measure(self, row: Row, network: PlannedNetwork) -> None:
@@ -125,8 +221,8 @@ class Comparison:
             'protocol': plan.protocol,
             'metrics': plan.metrics,
             'bit_depth': plan.bit_depth,
-            'device': plan.settings['device'],
-            'kept': plan.settings['pictures'],
+            'device': plan.settings.device,
+            'kept': plan.settings.pictures,
             'folder': str(plan.folder / 'pictures' / row.name),
         }
         depends_on = {**job, 'weights': None if weights is None else file_digest(weights_file(weights)), 'folder': None}
@@ -140,7 +236,7 @@ class Comparison:
 
     def _measure_speeds(self, row: Row, network: PlannedNetwork) -> None:
         settings, machine = self.plan.settings, describe_machine()
-        for height, width in settings['sizes']:
+        for height, width in settings.sizes:
             if row.failed:
                 return
             job = {
@@ -149,10 +245,10 @@ class Comparison:
                 'weights': None,  # they change no cost
                 'param_key': None,
                 'size': [height, width],
-                'runs': settings['runs'],
-                'device': settings['device'],
+                'runs': settings.runs,
+                'device': settings.device,
             }
-            depends_on = [job, settings['threads'], machine['processor'], machine['gpu'], installed_versions()]
+            depends_on = [job, settings.threads, machine['processor'], machine['gpu'], installed_versions()]
             what = f'timing {row.name} at {height}x{width}'
             record = self._measure(row, f'{row.name}.speed_{height}x{width}', job, depends_on, what)
             if record is not None:
@@ -166,7 +262,7 @@ class Comparison:
         if record is not None and all(image_path(job['folder'], kept).is_file() for kept in record.get('kept', ())):
             return record
         self.say(f'  {what}')
-        log, threads = self.logs / f'{name}.log', self.plan.settings['threads']
+        log, threads = self.logs / f'{name}.log', self.plan.settings.threads
         try:
             record = run_job(job, log, threads=threads, keep_open=self.keep_open)
         except ChildFailed as error:
@@ -188,18 +284,16 @@ class Training:
         self.folder, self.settings = comparison.plan.folder, comparison.plan.settings
         self.experiment = self.folder / 'experiments' / self.name
         self.table = self.experiment / 'metrics.csv'
-        self.weights = self.experiment / 'models' / _WEIGHTS[self.settings['weights']]
+        self.weights = self.experiment / 'models' / _WEIGHTS[self.settings.weights]
 
     def run(self) -> tuple[Path, dict[str, Any]]:
-        """Train, go on with a training that was begun, or find it done.
+        """Train, go on with a training that was begun, or find it done; ChildFailed if it did not get to its end.
 
         Returns:
             The weights, and `iterations`, `seconds`, `versions` and `machine` of the training.
-        Raises:
-            ChildFailed: if it did not get to its end.
         """
         digest = digest_of(self._depends_on())
-        if self.settings['minutes']:
+        if self.settings.minutes:
             self.opt['train']['total_iter'] = self._find_length(digest)
         record = self.journal.read(f'{self.name}.training', digest)
         if record is not None and record['is_finished'] and self.weights.is_file():
@@ -209,9 +303,8 @@ class Training:
             self._put_aside()
             made_by = {'versions': installed_versions(), 'machine': describe_machine()}
             record = {'is_finished': False, 'iterations': None, 'seconds': 0.0, **made_by}
-        self.say(
-            f'  training {self.name}' + (f', going on after {format_duration(record["seconds"])}' if is_begun else '')
-        )
+        so_far = f', going on after {format_duration(record["seconds"])}' if is_begun else ''
+        self.say(f'  training {self.name}{so_far}')
         record = self._train(digest, record, ['--auto_resume'] if is_begun else [])
         self.say(f'  trained {self.name} in {format_duration(record["seconds"])}')
         return self.weights, record
@@ -249,13 +342,13 @@ class Training:
     def _depends_on(self) -> dict[str, Any]:
         """All that the weights depend on. How they are validated matters only where the best are taken."""
         opt = {key: value for key, value in self.opt.items() if key not in ('name', 'logger', 'val')}
-        if self.settings['weights'] == 'latest':
+        if self.settings.weights == 'latest':
             opt['datasets'] = {'train': opt['datasets']['train']}
         else:
             opt['val'] = self.opt.get('val')
         start = (self.opt.get('path') or {}).get('pretrain_network_g')
         start_digest = None if start is None else file_digest(weights_file(Path(start).expanduser()))
-        return {'opt': opt, 'start': start_digest, 'minutes': self.settings['minutes']}
+        return {'opt': opt, 'start': start_digest, 'minutes': self.settings.minutes}
 
     def _find_length(self, digest: str) -> int:
         """How many iterations fit into the minutes that a network gets, by running a few of them."""
@@ -265,8 +358,7 @@ class Training:
         self.say(f'  finding the pace of {self.name}')
         opt = copy.deepcopy(self.opt)
         opt['name'] = f'{self.name}_pace'
-        opt['logger'] = {**opt['logger'], 'print_freq': 1, 'save_checkpoint_freq': 10**9, 'use_tb_logger': False}
-        opt['logger'].pop('save_checkpoint_epochs', None)
+        opt['logger'] = {'print_freq': 1, 'save_checkpoint_freq': 10**9, 'use_tb_logger': False}
         opt['val'], opt['datasets'] = None, {'train': opt['datasets']['train']}
         folder = self.folder / 'experiments' / opt['name']
         shutil.rmtree(folder, ignore_errors=True)
@@ -284,7 +376,7 @@ class Training:
             self._run_child(opt, [], count)
             raise ChildFailed('its pace could not be found, it ended too early')
         except _PaceFound as found:
-            iterations = max(1, round(60 * self.settings['minutes'] * found.args[0]))
+            iterations = max(1, round(60 * self.settings.minutes * found.args[0]))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return self.journal.write(f'{self.name}.length', digest, {'iterations': iterations})['iterations']
@@ -298,7 +390,7 @@ class Training:
             'ast_plugin',
             ['train', '-opt', str(file), '--root', str(self.folder), *arguments],
             self.comparison.logs / f'{self.name}.training.log',
-            threads=self.settings['threads'],
+            threads=self.settings.threads,
             keep_open=self.comparison.keep_open,
             on_wait=on_wait,
         )
@@ -318,9 +410,7 @@ class _PaceFound(Exception):
 def count_iterations(table: Path) -> int | None:
     """The last iteration in a run's `metrics.csv`; None if there is none."""
     try:
-        # The last line may just be being written.
-        lines = table.read_text(encoding='utf-8').rpartition('\n')[0].split('\n')
-    except (OSError, ValueError):
+        iterations, _ = read_columns(table)['iter']
+    except (OSError, ValueError, KeyError):
         return None
-    numbers = [line.partition(',')[0] for line in lines[1:]]
-    return max((int(number) for number in numbers if number.isdecimal()), default=None)
+    return int(iterations.max()) if len(iterations) else None

@@ -30,9 +30,11 @@ _MOST_ROWS_IN_MEMORY = 1000
 _SECONDS_BETWEEN_CURVES = 60.0
 _MOST_SHARE_OF_TIME = 0.01  # that drawing may take
 
-_INK, _FAINT, _GRID = '#1b1b1b', '#6b6b6b', '#e3e3e3'
-_COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00')  # told apart by every eye
-_SMOOTHED_SHARE = 0.02  # of the run that a point of the smoothed loss looks back
+INK, FAINT, GRID = '#1b1b1b', '#6b6b6b', '#dddddd'
+COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#7f4f9f', '#806a4f')
+"""Told apart by every eye."""
+STYLE = {**LITERAL, 'font.size': 10, 'axes.edgecolor': FAINT, 'text.color': INK, 'axes.labelcolor': INK}
+"""How matplotlib draws runs."""
 _MOST_POINTS = 20_000
 
 
@@ -330,23 +332,19 @@ def draw_curve(columns: Columns, title: str, best_metric: str | None = None, hig
     losses = [name for name in columns if name not in FIXED and '/' not in name]
     validated = [name for name in columns if '/' in name and name.rpartition('/')[2] == best_metric]
     heights = [3, 1, *([2.4] if validated else [])]
-    style = {'font.size': 10, 'axes.edgecolor': _FAINT, 'text.color': _INK, 'axes.labelcolor': _INK}
-    with rc_context({**LITERAL, **style}):
+    with rc_context(STYLE):
         figure = Figure(figsize=(10, 1.45 * sum(heights)), dpi=110, layout='constrained')
         axes = list(figure.subplots(len(heights), sharex=True, height_ratios=heights))
         _draw_losses(axes[0], columns, losses, ticker)
         if 'lr' in columns:
-            axes[1].plot(*_thinned(*columns['lr']), color=_FAINT, linewidth=1.4)
+            axes[1].plot(*_thinned(*columns['lr']), color=FAINT, linewidth=1.4)
         axes[1].set_ylim(bottom=0)
         axes[1].ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
         axes[1].set_ylabel('rate')
         if validated:
             _draw_validation(axes[2], columns, validated, best_metric, higher_is_better)
         for axis in axes:
-            axis.grid(color=_GRID, linewidth=0.8)
-            axis.set_axisbelow(True)
-            axis.spines[['top', 'right']].set_visible(False)
-            axis.tick_params(colors=_FAINT)
+            quieten(axis)
         axes[-1].set_xlabel('iteration')
         axes[-1].xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
         axes[-1].xaxis.set_major_formatter(lambda value, _: f'{value:,.0f}')
@@ -358,9 +356,9 @@ def draw_curve(columns: Columns, title: str, best_metric: str | None = None, hig
 
 def _draw_losses(axis, columns: Columns, names: Sequence[str], ticker) -> None:
     lines, labels = [], []
-    for name, colour in zip(names, itertools.cycle(_COLOURS), strict=False):
+    for name, colour in zip(names, itertools.cycle(COLOURS), strict=False):
         iterations, values = columns[name]
-        smooth = _smoothed(values)
+        smooth = smoothed(values)
         axis.plot(*_thinned(iterations, values), color=colour, linewidth=0.6, alpha=0.28)
         labels.append(f'{name}   {smooth[-1]:.4g}')
         lines += axis.plot(*_thinned(iterations, smooth), color=colour, linewidth=1.8)
@@ -378,7 +376,7 @@ def _draw_losses(axis, columns: Columns, names: Sequence[str], ticker) -> None:
 
 def _draw_validation(axis, columns: Columns, names: Sequence[str], metric: str, higher_is_better: bool) -> None:
     lines, labels = [], []
-    for name, colour in zip(names, itertools.cycle(_COLOURS), strict=False):
+    for name, colour in zip(names, itertools.cycle(COLOURS), strict=False):
         iterations, values = columns[name]
         marker = 'o' if len(values) <= 60 else None
         axis.plot(iterations, values, color=colour, linewidth=1.6, marker=marker, markersize=4)
@@ -391,6 +389,14 @@ def _draw_validation(axis, columns: Columns, names: Sequence[str], metric: str, 
     axis.margins(y=0.15)
     write_name(axis.set_ylabel(''), metric)
     draw_legend(axis, lines, labels, loc='lower right' if higher_is_better else 'upper right')
+
+
+def quieten(axis: Any) -> None:
+    """Let grid, frame and ticks of axes of matplotlib stand back behind what is drawn in them."""
+    axis.grid(color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.tick_params(colors=FAINT, which='both')
 
 
 def draw_legend(axis: Any, lines: Sequence[Any], labels: Sequence[str], **options: Any) -> None:
@@ -407,9 +413,9 @@ def _thinned(iterations: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
     return iterations[::step], values[::step]
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray, share: float = 0.02) -> np.ndarray:
     """The mean of each value and those before it, over a share of the run; what is no number is left out."""
-    window = max(1, round(len(values) * _SMOOTHED_SHARE))
+    window = max(1, round(len(values) * share))
     is_finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(is_finite)])

@@ -16,10 +16,10 @@ from ast_plugin import options
 from ast_plugin.archs.networks import build_network, load_network
 from ast_plugin.checkpoints import save_torch, save_weights
 from ast_plugin.cli.main import main as basicsr
-from ast_plugin.compare import measure
+from ast_plugin.compare import child
 from ast_plugin.compare import run as compare_run
 from ast_plugin.compare.child import ChildFailed
-from ast_plugin.compare.plan import make_plan
+from ast_plugin.compare.run import make_plan
 from ast_plugin.errors import PluginError
 from ast_plugin.evaluation.cost import count_macs
 from ast_plugin.models import preflight
@@ -257,7 +257,7 @@ def test_killed_it_goes_on_and_one_that_fails(tmp_path, monkeypatch, capsys):
         started.append(arguments)
         raise ChildFailed('refused')
 
-    monkeypatch.setattr(measure, 'run_child', refuse)
+    monkeypatch.setattr(child, 'run_child', refuse)
     monkeypatch.setattr(compare_run, 'run_child', refuse)
     assert basicsr(['compare', '-opt', str(file)]) == 1
     assert 'broken: training: refused' in capsys.readouterr().err

@@ -12,7 +12,6 @@ import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin.archs.networks import load_network
 from ast_plugin.checkpoints import save_torch
 from ast_plugin.compare import measure
-from ast_plugin.compare.machine import peak_memory
 from tests import tiny_run
 
 TINY = {'type': 'SRVGGNetCompact', 'num_feat': 8, 'num_conv': 1, 'upscale': 1}
@@ -20,7 +19,7 @@ TINY = {'type': 'SRVGGNetCompact', 'num_feat': 8, 'num_conv': 1, 'upscale': 1}
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the highest resident size')
 def test_peak_memory():
-    peak = peak_memory(lambda: torch.ones(2**24).sum())  # 64 MiB, let go again
+    peak = measure.peak_memory(lambda: torch.ones(2**24).sum())  # 64 MiB, let go again
     assert 60 * 2**20 < peak < 100 * 2**20
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ast_plugin.compare import plots
+from ast_plugin.compare import report as plots
 from ast_plugin.compare.results import Results, Row
 
 NAMES = ('AST', 'SwinIR', 'EDSR', 'RCAN', 'MSRResNet')

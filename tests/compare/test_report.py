@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ast_plugin.compare import plots, report
+from ast_plugin.compare import report
 from ast_plugin.compare.results import Results, Row
 from tests.compare.test_plots import curves, results
 
@@ -47,7 +47,7 @@ def write(folder, size=(600, 400)):
         for source, file in files.items():
             Image.fromarray(np.full((size[1], size[0], 3), COLOURS[source], np.uint8)).save(file)
         scenes[name] = files
-    drawn = plots.draw_all(found, curves(), 'val/psnr')
+    drawn = report.draw_all(found, curves(), 'val/psnr')
     path = folder / 'report.html'
     path.write_text(report.render_page(found, scenes, drawn, [('Data', 'a & b <c>')]), encoding='utf-8')
     return path

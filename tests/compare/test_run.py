@@ -7,9 +7,9 @@ import pytest
 
 from ast_plugin.compare import run
 from ast_plugin.compare.child import ChildFailed
-from ast_plugin.compare.plan import PlannedNetwork
-from ast_plugin.compare.run import Comparison, Journal, Training, count_iterations, digest_of
+from ast_plugin.compare.run import Comparison, Journal, PlannedNetwork, Training, count_iterations, digest_of
 from ast_plugin.options import safe_yaml
+from ast_plugin.options.sections import CompareSettings
 
 OPT = {
     'name': 'net',
@@ -20,7 +20,6 @@ OPT = {
     'val': {'val_freq': 2},
     'logger': {'print_freq': 10, 'save_checkpoint_freq': 5},
 }
-SETTINGS = {'weights': 'latest', 'minutes': None, 'threads': None}
 
 
 def test_digest_ignores_the_order_of_keys():
@@ -66,7 +65,7 @@ class Trainer:
         return 3.0
 
     def write_table(self, experiment, length):
-        rows = '\n'.join(str(number) for number in range(1, length + 1))
+        rows = '\n'.join(f'{number},0' for number in range(1, length + 1))
         (experiment / 'metrics.csv').write_text(f'iter,epoch\n{rows}\n')
 
     @property
@@ -82,7 +81,7 @@ def trainer(tmp_path, monkeypatch):
 
 
 def train(folder, opt=OPT, **settings):
-    plan = SimpleNamespace(folder=folder, settings={**SETTINGS, **settings})
+    plan = SimpleNamespace(folder=folder, settings=CompareSettings(**settings))
     said = []
     return Training(Comparison(plan, said.append), PlannedNetwork('net', opt['network_g'], opt)).run(), said
 
@@ -171,5 +170,5 @@ def test_a_row_being_written_is_not_counted(tmp_path):
     assert count_iterations(table) is None
     table.write_text('iter,epoch\n')
     assert count_iterations(table) is None
-    table.write_text('iter,epoch\n1,0\n2,0\n2,,31.5\n34')
+    table.write_text('iter,epoch,psnr\n1,0,\n2,0,\n2,,31.5\n34')
     assert count_iterations(table) == 2

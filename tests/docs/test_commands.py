@@ -16,7 +16,7 @@ from ast_plugin.archs.ast_arch import AST_XS
 from ast_plugin.checkpoints import save_torch, save_weights
 from ast_plugin.cli import web
 from ast_plugin.cli.main import main
-from ast_plugin.compare.plan import make_plan
+from ast_plugin.compare.run import make_plan
 from benchmarks.__main__ import make_parser
 
 from .. import tiny_run
