@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -45,8 +46,7 @@ _VAL_SHARE = 5  # one photo of a folder in so many is kept for validation
 _FOLDERS, _RECORD = ('lq', 'gt', 'mask'), 'synthesis.json'
 
 
-@dataclass(frozen=True)
-class Photo:
+class Photo(NamedTuple):
     """The name of a photo in options and results, and its file."""
 
     name: str
@@ -62,23 +62,6 @@ class Recipe:
     seed: int = 0  # of the whole run
     count: int = 1  # pairs of each photo
     size: int | None = None  # side of square patches in pixels, or None for whole photos
-
-
-@dataclass(frozen=True)
-class SynthesizedPair:
-    """A pair as it is written: RGB [H, W, 3] in the depth of the photo, uint8 or uint16; the mask [H, W] uint8."""
-
-    name: str
-    lq: np.ndarray
-    gt: np.ndarray
-    mask: np.ndarray | None
-
-    @property
-    def psnr(self) -> float:
-        """Decibels of the degraded image against the clean one; infinite where they are the same."""
-        full = np.iinfo(self.gt.dtype).max
-        error = np.mean((self.lq.astype(np.float64) - self.gt) ** 2) / full**2
-        return float('inf') if error == 0 else float(-10 * np.log10(error))
 
 
 def packaged_photos(split: str = 'all', names: list[str] | None = None) -> list[Photo]:
@@ -150,17 +133,8 @@ def read_parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
     return parameters
 
 
-def make_pairs(name: str, path: Path, recipe: Recipe, depth_path: Path | None = None) -> Iterator[SynthesizedPair]:
-    """Make the pairs of one photo.
-
-    Args:
-        name: of the photo: its pairs are called `name_1`, `name_2` and so on; with the seed it decides what is drawn.
-        path: the photo.
-        recipe: how they are made.
-        depth_path: a map of distances, see `read_depth`.
-    Raises:
-        DataError: if a file cannot be read, or the photo is smaller than the patches.
-    """
+def _make_pairs(name: str, path: Path, depth_path: Path | None, recipe: Recipe) -> Iterator[dict[str, np.ndarray]]:
+    """Make the pairs of one photo, RGB [H, W, 3] in its depth, uint8 or uint16; the mask is [H, W] uint8."""
     image = read_rgb(path)
     height, width = image.shape[:2]
     if recipe.size is not None and recipe.size > min(height, width):
@@ -168,7 +142,7 @@ def make_pairs(name: str, path: Path, recipe: Recipe, depth_path: Path | None = 
             f'{path}: has {width}x{height} pixels, fewer than a patch of {recipe.size}; leave it out, or ask for less'
         )
     options = {} if depth_path is None else {'depth': read_depth(depth_path, (height, width))}
-    row, digits = DEGRADATIONS[recipe.task], len(str(recipe.count))
+    row = DEGRADATIONS[recipe.task]
     for number in range(1, recipe.count + 1):
         generator = np.random.default_rng([recipe.seed, seed_of(name), number])
         if recipe.size is None:
@@ -176,12 +150,8 @@ def make_pairs(name: str, path: Path, recipe: Recipe, depth_path: Path | None = 
             degraded, mask = row.apply(clean, generator, recipe.parameters, **options)
         else:
             degraded, clean, mask = degraded_patch(image, recipe.size, generator, row, recipe.parameters, **options)
-        yield SynthesizedPair(
-            f'{name}_{number:0{digits}}',
-            _to_integers(degraded, image.dtype),
-            _to_integers(clean, image.dtype),
-            None if mask is None else _to_integers(mask, np.dtype(np.uint8)),
-        )
+        pair = {'lq': _to_integers(degraded, image.dtype), 'gt': _to_integers(clean, image.dtype)}
+        yield pair if mask is None else {**pair, 'mask': _to_integers(mask, np.dtype(np.uint8))}
 
 
 def degraded_patch(
@@ -294,7 +264,7 @@ def write_pairs(
     """Write the pairs of all photos into a folder that appears whole or not at all; an earlier one is replaced.
 
     Args:
-        photos: by the name that their pairs get.
+        photos: by name: the pairs of one are called `name_1`, `name_2` and so on, and drawn by the name and the seed.
         depths: the map of distances of each, or None.
         recipe: how pairs are made.
         output: the folder, which `check_output` has passed.
@@ -315,21 +285,21 @@ def write_pairs(
         'depths': {name: path.name for name, path in depths.items() if path is not None},
         'ast_plugin': __version__,
     }
+    levels, failures, digits = [], [], len(str(recipe.count))
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with lock_folder(partial, 'another run is making pairs there'):
             try:
                 for left_over in partial.iterdir():  # by a run that was killed
                     shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-                levels, failures = [], []
                 for name, path in photos.items():
                     try:
-                        for pair in make_pairs(name, path, recipe, depths[name]):
-                            for kind in _FOLDERS:
-                                if (pixels := getattr(pair, kind)) is not None:
-                                    (partial / kind).mkdir(exist_ok=True)
-                                    write_image(partial / kind / file_name(pair.name, '.png'), ImageFile(pixels))
-                            levels.append(pair.psnr)
+                        for number, pair in enumerate(_make_pairs(name, path, depths[name], recipe), 1):
+                            for kind, pixels in pair.items():
+                                (partial / kind).mkdir(exist_ok=True)
+                                file = partial / kind / file_name(f'{name}_{number:0{digits}}', '.png')
+                                write_image(file, ImageFile(pixels))
+                            levels.append(_psnr(pair['lq'], pair['gt']))
                             on_pair()
                     except (DataError, MemoryShortage, MemoryError) as error:
                         failures.append(str(error) if isinstance(error, PluginError) else f'{path}: {one_line(error)}')
@@ -361,6 +331,11 @@ def _find_in_package(package: str, file: str) -> Path:
             f'or name a folder of photos with `source: folder` and `dataroot_gt`'
         )
     return path
+
+
+def _psnr(lq: np.ndarray, gt: np.ndarray) -> float:
+    error = np.mean((lq.astype(np.float64) - gt) ** 2) / np.iinfo(gt.dtype).max ** 2
+    return math.inf if error == 0 else float(-10 * np.log10(error))
 
 
 def _to_integers(image: np.ndarray, dtype: np.dtype) -> np.ndarray:

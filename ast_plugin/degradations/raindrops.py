@@ -325,11 +325,9 @@ class Surroundings:
         return self.view[inner, inner]
 
     def look(self, x: np.ndarray, y: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
-        """Return what is seen at places through slopes of water, [n, m, 3].
+        """Return what slopes of water show, [n, m, 3], at places in pixels of `view` from the image's corner.
 
-        Args:
-            x, y: the places, in pixels of `view` from the image's corner; they broadcast to [n, m].
-            across, down: outward components of the sine of the slope, [n, m] float32.
+        The outward components of the sine of the slope, `across` and `down`, are [n, m] float32; x, y broadcast to it.
         """
         # Not cv2.magnitude, whose last digit depends on where in memory its arguments lie.
         size = np.minimum(np.sqrt(across * across + down * down), STEEPEST)
@@ -351,14 +349,12 @@ def surroundings(
     Args:
         image: light of the image, [H, W, 3] float32 in [0, 1].
         focal: focal length in pixels of the image.
-        sky: light of the sky, in [0, 1].
+        sky, ground: light of the sky, and that of the ground far below by the mean of the image.
         skyline: degrees above the image at which the sky is open.
-        ground: light of the ground far below by the mean of the image.
         glare: how much brighter white is than an image can show. Out of focus it stays white for that.
     """
-    height, width = image.shape[:2]
     shrink = max(1.0, focal / REACH)
-    size = (math.ceil(width / shrink), math.ceil(height / shrink))
+    size = [math.ceil(side / shrink) for side in image.shape[1::-1]]
     view = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     border = max(1, math.ceil(focal / shrink))
     rows = len(view)
@@ -373,23 +369,19 @@ def surroundings(
 
 
 def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: float) -> np.ndarray:
-    """Return what is seen through drops, colour times opacity and opacity, [h, w, 4] float32.
+    """Return what is seen through drops of `opacity`, [h, w], as a layer.
 
-    Args:
-        scene: what is around them.
-        opacity: where the drops are, [h, w] in [0, 1].
-        slope: [2, h, w], outward components (across, down) of the sine of the surface's slope.
-        zoom: pixels of the image to one of these maps.
+    The slope, [2, h, w], is the sine's outward components (across, down); `zoom` pixels of the image are one of these.
     """
     height, width = opacity.shape
     ratio = np.float32(zoom / scene.shrink)
     x = np.arange(width, dtype=np.float32) * ratio
     y = np.arange(height, dtype=np.float32)[:, None] * ratio
-    return _make_layer(scene.look(x, y, slope[0], slope[1]), opacity)
+    return _make_layer(scene.look(x, y, *slope), opacity)
 
 
 def _make_layer(colour: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """Return a layer as they are blended: colour times opacity, and opacity, [h, w, 4]."""
+    """Return a layer as layers are blended: colour times opacity, and opacity, [h, w, 4] float32."""
     return cv2.merge([*cv2.split(colour * to_rgb(opacity)), opacity])
 
 

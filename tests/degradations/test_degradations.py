@@ -7,8 +7,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ast_plugin.data.pairs_dataset import SyntheticPairsDataset
-from ast_plugin.data.synthesis import degraded_patch, packaged_photos
-from ast_plugin.degradations import DEGRADATIONS, AnyParameters, snow
+from ast_plugin.data.synthesis import degraded_patch
+from ast_plugin.degradations import DEGRADATIONS, AnyParameters, Degradation, snow
 from ast_plugin.degradations.base import Limits
 from ast_plugin.degradations.rain import FINE
 from ast_plugin.errors import OptionError
@@ -16,7 +16,6 @@ from tests.degradations.helpers import degrade, gray, photo, psnr, scene
 
 OPTION = TypeAdapter(AnyParameters)
 RAIN_LAYER, SNOW_LAYER = FINE.model_dump(), snow.NEAR.model_dump()
-EXTREME_SCALES = [('haze', 20), ('haze', 0.05), ('raindrop', 20), ('raindrop', 0.3)]
 EVERY = pytest.mark.parametrize('name', DEGRADATIONS)
 LIMITED = [
     (name, key, field.json_schema_extra.least, field.json_schema_extra.most)
@@ -25,23 +24,20 @@ LIMITED = [
     if isinstance(field.json_schema_extra, Limits)
 ]
 PSNR = {  # of packaged photos: seeds of each, the least and the most, range of the median, least spread on each
-    'rain': (12, 20, 60, (20, 26), 1),
-    'raindrop': (10, 14, 36, (18, 26), 4),
-    'haze': (10, 9, 23, (11, 19), 2),
+    'rain': (6, 20, 60, (20, 26), 1),
+    'raindrop': (6, 14, 36, (18, 26), 4),
+    'haze': (6, 9, 23, (11, 19), 2),
     'snow': (3, 15, 33, (20, 25), 0),
     'shadow': (6, 12, 40, (18, 24), 0),
     'moire': (2, 14, 32, (19, 24), 0),
 }
 
 
-@EVERY
-def test_an_option_by_its_type(name):
-    parameters = OPTION.validate_python({'type': name})
-    assert type(parameters) is DEGRADATIONS[name].parameters
-    assert OPTION.validate_python(parameters.model_dump(mode='json')) == parameters
-
-
-def test_type_is_rain_by_default():
+def test_an_option_by_its_type():
+    for name, row in DEGRADATIONS.items():
+        parameters = OPTION.validate_python({'type': name})
+        assert type(parameters) is row.parameters
+        assert OPTION.validate_python(parameters.model_dump(mode='json')) == parameters
     assert OPTION.validate_python({'scale': 2}).type == 'rain'
     with pytest.raises(ValidationError, match=r'fog.*rain.*moire'):
         OPTION.validate_python({'type': 'fog'})
@@ -50,75 +46,55 @@ def test_type_is_rain_by_default():
 @pytest.mark.parametrize(
     ('options', 'expected'),
     [
-        ({'type': 'snow', 'amont': [1, 2]}, r'^datasets\.train\.degradation\.amont: unknown key'),
-        ({'type': 'snow', 'amount': [2, 1]}, r'^datasets\.train\.degradation\.amount: .*lowest, highest'),
-        ({'type': 'moire', 'pitch': 'wide'}, r'^datasets\.train\.degradation\.pitch: '),
-        ({'type': 'shadow', 'coverage': [0.5, 2]}, r'^datasets\.train\.degradation\.coverage: must lie within'),
-        ({'type': 'snwo'}, r'^datasets\.train\.degradation.*snow'),
-        ('snow', r'^datasets\.train\.degradation: '),
+        ({'type': 'snow', 'amont': [1, 2]}, r'\.amont: unknown key'),
+        ({'type': 'snow', 'amount': [2, 1]}, r'\.amount: .*lowest, highest'),
+        ({'type': 'moire', 'pitch': 'wide'}, r'\.pitch: '),
+        ({'type': 'shadow', 'coverage': [0.5, 2]}, r'\.coverage: must lie within'),
+        ({'type': 'snwo'}, '.*snow'),
+        ('snow', ': '),
     ],
 )
 def test_bad_options_name_the_key(options, expected):
-    with pytest.raises(OptionError, match=expected):
+    with pytest.raises(OptionError, match=rf'^datasets\.train\.degradation{expected}'):
         SyntheticPairsDataset({'phase': 'train', 'gt_size': 32, 'degradation': options})
 
 
-@pytest.mark.parametrize(
-    ('name', 'wrong'),
-    [
-        ('rain', {'psnr': (25, 20)}),
-        ('rain', {'psnr': (float('nan'), 20)}),
-        ('rain', {'veil': (-0.1, 0)}),
-        ('rain', {'angle': (-80, 0)}),
-        ('rain', {'scale': 0}),
-        ('rain', {'layers': []}),
-        ('rain', {'lenght': 3}),
-        ('rain', {'layers': [{**RAIN_LAYER, 'presence': 0}]}),
-        ('rain', {'layers': [{**RAIN_LAYER, 'density': (0, 1)}]}),
-        ('raindrop', {'coverage': (0.1, 0.9)}),
-        ('raindrop', {'radius': (0, 4)}),
-        ('raindrop', {'focal': (0, 100)}),
-        ('raindrop', {'scale': 0.1}),
-        ('raindrop', {'scale': float('nan')}),
-        ('haze', {'psnr': (0, 12)}),
-        ('haze', {'visibility': (0, 10)}),
-        ('haze', {'tint': -1}),
-        ('haze', {'nearest': (0.5, 1.0)}),
-        ('haze', {'spread': (0, 1)}),
-        ('haze', {'scale': 0}),
-        ('haze', {'cell': (float('inf'), float('inf'))}),
-        ('haze', {'room': 2}),
-        ('snow', {'amount': (float('nan'), 2)}),
-        ('snow', {'scale': 0}),
-        ('snow', {'layers': []}),
-        ('snow', {'layers': [{**SNOW_LAYER, 'opacity': (0.5, 1.5)}]}),
-        ('snow', {'layers': [{**SNOW_LAYER, 'motion': (-1, 1)}]}),
-        ('snow', {'layers': [{**SNOW_LAYER, 'diameter': (10, 1000)}]}),
-        ('shadow', {'coverage': (0, 0.2)}),
-        ('shadow', {'casters': []}),
-        ('shadow', {'casters': ['dragon']}),
-        ('shadow', {'penumbra': (0, 1)}),
-        ('shadow', {'scale': -1}),
-        ('moire', {'pitch': (2.1, 1.9)}),
-        ('moire', {'exposure': (0, 1)}),
-        ('moire', {'quality': (0, 50)}),
-        ('moire', {'blur': (float('inf'), float('inf'))}),
-    ],
-)
+WRONG = [  # a row for each rule of a type of parameter
+    ('rain', {'psnr': (float('nan'), 20)}),
+    ('rain', {'veil': (-0.1, 0)}),
+    ('rain', {'scale': 0}),
+    ('rain', {'layers': []}),
+    ('rain', {'layers': [{**RAIN_LAYER, 'presence': 0}]}),
+    ('rain', {'layers': [{**RAIN_LAYER, 'density': (0, 1)}]}),
+    ('raindrop', {'scale': 0.1}),
+    ('raindrop', {'scale': float('nan')}),
+    ('haze', {'visibility': (0, 10)}),
+    ('haze', {'tint': -1}),
+    ('haze', {'room': 2}),
+    ('haze', {'cell': (float('inf'), float('inf'))}),
+    ('snow', {'layers': [{**SNOW_LAYER, 'opacity': (0.5, 1.5)}]}),
+    ('snow', {'layers': [{**SNOW_LAYER, 'motion': (-1, 1)}]}),
+    ('shadow', {'casters': []}),
+    ('shadow', {'casters': ['dragon']}),
+]
+
+
+@pytest.mark.parametrize(('name', 'wrong'), WRONG)
 def test_bad_parameters_are_refused(name, wrong):
     with pytest.raises(ValidationError):
         DEGRADATIONS[name].parameters(**wrong)
 
 
-@pytest.mark.parametrize(('name', 'key', 'least', 'most'), LIMITED)
-def test_ranges_keep_to_their_limits(name, key, least, most):
+@EVERY
+def test_ranges_keep_to_their_limits(name):
     model = DEGRADATIONS[name].parameters
-    for bounds in ((least - 1, most), (max(least, 1e-3), most + 1)):
-        with pytest.raises(ValidationError, match=key):
-            model(**{key: bounds})
-    assert f'within [{least:g}, {most:g}]' in model.model_fields[key].description
-    schema = model.model_json_schema()['properties'][key]
-    assert all((item['minimum'], item['maximum']) == (least, most) for item in schema['prefixItems'])
+    schemas = model.model_json_schema()['properties']
+    for _, key, least, most in (row for row in LIMITED if row[0] == name):
+        for bounds in ((least - 1, most), (max(least, 1e-3), most + 1)):
+            with pytest.raises(ValidationError, match=key):
+                model(**{key: bounds})
+        assert f'within [{least:g}, {most:g}]' in model.model_fields[key].description
+        assert all((item['minimum'], item['maximum']) == (least, most) for item in schemas[key]['prefixItems'])
 
 
 def check_images(name, image, results) -> None:
@@ -130,52 +106,46 @@ def check_images(name, image, results) -> None:
         assert mask.shape == image.shape[:2] and mask.dtype == np.float32 and mask.min() >= 0 and mask.max() <= 1
 
 
-@pytest.mark.parametrize(('name', 'key', 'least', 'most'), LIMITED)
-def test_limits_of_ranges_make_images(name, key, least, most):
-    for value in (max(least, 1e-3) if least == 0 else least, most):
-        check_images(name, scene(), degrade(name, scene(), 1, **{key: (value, value)}))
+EXTREMES = [
+    *((name, {key: (value, value)}) for name, key, *ends in LIMITED for value in (ends[0] or 1e-3, ends[1])),
+    ('rain', {'psnr': (1, 1)}),
+    ('rain', {'psnr': (80, 80)}),
+    ('raindrop', {'psnr': (1, 1)}),
+    ('raindrop', {'psnr': (80, 80), 'coverage': (0, 0.5)}),
+    ('raindrop', {'coverage': (0.5, 0.5), 'radius': (2, 2)}),
+    ('raindrop', {'film': (1, 1), 'film_blur': (50, 50)}),
+    ('raindrop', {'size_spread': (1, 1), 'irregularity': (1, 1)}),
+    ('raindrop', {'skyline': (1, 1), 'ground': (2, 2), 'glare': (10, 10)}),
+    ('haze', {'psnr': (1, 1)}),
+    ('haze', {'psnr': (80, 80)}),
+    ('haze', {'forward': (0.9, 0.9), 'spread': (60, 60)}),
+    ('haze', {'airlight': (1, 1), 'tint': 0.2}),
+    ('haze', {'cell': (1e-3, 1e-3)}),
+    ('haze', {'cell': (1e6, 1e6)}),
+    ('haze', {'lamps': (1, 1), 'lamp_tint': (0.5, 0.5), 'glow': (1, 1), 'glare': (10, 10)}),
+    ('haze', {'exposure': (3, 3), 'white_balance': (1, 1), 'tint': 0.2}),
+    ('haze', {'exposure': (-3, -3), 'noise': (0.1, 0.1)}),
+]
 
 
-@pytest.mark.parametrize(
-    ('name', 'extreme'),
-    [
-        ('rain', {'psnr': (1, 1)}),
-        ('rain', {'psnr': (80, 80)}),
-        ('raindrop', {'psnr': (1, 1)}),
-        ('raindrop', {'psnr': (80, 80), 'coverage': (0, 0.5)}),
-        ('raindrop', {'coverage': (0.5, 0.5), 'radius': (2, 2)}),
-        ('raindrop', {'film': (1, 1), 'film_blur': (50, 50)}),
-        ('raindrop', {'size_spread': (1, 1), 'irregularity': (1, 1)}),
-        ('raindrop', {'skyline': (1, 1), 'ground': (2, 2), 'glare': (10, 10)}),
-        ('haze', {'psnr': (1, 1)}),
-        ('haze', {'psnr': (80, 80)}),
-        ('haze', {'forward': (0.9, 0.9), 'spread': (60, 60)}),
-        ('haze', {'airlight': (1, 1), 'tint': 0.2}),
-        ('haze', {'cell': (1e-3, 1e-3)}),
-        ('haze', {'cell': (1e6, 1e6)}),
-        ('haze', {'lamps': (1, 1), 'lamp_tint': (0.5, 0.5), 'glow': (1, 1), 'glare': (10, 10)}),
-        ('haze', {'exposure': (3, 3), 'white_balance': (1, 1), 'tint': 0.2}),
-        ('haze', {'exposure': (-3, -3), 'noise': (0.1, 0.1)}),
-    ],
-)
+@pytest.mark.parametrize(('name', 'extreme'), EXTREMES)
 def test_extremes_make_images(name, extreme):
     check_images(name, scene(), degrade(name, scene(), 1, **extreme))
 
 
-@pytest.mark.parametrize('shape', [(1, 1), (1, 50), (50, 1), (7, 3), (65, 130), (600, 90)])
-@pytest.mark.parametrize(('name', 'scale'), [*((name, 1) for name in DEGRADATIONS), *EXTREME_SCALES], ids=str)
-def test_any_size_and_brightness(name, scale, shape):
-    parameters = {} if scale == 1 else {'scale': scale}  # moiré has no scale
-    for value in (0.0, 0.5, 1.0):
-        image = gray(*shape, value)
-        check_images(name, image, degrade(name, image, **parameters))
-        assert np.array_equal(image, gray(*shape, value))
+SCALES = {'haze': (1, 20, 0.05), 'raindrop': (1, 20, 0.3)}
 
 
 @EVERY
-def test_large_images(name):
-    image = gray(1300, 1900, 0.5)
-    check_images(name, image, degrade(name, image))
+def test_any_size_and_brightness(name):
+    for scale in SCALES.get(name, (1,)):
+        parameters = {} if scale == 1 else {'scale': scale}  # moiré has no scale
+        for shape in ((1, 1), (1, 50), (50, 1), (7, 3), (65, 130), (600, 90)):
+            for value in (0.0, 0.5, 1.0):
+                image = gray(*shape, value)
+                check_images(name, image, degrade(name, image, **parameters))
+                assert np.array_equal(image, gray(*shape, value))
+    check_images(name, gray(1300, 1900, 0.5), degrade(name, gray(1300, 1900, 0.5)))
 
 
 @EVERY
@@ -209,8 +179,7 @@ def test_bits_ignore_places_in_memory(name):
 def test_psnr_on_photos(name):
     seeds, least, most, (low, high), spread = PSNR[name]
     levels = []
-    for found in packaged_photos():
-        clean = photo(found.name)
+    for clean in map(photo, ('coffee', 'rocket', 'china')):
         degraded = [degrade(name, clean, seed)[0] for seed in range(seeds)]
         levels.append([psnr(image, clean) for image in degraded])
         assert np.ptp(levels[-1]) > spread
@@ -254,7 +223,7 @@ def test_a_patch_keeps_its_depth():
         seen.append((clean, depth))
         return clean, clean[..., 0]
 
-    row = type(DEGRADATIONS['haze'])(DEGRADATIONS['haze'].parameters, apply, margin=3)
+    row = Degradation(DEGRADATIONS['haze'].parameters, apply, margin=3)
     for seed in range(12):
         generator = np.random.default_rng(seed)
         degraded, clean, mask = degraded_patch(

@@ -9,25 +9,11 @@ import pytest
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.degradations.haze import fill_depth, guess_depth
 from ast_plugin.errors import DataError
-from tests.degradations.helpers import degrade, gray, photo, psnr
+from tests.degradations.helpers import degrade, gray, photo, psnr, scene
 
 OUTDOORS = {'lamps': (0, 0), 'lamp_tint': (0, 0), 'glow': (0, 0), 'room': 0}
 RAW = {'glare': (0, 0), 'exposure': (0, 0), 'white_balance': (0, 0), 'noise': (0, 0)}
 EVEN = {'unevenness': (0, 0), 'forward': (0, 0), 'tint': 0, 'airlight': (0.8, 0.8), **OUTDOORS, **RAW}
-
-
-def scene(height: int = 120, width: int = 160) -> np.ndarray:
-    """Noise of middling brightness over a gradient."""
-    rng = np.random.default_rng(9)
-    image = np.linspace(0.1, 0.5, height)[:, None, None] + 0.3 * rng.random((height, width, 3))
-    return image.astype(np.float32)
-
-
-def lamp() -> np.ndarray:
-    """A lamp in the dark."""
-    image = gray(120, 180, 0.1)
-    image[50:70, 80:100] = 1
-    return image
 
 
 def even_haze(image: np.ndarray, seed: int, **parameters) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +24,7 @@ def even_haze(image: np.ndarray, seed: int, **parameters) -> tuple[np.ndarray, n
 @pytest.mark.parametrize('target', [12.0, 16.0, 22.0])
 def test_the_strength_that_is_asked_for(target):
     clean = photo('coffee')
-    for seed in range(5):
+    for seed in range(3):
         hazy, _ = degrade('haze', clean, seed, psnr=(target, target), airlight=(0.75, 0.92))
         assert psnr(hazy, clean) == pytest.approx(target, abs=0.5)
 
@@ -108,14 +94,14 @@ def test_lamps_light_haze_from_the_side():
     assert np.ptp(tinted[..., 1]) < 1e-5 and 0.05 < np.log(tinted[..., 0] / tinted[..., 2]).std() < 0.4
 
 
-def test_haze_glows_around_lights():
-    hazy, _ = even_haze(lamp(), 1, visibility=(1, 1), glow=(0.5, 0.5), scale=0.3)
+def test_lamps_glow_and_are_seen_through_haze():
+    lamp = gray(120, 180, 0.1)
+    lamp[50:70, 80:100] = 1
+    hazy, _ = even_haze(lamp, 1, visibility=(1, 1), glow=(0.5, 0.5), scale=0.3)
     assert hazy[60, 76].mean() > 1.2 * hazy[60, 10].mean()
 
-
-def test_lamps_are_seen_through_dense_haze():
     def contrast(glare: float) -> float:
-        hazy, _ = even_haze(lamp(), 1, visibility=(2, 2), airlight=(0.6, 0.6), glare=(glare, glare))
+        hazy, _ = even_haze(lamp, 1, visibility=(2, 2), airlight=(0.6, 0.6), glare=(glare, glare))
         return float(hazy[60, 90].mean() - hazy[60, 10].mean())
 
     assert contrast(2) > contrast(0) + 0.1
@@ -131,11 +117,8 @@ def test_the_camera_adapts_to_the_haze():
         return float(np.ptp(image.mean(axis=(0, 1)) / image.mean()))
 
     assert colourfulness(balanced) < 0.7 * colourfulness(neutral)
-
-
-def test_thin_haze_leaves_the_exposure():
     hazy, _ = degrade('haze', scene(), 1, **{**EVEN, 'exposure': (-1, -1)}, psnr=(36, 36))
-    assert psnr(hazy, scene()) > 34
+    assert psnr(hazy, scene()) > 34  # thin haze leaves the exposure
 
 
 def test_noise_is_as_strong_as_asked():
@@ -172,21 +155,19 @@ def test_unknown_depth_is_filled_from_around():
     np.testing.assert_allclose(filled[:4], 16)
     np.testing.assert_array_equal(filled[20:], depth[20:])
 
-
-@pytest.mark.parametrize('dtype', [np.uint16, np.float64])
-def test_depth_of_any_type(dtype):
-    depth = np.arange(1, 13).reshape(3, 4).astype(dtype)
-    np.testing.assert_array_equal(fill_depth(depth, (3, 4)), depth.astype(np.float32))
+    meters = np.arange(1, 13, dtype=np.uint16).reshape(3, 4)
+    np.testing.assert_array_equal(fill_depth(meters, (3, 4)), meters.astype(np.float32))
 
 
 def test_guessed_depth_is_far_in_the_sky():
     image = photo('china')
-    for seed in range(5):
+    for seed in range(3):
         depth = guess_depth(image, np.random.default_rng(seed), 0.2)
         assert depth.shape == (480, 720) and depth.min() >= 0.1 and depth.max() <= 1
         sky, pagoda, trees = depth[20:80, 450:650], depth[130:230, 150:330], depth[430:, 100:600]
         assert sky.mean() > 0.95
         assert sky.mean() > 1.3 * pagoda.mean() and pagoda.mean() > 1.2 * trees.mean()
+        assert np.array_equal(depth, guess_depth(image, np.random.default_rng(seed), 0.2, 1.0))  # no room has a sky
 
 
 def test_a_room_is_far_at_its_back_wall():
@@ -197,28 +178,16 @@ def test_a_room_is_far_at_its_back_wall():
     assert depths[50:70, 70:90].mean() > 1.3 * depths[border].mean()
 
 
-def test_what_has_a_sky_is_no_room():
-    image = photo('china')
-    for seed in range(3):
-        outdoors, room = (guess_depth(image, np.random.default_rng(seed), 0.2, chance) for chance in (0.0, 1.0))
-        assert np.array_equal(outdoors, room)
-
-
 @pytest.mark.parametrize(
     ('depth', 'expected'),
     [
         (np.ones((3, 4)), r'size of the image, \[120, 160\]; got \[3, 4\]'),
         (np.full((120, 160), -1.0), 'negative'),
-        (np.full((120, 160), np.nan), 'finite value above 0'),
         (np.zeros((120, 160)), 'finite value above 0'),
-        (np.ones((120, 160, 3)), 'size of the image'),
     ],
 )
 def test_bad_depth_is_refused(depth, expected):
     with pytest.raises(DataError, match=expected):
         degrade('haze', scene(), 0, depth)
-
-
-def test_visibility_needs_depth():
     with pytest.raises(DataError, match='needs depth'):
         degrade('haze', scene(), 0, visibility=(10, 20))

@@ -26,17 +26,15 @@ def bands(pitch: float, **parameters) -> np.ndarray:
     return (shot[..., 0] - shot[..., 2]).mean(axis=0)
 
 
-@pytest.mark.parametrize('pitch', [1.9, 1.95, 2.05, 2.1])
+@pytest.mark.parametrize('pitch', [1.9, 2.05])
 def test_bands_are_where_sampling_puts_them(pitch):
     # Filters of one colour come every two pixels of the sensor: stripes at 1 / pitch alias to |1 / pitch - 1 / 2|.
     expected = abs(1 / pitch - 0.5) * SENSOR
     row = bands(pitch)
     power = np.abs(np.fft.rfft((row - row.mean()) * np.hanning(len(row))))
     assert power.argmax() / len(row) == pytest.approx(expected, abs=1.5 / len(row))
-
-
-def test_stripes_in_step_make_no_bands():
-    assert np.ptp(bands(2.05)[8:-8]) > 0.1
+    assert np.ptp(row[8:-8]) > 0.1
+    # Stripes in step make none.
     assert np.ptp(bands(2.0)[8:-8]) < 0.03
 
 
@@ -49,9 +47,10 @@ def test_a_soft_lens_weakens_bands():
 
 
 def test_rotation_and_lens_bend_the_bands():
-    straight, _ = degrade('moire', gray(256, 256, 0.5), 0, pitch=(2.06, 2.06), **PLAIN)
-    bent, _ = degrade('moire', gray(256, 256, 0.5), 0, pitch=(2.06, 2.06), **{**PLAIN, 'distortion': (0.1, 0.1)})
-    turned, _ = degrade('moire', gray(256, 256, 0.5), 0, pitch=(2.06, 2.06), **{**PLAIN, 'rotation': (8, 8)})
+    straight, bent, turned = (
+        degrade('moire', gray(256, 256, 0.5), 0, pitch=(2.06, 2.06), **{**PLAIN, **change})[0]
+        for change in ({}, {'distortion': (0.1, 0.1)}, {'rotation': (8, 8)})
+    )
 
     def spread(shot) -> float:
         """How many directions the bands have: 0 all one, 1 none preferred."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ast_plugin.degradations.rain import FINE, MIDDLE, NEAR, RainParameters, add_rain
-from tests.degradations.helpers import degrade, direction, gray, psnr
+from tests.degradations.helpers import correlation, degrade, direction, gray, psnr
 
 DENSE = {
     'layers': [{**layer.model_dump(), 'presence': 1} for layer in (FINE, MIDDLE, NEAR)],
@@ -26,9 +26,9 @@ def test_the_strength_that_is_asked_for(target):
 
 def test_patches_get_the_rain_of_the_whole():
     errors = [
-        np.mean((degrade('rain', gray(64, 64), seed, psnr=(23, 23), **DENSE)[0] - 0.4) ** 2) for seed in range(300)
+        np.mean((degrade('rain', gray(64, 64), seed, psnr=(23, 23), **DENSE)[0] - 0.4) ** 2) for seed in range(150)
     ]
-    assert -10 * np.log10(np.mean(errors)) == pytest.approx(23, abs=0.5)
+    assert -10 * np.log10(np.mean(errors)) == pytest.approx(23, abs=0.6)
 
 
 def test_rain_without_a_veil_only_brightens():
@@ -44,23 +44,17 @@ def test_the_veil_pales_and_is_uneven():
     assert change.min() > 0.005 and change.max() < 0.09 and change.std() > 0.002
 
 
-@pytest.mark.parametrize('angle', [-40, -15, 0, 25, 50])
+@pytest.mark.parametrize('angle', [-40, 0, 50])
 def test_streaks_lean_as_asked(angle):
     _, streaks = degrade('rain', gray(300, 300), 2, angle=(angle, angle), angle_spread=0, bend=(0, 0), **DENSE)
     along, ratio = direction(streaks)
     assert along == pytest.approx(angle, abs=4) and ratio < 0.25
 
 
-def test_streaks_are_of_many_brightnesses():
-    _, streaks = degrade('rain', gray(480, 720), 3)
-    levels = np.histogram(streaks, bins=10, range=(0.02, 0.5))[0]
-    assert (levels > 0).all()
-    assert 0.02 < (streaks > 0.05).mean() < 0.6
-
-
 def test_rain_is_sparse_and_bright_or_fine():
     """Of one strength in dB, so that the fewer streaks there are the brighter each is."""
     layers = [degrade('rain', gray(480, 720), seed)[1] for seed in range(24)]
+    assert (np.histogram(layers[3], bins=10, range=(0.02, 0.5))[0] > 0).all()
     covered = np.array([(streaks > 0.1).mean() for streaks in layers])
     brightest = np.array([np.percentile(streaks[streaks > 0.1], 90) for streaks in layers])
     assert covered.min() < 0.07 and covered.max() > 0.16
@@ -69,12 +63,8 @@ def test_rain_is_sparse_and_bright_or_fine():
 
 
 def test_scale_lengthens_streaks():
-    def correlation(scale: float) -> float:
-        _, streaks = degrade('rain', gray(256, 256), 4, scale=scale, angle=(0, 0))
-        streaks = streaks - streaks.mean()
-        return float((streaks[:-20] * streaks[20:]).mean() / (streaks**2).mean())
-
-    assert correlation(3) > correlation(1) + 0.1
+    small, large = (degrade('rain', gray(256, 256), 4, scale=scale, angle=(0, 0))[1] for scale in (1, 3))
+    assert correlation(large, 20) > correlation(small, 20) + 0.1
 
 
 def test_sharp_streaks_are_bars():

@@ -6,38 +6,25 @@ import cv2
 import numpy as np
 import pytest
 
-from ast_plugin.degradations.raindrops import (
-    ASIDE,
-    DARKEST,
-    LIGHT,
-    SLOPES,
-    Surroundings,
-    refract,
-    surroundings,
-)
-from tests.degradations.helpers import degrade, photo, psnr, scene
+from ast_plugin.degradations.raindrops import ASIDE, DARKEST, LIGHT, SLOPES, refract, surroundings
+from tests.degradations.helpers import correlation, degrade, photo, psnr, scene
 
 DRY = {'film': (0, 0)}
 
 
 @pytest.mark.parametrize('target', [17.0, 20.0, 24.0])
 def test_the_strength_that_is_asked_for(target):
-    clean = photo('coffee')
-    for seed in range(6):
-        wet, _ = degrade(
-            'raindrop',
-            clean,
-            seed,
-            psnr=(target, target),
-            coverage=(0.02, 0.5),
-            radius=(3, 9),
-            defocus=(0.15, 0.9),
-            sky=(0.9, 1),
-        )
+    clean, ranges = (
+        photo('coffee'),
+        {'coverage': (0.02, 0.5), 'radius': (3, 9), 'defocus': (0.15, 0.9), 'sky': (0.9, 1)},
+    )
+    for seed in range(4):
+        wet, _ = degrade('raindrop', clean, seed, psnr=(target, target), **ranges)
         assert psnr(wet, clean) == pytest.approx(target, abs=0.9)
+    assert psnr(degrade('raindrop', clean, 0, psnr=(34, 34), coverage=(0, 0.5))[0], clean) > 25
 
 
-@pytest.mark.parametrize('coverage', [0.1, 0.25, 0.4])
+@pytest.mark.parametrize('coverage', [0.1, 0.4])
 def test_drops_cover_what_is_asked(coverage):
     shares = [
         degrade('raindrop', scene(480, 720), seed, coverage=(coverage, coverage), radius=(3, 12), **DRY)[1].mean()
@@ -79,9 +66,8 @@ def test_the_film_blurs_and_pales():
 
 def test_defocus_softens_drops():
     def steepest(defocus: float) -> float:
-        opacity = degrade(
-            'raindrop', scene(240, 320), 4, psnr=(18, 18), radius=(9, 9), defocus=(defocus, defocus), **DRY
-        )[1]
+        ranges = {'psnr': (18, 18), 'radius': (9, 9), 'defocus': (defocus, defocus), **DRY}
+        opacity = degrade('raindrop', scene(240, 320), 4, **ranges)[1]
         return float(np.percentile(np.abs(cv2.Sobel(opacity, cv2.CV_32F, 1, 0)), 99))
 
     assert steepest(0.1) > 1.5 * steepest(0.6) > 1.5 * steepest(1.5)
@@ -91,51 +77,39 @@ def test_drops_are_of_many_sizes_and_shapes():
     areas, roundness = drops(size_spread=(0.5, 0.5), irregularity=(1, 1))
     assert len(areas) > 60 and np.percentile(areas, 95) > 10 * np.percentile(areas[areas > 4], 20)
     assert min(roundness) < 0.55 and max(roundness) > 0.8
-
-
-def test_drops_may_be_round_and_of_one_size():
     areas, roundness = drops(size_spread=(0, 0), irregularity=(0, 0), elongation=(1, 1), coverage=(0.05, 0.05))
     assert np.median(roundness) > 0.85
     assert np.percentile(areas, 80) < 1.5 * np.percentile(areas, 30)
 
 
 def test_drops_that_ran_down_are_tall():
-    ranges = {'irregularity': (0, 0), 'elongation': (1, 1), 'coverage': (0.05, 0.05), 'radius': (10, 10), **DRY}
+    ranges = {'irregularity': (0, 0), 'elongation': (1, 1), 'coverage': (0.05, 0.05), 'radius': (10, 10)}
 
     def heights(share: float) -> np.ndarray:
-        _, opacity = degrade('raindrop', scene(480, 720), 5, **ranges, defocus=(0.2, 0.2), trails=(share, share))
-        contours, _ = cv2.findContours((opacity > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        contours = outlines(**ranges, defocus=(0.2, 0.2), trails=(share, share))
         _, _, width, height = np.array([cv2.boundingRect(c) for c in contours if cv2.contourArea(c) > 100]).T
         return height / width
 
     assert np.median(heights(0)) < 1.3 and np.median(heights(1)) > 1.7
 
 
+def outlines(**parameters) -> list[np.ndarray]:
+    _, opacity = degrade('raindrop', scene(480, 720), 5, **DRY, **parameters)
+    return cv2.findContours((opacity > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+
+
 def drops(**parameters) -> tuple[np.ndarray, list[float]]:
     """Return the areas of drops that hardly are out of focus, in pixels, and how round the larger ones are."""
-    ranges = {'radius': (8, 8), 'defocus': (0.3, 0.3), 'coverage': (0.2, 0.2), **DRY, **parameters}
-    _, opacity = degrade('raindrop', scene(480, 720), 5, **ranges)
-    contours, _ = cv2.findContours((opacity > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    contours = outlines(**{'radius': (8, 8), 'defocus': (0.3, 0.3), 'coverage': (0.2, 0.2), **parameters})
     areas = np.array([cv2.contourArea(contour) for contour in contours])
     whole = [contour for contour, area in zip(contours, areas, strict=True) if area > 60]
     return areas, [4 * math.pi * cv2.contourArea(c) / cv2.arcLength(c, True) ** 2 for c in whole]
 
 
 def test_few_large_drops_are_as_wet():
-    shares = [
-        degrade('raindrop', scene(240, 240), seed, coverage=(0.1, 0.1), radius=(26, 26), defocus=(0.2, 0.2), **DRY)[
-            1
-        ].mean()
-        for seed in range(60)
-    ]
+    ranges = {'coverage': (0.1, 0.1), 'radius': (26, 26), 'defocus': (0.2, 0.2), **DRY}
+    shares = [degrade('raindrop', scene(240, 240), seed, **ranges)[1].mean() for seed in range(60)]
     assert np.mean(shares) == pytest.approx(0.1, rel=0.25)
-
-
-def test_light_rain_hardly_changes_images():
-    clean = photo('china')
-    for seed in range(6):
-        wet, _ = degrade('raindrop', clean, seed, psnr=(34, 34), coverage=(0, 0.5))
-        assert psnr(wet, clean) > 25
 
 
 def test_glare_keeps_drops_white_out_of_focus():
@@ -149,14 +123,9 @@ def test_glare_keeps_drops_white_out_of_focus():
 
 
 def test_scale_enlarges_drops():
-    def correlation(scale: float) -> float:
-        opacity = degrade(
-            'raindrop', scene(400, 400), 6, psnr=(18, 18), radius=(4, 9), defocus=(0.5, 0.9), scale=scale, **DRY
-        )[1]
-        opacity = opacity - opacity.mean()
-        return float((opacity[:-10] * opacity[10:]).mean() / (opacity**2).mean())
-
-    assert correlation(3) > correlation(1) + 0.1
+    ranges = {'psnr': (18, 18), 'radius': (4, 9), 'defocus': (0.5, 0.9), **DRY}
+    small, large = (degrade('raindrop', scene(400, 400), 6, scale=scale, **ranges)[1] for scale in (1, 3))
+    assert correlation(large, 10) > correlation(small, 10) + 0.1
 
 
 def test_rays_bend_and_light_is_lost():
@@ -184,6 +153,6 @@ def test_a_drop_turns_the_view_over():
 
 def test_drops_see_sky_above_and_ground_below():
     around = surroundings(np.full((160, 160, 3), 0.5, np.float32), 400.0, 0.95)
-    assert isinstance(around, Surroundings) and around.image.shape == (52, 52, 3)
+    assert around.image.shape == (52, 52, 3)
     np.testing.assert_allclose(around.image, 0.5, atol=1e-6)
     assert around.view[0].mean() > 0.85 and around.view[-1].mean() < 0.35

@@ -9,9 +9,8 @@ from tests.degradations.helpers import degrade, gray
 
 @pytest.mark.parametrize('caster', CASTERS)
 def test_every_caster_covers_about_what_is_asked(caster):
-    shares = [
-        degrade('shadow', gray(480, 720), seed, casters=[caster], coverage=(0.3, 0.3))[1].mean() for seed in range(8)
-    ]
+    ranges = {'casters': [caster], 'coverage': (0.3, 0.3)}
+    shares = [degrade('shadow', gray(480, 720), seed, **ranges)[1].mean() for seed in range(8)]
     assert 0.15 < np.mean(shares) < 0.4
     assert len({round(float(share), 6) for share in shares}) == 8
 
@@ -25,9 +24,6 @@ def test_the_sun_stays_and_the_shadow_loses_light():
     assert left[:, 1].mean() == pytest.approx(0.3, rel=0.25)
     assert left[:, 2].mean() / left[:, 0].mean() == pytest.approx(1.1 / 0.9, rel=0.01)
     assert (shadowed <= image + 1e-6).all()
-
-
-def test_the_loss_is_a_factor_of_light():
     bright, _ = degrade('shadow', gray(value=0.8), 4)
     dark, _ = degrade('shadow', gray(value=0.2), 4)
     np.testing.assert_allclose(bright, 4 * dark, atol=1e-5)
@@ -35,10 +31,8 @@ def test_the_loss_is_a_factor_of_light():
 
 def test_edges_widen():
     def steepest(sigma: float) -> float:
-        masks = [
-            degrade('shadow', gray(480, 720), seed, penumbra=(sigma, sigma), widening=(0, 0), casters=['wall'])[1]
-            for seed in range(4)
-        ]
+        ranges = {'penumbra': (sigma, sigma), 'widening': (0, 0), 'casters': ['wall']}
+        masks = [degrade('shadow', gray(480, 720), seed, **ranges)[1] for seed in range(4)]
         return float(np.mean([max(np.abs(np.diff(mask, axis=axis)).max() for axis in (0, 1)) for mask in masks]))
 
     # A Gaussian edge climbs 1 / (sqrt(2 pi) sigma) a pixel.
