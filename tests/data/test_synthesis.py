@@ -9,23 +9,17 @@ from ast_plugin.data.synthesis import folder_photos, packaged_photos
 from ast_plugin.errors import DataError
 
 
-def test_packaged_photos_are_files_in_colour():
+def test_packaged_photos_and_their_splits():
     photos = packaged_photos()
     assert len(photos) >= 8 and len({photo.name for photo in photos}) == len(photos)
     for photo in photos:
         image = read_rgb(photo.path)
         assert image.ndim == 3 and min(image.shape[:2]) >= 256
         assert (image[..., 0] != image[..., 2]).mean() > 0.5
-
-
-def test_packaged_splits_share_no_scene():
     train, val = packaged_photos('train'), packaged_photos('val')
-    assert len(train) + len(val) == len(packaged_photos())
+    assert len(train) + len(val) == len(photos)
     scenes = [{photo.name.partition('_')[0] for photo in split} for split in (train, val)]
     assert scenes[0] and scenes[1] and not scenes[0] & scenes[1]
-
-
-def test_names_instead_of_a_split():
     assert [photo.name for photo in packaged_photos('train', ['china', 'coffee'])] == ['china', 'coffee']
     with pytest.raises(DataError, match='did you mean china'):
         packaged_photos(names=['chinna'])
@@ -46,17 +40,15 @@ def test_folder_splits_are_by_name_alone(tmp_path):
     before = {split: {p.name for p in folder_photos(tmp_path, 'train', split)} for split in ('train', 'val', 'all')}
     assert before['train'] | before['val'] == before['all'] and not before['train'] & before['val']
     assert 2 <= len(before['val']) <= 16
-    (tmp_path / 'another.jpg').touch()
-    assert before['train'] <= {p.name for p in folder_photos(tmp_path, 'train', 'train')}
-
-
-def test_folder_by_names_and_its_faults(tmp_path):
     (tmp_path / 'a.jpg').touch()
+    assert before['train'] <= {p.name for p in folder_photos(tmp_path, 'train', 'train')}
     assert [p.name for p in folder_photos(tmp_path, 'val', names=['a'])] == ['a']
     assert [p.name for p in folder_photos(tmp_path, 'val', names=['a.jpg'])] == ['a']
     with pytest.raises(DataError, match="no photo 'b'"):
         folder_photos(tmp_path, 'val', names=['b'])
+    (tmp_path / 'one').mkdir()
+    (tmp_path / 'one/a.jpg').touch()
     with pytest.raises(DataError, match=r"datasets\.val: none of the 1 .*'val'.*split: all"):
-        folder_photos(tmp_path, 'val', 'val')  # a.jpg is for training
+        folder_photos(tmp_path / 'one', 'val', 'val')  # a.jpg is for training
     with pytest.raises(DataError, match='no such folder'):
         folder_photos(tmp_path / 'x', 'val')

@@ -13,7 +13,7 @@ def coordinates(height: int, width: int) -> np.ndarray:
     return np.stack([rows, columns, np.zeros_like(rows)], axis=2).astype(np.uint16)
 
 
-@pytest.mark.parametrize(('height', 'width', 'size'), [(7, 9, 4), (5, 5, 5), (4, 8, 4), (3, 9, 4), (1, 6, 3)])
+@pytest.mark.parametrize(('height', 'width', 'size'), [(7, 9, 4), (5, 5, 5), (3, 9, 4)])
 def test_every_offset_is_drawn_and_no_other(height, width, size):
     generator = np.random.default_rng(0)
     drawn = {transforms.random_offset((height, width), size, generator) for _ in range(2000)}
@@ -44,21 +44,14 @@ def test_crops_and_flips_keep_partners_aligned():
 
 @pytest.mark.parametrize(('use_hflip', 'use_rot', 'count'), [(0, 0, 1), (1, 0, 2), (0, 1, 4), (1, 1, 8)])
 def test_symmetries(use_hflip, use_rot, count):
-    image = coordinates(3, 3)
-    generator = np.random.default_rng(0)
+    image, generator, plain = coordinates(3, 3), np.random.default_rng(0), np.random.default_rng(0)
     turned = {transforms.random_flip([image], use_hflip, use_rot, generator)[0].tobytes() for _ in range(300)}
     assert len(turned) == count
+    for _ in range(300):
+        transforms.random_flip([image], False, False, plain)
+    assert generator.random() == plain.random()  # as much is drawn whatever the switches are
     if not use_rot:
         assert turned <= {image.tobytes(), image[:, ::-1].tobytes()}
-
-
-def test_switches_leave_the_generator_alone():
-    after = set()
-    for switch in (False, True):
-        generator = np.random.default_rng(3)
-        transforms.random_flip([coordinates(2, 2)], switch, switch, generator)
-        after.add(int(generator.integers(1 << 60)))
-    assert len(after) == 1
 
 
 @pytest.mark.parametrize(('size', 'shape', 'corner'), [(4, (4, 4), (2, 3)), (9, (8, 9), (0, 0)), (99, (8, 10), (0, 0))])
@@ -88,9 +81,6 @@ def test_bytes_become_the_floats_of_the_file():
     assert transforms.to_unit_range(floats) is floats
     kept.zero_()
     assert levels.any(), 'the tensor must not share memory with the image, which may be a file'
-
-
-def test_what_is_not_of_eight_bits_is_never_kept():
     deep = np.full((2, 2, 3), 65535, np.uint16)
     assert transforms.to_tensor(deep, keep_uint8=True).equal(torch.ones(3, 2, 2))
 
