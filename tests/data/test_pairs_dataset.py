@@ -1,4 +1,4 @@
-"""PairsDataset: what a sample is, what it depends on, and how bad pairs are reported."""
+"""Datasets of pairs: what a sample is, what it depends on, and how bad pairs and photos are reported."""
 
 import pickle
 from pathlib import Path
@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ast_plugin.data.pairs_dataset import PairsDataset
+from ast_plugin.data import pairs_dataset
+from ast_plugin.data.pairs_dataset import PairsDataset, SeededDataset, SyntheticPairsDataset
 from ast_plugin.data.randomness import EpochSampler
+from ast_plugin.degradations import DEGRADATIONS, Degradation
+from ast_plugin.degradations.rain import RainParameters
 from ast_plugin.errors import DataError, OptionError
 
 SIZE = (10, 13)
@@ -21,55 +24,64 @@ def write(path: Path, image: np.ndarray) -> None:
     cv2.imwrite(str(path), image)
 
 
-def coordinates(number: int, clean: int, size: tuple[int, int] = SIZE, dtype=np.uint8) -> np.ndarray:
+def coordinates(number: int, clean: int, size: tuple[int, int] = SIZE) -> np.ndarray:
     """BGR: number of the image and kind, column, row; read back as RGB: row, column, 2 * number + clean."""
     rows, columns = np.mgrid[: size[0], : size[1]]
-    return np.stack([np.full(size, 2 * number + clean), columns, rows], axis=2).astype(dtype)
+    return np.stack([np.full(size, 2 * number + clean), columns, rows], axis=2).astype(np.uint8)
 
 
 @pytest.fixture
 def root(tmp_path) -> Path:
+    """Five pairs."""
     for number in range(5):
         write(tmp_path / f'lq/{number}.png', coordinates(number, 0))
         write(tmp_path / f'gt/{number}.png', coordinates(number, 1))
     return tmp_path
 
 
-def dataset(root: Path, **options) -> PairsDataset:
-    return PairsDataset(
-        {
-            'name': 'Test',
-            'type': 'PairsDataset',
-            'phase': 'train',
-            'gt_size': 4,
-            'scale': 1,
-            'io_backend': {'type': 'disk'},
-            'batch_size_per_gpu': 2,
-            'seed': 7,
-            'dataroot_lq': str(root / 'lq'),
-            'dataroot_gt': str(root / 'gt'),
-            **options,
-        }
-    )
+@pytest.fixture
+def folder(tmp_path) -> str:
+    """Twelve photos that brighten downwards, so that a flip shows."""
+    for number in range(12):
+        image = np.broadcast_to(np.linspace(40, 120, 60)[:, None, None] + number, (60, 80, 3)).astype(np.uint8)
+        write(tmp_path / f'photo{number}.png', image)
+    return str(tmp_path)
+
+
+def pairs(root: Path, **options) -> PairsDataset:
+    roots = {'dataroot_lq': str(root / 'lq'), 'dataroot_gt': str(root / 'gt')}
+    return PairsDataset({'phase': 'train', 'gt_size': 4, 'batch_size_per_gpu': 2, 'seed': 7, **roots, **options})
+
+
+def synthetic(**options) -> SyntheticPairsDataset:
+    return SyntheticPairsDataset({'phase': 'train', 'gt_size': 48, 'seed': 3, **options})
 
 
 def decoded(image: torch.Tensor) -> np.ndarray:
     return (image * 255).round().numpy().astype(int)
 
 
-def test_a_training_sample(root):
-    data = dataset(root)
-    assert len(data) == 5
-    sample = data[3]
+def check_sample(data: SeededDataset, number: int, lq_path: str, gt_path: str) -> None:
+    sample, size = data[number], data.options.gt_size
     assert set(sample) == {'lq', 'gt', 'lq_path', 'gt_path'}
-    assert sample['lq_path'] == str(root / 'lq/3.png') and sample['gt_path'] == str(root / 'gt/3.png')
-    for key in ('lq', 'gt'):
-        assert sample[key].shape == (3, 4, 4) and sample[key].dtype == torch.float32 and sample[key].is_contiguous()
+    assert (sample['lq_path'], sample['gt_path']) == (lq_path, gt_path)
+    for image in (sample['lq'], sample['gt']):
+        assert image.shape == (3, size, size) and image.dtype == torch.float32 and image.is_contiguous()
+        assert image.min() >= 0 and image.max() <= 1
+    assert (sample['lq'] != sample['gt']).any()
+
+
+def test_training_samples(root):
+    data = pairs(root)
+    assert len(data) == 5
+    check_sample(data, 3, str(root / 'lq/3.png'), str(root / 'gt/3.png'))
+    data = synthetic()
+    check_sample(data, 4, f'{data.photos[4].name}.png', str(data.photos[4].path))
 
 
 @pytest.mark.parametrize('gt_size', [4, 16])
 def test_partners_stay_aligned_to_the_pixel(root, gt_size):
-    data = dataset(root, gt_size=gt_size)
+    data = pairs(root, gt_size=gt_size)
     for epoch in range(8):
         for position in range(5):
             sample = data[epoch, position]
@@ -78,56 +90,56 @@ def test_partners_stay_aligned_to_the_pixel(root, gt_size):
             assert (lq[2] == 2 * position).all() and (gt[2] == 2 * position + 1).all()
 
 
-def test_samples_depend_on_seed_and_index(root):
+@pytest.mark.parametrize('kind', ['pairs', 'synthetic'])
+def test_samples_depend_on_seed_and_index(root, kind):
     def patches(seed: int, epoch: int, positions: range) -> bytes:
-        data = dataset(root, seed=seed)
+        data = pairs(root, seed=seed) if kind == 'pairs' else synthetic(seed=seed)
         return b''.join(data[epoch, position]['lq'].numpy().tobytes() for position in positions)
 
-    first = patches(7, 0, range(5))
-    assert first == patches(7, 0, range(5))
-    others = {patches(8, 0, range(5)), patches(7, 1, range(5)), patches(7, 0, range(5, 10))}
+    first = patches(7, 0, range(3))
+    assert first == patches(7, 0, range(3))
+    others = {patches(8, 0, range(3)), patches(7, 1, range(3)), patches(7, 0, range(10, 13))}
     assert len(others | {first}) == 4
-    data = dataset(root)
+    data = pairs(root)
     assert torch.equal(data[2]['lq'], data[0, 2]['lq'])
     assert data[0, 7]['lq_path'] == data[2]['lq_path']
 
 
-def epoch_of(data: PairsDataset, workers: int, epoch: int = 1) -> list[dict]:
-    sampler = EpochSampler(data, 1, 0, ratio=2)
-    sampler.set_epoch(epoch)
-    return list(DataLoader(data, batch_size=2, sampler=sampler, num_workers=workers, drop_last=True))
-
-
 def test_workers_change_nothing_and_epochs_differ(root):
-    data = dataset(root)
-    alone, helped = epoch_of(data, 0), epoch_of(data, 2)
+    data = pairs(root)
+
+    def batches(workers: int, epoch: int = 1) -> list[dict]:
+        sampler = EpochSampler(data, 1, 0, ratio=2)
+        sampler.set_epoch(epoch)
+        return list(DataLoader(data, batch_size=2, sampler=sampler, num_workers=workers, drop_last=True))
+
+    alone, helped = batches(0), batches(2)
     assert len(alone) == len(helped) == 5
     for one, other in zip(alone, helped, strict=True):
         assert one['lq_path'] == other['lq_path']
         assert torch.equal(one['lq'], other['lq']) and torch.equal(one['gt'], other['gt'])
-    assert any(not torch.equal(one['lq'], other['lq']) for one, other in zip(alone, epoch_of(data, 0, 2), strict=True))
+    assert any(not torch.equal(one['lq'], other['lq']) for one, other in zip(alone, batches(0, 2), strict=True))
 
 
 @pytest.mark.parametrize('phase', ['val', 'test'])
 def test_validation_takes_whole_images_or_centres(root, phase):
-    data = dataset(root, phase=phase)
-    whole = data[1]
+    whole = pairs(root, phase=phase)[1]
     assert np.array_equal(decoded(whole['gt']), coordinates(1, 1).transpose(2, 0, 1)[::-1])
-    centre = dataset(root, phase=phase, center_crop=4)[1]
+    centre = pairs(root, phase=phase, center_crop=4)[1]
     assert torch.equal(centre['lq'], whole['lq'][:, 3:7, 4:8])
-    assert torch.equal(dataset(root, phase=phase, center_crop=99)[1]['lq'], whole['lq'])
+    assert torch.equal(pairs(root, phase=phase, center_crop=99)[1]['lq'], whole['lq'])
 
 
 def test_sixteen_bits_are_kept(tmp_path):
     levels = (np.arange(64 * 3).reshape(8, 8, 3) * 331).astype(np.uint16)
     for folder in ('lq', 'gt'):
         write(tmp_path / folder / 'a.png', levels)
-    back = dataset(tmp_path, phase='val')[0]['gt'].double() * 65535
+    back = pairs(tmp_path, phase='val')[0]['gt'].double() * 65535
     assert np.array_equal(back.round().numpy(), levels[..., ::-1].transpose(2, 0, 1))
 
 
 def test_iteration_ends_and_the_dataset_travels(root):
-    data = dataset(root)
+    data = pairs(root)
     assert len(list(data)) == 5
     with pytest.raises(IndexError, match='5 images'):
         data[5]
@@ -138,7 +150,7 @@ def test_iteration_ends_and_the_dataset_travels(root):
 def test_different_sizes_name_both_files(root, workers):
     write(root / 'gt/4.png', coordinates(4, 1, (10, 12)))
     with pytest.raises(DataError) as caught:
-        list(DataLoader(dataset(root), num_workers=workers))
+        list(DataLoader(pairs(root), num_workers=workers))
     message = str(caught.value)
     assert message.startswith('datasets.train: ') and 'Traceback' not in message
     assert f'{root}/lq/4.png has 13x10' in message and f'{root}/gt/4.png has 12x10' in message
@@ -148,10 +160,10 @@ def test_different_sizes_name_both_files(root, workers):
 def test_an_unreadable_file_names_the_pair(root, content):
     broken = root / 'lq/2.png'
     broken.write_bytes((root / 'lq/2.png').read_bytes()[:40] if content is None else content)
-    data = dataset(root, phase='val')
+    data = pairs(root, phase='val')
     with pytest.raises(DataError) as caught:
         data[2]
-    assert all(part in str(caught.value) for part in ('datasets.val', str(broken), str(root / 'gt/2.png')))
+    assert all(part in str(caught.value) for part in ('datasets.val: ', str(broken), str(root / 'gt/2.png')))
     data[1]
 
 
@@ -166,16 +178,98 @@ def test_an_unreadable_file_names_the_pair(root, content):
         ({'dataroot': 'x'}, 'does not use dataroot'),
         ({'layout': 'Spad', 'dataroot_lq': None, 'dataroot_gt': None}, 'did you mean spad'),
         ({'use_rot': 'sometimes'}, r'datasets\.train\.use_rot'),
+        ({'gt_size': -1, 'gt_sizes': 3}, r'(?s)gt_size: .*\n.*gt_sizes: '),  # all at once
     ],
 )
 def test_bad_options_name_the_key(root, options, expected):
     with pytest.raises(OptionError, match=expected):
-        dataset(root, **options)
+        pairs(root, **options)
 
 
-def test_every_fault_of_options_is_told_at_once(root):
-    options = {'phase': 'train', 'gt_size': -1, 'gt_sizes': 3}
-    with pytest.raises(OptionError) as caught:
-        PairsDataset(options)
-    assert len(str(caught.value).splitlines()) >= 2
-    assert options == {'phase': 'train', 'gt_size': -1, 'gt_sizes': 3}
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({'degradation': {'type': 'fog'}}, r'datasets\.train\.degradation.*rain'),
+        ({'source': 'folder'}, 'dataroot_gt'),
+        ({'dataroot_gt': 'x'}, 'source: folder'),
+        ({'split': 'test'}, r'datasets\.train\.split'),
+        ({'photos': []}, r'datasets\.train\.photos'),
+        ({'io_backend': {'type': 'lmdb'}}, r'datasets\.train\.io_backend\.type: '),
+    ],
+)
+def test_bad_options_of_photos_name_the_key(options, expected):
+    with pytest.raises(OptionError, match=expected):
+        synthetic(**options)
+
+
+def test_validation_on_photos_never_changes():
+    one, other = synthetic(phase='val', seed=1), synthetic(phase='val', seed=2)
+    assert not {photo.name for photo in one.photos} & {photo.name for photo in synthetic().photos}
+    assert torch.equal(one[0]['lq'], other[5, 0]['lq'])
+    photo = cv2.imread(one[1]['gt_path'])
+    assert np.array_equal(decoded(one[1]['gt']), photo[..., ::-1].transpose(2, 0, 1))
+
+
+def test_pairs_of_a_photo_have_own_names():
+    data = synthetic(phase='val', num_per_photo=3, center_crop=32)
+    samples = list(data)
+    assert len(samples) == 3 * len(data.photos)
+    assert len({sample['lq_path'] for sample in samples}) == len(data)
+    assert len({sample['lq'].numpy().tobytes() for sample in samples}) == len(data)
+    assert samples[0]['gt'].shape == (3, 32, 32) and torch.equal(samples[0]['gt'], samples[2]['gt'])
+
+
+def test_rain_falls_down_in_flipped_photos(folder):
+    rain = {'angle': [20, 20], 'angle_spread': 0, 'veil': [0, 0]}
+    streaks = synthetic(photos=['rocket'], gt_size=96, degradation=rain)
+    for epoch in range(6):
+        sample = streaks[epoch, 0]
+        layer = ((sample['lq'] - sample['gt']) / (1 - sample['gt']).clamp(min=0.05)).mean(dim=0).numpy()
+        dx, dy = cv2.Sobel(layer, cv2.CV_32F, 1, 0), cv2.Sobel(layer, cv2.CV_32F, 0, 1)
+        assert float((dx * dy).sum()) < 0  # leaning to one side, whatever the flip
+    data = synthetic(source='folder', dataroot_gt=folder, split='all')
+    patches = [data[epoch, 0]['gt'] for epoch in range(20)]
+    falls = {float(torch.sign(gt[0, -1, 0] - gt[0, 0, 0])) for gt in patches}
+    assert len(falls) == 3  # down, up, and across
+
+
+def test_a_margin_is_cut_off_again(folder, monkeypatch):
+    shapes = []
+
+    def apply(image, generator, parameters):
+        shapes.append(image.shape)
+        return image, image[..., 0]
+
+    monkeypatch.setitem(DEGRADATIONS, 'rain', Degradation(RainParameters, apply, margin=5))
+    data = synthetic(source='folder', dataroot_gt=folder, gt_size=20)
+    samples = [data[epoch, 0] for epoch in range(30)]
+    assert set(shapes) == {(30, 30, 3)}
+    assert all(torch.equal(sample['lq'], sample['gt']) and sample['lq'].shape == (3, 20, 20) for sample in samples)
+
+
+def test_photos_are_decoded_once_while_they_fit(folder, monkeypatch):
+    reads = []
+    image = np.zeros((60, 80, 3), np.uint8)
+    monkeypatch.setattr(pairs_dataset, 'read_rgb', lambda path: reads.append(path) or image)
+    data = synthetic(source='folder', dataroot_gt=folder, split='all')
+    for _ in range(3):
+        data[0]
+    assert len(reads) == 1
+    monkeypatch.setattr(pairs_dataset, 'CACHE_BYTES', image.nbytes + 1)
+    for _ in range(3):
+        data[1]
+    assert len(reads) == 4
+
+
+def test_an_unreadable_photo_names_phase_and_file(folder):
+    Path(folder, 'photo0.png').write_bytes(b'nothing')
+    with pytest.raises(DataError, match=r'datasets\.train: .*photo0\.png'):
+        synthetic(source='folder', dataroot_gt=folder, photos=['photo0'])[0]
+
+
+def test_some_patches_stay_clean_or_get_darker():
+    options = {'seed': 0, 'gt_size': 32, 'num_per_photo': 20, 'clean_share': 0.4}
+    darker, plain = synthetic(**options, gamma=[1.5, 2.5]), synthetic(**options)
+    samples = [darker[number] for number in range(40)]
+    assert 6 <= sum(torch.equal(sample['lq'], sample['gt']) for sample in samples) <= 28
+    assert np.mean([float(samples[number]['gt'].mean() - plain[number]['gt'].mean()) for number in range(40)]) < -0.05
