@@ -149,8 +149,10 @@ def test_iteration_ends_and_the_dataset_travels(root):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_different_sizes_name_both_files(root, workers):
     write(root / 'gt/4.png', coordinates(4, 1, (10, 12)))
+    samples = iter(DataLoader(pairs(root), num_workers=workers))
     with pytest.raises(DataError) as caught:
-        list(DataLoader(pairs(root), num_workers=workers))
+        list(samples)
+    list(samples)  # ends the worker, which torch otherwise waits five seconds for
     message = str(caught.value)
     assert message.startswith('datasets.train: ') and 'Traceback' not in message
     assert f'{root}/lq/4.png has 13x10' in message and f'{root}/gt/4.png has 12x10' in message
