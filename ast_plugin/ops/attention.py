@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ast_plugin.errors import OptionError, ShapeError
-from ast_plugin.ops.windows import check_windows, keep_shape_in_trace, relative_position_index, shift_mask
+from ast_plugin.ops.windows import check_size, keep_shape_in_trace, relative_position_index, shift_mask
 
 ATTENTION_KINDS = ('assa', 'dense', 'sparse', 'sparse_relu', 'topk')
 
@@ -52,8 +52,14 @@ class Attention(NamedTuple):
 
     def check(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Raise ShapeError unless map, parameters and mask go together: a kernel would read what is not there."""
-        check_windows(x.shape, self.num_heads, self.window, self.shift)
+        if x.ndim != 4:
+            raise ShapeError(f'expected a map [B, H, W, C], got {list(x.shape)}')
         B, H, W, C = x.shape
+        if not 0 <= self.shift < self.window:
+            raise ShapeError(f'a shift of {self.shift} is not in [0, {self.window}), the window')
+        if C % self.num_heads:
+            raise ShapeError(f'{C} channels do not divide into {self.num_heads} heads')
+        check_size(H, W, self.window)
         tokens, num_windows = self.window**2, (H // self.window) * (W // self.window)
         expected = {
             'weight of the queries': (self.q, (C, C)),

@@ -13,19 +13,8 @@ from ast_plugin.errors import ShapeError
 MASKED = -100.0  # added to the score of a pair that must not attend; the official network's value, kept for parity
 
 
-def check_windows(shape: torch.Size, num_heads: int, window: int, shift: int) -> None:
-    """Raise ShapeError unless a map [B, H, W, C] divides into windows and heads, and the shift is within a window."""
-    if len(shape) != 4:
-        raise ShapeError(f'expected a map [B, H, W, C], got {list(shape)}')
-    _, H, W, C = shape
-    if not 0 <= shift < window:
-        raise ShapeError(f'a shift of {shift} is not in [0, {window}), the window')
-    if C % num_heads:
-        raise ShapeError(f'{C} channels do not divide into {num_heads} heads')
-    _check_size(H, W, window)
-
-
-def _check_size(H: int, W: int, window: int) -> None:
+def check_size(H: int, W: int, window: int) -> None:
+    """Raise ShapeError unless a map divides into windows."""
     if not H or not W or H % window or W % window:
         raise ShapeError(f'a {H}x{W} map does not divide into windows of {window}x{window}: pad it first')
 
@@ -54,7 +43,7 @@ def partition_windows(x: Tensor, window: int) -> Tensor:
     Raises:
         ShapeError: if H or W is not a multiple of `window`, the side of a window.
     """
-    _check_size(*x.shape[1:3], window)
+    check_size(*x.shape[1:3], window)
     return rearrange(x, 'b (h y) (w x) c -> (b h w) (y x) c', y=window, x=window)
 
 
@@ -185,12 +174,10 @@ def keep_shape_in_trace(x: Tensor, shape: Sequence[int]) -> Tensor:
     """
     if not torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # ONNX states the shapes of its inputs
         return x
-    return _scripted_check()(x, [int(side) for side in shape])
+    return _script(_check_shape)(x, [int(side) for side in shape])
 
 
-@cache
-def _scripted_check() -> Callable:
-    return torch.jit.script(_check_shape)
+_script = cache(torch.jit.script)
 
 
 def _check_shape(x: Tensor, shape: list[int]) -> Tensor:

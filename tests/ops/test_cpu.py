@@ -11,14 +11,7 @@ from .op_cases import as_leaves, attention_case, check, feed_forward_case
 # Images, height, width: sides that are odd, longer one way, shorter than a strip; several images in a strip.
 MAPS = [(2, 9, 7), (1, 1, 5), (1, 21, 3), (5, 2, 3)]
 # Images, size, window, shift: one window, one row of them, windows of one token.
-WINDOWS = [
-    (2, (8, 12), 4, 2),
-    (1, (4, 4), 4, 1),
-    (3, (6, 3), 3, 0),
-    (1, (20, 10), 5, 3),
-    (1, (4, 16), 4, 2),
-    (1, (3, 2), 1, 0),
-]
+WINDOWS = [(2, (8, 12), 4, 2), (1, (4, 4), 4, 1), (3, (6, 3), 3, 0), (1, (20, 10), 5, 3), (1, (3, 2), 1, 0)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 CASES = {'frfn': lambda: feed_forward_case('frfn', (8, 8)), 'assa': lambda: attention_case((8, 8), 4, 2)}
 
@@ -31,39 +24,40 @@ def _strips(request, monkeypatch):
         monkeypatch.setattr(operators, 'STRIP_BYTES', 1)
 
 
-@pytest.fixture(params=['AVX512', 'AVX2', 'plain'])
-def _operators(request, monkeypatch):
-    """With oneDNN's operators, GELUs within or apart by the processor, and as where they are missing."""
-    if request.param == 'plain':
+# With oneDNN's operators, GELUs within or apart by the processor, and as where they are missing.
+OPERATORS = [(torch.float64, 'plain'), *((dtype, kind) for dtype in DTYPES[1:] for kind in ('AVX512', 'plain'))]
+
+
+@pytest.fixture(params=[*OPERATORS, (torch.float32, 'AVX2')], ids=str)
+def dtype(request, monkeypatch):
+    """What is computed in, by the operators of some processor."""
+    dtype, kind = request.param
+    if kind == 'plain':
         monkeypatch.setattr(operators, 'has_onednn', lambda dtype: False)
     else:
-        monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: request.param)
+        monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: kind)
+    return dtype
 
 
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('shape', MAPS, ids=str)
-@pytest.mark.parametrize(('residual', 'is_scaled'), [(False, False), (True, False), (True, True)])
-@pytest.mark.usefixtures('_strips', '_operators')
-def test_frfn_by_shape(dtype, shape, residual, is_scaled, tolerances):
+@pytest.mark.parametrize('is_scaled', [False, True])
+@pytest.mark.usefixtures('_strips')
+def test_frfn_by_shape(dtype, shape, is_scaled, tolerances):
     batch, *size = shape
-    case = feed_forward_case('frfn', size, batch=batch, residual=residual, is_scaled=is_scaled)
+    check('fused', feed_forward_case('frfn', size, batch=batch, is_scaled=is_scaled), dtype, tolerances[dtype])
+
+
+@pytest.mark.parametrize('kind', ['frfn', 'leff', 'mlp'])
+@pytest.mark.parametrize('is_bare', [False, True])
+@pytest.mark.usefixtures('_strips')
+def test_feed_forward_by_kind(dtype, kind, is_bare, tolerances):
+    case = feed_forward_case(kind, (6, 5), bias=not is_bare, residual=not is_bare)
     check('fused', case, dtype, tolerances[dtype])
 
 
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('kind', ['frfn', 'leff', 'mlp'])
-@pytest.mark.parametrize('residual', [False, True])
-@pytest.mark.parametrize('bias', [False, True])
-@pytest.mark.usefixtures('_strips')
-def test_feed_forward_by_kind(dtype, kind, residual, bias, tolerances):
-    check('fused', feed_forward_case(kind, (6, 5), bias=bias, residual=residual), dtype, tolerances[dtype])
-
-
 @pytest.mark.parametrize('strip_bytes', [operators.STRIP_BYTES, 1])
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('shape', WINDOWS, ids=str)
 @pytest.mark.parametrize('masks', [0, 1, 2], ids=['no mask', 'one mask', 'mask of each image'])
-@pytest.mark.usefixtures('_operators')
 def test_assa_by_shape(dtype, shape, masks, strip_bytes, tolerances, monkeypatch):
     monkeypatch.setattr(operators, 'STRIP_BYTES', strip_bytes)
     batch, size, window, shift = shape
@@ -72,12 +66,11 @@ def test_assa_by_shape(dtype, shape, masks, strip_bytes, tolerances, monkeypatch
     check('fused', attention_case(size, window, shift, batch=batch, mask=mask), dtype, tolerances[dtype])
 
 
-@pytest.mark.parametrize('dtype', DTYPES[:2], ids=str)
 @pytest.mark.parametrize('kind', ops.ATTENTION_KINDS)
-@pytest.mark.parametrize('residual', [False, True])
-@pytest.mark.parametrize('bias', [False, True])
-def test_attention_by_kind(dtype, kind, residual, bias, tolerances):
-    check('fused', attention_case((8, 12), 4, 2, kind, bias=bias, residual=residual), dtype, tolerances[dtype])
+@pytest.mark.parametrize('is_bare', [False, True])
+def test_attention_by_kind(dtype, kind, is_bare, tolerances):
+    case = attention_case((8, 12), 4, 2, kind, bias=not is_bare, residual=not is_bare)
+    check('fused', case, dtype, tolerances[dtype])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +85,6 @@ def test_parameters_may_be_missing(case, missing, tolerances):
     check('fused', (function, some), torch.float64, tolerances[torch.float64])
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.usefixtures('_strips')
 def test_output_may_be_changed_in_place(case, dtype):

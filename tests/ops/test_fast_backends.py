@@ -94,8 +94,8 @@ def test_checkpointed_callers(fast, case):
 
 
 @pytest.mark.parametrize('choice', ['auto', 'by name'])
-def test_compiled_callers(fast, case, choice):
-    function, tensors = case
+def test_compiled_callers(fast, choice):
+    function, tensors = CASES['assa']()
     leaves = as_leaves(tensors, fast.dtype, fast.device)
     torch.compiler.reset()
     with ops.use_backend('auto' if choice == 'auto' else None):

@@ -12,7 +12,6 @@ parameters add up in float32 over groups, in an order that shapes and the number
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from ast_plugin.ops import attention as plain
 from ast_plugin.ops.attention import Attention, attention_weights
 from ast_plugin.ops.backend import Residual, Tensors
 from ast_plugin.ops.cpu.operators import Branch, Strip, cut_strips, linear, norm, outer_sum, run_branch
-from ast_plugin.ops.windows import MASKED, relative_position_index
+from ast_plugin.ops.windows import relative_position_index, shift_mask
 
 
 def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None, residual: Residual | None = None) -> Tensor:
@@ -113,7 +112,8 @@ class _AttentionBranch(Branch):
         scores = torch.baddbmm(bias, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=d**-0.5)
         scores = scores.reshape(heads, group.num_images, -1, self.x.shape[2] // window, T, T)
         if shift:
-            below, beside, corner = (mask.to(self.core) for mask in _edge_masks(window, shift))
+            # Windows of the last row and column alone are masked, as those of the smallest map that has both.
+            _, beside, below, corner = shift_mask((2 * window, 2 * window), window, shift, scores.device).to(self.core)
             scores[:, :, :, -1] += beside
             if group.edges[1]:
                 scores[:, :, -1, :-1] += below
@@ -209,19 +209,6 @@ class _AttentionBranch(Branch):
         # softmax: P · (dP − Σ dP · P), with dP the dense share of the gradient; relu²: 2 · relu · its share of it
         d_scores = d_dense.addcmul_(dense, per_row, value=-1).mul_(dense_share).add_(d_sparse.mul_(2 * sparse_share))
         return dense.mul_(dense_share).addcmul_(positive, positive.mul(sparse_share)), d_scores
-
-
-@lru_cache(maxsize=32)
-def _edge_masks(window: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks of a shifted map's last row of windows, last column, and the corner between: [window**2, window**2].
-
-    They are those of `windows.shift_mask`, of which all other windows have zeros. Shared, not to be written to.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        came_over = torch.arange(window, device='cpu') >= window - shift
-        rows, columns = came_over.repeat_interleave(window), came_over.repeat(window)
-        below, beside = (part[:, None] != part[None, :] for part in (rows, columns))
-        return tuple(MASKED * where.float() for where in (below, beside, below | beside))
 
 
 def _read_rolled(x: Tensor, group: Strip, shift: int) -> Tensor:

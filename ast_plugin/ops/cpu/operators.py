@@ -8,7 +8,6 @@ PyTorch does the same work where they are missing.
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -196,13 +195,6 @@ def cut_strips(B: int, H: int, bytes_per_row: int, unit: int = 1) -> Iterator[St
             yield Strip(image, 1, first, min(H, first + rows), H)
 
 
-def without_autocast() -> contextlib.AbstractContextManager:
-    """A context in which operators take tensors as they are."""
-    if not torch.is_autocast_enabled('cpu'):
-        return contextlib.nullcontext()
-    return torch.autocast('cpu', enabled=False)
-
-
 def norm(x: Tensor, residual: Residual | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows of a map as linear layers take them, and of the norm before them, where there is one, mean and 1 / std."""
     if residual is None:
@@ -256,13 +248,13 @@ class _BranchKernel:
         return self.branch(self, x, mask, residual, self.branch.prepare(op, self.dtype))
 
     def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensors]:
-        with without_autocast():
+        with torch.autocast('cpu', enabled=False):
             return self.start(*tensors).forward_keeping()
 
     def backward(self, grad: Tensor, needed: Sequence[bool], tensors: Tensors, kept: Tensors) -> Tensors:
         names = 'x', 'mask', 'scale', 'norm_weight', 'norm_bias', *self.op._fields[: len(self.op.tensors)]
         wanted = {name for name, is_needed in zip(names, needed, strict=True) if is_needed}
-        with without_autocast():
+        with torch.autocast('cpu', enabled=False):
             gradients = self.start(*tensors).backward(grad, wanted, kept)
         named = zip(names, tensors, strict=True)
         return [gradients[name].to(tensor.dtype) if name in wanted else None for name, tensor in named]
@@ -270,7 +262,7 @@ class _BranchKernel:
     def reference(self, *tensors: Tensor | None) -> Tensor:
         x, mask, residual, op = self._unpack(tensors)
         masks = () if mask is None else (mask,)
-        with torch.autocast('cpu', self.dtype) if self.in_autocast else without_autocast():
+        with torch.autocast('cpu', self.dtype, enabled=self.in_autocast):
             return with_residual(lambda x: self.branch.plain(x, op, *masks), x, residual)
 
     def _unpack(self, tensors: Tensors) -> tuple[Tensor, Tensor | None, Residual | None, Attention | FeedForward]:
@@ -288,6 +280,6 @@ def run_branch(
     tensors = x, mask, scale, weight, bias, *op.tensors
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return run_kernel(kernel, *tensors)
-    with without_autocast():
+    with torch.autocast('cpu', enabled=False):
         layers = make_once(lambda: branch.prepare(op, kernel.dtype), op.tensors, branch, kernel.dtype, kernel.op)
         return branch(kernel, x, mask, residual, layers).forward()
