@@ -19,13 +19,7 @@ from tests.archs.tiny_networks import AST as SMALL_AST
 from tests.archs.tiny_networks import RRDBNET, SWINIR, excite, rule
 
 SWINIR_7 = {**SWINIR, 'window_size': 7, 'img_size': 28}
-PICKY = {
-    'SwinIR': SWINIR,
-    'SwinIR 7': SWINIR_7,
-    'RRDBNet 1': RRDBNET,
-    'RRDBNet 2': {**RRDBNET, 'scale': 2},
-    'SwinIR x2': {**SWINIR, 'upscale': 2, 'upsampler': 'pixelshuffledirect'},
-}
+TILED = {'type': 'tiled', 'tile': 30, 'overlap': 5}
 MIXED = {'type': 'Mixed', 'base': SWINIR, 'mix': [rule('**.attn')]}
 
 
@@ -33,15 +27,19 @@ def random(height, width, channels=3, batch=1):
     return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize('options', PICKY.values(), ids=PICKY)
-@pytest.mark.parametrize('protocol', [*PROTOCOLS, {'type': 'tiled', 'tile': 30, 'overlap': 5}], ids=str)
-def test_protocols_restore_any_size(options, protocol):
-    network = load_network(options)
-    image = random(37, 50)
-    restored = read_protocol(protocol).restore(network, image)
-    scale = 2 if 'upscale' in options and options['upscale'] == 2 else options.get('scale', 1)
-    scale = scale if options['type'] == 'RRDBNet' or 'upsampler' in options else 1
-    assert restored.shape == (1, 3, scale * 37, scale * 50)
+@pytest.mark.parametrize(
+    ('options', 'scale', 'protocols'),
+    [
+        (SWINIR_7, 1, [*PROTOCOLS, TILED]),
+        (RRDBNET, 1, ['whole', TILED]),
+        ({**RRDBNET, 'scale': 2}, 2, ['whole', TILED]),
+        ({**SWINIR, 'upscale': 2, 'upsampler': 'pixelshuffledirect'}, 2, ['whole', TILED]),
+    ],
+)
+def test_protocols_restore_any_size(options, scale, protocols):
+    network, image = load_network(options), random(37, 50)
+    for protocol in protocols:
+        assert read_protocol(protocol).restore(network, image).shape == (1, 3, scale * 37, scale * 50), protocol
 
 
 @pytest.mark.parametrize('size', [(1, 1), (3, 2), (37, 50)])
@@ -54,23 +52,17 @@ def test_any_size_is_the_padded_network(options, size):
         assert torch.equal(PROTOCOLS['whole'].restore(network, image), want.clamp(0, 1))
 
 
-def test_any_size_leaves_fitting_networks():
+def test_any_size_wraps_picky_networks_once(monkeypatch):
     network = build_network(SMALL_AST)
     assert any_size(network) is network
     picky = build_network(SWINIR)
     assert isinstance(any_size(picky), AnySize)
-    assert any_size(any_size(picky)).network is picky
+    monkeypatch.setattr('ast_plugin.archs.networks.try_sizes', None)  # sizes are tried once
+    assert any_size(any_size(picky)).network is picky and any_size(picky).size_multiple == 4
 
 
-def test_any_size_tries_a_network_once(monkeypatch):
-    network = load_network(SWINIR)
-    any_size(network)
-    monkeypatch.setattr('ast_plugin.archs.networks.try_sizes', None)
-    assert any_size(network).size_multiple == 4
-
-
-@pytest.mark.parametrize('options', [SWINIR, RRDBNET], ids=lambda options: options['type'])
-def test_infer_any_size(options, tmp_path, capsys):
+def test_infer_any_size(tmp_path):
+    options = SWINIR
     image = np.random.default_rng(0).integers(0, 256, (37, 50, 3), 'uint8')
     (tmp_path / 'a.png').write_bytes(encode_image(tmp_path / 'a.png', ImageFile(image)))
     save_torch(tmp_path / 'w.pth', {'params': build_network(options).state_dict()})
@@ -94,22 +86,21 @@ def traced(network, size, dtype=torch.float32):
 OTHERS = [random(16, 16, batch=2), random(32, 32), random(32, 8), random(8, 32), random(20, 37), random(4, 4, batch=4)]
 
 
-@pytest.mark.parametrize('size', [(16, 16), (13, 22)])
 @pytest.mark.parametrize(
-    'network',
+    ('network', 'size'),
     [
-        lambda: load_network(MIXED),
-        lambda: load_network({**MIXED, 'mix': [rule('**.mlp', 'FRFN')]}),
-        lambda: any_size(load_network(SWINIR)),
-        lambda: any_size(load_network(RRDBNET)),
+        (lambda: load_network(MIXED), (13, 22)),
+        (lambda: load_network({**MIXED, 'mix': [rule('**.mlp', 'FRFN')]}), (16, 16)),
+        (lambda: any_size(load_network(SWINIR)), (13, 22)),
+        (lambda: any_size(load_network(RRDBNET)), (13, 22)),
     ],
     ids=['mixed attention', 'mixed ffn', 'padded SwinIR', 'padded RRDBNet'],
 )
-def test_trace_of_others_is_right_or_raises(network, size):
+def test_trace_of_others_is_right_or_raises(network, size, tmp_path):
     torch.manual_seed(0)
     network = excite(network())
-    trace = traced(network, size)
-    num_raised = 0
+    traced(network, size).save(tmp_path / 'trace.pt')
+    trace, num_raised = torch.jit.load(tmp_path / 'trace.pt'), 0
     for image in [random(*size), *OTHERS]:
         with torch.no_grad():
             try:
@@ -122,8 +113,7 @@ def test_trace_of_others_is_right_or_raises(network, size):
     assert num_raised >= len(OTHERS) - 1
 
 
-@pytest.mark.parametrize('attention', ['topk', 'assa'])
-@pytest.mark.parametrize('size', [(32, 32), (13, 22)])
+@pytest.mark.parametrize(('attention', 'size'), [('topk', (13, 22)), ('assa', (32, 32))])
 def test_trace_of_ast_takes_any_size(attention, size):
     torch.manual_seed(0)
     network = excite(AST(**{key: value for key, value in SMALL_AST.items() if key != 'type'}, attention=attention))
@@ -142,9 +132,3 @@ def test_trace_of_topk_refuses_other_windows():
     assert torch.equal(trace(scores), attention_weights(scores, 'topk'))
     with pytest.raises(torch.jit.Error, match='traced for'):
         trace(torch.rand(2, 8, 8))
-
-
-def test_saved_trace_raises_at_other_sizes(tmp_path):
-    traced(load_network(MIXED), (16, 16)).save(tmp_path / 'mixed.pt')
-    with pytest.raises(torch.jit.Error, match='this network was traced for'):
-        torch.jit.load(tmp_path / 'mixed.pt')(random(32, 32))

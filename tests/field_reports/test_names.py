@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 import ast_plugin
 from ast_plugin import errors, names
 from ast_plugin.cli.main import main
-from ast_plugin.compare import measure, plots, report
+from ast_plugin.compare import measure, report
 from ast_plugin.data.contact_sheet import Cell, draw_contact_sheet
 from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults
 from ast_plugin.models import run_log
@@ -47,9 +47,6 @@ ODD = {
 }
 
 
-SYMBOLS = frozenset(map(chr, range(0x2190, 0x2B00)))
-
-
 @pytest.fixture(params=ODD.values(), ids=ODD)
 def odd(request):
     return request.param
@@ -61,28 +58,28 @@ def _told_nothing():
     names._warn_of_fonts.cache_clear()
 
 
+def write_pair(folder, name, side=16):
+    """One more pair in folder/lq and folder/gt; returns their paths."""
+    pair = folder / 'lq' / name, folder / 'gt' / name
+    for value, path in enumerate(pair, 80):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cv2.imencode('.png', np.full((side, side, 3), value, np.uint8))[1].tobytes())
+    return pair
+
+
 def is_clean(text: str) -> bool:
     return text.encode() and '\n' not in text and not any(map(re.compile(r'[\x00-\x1f\x7f-\x9f\u202e]').search, text))
 
 
-def test_printable_is_one_line_of_text(odd):
+def test_name_as_text_and_file(odd):
     assert is_clean(names.printable(odd))
     assert names.printable('Grün 雨 é ñ') == 'Grün 雨 é ñ'
-
-
-def test_markdown_keeps_its_columns(odd):
     lines = names.to_markdown([['name', 'psnr'], [odd, '30.00']]).split('\n')
     assert len(lines) == 3 and all(len(re.findall(r'(?<!\\)\|', line)) == 3 for line in lines)
     assert not re.search(r'(?<!\\)[<`*$]', lines[2])
-
-
-def test_file_name_fits_everywhere(odd):
     name = names.file_name(odd, '_20000.png')
     assert len(os.fsencode(name)) <= 255 and name.endswith('_20000.png')
     assert names.file_name(odd + 'y', '_20000.png') != name
-
-
-def test_seed_of_any_name(odd):
     assert 0 <= names.seed_of(odd) < 2**32
     assert names.seed_of('grün') == names.zlib.crc32('grün'.encode())  # pairs made before stay as they are
 
@@ -91,10 +88,9 @@ def test_curve_is_drawn():
     iterations, values = np.arange(1, 5), np.array([4.0, 3.0, 2.0, 1.0])
     columns = {name.replace('/', '_'): (iterations, values) for name in ['lr', *ODD.values()]}
     columns |= {f'{name}/{ODD["tex"]}': (iterations, values) for name in ODD.values()}
-    with warnings.catch_warnings(record=True) as raised:
-        warnings.simplefilter('always')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
         assert draw_curve(columns, ODD['mathematics'], ODD['tex']).startswith(b'\x89PNG')
-    assert not raised
 
 
 @pytest.mark.parametrize('first', [0, 5, 8])
@@ -111,7 +107,7 @@ def test_comparison_is_drawn(first, caplog):
         columns[f'{odd[1]}/{odd[0]}'] = columns['val/psnr']
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter('always')
-        drawn = plots.draw_all(found, lines, f'{odd[1]}/{odd[0]}')
+        drawn = report.draw_all(found, lines, f'{odd[1]}/{odd[0]}')
     assert len(drawn) == 3 and not raised and 'not drawn' not in caplog.text
     for drawing in drawn:
         assert re.fullmatch(r'[\w-]+', drawing.name)
@@ -136,8 +132,8 @@ def test_name_that_no_font_has(monkeypatch, caplog):
 def test_name_that_another_font_has(monkeypatch):
     usual, other = names._fonts()[0], names._fonts()[0].replace('DejaVuSans', 'STIXGeneral')
     monkeypatch.setattr(names, '_fonts', lambda: (usual, other))
-    found = names._missing(usual, SYMBOLS) - names._missing(other, SYMBOLS)
-    special = min(found)
+    symbols = frozenset(map(chr, range(0x2190, 0x2B00)))
+    special = min(names._missing(usual, symbols) - names._missing(other, symbols))
     assert names.drawable(f'a{special}') == (f'a{special}', other)
 
 
@@ -150,7 +146,7 @@ def test_legend_names_what_begins_with_underscore():
     assert text.get_text() == '_run $a' and not text.get_parse_math()
 
 
-@pytest.mark.parametrize('error', [ValueError, RuntimeError, MemoryError, OSError, ImportError])
+@pytest.mark.parametrize('error', [ValueError, MemoryError])
 def test_curve_that_fails_ends_no_run(tmp_path, monkeypatch, caplog, error):
     def fail(*_):
         raise error('no')
@@ -177,9 +173,9 @@ def test_damaged_table_ends_no_run(tmp_path, caplog, content):
 
 
 def test_measured_is_written_before_drawn(tmp_path, monkeypatch, caplog):
-    plan = SimpleNamespace(folder=tmp_path, networks=[], settings={'pictures': 1})
+    plan = SimpleNamespace(folder=tmp_path, networks=[], settings=SimpleNamespace(pictures=1))
     monkeypatch.setattr(report, 'describe_method', lambda *_: [])
-    monkeypatch.setattr(report.plots, 'draw_all', lambda *_: 1 / 0)
+    monkeypatch.setattr(report, 'draw_all', lambda *_: 1 / 0)
     page = report.write_outputs(plan, results())
     assert page.is_file() and 'not drawn: division by zero' in caplog.text
     monkeypatch.setattr(report, 'render_page', lambda *_: 1 / 0)
@@ -220,49 +216,33 @@ def test_tensorboard_that_fails_ends_no_run(caplog):
 
 
 def test_comparison_measures_any_image(tmp_path):
-    lq, gt = tmp_path / 'lq', tmp_path / 'gt'
-    lq.mkdir()
-    gt.mkdir()
-    image = cv2.imencode('.png', np.zeros((16, 16, 3), np.uint8))[1].tobytes()
     for name in (b'mu\xf1oz.png', b'a\nb.png', b'y' * 251 + b'.png'):
-        for folder in (lq, gt):
-            (folder / os.fsdecode(name)).write_bytes(image)
+        lq, gt = write_pair(tmp_path, os.fsdecode(name))
     dataset = {'name': 'val', 'type': 'PairsDataset', 'layout': 'folders', 'phase': 'val', 'scale': 1}
-    dataset |= {'dataroot_lq': str(lq), 'dataroot_gt': str(gt)}
-    job = {
-        'network': None,
-        'dataset': dataset,
-        'protocol': None,
-        'device': 'cpu',
-        'metrics': {'mse': {'type': 'calculate_psnr', 'crop_border': 0}},
-    }
-    record = measure.measure_quality({**job, 'kept': 3, 'folder': str(tmp_path / 'pictures')})
+    dataset |= {'dataroot_lq': str(lq.parent), 'dataroot_gt': str(gt.parent)}
+    job = {'network': None, 'dataset': dataset, 'protocol': None, 'device': 'cpu', 'kept': 3}
+    job['metrics'] = {'mse': {'type': 'calculate_psnr', 'crop_border': 0}}
+    record = measure.measure_quality({**job, 'folder': str(tmp_path / 'pictures')})
     assert sorted(record['values']) == [r'a\nb', r'mu\udcf1oz', 'y' * 251]
     json.dumps(record, ensure_ascii=False).encode()
     assert all(measure.image_path(tmp_path / 'pictures', name).is_file() for name in record['kept'])
 
 
-@pytest.mark.parametrize('name', [b'mu\xf1oz.png', b'a\nb.png', b'y' * 251 + b'.png', b'-x.png', b'$a_$.png'])
-def test_synthesis_of_any_name(tmp_path, name, capfd):
-    photo = tmp_path / 'photos' / os.fsdecode(name)
-    photo.parent.mkdir()
-    photo.write_bytes(cv2.imencode('.png', np.full((48, 48, 3), 90, np.uint8))[1].tobytes())
-    arguments = ['data', 'synth', '--task', 'rain', '-i', str(photo.parent), '-o', str(tmp_path / 'out')]
-    assert main(arguments) == 0, capfd.readouterr().err
-    assert len(list((tmp_path / 'out' / 'lq').iterdir())) == 1
+def test_synthesis_of_any_name(tmp_path, capfd):
+    found = [b'mu\xf1oz.png', b'a\nb.png', b'y' * 251 + b'.png', b'-x.png', b'$a_$.png']
+    photos = [write_pair(tmp_path, os.fsdecode(name), side=48)[1] for name in found]
+    arguments = ['data', 'synth', '--task', 'rain', '-i', str(tmp_path / 'gt')]
+    assert main([*arguments, '-o', str(tmp_path / 'out')]) == 0, capfd.readouterr().err
+    assert len(list((tmp_path / 'out' / 'lq').iterdir())) == len(photos)
     recorded = json.loads((tmp_path / 'out' / 'synthesis.json').read_text())
-    assert list(recorded['photographs'].values()) == [photo.name]
-    assert main(['data', 'synth', '--task', 'rain', '-i', str(photo), '--sheet', str(tmp_path / 'sheet.jpg')]) == 0
+    assert sorted(recorded['photographs'].values()) == sorted(photo.name for photo in photos)
+    assert main([*arguments, '--sheet', str(tmp_path / 'sheet.jpg')]) == 0
 
 
 def test_lmdb_in_a_folder_of_no_text(tmp_path, capfd):
-    image = cv2.imencode('.png', np.full((16, 16, 3), 90, np.uint8))[1].tobytes()
-    for kind in ('lq', 'gt'):
-        folder = tmp_path / ODD['no_text'] / kind
-        folder.mkdir(parents=True)
-        (folder / os.fsdecode(b'mu\xf1oz.png')).write_bytes(image)
-    arguments = ['data', 'lmdb', str(folder.parent), str(folder.parent / 'packed')]
-    assert main(arguments) == 0, capfd.readouterr().err
+    folder = tmp_path / ODD['no_text']
+    write_pair(folder, os.fsdecode(b'mu\xf1oz.png'))
+    assert main(['data', 'lmdb', str(folder), str(folder / 'packed')]) == 0, capfd.readouterr().err
 
 
 def test_name_longer_than_files_can_have():
@@ -273,12 +253,9 @@ def test_name_longer_than_files_can_have():
 
 
 def test_folder_of_the_longest_name(tmp_path, capfd):
-    for kind in ('lq', 'gt'):
-        (tmp_path / kind).mkdir()
-        cv2.imencode('.png', np.full((16, 16, 3), 90, np.uint8))[1].tofile(tmp_path / kind / 'a.png')
-    for number, command in enumerate(
-        (['synth', '--task', 'rain', '-i', str(tmp_path / 'gt'), '-o'], ['lmdb', str(tmp_path)])
-    ):
+    write_pair(tmp_path, 'a.png')
+    commands = ['synth', '--task', 'rain', '-i', str(tmp_path / 'gt'), '-o'], ['lmdb', str(tmp_path)]
+    for number, command in enumerate(commands):
         folder = tmp_path / f'{chr(0x1F327) * 63}{number}'  # 253 bytes
         assert main(['data', *command, str(folder)]) == 0, capfd.readouterr().err
         assert folder.is_dir()
@@ -310,9 +287,7 @@ def test_all_that_is_said_is_printable():
 @pytest.mark.parametrize('name', ['lines', 'controls', 'reordered', 'no_text'])
 def test_folder_in_what_is_said(tmp_path, capfd, name):
     folder = tmp_path / ODD[name].replace('\x00', '') / 'pairs'
-    for kind in ('lq', 'gt'):
-        (folder / kind).mkdir(parents=True)
-        cv2.imencode('.png', np.full((16, 16, 3), len(kind + name), np.uint8))[1].tofile(folder / kind / 'a.png')
+    write_pair(folder, 'a.png')
     prepared, shown = folder.parent / 'prepared', names.printable(str(folder.parent))
     assert main(['data', 'prepare', 'folders', str(folder), str(prepared), '--lq', 'lq', '--gt', 'gt']) == 0
     (folder / 'lq' / 'a.png').unlink()

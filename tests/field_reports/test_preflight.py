@@ -62,10 +62,7 @@ FAULTS = {
     'channels in of ours': ([OURS, {'network_g': {**AST, 'in_chans': 1}}], r'AST takes \[B, 1, H, W\]'),
     'channels out': ([OURS, {'network_g': {**AST, 'out_chans': 1}}], 'datasets.val: '),
     'enlarging': ([OURS, {'network_g': {**SWINIR, 'upscale': 2, 'upsampler': 'pixelshuffle'}}], 'datasets.val: '),
-    'metric without gt': (
-        [],
-        'img2',
-    ),
+    'metric without gt': ([], 'img2'),
     'border': ([OURS, {'network_g': AST, 'val': {'metrics': {'psnr': {'crop_border': 30}}}}], 'large enough for psnr'),
     'small for NIQE': ([OURS, {'network_g': AST, 'val': {'metrics': NIQE}}], 'no image is large enough for niqe'),
     'backend': ([OURS, {'network_g': AST, 'backend': 'triton'}], "backend 'triton' cannot run"),
@@ -73,8 +70,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize('name', ['check', 'train'])
-@pytest.mark.parametrize('fault', FAULTS)
+@pytest.mark.parametrize(('fault', 'name'), [*((fault, 'check') for fault in FAULTS), ('patch', 'train')])
 def test_fault_is_found_beforehand(command, tmp_path, fault, name, monkeypatch):
     changes, message = FAULTS[fault]
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
@@ -154,3 +150,24 @@ def test_more_gpus_than_there_are(monkeypatch):
         preflight._check_device({'num_gpu': 4}, 'o.yml')
     monkeypatch.setenv('WORLD_SIZE', '4')  # of two machines
     preflight._check_device({'num_gpu': 4}, 'o.yml')
+
+
+DAMAGES = {
+    'empty': lambda folder: [path.write_bytes(b'') for path in folder.iterdir()],
+    'one more': lambda folder: save(folder / 'more.png', noise(40, 40, 3)),
+    'other size': lambda folder: [save(path, noise(44, 40, 3)) for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_data_that_is_there_and_wrong(command, tmp_path, damage):
+    DAMAGES[damage](tmp_path / 'data' / 'gt')
+    status, errors = command('check')
+    assert status == 2 and 'datasets.train: ' in errors and ': right' not in errors
+    assert damage == 'one more' or str(tmp_path / 'data' / ('gt' if damage == 'empty' else 'lq')) in errors
+
+
+@pytest.mark.parametrize('border', [4, 40])
+def test_niqe_with_a_border_passes(border):
+    metrics = {'niqe': {'type': 'calculate_niqe', 'crop_border': border}}
+    preflight._check_metrics({'metrics': metrics}, 'o.yml')

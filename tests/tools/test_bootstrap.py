@@ -36,18 +36,16 @@ def installs(bootstrap, monkeypatch) -> list:
     return calls
 
 
-def test_second_start_installs_nothing(bootstrap, installs):
-    bootstrap.ensure_installed('auto')
-    bootstrap.ensure_installed('auto')
+def test_requirements_are_installed_once(bootstrap, installs):
+    for _ in range(2):
+        bootstrap.ensure_installed('auto')
     assert installs == ['auto']
-
-
-@pytest.mark.parametrize('name', ['setup.py', 'constraints.txt'])
-def test_changed_requirements_install_again(bootstrap, installs, name):
-    bootstrap.ensure_installed('auto')
-    (bootstrap.ROOT / name).write_text('changed')
-    bootstrap.ensure_installed('auto')
-    assert installs == ['auto', 'auto']
+    for name in ('setup.py', 'constraints.txt'):
+        (bootstrap.ROOT / name).write_text('changed')
+        bootstrap.ensure_installed('auto')
+    assert installs == ['auto'] * 3
+    bootstrap.ensure_installed('cuda')  # asked for by name, it is seen to
+    assert installs[3:] == ['cuda']
 
 
 def test_interrupted_installation_is_taken_up(bootstrap, monkeypatch, installs):
@@ -61,12 +59,6 @@ def test_interrupted_installation_is_taken_up(bootstrap, monkeypatch, installs):
         bootstrap.ensure_installed('auto')
     bootstrap.ensure_installed('auto')
     assert installs == ['auto', 'auto']
-
-
-def test_torch_asked_for_by_name_is_seen_to(bootstrap, installs):
-    bootstrap.ensure_installed('auto')
-    bootstrap.ensure_installed('cuda')
-    assert installs == ['auto', 'cuda']
 
 
 @pytest.fixture
@@ -91,34 +83,25 @@ def machine(bootstrap, monkeypatch):
     return install_torch
 
 
-def test_cpu_torch_of_pips_own(machine):
-    assert machine('auto', offered=['+cpu']) == ['torch==2.13.0+cpu']
+@pytest.mark.parametrize(
+    ('options', 'commands'),
+    [
+        ({'offered': ['+cpu']}, ['torch==2.13.0+cpu']),
+        ({'offered': ['torchvision', 'uv']}, ['torch==2.13.0+cpu', 'uv', 'torchvision']),
+        ({'gpu': True, 'offered': ['torch']}, ['torch===2.13.0']),
+        ({'platform': 'darwin', 'offered': ['torch']}, ['torch==2.13.0']),
+        ({'present': '2.12.0', 'offered': ['+cpu']}, ['torch==2.13.0+cpu']),
+        *(({'present': present}, []) for present in ('2.13.0', '2.13.0+cpu', '2.13.0+cu130')),
+    ],
+    ids=str,
+)
+def test_torch_for_a_machine(machine, options, commands):
+    assert machine('auto', **options) == commands
 
 
-def test_cpu_torch_through_uv(machine):
-    assert machine('auto', offered=['torchvision', 'uv']) == ['torch==2.13.0+cpu', 'uv', 'torchvision']
-
-
-def test_no_cpu_torch_to_be_had_is_said_and_no_cuda_fetched(bootstrap, machine):
+def test_no_cpu_torch_to_be_had_is_said(bootstrap, machine):
     with pytest.raises(bootstrap.BootstrapError, match='--torch cuda'):
         machine('auto', offered=['--disable-pip-version-check uv'])
-
-
-def test_gpu_takes_the_default_build(machine):
-    assert machine('auto', gpu=True, offered=['torch']) == ['torch===2.13.0']
-
-
-def test_other_platforms_have_a_cpu_torch_by_default(machine):
-    assert machine('auto', platform='darwin', offered=['torch']) == ['torch==2.13.0']
-
-
-@pytest.mark.parametrize('present', ['2.13.0', '2.13.0+cpu', '2.13.0+cu130'])
-def test_torch_that_is_there_stays(machine, present):
-    assert machine('auto', present=present) == []
-
-
-def test_other_torch_is_replaced(machine):
-    assert machine('auto', present='2.12.0', offered=['+cpu']) == ['torch==2.13.0+cpu']
 
 
 def test_failing_pip_is_named(bootstrap, monkeypatch):
