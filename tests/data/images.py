@@ -20,9 +20,10 @@ def smooth(height, width):
     return np.stack([rows * 3, columns * 3, rows + columns], axis=2).astype(np.uint8)
 
 
-def write_png(path, pixels, color_type, depth=16, extra=()):
-    """A PNG written by the letter of its specification, independent of the readers under test."""
-    chunks = [(b'IHDR', struct.pack('>IIBBBBB', pixels.shape[1], pixels.shape[0], depth, color_type, 0, 0, 0)), *extra]
+def write_png(path, pixels, color_type, depth=16, extra=(), height=None, width=None):
+    """A PNG by the letter of its specification, independent of the readers under test, perhaps of a false size."""
+    height, width = height or pixels.shape[0], width or pixels.shape[1]
+    chunks = [(b'IHDR', struct.pack('>IIBBBBB', width, height, depth, color_type, 0, 0, 0)), *extra]
     rows = b''.join(b'\0' + row.astype('>u2' if depth == 16 else 'u1').tobytes() for row in pixels)
     chunks += [(b'IDAT', zlib.compress(rows)), (b'IEND', b'')]
     body = b''.join(

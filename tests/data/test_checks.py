@@ -1,9 +1,7 @@
-"""Every way in which a picture can be broken is found before training, and named."""
+"""Every way in which an image can be broken is found before training, and named."""
 
 import os
 import re
-import struct
-import zlib
 
 import cv2
 import numpy as np
@@ -14,6 +12,7 @@ from ast_plugin.data.checks import check_image, check_pair, digest_pixels
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.matching import Pair
 from ast_plugin.errors import DataError
+from tests.data.images import write_png
 
 
 def smooth(height=48, width=64, seed=0):
@@ -29,15 +28,6 @@ def encoded(ending, pixels=None):
     return cv2.imencode(ending, smooth() if pixels is None else pixels)[1].tobytes()
 
 
-def chunk(name, data):
-    return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
-
-
-def bomb():
-    header = chunk(b'IHDR', struct.pack('>IIBBBBB', 60000, 60000, 8, 2, 0, 0, 0))
-    return b'\x89PNG\r\n\x1a\n' + header + chunk(b'IDAT', zlib.compress(bytes(999))) + chunk(b'IEND', b'')
-
-
 def jpeg_bomb():
     data = bytearray(encoded('.jpg'))
     place = data.index(b'\xff\xc0') + 5
@@ -50,36 +40,32 @@ def flipped(data, place):
 
 
 def write_animated(path):
-    image().save(path, save_all=True, append_images=[Image.fromarray(smooth(seed=1))])
-
-
-def write_webp(path):
     image().save(path, save_all=True, append_images=[Image.fromarray(smooth(seed=1))], duration=50)
 
 
 BROKEN = {
     'empty': ('a.png', b'', 'the file is empty'),
     'text': ('a.png', b'<html>404</html>', 'not a PNG, JPEG, WebP, TIFF or BMP file'),
-    'gif': ('a.png', b'GIF89a' + bytes(50), 'not a PNG'),
-    'one byte': ('a.jpg', b'\xff', 'not a PNG'),
     'cut PNG': ('a.png', encoded('.png')[:-500], 'damaged'),
     'cut PNG in the header': ('a.png', encoded('.png')[:20], 'damaged'),
     'PNG with a wrong bit': ('a.png', flipped(encoded('.png'), 2000), 'damaged'),
     'PNG with its end, but cut': ('a.png', encoded('.png')[:3000] + encoded('.png')[-12:], 'damaged'),
     'cut JPEG': ('a.jpg', encoded('.jpg')[:-300], 'damaged'),
     'cut JPEG with its end': ('a.jpg', encoded('.jpg')[:1200] + b'\xff\xd9', 'damaged'),
-    'cut BMP': ('a.bmp', encoded('.bmp')[:-500], 'damaged'),
-    'cut WebP': ('a.webp', encoded('.webp')[:-200], 'damaged'),
     'cut TIFF': ('a.tif', encoded('.tif')[:-500], 'damaged'),
     'animated PNG': ('a.png', write_animated, 'animated'),
-    'animated WebP': ('a.webp', write_webp, 'animated'),
-    'bomb': ('a.png', bomb(), '3600 million pixels, more than the 200 million allowed'),
+    'animated WebP': ('a.webp', write_animated, 'animated'),
+    'bomb': (
+        'a.png',
+        lambda path: write_png(path, smooth(1, 1), 2, 8, height=60000, width=60000),
+        '3600 million pixels, more than the 200 million allowed',
+    ),
     'JPEG bomb': ('a.jpg', jpeg_bomb(), '4295 million pixels'),
 }
 
 
 @pytest.mark.parametrize('name', BROKEN)
-def test_broken_pictures(tmp_path, capfd, name):
+def test_broken_images(tmp_path, capfd, name):
     file, content, expected = BROKEN[name]
     path = tmp_path / file
     if callable(content):
@@ -106,7 +92,6 @@ def test_files_that_cannot_be_opened(tmp_path):
         ('a.png', lambda path: image().save(path), ()),
         ('a.jpg', lambda path: image().save(path), ()),
         ('a.JPG', lambda path: image().save(path, 'JPEG', progressive=True), ()),
-        ('a.bmp', lambda path: image().save(path), ()),
         ('a.png', lambda path: image().convert('L').save(path), ('gray',)),
         ('a.jpg', lambda path: image().convert('L').save(path), ('gray',)),
         ('a.tif', lambda path: image().convert('L').save(path), ('gray',)),
@@ -117,10 +102,9 @@ def test_files_that_cannot_be_opened(tmp_path):
         ('a.png', lambda path: cv2.imwrite(str(path), smooth().astype(np.uint16) * 257), ('16 bits',)),
         ('a.jpg', lambda path: image().save(path, 'PNG'), ('PNG named .jpg',)),
         ('a.png', lambda path: image().save(path, 'JPEG'), ('JPEG named .png',)),
-        ('a b é雨.png', lambda path: image().save(path), ()),
     ],
 )
-def test_readable_pictures(tmp_path, name, save, traits):
+def test_readable_images(tmp_path, name, save, traits):
     path = tmp_path / name
     save(path)
     found = check_image(path)
@@ -128,20 +112,14 @@ def test_readable_pictures(tmp_path, name, save, traits):
     assert found.digest == digest_pixels(read_rgb(path))
 
 
-def test_a_digest_is_of_pixels_alone():
+def test_a_digest_is_of_pixels_alone(tmp_path):
     pixels = smooth()
-    assert digest_pixels(pixels) == digest_pixels(pixels.copy())
-    assert digest_pixels(pixels) == digest_pixels(np.asfortranarray(pixels))
-    changed = pixels.copy()
-    changed[-1, -1, -1] ^= 1
+    changed = pixels ^ (np.arange(pixels.size).reshape(pixels.shape) == pixels.size - 1)
     others = [changed, pixels.reshape(64, 48, 3), pixels.astype(np.uint16), pixels[..., ::-1]]
     assert len({digest_pixels(pixels), *map(digest_pixels, others)}) == 5
-
-
-def test_files_of_equal_pixels_have_one_digest(tmp_path):
-    cv2.imwrite(str(tmp_path / 'a.png'), smooth(), [cv2.IMWRITE_PNG_COMPRESSION, 0])
-    cv2.imwrite(str(tmp_path / 'b.png'), smooth(), [cv2.IMWRITE_PNG_COMPRESSION, 9])
-    cv2.imwrite(str(tmp_path / 'c.bmp'), smooth())
+    assert digest_pixels(pixels) == digest_pixels(np.asfortranarray(pixels))
+    for name, level in (('a.png', 0), ('b.png', 9), ('c.bmp', 0)):
+        cv2.imwrite(str(tmp_path / name), pixels, [cv2.IMWRITE_PNG_COMPRESSION, level])
     found = [check_image(tmp_path / name) for name in ('a.png', 'b.png', 'c.bmp')]
     assert len({one.digest for one in found}) == 1 and len({one.num_bytes for one in found}) == 3
 

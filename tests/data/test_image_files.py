@@ -2,8 +2,6 @@
 
 import io
 import struct
-import zlib
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -16,7 +14,7 @@ from ast_plugin.data.image_files import ImageFile, read_image, read_rgb, sniff_f
 from ast_plugin.errors import DataError
 from tests.data.images import SRGB, noise, save, smooth, write_png
 
-READERS = pytest.mark.parametrize('reader', [read_image, read_rgb])
+DEEP = noise(33, 17, 4, dtype=np.uint16)
 
 
 def split_channels(pixels):
@@ -28,9 +26,8 @@ def split_channels(pixels):
 def assert_pixels(image, color, alpha=None):
     np.testing.assert_array_equal(image.color, color)
     assert image.color.dtype == color.dtype and image.is_gray == (color.ndim == 2)
-    if alpha is None:
-        assert image.alpha is None
-    else:
+    assert (image.alpha is None) == (alpha is None)
+    if alpha is not None:
         np.testing.assert_array_equal(image.alpha, alpha)
         assert image.alpha.dtype == color.dtype
 
@@ -58,9 +55,13 @@ def test_8_bits(tmp_path, suffix, channels):
 @pytest.mark.parametrize(('suffix', 'gray'), [('.jpg', False), ('.webp', False), ('.jpg', True)])
 def test_lossy_formats(tmp_path, suffix, gray):
     pixels = smooth(24, 32)[..., 0] if gray else smooth(24, 32)
-    image = read_image(save(tmp_path / f'a{suffix}', pixels, quality=95))
+    image = read_image(save(tmp_path / f'a{suffix}', pixels, quality=95, dpi=(240, 240)))
     assert not image.lossless and image.is_gray == gray
     assert np.abs(image.color.astype(int) - pixels).mean() < 3
+    write_image(tmp_path / f'b{suffix}', image)
+    again = read_image(tmp_path / f'b{suffix}')
+    assert np.abs(again.color.astype(int) - image.color).mean() < 1.5
+    assert again.dpi == ((240, 240) if suffix == '.jpg' else None)
 
 
 @pytest.mark.parametrize('transparent', [False, True])
@@ -92,38 +93,37 @@ def test_a_transparent_colour(tmp_path, depth):
 
 @pytest.mark.parametrize(('color_type', 'channels'), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_png_of_16_bits(tmp_path, color_type, channels):
-    pixels = noise(13, 17, channels, dtype=np.uint16)
+    pixels = DEEP[..., :channels]
     assert_read(write_png(tmp_path / 'a.png', pixels, color_type), *split_channels(pixels))
 
 
-@pytest.mark.parametrize('channels', [1, 3, 4])
 @pytest.mark.parametrize(
-    'options',
+    ('channels', 'options'),
     [
-        {},
-        {'compression': 'zlib', 'predictor': True},
-        {'byteorder': '>'},
-        {'tile': (16, 16)},
-        {'rowsperstrip': 3},
-        {'bigtiff': True},
+        (1, {}),
+        (4, {'compression': 'zlib', 'predictor': True}),
+        (1, {'byteorder': '>'}),
+        (3, {'byteorder': '>'}),
+        (3, {'tile': (16, 16)}),
+        (4, {'rowsperstrip': 3}),
+        (3, {'bigtiff': True}),
     ],
 )
 def test_tiff_of_16_bits(tmp_path, options, channels):
-    pixels = noise(33, 17, channels, dtype=np.uint16)
+    pixels = DEEP[..., :channels]
     options = {**options, 'photometric': 'rgb' if channels > 1 else 'minisblack'}
     options |= {'extrasamples': ['unassalpha']} if channels == 4 else {}
     tifffile.imwrite(tmp_path / 'a.tif', pixels.squeeze(), **options)
     assert_read(tmp_path / 'a.tif', *split_channels(pixels))
 
 
-def test_tiff_of_16_bits_where_white_is_zero(tmp_path):
-    pixels = noise(33, 17, dtype=np.uint16)
-    tifffile.imwrite(tmp_path / 'a.tif', pixels, photometric='miniswhite')
-    assert_pixels(read_image(tmp_path / 'a.tif'), 65535 - pixels)
+def test_tiff_where_white_is_zero(tmp_path):
+    tifffile.imwrite(tmp_path / 'a.tif', DEEP[..., 0], photometric='miniswhite')
+    assert_read(tmp_path / 'a.tif', 65535 - DEEP[..., 0])
 
 
 def test_premultiplied_colours_are_divided(tmp_path):
-    color, alpha = noise(9, 9, 3, dtype=np.uint16), noise(9, 9, 1, dtype=np.uint16, seed=1) | 0x8000
+    color, alpha = DEEP[..., :3], DEEP[..., 3:] | 0x8000
     multiplied = np.round(color * (alpha / 65535)).astype(np.uint16)
     path = tmp_path / 'a.tif'
     tifffile.imwrite(path, np.dstack([multiplied, alpha]), photometric='rgb', extrasamples=['assocalpha'])
@@ -165,8 +165,7 @@ def test_exif_orientation_is_applied(tmp_path, kind, orientation):
         assert np.abs(values[4:12, 4:-4] - upright[4:12, 4:-4]).mean() < 12
         assert np.abs(values - upright).mean() < 8
     write_image(path, read_image(path))
-    again = read_image(path)
-    assert again.color.shape == upright.shape
+    assert read_image(path).color.shape == upright.shape
     with Image.open(path) as file:
         exif = file.getexif()
         assert exif.get(0x0112, 1) == 1
@@ -180,8 +179,8 @@ def test_cmyk_is_converted_and_said(tmp_path):
     np.testing.assert_array_equal(read_rgb(tmp_path / 'a.jpg'), image.color)
 
 
-@pytest.mark.parametrize('options', [{}, {'progressive': True}, {'subsampling': 0}, {'optimize': True}])
-def test_fast_and_thorough_readers_agree_on_jpeg(tmp_path, options):
+@pytest.mark.parametrize('options', [{}, {'progressive': True}, {'subsampling': 0}])
+def test_fast_and_thorough_jpeg_agree(tmp_path, options):
     path = save(tmp_path / 'a.jpg', noise(33, 47, 3), quality=90, **options)
     np.testing.assert_array_equal(read_rgb(path), read_image(path).color)
 
@@ -189,50 +188,37 @@ def test_fast_and_thorough_readers_agree_on_jpeg(tmp_path, options):
 @pytest.mark.parametrize(
     ('suffix', 'dtype', 'channels'),
     [
-        *[('.png', dtype, channels) for dtype in (np.uint8, np.uint16) for channels in (1, 2, 3, 4)],
-        *[('.tif', np.uint8, channels) for channels in (1, 2, 3, 4)],
-        *[('.tif', np.uint16, channels) for channels in (1, 3, 4)],
         *[(suffix, np.uint8, channels) for suffix in ('.webp', '.bmp') for channels in (3, 4)],
+        *[(suffix, np.uint8, channels) for suffix in ('.png', '.tif') for channels in (1, 2, 3, 4)],
+        *[('.png', np.uint16, channels) for channels in (1, 2, 3, 4)],
+        *[('.tif', np.uint16, channels) for channels in (1, 3, 4)],
     ],
 )
-def test_written_pictures_read_back(tmp_path, suffix, dtype, channels):
-    pixels = noise(13, 17, channels, dtype=dtype)
-    color = pixels[..., 0] if channels < 3 else pixels[..., :3]
-    image = ImageFile(color, pixels[..., -1] if channels in (2, 4) else None, icc_profile=SRGB)
-    write_image(tmp_path / f'a{suffix}', image)
+def test_written_images_read_back(tmp_path, suffix, dtype, channels):
+    color, alpha = split_channels(noise(13, 17, channels, dtype=dtype))
+    write_image(tmp_path / f'a{suffix}', ImageFile(color, alpha, icc_profile=SRGB))
     again = read_image(tmp_path / f'a{suffix}')
-    assert_pixels(again, color, image.alpha)
+    assert_pixels(again, color, alpha)
     assert again.icc_profile == (None if suffix == '.bmp' else SRGB)
     assert [entry.name for entry in tmp_path.iterdir()] == [f'a{suffix}']
 
 
 def test_16_bits_as_others_read_them(tmp_path):
-    pixels = noise(13, 17, 4, dtype=np.uint16)
-    for name, color, alpha in [('rgba', pixels[..., :3], pixels[..., 3]), ('la', pixels[..., 0], pixels[..., 3])]:
-        expected = pixels if name == 'rgba' else pixels[..., [0, 3]]
-        write_image(tmp_path / f'{name}.tif', ImageFile(color, alpha))
-        np.testing.assert_array_equal(tifffile.imread(tmp_path / f'{name}.tif'), expected)
-    write_image(tmp_path / 'rgba.png', ImageFile(pixels[..., :3], pixels[..., 3], dpi=(300, 300), icc_profile=SRGB))
+    for name, pixels in (('rgba', DEEP), ('la', DEEP[..., [0, 3]])):
+        write_image(tmp_path / f'{name}.tif', ImageFile(*split_channels(pixels)))
+        np.testing.assert_array_equal(tifffile.imread(tmp_path / f'{name}.tif'), pixels)
+    write_image(tmp_path / 'rgba.png', ImageFile(*split_channels(DEEP), dpi=(300, 300), icc_profile=SRGB))
     again = cv2.imread(str(tmp_path / 'rgba.png'), cv2.IMREAD_UNCHANGED)
-    np.testing.assert_array_equal(cv2.cvtColor(again, cv2.COLOR_BGRA2RGBA), pixels)
+    np.testing.assert_array_equal(cv2.cvtColor(again, cv2.COLOR_BGRA2RGBA), DEEP)
     with Image.open(tmp_path / 'rgba.png') as image:
         image.verify()
         assert image.info['dpi'] == pytest.approx((300, 300), abs=0.1)
         assert image.info['icc_profile'] == SRGB
 
 
-def test_jpeg_keeps_profile_and_resolution(tmp_path):
-    path = save(tmp_path / 'a.jpg', smooth(24, 32), quality=95, icc_profile=SRGB, dpi=(240, 240))
-    image = read_image(path)
-    write_image(tmp_path / 'b.jpeg', image)
-    again = read_image(tmp_path / 'b.jpeg')
-    assert np.abs(again.color.astype(int) - image.color).mean() < 1.5
-    assert again.icc_profile == SRGB and again.dpi == (240, 240)
-
-
-def test_the_first_picture_of_a_stereo_jpeg(tmp_path):
-    frames = [Image.fromarray(smooth(16, 16)) for _ in range(2)]
-    frames[0].save(tmp_path / 'a.jpg', format='MPO', save_all=True, append_images=frames[1:])
+def test_the_first_image_of_a_stereo_jpeg(tmp_path):
+    frame = Image.fromarray(smooth(16, 16))
+    frame.save(tmp_path / 'a.jpg', format='MPO', save_all=True, append_images=[frame])
     image = read_image(tmp_path / 'a.jpg')
     assert image.format == 'JPEG' and 'only the first' in image.notes[0]
 
@@ -242,20 +228,19 @@ def test_the_first_picture_of_a_stereo_jpeg(tmp_path):
     [
         ('.jpg', ImageFile(noise(4, 4, 3), noise(4, 4)), 'no transparency'),
         ('.jpg', ImageFile(noise(4, 4, 3, dtype=np.uint16)), '8 bits'),
-        ('.bmp', ImageFile(noise(4, 4, 3, dtype=np.uint16)), '8 bits'),
         ('.webp', ImageFile(np.zeros((1, 16400, 3), np.uint8)), 'cannot be written as WEBP'),
         ('.xyz', ImageFile(noise(4, 4, 3)), 'ends in one of'),
     ],
 )
-def test_what_a_format_cannot_hold_is_refused(tmp_path, suffix, image, reason):
+def test_what_a_format_cannot_hold(tmp_path, suffix, image, reason):
     with pytest.raises(DataError, match=reason):
         write_image(tmp_path / f'a{suffix}', image)
     assert not list(tmp_path.iterdir())
 
 
-def test_write_takes_every_suffix_of_a_format(tmp_path):
+def test_write_takes_every_suffix(tmp_path):
     for suffix, kind in [('.JPG', 'JPEG'), ('.jpeg', 'JPEG'), ('.TIFF', 'TIFF'), ('.WebP', 'WEBP'), ('.Png', 'PNG')]:
-        write_image(tmp_path / f'a{suffix}', replace(ImageFile(noise(4, 4, 3)), lossless=False))
+        write_image(tmp_path / f'a{suffix}', ImageFile(noise(4, 4, 3), lossless=False))
         assert sniff_format((tmp_path / f'a{suffix}').read_bytes()[:16]) == kind
 
 
@@ -263,23 +248,32 @@ def test_training_takes_the_fast_reader(tmp_path, monkeypatch):
     paths = [
         save(tmp_path / 'a.png', noise(8, 8, 3)),
         save(tmp_path / 'a.jpg', noise(8, 8, 3)),
-        write_png(tmp_path / 'b.png', noise(8, 8, 3, dtype=np.uint16), 2),
+        write_png(tmp_path / 'b.png', DEEP[:8, :8, :3], 2),
     ]
     monkeypatch.setattr(Image, 'open', None)
     for path in paths:
         assert read_rgb(path).shape == (8, 8, 3)
 
 
+def assert_refused(path, reason, readers=(read_image, read_rgb)):
+    for reader in readers:
+        with pytest.raises(DataError, match=rf'{path.name}.*{reason}'):
+            reader(path)
+
+
 @pytest.mark.parametrize('suffix', ['.png', '.jpg', '.webp', '.tif', '.bmp'])
-@READERS
-def test_truncated_files_are_refused(tmp_path, suffix, reader):
+def test_truncated_files_are_refused(tmp_path, suffix):
     """Wherever a file ends early, it is refused by name; OpenCV would return the rows that it has."""
     whole = save(tmp_path / f'whole{suffix}', noise(64, 64, 3)).read_bytes()
     path = tmp_path / f'broken{suffix}'
-    for length in (1, 10, 40, len(whole) // 2, len(whole) - 40):
+    for length in (0, 1, 10, 40, len(whole) // 2, len(whole) - 40):
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match='broken'):
-            reader(path)
+        assert_refused(path, '' if length else 'empty')
+
+
+def test_png_whose_rows_are_missing(tmp_path):
+    path = write_png(tmp_path / 'a.png', noise(8, 8, 3), 2, depth=8, height=9)
+    assert_refused(path, 'truncated or damaged: its pixels are 200 bytes, expected 225')
 
 
 def test_truncation_is_seen_through_a_thumbnail(tmp_path):
@@ -287,14 +281,13 @@ def test_truncation_is_seen_through_a_thumbnail(tmp_path):
     thumbnail = io.BytesIO()
     Image.fromarray(noise(16, 16, 3)).save(thumbnail, 'JPEG')
     application = b'Exif\0\0' + thumbnail.getvalue()
-    whole = save(tmp_path / 'a.jpg', noise(64, 64, 3)).read_bytes()
+    path = save(tmp_path / 'a.jpg', noise(64, 64, 3))
+    whole = path.read_bytes()
     whole = whole[:2] + b'\xff\xe1' + struct.pack('>H', len(application) + 2) + application + whole[2:]
-    (tmp_path / 'a.jpg').write_bytes(whole)
-    assert read_rgb(tmp_path / 'a.jpg').shape == (64, 64, 3)
-    (tmp_path / 'a.jpg').write_bytes(whole[:-200])
-    for reader in (read_image, read_rgb):
-        with pytest.raises(DataError, match=r'a\.jpg'):
-            reader(tmp_path / 'a.jpg')
+    path.write_bytes(whole)
+    assert read_rgb(path).shape == (64, 64, 3)
+    path.write_bytes(whole[:-200])
+    assert_refused(path, '')
 
 
 @pytest.mark.parametrize('suffix', ['.png', '.webp', '.tif'])
@@ -302,8 +295,7 @@ def test_animated_files_are_refused(tmp_path, suffix):
     frames = [Image.fromarray(noise(16, 16, 3, seed=seed)) for seed in range(3)]
     path = tmp_path / f'a{suffix}'
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    with pytest.raises(DataError, match='3 frames or pages'):
-        read_image(path)
+    assert_refused(path, '3 frames or pages', [read_image])
 
 
 @pytest.mark.parametrize('kind', ['png', 'jpg'])
@@ -313,82 +305,36 @@ def test_large_files_are_refused_in_training(tmp_path, monkeypatch, kind):
     assert read_rgb(path).shape == (20, 30, 3)
     monkeypatch.setattr(image_files, 'MAX_PIXELS', 599)
     monkeypatch.setattr(image_files.cv2, 'imdecode', lambda *_: pytest.fail('decoded'))
-    with pytest.raises(DataError, match='30x20 is 0 million pixels, more than the'):
-        read_rgb(path)
-
-
-def test_a_png_of_nothing_but_its_end(tmp_path):
-    (tmp_path / 'x.png').write_bytes(b'\x89PNG\r\n\x1a\nIEND\xaeB`\x82')
-    with pytest.raises(DataError, match=r'x\.png'):
-        read_rgb(tmp_path / 'x.png')
+    assert_refused(path, '30x20 is 0 million pixels, more than the', [read_rgb])
 
 
 def test_decompression_bombs_are_refused(tmp_path):
-    header = struct.pack('>IIBBBBB', 40000, 30000, 8, 2, 0, 0, 0)
-    rows = zlib.compress(bytes(1000))
-    body = b''.join(
-        struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
-        for name, data in [(b'IHDR', header), (b'IDAT', rows), (b'IEND', b'')]
-    )
-    (tmp_path / 'bomb.png').write_bytes(b'\x89PNG\r\n\x1a\n' + body)
-    with pytest.raises(DataError, match=r'bomb\.png: 40000x30000 is 1200 million pixels.*--max-megapixels'):
-        read_image(tmp_path / 'bomb.png')
-    save(tmp_path / 'a.png', noise(20, 20, 3))
+    bomb = write_png(tmp_path / 'bomb.png', noise(1, 1, 3), 2, depth=8, height=30000, width=40000)
+    assert_refused(bomb, '40000x30000 is 1200 million pixels.*--max-megapixels')
+    path, limit = save(tmp_path / 'a.png', noise(20, 20, 3)), Image.MAX_IMAGE_PIXELS
     with pytest.raises(DataError, match='20x20'):
-        read_image(tmp_path / 'a.png', max_pixels=399)
-    limit = Image.MAX_IMAGE_PIXELS
-    assert read_image(tmp_path / 'a.png', max_pixels=400).color.shape == (20, 20, 3)
+        read_image(path, max_pixels=399)
+    assert read_image(path, max_pixels=400).color.shape == (20, 20, 3)
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-@READERS
-def test_what_is_no_picture(tmp_path, reader):
+def test_what_is_no_image(tmp_path):
     (tmp_path / 'text.png').write_text('hello')
-    (tmp_path / 'empty.png').write_bytes(b'')
+    (tmp_path / 'end.png').write_bytes(b'\x89PNG\r\n\x1a\nIEND\xaeB`\x82')
     (tmp_path / 'folder.png').mkdir()
-    for name, reason in [('text', 'not a PNG'), ('empty', 'empty'), ('folder', 'cannot be read'), ('none', 'No such')]:
-        with pytest.raises(DataError, match=rf'{name}\.png.*{reason}'):
-            reader(tmp_path / f'{name}.png')
+    for name, reason in [('text', 'not a PNG'), ('end', ''), ('folder', 'cannot be read'), ('none', 'No such')]:
+        assert_refused(tmp_path / f'{name}.png', reason)
 
 
 @pytest.mark.parametrize(
-    'pixels',
+    ('pixels', 'options'),
     [
-        noise(8, 8, 3).astype(np.float32),
-        noise(8, 8).astype(np.float32),
-        noise(8, 8).astype(np.int32),
-        noise(3, 8, 8, dtype=np.uint16),
+        (noise(8, 8, 3).astype(np.float32), {'photometric': 'rgb'}),
+        (noise(8, 8).astype(np.float32), {}),
+        (noise(8, 8).astype(np.int32), {}),
+        (noise(3, 8, 8, dtype=np.uint16), {'photometric': 'rgb', 'planarconfig': 'separate'}),
     ],
 )
-def test_tiffs_of_other_kinds_are_refused(tmp_path, pixels):
-    planar = pixels.dtype == np.uint16
-    options = {'planarconfig': 'separate'} if planar else {}
-    tifffile.imwrite(tmp_path / 'a.tif', pixels, photometric='rgb' if pixels.ndim == 3 else 'minisblack', **options)
-    with pytest.raises(DataError, match=r'a\.tif.*support'):
-        read_image(tmp_path / 'a.tif')
-
-
-def test_damaged_files_never_raise_anything_else(tmp_path):
-    """Flips bytes all over small files of every format and depth; a image or a DataError must come out."""
-    sources = {
-        'png': save(tmp_path / 'a.png', noise(9, 9, 3)),
-        'jpg': save(tmp_path / 'a.jpg', noise(9, 9, 3)),
-        'webp': save(tmp_path / 'a.webp', noise(9, 9, 4)),
-        'bmp': save(tmp_path / 'a.bmp', noise(9, 9, 3)),
-        'tif': save(tmp_path / 'a.tif', noise(9, 9, 3), compression='tiff_adobe_deflate'),
-    }
-    write_image(tmp_path / 'b.tif', ImageFile(noise(9, 9, 3, dtype=np.uint16)))
-    write_image(tmp_path / 'b.png', ImageFile(noise(9, 9, 3, dtype=np.uint16), icc_profile=SRGB))
-    rng = np.random.default_rng(0)
-    for path in [*sources.values(), tmp_path / 'b.tif', tmp_path / 'b.png']:
-        whole = np.frombuffer(path.read_bytes(), np.uint8)
-        broken = tmp_path / f'broken{path.suffix}'
-        for _ in range(40):
-            data = whole.copy()
-            data[rng.integers(0, len(data), 3)] = rng.integers(0, 256, 3)
-            broken.write_bytes(data.tobytes())
-            for reader in (read_image, read_rgb):
-                try:
-                    reader(broken)
-                except DataError as error:
-                    assert 'broken' in str(error)
+def test_tiffs_of_other_kinds_are_refused(tmp_path, pixels, options):
+    tifffile.imwrite(tmp_path / 'a.tif', pixels, **options)
+    assert_refused(tmp_path / 'a.tif', 'support')

@@ -17,18 +17,10 @@ ENTRIES = [
 ]
 
 
-def write(path: Path, root: Path, entries=ENTRIES, **changes) -> Path:
+def write(path: Path, root: Path, entries=ENTRIES) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     root.mkdir(parents=True, exist_ok=True)
-    header = {
-        'layout': 'agan',
-        'phase': 'train',
-        'root': root,
-        'pairs': len(entries),
-        'others': ['lq/x.png'],
-        **changes,
-    }
-    write_manifest(path, entries, **header)
+    write_manifest(path, entries, layout='agan', phase='train', root=root, pairs=len(entries), others=['lq/x.png'])
     return path
 
 
@@ -42,18 +34,13 @@ def test_round_trip(tmp_path):
     assert json.loads(path.read_text().splitlines()[0])['root'] == '../data'
 
 
-def test_a_tree_may_move_as_a_whole(tmp_path):
-    write(tmp_path / 'old' / 'prepared' / 'train.jsonl', tmp_path / 'old' / 'data')
+def test_root_of_a_moved_tree_and_of_links(tmp_path):
+    write(tmp_path / 'old/deep/prepared/train.jsonl', tmp_path / 'old/data')
     os.rename(tmp_path / 'old', tmp_path / 'new')
-    assert read_manifest(tmp_path / 'new/prepared/train.jsonl').root == tmp_path / 'new' / 'data'
-
-
-def test_through_links(tmp_path):
-    write(tmp_path / 'real/deep/prepared/train.jsonl', tmp_path / 'data')
-    os.symlink(tmp_path / 'real/deep/prepared', tmp_path / 'link')
-    assert read_manifest(tmp_path / 'link/train.jsonl').root == tmp_path / 'data'
-    write(tmp_path / 'link/test.jsonl', tmp_path / 'data')
-    assert read_manifest(tmp_path / 'link/test.jsonl').root == tmp_path / 'data'
+    os.symlink(tmp_path / 'new/deep/prepared', tmp_path / 'link')
+    write(tmp_path / 'link/test.jsonl', tmp_path / 'new/data')
+    for path in ('new/deep/prepared/train.jsonl', 'link/train.jsonl', 'link/test.jsonl'):
+        assert read_manifest(tmp_path / path).root == tmp_path / 'new/data'
 
 
 def test_as_a_layout(tmp_path):
@@ -78,34 +65,24 @@ def without(mapping: dict, key: str) -> dict:
     ('lines', 'expected'),
     [
         ([], 'line 1 is no line of a manifest'),
-        (['{}'], 'no manifest'),
         (['[1]'], 'line 1 is no line'),
-        (['not json'], 'line 1 is no line'),
         ([HEADER | {'manifest': 2}], 'a manifest of format 2; expected one of format 1'),
         ([without(HEADER, 'root')], 'lacks root'),
         ([HEADER | {'pairs': 'many'}], 'lacks pairs'),
-        ([HEADER | {'pairs': True}], 'lacks pairs'),
         ([HEADER | {'others': 3}], '"others" is no list'),
         ([HEADER | {'others': ['../../photo.png']}], '"others" is no list of names below root'),
-        ([HEADER | {'others': ['a\0b.png']}], '"others" is no list'),
         ([HEADER | {'root': 'long' * 2000}], 'which is no folder now'),
-        ([HEADER | {'root': 'a\0b'}], 'which is no folder now'),
         ([HEADER | {'root': 'nowhere'}], 'nowhere, which is no folder now'),
         ([HEADER], 'says 1 pairs, 0 follow'),
         ([HEADER, PAIR, PAIR], 'says 1 pairs, 2 follow'),
         ([HEADER, json.dumps(PAIR)[:40]], 'line 2 is no line'),
-        ([HEADER, ''], 'line 2 is no line'),
         ([HEADER, without(PAIR, 'gt')], 'line 2 is no pair'),
         ([HEADER, PAIR | {'size': [1]}], 'line 2 is no pair'),
         ([HEADER, PAIR | {'size': 7}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'size': ['1', None]}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'bytes': 'ab'}], 'line 2 is no pair'),
         ([HEADER, PAIR | {'bytes': [1.5, True]}], 'line 2 is no pair'),
         ([HEADER, PAIR | {'digests': [1, 2]}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'key': 7}], 'line 2 is no pair'),
         ([HEADER, PAIR | {'key': ''}], 'line 2 is no pair'),
         ([HEADER, PAIR | {'lq': '\ud800.png'}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'key': '\ud800'}], 'line 2 is no pair'),
         ([HEADER, PAIR | {'lq': '../../etc/passwd.png'}], 'line 2 is no pair'),
         ([HEADER, PAIR | {'gt': '/etc/passwd.png'}], 'line 2 is no pair'),
         ([HEADER, PAIR | {'gt': 'a\0b.png'}], 'line 2 is no pair'),
@@ -120,8 +97,7 @@ def test_what_is_no_manifest(tmp_path, lines, expected):
     assert expected in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize('content', [b'\x89PNG\r\n\x1a\n', b'\xff\xfe{'])
-def test_other_files(tmp_path, content):
-    (tmp_path / 'x.jsonl').write_bytes(content)
+def test_other_files(tmp_path):
+    (tmp_path / 'x.jsonl').write_bytes(b'\x89PNG\r\n\x1a\n')
     with pytest.raises(DataError, match=r'x\.jsonl: no manifest, which is text'):
         read_manifest(tmp_path / 'x.jsonl')
