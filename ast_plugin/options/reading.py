@@ -35,7 +35,7 @@ RIVALS: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel the shipped files lie inside the package, in a checkout beside it.
 _SHIPPED_FOLDERS = (_PACKAGE / 'option_files', _PACKAGE.parent / 'options')
-_SUFFIXES = ('.yml', '.yaml')
+_SUFFIX = re.compile(r'\.ya?ml$')
 _TEMPLATE_MARKS = ('{{', '{%')
 _WANTS_TEXT = re.compile(r"text|name|'")  # also in the words of a choice: expected 'fp32' or 'fp16'
 _WANTS_NUMBER = re.compile(r'^expected (?:.*number|true or false)(?!.*text)|or (?:more|less)$')
@@ -78,7 +78,7 @@ def find(name_or_path: str | Path) -> Path:
     if path.is_file():
         return path
     known = known_files()
-    name = _without_suffix(path.as_posix())
+    name = _SUFFIX.sub('', path.as_posix())
     if name in known:
         return known[name]
     if path.is_dir():
@@ -87,10 +87,6 @@ def find(name_or_path: str | Path) -> Path:
         f'{name_or_path}: no such option file{did_you_mean(name, known) or did_you_mean(path.stem, known)} '
         '(`basicsr options` lists those that come along)'
     )
-
-
-def _without_suffix(name: str) -> str:
-    return next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), name)
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -210,19 +206,21 @@ class Sources:
 
 def _base_path(name: Any, chain: tuple[Path, ...]) -> Path:
     source = f'{chain[-1]}: {BASE_KEY}'
-    known = known_files()
-    if not isinstance(name, str) or not (name.endswith(_SUFFIXES) or name in known) or '\0' in name:
-        hint = did_you_mean(name, known) if isinstance(name, str) else ''
-        expected = 'expected the path of a .yml file, or a list of such, or the name of a shipped one'
-        raise OptionError(f'{source}: {expected}, got {name!r:.80}{hint}')
+    expected = f'{source}: expected the path of a .yml file, or a list of such, or the name of a shipped one'
+    if not isinstance(name, str):
+        raise OptionError(f'{expected}, got {name!r:.80}')
     if Path(name).is_absolute():
         raise OptionError(f'{source}: expected a path relative to this file, got {name}')
     path = chain[-1].parent / name
-    if not path.is_file():
-        there = [file.name for file in path.parent.glob('*.y*ml')] if path.parent.is_dir() else []
-        if _without_suffix(name) not in known:
+    if not _SUFFIX.search(name) or not path.is_file():
+        known = known_files()
+        shipped = known.get(_SUFFIX.sub('', name))
+        if shipped is None and not _SUFFIX.search(name):
+            raise OptionError(f'{expected}, got {name!r:.80}{did_you_mean(name, known)}')
+        if shipped is None:
+            there = [file.name for file in path.parent.glob('*.y*ml')] if path.parent.is_dir() else []
             raise OptionError(f'{source}: no such file: {path}{did_you_mean(path.name, [*there, *known])}')
-        path = known[_without_suffix(name)]
+        path = shipped
     if any(path.samefile(other) for other in chain):
         raise OptionError(f'{source}: inherits from itself: {" -> ".join(map(str, (*chain, path)))}')
     return path

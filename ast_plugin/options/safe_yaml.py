@@ -124,21 +124,18 @@ def _compose(text: str, source: str) -> Node | None:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise OptionError(f'{source}{_place(error)}: not YAML: {_reason(error)}{_hard_space(text)}') from None
+        mark = getattr(error, 'problem_mark', None)
+        place = f':{mark.line + 1}' if mark else ''
+        raise OptionError(f'{source}{place}: not YAML: {_reason(error)}{_hard_space(text)}') from None
     except RecursionError:
         raise OptionError(f'{source}: nested deeper than {MAX_DEPTH} levels') from None
 
 
-def _place(error: yaml.YAMLError) -> str:
-    mark = getattr(error, 'problem_mark', None)
-    return '' if mark is None else f':{mark.line + 1}'
-
-
 def _hard_space(text: str) -> str:
-    numbers = [number for number, line in enumerate(text.splitlines(), 1) if line.lstrip(' ').startswith('\u00a0')]
-    return (
-        f' (line {numbers[0]} begins with a space that does not break, U+00A0: type ordinary ones)' if numbers else ''
-    )
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip(' ').startswith('\u00a0'):
+            return f' (line {number} begins with a space that does not break, U+00A0: type ordinary ones)'
+    return ''
 
 
 def _reason(error: yaml.YAMLError) -> str:

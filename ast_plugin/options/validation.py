@@ -24,6 +24,15 @@ from ast_plugin.options.runs import expand_network, is_trained, phase_of, stage_
 from ast_plugin.options.sections import ComparedFile, Registered, StagedFile, Typed, dataset_model, file_model
 
 _OPEN_SECTIONS = ((), ('train',), ('val',), ('logger',), ('path',))  # where a third party's model may read its own keys
+_NEEDED_FOR_TRAINING = [
+    ('datasets', 'train', 'batch_size_per_gpu'),
+    ('datasets', 'train', 'num_worker_per_gpu'),
+    ('datasets', 'train'),
+    ('train', 'total_iter'),
+    ('train',),
+    ('logger', 'save_checkpoint_freq'),
+    ('logger',),
+]
 _MISSING = 'required, but not there'
 _UNKNOWN = inspect.Parameter.empty
 _POSITIONAL_OR_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -134,13 +143,10 @@ class _RunCheck:
                 )
         needed: list[tuple[str, ...]] = [] if self.is_third_party else [('network_g',)]
         if self.is_train:
-            needed += [('datasets', 'train', key) for key in ('batch_size_per_gpu', 'num_worker_per_gpu')]
-            needed += [('datasets', 'train'), ('train',), ('logger',)]
+            needed += _NEEDED_FOR_TRAINING
             needed += [] if self.is_third_party else [('train', 'optim_g'), ('train', 'scheduler')]
-            needed += [('train', 'total_iter'), ('logger', 'save_checkpoint_freq')]
+            needed += [('val', 'val_freq')] if isinstance(self.opt.get('val'), dict) else []
             measured = [key for key in datasets if phase_of(key) == 'val']
-            if isinstance(self.opt.get('val'), dict):
-                needed.append(('val', 'val_freq'))
             if measured and self.opt.get('val') is None:
                 self._report(('val',), f'datasets.{measured[0]} is never measured without; give val.val_freq')
             elif self.opt.get('val') and datasets and not measured:
@@ -464,45 +470,40 @@ def _value_faults(parameter: inspect.Parameter, value: Any, where: Where) -> lis
     return []
 
 
-def parameters_of(target: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The parameters by name, and whether others are accepted as well."""
+@functools.cache
+def parameters_of(target: Callable) -> tuple[Mapping[str, inspect.Parameter], bool]:
+    """The parameters by name, those that `**kwargs` are passed on to among them; whether others are taken as well."""
+    cls, layers = target, []
     if not inspect.isclass(target):
-        return _function_parameters(target, functools.partial(_returned_class_parameters, target))
-    # nn.Module's **kwargs take nothing.
-    classes = [cls for cls in target.__mro__ if cls is not object and cls.__module__ != 'torch.nn.modules.module']
-    return _constructor_parameters([vars(cls)['__init__'] for cls in classes if '__init__' in vars(cls)])
+        # A factory `def AST_T(**options) -> AST` takes what AST takes.
+        cls, layers = _returned_class(target), [(target, 0)]
+    for base in cls.__mro__ if cls else ():
+        # nn.Module's **kwargs take nothing.
+        if '__init__' in vars(base) and base is not object and base.__module__ != 'torch.nn.modules.module':
+            layers.append((vars(base)['__init__'], 1))  # without self
+    found: dict[str, inspect.Parameter] = {}
+    for function, num_given in layers:
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):
+            return found, True
+        with suppress(NameError, AttributeError, SyntaxError, TypeError):  # names may be there for type checkers alone
+            signature = inspect.signature(function, eval_str=True)
+        parameters = list(signature.parameters.values())[num_given:]
+        for parameter in parameters:
+            if parameter.kind in _POSITIONAL_OR_KEYWORD:
+                found.setdefault(parameter.name, parameter)
+        open_names = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+        if not open_names or not _reads(function, open_names[0]):
+            return found, False
+    return found, cls is None
 
 
-def _constructor_parameters(constructors: list[Callable]) -> tuple[dict[str, inspect.Parameter], bool]:
-    if not constructors:
-        return {}, False
-    inherited = functools.partial(_constructor_parameters, constructors[1:])
-    parameters, is_open = _function_parameters(constructors[0], inherited)
-    return dict(list(parameters.items())[1:]), is_open  # without self
-
-
-def _returned_class_parameters(function: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
-    """A factory `def AST_T(**options) -> AST` takes what AST takes."""
-    returned = None
+def _returned_class(function: Callable) -> type | None:
     with suppress(NameError, TypeError, AttributeError):
         returned = typing.get_type_hints(function).get('return')
-    return parameters_of(returned) if inspect.isclass(returned) else ({}, True)
-
-
-def _function_parameters(function: Callable, rest: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
-    """Those of a function; where it passes on its `**kwargs`, with those that `rest` returns."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return {}, True
-    with suppress(NameError, AttributeError, SyntaxError, TypeError):  # names may be there for type checkers alone
-        signature = inspect.signature(function, eval_str=True)
-    parameters = {name: p for name, p in signature.parameters.items() if p.kind in _POSITIONAL_OR_KEYWORD}
-    open_names = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    if not open_names or not _reads(function, open_names[0]):
-        return parameters, False
-    others, is_open = rest()
-    return parameters | {name: p for name, p in others.items() if name not in parameters}, is_open
+        return returned if inspect.isclass(returned) else None
+    return None
 
 
 def _reads(function: Callable, name: str) -> bool:
