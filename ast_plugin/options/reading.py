@@ -294,7 +294,7 @@ def _set_in_stage(stage: Any, steps: list[str], value: Any) -> bool:
         is_said = isinstance(section, list) and key.isdecimal() and int(key) < len(section)
     if is_said:
         replaces = isinstance(value, dict) and isinstance(section, dict)
-        _assign(section, steps, {**value, DELETE_KEY: True} if replaces else value)
+        _assign(section, steps[:-1], key, {**value, DELETE_KEY: True} if replaces else value)
     return bool(is_said)
 
 
@@ -312,16 +312,16 @@ def _set(opt: dict[str, Any], steps: list[str], value: Any, source: str) -> None
             section[key] = {}
         section = section[key]
     _step(section, steps[-1], source)
-    _assign(section, steps[2 * in_stage :], value)
+    _assign(section, steps[2 * in_stage : -1], steps[-1], value)
 
 
-def _assign(section: dict[str, Any] | list[Any], steps: list[str], value: Any) -> None:
-    """Set the last of `steps` in its section, in the place of what says the same in other units."""
+def _assign(section: dict[str, Any] | list[Any], where: Sequence[str], key: str, value: Any) -> None:
+    """Set a key of the section at `where`, in the place of what says the same in other units."""
     if isinstance(section, list):
-        section[int(steps[-1])] = value
+        section[int(key)] = value
         return
-    section[steps[-1]] = value
-    for other in rivals(tuple(steps[:-1]), steps[-1]) if value is not None else ():
+    section[key] = value
+    for other in rivals(tuple(where), key) if value is not None else ():
         section.pop(other, None)
 
 

@@ -368,6 +368,7 @@ def test_overrides_win_over_stages(write):
         (['stages:1:val:val_freq=9'], ['val'], [{'val_freq': 5}, {'val_freq': 9}]),
         (['stages:0:train:optim_g:lr=9', 'train:optim_g:lr=8'], ['train', 'optim_g', 'lr'], [9, 8]),
         (['name=y'], ['name'], ['y', 'y']),
+        (['stages=[{val: {val_freq: 4}}]'], ['val', 'val_freq'], [4]),
     ]:
         assert [at(stage.opt, *where) for stage in options.expand(load(*overrides))] == values, overrides
     for override, complaint in [
