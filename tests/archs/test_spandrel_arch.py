@@ -37,33 +37,20 @@ def installed():
 
 
 @pytest.mark.parametrize('name', TINY)
-@pytest.mark.parametrize('size', [(1, 1), (7, 37), (40, 24)])
-def test_any_size(installed, name, size):
+def test_any_size(installed, name):
     network = Spandrel(name, **TINY[name]).eval()
-    with torch.no_grad():
-        output = network(torch.rand(1, 3, *size))
-    assert output.shape == (1, 3, *size)
-    assert torch.isfinite(output).all()
-
-
-@pytest.mark.parametrize('name', ['Uformer', 'Restormer'])
-def test_no_padding_where_none_is_needed(installed, name):
-    network = Spandrel(name, **TINY[name]).eval()
-    side = network.sizes.multiple_of
-    image = torch.rand(2, 3, side, side)
-    with torch.no_grad():
-        torch.testing.assert_close(network(image), network.network(image), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize('name', TINY)
-def test_every_parameter_learns(installed, name):
-    network = Spandrel(name, **TINY[name])
     with torch.no_grad():
         for parameter in network.parameters():  # some start at zero, and nothing passes through them
             parameter.copy_(0.1 * torch.randn(parameter.shape))
+        for size in ((1, 1), (7, 37)):
+            output = network(torch.rand(1, 3, *size))
+            assert output.shape == (1, 3, *size) and torch.isfinite(output).all()
+        side = network.sizes.multiple_of
+        image = torch.rand(2, 3, side, side)
+        if name != 'NAFNet':  # which pads by itself
+            torch.testing.assert_close(network(image), network.network(image), rtol=0, atol=0)
     network(torch.rand(1, 3, 32, 32)).square().mean().backward()
-    without = [key for key, parameter in network.named_parameters() if parameter.grad is None]
-    assert not without
+    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 @pytest.mark.parametrize('name', TINY)
@@ -87,7 +74,7 @@ def test_weights_have_released_names(installed, name):
 
 
 @pytest.mark.parametrize('name', TINY)
-def test_a_weights_file_alone_is_enough(installed, name, tmp_path):
+def test_weights_file_alone_is_enough(installed, name, tmp_path):
     network = Spandrel(name, **TINY[name]).eval()
     save_torch(tmp_path / 'w.pth', {'params': network.state_dict()})
     options, assumed = network_of(read_checkpoint(tmp_path / 'w.pth'))
