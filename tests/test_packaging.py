@@ -25,23 +25,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     stale = source / 'build' / 'lib' / 'ast_plugin' / 'option_files' / 'renamed_since.yml'
     stale.parent.mkdir(parents=True)
     stale.touch()
-    subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'pip',
-            'wheel',
-            '--quiet',
-            '--disable-pip-version-check',
-            '--no-deps',
-            '--no-index',
-            '--no-build-isolation',
-            '--wheel-dir',
-            source / 'dist',
-            source,
-        ],
-        check=True,
-    )
+    pip = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--disable-pip-version-check', '--no-index']
+    subprocess.run([*pip, '--no-deps', '--no-build-isolation', '--wheel-dir', source / 'dist', source], check=True)
     (path,) = (source / 'dist').glob('*.whl')
     with zipfile.ZipFile(path) as archive:
         yield archive

@@ -1,4 +1,4 @@
-"""A package of somebody else, installed into a folder of its own, brings a network, a block and a recipe."""
+"""A package of somebody else, as pip installs it into a folder of its own, brings a network, a block and a recipe."""
 
 import os
 import subprocess
@@ -7,21 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from . import tiny_run
+
 ROOT = Path(__file__).parents[1]
 FILES = {
-    'setup.py': """
-from setuptools import setup
+    'stranger-1.2.dist-info/METADATA': 'Metadata-Version: 2.1\nName: stranger\nVersion: 1.2\n',
+    'stranger-1.2.dist-info/top_level.txt': 'stranger\n',
+    'stranger-1.2.dist-info/entry_points.txt': """
+[basicsr.plugins]
+stranger = stranger.registration
 
-setup(
-    name='stranger',
-    version='1.2',
-    packages=['stranger', 'stranger.recipes'],
-    package_data={'stranger.recipes': ['*.yml']},
-    entry_points={
-        'basicsr.plugins': ['stranger = stranger.registration'],
-        'basicsr.options': ['stranger = stranger.recipes'],
-    },
-)
+[basicsr.options]
+stranger = stranger.recipes
 """,
     'stranger/__init__.py': '',
     'stranger/recipes/__init__.py': 'raise RuntimeError("option files are found without importing anything")',
@@ -112,60 +109,59 @@ logger: {print_freq: 1, save_checkpoint_freq: 3, use_tb_logger: false}
 }
 
 
+COMMANDS = [
+    ['options'],
+    ['list', 'arch'],
+    ['mix', '-opt', 'stranger/strange_rain', '--size', '13', '21'],
+    ['mix', '-opt', 'stranger/strange_rain', '--force_yml', 'network_g:base:widht=4', '--size', '9', '9'],
+    ['mix', '-opt', 'stranger/strange_ran'],
+]
+RUN_ALL = """
+import sys
+from ast_plugin.cli.main import main
+for command in {commands}:
+    status = main(command)
+    print('status', status, flush=True)
+    print('----', flush=True)
+    print('----', file=sys.stderr, flush=True)
+"""
+
+
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory):
     """The environment of processes in which the package is installed, and a folder with pairs to work in."""
-    from . import tiny_run
-
-    source, target, work = (tmp_path_factory.mktemp(name) for name in ('source', 'target', 'work'))
+    target, work = (tmp_path_factory.mktemp(name) for name in ('target', 'work'))
     for name, text in FILES.items():
-        path = source / name
+        path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.lstrip('\n'), encoding='utf-8')
-    pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-build-isolation', '--no-deps', '--no-index']
-    installed = subprocess.run([*pip, '--target', target, source], capture_output=True, text=True, cwd=source)
-    assert installed.returncode == 0, installed.stderr
     tiny_run.write(work)
     variables = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(target), str(ROOT)]), 'OMP_NUM_THREADS': '1'}
     return {'cwd': work, 'env': variables}
 
 
-def command(environment, *arguments):
-    return subprocess.run(
-        [sys.executable, '-m', 'ast_plugin', *arguments], capture_output=True, text=True, **environment
-    )
+def run(environment, *arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **environment)
 
 
-def test_its_recipe_and_names_are_known(environment):
-    listed = command(environment, 'options')
-    assert 'stranger/strange_rain' in listed.stdout, listed.stderr
-    assert 'StrangeNet with CrossConv' in listed.stdout
-    archs = command(environment, 'list', 'arch')
-    assert any(
-        line.split() == ['StrangeNet', 'stranger.registration', 'stranger', '1.2'] for line in archs.stdout.splitlines()
-    )
-
-
-def test_its_network_is_mixed_and_tried(environment):
-    result = command(environment, 'mix', '-opt', 'stranger/strange_rain', '--size', '13', '21')
+def test_its_names_and_its_network_are_known(environment):
+    result = run(environment, '-c', RUN_ALL.format(commands=COMMANDS))
     assert result.returncode == 0, result.stderr
-    assert 'CrossConv' in result.stdout and 'ASSA' in result.stdout
-    assert '13x21 -> 13x21' in result.stdout and 'all finite' in result.stdout
+    options, archs, mixed, *_ = result.stdout.split('----\n')
+    *_, unknown_key, unknown_file, _ = result.stderr.split('----\n')
+    assert 'stranger/strange_rain' in options and 'StrangeNet with CrossConv' in options
+    assert ['StrangeNet', 'stranger.registration', 'stranger', '1.2'] in map(str.split, archs.splitlines())
+    assert 'CrossConv' in mixed and 'ASSA' in mixed
+    assert '13x21 -> 13x21' in mixed and 'all finite' in mixed
+    assert [line for line in result.stdout.splitlines() if line.startswith('status')] == [
+        *['status 0'] * 3,
+        *['status 2'] * 2,
+    ]
+    assert 'network_g.base.widht: unknown key, did you mean width?' in unknown_key
+    assert 'did you mean stranger/strange_rain?' in unknown_file
 
 
 def test_its_recipe_trains(environment):
-    trained = command(environment, 'train', '-opt', 'stranger/strange_rain')
+    trained = run(environment, '-m', 'ast_plugin', 'train', '-opt', 'stranger/strange_rain')
     assert trained.returncode == 0, trained.stderr[-2000:]
-    weights = environment['cwd'] / 'experiments/strange_rain/models/net_g_3.pth'
-    assert weights.is_file()
-
-
-def test_mistakes_in_it_are_named(environment):
-    result = command(
-        environment, 'mix', '-opt', 'stranger/strange_rain', '--force_yml', 'network_g:base:widht=4', '--size', '9', '9'
-    )
-    assert result.returncode == 2
-    assert 'network_g.base.widht: unknown key, did you mean width?' in result.stderr
-    result = command(environment, 'mix', '-opt', 'stranger/strange_ran')
-    assert result.returncode == 2
-    assert 'did you mean stranger/strange_rain?' in result.stderr
+    assert (environment['cwd'] / 'experiments/strange_rain/models/net_g_3.pth').is_file()
