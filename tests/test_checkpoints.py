@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ast_plugin.checkpoints import (
     NETWORK_KEY,
@@ -33,26 +34,11 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_official_files(tmp_path):
-    content = {'epoch': 3, 'state_dict': {f'module.{k}': v for k, v in WEIGHT.items()}, 'optimizer': {'state': {}}}
-    checkpoint = read_checkpoint(write(tmp_path / 'model_best.pth', content), 'state_dict')
-    assert checkpoint.state.keys() == {f'module.{name}' for name in WEIGHT}
-    assert (checkpoint.param_key, checkpoint.network) == ('state_dict', None)
-
-
-def test_moving_average_is_preferred(tmp_path):
-    average = {name: tensor + 1 for name, tensor in WEIGHT.items()}
-    path = write(tmp_path / 'net_g_latest.pth', {'params': WEIGHT, 'params_ema': average})
-    assert same(read_checkpoint(path).state, average)
-    assert same(read_checkpoint(path, 'params').state, WEIGHT)
-
-
-@pytest.mark.parametrize('zipped', [True, False])
-def test_bare_states(tmp_path, zipped):
-    path = write(tmp_path / 'bare.pth', WEIGHT, _use_new_zipfile_serialization=zipped)
-    checkpoint = read_checkpoint(path)
-    assert same(checkpoint.state, WEIGHT)
-    assert checkpoint.param_key is None
+def test_older_format_of_torch(tmp_path):
+    checkpoint = read_checkpoint(write(tmp_path / 'bare.pth', WEIGHT, _use_new_zipfile_serialization=False))
+    assert same(checkpoint.state, WEIGHT) and checkpoint.param_key is None
+    torch.save({'iter': 3}, tmp_path / '3.state', _use_new_zipfile_serialization=False)
+    assert read_state(tmp_path / '3.state') == {'iter': 3}
 
 
 def test_weights_carry_their_network(tmp_path):
@@ -63,13 +49,11 @@ def test_weights_carry_their_network(tmp_path):
     assert checkpoint.network == network
 
 
-@pytest.mark.parametrize('described', ['[1]', '{"embed_dim": 4}', 'AST'])
-def test_metadata_that_are_no_network(tmp_path, described):
-    from safetensors.torch import save_file
-
-    save_file({'a': torch.zeros(1)}, tmp_path / 'w.safetensors', {NETWORK_KEY: described})
-    with pytest.raises(CheckpointError):
-        read_checkpoint(tmp_path / 'w.safetensors')
+def test_metadata_that_are_no_network(tmp_path):
+    for described in ('[1]', '{"embed_dim": 4}', 'AST'):
+        save_file({'a': torch.zeros(1)}, tmp_path / 'w.safetensors', {NETWORK_KEY: described})
+        with pytest.raises(CheckpointError):
+            read_checkpoint(tmp_path / 'w.safetensors')
 
 
 class Code:
@@ -120,14 +104,16 @@ def test_bad_files(tmp_path):
 
 
 def test_missing_files_and_keys(tmp_path):
-    with pytest.raises(CheckpointError, match='does not exist'):
-        read_checkpoint(tmp_path / 'none.pth')
-    with pytest.raises(CheckpointError, match='is a folder'):
-        read_checkpoint(tmp_path)
     path = write(tmp_path / 'x.pth', {'generator': WEIGHT, 'epoch': 1})
+    for missing, key, words in (
+        (tmp_path / 'none.pth', None, r'none\.pth does not exist: expected a weights file'),
+        (tmp_path, None, r'is a folder without model\.safetensors'),
+        ('https://a.b/x.pth', None, 'is an address, download it'),
+        (path, 'params', "key 'params'; it has generator"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            read_checkpoint(missing, key)
     assert same(read_checkpoint(path, 'generator').state, WEIGHT)
-    with pytest.raises(CheckpointError, match="key 'params'; it has generator"):
-        read_checkpoint(path, 'params')
 
 
 # ---- training states
@@ -181,16 +167,11 @@ def test_a_flipped_bit_that_torch_does_not_see(tmp_path):
         read_state(tmp_path / '5.state')
 
 
-@pytest.mark.parametrize('content', [{'iter': '5'}, {'iter': -1}, {}, [5]])
-def test_what_is_no_state(tmp_path, content):
-    save_torch(tmp_path / '5.state', content)
-    with pytest.raises(CheckpointError, match=r'5\.state is no training state'):
-        read_state(tmp_path / '5.state')
-
-
-def test_a_state_in_torchs_older_format(tmp_path):
-    torch.save({'iter': 3}, tmp_path / '3.state', _use_new_zipfile_serialization=False)
-    assert read_state(tmp_path / '3.state') == {'iter': 3}
+def test_what_is_no_state(tmp_path):
+    for content in ({'iter': '5'}, {'iter': -1}, {}, [5]):
+        save_torch(tmp_path / '5.state', content)
+        with pytest.raises(CheckpointError, match=r'5\.state is no training state .* \(it says that its iteration is'):
+            read_state(tmp_path / '5.state')
 
 
 def test_keep_newest(tmp_path):

@@ -45,7 +45,8 @@ def package(monkeypatch):
             red = images[0][:, 0].mean() * scale
             return red if mode == 'NR' else (red - images[1][:, 0].mean() * scale).reshape(1)
 
-        return _Callable(mode, model)
+        model.metric_mode = mode
+        return model
 
     configs = {
         'lpips': {'metric_mode': 'FR', 'lower_better': True},
@@ -60,14 +61,6 @@ def package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyiqa', module)
     monkeypatch.setitem(sys.modules, 'pyiqa.default_model_configs', settings)
     return calls
-
-
-class _Callable:
-    def __init__(self, metric_mode, function):
-        self.metric_mode, self.function = metric_mode, function
-
-    def __call__(self, *images):
-        return self.function(*images)
 
 
 def measure(metric, img=IMAGE, img2=REFERENCE, **options):
@@ -92,11 +85,15 @@ def test_model_is_made_once(package):
 
 
 def test_directions(package):
-    assert registered_metrics.better_direction({'type': 'pyiqa', 'metric': 'lpips'}) == 'lower'
-    assert registered_metrics.better_direction({'type': 'pyiqa', 'metric': 'entropy'}) == 'higher'
-    assert registered_metrics.better_direction({'type': 'pyiqa', 'metric': 'lpips', 'better': 'higher'}) == 'higher'
-    assert registered_metrics.better_direction({'type': 'calculate_niqe'}) == 'lower'
-    assert registered_metrics.better_direction({'type': 'calculate_psnr'}) == 'higher'
+    lpips = {'type': 'pyiqa', 'metric': 'lpips'}
+    for options, direction in (
+        (lpips, 'lower'),
+        (lpips | {'better': 'higher'}, 'higher'),
+        (lpips | {'metric': 'entropy'}, 'higher'),
+        ({'type': 'calculate_niqe'}, 'lower'),
+        ({'type': 'calculate_psnr'}, 'higher'),
+    ):
+        assert registered_metrics.better_direction(options) == direction
 
 
 @pytest.mark.parametrize(
