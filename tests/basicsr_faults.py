@@ -11,15 +11,54 @@ import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # most faults are those of machines without CUDA
 
-from ast_plugin import toolbox
-
-toolbox.repair_after_import = lambda: None
-
 import torch
 import torch.distributed as dist
+
+from ast_plugin import toolbox
+
+
+def works(probe) -> bool:
+    try:
+        return bool(probe())
+    except Exception as error:
+        print(f'{probe.__name__}: {type(error).__name__}: {error}', file=sys.stderr)
+        return False
+
+
+def results_of(repair, probe) -> dict[str, bool]:
+    before = works(probe)
+    repair()
+    return {'before': before, 'after': works(probe)}
+
+
+def import_torchvision():
+    import torchvision  # noqa: F401
+
+    return True
+
+
+def import_functional_tensor():
+    from torchvision.transforms.functional_tensor import rgb_to_grayscale  # noqa: F401
+
+    return True
+
+
+def refuse(path):
+    """Be a torchvision whose compiled library is of another torch."""
+    raise OSError(path)
+
+
+torch.ops.load_library = refuse
+results = {
+    'define_torchvision_operators': results_of(toolbox.define_torchvision_operators, import_torchvision),
+    'provide_functional_tensor': results_of(toolbox.provide_functional_tensor, import_functional_tensor),
+}
+toolbox.repair_after_import = lambda: None
+
 from basicsr import train
 from basicsr.models.base_model import BaseModel
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR
@@ -116,18 +155,14 @@ def sample_full_batches():
 
 def resume_within_epochs():
     """Ten numbers in batches of two, resumed after seven batches: three are left of the second epoch."""
-    build_dataset = train.build_dataset
     logger = SimpleNamespace(info=lambda line: None)
     loader_options = {'batch_size_per_gpu': 2, 'num_worker_per_gpu': 0, 'phase': 'train'}
     opt = {'datasets': {'train': loader_options}, 'world_size': 1, 'rank': 0, 'num_gpu': 0, 'dist': False}
     opt |= {'manual_seed': 0, 'train': {'total_iter': 10}, 'resumed_iter': 7}
-    train.build_dataset = lambda options: Ten()
-    try:
+    with patch.object(train, 'build_dataset', lambda options: Ten()):
         loader, sampler, *_ = train.create_train_val_dataloader(opt, logger)
         sampler.set_epoch(1)
         return len(list(loader)) == 3
-    finally:
-        train.build_dataset = build_dataset
 
 
 def start_loading_once():
@@ -146,14 +181,11 @@ def start_loading_once():
 def archive_under_free_names():
     from basicsr.utils import misc
 
-    misc.get_time_str, get_time_str = (lambda: 'now'), misc.get_time_str
     folder = Path(sys.argv[2], 'experiment')
-    try:
+    with patch.object(misc, 'get_time_str', lambda: 'now'):
         for _ in range(3):
             train.mkdir_and_rename(str(folder))
             (folder / 'file').touch()
-    finally:
-        misc.get_time_str = get_time_str
     return len(list(folder.parent.glob('experiment_archived_now*'))) >= 2
 
 
@@ -207,14 +239,10 @@ def resume_with_other_options():
 def spare_runs_from_tensorboard():
     from torch.utils.tensorboard import SummaryWriter
 
-    original, SummaryWriter.add_scalar = SummaryWriter.add_scalar, lambda self, *scalar: 1 / 0
-    try:
-        opt = {'name': 'spared', 'logger': {'use_tb_logger': True}, 'root_path': sys.argv[2]}
-        train.init_tb_loggers(opt).add_scalar('loss', 1.0, 1)
-        SummaryWriter.__init__ = lambda self, **options: 1 / 0
-        train.init_tb_loggers(opt).add_scalar('loss', 1.0, 1)
-    finally:
-        SummaryWriter.add_scalar = original
+    opt = {'name': 'spared', 'logger': {'use_tb_logger': True}, 'root_path': sys.argv[2]}
+    for broken in ('add_scalar', '__init__'):
+        with patch.object(SummaryWriter, broken, lambda self, *args, **kwargs: 1 / 0):
+            train.init_tb_loggers(opt).add_scalar('loss', 1.0, 1)
     return True
 
 
@@ -224,11 +252,8 @@ def write_every_name():
     file, folder = Path(sys.argv[2], 'odd.yml'), Path(sys.argv[2], 'odd')
     file.write_text('name: odd\n')
     folder.mkdir(exist_ok=True)
-    arguments, sys.argv[:] = sys.argv[:], [*sys.argv, 'mu\udcf1oz', '\n']
-    try:
+    with patch.object(sys, 'argv', [*sys.argv, 'mu\udcf1oz', '\n']):
         train.copy_opt_file(str(file), str(folder))
-    finally:
-        sys.argv[:] = arguments
     log = logger.get_root_logger('odd', log_file=str(folder / 'odd.log'))
     log.info('mu\udcf1oz \u96e8')
     logger.initialized_logger.pop('odd')
@@ -264,45 +289,17 @@ def start_wandb_of_any_age():
 def place_by_local_rank():
     """Of the second machine's two processes the first, where machines have four GPUs."""
     placed = []
-    fakes = {
-        (torch.cuda, 'is_available'): lambda: True,
-        (torch.cuda, 'device_count'): lambda: 4,
-        (torch.cuda, 'set_device'): placed.append,
-        (dist, 'init_process_group'): lambda **options: None,
-    }
-    originals = {(module, name): getattr(module, name) for module, name in fakes}
-    environ = dict(os.environ)
-    try:
-        os.environ.update(RANK='2', LOCAL_RANK='0')
-        for (module, name), fake in fakes.items():
-            setattr(module, name, fake)
+    gpus = {'is_available': lambda: True, 'device_count': lambda: 4, 'set_device': placed.append}
+    with (
+        patch.dict(os.environ, RANK='2', LOCAL_RANK='0'),
+        patch.multiple(torch.cuda, **gpus),
+        patch.object(dist, 'init_process_group'),
+    ):
         init_dist('pytorch')
-        return placed[-1] == 0
-    finally:
-        for (module, name), original in originals.items():
-            setattr(module, name, original)
-        os.environ.clear()
-        os.environ.update(environ)
-
-
-def works(probe) -> bool:
-    try:
-        return bool(probe())
-    except Exception as error:
-        print(f'{probe.__name__}: {type(error).__name__}: {error}', file=sys.stderr)
-        return False
-
-
-def main():
-    results = {}
-    for repair in REPAIRS:
-        probe = globals()[repair.__name__]
-        before = works(probe)
-        repair()
-        results[repair.__name__] = {'before': before, 'after': works(probe)}
-    dist.destroy_process_group()
-    sys.__stdout__.write('\n' + json.dumps(results))
+    return placed[-1] == 0
 
 
 if __name__ == '__main__':
-    main()
+    results |= {repair.__name__: results_of(repair, globals()[repair.__name__]) for repair in REPAIRS}
+    dist.destroy_process_group()
+    sys.__stdout__.write('\n' + json.dumps(results))

@@ -6,14 +6,21 @@ Numbers are of 64 bits, so that a gradient that is summed in another order shows
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
+import ast_plugin  # noqa: F401 (before BasicSR)
+
+# isort: split
 import torch
+from basicsr.models import build_model
+from basicsr.utils.dist_util import get_dist_info, init_dist
+from basicsr.utils.registry import ARCH_REGISTRY
 from torch.utils.data import DataLoader, Dataset
 
-import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin.data.randomness import EpochSampler
+from ast_plugin.errors import TrainingError
 
 TINY = {'type': 'AST', 'img_size': 16, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'drop_path_rate': 0.0}
 BATCH = 4  # of all processes together
@@ -50,12 +57,6 @@ class Pairs(Dataset):
         return {'lq': lq, 'gt': gt, 'lq_path': NAMES[index], 'gt_path': NAMES[index]}
 
 
-def build(*arguments, **top):
-    from basicsr.models import build_model
-
-    return build_model(options(*arguments, **top))
-
-
 def options(folder: Path, rank: int, count: int, **top) -> dict:
     paths = {name: str(folder / name) for name in ('experiments_root', 'models', 'training_states', 'visualization')}
     for path in paths.values():
@@ -78,6 +79,7 @@ def options(folder: Path, rank: int, count: int, **top) -> dict:
             'scheduler': {'type': 'MultiStepLR', 'milestones': [9]},
             'pixel_opt': {'type': 'ASTCharbonnierLoss'},
             'ema_decay': 0.5,
+            'accumulate': 2,
         },
         'val': {'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}}},
         'logger': {'print_freq': 2, 'save_checkpoint_freq': 2, 'use_tb_logger': True, 'tb_pictures': 3},
@@ -90,7 +92,7 @@ def train(folder: Path, rank: int, count: int) -> dict:
     torch.manual_seed(7 + rank)  # the processes' first weights differ until they are made one
     if rank == 0:
         torch.manual_seed(7)
-    model = build(folder, rank, count)
+    model = build_model(options(folder, rank, count))
     sampler = EpochSampler(Pairs(BATCH // count), count, rank)
     loader = DataLoader(sampler.dataset, BATCH // count, sampler=sampler, drop_last=True)
     iteration = 0
@@ -126,26 +128,43 @@ def restore_in_double(model):
     return lambda sample: original({**sample, 'lq': sample['lq'].double(), 'gt': sample['gt'].double()})
 
 
-def unused(folder: Path, rank: int, count: int) -> bool:
+def unused(folder: Path, rank: int, count: int) -> None:
     """Train a network with an unused weight: DistributedDataParallel refuses the second step, unless told."""
-    from basicsr.utils.registry import ARCH_REGISTRY
-
     ARCH_REGISTRY.register(HalfUsed)
-    model = build(folder, rank, count, network_g={'type': 'HalfUsed'}, find_unused_parameters=True)
+    model = build_model(options(folder, rank, count, network_g={'type': 'HalfUsed'}, find_unused_parameters=True))
     for iteration in (1, 2):
         model.feed_data({key: torch.rand(1, 3, 8, 8).double() for key in ('lq', 'gt')})
         model.optimize_parameters(iteration)
-    return True
+
+
+def nan_in_the_last(folder: Path, rank: int, count: int) -> list:
+    """What all do and say of a loss that is NaN in one of them, by either policy."""
+    told = []
+    for policy in ('skip', 'stop'):
+        opt = options(folder / policy, rank, count)
+        opt['train']['on_nonfinite'] = policy
+        model = build_model(opt)
+        before = {name: weight.clone() for name, weight in model.weights()['params'].items()}
+        images = torch.full((2, 3, 16, 16), math.nan if rank == count - 1 else 0.5).double()
+        model.feed_data({'lq': images, 'gt': torch.zeros_like(images), 'lq_path': [f'{rank}.png'] * 2})
+        try:
+            model.optimize_parameters(1)
+            told.append('left out')
+        except TrainingError as error:
+            told.append(str(error).partition('. Expected')[0])
+        assert all(torch.equal(weight, before[name]) for name, weight in model.weights()['params'].items())
+    return told
 
 
 def main() -> None:
-    from basicsr.utils.dist_util import get_dist_info, init_dist
-
     torch.set_default_dtype(torch.float64)
     init_dist('pytorch')
     rank, count = get_dist_info()
     folder = Path(sys.argv[1])
-    report = {'train': train(folder, rank, count), 'unused': unused(folder / 'unused', rank, count)}
+    report = train(folder, rank, count)
+    if count > 1:
+        unused(folder / 'unused', rank, count)
+        report['nan'] = nan_in_the_last(folder, rank, count)
     (folder / f'report_{rank}.json').write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
 

@@ -6,13 +6,14 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
+
+from tests import tiny_run
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
@@ -67,11 +68,12 @@ def runs(tmp_path_factory) -> dict[int, tuple[Path, list[dict]]]:
         results = finish(start(count, str(ROOT / 'tests' / 'processes.py'), str(folder), cwd=ROOT))
         assert [status for status, _, _ in results] == [0] * count, results
         reports = [json.loads((folder / f'report_{rank}.json').read_text()) for rank in range(count)]
-        found[count] = folder, [report['train'] for report in reports]
+        found[count] = folder, reports
     return found
 
 
-def test_two_processes_learn_what_one_learns_from_batches_of_both(runs):
+def test_two_processes_learn_as_one(runs):
+    """From batches of both, in micro-batches."""
     one, two = (torch.load(folder / 'weights.pth', weights_only=True) for folder, _ in runs.values())
     assert one.keys() == two.keys() == {'params', 'params_ema'}
     for key in one:
@@ -81,7 +83,12 @@ def test_two_processes_learn_what_one_learns_from_batches_of_both(runs):
     assert any(not torch.equal(one['params'][name], one['params_ema'][name]) for name in one['params'])  # it has moved
 
 
-def test_losses_in_the_log_are_the_mean_of_all(runs):
+def test_two_processes_stop_alike(runs):
+    for report in runs[2][1]:
+        assert report['nan'] == ['left out', 'iteration 1: the loss l_pix is nan; images: 1.png, 1.png']
+
+
+def test_losses_in_the_log_are_means(runs):
     logs = []
     for folder, _ in runs.values():
         with (folder / 'experiments_root' / 'metrics.csv').open() as file:
@@ -90,7 +97,7 @@ def test_losses_in_the_log_are_the_mean_of_all(runs):
     np.testing.assert_allclose(logs[0], logs[1], rtol=1e-9)
 
 
-def test_validation_is_shared_and_gives_the_same_numbers(runs):
+def test_validation_is_shared(runs):
     (folder_one, (one,)), (folder_two, two) = runs.values()
     assert two[0]['read'] == [0, 2, 4] and two[1]['read'] == [1, 3]
     for report in two:
@@ -101,68 +108,24 @@ def test_validation_is_shared_and_gives_the_same_numbers(runs):
     assert two[0]['shown'] == one['shown'] == ['pairs/one', 'pairs/one_2', 'pairs/three']
     assert len(set(one['values'])) == 5
     pictures = [
-        {
-            path.relative_to(folder): path.read_bytes()
-            for path in (folder / 'visualization').rglob('*')
-            if path.is_file()
-        }
+        {path.name: path.read_bytes() for path in (folder / 'visualization').rglob('*.png')}
         for folder in (folder_one, folder_two)
     ]
     assert pictures[0] == pictures[1]
-    assert {path.name for path in pictures[0]} == {f'{name}_4.png' for name in one['names']}
+    assert pictures[0].keys() == {f'{name}_4.png' for name in one['names']}
     assert (folder_two / 'models' / 'net_g_best.safetensors').is_file()
 
 
-# The command
-
-RUN = """\
-name: tiny
-model_type: RestorationModel
-num_gpu: 0
-manual_seed: 1
-datasets:
-  train:
-    name: train
-    type: {type}
-    dataroot_lq: data/lq
-    dataroot_gt: data/gt
-    io_backend: {{type: disk}}
-    gt_size: 16
-    batch_size_per_gpu: 2
-    num_worker_per_gpu: 0
-  val:
-    name: val
-    type: PairsDataset
-    dataroot_lq: data/lq
-    dataroot_gt: data/gt
-network_g:
-  type: AST
-  img_size: 16
-  embed_dim: 4
-  depths: [1, 1, 1, 1, 1, 1, 1, 1, 1]
-  num_heads: [1, 1, 1, 1, 1, 1, 1, 1, 1]
-train:
-  total_iter: 4
-  optim_g: {{type: AdamW, lr: 1e-3}}
-  scheduler: {{type: WarmupCosineLR}}
-  pixel_opt: {{type: ASTCharbonnierLoss}}
-val:
-  val_freq: 2
-  save_img: false
-  metrics: {{psnr: {{type: calculate_psnr, crop_border: 0}}}}
-logger: {{print_freq: 1, save_checkpoint_freq: 2, use_tb_logger: true}}
-"""
-
-
-def write_run(folder: Path, dataset_type: str = 'PairsDataset') -> None:
-    """Three pairs of pictures, an odd number, and an option file."""
-    generator = np.random.default_rng(0)
+def write_run(folder: Path, **changes) -> None:
+    """The tiny run by our model, its training set of an odd number of pairs, with changes of its training set."""
+    file = tiny_run.write(folder)
     for kind in ('lq', 'gt'):
-        (folder / 'data' / kind).mkdir(parents=True)
-        for number in range(3):
-            image = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-            cv2.imwrite(str(folder / 'data' / kind / f'{number}.png'), image)
-    (folder / 'tiny.yml').write_text(RUN.format(type=dataset_type), encoding='utf-8')
+        (folder / 'data' / kind / '3.png').unlink()
+    opt = yaml.safe_load(file.read_text(encoding='utf-8'))
+    opt['model_type'] = 'RestorationModel'
+    opt['logger']['use_tb_logger'] = True
+    opt['datasets']['train'].update(changes)
+    file.write_text(yaml.safe_dump(opt), encoding='utf-8')
 
 
 def test_torchrun_trains_on_cpus(tmp_path):
@@ -214,11 +177,9 @@ sys.exit(main(['train', '-opt', 'tiny.yml', '--launcher', 'pytorch']))
 
 
 @pytest.mark.parametrize('how', ['error', 'killed'])
-def test_the_failure_of_one_ends_all_and_is_told_once(tmp_path, how):
-    write_run(tmp_path, 'FailsInOne')
-    begin = time.monotonic()
+def test_failure_of_one_is_told_once(tmp_path, how):
+    write_run(tmp_path, type='FailsInOne')
     first, second = finish(start(2, '-c', FAILS_IN_ONE, cwd=tmp_path, FAILS='1', HOW=how), timeout=90)
-    assert time.monotonic() - begin < 90
     assert first[0] == 2, first[2]
     told = [line for _, _, errors in (first, second) for line in errors.splitlines() if 'basicsr: error' in line]
     if how == 'error':

@@ -15,26 +15,23 @@ EXTRA = 'pytorch_optimizer'
 
 # What a loop that computes one gradient a step and hands over a list of parameters cannot serve.
 _REFUSED = {
-    reason: names.split()
-    for reason, names in {
-        'it calls back for the loss several times a step': 'LBFGS AliG BSAM',
-        'it takes sparse gradients only': 'SparseAdam',
-        'it needs second derivatives': 'AdaHessian SophiaH',
-        'it works around another optimiser': (
-            'FriendlySAM GSAM Lookahead LookSAM OrthoGrad PCGrad SAM SafeFP16Optimizer ScheduleFreeWrapper TRAC WSAM'
-        ),
-        'it steps inside the backward pass, or wants the network itself': 'AdaLOMO AdamMini LOMO',
-        'it keeps other weights for testing than for training': 'ScheduleFreeAdamW ScheduleFreeRAdam ScheduleFreeSGD',
-        'it wants to be told for each parameter how to treat it': 'AdaGO AdaMuon DistributedMuon MuonClip NorMuon',
-        'it exchanges gradients between processes itself': 'DeMo',
-    }.items()
+    'it calls back for the loss several times a step': 'LBFGS AliG BSAM',
+    'it takes sparse gradients only': 'SparseAdam',
+    'it needs second derivatives': 'AdaHessian SophiaH',
+    'it works around another optimiser': (
+        'FriendlySAM GSAM Lookahead LookSAM OrthoGrad PCGrad SAM SafeFP16Optimizer ScheduleFreeWrapper TRAC WSAM'
+    ),
+    'it steps inside the backward pass, or wants the network itself': 'AdaLOMO AdamMini LOMO',
+    'it keeps other weights for testing than for training': 'ScheduleFreeAdamW ScheduleFreeRAdam ScheduleFreeSGD',
+    'it wants to be told for each parameter how to treat it': 'AdaGO AdaMuon DistributedMuon MuonClip NorMuon',
+    'it exchanges gradients between processes itself': 'DeMo',
 }
 
 
 def find_optimizer(name: str) -> type[Optimizer]:
     """Return the optimiser called `name`: of torch.optim, or else of pytorch_optimizer, which is imported only then."""
     for reason, names in _REFUSED.items():
-        if name in names:
+        if name in names.split():
             raise OptionError(f'the optimiser {name} cannot be used here: {reason}; AdamW is a good choice')
     known = _optimizers(torch.optim)
     where, advice = 'torch.optim', ''
@@ -148,7 +145,7 @@ def restore_rates(schedule: LRScheduler) -> None:
 
 
 def _optimizers(module: Any) -> dict[str, type[Optimizer]]:
-    refused = {name for names in _REFUSED.values() for name in names}
+    refused = {name for names in _REFUSED.values() for name in names.split()}
     return {
         name: kind
         for name, kind in vars(module).items()

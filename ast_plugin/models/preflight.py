@@ -541,15 +541,14 @@ def _try_validation(
         result = model.get_current_visuals()['result']
     finally:
         model.is_train = was_train
-    if result.ndim != 4:
+    is_ours = isinstance(model, RestorationModel)
+    metrics = model.validator.metrics if is_ours else opt['val'].get('metrics')
+    has_clean = isinstance(sample.get('gt'), Tensor)
+    if result.ndim != 4 or not metrics or (is_ours and not has_clean):
         return
-    metrics = model.validator.metrics if isinstance(model, RestorationModel) else opt['val'].get('metrics') or {}
-    if not metrics:
-        return
-    if not isinstance(sample.get('gt'), Tensor):
-        if not isinstance(model, RestorationModel):
-            for options in metrics.values():
-                calculate_metric({'img': tensor2img(result)}, options)
+    if not has_clean:
+        for options in metrics.values():
+            calculate_metric({'img': tensor2img(result)}, options)
         return
     scale = result.shape[-1] // corner.shape[-1]
     size, clean = (scale * height, scale * width), tuple(sample['gt'].shape[-2:])
@@ -573,10 +572,8 @@ def _try_metrics(
     for sample in samples:
         top, left = (max(0, side - most) // 2 for side in sample['gt'].shape[-2:])
         clean = sample['gt'][..., top : top + most, left : left + most].float()
-        pair = [
-            clean[None] if len(clean) == channels else clean.mean(0, True).expand(channels, -1, -1)[None],
-            clean[None],
-        ]
+        restored = clean if len(clean) == channels else clean.mean(0, True).expand(channels, -1, -1)
+        pair = restored[None], clean[None]
         for name, options in list(waiting.items()):
             try:
                 if isinstance(model, RestorationModel):
@@ -592,4 +589,5 @@ def _try_metrics(
                 failures.setdefault(name, error)
         if not waiting:
             return
-    raise DataError(f'no image is large enough for {next(iter(waiting))}: {one_line(failures[next(iter(waiting))])}')
+    name = next(iter(waiting))
+    raise DataError(f'no image is large enough for {name}: {one_line(failures[name])}')

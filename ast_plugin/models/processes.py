@@ -74,7 +74,9 @@ def failing_together() -> Iterator[None]:
             raise
         first, message = _claim(str(error))
         _hang_up()
-        is_lost = not isinstance(error, PluginError) and _is_broken_connection(error)
+        text = f'{type(error).__name__} {error}'.lower()
+        is_lost = isinstance(error, dist.DistError) or any(word in text for word in _BROKEN_CONNECTION)
+        is_lost = is_lost and isinstance(error, RuntimeError) and not isinstance(error, PluginError)
         if not first and (is_lost or message == str(error)):
             raise SystemExit(2) from None
         if is_lost:
@@ -173,10 +175,3 @@ def _hang_up() -> None:
             dist.distributed_c10d._abort_process_group()
         else:
             leave()
-
-
-def _is_broken_connection(error: Exception) -> bool:
-    text = f'{type(error).__name__} {error}'.lower()
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or any(word in text for word in _BROKEN_CONNECTION)
-    )

@@ -16,15 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ast_plugin.archs.state import load_into
-from ast_plugin.checkpoints import (
-    STATE,
-    WEIGHTS,
-    keep_newest,
-    read_checkpoint,
-    read_state,
-    save_torch,
-    save_weights,
-)
+from ast_plugin.checkpoints import STATE, WEIGHTS, keep_newest, read_checkpoint, read_state, save_torch, save_weights
 from ast_plugin.data import randomness
 from ast_plugin.data.contact_sheet import join_images
 from ast_plugin.data.randomness import epoch_of

@@ -1,15 +1,18 @@
-"""metrics.csv and curve.png of a run: complete, exact, and cut back when a run is resumed."""
+"""What a terminal shows of a run; metrics.csv and curve.png: complete, exact, and cut back when a run is resumed."""
 
 import csv
 import io
+import logging
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ast_plugin.models.run_log import RunLog, _smoothed, draw_curve, read_columns
+from ast_plugin.models.run_log import RunLog, TrainingProgress, _smoothed, close_bars, draw_curve, memory, read_columns
 
 LOSS = 0.1 + 0.2  # has seventeen digits
 
@@ -165,3 +168,76 @@ def test_smooth_curve_looks_back():
     values = np.array([1.0] * 100 + [math.nan] + [3.0] * 99)
     smooth = _smoothed(values)
     assert smooth[99] == 1 and smooth[-1] == 3 and smooth[101] == pytest.approx((1 * 2 + 3) / 3)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def show(progress, iterations, seconds=0.0):
+    for _ in range(iterations):
+        progress.begin()
+        progress.advance({'l_pix': 0.03125})
+        time.sleep(seconds)
+
+
+def test_a_terminal_shows_all_of_it(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '200')
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    logger = logging.Logger('toolbox')
+    logger.addHandler(logging.StreamHandler())
+    progress = TrainingProgress(10, 4, logger)
+    progress.best = 'best psnr 31.20'
+    show(progress, 5, 0.11)  # it is drawn ten times a second at most
+    logger.info('a line')
+    show(progress, 1)
+    shown = sys.stderr.getvalue()
+    for part in ('| 9/10 [', '10/10', 'l_pix 0.0312', 'data ', ' GB', 'best psnr 31.20', 'it/s', '<00:0'):
+        assert part in shown, part
+    assert any(line.strip() == 'a line' for line in shown.replace('\r', '\n').splitlines())
+    assert progress.bar.disable  # closed: it was the last iteration
+
+
+def test_a_file_and_other_processes_get_nothing(monkeypatch):
+    for stream, is_shown in ((io.StringIO(), True), (Terminal(), False)):
+        monkeypatch.setattr(sys, 'stderr', stream)
+        show(TrainingProgress(2, 0, logging.Logger('toolbox'), is_shown=is_shown), 2)
+        assert stream.getvalue() == ''
+
+
+def test_share_of_waiting_for_data(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr('ast_plugin.models.run_log.time', clock)
+    progress = TrainingProgress(100, 0, logging.Logger('toolbox'), is_shown=False)
+    assert progress.data_share == 0
+    for _ in range(100):
+        clock.now += 1  # waits
+        progress.begin()
+        clock.now += 3  # works
+        progress.advance({})
+        clock.now += 50  # validates
+        progress.pause()
+    assert progress.data_share == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_bar_of_a_failed_run_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    show(TrainingProgress(10, 0, logging.Logger('toolbox')), 1)
+    close_bars()
+    assert sys.stderr.getvalue().endswith('\n')
+
+
+def test_memory_of_this_process():
+    if sys.platform == 'win32':
+        pytest.skip('the system does not tell')
+    assert 0.05 < float(memory(torch.device('cpu')).removesuffix(' GB')) < 100
