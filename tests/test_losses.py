@@ -75,18 +75,24 @@ def test_autocast_changes_nothing(module):
     assert torch.equal(loss, module()(pred, target))
 
 
-@pytest.mark.parametrize('module', [ASTCharbonnierLoss, EdgeLoss, FFTLoss, PSNRLoss])
-@pytest.mark.parametrize('shape', [(1, 3, 4, 5), (1, 1, 4, 4), (2, 3, 4, 4)])
-def test_different_shapes_are_refused(module, shape):
-    with pytest.raises(ShapeError, match=r'\(1, 3, 4, 4\)') as caught:
-        module()(image(1, 3, 4, 4), image(*shape))
-    assert str(shape) in str(caught.value)
+SQUARE = (1, 3, 4, 4)
 
 
-@pytest.mark.parametrize('module', [EdgeLoss, PSNRLoss, TVLoss])
-def test_images_without_batch_are_refused(module):
-    with pytest.raises(ShapeError, match='B, C, H, W'):
-        module()(image(3, 4, 4), image(3, 4, 4))
+@pytest.mark.parametrize(
+    ('loss', 'shapes', 'told'),
+    [
+        *((loss(), (SQUARE, (1, 3, 4, 5)), r'\(1, 3, 4, 4\).*\(1, 3, 4, 5\)') for loss, _ in PAIRED.values()),
+        (ASTCharbonnierLoss(), (SQUARE, (1, 1, 4, 4)), 'one shape'),
+        (ASTCharbonnierLoss(), (SQUARE, SQUARE, (1, 1, 3, 3)), 'broadcast'),
+        (EdgeLoss(), ((3, 4, 4), (3, 4, 4)), 'B, C, H, W'),
+        (PSNRLoss(), ((3, 4, 4), (3, 4, 4)), 'B, C, H, W'),
+        (TVLoss(), ((3, 4, 4),), 'B, C, H, W'),
+        (PSNRLoss(toY=True), ((1, 1, 4, 4), (1, 1, 4, 4)), 'RGB'),
+    ],
+)
+def test_bad_images_are_refused(loss, shapes, told):
+    with pytest.raises(ShapeError, match=told):
+        loss(*(image(*shape) for shape in shapes))
 
 
 def test_bad_options_are_refused():
@@ -117,11 +123,6 @@ def test_constant_and_zero_weights(module):
     changed = pred.clone()
     changed[..., 5, :] += 1 if module is not EdgeLoss else 0
     torch.testing.assert_close(module()(changed, target, weight), module()(pred, target, weight))
-
-
-def test_weights_that_do_not_broadcast():
-    with pytest.raises(ShapeError, match='broadcast'):
-        charbonnier_loss(image(1, 3, 4, 4), image(1, 3, 4, 4), weight=torch.ones(1, 1, 3, 3))
 
 
 def test_charbonnier_known_values():
@@ -174,8 +175,3 @@ def test_psnr_known_values():
     gray = 10 * math.log10((0.1 * 219 / 255) ** 2)
     assert psnr_loss(pred[:1], target[:1], toY=True).item() == pytest.approx(gray, abs=1e-3)
     assert psnr_loss(target, target).item() == pytest.approx(-80)
-
-
-def test_luma_needs_three_channels():
-    with pytest.raises(ShapeError, match='RGB'):
-        PSNRLoss(toY=True)(image(1, 1, 4, 4), image(1, 1, 4, 4))

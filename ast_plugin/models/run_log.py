@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 from ast_plugin.errors import only_warn
 from ast_plugin.files import write_file
@@ -74,7 +75,7 @@ class TrainingProgress:
         )
         for handler in logger.handlers if not self.bar.disable else ():
             if type(handler) is logging.StreamHandler:
-                handler.setStream(_AboveTheBar())
+                handler.setStream(DummyTqdmFile(sys.stderr))
 
     @property
     def data_share(self) -> float:
@@ -123,16 +124,6 @@ def memory(device: torch.device) -> str:
         return ''
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f'{peak * (1 if sys.platform == "darwin" else 1024) / 1e9:.1f} GB'
-
-
-class _AboveTheBar:
-    """A stream for log handlers that writes its lines above the bar."""
-
-    def write(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr, end='')
-
-    def flush(self) -> None:
-        sys.stderr.flush()
 
 
 class RunLog:
