@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ast_plugin.models.run_log import RunLog, TrainingProgress, _smoothed, close_bars, draw_curve, memory, read_columns
+from ast_plugin.models.run_log import RunLog, TrainingProgress, close_bars, draw_curve, memory, read_columns, smoothed
 
 LOSS = 0.1 + 0.2  # has seventeen digits
 
@@ -166,7 +166,7 @@ def test_any_losses_can_be_drawn(losses):
 
 def test_smooth_curve_looks_back():
     values = np.array([1.0] * 100 + [math.nan] + [3.0] * 99)
-    smooth = _smoothed(values)
+    smooth = smoothed(values)
     assert smooth[99] == 1 and smooth[-1] == 3 and smooth[101] == pytest.approx((1 * 2 + 3) / 3)
 
 
