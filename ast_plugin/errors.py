@@ -82,6 +82,15 @@ def class_of_failure(error: Exception, stage: str) -> str:
 
 
 @contextmanager
+def tell_place(place: str) -> Iterator[None]:
+    """Let what is said about a fault in the block begin with the place: `base_weights: w.pth does not exist`."""
+    try:
+        yield
+    except PluginError as error:
+        raise type(error)(f'{place}: {error}') from error
+
+
+@contextmanager
 def only_warn(what: str) -> Iterator[None]:
     """Let the failure of what a run can do without, a drawing or a log, be one warning: `what`, and why."""
     try:

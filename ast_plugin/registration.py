@@ -10,7 +10,6 @@ until BasicSR is imported, repaired and registered into.
 import copy
 import importlib
 import sys
-from importlib.abc import MetaPathFinder
 from types import ModuleType
 
 from ast_plugin import toolbox
@@ -57,7 +56,7 @@ def install() -> None:
         _follow('basicsr')
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds the watched modules as the other finders do, and lets their loader do something around the execution."""
 
     def find_spec(self, fullname, path=None, target=None):

@@ -6,7 +6,7 @@ What `works_in` and `replaces` say is explained in `archs.mixed.block_registry`.
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from numbers import Integral, Real
 from typing import Any
@@ -56,7 +56,7 @@ class WindowAttention(nn.Module):
         layout: str = 'nhwc',
     ) -> None:
         super().__init__()
-        _check_layout(layout)
+        check_choice('layout', layout, LAYOUTS)
         self.layout = layout
         _check_counts(dim=dim, num_heads=num_heads, window_size=window_size)
         if dim % num_heads:
@@ -187,7 +187,7 @@ class FeedForwardNetwork(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
         super().__init__()
-        _check_layout(layout)
+        check_choice('layout', layout, LAYOUTS)
         _check_counts(dim=dim)
         if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, Real) or not 1 <= dim * mlp_ratio < math.inf:
             raise OptionError(
@@ -288,7 +288,7 @@ class ASTBlock(nn.Module):
         layout: str = 'nhwc',
     ) -> None:
         super().__init__()
-        _check_layout(layout)
+        check_choice('layout', layout, LAYOUTS)
         self.layout = layout
         self.norm1 = nn.LayerNorm(dim) if attention is not None else None
         self.attn = attention
@@ -324,11 +324,7 @@ def ast_block(
     topk_ratio: float = 0.5,
     layout: str = 'nhwc',
 ) -> ASTBlock:
-    """A whole AST block out of its sizes; see `WindowAttention`, `FRFN` and `ASTBlock` for them.
-
-    Raises:
-        OptionError: if sizes contradict one another, or there is no such attention or feed-forward network.
-    """
+    """A whole AST block out of its sizes; see `WindowAttention`, `FRFN` and `ASTBlock` for them and their errors."""
     check_choice('attention', attention, ATTENTIONS)
     check_choice('ffn', ffn, FEED_FORWARDS)
     attn = ATTENTIONS[attention](dim, num_heads, window_size, shift_size, qkv_bias, topk_ratio)
@@ -381,7 +377,7 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_choice(key: str, value: str, choices: Mapping[str, object]) -> None:
+def check_choice(key: str, value: str, choices: Collection[str]) -> None:
     """Raise an OptionError unless a value is one of the choices."""
     if value not in choices:
         raise OptionError(f'{key} must be one of {", ".join(choices)}, not {value!r}')
@@ -391,11 +387,6 @@ def _check_counts(**counts: int) -> None:
     for key, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise OptionError(f'{key} must be a whole number of 1 or more, not {value!r}')
-
-
-def _check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise OptionError(f'layout must be {" or ".join(LAYOUTS)}, not {layout!r}')
 
 
 def _check_map(x: Tensor, dim: int, name: str) -> None:

@@ -170,11 +170,13 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
             )
         others = f'; left out: {_named(rest)}' if rest else ''
         notes.append(f'names begin with {prefix}, which is left off{others}')
-    extra = {name: tensor for name, tensor in state.items() if name not in expected}
-    state = {name: tensor for name, tensor in state.items() if name in expected or tensor.ndim}
-    state = {name: tensor for name, tensor in state.items() if not (name in extra and name.endswith(DERIVED))}
-    if counters := [name for name, tensor in extra.items() if tensor.ndim == 0]:
+    if counters := [name for name, tensor in state.items() if name not in expected and tensor.ndim == 0]:
         notes.append(f'left out, being counters: {_named(counters)}')
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if name in expected or not (tensor.ndim == 0 or name.endswith(DERIVED))
+    }
     taken = [name for name, tensor in expected.items() if name in state and state[name].shape == tensor.shape]
     if unlike := [name for name in taken if state[name].is_floating_point() != expected[name].is_floating_point()]:
         raise CheckpointError(
@@ -187,13 +189,10 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
                 f'{checkpoint.path}: none of its {len(state)} tensors ({_named(state)}) is one of the {len(expected)} '
                 f'of {type(network).__name__} ({_named(expected)}) by name and shape: it is of another network'
             )
-        unfit = [
-            f'{name} {list(tensor.shape)}, here {list(expected[name].shape)}'
-            for name, tensor in state.items()
-            if name in expected and tensor.shape != expected[name].shape
-        ]
+        unfit = [name for name in state if name in expected and name not in taken]
+        shapes = [f'{name} {list(state[name].shape)}, here {list(expected[name].shape)}' for name in unfit]
         for what, names in (
-            ('of another shape', unfit),
+            ('of another shape', shapes),
             ('not in the file', [name for name in expected if name not in state]),
             ('not in the network', [name for name in state if name not in expected]),
         ):
@@ -229,8 +228,7 @@ def infer_options(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
         CheckpointError: if the state is not of an AST.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in plain_state(state).items()}
-    if 'encoder.0.blocks.0.attn.position_bias' in shapes:
-        # Uformer, whose official names are the same
+    if 'encoder.0.blocks.0.attn.position_bias' in shapes:  # Uformer, whose official names are the same
         raise CheckpointError('this is not the state of an AST: its encoder has attention')
     try:
         return _read_shapes(shapes)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ast_plugin.cli import commands
-from ast_plugin.errors import OptionError, PluginError, ShapeError, first_line
+from ast_plugin.errors import OptionError, PluginError, ShapeError, first_line, tell_place
 from ast_plugin.names import say, to_columns
 
 if TYPE_CHECKING:
@@ -61,11 +61,9 @@ def _show(options: dict[str, Any], source: str, size: tuple[int, int], device: s
     from ast_plugin.devices import find_device
 
     arguments, found = {key: value for key, value in options.items() if key != 'type'}, find_device(device)
-    try:
+    with tell_place(f'{source}: network_g'):
         mixed = Mixed(**arguments)
         base = build_base(options['base'])
-    except PluginError as error:
-        raise type(error)(f'{source}: network_g: {error}') from error
     say(*_exchange_table(mixed.exchanges), '')
     say(*_cost_table(base, mixed), '')
     say(_trial(mixed, size, found))

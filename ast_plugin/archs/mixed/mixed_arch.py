@@ -12,7 +12,7 @@ from ast_plugin.archs.mixed.adapters import record_calls
 from ast_plugin.archs.networks import Trial, build_network, check_runs, input_channels, try_sizes
 from ast_plugin.archs.state import Pretrained, load_into
 from ast_plugin.checkpoints import read_checkpoint
-from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line
+from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line, tell_place
 from ast_plugin.faults import Fault, Where
 from ast_plugin.ops.tiles import run_padded
 
@@ -73,7 +73,8 @@ class Mixed(Pretrained):
         with torch.device('cpu') if without_values else nullcontext():
             self.base = build_base(base)
             if base_weights is not None:
-                _load_base_weights(self.base, base_weights, base_param_key)
+                with tell_place('base_weights'):
+                    load_into(self.base, read_checkpoint(Path(base_weights).expanduser(), base_param_key))
             assigned = rules.assign(self.base, read)
             first = [module.in_channels for module in self.base.modules() if isinstance(module, nn.Conv2d)][:1]
             channels = [input_channels(base, self.base), 3, 1, *first]
@@ -134,10 +135,8 @@ def build_base(options: Mapping[str, Any]) -> nn.Module:
     name = options['type']
     if name == Mixed.__name__:
         raise OptionError('base.type: Mixed cannot be the base of a Mixed: put the rules of both into one list')
-    try:
+    with tell_place('base'):
         base = build_network(options)
-    except PluginError as error:
-        raise type(error)(f'base: {error}') from error
     for module in base.modules():
         if isinstance(module, Mixed):
             raise OptionError(f'base.type: {name} has a Mixed in it, which cannot be mixed again')
@@ -148,13 +147,6 @@ def build_base(options: Mapping[str, Any]) -> nn.Module:
                 'and Mixed has to run its base anywhere: take a network without them'
             )
     return base
-
-
-def _load_base_weights(base: nn.Module, path: str, param_key: str | None) -> None:
-    try:
-        load_into(base, read_checkpoint(Path(path).expanduser(), param_key))
-    except CheckpointError as error:
-        raise CheckpointError(f'base_weights: {error}') from error
 
 
 def _check_mixed(base: nn.Module, trial: Trial) -> None:

@@ -25,7 +25,7 @@ from ast_plugin.archs import blocks
 from ast_plugin.archs.mixed.adapters import MixedIn, Site, find_site, keep_weights, put_in
 from ast_plugin.archs.mixed.block_registry import Declaration, declaration
 from ast_plugin.archs.networks import Trial, square_side, window_of
-from ast_plugin.errors import OptionError, PluginError, ShapeError, did_you_mean, one_line
+from ast_plugin.errors import OptionError, PluginError, ShapeError, did_you_mean, one_line, tell_place
 from ast_plugin.faults import Fault, Where, faults_of
 
 DENSE_SHARE = 0.99
@@ -129,9 +129,9 @@ def rule_faults(rules: Any, where: Where) -> list[Fault]:
     """What is wrong with rules that stand at `where` in an option file."""
     try:
         _RULES.validate_python(rules)
+        return []
     except ValidationError as error:
         return faults_of(error, Rule, rules, where)
-    return []
 
 
 def assign(network: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
@@ -220,11 +220,8 @@ def exchange(network: nn.Module, assigned: Mapping[str, Rule], trial: Trial) -> 
     for name, rule in assigned.items():
         position = positions[rule.where] = positions.get(rule.where, -1) + 1
         module = network.get_submodule(name)
-        try:
+        with tell_place(f'{rule.where}: {rule.declaration.name} at {name} ({type(module).__name__})'):
             adapter, options = _make_adapter(name, rule, module, position, trial)
-        except PluginError as error:
-            place = f'{rule.declaration.name} at {name} ({type(module).__name__})'
-            raise type(error)(f'{rule.where}: {place}: {error}') from error
         adapters.append((module, adapter))
         counts = (sum(parameter.numel() for parameter in each.parameters()) for each in (module, adapter))
         exchanges.append(Exchange(rule, adapter.site, type(module).__name__, options, *counts))
@@ -240,7 +237,7 @@ def _make_adapter(
     _check_place(rule, site)
     dim = site.channels(site.shape if rule.op in ('replace', 'prepend') else site.output)
     window = next((own.get(key) for key, size in said.sizes.items() if size == 'window_size'), None)
-    sizes = infer_sizes(module, site, dim, position, window)
+    sizes = _infer_sizes(module, site, dim, position, window)
     options = {key: sizes[size] for key, size in said.sizes.items() if size in sizes} | own
     _check_sizes({size: options[key] for key, size in said.sizes.items() if key in options}, site, dim)
     try:
@@ -300,19 +297,12 @@ def _check_sizes(given: Mapping[str, Any], site: Site, dim: int) -> None:
         )
 
 
-def infer_sizes(module: nn.Module, site: Site, dim: int, position: int, window: Any = None) -> dict[str, Any]:
+def _infer_sizes(module: nn.Module, site: Site, dim: int, position: int, window: Any = None) -> dict[str, Any]:
     """Sizes for a block in the place of a module, by their names in `block_registry.SIZES`.
 
     Heads (of what lies in it, too), window, shift, ratio of the hidden channels and bias are the module's own where it
     has them. Otherwise there is a head for each 32 channels, the window is 8, every second block shifts by half of it,
     and the rest is left out.
-
-    Args:
-        module: what stands there.
-        site: what it works on.
-        dim: channels.
-        position: which of the rule's modules it is.
-        window: side of a window that is asked for; the shift is half of it.
     """
     own_heads = _heads_of(module)
     heads = own_heads or next(filter(None, map(_heads_of, module.modules())), 0)
