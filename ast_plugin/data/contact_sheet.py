@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.degradations import DEGRADATIONS
@@ -95,13 +95,9 @@ def draw_degradations(images: Mapping[str, Path], tasks: Sequence[str] | None = 
 
 def _crop(image: np.ndarray) -> np.ndarray:
     """The largest part of the shown ratio, rather the upper one, in the shown size, as float32 in [0, 1]."""
-    height, width = image.shape[:2]
-    scale = min(height / _DEGRADED_SIZE[0], width / _DEGRADED_SIZE[1])
-    high, wide = max(1, int(_DEGRADED_SIZE[0] * scale)), max(1, int(_DEGRADED_SIZE[1] * scale))
-    top, left = (height - high) // 5, (width - wide) // 2
-    method = cv2.INTER_AREA if scale > 1 else cv2.INTER_CUBIC
-    part = cv2.resize(image[top : top + high, left : left + wide], _DEGRADED_SIZE[::-1], interpolation=method)
-    return part / np.float32(np.iinfo(image.dtype).max)
+    whole = Image.fromarray(_to_uint8(image / np.float32(np.iinfo(image.dtype).max)))
+    part = ImageOps.fit(whole, _DEGRADED_SIZE[::-1], Image.Resampling.BICUBIC, centering=(0.5, 0.2))
+    return np.asarray(part) / np.float32(255)
 
 
 def _detail(image: np.ndarray) -> np.ndarray:

@@ -201,7 +201,14 @@ def read_list(list_path: Path, root: Path, phase: str) -> Found:
         raise DataError(f'datasets.{phase}: {list_path} is empty; each line names a pair: /dir/lq.png /dir_gt/gt.png')
     # SPAD's million names, looked up one by one and not in listings of their folders, take minutes.
     folders = {os.path.dirname(path) for pair in pairs for path in (pair.lq, pair.gt)}
-    present = {hash(path) for folder in folders for path in _list_files(folder)}
+    present = set()
+    for folder in folders:
+        try:
+            present.update(hash(f'{folder}/{name}') for name in os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # each of its images is told
+        except OSError as error:
+            raise DataError(f'{folder}: this folder of the list cannot be read: {error.strerror}') from error
     partners: dict[int, int] = {}
     bad: dict[str, DataFault] = {}
     for pair in pairs:
@@ -226,10 +233,10 @@ def _find_keys(folder: Path, template: str, deep: bool) -> set[str]:
 
 def _find_folders(layout: Layout, source: Source) -> Found:
     """Two folders named one by one."""
-    for key, title in (('dataroot_lq', 'The folder of degraded images'), ('dataroot_gt', 'The folder of clean images')):
-        folder = Path(getattr(source, key))
-        if not folder.is_dir():
-            raise _not_there(title, folder, 'there is no such folder', f'datasets.{source.phase}.{key}', layout)
+    for kind, key in (('degraded', 'dataroot_lq'), ('clean', 'dataroot_gt')):
+        if not os.path.isdir(folder := getattr(source, key)):
+            title, where = f'The folder of {kind} images', f'datasets.{source.phase}.{key}'
+            raise _not_there(title, folder, 'there is no such folder', where, layout)
     templates = source.lq_template or '{}', source.gt_template or '{}'
     return match_folders(source.phase, source.dataroot_lq, source.dataroot_gt, *templates)
 
@@ -251,10 +258,10 @@ def _find_listed(layout: Layout, source: Source) -> Found:
 
 
 def _find_in_manifest(layout: Layout, source: Source) -> Found:
-    path = Path(source.manifest)
-    if not path.is_file():
-        raise _not_there('The manifest', path, 'there is no such file', f'datasets.{source.phase}.manifest', layout)
-    return read_manifest(path).pairs(), []
+    if not os.path.isfile(source.manifest):
+        where = f'datasets.{source.phase}.manifest'
+        raise _not_there('The manifest', source.manifest, 'there is no such file', where, layout)
+    return read_manifest(source.manifest).pairs(), []
 
 
 def _keep_numbers(layout: Layout, source: Source, pairs: list[Pair], faults: list[DataFault]) -> Found:
@@ -277,22 +284,18 @@ def _keep_numbers(layout: Layout, source: Source, pairs: list[Pair], faults: lis
 
 def _name_missing_folder(layout: Layout, root: Path, split: str) -> str:
     """Name the folder whose partner is there, or else the first that was looked for."""
-    missing = layout.places[0].folders(root, split)[0]
-    for place in layout.places:
-        absent = [folder for folder in place.folders(root, split) if not folder.is_dir()]
-        if len(absent) == 1:
-            missing = absent[0]
-            break
-    return f'{missing.relative_to(root).as_posix()}/'
+    missing = [[folder for folder in place.folders(root, split) if not folder.is_dir()] for place in layout.places]
+    folder = next((folders[0] for folders in missing if len(folders) == 1), layout.places[0].folders(root, split)[0])
+    return f'{folder.relative_to(root).as_posix()}/'
 
 
 def _root_lacks(layout: Layout, source: Source, what: str) -> DataError:
-    root = Path(source.dataroot)
-    fault = f'{what} is missing' if root.is_dir() else f'there is no such folder, and so no {what}'
-    return _not_there(layout.title, root, fault, f'datasets.{source.phase}.dataroot', layout)
+    is_there = os.path.isdir(source.dataroot)
+    fault = f'{what} is missing' if is_there else f'there is no such folder, and so no {what}'
+    return _not_there(layout.title, source.dataroot, fault, f'datasets.{source.phase}.dataroot', layout)
 
 
-def _not_there(title: str, folder: Path, fault: str, key: str, layout: Layout) -> DataError:
+def _not_there(title: str, folder: str, fault: str, key: str, layout: Layout) -> DataError:
     """Return an error of three lines, each of which stands alone."""
     return DataError(
         f'{title} is not at {folder}: {fault} ({key}).\n'
@@ -330,15 +333,6 @@ def _cut_line(line: str, root: Path) -> list[tuple[str, str]]:
     if len(cuts) > 1:
         cuts = [cut for cut in cuts if all((root / name.lstrip('/')).is_file() for name in cut)]
     return cuts
-
-
-def _list_files(folder: str) -> list[str]:
-    try:
-        return [f'{folder}/{name}' for name in os.listdir(folder)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise DataError(f'{folder}: this folder of the list cannot be read: {error.strerror}') from error
 
 
 @dataclass(frozen=True)

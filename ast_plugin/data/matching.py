@@ -8,7 +8,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,18 +68,11 @@ class PairTable(Sequence[Pair]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int | slice) -> Pair | PairTable:
-        if isinstance(index, slice):
-            return PairTable((self._pair(number) for number in range(*index.indices(len(self)))), self._root)
+    def __getitem__(self, index: int) -> Pair:
         if not -len(self) <= index < len(self):
             raise IndexError(f'there are {len(self)} pairs; got index {index}')
-        return self._pair(index % len(self))
-
-    def __iter__(self) -> Iterator[Pair]:
-        return map(self._pair, range(len(self)))
-
-    def _pair(self, number: int) -> Pair:
-        key, lq, gt = self._text[self._ends[number] : self._ends[number + 1]].decode(*_ENCODING).split('\0')
+        start, end = self._ends[index % len(self)], self._ends[index % len(self) + 1]
+        key, lq, gt = self._text[start:end].decode(*_ENCODING).split('\0')
         return Pair(key or lq, self._root + lq, self._root + gt)
 
 
