@@ -182,6 +182,7 @@ def test_plain_folders_that_do_not_go_together(arguments, expected):
         ('agan', ['train/data/1_rain.png', 'train/gt/1_clean.png'], ['test_c'], OptionError, 'no split test_c.*test_b'),
         ('agan', ['train/data/1_rain.png', 'train/gt/1_clean.png'], ['test_a'], DataError, 'the split test_a of AGAN'),
         ('agan', [], [], DataError, 'there is nothing'),
+        ('rain100', ['Rain100L/1.png', 'Rain100L/2.png'], [], DataError, 'Rain100L or Rain100H is not in'),
         ('agan', ['train.zip', 'test_a.tar.gz'], [], DataError, 'Unpack test_a.tar.gz, train.zip first'),
         ('agan', [f'{n}.txt' for n in range(20)], [], DataError, '15.txt and 12 more. Name its folder'),
         ('agan', ['train/data/1.png', 'train/gt/1.png'], [], DataError, 'expected train/, test_a/'),
