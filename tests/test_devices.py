@@ -27,7 +27,7 @@ from ast_plugin.models import preflight
 from ast_plugin.ops.backend import Call
 from ast_plugin.ops.dispatch import choose
 from tests import tiny_run
-from tests.options.test_options import OPT
+from tests.options.test_runs import OPT
 
 CPU, ONE, FOUR, APPLE = (0, False), (1, False), (4, False), (0, True)
 
@@ -73,13 +73,10 @@ def test_auto_takes_the_first_present(machine, what, present):
 @pytest.mark.parametrize(
     ('what', 'name', 'present'),
     [
-        (CPU, 'cuda', 'cpu'),
         (CPU, 'mps', 'cpu'),
-        (ONE, 'cuda:1', 'cuda, cpu'),
         (FOUR, 'cuda:4', 'cuda:0, cuda:1, cuda:2, cuda:3, cpu'),
         (APPLE, 'cuda', 'mps, cpu'),
         (CPU, 'nonsense', 'cpu'),
-        (CPU, 'meta:x', 'cpu'),
         (CPU, '', 'cpu'),
     ],
 )
@@ -89,7 +86,7 @@ def test_absent_device_is_refused(machine, what, name, present):
         find_device(name)
 
 
-@pytest.mark.parametrize('name', ['nonsense', 'cuda:99', 'meta', 'mps:7'])
+@pytest.mark.parametrize('name', ['cuda:99', 'meta'])
 def test_absent_device_is_refused_unplayed(name):
     with pytest.raises(OptionError, match=f'{name} cannot be used here, there is: .*cpu'):
         find_device(name)
@@ -102,12 +99,9 @@ def test_absent_device_is_refused_unplayed(name):
         (FOUR, {}, ('cuda', 4)),
         (APPLE, {}, ('mps', 0)),
         (FOUR, {'num_gpu': 0}, ('cpu', 0)),
-        (FOUR, {'num_gpu': 2}, ('cuda', 2)),
-        (APPLE, {'num_gpu': 0}, ('cpu', 0)),
         (FOUR, {'device': 'cpu', 'num_gpu': 2}, ('cpu', 0)),
         (FOUR, {'device': 'cuda', 'num_gpu': 0}, ('cuda', 4)),
         (FOUR, {'device': 'cuda', 'num_gpu': 3}, ('cuda', 3)),
-        (APPLE, {'device': 'mps', 'num_gpu': 'auto'}, ('mps', 0)),
         (APPLE, {'device': 'auto', 'num_gpu': 'auto'}, ('mps', 0)),
         (CPU, {'num_gpu': 2}, ('cuda', 2)),  # preflight refuses it
     ],
@@ -216,50 +210,40 @@ def test_demo_hands_the_device_on(monkeypatch):
     assert commands[0][-2:] == ['--device', 'cpu']
 
 
-_PAGES = """
-import resource
-from ast_plugin.devices import keep_freed_memory
-{first}
-for turn in range(3):
-    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block = bytearray(2**26)
-    del block
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - pages)
-"""
-
-
-@pytest.mark.skipif(sys.platform != 'linux' or not platform.libc_ver()[0], reason='glibc alone is told')
-def test_freed_memory_is_kept():
-    def pages(first):
-        return int(subprocess.check_output([sys.executable, '-c', _PAGES.format(first=first)], text=True))
-
-    assert pages('') > 10_000
-    assert pages('keep_freed_memory()') < 1000
-
-
-_RESIDENT = """
-import torch
+_MEMORY = """
+import resource, torch
 from ast_plugin.devices import keep_freed_memory
 from ast_plugin.evaluation.cost import available_bytes
+
+def pages():
+    for turn in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = bytearray(2**26)
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def resident():
     return int(open('/proc/self/statm').read().split()[1]) * 4096
 
-available_bytes(torch.device('cpu'))
+print(pages())
 keep_freed_memory()
+print(pages())
+available_bytes(torch.device('cpu'))
 before = resident()
 blocks = [bytearray(2**20) for _ in range(200)]
 last = bytearray(1000)
 del blocks
-kept = resident()
+print(resident() - before)
 available_bytes(torch.device('cpu'))
-print(kept - before, resident() - before)
+print(resident() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != 'linux' or not platform.libc_ver()[0], reason='glibc alone is told')
-def test_kept_memory_counts_as_free():
-    kept, returned = map(int, subprocess.check_output([sys.executable, '-c', _RESIDENT], text=True).split())
+def test_freed_memory_is_kept_and_counts_as_free():
+    lines = subprocess.check_output([sys.executable, '-c', _MEMORY], text=True).split()
+    new_pages, kept_pages, kept, returned = map(int, lines)
+    assert new_pages > 10_000 and kept_pages < 1000
     assert kept > 150 * 2**20 and returned < 50 * 2**20
 
 

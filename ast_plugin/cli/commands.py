@@ -30,10 +30,7 @@ def run_module(module_name: str, prog: str, arguments: Sequence[str]) -> int:
     """Run a module of this package on the arguments behind `prog`; return its exit status."""
     module = importlib.import_module(f'ast_plugin.cli.{module_name}')
     parser = argparse.ArgumentParser(
-        prog=prog,
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog=prog, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     module.add_arguments(parser)
     return module.run(parser.parse_args(arguments))

@@ -34,15 +34,7 @@ from ast_plugin.names import printable, say, to_csv
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `basicsr infer` takes."""
     add = parser.add_argument
-    add(
-        '-i',
-        '--input',
-        nargs='+',
-        action='extend',
-        required=True,
-        metavar='PATH',
-        help='images, or folders of them',
-    )
+    add('-i', '--input', nargs='+', action='extend', required=True, metavar='PATH', help='images, or folders of them')
     add('-o', '--output', required=True, metavar='PATH', help='folder for the restored images; or the name of one')
     commands.add_weights_arguments(parser, 'find out')
     add(

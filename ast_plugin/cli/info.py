@@ -124,18 +124,17 @@ def predict_memory(job: dict[str, Any], size: tuple[int, int], multiple: int, fr
     Returns:
         Bytes; None where the system does not tell.
     """
-    from ast_plugin.evaluation.cost import on_line, padded_pixels
+    from ast_plugin.evaluation.cost import extrapolate, padded_pixels
 
-    def measure(probe: tuple[int, int]) -> int | None:
-        return _run_child('memory', {**job, 'size': probe})['peak_bytes']
+    def measure(*probes: tuple[int, int]) -> dict[tuple[int, int], int | None]:
+        return {probe: _run_child('memory', {**job, 'size': probe})['peak_bytes'] for probe in probes}
 
-    points = [(padded_pixels(probe, multiple), measure(probe)) for probe in _PROBES]
-    if any(peak is None for _, peak in points):
+    peaks = measure(*_PROBES)
+    if None in peaks.values():
         return None
-    pixels, large = (padded_pixels(each, multiple) for each in (size, _LARGE_PROBE))
-    if pixels > _LARGE and on_line(large, *points) < free / 2:
-        points = [points[1], (large, measure(_LARGE_PROBE))]
-    return max(0, round(on_line(pixels, *points)))
+    if padded_pixels(size, multiple) > _LARGE and extrapolate(_LARGE_PROBE, peaks, multiple) < free / 2:
+        peaks = {_PROBES[1]: peaks[_PROBES[1]], **measure(_LARGE_PROBE)}
+    return max(0, round(extrapolate(size, peaks, multiple)))
 
 
 def _measure(job: dict[str, Any], size: tuple[int, int]) -> str:

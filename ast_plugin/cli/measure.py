@@ -44,23 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('restored', metavar='RESTORED', help='folder of restored images, or one image')
     parser.add_argument('gt', metavar='GT', help='folder of the clean images, or one image')
     parser.add_argument('--input', metavar='LQ', help='the degraded images, to be measured as well')
-    parser.add_argument(
-        '--restored-template',
-        default='{}',
-        metavar='NAME',
-        help='how restored images are named: {}_SRN for 0001_SRN.png',
-    )
-    parser.add_argument('--gt-template', default='{}', metavar='NAME', help='how clean images are named')
-    parser.add_argument('--input-template', default='{}', metavar='NAME', help='how degraded images are named')
+    for side, what in (('restored', 'restored'), ('gt', 'clean'), ('input', 'degraded')):
+        text = f'how {what} images are named: {{}}_SRN for 0001_SRN.png'
+        parser.add_argument(f'--{side}-template', default='{}', metavar='NAME', help=text)
     parser.add_argument('--crop-border', type=int, default=0, metavar='N', help='pixels to leave out at each side')
-    parser.add_argument(
-        '--pyiqa',
-        nargs='+',
-        action='extend',
-        default=[],
-        metavar='METRIC',
-        help='measure by these metrics of pyiqa too',
-    )
+    pyiqa_help = 'measure by these metrics of pyiqa too'
+    parser.add_argument('--pyiqa', nargs='+', action='extend', default=[], metavar='METRIC', help=pyiqa_help)
     parser.add_argument('--device', default='auto', metavar='NAME', help=f'for pyiqa: {DEVICES} (default: auto)')
     parser.add_argument('--like', metavar='FIGURE', help='a published PSNR or SSIM: name the definitions that give it')
     parser.add_argument(
@@ -116,21 +105,21 @@ def _pair(sides: Mapping[str, Path], templates: Mapping[str, str]) -> tuple[dict
     if sides['restored'].is_file():
         return {sides['restored'].stem: dict(sides)}, []
     found = {side: _images(path, templates[f'{side}_template']) for side, path in sides.items()}
-    names = [name for name in found['restored'] if all(name in images for images in found.values())]
-    if not names:
+    pairs = {
+        name: {side: images[name] for side, images in found.items()}
+        for name in found['restored']
+        if all(name in images for images in found.values())
+    }
+    if not pairs:
         examples = '; '.join(f'{side}: {shorten_list(map(printable, images))}' for side, images in found.items())
-        hint = _hint(found['restored'], found)
-        raise DataError(
-            f'no name is in all folders ({examples}){hint or ": say with --restored-template how images are named"}'
-        )
-    lines = []
-    for side, images in found.items():
-        alone = [name for name in images if name not in names]
-        if alone:
-            lines.append(
-                f'not measured: {len(alone)} of {side} without a partner: {shorten_list(alone)}{_hint(alone, found)}'
-            )
-    return {name: {side: images[name] for side, images in found.items()} for name in names}, lines
+        hint = _hint(found['restored'], found) or ': say with --restored-template how images are named'
+        raise DataError(f'no name is in all folders ({examples}){hint}')
+    alone = {side: [name for name in images if name not in pairs] for side, images in found.items()}
+    return pairs, [
+        f'not measured: {len(names)} of {side} without a partner: {shorten_list(names)}{_hint(names, found)}'
+        for side, names in alone.items()
+        if names
+    ]
 
 
 def _hint(names: Iterable[str], found: Mapping[str, Iterable[str]]) -> str:
@@ -169,7 +158,8 @@ def _measure(
     device: str,
 ) -> tuple[dict[str, dict[str, Values]], list[str]]:
     """By name and side the values of each definition and metric of pyiqa; and a line on each pair that failed."""
-    from ast_plugin.metrics.psnr_ssim import KNOWN, measure
+    from ast_plugin.metrics.psnr_ssim import KNOWN, fractions, measure, to_toolbox
+    from ast_plugin.metrics.registered_metrics import pyiqa
 
     values, failures = {}, []
     for name, paths in tqdm(pairs.items(), unit='image', disable=None, leave=False):
@@ -184,23 +174,14 @@ def _measure(
                 nothing = [definition for definition in definitions[: len(KNOWN)] if math.isnan(measured[definition])]
                 if nothing:
                     raise DataError(f'{paths[side]} is too small for {nothing[0].name} with a border of {border}')
-                by_side[side] = {**measured, **_measure_by_pyiqa(image, gt, metrics, border, device)}
+                pair = [to_toolbox(each if each.dtype == 'uint8' else fractions(each)) for each in (image, gt)]
+                for metric in metrics:
+                    measured[metric] = pyiqa(*pair, metric, crop_border=border, device=device)
+                by_side[side] = measured
             values[name] = by_side
         except (DataError, ShapeError) as error:
             failures.append(f'not measured: {error}')
     return values, failures
-
-
-def _measure_by_pyiqa(
-    image: np.ndarray, gt: np.ndarray, metrics: Sequence[str], border: int, device: str
-) -> dict[str, float]:
-    if not metrics:
-        return {}
-    from ast_plugin.metrics.psnr_ssim import fractions, to_toolbox
-    from ast_plugin.metrics.registered_metrics import pyiqa
-
-    pair = [to_toolbox(each if each.dtype == 'uint8' else fractions(each)) for each in (image, gt)]
-    return {metric: pyiqa(*pair, metric, crop_border=border, device=device) for metric in metrics}
 
 
 def _read(path: Path) -> np.ndarray:
@@ -226,10 +207,8 @@ def _explain(figure: str, definitions: Sequence[Definition], values: Sequence[Va
     say(f'{figure} of {len(values)} images:' if matches else f'no definition gives {figure}; the nearest:')
     for definition in shown:
         source = f' ({KNOWN[definition]})' if definition in KNOWN else ''
-        say(
-            f'  {means[definition]:.{digits}f}  {definition}{source}'
-            + ', cut off' * (matches.get(definition) == 'cut off')
-        )
+        how = ', cut off' if matches.get(definition) == 'cut off' else ''
+        say(f'  {means[definition]:.{digits}f}  {definition}{source}{how}')
     return 0 if matches else 1
 
 
@@ -244,7 +223,7 @@ def _report(values: Mapping[str, Mapping[str, Values]], args: argparse.Namespace
     for column in columns:
         by_side = [[each[side][column] for each in values.values()] for side in sides]
         means, interval = [mean_over_images(each) for each in by_side], estimate(by_side[-1])
-        digits = _digits(column)
+        digits = 2 if getattr(column, 'metric', '') == 'psnr' else 4
         numbers = [f'{mean:.{digits}f}' for mean in means]
         numbers += [f'{means[-1] - means[0]:+.{digits}f}'] * (len(sides) - 1)
         limits = '–' if interval.low is None else f'{interval.low:.{digits}f} to {interval.high:.{digits}f}'
@@ -253,16 +232,14 @@ def _report(values: Mapping[str, Mapping[str, Values]], args: argparse.Namespace
     table = to_markdown(rows)
     say(*table.split('\n'), '', f'{len(values)} image{"s" * (len(values) > 1)}')
     first = columns[0]
-    for name in sorted(values, key=lambda name: values[name]['restored'][first])[
-        : args.worst if len(values) > 1 else 0
-    ]:
+    ranked = sorted(values, key=lambda name: values[name]['restored'][first])
+    for name in ranked[: args.worst] if len(values) > 1 else ():
         say(f'worst: {name}, {_title(first)} {values[name]["restored"][first]:.2f}')
     if args.csv:
-        header = ['image', *(f'{side} {_title(column)}' for side in sides for column in columns)]
-        lines = [
-            [printable(name), *(each[side][c] for side in sides for c in columns)] for name, each in values.items()
-        ]
-        write_file(Path(args.csv).expanduser(), to_csv([header, *lines]).encode(), make_folder=True)
+        cells = [(side, column) for side in sides for column in columns]
+        lines = [['image', *(f'{side} {_title(column)}' for side, column in cells)]]
+        lines += [[printable(name), *(each[side][column] for side, column in cells)] for name, each in values.items()]
+        write_file(Path(args.csv).expanduser(), to_csv(lines).encode(), make_folder=True)
     if args.markdown:
         write_file(Path(args.markdown).expanduser(), f'{table}\n'.encode(), make_folder=True)
     return 0
@@ -270,7 +247,3 @@ def _report(values: Mapping[str, Mapping[str, Values]], args: argparse.Namespace
 
 def _title(column: Definition | str) -> str:
     return column if isinstance(column, str) else column.name
-
-
-def _digits(column: Definition | str) -> int:
-    return 2 if not isinstance(column, str) and column.metric == 'psnr' else 4

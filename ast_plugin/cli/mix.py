@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ast_plugin.cli import commands
 from ast_plugin.errors import OptionError, PluginError, ShapeError, first_line, tell_place
@@ -48,25 +48,21 @@ def run(args: argparse.Namespace) -> int:
     if min(args.size) < 1:
         raise OptionError(f'--size {args.size[0]} {args.size[1]}: expected sides of 1 or more')
     loaded = commands.read_run(args, is_train=None)
-    for stage in loaded.stages[:1]:  # stages differ in data and schedule, the network is one
-        options = stage.opt.get('network_g') or {}
-        if options.get('type') != 'Mixed':
-            raise OptionError(f'{loaded.source(stage)}: network_g.type: expected Mixed, got {options.get("type")}')
-        _show(options, loaded.source(stage), tuple(args.size), stage.opt.get('device'))
-    return 0
-
-
-def _show(options: dict[str, Any], source: str, size: tuple[int, int], device: str | None) -> None:
+    stage = loaded.stages[0]  # stages differ in data and schedule, the network is one
+    options = stage.opt.get('network_g') or {}
+    if options.get('type') != 'Mixed':
+        raise OptionError(f'{loaded.source(stage)}: network_g.type: expected Mixed, got {options.get("type")}')
     from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
     from ast_plugin.devices import find_device
 
-    arguments, found = {key: value for key, value in options.items() if key != 'type'}, find_device(device)
-    with tell_place(f'{source}: network_g'):
-        mixed = Mixed(**arguments)
+    device = find_device(stage.opt.get('device'))
+    with tell_place(f'{loaded.source(stage)}: network_g'):
+        mixed = Mixed(**{key: value for key, value in options.items() if key != 'type'})
         base = build_base(options['base'])
     say(*_exchange_table(mixed.exchanges), '')
     say(*_cost_table(base, mixed), '')
-    say(_trial(mixed, size, found))
+    say(_trial(mixed, tuple(args.size), device))
+    return 0
 
 
 def _exchange_table(exchanges: Sequence[Exchange]) -> list[str]:

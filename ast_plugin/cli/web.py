@@ -117,8 +117,7 @@ def _check_address(host: str, port: int) -> None:
     if not 0 < port < 65536:
         raise OptionError(f'--port is {port}: expected 1 to 65535')
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        socket.create_server(address[:2], family=family).close()
+        socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET).close()
     except OSError as error:
         reason = (error.strerror or one_line(error)).partition(' (')[0]  # without the address once more
         advice = 'choose another --port' if error.errno == errno.EADDRINUSE else 'expected an address of this machine'
@@ -169,21 +168,24 @@ def _build_page(gradio: ModuleType, networks: dict[str, Callable[[], Restorer]],
     nothing = gradio.update(visible=False)
 
     def update(image: str | None, network: str, progress=gradio.Progress()) -> tuple[Any, str, Any]:  # noqa: B008
-        if image is None:
-            return nothing, '', nothing
+        slider, download, lines = nothing, nothing, []
         try:
-            with AT_WORK:
-                target, shown, lines = _restore(
-                    Path(image), folder, networks[network](), max_pixels, lambda *tiles: progress(tiles, unit='tiles')
-                )
-            lines[0] = f'{network}: {lines[0]}'
+            if image is not None:
+                with AT_WORK:
+                    target, shown, lines = _restore(
+                        Path(image),
+                        folder,
+                        networks[network](),
+                        max_pixels,
+                        lambda *tiles: progress(tiles, unit='tiles'),
+                    )
+                lines[0] = f'{network}: {lines[0]}'
+                slider = gradio.update(value=shown, visible=True)
+                download = gradio.update(value=str(target), visible=True)
         except PluginError as error:
-            target, shown, lines = None, None, [f'error: {error}']
+            lines = [f'error: {error}']
         lines = [escape(printable(line.replace(image, Path(image).name))) for line in lines]
-        text = ''.join(f'<p>{line}</p>' for line in lines)
-        if target is None:
-            return nothing, text, nothing
-        return gradio.update(value=shown, visible=True), text, gradio.update(value=str(target), visible=True)
+        return slider, ''.join(f'<p>{line}</p>' for line in lines), download
 
     with gradio.Blocks(title='Restore an image', analytics_enabled=False, delete_cache=(600, SECONDS_KEPT)) as page:
         gradio.Markdown('# Restore an image\nDrop an image to see it left of the bar, and restored right of it.')
@@ -224,7 +226,7 @@ def _build_page(gradio: ModuleType, networks: dict[str, Callable[[], Restorer]],
 
 def _restore(
     image: Path, folder: str, restorer: Restorer, max_pixels: int, on_tile: Callable[[int, int], None]
-) -> tuple[Path, list[np.ndarray], list[str]]:
+) -> tuple[Path, tuple[np.ndarray, ...], list[str]]:
     """Restore a file as `basicsr infer` does.
 
     Returns:
@@ -232,9 +234,7 @@ def _restore(
     Raises:
         PluginError: if there is no result.
     """
-    import cv2
-    import numpy as np
-
+    from ast_plugin.data.contact_sheet import make_thumbnails
     from ast_plugin.data.image_files import read_image
     from ast_plugin.evaluation.file_restorer import find_images, plan_jobs, restore_files
 
@@ -245,14 +245,9 @@ def _restore(
         raise DataError(result.failure)
     colors = [read_image(path, max_pixels=sys.maxsize).color for path in result.job]
     height, width = colors[0].shape[:2]
-    share = min(1, MAX_SHOWN / max(height, width))
-    size = max(1, round(share * width)), max(1, round(share * height))
-    colors = [np.uint8(color >> 8) if color.dtype == np.uint16 else color for color in colors]
-    colors = [cv2.resize(color, size, interpolation=cv2.INTER_AREA) for color in colors]
-    shown = [cv2.cvtColor(color, cv2.COLOR_GRAY2RGB) if color.ndim == 2 else color for color in colors]
+    eight_bits = [(color >> 8).astype('uint8') if color.dtype == 'uint16' else color for color in colors]
     change = '' if result.change is None else f', mean change {result.change.mean:.1f} of 255 levels'
     figures = f'{width} × {height} pixels, {result.seconds:.1f} s{change}'
-    warnings, notes = (
-        [f'{kind}: {line}' for line in lines] for kind, lines in (('warning', result.warnings), ('note', result.notes))
-    )
-    return result.job.target, shown, [figures, *warnings, *notes]
+    warnings = [f'warning: {line}' for line in result.warnings]
+    notes = [f'note: {line}' for line in result.notes]
+    return result.job.target, make_thumbnails(eight_bits, MAX_SHOWN), [figures, *warnings, *notes]

@@ -122,18 +122,19 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
     write_file(path, content.getvalue(), make_folder=True)
 
 
-def make_thumbnails(images: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+def make_thumbnails(images: Sequence[np.ndarray], longest: int = _THUMBNAIL_SIDE) -> tuple[np.ndarray, ...]:
     """Scale images of one scene to the size of the last one, or less.
 
     Args:
-        images: RGB or gray, [H, W, 3] or [H, W, 1], uint8.
+        images: RGB or gray, [H, W, 3], [H, W, 1] or [H, W], uint8.
+        longest: side of the result in pixels, at most.
     Returns:
-        RGB, [h, w, 3], uint8, none longer than 512 pixels.
+        RGB, [h, w, 3], uint8.
     """
     if not images:
         return ()
     height, width = images[-1].shape[:2]
-    factor = min(1.0, _THUMBNAIL_SIDE / max(height, width))
+    factor = min(1.0, longest / max(height, width))
     size = max(1, round(width * factor)), max(1, round(height * factor))
     thumbnails = []
     for image in images:

@@ -1,10 +1,11 @@
 """What a network costs: multiplications, as mmengine counts them, and memory, beside what there is of it."""
 
 import logging
+import math
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,15 +19,14 @@ from ast_plugin.ops import use_backend
 # Counted with the operator that they belong to, or nothing but views and copies: no multiplications are missing for
 # want of them.
 _FREE_OPERATORS = ('aten::pad', 'aten::rsub', 'aten::unflatten', 'aten::alias', 'aten::unbind', 'aten::movedim')
-_SMALL = ((128, 128), (128, 256))
+SMALL_SIZES = ((128, 128), (128, 256))  # height and width of images that are measured in the place of large ones
 
 _UNKNOWN_MEMORY = 4 * 2**30
 _MEMORY_INFO, _PROCESS_SIZE = Path('/proc/meminfo'), Path('/proc/self/statm')
 # Limit, use and statistics of this process's container, by the second and the first version of Linux's control groups.
-_GROUPS = Path('/sys/fs/cgroup'), Path('/sys/fs/cgroup/memory')
 _GROUP_FILES = (
-    [_GROUPS[0] / name for name in ('memory.max', 'memory.current', 'memory.stat')],
-    [_GROUPS[1] / name for name in ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'memory.stat')],
+    [Path('/sys/fs/cgroup', f'memory.{name}') for name in ('max', 'current', 'stat')],
+    [Path('/sys/fs/cgroup/memory', f'memory.{name}') for name in ('limit_in_bytes', 'usage_in_bytes', 'stat')],
 )
 
 
@@ -73,23 +73,22 @@ def count_macs_of_size(
     Returns:
         The count, the operators left out, and whether it is from the line.
     """
-
-    pixels, *small = (padded_pixels(each, multiple) for each in (size, *_SMALL))
-    if pixels <= small[1]:
+    if padded_pixels(size, multiple) <= padded_pixels(SMALL_SIZES[1], multiple):
         return (*count_macs(network, torch.zeros(1, channels, *size)), False)
-    (first, _), (second, uncounted) = (count_macs(network, torch.zeros(1, channels, *each)) for each in _SMALL)
-    return round(on_line(pixels, *zip(small, (first, second), strict=True))), uncounted, True
+    counts = [count_macs(network, torch.zeros(1, channels, *small)) for small in SMALL_SIZES]
+    measured = dict(zip(SMALL_SIZES, (total for total, _ in counts), strict=True))
+    return round(extrapolate(size, measured, multiple)), counts[1][1], True
 
 
 def padded_pixels(size: tuple[int, int], multiple: int) -> int:
     """Return the number of pixels of an image (height, width) once its sides are padded to a multiple."""
-    height, width = (-(-side // multiple) * multiple for side in size)
-    return height * width
+    return math.prod(-(-side // multiple) * multiple for side in size)
 
 
-def on_line(x: float, first: tuple[float, float], second: tuple[float, float]) -> float:
-    """Return the value at x of the line through two points."""
-    return first[1] + (second[1] - first[1]) / (second[0] - first[0]) * (x - first[0])
+def extrapolate(size: tuple[int, int], measured: Mapping[tuple[int, int], float], multiple: int) -> float:
+    """Return the value at a size, by pixels padded to a multiple, of the line through two sizes that were measured."""
+    (first, low), (second, high) = ((padded_pixels(each, multiple), value) for each, value in measured.items())
+    return low + (high - low) / (second - first) * (padded_pixels(size, multiple) - first)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -135,11 +134,10 @@ class _LiveBytes(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        inputs = {_address(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
         result = operator(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _address(tensor) not in inputs | self.known:
-                storage = tensor.untyped_storage()
+        for storage in _storages(result):
+            if storage._cdata not in inputs | self.known:
                 self.known.add(storage._cdata)
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
@@ -151,8 +149,8 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _storages(values: object) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _free_in_machine() -> int | None:

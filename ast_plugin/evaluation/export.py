@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ast_plugin import __version__
 from ast_plugin.archs.networks import any_size, registered_network
 from ast_plugin.errors import BackendUnavailable, FileError, MemoryShortage, OptionError, ShapeError, one_line
-from ast_plugin.evaluation.cost import available_bytes, on_line, padded_pixels, peak_bytes
+from ast_plugin.evaluation.cost import SMALL_SIZES, available_bytes, extrapolate, padded_pixels, peak_bytes
 from ast_plugin.files import write_file
 from ast_plugin.ops import use_backend
 from ast_plugin.ops.windows import keep_shape_in_trace
@@ -40,7 +40,6 @@ BOUNDS = {False: 1e-4, True: 1e-2}
 _AXES = {0: 'batch', 2: 'height', 3: 'width'}
 # Batch, height and width of images. It is traced with the first: none of it is 1, which shapes treat in its own way.
 _SHAPES = ((2, 13, 22), (1, 1, 1), (1, 37, 91), (3, 91, 37), (2, 130, 140))
-_PROBES = ((128, 128), (128, 256))  # sizes at which memory is measured
 _EXTRA = 'pip install "ast_plugin[onnx]"'
 
 Run = Callable[[Tensor], Tensor]
@@ -93,52 +92,40 @@ def export_network(
             then.
     """
     check_export(path, file_format)
-    write = partial(_write_checked, network.eval(), Path(path), file_format, channels, is_half, metadata or {}, say)
+    name, dtype = type(network).__name__, torch.float16 if is_half else torch.float32
+    network = any_size(network.eval(), channels)
+    write, read = _CODECS[file_format]
+
+    def export(shapes: Sequence[tuple[int, int, int]], axes: Sequence[int]) -> None:
+        """Trace with the first of some shapes, batch, height and width, compare at all, and write the file."""
+        generator = torch.Generator().manual_seed(0)
+        images = [torch.rand(batch, channels, *side, generator=generator) for batch, *side in shapes]
+        if not axes:
+            _check_memory(network, images[0])
+        with torch.no_grad():
+            expected = [network(image) for image in images]
+        facts = {
+            'batch': 'dynamic' if 0 in axes else 1,
+            'size': 'dynamic' if axes else list(shapes[0][1:]),
+            'precision': str(dtype).removeprefix('torch.'),
+            'producer': f'ast_plugin {__version__}',
+            **({'opset': OPSET} if file_format == 'onnx' else {}),
+        }
+        texts = {**(metadata or {}), **{key: json.dumps(value) for key, value in facts.items()}}
+        with _plain_operators(f'{name} cannot be written as {file_format}'):
+            exported = _Exported(copy.deepcopy(network) if is_half else network, dtype, axes)
+            content = write(exported, images[0], axes, expected[0].shape[-1] // images[0].shape[-1], texts)
+            run = read(content)
+        _compare(run, images, expected, is_half, f'{name} as {file_format}', say)
+        write_file(path, content)
+
     if size is not None:
-        write([(1, *size)], ())
+        export([(1, *size)], ())
         return
     try:
-        write(_SHAPES, tuple(_AXES))
+        export(_SHAPES, tuple(_AXES))
     except OptionError:
-        write([(1, *side) for _, *side in _SHAPES], tuple(_AXES)[1:])
-
-
-def _write_checked(
-    network: nn.Module,
-    path: Path,
-    file_format: str,
-    channels: int,
-    is_half: bool,
-    metadata: Mapping[str, str],
-    say: Callable[[str], Any],
-    shapes: Sequence[tuple[int, int, int]],
-    axes: Sequence[int],
-) -> None:
-    """Write a network that is traced with the first of some shapes, batch, height and width, and compared at all."""
-    name = type(network).__name__
-    network = any_size(network, channels)
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.rand(batch, channels, *side, generator=generator) for batch, *side in shapes]
-    if not axes:
-        _check_memory(network, images[0])
-    with torch.no_grad():
-        expected = [network(image) for image in images]
-    scale = expected[0].shape[-1] // images[0].shape[-1]
-    dtype = torch.float16 if is_half else torch.float32
-    facts = {
-        'batch': 'dynamic' if 0 in axes else 1,
-        'size': 'dynamic' if axes else list(shapes[0][1:]),
-        'precision': str(dtype).removeprefix('torch.'),
-        'producer': f'ast_plugin {__version__}',
-        **({'opset': OPSET} if file_format == 'onnx' else {}),
-    }
-    texts = {**metadata, **{key: json.dumps(value) for key, value in facts.items()}}
-    with _plain_operators(f'{name} cannot be written as {file_format}'):
-        exported = _Exported(copy.deepcopy(network) if is_half else network, dtype, axes)
-        content = _WRITERS[file_format](exported, images[0], axes, scale, texts)
-        run = _READERS[file_format](content)
-    _compare(run, images, expected, is_half, f'{name} as {file_format}', say)
-    write_file(path, content)
+        export([(1, *side) for _, *side in _SHAPES], tuple(_AXES)[1:])
 
 
 def check_export(path: str | os.PathLike, file_format: str) -> None:
@@ -193,16 +180,15 @@ def _compare(
 def _check_memory(network: nn.Module, image: Tensor) -> None:
     """Refuse an image for which memory runs out: the system may end a process that takes too much, without a word."""
     multiple, cpu = getattr(network, 'size_multiple', 1), torch.device('cpu')
-    pixels, *of_probes = (padded_pixels(size, multiple) for size in (tuple(image.shape[-2:]), *_PROBES))
-    if pixels <= of_probes[1]:
+    height, width = image.shape[-2:]
+    if padded_pixels((height, width), multiple) <= padded_pixels(SMALL_SIZES[1], multiple):
         return
     with use_backend('reference'), torch.no_grad():
-        probes = [image.new_zeros(1, image.shape[1], *size) for size in _PROBES]
-        peaks = [peak_bytes(partial(network, probe), cpu) for probe in probes]
+        images = {size: image.new_zeros(1, image.shape[1], *size) for size in SMALL_SIZES}
+        peaks = {size: peak_bytes(partial(network, small), cpu) for size, small in images.items()}
     # A trace, and the other runtime beside it, held a third more than a pass.
-    needed, free = 1.5 * on_line(pixels, *zip(of_probes, peaks, strict=True)), available_bytes(cpu)
+    needed, free = 1.5 * extrapolate((height, width), peaks, multiple), available_bytes(cpu)
     if needed > free:
-        height, width = image.shape[-2:]
         raise MemoryShortage(
             f'--size {height}x{width} needs about {needed / 2**30:.1f} GiB to be traced, and '
             f'{free / 2**30:.1f} GiB are free: choose a smaller one, or write the network for all sizes'
@@ -271,10 +257,6 @@ def _write_torchscript(
     return buffer.getvalue()
 
 
-def _read_torchscript(content: bytes) -> Run:
-    return torch.jit.load(io.BytesIO(content))
-
-
 def _write_exported(
     network: nn.Module, image: Tensor, axes: Sequence[int], scale: int, texts: Mapping[str, str]
 ) -> bytes:
@@ -290,13 +272,8 @@ def _write_exported(
     return buffer.getvalue()
 
 
-def _read_exported(content: bytes) -> Run:
-    return torch.export.load(io.BytesIO(content)).module()
-
-
-_WRITERS = {'onnx': _write_onnx, 'torchscript': _write_torchscript, 'torch.export': _write_exported}
-_READERS: dict[str, Callable[[bytes], Run]] = {
-    'onnx': read_onnx,
-    'torchscript': _read_torchscript,
-    'torch.export': _read_exported,
+_CODECS = {
+    'onnx': (_write_onnx, read_onnx),
+    'torchscript': (_write_torchscript, lambda content: torch.jit.load(io.BytesIO(content))),
+    'torch.export': (_write_exported, lambda content: torch.export.load(io.BytesIO(content)).module()),
 }

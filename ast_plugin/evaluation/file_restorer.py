@@ -11,10 +11,9 @@ import itertools
 import os
 import tempfile
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,6 @@ from ast_plugin.data.image_files import (
     MAX_PIXELS,
     NOT_READ,
     SUFFIXES,
-    ImageFile,
     count_reasons,
     encode_image,
     open_image,
@@ -34,6 +32,7 @@ from ast_plugin.data.image_files import (
     sniff_format,
     why_no_image,
 )
+from ast_plugin.data.matching import fold
 from ast_plugin.errors import DataError, OptionError, class_of_failure, one_line
 from ast_plugin.evaluation.classifier import Specialists
 from ast_plugin.evaluation.restorer import Restorer
@@ -88,19 +87,19 @@ class Change(NamedTuple):
             yield f'the mean colour changed by {shown} levels of 255'
 
 
-@dataclass(frozen=True)
+@dataclass
 class FileResult:
     """What became of a file."""
 
     job: Job
-    seconds: float
-    notes: tuple[str, ...] = ()  # lines on what was noticed on the way
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)  # lines on what was noticed on the way
     failure: str = ''  # why there is no result; empty if there is one
     kind: str = ''  # of the failure: unreadable, memory, network or unwritable
     task: str = ''  # what the image was taken for, where that was asked
     confidence: float | None = None  # in [0, 1], of that
     change: Change | None = None  # None where there is no result, or one of another size
-    warnings: tuple[str, ...] = ()  # why the result should not be trusted
+    warnings: list[str] = field(default_factory=list)  # why the result should not be trusted
 
 
 class Found(NamedTuple):
@@ -171,17 +170,20 @@ def plan_jobs(
             raise DataError(f'{output} is the name of one result, but there are {what}: expected a folder')
         _protect_inputs(jobs := [Job(images[0][0], output)])
         return jobs
-    names = [(source, output / folder, source.stem + suffix, _ending(source, file_format)) for source, folder in images]
-    wanted = Counter(_key(folder / (stem + ending)) for _, folder, stem, ending in names)
-    jobs, occupied = [], set(wanted)
-    for source, folder, stem, ending in names:
-        target = folder / (stem + ending)
-        if wanted[_key(target)] > 1:
-            stem = f'{stem}_{source.suffix[1:].lower()}'
+    jobs = [
+        Job(source, output / folder / f'{source.stem}{suffix}{_ending(source, file_format)}')
+        for source, folder in images
+    ]
+    wanted = Counter(fold(str(job.target)) for job in jobs)
+    occupied = set(wanted)
+    for number, (source, target) in enumerate(jobs):
+        if wanted[fold(str(target))] > 1:
+            stem = f'{target.stem}_{source.suffix[1:].lower()}'
             stems = itertools.chain([stem], (f'{stem}_{count}' for count in itertools.count(2)))
-            target = next(path for name in stems if _key(path := folder / (name + ending)) not in occupied)
-        occupied.add(_key(target))
-        jobs.append(Job(source, target))
+            paths = (target.with_name(f'{name}{target.suffix}') for name in stems)
+            target = next(path for path in paths if fold(str(path)) not in occupied)
+            occupied.add(fold(str(target)))
+            jobs[number] = Job(source, target)
     _protect_inputs(jobs)
     return jobs
 
@@ -234,58 +236,56 @@ def restore_files(
         for job in jobs:
             if on_start is not None:
                 on_start(job)
-            yield _restore_file(job, restorer, quality, max_pixels, on_tile, uncertainty)
+            start, result = time.perf_counter(), FileResult(job)
+            for path, content in _restore_file(result, restorer, quality, max_pixels, on_tile, uncertainty).items():
+                write_file(path, content)
+            result.seconds = time.perf_counter() - start
+            yield result
 
 
 def _restore_file(
-    job: Job,
+    result: FileResult,
     restorer: Restorer | Specialists,
     quality: int,
     max_pixels: int,
     on_tile: Callable[[int, int], None] | None,
     uncertainty: bool,
-) -> FileResult:
-    """Restore a file as `restore_files` says, or tell why that cannot be."""
-    start, stage = time.perf_counter(), 'unreadable'
-    notes: list[str] = []
-    warnings: list[str] = []
-    task, confidence, chosen, spread = '', None, restorer, None
+) -> dict[Path, bytes]:
+    """Return what is to be written where for a job, none of it if `result` says why that cannot be."""
+    job, notes, stage, written = result.job, result.notes, 'unreadable', {}
     try:
         image = read_image(job.source, max_pixels=max_pixels)
         stage = 'network'
         if isinstance(restorer, Specialists):
-            task, confidence, chosen = restorer.choose(image.color)
-            if confidence < MIN_CONFIDENCE:
-                warnings.append(f'taken for {task}, but with {confidence:.0%} only')
-        kind = FORMAT_OF[job.target.suffix.lower()]
-        if chosen is None:
-            notes.append(f'no degradation found ({confidence:.0%} sure): left as it is')
-            color = image.color
+            result.task, result.confidence, restorer = restorer.choose(image.color)
+            if result.confidence < MIN_CONFIDENCE:
+                result.warnings.append(f'taken for {result.task}, but with {result.confidence:.0%} only')
+        color = image.color
+        if restorer is None:
+            notes.append(f'no degradation found ({result.confidence:.0%} sure): left as it is')
         else:
-            color = chosen.restore(image.color, on_tile=on_tile, on_note=notes.append)
-            spread = chosen.spread(image.color) if uncertainty else None
-        change = Change.between(image.color, color)
-        warnings += change.warnings() if change else ()
-        stage = 'unwritable'
-        if chosen is None and kind == image.format:
-            content = job.source.read_bytes()
-        else:
-            _, lost = image.metadata(kind)
-            notes += [*image.notes, *([f'{kind} does not hold {", ".join(lost)}'] if lost else [])]
-            image = replace(image, color=color, alpha=_fit_alpha(image, color))
-            content = encode_image(job.target, image, quality=quality)
-        drawn = None if spread is None else draw_spread(spread)
+            color = restorer.restore(color, on_tile=on_tile, on_note=notes.append)
+            if uncertainty:
+                written[uncertainty_path(job)] = draw_spread(restorer.spread(image.color))
+        result.change = Change.between(image.color, color)
+        result.warnings += result.change.warnings() if result.change else ()
+        stage, kind = 'unwritable', FORMAT_OF[job.target.suffix.lower()]
+        if restorer is None and kind == image.format:
+            return {job.target: job.source.read_bytes()}
+        _, lost = image.metadata(kind)
+        notes += [*image.notes, *([f'{kind} does not hold {", ".join(lost)}'] if lost else [])]
+        alpha = image.alpha
+        if alpha is not None and alpha.shape != color.shape[:2]:
+            alpha = cv2.resize(alpha, color.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        image = replace(image, color=color, alpha=alpha)
+        return {job.target: encode_image(job.target, image, quality=quality), **written}
     except Exception as error:
         kind = class_of_failure(error, stage)
         reason = f'does not fit in memory ({one_line(error)})' if isinstance(error, MemoryError) else one_line(error)
         if str(job.source) not in reason and kind != 'unwritable':
             reason = f'{job.source}: {reason}'
-        return FileResult(job, time.perf_counter() - start, tuple(notes), reason, kind, task, confidence)
-    write_file(job.target, content)
-    if drawn is not None:
-        write_file(uncertainty_path(job), drawn)
-    seconds = time.perf_counter() - start
-    return FileResult(job, seconds, tuple(notes), '', '', task, confidence, change, tuple(warnings))
+        result.kind, result.failure, result.change, result.warnings = kind, reason, None, []
+        return {}
 
 
 def refuse_clash(paths: Iterable[Path], what: str, jobs: Sequence[Job]) -> None:
@@ -324,7 +324,7 @@ def report_rows(results: Iterable[FileResult]) -> list[list[Any]]:
         figures = [round(change.mean, 3), round(change.share, 4), shift] if change else [None] * 3
         confidence = None if result.confidence is None else round(result.confidence, 3)
         status = result.kind or ('unchanged' if result.task == 'clean' else 'restored')
-        warnings = '; '.join((*result.warnings, result.failure) if result.failure else result.warnings)
+        warnings = '; '.join(result.warnings + [result.failure] * bool(result.failure))
         rows.append([result.job.source, result.task, confidence, *figures, warnings, round(result.seconds, 2), status])
     return rows
 
@@ -385,29 +385,15 @@ def _ending(source: Path, file_format: str) -> str:
     return SUFFIXES[kind][0]
 
 
-def _key(path: Path) -> str:
-    """Equal for names that some file system takes for the same."""
-    return unicodedata.normalize('NFC', str(path)).casefold()
-
-
 def _protect_inputs(jobs: Sequence[Job]) -> None:
     """Refuse results in the place of any input, also through links and other spellings of a name."""
     sources = {_identity(job.source): job.source for job in jobs}
-    for job in jobs:
-        identity = _identity(job.target)
-        if identity is None:
-            continue  # not there yet; what stands in the way is told when the folder is prepared
-        if identity in sources:
+    for target in (job.target for job in jobs):
+        identity = _identity(target)  # None for most: what stands in the way is told when the folder is prepared
+        if identity is not None and identity in sources:
             raise DataError(
-                f'{job.target} is an input ({sources[identity]}) and would be replaced; '
+                f'{target} is an input ({sources[identity]}) and would be replaced; '
                 'choose another folder (-o) or a --suffix'
             )
-        if job.target.is_dir():
-            raise DataError(f'{job.target} is a folder, a restored image should get this name; choose another -o')
-
-
-def _fit_alpha(image: ImageFile, color: np.ndarray) -> np.ndarray | None:
-    """The transparency in the size that the network gave the colours."""
-    if image.alpha is None or image.alpha.shape == color.shape[:2]:
-        return image.alpha
-    return cv2.resize(image.alpha, color.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        if target.is_dir():
+            raise DataError(f'{target} is a folder, a restored image should get this name; choose another -o')

@@ -8,9 +8,8 @@ scores = protocol.measure(restored, gt)                 # {'psnr': 31.2, 'ssim':
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,9 +36,9 @@ _MATLAB = {'psnr': {'type': 'calculate_psnr_matlab'}, 'ssim': {'type': 'calculat
 _SKIMAGE = {'psnr': {'type': 'calculate_psnr_skimage'}, 'ssim': {'type': 'calculate_ssim_skimage'}}
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """How a network's results are made and measured.
+@dataclass(frozen=True, kw_only=True)
+class Protocol(Tiling):
+    """How a network's results are made, in tiles perhaps, and measured.
 
     Attributes:
         type: name in the table.
@@ -47,7 +46,6 @@ class Protocol:
             their place.
         square: zeros are put around the image, which stays in the middle, up to a square whose side is a multiple of
             this; cut away again after the network. None for no padding.
-        tile, overlap, blend, batch: see `ast_plugin.evaluation.tiling.Tiling`.
         round: results and references are rounded to `bit_depth` before they are measured, as files hold them.
         bit_depth: 8 or 16.
         self_ensemble: the result is the mean over the eight flips and rotations of the image.
@@ -57,9 +55,6 @@ class Protocol:
     metrics: Metrics = field(default_factory=dict)
     square: int | None = None
     tile: int | str | None = None
-    overlap: int | None = None
-    blend: str = 'ramp'
-    batch: int = 1
     round: bool = False
     bit_depth: int = 8
     self_ensemble: bool = False
@@ -67,12 +62,7 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.square is not None and self.square < 1:
             raise OptionError(f'square is {self.square}: expected a number of pixels, 1 or more')
-        self.tiling  # noqa: B018 - checks tile, overlap, blend and batch
-
-    @cached_property
-    def tiling(self) -> Tiling:
-        """What runs the network."""
-        return Tiling(self.tile, self.overlap, self.blend, self.batch)
+        super().__post_init__()
 
     def restore(
         self,
@@ -104,7 +94,7 @@ class Protocol:
             return self._run_padded(network, image, on_tile, on_note)
 
         with evaluating(network):
-            result = _mean_of_eight(run, lq) if self.self_ensemble else run(lq)
+            result = sum(eight_turns(run, lq)) / 8 if self.self_ensemble else run(lq)
             if not torch.isfinite(result).all():
                 raise DataError('the network gave values that are not finite; its weights or the image are at fault')
             result = result.clamp(0, 1)
@@ -133,7 +123,7 @@ class Protocol:
         values: dict[str, float] = {}
         for name, options in chosen.items():
             try:
-                values[name] = _measured(name, options, img, img2)
+                values[name] = _measure(name, options, img, img2)
                 if on_failure and math.isnan(values[name]):
                     raise DataError(f'{name} is not a number, of an image of {img.shape[1]}x{img.shape[0]}')
             except PluginError as error:
@@ -148,19 +138,18 @@ class Protocol:
         parts = [f'zeros around to a square multiple of {self.square}'] if self.square else []
         if self.tile is None:
             parts.append('one pass')
-        elif self.tile == AUTO:
-            overlap = 'a quarter' if self.overlap is None else self.overlap
-            parts.append(f'one pass or tiles as memory allows, overlap {overlap}, {self.blend}')
         else:
-            overlap = self.tile // 4 if self.overlap is None else self.overlap
-            parts.append(f'tiles of {self.tile}, overlap {overlap}, {self.blend}')
+            is_auto = self.tile == AUTO
+            quarter = 'a quarter' if is_auto else self.tile // 4
+            tiles = 'one pass or tiles as memory allows' if is_auto else f'tiles of {self.tile}'
+            parts.append(f'{tiles}, overlap {quarter if self.overlap is None else self.overlap}, {self.blend}')
         parts += ['mean over eight flips and rotations'] if self.self_ensemble else []
         parts.append(f'rounded to {self.bit_depth} bits' if self.round else 'not rounded')
         return f'{self.type}: {"; ".join(parts)}'
 
     def _run_padded(self, network: Callable, image: Tensor, on_tile: OnTile | None, on_note: OnNote | None) -> Tensor:
         if self.square is None:
-            return self.tiling.run(network, image, on_tile, on_note)
+            return self.run(network, image, on_tile, on_note)
         height, width = image.shape[-2:]
         side = -(-max(height, width) // self.square) * self.square
         top, left = (side - height) // 2, (side - width) // 2
@@ -170,7 +159,7 @@ class Protocol:
             raise MemoryShortage(
                 f'{width}x{height} with zeros around it, {side}x{side}, does not fit in memory; choose a smaller square'
             ) from error
-        result = self.tiling.run(network, padded, on_tile, on_note)
+        result = self.run(network, padded, on_tile, on_note)
         scale = result.shape[-1] // side
         return result[..., top * scale : (top + height) * scale, left * scale : (left + width) * scale]
 
@@ -178,12 +167,12 @@ class Protocol:
 PROTOCOLS: dict[str, Protocol] = {
     protocol.type: protocol
     for protocol in (
-        Protocol('basicsr', round=True),  # as BasicSR's own models; measures by val.metrics alone
-        Protocol('spad', _MATLAB, square=128, round=True),
-        Protocol('agan', _SKIMAGE, tile=384, overlap=80, blend='mean'),
-        Protocol('densehaze', _SKIMAGE, tile=1152, overlap=384, blend='mean'),
-        Protocol('whole', _SKIMAGE),
-        Protocol('tiled', _SKIMAGE, tile=AUTO),
+        Protocol(type='basicsr', round=True),  # as BasicSR's own models; measures by val.metrics alone
+        Protocol(type='spad', metrics=_MATLAB, square=128, round=True),
+        Protocol(type='agan', metrics=_SKIMAGE, tile=384, overlap=80, blend='mean'),
+        Protocol(type='densehaze', metrics=_SKIMAGE, tile=1152, overlap=384, blend='mean'),
+        Protocol(type='whole', metrics=_SKIMAGE),
+        Protocol(type='tiled', metrics=_SKIMAGE, tile=AUTO),
     )
 }
 """The protocols by name. Source of spad, agan, densehaze: test scripts of the AST release (Zhou et al., CVPR 2024)."""
@@ -216,7 +205,7 @@ def read_protocol(value: str | Mapping[str, Any] | None, bit_depth: int = 8) -> 
     return protocol
 
 
-def _measured(name: str, options: Mapping[str, Any], img: np.ndarray, img2: np.ndarray) -> float:
+def _measure(name: str, options: Mapping[str, Any], img: np.ndarray, img2: np.ndarray) -> float:
     try:
         from basicsr.metrics import calculate_metric  # here: images are restored without BasicSR
 
@@ -229,12 +218,10 @@ def _measured(name: str, options: Mapping[str, Any], img: np.ndarray, img2: np.n
         raise DataError(f'{name}: {options["type"]} fails on an image of {size}: {one_line(error)}') from error
 
 
-def _mean_of_eight(run: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    """The mean of the results for the eight symmetries of a square, each turned back."""
-    total = 0
+def eight_turns(run: Callable[[Tensor], Tensor], image: Tensor) -> Iterator[Tensor]:
+    """Run on the eight flips and rotations of an image [..., H, W], and yield each result turned back."""
     for transpose, upside_down, mirror in itertools.product((False, True), repeat=3):
         dims = [dim for dim, is_flipped in ((-1, mirror), (-2, upside_down)) if is_flipped]
         turned = image.flip(dims)
         result = run(turned.transpose(-1, -2).contiguous() if transpose else turned)
-        total = total + (result.transpose(-1, -2) if transpose else result).flip(dims)
-    return total / 8
+        yield (result.transpose(-1, -2) if transpose else result).flip(dims)

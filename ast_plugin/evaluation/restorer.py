@@ -1,19 +1,19 @@
 """Restoring images with a trained network: weights, device, memory and tiles behind one class."""
 
-import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ast_plugin.archs.networks import input_channels, load_file
 from ast_plugin.devices import AUTO, find_device
 from ast_plugin.errors import DataError, OptionError, ShapeError
-from ast_plugin.evaluation.protocols import Protocol
+from ast_plugin.evaluation.protocols import PROTOCOLS, eight_turns
 from ast_plugin.evaluation.tiling import OnNote, OnTile
 from ast_plugin.weights import find_weights
 
@@ -58,7 +58,13 @@ class Restorer:
         self.device = find_device(device)
         self.network = network.to(self.device, torch.float32).eval().requires_grad_(False)
         self.in_channels = in_channels
-        self.protocol = _protocol(tile, overlap, batch, self_ensemble)
+        self.protocol = replace(
+            PROTOCOLS['tiled'],
+            tile=AUTO if tile is None else tile,
+            overlap=overlap,
+            batch=batch,
+            self_ensemble=self_ensemble,
+        )
         self.notes: tuple[str, ...] = ()
 
     @classmethod
@@ -84,7 +90,7 @@ class Restorer:
             CheckpointError: if the file cannot be used, or is not of this network.
             OptionError: if the network's options, the device or the tiles are wrong.
         """
-        _protocol(**tiling)  # wrong options are told before a large file is read
+        replace(PROTOCOLS['tiled'], **tiling)  # wrong options are told before a large file is read
         device = find_device(device)
         loaded = load_file(path, network, param_key)
         channels = input_channels(loaded.options, loaded.network)
@@ -106,13 +112,7 @@ class Restorer:
         """
         return cls.from_weights(find_weights(task), device=device, **tiling)
 
-    def restore(
-        self,
-        image: np.ndarray,
-        *,
-        on_tile: OnTile | None = None,
-        on_note: OnNote | None = None,
-    ) -> np.ndarray:
+    def restore(self, image: np.ndarray, *, on_tile: OnTile | None = None, on_note: OnNote | None = None) -> np.ndarray:
         """Restore one image.
 
         A gray image goes through a network of RGB as three equal channels, whose mean comes back.
@@ -129,10 +129,17 @@ class Restorer:
             DataError: if colours are given to a network for gray, or the network's result is not finite or no image.
             OptionError: if the image does not fit in memory with the tiles asked for.
         """
-        largest = _LARGEST.get(image.dtype, 1)
-        if largest == 1 and not np.issubdtype(image.dtype, np.floating):
-            raise ShapeError(f'an image has uint8, uint16 or floating point values, not {image.dtype}')
-        return self._restore(image, self.protocol, largest, on_tile, on_note)
+        is_gray, largest = image.ndim == 2, _LARGEST.get(image.dtype, 1)
+        result = self.protocol.restore(self.network, self._to_batch(image), on_tile, on_note)[0]
+        if len(result) not in (1, 3):
+            raise DataError(f'the network gives {len(result)} channels: expected 1 (gray) or 3 (RGB)')
+        if len(result) == 1 and not is_gray and on_note is not None:
+            on_note('the network gives gray images: the colours are lost')
+        with torch.inference_mode():
+            result = (result.mean(0, keepdim=True) if is_gray else result) * largest
+            result = result.round_() if largest > 1 else result
+            array = result.movedim(0, -1).numpy().astype(image.dtype if largest > 1 else np.float32)
+        return np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)
 
     def spread(self, image: np.ndarray) -> np.ndarray:
         """Return how far the results for the eight flips and rotations of an image differ, a map of uncertainty.
@@ -143,46 +150,18 @@ class Restorer:
             The standard deviation over the eight, the mean over the channels, [s·H, s·W] float32 in [0, 0.5].
         """
         single = replace(self.protocol, self_ensemble=False)
-        values = image.astype(np.float32) / np.float32(_LARGEST.get(image.dtype, 1))
-        results = []
-        for turns, is_mirrored in itertools.product(range(4), (False, True)):
-            turned = np.rot90(values[:, ::-1] if is_mirrored else values, turns)
-            result = np.rot90(self._restore(np.ascontiguousarray(turned), single), -turns)
-            results.append(result[:, ::-1] if is_mirrored else result)
-        deviation = np.std(results, axis=0)
-        return deviation if deviation.ndim == 2 else deviation.mean(2)
+        results = torch.cat([*eight_turns(partial(single.restore, self.network), self._to_batch(image))])
+        results = results.mean(1, keepdim=True) if image.ndim == 2 else results
+        return results.std(0, correction=0).mean(0).numpy()
 
-    def _restore(
-        self,
-        image: np.ndarray,
-        protocol: Protocol,
-        largest: int = 1,
-        on_tile: OnTile | None = None,
-        on_note: OnNote | None = None,
-    ) -> np.ndarray:
+    def _to_batch(self, image: np.ndarray) -> Tensor:
+        """An image as the network takes it, [1, C, H, W], float32 in [0, 1]."""
+        if image.dtype not in _LARGEST and not np.issubdtype(image.dtype, np.floating):
+            raise ShapeError(f'an image has uint8, uint16 or floating point values, not {image.dtype}')
         is_gray = image.ndim == 2
         if not (is_gray or (image.ndim == 3 and image.shape[2] == 3)) or 0 in image.shape:
             raise ShapeError(f'an image is [H, W] or [H, W, 3], not {list(image.shape)}')
         if self.in_channels == 1 and not is_gray:
             raise DataError('the image has colours, the network takes gray images only')
-        values = torch.from_numpy(image.astype(np.float32)).div_(largest)
-        batch = values[None, None].expand(1, self.in_channels, -1, -1) if is_gray else values.permute(2, 0, 1)[None]
-        result = protocol.restore(self.network, batch, on_tile, on_note)[0]
-        if len(result) not in (1, 3):
-            raise DataError(f'the network gives {len(result)} channels: expected 1 (gray) or 3 (RGB)')
-        if len(result) == 1 and not is_gray and on_note is not None:
-            on_note('the network gives gray images: the colours are lost')
-        with torch.inference_mode():
-            if is_gray and len(result) == 3:
-                result = result.mean(0, keepdim=True)
-            result = result * largest
-            result = result.round_() if largest > 1 else result
-            array = result.movedim(0, -1).numpy().astype(image.dtype if largest > 1 else np.float32)
-        return np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)
-
-
-def _protocol(
-    tile: int | str | None = None, overlap: int | None = None, batch: int = 1, self_ensemble: bool = False
-) -> Protocol:
-    tile = AUTO if tile is None else tile
-    return Protocol('tiled', tile=tile, overlap=overlap, batch=batch, self_ensemble=self_ensemble)
+        values = torch.from_numpy(image.astype(np.float32)).div_(_LARGEST.get(image.dtype, 1))
+        return values[None, None].expand(1, self.in_channels, -1, -1) if is_gray else values.permute(2, 0, 1)[None]

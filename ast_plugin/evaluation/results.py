@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -79,17 +79,15 @@ class ValidationResults:
         cls, dataset: str, images: Iterable[ImageResult], ranking: Ranking | None = None
     ) -> 'ValidationResults':
         """Put the images of all processes into the dataset's order; namesakes get numbers in that order."""
-        results = cls(dataset, ranking=ranking)
+        by_name: dict[str, ImageResult] = {}
         for image in sorted(images, key=lambda image: image.number):
-            name = distinct(image.name, results.restored)
-            results.restored[name] = image.restored
-            if image.degraded:
-                results.degraded[name] = image.degraded
-            if image.failure:
-                results.failures[name] = image.failure
-            if image.thumbnails:
-                results.thumbnails[name] = image.thumbnails
-        return results
+            by_name[distinct(image.name, by_name)] = image
+
+        def present(what: str) -> dict[str, Any]:
+            return {name: value for name, image in by_name.items() if (value := getattr(image, what))}
+
+        restored = {name: image.restored for name, image in by_name.items()}
+        return cls(dataset, restored, present('degraded'), present('thumbnails'), present('failure'), ranking)
 
     def mean(self) -> dict[str, float]:
         """Return the mean over the images, by metric, without inf (the PSNR of what equals its reference) and NaN."""
@@ -119,22 +117,21 @@ class ValidationResults:
         ranks = self.ranks()
         rows = []
         for name in self.examples():
-            captions = (
-                f'{name}: {_scores(self.degraded.get(name, {}))}'.removesuffix(': '),
-                _scores(self.restored[name]),
-                f'rank {ranks[name]} of {len(ranks)} by {self.ranking.metric}',
-            )
-            rows.append([Cell(*pair) for pair in zip(self.thumbnails[name], captions, strict=True)])
+            lq, result, gt = self.thumbnails[name]
+            before = f'{name}: {_scores(self.degraded.get(name, {}))}'.removesuffix(': ')
+            rank = f'rank {ranks[name]} of {len(ranks)} by {self.ranking.metric}'
+            rows.append([Cell(lq, before), Cell(result, _scores(self.restored[name])), Cell(gt, rank)])
         return draw_contact_sheet(('input', 'restored', 'ground truth'), rows) if rows else None
 
     def rows(self) -> list[list[str]]:
         """Return the header, a row an image, and the mean; each metric before and after restoration."""
-        columns = [(kind, metric) for metric in self.mean() for kind in ([INPUT] if self.degraded else []) + ['']]
+        kinds = [INPUT, ''] if self.degraded else ['']
+        columns = [(f'{kind} {metric}'.strip(), kind, metric) for metric in self.mean() for kind in kinds]
         lines = [(name, self.degraded.get(name, {}), values) for name, values in self.restored.items()]
         lines.append(('mean', self.mean_input(), self.mean()))
-        rows = [['image', *(f'{kind} {metric}'.strip() for kind, metric in columns)]]
+        rows = [['image', *(heading for heading, _, _ in columns)]]
         for name, before, after in lines:
-            cells = ((before if kind else after).get(metric) for kind, metric in columns)
+            cells = ((before if kind else after).get(metric) for _, kind, metric in columns)
             rows.append([name, *('' if cell is None else f'{cell:.4f}' for cell in cells)])
         return rows
 
@@ -165,29 +162,24 @@ class ValidationResults:
         """Write `DATASET.csv`, `DATASET.md` and a sheet of examples, whose path is returned where there are any."""
         write_file(folder / f'{self.dataset}.csv', self.to_csv().encode())
         write_file(folder / f'{self.dataset}.md', f'{self.to_markdown()}\n'.encode())
-        path = None
         with only_warn(f'{self.dataset}: the worst and the best images are not drawn'):
-            sheet = self.draw_examples()
-            if sheet is not None:
-                save_sheet(sheet, folder / f'{self.dataset}_worst_and_best.png')
+            if (sheet := self.draw_examples()) is not None:
                 path = folder / f'{self.dataset}_worst_and_best.png'
-        return path
+                save_sheet(sheet, path)
+                return path
+        return None
 
 
 def describe_provenance(
     protocol: Protocol, metrics: Metrics, weights: str | os.PathLike | None, device: torch.device
 ) -> dict[str, str]:
     """Describe how results are made, without which a figure cannot be compared; reads the weights file once."""
-    try:
-        basicsr = version('basicsr')
-    except PackageNotFoundError:
-        basicsr = 'unknown'
     return {
         'protocol': protocol.describe(),
         'metrics': '; '.join(f'{name}: {_describe_metric(options)}' for name, options in metrics.items()),
         'weights': str(weights or ''),
         'sha256': file_digest(weights_file(weights)) if weights else '',
-        'versions': f'ast_plugin {ast_plugin.__version__}, basicsr {basicsr}, torch {torch.__version__}, '
+        'versions': f'ast_plugin {ast_plugin.__version__}, basicsr {version("basicsr")}, torch {torch.__version__}, '
         f'device {describe_device(device)}',
     }
 

@@ -47,7 +47,7 @@ def check(capfd, *arguments):
     return status, captured.out, captured.err
 
 
-def test_five_faults_give_five_messages(folder, capfd):
+def test_five_faults_give_five_lines(folder, capfd):
     (folder / 'bad.yml').write_text(
         STAGED.replace('name: staged', 'nmae: staged\nnetwork_g: {num_feet: 3}')
         .replace('total_epochs: 3', 'total_epoch: 3')
@@ -110,20 +110,11 @@ def test_a_file_without_stages_or_data(folder, capfd):
 
 
 def test_a_file_for_testing_alone(folder, capfd):
-    text = re.sub(r'^(train|logger):.*?(?=^\w)', '', tiny_run.OPTIONS + 'z:', flags=re.M | re.S).removesuffix('z:')
-    (folder / 'tiny.yml').write_text(text)
+    opt = yaml.safe_load(tiny_run.OPTIONS)
+    (folder / 'tiny.yml').write_text(yaml.safe_dump({key: opt[key] for key in opt if key not in ('train', 'logger')}))
     status, out, err = check(capfd, '-opt', 'tiny.yml')
     assert (status, err) == (0, 'tiny: right\n')
     assert 'train' not in yaml.safe_load(out)
-
-
-def test_networks_of_stages_must_fit(folder, capfd):
-    status, _, err = check(capfd, '-opt', 'staged.yml', '--force_yml', 'stages:1:network_g={num_feat: 12}')
-    assert status == 2
-    assert 'staged.yml: last: network_g, which starts from the stage before: weights of another network' in err
-
-
-def test_usage(folder, capfd):
     assert check(capfd) == (2, '', 'basicsr: error: check: expected -opt FILE, or --schema\n')
 
 
@@ -140,19 +131,13 @@ def json_schema():
 
 def test_schema_is_printed(capfd, json_schema):
     status, out, _ = check(capfd, '--schema')
-    assert status == 0
-    assert json.loads(out) == json_schema
-
-
-def test_schema_knows_the_keys(json_schema):
-    text = json.dumps(json_schema)
+    assert status == 0 and json.loads(out) == json_schema
     definitions = json_schema['$defs']
-    assert set(re.findall(r'"#/\$defs/([^"]+)"', text)) <= set(definitions)
+    assert set(re.findall(r'"#/\$defs/([^"]+)"', out)) <= set(definitions)
     assert {'_base_', 'stages', 'name', 'train', 'val'} <= set(json_schema['properties'])
     assert {'total_epochs', 'precision', 'mixing'} <= set(definitions['Train']['properties'])
     assert 'AST_B' in definitions['Network']['properties']['type']['anyOf'][0]['enum']
-    assert 'gt_size' in definitions['PairsDataset']['properties']
-    assert not json_schema['additionalProperties']
+    assert json_schema['properties']['stages']['minItems'] == 1 and not json_schema['additionalProperties']
 
 
 def accepts(schema, value, definitions):
@@ -161,10 +146,9 @@ def accepts(schema, value, definitions):
     if '$ref' in schema and not accepts(definitions[schema['$ref'].removeprefix('#/$defs/')], value, definitions):
         return False
     kinds = {'string': str, 'object': dict, 'array': list, 'boolean': bool, 'null': type(None)}
+    kinds |= dict.fromkeys(('number', 'integer'), (int, float))
     kind = schema.get('type')
-    if kind in kinds and not isinstance(value, kinds[kind]):
-        return False
-    if kind in ('number', 'integer') and (isinstance(value, bool) or not isinstance(value, (int, float))):
+    if kind and (not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind in ('number', 'integer'))):
         return False
     if 'anyOf' in schema and not any(accepts(part, value, definitions) for part in schema['anyOf']):
         return False
@@ -173,8 +157,7 @@ def accepts(schema, value, definitions):
     if isinstance(value, str) and not re.search(schema.get('pattern', ''), value):
         return False
     for part in schema.get('allOf', []):
-        applies = accepts(part['if'], value, definitions)
-        if applies and not accepts(part['then'], value, definitions):
+        if accepts(part['if'], value, definitions) and not accepts(part['then'], value, definitions):
             return False
     if isinstance(value, list):
         return all(accepts(schema.get('items', {}), item, definitions) for item in value)
@@ -182,24 +165,20 @@ def accepts(schema, value, definitions):
         return True
     if any(key not in value for key in schema.get('required', ())):
         return False
-    patterns = schema.get('patternProperties', {})
+    patterns = {f'^{re.escape(key)}$': part for key, part in schema.get('properties', {}).items()}
+    patterns |= schema.get('patternProperties', {})
     for key, item in value.items():
-        parts = [schema.get('properties', {})[key]] if key in schema.get('properties', {}) else []
-        parts += [part for pattern, part in patterns.items() if re.search(pattern, key)]
-        if not parts:
-            rest = schema.get('additionalProperties', True)
-            parts = [rest] if isinstance(rest, dict) else []
-            if rest is False:
-                return False
-        if not all(accepts(part, item, definitions) for part in parts):
+        parts = [part for pattern, part in patterns.items() if re.search(pattern, key)]
+        parts = parts or [schema.get('additionalProperties', {})]
+        if not all(part is True or (part and accepts(part, item, definitions)) or part == {} for part in parts):
             return False
     return True
 
 
-@pytest.mark.parametrize('name', [*options.shipped_files(), 'staged'])
-def test_schema_accepts_shipped_files(json_schema, name):
-    value = safe_yaml.read_text(STAGED, 'x') if name == 'staged' else safe_yaml.read_file(options.find(name))
-    assert accepts(json_schema, value, json_schema['$defs'])
+def test_schema_accepts_shipped_files(json_schema):
+    files = {name: safe_yaml.read_file(options.find(name)) for name in options.shipped_files()}
+    files['staged'] = safe_yaml.read_text(STAGED, 'staged')
+    assert [name for name, value in files.items() if not accepts(json_schema, value, json_schema['$defs'])] == []
 
 
 @pytest.mark.parametrize(
@@ -211,64 +190,23 @@ def test_schema_accepts_shipped_files(json_schema, name):
         'train: {optim_g: 3}',
         'datasets: {train: {type: PairsDataset, gt_sise: 3}}',
         'stages: [{train: {total_epoch: 3}}]',
-        'stages: []',
         'network_g: AST',
     ],
 )
 def test_schema_underlines_faults(json_schema, text):
-    if text == 'stages: []':
-        assert json_schema['properties']['stages']['minItems'] == 1
-        return
     assert not accepts(json_schema, safe_yaml.read_text(text, 'x'), json_schema['$defs'])
 
 
 # ---- fuzz
 
 NASTY = [
-    '!!python/object/apply:os.system ["touch ran"]',
-    '!!python/object/new:os.system ["touch ran"]',
-    '!!python/name:os.system',
-    "{{ __import__('os').system('touch ran') }}",
-    '{% import os %}',
-    '${HOME}',
-    '${ran',
-    '${AST_NOT_THERE}',
-    '${AST_NOT_THERE:[1, 2]}',
-    '&a [*a]',
-    '{<<: *x}',
-    '<<: 3',
-    '_base_: bad.yml',
-    '_base_: ../../../../etc/passwd',
-    '_base_: [tiny.yml, staged.yml]',
-    'custom_imports: {imports: [this]}',
-    'stages: [{}, {stages: []}]',
-    'stages: {a: 1}',
-    '_delete_: 3',
-    '.nan',
-    '-.inf',
-    '1e999',
-    '9' * 400,
-    '\t',
-    '\0',
-    '\x85',
-    '\ud800',
-    '😀',
-    '"',
-    "'",
-    '[',
-    '}',
-    ': ',
-    '- ',
-    '---',
-    '...',
-    '%YAML 3.0',
-    '? ',
-    '| ',
-    '> ',
-    '!',
-    '*',
-    '&',
-    '#',
+    *['!!python/object/apply:os.system ["touch ran"]', '!!python/object/new:os.system ["touch ran"]'],
+    *['!!python/name:os.system', "{{ __import__('os').system('touch ran') }}", '{% import os %}'],
+    *['${HOME}', '${ran', '${AST_NOT_THERE}', '${AST_NOT_THERE:[1, 2]}', '&a [*a]', '{<<: *x}', '<<: 3'],
+    *['_base_: bad.yml', '_base_: ../../../../etc/passwd', '_base_: [tiny.yml, staged.yml]', '_delete_: 3'],
+    *['custom_imports: {imports: [this]}', 'stages: [{}, {stages: []}]', 'stages: {a: 1}'],
+    *['.nan', '-.inf', '1e999', '9' * 400, '\t', '\0', '\x85', '\ud800', '😀', '"', "'", '[', '}', ': ', '- '],
+    *['---', '...', '%YAML 3.0', '? ', '| ', '> ', '!', '*', '&', '#'],
 ]
 
 
@@ -304,9 +242,9 @@ def mangled(text, generator):
     return text
 
 
-@pytest.mark.parametrize('seed', range(10))
+@pytest.mark.parametrize('seed', range(4))
 def test_broken_files_are_refused(folder, capfd, monkeypatch, seed):
-    """Ten times fifty files; most are broken, and the rest may be right."""
+    """Four times fifty files; most are broken, and the rest may be right."""
     monkeypatch.setattr('os.system', lambda command: pytest.fail(f'{command} was run'))
     generator = random.Random(seed)
     sources = [tiny_run.OPTIONS, STAGED, STAGED]

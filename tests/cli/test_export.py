@@ -47,7 +47,7 @@ def test_export_task(here, capsys):
 
 
 @pytest.mark.parametrize(
-    'words', ['--weights rain', '--weights w.safetensors', '--weights w.pth -opt o.yml --size 20x30']
+    'words', ['--weights rain --size 20x30', '--weights w.safetensors', '--weights w.pth -opt o.yml --size 20x30']
 )
 def test_export_weights(words, here):
     assert main(['export', *words.split(), '-o', 'w.pt', '--format', 'torchscript']) == 0
@@ -58,10 +58,7 @@ def test_export_weights(words, here):
     ('words', 'message'),
     [
         ('--task rian', 'there are no weights for the task rian, did you mean rain'),
-        (
-            '--weights rian',
-            'or a task (rain, raindrop, haze), did you mean rain?',
-        ),
+        ('--weights rian', 'or a task (rain, raindrop, haze), did you mean rain?'),
         ('--task rain -opt o.yml', '-opt and --param-key describe a weights file'),
         ('--task rain --size 0x4', '--size 0x4: expected height and width in pixels, such as 480x720, each 1 or more'),
         ('--task rain --size big', '--size big: expected height and width in pixels'),

