@@ -59,6 +59,12 @@ def relative(got, want):
     return ((got - want).norm() / want.norm()).item()
 
 
+def test_steps_lower_the_loss(device):
+    step = step_of(device)
+    losses = [step(*batch(device), losses_of, iteration)[0]['l_pix'] for iteration in range(1, 16)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize(('count', 'parts'), [(4, 2), (4, 4), (5, 2), (5, 3), (1, 1)])
 def test_micro_batches_add_up_to_the_whole(count, parts, device, tolerances):
     """Of sizes that differ too: 5 in 3 is 2, 2 and 1."""
