@@ -1,7 +1,9 @@
-"""Functions for processes to run; nothing is imported here, as each process would import it again."""
+"""Functions for processes to run; nothing large is imported here, as each process would import it again."""
 
 import os
 import signal
+import sys
+import threading
 import time
 
 
@@ -14,3 +16,12 @@ def die_at_40(number: int) -> int:
     if number == 40:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def run_command(arguments: list[str]) -> None:
+    from tqdm import tqdm
+
+    from ast_plugin.cli.main import main
+
+    tqdm.set_lock(threading.RLock())  # one among processes would be left behind by a kill
+    sys.exit(main(arguments))

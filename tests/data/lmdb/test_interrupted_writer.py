@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 import pytest
 
-from ast_plugin.cli.main import main
 from ast_plugin.data.lmdb import writer as lmdb_writer
 from ast_plugin.errors import FileError
 from tests.data.images import contents
 from tests.data.lmdb_sources import pack, write_folders
+from tests.data.work import run_command
 
 KILLS = 20
 PAIRS = 640  # ten batches
@@ -148,9 +148,8 @@ def test_twenty_kills_change_no_byte(tmp_path):
 
     def start() -> multiprocessing.Process:
         """Start packing, and wait until it has taken its folder, which is when a kill begins to matter."""
-        run = processes.Process(
-            target=main, args=(['data', 'lmdb', str(source), str(destination), '--encoding', 'raw'],)
-        )
+        arguments = ['data', 'lmdb', str(source), str(destination), '--encoding', 'raw']
+        run = processes.Process(target=run_command, args=(arguments,))
         run.start()
         while run.is_alive():
             with contextlib.suppress(OSError):
@@ -160,27 +159,32 @@ def test_twenty_kills_change_no_byte(tmp_path):
             time.sleep(0.001)
         return run
 
-    run, begun = start(), time.monotonic()
-    run.join()
-    duration = time.monotonic() - begun
+    def num_done() -> int:
+        journal = staging / 'pairs.jsonl'
+        return journal.read_bytes().count(b'\n') if journal.is_file() else 0
+
+    start().join()
     expected = contents(destination)
     shutil.rmtree(destination)
-
     moments, reached = random.Random(SEED), []
     while len(reached) < KILLS:
+        # By how far it has come, whatever else the machine does; and somewhere in reading all back.
+        goal = min(num_done() + moments.randint(0, 256), PAIRS)
         run = start()
-        run.join(moments.uniform(0, 0.7 * duration))
+        while run.is_alive() and num_done() < goal:
+            time.sleep(0.001)
+        run.join(moments.uniform(0, 1.5 if goal == PAIRS else 0.01))
         if run.is_alive():
             run.kill()
             run.join()
-            journal = staging / 'pairs.jsonl'
-            reached.append(journal.read_bytes().count(b'\n') if journal.is_file() else 0)
+            reached.append(num_done())
         if destination.exists():
             # Finished, or killed after it: compared, and all begins again.
             assert contents(destination) == expected
             shutil.rmtree(destination)
             shutil.rmtree(staging, ignore_errors=True)
-    start().join()
-    assert contents(destination) == expected
+    last = start()
+    last.join()
+    assert last.exitcode == 0 and contents(destination) == expected
     assert not staging.exists()
     assert len({lines for lines in reached if 0 < lines < PAIRS}) >= 3, f'too few kills in between: {reached}'
