@@ -43,9 +43,3 @@ def direction(field: np.ndarray) -> tuple[float, float]:
     values, vectors = np.linalg.eigh([[float((a * b).mean()) for b in (dx, dy)] for a in (dx, dy)])
     x, y = vectors[:, 0] * np.sign(vectors[1, 0])
     return float(np.degrees(np.arctan2(x, y))), float(values[0] / values[1])
-
-
-def correlation(field: np.ndarray, rows: int) -> float:
-    """Return how much a field is like itself so many rows below, 1 at the most."""
-    field = field - field.mean()
-    return float((field[:-rows] * field[rows:]).mean() / (field**2).mean())

@@ -1,5 +1,8 @@
 """What holds for every degradation: as an option, in a dataset, and whatever the image and the seed are."""
 
+import json
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from ast_plugin.data.synthesis import degraded_patch
 from ast_plugin.degradations import DEGRADATIONS, AnyParameters, Degradation, snow
 from ast_plugin.degradations.base import Limits
 from ast_plugin.degradations.rain import FINE
+from ast_plugin.degradations.shadow import CASTERS
 from ast_plugin.errors import OptionError
 from tests.degradations.helpers import degrade, gray, photo, psnr, scene
 
@@ -106,31 +110,56 @@ def check_images(name, image, results) -> None:
         assert mask.shape == image.shape[:2] and mask.dtype == np.float32 and mask.min() >= 0 and mask.max() <= 1
 
 
-EXTREMES = [
+EXTREMES = [  # every end of every range, and what only together, or without a range, makes another image
     *((name, {key: (value, value)}) for name, key, *ends in LIMITED for value in (ends[0] or 1e-3, ends[1])),
-    ('rain', {'psnr': (1, 1)}),
-    ('rain', {'psnr': (80, 80)}),
-    ('raindrop', {'psnr': (1, 1)}),
+    *((name, {'psnr': (psnr, psnr)}) for name in ('rain', 'raindrop', 'haze') for psnr in (1, 80)),
+    *((name, {'scale': 3}) for name in ('rain', 'raindrop', 'haze', 'snow', 'shadow')),
+    *(('rain', {'layers': [{**RAIN_LAYER, **change}]}) for change in ({}, {'sharpness': (8, 8)}, {'presence': 0.01})),
+    ('rain', {'angle_spread': 10, 'jpeg_share': 0}),
+    ('rain', {'jpeg_share': 1}),
     ('raindrop', {'psnr': (80, 80), 'coverage': (0, 0.5)}),
     ('raindrop', {'coverage': (0.5, 0.5), 'radius': (2, 2)}),
     ('raindrop', {'film': (1, 1), 'film_blur': (50, 50)}),
     ('raindrop', {'size_spread': (1, 1), 'irregularity': (1, 1)}),
     ('raindrop', {'skyline': (1, 1), 'ground': (2, 2), 'glare': (10, 10)}),
-    ('haze', {'psnr': (1, 1)}),
-    ('haze', {'psnr': (80, 80)}),
     ('haze', {'forward': (0.9, 0.9), 'spread': (60, 60)}),
     ('haze', {'airlight': (1, 1), 'tint': 0.2}),
     ('haze', {'cell': (1e-3, 1e-3)}),
     ('haze', {'cell': (1e6, 1e6)}),
+    ('haze', {'room': 0}),
+    ('haze', {'room': 1}),
     ('haze', {'lamps': (1, 1), 'lamp_tint': (0.5, 0.5), 'glow': (1, 1), 'glare': (10, 10)}),
     ('haze', {'exposure': (3, 3), 'white_balance': (1, 1), 'tint': 0.2}),
     ('haze', {'exposure': (-3, -3), 'noise': (0.1, 0.1)}),
+    *(('snow', {'layers': [{**SNOW_LAYER, 'motion': (ratio, ratio), 'defocus': (ratio, ratio)}]}) for ratio in (0, 3)),
+    ('snow', {'amount': (10, 10), 'angle_spread': 45}),
+    *(('shadow', {'casters': [caster]}) for caster in CASTERS),
+    ('moire', {'sideways': 1}),
 ]
+RECORDED = Path(__file__).parents[1] / 'data/golden/degradations.jsonl'
+"""What `measure` says of each extreme, one a line; `record` writes it anew."""
 
 
-@pytest.mark.parametrize(('name', 'extreme'), EXTREMES)
-def test_extremes_make_images(name, extreme):
-    check_images(name, scene(), degrade(name, scene(), 1, **extreme))
+def measure(name, extreme) -> list[float]:
+    """Check an image and its mask, and return a thumbnail of each and how much neighbours differ across and down."""
+    check_images(name, scene(), results := degrade(name, scene(), 1, **extreme))
+    parts = [part for part in results if part is not None]
+    thumbnails = [cv2.resize(part, (3, 2), interpolation=cv2.INTER_AREA) for part in parts]
+    steps = [np.abs(np.diff(part, axis=axis)).mean() for part in parts for axis in (0, 1)]
+    return [round(float(number), 5) for number in (*np.concatenate(thumbnails, axis=None), *steps)]
+
+
+def record() -> None:
+    lines = [json.dumps([name, extreme, measure(name, extreme)]) for name, extreme in EXTREMES]
+    RECORDED.write_text('\n'.join(lines) + '\n')
+
+
+@pytest.mark.parametrize('number', range(len(EXTREMES)))
+def test_extremes_are_what_they_were(number):
+    """Recipes and shipped weights depend on what a degradation makes of a seed."""
+    *recorded, expected = json.loads(RECORDED.read_text().splitlines()[number])
+    assert recorded == json.loads(json.dumps(EXTREMES[number]))
+    assert measure(*EXTREMES[number]) == pytest.approx(expected, abs=3e-4)
 
 
 SCALES = {'haze': (1, 20, 0.05), 'raindrop': (1, 20, 0.3)}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ast_plugin.degradations.raindrops import ASIDE, DARKEST, LIGHT, SLOPES, refract, surroundings
-from tests.degradations.helpers import correlation, degrade, photo, psnr, scene
+from tests.degradations.helpers import degrade, photo, psnr, scene
 
 DRY = {'film': (0, 0)}
 
@@ -50,82 +50,10 @@ def test_no_water_is_a_clean_pane():
     assert not opacity.any() and np.array_equal(wet, clean)
 
 
-def test_the_film_blurs_and_pales():
-    clean = photo('china')
-    wet, opacity = degrade('raindrop', clean, 3, psnr=(10, 10), coverage=(0, 0), film=(1, 1))
-
-    def sharpness(image: np.ndarray, where: np.ndarray) -> float:
-        return float(np.abs(cv2.Laplacian(image, cv2.CV_32F))[where].mean())
-
-    thick, none = opacity > 0.9, opacity < 0.02
-    assert thick.mean() > 0.02 and none.mean() > 0.02
-    assert sharpness(wet, thick) < 0.3 * sharpness(clean, thick)
-    assert sharpness(wet, none) > 0.95 * sharpness(clean, none)
-    assert wet[thick].std() < clean[thick].std()
-
-
-def test_defocus_softens_drops():
-    def steepest(defocus: float) -> float:
-        ranges = {'psnr': (18, 18), 'radius': (9, 9), 'defocus': (defocus, defocus), **DRY}
-        opacity = degrade('raindrop', scene(240, 320), 4, **ranges)[1]
-        return float(np.percentile(np.abs(cv2.Sobel(opacity, cv2.CV_32F, 1, 0)), 99))
-
-    assert steepest(0.1) > 1.5 * steepest(0.6) > 1.5 * steepest(1.5)
-
-
-def test_drops_are_of_many_sizes_and_shapes():
-    areas, roundness = drops(size_spread=(0.5, 0.5), irregularity=(1, 1))
-    assert len(areas) > 60 and np.percentile(areas, 95) > 10 * np.percentile(areas[areas > 4], 20)
-    assert min(roundness) < 0.55 and max(roundness) > 0.8
-    areas, roundness = drops(size_spread=(0, 0), irregularity=(0, 0), elongation=(1, 1), coverage=(0.05, 0.05))
-    assert np.median(roundness) > 0.85
-    assert np.percentile(areas, 80) < 1.5 * np.percentile(areas, 30)
-
-
-def test_drops_that_ran_down_are_tall():
-    ranges = {'irregularity': (0, 0), 'elongation': (1, 1), 'coverage': (0.05, 0.05), 'radius': (10, 10)}
-
-    def heights(share: float) -> np.ndarray:
-        contours = outlines(**ranges, defocus=(0.2, 0.2), trails=(share, share))
-        _, _, width, height = np.array([cv2.boundingRect(c) for c in contours if cv2.contourArea(c) > 100]).T
-        return height / width
-
-    assert np.median(heights(0)) < 1.3 and np.median(heights(1)) > 1.7
-
-
-def outlines(**parameters) -> list[np.ndarray]:
-    _, opacity = degrade('raindrop', scene(480, 720), 5, **DRY, **parameters)
-    return cv2.findContours((opacity > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
-
-
-def drops(**parameters) -> tuple[np.ndarray, list[float]]:
-    """Return the areas of drops that hardly are out of focus, in pixels, and how round the larger ones are."""
-    contours = outlines(**{'radius': (8, 8), 'defocus': (0.3, 0.3), 'coverage': (0.2, 0.2), **parameters})
-    areas = np.array([cv2.contourArea(contour) for contour in contours])
-    whole = [contour for contour, area in zip(contours, areas, strict=True) if area > 60]
-    return areas, [4 * math.pi * cv2.contourArea(c) / cv2.arcLength(c, True) ** 2 for c in whole]
-
-
 def test_few_large_drops_are_as_wet():
     ranges = {'coverage': (0.1, 0.1), 'radius': (26, 26), 'defocus': (0.2, 0.2), **DRY}
     shares = [degrade('raindrop', scene(240, 240), seed, **ranges)[1].mean() for seed in range(60)]
     assert np.mean(shares) == pytest.approx(0.1, rel=0.25)
-
-
-def test_glare_keeps_drops_white_out_of_focus():
-    clean = np.full((160, 240, 3), 0.2, np.float32)
-
-    def brightest(glare: float) -> float:
-        ranges = {'radius': (6, 6), 'defocus': (1, 1), 'skyline': (1, 1), 'sky': (1, 1), 'coverage': (0.2, 0.2), **DRY}
-        return float(np.percentile(degrade('raindrop', clean, 1, **ranges, glare=(glare, glare))[0], 99))
-
-    assert brightest(4) > brightest(0) + 0.1
-
-
-def test_scale_enlarges_drops():
-    ranges = {'psnr': (18, 18), 'radius': (4, 9), 'defocus': (0.5, 0.9), **DRY}
-    small, large = (degrade('raindrop', scene(400, 400), 6, scale=scale, **ranges)[1] for scale in (1, 3))
-    assert correlation(large, 10) > correlation(small, 10) + 0.1
 
 
 def test_rays_bend_and_light_is_lost():
