@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -275,7 +276,7 @@ def _num_committed(staging: Path, plan: Plan) -> int | None:
         counts = [LmdbImages(folder).count() if (folder / DATA).exists() else 0 for folder in folders]
         num_done = min(counts)
         with open(staging / _JOURNAL, 'rb+') as journal:
-            for item in plan.items[:num_done]:
+            for item in islice(plan.items, num_done):
                 if json.loads(journal.readline())[0] != item.key:
                     return None
             journal.truncate(journal.tell())
@@ -291,7 +292,7 @@ def _folder(staging: Path, kind: str) -> Path:
 def _write_values(staging: Path, plan: Plan, num_done: int, num_workers: int) -> None:
     # Reading, decoding, encoding and digests all leave Python's lock to the other threads.
     pool = ThreadPoolExecutor(num_workers)
-    values = map_ahead(pool, plan.encode, plan.items[num_done:], 2 * num_workers)
+    values = map_ahead(pool, plan.encode, islice(plan.items, num_done, None), 2 * num_workers)
     with (
         open(staging / _JOURNAL, 'ab') as journal,
         contextlib.closing(values),
