@@ -105,17 +105,6 @@ def test_plain_folders(folder, capfd):
     assert 'prepared 4 pairs' in out
 
 
-def test_copies_can_be_read_by_basicsr(folder, capfd):
-    from basicsr.data.paired_image_dataset import PairedImageDataset
-
-    run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--copy')
-    roots = {'dataroot_lq': 'out/train/lq', 'dataroot_gt': 'out/train/gt'}
-    dataset = PairedImageDataset(
-        {**roots, 'phase': 'val', 'scale': 1, 'io_backend': {'type': 'disk'}, 'filename_tmpl': '{}', 'name': 'x'}
-    )
-    assert len(dataset) == 4 and dataset[0]['lq'].shape == (3, 16, 24)
-
-
 @pytest.mark.parametrize(
     ('arguments', 'expected'),
     [
