@@ -68,9 +68,7 @@ class PairTable(Sequence[Pair]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int | slice) -> Pair | PairTable:
-        if isinstance(index, slice):
-            return PairTable((self[number] for number in range(*index.indices(len(self)))), self._root)
+    def __getitem__(self, index: int) -> Pair:
         if not -len(self) <= index < len(self):
             raise IndexError(f'there are {len(self)} pairs; got index {index}')
         start, end = self._ends[index % len(self)], self._ends[index % len(self) + 1]
