@@ -162,18 +162,14 @@ assert train.load_resume_state.__code__.co_filename.endswith('repairs.py')
 
 
 PROMISED = {
-    'ARCH_REGISTRY': {'AST', 'AST_XS', 'AST_T', 'AST_B', 'Mixed', 'Spandrel'},
-    'MODEL_REGISTRY': {'RestorationModel'},
-    'DATASET_REGISTRY': {'PairsDataset', 'SyntheticPairsDataset'},
-    'LOSS_REGISTRY': {'ASTCharbonnierLoss', 'TVLoss', 'EdgeLoss', 'FFTLoss', 'PSNRLoss'},
-    'METRIC_REGISTRY': {
-        'calculate_psnr_matlab',
-        'calculate_ssim_matlab',
-        'calculate_psnr_skimage',
-        'calculate_ssim_skimage',
-        'calculate_psnr_y_float',
-        'pyiqa',
-    },
+    'ARCH_REGISTRY': ['AST', 'AST_B', 'AST_T', 'AST_XS', 'Mixed', 'Spandrel'],
+    'MODEL_REGISTRY': ['RestorationModel'],
+    'DATASET_REGISTRY': ['PairsDataset', 'SyntheticPairsDataset'],
+    'LOSS_REGISTRY': ['ASTCharbonnierLoss', 'EdgeLoss', 'FFTLoss', 'PSNRLoss', 'TVLoss'],
+    'METRIC_REGISTRY': [
+        *('calculate_psnr_matlab', 'calculate_psnr_skimage', 'calculate_psnr_y_float'),
+        *('calculate_ssim_matlab', 'calculate_ssim_skimage', 'pyiqa'),
+    ],
 }
 
 
@@ -184,7 +180,7 @@ def registries():
 def test_promised_names_are_registered():
     for registry, promised in PROMISED.items():
         entries = dict(iter(getattr(registries(), registry)))
-        assert {name for name, item in entries.items() if item.__module__.startswith('ast_plugin.')} == promised
+        assert sorted(name for name, item in entries.items() if item.__module__.startswith('ast_plugin.')) == promised
 
 
 def test_registering_again_changes_nothing():
@@ -209,18 +205,11 @@ def test_collision_names_both_modules():
     registry = registries().Registry('arch')
     theirs, ours = named('their_plugin.nets'), named('ast_plugin.archs.ast_arch')
     registration.add(registry, 'Net', theirs)
-    with pytest.raises(registration.RegistrationError) as caught:
-        registration.add(registry, 'Net', ours)
-    for told in ('their_plugin.nets', 'ast_plugin.archs.ast_arch', 'Net', 'arch registry'):
-        assert told in str(caught.value)
+    for other in (ours, named('their_plugin.nets', qualname='Outer.Net')):
+        with pytest.raises(registration.RegistrationError) as caught:
+            registration.add(registry, 'Net', other)
+        assert f'{other.__module__} registers Net in the arch registry, where their_plugin.nets' in str(caught.value)
     assert dict(iter(registry)) == {'Net': theirs}
-
-
-def test_collision_within_a_module():
-    registry = registries().Registry('arch')
-    registration.add(registry, 'Net', named('nets'))
-    with pytest.raises(registration.RegistrationError):
-        registration.add(registry, 'Net', named('nets', qualname='Outer.Net'))
 
 
 def test_same_object_and_its_reloaded_self():

@@ -1,5 +1,8 @@
 """The blocks as plain modules: layouts, any size, and padding that changes nothing."""
 
+from collections import defaultdict
+from itertools import product
+
 import pytest
 import torch
 
@@ -43,40 +46,24 @@ def test_layouts_agree_on_any_size(name):
 
 
 def reference(block, x):
-    """Window attention of a map that does not divide, window by window, with no filling at all."""
+    """Attention among those tokens of a map that share a window, and came over the edge together or not at all."""
     side, shift = block.window_size, block.shift_size
-    H, W = x.shape[1:3]
-    out = torch.full_like(x, float('nan'))
-    rows, columns = H + -H % side, W + -W % side
-
-    def groups(length):
-        # places in the filled map, rolled; what came over the edge is a group of its own
-        for start in range(0, length, side):
-            places = [(place + shift) % length for place in range(start, start + side)]
-            wrapped = [(place + shift) // length for place in range(start, start + side)]
-            for half in (0, 1):
-                yield [
-                    (index, place)
-                    for index, (place, over) in enumerate(zip(places, wrapped, strict=True))
-                    if over == half
-                ]
-
-    for row_group in groups(rows):
-        for column_group in groups(columns):
-            tokens = [(i, j, r, c) for i, r in row_group for j, c in column_group if r < H and c < W]
-            if not tokens:
-                continue
-            index = [i * side + j for i, j, _, _ in tokens]
-            inside = torch.stack([x[:, r, c] for _, _, r, c in tokens], dim=1)
-            heads, d = block.num_heads, block.dim // block.num_heads
-            q = block.q(inside).unflatten(-1, (heads, d)).transpose(1, 2)
-            k, v = (part.unflatten(-1, (heads, d)).transpose(1, 2) for part in block.kv(inside).chunk(2, dim=-1))
-            table = ops.relative_position_index(side)[index][:, index]
-            scores = q @ k.transpose(-1, -2) * d**-0.5 + block.position_bias[table].permute(2, 0, 1)
-            weights = ops.attention_weights(scores, block.kind, block.gate)
-            result = block.proj((weights @ v).transpose(1, 2).flatten(2))
-            for place, (_, _, r, c) in enumerate(tokens):
-                out[:, r, c] = result[:, place]
+    heads, d = block.num_heads, block.dim // block.num_heads
+    groups, out = defaultdict(list), torch.full_like(x, float('nan'))
+    for token in product(*map(range, x.shape[1:3])):
+        lengths = [length + -length % side for length in x.shape[1:3]]
+        places = [(n - shift) % length for n, length in zip(token, lengths, strict=True)]
+        window = *(place // side for place in places), *(n < shift for n in token)
+        groups[window].append((*token, places[0] % side * side + places[1] % side))
+    for tokens in groups.values():
+        row, column, index = map(list, zip(*tokens, strict=True))
+        inside = x[:, row, column]
+        q = block.q(inside).unflatten(-1, (heads, d)).transpose(1, 2)
+        k, v = (part.unflatten(-1, (heads, d)).transpose(1, 2) for part in block.kv(inside).chunk(2, dim=-1))
+        table = ops.relative_position_index(side)[index][:, index]
+        scores = q @ k.transpose(-1, -2) * d**-0.5 + block.position_bias[table].permute(2, 0, 1)
+        weights = ops.attention_weights(scores, block.kind, block.gate)
+        out[:, row, column] = block.proj((weights @ v).transpose(1, 2).flatten(2))
     return out
 
 

@@ -14,11 +14,10 @@ RRDBNET = {
     'num_out_ch': 3,
     'num_feat': 8,
     'num_block': 2,
-    'num_grow_ch': 4,
     'scale': 1,
+    'num_grow_ch': 4,
 }
 SRVGG = {'type': 'SRVGGNetCompact', 'num_feat': 8, 'num_conv': 3, 'upscale': 1}
-RIDNET = {'type': 'RIDNet', 'in_channels': 3, 'mid_channels': 16, 'out_channels': 3, 'num_block': 2}
 AST = {'type': 'AST', 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'img_size': 32, 'drop_path_rate': 0.0}
 
 ODD = [(13, 22), (7, 31), (19, 5)]
