@@ -98,7 +98,7 @@ def load_network(
         OptionError, CheckpointError: as those.
     """
     checkpoint = None if weights is None else read_checkpoint(weights, param_key)
-    network = build_network_of(checkpoint)[0] if options is None else build_network(options)
+    network = _build_network_of(checkpoint)[0] if options is None else build_network(options)
     if checkpoint is not None:
         for line in load_into(network, checkpoint):
             say(line)
@@ -127,17 +127,13 @@ def load_file(
         OptionError: if the network cannot be built with the options.
     """
     checkpoint = read_checkpoint(path, param_key)
-    network, options, notes = (build_network(options), options, []) if options else build_network_of(checkpoint)
+    network, options, notes = (build_network(options), options, []) if options else _build_network_of(checkpoint)
     _, *of_weights = load_into(network, checkpoint)
     return Loaded(network, options, (*of_weights, *notes), checkpoint.metadata)
 
 
-def build_network_of(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any], list[str]]:
-    """Build the network that a weights file is of; returns it with what `network_of` does.
-
-    Raises:
-        CheckpointError: if nothing tells, or no such network can be built.
-    """
+def _build_network_of(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """Build the network that a weights file is of, and return it with what `network_of` returns."""
     options, assumed = network_of(checkpoint)
     try:
         return build_network(options), options, assumed
@@ -146,13 +142,11 @@ def build_network_of(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any],
 
 
 def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
-    """The options of the network that a weights file is of.
+    """The options of the network that a weights file is of, and a line for each that was assumed.
 
     They are those that the file carries. Else names and shapes tell those of an AST, or where spandrel is installed of
     a network that spandrel knows.
 
-    Returns:
-        The options with their `type`, and a line for each that could not be told and was assumed.
     Raises:
         CheckpointError: if nothing tells.
     """
@@ -196,13 +190,9 @@ def input_channels(options: Mapping[str, Any], network: nn.Module | None = None)
 
 
 class AnySize(nn.Module):
-    """A network that takes sizes of some multiple only, on images of any size.
+    """A network whose H and W must be multiples of `size_multiple`, on images of any size.
 
     Images are padded at the bottom and the right by reflection, and the result is cropped.
-
-    Args:
-        network: maps [B, C, H, W] to [B, D, s·H, s·W].
-        size_multiple: of which H and W must be.
     """
 
     takes_any_size = True
@@ -218,14 +208,10 @@ class AnySize(nn.Module):
 
 
 def any_size(network: nn.Module, channels: int = 3) -> nn.Module:
-    """Let a network take images of any size: whatever restores images runs networks through this.
+    """Let a network, [B, channels, H, W] to [B, D, s·H, s·W], take images of any size.
 
     Networks that take them all, or say so by a true attribute `takes_any_size`, are returned as they are, and so are
     those that run on no size that is tried: what is wrong with them shows on the image. All others pad by `AnySize`.
-
-    Args:
-        network: maps [B, C, H, W] to [B, D, s·H, s·W]; it is tried once, see `try_sizes`.
-        channels: C.
     """
     if getattr(network, 'takes_any_size', False):
         return network

@@ -93,13 +93,9 @@ def matlab_luma(image: np.ndarray, bit_depth: int = 8) -> np.ndarray:
 
 
 def to_toolbox(image: np.ndarray) -> np.ndarray:
-    """RGB or gray, [H, W, C], as BasicSR's metrics take it: BGR, uint8, or floating point in [0, 255].
-
-    Args:
-        image: uint8; uint16, of which float64 up to 255.0 is made, so that no value is lost; or float in [0, 1].
-    """
+    """RGB or gray, [H, W, C], as BasicSR's metrics take it: BGR, uint8, or floating point in [0, 255]."""
     image = image[..., ::-1]
-    if image.dtype == np.uint16:
+    if image.dtype == np.uint16:  # float64, so that no value is lost
         return np.divide(image, 257, order='C')
     return np.ascontiguousarray(image if image.dtype == np.uint8 else image * image.dtype.type(255))
 
