@@ -18,11 +18,10 @@ def blocks(language: str) -> list[tuple[str, str]]:
     ]
 
 
-def commands() -> list[tuple[str, str]]:
-    """Page and command of every line of a block of commands, without comments."""
-    lines = [
-        (name.rpartition('-')[0], line.partition(' #')[0].strip())
-        for name, text in blocks('')
-        for line in text.splitlines()
-    ]
-    return [(page, line) for page, line in lines if line]
+def commands() -> dict[str, str]:
+    """Every line of a block of commands, without comments, and the first page that has it."""
+    pages = {}
+    for name, text in blocks(''):
+        for line in text.splitlines():
+            pages.setdefault(' '.join(line.partition(' #')[0].split()), name.rpartition('-')[0])
+    return {line: page for line, page in pages.items() if line}
