@@ -61,7 +61,7 @@ def _check_comparison(args: argparse.Namespace) -> dict[str, Any]:
     plan = make_plan(args.opt, args.root, args.force_yml)
     for network in plan.networks:
         how = 'measured as it is' if network.train is None else 'trained, then measured'
-        _say(f'{network.name}: right, {how}')
+        say(f'{network.name}: right, {how}', file=sys.stderr)
     return {network.name: dict(network.train) for network in plan.networks if network.train is not None}
 
 
@@ -74,7 +74,7 @@ def _check_run(args: argparse.Namespace) -> dict[str, Any]:
         before, reason = _check_stage(run, stage, before)
         missing |= {reason: None} if reason else {}
     for reason in missing:
-        _say(f'data that cannot be used here: {reason}')
+        say(f'data that cannot be used here: {reason}', file=sys.stderr)
     return run.resolved()
 
 
@@ -97,7 +97,7 @@ def _check_stage(run: Run, stage: Stage, before: dict[str, Any] | None) -> tuple
         check_stage(run, stage, {**opt, 'datasets': {}}, before, is_run=False)
         missing = str(error).removeprefix(f'{run.source(stage)}: ')
         summary += '; its data was not checked'
-    _say(f'{stage.name or run.opt["name"]}: right{summary}')
+    say(f'{stage.name or run.opt["name"]}: right{summary}', file=sys.stderr)
     return opt, missing
 
 
@@ -110,7 +110,3 @@ def _data_is_there(dataset: dict[str, Any]) -> bool:
         with suppress(DataError):
             paths = [photo.path for photo in packaged_photos()]
     return bool(paths) and all(os.path.exists(str(path)) for path in paths)
-
-
-def _say(line: str) -> None:
-    say(line, file=sys.stderr)

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f'{output} holds the weights themselves, and would be replaced: expected another name')
     loaded = load_file(path, None if args.opt is None else commands.read_network(args.opt), args.param_key)
     for note in loaded.notes:
-        say(f'note: {path}: {note}', sys.stderr)
+        say(f'note: {path}: {note}', file=sys.stderr)
     export_network(
         loaded.network,
         output,

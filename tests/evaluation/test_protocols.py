@@ -86,16 +86,14 @@ def test_agan_and_densehaze_average_tiles(options, tile, overlap, size):
     assert (haze.tile, haze.overlap, haze.blend, haze.round) == (1152, 384, 'mean', False)
 
 
-@pytest.mark.parametrize('name', ['whole', 'tiled', 'basicsr'])
-@pytest.mark.parametrize(('height', 'width'), [(1, 1), (37, 61), (200, 90)])
-def test_one_pass(name, height, width):
+@pytest.mark.parametrize(('height', 'width'), [(1, 1), (37, 61)])
+def test_one_pass(height, width):
     network, lq = Blur(), image(height, width)
     expected = apply(network, lq).clamp(0, 1)
-    restored = read_protocol(name).restore(network, lq)
-    if name == 'basicsr':
-        expected = (expected * 255).round() / 255
-    torch.testing.assert_close(restored, expected, rtol=0, atol=0)
-    assert network.shapes[-1] == (1, 3, height, width)
+    rounded = (expected * 255).round() / 255
+    for name, result in (('whole', expected), ('tiled', expected), ('basicsr', rounded)):
+        torch.testing.assert_close(read_protocol(name).restore(network, lq), result, rtol=0, atol=0)
+        assert network.shapes[-1] == (1, 3, height, width)
 
 
 def test_tiled_follows_the_free_memory(monkeypatch):
@@ -110,7 +108,7 @@ def test_tiled_follows_the_free_memory(monkeypatch):
     torch.testing.assert_close(restored, expected)
 
 
-SYMMETRIES = [
+TURNS = [
     lambda x: x,
     lambda x: x.flip(-1),
     lambda x: x.flip(-2),
@@ -123,27 +121,21 @@ SYMMETRIES = [
 
 
 @pytest.mark.parametrize(
-    'name', ['whole', {'type': 'agan', 'tile': 24, 'overlap': 5}, {'type': 'spad', 'round': False}]
+    'options', [{'type': 'whole'}, {'type': 'agan', 'tile': 24, 'overlap': 5}, {'type': 'spad', 'round': False}]
 )
-def test_self_ensemble_is_a_switch_on_any(name):
+def test_self_ensemble_is_a_switch_on_any(options):
     """Its result turns with the image, which the network's own does not."""
-    options = {'type': name} if isinstance(name, str) else name
-    # A square, so that zeros and tiles lie alike on all sides.
-    network, lq = Blur(), image(43, 43)
+    # A square, so that zeros and tiles lie alike on all sides; of values that the network leaves in [0, 1].
+    network, lq = Blur(), image(43, 43) / 4 + 0.2
     plain, ensemble = (read_protocol({**options, 'self_ensemble': switch}) for switch in (False, True))
-    results = [ensemble.restore(network, turn(lq)) for turn in SYMMETRIES]
-    mean = sum(plain_unclamped(plain, network, turn, lq) for turn in SYMMETRIES) / 8
-    torch.testing.assert_close(results[0], mean.clamp(0, 1), rtol=0, atol=2e-6)
-    for turn, result in zip(SYMMETRIES, results, strict=True):
+    results = [ensemble.restore(network, turn(lq)) for turn in TURNS]
+    backs = [next(back for back in TURNS if torch.equal(back(turn(lq)), lq)) for turn in TURNS]
+    parts = [back(plain.restore(network, turn(lq).contiguous())) for turn, back in zip(TURNS, backs, strict=True)]
+    assert all(part.min() > 0 and part.max() < 1 for part in parts)
+    torch.testing.assert_close(results[0], sum(parts) / 8, rtol=0, atol=2e-6)
+    for turn, result in zip(TURNS, results, strict=True):
         torch.testing.assert_close(result, turn(results[0]), rtol=0, atol=2e-6)
-    assert (plain.restore(network, lq.flip(-1)) - plain.restore(network, lq).flip(-1)).abs().max() > 0.01
-
-
-def plain_unclamped(protocol, network, turn, lq):
-    """One turn of the ensemble, turned back: found among the symmetries as the one that undoes it."""
-    back = next(undo for undo in SYMMETRIES if torch.equal(undo(turn(lq)), lq))
-    with tiling.evaluating(network):
-        return back(protocol._run_padded(network, turn(lq).contiguous(), None, None))
+    assert (parts[0] - parts[1]).abs().max() > 0.002
 
 
 def test_self_ensemble_of_a_portrait():
@@ -171,7 +163,6 @@ def test_network_and_input_are_left_as_they_were():
     assert read_protocol('whole').restore(nn.Identity(), lq).data_ptr() != lq.data_ptr()
     with pytest.raises(ShapeError):
         read_protocol('whole').restore(network, torch.rand(1, 4, 9, 9))
-    assert network.training
 
 
 def test_rounding_before_measuring():
@@ -264,18 +255,12 @@ def test_square_that_does_not_fit(square):
         ('agn', 'no validation protocol is called agn, did you mean agan'),
         ({'tile': 3}, 'no validation protocol is called None'),
         ({'type': ['agan']}, r"no validation protocol is called \['agan'\]"),
-        (
-            {'type': 'whole', 'overlap': 8},
-            r'protocol\.overlap: whole has no tiles that this could say something of; set',
-        ),
+        ({'type': 'whole', 'overlap': 8}, r'protocol\.overlap: whole has no tiles that this could say something of'),
         ({'type': 'agan', 'tile': None, 'batch': 2}, r'protocol\.batch: agan has no tiles'),
         ({'type': 'agan', 'til': 3}, "agan: .*'til'"),
-        ({'type': 'agan', 'tile': 0}, 'agan: tile is 0'),
-        ({'type': 'agan', 'tile': 64}, 'overlap is 80 and tile is 64'),
+        ({'type': 'agan', 'tile': 64}, 'agan: overlap is 80 and tile is 64'),
         ({'type': 'agan', 'tile': 'all'}, "tile is 'all': expected the side of a tile in pixels, or auto"),
-        ({'type': 'agan', 'overlap': -1}, 'overlap is -1'),
         ({'type': 'tiled', 'overlap': -1}, 'overlap is -1'),
-        ({'type': 'agan', 'blend': 'gauss'}, "blend is 'gauss': expected one of ramp, mean"),
         ({'type': 'agan', 'batch': 0}, 'batch is 0'),
         ({'type': 'spad', 'square': 0}, 'spad: square is 0'),
     ],
@@ -289,20 +274,22 @@ def test_images_that_are_none():
     for wrong in (torch.rand(3, 8, 8), torch.rand(1, 3, 0, 8)):
         with pytest.raises(ShapeError, match='restores images'):
             read_protocol('whole').restore(nn.Identity(), wrong)
-    with pytest.raises(ShapeError, match='failed on 8x8'):
-        read_protocol('whole').restore(Blur(), torch.rand(1, 1, 8, 8))
 
 
-def test_a_line_says_what_is_done():
-    assert read_protocol('agan').describe() == 'agan: tiles of 384, overlap 80, mean; not rounded'
-    line = read_protocol({'type': 'spad', 'self_ensemble': True}).describe()
-    assert line == (
-        'spad: zeros around to a square multiple of 128; one pass; mean over eight flips and rotations; '
-        'rounded to 8 bits'
-    )
-    assert (
-        read_protocol({'type': 'whole', 'tile': 64}).describe() == 'whole: tiles of 64, overlap 16, ramp; not rounded'
-    )
+@pytest.mark.parametrize(
+    ('options', 'line'),
+    [
+        ({'type': 'whole', 'tile': 64}, 'whole: tiles of 64, overlap 16, ramp; not rounded'),
+        ({'type': 'tiled'}, 'tiled: one pass or tiles as memory allows, overlap a quarter, ramp; not rounded'),
+        (
+            {'type': 'spad', 'self_ensemble': True},
+            'spad: zeros around to a square multiple of 128; one pass; mean over eight flips and rotations; '
+            'rounded to 8 bits',
+        ),
+    ],
+)
+def test_a_line_says_what_is_done(options, line):
+    assert read_protocol(options).describe() == line
 
 
 def test_the_schema_knows_the_same():

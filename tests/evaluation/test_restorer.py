@@ -9,7 +9,7 @@ from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeErro
 from ast_plugin.evaluation import tiling
 from ast_plugin.evaluation.restorer import Restorer
 
-TINY = {'type': 'AST', 'img_size': 64, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9}
+from ..weights.helpers import TINY
 
 
 class Scale(nn.Module):
@@ -30,23 +30,19 @@ def noise(*shape, dtype=np.uint8):
     return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
 
 
-def tiny_weights(path, **changes):
-    options = TINY | changes
-    torch.manual_seed(0)
-    network = build_network(options)
-    save_weights(path, network.state_dict(), options)
-    return path, network
+@pytest.fixture
+def tiny_weights(tmp_path):
+    """A network, and the file of its weights."""
+    network = build_network(TINY)
+    save_weights(tmp_path / 'a.safetensors', network.state_dict(), TINY)
+    return network, tmp_path / 'a.safetensors'
 
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-@pytest.mark.parametrize('shape', [(5, 7, 3), (5, 7), (1, 1, 3), (1, 1)])
-def test_every_value_survives_an_identity(dtype, shape):
-    image = noise(*shape, dtype=dtype)
-    restored = Restorer(Scale()).restore(image)
-    assert restored.dtype == dtype
-    np.testing.assert_array_equal(restored, image)
+def test_every_value_survives_an_identity(dtype):
     levels = np.arange(np.iinfo(dtype).max + 1).reshape(16, -1).astype(dtype)
-    np.testing.assert_array_equal(Restorer(Scale()).restore(levels), levels)
+    for image in (levels, *(noise(*shape, dtype=dtype) for shape in ((5, 7, 3), (1, 1, 3), (1, 1)))):
+        np.testing.assert_array_equal(Restorer(Scale()).restore(image), image, strict=True)
 
 
 def test_results_are_clamped_and_rounded():
@@ -57,7 +53,7 @@ def test_results_are_clamped_and_rounded():
     np.testing.assert_array_equal(Restorer(Scale(1.00004)).restore(image), [[10000, 60002]])
 
 
-@pytest.mark.parametrize('dtype', [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize('dtype', [np.float64, np.float16])
 def test_floating_point_stays_unrounded(dtype):
     image = np.random.default_rng(0).random((5, 7, 3)).astype(dtype)
     restored = Restorer(Scale(0.5)).restore(image)
@@ -71,21 +67,16 @@ def test_gray_through_color_and_gray_networks():
     assert Restorer(Scale(out_channels=1)).restore(color).shape == (6, 5)
     with pytest.raises(DataError, match='gray images only'):
         Restorer(Scale(), in_channels=1).restore(color)
+    with pytest.raises(OptionError, match='takes 4 channels'):
+        Restorer(Scale(), in_channels=4)
 
 
 @pytest.mark.parametrize(
-    'image',
-    [
-        np.zeros((4, 4, 4), np.uint8),
-        np.zeros((4,), np.uint8),
-        np.zeros((0, 4, 3), np.uint8),
-        np.zeros((4, 4), np.int32),
-        np.zeros((4, 4), bool),
-    ],
+    ('shape', 'dtype'), [((4, 4, 4), np.uint8), ((4,), np.uint8), ((0, 4, 3), np.uint8), ((4, 4), np.int32)]
 )
-def test_arrays_that_are_no_images(image):
+def test_arrays_that_are_no_images(shape, dtype):
     with pytest.raises(ShapeError, match='an image'):
-        Restorer(Scale()).restore(image)
+        Restorer(Scale()).restore(np.zeros(shape, dtype))
 
 
 def test_tiles_bound_what_the_network_sees():
@@ -129,8 +120,8 @@ def test_wrong_tiles_are_refused_at_once(tmp_path):
         Restorer.from_weights(tmp_path / 'missing.pth', tile=8, overlap=8)
 
 
-def test_metadata_name_the_network(tmp_path):
-    path, network = tiny_weights(tmp_path / 'a.safetensors')
+def test_metadata_name_the_network(tiny_weights):
+    network, path = tiny_weights
     restorer = Restorer.from_weights(path, device='cpu')
     assert restorer.notes == ()
     assert restorer.network.bottleneck.blocks[0].attn.window_size == network.bottleneck.blocks[0].attn.window_size
@@ -140,12 +131,8 @@ def test_metadata_name_the_network(tmp_path):
         expected = network.eval()(values)[0].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
     assert np.abs(restorer.restore(image).astype(int) - expected).max() <= 1
 
-
-def test_options_override_the_metadata(tmp_path):
-    path, _ = tiny_weights(tmp_path / 'a.safetensors')
     with pytest.raises(CheckpointError, match=r'a\.safetensors.*embed_dim'):
         Restorer.from_weights(path, network=TINY | {'embed_dim': 8})
-    assert Restorer.from_weights(path, network=TINY, device='cpu').restore(noise(8, 8)).shape == (8, 8)
 
 
 def test_networks_of_the_toolbox(tmp_path):
@@ -188,8 +175,3 @@ def test_gray_networks_whatever_their_channel_key(tmp_path, monkeypatch, key):
     torch.save({'params': nn.Sequential(nn.Conv2d(1, 1, 1)).state_dict()}, tmp_path / 'a.pth')
     restorer = Restorer.from_weights(tmp_path / 'a.pth', network={'type': 'Gray', key: 1}, device='cpu')
     assert restorer.restore(noise(8, 8)).shape == (8, 8)
-
-
-def test_networks_of_four_channels_are_refused():
-    with pytest.raises(OptionError, match='takes 4 channels'):
-        Restorer(Scale(), in_channels=4)
