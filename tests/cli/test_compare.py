@@ -69,10 +69,11 @@ def test_shipped_files_are_right(registered, name):
 
 def test_networks_of_record_cost_alike(registered):
     pytest.importorskip('spandrel_extra_arches', reason='the extra `baselines` is not installed')
-    side = 128  # a quarter of 256 x 256, and all of them take as much for every pixel
     for entry in options.load(options.find('compare/synthetic'))['networks']:
+        # All of them take as much for every pixel, but that these two pad the smallest maps of small images.
+        side = 128 if entry['name'] in ('AST', 'Uformer') else 64
         count, _ = count_macs(build_network(entry['network_g']).eval(), torch.zeros(1, 3, side, side))
-        assert 6e9 < 4 * count < 8e9, entry['name']
+        assert 6e9 < count * (256 / side) ** 2 < 8e9, entry['name']
 
 
 def one(**changes):
@@ -112,9 +113,12 @@ def test_faults(registered, opt, complaint):
 
 
 def test_what_all_share_is_told_once(registered):
-    assert validation.find_faults(options_of(), registered) == []
-    faults = [str(fault) for fault in validation.find_faults(options_of(datasets__train={'type': 'x'}), registered)]
+    given = {'name': 'given', 'network_g': COMPACT, 'weights': 'w.pth'}
+    assert validation.find_faults(options_of([*NETWORKS, given]), registered) == []
+    opt = options_of([*NETWORKS, given], datasets__train={'type': 'x'}, scale='two', train__total_iter=0)
+    faults = [str(fault) for fault in validation.find_faults(opt, registered)]
     assert len(faults) == len(set(faults)) and not any('networks.' in fault for fault in faults)
+    assert {fault.partition(':')[0] for fault in faults} >= {'datasets.train.type', 'scale', 'train.total_iter'}
 
 
 @pytest.mark.parametrize(
@@ -163,10 +167,8 @@ def test_metrics_of_weights_are_tried(tmp_path, monkeypatch, caplog):
     opt['datasets'] = {'test': opt['datasets']['val']}
     file = write(tmp_path, opt)
     assert make_plan(str(file), '.').dataset['phase'] == 'test' and 'nothing is measured' not in caplog.text
-    opt['val']['metrics'] = {'psnr': {'type': 'calculate_psnr', 'crop_border': 500}}
-    file.write_text(safe_yaml.write_text(opt))
     with pytest.raises(PluginError, match='no image is large enough for psnr'):
-        make_plan(str(file), '.')
+        make_plan(str(file), '.', ['val:metrics:psnr:crop_border=500'])
 
 
 # ---- a comparison
@@ -197,8 +199,8 @@ def test_killed_it_goes_on_and_one_that_fails(tmp_path, monkeypatch, capsys):
     broken = {'name': 'broken', 'network_g': COMPACT, 'train': {'optim_g': {'lr': 1e30}}}
     opt = options_of(
         [NETWORKS[0], broken],
-        train__total_iter=120,
-        val__val_freq=120,
+        train__total_iter=60,
+        val__val_freq=60,
         logger__save_checkpoint_freq=10,
         compare={'sizes': [[16, 24]], 'runs': 3, 'pictures': 2, 'resamples': 100},
     )
@@ -225,7 +227,7 @@ def test_killed_it_goes_on_and_one_that_fails(tmp_path, monkeypatch, capsys):
 
     rows = {row['network']: row for row in csv.DictReader((folder / 'table.csv').open(newline=''))}
     assert list(rows) == ['input', 'good', 'broken']
-    assert rows['good']['iterations'] == '120'
+    assert rows['good']['iterations'] == '60'
     images = [row for row in csv.DictReader((folder / 'images.csv').open(newline='')) if row['network'] == 'good']
     assert [row['image'] for row in images] == ['0', '1', '2', '3']
     assert float(rows['good']['psnr']) == pytest.approx(sum(float(row['psnr']) for row in images) / 4)

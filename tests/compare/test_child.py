@@ -33,10 +33,7 @@ def test_it_runs_the_module_with_its_arguments(tmp_path, monkeypatch):
     [
         ("import sys; print('basicsr: error: no data', file=sys.stderr); sys.exit(2)", 'no data'),
         ("raise RuntimeError('all is lost')", 'RuntimeError: all is lost'),
-        (
-            'import os, signal; os.kill(os.getpid(), signal.SIGKILL)',
-            'ended by SIGKILL, perhaps because memory ran out',
-        ),
+        ('import os; os.kill(os.getpid(), 9)', 'ended by SIGKILL, perhaps because memory ran out'),
         ('import sys; sys.exit(3)', 'exit status 3'),
     ],
 )

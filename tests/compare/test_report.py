@@ -1,7 +1,8 @@
-"""The page of a comparison: all in one file, no name runs as a script, and in a real browser it does what it says."""
+"""Drawings of a comparison, in which no name covers another, and its page: one file, in a browser as it says."""
 
 import html
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -12,10 +13,86 @@ from PIL import Image
 
 from ast_plugin.compare import report
 from ast_plugin.compare.results import Results, Row
-from tests.compare.test_plots import curves, results
 
+NAMES = ('AST', 'SwinIR', 'EDSR', 'RCAN', 'MSRResNet')
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>"\'&'
 COLOURS = {'input': (200, 30, 30), 'AST': (30, 200, 30), 'SwinIR': (30, 30, 200), 'clean': (230, 230, 230)}
+
+
+def results(psnrs=(30.0, 29.9, 29.8, 29.7, 22.0), costs=(1e6, 1e6, 1e6, 2e6, 5e7)) -> Results:
+    rows = [Row('input', values={'a': {'psnr': 22.0}, 'b': {'psnr': 23.0}})]
+    for name, psnr, cost in zip(NAMES, psnrs, costs, strict=True):
+        speed = {'macs': int(cost * 900), 'milliseconds': cost / 1e5, 'peak_bytes': 2**20, 'uncounted': {}}
+        values = {'a': {'psnr': psnr - 1}, 'b': {'psnr': psnr + 1}}
+        rows.append(Row(name, parameters=int(cost), speeds={(256, 256): speed}, values=values))
+    return Results('test', rows)
+
+
+def curves():
+    iterations = np.arange(1, 301)
+    return {
+        name: {
+            'l_pix': (iterations, 1 / iterations + 0.01 * number),
+            'val/psnr': (np.array([100, 200, 300]), np.array([25.0, 27.0, 28.0 + 0.001 * number])),
+        }
+        for number, name in enumerate(NAMES)
+    }
+
+
+@pytest.fixture(scope='module')
+def drawn():
+    return report.draw_all(results(), curves(), 'val/psnr')
+
+
+def test_all_drawings(drawn):
+    costs = ('parameters', 'macs', 'latency', 'memory')
+    names = [f'psnr_against_{cost}' for cost in costs] + ['training_loss', 'training_validation']
+    assert [plot.name for plot in drawn] == names
+    for plot in drawn:
+        image = np.asarray(Image.open(io.BytesIO(plot.png)).convert('L'))
+        assert image.shape[0] > 700 and 0.01 < (image < 128).mean() < 0.3
+        assert plot.svg.count('<svg') == 1
+        assert report.INK in plot.svg and report.GRID in plot.svg
+        assert not re.search(r'20\d\d-\d\d-\d\d', plot.svg)
+    found = results()
+    for row in found.rows:
+        row.speeds, row.parameters = {}, None
+    validated = {name: {'val/psnr': columns['val/psnr']} for name, columns in curves().items()}
+    assert report.draw_all(found, validated, 'val/psnr') == drawn[-1:]  # the same each time
+
+
+@pytest.mark.parametrize('same', [False, True])
+def test_names_do_not_cover_one_another(monkeypatch, same):
+    boxes = []
+    original = report._name_marks
+
+    def spy(axis, marks, note):
+        original(axis, marks, note)
+        texts = [text for text in axis.texts if text.get_text() in NAMES]
+        boxes.extend((text.get_text(), text.get_window_extent().shrunk(0.9, 0.9)) for text in texts)
+
+    monkeypatch.setattr(report, '_name_marks', spy)
+    found = results(psnrs=(30.0,) * 5, costs=(1e6,) * 5) if same else results()
+    for row in found.rows:
+        row.speeds = {}
+    report.draw_all(found, {}, None)
+    assert sorted(name for name, _ in boxes) == sorted(NAMES)
+    assert not [(a, b) for (a, x), (b, y) in itertools.combinations(boxes, 2) if x.overlaps(y)]
+
+
+def test_little_to_draw():
+    assert report.draw_all(Results('none', [Row('input')]), {}, None) == []
+    only_input = Results('one', [Row('input', values={'a': {'psnr': 22.0}})])
+    assert report.draw_all(only_input, {}, None) == []
+    one = results()
+    one.rows = one.rows[:2]
+    one.rows[1].speeds = {}
+    assert [plot.name for plot in report.draw_all(one, {}, None)] == ['psnr_against_parameters']
+    one.rows[1].values['a']['psnr'] = float('inf')  # a perfect result
+    assert report.draw_all(one, {'AST': {'iter': (np.array([1]), np.array([1.0]))}}, 'val/psnr')
+
+
+# ---- the page
 
 
 class Page(HTMLParser):
@@ -39,7 +116,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def write(folder, size=(600, 400)):
+def write(folder, drawn, size=(600, 400)):
     found = results()
     scenes = {}
     for number, name in enumerate(found.images):
@@ -47,15 +124,14 @@ def write(folder, size=(600, 400)):
         for source, file in files.items():
             Image.fromarray(np.full((size[1], size[0], 3), COLOURS[source], np.uint8)).save(file)
         scenes[name] = files
-    drawn = report.draw_all(found, curves(), 'val/psnr')
     path = folder / 'report.html'
     path.write_text(report.render_page(found, scenes, drawn, [('Data', 'a & b <c>')]), encoding='utf-8')
     return path
 
 
 @pytest.fixture(scope='module')
-def file(tmp_path_factory):
-    return write(tmp_path_factory.mktemp('report'))
+def file(tmp_path_factory, drawn):
+    return write(tmp_path_factory.mktemp('report'), drawn)
 
 
 def test_all_in_one_file(file):
