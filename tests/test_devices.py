@@ -201,13 +201,21 @@ def test_unknown_device_of_a_file_is_refused(tmp_path, monkeypatch, capfd):
     assert "device: expected 'auto', 'cpu', 'cuda' or 'mps', got the text 'gpu'" in capfd.readouterr().err
 
 
-def test_demo_hands_the_device_on(monkeypatch):
-    commands = []
-    monkeypatch.setattr(
-        'subprocess.run', lambda command, check: commands.append(command) or SimpleNamespace(returncode=3)
-    )
-    assert main(['demo', '--device', 'cpu']) == 3
-    assert commands[0][-2:] == ['--device', 'cpu']
+def test_demo_hands_the_device_on(monkeypatch, tmp_path, capsys):
+    commands, results = [], tmp_path / 'results' / 'AST_quickstart'
+    results.mkdir(parents=True)
+    (results / 'unseen.csv').write_text('image,input psnr,psnr\na,20,24\nmean,20,23.5\n')
+
+    def run(command, check):
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr('subprocess.run', run)
+    assert main(['demo', '--device', 'cpu', '--root', str(tmp_path)]) == 0
+    assert [command[-2:] for command in commands] == [['--device', 'cpu']] * 2
+    assert f'{results}/unseen_worst_and_best.png\nPSNR gain over input: +3.50 dB\n' in capsys.readouterr().out
+    monkeypatch.setattr('subprocess.run', lambda *_, **__: SimpleNamespace(returncode=3))
+    assert main(['demo', '--root', str(tmp_path)]) == 3
 
 
 _MEMORY = """

@@ -39,12 +39,12 @@ def run(args: argparse.Namespace) -> int:
     """Train, test, and print the gain."""
     root = args.root.expanduser().resolve()
     start = time.monotonic()
-    for command in ('train', 'test'):
-        arguments = [command, '-opt', OPTION_FILE, '--root', str(root), '--device', args.device]
-        status = subprocess.run([sys.executable, '-m', 'ast_plugin', *arguments], check=False).returncode
+    where = ['-opt', OPTION_FILE, '--root', str(root), '--device', args.device]
+    for command in (['train'], ['test', '--force_yml', 'val:save_img=true']):
+        status = subprocess.run([sys.executable, '-m', 'ast_plugin', *command, *where], check=False).returncode
         if status:
             return status
-        if command == 'train':
+        if command[0] == 'train':
             say(f'Training took {(time.monotonic() - start) / 60:.1f} minutes')
     (table,) = (root / 'results' / OPTION_FILE).glob('*.csv')
     with table.open(encoding='utf-8', newline='') as file:
