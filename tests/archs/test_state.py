@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,11 @@ from ast_plugin.archs.mixed.mixed_arch import Mixed
 from ast_plugin.archs.networks import load_network
 from ast_plugin.archs.state import OFFICIAL_NAMES, describe_mismatch, infer_options, plain_state
 from ast_plugin.checkpoints import read_checkpoint
-from ast_plugin.cli.main import main
 from ast_plugin.errors import BackendUnavailable, CheckpointError, FileError, OptionError
 from ast_plugin.evaluation.restorer import Restorer
+from ast_plugin.evaluation.results import describe_provenance
 from ast_plugin.files import file_digest
 from ast_plugin.weights import find_weights
-from tests import tiny_run
 
 from . import tiny_networks
 from .golden import NAMES, GoldenCase
@@ -137,16 +137,9 @@ def test_folder_is_a_weights_file(tmp_path):
         folder_of(tmp_path, network.state_dict(), config)
         assert read_checkpoint(folder).network is None
     assert load_network(None, folder).options['embed_dim'] == 4  # told by names and shapes
-
-
-def test_folder_is_measured(tmp_path, monkeypatch, capfd):
-    network = load_network(tiny_networks.SRVGG | {'num_feat': 8, 'num_conv': 1})
-    folder_of(tmp_path, network.state_dict())
-    tiny_run.write(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    ours = ['--force_yml', 'model_type=RestorationModel', 'datasets:val:type=PairsDataset']
-    assert main(['test', '-opt', 'tiny.yml', '--weights', str(tmp_path), *ours]) == 0
-    assert file_digest(tmp_path / 'model.safetensors') in capfd.readouterr().out
+    assert same(load_network({'type': 'AST', **TINY, 'img_size': 16}, folder), network)
+    told = describe_provenance(SimpleNamespace(describe=str), {}, folder, torch.device('cpu'))
+    assert told['sha256'] == file_digest(folder / 'model.safetensors')
 
 
 @pytest.mark.parametrize('which', NETWORKS)
@@ -159,20 +152,12 @@ def test_folder_round_trip(tmp_path, which):
     loaded = build.from_pretrained(str(folder))
     assert type(loaded) is type(network) and not loaded.training and same(loaded, network)
     assert json.loads((folder / 'config.json').read_text()) == network.options
+    assert not any(key.startswith('base_') for key in network.options)  # where training starts is no option
     assert same(load_network(None, folder), network)  # `--weights FOLDER`, and the file alone:
     assert read_checkpoint(folder / 'model.safetensors').network == network.options
     loaded.save_pretrained(folder)  # over it
     assert same(type(network).from_pretrained(folder), network)
     assert (folder / 'README.md').read_text() == 'of its author'
-
-
-def test_base_weights_are_no_option(tmp_path):
-    base = load_network(MIX['base'])
-    torch.save({'params': base.state_dict()}, tmp_path / 'base.pth')
-    mixed = Mixed(**MIX, base_weights=str(tmp_path / 'base.pth'))
-    mixed.save_pretrained(tmp_path / 'folder')
-    (tmp_path / 'base.pth').unlink()
-    assert same(Mixed.from_pretrained(tmp_path / 'folder'), mixed)
 
 
 def test_folder_with_official_names(tmp_path):
