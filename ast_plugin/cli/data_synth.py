@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ast_plugin.data.contact_sheet import draw_degradations
-from ast_plugin.data.image_files import ImageFile, encode_image
+from ast_plugin.data.image_files import ImageFile, encode_image, format_of_name
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.files import write_file
@@ -171,6 +171,7 @@ def _draw_sheet(args: argparse.Namespace) -> int:
     if useless or args.set:
         raise OptionError(f'--sheet does not go with --{(useless or ["set"])[0]}; it takes --task, -i and --seed')
     path = Path(args.sheet).expanduser()
+    format_of_name(path)  # a wrong name is told before all is drawn
     if args.input:
         photos, _ = _find_photos(args.input, path.parent / 'nothing', args.recursive)
     else:

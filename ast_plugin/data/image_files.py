@@ -234,13 +234,19 @@ def encode_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95
     Raises:
         DataError: if the format cannot hold the image.
     """
-    kind = FORMAT_OF.get(Path(path).suffix.lower())
-    if kind is None:
-        raise DataError(f'{path}: expected a name that ends in one of {", ".join(FORMAT_OF)}')
+    kind = format_of_name(path)
     try:
         return _encode(image, kind, quality)
     except (OSError, ValueError, struct.error, cv2.error) as error:
         raise DataError(f'{path}: this image cannot be written as {kind}: {error}') from error
+
+
+def format_of_name(path: str | os.PathLike) -> str:
+    """Return the format that a file's name ends with, a key of `SUFFIXES`; raise DataError if it is none."""
+    try:
+        return FORMAT_OF[Path(path).suffix.lower()]
+    except KeyError:
+        raise DataError(f'{path}: expected a name that ends in one of {", ".join(FORMAT_OF)}') from None
 
 
 def sniff_format(data: bytes) -> str | None:

@@ -229,7 +229,7 @@ BAD_INPUT = [  # IO stands for `-i PHOTO -o OUT`
     ('--task haze IO --depth empty', 'has no fenêtre ouverte.npy'),
     ('--task haze --depth PHOTO -i PHOTO cut.png -o OUT', 'is one file for 2 photos'),
     ('--sheet sheet.jpg -o OUT', '--sheet does not go with --output'),
-    ('--sheet sheet.xyz --task snow -i PHOTO', 'expected a name that ends in one of'),
+    ('--sheet sheet.xyz -i PHOTO', 'expected a name that ends in one of'),
 ]
 
 

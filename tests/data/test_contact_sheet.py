@@ -1,4 +1,4 @@
-"""Sheets of pictures: what stands where, looked up in their pixels."""
+"""Sheets of images: what stands where, looked up in their pixels."""
 
 import math
 import os
@@ -26,11 +26,11 @@ def flat(colour, height=20, width=40):
 
 def results(values, count=1):
     thumbnails = tuple(flat(np.array(colour) // (place + 1)) for place, colour in enumerate(COLOURS.values()))
-    pictures = [
+    images = [
         ImageResult(number, f'image{number}', {'psnr': value, 'ssim': 0.9}, {'psnr': 20.0, 'ssim': 0.5}, thumbnails)
         for number, value in enumerate(values)
     ]
-    return ValidationResults.collect('rain', pictures, Ranking('psnr', count=count))
+    return ValidationResults.collect('rain', images, Ranking('psnr', count=count))
 
 
 def test_worst_and_best_lie_side_by_side(monkeypatch):
