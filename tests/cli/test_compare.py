@@ -93,6 +93,7 @@ def one(**changes):
         (one(name='debug_it'), 'debug mode'),
         (one(network_g={'type': 'MSRResNett'}), 'no arch is registered as MSRResNett, did you mean MSRResNet?'),
         (one(network_g={**COMPACT, 'num_fet': 3}), 'networks.0.network_g.num_fet: unknown key, did you mean num_feat?'),
+        (one(network_g={'type': 'EDSR', 'num_in_ch': 3}), 'networks.0.network_g.num_out_ch: required by EDSR'),
         (options_of([{'name': 'a'}]), 'networks.0.network_g: required, but not there (or weights'),
         (one(weight='x'), 'networks.0.weight: unknown key, did you mean weights?'),
         (options_of([]), 'networks: expected 1 items or more'),

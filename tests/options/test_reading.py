@@ -1,13 +1,15 @@
 """Option files: safe reading, building on others, variables, overrides, stages; merging and writing as such."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from ast_plugin import options
 from ast_plugin.errors import OptionError
+from ast_plugin.faults import Fault
 from ast_plugin.options import safe_yaml
-from ast_plugin.options.reading import fill_in, merge
+from ast_plugin.options.reading import Sources, fill_in, merge
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def test_what_is_written_reads_the_same():
 
 def test_files_are_laid_over_their_bases(write):
     write(
-        parts__data='datasets: {train: {type: A, size: 1}}\ntrain: {total_iter: 5, optim_g: {type: Adam, lr: 1}}\n',
+        parts__data='datasets: {_delete_: true, train: {type: A, size: 1}}\ntrain: {total_iter: 5, optim_g: {type: Adam, lr: 1}}\n',
         parts__more='_base_: data.yml\nname: more\ntrain: {optim_g: {lr: 2}}\n',
         parts__val='val: {val_freq: 3}\n',
         file='_base_: [parts/more.yml, parts/val.yml]\nname: mine\ntrain: {optim_g: {eps: 1e-8}}\n',
@@ -166,6 +168,12 @@ def test_merge():
         before = repr((base, changes))
         assert merge(base, changes) == expected
         assert repr((base, changes)) == before
+
+
+def test_sources_name_the_last_base(write):
+    write(a='train: {x: 1}\n', b='\ntrain: {x: 2}\n', file='_base_: [a.yml, b.yml]\nname: x\n')
+    fault = Sources(Path('file.yml')).explain(Fault(('train', 'x'), 'unknown key', unknown_key=True))
+    assert '(x inherited from b.yml:2)' in fault.message
 
 
 LADDER = zip(('file', *'abcdef'), 'abcdefg', strict=True)  # each names the next one twice
