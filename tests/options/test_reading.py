@@ -132,7 +132,7 @@ def test_what_is_written_reads_the_same():
 
 def test_files_are_laid_over_their_bases(write):
     write(
-        parts__data='datasets: {_delete_: true, train: {type: A, size: 1}}\ntrain: {total_iter: 5, optim_g: {type: Adam, lr: 1}}\n',
+        parts__data='datasets: {_delete_: true, train: {type: A, size: 1}}\ntrain: {total_iter: 5, optim_g: {lr: 1}}\n',
         parts__more='_base_: data.yml\nname: more\ntrain: {optim_g: {lr: 2}}\n',
         parts__val='val: {val_freq: 3}\n',
         file='_base_: [parts/more.yml, parts/val.yml]\nname: mine\ntrain: {optim_g: {eps: 1e-8}}\n',
@@ -140,7 +140,7 @@ def test_files_are_laid_over_their_bases(write):
     assert load() == {
         'name': 'mine',
         'datasets': {'train': {'type': 'A', 'size': 1}},
-        'train': {'total_iter': 5, 'optim_g': {'type': 'Adam', 'lr': 2, 'eps': 1e-8}},
+        'train': {'total_iter': 5, 'optim_g': {'lr': 2, 'eps': 1e-8}},
         'val': {'val_freq': 3},
     }
 
