@@ -74,8 +74,19 @@ def packaged_photos(split: str = 'all', names: list[str] | None = None) -> list[
     """
     if names is None:
         names = [name for name, row in _PACKAGED.items() if split in ('all', row[0])]
-    rows = [(name, *_choose(name, _PACKAGED, 'the packaged photos')[1:]) for name in names]
-    return [Photo(name, _find_in_package(package, file)) for name, package, file in rows]
+    photos = []
+    for name in names:
+        _, package, file = _choose(name, _PACKAGED, 'the packaged photos')
+        spec = importlib.util.find_spec(package)
+        path = Path(spec.origin).parent / file if spec and spec.origin else None
+        if path is None or not path.is_file():
+            missing = package if path is None else f'{path.name} of {package}'
+            raise DataError(
+                f'the packaged photos need {missing}, which is not installed: pip install "ast_plugin[photos]", '
+                f'or name a folder of photos with `source: folder` and `dataroot_gt`'
+            )
+        photos.append(Photo(name, path))
+    return photos
 
 
 def folder_photos(folder: str | Path, phase: str, split: str = 'all', names: list[str] | None = None) -> list[Photo]:
@@ -319,18 +330,6 @@ def _choose(name: str, known: Mapping[str, Any], where: str) -> Any:
     if name not in known:
         raise DataError(f'there is no photo {name!r} in {where}{did_you_mean(name, known)}')
     return known[name]
-
-
-def _find_in_package(package: str, file: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.origin).parent / file if spec and spec.origin else None
-    if path is None or not path.is_file():
-        missing = package if path is None else f'{path.name} of {package}'
-        raise DataError(
-            f'the packaged photos need {missing}, which is not installed: pip install "ast_plugin[photos]", '
-            f'or name a folder of photos with `source: folder` and `dataroot_gt`'
-        )
-    return path
 
 
 def _psnr(lq: np.ndarray, gt: np.ndarray) -> float:

@@ -15,6 +15,9 @@ import numpy as np
 from numpy.random import Generator
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+FRAME = (480, 720)  # height and width in pixels, at scale 1, of the image that a smaller patch is taken to be cut from
+GAMMA = 2.2  # values are light to the power of 1 / GAMMA
+
 Bounds = tuple[float, float]
 
 

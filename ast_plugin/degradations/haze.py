@@ -27,6 +27,7 @@ from numpy.random import Generator
 from pydantic import Field
 
 from ast_plugin.degradations.base import (
+    GAMMA,
     Parameters,
     PositiveRange,
     Range,
@@ -52,7 +53,6 @@ GLOW_SPREAD = 45.0  # pixels at scale 1; standard deviation of the glow around w
 WHITE = 0.94  # gray value above which a light is brighter than an image can show
 SHOULDER = 0.85  # brightness above which airlight approaches white ever more slowly
 LATTICE_DEVIATION = 0.45  # standard deviation of `lattice_noise`
-GAMMA = 2.2
 
 GUESS_SIDE = 160  # pixels of the shorter side at which depth is guessed
 SKY_COLOURS = 0.45  # distance in RGB from the sky at the upper edge beyond which nothing is sky

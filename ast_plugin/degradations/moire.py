@@ -20,17 +20,15 @@ import numpy as np
 from numpy.random import Generator
 from pydantic import Field
 
-from ast_plugin.degradations.base import Parameters, PositiveRange, Range, compress_jpeg, limited, strips
+from ast_plugin.degradations.base import FRAME, GAMMA, Parameters, PositiveRange, Range, compress_jpeg, limited, strips
 
 SENSOR = 2  # pixels of the sensor by those of the image, along each side
-FRAME = (480, 720)  # height and width in pixels of the image that a smaller patch is taken to be cut from
 STRIPES = (1 / 6, 1 / 2, 5 / 6)  # middles of the red, green and blue stripe, in pixels of the screen
 STRIPE_WIDTH, ROW_HEIGHT = 0.27, 0.76  # what of a pixel of the screen gives light, across the stripes and along them
 HARMONICS = 4  # of the screen's grid; the lens lets no finer ones through
 BAYER = ((0, 1), (1, 2))  # colours of the sensor's filters, by the parity of row and column
 PHASES = 256  # steps in which a place within a pixel of the screen is told
 FULL = 16384  # what the sensor reads where the screen shows white, so that bright bands have room above
-GAMMA = 2.2
 STRIP = 64  # rows worked on at a time
 
 

@@ -17,11 +17,18 @@ import numpy as np
 from numpy.random import Generator
 from pydantic import Field
 
-from ast_plugin.degradations.base import Parameters, PositiveRange, Range, fractal_noise, lattice_noise, limited
+from ast_plugin.degradations.base import (
+    FRAME,
+    GAMMA,
+    Parameters,
+    PositiveRange,
+    Range,
+    fractal_noise,
+    lattice_noise,
+    limited,
+)
 
-FRAME = (480, 720)  # height and width in pixels at scale 1 of the image that a smaller patch is taken to be cut from
 GRID_ROWS = 240  # rows on which shadows are drawn; their edges are softer than that
-GAMMA = 2.2
 TRIES = 10  # drawings, of which the first with the coverage that was drawn is taken
 PENUMBRAS = 5  # widths of the edge that are rendered; between them is interpolated
 SHIFT = 4  # binary digits behind the point of coordinates that OpenCV draws

@@ -193,18 +193,20 @@ def write_lmdbs(
                 )
             if _is_of(staging, plan):  # a kill came between the last rename and tidying up
                 shutil.rmtree(staging)
-            return Outcome(len(plan.items), len(plan.items), _num_bytes(destination))
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir(exist_ok=True)
-        with lock_folder(staging, 'another process is writing there'):
-            num_done = _adopt(staging, plan)
-            _write_values(staging, plan, num_done, num_workers)
-            _write_texts(staging, plan)
-            _verify(staging, num_workers)
-            _is_taken(destination, plan, overwrite)  # somebody may have put something there meanwhile
-            replace_folder(staging / _STAGED, destination, staging / _OLD)
-            shutil.rmtree(staging)
-        return Outcome(len(plan.items), num_done, _num_bytes(destination))
+            num_done = len(plan.items)
+        else:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            staging.mkdir(exist_ok=True)
+            with lock_folder(staging, 'another process is writing there'):
+                num_done = _adopt(staging, plan)
+                _write_values(staging, plan, num_done, num_workers)
+                _write_texts(staging, plan)
+                _verify(staging, num_workers)
+                _is_taken(destination, plan, overwrite)  # somebody may have put something there meanwhile
+                replace_folder(staging / _STAGED, destination, staging / _OLD)
+                shutil.rmtree(staging)
+        num_bytes = sum((destination / f'{kind}.lmdb' / DATA).stat().st_size for kind in KINDS)
+        return Outcome(len(plan.items), num_done, num_bytes)
 
 
 def _is_taken(destination: Path, plan: Plan, overwrite: bool) -> bool:
@@ -377,7 +379,3 @@ def _verify(staging: Path, num_workers: int) -> None:
             f'{len(faults)} images came back other than they were written: {shorten_list(faults)}. The disk or '
             f'the memory of this machine is at fault; the same command begins anew'
         )
-
-
-def _num_bytes(destination: Path) -> int:
-    return sum((destination / f'{kind}.lmdb' / DATA).stat().st_size for kind in KINDS)
