@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parents[1] / 'ast_plugin'
 
 BASE = {'errors', 'files', 'names'}
@@ -81,35 +79,54 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+IMPORTS = {path.relative_to(PACKAGE).as_posix(): (room(path), imports(path)) for path in FILES}
+
+
 def test_every_file_is_known_to_the_law():
-    assert {room(path) for path in FILES} <= set(MAY_KNOW) | ANYTHING
+    assert {own for own, _ in IMPORTS.values()} <= set(MAY_KNOW) | ANYTHING
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_law(path):
-    own = room(path)
-    known = {name.split('.')[1] for name in imports(path) if name.startswith('ast_plugin.')}
-    known -= {'__version__', own}
-    if own not in ANYTHING:
-        assert known <= MAY_KNOW[own], f'{own} must not import {sorted(known - MAY_KNOW[own])}'
-    assert 'cli' not in known or own == '__main__'
+def test_law():
+    breaches = {}
+    for file, (own, names) in IMPORTS.items():
+        known = {name.split('.')[1] for name in names if name.startswith('ast_plugin.')} - {'__version__', own}
+        refused = known & ({'cli'} if own in ANYTHING else known - MAY_KNOW[own])
+        if refused:
+            breaches[file] = sorted(refused)
+    assert not breaches, 'must not import these rooms'
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_who_imports_basicsr(path):
-    assert room(path) in MAY_KNOW_BASICSR or not any(name.split('.')[0] == 'basicsr' for name in imports(path))
+def test_who_imports_basicsr():
+    known = {own for own, names in IMPORTS.values() if any(name.split('.')[0] == 'basicsr' for name in names)}
+    assert known <= MAY_KNOW_BASICSR
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_layout(path):
-    assert path.name not in ('utils.py', 'ast.py')
-    assert len(path.read_text(encoding='utf-8').splitlines()) <= 600
+def test_no_circles():
+    """No file comes back to itself by imports, inside functions and under TYPE_CHECKING included."""
+    modules = {}
+    for path in FILES:
+        parts = path.relative_to(PACKAGE.parent).with_suffix('').parts
+        modules['.'.join(parts).removesuffix('.__init__')] = imports(path) - {'ast_plugin.__version__'}
+    edges = {  # what is imported is a module or something in one
+        name: {each if each in modules else each.rpartition('.')[0] for each in names} & modules.keys()
+        for name, names in modules.items()
+    }
+    with_no_way_back = set()
+    while edges:
+        ends = {name for name, known in edges.items() if known <= with_no_way_back}
+        assert ends, f'circles among {sorted(edges)}'
+        with_no_way_back |= ends
+        edges = {name: known for name, known in edges.items() if name not in ends}
 
 
-@pytest.mark.parametrize('path', sorted((PACKAGE / 'ops').rglob('*.py')), ids=lambda path: path.name)
-def test_ops_know_torch_and_einops(path):
-    outside = {name.split('.')[0] for name in imports(path)} - {'ast_plugin', 'einops', 'torch', 'triton'}
-    assert outside <= sys.stdlib_module_names
+def test_layout():
+    assert not [path.name for path in FILES if path.name in ('utils.py', 'ast.py')]
+    assert not [path for path in FILES if len(path.read_text(encoding='utf-8').splitlines()) > 600]
+
+
+def test_ops_know_torch_and_einops():
+    names = {name.split('.')[0] for own, names in IMPORTS.values() if own == 'ops' for name in names}
+    assert names <= sys.stdlib_module_names | {'ast_plugin', 'einops', 'torch', 'triton'}
 
 
 def loaded(*command: str) -> set[str]:
