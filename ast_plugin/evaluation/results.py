@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -174,12 +174,16 @@ def describe_provenance(
     protocol: Protocol, metrics: Metrics, weights: str | os.PathLike | None, device: torch.device
 ) -> dict[str, str]:
     """Describe how results are made, without which a figure cannot be compared; reads the weights file once."""
+    try:
+        basicsr = version('basicsr')
+    except PackageNotFoundError:  # run from a checkout of it
+        basicsr = 'unknown'
     return {
         'protocol': protocol.describe(),
         'metrics': '; '.join(f'{name}: {_describe_metric(options)}' for name, options in metrics.items()),
         'weights': str(weights or ''),
         'sha256': file_digest(weights_file(weights)) if weights else '',
-        'versions': f'ast_plugin {ast_plugin.__version__}, basicsr {version("basicsr")}, torch {torch.__version__}, '
+        'versions': f'ast_plugin {ast_plugin.__version__}, basicsr {basicsr}, torch {torch.__version__}, '
         f'device {describe_device(device)}',
     }
 

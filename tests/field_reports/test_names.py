@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
+from tests.compare.test_plots import curves, results
 
 import ast_plugin
 from ast_plugin import errors, names
@@ -28,7 +29,6 @@ from ast_plugin.models.run_log import RunLog, draw_curve
 from ast_plugin.names import MOST_BYTES, to_columns
 from ast_plugin.options.sections import FolderName
 from ast_plugin.toolbox.repairs import SparedWriter
-from tests.compare.test_plots import curves, results
 
 ODD = {
     'mathematics': 'AST_$EXP_$SEED',
