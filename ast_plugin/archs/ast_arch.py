@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, check_choice, init_weights, run_checkpointed
-from ast_plugin.archs.state import Pretrained, describe_mismatch, infer_options, plain_state
+from ast_plugin.archs.pretrained import Pretrained
+from ast_plugin.archs.state import describe_mismatch, infer_options, plain_state
 from ast_plugin.errors import CheckpointError, OptionError, ShapeError
 from ast_plugin.ops import pad_to_multiple
 

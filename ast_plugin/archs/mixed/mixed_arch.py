@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ast_plugin.archs.mixed.adapters import record_calls
 from ast_plugin.archs.networks import Trial, build_network, check_runs, input_channels, try_sizes
-from ast_plugin.archs.state import Pretrained, load_into
+from ast_plugin.archs.pretrained import Pretrained
+from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError, PluginError, ShapeError, first_line, tell_place
 from ast_plugin.faults import Fault, Where
