@@ -112,8 +112,9 @@ def start_apart(worker_init: Callable[[int], None] | None, worker: int) -> None:
     """Begin a worker of a loader by leaving its parent's group.
 
     Terminals and launchers send SIGINT and SIGTERM to a whole group of processes. The process that trains takes them as
-    a request to save, for which it needs its workers; it ends them itself.
+    a request to save, for which it needs its workers; it ends them itself. Where it is killed, they leave with it.
     """
+    _leave_with_parent()
     if hasattr(os, 'setpgrp'):
         os.setpgrp()
     if hasattr(signal, 'sigtimedwait'):
@@ -133,10 +134,17 @@ def _run_batch(function: Callable[[Item], Result], batch: list[Item]) -> list[Re
 
 def _start_process(prepare: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _leave_with_parent()
     prepare()
 
 
 def _leave_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    """Let a thread end this process when its parent is gone, even if it waits for a lock that the parent died with."""
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+
+    def leave() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()

@@ -4,6 +4,7 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from select import select
 
 import pytest
 import torch
@@ -54,6 +55,22 @@ def test_what_comes_while_a_worker_starts(sender, status):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
     os.close(reader)
     os.close(writer)
+
+
+def test_workers_leave_with_a_killed_parent():
+    """It may die with a lock that they wait for, as that of the event which tells them to end."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        loader = DataLoader(Groups(), 1, num_workers=2, worker_init_fn=partial(workers.start_apart, None))
+        iterator = iter(loader)
+        next(iterator)
+        iterator._workers_done_event._cond.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writer)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert select([reader], [], [], 20)[0], 'workers still hold the pipe'
+    os.close(reader)
 
 
 def test_work_comes_in_order_as_it_is_needed():

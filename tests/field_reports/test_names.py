@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
-from tests.compare.test_plots import curves, results
 
 import ast_plugin
 from ast_plugin import errors, names
@@ -29,6 +28,7 @@ from ast_plugin.models.run_log import RunLog, draw_curve
 from ast_plugin.names import MOST_BYTES, to_columns
 from ast_plugin.options.sections import FolderName
 from ast_plugin.toolbox.repairs import SparedWriter
+from tests.compare.test_report import curves, results
 
 ODD = {
     'mathematics': 'AST_$EXP_$SEED',
