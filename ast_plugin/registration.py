@@ -7,7 +7,6 @@ found is left as it is, only its execution gets a follow-up. So it does not matt
 until BasicSR is imported, repaired and registered into.
 """
 
-import copy
 import importlib
 import sys
 from types import ModuleType
@@ -65,17 +64,26 @@ class _Finder:
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, 'find_spec'))
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = loader = copy.copy(spec.loader)  # modules of a zip file share theirs
-
-            def exec_module(module):
-                del loader.exec_module  # nobody need know that we were here
-                if fullname == 'basicsr':
-                    toolbox.repair_before_import()
-                loader.exec_module(module)
-                _follow(fullname)
-
-            loader.exec_module = exec_module
+            spec.loader = _Loader(spec.loader)
         return spec
+
+
+class _Loader:
+    """A loader, or a class of them, that does something around the execution of a watched module."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)  # create_module, get_source, get_resource_reader, ...
+
+    def exec_module(self, module):
+        module.__loader__ = module.__spec__.loader = self._loader  # nobody need know that we were here
+        name = module.__spec__.name
+        if name == 'basicsr':
+            toolbox.repair_before_import()
+        self._loader.exec_module(module)
+        _follow(name)
 
 
 def _follow(name: str) -> None:

@@ -102,6 +102,25 @@ assert not failed, failed
     assert result.returncode == 0, result.stderr
 
 
+def test_loader_that_is_a_class(run):
+    """As that of frozen modules is."""
+    result = run("""
+found = importlib.machinery.PathFinder.find_spec('basicsr')
+loader = found.loader
+class Loader:
+    create_module = staticmethod(lambda spec: None)
+    exec_module = staticmethod(lambda module: loader.exec_module(module))
+class Finder:
+    find_spec = staticmethod(lambda name, path=None, target=None: found if name == 'basicsr' else None)
+found.loader = Loader
+sys.meta_path.insert(1, Finder)
+import basicsr
+assert basicsr.__spec__.loader is Loader and 'exec_module' in vars(Loader)
+check()
+""")
+    assert result.returncode == 0, result.stderr
+
+
 def test_looking_does_not_import(run):
     result = run("""
 spec = importlib.util.find_spec('basicsr')

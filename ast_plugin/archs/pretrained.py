@@ -116,11 +116,13 @@ class Pretrained(nn.Module):
             FileError: if a file cannot be written; the weights that were there stay.
         """
         folder, name, module = Path(folder), type(self).__name__, type(self).__module__
-        write_file(folder / CONFIG, json.dumps(self.options, indent=2).encode(), make_folder=True)
+        with suppress(OSError):  # which the first file meets, too
+            folder.mkdir(parents=True, exist_ok=True)
+        save_weights(folder / PRETRAINED, self.state_dict(), self.options)
+        write_file(folder / CONFIG, json.dumps(self.options, indent=2).encode())
         if not (folder / 'README.md').exists():
             card = _CARD.format(name=name, module=module.removeprefix('ast_plugin.archs.'))
             write_file(folder / 'README.md', card.encode())
-        save_weights(folder / PRETRAINED, self.state_dict(), self.options)
 
     def push_to_hub(
         self,

@@ -28,7 +28,7 @@ from ast_plugin.names import say, to_columns
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr data`: a command, and what is left to it."""
-    summaries = {name: text.partition('.\n')[0] for name, (text, *_) in COMMANDS.items()}
+    summaries = {name: (text or name).partition('.\n')[0] for name, (text, *_) in COMMANDS.items()}  # none with -OO
     listed = commands.listed({name: text[0].lower() + text[1:] for name, text in summaries.items()})
     parser.usage = 'basicsr data COMMAND ...'
     parser.epilog = f'{listed}\n\n`basicsr data COMMAND --help` says more, with examples.'
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     description, add_command_arguments, run_command = COMMANDS[args.command]
     parser = argparse.ArgumentParser(
         prog=f'basicsr data {args.command}',
-        description=inspect.cleandoc(description),
+        description=inspect.cleandoc(description or ''),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

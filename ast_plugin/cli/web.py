@@ -117,7 +117,8 @@ def _check_address(host: str, port: int) -> None:
     if not 0 < port < 65536:
         raise OptionError(f'--port is {port}: expected 1 to 65535')
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET).close()
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
     except OSError as error:
         reason = (error.strerror or one_line(error)).partition(' (')[0]  # without the address once more
         advice = 'choose another --port' if error.errno == errno.EADDRINUSE else 'expected an address of this machine'

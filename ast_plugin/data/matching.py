@@ -285,7 +285,7 @@ def list_others(paths: Iterable[str]) -> list[str]:
         folders.add(os.path.dirname(path))
     for folder in sorted(folders):
         with suppress(DataError):  # a folder without images
-            found = (os.path.join(folder, name) for name in list_images(folder, ''))
+            found = (f'{folder}/{name}' if folder else name for name in list_images(folder, ''))  # as pairs have it
             others += [path for path in found if hash(path) not in known]
     return others
 

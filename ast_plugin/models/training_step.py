@@ -106,7 +106,7 @@ class TrainingStep:
             `channels_last`, how images are laid out; `cuda_graph`, whether the network is replayed on CUDA.
         batch: images that a batch has, where that is known.
     Raises:
-        OptionError: if a batch cannot be cut into so many.
+        OptionError: if a value is out of range, or a batch cannot be cut into so many.
     """
 
     def __init__(
@@ -125,6 +125,11 @@ class TrainingStep:
         self.accumulate = train.get('accumulate') or 1
         self.clip_grad_norm = train.get('clip_grad_norm')
         self.on_nonfinite = train.get('on_nonfinite') or 'stop'
+        if self.accumulate < 1 or self.on_nonfinite not in ('stop', 'skip'):
+            raise OptionError(
+                'train.accumulate must be 1 or more and train.on_nonfinite stop or skip, '
+                f'not {self.accumulate!r} and {self.on_nonfinite!r}'
+            )
         if batch is not None and batch < self.accumulate:
             raise OptionError(
                 f'train.accumulate: a batch of {batch} cannot be cut into {self.accumulate} micro-batches; the batch '

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -251,6 +253,12 @@ def test_help_of_every_command_has_an_example(capsys, name):
         main(['data', name, '--help'])
     assert caught.value.code == 0
     assert f'basicsr data {name} ' in capsys.readouterr().out.split('\n\n', 1)[1]
+
+
+@pytest.mark.parametrize('arguments', [[], ['check']])
+def test_help_without_docstrings(arguments):
+    command = [sys.executable, '-OO', '-m', 'ast_plugin', 'data', *arguments, '--help']
+    assert 'check' in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,8 @@ def test_all_switches_together_pass():
     [
         ({'precision': 'fp8'}, 'train.precision'),
         ({'accumulate': 5}, 'a batch of 4 cannot be cut into 5'),
+        ({'accumulate': -1}, 'accumulate must be 1 or more'),
+        ({'on_nonfinite': 'Stop'}, 'on_nonfinite stop or skip'),
         ({'compile': 'inductr'}, 'no backend'),
         ({'iters_per_epoch': None}, 'train.iters_per_epoch'),
     ],
