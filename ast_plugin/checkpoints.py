@@ -266,8 +266,11 @@ def keep_newest(folder: str | Path, name: str, iteration: int, count: int) -> No
 
 def _is_safetensors(path: Path) -> bool:
     """By the name, or by the brace that a header begins with behind its length."""
-    with path.open('rb') as file:
-        start = file.read(9)
+    try:
+        with path.open('rb') as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read: {error.strerror}') from error
     looks_so = start[8:] == b'{' and not start.startswith((b'PK', pickle.PROTO))
     return looks_so or path.suffix == '.safetensors'
 

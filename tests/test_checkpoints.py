@@ -3,6 +3,8 @@
 import os
 import pickle
 import re
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -114,6 +116,13 @@ def test_missing_files_and_keys(tmp_path):
         with pytest.raises(CheckpointError, match=words):
             read_checkpoint(missing, key)
     assert same(read_checkpoint(path, 'generator').state, WEIGHT)
+
+
+def test_file_that_cannot_be_opened(tmp_path, monkeypatch):
+    path = write(tmp_path / 'x.pth', WEIGHT)
+    monkeypatch.setattr(Path, 'open', Mock(side_effect=PermissionError(13, 'Permission denied')))
+    with pytest.raises(CheckpointError, match=r'x\.pth cannot be read: Permission denied'):
+        read_checkpoint(path)
 
 
 # ---- training states
