@@ -24,7 +24,6 @@ from ast_plugin.errors import CheckpointError, FileError, OptionError, PluginErr
 from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.files import file_digest, lock_folder, write_file
 from ast_plugin.models import preflight
-from ast_plugin.models.run_log import read_columns
 from ast_plugin.models.training_run import Run
 from ast_plugin.names import say
 from ast_plugin.options import safe_yaml, validation
@@ -410,7 +409,10 @@ class _PaceFound(Exception):
 def count_iterations(table: Path) -> int | None:
     """The last iteration in a run's `metrics.csv`; None if there is none."""
     try:
-        iterations, _ = read_columns(table)['iter']
-    except (OSError, ValueError, KeyError):
+        # The last line may just be being written.
+        lines = table.read_bytes().rpartition(b'\n')[0].split(b'\n')
+    except OSError:
         return None
-    return int(iterations.max()) if len(iterations) else None
+    # A damaged row is passed over: this is asked time and again while a network trains, of tables of any length.
+    numbers = (line.partition(b',')[0] for line in reversed(lines))
+    return next((int(number) for number in numbers if number.isdigit()), None)

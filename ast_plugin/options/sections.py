@@ -363,7 +363,7 @@ class Logger(Section):
 class Paths(Section):
     """Weights to start from; of each network `pretrain_network_g`, `param_key_g` and `strict_load_g`, by its letter."""
 
-    resume_state: str | None = _optional('a .state file under training_states/')
+    resume_state: Text | None = _optional('a .state file under training_states/')
     ignore_resume_networks: list[str] | None = _optional('networks that keep their own weights when a run is resumed')
 
 

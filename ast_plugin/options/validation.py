@@ -307,8 +307,6 @@ def _staged_faults(opt: Mapping[str, Any], registered: Registered | None, is_tra
         if STAGES_KEY in entry:
             faults.append(Fault((STAGES_KEY, number, STAGES_KEY), 'stages have no stages of their own'))
     faults += _name_faults(STAGES_KEY, {number: stage_name(number + 1, entry) for number, entry in stages.items()})
-    if not stages:
-        return [*faults, *_RunCheck(base, registered, is_train).faults()]
     return faults + _faults_of_entries(
         STAGES_KEY, base, stages, lambda entry: _RunCheck(staged(base, entry), registered, is_train).faults()
     )
@@ -328,12 +326,13 @@ def _comparison_faults(opt: Mapping[str, Any], registered: Registered | None) ->
     ]
     entries = _mappings(opt[NETWORKS_KEY])
     names = {number: entry['name'] for number, entry in entries.items() if isinstance(entry.get('name'), str)}
-    faults += _name_faults(NETWORKS_KEY, names)
+    # Each names a folder, and some file systems tell no capitals.
+    faults += _name_faults(NETWORKS_KEY, names, str.casefold)
     faults += _shared_faults(opt, list(names.values()))
 
-    def find(entry: Mapping[str, Any]) -> list[Fault]:
-        found = find_faults(expand_network(opt, entry), registered, is_train=is_trained(entry))
-        made_here = {'name', 'path', *(() if 'network_g' in entry else ('network_g',))}
+    def find(is_train: bool, entry: Mapping[str, Any]) -> list[Fault]:
+        found = find_faults(expand_network(opt, entry), registered, is_train=is_train)
+        made_here = {'name', 'path', *(() if entry.get('network_g') is not None else ('network_g',))}
         return [fault for fault in found if fault.where[0] not in made_here]
 
     alike: dict[bool, dict[int, Mapping[str, Any]]] = {True: {}, False: {}}
@@ -343,8 +342,9 @@ def _comparison_faults(opt: Mapping[str, Any], registered: Registered | None) ->
             faults.append(Fault((NETWORKS_KEY, number, 'network_g'), missing))
         else:
             alike[is_trained(entry)][number] = entry
-    for some in alike.values():
-        faults += _faults_of_entries(NETWORKS_KEY, opt, some, find)
+    for is_train, some in alike.items():
+        if some:
+            faults += _faults_of_entries(NETWORKS_KEY, opt, some, functools.partial(find, is_train))
     return faults
 
 
@@ -354,13 +354,13 @@ def _mappings(entries: Any) -> dict[int, dict[str, Any]]:
     return {number: entry for number, entry in numbered if isinstance(entry, dict)}
 
 
-def _name_faults(key: str, names: Mapping[int, Any]) -> list[Fault]:
-    """Report entries that share a name, and so a folder: some file systems tell no capitals."""
+def _name_faults(key: str, names: Mapping[int, Any], folded: Callable[[str], str] = str) -> list[Fault]:
+    """Report entries that share a name, `folded` as whatever tells them apart does."""
     first: dict[str, int] = {}
     return [
-        Fault((key, number, 'name'), f'{name} is the name of {key}.{first[name.casefold()]} already')
+        Fault((key, number, 'name'), f'{name} is the name of {key}.{first[folded(name)]} already')
         for number, name in names.items()
-        if isinstance(name, str) and first.setdefault(name.casefold(), number) != number
+        if isinstance(name, str) and first.setdefault(folded(name), number) != number
     ]
 
 
@@ -373,6 +373,7 @@ def _faults_of_entries(
     """The faults of each run of a file, named where they were written: in an entry of `key`, or in what all share."""
     faults: list[Fault] = []
     inherited: dict[Fault, list[int]] = {}
+    num_checked = 0
     for number, entry in entries.items():
         place = (key, number)
         try:
@@ -381,19 +382,28 @@ def _faults_of_entries(
             where, _, message = str(error).partition(': ')
             faults.append(Fault((*place, *where.split('.')), message))
             continue
+        num_checked += 1
         for fault in found:
-            is_there = find_at(entry, fault.where, _UNKNOWN) is not _UNKNOWN
-            if is_there or (fault.where[0] in entry and fault.where[0] not in base):
+            if _holds(entry, fault.where) or (fault.where[0] in entry and fault.where[0] not in base):
                 faults.append(replace(fault, where=(*place, *fault.where)))
             else:
                 inherited.setdefault(fault, []).append(number)
+    # A stage may be meant to say what the file does not; of networks, what they share is to be right by itself.
+    shared = find({}) if key == NETWORKS_KEY or not num_checked else []
+    places = {fault.where for fault in shared}
     for fault, numbers in inherited.items():
         # What is wrong in all of them is wrong in what they share; else only this entry makes it wrong.
-        if len(numbers) == len(entries):
+        if len(numbers) == num_checked or fault.where in places:
             faults.append(fault)
         else:
             faults += [replace(fault, where=(key, number, *fault.where)) for number in numbers]
+    if not num_checked:
+        faults += [fault for fault in shared if not any(_holds(entry, fault.where) for entry in entries.values())]
     return faults
+
+
+def _holds(entry: Mapping[str, Any], where: Where) -> bool:
+    return find_at(entry, where, _UNKNOWN) is not _UNKNOWN
 
 
 def _shared_faults(opt: Mapping[str, Any], names: Sequence[str]) -> list[Fault]:

@@ -24,6 +24,7 @@ from ast_plugin.errors import PluginError
 from ast_plugin.evaluation.cost import count_macs
 from ast_plugin.models import preflight
 from ast_plugin.options import safe_yaml, validation
+from ast_plugin.options.reading import DELETE_KEY
 from tests import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,35 @@ def test_what_all_share_is_told_once(registered):
     faults = [str(fault) for fault in validation.find_faults(opt, registered)]
     assert len(faults) == len(set(faults)) and not any('networks.' in fault for fault in faults)
     assert {fault.partition(':')[0] for fault in faults} >= {'datasets.train.type', 'scale', 'train.total_iter'}
+
+
+def test_weights_may_tell_the_network(registered):
+    given = {'name': 'given', 'weights': 'w.pth', 'network_g': None}
+    assert validation.find_faults(options_of([*NETWORKS, given]), registered) == []
+
+
+RAISES = {'name': 'raises', 'network_g': COMPACT, 'train': {'optim_g': {DELETE_KEY: 3}}}
+
+
+@pytest.mark.parametrize(
+    'networks',
+    [
+        [*NETWORKS, {**NETWORKS[0], 'name': 'third'}],  # of which one overrides what is wrong
+        [NETWORKS[0], RAISES],
+        [RAISES],
+    ],
+)
+def test_shared_fault_is_told_where_written(registered, networks):
+    opt = options_of(networks)
+    opt['train']['optim_g']['lr'] = 'high'
+    faults = [str(fault) for fault in validation.find_faults(opt, registered)]
+    assert [fault.partition(':')[0] for fault in faults if DELETE_KEY not in fault] == ['train.optim_g.lr'], faults
+
+
+def test_fault_that_a_network_makes(registered):
+    own = {**NETWORKS[0], 'name': 'own', 'train': {'optim_g': {DELETE_KEY: True, 'type': 'Adam'}}}
+    faults = [str(fault) for fault in validation.find_faults(options_of([*NETWORKS, own]), registered)]
+    assert faults == ['networks.2.train.optim_g.lr: required, but not there']
 
 
 @pytest.mark.parametrize(

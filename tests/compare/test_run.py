@@ -172,3 +172,9 @@ def test_a_row_being_written_is_not_counted(tmp_path):
     assert count_iterations(table) is None
     table.write_text('iter,epoch,psnr\n1,0,\n2,0,\n2,,31.5\n34')
     assert count_iterations(table) == 2
+
+
+def test_a_damaged_row_is_passed_over(tmp_path):
+    table = tmp_path / 'metrics.csv'
+    table.write_bytes(b'iter,epoch,psnr\n1,0,\n2,\xff\n3,0,\n\0\0,0,\n')
+    assert count_iterations(table) == 3

@@ -86,6 +86,11 @@ CASES = [
     ('network_d', {'type': 'AST', 'depth': [1]}, f'network_d.depth: {UNKNOWN}depths?'),
     ('path:pretrained_network_g', 'x', f'path.pretrained_network_g: {UNKNOWN}pretrain_network_g?'),
     ('path:pretrain_network_d', 'x', f'path.pretrain_network_d: {UNKNOWN}pretrain_network_g?'),
+    (
+        'path:resume_state',
+        'None',
+        "path.resume_state: expected text, or nothing, which is written ~ (got the text 'None')",
+    ),
     ('path:strict_load_g', 'yes', "path.strict_load_g: expected true or false, got the text 'yes'"),
     ('train', ..., f'train: {MISSING}'),
     ('train:total_iter', ..., f'train.total_iter: {MISSING}'),
@@ -192,6 +197,10 @@ def test_all_faults_in_the_order_of_the_file(registered):
         ['my.yml', key]
         for key in ('datasets.val.dataroot_lg', 'network_g.numfeat', 'train.total_iter', 'logger.print_frq', 'nam')
     ]
+
+
+def test_stage_names_tell_capitals(registered):
+    assert faults(changed('stages', [{'name': 'A'}, {'name': 'a'}]), registered) == []
 
 
 def test_what_all_stages_lack(registered):
