@@ -63,7 +63,7 @@ def write_spad(root):
     for name, count in (('real_world', 2), ('real_test_1000', 1)):
         names = [f'{number}.png' for number in range(count)]
         for folder in (name, f'{name}_gt'):
-            write_images(root / folder, names)
+            write_images(root / folder, names, side=32)
         lines = [f'/{name}/{image} /{name}_gt/{image}\n' for image in names]
         (root / f'{name}.txt').write_text(''.join(lines), encoding='utf-8')
 
@@ -116,7 +116,7 @@ def run_command(line, root):
         case ['basicsr', 'test', *arguments]:
             return main(['test', *arguments, '--force_yml', 'datasets:val:center_crop=32'])
         case ['basicsr', 'compare', '-opt', file]:  # tests/cli/test_compare.py trains and measures
-            return 0 if make_plan(file, root).networks else 1
+            return 0 if make_plan(file, root, ['datasets:train:gt_size=32']).networks else 1
         case ['basicsr', 'web', *rest]:  # tests/cli/test_web.py serves the page
             parser = argparse.ArgumentParser()
             web.add_arguments(parser)
