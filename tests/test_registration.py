@@ -105,7 +105,8 @@ assert not failed, failed
 def test_loader_that_is_a_class(run):
     """As that of frozen modules is."""
     result = run("""
-found = importlib.machinery.PathFinder.find_spec('basicsr')
+from importlib.machinery import PathFinder
+found = PathFinder.find_spec('basicsr')
 loader = found.loader
 class Loader:
     create_module = staticmethod(lambda spec: None)
