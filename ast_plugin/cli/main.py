@@ -58,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left (`basicsr list | head`). Python would complain once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # What the system says of a name, as that it is too long or may not be looked at. Files that are not there are
+        # refused before; where one is missing all the same, the fault is ours.
+        if isinstance(error.filename, int | None) or isinstance(error, FileNotFoundError):
+            raise
+        say(f'basicsr: error: {os.fsdecode(error.filename)}: {error.strerror}', file=sys.stderr)
+        return 2
 
 
 def _run(arguments: list[str]) -> int:

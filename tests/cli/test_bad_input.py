@@ -129,6 +129,12 @@ def test_run_is_refused(folder, capfd, monkeypatch, arguments, expected):
     assert expected in complaint(folder, capfd, *arguments.split())
 
 
+@pytest.mark.parametrize('arguments', ['train -opt {}', 'infer -i {} -o out --task rain'])
+def test_name_that_is_too_long(folder, capfd, arguments):
+    name = 300 * 'x' + '.pth'
+    assert complaint(folder, capfd, *arguments.format(name).split()).endswith(f'{name}: File name too long\n')
+
+
 # ---- weights
 
 
