@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.evaluation.restorer import Restorer
-from ast_plugin.weights import CLASSIFIER, TASKS, find_weights
+from ast_plugin.weights import CLASSIFIER, TASKS, find_weights, is_shipped
 
 CLASSES = ('clean', *TASKS)
 VIEW = 224  # pixels; side of what the network was trained on
@@ -86,21 +86,24 @@ class Specialists:
     Args:
         options: device, tile, overlap, batch and self_ensemble, see `Restorer`.
     Raises:
-        CheckpointError: if the classifier or weights of a task are not in this installation, or were altered.
+        CheckpointError: if the classifier is not in this installation, or it or weights of a task were altered.
     """
 
     def __init__(self, **options: Any) -> None:
         self.options = options
         self.network = DegradationClassifier().eval()
         load_into(self.network, read_checkpoint(find_weights(CLASSIFIER)))
-        for task in TASKS:
+        for task in filter(is_shipped, TASKS):
             find_weights(task)  # told now, not at the first image that needs them
         self.restorers: dict[str, Restorer] = {}
 
     def choose(self, image: np.ndarray) -> tuple[str, float, Restorer | None]:
-        """Return what an image, as for `classify`, is taken for, how surely, and what restores it; None if clean."""
+        """Return what an image, as for `classify`, is taken for, how surely, and what restores it.
+
+        None restores what is clean, or has a degradation that this installation has no weights for.
+        """
         shares = classify(image, self.network)
         kind = max(shares, key=shares.get)
-        if kind != 'clean' and kind not in self.restorers:
+        if kind != 'clean' and is_shipped(kind) and kind not in self.restorers:
             self.restorers[kind] = Restorer.from_task(kind, **self.options)
         return kind, shares[kind], self.restorers.get(kind)

@@ -97,6 +97,7 @@ class FileResult:
     failure: str = ''  # why there is no result; empty if there is one
     kind: str = ''  # of the failure: unreadable, memory, network or unwritable
     task: str = ''  # what the image was taken for, where that was asked
+    is_unchanged: bool = False  # left as it was
     confidence: float | None = None  # in [0, 1], of that
     change: Change | None = None  # None where there is no result, or one of another size
     warnings: list[str] = field(default_factory=list)  # why the result should not be trusted
@@ -220,7 +221,7 @@ def restore_files(
 
     Args:
         jobs: as from `plan_jobs`; the folders of the results are there.
-        restorer: what restores all of them; or what chooses by image, and leaves clean ones as they are.
+        restorer: what restores all of them; or what chooses by image, and leaves some as they are.
         quality: of JPEG and lossy WebP, 1 to 100.
         max_pixels: larger images are refused.
         on_start: called with each job before it begins.
@@ -261,8 +262,12 @@ def _restore_file(
             if result.confidence < MIN_CONFIDENCE:
                 result.warnings.append(f'taken for {result.task}, but with {result.confidence:.0%} only')
         color = image.color
-        if restorer is None:
+        result.is_unchanged = restorer is None
+        if result.task == 'clean':
             notes.append(f'no degradation found ({result.confidence:.0%} sure): left as it is')
+        elif restorer is None:
+            text = f'taken for {result.task} ({result.confidence:.0%} sure), which this installation has no weights for'
+            result.warnings.append(f'{text}: left as it is')
         else:
             color = restorer.restore(color, on_tile=on_tile, on_note=notes.append)
             if uncertainty:
@@ -323,7 +328,7 @@ def report_rows(results: Iterable[FileResult]) -> list[list[Any]]:
         shift = ' '.join(f'{value:+.2f}' for value in change.color) if change else None
         figures = [round(change.mean, 3), round(change.share, 4), shift] if change else [None] * 3
         confidence = None if result.confidence is None else round(result.confidence, 3)
-        status = result.kind or ('unchanged' if result.task == 'clean' else 'restored')
+        status = result.kind or ('unchanged' if result.is_unchanged else 'restored')
         warnings = '; '.join(result.warnings + [result.failure] * bool(result.failure))
         rows.append([result.job.source, result.task, confidence, *figures, warnings, round(result.seconds, 2), status])
     return rows

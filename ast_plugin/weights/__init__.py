@@ -45,6 +45,11 @@ def load(task: str, device: str | torch.device = 'cpu', dtype: torch.dtype = tor
     return load_network(None, find_weights(task)).to(find_device(device), dtype)
 
 
+def is_shipped(task: str) -> bool:
+    """Whether this installation is to have weights for a task."""
+    return f'{task}.safetensors' in _read_digests()
+
+
 def find_weights(task: str) -> Path:
     """Return the weights file of a task, after its SHA-256 was found to be that of record.
 

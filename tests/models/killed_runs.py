@@ -59,7 +59,7 @@ network_g:
 path: {}
 train:
   ema_decay: 0.9
-  total_iter: 60
+  total_iter: 40
   optim_g: {type: AdamW, lr: 1e-3}
   scheduler: {type: WarmupCosineLR, warmup_iter: 20}
   pixel_opt: {type: ASTCharbonnierLoss}
@@ -70,12 +70,12 @@ val:
 logger: {print_freq: 1, save_checkpoint_freq: 5, keep_checkpoints: 2, use_tb_logger: false}
 """
 NUM_PAIRS = 14
-NUM_ITERATIONS = 60
+NUM_ITERATIONS = 40
 # Where a run kills itself: the place, and up to the how many-eth time that it gets there.
 PLACES = {'half': 5, 'fsync': 5, 'rename': 3, 'renamed': 3, 'delete': 3, 'weights saved': 1, 'validation': 3}
 
 # Before which kill the run is asked to stop, and how.
-STOPS = {2: signal.SIGTERM, 8: signal.SIGINT}
+STOPS = {2: signal.SIGTERM, 6: signal.SIGINT}
 
 
 def write_data(folder: Path) -> None:

@@ -60,6 +60,21 @@ def test_specialist_is_chosen(run, tmp_path):
     }
 
 
+def test_degradation_without_weights_is_told(run, tmp_path):
+    sums = weights.FOLDER / 'SHA256SUMS'
+    sums.write_text(''.join(line for line in sums.read_text().splitlines(True) if 'haze' not in line))
+    (weights.FOLDER / 'haze.safetensors').unlink()
+    status, _, err = run('--report', tmp_path / 'r.csv', haze=9)
+    assert status == 0 and err.startswith(f'warning: {tmp_path / "a.jpg"}: taken for haze (100% sure), which this inst')
+    assert (tmp_path / 'out' / 'a.jpg').read_bytes() == (tmp_path / 'a.jpg').read_bytes()
+    (row,) = csv.DictReader((tmp_path / 'r.csv').open())
+    assert (row['task'], row['status']) == ('haze', 'unchanged')
+    assert run(rain=9)[0] == 0
+    (weights.FOLDER / 'rain.safetensors').unlink()  # one that ought to be there
+    status, _, err = run(clean=9)
+    assert status == 2 and 'rain.safetensors is not there' in err
+
+
 def test_colour_that_changes_is_told(run, tmp_path):
     network = identity()
     network.output_proj.bias.data = torch.tensor([0.2, 0.0, 0.0])
