@@ -100,7 +100,7 @@ def faults_of(
             expected = f'expected {report["ctx"]["expected_tags"]}, got {shown(got)}'
             place, report = (*place, key), {**report, 'expected': expected}
         if report['type'] == 'extra_forbidden':
-            names = [*_section_at(model, where[:-1]).model_fields, *(also_known if len(where) == 1 else ())]
+            names = [*_section_at(model, report['loc'][:-1]).model_fields, *(also_known if len(where) == 1 else ())]
             fault = unknown_key(place, names)
         else:
             fault = Fault(place, report.get('expected') or _message(report))
@@ -147,19 +147,23 @@ def _keys_only(loc: Where, value: Any, is_missing: bool) -> Where:
     return tuple(where)
 
 
-def _section_at(model: Any, where: Where) -> type[BaseModel]:
-    """The model of the section at `where` below `model`."""
-    current = _inner(model)
-    for step in where:
-        fields = getattr(current, 'model_fields', None)
-        current = _inner(fields[step].annotation if fields and step in fields else current)
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else model
+def _section_at(model: Any, loc: Where) -> type[BaseModel]:
+    """The model of the section at `loc` below `model`; `loc` names members of tagged unions by their tags."""
+    current = _models_in(model)
+    for step in loc:
+        for member in current:
+            fields = member.model_fields
+            if step in fields:
+                current = _models_in(fields[step].annotation) or current
+                break
+            if 'type' in fields and step in get_args(fields['type'].annotation):
+                current = [member]
+                break
+    return current[0]
 
 
-def _inner(annotation: Any) -> Any:
-    """The model that `Train | None`, `dict[str, Dataset]` or `list[Stage]` speak of."""
-    for candidate in get_args(annotation):
-        inner = _inner(candidate)
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            return inner
-    return annotation
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that `Train | None`, `dict[str, Dataset]` or `list[Stage]` speak of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for candidate in get_args(annotation) for model in _models_in(candidate)]

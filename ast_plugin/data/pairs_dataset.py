@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -272,8 +272,9 @@ class SyntheticPairsOptions(SeededOptions):
     )
     photos: list[str] | None = Field(None, min_length=1, description='names of photos, instead of a split')
     num_per_photo: int = Field(1, ge=1, description='pairs made of each photo; in training, an epoch')
-    degradation: AnyParameters = Field(
-        default_factory=RainParameters, description='what is put over the photos: type, and its own parameters'
+    degradation: AnyParameters | Annotated[list[AnyParameters], Field(min_length=1)] = Field(
+        default_factory=RainParameters,
+        description='what is put over the photos: type, and its own parameters; of a list, each pair gets one',
     )
     clean_share: float = Field(0, ge=0, le=1, description='training: share of the patches that are not degraded')
     gamma: PositiveRange = Field(
@@ -292,7 +293,8 @@ class SyntheticPairsDataset(SeededDataset):
 
     In training each sample is another patch under another degradation, drawn from (seed, epoch, position); the patch
     is flipped before it is degraded, so that rain keeps falling down. In validation the degradation of each pair is
-    drawn from its number alone: it is the same in every run, whatever the seed.
+    drawn from its number alone: it is the same in every run, whatever the seed. Of a list of degradations each patch
+    gets one with equal probability, and the pairs of validation take turns.
 
     Raises:
         DataError: if there are no photos.
@@ -309,7 +311,7 @@ class SyntheticPairsDataset(SeededDataset):
         else:
             folder = Path(options.dataroot_gt).expanduser()
             self.photos = folder_photos(folder, options.phase, split, options.photos)
-        self.degradation = DEGRADATIONS[options.degradation.type]
+        self.degradations = options.degradation if isinstance(options.degradation, list) else [options.degradation]
         self._cache: dict[Path, np.ndarray] = {}
         self._cached_bytes = 0
 
@@ -322,13 +324,15 @@ class SyntheticPairsDataset(SeededDataset):
         repeat, photo_number = divmod(number, len(self.photos))
         photo = self.photos[photo_number]
         image = self._read(photo)
+        several = len(self.degradations)
         if self.is_train:
+            parameters = self.degradations[generator.integers(several) if several > 1 else 0]
             lq, gt, _ = degraded_patch(
                 image,
                 options.gt_size,
                 generator,
-                self.degradation,
-                options.degradation,
+                DEGRADATIONS[parameters.type],
+                parameters,
                 use_hflip=options.use_hflip,
                 use_rot=options.use_rot,
                 clean_share=options.clean_share,
@@ -338,7 +342,8 @@ class SyntheticPairsDataset(SeededDataset):
             if options.center_crop:
                 (image,) = transforms.center_crop([image], options.center_crop)
             gt = transforms.to_float(image)
-            lq, _ = self.degradation.apply(gt, np.random.default_rng(number), options.degradation)
+            parameters = self.degradations[(photo_number + repeat) % several]
+            lq, _ = DEGRADATIONS[parameters.type].apply(gt, np.random.default_rng(number), parameters)
         # Images of the results are called after lq_path, so each pair has a name of its own.
         name = photo.name if options.num_per_photo == 1 else f'{photo.name}_{repeat + 1}'
         return self.sample(lq, gt, f'{name}.png', photo.path)

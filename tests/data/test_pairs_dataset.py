@@ -1,6 +1,8 @@
 """Datasets of pairs: what a sample is, what it depends on, and how bad pairs and photos are reported."""
 
 import pickle
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -192,6 +194,10 @@ def test_bad_options_name_the_key(root, options, expected):
     ('options', 'expected'),
     [
         ({'degradation': {'type': 'fog'}}, r'datasets\.train\.degradation.*rain'),
+        ({'degradation': []}, r'datasets\.train\.degradation: .* or 1 items or more, got the list'),
+        ({'degradation': 'rain'}, r"datasets\.train\.degradation: .*got the text 'rain'"),
+        ({'degradation': [{}, {'type': 'haze', 'psnr': 3}]}, r'datasets\.train\.degradation\.1\.psnr: expected a list'),
+        ({'degradation': {'type': 'raindrop', 'covrage': 3}}, r'covrage: unknown key, did you mean coverage'),
         ({'source': 'folder'}, 'dataroot_gt'),
         ({'dataroot_gt': 'x'}, 'source: folder'),
         ({'split': 'test'}, r'datasets\.train\.split'),
@@ -233,6 +239,18 @@ def test_rain_falls_down_in_flipped_photos(folder):
     patches = [data[epoch, 0]['gt'] for epoch in range(20)]
     falls = {float(torch.sign(gt[0, -1, 0] - gt[0, 0, 0])) for gt in patches}
     assert len(falls) == 3  # down, up, and across
+
+
+def test_of_several_degradations_each_pair_gets_one(monkeypatch):
+    for number, name in enumerate(('rain', 'snow')):
+        degradation = DEGRADATIONS[name]
+        apply = partial(lambda level, image, *_: (0 * image + level, None), np.float32(number))
+        monkeypatch.setitem(DEGRADATIONS, name, replace(degradation, apply=apply))
+    several = {'degradation': [{}, {'type': 'snow'}], 'gt_size': 32}
+    levels = [float(synthetic(**several, num_per_photo=10)[number]['lq'].mean()) for number in range(40)]
+    assert set(levels) == {0, 1} and 10 <= sum(levels) <= 30
+    data = synthetic(**several, phase='val', center_crop=32, num_per_photo=2)
+    assert [float(data[number]['lq'].mean()) for number in range(4)] == [0, 1, 1, 0]  # two photos, in turn
 
 
 def test_a_margin_is_cut_off_again(folder, monkeypatch):
