@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -118,10 +119,11 @@ def make_samples(folder: Path, count: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def train(views: np.ndarray, kinds: np.ndarray, epochs: int, seed: int) -> DegradationClassifier:
-    """Train the network by cross-entropy, the rate warmed up and brought to zero by a cosine."""
+    """Train the network by cross-entropy, the rate warmed up and brought to zero by a cosine; return its average."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     network = DegradationClassifier().to(memory_format=torch.channels_last)
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
     steps = epochs * (len(views) // BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
@@ -130,6 +132,8 @@ def train(views: np.ndarray, kinds: np.ndarray, epochs: int, seed: int) -> Degra
         for first in range(0, len(views) - BATCH + 1, BATCH):
             chosen = order[first : first + BATCH]
             images = torch.from_numpy(views[chosen]).permute(0, 3, 1, 2).float() / 255
+            if generator.random() < 0.5:  # colours tell nothing, and photos are few
+                images = images[:, generator.permutation(3)]
             images = images * torch.empty(BATCH, 1, 1, 1).uniform_(0.8, 1.1)
             images = images.flip(-1) if generator.random() < 0.5 else images
             targets = torch.from_numpy(kinds[chosen])
@@ -139,11 +143,12 @@ def train(views: np.ndarray, kinds: np.ndarray, epochs: int, seed: int) -> Degra
             loss.backward()
             optimizer.step()
             schedule.step()
+            averaged.update_parameters(network)
             losses.append(loss.item())
             right.append((scores.argmax(1) == targets).float().mean().item())
         seconds = time.process_time() - start
         print(f'{epoch + 1}: loss {np.mean(losses):.3f}, right {np.mean(right):.3f}, {seconds:.0f} s', flush=True)
-    return network.eval()
+    return averaged.module.eval()
 
 
 def judge(network: DegradationClassifier, folder: Path, seed: int = 7) -> float:
