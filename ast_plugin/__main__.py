@@ -1,4 +1,4 @@
-"""`python -m ast_plugin`, the same as the console script `basicsr`."""
+"""Entry point of `python -m ast_plugin`, equivalent to the console script `basicsr`."""
 
 import sys
 

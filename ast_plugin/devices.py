@@ -1,4 +1,4 @@
-"""Where networks run: a GPU of CUDA, one of Apple's by Metal (MPS), or the CPU."""
+"""Device selection (CUDA, Apple MPS or CPU), synchronization and memory behaviour."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def present_devices() -> list[str]:
-    """Names of the devices of this machine that torch can use, the fastest first."""
+    """Return the names of the devices that torch can use on this machine, fastest first."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [f'cuda:{number}' for number in range(count)] if count > 1 else ['cuda'] * count
     return [*gpus, *(['mps'] if torch.backends.mps.is_available() else []), 'cpu']
 
 
 def find_device(name: str | torch.device | None = AUTO) -> torch.device:
-    """Return a device after a tensor was put on it.
+    """Return a device after checking that a tensor can be allocated on it.
 
     Args:
-        name: as torch calls it; 'auto' or None takes the first of CUDA, MPS and the CPU that is there.
+        name: a torch device name; 'auto' or None selects the first available of CUDA, MPS and CPU.
     Raises:
-        OptionError: if there is no such device here; says what there is.
+        OptionError: if the device is not available; the message lists the available ones.
     """
     present = present_devices()
     name = present[0] if name in (None, AUTO) else name
@@ -35,27 +35,27 @@ def find_device(name: str | torch.device | None = AUTO) -> torch.device:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise OptionError(
-            f'device {name!s} cannot be used here, there is: {", ".join(present)} ({one_line(error)})'
+            f'device {name!s} is not available; available devices: {", ".join(present)} ({one_line(error)})'
         ) from error
     return device
 
 
 def describe_device(device: torch.device) -> str:
-    """Return the device's type, and of CUDA what GPU it is: figures depend on it."""
+    """Return the device type, with the GPU's name for CUDA, to be recorded with measured numbers."""
     return f'{device.type} ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else device.type
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a device has done what it was given; the CPU always has."""
+    """Wait until a device has finished all queued work; return immediately for the CPU."""
     if device.type in ('cuda', 'mps'):
         getattr(torch, device.type).synchronize()
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep for this process what it frees, where glibc is.
+    """Make glibc keep freed memory for this process; no effect with other C libraries.
 
-    By itself it gives large blocks back to the system, which hands them out anew page by page, filled with zeros: a
-    step of training on a CPU asks for hundreds of thousands of pages.
+    By default glibc returns large blocks to the system and gets them back as zero-filled pages, hundreds of thousands
+    of them in one training step on a CPU.
     """
     with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -64,11 +64,11 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Let glibc give back to the system what it keeps, as `keep_freed_memory` lets it, where glibc is."""
+    """Return the memory kept by `keep_freed_memory` to the system; no effect without glibc."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def widest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return a dtype, or float32 for float64 on MPS, which has none."""
+    """Return `dtype`, or float32 in place of float64 on MPS, which does not support it."""
     return torch.float32 if dtype == torch.float64 and device.type == 'mps' else dtype

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, folders in which one process works at a time, and digests."""
+"""Atomic file writes, folder locks between processes, and file digests."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-PARTIAL_SUFFIX = '.part'  # of a file that is being written, hidden by a dot before its name
+PARTIAL_SUFFIX = '.part'  # of the temporary file during a write; its name starts with a dot
 _BLOCK_BYTES = 2**20
 
 
 def write_file(path: str | os.PathLike, content: bytes, make_folder: bool = False) -> None:
-    """Write a file whole or not at all: what lies on disk is read back before it replaces what was there.
+    """Write a file atomically: the new content is read back and compared before it replaces the old file.
 
     Args:
         path: the file.
-        content: all that it will hold.
-        make_folder: make its folder where that is not there.
+        content: the complete new content.
+        make_folder: create missing parent folders.
     Raises:
-        FileError: if anything on the way fails; what was there stays.
+        FileError: if any step fails; the old file is kept.
     """
     with _replacement(Path(path)) as partial:
         if make_folder:
@@ -41,15 +41,15 @@ def write_file(path: str | os.PathLike, content: bytes, make_folder: bool = Fals
             file.write(content)
             _sync(file)
         if partial.read_bytes() != content:
-            raise OSError('what was read back is not what had been written')
+            raise OSError('the content read back differs from the content written')
 
 
 @contextmanager
 def replace_text(path: str | os.PathLike) -> Iterator[IO[str]]:
-    """Open a text file, UTF-8, that replaces `path` when the block ends, and leaves nothing when the block fails.
+    """Open a UTF-8 text file that replaces `path` when the block succeeds and is deleted when the block fails.
 
     Raises:
-        FileError: if it cannot be written; what was there stays.
+        FileError: if the file cannot be written; the old file is kept.
     """
     with _replacement(Path(path)) as partial, partial.open('x', encoding='utf-8', newline='\n') as file:
         yield file
@@ -57,12 +57,12 @@ def replace_text(path: str | os.PathLike) -> Iterator[IO[str]]:
 
 
 def partials_of(path: Path) -> list[Path]:
-    """Files that killed processes have left beside `path` while they wrote it."""
+    """Return the temporary files that killed processes left while writing `path`."""
     return list(path.parent.glob(f'{glob.escape(_partial_start(path))}*{PARTIAL_SUFFIX}'))
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to disk. Not every system can; the files themselves are safe by then."""
+    """Flush a folder's entries to disk where the system supports it; the files are already synced by then."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -72,7 +72,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_folder(partial: Path, destination: Path, old: Path) -> None:
-    """Put a finished folder in its place; what is there lies in `old` meanwhile, comes back on failure, or goes.
+    """Move a finished folder to its destination, replacing an existing one.
+
+    The existing folder is renamed to `old`, restored if the move fails, and deleted if it succeeds.
 
     Raises:
         OSError: if a folder cannot be renamed.
@@ -95,18 +97,18 @@ def replace_folder(partial: Path, destination: Path, old: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, occupied: str, patience: float = 0.0) -> Iterator[list[int]]:
-    """Keep other processes of this machine from working in a folder; one that is killed lets go by itself.
+    """Lock a folder against other processes of this machine; the lock ends with its process, even a killed one.
 
-    Windows has no such locks. Files that are open cannot be removed there, which is protection enough.
+    No effect on Windows, which lacks such locks but does not allow open files to be removed.
 
     Args:
         folder: an existing folder.
-        occupied: what the error says behind the folder's name where another process is at work.
+        occupied: the error message, after the folder's name, if another process holds the lock.
         patience: seconds to wait for the other process.
     Yields:
-        Descriptors; a child process that inherits them holds the lock as long as it lives.
+        File descriptors; a child process that inherits them holds the lock as long as it lives.
     Raises:
-        FileError: if another process is at work there, or has just put another folder in its place.
+        FileError: if another process holds the lock, or has just replaced the folder.
     """
     if fcntl is None:
         yield []
@@ -123,14 +125,14 @@ def lock_folder(folder: Path, occupied: str, patience: float = 0.0) -> Iterator[
                     raise FileError(f'{folder}: {occupied}; wait for it to end') from None
                 time.sleep(0.2)
         if not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-            raise FileError(f'{folder}: another process has just finished there; give the command again')
+            raise FileError(f'{folder}: another process has just replaced this folder; run the command again')
         yield [descriptor]
     finally:
         os.close(descriptor)
 
 
 def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, as sha256sum prints it."""
+    """Return the SHA-256 digest of a file as a hexadecimal string, as printed by sha256sum."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(_BLOCK_BYTES):
@@ -140,7 +142,7 @@ def file_digest(path: str | os.PathLike) -> str:
 
 @contextmanager
 def _replacement(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to be written beside `path`, which takes the place of `path` in the end."""
+    """Yield the name of a temporary file next to `path` that replaces `path` at the end of the block."""
     partial = path.with_name(f'{_partial_start(path)}{os.getpid()}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}')
     try:
         yield partial
@@ -154,7 +156,7 @@ def _replacement(path: Path) -> Iterator[Path]:
 
 
 def _partial_start(path: Path) -> str:
-    # Cut, as the file's own name may be as long as the file system allows.
+    # Truncated, because the file's own name may already have the maximum length.
     return f'.{path.name[:32]}.'
 
 

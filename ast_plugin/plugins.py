@@ -1,12 +1,12 @@
-"""Other people's plugins: every installed distribution that names an entry point in the group `basicsr.plugins`.
+"""Third-party plugins, found by the entry points of installed distributions.
 
-An entry point names a module, which registers things in BasicSR's registries when it is imported, or a function,
-which does so when it is called without arguments:
+An entry point in the group `basicsr.plugins` names a module that registers objects with BasicSR when it is imported,
+or a function without arguments that does so when it is called:
 
     entry_points={'basicsr.plugins': ['mine = my_package.registration']}
 
-Option files come from the group `basicsr.options`, whose entry points name a package and, behind dots, a folder in it;
-nothing of it is imported. `basicsr train -opt mine/recipe` then means recipe.yml in that folder:
+An entry point in the group `basicsr.options` names a package and a folder in it, separated by dots; the package is not
+imported. `basicsr train -opt mine/recipe` then reads recipe.yml in that folder:
 
     entry_points={'basicsr.options': ['mine = my_package.recipes']}
 """
@@ -29,12 +29,12 @@ OPTIONS_GROUP = 'basicsr.options'
 
 @functools.cache
 def load_plugins() -> tuple[str, ...]:
-    """Load every installed plugin, once a process.
+    """Load every installed plugin, once per process.
 
-    A plugin that cannot be loaded hurts nobody but those who use what it registers: it is a line on stderr.
+    A plugin that fails to load is reported on stderr and does not stop the program.
 
     Returns:
-        A line for each plugin that failed, saying which, of what distribution, and why.
+        One line for each plugin that failed: its name, its distribution and the reason.
     """
     failures = []
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
@@ -42,16 +42,16 @@ def load_plugins() -> tuple[str, ...]:
             loaded = point.load()
             if inspect.isroutine(loaded):
                 loaded()
-        except Exception as error:  # whatever a stranger's module raises
+        except Exception as error:  # third-party code may raise anything
             failures.append(f'{_description(point)} failed to load: {type(error).__name__}: {first_line(error)}')
             say(f'basicsr: warning: {failures[-1]}', file=sys.stderr)
     return tuple(failures)
 
 
 def option_folders() -> dict[str, Path]:
-    """The folders of option files that installed distributions bring, by the name of the entry point.
+    """Return the folders of option files of installed distributions by the name of their entry point.
 
-    A folder that is not there is a line on stderr.
+    A missing folder is reported on stderr.
     """
     folders = {}
     for point in sorted(entry_points(group=OPTIONS_GROUP), key=lambda point: point.name):

@@ -1,10 +1,10 @@
-"""What this plugin registers, and when: around every import of BasicSR, repairs first, then an explicit list.
+"""Import hook that repairs BasicSR and registers the plugin's objects when BasicSR is imported.
 
-A finder on `sys.meta_path` watches a few names: `basicsr`, and the modules of ours that register something. What is
-found is left as it is, only its execution gets a follow-up. So it does not matter in which order a program imports
-`ast_plugin`, `basicsr`, `basicsr.archs` or `ast_plugin.archs.ast_arch`, and looking for BasicSR without importing it
-(`importlib.util.find_spec`, `importlib.metadata`) stays without effect. The import system's own locks make threads wait
-until BasicSR is imported, repaired and registered into.
+A finder on `sys.meta_path` intercepts `basicsr` and the plugin's modules in `REGISTERED`. The modules themselves are
+loaded unchanged; the hook only runs code before and after their execution. A program can therefore import
+`ast_plugin`, `basicsr`, `basicsr.archs` and `ast_plugin.archs.ast_arch` in any order, and looking BasicSR up without
+importing it (`importlib.util.find_spec`, `importlib.metadata`) has no side effect. The import system's locks make other
+threads wait until BasicSR is imported, repaired and extended.
 """
 
 import importlib
@@ -36,27 +36,27 @@ REGISTERED: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
 }
-"""By module, the registry of `basicsr.utils.registry` and the names of the objects that are registered under them."""
+"""By module: the registry in `basicsr.utils.registry`, and the names of the objects to register."""
 
 _started = False
 
 
 class RegistrationError(PluginError):
-    """A name of ours is taken in BasicSR's registry."""
+    """A name that the plugin registers is already used in BasicSR's registry."""
 
 
 def install() -> None:
-    """Watch the imports, once a process. If BasicSR is imported already, repair and register now."""
-    if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):  # as a reload makes another class
+    """Install the import hook, once per process. If BasicSR is already imported, repair and register at once."""
+    if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):  # by name: reload creates a new class
         sys.meta_path.insert(0, _Finder())
     if 'basicsr' in sys.modules:
-        importlib.import_module('basicsr')  # another thread may be in the middle of importing it: wait for that
+        importlib.import_module('basicsr')  # wait for another thread that may be importing it
         toolbox.repair_before_import()
         _follow('basicsr')
 
 
 class _Finder:
-    """Finds the watched modules as the other finders do, and lets their loader do something around the execution."""
+    """Finder that delegates to the other finders and wraps the loader of the intercepted modules."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != 'basicsr' and fullname not in REGISTERED:
@@ -69,7 +69,7 @@ class _Finder:
 
 
 class _Loader:
-    """A loader, or a class of them, that does something around the execution of a watched module."""
+    """Wrapper of a loader that runs the repairs before and after the execution of a module."""
 
     def __init__(self, loader):
         self._loader = loader
@@ -78,7 +78,7 @@ class _Loader:
         return getattr(self._loader, name)  # create_module, get_source, get_resource_reader, ...
 
     def exec_module(self, module):
-        module.__loader__ = module.__spec__.loader = self._loader  # nobody need know that we were here
+        module.__loader__ = module.__spec__.loader = self._loader  # the module shows its original loader
         name = module.__spec__.name
         if name == 'basicsr':
             toolbox.repair_before_import()
@@ -87,7 +87,7 @@ class _Loader:
 
 
 def _follow(name: str) -> None:
-    """What a module that has just been imported brings about."""
+    """Repair or register after a module has been executed."""
     if name == 'basicsr':
         toolbox.repair_after_import()
         register_all()
@@ -96,13 +96,13 @@ def _follow(name: str) -> None:
 
 
 def register_all() -> None:
-    """Import our modules and put what they hold into BasicSR's registries.
+    """Import the modules in `REGISTERED` and register their objects with BasicSR.
 
-    A module that is being imported while this runs (it imports BasicSR itself, and was imported first) is left out here
-    and followed up once it is complete.
+    A module whose import is still in progress (it was imported first and imports BasicSR itself) is skipped here and
+    registered once its import is complete.
 
     Raises:
-        RegistrationError: if a name is taken by another object.
+        RegistrationError: if a name is already used by another object.
     """
     global _started
     _started = True
@@ -119,17 +119,17 @@ def _register(module: ModuleType) -> None:
 
 
 def add(registry, name: str, item) -> None:
-    """Put an object into a registry of BasicSR's, and do nothing else to either.
+    """Add an object to one of BasicSR's registries without modifying either.
 
-    The same object again is no fault; nor is its successor after `importlib.reload`, which takes its place.
+    Adding an object again has no effect; after `importlib.reload`, the new object replaces the old one.
 
     Raises:
-        RegistrationError: if the name is taken, naming both modules.
+        RegistrationError: if the name is already used by another object; the message names both modules.
     """
     present = registry._obj_map.get(name, item)
     if (present.__module__, present.__qualname__) != (item.__module__, item.__qualname__):
         raise RegistrationError(
             f'{item.__module__} registers {name} in the {registry._name} registry, where {present.__module__} has '
-            f'registered that name already; rename one of the two, or uninstall one of the plugins'
+            f'already registered that name; rename one of the two, or uninstall one of the plugins'
         )
     registry._obj_map[name] = item

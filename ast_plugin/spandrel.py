@@ -1,11 +1,11 @@
-"""AST for spandrel, and so for chaiNNer, ComfyUI and whatever else loads networks through it.
+"""AST as an architecture of spandrel, for programs that load networks through it, such as chaiNNer and ComfyUI.
 
     import ast_plugin.spandrel
     ast_plugin.spandrel.install()
     model = spandrel.ModelLoader().load_from_file('AST_derain.safetensors')
 
-It is the extra `baselines`: pip install "ast_plugin[baselines]". The way back, spandrel's networks in option files, is
-`archs.spandrel_arch`.
+Requires the extra `baselines`: pip install "ast_plugin[baselines]". The opposite direction, spandrel's networks in
+option files, is `archs.spandrel_arch`.
 """
 
 import functools
@@ -23,28 +23,28 @@ from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.errors import CheckpointError, OptionError
 
 spandrel = import_spandrel()
-# No other network has them; Uformer, whose official names begin likewise, is told apart by `infer_options`.
+# No other network has these names; `infer_options` rejects Uformer, whose official names start alike.
 _NAMES = ('bottleneck.blocks.0.attn.position_bias', 'conv.blocks.0.attn.relative_position_bias_table')
 
 
 class _State(dict):
-    """Weights and the options that stood beside them in their file: not all can be told from names and shapes."""
+    """State dictionary with the network options of its file, as names and shapes do not determine all of them."""
 
     network: Mapping[str, Any]
 
 
 class ASTArchitecture(spandrel.Architecture[AST]):
-    """What spandrel asks of an architecture: recognise a state, and build its network.
+    """Spandrel architecture that recognises an AST state dictionary and builds its network.
 
-    Options of the network are those in the file's metadata. A host that hands over the weights alone, as ComfyUI does,
-    gets what names and shapes tell; then `img_size` is 128 and attention without gates dense.
+    The network's options are read from the file's metadata. If the host passes the weights alone, as ComfyUI does, they
+    are inferred from names and shapes; `img_size` is then 128, and attention without gates is taken as dense.
     """
 
     def __init__(self) -> None:
         super().__init__(id='AST', name='AST', detect=_is_ast)
 
     def load(self, state_dict: Mapping[str, Tensor]) -> spandrel.ImageModelDescriptor[AST]:
-        """Build the network of a state, official or ours, and load it."""
+        """Build the network of a state dictionary with official or plugin names, and load it."""
         shown, _ = infer_options(state_dict)
         options = getattr(state_dict, 'network', {'type': 'AST', **shown})
         network = build_network(options)
@@ -65,19 +65,19 @@ class ASTArchitecture(spandrel.Architecture[AST]):
 
 
 def install(registry: Any = None) -> None:
-    """Add AST to a registry of spandrel; a second call changes nothing.
+    """Add AST to a spandrel registry; repeated calls have no effect.
 
     Args:
-        registry: None for `spandrel.MAIN_REGISTRY`, which `spandrel.ModelLoader` uses.
+        registry: None selects `spandrel.MAIN_REGISTRY`, which `spandrel.ModelLoader` uses.
     Raises:
-        OptionError: if another architecture of the name is there.
+        OptionError: if the registry has another architecture of this name.
     """
     registry = spandrel.MAIN_REGISTRY if registry is None else registry
     present = registry.get('AST')
     if present is None:
         registry.add(spandrel.ArchSupport.from_architecture(ASTArchitecture(), before=('Uformer',)))
     elif not isinstance(present.architecture, ASTArchitecture):
-        raise OptionError(f'spandrel has another architecture AST already, {type(present.architecture).__name__}')
+        raise OptionError(f'spandrel already has another architecture named AST: {type(present.architecture).__name__}')
     if not hasattr(spandrel.ModelLoader.load_state_dict_from_file, '__wrapped__'):
         spandrel.ModelLoader.load_state_dict_from_file = _keep_options(spandrel.ModelLoader.load_state_dict_from_file)
 
@@ -93,7 +93,7 @@ def _is_ast(state: Mapping[str, Any]) -> bool:
 
 
 def _keep_options(load: Callable[..., dict]) -> Callable[..., dict]:
-    """Hand on the options of an AST that stand in the metadata of a file, beside its weights."""
+    """Wrap spandrel's file loader to attach the network options found in a file's metadata."""
 
     @functools.wraps(load)
     def load_state_dict_from_file(self: spandrel.ModelLoader, path: str | os.PathLike) -> dict:

@@ -82,13 +82,13 @@ def test_auto_takes_the_first_present(machine, what, present):
 )
 def test_absent_device_is_refused(machine, what, name, present):
     machine(*what)
-    with pytest.raises(OptionError, match=re.escape(f'device {name} cannot be used here, there is: {present} (')):
+    with pytest.raises(OptionError, match=re.escape(f'device {name} is not available; available devices: {present} (')):
         find_device(name)
 
 
 @pytest.mark.parametrize('name', ['cuda:99', 'meta'])
 def test_absent_device_is_refused_unplayed(name):
-    with pytest.raises(OptionError, match=f'{name} cannot be used here, there is: .*cpu'):
+    with pytest.raises(OptionError, match=f'{name} is not available; available devices: .*cpu'):
         find_device(name)
 
 
@@ -111,7 +111,7 @@ def test_run_takes_its_device(machine, what, given, chosen):
     opt = {key: value for key, value in OPT.items() if key != 'num_gpu'} | given
     prepared = options.prepare(opt)
     assert (prepared['device'], prepared['num_gpu']) == chosen
-    with pytest.raises(OptionError, match='there is: '):
+    with pytest.raises(OptionError, match='available devices: '):
         options.prepare({**opt, 'device': 'mps' if not what[1] else 'cuda'})
 
 
@@ -190,7 +190,7 @@ def test_every_command_refuses_an_absent_device(machine, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     assert main([*command.split(), '--device', 'mps']) == 2
-    assert 'device mps cannot be used here, there is: cpu (' in capfd.readouterr().err
+    assert 'device mps is not available; available devices: cpu (' in capfd.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 

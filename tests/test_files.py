@@ -60,7 +60,7 @@ def test_interrupted(path, write, monkeypatch):
 
 def test_disk_that_loses_a_byte(path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', lambda descriptor: os.ftruncate(descriptor, 1))
-    with pytest.raises(FileError, match='what was read back is not what had been written'):
+    with pytest.raises(FileError, match='the content read back differs from the content written'):
         write_file(path, b'later')
     assert path.read_bytes() == b'earlier'
 
@@ -128,5 +128,5 @@ def test_folder_replaced_while_waiting(tmp_path, monkeypatch):
         flock(*arguments)
 
     monkeypatch.setattr(files.fcntl, 'flock', replace)
-    with pytest.raises(FileError, match='another process has just finished there'), lock_folder(folder, 'busy'):
+    with pytest.raises(FileError, match='another process has just replaced this folder'), lock_folder(folder, 'busy'):
         pass

@@ -91,5 +91,5 @@ def test_install_beside_another_ast():
 
     registry = spandrel.ArchRegistry()
     registry.add(spandrel.ArchSupport.from_architecture(Other()))
-    with pytest.raises(OptionError, match='another architecture AST already, Other'):
+    with pytest.raises(OptionError, match='already has another architecture named AST: Other'):
         ours.install(registry)

@@ -1,8 +1,8 @@
-"""BasicSR 1.4.2, unmodified on disk, on today's torch and torchvision, with and without a GPU.
+"""Runtime repairs that make BasicSR 1.4.2 work with current torch and torchvision, with and without a GPU.
 
-One function a repair. Each says in its docstring what the fault is and where it was reported. What BasicSR does on CUDA
-stays as it is, but for which GPU a process gets. The import hook calls `repair_before_import` and `repair_after_import`
-around the import of `basicsr`, so nobody else need.
+BasicSR's files are not modified. Each repair is one function; its docstring describes the fault, its cause, and where
+it was reported. BasicSR's behaviour on CUDA is unchanged, except for the GPU that a process selects. The import hook
+calls `repair_before_import` and `repair_after_import` around the import of `basicsr`; no other code needs to.
 """
 
 import importlib
@@ -14,15 +14,16 @@ from ast_plugin.errors import PluginError
 
 VERSION = '1.4.2'
 
-_libraries: list = []  # operators defined by torch.library live as long as its Library objects do
+_libraries: list = []  # keeps alive the operators defined through them
 _repaired = False
 
 
 def define_torchvision_operators() -> None:
-    """Define the operators `torchvision::nms` and `qnms` where torchvision's compiled library cannot be loaded.
+    """Define the operators `torchvision::nms` and `qnms` if torchvision's compiled library cannot be loaded.
 
-    Fault: beside a torch of another build (a CPU torch and the package index's torchvision, say) `import torchvision`
-    raises `operator torchvision::nms does not exist`, though BasicSR never calls it. pytorch#122494.
+    Fault: `import torchvision` raises `operator torchvision::nms does not exist` if torch and torchvision are of
+    different builds, for example a CPU build of torch and torchvision from PyPI. BasicSR never calls the operator.
+    pytorch#122494.
     """
     spec = None if 'torchvision' in sys.modules else importlib.util.find_spec('torchvision')
     if spec is None or not spec.submodule_search_locations:
@@ -31,7 +32,7 @@ def define_torchvision_operators() -> None:
 
     for library in Path(spec.submodule_search_locations[0]).glob('_C.*'):
         try:
-            torch.ops.load_library(str(library))  # as torchvision itself will do; loading twice is harmless
+            torch.ops.load_library(str(library))  # torchvision loads it again, which is harmless
         except OSError:
             continue
     missing = [name for name in ('nms', 'qnms') if not hasattr(torch.ops.torchvision, name)]
@@ -43,10 +44,10 @@ def define_torchvision_operators() -> None:
 
 
 def provide_functional_tensor() -> None:
-    """Let `torchvision.transforms.functional_tensor` be imported under its former name.
+    """Provide `torchvision.transforms.functional_tensor` under its former name.
 
-    Fault: `basicsr.data.degradations` imports it, and torchvision 0.17 renamed it to `_functional_tensor`.
-    BasicSR#663, #711.
+    Fault: `import basicsr` raises ModuleNotFoundError, because `basicsr.data.degradations` imports this module, which
+    torchvision 0.17 renamed to `_functional_tensor`. BasicSR#663, #711.
     """
     name = 'torchvision.transforms.functional_tensor'
     if importlib.util.find_spec('torchvision') is None or name in sys.modules or importlib.util.find_spec(name):
@@ -56,16 +57,16 @@ def provide_functional_tensor() -> None:
 
 
 def repair_before_import() -> None:
-    """What `import basicsr` itself needs. Doing it again changes nothing."""
+    """Apply the repairs that `import basicsr` needs. Repeated calls have no effect."""
     define_torchvision_operators()
     provide_functional_tensor()
 
 
 def repair_after_import() -> None:
-    """What the imported BasicSR needs. Doing it again changes nothing.
+    """Apply the repairs to the imported BasicSR. Repeated calls have no effect.
 
     Raises:
-        PluginError: if it is another BasicSR than the one that the repairs are for.
+        PluginError: if the version of BasicSR is not the supported one.
     """
     global _repaired
     if _repaired:
@@ -73,11 +74,11 @@ def repair_after_import() -> None:
     version = sys.modules['basicsr'].__version__
     if version != VERSION:
         raise PluginError(
-            f'ast_plugin repairs and extends BasicSR {VERSION}, and {version} is installed: '
+            f'ast_plugin repairs and extends BasicSR {VERSION}, but {version} is installed: '
             f'pip install basicsr=={VERSION}'
         )
     _repaired = True
-    importlib.import_module('basicsr')  # at first: what imports it there must not be what this module waits for
+    importlib.import_module('basicsr')  # first: an import by the repairs would wait for this one
     from ast_plugin.toolbox.repairs import REPAIRS
 
     for repair in REPAIRS:

@@ -1,6 +1,6 @@
-"""Repairs of BasicSR, once it is imported: registries, networks, optimisers, distributed start, and the training loop.
+"""Repairs of the imported BasicSR: registries, networks, optimisers, distributed launch, training loop and logging.
 
-Most are a function of BasicSR's anew, which gets the one that it replaces as its first argument.
+Most repairs replace a function of BasicSR; the replacement receives the original function as its first argument.
 """
 
 import functools
@@ -48,23 +48,23 @@ from ast_plugin.models import run_state
 from ast_plugin.models.optimizers import build_optimizer
 from ast_plugin.names import printable
 
-WANDB_RECORD = 'wandb_run'  # in an experiment: the id of its run at W&B
-_CHILD_ENDS = getattr(signal, 'SIGCHLD', signal.SIGINT)  # of which Windows has none
+WANDB_RECORD = 'wandb_run'  # file in the experiment's folder with the id of its W&B run
+_CHILD_ENDS = getattr(signal, 'SIGCHLD', signal.SIGINT)  # Windows has no SIGCHLD
 _FOLDERS = {'experiments_root', 'models', 'training_states', 'visualization', 'log'}
-_NO_TENSORBOARD = 'what goes to TensorBoard is not written'
+_NO_TENSORBOARD = 'TensorBoard logs are not written'
 
 REPAIRS: list[Callable[[], None]] = []
-"""All of them, in their order."""
+"""All repairs in the order in which they are applied."""
 
 
 def repair(function: Callable[[], None]) -> Callable[[], None]:
-    """Add a function to the repairs."""
+    """Register a function as a repair."""
     REPAIRS.append(function)
     return function
 
 
 def replace(function: Callable, name: str, *holders: Any) -> None:
-    """Put a function, which gets the original before its arguments, in the place of `name` in modules or a class."""
+    """Replace `name` in modules or a class by a function that receives the original as its first argument."""
     original = getattr(holders[0], name)
 
     @functools.wraps(original)
@@ -76,40 +76,40 @@ def replace(function: Callable, name: str, *holders: Any) -> None:
 
 
 def replaces(name: str, *holders: Any) -> Callable[[Callable], Callable[[], None]]:
-    """Make a repair that replaces `name` by the decorated function, see `replace`."""
+    """Register a repair that replaces `name` by the decorated function, see `replace`."""
     return lambda function: repair(functools.wraps(function)(lambda: replace(function, name, *holders)))
 
 
 class _Content(bytes):
-    """The content of a file, and its path."""
+    """Content of a file with its path."""
 
     path = 'an image'
 
 
 @repair
 def name_what_is_not_decoded() -> None:
-    """Let `imfrombytes` name the file that is no image, and say what is wrong with it.
+    """Report the name of an image file that cannot be decoded, and the reason.
 
-    Fault: OpenCV raises `!buf.empty()` for an empty file and gives None for a damaged one, which `imfrombytes` takes
-    for pixels: hours into a training nothing says which file it was. BasicSR#254.
+    Fault: training stops, possibly after hours, with an error that does not name the file. For an empty file OpenCV
+    raises `!buf.empty()`; for a damaged one it returns None, which `imfrombytes` uses as pixels. BasicSR#254.
     """
 
     def get(original, self, filepath, client_key='default'):
         content = original(self, filepath, client_key)
         if content is None:
-            raise DataError(f'{filepath}: not in the LMDB {client_key}')
+            raise DataError(f'{filepath}: not found in the LMDB {client_key}')
         content = _Content(content)
         content.path = filepath
         return content
 
     def decode(original, content, flag='color', float32=False):
         image = None
-        with suppress(cv2.error, AttributeError):  # an attribute of None
+        with suppress(cv2.error, AttributeError):  # `original` accesses an attribute of None
             image = original(content, flag, float32)
         if image is None:
             path = getattr(content, 'path', _Content.path)
             decode_rgb(content, path)
-            raise DataError(f'{path}: OpenCV does not decode it: save it anew as PNG')
+            raise DataError(f'{path}: OpenCV cannot decode it; save it again as PNG')
         return image
 
     replace(get, 'get', FileClient)
@@ -119,17 +119,17 @@ def name_what_is_not_decoded() -> None:
 
 
 class UnknownNameError(OptionError, KeyError):
-    """A name that is not in a registry; a KeyError too, because BasicSR's callers may catch that."""
+    """A name that is not in a registry; also a KeyError, which callers of BasicSR's registries may catch."""
 
-    __str__ = Exception.__str__  # KeyError's would quote the message
+    __str__ = Exception.__str__  # that of KeyError puts the message in quotes
 
 
 @replaces('get', Registry)
 def explain_unknown_names(original, self, name, suffix='basicsr'):
-    """Let `Registry.get` say which names there are when it has none of the asked name.
+    """Suggest similar names when `Registry.get` does not find a name.
 
-    Fault: it prints `Name X is not found, use name: X_basicsr!` even where that does not exist either, then raises a
-    KeyError without a list. BasicSR#419, #506. The fallback to `X_basicsr` stays, without the print.
+    Fault: `Registry.get` prints `Name X is not found, use name: X_basicsr!` even if `X_basicsr` does not exist, then
+    raises a KeyError without any hint. The fallback to `X_basicsr` is kept, without the print. BasicSR#419, #506.
     """
     for candidate in (name, f'{name}_{suffix}'):
         if candidate in self:
@@ -142,10 +142,10 @@ def explain_unknown_names(original, self, name, suffix='basicsr'):
 
 @repair
 def start_distributed_on_cpus() -> None:
-    """Start distributed runs on machines without CUDA, by gloo.
+    """Initialize distributed runs with gloo on machines without CUDA.
 
-    Fault: both starters in `dist_util` divide by the number of GPUs and set the CUDA device, and nccl is the default.
-    No upstream issue known; mmcv, where the code is from, had the same.
+    Fault: distributed runs fail without CUDA, because both initializers in `dist_util` divide by the number of GPUs,
+    set the CUDA device and default to nccl. No upstream issue known; the code's origin, mmcv, had the same fault.
     """
 
     def by_torchrun(original, backend, **kwargs):
@@ -154,7 +154,7 @@ def start_distributed_on_cpus() -> None:
         torch.distributed.init_process_group(backend='gloo' if backend == 'nccl' else backend, **kwargs)
 
     def by_slurm(original, backend, port=None):
-        """As BasicSR's: rank and size from SLURM, the first node as master, port 29500 if neither told nor set."""
+        """Initialize like BasicSR: rank and size from SLURM, the first node as master, default port 29500."""
         if torch.cuda.is_available():
             return original(backend, port)
         environ = os.environ
@@ -171,10 +171,11 @@ def start_distributed_on_cpus() -> None:
 
 @replaces('_init_dist_pytorch', dist_util)
 def place_by_local_rank(original, backend, **kwargs):
-    """Give each process the GPU that its launcher meant for it.
+    """Select the GPU that the launcher assigned to each process.
 
-    Fault: `_init_dist_pytorch` takes GPU `rank % count` of its machine, which is another's where machines have more
-    GPUs than processes. BasicSR#626 is about the older flag; torchrun tells by LOCAL_RANK.
+    Fault: with several machines and fewer processes than GPUs on each, processes use the wrong GPUs, because
+    `_init_dist_pytorch` selects GPU `rank % count` by the global rank. The repair uses LOCAL_RANK, which torchrun sets.
+    BasicSR#626 reports the same for the older `--local_rank` flag.
     """
     original(backend, **kwargs)
     if torch.cuda.is_available() and 'LOCAL_RANK' in os.environ:
@@ -183,9 +184,10 @@ def place_by_local_rank(original, backend, **kwargs):
 
 @replaces('__init__', BaseModel)
 def compute_on_the_device(original, self, opt):
-    """Let models compute on the device of the options, where they name one.
+    """Place models on the device given by the option `device`, if any.
 
-    Fault: `BaseModel` knows CUDA and, without GPUs, the CPU; MPS it cannot be told of. No upstream issue known.
+    Fault: models cannot run on MPS, because `BaseModel` selects CUDA or, with `num_gpu: 0`, the CPU. No upstream issue
+    known.
     """
     original(self, opt)
     self.device = torch.device(opt.get('device') or self.device)
@@ -193,10 +195,10 @@ def compute_on_the_device(original, self, opt):
 
 @replaces('model_to_device', BaseModel)
 def wrap_networks_on_cpus(original, self, net):
-    """Wrap networks for distributed training on CPUs.
+    """Wrap networks in DistributedDataParallel on CPUs.
 
-    Fault: `BaseModel.model_to_device` gives DistributedDataParallel the current CUDA device, whatever the model's is.
-    No upstream issue known.
+    Fault: distributed training on CPUs fails, because `BaseModel.model_to_device` passes the current CUDA device to
+    DistributedDataParallel regardless of the model's device. No upstream issue known.
     """
     if self.opt['dist'] and self.device.type == 'cpu':
         unused = self.opt.get('find_unused_parameters', False)
@@ -206,19 +208,20 @@ def wrap_networks_on_cpus(original, self, net):
 
 @replaces('get_optimizer', BaseModel)
 def offer_torch_optimizers(original, self, optim_type, params, lr, **kwargs):
-    """Offer every optimiser of `torch.optim`, and of the extra `pytorch_optimizer`, by its name.
+    """Provide every optimiser of `torch.optim` and of the extra `pytorch_optimizer` by name.
 
-    Fault: `BaseModel.get_optimizer` of the release knows Adam alone; the repository, of the same number, knows seven.
+    Fault: `BaseModel.get_optimizer` of the 1.4.2 release accepts Adam only; the repository, which has the same version
+    number, accepts seven optimisers.
     """
     return build_optimizer(optim_type, params, lr, **kwargs)
 
 
 @replaces('get_lr', CosineAnnealingRestartLR)
 def keep_cosine_at_its_end(original, self):
-    """Let `CosineAnnealingRestartLR` stay at `eta_min` when training goes on past its last period.
+    """Keep the learning rate of `CosineAnnealingRestartLR` at `eta_min` after its last period.
 
-    Fault: no period is found there, and `restart_weights[None]` raises TypeError.
-    Seen in projects built on BasicSR, AlexZou14/Wave-Mamba#6 for one.
+    Fault: training past the last period raises TypeError, because no period is found for the iteration and
+    `restart_weights` is indexed with None. Reported in projects built on BasicSR, e.g. AlexZou14/Wave-Mamba#6.
     """
     if self.last_epoch > self.cumulative_period[-1]:
         return [self.eta_min for _ in self.base_lrs]
@@ -227,10 +230,10 @@ def keep_cosine_at_its_end(original, self):
 
 @replaces('__init__', MSRResNet)
 def build_msrresnet_at_scale_1(original, self, num_in_ch=3, num_out_ch=3, num_feat=64, num_block=16, upscale=4):
-    """Let `MSRResNet` be built with `upscale: 1`, for restoration, as EDSR, RCAN and SwinIR can be.
+    """Support `upscale: 1` (restoration) in `MSRResNet`, as in EDSR, RCAN and SwinIR.
 
-    Fault: its constructor sets the first weights of `upconv1`, which it makes for scales 2, 3 and 4 only, and raises
-    AttributeError; its `forward` knows what to do at scale 1. No upstream issue known.
+    Fault: the constructor raises AttributeError at scale 1, because it initializes `upconv1`, which exists for scales
+    2, 3 and 4 only. Its `forward` supports scale 1. No upstream issue known.
     """
     original(self, num_in_ch, num_out_ch, num_feat, num_block, 2 if upscale == 1 else upscale)
     if upscale == 1:
@@ -240,10 +243,10 @@ def build_msrresnet_at_scale_1(original, self, num_in_ch=3, num_out_ch=3, num_fe
 
 @replaces('__init__', WindowAttention)
 def build_swinir_without_warning(original, self, *args, **kwargs):
-    """Let SwinIR be built without a warning of torch's about `torch.meshgrid`.
+    """Suppress the warning about `torch.meshgrid` when SwinIR is built.
 
-    Fault: its `WindowAttention` does not say which indexing it wants, which torch 1.10 began to ask for; what it gets
-    is what it means. No upstream issue known.
+    Fault: building SwinIR emits a UserWarning, because its `WindowAttention` calls `torch.meshgrid` without `indexing`,
+    which torch 1.10 introduced. The default indexing is the intended one. No upstream issue known.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'torch.meshgrid: in an upcoming release', UserWarning)
@@ -252,24 +255,25 @@ def build_swinir_without_warning(original, self, *args, **kwargs):
 
 @repair
 def sample_full_batches() -> None:
-    """Train with `ast_plugin.data.randomness.EpochSampler` in the place of BasicSR's `EnlargedSampler`.
+    """Replace BasicSR's `EnlargedSampler` by `ast_plugin.data.randomness.EpochSampler`.
 
-    Fault: it shuffles by the epoch alone, whatever the seed, and the loader drops the last partial batch, so that a set
-    smaller than a batch trains on nothing, in silence. No upstream issue known.
+    Fault: `EnlargedSampler` shuffles by the epoch alone and ignores the seed. The loader drops the last partial batch,
+    so a dataset smaller than one batch is never trained on, without any message. No upstream issue known.
     """
     train.EnlargedSampler = EpochSampler
 
 
 @replaces('load_resume_state', train)
 def resume_anywhere(original, opt):
-    """Resume on a CPU, from the newest state that is whole, and below the experiment's own root.
+    """Resume on any device, from the newest intact state in the experiment's own folder.
 
-    The state comes without the weights, on the CPU; `path.resume_state` becomes its file, `resumed_iter` its iteration,
-    and the networks are pointed at their weights: in the state itself, or where `check_resume` looks for them.
+    Return the state without its weights, on the CPU. In the options, set `path.resume_state` to its file,
+    `resumed_iter` to its iteration, and the pretrained paths of the networks to the state itself or to the files that
+    `check_resume` selects.
 
-    Fault: `load_resume_state` calls `torch.cuda.current_device()` on any machine, and `--auto_resume` looks under
-    `experiments/` of the working directory, whatever root path the options have; it takes the state of the highest
-    number, even if it is cut. No upstream issue known.
+    Fault: `load_resume_state` fails without CUDA, because it always calls `torch.cuda.current_device()`. With
+    `--auto_resume` it searches `experiments/` in the working directory regardless of the root path, and selects the
+    state with the highest number even if the file is truncated. No upstream issue known.
     """
     path = opt['path'].get('resume_state')
     if opt['auto_resume']:
@@ -283,11 +287,11 @@ def resume_anywhere(original, opt):
     has_weights = has_weights and 'network_g' not in (opt['path'].get('ignore_resume_networks') or ())
     state.pop('params_ema', None)
     state['recorded'] = run_state.record(opt)
-    # Networks that are not told of are not pointed anywhere.
+    # `check_resume` sets paths only for the networks that it is given.
     check_resume({key: value for key, value in opt.items() if not (has_weights and key == 'network_g')}, state['iter'])
     if has_weights:
         opt['path'].update(pretrain_network_g=str(path), param_key_g='params')
-    # The state may be of another experiment.
+    # The state may belong to another experiment, so the run's folders may be missing.
     for key in _FOLDERS & opt['path'].keys():
         Path(opt['path'][key]).mkdir(parents=True, exist_ok=True)
     return state
@@ -295,37 +299,37 @@ def resume_anywhere(original, opt):
 
 @replaces('resume_training', BaseModel)
 def resume_with_other_options(original, self, resume_state):
-    """Let a run that is resumed follow its options where they differ from those of the state.
+    """Apply the current options when a resumed run's options differ from those in the training state.
 
-    Fault: `resume_training` puts the state's rates, other numbers of the optimiser, and the whole schedule in the place
-    of the options', or a mixture where the schedule is of another kind. No upstream issue known.
+    Fault: changed options have no effect on a resumed run, because `resume_training` restores learning rates, other
+    optimiser settings and the scheduler from the state. If the scheduler's type has changed, the result mixes both. No
+    upstream issue known.
     """
     run_state.restore(self, resume_state, resume_state.get('recorded'))
 
 
 @repair
 def resume_within_epochs() -> None:
-    """Go on in the middle of an epoch.
+    """Resume in the middle of an epoch, with the samples that an uninterrupted run would have seen.
 
-    Fault: the loop begins an interrupted epoch again, so that some images are seen twice and others not at all. What is
-    drawn at random in loading depends on everything drawn before, and on the number of workers.
-    No upstream issue known.
+    Fault: the training loop restarts an interrupted epoch, so some images are used twice and others not at all. Random
+    augmentation depends on all earlier random numbers and on the number of workers. No upstream issue known.
     """
 
     def build_dataset(original, opt):
-        """A training set whose samples depend on seed, epoch and position alone, as ours do by themselves."""
+        """Build a training set whose samples depend on seed, epoch and position alone, as the plugin's datasets do."""
         dataset = original(opt)
         is_read_beside_training = opt.get('prefetch_mode') == 'cpu' and not opt.get('num_worker_per_gpu')
-        # A thread that seeds global generators would disturb those that training draws from.
+        # Loading in a thread must not seed the global generators that training uses.
         if opt['phase'] != 'train' or getattr(dataset, 'index_carries_epoch', False) or is_read_beside_training:
             return dataset
         return SeededSamples(dataset)
 
     def create_loaders(original, opt, logger):
         loader, sampler, val_loaders, _, total_iters = original(opt, logger)
-        sampler.fill(loader.batch_size)  # one process may feed several GPUs, which BasicSR forgets in its sampler
+        sampler.fill(loader.batch_size)  # of all GPUs of this process; BasicSR's sampler ignores their number
         opt['train']['iters_per_epoch'] = len(loader)
-        # What a loader draws for its workers must not come out of what training draws from.
+        # Seeds of workers must not be drawn from the generator that training uses.
         loader.generator = torch.Generator().manual_seed(opt['manual_seed'] + opt['rank'])
         loader.worker_init_fn = functools.partial(workers.start_apart, loader.worker_init_fn)
         loader.collate_fn = getattr(loader.dataset, 'collate', loader.collate_fn)
@@ -340,38 +344,38 @@ def resume_within_epochs() -> None:
 
 
 def _is_of_torch(handler) -> bool:
-    """Whether a handler of signals is one of torch's data loaders, or, as that of None, written in C."""
+    """Return whether a signal handler was set by torch's data loader, or in C (None)."""
     return handler is None or getattr(handler, '__module__', '') == signal_handling.__name__
 
 
 @repair
 def start_loading_once() -> None:
-    """Let the training loop start loading when it knows the epoch, and hear of dead workers when it awaits a batch.
+    """Start workers once the epoch is set, and report dead workers only while waiting for a batch.
 
-    Fault: its prefetchers start the workers when they are made, before `set_epoch`; the loop resets them at once, and
-    all of that is thrown away. That a worker was killed is raised by torch wherever the loop is, as within a step that
-    has changed half of the weights. No upstream issue known.
+    Fault: BasicSR's prefetchers start the workers on construction, before `set_epoch`; the loop then resets them and
+    discards the loaded data. If a worker is killed, torch raises at an arbitrary point of the loop, for example when an
+    optimiser step has updated half of the weights. No upstream issue known.
     """
 
     def started_by_reset(kind):
         class Prefetcher(kind):
-            """BasicSR's, with nothing to give before `reset`."""
+            """Prefetcher that loads nothing before `reset`."""
 
             def __init__(self, loader, *args):
                 super().__init__((), *args)
                 self.ori_loader = loader
 
             def reset(self):
-                """Load the epoch that the sampler was told of."""
+                """Start loading the epoch that is set in the sampler."""
                 handler = signal.getsignal(_CHILD_ENDS)
                 with workers.block_signals():
                     super().reset()
                 is_main = threading.current_thread() is threading.main_thread()
-                if is_main and _is_of_torch(signal.getsignal(_CHILD_ENDS)):  # it sets its own once a process
+                if is_main and _is_of_torch(signal.getsignal(_CHILD_ENDS)):  # torch sets its handler once per process
                     signal.signal(_CHILD_ENDS, signal.SIG_DFL if _is_of_torch(handler) else handler)
 
             def next(self):
-                """Give the next batch; what is raised has the attribute `is_of_loading`."""
+                """Return the next batch; exceptions get the attribute `is_of_loading`."""
                 try:
                     torch._C._error_if_any_worker_fails()
                     return super().next()
@@ -387,10 +391,10 @@ def start_loading_once() -> None:
 
 @replaces('mkdir_and_rename', misc, train)
 def archive_under_free_names(original, path):
-    """Rename an older run's folder to a name that is free.
+    """Archive the folder of an older run under an unused name.
 
-    Fault: `mkdir_and_rename` knows names by the second; of two runs started in one second the later one fails, or
-    moves the first one's folder into the archive of another. No upstream issue known.
+    Fault: `mkdir_and_rename` appends the time in seconds. If two runs start within the same second, the second one
+    fails or moves the first one's folder into another archive. No upstream issue known.
     """
     time_string = misc.get_time_str
 
@@ -408,13 +412,14 @@ def archive_under_free_names(original, path):
 
 @replaces('init_tb_loggers', train)
 def purge_tensorboard(original, opt):
-    """Let TensorBoard forget what a run wrote after the state that is resumed.
+    """Purge the TensorBoard events that a run wrote after the resumed state.
 
-    Fault: the loop writes the same steps once more, into another file, and both are shown. No upstream issue known.
+    Fault: after resuming, the same steps are logged again into another file, and TensorBoard shows both. No upstream
+    issue known.
     """
     tb_logger = original(opt)
     if tb_logger is not None and opt.get('resumed_iter'):
-        # What SummaryWriter does with `purge_step`, which BasicSR does not give it.
+        # Equivalent to `purge_step` of SummaryWriter, which BasicSR does not pass.
         from torch.utils.tensorboard.writer import Event, SessionLog
 
         start = Event(step=opt['resumed_iter'] + 1, session_log=SessionLog(status=SessionLog.START))
@@ -423,7 +428,7 @@ def purge_tensorboard(original, opt):
 
 
 class SparedWriter:
-    """A writer of TensorBoard whose failures end no run: the first is warned of. Without a writer nothing is done."""
+    """TensorBoard writer that reports its first failure as a warning; does nothing if `writer` is None."""
 
     def __init__(self, writer) -> None:
         self.writer = writer
@@ -447,9 +452,10 @@ class SparedWriter:
 
 @replaces('init_tb_loggers', train)
 def spare_runs_from_tensorboard(original, opt):
-    """Let a run go on where TensorBoard's files cannot be written, or its package cannot be imported.
+    """Continue a run when TensorBoard's files cannot be written or its package cannot be imported.
 
-    Fault: whatever the writer raises, on a full disk for one, ends the training. No upstream issue known.
+    Fault: any exception of the TensorBoard writer, for example on a full disk, stops the training. No upstream issue
+    known.
     """
     is_wanted = opt['logger'].get('use_tb_logger') and 'debug' not in opt['name'] and not opt.get('rank')
     tb_logger = None
@@ -459,7 +465,7 @@ def spare_runs_from_tensorboard(original, opt):
 
 
 def _show_names(record: logging.LogRecord) -> bool:
-    """Show what names in a line of the log hold besides text by its escapes: a filter that lets all lines pass."""
+    """Escape unprintable characters in a log record; a logging filter that accepts every record."""
     record.msg = re.sub(r'[^\n\t]+', lambda part: printable(part[0]), record.getMessage())
     record.args = ()
     return True
@@ -467,21 +473,21 @@ def _show_names(record: logging.LogRecord) -> bool:
 
 @repair
 def write_every_name() -> None:
-    """Write log files and copies of option files in UTF-8, with escapes for what is no text.
+    """Write log files and copies of option files in UTF-8, with escapes for unprintable characters.
 
-    Fault: both have the encoding of the locale. A line of the log with a name that it lacks is lost under a traceback,
-    and `copy_opt_file`, which puts the command line into the copy, ends the run. What names hold for a terminal's
-    control reaches it. No upstream issue known.
+    Fault: both use the locale's encoding. A log line with a file name that it cannot encode is lost with a traceback;
+    `copy_opt_file`, which adds the command line to the copy, stops the run. Terminal control sequences in names are
+    written to the terminal unescaped. No upstream issue known.
     """
     logging.getLogger('basicsr').addFilter(_show_names)
     file_handler = functools.partial(logging.FileHandler, encoding='utf-8', errors='backslashreplace')
     logger.logging = types.SimpleNamespace(**{**vars(logging), 'FileHandler': file_handler})
 
     def copy_opt_file(opt_file, experiments_root):
-        """Copy an option file into the experiment, below the time and the command line."""
+        """Copy an option file into the experiment, preceded by the time and the command line."""
         head = f'# GENERATE TIME: {time.asctime()}\n# CMD:\n# {printable(shlex.join(sys.argv))}\n\n'
         source = Path(opt_file)
-        if get_dist_info()[0] == 0:  # the others may come before the folder is there
+        if get_dist_info()[0] == 0:  # only the first process knows that the folder exists
             write_file(Path(experiments_root, source.name), head.encode() + source.read_bytes())
 
     train.copy_opt_file = copy_opt_file
@@ -489,10 +495,10 @@ def write_every_name() -> None:
 
 @replaces('__init__', logger.MessageLogger)
 def count_down_to_zero(original, self, *args, **kwargs):
-    """Let the remaining time in log lines end at zero.
+    """Make the estimated remaining time in log lines end at zero.
 
-    Fault: `MessageLogger` takes one iteration too many off, and prints `-1 day, 23:59:53` at the last one.
-    No upstream issue known.
+    Fault: the last log line shows `-1 day, 23:59:53`, because `MessageLogger` subtracts one iteration too many. No
+    upstream issue known.
     """
     original(self, *args, **kwargs)
     self.max_iters += 1
@@ -500,9 +506,10 @@ def count_down_to_zero(original, self, *args, **kwargs):
 
 @replaces('__call__', logger.MessageLogger)
 def show_rates_in_tensorboard(original, self, log_vars):
-    """Write learning rates to TensorBoard beside the losses.
+    """Write learning rates to TensorBoard in addition to the losses.
 
-    Fault: `MessageLogger` takes them out of what it writes there. No upstream issue known.
+    Fault: TensorBoard shows no learning rates, because `MessageLogger` removes them from the logged values. No upstream
+    issue known.
     """
     if self.use_tb_logger and self.tb_logger is not None and 'debug' not in self.exp_name:
         for number, rate in enumerate(log_vars['lrs']):
@@ -513,13 +520,13 @@ def show_rates_in_tensorboard(original, self, log_vars):
 @replaces('init_wandb_logger', logger, utils, train)
 @logger.master_only
 def start_wandb_of_any_age(original, opt):
-    """Start a run of Weights & Biases without `wandb.util.generate_id`, and go on with it when training is resumed.
+    """Start a Weights & Biases run with any version of wandb, and continue it when training is resumed.
 
-    It goes on with the run of `logger.wandb.resume_id`, or where training is resumed the one that the experiment's file
-    `wandb_run` names.
+    The continued run is the one in `logger.wandb.resume_id`; if that is not set, a resumed training continues the run
+    whose id is in the experiment's file `wandb_run`.
 
-    Fault: `init_wandb_logger` asks it for the run's id, and wandb 0.28.2 removed it (slime#2332); it begins another run
-    at every resumption that does not name one, and what wandb raises ends the training.
+    Fault: `init_wandb_logger` calls `wandb.util.generate_id`, which wandb 0.28.2 removed (slime#2332). Every resumed
+    training without `resume_id` starts a new run, and any exception of wandb stops the training.
     """
     import wandb
 
@@ -530,7 +537,7 @@ def start_wandb_of_any_age(original, opt):
         resume_id = record.read_text(encoding='utf-8').strip()
     run_id = resume_id or uuid.uuid4().hex[:8]
     resume = 'allow' if resume_id else 'never'
-    with only_warn('nothing goes to W&B'):
+    with only_warn('W&B logs are not written'):
         project = settings['project']
         wandb.init(id=run_id, resume=resume, name=opt['name'], config=opt, project=project, sync_tensorboard=True)
         write_file(record, f'{run_id}\n'.encode())

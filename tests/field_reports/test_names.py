@@ -210,7 +210,7 @@ def test_tensorboard_that_fails_ends_no_run(caplog):
     writer = SparedWriter(SimpleNamespace(add_scalar=lambda *_: 1 / 0, log_dir='here'))
     for step in range(3):
         writer.add_scalar('loss', 1.0, step)
-    assert caplog.text.count('TensorBoard is not written: division by zero') == 1
+    assert caplog.text.count('TensorBoard logs are not written: division by zero') == 1
     assert writer.log_dir == 'here'
     SparedWriter(None).add_scalar('loss', 1.0, 1)
 

@@ -103,7 +103,7 @@ def test_directions(package):
         ('xyz', {}, OptionError, 'it has entropy, fid, lpips, musiq'),
         ('fid', {}, OptionError, 'fid measures sets of images'),
         ('entropy', {'colour': 3}, OptionError, 'entropy cannot be made with .*colour'),
-        ('entropy', {'device': 'nonsense'}, OptionError, 'nonsense cannot be used here, there is: '),
+        ('entropy', {'device': 'nonsense'}, OptionError, 'nonsense is not available; available devices: '),
         ('musiq', {}, BackendUnavailable, 'weights of musiq cannot be fetched .*Name or service not known'),
         ('lpips', {'crop_border': 4}, ShapeError, 'lpips fails on 4x8 pixels: Kernel size is larger$'),
     ],
