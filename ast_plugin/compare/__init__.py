@@ -1,1 +1,1 @@
-"""Running, tabling and drawing comparisons."""
+"""Comparison of networks: training, measurement and reports."""

@@ -1,6 +1,6 @@
-"""Processes that a comparison starts, one for each piece of work: a crash in one of them ends no other.
+"""Child processes of a comparison, one per job, so that a crash affects a single job only.
 
-Run as a module it becomes another module's process: `python -m ast_plugin.compare.child PARENT MODULE ARGUMENT …`.
+`python -m ast_plugin.compare.child PARENT MODULE ARGUMENT …` runs another module in this process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TAIL_BYTES = 64 * 1024
 
 
 class ChildFailed(Exception):
-    """A process has failed, for a reason in a line, after so many seconds."""
+    """Failure of a child process, with a one-line reason and its run time in seconds."""
 
     def __init__(self, reason: str, seconds: float = 0.0) -> None:
         super().__init__(reason)
@@ -41,22 +41,22 @@ def run_child(
     keep_open: Sequence[int] = (),
     on_wait: Callable[[float], None] | None = None,
 ) -> float:
-    """Run a module in a fresh process, its output in a file, and wait for it.
+    """Run a module in a new process and wait for it.
 
-    When this process is asked to stop (SIGINT, SIGTERM), it asks the child to stop and waits for it before the
-    exception goes on. On Linux the child is also asked to stop when this process is killed.
+    If this process is interrupted (SIGINT, SIGTERM), the child receives SIGTERM and is waited for before the exception
+    propagates. On Linux the child also receives SIGTERM if this process is killed.
 
     Args:
-        module: as for `python -m`.
-        arguments: of its command line.
-        log: file that its output is appended to.
-        threads: that its libraries may use; all cores if None.
-        keep_open: descriptors that it inherits.
-        on_wait: called now and then with the seconds since its start.
+        module: module name, as for `python -m`.
+        arguments: command-line arguments.
+        log: file to which stdout and stderr are appended.
+        threads: value of OMP_NUM_THREADS; unchanged if None.
+        keep_open: file descriptors to inherit.
+        on_wait: called every 0.2 s with the seconds since the start.
     Returns:
-        The seconds that it ran.
+        Run time in seconds.
     Raises:
-        ChildFailed: if it ended with another status than 0, or by a signal.
+        ChildFailed: if the exit status is not 0.
     """
     environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
     environment['PYTHONPATH'] = os.pathsep.join([str(_PACKAGE_PARENT), *filter(None, [os.environ.get('PYTHONPATH')])])
@@ -70,7 +70,7 @@ def run_child(
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+            start_new_session=True,  # Ctrl-C reaches only this process, which forwards it once
             pass_fds=keep_open if os.name == 'posix' else (),
         )
         try:
@@ -92,15 +92,17 @@ def run_child(
 def run_job(
     job: Mapping[str, Any], log: Path, *, threads: int | None = None, keep_open: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """Measure one thing of one network in a fresh process.
+    """Run one measurement in a new process.
 
     Args:
-        job: `kind`, a key of `measure.KINDS`, and what its function takes. `network` is a network's type and arguments,
-            `weights` and `param_key` are None for weights as they are drawn.
-        log: file that the process's output is appended to; the job and its record lie beside it meanwhile.
+        job: `kind`, a key of `measure.KINDS`, and the options of its function. `network` has the type and arguments of
+            the network; `weights` and `param_key` are None for random weights.
+        log: file to which the output is appended; temporary files are written next to it.
         threads, keep_open: see `run_child`.
     Returns:
-        The record of what was measured; ChildFailed says why there is none.
+        The record of the measurement.
+    Raises:
+        ChildFailed: if the measurement failed.
     """
     job_file, record_file = log.with_suffix('.job'), log.with_suffix('.record')
     record_file.unlink(missing_ok=True)
@@ -109,14 +111,14 @@ def run_job(
         run_child('ast_plugin.compare.measure', [str(job_file)], log, threads=threads, keep_open=keep_open)
         return json.loads(record_file.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
-        raise ChildFailed('it left no record') from error
+        raise ChildFailed('the process wrote no record') from error
     finally:
         job_file.unlink(missing_ok=True)
         record_file.unlink(missing_ok=True)
 
 
 def _reason(status: int, log: Path, begin: int) -> str:
-    """What a failed process said last of its failure, behind a place in the log."""
+    """Return the last error message of a failed process after offset `begin` of the log."""
     with log.open('rb') as file:
         file.seek(max(begin, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         output = file.read().decode('utf-8', 'replace')
@@ -126,19 +128,19 @@ def _reason(status: int, log: Path, begin: int) -> str:
         return errors[0].removeprefix('basicsr: error:').strip()
     if status < 0:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f'signal {-status}'
-        hint = ', perhaps because memory ran out' if name == 'SIGKILL' else ''
-        return f'ended by {name}{hint}'
-    # A traceback ends with its error; frames and their marks come before it.
+        hint = ', possibly out of memory' if name == 'SIGKILL' else ''
+        return f'terminated by {name}{hint}'
+    # A traceback ends with the error message; skip lines of frames and position markers.
     errors = [line for line in lines if not line.startswith(('File ', '^'))]
     return errors[0][:300] if errors else f'exit status {status}'
 
 
 def _die_with(parent: int) -> None:
-    """Get SIGTERM when the parent ends in whatever way; a run that is trained saves itself then. Linux only."""
+    """Request SIGTERM when the parent exits for any reason, so that a training saves its state. Linux only."""
     if not sys.platform.startswith('linux'):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before we asked
+    if os.getppid() != parent:  # the parent exited before prctl
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -1,6 +1,6 @@
-"""Measures one thing of one network in a fresh process, and says on which machine it is.
+"""Measurements of a network in a process of their own: latency, memory, MACs and image quality.
 
-`python -m ast_plugin.compare.measure JOB`, see `ast_plugin.compare.child.run_job`.
+Usage: `python -m ast_plugin.compare.measure JOB`, see `ast_plugin.compare.child.run_job`.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from ast_plugin.names import file_name, printable, say
 from ast_plugin.ops import frozen_weights
 from ast_plugin.plugins import load_plugins
 
-_WARM_UP = 2  # runs before those that are timed
-_MOST_SECONDS = 60.0  # for timed runs, as soon as there are three
+_WARM_UP = 2  # untimed runs
+_MOST_SECONDS = 60.0  # limit of the timed runs, after `_FEWEST_RUNS`
 _FEWEST_RUNS = 3
-_KEPT_SIDE = 768  # longest side of the images that are kept for the report, in pixels
+_KEPT_SIDE = 768  # maximum side of the images in the report, in pixels
 _PACKAGES = ('torch', 'torchvision', 'basicsr', 'numpy', 'opencv-python', 'lmdb', 'triton')
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, threads that torch uses, load, and the GPU; no names of hosts or users."""
+    """Return processor, cores, PyTorch threads, load and GPU, without host or user names."""
     return {
         'processor': _read('/proc/cpuinfo', r'^model name\s*: (.+)$') or platform.processor() or platform.machine(),
         'cores': os.cpu_count(),
@@ -59,12 +59,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run in the last minute; None where the system does not tell."""
+    """Return the load average of the last minute, or None if the system does not report it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python, this package, and the installed packages that decide its speed."""
+    """Return the versions of Python, this package and the packages that affect its speed."""
     versions = {'python': platform.python_version(), 'ast_plugin': __version__}
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -73,17 +73,17 @@ def installed_versions() -> dict[str, str]:
 
 
 def peak_memory(function: Callable[[], object], device: torch.device | str = 'cpu') -> int | None:
-    """Bytes that a call takes at most on top of what is held before it; None where the system does not tell.
+    """Return the peak memory of a call in bytes, excluding memory in use before; None if the system does not report it.
 
-    On a GPU these are the bytes of tensors, on a CPU the growth of the process's resident size.
+    Measured as allocated tensor memory on a GPU, and as growth of the resident set size on a CPU.
     """
     if torch.device(device).type != 'cpu':
         return peak_bytes(function, torch.device(device))
-    # What earlier calls have left, as garbage or with the allocator, would hide what this one needs.
+    # Memory retained from earlier calls could be reused, which would hide what this call needs.
     gc.collect()
     return_freed_memory()
     with contextlib.suppress(OSError):
-        Path('/proc/self/clear_refs').write_text('5')  # the highest resident size counts from now on
+        Path('/proc/self/clear_refs').write_text('5')  # resets the peak resident set size
     resident = _read('/proc/self/status', r'^VmRSS:\s+(\d+) kB$')
     function()
     highest = _read('/proc/self/status', r'^VmHWM:\s+(\d+) kB$')
@@ -91,7 +91,7 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = 'cp
 
 
 def _read(file: str, pattern: str) -> str | None:
-    """What Linux says of the machine or this process in a line of a file; None elsewhere."""
+    """Return the first group of a pattern in a file of /proc, or None on systems without it."""
     with contextlib.suppress(OSError):
         found = re.search(pattern, Path(file).read_text(encoding='utf-8'), re.MULTILINE)
         return found and found[1].strip()
@@ -99,15 +99,14 @@ def _read(file: str, pattern: str) -> str | None:
 
 
 def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Latency and peak memory of a network at one size, and the multiplications that it takes.
+    """Measure latency, peak memory and MACs of a network at one size.
 
     Args:
-        job: `network`, `weights`, `param_key`, `size` (height, width), `runs`, `device`; `counts` false leaves out the
-            multiplications.
+        job: `network`, `weights`, `param_key`, `size` (height, width), `runs`, `device`; no MACs if `counts` is false.
     Returns:
-        `parameters`, `macs`, `uncounted` (operators that are left out of them, with how often they were called),
-        `seconds` of each run, `milliseconds` of the median, `peak_bytes` on top of the weights (None where the system
-        does not tell), `threads`, `load` of the machine before.
+        `parameters`, `macs`, `uncounted` (operators not included in the MACs, with the number of calls), `seconds` of
+        each run, `milliseconds` (median), `peak_bytes` excluding weights and input (None if the system does not report
+        it), `threads`, `device`, and `load` of the machine before the measurement.
     """
     device = find_device(job['device'])
     network = _load_any_size(job, device)
@@ -128,12 +127,12 @@ def measure_speed(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure_memory(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Peak memory of a pass on top of the weights, after one on a small image.
+    """Measure the peak memory of a forward pass after a warm-up pass on a small image.
 
     Args:
         job: `network`, `weights`, `param_key`, `size` (height, width), `device`.
     Returns:
-        `peak_bytes`; None where the system does not tell.
+        `peak_bytes` excluding weights and input; None if the system does not report it.
     """
     device = find_device(job['device'])
     network = _load_any_size(job, device)
@@ -146,11 +145,13 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
     """Restore and measure every image of a dataset under a protocol.
 
     Args:
-        job: `network` (None measures the unrestored images), `weights`, `param_key`, `dataset` (options), `protocol`,
-            `metrics`, `bit_depth`, `device`, `kept` (how many images to keep), `folder` (where).
+        job: `network` (None measures the degraded images), `weights`, `param_key`, `dataset` (options), `protocol`,
+            `metrics`, `bit_depth`, `device`, `kept` (number of images to save), `folder` (of the saved images).
     Returns:
-        `values`, by image and metric; `protocol`, in a line; `multiple`, of which the sizes had to be; `notes`;
-        `kept`, the names of the images in the folder.
+        `values` (image -> metric -> value), `protocol` (one-line description), `multiple` (image sizes are padded to
+        it), `notes`, `kept` (names of the saved images).
+    Raises:
+        DataError: if no image can be restored and measured.
     """
     bit_depth, device = job.get('bit_depth') or 8, find_device(job['device'])
     protocol = read_protocol(job['protocol'], bit_depth)
@@ -159,14 +160,14 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
     dataset = _open_dataset(job['dataset'])
     notes: list[str] = []
     values: dict[str, dict[str, float]] = {}
-    kept: list[str] = []  # the first ones by name: some datasets list their files in no order
+    kept: list[str] = []  # the first by name, as some datasets list files in arbitrary order
     for number in range(len(dataset)):
         path, stage, failures = name_of(dataset, number), 'unreadable', []
         try:
             sample = dataset[number]
             path, stage = sample['lq_path'], 'network'
             if 'gt' not in sample:
-                raise OptionError(f'{job["dataset"]["name"]} has no clean images that results could be measured by')
+                raise OptionError(f'{job["dataset"]["name"]} has no clean images, which metrics require')
             lq, gt = sample['lq'][None].float(), sample['gt'][None].float()
             with torch.inference_mode():
                 restored = lq.clamp(0, 1) if network is None else protocol.restore(network, lq, on_note=notes.append)
@@ -176,7 +177,7 @@ def measure_quality(job: Mapping[str, Any]) -> dict[str, Any]:
             failures.append(f'{class_of_failure(error, stage)}: {one_line(error)}')
             measured = dict.fromkeys(metrics, math.nan)
         name = distinct(printable(Path(path).stem), values)
-        values[name] = measured  # what is not a number for one network is left out for all
+        values[name] = measured  # images that are NaN for one network are excluded for all
         notes += [f'{path}: {failure}' for failure in failures]
         if all(map(math.isnan, measured.values())):
             continue
@@ -200,17 +201,17 @@ KINDS = {'speed': measure_speed, 'memory': measure_memory, 'quality': measure_qu
 
 
 def image_path(folder: str | Path, name: str, is_clean: bool = False) -> Path:
-    """Where a restored image is kept, or the clean one that belongs to it."""
+    """Return the path of a saved restored image, or of its clean image."""
     return Path(folder, 'clean' if is_clean else 'restored', file_name(name, '.png'))
 
 
 def _load_any_size(job: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """The network of a job, padding its input where it does not take every size, after a pass on a small image."""
+    """Load the network of a job, padding its input to supported sizes, and run a warm-up pass on a small image."""
     network = load_network(job['network'], job['weights'], job['param_key']).to(device)
     channels = input_channels(job['network'])
-    required_multiple(network, channels)  # refuses networks that enlarge images
+    required_multiple(network, channels)  # rejects networks that enlarge images
     network = any_size(network, channels)
-    with torch.inference_mode():  # what libraries take at their first call is no cost of the network
+    with torch.inference_mode():  # excludes the one-time initialisation of libraries from measurements
         network(torch.rand(1, channels, 64, 64, device=device))
     return network
 
@@ -223,7 +224,7 @@ def _open_dataset(options: Mapping[str, Any]) -> Any:
 
 
 def _keep(path: Path, image: Tensor) -> None:
-    """Write the middle of an image, [3, H, W] in [0, 1], as PNG."""
+    """Save the centre of an image, [C, H, W] in [0, 1], as PNG."""
     height, width = image.shape[-2:]
     top, left = max(0, height - _KEPT_SIDE) // 2, max(0, width - _KEPT_SIDE) // 2
     part = image[..., top : top + _KEPT_SIDE, left : left + _KEPT_SIDE]
@@ -246,7 +247,7 @@ def _time_runs(network: nn.Module, image: Tensor, runs: int) -> list[float]:
 
 
 def main() -> int:
-    """Do the job that the command line names."""
+    """Run the job in the file given on the command line; return the exit status."""
     load_plugins()
     job = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
     try:

@@ -1,4 +1,4 @@
-"""Shows a comparison: tables, plots in which every mark carries its name, and a page that needs but a browser."""
+"""Outputs of a comparison: tables, plots with labelled points, and a self-contained HTML report."""
 
 from __future__ import annotations
 
@@ -40,53 +40,53 @@ from ast_plugin.models.run_log import COLOURS, FAINT, GRID, INK, STYLE, draw_leg
 from ast_plugin.names import escape_markdown, printable, write_name
 from ast_plugin.options.sections import INPUT
 
-CLEAN = 'clean'  # the source of the images that results are measured against
+CLEAN = 'clean'  # source name of the reference images
 _TEMPLATE = Path(__file__).with_name('report_template.html')
-_QUALITY = 92  # of the images in the page
-_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', 'h')  # told apart by every printer
+_QUALITY = 92  # WebP quality of the images in the report
+_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', 'h')  # distinguishable without colour
 _INCHES = (5.6, 4.2)
-_SMOOTHED_SHARE = 0.05  # of a run that a point of its loss looks back
+_SMOOTHED_SHARE = 0.05  # window of the running mean of a loss, as a fraction of the run
 _MOST_POINTS = 2000
-_COSTS = {'parameters': 'parameters', 'macs': 'macs', 'milliseconds': 'latency', 'peak_bytes': 'memory'}  # in files
-# Where the name of a mark may stand, in points from the mark.
+_COSTS = {'parameters': 'parameters', 'macs': 'macs', 'milliseconds': 'latency', 'peak_bytes': 'memory'}  # file names
+# Candidate offsets of a label from its point, in typographic points.
 _PLACES = ((8, 0), (-8, 0), (8, 8), (8, -8), (-8, 8), (-8, -8), (0, 9), (0, -9), (10, 20), (10, -20))
 _SVG_COLOURS = {INK: 'currentColor', FAINT: 'var(--faint)', GRID: 'var(--grid)'}
 
-Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]  # of a metrics.csv: iterations and values by name
-Scenes = Mapping[str, Mapping[str, Path]]  # by name the files of every source: `input`, networks, `clean`
+Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]  # columns of a metrics.csv: name -> (iterations, values)
+Scenes = Mapping[str, Mapping[str, Path]]  # image name -> source (`input`, a network, `clean`) -> file
 
 
 class Plot(NamedTuple):
-    """A drawing, for files and for the report."""
+    """Rendered plot in two formats."""
 
-    name: str  # of its file, without ending
-    title: str  # what it shows
-    png: bytes  # for documents, 200 dots an inch
-    svg: str  # for pages; colours of ink and grid as in `INK`, `FAINT`, `GRID`
+    name: str  # file name without suffix
+    title: str
+    png: bytes  # 200 dpi
+    svg: str  # for the report, with the colours `INK`, `FAINT` and `GRID`
 
 
 def draw_all(results: Results, curves: Mapping[str, Columns], validated: str | None) -> list[Plot]:
-    """Every plot that there are numbers for.
+    """Draw every plot for which data is available.
 
     Args:
-        results: of the comparison.
-        curves: of each trained network the columns of its `metrics.csv`.
-        validated: the column of validation to draw, `dataset/metric`; None for none.
+        results: results of the comparison.
+        curves: columns of `metrics.csv` of each trained network.
+        validated: validation column to plot, `dataset/metric`, or None.
     """
     wanted: list[tuple[str, str, Callable[[Axes], None]]] = []
     metric = next(iter(results.metrics), None)
     costs: dict[str, Column] = {}
-    for column in results.columns():  # of the first size, where there are several
+    for column in results.columns():  # costs are plotted for the first size only
         costs.setdefault(column.key, column)
     for key in _COSTS if metric else ():
         numbers = costs[key].numbers if key in costs else ()
         points = [(row, cost) for row, cost in zip(results.rows, numbers, strict=False) if row.values and cost]
         if points:
             draw = partial(_draw_scatter, results=results, metric=metric, points=points, label=costs[key].title)
-            wanted.append((f'{metric}_against_{_COSTS[key]}', f'{metric} against {costs[key].title}', draw))
+            wanted.append((f'{metric}_against_{_COSTS[key]}', f'{metric} vs. {costs[key].title}', draw))
     losses = {name: loss for name, columns in curves.items() if (loss := _loss(columns)) is not None}
     if losses:
-        title = 'loss in training, a running mean'
+        title = 'training loss (running mean)'
         wanted.append(('training_loss', title, partial(_draw_losses, results=results, title=title, lines=losses)))
     scores = {
         name: columns[validated]
@@ -95,17 +95,17 @@ def draw_all(results: Results, curves: Mapping[str, Columns], validated: str | N
     }
     if scores:
         dataset, _, metric = validated.rpartition('/')
-        title = f'{metric} of {dataset}, validated in training'
+        title = f'{metric} on {dataset} during training'
         wanted.append(('training_validation', title, partial(_draw_lines, results=results, title=title, lines=scores)))
     plots = []
     for name, title, draw in wanted:
-        with only_warn(f'not drawn: {title}'):
+        with only_warn(f'plot not drawn: {title}'):
             plots.append(_draw(re.sub(r'[^\w-]', '_', name), title, draw))
     return plots
 
 
 def _draw(name: str, title: str, draw: Callable[[Axes], None]) -> Plot:
-    with rc_context({**STYLE, 'svg.hashsalt': name}):  # equal drawings are equal files
+    with rc_context({**STYLE, 'svg.hashsalt': name}):  # makes the SVG reproducible
         figure = Figure(figsize=_INCHES, layout='constrained')
         axis = figure.subplots()
         quieten(axis)
@@ -117,7 +117,7 @@ def _draw(name: str, title: str, draw: Callable[[Axes], None]) -> Plot:
 
 
 def _styles(results: Results) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each network."""
+    """Return the colour and marker of each network."""
     names = [row.name for row in results.networks]
     return dict(zip(names, itertools.cycle(zip(COLOURS, _MARKERS, strict=True)), strict=False))
 
@@ -134,7 +134,7 @@ def _draw_scatter(axis: Axes, results: Results, metric: str, points: Sequence[tu
         marks.append((row.name, cost, found.mean, colour))
     axis.set_xscale('log')
     costs = [cost for _, cost in points]
-    # A span of its own where all cost alike, room for names otherwise.
+    # Leaves room for labels, and a non-empty range if all costs are equal.
     axis.set_xlim(min(costs) / 1.7, max(costs) * 1.7)
     is_narrow = max(costs) < 12 * min(costs)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
@@ -144,19 +144,19 @@ def _draw_scatter(axis: Axes, results: Results, metric: str, points: Sequence[tu
     write_name(axis.set_ylabel(''), metric)
     axis.margins(y=0.12)
     title = axis.set_title('', loc='left', fontweight='bold')
-    write_name(title, f'{metric} of {len(results.images)} images')
+    write_name(title, f'{metric}, mean over {len(results.images)} images')
     _name_marks(axis, marks, _draw_input(axis, results, metric))
 
 
 def _draw_input(axis: Axes, results: Results, metric: str) -> Annotation | None:
-    """A line at the unrestored images' mean, and its name."""
+    """Draw a labelled horizontal line at the mean of the degraded input."""
     row = next((row for row in results.rows if row.name == INPUT and row.values), None)
     found = results.estimate(row, metric) if row is not None else None
     if found is None or not math.isfinite(found.mean):
         return None
     axis.axhline(found.mean, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     return axis.annotate(
-        f'unrestored {format_metric(metric, found.mean)}',
+        f'input {format_metric(metric, found.mean)}',
         (1, found.mean),
         xycoords=('axes fraction', 'data'),
         xytext=(-3, 3),
@@ -168,8 +168,8 @@ def _draw_input(axis: Axes, results: Results, metric: str) -> Annotation | None:
 
 
 def _name_marks(axis: Axes, marks: Sequence[tuple[str, float, float, str]], note: Annotation | None) -> None:
-    """Put each name where it covers least: other names, marks, the frame; the note first, left or right."""
-    axis.figure.draw_without_rendering()  # only now is known where things are
+    """Place each label with the least overlap with other labels, points and the frame; the note is placed first."""
+    axis.figure.draw_without_rendering()  # computes the layout
     frame = axis.get_window_extent()
     corners = [axis.transData.transform((cost, value)) - 6 for _, cost, value, _ in marks]
     taken = [Bbox.from_bounds(x, y, 12, 12) for x, y in corners]
@@ -191,7 +191,7 @@ def _name_marks(axis: Axes, marks: Sequence[tuple[str, float, float, str]], note
         font = {'color': colour, 'fontweight': 'bold', 'fontsize': 9.5}
         text = axis.annotate('', (cost, value), xytext=(0, 0), textcoords='offset points', **font)
         write_name(text, name)
-        # A text grows away from its mark.
+        # Align each label so that it extends away from its point.
         sides, heights = {-1: 'right', 0: 'center', 1: 'left'}, {-1: 'top', 0: 'center', 1: 'bottom'}
         signs = [(np.sign(dx), np.sign(dy)) for dx, dy in _PLACES]
         places = zip(_PLACES, signs, strict=True)
@@ -205,7 +205,7 @@ def _overlap(first: Bbox, second: Bbox) -> float:
 
 def _draw_lines(axis: Axes, results: Results, title: str, lines: Columns) -> None:
     styles = _styles(results)
-    # The legend lists names as their lines end, from top to bottom.
+    # The legend is sorted by the final values, as the lines end from top to bottom.
     ordered = dict(sorted(lines.items(), key=lambda line: -np.nan_to_num(line[1][1][-1])))
     drawn: list[Any] = []
     for name, (iterations, values) in ordered.items():
@@ -219,7 +219,7 @@ def _draw_lines(axis: Axes, results: Results, title: str, lines: Columns) -> Non
 
 
 def _draw_losses(axis: Axes, results: Results, title: str, lines: Columns) -> None:
-    """Draw lines without the first few iterations' losses, which would press all the rest to the floor."""
+    """Draw loss curves with y limits that ignore the first 5 % of iterations, whose losses are much larger."""
     values = np.concatenate([values[len(values) // 20 :] for _, values in lines.values()])
     low, high = np.nanmin(values), np.nanpercentile(values, 99)
     if np.isfinite([low, high]).all() and high > low:
@@ -228,7 +228,7 @@ def _draw_losses(axis: Axes, results: Results, title: str, lines: Columns) -> No
 
 
 def _loss(columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
-    """The sum of the losses of each iteration, smoothed; None if the log has none."""
+    """Return iterations and the smoothed sum of all losses, or None if no loss was logged."""
     names = [name for name in columns if name.startswith('l_') and columns[name][0].size]
     if not names:
         return None
@@ -241,14 +241,14 @@ def _loss(columns: Columns) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def write_outputs(plan: Plan, results: Results) -> Path:
-    """Write table.md, table.csv, images.csv, plots/ and report.html into the comparison's folder.
+    """Write table.md, table.csv, images.csv, plots/ and report.html into the folder of the comparison.
 
     Returns:
-        The report, or where it fails the table.
+        Path of the report, or of table.md if the report could not be written.
     Raises:
         FileError: if a file cannot be written.
     """
-    failures = [escape_markdown(f'{row.name} failed, {row.failed}') for row in results.rows if row.failed]
+    failures = [escape_markdown(f'{row.name} failed while {row.failed}') for row in results.rows if row.failed]
     contents = {
         'table.md': f'{results.to_markdown()}\n{"".join(f"{chr(10)}- {line}" for line in failures)}'.rstrip() + '\n',
         'table.csv': results.to_csv(),
@@ -257,12 +257,12 @@ def write_outputs(plan: Plan, results: Results) -> Path:
     for name, text in contents.items():
         write_file(plan.folder / name, text.encode(), make_folder=True)
     drawings: list[Plot] = []
-    with only_warn('not drawn'):
+    with only_warn('plots not drawn'):
         drawings = draw_all(results, _read_curves(plan), _validated_column(plan, results))
     for drawing in drawings:
         write_file(plan.folder / 'plots' / f'{drawing.name}.svg', drawing.svg.encode(), make_folder=True)
         write_file(plan.folder / 'plots' / f'{drawing.name}.png', drawing.png)
-    with only_warn('report.html is not written'):
+    with only_warn('report.html not written'):
         page = render_page(results, _scenes(plan, results), drawings, describe_method(plan, results))
         write_file(plan.folder / 'report.html', page.encode())
         return plan.folder / 'report.html'
@@ -270,13 +270,13 @@ def write_outputs(plan: Plan, results: Results) -> Path:
 
 
 def render_page(results: Results, scenes: Scenes, drawings: Sequence[Plot], method: Sequence[tuple[str, str]]) -> str:
-    """The page as HTML.
+    """Render the report as one HTML page.
 
     Args:
-        results: of the comparison.
-        scenes: images to be looked at.
-        drawings: of `draw_all`.
-        method: what readers must know of how the figures came about: terms and what is said of them.
+        results: results of the comparison.
+        scenes: images for the image viewer.
+        drawings: plots, see `draw_all`.
+        method: experimental setup as (term, description) pairs, see `describe_method`.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters['duration'] = format_duration
@@ -298,7 +298,7 @@ def render_page(results: Results, scenes: Scenes, drawings: Sequence[Plot], meth
 
 
 def _not_told_from(results: Results, metric: str, best: Any) -> list[str]:
-    """Networks whose difference from the best one the images leave open."""
+    """Return the networks whose confidence interval of the difference to the best network includes zero."""
     differences = {row.name: results.difference(row, metric, best) for row in results.networks}
     return [
         name
@@ -311,18 +311,18 @@ def _inline_svg(drawing: Plot) -> str:
     svg = drawing.svg[drawing.svg.index('<svg') :]
     for colour, replacement in _SVG_COLOURS.items():
         svg = svg.replace(colour, replacement)
-    # Several drawings share one page: the names in each get its own name in front.
+    # Prefix ids with the plot's name: they must be unique in the page.
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{drawing.name}-', svg)
     return re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
 
 
 def _viewer_data(results: Results, scenes: Scenes, best: str | None) -> dict[str, Any]:
-    """What the page's script reads, images as data URLs among it."""
+    """Return the data of the image viewer's script, with images as data URLs."""
     sources = list(dict.fromkeys(source for files in scenes.values() for source in files))
     pictures = []
     for name, files in scenes.items():
         images: dict[str, str] = {}
-        with only_warn(f'{name} is not shown'):
+        with only_warn(f'{name} is not shown in the report'):
             with Image.open(next(iter(files.values()))) as image:
                 width, height = image.size
             images = {source: _data_url(file) for source, file in files.items()}
@@ -336,7 +336,7 @@ def _viewer_data(results: Results, scenes: Scenes, best: str | None) -> dict[str
         pictures.append({'name': name, 'width': width, 'height': height, 'images': images, 'values': values})
     return {
         'pictures': pictures,
-        'sources': [[name, 'unrestored' if name == INPUT else name] for name in sources],
+        'sources': [[name, name] for name in sources],
         'left': INPUT if INPUT in sources else next(iter(sources), ''),
         'right': best if best in sources else next(reversed(sources), ''),
     }
@@ -355,13 +355,13 @@ def _read_curves(plan: Plan) -> dict[str, Columns]:
         if network.train is not None:
             try:
                 curves[network.name] = read_columns(plan.folder / 'experiments' / network.name / 'metrics.csv')
-            except (OSError, ValueError):  # a training that failed early left none
+            except (OSError, ValueError):  # a training that failed early has no metrics.csv
                 continue
     return curves
 
 
 def _validated_column(plan: Plan, results: Results) -> str | None:
-    """The column that a training's log has of the first metric, on its first set of validation."""
+    """Return the log column of the first metric on the first validation set, or None if nothing was trained."""
     for network in plan.networks:
         if network.train is not None:
             names = [data['name'] for key, data in network.train['datasets'].items() if key.startswith('val')]
@@ -371,7 +371,7 @@ def _validated_column(plan: Plan, results: Results) -> str | None:
 
 
 def _scenes(plan: Plan, results: Results) -> Scenes:
-    """The first images that were kept, as those that failed were not: the files of each by their network."""
+    """Return the files of the first images for the viewer, skipping images without any file."""
     folder = plan.folder / 'pictures'
 
     def kept(name: str) -> dict[str, Path]:
@@ -384,13 +384,13 @@ def _scenes(plan: Plan, results: Results) -> Scenes:
 
 
 def describe_method(plan: Plan, results: Results) -> list[tuple[str, str]]:
-    """How the figures came about, as terms and sentences; the page itself says what holds of every comparison."""
+    """Return the experimental setup as (term, description) pairs; the template adds what holds for all comparisons."""
     machine, settings = describe_machine(), plan.settings
     cores = machine['cores'] or 1
     given = [network.name for network in plan.networks if network.train is None]
     weights = {
-        'latest': 'the last ones of each training: no test image has picked them',
-        'best': 'the best of each training by its validations',
+        'latest': 'last checkpoint of each training; not selected on test images',
+        'best': 'best checkpoint of each training, selected by validation',
     }[settings.weights]
     loads = [speed['load'] or 0.0 for row in results.rows for speed in row.speeds.values()]
     gpu = f', {machine["gpu"]}' if machine['gpu'] else ''
@@ -399,32 +399,32 @@ def describe_method(plan: Plan, results: Results) -> list[tuple[str, str]]:
         ('Data', f'{plan.dataset["name"]} ({plan.dataset["type"]}), {len(results.images)} images'),
         ('Protocol', read_protocol(plan.protocol).describe()),
         ('Training', _describe_training(plan, results)),
-        ('Weights', weights + (f'; given ones for {", ".join(given)}' if given else '')),
-        ('Timed runs', f'{settings.runs} for each network and size, after two'),
+        ('Weights', weights + (f'; pretrained weights for {", ".join(given)}' if given else '')),
+        ('Timed runs', f'{settings.runs} per network and size, after 2 warm-up runs'),
         ('Machine', f'{machine["processor"]}, {cores} cores, {threads} threads{gpu}, {machine["system"]}'),
         ('Versions', ', '.join(f'{name} {version}' for name, version in installed_versions().items())),
     ]
     if max(loads, default=0.0) > cores:
-        lines.append(('Busy machine', f'load up to {max(loads):.1f} on {cores} cores while speed was measured'))
+        lines.append(('Machine load', f'up to {max(loads):.1f} on {cores} cores during timing; latency is unreliable'))
     return lines
 
 
 def _describe_training(plan: Plan, results: Results) -> str:
     opts = [network.train for network in plan.networks if network.train is not None]
     if not opts:
-        return 'none here, weights were given'
+        return 'none; all networks use pretrained weights'
     first = opts[0]
     lengths = {row.training['iterations'] for row in results.rows if row.training.get('iterations')}
     if plan.settings.minutes:
-        budget = f'as many iterations for each as fit into {plan.settings.minutes:g} minutes'
+        budget = f'{plan.settings.minutes:g} minutes per network, converted to iterations by its measured speed'
     elif len(lengths) == 1:
-        budget = f'{next(iter(lengths)):,} iterations for each'
+        budget = f'{next(iter(lengths)):,} iterations per network'
     else:
-        budget = 'iterations as listed'
+        budget = 'iterations as listed below'
     data = first['datasets']['train']
-    shape = f'batches of {data.get("batch_size_per_gpu")}'
-    shape += f', patches of {data["gt_size"]} pixels' if data.get('gt_size') else ''
+    shape = f'batch size {data.get("batch_size_per_gpu")}'
+    shape += f', patch size {data["gt_size"]}×{data["gt_size"]}' if data.get('gt_size') else ''
     keys = sorted({key for opt in opts for key, value in opt['train'].items() if value != first['train'].get(key)})
     differing = f'networks differ in train.{", train.".join(keys)}' if keys else 'same optimiser and schedule'
     seed = first.get('manual_seed')
-    return f'the same for all: one set of pairs in one order, one seed ({seed}); {budget}, {shape}; {differing}'
+    return f'identical for all networks: training pairs, their order, seed {seed}; {budget}; {shape}; {differing}'

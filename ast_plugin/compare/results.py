@@ -1,4 +1,4 @@
-"""What a comparison has found: a row a network, how sure its figures are, and the tables made of them."""
+"""Results of a comparison: one row per network, bootstrap confidence intervals, and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ast_plugin.options.sections import INPUT
 
 MISSING = '–'
 _SEED = 0
-_BLOCK = 2**22  # drawn numbers in memory at once
+_BLOCK = 2**22  # resampled values held in memory at once
 _PREFIXES = ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
 _DIGITS = {'psnr': 2, 'ssim': 4}
 
@@ -24,7 +24,7 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 
 class Estimate(NamedTuple):
-    """A mean over the images, and the ends of its confidence interval; None for fewer than two images."""
+    """Mean over the images with the bounds of its confidence interval, None for fewer than two images."""
 
     mean: float
     low: float | None = None
@@ -32,16 +32,15 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000) -> Estimate:
-    """The mean of one value an image, with a percentile interval by bootstrap.
+    """Return the mean over images with a percentile bootstrap confidence interval.
 
-    The draws depend on the number of values alone: the intervals of several networks on the same images, and those of
-    their differences, rest on the same draws.
+    The resamples depend only on the number of values, so all networks measured on the same images, and their
+    differences, share the same resamples.
 
     Args:
-        values: one an image. Those that are not finite (the PSNR of a perfect result) give their mean, without an
-            interval.
-        confidence: in (0, 1).
-        resamples: how often as many images as there are are drawn from them, with replacement.
+        values: one value per image. If any is not finite (the PSNR of a perfect result), there is no interval.
+        confidence: confidence level in (0, 1).
+        resamples: number of bootstrap resamples.
     """
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean())
@@ -61,48 +60,48 @@ def estimate(values: Sequence[float], confidence: float = 0.95, resamples: int =
 
 @dataclass
 class Row:
-    """What was found about a network, as far as it got."""
+    """Results of one network; incomplete if it failed."""
 
-    name: str  # of the network; `input` for the unrestored images
-    kind: str = ''  # its registered type
-    failed: str = ''  # where and why it failed
+    name: str  # of the network; `input` for the degraded images
+    kind: str = ''  # registered type
+    failed: str = ''  # `STAGE: REASON` of a failure
     parameters: int | None = None
     speeds: dict[Size, Mapping[str, Any]] = field(default_factory=dict)  # records of `measure.measure_speed`
-    values: dict[str, dict[str, float]] = field(default_factory=dict)  # of each image, by metric
-    training: dict[str, Any] = field(default_factory=dict)  # `iterations`, `seconds`, `versions`; empty without one
-    notes: list[str] = field(default_factory=list)  # lines for the reader
+    values: dict[str, dict[str, float]] = field(default_factory=dict)  # image -> metric -> value
+    training: dict[str, Any] = field(default_factory=dict)  # `iterations`, `seconds`, `versions`; empty if not trained
+    notes: list[str] = field(default_factory=list)  # shown in the report
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table for reading."""
+    """Column of the formatted table."""
 
-    key: str  # `parameters`, `macs`, `milliseconds` or `peak_bytes` of a cost, else the metric
-    title: str  # its heading
-    numbers: list[float | None]  # a number a row
-    texts: list[str]  # the numbers as they are shown
-    best: float | None = None  # of the networks; None where fewer than two have one, or none is better
+    key: str  # `parameters`, `macs`, `milliseconds`, `peak_bytes` or the name of a metric
+    title: str
+    numbers: list[float | None]  # one per row
+    texts: list[str]  # formatted numbers
+    best: float | None = None  # best value of the networks; None for fewer than two values or a column without a best
 
 
 @dataclass
 class Results:
-    """All rows, and how they are to be read."""
+    """All results of a comparison."""
 
     name: str  # of the comparison
-    rows: list[Row]  # the input's, then a network's each in the order of the file
-    lower_is_better: frozenset[str] = frozenset()  # metrics of which small values are good
-    baseline: str | None = None  # the network that others are told against; None for the best
-    confidence: float = 0.95  # of intervals
-    resamples: int = 10_000
+    rows: list[Row]  # the input, then the networks in the order of the option file
+    lower_is_better: frozenset[str] = frozenset()  # metrics for which lower is better
+    baseline: str | None = None  # network that differences refer to; None for the best
+    confidence: float = 0.95  # confidence level of the intervals
+    resamples: int = 10_000  # number of bootstrap resamples
 
     @property
     def networks(self) -> list[Row]:
-        """The rows but the input's."""
+        """Rows of the networks."""
         return [row for row in self.rows if row.name != INPUT]
 
     @property
     def measured(self) -> list[Row]:
-        """The rows that have values."""
+        """Rows with metric values."""
         return [row for row in self.rows if row.values]
 
     @property
@@ -112,7 +111,7 @@ class Results:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics, in the order of the file."""
+        """Names of the metrics, in the order of the option file."""
         return list(self.measured[0].values[self.images[0]]) if self.measured else []
 
     @property
@@ -122,17 +121,17 @@ class Results:
 
     @property
     def uncounted(self) -> list[str]:
-        """Operators that the multiply-adds leave out."""
+        """Operators not included in the MACs."""
         names = {name for row in self.rows for speed in row.speeds.values() for name in speed['uncounted']}
         return sorted({name.removeprefix('aten::').rstrip('_') for name in names})
 
     def perfect(self, metric: str) -> list[str]:
-        """Images of which some row's value is not finite, as the PSNR of what equals its reference."""
+        """Return the images for which any row has a non-finite value, such as the PSNR of a perfect result."""
         rows = [row.values for row in self.measured]
         return [name for name in self.images if not all(math.isfinite(values[name][metric]) for values in rows)]
 
     def incomparable(self) -> list[str]:
-        """Metrics without a mean to compare: each image failed for some row, not always the same."""
+        """Return the metrics for which every image is NaN in at least one row, so that no common mean exists."""
         rows = [row.values for row in self.measured]
         return [
             metric
@@ -141,30 +140,37 @@ class Results:
         ]
 
     def of_metric(self, row: Row, metric: str) -> list[float]:
-        """The values of a row's metric, image by image: of those images that are finite for all rows, or of all."""
+        """Return the values of a metric for the images that are finite in all rows, or for all images if none is."""
         perfect = set(self.perfect(metric))
         finite = [values[metric] for name, values in row.values.items() if name not in perfect]
         return finite or [values[metric] for values in row.values.values()]
 
     def estimate(self, row: Row, metric: str) -> Estimate | None:
-        """The mean of a row's metric, None if it was not measured."""
+        """Return the mean of a metric with its interval, or None if it was not measured."""
         return estimate(self.of_metric(row, metric), self.confidence, self.resamples) if row.values else None
 
     def best(self, metric: str) -> Row | None:
-        """The network of the best mean; None if none was measured."""
+        """Return the network with the best mean, or None if no network was measured."""
         sign = -1 if metric in self.lower_is_better else 1
         networks = [row for row in self.measured if row.name != INPUT]
         return max(networks, key=lambda row: sign * statistics.fmean(self.of_metric(row, metric)), default=None)
 
     def reference(self) -> Row | None:
-        """The row that differences are told against: the named one, where it was measured, else the best."""
+        """Return the row that differences refer to: the baseline if it was measured, else the best network."""
         named = [row for row in self.measured if row.name == self.baseline]
         return named[0] if named else self.best(self.metrics[0]) if self.metrics else None
 
     def difference(self, row: Row, metric: str, reference: Row | None = None) -> Estimate | None:
-        """The mean difference of a row from another, or from `reference()`; None for that itself, and without values.
+        """Return the mean difference to a reference row, paired by image.
 
-        It is paired, image by image: what hard and easy images have in common cancels.
+        Pairing removes the variance between images, which is common to both rows.
+
+        Args:
+            row: row to compare.
+            metric: name of the metric.
+            reference: row to subtract; `reference()` if None.
+        Returns:
+            The estimate, or None if the row is the reference or has no values.
         """
         reference = reference or self.reference()
         if reference is None or row is reference or not row.values:
@@ -174,7 +180,7 @@ class Results:
             return estimate(differences, self.confidence, self.resamples)
 
     def columns(self) -> list[Column]:
-        """The table for reading, but for the names of its rows."""
+        """Return the columns of the formatted table, without the names of the rows."""
         columns = [self._cost('parameters', 'parameters', [row.parameters for row in self.rows], format_count)]
         for size in self.sizes:
             place = f'at {size[0]}²' if size[0] == size[1] else f'at {size[0]}×{size[1]}'
@@ -197,22 +203,22 @@ class Results:
             differences = [self.difference(row, metric) for row in self.rows]
             texts = [format_interval(metric, found, sign=True) for found in differences]
             means = [found and found.mean for found in differences]
-            columns.append(Column(metric, f'{metric} against {reference.name}', means, texts))
+            columns.append(Column(metric, f'Δ {metric} vs. {reference.name}', means, texts))
         return columns
 
     def to_markdown(self) -> str:
-        """The table for reading."""
+        """Return the formatted table as Markdown."""
         columns = self.columns()
         cells = [[row.name, *(column.texts[number] for column in columns)] for number, row in enumerate(self.rows)]
         return to_markdown([['network', *(column.title for column in columns)], *cells])
 
     def to_csv(self) -> str:
-        """Numbers in full, a row a network."""
+        """Return all results at full precision, one line per network."""
         rows = [self._csv_cells(row) for row in self.rows]
         return to_csv([list(rows[0]), *(list(cells.values()) for cells in rows)])
 
     def images_to_csv(self) -> str:
-        """Every value of every image, one a line."""
+        """Return the metrics of every network and image, one line per image."""
         rows = [(row.name, name, *values.values()) for row in self.rows for name, values in row.values.items()]
         return to_csv([('network', 'image', *self.metrics), *rows])
 
@@ -247,25 +253,25 @@ def _scaled(value: float) -> tuple[float, str]:
 
 
 def format_count(value: float) -> str:
-    """`6.65 M`: three figures and a prefix."""
+    """Format a count with three significant digits and an SI prefix, such as `6.65 M`."""
     scaled, prefix = _scaled(value)
     digits = 0 if not prefix or scaled >= 100 else 1 if scaled >= 10 else 2
     return f'{scaled:.{digits}f} {prefix}'.rstrip()
 
 
 def format_tick(value: float) -> str:
-    """`200 k`, `0.05`: what stands at a tick of an axis."""
+    """Format an axis tick, such as `200 k` or `0.05`."""
     scaled, prefix = _scaled(value)
     return f'{scaled:g} {prefix}'.rstrip()
 
 
 def format_milliseconds(value: float) -> str:
-    """Three figures, and no more than the whole number."""
+    """Format milliseconds with three significant digits, without decimals from 100 up."""
     return f'{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}'
 
 
 def format_duration(seconds: float) -> str:
-    """`41 s`, `3.2 min`, `5.1 h`."""
+    """Format a duration, such as `41 s`, `3.2 min` or `5.1 h`."""
     for size, unit in ((3600, 'h'), (60, 'min')):
         if seconds >= 2 * size:
             return f'{seconds / size:.1f} {unit}'
@@ -273,12 +279,12 @@ def format_duration(seconds: float) -> str:
 
 
 def format_metric(metric: str, value: float) -> str:
-    """Decibels with two digits, what lies in [0, 1] with four."""
+    """Format a metric: PSNR with two decimals, SSIM with four; others with two from 2 up, else four."""
     return f'{value:.{_digits(metric, value)}f}'
 
 
 def format_interval(metric: str, found: Estimate | None, sign: bool = False) -> str:
-    """`29.49 [28.10, 30.75]`."""
+    """Format a mean with its interval, such as `29.49 [28.10, 30.75]`."""
     if found is None:
         return MISSING
     form = f'{"+" if sign else ""}.{_digits(metric, found.mean)}f'

@@ -1,4 +1,4 @@
-"""Runs a comparison: what its file asks for is tried, then trained and measured alike, going on where it was ended."""
+"""Plan and run comparisons: check the option file, then train and measure every network; finished work is reused."""
 
 from __future__ import annotations
 
@@ -31,72 +31,74 @@ from ast_plugin.options.reading import NETWORKS_KEY, Sources
 from ast_plugin.options.runs import Stage, expand_network, is_trained, measured_dataset
 from ast_plugin.options.sections import INPUT, CompareSettings
 
-_PATIENCE = 30.0  # seconds for processes of a killed comparison to end
+_PATIENCE = 30.0  # seconds to wait for the processes of a killed comparison to exit
 _WEIGHTS = {'latest': 'net_g_latest.pth', 'best': 'net_g_best.pth'}
-_NOTE_SECONDS, _TELL_SECONDS = 5.0, 30.0  # between notes of the time taken, and between lines about it
-# Iterations that set the pace where networks get minutes: the first ones are slow, enough of the rest are counted.
+_NOTE_SECONDS, _TELL_SECONDS = 5.0, 30.0  # intervals of writing the elapsed time and of printing progress
+# With a time budget, the speed is measured after 3 slow first iterations, over at least 5 iterations and 20 seconds.
 _FIRST_COUNTED, _FEWEST_COUNTED, _COUNTING_SECONDS = 3, 5, 20.0
 
 
 @dataclass(frozen=True)
 class PlannedNetwork:
-    """One network of a comparison."""
+    """Network of a comparison, with its options."""
 
-    name: str  # of its row
+    name: str  # name of its row
     network_g: Mapping[str, Any]  # type and arguments
-    train: Mapping[str, Any] | None = None  # the option file that trains it; None for one that is measured as it is
-    weights: Path | None = None  # that it is measured with, or that its training starts from
+    train: Mapping[str, Any] | None = None  # options of its training; None if it is only measured
+    weights: Path | None = None  # weights to measure, or the initial weights of the training
     param_key: str | None = None
-    notes: tuple[str, ...] = ()  # lines for the reader
+    notes: tuple[str, ...] = ()  # shown in the report
 
     @property
     def kind(self) -> str:
-        """What tables call its architecture: its type, and the name of one of spandrel's."""
+        """Architecture as shown in tables: the type, and the name for networks from spandrel."""
         return ' '.join(filter(None, [self.network_g['type'], self.network_g.get('name')]))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison, tried before any folder is made."""
+    """Validated comparison."""
 
     name: str
-    folder: Path  # of its results
+    folder: Path  # output folder
     networks: Sequence[PlannedNetwork]
-    dataset: Mapping[str, Any]  # options of the set that is measured, prepared for BasicSR
-    protocol: Any  # as `val.protocol` says it; None for BasicSR's own
-    metrics: Mapping[str, Mapping[str, Any]] | None  # of `val.metrics`; None for those of the protocol
+    dataset: Mapping[str, Any]  # options of the test set, prepared for BasicSR
+    protocol: Any  # value of `val.protocol`; None for BasicSR's own protocol
+    metrics: Mapping[str, Mapping[str, Any]] | None  # value of `val.metrics`; None for the protocol's metrics
     settings: CompareSettings
     bit_depth: int = 8
 
 
 def make_plan(name_or_path: str, root: str | Path, overrides: Sequence[str] = ()) -> Plan:
-    """Read a compare file and try all that it needs; PluginError names what is wrong.
+    """Read and validate a compare file: every network is built, loaded, trained for one step and measured.
 
     Args:
-        name_or_path: of the file.
-        root: folder that `comparisons/` is made in.
-        overrides: options as `--force_yml` takes them.
+        name_or_path: name or path of the compare file.
+        root: folder in which `comparisons/` is created.
+        overrides: options in the format of `--force_yml`.
+    Raises:
+        PluginError: if the file is invalid or a network fails.
     """
     file = options.find(name_or_path)
     opt = options.load(file, overrides)
     if NETWORKS_KEY not in opt:
-        raise OptionError(f'{file}: {NETWORKS_KEY}: required, but not there; one network is trained by `basicsr train`')
+        raise OptionError(f'{file}: {NETWORKS_KEY}: required, but missing; train a single network with `basicsr train`')
     registered = preflight.load_registered()
     validation.check(opt, str(file), registered, explain=Sources(file, overrides).explain)
     if opt.get('manual_seed') is None:
-        opt['manual_seed'] = 0  # one seed for all networks, and when the command is given again
+        opt['manual_seed'] = 0  # the same for all networks and when the comparison is resumed
     val = opt.get('val') or {}
     try:
         protocol = read_protocol(val.get('protocol'))
     except OptionError as error:
         raise OptionError(f'{file}: val.{error}') from error
     if not val.get('metrics') and not protocol.metrics:
-        raise OptionError(f'{file}: val.metrics: required, the protocol {protocol.type} has no metrics of its own')
+        raise OptionError(f'{file}: val.metrics: required, the protocol {protocol.type} defines no metrics')
     settings = CompareSettings.model_validate(opt.get('compare') or {})
     settings.device = str(find_device(opt.get('device') or settings.device))
     folder = Path(root).expanduser().resolve() / 'comparisons' / opt['name']
     run = Run(file, opt, [], registered, True, folder)
-    samples: dict[bool, dict[str, Any]] = {True: {}, False: {}}  # read once: of training, and of measuring
+    samples: dict[bool, dict[str, Any]] = {True: {}, False: {}}  # by `is_train`; read once for all networks
     networks = []
     for number, entry in enumerate(opt[NETWORKS_KEY]):
         source = f'{file}: {NETWORKS_KEY}.{number} ({entry["name"]})'
@@ -113,14 +115,14 @@ def make_plan(name_or_path: str, root: str | Path, overrides: Sequence[str] = ()
 def _plan_network(
     run: Run, source: str, entry: Mapping[str, Any], samples: Mapping[bool, dict[str, Any]]
 ) -> tuple[PlannedNetwork, dict[str, Any]]:
-    """Build, load, train a step of and measure an entry of `networks`; return it, and the set that is measured."""
+    """Build, load, train for one step and measure an entry of `networks`; return it and the options of the test set."""
     weights = None if entry.get('weights') is None else Path(entry['weights']).expanduser()
     opt, notes = expand_network(run.opt, entry), []
     if 'network_g' not in opt:
         opt['network_g'], notes = network_of(read_checkpoint(weights, entry.get('param_key')))
     train = opt if is_trained(entry) else None
     for is_train in [False] if train is None else [True, False]:
-        # Training alone may have no use for `val`.
+        # `val` may be absent from the options of a training.
         stage = Stage(1, None, opt if is_train else {**opt, 'val': run.opt.get('val') or {}}, {})
         prepared = replace(run, is_train=is_train).prepare(stage)
         if not is_train:
@@ -136,13 +138,13 @@ def _plan_network(
 
 
 class Journal:
-    """Records in a folder, one for each finished piece of work, with the digest of all that it depends on."""
+    """Folder of records, one JSON file per finished job, with a digest of everything the job depends on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, name: str, digest: str) -> dict[str, Any] | None:
-        """The record of a name; None if there is none, or it has another digest."""
+        """Return the record of a job, or None if it is missing or its digest differs."""
         try:
             record = json.loads((self.folder / f'{name}.json').read_text(encoding='utf-8'))
         except (OSError, ValueError):
@@ -150,31 +152,35 @@ class Journal:
         return record if isinstance(record, dict) and record.get('digest') == digest else None
 
     def write(self, name: str, digest: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a record over an older one of that name."""
+        """Write the record of a job, replacing an older one, and return it."""
         content = {**record, 'digest': digest}
         write_file(self.folder / f'{name}.json', json.dumps(content, indent=1).encode(), make_folder=True)
         return content
 
 
 def digest_of(value: Any) -> str:
-    """A digest of plain values: equal for equal ones, in whatever order their keys are."""
+    """Return a digest of plain values that does not depend on the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(',', ':'), default=repr)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Comparison:
-    """A run of a plan. What an earlier run has done with equal options is not done again."""
+    """Execution of a plan. Results of an earlier run with equal options are reused."""
 
     def __init__(self, plan: Plan, say: Callable[[str], None] = say) -> None:
         self.plan, self.say = plan, say
         self.journal = Journal(plan.folder / 'journal')
         self.logs = plan.folder / 'logs'
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.keep_open: Sequence[int] = ()  # descriptors that processes inherit
+        self.keep_open: Sequence[int] = ()  # file descriptors inherited by the child processes
 
     def run(self) -> Results:
-        """Train and measure; a network that fails is a row that says so. FileError if another comparison is there."""
-        occupied = 'another comparison is at work there, choose another name or --root'
+        """Train and measure all networks; the row of a network that fails contains the reason.
+
+        Raises:
+            FileError: if another comparison is running in the folder.
+        """
+        occupied = 'another comparison is running in this folder, choose a different name or --root'
         networks = self.plan.networks
         with lock_folder(self.plan.folder, occupied, _PATIENCE) as self.keep_open:
             rows = [Row(INPUT)]
@@ -183,7 +189,7 @@ class Comparison:
                 self.say(f'[{number}/{len(networks)}] {network.name}')
                 rows.append(Row(network.name, network.kind, notes=list(network.notes)))
                 self._train_and_measure(rows[-1], network)
-            # One after the other, so that little else of the machine changes in between.
+            # Timed in direct succession, so that the state of the machine changes as little as possible.
             for row, network in zip(rows[1:], networks, strict=True):
                 self._measure_speeds(row, network)
         settings, metrics = self.plan.settings, self.plan.metrics or {}
@@ -225,13 +231,13 @@ class Comparison:
             'folder': str(plan.folder / 'pictures' / row.name),
         }
         depends_on = {**job, 'weights': None if weights is None else file_digest(weights_file(weights)), 'folder': None}
-        record = self._measure(row, f'{row.name}.quality', job, depends_on, f'restoring with {row.name}')
+        record = self._measure(row, f'{row.name}.quality', job, depends_on, f'evaluating {row.name}')
         if record is None:
             return
         row.values = record['values']
         row.notes += record['notes']
         if record['multiple'] > 1:
-            row.notes.append(f'takes sizes that are multiples of {record["multiple"]}: padded by reflection, cropped')
+            row.notes.append(f'images are padded by reflection to a multiple of {record["multiple"]}, then cropped')
 
     def _measure_speeds(self, row: Row, network: PlannedNetwork) -> None:
         settings, machine = self.plan.settings, describe_machine()
@@ -241,7 +247,7 @@ class Comparison:
             job = {
                 'kind': 'speed',
                 'network': network.network_g,
-                'weights': None,  # they change no cost
+                'weights': None,  # do not affect cost
                 'param_key': None,
                 'size': [height, width],
                 'runs': settings.runs,
@@ -255,7 +261,7 @@ class Comparison:
                 row.speeds[height, width] = record
 
     def _measure(self, row: Row, name: str, job: dict[str, Any], depends_on: Any, what: str) -> dict[str, Any] | None:
-        """Do a job in a process of its own, unless it is done; None, and a failed row, if that fails."""
+        """Return the record of a job, running it in a new process if needed; on failure mark the row, return None."""
         digest = digest_of(depends_on)
         record = self.journal.read(name, digest)
         if record is not None and all(image_path(job['folder'], kept).is_file() for kept in record.get('kept', ())):
@@ -271,11 +277,11 @@ class Comparison:
 
     def _fail(self, row: Row, what: str, error: Exception) -> None:
         row.failed = f'{what}: {error}'
-        self.say(f'  {row.name} failed, {row.failed}')
+        self.say(f'  {row.name} failed while {row.failed}')
 
 
 class Training:
-    """The training of one network of a comparison by `basicsr train`, in a process of its own."""
+    """Training of one network of a comparison, by `basicsr train` in a child process."""
 
     def __init__(self, comparison: Comparison, network: PlannedNetwork) -> None:
         self.name, self.opt = network.name, copy.deepcopy(dict(network.train))
@@ -286,10 +292,12 @@ class Training:
         self.weights = self.experiment / 'models' / _WEIGHTS[self.settings.weights]
 
     def run(self) -> tuple[Path, dict[str, Any]]:
-        """Train, go on with a training that was begun, or find it done; ChildFailed if it did not get to its end.
+        """Train the network, resume an interrupted training, or reuse a finished one.
 
         Returns:
-            The weights, and `iterations`, `seconds`, `versions` and `machine` of the training.
+            Path of the weights, and a record with `iterations`, `seconds`, `versions` and `machine`.
+        Raises:
+            ChildFailed: if the training did not finish.
         """
         digest = digest_of(self._depends_on())
         if self.settings.minutes:
@@ -302,14 +310,14 @@ class Training:
             self._put_aside()
             made_by = {'versions': installed_versions(), 'machine': describe_machine()}
             record = {'is_finished': False, 'iterations': None, 'seconds': 0.0, **made_by}
-        so_far = f', going on after {format_duration(record["seconds"])}' if is_begun else ''
+        so_far = f', resuming after {format_duration(record["seconds"])}' if is_begun else ''
         self.say(f'  training {self.name}{so_far}')
         record = self._train(digest, record, ['--auto_resume'] if is_begun else [])
         self.say(f'  trained {self.name} in {format_duration(record["seconds"])}')
         return self.weights, record
 
     def _train(self, digest: str, record: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
-        """Train to the end; the journal knows at any time how long it has taken."""
+        """Train to the end, updating the elapsed time in the journal."""
         before = record['seconds']
         noted = told = 0.0
 
@@ -335,11 +343,11 @@ class Training:
             note(error.seconds, iterations=count_iterations(self.table))
             raise
         if not self.weights.is_file():
-            raise ChildFailed(f'it left no {self.weights}; is a validation set there to find the best weights by?')
+            raise ChildFailed(f'{self.weights} was not written; best weights require a validation set')
         return note(seconds, is_finished=True, iterations=count_iterations(self.table))
 
     def _depends_on(self) -> dict[str, Any]:
-        """All that the weights depend on. How they are validated matters only where the best are taken."""
+        """Return everything the weights depend on; validation options only if it selects the weights."""
         opt = {key: value for key, value in self.opt.items() if key not in ('name', 'logger', 'val')}
         if self.settings.weights == 'latest':
             opt['datasets'] = {'train': opt['datasets']['train']}
@@ -350,11 +358,11 @@ class Training:
         return {'opt': opt, 'start': start_digest, 'minutes': self.settings.minutes}
 
     def _find_length(self, digest: str) -> int:
-        """How many iterations fit into the minutes that a network gets, by running a few of them."""
+        """Return how many iterations fit into the time budget, measured on a short training."""
         record = self.journal.read(f'{self.name}.length', digest)
         if record is not None:
             return record['iterations']
-        self.say(f'  finding the pace of {self.name}')
+        self.say(f'  measuring the training speed of {self.name}')
         opt = copy.deepcopy(self.opt)
         opt['name'] = f'{self.name}_pace'
         opt['logger'] = {'print_freq': 1, 'save_checkpoint_freq': 10**9, 'use_tb_logger': False}
@@ -373,7 +381,7 @@ class Training:
 
         try:
             self._run_child(opt, [], count)
-            raise ChildFailed('its pace could not be found, it ended too early')
+            raise ChildFailed('the training ended before its speed was measured')
         except _PaceFound as found:
             iterations = max(1, round(60 * self.settings.minutes * found.args[0]))
         finally:
@@ -383,7 +391,7 @@ class Training:
     def _run_child(self, opt: dict[str, Any], arguments: Sequence[str], on_wait: Callable[[float], None]) -> float:
         file = self.folder / 'options' / f'{opt["name"]}.yml'
         file.parent.mkdir(exist_ok=True)
-        head = f'# {opt["name"]}, as the comparison in {self.folder.name} trains it.\n'
+        head = f'# Training options of {opt["name"]} in the comparison {self.folder.name}.\n'
         file.write_text(head + safe_yaml.write_text(opt), encoding='utf-8')
         return run_child(
             'ast_plugin',
@@ -395,7 +403,7 @@ class Training:
         )
 
     def _put_aside(self) -> None:
-        """Rename an experiment of other options, which keeps its weights."""
+        """Rename an existing experiment folder with different options instead of overwriting it."""
         if self.experiment.exists():
             stamp = f'{self.name}_archived_{time.strftime("%Y%m%d_%H%M%S")}'
             names = itertools.chain([stamp], (f'{stamp}_{number}' for number in itertools.count(2)))
@@ -403,16 +411,16 @@ class Training:
 
 
 class _PaceFound(Exception):
-    """Enough iterations have been counted; holds how many there are in a second."""
+    """Raised to end a speed measurement; holds the iterations per second."""
 
 
 def count_iterations(table: Path) -> int | None:
-    """The last iteration in a run's `metrics.csv`; None if there is none."""
+    """Return the last iteration in a run's `metrics.csv`, or None if there is none."""
     try:
-        # The last line may just be being written.
+        # The last line may be incomplete.
         lines = table.read_bytes().rpartition(b'\n')[0].split(b'\n')
     except OSError:
         return None
-    # A damaged row is passed over: this is asked time and again while a network trains, of tables of any length.
+    # Damaged rows are skipped; reading backwards keeps this fast, as it is polled during training.
     numbers = (line.partition(b',')[0] for line in reversed(lines))
     return next((int(number) for number in numbers if number.isdigit()), None)

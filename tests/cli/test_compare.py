@@ -250,8 +250,8 @@ def test_killed_it_goes_on_and_one_that_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(child, 'run_child', measure_here)
     assert basicsr(['compare', '-opt', str(file)]) == 1
     said = capsys.readouterr()
-    assert 'training good, going on after' in said.out
-    assert 'restoring with input' not in said.out  # the first run had done that
+    assert 'training good, resuming after' in said.out
+    assert 'evaluating input' not in said.out  # reused from the first run
     assert 'basicsr: error: broken: training: ' in said.err
     log = (folder / 'logs' / 'good.training.log').read_text()
     assert 'Resuming training from epoch' in log
@@ -265,7 +265,7 @@ def test_killed_it_goes_on_and_one_that_fails(tmp_path, monkeypatch, capsys):
     assert 'nan' in rows['broken']['failed'].lower() or 'finite' in rows['broken']['failed'].lower()
     assert rows['broken']['psnr'] == ''
     report = (folder / 'report.html').read_text()
-    assert '<b>broken</b> failed, training: ' in report
+    assert '<b>broken</b> failed while training: ' in report
     assert (folder / 'plots' / 'training_loss.png').is_file()
     assert 'broken failed' in (folder / 'table.md').read_text()
 

@@ -1,4 +1,4 @@
-"""Processes of a comparison: what they say, how they end, and that none outlives the one that started it."""
+"""Child processes of a comparison: output, failure reasons, and termination with their parent."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def test_it_runs_the_module_with_its_arguments(tmp_path, monkeypatch):
     [
         ("import sys; print('basicsr: error: no data', file=sys.stderr); sys.exit(2)", 'no data'),
         ("raise RuntimeError('all is lost')", 'RuntimeError: all is lost'),
-        ('import os; os.kill(os.getpid(), 9)', 'ended by SIGKILL, perhaps because memory ran out'),
+        ('import os; os.kill(os.getpid(), 9)', 'terminated by SIGKILL, possibly out of memory'),
         ('import sys; sys.exit(3)', 'exit status 3'),
     ],
 )
@@ -65,7 +65,7 @@ def test_an_interruption_stops_it_and_waits(tmp_path, monkeypatch):
     assert (tmp_path / 'log').read_text() == 'ready\nsaved\n'
 
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells a process that its parent has died')
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux signals a process when its parent exits')
 def test_parent_killed_child_saves_and_keeps_lock(tmp_path):
     (tmp_path / 'job.py').write_text(
         textwrap.dedent("""
@@ -93,12 +93,12 @@ def test_parent_killed_child_saves_and_keeps_lock(tmp_path):
     until(lambda: (tmp_path / 'pid').exists() and (tmp_path / 'pid').read_text())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    with lock_folder(tmp_path, 'busy', patience=30.0):  # it waits for the orphan, which has the lock
+    with lock_folder(tmp_path, 'busy', patience=30.0):  # waits for the orphaned child, which holds the lock
         assert (tmp_path / 'saved').exists()
 
 
 def until(condition, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, 'it did not come to this'
+        assert time.monotonic() < end, 'timed out'
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What is measured of a network: multiplications told by hand, memory that is known, the values of metrics."""
+"""Measurements against known values: MACs, peak memory and metrics."""
 
 import json
 import sys
@@ -17,9 +17,9 @@ from tests import tiny_run
 TINY = {'type': 'SRVGGNetCompact', 'num_feat': 8, 'num_conv': 1, 'upscale': 1}
 
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux tells the highest resident size')
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='only Linux reports the peak resident set size')
 def test_peak_memory():
-    peak = measure.peak_memory(lambda: torch.ones(2**24).sum())  # 64 MiB, let go again
+    peak = measure.peak_memory(lambda: torch.ones(2**24).sum())  # 64 MiB, freed afterwards
     assert 60 * 2**20 < peak < 100 * 2**20
 
 
@@ -35,7 +35,7 @@ def test_speed():
     record = measure.measure_speed(job)
     network = load_network(TINY, None)
     assert record['parameters'] == sum(parameter.numel() for parameter in network.parameters())
-    assert record['macs'] == 16 * 24 * (9 * (3 * 8 + 8 * 8 + 8 * 3) + 3)  # convolutions, and the input that is added
+    assert record['macs'] == 16 * 24 * (9 * (3 * 8 + 8 * 8 + 8 * 3) + 3)  # convolutions and the residual addition
     assert len(record['seconds']) == 4 and min(record['seconds']) > 0
     assert record['threads'] == torch.get_num_threads()
 
@@ -66,7 +66,7 @@ def quality_job(folder, network, **options):
     }
 
 
-def test_the_unrestored_pictures(tmp_path):
+def test_quality_of_the_input(tmp_path):
     record = measure.measure_quality(quality_job(tmp_path, None))
     assert list(record['values']) == ['0', '1', '2', '3']
     clean = np.asarray(Image.open(tmp_path / 'data/gt/2.png'), float)
@@ -93,7 +93,7 @@ def test_a_network_with_its_weights(tmp_path):
     assert (np.asarray(Image.open(tmp_path / 'pictures/restored/0.png')) == restored.astype(np.uint8)).all()
 
 
-def test_what_cannot_be_measured_is_a_line(tmp_path, monkeypatch, capsys):
+def test_failure_is_one_line(tmp_path, monkeypatch, capsys):
     job = quality_job(tmp_path, TINY, weights=str(tmp_path / 'missing.pth'), record=str(tmp_path / 'record.json'))
     (tmp_path / 'job.json').write_text(json.dumps(job))
     monkeypatch.setattr(sys, 'argv', ['measure', str(tmp_path / 'job.json')])

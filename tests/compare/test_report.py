@@ -1,4 +1,4 @@
-"""Drawings of a comparison, in which no name covers another, and its page: one file, in a browser as it says."""
+"""Plots of a comparison without overlapping labels, and its self-contained HTML report in a browser."""
 
 import html
 import io
@@ -92,11 +92,11 @@ def test_little_to_draw():
     assert report.draw_all(one, {'AST': {'iter': (np.array([1]), np.array([1.0]))}}, 'val/psnr')
 
 
-# ---- the page
+# ---- the report
 
 
 class Page(HTMLParser):
-    """Gathers tags that open and what they refer to; complains of what is not closed."""
+    """Parser that collects tags and references and asserts that every tag is closed."""
 
     VOID = {'meta', 'link', 'img', 'input', 'br', 'path', 'use'}
 
@@ -144,7 +144,7 @@ def test_all_in_one_file(file):
     assert used and used <= set(ids)
 
 
-def test_nothing_in_a_name_runs():
+def test_names_are_escaped():
     found = Results(HOSTILE, [Row('input', values={HOSTILE: {HOSTILE: 1.0}}), Row(HOSTILE, HOSTILE, failed=HOSTILE)])
     text = report.render_page(found, {}, [], [(HOSTILE, HOSTILE)])
     page = Page(text)
@@ -159,17 +159,17 @@ def test_failures_stand_first():
     found = results()
     found.rows[-1].values, found.rows[-1].failed = {}, 'training: the loss is nan'
     text = report.render_page(found, {}, [], [])
-    assert '<b>MSRResNet</b> failed, training: the loss is nan' in text[: text.index('<table')]
+    assert '<b>MSRResNet</b> failed while training: the loss is nan' in text[: text.index('<table')]
     assert '4 networks on 2 images. Best psnr: <b>AST</b>' in text
 
 
-def test_networks_that_images_do_not_tell_apart():
+def test_networks_without_significant_difference():
     rows = [
         Row('A', values={'a': {'psnr': 30.0}, 'b': {'psnr': 31.0}}),
         Row('C', values={'a': {'psnr': 20.0}, 'b': {'psnr': 21.0}}),
         Row('B', values={'a': {'psnr': 31.0}, 'b': {'psnr': 29.9}}),
     ]
-    assert 'not to be told from it: B.' in report.render_page(Results('x', rows), {}, [], [])
+    assert 'Not significantly different on these images: B.' in report.render_page(Results('x', rows), {}, [], [])
 
 
 # ---- in a browser
@@ -177,7 +177,7 @@ def test_networks_that_images_do_not_tell_apart():
 
 @pytest.fixture
 def shown(browser, file, request):
-    """The page in Chromium; `complaints` and `requests` are what it logs and loads."""
+    """Open the report in Chromium; `complaints` and `requests` collect its console messages and requests."""
     context = browser.new_context(**getattr(request, 'param', {'viewport': {'width': 1200, 'height': 900}}))
     page = context.new_page()
     page.complaints, page.requests = [], []
@@ -204,7 +204,7 @@ def placed(page, side) -> str:
 
 
 def drag(page, start, end):
-    """Drag the mouse from one place of the stage to another, as shares of its width and height."""
+    """Drag the mouse between two positions of the viewer, given as fractions of its width and height."""
     box = page.locator('#stage').bounding_box()
     (x, y), (to_x, to_y) = ((box['x'] + u * box['width'], box['y'] + v * box['height']) for u, v in (start, end))
     page.mouse.move(x, y)
@@ -214,15 +214,15 @@ def drag(page, start, end):
 
 
 def source_at(page, share) -> str:
-    """The source that is to be seen at a share of the stage's width."""
+    """Return the source that is visible at a fraction of the viewer's width."""
     image = Image.open(io.BytesIO(page.locator('#stage').screenshot())).convert('RGB')
     colour = np.array(image.getpixel((round(share * image.width), round(0.4 * image.height))), int)
     return min(COLOURS, key=lambda source: np.abs(colour - COLOURS[source]).max())
 
 
 def test_images_are_compared(shown):
-    """One image left of the bar, another right of it, moved by mouse and by keys; both zoom and move together."""
-    assert (source_at(shown, 0.2), source_at(shown, 0.8)) == ('input', 'AST')  # the best network against the input
+    """The divider moves by mouse and keys; both images zoom and pan together."""
+    assert (source_at(shown, 0.2), source_at(shown, 0.8)) == ('input', 'AST')  # defaults: input, best
     drag(shown, (0.5, 0.3), (0.9, 0.3))
     assert split(shown) == pytest.approx(90, abs=1)
     assert source_at(shown, 0.8) == 'input'
@@ -240,7 +240,7 @@ def test_images_are_compared(shown):
     assert zoom(shown) == pytest.approx(1.5 * whole, rel=0.02)
     before = placed(shown, 'left')
     drag(shown, (0.5, 0.5), (0.4, 0.4))
-    assert split(shown) == pytest.approx(88, abs=1)  # it was moved, not the bar
+    assert split(shown) == pytest.approx(88, abs=1)  # panned, the divider did not move
     assert placed(shown, 'left') != before and placed(shown, 'left') == placed(shown, 'right')
     stage.press('0')
     assert zoom(shown) == pytest.approx(whole, rel=0.02)
@@ -265,7 +265,7 @@ def test_tables_are_sorted(shown):
     indirect=True,
 )
 def test_on_a_phone_in_the_dark(shown):
-    """Fingers move the bar and zoom; nothing is wider than the screen; dark is dark, until the button says light."""
+    """Touch moves the divider and zooms; the page fits the screen; dark mode until the button switches it."""
     box = shown.locator('#stage').bounding_box()
     fingers = shown.context.new_cdp_session(shown)
 
@@ -296,7 +296,7 @@ def test_every_control_has_a_name(shown):
     controls = shown.locator('button, select, input, [tabindex="0"], figure')
     snapshot = shown.locator('body').aria_snapshot()
     assert controls.count() > 10
-    assert 'slider "Where the bar stands"' in snapshot
-    assert 'group "Two restorations of one image, divided by a bar"' in snapshot
+    assert 'slider "Position of the divider"' in snapshot
+    assert 'group "Two versions of one image, separated by a divider"' in snapshot
     nameless = re.findall(r'^ *- (?:button|combobox|slider|img|region)(?! ".+")\b.*$', snapshot, re.MULTILINE)
     assert not nameless

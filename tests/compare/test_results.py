@@ -1,4 +1,4 @@
-"""Tables of a comparison: the input first, what failed, what is missing, which way is better, and how sure it is."""
+"""Tables and confidence intervals of a comparison."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ def test_best_and_reference():
     found = make_results()
     assert found.metrics == ['psnr', 'error']
     assert found.best('psnr').name == 'A'
-    assert found.best('error').name == 'B'  # of which little is good
+    assert found.best('error').name == 'B'  # lower is better
     assert found.reference().name == 'A'
     assert make_results(baseline='B').reference().name == 'B'
     assert make_results(baseline='C').reference().name == 'A'  # it failed
@@ -67,7 +67,7 @@ def test_markdown():
     lines = make_results().to_markdown().splitlines()
     assert len({len(line) for line in lines}) == 1  # aligned
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
-    metrics = ['psnr', 'error', 'psnr against A']
+    metrics = ['psnr', 'error', 'Δ psnr vs. A']
     assert cells[0] == ['network', 'parameters', 'MACs at 256²', 'ms at 256²', 'MB at 256²', *metrics]
     assert cells[2][:2] == ['input', '–']
     assert cells[3] == ['A', '3.78 M', '7.19 G', '200', '335', '29.50 [29.00, 30.00]', '0.2000 [0.2000, 0.2000]', '–']
@@ -75,7 +75,7 @@ def test_markdown():
     assert set(cells[5][1:]) == {'–'}
     best = {column.title: column.best for column in make_results().columns()}
     assert (best['parameters'], best['psnr'], best['error']) == (900, 29.5, pytest.approx(0.1))
-    assert best['ms at 256²'] is best['psnr against A'] is None  # of one network alone; no matter of best
+    assert best['ms at 256²'] is best['Δ psnr vs. A'] is None  # only one network; no best for differences
 
 
 def test_perfect_images_are_left_out_of_all_means():
@@ -110,7 +110,7 @@ def test_numbers():
 
 
 def test_interval_of_two_values():
-    """Both drawn, or the lower one twice, or the higher one twice: a quarter of the samples each at the ends."""
+    """A resample has both values, or one of them twice: a quarter of the means lie at each end."""
     found = estimate([0.0, 1.0], confidence=0.95)
     assert (found.mean, found.low, found.high) == (0.5, 0.0, 1.0)
     narrow = estimate([0.0, 1.0], confidence=0.4)
@@ -119,7 +119,7 @@ def test_interval_of_two_values():
     assert (equal.mean, equal.low, equal.high) == (3.5, 3.5, 3.5)
 
 
-def test_interval_covers_the_truth_as_it_says():
+def test_interval_coverage():
     draws = np.random.default_rng(2).normal(0, 1, (200, 60))
     found = [estimate(values, confidence=0.8, resamples=400) for values in draws]
     assert 0.72 < sum(each.low <= 0 <= each.high for each in found) / 200 < 0.86
@@ -131,8 +131,8 @@ def test_no_interval_without_two_finite_values():
         assert estimate(values) == (np.mean(values), None, None)
 
 
-def test_difference_is_sure_of_a_steady_gain():
-    """However the images differ."""
+def test_difference_is_paired():
+    """A constant gain has a zero-width interval, however much the images differ."""
     worse, better = (
         Row(n, values={str(v): {'psnr': v + gain} for v in (10, 20, 30)}) for n, gain in (('A', 0), ('B', 0.5))
     )
@@ -142,7 +142,7 @@ def test_difference_is_sure_of_a_steady_gain():
     assert mean.high - mean.low > 10
 
 
-def test_many_images_are_drawn_in_parts():
+def test_many_images_are_resampled_in_parts():
     found = estimate(np.arange(50_000, dtype=float), resamples=200)
     assert found.low < 24_999.5 < found.high
     assert found.high - found.low < 600

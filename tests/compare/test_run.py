@@ -1,4 +1,4 @@
-"""The journal, and training: finished work is not redone, a begun training goes on, a changed one begins anew."""
+"""Journal and training: finished work is reused, interrupted training resumes, changed training restarts."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ def test_journal(tmp_path):
 
 
 class Trainer:
-    """Stands in for the process that trains: writes what it would leave, or fails."""
+    """Fake training process that writes the expected files, or fails."""
 
     def __init__(self, folder):
         self.folder, self.calls, self.failure = folder, [], None
@@ -99,45 +99,45 @@ def test_finished_training_is_not_redone(trainer, tmp_path):
     assert weights.is_file() and trainer.resumed == [False, True]
 
 
-def test_begun_training_goes_on(trainer, tmp_path):
-    trainer.failure = ChildFailed('ended by SIGKILL', 4.0)
-    with pytest.raises(ChildFailed, match='ended by SIGKILL'):
+def test_interrupted_training_resumes(trainer, tmp_path):
+    trainer.failure = ChildFailed('terminated by SIGKILL', 4.0)
+    with pytest.raises(ChildFailed, match='terminated by SIGKILL'):
         train(tmp_path)
     trainer.failure = None
     (_, record), said = train(tmp_path)
     assert trainer.resumed == [False, True]
     assert record['seconds'] == 7.0
-    assert said[0] == '  training net, going on after 4 s'
+    assert said[0] == '  training net, resuming after 4 s'
 
 
 @pytest.mark.parametrize(
-    ('change', 'begins_anew'),
+    ('change', 'restarts'),
     [
         ({'network_g': {'type': 'RCAN'}}, True),
         ({'train': {'total_iter': 8}}, True),
         ({'manual_seed': 1}, True),
         ({'datasets': {**OPT['datasets'], 'train': {'name': 'train', 'gt_size': 64}}}, True),
-        # No weights depend on these:
+        # Weights do not depend on these:
         ({'val': {'val_freq': 1}}, False),
         ({'logger': {'print_freq': 1}}, False),
         ({'datasets': {**OPT['datasets'], 'val': {'name': 'other'}}}, False),
     ],
 )
-def test_changed_training_begins_anew(trainer, tmp_path, change, begins_anew):
+def test_changed_training_restarts(trainer, tmp_path, change, restarts):
     train(tmp_path)
     train(tmp_path, {**OPT, **change})
-    assert trainer.resumed == [False] * (1 + begins_anew)
+    assert trainer.resumed == [False] * (1 + restarts)
     aside = list((tmp_path / 'experiments').glob('net_archived_*/models/net_g_latest.pth'))
-    assert len(aside) == begins_anew
+    assert len(aside) == restarts
 
 
 def test_validation_matters_if_it_picks_weights(trainer, tmp_path):
-    with pytest.raises(ChildFailed, match='is a validation set there'):
+    with pytest.raises(ChildFailed, match='best weights require a validation set'):
         train(tmp_path, weights='best')
     best = tmp_path / 'experiments/net/models/net_g_best.pth'
     best.touch()
     assert train(tmp_path, weights='best')[0][0] == best
-    for freq in (3, 4):  # within a second: each older run is put aside under a name of its own
+    for freq in (3, 4):  # within one second: each older run is archived under a unique name
         with pytest.raises(ChildFailed):
             train(tmp_path, {**OPT, 'val': {'val_freq': freq}}, weights='best')
     assert trainer.resumed == [False, True, False, False]
@@ -153,19 +153,19 @@ def test_weights_that_training_starts_from_matter(trainer, tmp_path):
     assert trainer.resumed == [False, False]
 
 
-def test_minutes_become_iterations_by_the_pace(trainer, tmp_path):
+def test_minutes_become_iterations(trainer, tmp_path):
     opt = {**OPT, 'train': {'total_iter': 10**6}}
     (_, record), _ = train(tmp_path, opt, minutes=2.0)
     assert record['iterations'] == 480
     assert trainer.opt['train']['total_iter'] == 480
     assert not (tmp_path / 'experiments/net_pace').exists()
     train(tmp_path, opt, minutes=2.0)
-    assert len(trainer.calls) == 2  # the pace, and the training
+    assert len(trainer.calls) == 2  # the speed measurement and the training
     train(tmp_path, opt, minutes=1.0)
     assert trainer.opt['train']['total_iter'] == 240
 
 
-def test_a_row_being_written_is_not_counted(tmp_path):
+def test_incomplete_row_is_not_counted(tmp_path):
     table = tmp_path / 'metrics.csv'
     assert count_iterations(table) is None
     table.write_text('iter,epoch\n')
@@ -174,7 +174,7 @@ def test_a_row_being_written_is_not_counted(tmp_path):
     assert count_iterations(table) == 2
 
 
-def test_a_damaged_row_is_passed_over(tmp_path):
+def test_damaged_row_is_skipped(tmp_path):
     table = tmp_path / 'metrics.csv'
     table.write_bytes(b'iter,epoch,psnr\n1,0,\n2,\xff\n3,0,\n\0\0,0,\n')
     assert count_iterations(table) == 3
