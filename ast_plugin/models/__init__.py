@@ -1,5 +1,5 @@
-"""What drives a network: the training and testing model, its schedule, its validation, its display."""
+"""Training and testing: the model, its optimisers and schedules, its training state, its logs and preflight checks."""
 
-# Importing BasicSR registers our networks and models, some of them from this package: that has to be over before any
-# module here begins, or whichever is asked for first would be met half imported.
+# Importing BasicSR registers objects from modules of this package. That has to be complete before any module here is
+# imported; otherwise the first one would be registered while it is partially imported.
 import basicsr

@@ -1,4 +1,4 @@
-"""Switches of training that change how a network computes, and neither what it computes nor its state's names."""
+"""Training switches that change how a network computes, but not its results or the names in its state dictionary."""
 
 import sys
 from collections import Counter
@@ -16,10 +16,10 @@ DEFAULT_BACKEND = 'inductor'
 
 
 def apply(network: nn.Module, train: Mapping[str, Any]) -> nn.Module:
-    """Switch on what `train` asks for, in place: `channels_last`, `gradient_checkpointing`, `compile`.
+    """Apply `channels_last`, `gradient_checkpointing` and `compile` to a network in place, as set in `train`.
 
     Args:
-        network: without the wrappers of parallel training, which must come after.
+        network: the bare network; wrappers for parallel training must be applied afterwards.
         train: the section of the option file. `compile` is true, or the name of a backend of torch.compile.
     Returns:
         The network.
@@ -32,8 +32,8 @@ def apply(network: nn.Module, train: Mapping[str, Any]) -> nn.Module:
     found = blocks(network) if wanted else []
     if wanted and not found:
         raise OptionError(
-            f'train.{wanted[0]} works on repeated blocks, and {type(network).__name__} has none: leave it out, or name '
-            "them in the network's class attribute block_classes"
+            f'train.{wanted[0]} needs repeated blocks, and {type(network).__name__} has none: remove the option, or '
+            "name the blocks in the network's class attribute block_classes"
         )
     if 'gradient_checkpointing' in wanted:
         _checkpoint(network, found)
@@ -43,10 +43,10 @@ def apply(network: nn.Module, train: Mapping[str, Any]) -> nn.Module:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The repeated building blocks of a network in the order of its modules, none inside another.
+    """Return the repeated building blocks of a network in module order, without nested ones.
 
-    They are the instances of the classes that the network names in `block_classes`; of networks without that, the
-    outermost modules with weights whose class, not one of torch's, comes more than once.
+    Blocks are the instances of the classes in the network's attribute `block_classes`. Without that attribute, they are
+    the outermost modules with weights whose class occurs more than once and is not one of torch's.
     """
     wanted = getattr(network, 'block_classes', None)
     if wanted is None:
@@ -58,8 +58,8 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def eager_blocks() -> AbstractContextManager:
-    """Run compiled blocks as they were: validation shows them images of every size, each worth a compilation."""
-    # Asking the compiler loads it, which takes seconds: nothing has been compiled before it was there.
+    """Return a context in which compiled blocks run eagerly: validation would compile for every image size."""
+    # Accessing the compiler loads it, which takes seconds; if it is not loaded, nothing has been compiled.
     return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
 
 
@@ -76,15 +76,15 @@ def _outermost(module: nn.Module, wanted: tuple[type, ...]) -> list[nn.Module]:
 def _checkpoint(network: nn.Module, found: list[nn.Module]) -> None:
     for module in network.modules():
         if getattr(module, 'use_checkpoint', False):
-            module.use_checkpoint = False  # the network's own option would compute everything a third time
+            module.use_checkpoint = False  # avoids recomputation by the network's own option in addition
     for block in found:
-        # A class rather than a wrapper: the names in the state stay, and so does what isinstance says.
+        # A subclass instead of a wrapper keeps the names in the state dictionary and the results of isinstance.
         kind = type(block)
         block.__class__ = type(kind.__name__, (_Checkpointed, kind), {'__module__': kind.__module__})
 
 
 class _Checkpointed:
-    """Before an nn.Module among the bases: its backward pass computes the forward pass again instead of keeping it."""
+    """Mixin, placed before an nn.Module among the bases, that adds gradient checkpointing to its forward pass."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -95,11 +95,11 @@ class _Checkpointed:
 def _compile(found: list[nn.Module], backend: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
-        raise OptionError(f'train.compile: torch has no backend {backend!r}: true, or one of {", ".join(known)}')
+        raise OptionError(f'train.compile: no backend {backend!r} in torch; expected true or one of {", ".join(known)}')
     import torch._dynamo.config as config
 
-    # Blocks of one class share torch's count of compilations, whose limit of 8 a U-shaped network's levels exceed.
-    name = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'  # its name until torch 2.6
+    # Blocks of one class share torch's recompilation limit of 8, which the levels of a U-shaped network exceed.
+    name = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'  # its name up to torch 2.6
     setattr(config, name, max(2 * len(found), getattr(config, name)))
     for block in found:
-        block.compile(backend=backend, dynamic=False)  # patches have one size throughout a run
+        block.compile(backend=backend, dynamic=False)  # patch size is constant during a run

@@ -1,4 +1,4 @@
-"""Optimisers by name, of torch.optim and of the package pytorch_optimizer, an extra; and the rates they step at."""
+"""Optimisers by name, from torch.optim and the optional package pytorch_optimizer, and learning-rate schedules."""
 
 import importlib
 import math
@@ -13,26 +13,26 @@ from ast_plugin.errors import OptionError, did_you_mean
 
 EXTRA = 'pytorch_optimizer'
 
-# What a loop that computes one gradient a step and hands over a list of parameters cannot serve.
+# Not supported: the training loop computes one gradient per step and passes a plain list of parameters.
 _REFUSED = {
-    'it calls back for the loss several times a step': 'LBFGS AliG BSAM',
-    'it takes sparse gradients only': 'SparseAdam',
+    'it evaluates the loss several times per step': 'LBFGS AliG BSAM',
+    'it accepts sparse gradients only': 'SparseAdam',
     'it needs second derivatives': 'AdaHessian SophiaH',
-    'it works around another optimiser': (
+    'it wraps another optimiser': (
         'FriendlySAM GSAM Lookahead LookSAM OrthoGrad PCGrad SAM SafeFP16Optimizer ScheduleFreeWrapper TRAC WSAM'
     ),
-    'it steps inside the backward pass, or wants the network itself': 'AdaLOMO AdamMini LOMO',
-    'it keeps other weights for testing than for training': 'ScheduleFreeAdamW ScheduleFreeRAdam ScheduleFreeSGD',
-    'it wants to be told for each parameter how to treat it': 'AdaGO AdaMuon DistributedMuon MuonClip NorMuon',
+    'it steps inside the backward pass, or requires the network itself': 'AdaLOMO AdamMini LOMO',
+    'it uses different weights for testing than for training': 'ScheduleFreeAdamW ScheduleFreeRAdam ScheduleFreeSGD',
+    'it requires settings for each parameter': 'AdaGO AdaMuon DistributedMuon MuonClip NorMuon',
     'it exchanges gradients between processes itself': 'DeMo',
 }
 
 
 def find_optimizer(name: str) -> type[Optimizer]:
-    """Return the optimiser called `name`: of torch.optim, or else of pytorch_optimizer, which is imported only then."""
+    """Return an optimiser class by name, from torch.optim or else from pytorch_optimizer, imported only if needed."""
     for reason, names in _REFUSED.items():
         if name in names.split():
-            raise OptionError(f'the optimiser {name} cannot be used here: {reason}; AdamW is a good choice')
+            raise OptionError(f'the optimiser {name} is not supported: {reason}. Use AdamW, for example')
     known = _optimizers(torch.optim)
     where, advice = 'torch.optim', ''
     if name not in known:
@@ -42,7 +42,7 @@ def find_optimizer(name: str) -> type[Optimizer]:
         except ModuleNotFoundError as error:
             if error.name != EXTRA:
                 raise
-            advice = f'; those of {EXTRA} can be used once it is installed: pip install "ast_plugin[optimizers]"'
+            advice = f'; those of {EXTRA} require its installation: pip install "ast_plugin[optimizers]"'
     if name not in known:
         hint = did_you_mean(name, known) or f': {", ".join(sorted(known))}{advice}'
         raise OptionError(f'no optimiser of {where} is named {name}{hint}')
@@ -55,25 +55,25 @@ def build_optimizer(name: str, parameters: Iterable, lr: float, **options: Any) 
     try:
         return kind(parameters, lr=lr, **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f'the optimiser {name} refuses its options: {error}') from error
+        raise OptionError(f'the optimiser {name} rejects its options: {error}') from error
 
 
 class WarmupCosineLR(LRScheduler):
-    """Linear warm-up, then half a cosine down to a floor; changing every iteration, or only from epoch to epoch.
+    """Linear warm-up followed by cosine annealing to `eta_min`, updated every iteration or every epoch.
 
-    By epoch it is AST's recipe: over W warm-up epochs LR/W, 2LR/W, …, LR, then LR again and down the cosine, each rate
-    held for a whole epoch. Without warm-up it is the plain cosine.
+    With `by: epoch` this is AST's schedule: LR/W, 2LR/W, …, LR over W warm-up epochs, then cosine annealing from LR,
+    each rate held for a whole epoch. Without warm-up it is plain cosine annealing.
 
     Args:
-        optimizer: its groups' rates are the highest ones.
-        total_iter: iterations of the whole run; past it the rate stays at `eta_min`.
-        warmup_iter: how many of them warm up, in [0, total_iter); by epoch, the epoch begun counts as a whole one.
-        warmup_epochs: the same in epochs, in the place of `warmup_iter`.
-        eta_min: the floor.
-        by: `iter` or `epoch`: how long a rate is held.
-        iters_per_epoch: iterations of an epoch; asked for where anything is counted in epochs.
+        optimizer: the rates of its parameter groups are the maximum rates.
+        total_iter: iterations of the whole run; afterwards the rate stays at `eta_min`.
+        warmup_iter: number of warm-up iterations, in [0, total_iter); with `by: epoch` rounded up to whole epochs.
+        warmup_epochs: number of warm-up epochs, instead of `warmup_iter`.
+        eta_min: minimum rate.
+        by: `iter` or `epoch`, the interval between updates.
+        iters_per_epoch: iterations per epoch; required if `by` or the warm-up is in epochs.
     Raises:
-        OptionError: if the numbers contradict one another.
+        OptionError: if the values contradict each other.
     Source: the official training scripts' gradual warm-up with cosine annealing.
     """
 
@@ -89,22 +89,22 @@ class WarmupCosineLR(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         if by not in ('iter', 'epoch'):
-            raise OptionError(f'the schedule goes by iter or epoch, not by {by!r}')
+            raise OptionError(f'the schedule expects by: iter or epoch, got {by!r}')
         if warmup_iter is not None and warmup_epochs is not None:
-            raise OptionError('the schedule takes warmup_iter or warmup_epochs, not both')
+            raise OptionError('the schedule accepts warmup_iter or warmup_epochs, not both')
         if iters_per_epoch is None and (by == 'epoch' or warmup_epochs is not None):
             raise OptionError(
-                'the schedule counts epochs and needs train.iters_per_epoch; the command fills it in, elsewhere set it'
+                'the schedule counts epochs and needs train.iters_per_epoch; only `basicsr train` sets it automatically'
             )
         if warmup_epochs is not None:
             warmup_iter = warmup_epochs * iters_per_epoch
         warmup_iter = warmup_iter or 0
         self.held = iters_per_epoch if by == 'epoch' else 1
         if self.held < 1:
-            raise OptionError(f'the schedule needs iters_per_epoch of 1 or more, not {iters_per_epoch}')
+            raise OptionError(f'the schedule expects iters_per_epoch of 1 or more, got {iters_per_epoch}')
         if not 0 <= warmup_iter < total_iter:
             raise OptionError(
-                f'the warm-up of {warmup_iter} iterations does not fit into a run of {total_iter}; expected less: '
+                f'the warm-up of {warmup_iter} iterations does not fit into a run of {total_iter}: '
                 f'lower {"warmup_iter" if warmup_epochs is None else "warmup_epochs"}, or train longer'
             )
         self.warmup_steps = math.ceil(warmup_iter / self.held)
@@ -113,7 +113,7 @@ class WarmupCosineLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:
-        """Return the rates of the groups at `last_epoch`, which BasicSR counts in iterations."""
+        """Return the rates of the parameter groups at `last_epoch`, which counts iterations in BasicSR."""
         step = self.last_epoch // self.held
         if step < self.warmup_steps:
             return [base * (step + 1) / self.warmup_steps for base in self.base_lrs]
@@ -126,7 +126,7 @@ SCHEDULERS = {'WarmupCosineLR': WarmupCosineLR}
 
 
 def build_schedule(optimizer: Optimizer, train: Mapping[str, Any]) -> LRScheduler | None:
-    """Build the schedule that `train.scheduler` names, in a run of `train.total_iter`; None if it is none of ours."""
+    """Build the schedule of `train.scheduler`; return None if it is not one of the plugin's."""
     options = dict(train['scheduler'])
     kind = SCHEDULERS.get(options.pop('type'))
     if kind is None:
@@ -136,9 +136,9 @@ def build_schedule(optimizer: Optimizer, train: Mapping[str, Any]) -> LRSchedule
 
 
 def restore_rates(schedule: LRScheduler) -> None:
-    """Return a schedule to its own rates before it steps.
+    """Restore a schedule's own rates before it steps.
 
-    BasicSR's warm-up overwrites them, and schedules that work on the present rate (MultiStepLR) would stay below it.
+    BasicSR's warm-up overwrites them; schedules that scale the current rate (MultiStepLR) would remain too low.
     """
     for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group['lr'] = rate

@@ -1,4 +1,4 @@
-"""The processes that work on one run, as torchrun or slurm start them, and the signals that ask them to stop."""
+"""Coordination of the processes of a run started by torchrun or slurm, and handling of stop signals."""
 
 import atexit
 import gc
@@ -16,37 +16,37 @@ from basicsr.utils.dist_util import get_dist_info
 
 from ast_plugin.errors import PluginError
 
-# How long a process waits for the others at the end of a validation. The group that trains gives up after ten minutes
-# on GPUs, and large images fall to the processes unevenly.
+# Timeout for waiting on other processes at the end of a validation, where large images may be distributed unevenly. The
+# default process group's timeout is ten minutes on GPUs.
 PATIENCE = timedelta(days=1)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-FAILED = 1000  # greater than any signal: a process cannot go on, and asks the others to save and leave
+FAILED = 1000  # greater than any signal: a process has failed and requests that the others save and exit
 
-_received: list[int] = []  # signals belong to the process, and so does this
+_received: list[int] = []  # global, because signals are delivered to the process
 
 _FAILURES, _MESSAGE = 'ast_plugin/failures', 'ast_plugin/message'
 _BROKEN_CONNECTION = ('gloo', 'nccl', 'connection closed', 'connection reset', 'broken pipe')
 
 
 class ProcessLost(PluginError, RuntimeError):
-    """Another process of the run is gone, without having said why."""
+    """Another process of the run has exited without reporting a reason."""
 
 
 class Processes:
-    """All processes of the run; every one of them makes this object, and calls its methods in the same order."""
+    """Process group of a run. Every process creates this object and calls its methods in the same order."""
 
     def __init__(self) -> None:
         self.rank, self.count = get_dist_info()
         self.group = None
         if self.count > 1:
-            # What is gathered lies in main memory: gloo's matter, whatever trains the network.
+            # Gathered objects are in main memory, so gloo is used regardless of the training backend.
             self.group = dist.new_group(backend='gloo', timeout=PATIENCE)
-            # Depthwise convolutions' gradients come in another order, which costs the copy of a few numbers.
+            # Gradients of depthwise convolutions have other strides; copying them is cheap.
             warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides', UserWarning)
 
     def gather(self, items: Sequence[Any]) -> list[Any]:
-        """Return the items of all processes; each may have another number of items, or none."""
+        """Return the items of all processes; the number of items may differ between processes."""
         if self.count == 1:
             return list(items)
         lists: list[Any] = [None] * self.count
@@ -54,17 +54,17 @@ class Processes:
         return [item for part in lists for item in part]
 
     def wait(self) -> None:
-        """Go on when all others are here too."""
+        """Wait until all processes have reached this point."""
         if self.count > 1:
             dist.barrier(group=self.group)
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Let the process that fails first say why, with its rank, and the others end without a word (SystemExit).
+    """Report only the first failure among all processes, with its rank; the others exit silently (SystemExit).
 
     Raises:
-        ProcessLost: if the connection to another broke off, and nobody knows why: it may have been killed.
+        ProcessLost: if the connection to another process is lost without a reported reason; it may have been killed.
     """
     try:
         yield
@@ -82,8 +82,8 @@ def failing_together() -> Iterator[None]:
         if is_lost:
             reason = str(error).splitlines()[0]
             raise ProcessLost(
-                f'[rank {rank}] another process of this run is gone; unless it says why itself, it was killed, by the '
-                f'system for want of memory perhaps, or its machine is out of reach ({reason})'
+                f'[rank {rank}] another process of this run is gone; unless it reports a reason itself, it was killed '
+                f'(possibly by the system for lack of memory), or its machine is unreachable ({reason})'
             ) from error
         if isinstance(error, PluginError):
             error.args = (f'[rank {rank}] {error}', *error.args[1:])
@@ -91,23 +91,23 @@ def failing_together() -> Iterator[None]:
 
 
 def follow() -> None:
-    """End without a word (SystemExit) when the process that has failed has said why."""
+    """Exit silently (SystemExit) once the failed process has reported its reason."""
     with suppress(RuntimeError, ValueError):
         dist.distributed_c10d._get_default_store().wait([_MESSAGE], timedelta(seconds=5))
     raise SystemExit(2)
 
 
 def leave() -> None:
-    """Take leave of the other processes, where there are any and that has not been done."""
+    """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-        # A network that still holds the connection, by a cycle of references, keeps gloo's threads alive; those abort
-        # the process when they outlive the interpreter.
+        # A network in a reference cycle may hold the connection and keep gloo's threads alive, which abort the process
+        # if they outlive the interpreter.
         atexit.register(gc.collect)
 
 
 class RunStopped(SystemExit):
-    """The run has saved itself after an iteration (0 if there was nothing yet) and ends as a signal asked for it."""
+    """Exit of a run on a signal, after it has been saved at an iteration (0 if nothing was saved)."""
 
     def __init__(self, number: int, iteration: int) -> None:
         super().__init__(128 + number)
@@ -116,15 +116,15 @@ class RunStopped(SystemExit):
 
 
 def received_signal() -> int | None:
-    """Return the number of the signal that asks this process to leave, if there was one."""
+    """Return the number of the signal that requests this process to stop, or None."""
     return _received[0] if _received else None
 
 
 @contextmanager
 def catch_signals() -> Iterator[None]:
-    """Take signals as requests inside; `received_signal` tells of them.
+    """Record stop signals inside the block instead of terminating; see `received_signal`.
 
-    Signals that the process was started to ignore stay ignored. Threads but the main one cannot have signals.
+    Signals that the process was started to ignore stay ignored. No effect outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -133,20 +133,20 @@ def catch_signals() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
-    def hear(number: int, frame: object) -> None:
+    def record(number: int, frame: object) -> None:
         if os.getpid() != owner:
-            return  # a process that prepares data, forked just now; it ends when its parent does
+            return  # a data worker that was just forked; it ends with its parent
         if _received:
             signal.signal(number, before[number])
             os.kill(owner, number)
             return
         _received.append(number)
-        # Not print: it may just have been interrupted itself.
+        # os.write, because the signal may have interrupted a print.
         with suppress(OSError):
-            os.write(2, f'\nbasicsr: {signal.Signals(number).name}: saving; once more ends it at once\n'.encode())
+            os.write(2, f'\nbasicsr: {signal.Signals(number).name}: saving; a second signal exits at once\n'.encode())
 
     for number in before:
-        signal.signal(number, hear)
+        signal.signal(number, record)
     try:
         yield
     finally:
@@ -156,7 +156,7 @@ def catch_signals() -> Iterator[None]:
 
 
 def _claim(message: str) -> tuple[bool, str]:
-    """Whether this process is the first to fail, and what the first one said: by the store that they share."""
+    """Return whether this process is the first to fail, and the first failure's message, using the shared store."""
     try:
         store = dist.distributed_c10d._get_default_store()
         if store.add(_FAILURES, 1) == 1:
@@ -164,12 +164,12 @@ def _claim(message: str) -> tuple[bool, str]:
             return True, message
         store.wait([_MESSAGE], timedelta(seconds=5))
         return False, store.get(_MESSAGE).decode()
-    except (RuntimeError, ValueError):  # under slurm the first process holds the board, and may have taken it with it
+    except (RuntimeError, ValueError):  # under slurm, the store exits with the first process
         return True, message
 
 
 def _hang_up() -> None:
-    """Cut the connections, so that nobody waits for this process and it waits for nobody."""
+    """Abort the connections, so that no process waits for another."""
     with suppress(Exception):
         if dist.get_backend() == 'nccl':
             dist.distributed_c10d._abort_process_group()

@@ -1,4 +1,4 @@
-"""The model that `model_type: RestorationModel` names: BasicSR's SRModel with what restoration needs besides."""
+"""RestorationModel (`model_type: RestorationModel`), an extension of BasicSR's SRModel for image restoration."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -33,19 +33,19 @@ from ast_plugin.ops import frozen_weights
 
 
 class RestorationModel(SRModel):
-    """Train and test a network that restores images: `lq` in, something near `gt` out.
+    """Model for training and testing an image restoration network that predicts `gt` from `lq`.
 
-    Beyond SRModel: any number of losses (every option of `train` that ends in `_opt`), the schedules of
-    `models.optimizers`, images of any size in validation, the input's metrics beside the result's, the best weights
-    kept beside the latest, weights files read safely and written whole.
+    Additions to SRModel: any number of losses (every option of `train` that ends in `_opt`), the schedules in
+    `models.optimizers`, validation of images of any size, metrics of the input next to those of the result, best
+    weights in addition to the latest, safe reading and atomic writing of weights files.
 
-    Option keys, beside SRModel's: those of `train` that `TrainingStep`, `Precision`, `Mixup` and
-    `network_switches.apply` document; `val.protocol`, how images are restored and measured, see
-    `evaluation.protocols`; and `val.best_metric`, the metric of `val.metrics` that picks the best weights (the first by
-    default): `models/net_g_best.pth` and, with the network's options in the metadata, `net_g_best.safetensors`.
+    Additional option keys: those of `train` documented in `TrainingStep`, `Precision`, `Mixup` and
+    `network_switches.apply`; `val.protocol`, which defines how images are restored and measured, see
+    `evaluation.protocols`; and `val.best_metric`, the metric in `val.metrics` that selects the best weights (default:
+    the first). These are saved as `models/net_g_best.pth` and as `net_g_best.safetensors` with the network's options.
 
     Args:
-        opt: the options as BasicSR prepares them; changed in place, as BasicSR's models do: `build_model` hands a copy.
+        opt: options prepared for BasicSR, modified in place as in BasicSR's models; `build_model` passes a copy.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
@@ -53,22 +53,22 @@ class RestorationModel(SRModel):
         self.progress: TrainingProgress | None = None
         self.processes = Processes()
         self.validator = Validator.from_options(opt, self._image_path, self.processes)
-        self.validated_at: dict[str, int] = {}  # by dataset: iteration of the last validation
-        self.notes: set[str] = set()  # on memory, each logged once
+        self.validated_at: dict[str, int] = {}  # iteration of the last validation by dataset
+        self.notes: set[str] = set()  # notes on memory, each logged once
         self.log_dict: Mapping[str, float] = {}
         self.run_log = RunLog.from_options(opt, self.processes.rank)
-        # Parts of the run that a training state holds, each by its state_dict and load_state_dict.
+        # Parts of the training state, each with state_dict and load_state_dict.
         self.stateful: dict[str, Any] = {'run_log': self.run_log}
         self.iteration = self.saved_at = self.trained_at = 0
-        opt['path'].setdefault('param_key_g', None)  # which SRModel would take for params
+        opt['path'].setdefault('param_key_g', None)  # otherwise SRModel uses 'params'
         super().__init__(opt)
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
-        """Switch on what training asks of the network, move it, wrap it for parallel training."""
+        """Apply the training switches, move the network to the device and wrap it for parallel training."""
         return super().model_to_device(network_switches.apply(net, self.opt['train']) if self.is_train else net)
 
     def init_training_settings(self) -> None:
-        """Build losses, moving average, optimiser, schedule, and the step that uses them."""
+        """Build losses, moving average, optimisers, schedules and the training step."""
         self.net_g.train()
         if self.device.type == 'cpu':
             keep_freed_memory()
@@ -78,7 +78,7 @@ class RestorationModel(SRModel):
             self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).eval().requires_grad_(False)
             path = self.opt['path']
             if path.get('pretrain_network_g') is not None:
-                key = path['param_key_g'] if path['param_key_g'] != 'params' else None  # the average where there is one
+                key = path['param_key_g'] if path['param_key_g'] != 'params' else None  # the average if available
                 self.load_network(self.net_g_ema, path['pretrain_network_g'], path.get('strict_load_g', True), key)
         self.losses = training_step.build_losses(train_opt, self.device)
         precision = training_step.Precision(train_opt.get('precision') or 'fp32', self.device)
@@ -93,7 +93,7 @@ class RestorationModel(SRModel):
             self.stateful['scaler'] = precision.scaler
 
     def setup_schedulers(self) -> None:
-        """Build our schedules by name, all others as BasicSR does."""
+        """Build the plugin's schedules by name, all others as in BasicSR."""
         ours = [optimizers.build_schedule(optimizer, self.opt['train']) for optimizer in self.optimizers]
         if None in ours:
             super().setup_schedulers()
@@ -102,13 +102,13 @@ class RestorationModel(SRModel):
 
     @master_only
     def print_network(self, net: nn.Module) -> None:
-        """Name the network and count its parameters; its structure would fill screens."""
+        """Log the network's name and number of parameters, instead of its whole structure."""
         net = self.get_bare_model(net)
         count = sum(parameter.numel() for parameter in net.parameters())
         get_root_logger().info(f'Network: {type(net).__name__}, with parameters: {count:,d}')
 
     def update_learning_rate(self, current_iter: int, warmup_iter: int = -1) -> None:
-        """Before each iteration: step the schedules, then BasicSR's linear warm-up over what they say.
+        """Step the schedules before an iteration and apply BasicSR's linear warm-up to their rates.
 
         Raises:
             RunStopped: see `leave_if_asked`.
@@ -120,16 +120,16 @@ class RestorationModel(SRModel):
         super().update_learning_rate(current_iter, warmup_iter)
 
     def feed_data(self, data: Mapping[str, Any]) -> None:
-        """Take a batch, and the names of its images for messages; what is of 8 bits becomes float on the device."""
-        # Out of pinned memory the processor need not wait for the copy.
+        """Move a batch to the device, convert 8-bit images to float there, and keep their names for messages."""
+        # Copies from pinned memory are asynchronous.
         self.lq = to_unit_range(data['lq'].to(self.device, non_blocking=True))
-        self.__dict__.pop('gt', None)  # of the batch before: images to restore may have none
+        self.__dict__.pop('gt', None)  # of the previous batch; a batch may have no gt
         if 'gt' in data:
             self.gt = to_unit_range(data['gt'].to(self.device, non_blocking=True))
         self.images = list(data.get('lq_path', ()))
 
     def optimize_parameters(self, current_iter: int) -> None:
-        """Make a step on the batch last fed; without effect where its numbers are not finite and that is skipped."""
+        """Perform a training step on the current batch; no effect if it is skipped because of non-finite values."""
         if self.progress is None:
             total, is_shown = self.opt['train']['total_iter'], self.processes.rank == 0
             self.progress = TrainingProgress(total, current_iter - 1, get_root_logger(), self.device, is_shown)
@@ -145,22 +145,22 @@ class RestorationModel(SRModel):
         self.trained_at = current_iter
 
     def model_ema(self, decay: float = 0.999) -> None:
-        """Move the averaged weights towards the present ones."""
+        """Update the averaged weights with the current ones."""
         training_step.update_average(self.net_g_ema, self.get_bare_model(self.net_g), decay)
 
     def _pause(self, is_over: bool = False) -> None:
-        """Something else than a step has taken its time; the moment to draw what has been logged."""
+        """Draw the logged values and exclude the time since the last step from the timing."""
         self.run_log.draw(at_once=is_over)
         if self.progress is not None:
             self.progress.pause()
 
     @property
     def evaluated_network(self) -> nn.Module:
-        """The network that is tested and released: the moving average where there is one."""
+        """The network used for testing and saved as best weights: the moving average if there is one."""
         return self.net_g_ema if hasattr(self, 'net_g_ema') else self.get_bare_model(self.net_g)
 
     def test(self) -> None:
-        """Restore the images last fed, of any size, as the protocol says."""
+        """Restore the current images, of any size, as defined by the protocol."""
         with network_switches.eager_blocks():
             self.output = self.validator.protocol.restore(self.evaluated_network, self.lq, on_note=self._note)
 
@@ -170,14 +170,14 @@ class RestorationModel(SRModel):
             get_root_logger().info(note)
 
     def dist_validation(self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
-        """Validate among processes: each restores its share, all know the results, the first writes them down."""
+        """Validate with all processes: each restores its share, all receive the results, the first one writes them."""
         self.nondist_validation(dataloader, current_iter, tb_logger, save_img)
-        self.processes.wait()  # for the first one's writing, under more patience than the next step would have
+        self.processes.wait()  # for the first one to write, with a longer timeout than a training step has
 
     def nondist_validation(
         self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool
     ) -> None:
-        """Restore and measure a dataset; log the means, and in training keep the weights if they are the best.
+        """Restore and measure a dataset, log the means, and save the weights during training if they are the best.
 
         Raises:
             DataError: if the dataset is empty.
@@ -186,7 +186,7 @@ class RestorationModel(SRModel):
         if len(dataloader) == 0:
             raise DataError(f'the validation set {name} holds no images')
         if self.is_train:
-            # BasicSR validates once more after the last iteration, and has counted past it by then
+            # BasicSR validates again after the last iteration, with a counter beyond it.
             current_iter = min(current_iter, max(self.opt['train']['total_iter'], self.iteration))
             if self.validated_at.get(name) == current_iter:
                 return
@@ -197,7 +197,7 @@ class RestorationModel(SRModel):
             tb_logger.add_image(tag, join_images(thumbnails), current_iter, dataformats='HWC')
         if not results.mean():
             if self.validator.metrics:
-                self._note(f'{name} is restored, not measured: it holds no gt')
+                self._note(f'{name} is restored but not measured: it has no gt')
             return
         self.metric_results = results.mean()
         if not self.is_train:
@@ -211,7 +211,7 @@ class RestorationModel(SRModel):
             self._update_best_metric_result(name, each, mean, current_iter)
         self._log_validation_metric_values(current_iter, name, tb_logger)
         self.run_log.add_validation(current_iter, name, self.metric_results)
-        if improved and name == next(iter(self.best_metric_results)):  # of several datasets the first decides
+        if improved and name == next(iter(self.best_metric_results)):  # the first dataset decides
             self.save_best()
         if self.progress is not None:
             self.progress.best = f'best {metric} {self.best_metric_results[name][metric]["val"]:.2f}'
@@ -219,12 +219,12 @@ class RestorationModel(SRModel):
     def measure(
         self, dataloader: DataLoader, current_iter: int | str = '', save_img: bool = False
     ) -> ValidationResults:
-        """Restore a dataset image by image, with the metrics of `val.metrics` before and after."""
+        """Restore a dataset and measure its images with `val.metrics` before and after restoration."""
         with frozen_weights():
             return self.validator.measure(self._restore, dataloader, current_iter, save_img)
 
     def _restore(self, sample: dict[str, Any]) -> Mapping[str, Tensor]:
-        if self.is_train and self.processes.count == 1:  # several do not keep step here
+        if self.is_train and self.processes.count == 1:  # several processes are not synchronized here
             self.leave_if_asked()
         self.feed_data(sample)
         self.test()
@@ -247,10 +247,10 @@ class RestorationModel(SRModel):
         sheet = results.write(Path(self.opt['path']['results_root']))
         say('', results.dataset, '', *results.to_markdown().split('\n'), '')
         if sheet is not None:
-            say(f'The worst and the best images: {sheet}')
+            say(f'Worst and best images: {sheet}')
 
     def _initialize_best_metric_results(self, dataset_name: str) -> None:
-        """BasicSR's, and for metrics that were added since the run began, which a resumed state knows nothing of."""
+        """Initialize best values, also for metrics that were added after the resumed state was written."""
         super()._initialize_best_metric_results(dataset_name)
         known = self.best_metric_results[dataset_name]
         for metric, options in self.opt['val']['metrics'].items():
@@ -259,18 +259,18 @@ class RestorationModel(SRModel):
 
     @master_only
     def save_best(self) -> None:
-        """Write the present weights as the best, for BasicSR and, self-describing, as safetensors."""
+        """Save the current weights as the best, in BasicSR's format and as safetensors with the network's options."""
         folder = Path(self.opt['path']['models'])
         save_torch(folder / 'net_g_best.pth', self.weights())
         network, given = self.evaluated_network, self.opt['network_g']
-        starts = getattr(network, 'transient_options', ())  # say where training began, not what the network is
+        starts = getattr(network, 'transient_options', ())  # describe the initialization, not the network
         options = {key: value for key, value in given.items() if key not in starts}
         save_weights(folder / 'net_g_best.safetensors', network.state_dict(), options)
 
     def save(self, epoch: int, current_iter: int) -> None:
-        """Write weights and training state, each whole or not at all, and then delete those that are too old.
+        """Save weights and training state atomically, then delete old ones.
 
-        At the end of a run, for which BasicSR gives -1, the last iteration is saved: a longer run goes on from it.
+        BasicSR passes -1 at the end of a run: the last iteration is saved, so that a longer run can resume from it.
         """
         if current_iter == -1:
             self._save_iteration()
@@ -286,7 +286,7 @@ class RestorationModel(SRModel):
         save_torch(Path(self.opt['path']['models']) / WEIGHTS.format(which), self.weights())
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """Return the network's weights, and their moving average where there is one, by the keys of BasicSR's files."""
+        """Return the network's weights, and their moving average if there is one, by the keys of BasicSR's files."""
         networks = {'params': self.get_bare_model(self.net_g), 'params_ema': getattr(self, 'net_g_ema', None)}
         return {
             key: {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
@@ -295,7 +295,7 @@ class RestorationModel(SRModel):
         }
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
-        """Write all that the run is, see `run_state`; older states go when this one has been read back whole."""
+        """Save the training state, see `run_state`; delete older states after it has been read back successfully."""
         state = run_state.collect(self, epoch, current_iter)
         if self.processes.rank == 0:
             folder = Path(self.opt['path']['training_states'])
@@ -308,10 +308,10 @@ class RestorationModel(SRModel):
         return (self.opt.get('logger') or {}).get('keep_checkpoints') or 3
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Take up everything where a state left it, and validate if the killed run would have done so next.
+        """Restore a training state, and validate if the interrupted run would have done so next.
 
         Args:
-            resume_state: its `epoch` becomes the one of the next iteration, should epochs be longer or shorter now.
+            resume_state: its `epoch` is set to that of the next iteration, as the length of an epoch may have changed.
         """
         run_state.restore(self, resume_state, self.recorded)
         self.iteration = self.saved_at = iteration = resume_state['iter']
@@ -319,7 +319,7 @@ class RestorationModel(SRModel):
         if iters_per_epoch:
             resume_state['epoch'], _ = epoch_of(iteration, iters_per_epoch)
         val = self.opt.get('val') or {}
-        if val.get('val_freq') and iteration % val['val_freq'] == 0:  # BasicSR saves before, and knows no outcome
+        if val.get('val_freq') and iteration % val['val_freq'] == 0:  # BasicSR saves before it validates
             for key, options in self.opt['datasets'].items():
                 if key.split('_')[0] == 'val':
                     loader = build_dataloader(
@@ -335,17 +335,17 @@ class RestorationModel(SRModel):
     def validation(
         self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool = False
     ) -> None:
-        """Validate without touching the random numbers that training goes on with."""
+        """Validate without changing the random state of training."""
         with randomness.preserved():
             super().validation(dataloader, current_iter, tb_logger, save_img)
         self._pause(is_over=self.is_train and current_iter > self.opt['train']['total_iter'])
 
     def leave_if_asked(self) -> None:
-        """Save and end the run between two iterations if a signal has asked any of its processes to.
+        """Save and stop the run between two iterations if any of its processes has received a stop signal.
 
         Raises:
-            RunStopped: then.
-            SystemExit: where another process has failed, which says why.
+            RunStopped: in that case.
+            SystemExit: if another process has failed and reports the reason.
         """
         number = self._ask_all(received_signal() or 0)
         if not number:
@@ -356,17 +356,18 @@ class RestorationModel(SRModel):
             follow()
         if self.progress is not None:
             self.progress.bar.close()
-        self.processes.wait()  # whoever left before the first one has written would have it ended by the launcher
+        self.processes.wait()  # the launcher would end the first process while it writes if another one exited earlier
         raise RunStopped(number, self.iteration)
 
     def save_unsaved(self, is_loading: bool) -> int:
-        """Save what was trained since the last state, for an error that ends the run between two iterations.
+        """Save the progress since the last state when an error stops the run between two iterations.
 
         Args:
-            is_loading: whether it came while a batch was awaited: then other processes save as well, when they ask
-                one another before the next iteration, see `leave_if_asked`.
+            is_loading: whether the error occurred while waiting for a batch; other processes then save as well, at
+                their check before the next iteration, see `leave_if_asked`.
         Returns:
-            The iteration that is saved; 0 if none is: within an iteration, or where other processes are not in step.
+            The saved iteration; 0 if none was saved because the error occurred within an iteration, or because other
+            processes are not synchronized.
         """
         if not self.is_train or not 0 < self.trained_at == self.iteration:
             return 0
@@ -378,7 +379,7 @@ class RestorationModel(SRModel):
         return self.iteration
 
     def _ask_all(self, number: int) -> int:
-        """The greatest number that any process gives; all of them call this together."""
+        """Return the maximum of `number` over all processes, which must all call this."""
         if self.processes.count == 1:
             return number
         numbers = torch.tensor(number, device=self.device)
@@ -392,10 +393,10 @@ class RestorationModel(SRModel):
         self._save_weights('latest')
 
     def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = None) -> None:
-        """Load weights: official, BasicSR's or safetensors, without running anything that lies in them.
+        """Load weights (official, BasicSR's or safetensors) without executing code from the file.
 
         Raises:
-            CheckpointError: if the file cannot be used; says why.
+            CheckpointError: if the file cannot be used.
         """
         checkpoint = read_checkpoint(load_path, param_key)
         report = load_into(self.get_bare_model(net), checkpoint, strict=strict)

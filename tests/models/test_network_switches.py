@@ -38,7 +38,7 @@ def plain():
 
 
 def gradients(network, size=32):
-    """Output and gradients of a step in which blocks are dropped at random."""
+    """Return output and gradients of a step with stochastic depth."""
     torch.manual_seed(1)
     output = network.train()(torch.rand(2, 3, size, size))
     output.square().mean().backward()
@@ -46,7 +46,7 @@ def gradients(network, size=32):
 
 
 def kept_bytes(network):
-    """What the forward pass keeps for the backward pass."""
+    """Return the bytes that the forward pass keeps for the backward pass."""
     kept = {}
 
     def pack(tensor):
@@ -91,7 +91,7 @@ def test_checkpointing_replaces_the_networks_own():
 
 @pytest.mark.parametrize('options', [{}, {'use_checkpoint': True}], ids=['switch', 'own'])
 def test_checkpoints_keep_the_backend(options):
-    """On a GPU in threads of autograd, which know nothing of a `with`; here outside of it, twice through one graph."""
+    """The backward pass uses the backend of the forward pass, also in autograd's GPU threads, outside the `with`."""
     network = ast(**options)
     if not options:
         network_switches.apply(network, {'gradient_checkpointing': True})
@@ -114,7 +114,7 @@ def test_copies_of_checkpointed_networks():
 
 
 def test_compiled_blocks_compute_the_same():
-    """A run of AST with compiled blocks is in test_restoration_model.py."""
+    """See test_restoration_model.py for a run of AST with compiled blocks."""
     want = gradients(msrresnet())
     network = msrresnet()
     names = list(network.state_dict())
@@ -125,7 +125,7 @@ def test_compiled_blocks_compute_the_same():
 
 
 def test_compilation_is_for_one_size_of_patches():
-    """Every size is compiled once, in training; pictures of other sizes are tested without."""
+    """Training compiles each block size once; images of other sizes are validated eagerly."""
     seen = []
 
     def backend(graph, inputs):
@@ -138,7 +138,7 @@ def test_compilation_is_for_one_size_of_patches():
     for _ in range(2):
         network(torch.rand(1, 3, 32, 32))
         compiled = len(seen)
-    assert 8 < compiled <= 20  # more than torch's own limit
+    assert 8 < compiled <= 20  # more than torch's default limit
     with torch.inference_mode(), network_switches.eager_blocks():
         network.eval()(torch.rand(1, 3, 33, 47))
     assert len(seen) == compiled
@@ -157,8 +157,8 @@ def test_channels_last_computes_the_same():
 @pytest.mark.parametrize(
     ('build', 'options', 'told'),
     [
-        (plain, {'gradient_checkpointing': True}, 'gradient_checkpointing works on repeated blocks, and Sequential'),
-        (plain, {'compile': 'eager'}, 'compile works on repeated blocks, and Sequential'),
+        (plain, {'gradient_checkpointing': True}, 'gradient_checkpointing needs repeated blocks, and Sequential'),
+        (plain, {'compile': 'eager'}, 'compile needs repeated blocks, and Sequential'),
         (ast, {'compile': 'inductr'}, "no backend 'inductr'"),
     ],
 )

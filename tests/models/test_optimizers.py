@@ -16,7 +16,7 @@ def without_extra(monkeypatch):
 
 @pytest.fixture
 def with_extra(monkeypatch):
-    """A stand-in for the package: one optimiser of its own, and one of a name that torch has too."""
+    """Replace the package by a stub with one optimiser of its own and one whose name torch also has."""
     module = types.ModuleType('pytorch_optimizer')
     for name in ('Lion', 'AdamW', 'SophiaH'):
         setattr(module, name, type(name, (torch.optim.SGD,), {'__module__': 'pytorch_optimizer'}))
@@ -70,10 +70,10 @@ def test_the_real_extra():
     [
         ('Lion', r'pip install "ast_plugin\[optimizers\]"'),
         ('AdmaW', 'did you mean AdamW'),
-        ('LBFGS', 'calls back for the loss'),
+        ('LBFGS', 'evaluates the loss several times'),
         ('SparseAdam', 'sparse gradients'),
         ('SophiaH', 'second derivatives'),
-        ('SAM', 'around another optimiser'),
+        ('SAM', 'wraps another optimiser'),
         ('Optimizer', 'no optimiser'),
         ('lr_scheduler', 'no optimiser'),
     ],
@@ -87,12 +87,12 @@ def test_names_that_cannot_be_had(name, told, without_extra):
     ('name', 'options'), [('SGD', {'momentum': -1.0}), ('AdamW', {'moment': 3}), ('Adadelta', {'fused': True})]
 )
 def test_options_that_are_refused(name, options):
-    with pytest.raises(OptionError, match=f'{name} refuses'):
+    with pytest.raises(OptionError, match=f'{name} rejects'):
         build_optimizer(name, [torch.nn.Parameter(torch.ones(2))], 0.1, **options)
 
 
 def test_option_files_may_name_those_of_the_extra():
-    """Their arguments go on to the base class, whose `defaults` are theirs to give."""
+    """These optimisers pass their arguments to the base class and set its `defaults` themselves."""
     pytest.importorskip('pytorch_optimizer')
     lion, where, given = find_optimizer('Lion'), ('train', 'optim_g'), ('params', 'defaults')
     options = {'type': 'Lion', 'lr': 1e-3, 'weight_decay': 0.1}
@@ -102,7 +102,7 @@ def test_option_files_may_name_those_of_the_extra():
 
 
 def rates(steps, lr=2e-4, **options):
-    """The rate of each iteration, stepped as BasicSR steps: before every iteration but the first."""
+    """Return the rate of each iteration, stepped as in BasicSR: before every iteration except the first."""
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=lr)
     schedule = WarmupCosineLR(optimizer, **options)
     found = []
@@ -114,7 +114,7 @@ def rates(steps, lr=2e-4, **options):
 
 
 def test_the_recipe_epoch_by_epoch():
-    """20 epochs of 5 iterations, against torch's own cosine run behind three epochs of warm-up."""
+    """Compare 20 epochs of 5 iterations with torch's cosine annealing after three warm-up epochs."""
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=2e-4)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 17, eta_min=1e-6)
     want = [2e-4 / 3, 4e-4 / 3, 2e-4]
@@ -139,14 +139,14 @@ def test_by_iteration_it_ends_at_the_floor():
     [
         (
             {'total_iter': 3, 'warmup_iter': 3},
-            'warm-up of 3 iterations does not fit into a run of 3; .* lower warmup_iter',
+            'warm-up of 3 iterations does not fit into a run of 3: lower warmup_iter',
         ),
         ({'total_iter': 3, 'by': 'epoch', 'iters_per_epoch': 0}, 'iters_per_epoch of 1 or more'),
         ({'total_iter': 0}, 'a run of 0'),
         ({'total_iter': 3, 'warmup_iter': 1, 'warmup_epochs': 1, 'iters_per_epoch': 1}, 'not both'),
         ({'total_iter': 3, 'by': 'epoch'}, 'needs train.iters_per_epoch'),
         ({'total_iter': 3, 'warmup_epochs': 1}, 'needs train.iters_per_epoch'),
-        ({'total_iter': 3, 'by': 'day'}, "not by 'day'"),
+        ({'total_iter': 3, 'by': 'day'}, "got 'day'"),
     ],
 )
 def test_numbers_that_contradict_one_another(options, told):

@@ -1,4 +1,4 @@
-"""Taking leave of other processes; signals as requests, in children where they would end this process."""
+"""Tests of process groups and stop signals; signals that would end this process are sent to child processes."""
 
 import os
 import signal
@@ -31,13 +31,13 @@ print(dist.is_initialized())
 
 
 def test_no_connection_outlives_interpreter():
-    """Where gloo's threads do, now and then a process that has done its work ends by SIGABRT."""
+    """If gloo's threads outlive the interpreter, a finished process sometimes ends with SIGABRT."""
     done = subprocess.run([sys.executable, '-c', PROGRAM], text=True, capture_output=True, timeout=120, check=True)
     assert done.stdout.split('\n')[:3] == ['False', 'its connection is gone', 'the interpreter ends']
 
 
 def end_of_child(function) -> int:
-    """What a child of this process ends by: the result of a function, or a signal as a negative number."""
+    """Return the exit status of a child process: the result of a function, or a signal as a negative number."""
     child = os.fork()
     if child == 0:
         status = 99
@@ -67,7 +67,7 @@ def test_first_signal_is_a_request(number, capfd):
         assert received_signal() == number
     assert received_signal() is None
     assert signal.getsignal(number) == before
-    assert f'basicsr: {signal.Signals(number).name}: saving; once more ends it at once' in capfd.readouterr().err
+    assert f'basicsr: {signal.Signals(number).name}: saving; a second signal exits at once' in capfd.readouterr().err
 
 
 def test_second_signal_ends_the_process():

@@ -1,4 +1,4 @@
-"""RestorationModel, driven step by step as BasicSR's loop drives it, on a tiny network and random pictures."""
+"""Tests of RestorationModel, called as in BasicSR's training loop, with a tiny network and random images."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ TINY = {'type': 'AST', 'img_size': 16, 'embed_dim': 4, 'depths': [1] * 9, 'num_h
 
 
 class Pairs(Dataset):
-    """Noisy pictures of several sizes, two of one name in different folders."""
+    """Noisy images of several sizes, two of the same name in different folders."""
 
     def __init__(self, names=('a/one.png', 'b/one.png', 'three.png')):
         self.opt = {'name': 'pairs'}
@@ -155,7 +155,7 @@ def test_the_last_iteration_is_validated_once(tmp_path, monkeypatch):
     calls = []
     measure = model.measure
     monkeypatch.setattr(model, 'measure', lambda *a, **k: calls.append(a) or measure(*a, **k))
-    for iteration in (4, 8, 9, 11):  # BasicSR counts on past the end, once an epoch
+    for iteration in (4, 8, 9, 11):  # BasicSR's counter passes the end, once per epoch
         model.validation(DataLoader(Pairs()), iteration, None)
     assert [call[1] for call in calls] == [4, 8]
 
@@ -234,7 +234,7 @@ def test_nothing_to_measure_is_said_at_once(caplog, monkeypatch, val, end):
 
 
 def test_testing_by_a_protocol(tmp_path, capsys):
-    """Its metrics, not rounded; the same restoration as the protocol's own; weights and their checksum in the files."""
+    """Test with the protocol's own metrics, unrounded, and its own restoration."""
     from ast_plugin.evaluation.protocols import read_protocol
     from ast_plugin.metrics import psnr_rgb
 
@@ -294,7 +294,7 @@ def test_added_metric_begins_anew(tmp_path):
     assert best['psnr']['val'] == model.best_metric_results['pairs']['psnr']['val']
 
 
-# The switches of `train`, each as an option file sets it
+# Switches of `train`, set as in an option file
 
 ADAMW = {'type': 'AdamW', 'lr': 2e-3}
 
@@ -334,7 +334,7 @@ def test_switches_change_the_way_not_the_end(switches, tolerance, start, plain, 
     model = trained(tmp_path, **switches)
     assert weights(model).keys() == weights(plain).keys()
     begin, want, got = map(vector, (start, weights(plain), weights(model)))
-    assert (got - want).norm() / (want - begin).norm() <= tolerance  # of how far training has moved them
+    assert (got - want).norm() / (want - begin).norm() <= tolerance  # relative to the distance trained
     assert model.get_current_log()['l_pix'] == pytest.approx(plain.get_current_log()['l_pix'], rel=0.02)
     model.feed_data(batch())
     model.test()
@@ -361,7 +361,7 @@ def test_mixing_reaches_the_network(tmp_path):
 
 
 class NanAt:
-    """A loss that goes wrong on one occasion."""
+    """Loss that is NaN in one call."""
 
     def __init__(self, loss, occasion):
         self.loss, self.occasion, self.count = loss, occasion, 0
@@ -386,7 +386,7 @@ def test_skipped_step_changes_nothing(tmp_path):
 
 
 def test_warm_up_over_a_stepwise_schedule(tmp_path):
-    """BasicSR's own stays for ever at the last rate of the warm-up, and forgets milestones that fall into it."""
+    """BasicSR alone would keep the last warm-up rate and skip milestones during the warm-up."""
     opt = options(tmp_path, scheduler={'type': 'MultiStepLR', 'milestones': [2, 6], 'gamma': 0.5})
     model = build(opt)
     rates = []
@@ -398,7 +398,7 @@ def test_warm_up_over_a_stepwise_schedule(tmp_path):
 
 
 def test_resuming_with_all_switches_is_exact(tmp_path):
-    """A scale that fell at an overflow and grows again, mixing, an average, a fused optimiser, another layout."""
+    """Resume with loss scaling after an overflow, mixup, moving average, fused optimiser and channels_last."""
     switches = {
         'precision': 'fp16',
         'accumulate': 2,
