@@ -1,6 +1,6 @@
-"""AST's mathematics as functions of tensors: images NHWC, no parameters held.
+"""Functional operators of AST on NHWC feature maps, without parameters or state.
 
-`window_attention` and `feed_forward` are computed by the fastest backend that can; see `dispatch`.
+`window_attention` and `feed_forward` run on the fastest backend that supports the call; see `dispatch`.
 """
 
 from ast_plugin.ops.attention import ATTENTION_KINDS, Attention, attention_weights

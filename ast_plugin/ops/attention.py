@@ -1,4 +1,4 @@
-"""Window attention with ASSA's weights and those its ablation compares: the plain reference."""
+"""Reference implementation of window attention: ASSA and the attention variants of its ablation study."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,15 +16,15 @@ ATTENTION_KINDS = ('assa', 'dense', 'sparse', 'sparse_relu', 'topk')
 
 
 class Attention(NamedTuple):
-    """Parameters and settings of window attention, as every backend takes them.
+    """Parameters and settings of window attention, shared by all backends.
 
     Attributes:
-        q, kv, proj: weights of the linear layers of queries [C, C], of keys and values [2C, C], and of the output
-            [C, C]; their biases may be None.
-        position_bias: [(2 * window - 1)**2, num_heads], added to the scores by relative position.
-        num_heads: a divisor of C.
-        window: side of a window in tokens.
-        shift: the map is rolled by this much up and left before it is cut, and back afterwards; in [0, window).
+        q, kv, proj: weights of the linear layers for queries [C, C], keys and values [2C, C], and output [C, C];
+            each bias may be None.
+        position_bias: relative position bias table, [(2 * window - 1)**2, num_heads], added to the scores.
+        num_heads: number of heads, a divisor of C.
+        window: side length of a window in tokens.
+        shift: cyclic shift up and left before the map is partitioned, undone afterwards; in [0, window).
         kind, gate, topk_ratio: see `attention_weights`.
     """
 
@@ -47,34 +47,34 @@ class Attention(NamedTuple):
         return self[:8]
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> 'Attention':
-        """Replace the parameters, and keep the settings."""
+        """Return a copy with other parameters and the same settings."""
         return Attention(*tensors, *self[8:])
 
     def check(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Raise ShapeError unless map, parameters and mask go together: a kernel would read what is not there."""
+        """Raise ShapeError if the shapes of x, parameters and mask do not match: kernels would read out of bounds."""
         if x.ndim != 4:
-            raise ShapeError(f'expected a map [B, H, W, C], got {list(x.shape)}')
+            raise ShapeError(f'expected a feature map [B, H, W, C], got {list(x.shape)}')
         B, H, W, C = x.shape
         if not 0 <= self.shift < self.window:
-            raise ShapeError(f'a shift of {self.shift} is not in [0, {self.window}), the window')
+            raise ShapeError(f'expected a shift in [0, {self.window}), the window size, got {self.shift}')
         if C % self.num_heads:
-            raise ShapeError(f'{C} channels do not divide into {self.num_heads} heads')
+            raise ShapeError(f'{C} channels are not divisible by {self.num_heads} heads')
         check_size(H, W, self.window)
         tokens, num_windows = self.window**2, (H // self.window) * (W // self.window)
         expected = {
-            'weight of the queries': (self.q, (C, C)),
-            'weight of keys and values': (self.kv, (2 * C, C)),
+            'query weight': (self.q, (C, C)),
+            'key and value weight': (self.kv, (2 * C, C)),
             'position bias': (self.position_bias, ((2 * self.window - 1) ** 2, self.num_heads)),
         }
         if mask is not None and mask.shape[0] != B * num_windows:
             expected['mask'] = mask, (num_windows, tokens, tokens)
         for name, (tensor, shape) in expected.items():
             if tuple(tensor.shape) != shape:
-                raise ShapeError(f'the {name} is {list(tensor.shape)}: expected {list(shape)}')
+                raise ShapeError(f'{name}: expected shape {list(shape)}, got {list(tensor.shape)}')
 
 
 def attention_weights(scores: Tensor, kind: str, gate: Tensor | None = None, topk_ratio: float = 0.5) -> Tensor:
-    """Weights of the values, from the scores S of queries and keys::
+    """Compute attention weights from the scores S of queries and keys::
 
         dense        softmax(S)                         rows sum to 1
         sparse       relu(S)²                           no normalisation
@@ -85,12 +85,12 @@ def attention_weights(scores: Tensor, kind: str, gate: Tensor | None = None, top
     Args:
         scores: [..., queries, keys], any float dtype.
         kind: one of `ATTENTION_KINDS`.
-        gate: [2], logits of the dense and the sparse branch, for `assa` only.
-        topk_ratio: share of the keys that `topk` keeps, in (0, 1].
+        gate: [2], logits of the dense and the sparse branch; used by `assa` only.
+        topk_ratio: fraction of the keys kept by `topk`, in (0, 1].
     Returns:
-        Shape and dtype of `scores`.
+        Tensor with the shape and dtype of `scores`.
     Raises:
-        OptionError: for an unknown kind.
+        OptionError: if `kind` is unknown.
     Source: Zhou et al., CVPR 2024, equations 3 to 6; top-k after DRSformer (Chen et al., CVPR 2023).
     """
     if kind == 'dense':
@@ -103,27 +103,27 @@ def attention_weights(scores: Tensor, kind: str, gate: Tensor | None = None, top
         dense_share, sparse_share = gate.to(scores.dtype).softmax(0)
         return dense_share * scores.softmax(-1) + sparse_share * scores.relu().square()
     if kind == 'topk':
-        num_keys = int(scores.shape[-1])  # of a window, and so a constant; a tensor while it is traced
+        num_keys = int(scores.shape[-1])  # constant per window size, but a tensor during tracing
         scores = keep_shape_in_trace(scores, [-1] * (scores.ndim - 1) + [num_keys])
         keep = max(1, round(topk_ratio * num_keys))
         lowest = scores.topk(keep, dim=-1).values[..., -1:]
         return scores.masked_fill(scores < lowest, float('-inf')).softmax(-1)
-    raise OptionError(f'attention {kind!r} is unknown: one of {", ".join(ATTENTION_KINDS)}')
+    raise OptionError(f'unknown attention {kind!r}: expected one of {", ".join(ATTENTION_KINDS)}')
 
 
 def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Tensor:
-    """Multi-head self-attention within (shifted) windows of a map::
+    """Multi-head self-attention within (shifted) windows of a feature map::
 
         out = proj(weights(q · kᵀ / √d + position bias + mask) · v)
 
     Args:
-        x: [B, H, W, C], H and W multiples of the window.
+        x: [B, H, W, C], with H and W multiples of the window size.
         op: parameters and settings.
         mask: [num_windows or B * num_windows, window**2, window**2], added to the scores of all heads.
     Returns:
         [B, H, W, C].
-    Numerics: scores, weights and their product with the values are computed in float32 for half inputs: the sparse
-        branch is not normalised and leaves float16's range. float64 stays float64.
+    Numerics: for half-precision inputs, scores, weights and their product with the values are computed in float32,
+        because the sparse branch is not normalised and exceeds the range of float16. float64 stays float64.
     Source: Zhou et al., CVPR 2024, section 3.2.
     """
     qkv = F.linear(_roll(x, -op.shift), *qkv_layer(op))
@@ -132,13 +132,15 @@ def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Te
 
 
 def attend(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, op: Attention) -> Tensor:
-    """Attention between its linear layers, [B, H, W, 3C] -> [B, H, W, C].
+    """Window attention without its linear layers.
 
     Args:
-        qkv: queries, keys and values side by side.
-        bias: [num_heads, window**2, window**2], see `gather_bias`.
+        qkv: queries, keys and values concatenated along channels, [B, H, W, 3C].
+        bias: position bias, [num_heads, window**2, window**2], see `gather_bias`.
         gate, mask: see `Attention` and `window_attention`.
-        op: of which only the settings are read.
+        op: settings; its tensors are not used.
+    Returns:
+        [B, H, W, C].
     """
     return _roll(_attend_rolled(_roll(qkv, -op.shift), bias, gate, mask, op), op.shift)
 
@@ -155,7 +157,7 @@ def _attend_rolled(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor 
     q, k, v = rearrange(
         qkv, 'b (h y) (w x) (n heads d) -> n (b h w) heads (y x) d', y=op.window, x=op.window, n=3, heads=op.num_heads
     )
-    # Shapes alone, on `meta`, are computed without autocast, which that device does not have.
+    # The meta device does not support autocast.
     with nullcontext() if qkv.is_meta else torch.autocast(qkv.device.type, enabled=False):
         dtype = torch.promote_types(qkv.dtype, torch.float32)
         scores = (q.to(dtype) * q.shape[-1] ** -0.5) @ k.to(dtype).transpose(-2, -1) + bias
@@ -167,7 +169,7 @@ def _attend_rolled(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor 
 
 
 def qkv_layer(op: Attention) -> tuple[Tensor, Tensor | None]:
-    """Weight [3C, C] and bias [3C] or None of one linear layer for queries, keys and values."""
+    """Return weight [3C, C] and bias ([3C] or None) of one fused linear layer for queries, keys and values."""
     layers = (op.q, op.q_bias), (op.kv, op.kv_bias)
     bias = None
     if op.q_bias is not None or op.kv_bias is not None:
@@ -176,6 +178,6 @@ def qkv_layer(op: Attention) -> tuple[Tensor, Tensor | None]:
 
 
 def gather_bias(op: Attention) -> Tensor:
-    """The position bias of every pair of tokens of a window, [num_heads, window**2, window**2]."""
+    """Gather the position bias of every pair of tokens in a window, [num_heads, window**2, window**2]."""
     index = relative_position_index(op.window, op.position_bias.device)
     return rearrange(op.position_bias[index], 'q k heads -> heads q k')

@@ -1,4 +1,4 @@
-"""What backends share: a call and whether they can run it, the residual around it, its gradients, cached weights."""
+"""Shared parts of the backends: call descriptions, residual branches, autograd integration, cached weights."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,19 +16,19 @@ from ast_plugin.ops.ffn import FeedForward
 
 Tensors = Sequence[Tensor | None]
 T = TypeVar('T')
-# Beside what was made stand the weights it was made of: an id is not given to another tensor while its own lives.
+# Each entry also holds its source weights, because keys contain ids, and an id is only unique while its tensor exists.
 _cache: ContextVar[dict[Hashable, tuple[tuple[Tensor | None, ...], object]] | None] = ContextVar(
     'ast_plugin_frozen_weights', default=None
 )
 
 
 class Residual(NamedTuple):
-    """Turns a function f into x + scale · f(layer_norm(x)).
+    """Parameters of a pre-norm residual branch, x + scale · f(layer_norm(x)).
 
     Attributes:
-        weight, bias: of the LayerNorm over channels, [C] or None.
-        eps: of the LayerNorm.
-        scale: [B, 1, 1, 1], a factor for each sample (stochastic depth); or None.
+        weight, bias: LayerNorm parameters over channels, [C] or None.
+        eps: LayerNorm epsilon.
+        scale: factor per sample (stochastic depth), [B, 1, 1, 1] or None.
     """
 
     weight: Tensor | None
@@ -43,26 +43,26 @@ def with_residual(
     residual: Residual | None,
     layer_norm: Callable[..., Tensor] = F.layer_norm,
 ) -> Tensor:
-    """Return function(x), or x + scale · function(layer_norm(x)) where a residual is given."""
+    """Return function(x), or x + scale · function(layer_norm(x)) if a residual is given."""
     if residual is None:
         return function(x)
-    channels = x.shape[-1] if residual.weight is None else len(residual.weight)  # a number, while it is traced, too
+    channels = x.shape[-1] if residual.weight is None else len(residual.weight)  # stays an int during tracing
     y = function(layer_norm(x, [channels], residual.weight, residual.bias, residual.eps))
     return x + (y if residual.scale is None else y * residual.scale)
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a function is called with, as far as backends care."""
+    """Properties of an operator call that determine which backends support it."""
 
-    op: Attention | FeedForward | None  # None where only the map is known
+    op: Attention | FeedForward | None  # None if only the input is known
     device: torch.device
-    dtype: torch.dtype  # what is computed in; autocast's where that is on
+    dtype: torch.dtype  # of the computation, the autocast dtype if autocast is enabled
     dtypes: frozenset[torch.dtype]  # of all tensors
-    shape: tuple[int, ...]  # of the map, [B, H, W, C]
+    shape: tuple[int, ...]  # of the input, [B, H, W, C]
     needs_grad: bool
     is_masked: bool = False
-    watcher: str | None = None  # who follows single operators, such as a trace, and would miss a kernel's formulas
+    watcher: str | None = None  # reason if single operators are observed, such as by a trace, which cannot see kernels
 
     @property
     def name(self) -> str:
@@ -70,19 +70,19 @@ class Call:
         return 'window_attention' if isinstance(self.op, Attention) else 'feed_forward'
 
     def why_not(self, dtypes: Sequence[torch.dtype]) -> str | None:
-        """Why no kernel that computes in some dtypes can run the call, or None."""
+        """Return why a kernel that supports only the given dtypes cannot run the call, or None if it can."""
         if self.watcher is not None:
             return self.watcher
         if self.dtype not in dtypes:
-            return f'it computes in {_names(dtypes)}, not in {_names([self.dtype])}'
-        # Autocast casts what is given in float32.
+            return f'it supports {_names(dtypes)}, not {_names([self.dtype])}'
+        # Autocast casts float32 tensors.
         autocast = torch.is_autocast_enabled(self.device.type)
         if not self.dtypes <= ({self.dtype, torch.float32} if autocast else {self.dtype}):
-            return f'it computes in {_names([self.dtype])}, and tensors are {_names(sorted(self.dtypes, key=str))}'
+            return f'it computes in {_names([self.dtype])}, but tensors are {_names(sorted(self.dtypes, key=str))}'
         if len(self.shape) != 4:
-            return f'a map is [B, H, W, C], not {list(self.shape)}'
+            return f'it expects a feature map [B, H, W, C], not {list(self.shape)}'
         if 0 in self.shape:
-            return f'there is nothing to compute in {list(self.shape)}'
+            return f'the feature map {list(self.shape)} is empty'
         return None
 
 
@@ -91,11 +91,11 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 
 
 class _KernelFunction(torch.autograd.Function):
-    """A function of tensors with a backward pass of its own, as a node of autograd.
+    """Autograd function around a kernel with a custom backward pass.
 
-    The kernel holds no tensors and has three methods: `forward(*tensors)` returns the output and what the backward pass
-    needs beside the tensors; `backward(grad, needed, tensors, kept)` the gradients of the tensors, at least of those
-    that are needed; `reference(*tensors)` the output by PyTorch's operators, of which autograd has the formulas.
+    The kernel holds no tensors and has three methods: `forward(*tensors)` returns the output and the tensors to save in
+    addition to its inputs; `backward(grad, needed, tensors, kept)` returns the gradients of at least the needed inputs;
+    `reference(*tensors)` computes the output with PyTorch operators, which gives higher-order gradients.
     """
 
     @staticmethod
@@ -107,28 +107,28 @@ class _KernelFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensors:
-        saved = ctx.saved_tensors  # once: checkpoints hand them out a single time
+        saved = ctx.saved_tensors  # gradient checkpointing allows only one access
         tensors, kept = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
         needed = ctx.needs_input_grad[1:]
         if not torch.is_grad_enabled():
             return None, *ctx.kernel.backward(grad, needed, tensors, kept)
-        # Gradients of gradients are wanted.
+        # Higher-order gradients are requested.
         leaves = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
         out = ctx.kernel.reference(*tensors)
         gradients = iter(torch.autograd.grad(out, leaves, grad, create_graph=True, allow_unused=True))
         return None, *(next(gradients) if is_needed else None for is_needed in needed)
 
 
-run_kernel: Callable[..., Tensor] = _KernelFunction.apply  # of a kernel and its tensors
+run_kernel: Callable[..., Tensor] = _KernelFunction.apply  # arguments: a kernel and its tensors
 
 
 @contextmanager
 def frozen_weights() -> Iterator[None]:
-    """Say that no weights change within a `with`: in this thread, casts and joins of weights are made once and cached.
+    """Context manager that caches casts and concatenations of weights in this thread, for inference.
 
-    For inference over many images or tiles. Where weights change after all, calls without gradients go on with those
-    of before: no trace of the change is looked for, as writes through `.data`, such as those of BasicSR's moving
-    average, leave none. The cache is given up at the end of the outermost `with`.
+    Weights must not change inside the context: calls without gradients would continue to use the cached values. Changes
+    are not detected, because writes through `.data`, such as those of BasicSR's EMA, leave no trace. The cache is
+    cleared when the outermost context exits.
     """
     token = _cache.set({}) if _cache.get() is None else None
     try:
@@ -139,13 +139,13 @@ def frozen_weights() -> Iterator[None]:
 
 
 def make_once(make: Callable[[], T], weights: Iterable[Tensor | None], *settings: Hashable) -> T:
-    """`make()`, or what it gave before for the same weights and settings within `frozen_weights`.
+    """Return `make()`, cached by weights and settings within `frozen_weights`.
 
     Args:
-        make: computes from the weights and the settings alone; its result is shared, not to be written to.
-        weights: what it reads. What is no parameter is another tensor in each call, and nothing is cached of it, nor of
-            what gradients are asked of.
-        settings: what else it depends on, itself included where several share weights.
+        make: function of the weights and settings only; its result is shared and must not be modified.
+        weights: tensors that `make` reads. The result is cached only if all are `nn.Parameter` and none needs
+            gradients.
+        settings: everything else that the result depends on, including a key for `make` if several share weights.
     """
     cache, weights = _cache.get(), tuple(weights)
     given = [weight for weight in weights if weight is not None]
@@ -159,10 +159,10 @@ def make_once(make: Callable[[], T], weights: Iterable[Tensor | None], *settings
 
 
 def cast_once(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A weight in a dtype; within `frozen_weights` it is cast once, where autocast would do so at each call."""
+    """Cast a weight to a dtype; within `frozen_weights` only once, whereas autocast casts at each call."""
     return None if weight is None else make_once(lambda: weight.to(dtype), [weight], dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer, in the dtype of its input."""
+    """Apply a linear layer in the dtype of its input."""
     return F.linear(x, cast_once(weight, x.dtype), cast_once(bias, x.dtype))

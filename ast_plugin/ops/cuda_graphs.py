@@ -1,8 +1,8 @@
-"""CUDA graphs: what a network launches, some thousand kernels, started as one, where starting them takes the time.
+"""CUDA graphs, which launch the thousands of kernels of a network at once where launch overhead dominates.
 
-Measured on an H100 in bfloat16: AST-B on 256² takes 35 ms called and 6 ms as a graph (docs/speed.md). A graph reads and
-writes where its tensors lay when it was captured: whatever it reads has to stay there, which networks say that they
-keep to by a true attribute `works_as_graph`.
+Measured on an H100 in bfloat16: AST-B on 256² takes 35 ms eagerly and 6 ms as a graph (docs/speed.md). A graph reads
+and writes fixed memory addresses, so every tensor that it reads must stay in place. A network declares that it meets
+this requirement by a true attribute `works_as_graph`.
 """
 
 import logging
@@ -21,28 +21,28 @@ from ast_plugin.ops.dispatch import requested_backend
 
 Run = Callable[[Tensor], Tensor]
 
-# Above it kernels take longer than their start, and a graph would only hold memory.
+# Above this size kernels take longer than their launch, and a graph would only hold memory.
 _MOST_PIXELS = 640**2
-_MOST_GRAPHS = 4  # such as two sizes upright and lying; what comes later is called
-_CALLS = 2  # of a size before it is captured: an image of two tiles would not gain by it
-_NEAR = 1e-3  # of ‖graph − call‖ / ‖call‖: kernels with atomic sums differ a little from call to call
-_WARM_UPS = 3  # calls before a capture, as PyTorch asks for
+_MOST_GRAPHS = 4  # for example two sizes in portrait and landscape; further sizes run eagerly
+_CALLS = 2  # eager calls per input size before a capture, which would not pay off for an image of two tiles
+_NEAR = 1e-3  # tolerance of ‖graph − call‖ / ‖call‖: kernels with atomic sums differ slightly between calls
+_WARM_UPS = 3  # calls before a capture, as PyTorch recommends
 _logger = logging.getLogger(__name__)
 _living: weakref.WeakSet['Graphs'] = weakref.WeakSet()
 
 
 class Graphs:
-    """Graphs of a network without gradients by size of its input; weights must not change while it lives."""
+    """Inference graphs of a network, one per input size; weights must not change while they are in use."""
 
     def __init__(self) -> None:
         self.graphs: dict[tuple, Run] = {}
         self.calls: dict[tuple, int] = {}
-        self.pool: Any = None  # shared: one graph runs at a time
-        self.is_closed = False  # to further graphs
+        self.pool: Any = None  # memory pool shared by all graphs, as only one runs at a time
+        self.is_closed = False  # whether no further graphs are captured
         _living.add(self)
 
     def __call__(self, run: Run, x: Tensor) -> Tensor:
-        """`run(x)`: called for the first inputs of a size, then captured, and replayed from then on."""
+        """Return `run(x)`, computed eagerly for the first inputs of a size, then captured and replayed."""
         key = tuple(x.shape), x.dtype, x.device, requested_backend(), torch.is_inference_mode_enabled(), _autocast(x)
         if key in self.graphs:
             return self.graphs[key](x)
@@ -58,28 +58,28 @@ class Graphs:
         return result
 
     def _capture(self, run: Run, x: Tensor, result: Tensor) -> Run | None:
-        """The graph, or None where it cannot be captured or gives something else than the call."""
+        """Return the graph, or None if the capture fails or its result differs from the eager one."""
         try:
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
             graph = capture(run, x, self.pool)
             off = _off(graph(x), result)
         except RuntimeError as error:
-            _logger.warning('no CUDA graph of this network: %s', first_line(error))
+            _logger.warning('CUDA graph capture failed, running eagerly: %s', first_line(error))
             return None
         if off <= _NEAR:
             return graph
-        _logger.warning('the CUDA graph of this network is off by %.0e from its call: it is called', off)
+        _logger.warning('CUDA graph result off by %.0e from eager execution, running eagerly', off)
         return None
 
     def close(self) -> bool:
-        """Give the graphs and their memory up, for good; whether there were any."""
+        """Release all graphs and their memory permanently; return whether there were any."""
         had_some, self.graphs, self.pool, self.is_closed = bool(self.graphs), {}, None, True
         return had_some
 
 
 def release_graphs() -> bool:
-    """Give up all graphs without gradients, where memory runs out; whether there were any."""
+    """Release all inference graphs when memory runs out; return whether there were any."""
     had_some = [graphs.close() for graphs in list(_living)]
     if any(had_some):
         torch.cuda.empty_cache()
@@ -87,19 +87,19 @@ def release_graphs() -> bool:
 
 
 def capture(run: Run, x: Tensor, pool: Any) -> Run:
-    """Capture `run` for inputs like x; what comes back copies its input in, replays, and copies the result out.
+    """Capture `run` for inputs like x; return a function that copies in its input, replays and copies out the result.
 
-    It is captured for an image of zeros: that it gives the result for x shows that it reads x.
+    The capture uses an image of zeros, so that a correct result for x proves that the graph reads its input.
     """
     taken, graph, device = torch.zeros_like(x), torch.cuda.CUDAGraph(), x.device
-    # A capture that fails would leave its stream the current one.
+    # A failed capture would otherwise leave its stream as the current one.
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             run(taken)
         torch.cuda.current_stream(device).wait_stream(side)
-        # By itself it forbids what a thread that pins memory does; its own stream would be of the first device used.
+        # The default mode fails if another thread pins memory; the default stream is on the first device used.
         with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode='thread_local'):
             given = run(taken)
 
@@ -113,12 +113,12 @@ def capture(run: Run, x: Tensor, pool: Any) -> Run:
 
 
 def run_graphed(network: object, run: Run, x: Tensor) -> Tensor:
-    """`run(x)`, within `frozen_weights` on CUDA by a graph of its size, see `Graphs`.
+    """Return `run(x)`; within `frozen_weights` on CUDA, use a graph for the size of x, see `Graphs`.
 
     Args:
-        network: whose graphs these are; without `works_as_graph` it is called.
-        run: computes with the network.
-        x: [N, C, H, W]; of more than 640² pixels in all, it is called.
+        network: owner of the graphs; runs eagerly if it has no `works_as_graph`.
+        run: function that computes with the network.
+        x: [N, C, H, W]; runs eagerly for more than 640² pixels in total.
     """
     pixels = len(x) * x.shape[-2] * x.shape[-1]
     is_fit = getattr(network, 'works_as_graph', False) and pixels <= _MOST_PIXELS
@@ -128,38 +128,39 @@ def run_graphed(network: object, run: Run, x: Tensor) -> Tensor:
 
 
 class TrainingGraph:
-    """Calls a network in training by graphs of its forward and its backward pass, from the third batch on.
+    """Training forward and backward passes of a network as CUDA graphs, from the third batch on.
 
-    Batches of another shape than the first are called as they are. What the graphs allocate stays theirs: memory as
-    without them, held between steps.
+    Batches whose shape differs from the first run eagerly. Memory use is that of eager training, but it stays allocated
+    between steps.
 
     Args:
-        network: whose parameters keep their places, as optimisers leave them.
-        train: the section of the option file.
-        is_parallel: whether other processes or devices train the same network.
+        network: network whose parameters are updated in place, as optimisers do.
+        train: section `train` of the option file.
+        is_parallel: whether several processes or devices train the network.
     Raises:
-        OptionError: if the network or another switch of `train` does not go together with graphs.
+        OptionError: if the network or another key of `train` is incompatible with CUDA graphs.
     """
 
     def __init__(self, network: nn.Module, train: Mapping[str, Any], is_parallel: bool = False) -> None:
-        # Gradients of a graph lie in one place: a second micro-batch would overwrite those that it is added to.
+        # Graph gradients have fixed addresses: a second micro-batch would overwrite the accumulated gradients.
         rivals = [f'train.{key}' for key in ('gradient_checkpointing', 'compile') if train.get(key)]
         rivals += ['train.accumulate'] if (train.get('accumulate') or 1) > 1 else []
         rivals += ['several processes or GPUs'] if is_parallel else []
         rivals += ['use_checkpoint'] * any(getattr(module, 'use_checkpoint', False) for module in network.modules())
         rivals += ['hooks of the network'] if network._forward_hooks or network._forward_pre_hooks else []
         if rivals:
-            raise OptionError(f'train.cuda_graph does not go together with {rivals[0]}: leave one of them out')
+            raise OptionError(f'train.cuda_graph cannot be combined with {rivals[0]}: remove one of them')
         if not getattr(network, 'works_as_graph', False):
             raise OptionError(
-                f'train.cuda_graph: {type(network).__name__} is not known to work as one, only AST is: leave it out'
+                f'train.cuda_graph: {type(network).__name__} is not known to support CUDA graphs, only AST is: '
+                'remove the key'
             )
         self.network, self.key, self.graphed = network, None, None
 
     def __call__(self, x: Tensor) -> Tensor:
         key = x.shape, x.dtype, x.device
         if self.key is None and x.device.type == 'cuda':
-            self.key = key  # the first call prepares libraries and compares kernels
+            self.key = key  # the first call initialises libraries and checks kernels
         elif self.graphed is None and key == self.key:
             self.graphed = self._capture(x)
         elif key == self.key and self.network.training:
@@ -170,7 +171,7 @@ class TrainingGraph:
         kind, buffers = x.device.type, list(self.network.buffers())
         before = [buffer.clone() for buffer in buffers]
         (is_lower, dtype), sample = _autocast(x), torch.zeros_like(x)
-        # The cache of autocast holds casts from outside of the graph, of weights as they were.
+        # The autocast cache would make the graph read casts of outdated weights.
         with torch.autocast(kind, dtype, enabled=is_lower, cache_enabled=False), torch.random.fork_rng([x.device]):
             calls = [self._results(self.network, x) for _ in range(2)]
             try:
@@ -179,21 +180,23 @@ class TrainingGraph:
                         self.network, (sample,), num_warmup_iters=_WARM_UPS, allow_unused_input=True
                     )
             except (RuntimeError, AssertionError) as error:
-                raise OptionError(f'train.cuda_graph: this network cannot be one ({first_line(error)})') from error
-            # It replaces the module's own method, with one that does not look at shapes.
+                raise OptionError(f'train.cuda_graph: the network cannot be captured ({first_line(error)})') from error
+            # make_graphed_callables replaces the module's `forward` by one that does not check shapes.
             graphed = self.network.__dict__.pop('forward')
             replayed = self._results(graphed, x)
-        for buffer, value in zip(buffers, before, strict=True):  # which all that may have changed
+        for buffer, value in zip(buffers, before, strict=True):  # the calls above may have changed them
             buffer.copy_(value)
         for name, got, want, again in zip(('output', 'gradients'), replayed, *calls, strict=True):
-            # With stochastic depth two calls differ, too.
+            # With stochastic depth, two eager calls differ as well.
             off, usual = _off(got, want), _off(again, want)
             if not off <= max(10 * _NEAR if is_lower else _NEAR, 3 * usual):
-                raise OptionError(f'train.cuda_graph: {name} off by {off:.0e} from those of a call; leave it out')
+                raise OptionError(
+                    f'train.cuda_graph: {name} of the graph off by {off:.0e} from eager execution: remove the key'
+                )
         return graphed
 
     def _results(self, run: Run, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and the gradients of its mean square as one vector."""
+        """Return the output, and the gradients of its mean square as one vector."""
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         output = run(x)
         gradients = torch.autograd.grad(output.float().square().mean(), parameters, allow_unused=True)
@@ -202,7 +205,7 @@ class TrainingGraph:
 
 @contextmanager
 def _capturing_in_this_thread() -> Iterator[None]:
-    """Let other threads pin memory during a capture, which `make_graphed_callables` has no argument for."""
+    """Allow other threads to pin memory during a capture; `make_graphed_callables` has no argument for this."""
     original = torch.cuda.graph
     torch.cuda.graph = partial(original, capture_error_mode='thread_local')
     try:
@@ -212,11 +215,11 @@ def _capturing_in_this_thread() -> Iterator[None]:
 
 
 def _autocast(x: Tensor) -> tuple[bool, torch.dtype]:
-    """Whether autocast is on for a tensor's device, and its type."""
+    """Return whether autocast is enabled for the device of x, and its dtype."""
     return torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
 
 
 def _off(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖."""
+    """Relative error ‖got − want‖ / ‖want‖."""
     got, want = got.detach().float(), want.detach().float()
     return float((got - want).norm() / want.norm().clamp_min(1e-12))

@@ -1,4 +1,4 @@
-"""Which backend computes: the plain reference, or one that is faster where it can run."""
+"""Dispatch of operator calls to backends: the PyTorch reference or a faster implementation."""
 
 import logging
 import os
@@ -25,17 +25,13 @@ _logged: set[str] = set()
 
 
 class Backend(NamedTuple):
-    """A way to compute, and why it cannot run a call, or None.
+    """One implementation of the operators."""
 
-    `auto` asks it about maps on its device alone: that nothing faster is there for another needs no words. Where it
-    takes a residual, its functions compute the whole branch in one.
-    """
-
-    device: str | None  # None for any
-    why_not: Callable[[Call], str | None]
+    device: str | None  # 'auto' considers the backend for this device type only; None: any device
+    why_not: Callable[[Call], str | None]  # reason why the backend cannot run a call, or None if it can
     window_attention: Callable[..., Tensor]
     feed_forward: Callable[..., Tensor]
-    takes_residual: bool = False
+    takes_residual: bool = False  # whether its functions fuse the residual branch
 
 
 # Fastest first.
@@ -48,37 +44,39 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backend computes a call, and why."""
+    """The backend selected for a call, and the reasons."""
 
     backend: str
-    requested: str  # 'auto' or a name
+    requested: str  # 'auto' or a backend name
     rejected: dict[str, str]  # faster backends and why each cannot run this call
 
     def __str__(self) -> str:
         reasons = ''.join(f'; not {name}: {reason}' for name, reason in self.rejected.items())
-        return f'{self.backend} ({"asked for by name" if self.requested != AUTO else "the fastest that can"}{reasons})'
+        return f'{self.backend} ({"requested by name" if self.requested != AUTO else "fastest available"}{reasons})'
 
 
 def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None, residual: Residual | None = None) -> Tensor:
-    """Multi-head self-attention within (shifted) windows of a map; see `attention.window_attention`, the reference.
+    """Multi-head self-attention within (shifted) windows; see the reference, `attention.window_attention`.
 
     Args:
-        x: [B, H, W, C], H and W multiples of the window.
+        x: [B, H, W, C], with H and W multiples of the window size.
         op: parameters and settings.
         mask: [num_windows or B * num_windows, window**2, window**2], added to the scores of all heads.
-        residual: a norm before and the sum with x after it.
+        residual: LayerNorm before the attention and sum with x after it.
+    Returns:
+        [B, H, W, C].
     Raises:
-        ShapeError: if sizes do not divide, or tensors do not go together.
-        BackendUnavailable: if a backend is asked for by name that cannot run the call.
+        ShapeError: if sizes are not divisible or tensor shapes do not match.
+        BackendUnavailable: if a backend requested by name cannot run the call.
     """
     op.check(x, mask)
     return _compute('window_attention', residual, x, op, mask)
 
 
 def feed_forward(x: Tensor, op: FeedForward, residual: Residual | None = None) -> Tensor:
-    """A feed-forward network, FRFN, LeFF or MLP, of a map [B, H, W, C]; see `ffn.feed_forward`, the reference.
+    """Feed-forward network (FRFN, LeFF or MLP) on a feature map; see the reference, `ffn.feed_forward`.
 
-    Arguments and errors are those of `window_attention`.
+    Arguments and exceptions as for `window_attention`.
     """
     op.check(x)
     return _compute('feed_forward', residual, x, op)
@@ -88,18 +86,18 @@ def _compute(
     name: str, residual: Residual | None, x: Tensor, op: Attention | FeedForward, *mask: Tensor | None
 ) -> Tensor:
     if torch.compiler.is_compiling() and requested_backend() in (AUTO, 'reference'):
-        # The compiler is to see plain operators, which it fuses itself.
+        # The compiler fuses plain operators itself.
         backend = BACKENDS['reference']
     elif torch.compiler.is_dynamo_compiling():
-        # What is asked for by name is left out of the graph, and chosen when it runs.
+        # A backend requested by name runs eagerly, outside of the compiled graph.
         return torch.compiler.disable(_compute)(name, residual, x, op, *mask)
     else:
         choice = explain(x, op, *mask, residual=residual)
         backend = BACKENDS[choice.backend]
         for rejected, reason in choice.rejected.items():
-            if reason not in _logged:  # once in a process
+            if reason not in _logged:  # once per process
                 _logged.add(reason)
-                _logger.warning('computing by the backend %r and not by %r: %s', choice.backend, rejected, reason)
+                _logger.warning('using backend %r instead of %r: %s', choice.backend, rejected, reason)
     function = getattr(backend, name)
     if backend.takes_residual:
         return function(x, op, *mask, residual=residual)
@@ -107,7 +105,7 @@ def _compute(
 
 
 def _check_name(name: str, where: str = 'backend') -> str:
-    """Return the name of a backend, or 'auto'; raise OptionError, which tells `where` it stands, for others."""
+    """Return a backend name or 'auto' unchanged; raise OptionError, which names `where`, for any other value."""
     if name not in (AUTO, *BACKENDS):
         raise OptionError(f'{where} is {name!r}: expected one of {", ".join((AUTO, *BACKENDS))}')
     return name
@@ -115,11 +113,13 @@ def _check_name(name: str, where: str = 'backend') -> str:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Compute by a backend within a `with`: in this thread and the tasks it starts there, and nowhere else.
+    """Context manager that selects a backend, in the current thread and the asyncio tasks started from it.
 
-    It comes before the environment's AST_BACKEND. A backend by name runs or raises BackendUnavailable; 'auto' takes the
-    fastest that can; None leaves it as it is.
+    Takes precedence over the environment variable AST_BACKEND.
 
+    Args:
+        name: a backend, which runs or raises BackendUnavailable; 'auto' for the fastest that supports each call; None
+            to keep the current selection.
     Raises:
         OptionError: if there is no backend of that name.
     """
@@ -131,35 +131,35 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def requested_backend() -> str:
-    """What is asked for here: by `use_backend`, else by the environment, else 'auto'."""
+    """Return the backend requested by `use_backend`, else by the environment variable AST_BACKEND, else 'auto'."""
     here = _backend_here.get()
     if here is not None:
         return here
     return _check_name(os.environ.get(VARIABLE) or AUTO, f'the environment variable {VARIABLE}')
 
 
-# What torch.compiler.assume_constant_result sets, without loading the compiler, which takes seconds: a compiled caller
-# keeps the backend that it was compiled with.
+# Equivalent to torch.compiler.assume_constant_result, without importing the compiler, which takes seconds. A compiled
+# caller keeps the backend that it was compiled with.
 requested_backend._dynamo_marked_constant = True
 
 
 def explain(
     x: Tensor, op: Attention | FeedForward | None = None, mask: Tensor | None = None, residual: Residual | None = None
 ) -> Choice:
-    """Which backend would compute a map here and now, and why: `print(explain(x))`.
+    """Return which backend would run a call in the current context, and why: `print(explain(x))`.
 
     Args:
-        x: the map, [B, H, W, C]; its device, dtype, shape and whether it needs gradients count, no value does.
-        op, mask, residual: of the call, as far as they are known.
+        x: the input, [B, H, W, C]; only its device, dtype, shape and `requires_grad` matter.
+        op, mask, residual: arguments of the call, as far as they are known.
     Raises:
-        BackendUnavailable: if a backend is asked for by name that cannot run it.
+        BackendUnavailable: if a backend requested by name cannot run the call.
     """
     scale = None if residual is None else residual.scale
     given = (x, *(() if op is None else op.tensors), *(() if residual is None else residual[:2]))
     tensors = [tensor for tensor in given if tensor is not None]
     constants = [tensor for tensor in (mask, scale) if tensor is not None]
     dtype, device = x.dtype, x.device
-    # `meta` has shapes and no autocast.
+    # The meta device does not support autocast.
     if dtype is not torch.float64 and not x.is_meta and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     dtypes, shape = frozenset(tensor.dtype for tensor in tensors), tuple(x.shape)
@@ -169,14 +169,14 @@ def explain(
 
 
 def choose(call: Call) -> Choice:
-    """Choose the backend of a call; raise BackendUnavailable if the one asked for by name cannot run it."""
+    """Choose the backend of a call; raise BackendUnavailable if the one requested by name cannot run it."""
     name = requested_backend()
     if name != AUTO:
         reason = BACKENDS[name].why_not(call)
         if reason is not None:
             raise BackendUnavailable(
                 f'backend {name!r} cannot run {call.name}: {reason}; '
-                f'ask for {AUTO!r} or \'reference\' ({VARIABLE}, use_backend, or the key "backend" of an option file)'
+                f'request {AUTO!r} or \'reference\' ({VARIABLE}, use_backend, or the key "backend" of an option file)'
             )
         return Choice(name, name, {})
     rejected = {}
@@ -191,16 +191,16 @@ def choose(call: Call) -> Choice:
 
 
 def _find_watcher(tensors: list[Tensor], constants: list[Tensor]) -> str | None:
-    """Callers that follow single operators; fused paths give no gradient of constants."""
+    """Return why fused kernels cannot be used because single operators are observed or constants need gradients."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constants):
-        return "a gradient is asked of a mask or of a residual branch's scale"
+        return "a mask or a residual branch's scale requires gradients"
     if torch.jit.is_tracing():
-        return 'torch.jit traces the call'
+        return 'torch.jit is tracing the call'
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return 'a transform of torch.func follows the call'
+        return 'the call is inside a torch.func transform'
     if torch.autograd.forward_ad._current_level >= 0:
-        return 'forward-mode differentiation follows the call'
+        return 'forward-mode automatic differentiation is active'
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f'it is given a {type(tensor).__name__}, no plain tensor'
+            return f'it expects plain tensors, not {type(tensor).__name__}'
     return None

@@ -1,4 +1,4 @@
-"""Feed-forward networks over NHWC maps, FRFN and those it is compared with: the plain reference."""
+"""Reference implementation of feed-forward networks on NHWC feature maps: FRFN, LeFF and MLP."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,13 +11,13 @@ from ast_plugin.errors import ShapeError
 
 
 class FeedForward(NamedTuple):
-    """Parameters of a feed-forward network, as every backend takes them; which there are says which network it is.
+    """Parameters of a feed-forward network, shared by all backends; those present select FRFN, LeFF or MLP.
 
     Attributes:
-        expand, expand_bias: linear layer, [h, C], or with a gate [2h, C]; bias of as many rows or None.
-        project, project_bias: linear layer, [C, h] and [C] or None.
-        depthwise, depthwise_bias: convolution over h channels, [h, 1, 3, 3] and [h] or None.
-        partial_conv: convolution of the first channels, [C // 4, C // 4, 3, 3].
+        expand, expand_bias: first linear layer, [h, C] and [h] or None; with a gate [2h, C] and [2h].
+        project, project_bias: last linear layer, [C, h] and [C] or None.
+        depthwise, depthwise_bias: depthwise convolution over h channels, [h, 1, 3, 3] and [h] or None.
+        partial_conv: convolution of the first C // 4 channels, [C // 4, C // 4, 3, 3].
     """
 
     expand: Tensor
@@ -33,7 +33,7 @@ class FeedForward(NamedTuple):
         return self[:]
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> 'FeedForward':
-        """Replace the parameters."""
+        """Return a copy with other parameters."""
         return FeedForward(*tensors)
 
     @property
@@ -45,7 +45,7 @@ class FeedForward(NamedTuple):
         return self.expand.shape[0] != self.hidden
 
     def check(self, x: Tensor) -> None:
-        """Raise ShapeError unless map and parameters go together: a kernel would read what is not there."""
+        """Raise ShapeError if the shapes of x and parameters do not match: kernels would read out of bounds."""
         C, h = x.shape[-1], self.hidden
         rows = (h,) if self.depthwise is None else (h, 2 * h)
         fits = self.depthwise is None or tuple(self.depthwise.shape) == (h, 1, 3, 3)
@@ -53,32 +53,32 @@ class FeedForward(NamedTuple):
             weights = {'expand': self.expand, 'project': self.project, 'depthwise': self.depthwise}
             found = ', '.join(f'{name} {list(weight.shape)}' for name, weight in weights.items() if weight is not None)
             raise ShapeError(
-                f'a map of {C} channels and {found} do not go together: expected expand [h or 2h, C], project [C, h] '
-                'and depthwise [h, 1, 3, 3]'
+                f'shapes do not match: expected expand [h or 2h, C], project [C, h] and depthwise [h, 1, 3, 3], '
+                f'got {found} for a feature map of {C} channels'
             )
 
 
 def feed_forward(x: Tensor, op: FeedForward) -> Tensor:
-    """A feed-forward network, one of three::
+    """Feed-forward network, one of three::
 
         MLP   project(GELU(expand(x)))
         LeFF  project(GELU(depthwise3×3(GELU(expand(x)))))
         FRFN  project(GELU(depthwise3×3(u₁)) · u₂),  u₁, u₂ = GELU(expand([conv3×3(x[:C/4]), x[C/4:]]))
 
     Args:
-        x: [B, H, W, C]; for an MLP any number of dimensions.
+        x: [B, H, W, C]; an MLP accepts any number of dimensions.
         op: parameters.
     Returns:
-        Shape of x.
-    Source: FRFN: Zhou et al., CVPR 2024, section 3.3; as in the released code and weights, there is no GELU after the
-        last linear layer, which the paper's equation 8 has. LeFF: Uformer (Wang et al., CVPR 2022), section 3.2.
+        Tensor with the shape of x.
+    Source: FRFN: Zhou et al., CVPR 2024, section 3.3, without the GELU after the last linear layer of equation 8,
+        as in the released code and weights. LeFF: Uformer (Wang et al., CVPR 2022), section 3.2.
     """
     z = F.linear(refine(x, op.partial_conv), op.expand, op.expand_bias)
     return F.linear(activate(z, op.depthwise, op.depthwise_bias), op.project, op.project_bias)
 
 
 def refine(x: Tensor, partial_conv: Tensor | None) -> Tensor:
-    """[conv3×3(x[:C/4]), x[C/4:]], or x itself without a convolution."""
+    """Apply the partial convolution, [conv3×3(x[:C/4]), x[C/4:]]; return x unchanged if there is none."""
     if partial_conv is None:
         return x
     head, tail = x[..., : len(partial_conv)], x[..., len(partial_conv) :]
@@ -86,7 +86,7 @@ def refine(x: Tensor, partial_conv: Tensor | None) -> Tensor:
 
 
 def activate(z: Tensor, depthwise: Tensor | None, bias: Tensor | None) -> Tensor:
-    """GELU(depthwise3×3(GELU(z₁))), times GELU(z₂) where z has 2h channels: [B, H, W, h or 2h] -> [B, H, W, h]."""
+    """GELU(depthwise3×3(GELU(z₁))), times GELU(z₂) if z has 2h channels: [B, H, W, h or 2h] -> [B, H, W, h]."""
     u = F.gelu(z)
     if depthwise is None:
         return u
@@ -97,6 +97,6 @@ def activate(z: Tensor, depthwise: Tensor | None, bias: Tensor | None) -> Tensor
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """3×3 convolution of an NHWC map; the permuted views are channels_last, so nothing is copied."""
+    """3×3 convolution of an NHWC feature map; its permuted view is channels_last, so no data is copied."""
     groups = x.shape[-1] // weight.shape[1]
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=groups).permute(0, 2, 3, 1)

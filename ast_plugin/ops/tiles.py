@@ -1,4 +1,4 @@
-"""Running a network on an image in overlapping tiles, so that memory is bounded by the tile, or on a padded image."""
+"""Running a function on an image in overlapping tiles, which bounds memory, or on a padded image."""
 
 import itertools
 import math
@@ -14,11 +14,11 @@ BLENDS = ('ramp', 'mean')
 
 
 def check_tiling(tile: int, overlap: int, blend: str = 'ramp', batch: int = 1) -> None:
-    """Raise OptionError unless these make sense as arguments of `run_tiled`."""
+    """Raise OptionError if an argument of `run_tiled` is out of range."""
     if overlap < 0:
         raise OptionError(f'overlap is {overlap}: expected a number of pixels, 0 or more')
     if tile < 1:
-        raise OptionError(f'tile is {tile}: expected the side of a tile in pixels, 1 or more')
+        raise OptionError(f'tile is {tile}: expected the tile size in pixels, 1 or more')
     if overlap >= tile:
         raise OptionError(f'overlap is {overlap} and tile is {tile}: the overlap must be smaller than the tile')
     if blend not in BLENDS:
@@ -28,9 +28,9 @@ def check_tiling(tile: int, overlap: int, blend: str = 'ramp', batch: int = 1) -
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """First pixel of every tile along one side: 0, then steps of `tile - overlap`, the last at `size - tile`.
+    """Return the first pixel of every tile along one side, in steps of `tile - overlap`, the last at `size - tile`.
 
-    A side no longer than a tile has the single start 0.
+    If the side is not longer than a tile, the only start is 0.
     Source: official protocol for AGAN-Data and Dense-Haze.
     """
     check_tiling(tile, overlap)
@@ -40,10 +40,10 @@ def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
 
 
 def _ramp(tile: int, overlap: int) -> Tensor:
-    """Weights of a tile's pixels by their distance from an edge that another tile continues, [tile].
+    """Blending weights of a tile's pixels by distance from an edge shared with another tile, [tile].
 
-    The outer third of the overlap counts nothing, as the network saw no surroundings there; a raised cosine
-    over the middle third joins the tiles; from there on a pixel counts fully.
+    The weight is 0 in the outer third of the overlap, where the network lacks context, rises as a raised cosine over
+    the middle third, and is 1 from there on.
     """
     if overlap == 0:
         return torch.ones(tile, dtype=torch.float64)
@@ -54,10 +54,10 @@ def _ramp(tile: int, overlap: int) -> Tensor:
 
 
 def _axis_weights(size: int, tile: int, overlap: int, blend: str) -> list[Tensor]:
-    """Weights of each tile along one side, float64, which add up to 1 at every pixel.
+    """Blending weights of each tile along one side, float64, which add up to 1 at every pixel.
 
-    The grid of tiles is a product of two sides, and so are its weights: normalising each side alone normalises
-    the grid, and no image of weights need be held.
+    The weights of the tile grid are the outer product of two sides. Normalising each side therefore normalises the
+    grid, without a weight image in memory.
     """
     starts = tile_starts(size, tile, overlap)
     length = min(size, tile)
@@ -78,31 +78,31 @@ def run_tiled(
     on_tile: Callable[[int, int], None] | None = None,
     batch: int = 1,
 ) -> Tensor:
-    """Apply a function to an image tile by tile, and blend the results where tiles overlap.
+    """Apply a function to an image tile by tile and blend the results where tiles overlap.
 
-    What `function` needs is bounded by `batch` tiles; beside it only the result is held, on the image's device.
-    An image that fits in a tile goes through in one piece, and a side shorter than the tile is taken whole.
+    `function` needs memory for `batch` tiles; in addition, only the result is held, on the device of the image.
+    An image that fits in one tile is processed at once. A side shorter than the tile is not split.
 
     Args:
-        function: maps [N, C, h, w] to [N, D, s·h, s·w] with one integer s >= 1, on any device.
+        function: maps [N, C, h, w] to [N, D, s·h, s·w] with a fixed integer s >= 1, on any device.
         image: [B, C, H, W], floating point.
-        tile: side of a tile in pixels of the image, at least 1.
-        overlap: pixels that neighbouring tiles share, in [0, tile).
-        blend: 'ramp' weighs tiles by smooth ramps over the overlap and leaves out its outer third, so that the
-            result is that of the whole image wherever `function` reaches at most `overlap // 3` pixels far and is
-            the same at every position; 'mean' is the plain average of the official protocols.
-        on_tile: called with (tiles done, tiles in all) after each batch of tiles.
-        batch: tiles that go through together, N = batch·B, which small tiles on a GPU want.
+        tile: side length of a tile in pixels of the image, at least 1.
+        overlap: pixels shared by neighbouring tiles, in [0, tile).
+        blend: 'ramp' weights tiles by smooth ramps over the overlap, with weight 0 in its outer third. The result
+            equals that of the untiled image if `function` is translation-equivariant and its receptive field
+            reaches at most `overlap // 3` pixels. 'mean' is the plain average of the official protocols.
+        on_tile: called with (tiles done, total tiles) after each batch of tiles.
+        batch: number of tiles processed together, N = batch·B; larger batches make better use of a GPU for small tiles.
     Returns:
-        [B, D, s·H, s·W], dtype of the function's output, device of the image.
+        [B, D, s·H, s·W], with the dtype of the function's output, on the device of the image.
     Raises:
-        OptionError: if tile, overlap, blend or batch are out of range.
-        ShapeError: if the image is not [B, C, H, W] or the function's output is no integer multiple of its input.
-    Source: starts of the tiles and 'mean': official protocol for AGAN-Data and Dense-Haze.
+        OptionError: if tile, overlap, blend or batch is out of range.
+        ShapeError: if the image is not [B, C, H, W] or the output size is not an integer multiple of the input size.
+    Source: tile positions and 'mean': official protocol for AGAN-Data and Dense-Haze.
     """
     check_tiling(tile, overlap, blend, batch)
     if image.ndim != 4 or 0 in image.shape:
-        raise ShapeError(f'run_tiled expects an image [B, C, H, W] that is not empty, got {list(image.shape)}')
+        raise ShapeError(f'run_tiled expects a non-empty image [B, C, H, W], got {list(image.shape)}')
     height, width = image.shape[-2:]
     if height <= tile and width <= tile:
         result = function(image)
@@ -128,7 +128,7 @@ def run_tiled(
             shape = (len(image), restored.shape[1], height * scale, width * scale)
             result = torch.zeros(shape, dtype=restored.dtype, device=image.device)
         elif found != scale:
-            raise ShapeError(f'the function enlarged one tile {scale} times and another {found}: tiles need one scale')
+            raise ShapeError(f'expected one scale for all tiles, got {scale} for one tile and {found} for another')
         for ((top, row), (left, column)), part in zip(group, restored.split(len(image)), strict=True):
             weight = torch.outer(row.repeat_interleave(scale), column.repeat_interleave(scale))
             bottom, right = top * scale + part.shape[-2], left * scale + part.shape[-1]
@@ -140,35 +140,35 @@ def run_tiled(
 
 
 def run_padded(function: Callable[[Tensor], Tensor], image: Tensor, bottom: int, right: int) -> Tensor:
-    """Run a function on an image that is padded at the bottom and the right, and crop its result.
+    """Run a function on an image padded at the bottom and right, and crop the result.
 
     Args:
         function: maps [B, C, h, w] to [B, D, s·h, s·w].
         image: [B, C, H, W].
-        bottom, right: pixels to add, see `pad_image`.
+        bottom, right: number of pixels to add, see `pad_image`.
     Returns:
         [B, D, s·H, s·W].
     Raises:
-        ShapeError: if the function returns anything else, as some networks do in training.
+        ShapeError: if the function returns anything else, as some networks do in training mode.
     """
-    # What networks of others compute from the size of an image while they are traced would stay as it is.
+    # Third-party networks may record values computed from the image size as constants of a trace.
     padded = pad_image(image, bottom, right)
     padded = keep_shape_in_trace(padded, padded.shape)
     output = function(padded)
     if not isinstance(output, Tensor):
-        raise ShapeError(f'expected one tensor of images, got a {type(output).__name__}')
+        raise ShapeError(f'expected a single image tensor, got {type(output).__name__}')
     scale = _scale_of(padded, output)
     height, width = image.shape[-2:]
     return output[..., : scale * height, : scale * width].contiguous()
 
 
 def _scale_of(patch: Tensor, restored: Tensor) -> int:
-    """How many times larger the function's output is than its input."""
+    """Return the scale factor between a function's input and output."""
     height, width = patch.shape[-2:]
     scale = restored.shape[-2] // height if restored.ndim == 4 else 0
     if scale < 1 or restored.shape[0] != patch.shape[0] or restored.shape[-2:] != (height * scale, width * scale):
         raise ShapeError(
-            f'the function gave {list(restored.shape)} for {list(patch.shape)}: expected '
-            '[B, D, s*H, s*W] with an integer s >= 1'
+            f'expected output [B, D, s*H, s*W] with an integer s >= 1 for input {list(patch.shape)}, '
+            f'got {list(restored.shape)}'
         )
     return scale

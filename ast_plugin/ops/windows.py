@@ -1,4 +1,4 @@
-"""Cutting maps into windows, the masks and indices that window attention needs, and padding."""
+"""Window partitioning, masks and indices for window attention, and padding."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, wraps
@@ -10,17 +10,20 @@ from torch import Tensor
 
 from ast_plugin.errors import ShapeError
 
-MASKED = -100.0  # added to the score of a pair that must not attend; the official network's value, kept for parity
+MASKED = -100.0  # added to the scores of masked pairs; the official implementation's value, kept for parity
 
 
 def check_size(H: int, W: int, window: int) -> None:
-    """Raise ShapeError unless a map divides into windows."""
+    """Raise ShapeError unless H and W are positive multiples of the window size."""
     if not H or not W or H % window or W % window:
-        raise ShapeError(f'a {H}x{W} map does not divide into windows of {window}x{window}: pad it first')
+        raise ShapeError(f'a {H}x{W} feature map is not divisible into windows of {window}x{window}: pad it first')
 
 
 def _cache_sizes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Cache a function of sizes, but where compilers, traces, transforms or captures watch: those own its tensors."""
+    """Cache a function of sizes, except under compilation, tracing, torch.func and CUDA graph capture.
+
+    Tensors created there belong to the compiler, trace, transform or graph and must not be reused elsewhere.
+    """
     cached = lru_cache(maxsize=32)(function)
 
     @wraps(function)
@@ -38,26 +41,32 @@ def _cache_sizes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def partition_windows(x: Tensor, window: int) -> Tensor:
-    """Cut a map [B, H, W, C] into windows [B * num_windows, window**2, C]; windows row by row, tokens row by row.
+    """Partition a feature map into non-overlapping windows.
 
+    Args:
+        x: [B, H, W, C].
+        window: side length of a window.
+    Returns:
+        [B * num_windows, window**2, C], windows and their tokens in row-major order.
     Raises:
-        ShapeError: if H or W is not a multiple of `window`, the side of a window.
+        ShapeError: if H or W is not a multiple of `window`.
     """
     check_size(*x.shape[1:3], window)
     return rearrange(x, 'b (h y) (w x) c -> (b h w) (y x) c', y=window, x=window)
 
 
 def merge_windows(windows: Tensor, window: int, size: tuple[int, int]) -> Tensor:
-    """Put windows back into a map of size (H, W): the inverse of `partition_windows`."""
+    """Merge windows into a feature map of size (H, W); the inverse of `partition_windows`."""
     counts = {'h': size[0] // window, 'w': size[1] // window, 'y': window}
     return rearrange(windows, '(b h w) (y x) c -> b (h y) (w x) c', **counts)
 
 
 @_cache_sizes
 def relative_position_index(window: int, device: torch.device | str = 'cpu') -> Tensor:
-    """Row of the position bias table for every pair of tokens of a window, int64, [window**2, window**2].
+    """Index into the relative position bias table for every pair of tokens in a window.
 
-    Shared between calls, do not write to it.
+    Returns:
+        int64, [window**2, window**2]. The tensor is cached and shared between calls; do not modify it.
     Source: Swin Transformer (Liu et al., ICCV 2021), section 3.2.
     """
     with torch.inference_mode(False):
@@ -69,21 +78,21 @@ def relative_position_index(window: int, device: torch.device | str = 'cpu') -> 
 
 @_cache_sizes
 def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
-    """Mask that keeps apart what a cyclic shift brought together.
+    """Attention mask for cyclically shifted windows.
 
     Args:
-        size: (H, W) of the map, multiples of `window`.
-        window: side of a window.
-        shift: how far the map was rolled up and left, 0 < shift < window.
-        device: where the mask shall lie.
+        size: (H, W) of the feature map, multiples of `window`.
+        window: side length of a window.
+        shift: cyclic shift up and left, 0 < shift < window.
+        device: device of the mask.
     Returns:
-        float32, [num_windows, window**2, window**2]: 0, or `MASKED` where two tokens come from different regions.
-        Shared between calls, do not write to it.
+        float32, [num_windows, window**2, window**2]: `MASKED` where two tokens come from different regions, else 0.
+        The tensor is cached and shared between calls; do not modify it.
     Source: Swin Transformer (Liu et al., ICCV 2021), section 3.2.
     """
 
     def stripe(length: int) -> Tensor:
-        # 0 for the untouched part, 1 for the last window's own rows, 2 for those rolled in from the other side
+        # 0: windows before the last one; in the last window, 1: its original rows, 2: rows wrapped around by the shift
         position = torch.arange(length, device=device)
         return (position >= length - window).long() + (position >= length - shift).long()
 
@@ -95,15 +104,16 @@ def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.dev
 
 
 def pair_mask(mask: Tensor, size: tuple[int, int], window: int) -> Tensor:
-    """The network's optional input mask as an addition to the scores of one level.
+    """Convert the network's optional input mask into an attention mask for one level.
 
     Args:
-        mask: [B or 1, 1, H, W] of the whole image, resized to the level by nearest neighbour.
-        size: (H, W) of the level's map.
-        window: side of a window.
+        mask: [B or 1, 1, H, W] at the size of the image; resized to the level by nearest neighbour.
+        size: (H, W) of the level's feature map.
+        window: side length of a window.
     Returns:
-        [(B or 1) * num_windows, window**2, window**2]: `MASKED` where both tokens of a pair have a mask other than 0.
-        The official sense: the marked tokens do not see one another, yet see and are seen by all others.
+        [(B or 1) * num_windows, window**2, window**2]: `MASKED` where the mask is nonzero for both tokens, else 0.
+        As in the official implementation, marked tokens do not attend to one another, but do attend to all other
+        tokens and are attended to by them.
     """
     level = F.interpolate(mask.float(), size=size).permute(0, 2, 3, 1)
     marked = partition_windows(level, window)[..., 0] != 0
@@ -111,15 +121,15 @@ def pair_mask(mask: Tensor, size: tuple[int, int], window: int) -> Tensor:
 
 
 def padding_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
-    """Mask that hides from the tokens of a map those it was padded with at the bottom and the right.
+    """Attention mask that hides padding at the bottom and right of a feature map from its other tokens.
 
     Args:
-        size: (H, W) of the map before it was padded to multiples of the window.
-        window, shift, device: see `shift_mask`, of the padded map.
+        size: (H, W) of the feature map before it was padded to multiples of the window size.
+        window, shift, device: see `shift_mask`; they refer to the padded feature map.
     Returns:
-        float32, [num_windows, window**2, window**2]: minus infinity where a token of the map meets one of the padding,
-        else 0. Tokens of the padding see everything: no row is empty, so that softmax and its gradient stay finite,
-        and their results are cropped.
+        float32, [num_windows, window**2, window**2]: -inf where a query inside the map meets a padding key, else 0.
+        Padding queries attend to all keys, so that no row is fully masked and softmax and its gradient stay finite;
+        their results are cropped.
     """
     H, W = size
     rows = torch.arange(H + -H % window, device=device).roll(-shift, 0) >= H
@@ -130,22 +140,22 @@ def padding_mask(size: tuple[int, int], window: int, shift: int, device: torch.d
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pad an image [B, C, H, W] by `pad_image` until both sides are multiples of a number."""
+    """Pad an image [B, C, H, W] with `pad_image` so that H and W are multiples of a number."""
     H, W = x.shape[-2:]
     return pad_image(x, -H % multiple, -W % multiple)
 
 
 def pad_image(x: Tensor, bottom: int, right: int) -> Tensor:
-    """Pad an image at the bottom and the right by reflection, over and over if it is small.
+    """Pad an image at the bottom and right by reflection, repeated if the padding exceeds the image.
 
     Args:
-        x: [B, C, H, W], H and W at least 1.
-        bottom, right: pixels to add, 0 or more.
+        x: [B, C, H, W], with H and W at least 1.
+        bottom, right: number of pixels to add, 0 or more.
     Returns:
-        [B, C, H + bottom, W + right]; `x` itself where nothing is added. A side of one pixel is repeated.
+        [B, C, H + bottom, W + right]; `x` itself if nothing is added. A side of one pixel is replicated.
     """
     H, W = x.shape[-2:]
-    if not torch.jit.is_tracing():  # a trace is to pad images of other sizes, too, by what it computes from them
+    if not torch.jit.is_tracing():  # a trace must compute the padding from the size, to support other sizes
         if not bottom and not right:
             return x
         if bottom < H and right < W:
@@ -157,22 +167,22 @@ def pad_image(x: Tensor, bottom: int, right: int) -> Tensor:
 
 def _reflect_positions(size: int, target: int, device: torch.device) -> Tensor:
     period = 2 * size - 2
-    period = period.clamp(min=1) if isinstance(period, Tensor) else max(period, 1)  # a tensor while it is traced
+    period = period.clamp(min=1) if isinstance(period, Tensor) else max(period, 1)  # a tensor during tracing
     position = torch.arange(target, device=device) % period
     return torch.minimum(position, period - position)
 
 
 def keep_shape_in_trace(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Let a trace of torch.jit raise for other shapes than that which it was made with; else return x as it is.
+    """Insert a shape check into a torch.jit trace; outside of tracing, return x unchanged.
 
-    Needed by whatever fixes numbers of the shape while it is traced, as networks do that make masks of their input's
-    size: at another size such a trace would compute something else, and not say so.
+    Code that records sizes as constants during tracing needs this, for example networks that build masks for the size
+    of their input: with another size, the trace would silently return wrong results.
 
     Args:
         x: any tensor.
-        shape: what it has to have; -1 where any number will do.
+        shape: required shape; -1 accepts any size.
     """
-    if not torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # ONNX states the shapes of its inputs
+    if not torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # ONNX declares its input shapes itself
         return x
     return _script(_check_shape)(x, [int(side) for side in shape])
 
@@ -182,8 +192,8 @@ _script = cache(torch.jit.script)
 
 def _check_shape(x: Tensor, shape: list[int]) -> Tensor:
     same = x.dim() == len(shape)
-    for side, wanted in zip(x.shape, shape):  # noqa: B905 - TorchScript knows no `strict`
+    for side, wanted in zip(x.shape, shape):  # noqa: B905 - TorchScript does not support `strict`
         same = same and (wanted == -1 or side == wanted)
     if not same:
-        raise RuntimeError(f'this network was traced for {shape} alone, and got {x.shape}: trace it for that, too')
+        raise RuntimeError(f'this network was traced for {shape} only, got {x.shape}: trace it for that shape, too')
     return x

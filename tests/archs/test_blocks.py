@@ -136,7 +136,7 @@ def test_wrong_shapes_are_named(build, x, words):
 @pytest.mark.parametrize(
     ('build', 'words'),
     [
-        (lambda: ASSA(DIM, 3), '8 channels do not divide into 3 heads'),
+        (lambda: ASSA(DIM, 3), '8 channels are not divisible by 3 heads'),
         (lambda: ASSA(DIM, 2, layout='hwc'), "layout must be one of nhwc, nchw, not 'hwc'"),
         (lambda: ast_block(DIM, 2, ffn='swiglu'), "ffn must be one of frfn, leff, mlp, not 'swiglu'"),
         (lambda: ast_block(DIM, 2, attention='flash'), 'attention must be one of assa'),

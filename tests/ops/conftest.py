@@ -1,4 +1,4 @@
-"""The fast backends: `fused` on the CPU, `triton` on CUDA or in Triton's interpreter on the CPU.
+"""Fixtures for the fast backends: `fused` on the CPU, `triton` on CUDA or in Triton's interpreter on the CPU.
 
 Without a GPU: pip install triton==3.7.1 && python -m pytest tests/ops -k triton
 """
@@ -17,7 +17,7 @@ INTERPRETED = not torch.cuda.is_available()
 
 
 class Fast(NamedTuple):
-    """A backend, where it runs, the dtype of its tests, and how near it is to the reference."""
+    """A fast backend with the device, dtype and tolerance of its tests."""
 
     name: str
     device: torch.device
@@ -26,13 +26,13 @@ class Fast(NamedTuple):
 
 
 def load_kernels():
-    """Triton's kernels; skips the test without Triton."""
+    """Import the Triton kernels, or skip the test if Triton is not installed."""
     if importlib.util.find_spec('triton') is None:
         pytest.skip('needs Triton: pip install "ast_plugin[triton]"', allow_module_level=True)
     if INTERPRETED and tuple(map(int, version('triton').split('.')[:2])) < (3, 7):
-        pytest.skip("older interpreters do not go with today's NumPy", allow_module_level=True)
+        pytest.skip('older interpreters are incompatible with current NumPy', allow_module_level=True)
     before = os.environ.get('TRITON_INTERPRET', '0')
-    # Triton reads it when a kernel is defined, which is when it is imported.
+    # Triton reads the variable when a kernel is defined, that is, on import.
     os.environ['TRITON_INTERPRET'] = str(int(INTERPRETED))
     from ast_plugin.ops.triton import attention, ffn, norm
 
@@ -42,10 +42,10 @@ def load_kernels():
 
 @pytest.fixture
 def place(monkeypatch, device):
-    """Where Triton's kernels run in this test."""
+    """Device on which the Triton kernels run."""
     load_kernels()
     monkeypatch.setenv('TRITON_INTERPRET', str(int(INTERPRETED)))
-    # TF32, which convolutions take by default, is none of the precisions that are compared here.
+    # Convolutions use TF32 by default, which is less precise than the tolerances.
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
     return torch.device('cpu') if INTERPRETED else torch.device('cuda') if device.type != 'cuda' else device
@@ -53,7 +53,7 @@ def place(monkeypatch, device):
 
 @pytest.fixture(params=['fused', 'triton'])
 def fast(request):
-    """A fast backend; everything in the test is computed by it."""
+    """A fast backend, which is selected for the test."""
     if request.param == 'fused':
         backend = Fast('fused', torch.device('cpu'), torch.float64, 1e-9)
     else:

@@ -1,4 +1,4 @@
-"""Calls of the ops on drawn tensors, and how a backend compares on them with the reference in float64."""
+"""Operator calls on random tensors, and their comparison with the reference in float64."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from ast_plugin import ops
 from ast_plugin.ops import Attention, FeedForward, Residual
 
-Case = tuple[Callable[..., Tensor], dict[str, Tensor]]  # a function of tensors by name, and these
+Case = tuple[Callable[..., Tensor], dict[str, Tensor]]  # a function of named tensors, and the tensors
 
 
 def draw(*shape: int) -> Tensor:
-    """Normal numbers, those of a layer divided by the root of what it adds up."""
+    """Return normally distributed numbers; weights are divided by the square root of the fan-in."""
     terms = torch.Size(shape[1:]).numel() if len(shape) > 1 else 1
     return torch.randn(shape, dtype=torch.float64) / terms**0.5
 
@@ -55,12 +55,12 @@ def feed_forward_case(kind, size, *, batch=2, dim=8, hidden=12, bias=True, resid
 
 
 def as_leaves(tensors: dict[str, Tensor], dtype=None, device=None) -> dict[str, Tensor]:
-    """Copies that take gradients."""
+    """Return copies that require gradients."""
     return {name: tensor.detach().to(device, dtype, copy=True).requires_grad_() for name, tensor in tensors.items()}
 
 
 def results(backend: str, case: Case, dtype=torch.float64, device=None) -> dict[str, Tensor]:
-    """Output and gradients of all tensors, by name; the output without gradients is near."""
+    """Return the output and the gradients of all tensors by name; check the output without gradients."""
     function, tensors = case
     leaves = as_leaves(tensors, dtype, device)
     with ops.use_backend(backend):
@@ -79,9 +79,9 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def check(backend: str, case: Case, dtype: torch.dtype, tolerance: float, device=None) -> None:
-    """Compare a backend in a dtype with the reference in float64."""
+    """Compare the selected backend in a dtype with the reference in float64."""
     want, got = results('reference', case), results(backend, case, dtype, device)
-    # What rounding makes of a steep function is no fault of a backend: it may be off by twice what the reference is.
+    # Steep functions amplify rounding errors: a backend may have twice the error of the reference in that dtype.
     plain = results('reference', case, dtype, device)
     for name, value in got.items():
         assert value.dtype == dtype, name

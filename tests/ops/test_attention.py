@@ -1,4 +1,4 @@
-"""Window attention against a second writing of the definition in float64: every token against every token."""
+"""Window attention against an independent float64 implementation over all pairs of tokens."""
 
 import math
 
@@ -16,16 +16,16 @@ SHAPES = [((8, 8), 4, 0), ((4, 12), 4, 2), ((10, 5), 5, 2), ((3, 3), 3, 0), ((2,
 
 @pytest.fixture(autouse=True, params=['reference', 'auto'])
 def _backend(request):
-    """The definition holds for the plain reference, and for whatever is faster."""
+    """Run a test with the reference and with the fast backends."""
     with ops.use_backend(request.param):
         yield
 
 
 def defined_attention(t, heads, window, shift, kind, image_mask=None, topk_ratio=0.5):
-    """Each token of the map against all others, of which those in the same window count."""
+    """Window attention computed over all pairs of tokens, with those in different windows masked."""
     B, H, W, C = t['x'].shape
     y, z = (part.flatten() for part in torch.meshgrid(torch.arange(H), torch.arange(W), indexing='ij'))
-    i, j = (y - shift) % H, (z - shift) % W  # where a token lies in the rolled map
+    i, j = (y - shift) % H, (z - shift) % W  # position of a token in the rolled map
 
     def differ(*keys):
         return sum((key[:, None] != key[None, :]).int() for key in keys) > 0
@@ -38,9 +38,9 @@ def defined_attention(t, heads, window, shift, kind, image_mask=None, topk_ratio
     apart = differ(i // window, j // window)
     offsets = (i[:, None] - i + window - 1) * (2 * window - 1) + (j[:, None] - j + window - 1)
     scores = scores + t['position_bias'][offsets.masked_fill(apart, 0)].permute(2, 0, 1)
-    scores = scores + MASKED * differ((i + shift) // H, (j + shift) // W)  # one of the two came over an edge
+    scores = scores + MASKED * differ((i + shift) // H, (j + shift) // W)  # one of the two wrapped around an edge
     if image_mask is not None:
-        marked = image_mask[0, 0, i, j]  # the official mask is cut as it lies, also where the map was rolled
+        marked = image_mask[0, 0, i, j]  # the official mask is partitioned without the shift
         scores = scores + MASKED * marked[:, None] * marked
     exponentials = torch.exp(scores - scores.amax(-1, keepdim=True)) * ~apart
     if kind == 'topk':
@@ -92,7 +92,7 @@ def test_attention_in_lower_precision(dtype, tolerances):
 def test_sparse_branch_is_finite_in_autocast():
     function, tensors = attention_case((4, 4), 4, kind='sparse', residual=False)
     single = {name: tensor.float() for name, tensor in tensors.items()}
-    # scores in the thousands: their squares leave float16, whose largest number is 65504
+    # scores in the thousands: their squares exceed float16's largest number, 65504
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert torch.isfinite(function(**{**single, 'x': 30 * single['x']})).all()
 
@@ -113,15 +113,15 @@ def test_attention_weights_by_kind():
 @pytest.mark.parametrize(
     ('changed', 'message'),
     [
-        ({'heads': 3}, '8 channels do not divide into 3 heads'),
-        ({'size': (7, 8)}, '7x8 map does not divide into windows of 4x4'),
-        ({'size': (0, 8)}, '0x8 map'),
-        ({'shift': -1}, r'shift of -1 is not in \[0, 4\)'),
-        ({'shift': 4}, r'shift of 4 is not in \[0, 4\)'),
-        ({'mask': torch.zeros(3, 16, 16)}, r'mask is \[3, 16, 16\]: expected \[4, 16, 16\]'),
-        ({'position_bias': torch.zeros(49, 3)}, r'position bias is \[49, 3\]: expected \[49, 2\]'),
-        ({'x': torch.zeros(8, 8, 8)}, r'expected a map \[B, H, W, C\], got \[8, 8, 8\]'),
-        ({'x': torch.zeros(1, 8, 8, 12)}, r'weight of the queries is \[8, 8\]: expected \[12, 12\]'),
+        ({'heads': 3}, '8 channels are not divisible by 3 heads'),
+        ({'size': (7, 8)}, '7x8 feature map is not divisible into windows of 4x4'),
+        ({'size': (0, 8)}, '0x8 feature map'),
+        ({'shift': -1}, r'shift in \[0, 4\), the window size, got -1'),
+        ({'shift': 4}, r'shift in \[0, 4\), the window size, got 4'),
+        ({'mask': torch.zeros(3, 16, 16)}, r'mask: expected shape \[4, 16, 16\], got \[3, 16, 16\]'),
+        ({'position_bias': torch.zeros(49, 3)}, r'position bias: expected shape \[49, 2\], got \[49, 3\]'),
+        ({'x': torch.zeros(8, 8, 8)}, r'expected a feature map \[B, H, W, C\], got \[8, 8, 8\]'),
+        ({'x': torch.zeros(1, 8, 8, 12)}, r'query weight: expected shape \[12, 12\], got \[8, 8\]'),
     ],
 )
 def test_attention_names_wrong_sizes(changed, message):

@@ -1,4 +1,4 @@
-"""What is made of weights is made once within `frozen_weights`, and anew in every call elsewhere."""
+"""Caching of prepared weights within `frozen_weights`, and no caching elsewhere."""
 
 import threading
 from functools import partial
@@ -15,7 +15,7 @@ tiny_ast = partial(AST_XS, embed_dim=4, num_heads=[1] * 9, img_size=32)
 
 
 class Counted:
-    """Makes something of a weight, and counts how often."""
+    """A function of a weight that counts its calls."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight, self.count = weight, 0
@@ -34,7 +34,7 @@ def counted() -> Counted:
     return Counted(nn.Parameter(torch.ones(3)))
 
 
-def test_made_once_for_each_of_the_settings(counted):
+def test_make_once_per_setting(counted):
     assert [counted(), counted()] == [3, 3] and counted.count == 2
     with frozen_weights():
         assert [counted('a'), counted('a'), counted('b'), counted('a')] == [3] * 4
@@ -65,7 +65,7 @@ def test_new_weights_at_an_old_address():
     assert sums == [3.0 * value for value in range(20)]
 
 
-def test_nothing_is_cached_of_what_gradients_are_asked_of():
+def test_tensors_with_gradients_are_not_cached():
     weight, count = nn.Parameter(torch.ones(3)), []
     with frozen_weights():
         for context in (torch.no_grad(), torch.enable_grad(), torch.enable_grad(), torch.no_grad()):

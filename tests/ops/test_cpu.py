@@ -1,4 +1,4 @@
-"""The fused path on CPUs against the reference in float64: outputs, and gradients of every input and parameter."""
+"""The CPU backend against the reference in float64: outputs, and gradients of every input and parameter."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from ast_plugin.ops.cpu import ffn, operators
 
 from .op_cases import as_leaves, attention_case, check, feed_forward_case
 
-# Images, height, width: sides that are odd, longer one way, shorter than a strip; several images in a strip.
+# Images, height, width: odd sides, elongated maps, maps shorter than a strip, several images in a strip.
 MAPS = [(2, 9, 7), (1, 1, 5), (1, 21, 3), (5, 2, 3)]
 # Images, size, window, shift: one window, one row of them, windows of one token.
 WINDOWS = [(2, (8, 12), 4, 2), (1, (4, 4), 4, 1), (3, (6, 3), 3, 0), (1, (20, 10), 5, 3), (1, (3, 2), 1, 0)]
@@ -24,13 +24,13 @@ def _strips(request, monkeypatch):
         monkeypatch.setattr(operators, 'STRIP_BYTES', 1)
 
 
-# With oneDNN's operators, GELUs within or apart by the processor, and as where they are missing.
+# With oneDNN's operators (GELUs fused or separate, depending on the processor), and without them.
 OPERATORS = [(torch.float64, 'plain'), *((dtype, kind) for dtype in DTYPES[1:] for kind in ('AVX512', 'plain'))]
 
 
 @pytest.fixture(params=[*OPERATORS, (torch.float32, 'AVX2')], ids=str)
 def dtype(request, monkeypatch):
-    """What is computed in, by the operators of some processor."""
+    """Dtype of the computation, with the operators of some processor."""
     dtype, kind = request.param
     if kind == 'plain':
         monkeypatch.setattr(operators, 'has_onednn', lambda dtype: False)
@@ -88,7 +88,7 @@ def test_parameters_may_be_missing(case, missing, tolerances):
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.usefixtures('_strips')
 def test_output_may_be_changed_in_place(case, dtype):
-    """Networks of others go on with ReLU(inplace=True), on NCHW views of what a block gives."""
+    """Third-party networks apply ReLU(inplace=True) to NCHW views of a block's output."""
     function, tensors = CASES[case]()
     leaves = as_leaves(tensors, dtype)
     with ops.use_backend('fused'):
@@ -98,7 +98,7 @@ def test_output_may_be_changed_in_place(case, dtype):
 
 @pytest.mark.parametrize('strip_bytes', [operators.STRIP_BYTES, 1])
 def test_memory_is_a_few_strips(strip_bytes, monkeypatch):
-    """Beside its output, a call holds a few strips: no map of hidden channels."""
+    """In addition to its output, a call holds a few strips, but no map of hidden channels."""
     from ast_plugin.evaluation.cost import peak_bytes
 
     monkeypatch.setattr(operators, 'STRIP_BYTES', strip_bytes)
@@ -116,7 +116,7 @@ def test_memory_is_a_few_strips(strip_bytes, monkeypatch):
     assert strip_bytes > 1 or peak < x.nbytes + hidden_map
 
 
-def test_wrong_onednn_operators_are_refused(monkeypatch):
+def test_wrong_onednn_operators_are_rejected(monkeypatch):
     operators.has_onednn.cache_clear()
     try:
         for fault in (lambda x, *rest: x.new_zeros(*x.shape[:-1], 8), lambda *rest: (_ for _ in ()).throw(TypeError())):

@@ -1,4 +1,4 @@
-"""Networks as CUDA graphs. Which inputs are captured is shown with a pretended device, what comes out on a GPU."""
+"""Networks as CUDA graphs: the capture policy is tested with a simulated device, the results on a GPU."""
 
 import copy
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GP
 
 
 def small_network():
-    """One that says it can be captured."""
+    """Build a network that declares `works_as_graph`."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 3, 3, padding=1))
     network.works_as_graph = True
@@ -25,7 +25,7 @@ def small_network():
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Captures are pretended: what they were of is listed, and whoever replays adds 'replayed' to it."""
+    """Simulate captures; return a list of the captured inputs, to which each replay adds 'replayed'."""
     events = []
 
     def capture(run, x, pool):
@@ -46,11 +46,11 @@ def test_third_input_of_a_size_is_captured(captured):
     graphs, size, other = Graphs(), torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 9)
     for x in (size, other, size, size, size, other):
         assert torch.equal(graphs(torch.sin, x), x.sin())
-    # Replayed once after a capture, to be compared with the call.
+    # Each graph is replayed once after its capture, for comparison with the eager result.
     assert captured == [(1, 3, 8, 8), 'replayed', 'replayed']
 
 
-def test_later_sizes_are_called(captured):
+def test_later_sizes_run_eagerly(captured):
     graphs = Graphs()
     for side in range(8, 14):
         for _ in range(4):
@@ -59,7 +59,7 @@ def test_later_sizes_are_called(captured):
     assert len(captured) == 4 * 3
 
 
-def test_other_ways_to_compute_have_graphs_of_their_own(captured):
+def test_settings_have_separate_graphs(captured):
     graphs, x = Graphs(), torch.rand(1, 3, 8, 8)
     with torch.inference_mode():
         for name, is_lower in (('auto', False), ('reference', False), ('auto', True)):
@@ -69,7 +69,7 @@ def test_other_ways_to_compute_have_graphs_of_their_own(captured):
     assert len(graphs.graphs) == 3
 
 
-def test_short_memory_ends_graphs(captured):
+def test_out_of_memory_releases_graphs(captured):
     graphs, x = Graphs(), torch.rand(1, 3, 8, 8)
     for _ in range(4):
         graphs(torch.sin, x)
@@ -87,7 +87,7 @@ def test_wrong_graph_is_not_used(captured, monkeypatch, caplog):
     assert 'off by 1e-02' in caplog.text
 
 
-def test_network_that_cannot_be_captured_is_called(captured, monkeypatch):
+def test_failed_capture_runs_eagerly(captured, monkeypatch):
     def capture(run, x, pool):
         captured.append(x)
         raise RuntimeError('operation not permitted when stream is capturing')
@@ -109,14 +109,14 @@ def test_network_that_cannot_be_captured_is_called(captured, monkeypatch):
         ({}, True, 'several processes'),
     ],
 )
-def test_what_training_by_graphs_does_not_go_with(train, is_distributed, other):
+def test_training_graphs_reject_other_keys(train, is_distributed, other):
     with pytest.raises(OptionError, match=other):
         TrainingGraph(small_network(), train, is_distributed)
     TrainingGraph(small_network(), {'accumulate': 1, 'compile': False})
 
 
-def test_networks_that_training_by_graphs_does_not_take():
-    with pytest.raises(OptionError, match='Conv2d is not known to work as one, only AST is'):
+def test_training_graphs_reject_networks():
+    with pytest.raises(OptionError, match='Conv2d is not known to support CUDA graphs, only AST is'):
         TrainingGraph(nn.Conv2d(3, 3, 3), {})
     network = small_network()
     network[0].use_checkpoint = True
@@ -128,7 +128,7 @@ def test_networks_that_training_by_graphs_does_not_take():
         TrainingGraph(network, {})
 
 
-def test_training_on_a_cpu_is_as_ever():
+def test_training_graph_is_eager_on_cpu():
     network = small_network().eval()
     x = torch.rand(1, 3, 8, 8)
     graphed = TrainingGraph(network, {})
@@ -136,7 +136,7 @@ def test_training_on_a_cpu_is_as_ever():
 
 
 @pytest.mark.parametrize(('scale', 'gradient', 'wrong'), [(1, 1, None), (1.01, 1, 'output'), (1, 1.1, 'gradients')])
-def test_graph_of_training_is_compared_with_calls(monkeypatch, scale, gradient, wrong):
+def test_training_graph_is_compared_with_eager(monkeypatch, scale, gradient, wrong):
     def make_graphed_callables(network, args, **options):
         def graphed(x):
             y = scale * type(network).forward(network, x)
@@ -148,7 +148,7 @@ def test_graph_of_training_is_compared_with_calls(monkeypatch, scale, gradient, 
     monkeypatch.setattr(torch.random, 'fork_rng', lambda devices: nullcontext())
     network, x = small_network(), torch.rand(2, 3, 8, 8)
     before = copy.deepcopy(network.state_dict())
-    with pytest.raises(OptionError, match=f'{wrong} off by') if wrong else nullcontext():
+    with pytest.raises(OptionError, match=f'{wrong} of the graph off by') if wrong else nullcontext():
         assert TrainingGraph(network, {})._capture(x).__name__ == 'graphed'
     assert 'forward' not in vars(network)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
@@ -163,7 +163,7 @@ def test_tiles_by_graphs(monkeypatch):
     with evaluating(network):
         want = network(image.cuda()).cpu()[..., :30, :30]
         got = [tiling.run(network, image) for _ in range(2)]
-    assert len(replays) == 1 + 5  # of eight tiles two are called, one captured and compared
+    assert len(replays) == 1 + 5  # of eight tiles, two run eagerly and one is captured and compared
     assert all((each[..., :30, :30] - want).abs().max() < 1e-5 for each in got)
     assert torch.equal(*got)
 
@@ -191,5 +191,5 @@ def test_training_by_graphs(precision):
         for a, b in zip(plain.state_dict().values(), graphed.state_dict().values(), strict=True)
     )
     other = torch.rand(1, 3, 16, 16, device='cuda')
-    assert by_graph(other).shape == other.shape  # a batch of another size is called
+    assert by_graph(other).shape == other.shape  # a batch of another size runs eagerly
     copy.deepcopy(graphed), graphed.eval()(other)

@@ -1,4 +1,4 @@
-"""How a backend is chosen, and what is said about it."""
+"""Selection of backends, and the reported reasons."""
 
 import logging
 import threading
@@ -22,25 +22,25 @@ def _nothing_requested(monkeypatch):
     monkeypatch.setattr(dispatch, '_logged', set())
 
 
-def test_auto_takes_the_fastest_that_can():
+def test_auto_takes_fastest_available():
     assert ops.explain(X).backend == 'fused'
     choice = ops.explain(X.half())
     assert choice.backend == 'reference'
-    assert str(choice).startswith('reference (the fastest that can; not fused: it computes in float32')
+    assert str(choice).startswith('reference (fastest available; not fused: it supports float32')
     assert 'float16' in choice.rejected['fused']
 
 
 @pytest.mark.parametrize(
     ('x', 'reason'),
     [
-        (X.half(), 'cannot run feed_forward: it computes in float32, bfloat16, float64, not in float16'),
-        (X.to('meta'), 'the map is on meta'),
-        (X[:0], r'nothing to compute in \[0, 4, 4, 8\]'),
-        (X[0], r'\[B, H, W, C\], not \[4, 4, 8\]'),
-        (FakeTensorMode().from_tensor(X), 'it is given a FakeTensor, no plain tensor'),
+        (X.half(), 'cannot run feed_forward: it supports float32, bfloat16, float64, not float16'),
+        (X.to('meta'), 'the input is on meta'),
+        (X[:0], r'the feature map \[0, 4, 4, 8\] is empty'),
+        (X[0], r'expects a feature map \[B, H, W, C\], not \[4, 4, 8\]'),
+        (FakeTensorMode().from_tensor(X), 'it expects plain tensors, not FakeTensor'),
     ],
 )
-def test_named_backend_says_what_is_missing(x, reason):
+def test_named_backend_reports_the_reason(x, reason):
     with ops.use_backend('fused'), pytest.raises(BackendUnavailable, match=reason):
         ops.explain(x)
     assert ops.explain(x).backend == 'reference'
@@ -59,7 +59,7 @@ def test_tensors_of_several_types():
 def test_environment_context_and_their_order(monkeypatch):
     monkeypatch.setenv('AST_BACKEND', 'reference')
     assert ops.explain(X).backend == 'reference'
-    assert str(ops.explain(X)) == 'reference (asked for by name)'
+    assert str(ops.explain(X)) == 'reference (requested by name)'
     with ops.use_backend('fused'):
         assert ops.explain(X).backend == 'fused'
         with ops.use_backend('auto'):
@@ -105,11 +105,11 @@ def test_falling_back_is_logged_once(caplog):
         for _ in range(3):
             function(**{**tensors, 'x': tensors['x'][:0]})
     assert [record.getMessage() for record in caplog.records] == [
-        "computing by the backend 'reference' and not by 'fused': there is nothing to compute in [0, 4, 4, 8]"
+        "using backend 'reference' instead of 'fused': the feature map [0, 4, 4, 8] is empty"
     ]
 
 
-def test_watchers_get_plain_operators():
+def test_watched_calls_use_plain_operators():
     function, tensors = attention_case((4, 4), 2, batch=1)
     x = tensors.pop('x')
 

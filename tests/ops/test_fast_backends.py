@@ -1,4 +1,4 @@
-"""What holds for every fast backend, beside that it computes what the reference does."""
+"""Properties of every fast backend apart from its results: strides, gradients, determinism, autocast, checkpointing."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_any_strides_of_a_map(fast, case, layout):
     }[layout]
     leaves['x'] = view.requires_grad_()
     outputs = function(**leaves), by_reference(function, **leaves)
-    # the sum's gradient is one number, spread without strides
+    # the gradient of the sum is one number, expanded with stride 0
     got, want = ((y, *torch.autograd.grad(y.sum(), list(leaves.values()))) for y in outputs)
     assert all(relative_error(*pair) < fast.near for pair in zip(got, want, strict=True))
 
@@ -78,7 +78,7 @@ def test_inference_mode_and_autocast(fast, case, tolerances):
         assert relative_error(function(**single), want) < 1e-4
     with torch.autocast(fast.device.type, torch.bfloat16):
         output = function(**single)
-        # The map in float32 and its branch in bfloat16 sum up in float32, as in the reference.
+        # The sum of the float32 map and its bfloat16 branch is float32, as in the reference.
         assert output.dtype == by_reference(function, **single).dtype
     assert relative_error(output, want) < tolerances[torch.bfloat16]
     output.sum().backward()
@@ -105,14 +105,14 @@ def test_compiled_callers(fast, choice):
 
 
 def test_parameters_may_change_in_any_way(fast, case):
-    """Nothing that is made of parameters is kept: neither a version counter nor `.data` could make it stale."""
+    """Nothing derived from parameters is cached, so changes through `.data` take effect."""
     function, tensors = case
     leaves = as_leaves(tensors, fast.dtype, fast.device)
     parameters = {name: torch.nn.Parameter(leaf.detach()) for name, leaf in leaves.items() if name != 'x'}
     with torch.no_grad():
         function(x=leaves['x'], **parameters)
         for parameter in parameters.values():
-            parameter.data.mul_(0.9)  # as BasicSR's moving average writes
+            parameter.data.mul_(0.9)  # as BasicSR's EMA writes
         got, want = function(x=leaves['x'], **parameters), by_reference(function, x=leaves['x'], **parameters)
     assert relative_error(got, want) < fast.near
 
@@ -120,7 +120,7 @@ def test_parameters_may_change_in_any_way(fast, case):
 def test_empty_batches(fast, case):
     function, tensors = case
     empty = as_leaves({**tensors, 'x': tensors['x'][:0]}, fast.dtype, fast.device)
-    with pytest.raises(BackendUnavailable, match=r'nothing to compute in \[0, 8, 8, 8\]'):
+    with pytest.raises(BackendUnavailable, match=r'the feature map \[0, 8, 8, 8\] is empty'):
         function(**empty)
     with ops.use_backend('auto'):
         assert function(**empty).shape == (0, 8, 8, 8)

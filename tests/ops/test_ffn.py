@@ -1,4 +1,4 @@
-"""Feed-forward networks against a second writing of the equations."""
+"""Feed-forward networks against an independent implementation of the equations."""
 
 import math
 
@@ -13,7 +13,7 @@ from .op_cases import as_leaves, feed_forward_case, relative_error
 
 @pytest.fixture(autouse=True, params=['reference', 'auto'])
 def _backend(request):
-    """The equations hold for the plain reference, and for whatever is faster."""
+    """Run a test with the reference and with the fast backends."""
     with ops.use_backend(request.param):
         yield
 
@@ -23,7 +23,7 @@ def exact_gelu(x):
 
 
 def slow_conv3x3(x, weight, bias=0):
-    """NHWC, zero padded; weight [out, in or 1, 3, 3], depthwise where its second size is 1 and in is not."""
+    """Zero-padded NHWC convolution; weight [out, in or 1, 3, 3], depthwise if its second dimension is 1 and in > 1."""
     B, H, W, C = x.shape
     padded = torch.zeros(B, H + 2, W + 2, C, dtype=x.dtype)
     padded[:, 1:-1, 1:-1] = x
@@ -80,5 +80,5 @@ def test_frfn_in_lower_precision(dtype, tolerances):
 )
 def test_frfn_names_wrong_sizes(changed):
     function, tensors = feed_forward_case('frfn', (4, 4))
-    with pytest.raises(ShapeError, match=r'a map of 8 channels and expand .* do not go together'):
+    with pytest.raises(ShapeError, match=r'shapes do not match: .* got expand .* for a feature map of 8 channels'):
         function(**{**tensors, **{name: torch.zeros(shape).double() for name, shape in changed.items()}})

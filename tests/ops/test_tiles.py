@@ -7,7 +7,7 @@ from ast_plugin.ops.tiles import run_tiled, tile_starts
 
 
 def convolution(radius: int, seed: int = 0):
-    """A random convolution with zero padding, which is wrong near the edges of a tile."""
+    """A random convolution with zero padding, which gives wrong results near the edges of a tile."""
     generator = torch.Generator().manual_seed(seed)
     side = 2 * radius + 1
     kernel = torch.randn(3, 3, side, side, generator=generator, dtype=torch.float64) / side
@@ -62,14 +62,14 @@ def test_mean_is_the_plain_average_of_the_tiles():
 
 
 def smooth(height, width):
-    """Slow waves: what a seam would stand out from."""
+    """Return an image of low frequencies, in which a seam is visible."""
     rows, columns = torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64)
     waves = torch.sin(rows / 23)[:, None] + torch.cos(columns / 31)[None]
     return (0.5 + 0.2 * waves).expand(1, 3, -1, -1)
 
 
 def border_effects(image):
-    """A network that reads zeros outside and reaches 24 pixels far, twice what an overlap of 36 leaves out."""
+    """A network with zero padding and a reach of 24 pixels, twice the margin discarded for an overlap of 36."""
     kernel = torch.full((3, 1, 9, 9), 1 / 81, dtype=image.dtype)
     for _ in range(6):
         image = F.conv2d(image, kernel, padding=4, groups=3)
@@ -77,12 +77,12 @@ def border_effects(image):
 
 
 def test_no_seam_shows_in_a_smooth_image():
-    """Second differences, which show a seam as a spike, stay near those of the whole image; plain means spike."""
+    """Second differences, in which a seam is a spike, stay close to those of the untiled image; plain means spike."""
     image = smooth(150, 170)
     whole = border_effects(image)
 
     def roughness(result, inside=30):
-        # The image's own border is dark in the whole as well.
+        # The image border is dark in the untiled result, too.
         result = result[..., inside:-inside, inside:-inside]
         return max(result.diff(n=2, dim=dim).abs().max().item() for dim in (-1, -2))
 
@@ -112,7 +112,7 @@ def test_batches_of_tiles_give_the_same(batch, images, blend):
 
 
 def test_memory_is_bounded_by_the_tile():
-    """More than three times the image: no more memory but for the result, which is held whole."""
+    """An image of more than three times the size needs no more memory, except for the result."""
     from ast_plugin.evaluation.cost import peak_bytes
 
     def widened(patches):
@@ -129,7 +129,7 @@ def test_memory_is_bounded_by_the_tile():
 
 
 @pytest.mark.parametrize('scale', [2, 3])
-def test_a_function_that_enlarges(scale):
+def test_functions_with_a_scale(scale):
     image = torch.rand(1, 3, 30, 45)
     result = run_tiled(lambda patch: patch.repeat_interleave(scale, -1).repeat_interleave(scale, -2), image, 16, 5)
     expected = image.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
@@ -156,7 +156,7 @@ def test_sizes_of_tiles():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'tile': 0}, 'tile is 0: expected the side of a tile'),
+        ({'tile': 0}, 'tile is 0: expected the tile size'),
         ({'tile': -4}, 'tile is -4'),
         ({'overlap': 8}, 'overlap is 8 and tile is 8'),
         ({'overlap': -1}, 'overlap is -1: expected a number of pixels'),
@@ -186,5 +186,5 @@ def test_functions_of_other_shapes_are_named(function, size):
 
 @pytest.mark.parametrize('shape', [(3, 8, 8), (1, 3, 0, 8)])
 def test_images_of_other_shapes_are_named(shape):
-    with pytest.raises(ShapeError, match='expects an image'):
+    with pytest.raises(ShapeError, match='expects a non-empty image'):
         run_tiled(lambda patch: patch, torch.rand(shape), 8, 2)

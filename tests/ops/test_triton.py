@@ -1,4 +1,4 @@
-"""Triton's kernels against the plain reference in float64: outputs and gradients of every input; see conftest."""
+"""Triton kernels against the reference in float64: outputs and gradients of every input; see conftest."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_attention_by_shape(place, tolerances, monkeypatch, size, window, shift,
 @pytest.mark.parametrize('kind', ['assa', 'dense', 'sparse', 'sparse_relu'])
 @pytest.mark.parametrize('count', [0, 2, 4])
 def test_attention_by_kind_and_masks(place, tolerances, kind, count):
-    """Masks for every window of an image, and for every window of the batch."""
+    """Masks per window of an image, and per window of the batch."""
     case = attention_case((4, 8), 4, 1, kind, dim=32, mask=masks(count, 16))
     check('triton', case, torch.float32, tolerances[torch.float32], place)
 
@@ -94,7 +94,7 @@ def test_feed_forward_by_shape(place, tolerances, kind, size, hidden, dtype, bia
 @pytest.mark.parametrize(('channels', 'rows'), [(8, 3), (80, 5), (512, 9), (1, 4)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_norm_by_shape(place, tolerances, monkeypatch, channels, rows, dtype):
-    """A program takes several blocks of rows, of which the last is not full."""
+    """A program processes several blocks of rows, the last of which is incomplete."""
     monkeypatch.setattr(norm, '_PROGRAMS', 2)
     monkeypatch.setattr(norm, '_ELEMENTS', 1024)
     x, grad = 2 + torch.randn(2, rows, 11, channels), torch.randn(2, rows, 11, channels)
@@ -109,7 +109,7 @@ def test_norm_by_shape(place, tolerances, monkeypatch, channels, rows, dtype):
 
 
 def test_norm_under_autocast(place, tolerances):
-    """In the type of autocast, and not first in float32; without weights it is PyTorch's."""
+    """The output has the autocast dtype; without weights, PyTorch's LayerNorm is used."""
     x, weight, bias = (torch.randn(2, 4, 4, 8), torch.randn(8), torch.randn(8))
     x, weight, bias = (tensor.to(place) for tensor in (x, weight, bias))
     with torch.autocast(place.type, torch.bfloat16):
@@ -131,7 +131,7 @@ def test_mlp_is_left_to_pytorch(place):
 
 
 def test_last_group_has_fewer_windows(place, monkeypatch):
-    """Of three windows a program takes two; behind them in memory lies another image, which is not to be read."""
+    """A program handles two of three windows; the memory behind them holds another image, which must not be read."""
     monkeypatch.setattr(attention, '_PROGRAMS', 2)
     op, bias = settings(1, 4, 0, 'dense'), draw(1, 16, 16).float().to(place).requires_grad_()
     qkv, grad = (torch.randn(2, 4, 12, channels).to(place) for channels in (24, 8))
@@ -143,7 +143,7 @@ def test_last_group_has_fewer_windows(place, monkeypatch):
 
 
 def test_weights_beyond_float16(place):
-    """Squares of scores reach 10⁶; the sums, over values of about 10⁻³, have their place in float16."""
+    """Squared scores reach 10⁶; their products with values of about 10⁻³ are in the range of float16."""
     op, bias = settings(1, 4, 0, 'sparse'), torch.zeros(1, 16, 16)
     parts = [factor * torch.randn(1, 4, 4, 16) for factor in (30, 10, 1e-3)]
     qkv = torch.cat(parts, -1).half()
@@ -155,7 +155,7 @@ def test_weights_beyond_float16(place):
 @pytest.mark.parametrize('is_turned', [False, True])
 @pytest.mark.parametrize('name', ['attend', 'activate'])
 def test_kernels_take_maps_with_gaps(place, name, is_turned):
-    """Between positions, as halves of a map have them, or between channels, as turned maps have them."""
+    """Gaps between positions, as in halves of a map, or between channels, as in permuted maps."""
 
     def gappy(channels):
         if is_turned:
@@ -174,8 +174,8 @@ def test_kernels_take_maps_with_gaps(place, name, is_turned):
     assert all(relative_error(*pair) < 2e-5 for pair in zip(got, want, strict=True))
 
 
-def test_what_is_kept_for_the_backward_pass(place):
-    """Per position: what layers take, q, k and v, and the hidden channels; nothing per pair of tokens."""
+def test_memory_saved_for_backward(place):
+    """Saved per position: layer inputs, q, k, v and hidden channels; nothing per pair of tokens."""
     attend, first = attention_case((4, 8), 4, 2, dim=32, residual=False)
     refine, second = feed_forward_case('frfn', (4, 8), dim=32, residual=False)
     first, second = as_leaves(first, torch.float32, place), as_leaves(second, torch.float32, place)
@@ -191,7 +191,7 @@ def test_what_is_kept_for_the_backward_pass(place):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = refine(attend(**first), **second)
     positions, C, h = 2 * 4 * 8, 32, 12
-    fixed = 3 * C * C + 2 * 16 * 16 + 2 * 16 * 16  # joined weights, position bias and its 64-bit indices
+    fixed = 3 * C * C + 2 * 16 * 16 + 2 * 16 * 16  # concatenated weights, position bias and its 64-bit indices
     assert sum(kept.values()) <= 4 * (positions * (4 * C + 3 * C + 3 * h) + fixed)
     assert y.requires_grad
 
@@ -215,7 +215,7 @@ def test_check_finds_wrong_kernels(place, monkeypatch):
 
     monkeypatch.setattr(attention._Launch, 'backward', wrong)
     reason = triton_backend.find_fault(*variant)
-    assert 'what the reference does: the gradient of the bias (shift 0) is off by 1e-02' in reason
+    assert 'differ from the reference on cpu: the gradient of the bias (shift 0) is off by 1e-02' in reason
 
     def fails(self):
         raise RuntimeError('no compiler\nand more')

@@ -1,7 +1,7 @@
-"""Triton's kernels with the arguments of real calls, compiled for devices that need not be there.
+"""Triton kernels compiled with the arguments of real calls, for devices that need not be present.
 
-What only the interpreter takes would fail here. All is done but for the start on a device; in a process of its own, as
-kernels that the interpreter runs cannot be compiled.
+Code that only the interpreter accepts fails here. Everything except the launch is done, in a separate process, because
+kernels defined for the interpreter cannot be compiled.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ class PretendedDriver:
         return GPUTarget('cuda', self.capability, 32)
 
     def get_current_device(self):
-        return self.capability  # compiled kernels are kept by device
+        return self.capability  # compiled kernels are cached by device
 
     def get_current_stream(self, device):
         return 0
@@ -79,9 +79,9 @@ normalise(90, torch.float32, 512)
 
 def test_kernels_compile_for_ampere_and_hopper(tmp_path, monkeypatch):
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
-    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))  # a cache would answer for the compiler
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))  # so that the compiler runs
     result = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     shared = [int(line.split()[-1]) for line in result.stdout.splitlines()]
     assert len(shared) == 22
-    assert max(shared) <= 99 * 1024  # of which any device from capability 8.0 on has as much
+    assert max(shared) <= 99 * 1024  # available on every device of capability 8.0 or higher

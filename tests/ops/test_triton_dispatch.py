@@ -1,4 +1,4 @@
-"""When Triton's kernels are chosen. Needs neither Triton nor a GPU: what there would be is pretended."""
+"""Selection of the Triton kernels, with Triton and GPU simulated."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def call(op=None, device='cuda:0', dtype=torch.bfloat16, shape=(1, 16, 16, 64), 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """A device of capability 9.0, Triton, and kernels that are right; checks that were made are listed."""
+    """Simulate a device of capability 9.0, Triton, and correct kernels; record the checks."""
     checked = []
     monkeypatch.delenv('AST_BACKEND', raising=False)
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
@@ -47,14 +47,14 @@ def test_auto_takes_triton_on_cuda(kind, dtype):
 @pytest.mark.parametrize(
     ('given', 'reason'),
     [
-        ({'device': 'cpu'}, 'computes on CUDA devices, the map is on cpu'),
-        ({'device': 'meta'}, 'computes on CUDA devices, the map is on meta'),
-        ({'dtype': torch.float64}, 'computes in float32, bfloat16, float16, not in float64'),
-        ({'op': attention('topk')}, 'kinds assa, dense, sparse, sparse_relu, not topk'),
-        ({'op': attention(window=17)}, 'sides up to 16, not 17'),
+        ({'device': 'cpu'}, 'runs on CUDA devices, the input is on cpu'),
+        ({'device': 'meta'}, 'runs on CUDA devices, the input is on meta'),
+        ({'dtype': torch.float64}, 'supports float32, bfloat16, float16, not float64'),
+        ({'op': attention('topk')}, 'supports attention assa, dense, sparse, sparse_relu, not topk'),
+        ({'op': attention(window=17)}, 'window sizes up to 16, not 17'),
         ({'op': attention(num_heads=1), 'shape': (1, 16, 16, 65)}, 'up to 64 channels, not 65'),
-        ({'shape': (1, 0, 16, 64)}, r'nothing to compute in \[1, 0, 16, 64\]'),
-        ({'shape': (16, 16, 64)}, r'a map is \[B, H, W, C\], not \[16, 16, 64\]'),
+        ({'shape': (1, 0, 16, 64)}, r'the feature map \[1, 0, 16, 64\] is empty'),
+        ({'shape': (16, 16, 64)}, r'a feature map \[B, H, W, C\], not \[16, 16, 64\]'),
     ],
 )
 def test_reasons_in_the_call(machine, given, reason):
@@ -67,8 +67,8 @@ def test_reasons_in_the_call(machine, given, reason):
     ('target', 'name', 'value', 'reason'),
     [
         (triton, 'is_installed', lambda: False, r'not installed: pip install "ast_plugin\[triton\]"'),
-        (torch.version, 'hip', '6.2', 'devices of NVIDIA'),
-        (torch.cuda, 'get_device_capability', lambda device: (7, 5), 'capability 8.0, this one has 7.5'),
+        (torch.version, 'hip', '6.2', 'only NVIDIA'),
+        (torch.cuda, 'get_device_capability', lambda device: (7, 5), 'capability 8.0 or higher, got 7.5'),
         (torch.cuda, 'is_current_stream_capturing', lambda: True, 'before a CUDA graph is captured'),
         (triton, 'find_fault', lambda *key: 'its kernels fail on cuda:0', 'its kernels fail on cuda:0'),
     ],

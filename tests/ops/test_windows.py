@@ -18,14 +18,14 @@ def test_merge_inverts_partition(size, window):
     windows = ops.partition_windows(x, window)
     assert windows.shape == (2 * size[0] * size[1] // window**2, window**2, 3)
     assert torch.equal(ops.merge_windows(windows, window, size), x)
-    with pytest.raises(ShapeError, match='does not divide'):
+    with pytest.raises(ShapeError, match='is not divisible'):
         ops.partition_windows(x, 2 * size[0])
 
 
-# Windows of sides that no other test has, of which nothing is cached yet.
+# Window sizes that no other test uses, so that they are not in the cache.
 @pytest.mark.parametrize(('watcher', 'window'), [('export', 9), ('trace', 10), ('functionalize', 11), ('make_fx', 13)])
 def test_cache_belongs_to_no_watcher(watcher, window):
-    """Fake tensors and those of a transform would be found by every later call of the same sizes."""
+    """Fake tensors and those of a transform must not be cached for later calls."""
     attention = ASSA(4, 1, window_size=window, shift_size=1).eval()
     x, other = torch.rand(1, 2 * window, 3 * window, 4), torch.rand(1, 4 * window, 2 * window, 4)
 
@@ -53,7 +53,7 @@ def test_cache_belongs_to_no_watcher(watcher, window):
 
 
 @pytest.mark.parametrize(('size', 'window', 'shift'), [((1, 1), 4, 2), ((5, 9), 4, 3), ((7, 8), 8, 4)])
-def test_padding_mask_leaves_something_to_see(size, window, shift):
+def test_padding_mask_has_no_empty_rows(size, window, shift):
     mask = ops.padding_mask(size, window, shift, torch.device('cpu'))
     assert (mask.max(-1).values == 0).all()
 

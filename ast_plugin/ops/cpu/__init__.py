@@ -1,4 +1,4 @@
-"""AST's functions on CPUs: branches stay in the caches from the norm to the sum, in strips of rows or of windows."""
+"""CPU backend: fused residual branches, processed in strips of rows or windows that fit in the caches."""
 
 import torch
 
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def why_not(call: Call) -> str | None:
-    """Why this backend cannot run a call, or None."""
+    """Return why this backend cannot run a call, or None if it can."""
     if call.device.type != 'cpu':
-        return f'it computes on CPUs, the map is on {call.device.type}'
+        return f'it runs on CPUs, the input is on {call.device.type}'
     return call.why_not(DTYPES)

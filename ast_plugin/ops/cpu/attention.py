@@ -1,12 +1,12 @@
-"""Window attention on a CPU over groups of windows, read from the map and written to it where they lie.
+"""Window attention on CPUs, computed over groups of windows without copies of the feature map.
 
-Computes what `ops.attention.window_attention` does. Rows of windows go together from the norm to the sum and stay in
-the caches; a shift takes rows and columns from where they are, without a rolled copy of the map. Of all windows of a
-shifted map only those of the last row and column are masked, with masks that any map shares. For the backward pass only
-the input is kept; windows do not depend on one another and are computed again group by group.
+Equivalent to `ops.attention.window_attention`. Each group, some rows of windows, is processed from norm to residual sum
+while it is in the caches. Shifted rows and columns are read in place instead of from a rolled copy. Only the windows in
+the last row and column of a shifted map are masked, with masks that do not depend on its size. The backward pass saves
+only the input and recomputes group by group, as windows are independent.
 
-Numerics: scores, weights and their product with the values in float32 for bfloat16, as in the reference; gradients of
-parameters add up in float32 over groups, in an order that shapes and the number of threads determine.
+Numerics: for bfloat16, scores, weights and their product with the values are computed in float32, as in the reference.
+Parameter gradients are accumulated in float32 over groups; the order depends on shapes and the number of threads only.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None, resid
 
 
 class _Layers(NamedTuple):
-    """Parameters joined, gathered, and in the dtypes that are computed in."""
+    """Parameters, concatenated and gathered, in the dtypes of the computation."""
 
-    qkv: Tensor  # [3C, C], of queries, keys and values
+    qkv: Tensor  # [3C, C], for queries, keys and values
     qkv_bias: Tensor | None
     proj: Tensor
     proj_bias: Tensor | None
@@ -46,7 +46,7 @@ class _AttentionBranch(Branch):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
-        self.core = self.sums_dtype  # what scores and their weights are computed in
+        self.core = self.sums_dtype  # dtype of scores and attention weights
         self.sides = {'y': self.op.window, 'x': self.op.window}
         if self.mask is not None:
             H, W = (side // self.op.window for side in self.x.shape[1:3])
@@ -64,7 +64,7 @@ class _AttentionBranch(Branch):
         )
 
     def groups(self) -> Iterator[Strip]:
-        """Rows of windows in the rolled map."""
+        """Yield groups of rows of windows in the rolled map."""
         B, H, W, C = self.x.shape
         widest = max(3 * C, self.op.num_heads * self.op.window**2)
         return cut_strips(B, H, W * widest * self.layers.proj.element_size(), self.op.window)
@@ -83,7 +83,7 @@ class _AttentionBranch(Branch):
         return out
 
     def _write(self, out: Tensor, rows: Tensor, other: Tensor, group: Strip) -> None:
-        """Write rolled rows where they belong, plus those of another map where the branch has a residual."""
+        """Write rolled rows to their original positions, and add another map if the branch has a residual."""
         for target, own, beside in _split_rolled(out, rows, other, group, self.op.shift):
             if self.residual is None:
                 target.copy_(own)
@@ -94,7 +94,7 @@ class _AttentionBranch(Branch):
         """[b, rows, W, count · C] -> [count, heads, windows, tokens, d]."""
         pattern = 'b (h y) (w x) (n heads d) -> n heads b h w y x d'
         rows = rearrange(rows, pattern, **self.sides, n=count, heads=self.op.num_heads)
-        rows = rows.to(self.core, memory_format=torch.contiguous_format)  # cast and ordered in one copy
+        rows = rows.to(self.core, memory_format=torch.contiguous_format)  # cast and reordered in one copy
         return rearrange(rows, 'n heads b h w y x d -> n heads (b h w) (y x) d')
 
     def _join(self, parts: Tensor, group: Strip) -> Tensor:
@@ -112,7 +112,7 @@ class _AttentionBranch(Branch):
         scores = torch.baddbmm(bias, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=d**-0.5)
         scores = scores.reshape(heads, group.num_images, -1, self.x.shape[2] // window, T, T)
         if shift:
-            # Windows of the last row and column alone are masked, as those of the smallest map that has both.
+            # Only windows in the last row and column are masked; the masks are those of a 2×2 grid of windows.
             _, beside, below, corner = shift_mask((2 * window, 2 * window), window, shift, scores.device).to(self.core)
             scores[:, :, :, -1] += beside
             if group.edges[1]:
@@ -124,7 +124,7 @@ class _AttentionBranch(Branch):
         return scores.reshape(heads, N, T, T)
 
     def _weights(self, scores: Tensor) -> Tensor:
-        """As `attention_weights`; writes to `scores`."""
+        """Compute `attention_weights`, overwriting `scores`."""
         if self.op.kind != 'assa':
             return attention_weights(scores, self.op.kind, None, self.op.topk_ratio)
         dense_share, sparse_share = self.layers.gate.softmax(0)
@@ -133,14 +133,14 @@ class _AttentionBranch(Branch):
         return weights.addcmul_(positive, positive.mul(sparse_share))
 
     def backward(self, grad: Tensor, wanted: set[str], kept: Tensors) -> dict[str, Tensor | None]:
-        """Compute groups again and go through them backwards, adding up the parameters' gradients."""
+        """Recompute each group and backpropagate through it, accumulating the parameter gradients."""
         C, zeros, layers = self.x.shape[-1], {'dtype': self.core}, self.layers
         self.qkv_t, self.proj_t = layers.qkv.t(), layers.proj.t()
         self.d_norm = torch.zeros(2, C, **zeros)
         self.d_qkv, self.d_qkv_bias = torch.zeros(3 * C, C, **zeros), torch.zeros(3 * C, **zeros)
         self.d_proj, self.d_proj_bias = torch.zeros(C, C, **zeros), torch.zeros(C, **zeros)
         self.d_bias = torch.zeros_like(layers.bias)
-        # The gate's gradient is a small difference of these.
+        # In float64: the gradient of the gate is a small difference of these sums.
         self.d_shares = torch.zeros(2, dtype=torch.float64)
         grad_x = torch.empty(self.x.shape, dtype=self.x.dtype)
         for group in self.groups():
@@ -158,7 +158,7 @@ class _AttentionBranch(Branch):
         return dict(zip(names, (grad_x, *self.d_norm, *sums), strict=True))
 
     def _run_group(self, group: Strip, grad: Tensor) -> Tensor:
-        """Gradient of the rolled rows of x without the sum's own part, from that of the output's."""
+        """Compute the gradient of the rolled rows of x, except the identity path, from that of the output."""
         x = _read_rolled(self.x, group, self.op.shift)
         normed, mean, rstd = norm(x, self.residual, self.dtype)
         queries, keys, values = self._split(linear(normed, self.layers.qkv, self.layers.qkv_bias), 3)
@@ -193,7 +193,7 @@ class _AttentionBranch(Branch):
         return dx
 
     def _weights_backward(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights, and the gradient of the scores from theirs; adds to the gradient of the gate's shares."""
+        """Return the weights and the gradient of the scores; add to the gradient of the branch shares."""
         if self.op.kind != 'assa':
             with torch.enable_grad():
                 scores = scores.detach().requires_grad_()
@@ -206,13 +206,13 @@ class _AttentionBranch(Branch):
         d_sparse = grad * positive
         self.d_shares[0] += per_row.sum(dtype=torch.float64)
         self.d_shares[1] += (d_sparse * positive).sum(-1).sum(dtype=torch.float64)
-        # softmax: P · (dP − Σ dP · P), with dP the dense share of the gradient; relu²: 2 · relu · its share of it
+        # softmax P: P · (dP − Σ dP · P); relu²: 2 · relu · d(relu²); each times its share
         d_scores = d_dense.addcmul_(dense, per_row, value=-1).mul_(dense_share).add_(d_sparse.mul_(2 * sparse_share))
         return dense.mul_(dense_share).addcmul_(positive, positive.mul(sparse_share)), d_scores
 
 
 def _read_rolled(x: Tensor, group: Strip, shift: int) -> Tensor:
-    """Rows of a map as it would be when rolled by `shift` up and left, [b, rows, W, C]."""
+    """Read rows of a map as if it were rolled by `shift` up and left, [b, rows, W, C]."""
     images = group.view_images(x)
     rows = _segments(group.first, group.last, x.shape[1], shift)
     columns = _segments(0, x.shape[2], x.shape[2], shift)
@@ -225,7 +225,7 @@ def _read_rolled(x: Tensor, group: Strip, shift: int) -> Tensor:
 def _split_rolled(
     out: Tensor, own: Tensor, other: Tensor, group: Strip, shift: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Views of a map to write to, of the rolled rows that belong there, and of another map at the same place."""
+    """Yield views of an output map, of the rolled rows that belong there, and of another map at the same position."""
     target, beside, top = group.view_images(out), group.view_images(other), 0
     for rows in _segments(group.first, group.last, out.shape[1], shift):
         left, bottom = 0, top + rows.stop - rows.start
@@ -237,7 +237,7 @@ def _split_rolled(
 
 
 def _segments(first: int, last: int, size: int, shift: int) -> list[slice]:
-    """Where [first, last) of a side that was rolled back by `shift` lies in the side as it was: one piece or two."""
+    """Return the one or two slices of the original side that hold [first, last) of the side rolled by -shift."""
     start, end = first + shift, last + shift
     if end <= size or start >= size:
         return [slice(start % size, (end - 1) % size + 1)]

@@ -1,15 +1,15 @@
-"""Feed-forward networks on a CPU in strips of rows, which stay in the caches from the norm to the sum.
+"""Feed-forward networks on CPUs, computed in strips of rows that stay in the caches from norm to residual sum.
 
-Computes what `ops.ffn.feed_forward` does. Between strips nothing is handed on: the rows that a 3×3 convolution needs
-from its neighbours are computed twice, which at some tens of rows is a few percent. For the backward pass of a large
-map only the input is kept; strips are computed again. Beside its input and output a call holds a few strips, and in the
-backward pass one more map of C channels: never a whole large map of hidden channels. Of small maps, up to `KEPT_BYTES`,
-what the GELUs are given is kept: there it costs little.
+Equivalent to `ops.ffn.feed_forward`. Strips are independent: the rows that a 3×3 convolution needs from neighbouring
+strips are computed twice, an overhead of a few percent for strips of some tens of rows. For large maps the backward
+pass saves only the input and recomputes the strips. Apart from input and output, a call holds a few strips, and the
+backward pass one more map of C channels, but never a complete map of hidden channels. For small maps, up to
+`KEPT_BYTES`, the inputs of the GELUs are saved.
 
-Numerics: oneDNN accumulates in float32, and its GELU is exact up to 4e-7; gradients of parameters add up in float32
-over strips, also for bfloat16. The order of all sums depends on shapes and the number of threads alone. oneDNN adds
-up the products of thousands of hidden channels in one go, MKL in pieces, with half the error: with gradients, which of
-attention's gate are small differences of large sums, small maps are projected by MKL.
+Numerics: oneDNN accumulates in float32, and its GELU is accurate to 4e-7. Parameter gradients are accumulated in
+float32 over strips, also for bfloat16. The order of all sums depends on shapes and the number of threads only. oneDNN
+sums the products of thousands of hidden channels at once, MKL blockwise with half the error. When gradients are needed,
+small maps are projected with MKL: the gradients of attention gates are small differences of large sums.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ast_plugin.ops.cpu.operators import (
 )
 from ast_plugin.ops.ffn import FeedForward
 
-# Largest map of hidden channels whose like are kept for the backward pass, four of them a block.
+# Largest map of hidden channels that is saved for the backward pass; each block saves four of them.
 KEPT_BYTES = 8 * 2**20
 
 
@@ -49,12 +49,12 @@ def feed_forward(x: Tensor, op: FeedForward, residual: Residual | None = None) -
 
 
 class _Hidden(NamedTuple):
-    """What a backward pass needs of the rows of a strip and those around it: what the GELUs are given."""
+    """Inputs of the GELUs for a strip and the rows around it, as the backward pass needs them."""
 
-    a: Tensor  # what the linear layers take, for the rows of `before_u`
-    before_u: Tensor  # after the linear layer
-    before_v: Tensor | None  # after the convolution, where there is one
-    before_gate: Tensor | None  # after the gate's linear layer, where there is one
+    a: Tensor  # input of the linear layers, for the rows of `before_u`
+    before_u: Tensor  # output of the linear layer
+    before_v: Tensor | None  # output of the convolution, if there is one
+    before_gate: Tensor | None  # output of the gate's linear layer, if there is one
 
 
 class _FeedForwardBranch(Branch):
@@ -65,12 +65,12 @@ class _FeedForwardBranch(Branch):
         return FeedForward(*(None if tensor is None else tensor.detach().to(dtype) for tensor in op))
 
     def strips(self) -> Iterator[Strip]:
-        """Strips whose temporaries have the hidden channels."""
+        """Yield strips sized for temporaries with the hidden channels."""
         B, H, W, _ = self.x.shape
         return cut_strips(B, H, W * self.layers.hidden * self.layers.project.element_size())
 
     def whole(self) -> Strip:
-        """All rows of all images."""
+        """Return the strip of all rows of all images."""
         B, H, _, _ = self.x.shape
         return Strip(0, B, 0, H, H)
 
@@ -98,7 +98,7 @@ class _FeedForwardBranch(Branch):
         return out
 
     def forward_keeping(self) -> tuple[Tensor, Tensors]:
-        """Compute a small map in one, and keep its `_Hidden`."""
+        """Compute a small map at once and keep its `_Hidden`; compute a large one in strips and keep nothing."""
         x, op, whole = self.x, self.layers, self.whole()
         if x[..., 0].numel() * op.hidden * self.dtype.itemsize > KEPT_BYTES:
             return self.forward(), ()
@@ -109,20 +109,20 @@ class _FeedForwardBranch(Branch):
         y = (F.linear if self.dtype is torch.float32 else linear)(v, op.project, op.project_bias)
         if self.residual is not None:
             y = x + (y if self.scale is None else y * self.scale)
-        # What oneDNN returns is a view; autograd forbids to change views that come out of a Function in place.
+        # oneDNN returns views, and autograd forbids in-place changes of views returned by a Function.
         return y.clone() if y._is_view() else y, hidden
 
     def _sums_in_product(self) -> bool:
-        """Whether the last linear layer adds x in one go."""
+        """Whether the last linear layer can fuse the addition of x."""
         return self.residual is not None and self.scale is None and self.x.dtype == self.dtype
 
     def _expansion(self, part: int) -> tuple[Tensor, Tensor | None]:
-        """Linear layer of a half of the hidden channels: 0 for what is convolved, 1 for the gate."""
+        """Return weight and bias of a half of the first linear layer: 0 for the convolved channels, 1 for the gate."""
         rows = slice(part * self.layers.hidden, (part + 1) * self.layers.hidden)
         return self.layers.expand[rows], None if self.layers.expand_bias is None else self.layers.expand_bias[rows]
 
     def _refine(self, strip: Strip) -> Tensor:
-        """What the linear layers take, for the rows of a strip: normed, and the first channels convolved."""
+        """Compute the input of the linear layers for a strip: the norm, then the partial convolution."""
         weight = self.layers.partial_conv
         if weight is None:
             return norm(strip.view(self.x), self.residual, self.dtype)[0].contiguous()
@@ -130,17 +130,17 @@ class _FeedForwardBranch(Branch):
         a, _, _ = norm(wider.view(self.x), self.residual, self.dtype)
         head = a[..., : len(weight)].contiguous()
         own = strip.crop(a, wider)
-        # What came from the norm is nobody else's and may be written to.
+        # The output of the norm is not shared and may be overwritten.
         own = own.clone(memory_format=torch.contiguous_format) if self.residual is None else own.contiguous()
         own[..., : len(weight)] = conv3x3(head, weight, None, strip.edges)
         return own
 
     def _hidden(self, near: Strip, far: Strip) -> tuple[_Hidden, Tensor]:
-        """What the GELUs are given, and what the first gives.
+        """Compute the inputs of the GELUs, and the output of the first GELU.
 
         Args:
-            near: rows whose gradient comes to a strip through the depthwise convolution.
-            far: what they are computed from.
+            near: rows whose gradients reach a strip through the depthwise convolution.
+            far: rows that `near` is computed from.
         """
         op, a = self.layers, self._refine(far)
         before_u = linear(a, *self._expansion(0))
@@ -154,13 +154,13 @@ class _FeedForwardBranch(Branch):
     def backward(self, grad: Tensor, wanted: set[str], kept: Tensors) -> dict[str, Tensor | None]:
         op, kept = self.layers, _Hidden(*kept) if kept else None
         self.wanted, self.sums = wanted, {}
-        # Views: on small maps turning the weights would take as long as the product, and oneDNN turns what it reads.
+        # Views, as copies would take as long as the product on small maps; oneDNN transposes while reading.
         self.expand_t = [self._expansion(part)[0].t() for part in range(1 + op.is_gated)]
         self.project_t = op.project.t()
         self.depthwise_t = None if op.depthwise is None else transpose_kernel(op.depthwise)
         self.partial_t = None if op.partial_conv is None else transpose_kernel(op.partial_conv)
-        # A column of hidden channels needs the rows beside it, and so does the partial convolution before it: the map
-        # between them is made whole, and has C channels.
+        # Both the depthwise and the partial convolution need neighbouring rows, so the gradient between them, which has
+        # C channels, is computed for the complete map.
         if kept is not None:
             strips = [self.whole()]
             down = self._through_linear(strips[0], grad, kept)
@@ -177,7 +177,7 @@ class _FeedForwardBranch(Branch):
         return {'x': grad_x, **sums}
 
     def _through_linear(self, strip: Strip, grad: Tensor, kept: _Hidden | None = None) -> Tensor:
-        """From the gradient of the output to that of the linear layers' input, for the rows of a strip."""
+        """Backpropagate a strip from the output to the input of the linear layers."""
         op = self.layers
         near = strip if op.depthwise is None else strip.widen(1)
         far = near if op.depthwise is None else near.widen(1)
@@ -212,7 +212,7 @@ class _FeedForwardBranch(Branch):
         return linear(du, self.expand_t[0]) if down is None else linear_plus(du, self.expand_t[0], None, down)
 
     def _through_norm(self, strip: Strip, down: Tensor, grad: Tensor, grad_x: Tensor | None) -> None:
-        """On through the partial convolution and the norm, for the rows of a strip, into `grad_x`."""
+        """Backpropagate a strip through the partial convolution and the norm, and write to `grad_x`."""
         wide, residual = strip.widen(1), self.residual
         x, dn = wide.view(self.x), strip.view(down).to(self.x.dtype)
         normed, mean, rstd = norm(x, residual, x.dtype)
@@ -239,7 +239,7 @@ class _FeedForwardBranch(Branch):
             strip.view(grad_x).copy_(dn)
 
     def _add(self, name: str, value: Tensor | None, part: int = 0) -> None:
-        """Add to a sum, or to one of the equal parts of it, one below the other."""
+        """Add to the gradient of a parameter, or to one of the equal parts that are concatenated to it."""
         if name not in self.wanted:
             return
         parts = self.sums.setdefault(name, {})
@@ -249,7 +249,7 @@ class _FeedForwardBranch(Branch):
             parts[part] = value.to(self.sums_dtype)
 
     def _add_linear(self, layer: str, grad: Tensor, x: Tensor, part: int = 0) -> None:
-        """Gradients of a linear layer, or of the part of it that `_expansion` names."""
+        """Add the gradients of a linear layer, or of the part of it selected as in `_expansion`."""
         if layer in self.wanted:
             self._add(layer, outer_sum(grad, x), part)
         if f'{layer}_bias' in self.wanted:

@@ -1,9 +1,8 @@
-"""What the CPU's kernels are made of: oneDNN's operators with an activation or a sum, strips of rows, branches.
+"""Building blocks of the CPU kernels: oneDNN operators with fused activation or sum, strips of rows, branches.
 
-PyTorch's own linear layers in float32 go to MKL, which on processors with AVX-512 of other makers reaches half of what
-oneDNN does.
-torch.compile calls oneDNN through operators that are not public: here they are tried before they are used, and plain
-PyTorch does the same work where they are missing.
+PyTorch runs float32 linear layers with MKL, which reaches half the speed of oneDNN on non-Intel processors with
+AVX-512. oneDNN is called through the private operators that torch.compile uses. They are tested before use, with plain
+PyTorch as the fallback.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from ast_plugin.ops.attention import Attention
 from ast_plugin.ops.backend import Residual, Tensors, make_once, run_kernel, with_residual
 from ast_plugin.ops.ffn import FeedForward
 
-# Of one temporary. Several are alive at a time and shall stay in the caches; smaller ones recompute more of their edges
-# and leave less to do between the threads' meetings. Measured from 1 to 32 MB.
+# Size of one temporary. Several must fit in the caches together; smaller strips recompute more rows at their edges and
+# synchronise threads more often. Best of the sizes measured from 1 to 32 MB.
 STRIP_BYTES = 4 * 2**20
 _FEWEST_ROWS = 4
 gelu_backward = torch.ops.aten.gelu_backward
@@ -30,7 +29,7 @@ gelu_backward = torch.ops.aten.gelu_backward
 
 @lru_cache(maxsize=8)
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's operators are there for a dtype, take what we give them, and compute what they should."""
+    """Whether oneDNN's operators exist for a dtype, accept our arguments and return correct results."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     with torch.inference_mode(), torch.autocast('cpu', enabled=False):
@@ -44,7 +43,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
                 torch.ops.mkldnn._linear_pointwise.binary(image, other, layer, bias, 'add'),
                 _onednn_conv(image, kernel, bias[:4], (0, 1), 4, 'gelu'),
             )
-        # A private operator may be missing, renamed or have other arguments.
+        # Private operators may be missing, renamed or have different arguments.
         except (RuntimeError, AttributeError, TypeError, NotImplementedError):
             return False
         image, layer, bias, kernel = (tensor.double() for tensor in (image, layer, bias, kernel))
@@ -72,16 +71,16 @@ def _onednn_conv(
 
 
 def _fuses(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes linear layers, and within a product or convolution what follows it.
+    """Whether to use oneDNN for linear layers and fused activations.
 
-    With AVX2 alone a GELU within takes five times as long as one of its own, as a product's sums hold all registers,
-    and MKL's products are up to a tenth faster.
+    With AVX2 only, a fused GELU takes five times as long as a separate one, because the accumulators of the product
+    occupy all registers, and MKL's products are up to 10 % faster.
     """
     return has_onednn(dtype) and not (dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() == 'AVX2')
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """x · weightᵀ + bias, [..., in] -> [..., out], with a GELU where asked."""
+    """x · weightᵀ + bias, [..., in] -> [..., out], optionally followed by a GELU."""
     if _fuses(x.dtype):
         return _onednn_linear(x, weight, bias, 'gelu' if gelu else 'none')
     y = F.linear(x, weight, bias)
@@ -89,22 +88,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
 
 
 def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
-    """x · weightᵀ + bias + other; `other` of the result's shape and dtype."""
+    """x · weightᵀ + bias + other; `other` has the shape and dtype of the result."""
     if _fuses(x.dtype):
         return torch.ops.mkldnn._linear_pointwise.binary(x, other.contiguous(), weight, bias, 'add')
     return F.linear(x, weight, bias).add_(other)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, edges: tuple[bool, bool], *, gelu: bool = False) -> Tensor:
-    """3×3 convolution of rows of a map, depthwise where `weight` is [C, 1, 3, 3] and C > 1; with a GELU where asked.
+    """3×3 convolution of rows of a map, depthwise if `weight` is [C, 1, 3, 3] with C > 1.
 
     Args:
-        x: [B, rows, W, C]: the rows that are wanted, one more at either side where the map goes on there.
+        x: [B, rows, W, C]: the output rows, plus one row at each side that is not an edge of the map.
+        weight, bias: parameters of the convolution.
+        edges: whether the rows begin at the top and end at the bottom of the map.
+        gelu: whether to apply a GELU to the result.
     Returns:
-        [B, rows wanted, W, out].
+        [B, output rows, W, out].
     """
     (top, bottom), groups = edges, x.shape[-1] // weight.shape[1]
-    # Padding has one width for both sides: at an edge of the map one side gets a row too much.
+    # Padding is symmetric: if only one side is an edge of the map, the other gets an extra row, which is cropped.
     padding = (1, 1) if top or bottom else (0, 1)
     is_fused = gelu and _fuses(x.dtype)
     if has_onednn(x.dtype):
@@ -116,7 +118,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, edges: tuple[bool, b
 
 
 def conv3x3_backward_weight(x: Tensor, grad: Tensor, weight: Tensor, edges: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias of `conv3x3` from x as it was given there, and the gradient of its result."""
+    """Gradients of weight and bias of `conv3x3`, from its input and the gradient of its output."""
     (top, bottom), groups = edges, x.shape[-1] // weight.shape[1]
     padding = (1, 1) if top and bottom else (0, 1)
     if top != bottom:
@@ -128,24 +130,24 @@ def conv3x3_backward_weight(x: Tensor, grad: Tensor, weight: Tensor, edges: tupl
 
 
 def transpose_kernel(weight: Tensor) -> Tensor:
-    """Weights of the convolution that takes a 3×3 convolution's gradient back to its input."""
+    """Return the weight of the convolution that computes a 3×3 convolution's input gradient."""
     flipped = weight.flip(2, 3)
     return flipped if weight.shape[1] == 1 else flipped.transpose(0, 1).contiguous()
 
 
 def outer_sum(grad: Tensor, x: Tensor) -> Tensor:
-    """gradᵀ · x over all positions, a linear layer's gradient: [..., out], [..., in] -> [out, in]."""
+    """gradᵀ · x over all positions, the weight gradient of a linear layer: [..., out], [..., in] -> [out, in]."""
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     if grad.dtype is not torch.float32 or not has_onednn(torch.float32):
         return grad.t() @ x
-    # Both are turned inside the caches; oneDNN is the faster the smaller its first factor.
+    # Transposing happens in the caches; oneDNN is faster with a smaller first factor.
     if grad.shape[1] <= x.shape[1]:
         return _onednn_linear(grad.t(), x.t(), None, 'none')
     return _onednn_linear(x.t(), grad.t(), None, 'none').t()
 
 
 class Strip(NamedTuple):
-    """Rows [first, last) of images [image, image + num_images); of several images all rows."""
+    """Rows [first, last) of images [image, image + num_images); always all rows if there are several images."""
 
     image: int
     num_images: int
@@ -154,33 +156,34 @@ class Strip(NamedTuple):
     height: int
 
     def widen(self, rows: int) -> Strip:
-        """Add so many rows at either side, as far as the map goes."""
+        """Return a strip extended by `rows` at each side, clipped to the map."""
         return self._replace(first=max(0, self.first - rows), last=min(self.height, self.last + rows))
 
     @property
     def edges(self) -> tuple[bool, bool]:
-        """Whether rows begin at the map's top, and end at its bottom: there zeros lie beyond, elsewhere more rows."""
+        """Whether the rows begin at the top and end at the bottom of the map, where zero padding applies."""
         return self.first == 0, self.last == self.height
 
     def view(self, x: Tensor) -> Tensor:
-        """View these rows of a map [B, H, W, C]."""
+        """Return a view of the strip's rows of a map [B, H, W, C]."""
         return x[self.image : self.image + self.num_images, self.first : self.last]
 
     def view_images(self, x: Tensor) -> Tensor:
-        """View these images of what there is one of for each, [B, ...]."""
+        """Return a view of the strip's images of a tensor [B, ...]."""
         return x[self.image : self.image + self.num_images]
 
     def crop(self, x: Tensor, wider: Strip) -> Tensor:
-        """View these rows of `x`, which holds those of `wider`."""
+        """Return a view of the strip's rows of `x`, which holds the rows of `wider`."""
         return x[:, self.first - wider.first : self.last - wider.first]
 
 
 def cut_strips(B: int, H: int, bytes_per_row: int, unit: int = 1) -> Iterator[Strip]:
-    """Cut maps into strips whose temporaries are about `STRIP_BYTES`: of one image each, or of several whole ones.
+    """Split a batch into strips with temporaries of about `STRIP_BYTES`: rows of one image, or several complete images.
 
     Args:
-        bytes_per_row: of the largest temporary.
-        unit: rows that must stay together; H is a multiple.
+        B, H: number of images and rows.
+        bytes_per_row: size of a row of the largest temporary.
+        unit: number of rows that must stay together, a divisor of H.
     """
     rows = max(unit, _FEWEST_ROWS, STRIP_BYTES // bytes_per_row)
     if rows >= H:
@@ -196,7 +199,7 @@ def cut_strips(B: int, H: int, bytes_per_row: int, unit: int = 1) -> Iterator[St
 
 
 def norm(x: Tensor, residual: Residual | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows of a map as linear layers take them, and of the norm before them, where there is one, mean and 1 / std."""
+    """Apply the LayerNorm of a residual branch, if there is one, and cast; return the rows, mean and 1 / std."""
     if residual is None:
         return x.to(dtype).contiguous(), None, None
     y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], residual.weight, residual.bias, residual.eps)
@@ -204,9 +207,9 @@ def norm(x: Tensor, residual: Residual | None, dtype: torch.dtype) -> tuple[Tens
 
 
 class Branch(ABC):
-    """One call of a block's branch: f(x), or x + scale · f(norm(x)). Subclasses say what f is."""
+    """One call of a branch: f(x), or x + scale · f(norm(x)), where subclasses define f."""
 
-    plain: Callable[..., Tensor]  # f by PyTorch's operators
+    plain: Callable[..., Tensor]  # f computed by PyTorch's operators
 
     def __init__(
         self, kernel: _BranchKernel, x: Tensor, mask: Tensor | None, residual: Residual | None, layers: NamedTuple
@@ -219,23 +222,23 @@ class Branch(ABC):
     @staticmethod
     @abstractmethod
     def prepare(op: Attention | FeedForward, dtype: torch.dtype) -> NamedTuple:
-        """Join, gather and cast the parameters of f."""
+        """Concatenate, gather and cast the parameters of f."""
 
     @abstractmethod
     def forward(self) -> Tensor:
-        """Compute the branch, keeping nothing for a backward pass."""
+        """Compute the branch without saving anything for the backward pass."""
 
     def forward_keeping(self) -> tuple[Tensor, Tensors]:
-        """Compute the branch, and what the backward pass needs beside the call's tensors."""
+        """Compute the branch, and the tensors to save for the backward pass in addition to the inputs."""
         return self.forward(), ()
 
     @abstractmethod
     def backward(self, grad: Tensor, wanted: set[str], kept: Tensors) -> dict[str, Tensor | None]:
-        """Gradients by name: of x, norm_weight, norm_bias and the tensors of `op`; at least those that are wanted."""
+        """Return the gradients by name, at least those in `wanted`: x, norm_weight, norm_bias, tensors of `op`."""
 
 
 class _BranchKernel:
-    """A branch as a kernel for `run_kernel`, of x, mask, scale, the norm's weight and bias, and the tensors of `op`."""
+    """Branch as a kernel for `run_kernel`; its tensors are x, mask, scale, norm weight and bias, and those of `op`."""
 
     def __init__(self, branch: type[Branch], x: Tensor, op: Attention | FeedForward, residual: Residual | None) -> None:
         self.branch, self.op = branch, op.with_tensors([None] * len(op.tensors))
@@ -274,7 +277,7 @@ class _BranchKernel:
 def run_branch(
     branch: type[Branch], x: Tensor, op: Attention | FeedForward, mask: Tensor | None, residual: Residual | None
 ) -> Tensor:
-    """Compute a branch, as a node of autograd where gradients are needed."""
+    """Compute a branch, through autograd if gradients are needed."""
     kernel = _BranchKernel(branch, x, op, residual)
     weight, bias, scale = (None,) * 3 if residual is None else (residual.weight, residual.bias, residual.scale)
     tensors = x, mask, scale, weight, bias, *op.tensors

@@ -1,16 +1,16 @@
-"""Window attention on CUDA: linear layers by PyTorch, what lies between them by one kernel, forward and backward.
+"""Window attention on CUDA: PyTorch's linear layers with one fused Triton kernel between them, forward and backward.
 
-Computes what `ops.attention.window_attention` does. The kernels take q, k and v from one map where a window's tokens
-lie, also in a shifted map, and put the result there: there are no rolled or cut copies and no matrices of scores. For
-the backward pass the map of q, k and v is kept, and scores are computed again. Imported only where Triton is.
+Equivalent to `ops.attention.window_attention`. The kernels read q, k and v of a window directly from the feature map,
+shifted or not, and write the result in place: no rolled or partitioned copies and no score matrices are stored. The
+backward pass saves q, k and v and recomputes the scores. Imported only if Triton is installed.
 
-A program takes one head and a block of queries, and goes through windows one after another; keys and values of a
-window lie in it whole. Positions in the map are computed. Numbers of tokens and channels are filled up to powers of two
-of at least 16, and masked.
+A program handles one head and a block of queries and loops over windows; all keys and values of a window are loaded.
+Positions in the map are computed on the fly. The numbers of tokens and channels are padded to powers of two of at least
+16, with masking.
 
-Numerics: scores and weights in float32, and all sums; for half types weights are rounded to the type of the values they
-are multiplied with, in float16 after each row is brought into its range. Sums over windows have an order that shapes
-determine.
+Numerics: scores, weights and all sums are in float32. For half precision, weights are rounded to the dtype of the
+values before their product; for float16, each row is scaled into its range first. The order of sums over windows
+depends on shapes only.
 """
 
 import os
@@ -28,25 +28,25 @@ from ast_plugin.ops.attention import Attention
 from ast_plugin.ops.backend import Tensors, linear, make_once, run_kernel
 from ast_plugin.ops.windows import MASKED
 
-# Whether there is a softmax, and the power of the sparse branch's relu or 0.
+# Whether there is a softmax, and the exponent of the sparse branch's relu (0: no sparse branch).
 _BRANCHES = {'assa': (True, 2), 'dense': (True, 0), 'sparse': (False, 2), 'sparse_relu': (False, 1)}
-_LEAST = 16  # of every side of a matrix product
-# More tokens than this, and a program takes `_LEAST` queries at a time: its matrices then stay in registers.
+_LEAST = 16  # smallest dimension of a matrix product
+# For more tokens a program handles `_LEAST` queries at a time, so that its matrices stay in registers.
 _MOST_TOKENS = 64
-_AHEAD = 32  # largest heads of which windows are loaded ahead: larger ones would not fit some devices' shared memory
-# Groups of windows keep what is the same for all windows of a head; with fewer programs a large device would idle.
-# Fixed, not read off the device, so that the order of sums is the same everywhere.
+_AHEAD = 32  # largest head size with prefetching of windows; larger ones exceed the shared memory of some devices
+# Programs share the position bias of a head over a group of windows; fewer programs would leave large devices idle.
+# Fixed, so that the order of sums does not depend on the device.
 _PROGRAMS = 2048
-_IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # kernels are defined for one or the other
+_IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # fixed when the kernels are defined
 
 _MASKED = tl.constexpr(MASKED)
-# Compiled once for all values: multiples of 16 among them would not be any faster.
+# Arguments that do not trigger recompilation; specialising on multiples of 16 would not make the kernels faster.
 _VARYING = ('height', 'width', 'shift', 'num_windows', 'per_program', 'num_masks')
 
 
 @triton.jit
 def _place(token, window, height, width, shift, SIDE: tl.constexpr):
-    """Image, row and column in the map of tokens of a window of the shifted map, and which edges they came over."""
+    """Return image, row and column of a shifted window's tokens, and which edges of the map they wrapped around."""
     across = width // SIDE
     in_image = (height // SIDE) * across
     rest = window % in_image
@@ -61,14 +61,14 @@ def _place(token, window, height, width, shift, SIDE: tl.constexpr):
 
 @triton.jit
 def offsets(image, row, column, stride_image, stride_row, stride_column):
-    """Where positions of a map begin, in 64 bits: maps of many images pass 2**31 numbers."""
+    """Return the memory offsets of positions, as int64 because large batches exceed 2**31 elements."""
     wide = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
     return wide + tl.cast(image, tl.int64) * stride_image
 
 
 @triton.jit
 def _dot(a, b, WIDE: tl.constexpr):
-    """a · b in float32. WIDE: the same by way of float32, as the interpreter cannot multiply bfloat16."""
+    """a · b in float32. WIDE: cast the factors to float32 first, as the interpreter cannot multiply bfloat16."""
     if WIDE:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -80,7 +80,7 @@ def _scores(
     q, k, bias, mask_ptr, window, query, key, edges_q, edges_k, scale, num_masks,
     TOKENS: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(q · kᵀ) · scale + bias + masks in float32; minus infinity for keys that only fill up."""
+    """(q · kᵀ) · scale + bias + masks in float32; -inf for padding keys."""
     scores = _dot(q, tl.trans(k), WIDE) * scale + bias
     if SHIFTED:
         scores += tl.where(edges_q[:, None] != edges_k[None, :], _MASKED, 0.0)
@@ -93,7 +93,7 @@ def _scores(
 
 @triton.jit
 def _of_head(head, query, key, bias_ptr, shares_ptr, TOKENS: tl.constexpr, DENSE: tl.constexpr, POWER: tl.constexpr):
-    """What is the same for all windows: the position bias, and the shares of the dense and the sparse branch."""
+    """Load the values shared by all windows: position bias, and shares of the dense and the sparse branch."""
     inside = (query[:, None] < TOKENS) & (key[None, :] < TOKENS)
     table = bias_ptr + head * (TOKENS * TOKENS) + query[:, None] * TOKENS + key[None, :]
     bias = tl.load(table, mask=inside, other=0.0)
@@ -113,7 +113,7 @@ def _softmax(scores):
 
 @triton.jit
 def _product(a, b, SCALED: tl.constexpr, WIDE: tl.constexpr):
-    """a · b in float32, a float32 rounded to b's dtype; SCALED brings its rows into float16's range and back."""
+    """a · b in float32, with a rounded from float32 to b's dtype; SCALED: scale its rows into float16's range."""
     if SCALED:
         top = tl.max(tl.abs(a), 1)
         top = tl.where(top > 0.0, top, 1.0)
@@ -125,7 +125,7 @@ def _product(a, b, SCALED: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _transposed_product(a, b, SCALED: tl.constexpr, WIDE: tl.constexpr):
-    """aᵀ · b, as `_product`."""
+    """aᵀ · b, otherwise like `_product`."""
     if SCALED:
         top = tl.max(tl.abs(a), 0)
         top = tl.where(top > 0.0, top, 1.0)
@@ -146,11 +146,11 @@ def forward(
     DENSE: tl.constexpr, POWER: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Weights of the values times the values.
+    """Attention weights times values.
 
-    Grid: heads, groups of `per_program` windows, blocks of QUERIES queries. The map of q, k and v is [B, H, W, 3C] with
-    channels side by side, bias [heads, TOKENS, TOKENS] and masks [num_masks, TOKENS, TOKENS] float32 without gaps.
-    DENSE: whether there is a softmax; POWER: of the sparse branch's relu, or 0; with both, shares [2] of each.
+    Grid: heads, groups of `per_program` windows, blocks of QUERIES queries. qkv is [B, H, W, 3C] with unit channel
+    stride; bias [heads, TOKENS, TOKENS] and masks [num_masks, TOKENS, TOKENS] are contiguous float32.
+    DENSE: whether there is a softmax. POWER: exponent of the sparse branch's relu, or 0. `shares` [2]: used with both.
     """
     head = tl.program_id(0)
     query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
@@ -197,10 +197,11 @@ def backward(
     DENSE: tl.constexpr, POWER: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients from that of `forward`'s result; scores and weights are computed again. The grid is the same.
+    """Gradients of `forward`'s inputs, with recomputed scores and weights. The grid is that of `forward`.
 
-    Of keys and values a block of queries has its own part, at `d_kv_block` one after another. Of the bias a program
-    writes one sum [QUERIES, TOKENS_FULL], of the shares two numbers, over its windows: [groups, heads, blocks, ...].
+    Each block of queries writes its own part of the gradients of keys and values, `d_kv_block` elements apart. Each
+    program writes the sums over its windows: [QUERIES, TOKENS_FULL] for the bias and two numbers for the shares, at
+    [groups, heads, blocks, ...].
     """
     head = tl.program_id(0)
     block = tl.program_id(2)
@@ -270,7 +271,7 @@ def backward(
 
 
 def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Tensor:
-    """See `ops.window_attention`; `topk` is not among the kinds."""
+    """See `ops.window_attention`; `topk` is not supported."""
 
     def prepare() -> tuple[Tensor | None, ...]:
         layer = (tensor if tensor is None else tensor.to(x.dtype) for tensor in plain.qkv_layer(op))
@@ -282,12 +283,12 @@ def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None) -> Te
 
 
 def attend(qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None, op: Attention) -> Tensor:
-    """See `ops.attention.attend`. Sizes are not checked: a kernel would read what is not there."""
+    """See `ops.attention.attend`. Shapes are not checked, and wrong ones lead to out-of-bounds reads."""
     return run_kernel(_Attend(op.with_tensors([None] * 8)), qkv, bias, gate if op.kind == 'assa' else None, mask)
 
 
 class _Attend(NamedTuple):
-    """`attend` as a kernel for `run_kernel`, of q, k and v, the bias, the gate and the mask, which is a constant."""
+    """`attend` as a kernel for `run_kernel`; its tensors are qkv, bias, gate and mask, which gets no gradient."""
 
     op: Attention
 
@@ -298,7 +299,7 @@ class _Attend(NamedTuple):
         qkv, bias, gate, mask = tensors
         if self.op.window**2 <= _MOST_TOKENS or len(qkv) == 1:
             return *_Launch(self.op, *tensors).backward(grad), None
-        # Large windows have a part of the gradient for each block of queries, of one image at a time.
+        # Large windows need one partial gradient per block of queries: process one image at a time to save memory.
         num_windows = (qkv.shape[1] // self.op.window) * (qkv.shape[2] // self.op.window)
         has_own_masks = mask is not None and len(mask) != num_windows
         masks = mask.chunk(len(qkv)) if has_own_masks else [mask] * len(qkv)
@@ -312,15 +313,15 @@ class _Attend(NamedTuple):
 
 
 class _Launch:
-    """One call's tensors as the kernels take them, and the kernels' settings."""
+    """Tensors of one call in kernel layout, and launch settings."""
 
     def __init__(self, op: Attention, qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None) -> None:
-        # The kernels take channels that lie side by side.
+        # The kernels need unit channel stride.
         self.op, self.qkv, self.gate = op, qkv if qkv.stride(-1) == 1 else qkv.contiguous(), gate
         num_images, height, width, channels = qkv.shape
         self.channels = channels // 3
         self.bias = bias.detach().to(torch.float32).contiguous()
-        # What is not used is not read: any tensor may stand there.
+        # Unused arguments are not read: any tensor can be passed.
         self.shares = self.bias if gate is None else gate.detach().float().softmax(0)
         self.mask = self.bias if mask is None else mask.detach().to(torch.float32).contiguous()
         tokens, head = op.window**2, self.channels // op.num_heads
@@ -336,7 +337,7 @@ class _Launch:
         sides = head, max(_LEAST, triton.next_power_of_2(head)), op.window, tokens, full, self.queries
         wide = qkv.dtype == torch.bfloat16 and _IS_INTERPRETED
         self.constants = *sides, *_BRANCHES[op.kind], op.shift > 0, mask is not None, qkv.dtype == torch.float16, wide
-        # float32 is multiplied without tensor cores, with more in registers; else the next windows are loaded ahead.
+        # float32 products use no tensor cores and more registers; otherwise the next windows are prefetched.
         is_light = full <= _MOST_TOKENS and qkv.dtype != torch.float32
         num_stages = 3 if is_light and head <= _AHEAD else 1
         self.options = {'num_warps': 4 if is_light else 8, 'num_stages': num_stages}
@@ -351,13 +352,13 @@ class _Launch:
         return out
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of the map of q, k and v, of the bias and of the gate."""
+        """Return the gradients of qkv, bias and gate."""
         tokens, full = self.tokens, self.full
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         d_qkv = torch.empty(self.qkv.shape, dtype=self.qkv.dtype, device=self.qkv.device)
         whole = d_qkv[..., self.channels :]
         d_kv = whole[None]
-        if self.num_blocks > 1:  # each block of queries has its part of the keys' and values' gradient
+        if self.num_blocks > 1:  # one partial gradient of keys and values per block of queries
             d_kv = self.bias.new_empty(self.num_blocks, *whole.shape)
         heads, groups, blocks = self.grid
         d_bias = self.bias.new_empty(groups, heads, blocks, self.queries, full)
@@ -371,7 +372,7 @@ class _Launch:
         d_bias = d_bias.sum(0).reshape(heads, -1, full)[:, :tokens, :tokens]
         d_gate = None
         if self.gate is not None:
-            # A small difference of large sums.
+            # In float64: a small difference of large sums.
             totals, shares = d_shares.double().sum((0, 1, 2)), self.shares.double()
             d_gate = (shares * (totals - (shares * totals).sum())).to(self.gate.dtype)
         return d_qkv, d_bias, d_gate

@@ -1,14 +1,14 @@
-"""Feed-forward networks on CUDA: linear layers by PyTorch, convolution, GELU and gate between them by kernels.
+"""Feed-forward networks on CUDA: PyTorch's linear layers with Triton kernels for convolution, GELU and gate.
 
-Computes what `ops.ffn.feed_forward` does. For the backward pass what the first linear layer gave and what the last one
-takes are kept; activations between are computed again. Imported only where Triton is.
+Equivalent to `ops.ffn.feed_forward`. The backward pass saves the output of the first linear layer and the input of the
+last one, and recomputes the activations between them. Imported only if Triton is installed.
 
-A program takes channels by the block and a tile of ROWS × COLUMNS positions, whose neighbours come from the caches.
-Maps between kernels are [B, H, W, channels] without gaps; what is outside counts as zero. Sums over tiles stay in
-registers until a program's last tile: a sum over positions at each of them took twice as long as all else together.
+A program processes a block of channels at a tile of ROWS × COLUMNS positions; neighbouring positions come from the
+caches. Maps between kernels are contiguous [B, H, W, channels] with zero padding. Sums over tiles stay in registers
+until a program's last tile: reducing them at each tile took twice as long as everything else together.
 
-Numerics: convolution, GELU and gate in float32, rounded once to the map's type; gradients of the depthwise weights are
-summed in float32, in an order that shapes determine.
+Numerics: convolution, GELU and gate are computed in float32 and rounded once to the dtype of the map. Gradients of the
+depthwise weights are summed in float32, in an order that depends on shapes only.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from ast_plugin.ops.backend import Tensors, cast_once, linear, run_kernel
 from ast_plugin.ops.ffn import FeedForward
 from ast_plugin.ops.triton.attention import offsets
 
-_BLOCK = 64  # channels of a program
+_BLOCK = 64  # channels per program
 _ROWS, _COLUMNS = 2, 8
-_PROGRAMS = 2048  # of the kernel with sums; fixed, so that their order is the same everywhere
+_PROGRAMS = 2048  # of the kernel with sums; fixed, so that their order does not depend on the device
 _SETTINGS = {'BLOCK': _BLOCK, 'ROWS': _ROWS, 'COLUMNS': _COLUMNS, 'num_warps': 4, 'num_stages': 1}
 
-# Compiled once for all values.
+# Arguments that do not trigger recompilation.
 _VARYING = ('height', 'width', 'num_tiles')
 
 
@@ -44,7 +44,7 @@ def _gelu_slope(x):
 
 @triton.jit
 def _tile(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Image, rows and columns of a tile's positions."""
+    """Return image, rows and columns of a tile's positions."""
     across = tl.cdiv(width, COLUMNS)
     in_image = tl.cdiv(height, ROWS) * across
     rest = tile % in_image
@@ -56,7 +56,7 @@ def _tile(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _tap(map_ptr, image, row, column, height, width, channel, channels):
-    """Values of a map without gaps, zero outside."""
+    """Load values of a contiguous map, zero outside of it."""
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     position = (tl.cast(image, tl.int64) * height + row) * width + column
     at = map_ptr + position[:, None] * channels + channel[None, :]
@@ -68,7 +68,7 @@ def _convolved(
     map_ptr, weight_ptr, bias_ptr, image, row, column, height, width, channel, channels,
     POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the convolution; weights [9, channels]."""
+    """Compute a tile of the convolution; weights [9, channels]."""
     y = tl.zeros([POSITIONS, BLOCK], dtype=tl.float32)
     for tap in tl.static_range(9):
         weight = tl.load(weight_ptr + tap * channels + channel, mask=channel < channels, other=0.0)
@@ -81,7 +81,7 @@ def _convolved(
 def _add_tap(
     d_u, d_weight, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, TAP: tl.constexpr
 ):  # fmt: skip
-    """A tap's part of the transposed convolution, and of the gradient of its weight by position."""
+    """Add one tap to the transposed convolution, and to the gradient of its weight per position."""
     weight = tl.load(weight_ptr + TAP * channels + channel, mask=channel < channels, other=0.0)
     d = _tap(d_before_ptr, image, row + 1 - TAP // 3, column + 1 - TAP % 3, height, width, channel, channels)
     return d_u + d * weight[None, :], d_weight + d * u
@@ -92,7 +92,7 @@ def gelu(
     z_ptr, u_ptr, height, width, channels, z_image, z_row, z_column,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """u = GELU of z's first half, a map without gaps: in the convolution each value would be computed nine times."""
+    """u = GELU(first half of z), contiguous; inside the convolution each value would be computed nine times."""
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
     inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
@@ -107,7 +107,7 @@ def forward(
     u_ptr, z_ptr, weight_ptr, bias_ptr, out_ptr, height, width, channels, z_image, z_row, z_column,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """out = GELU(conv(u) + bias), with GATED times GELU of z's second half. Grid: tiles, blocks of channels."""
+    """out = GELU(conv(u) + bias), times GELU(second half of z) if GATED. Grid: tiles, blocks of channels."""
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
     inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
@@ -130,9 +130,9 @@ def backward_gate(
     height, width, channels, hidden, z_image, z_row, z_column,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of `forward`'s result to that of the convolution's, and of the gate's half of z. Same grid.
+    """Gradients of the convolution's output and of the gate's half of z, from that of `forward`'s output.
 
-    `d_z` is [B, H, W, hidden] without gaps.
+    Grid: tiles, blocks of channels. `d_z` is contiguous [B, H, W, hidden].
     """
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
@@ -160,15 +160,15 @@ def backward_convolution(
     height, width, num_tiles, channels, hidden, z_image, z_row, z_column,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of the convolution's result to that of z's first half, through its GELU, and of weights.
+    """Gradients of z's first half (through its GELU) and of the weights, from that of the convolution's output.
 
-    Grid: groups of tiles, blocks of channels. A program takes every so many-th tile and writes one sum of the gradients
-    of the nine taps and the bias: [groups, 10, channels] float32. A tap's gradients by position, once loaded, serve
-    both: z's with its weight, and its weight's with the map that the convolution took.
+    Grid: groups of tiles, blocks of channels. Program i processes the tiles i, i + groups, i + 2 · groups, ... and
+    writes partial sums for the nine taps and the bias, [groups, 10, channels] float32. The gradients loaded for a tap
+    serve both z (times the weight) and the weight (times the input of the convolution).
     """
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = channel < channels
-    # A variable each, as Triton has no list of them.
+    # One variable per sum, because Triton does not support lists of tensors.
     s0 = tl.zeros([ROWS * COLUMNS, BLOCK], dtype=tl.float32)
     s1, s2, s3, s4, s5, s6, s7, s8, s9 = s0, s0, s0, s0, s0, s0, s0, s0, s0
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
@@ -205,7 +205,7 @@ def backward_convolution(
 
 
 def feed_forward(x: Tensor, op: FeedForward) -> Tensor:
-    """See `ops.feed_forward`; an MLP, two products and a GELU, is left to PyTorch's own kernels."""
+    """See `ops.feed_forward`; an MLP, which has no convolution, uses PyTorch's own kernels."""
     if op.depthwise is None:
         return plain.feed_forward(x, op)
     z = linear(plain.refine(x, cast_once(op.partial_conv, x.dtype)), op.expand, op.expand_bias)
@@ -213,7 +213,7 @@ def feed_forward(x: Tensor, op: FeedForward) -> Tensor:
 
 
 def activate(z: Tensor, depthwise: Tensor, bias: Tensor | None) -> Tensor:
-    """See `ops.ffn.activate`. Sizes are not checked: a kernel would read what is not there."""
+    """See `ops.ffn.activate`. Shapes are not checked, and wrong ones lead to out-of-bounds reads."""
     return run_kernel(_Activate(), z, depthwise, bias)
 
 
@@ -249,9 +249,9 @@ class _Activate:
             return plain.activate(z, depthwise.to(z.dtype), None if bias is None else bias.to(z.dtype))
 
     def _prepare(self, z: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
-        """z, GELU of its first half, weight and bias as the kernels take them, numbers of tiles and of blocks."""
+        """Return z, GELU of its first half, weight and bias in kernel layout, and the numbers of tiles and blocks."""
         (B, H, W, _), channels = z.shape, len(weight)
-        z = z.detach() if z.stride(-1) == 1 else z.detach().contiguous()  # channels lie side by side
+        z = z.detach() if z.stride(-1) == 1 else z.detach().contiguous()  # unit channel stride
         taps = weight.detach().float().reshape(channels, 9).t().contiguous()
         shift = taps.new_zeros(channels) if bias is None else bias.detach().float().contiguous()
         tiles, blocks = B * -(-H // _ROWS) * -(-W // _COLUMNS), -(-channels // _BLOCK)

@@ -1,8 +1,8 @@
-"""LayerNorm over channels on CUDA: one kernel in each direction, from any type to the one that is computed in.
+"""LayerNorm over channels on CUDA, one kernel for forward and one for backward, with autocast's cast fused.
 
-Computes what `torch.nn.functional.layer_norm` does, in float32, and rounds once: under autocast PyTorch's own casts the
-map to float32, writes the result in float32, and casts that again. For the backward pass the map alone is kept.
-Imported only where Triton is.
+Equivalent to `torch.nn.functional.layer_norm`, computed in float32 and rounded once to the output dtype. Under
+autocast, PyTorch's own casts the input to float32, writes a float32 result and casts that again. The backward pass
+saves only the input. Imported only if Triton is installed.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ast_plugin.ops.backend import Tensors, run_kernel
 
-_ELEMENTS = 2048  # of a program's block of rows and channels
-_PROGRAMS = 1024  # of the kernel with sums; fixed, so that their order is the same everywhere
+_ELEMENTS = 2048  # per program: rows × channels
+_PROGRAMS = 1024  # of the backward kernel; fixed, so that the order of its sums does not depend on the device
 
 
 @triton.jit
 def _normalised(x, inside, channels, eps):
-    """Rows without their mean, divided by their standard deviation, and one over that; zero where they only fill up."""
+    """Return normalised rows, zero outside of the map, and the inverse of their standard deviation."""
     mean = tl.sum(x, 1) / channels
     centred = tl.where(inside, x - mean[:, None], 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
@@ -33,7 +33,7 @@ def _normalised(x, inside, channels, eps):
 def forward(
     x_ptr, weight_ptr, bias_ptr, y_ptr, num_rows, channels, eps, ROWS: tl.constexpr, CHANNELS_FULL: tl.constexpr
 ):  # fmt: skip
-    """y = normalised(x) · weight + bias. Grid: blocks of ROWS rows. x and y are [num_rows, channels] without gaps."""
+    """y = normalised(x) · weight + bias. Grid: blocks of ROWS rows. x and y: contiguous [num_rows, channels]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS_FULL)
     is_channel = channel[None, :] < channels
@@ -52,9 +52,9 @@ def backward(
     x_ptr, weight_ptr, grad_ptr, d_x_ptr, sums_ptr, num_rows, channels, eps,
     ROWS: tl.constexpr, CHANNELS_FULL: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of `forward`'s result to that of x, and to sums for weight and bias: [programs, 2, channels].
+    """Gradient of x, and partial sums of those of weight and bias, [programs, 2, channels].
 
-    A program takes every so many-th block of rows.
+    Program i processes the blocks of rows i, i + programs, i + 2 · programs, ...
     """
     channel = tl.arange(0, CHANNELS_FULL)
     is_channel = channel[None, :] < channels
@@ -80,7 +80,7 @@ def backward(
 
 
 def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """`torch.nn.functional.layer_norm` over the last dimension, under autocast in its type and not in float32."""
+    """`torch.nn.functional.layer_norm` over the last dimension; under autocast the output has the autocast dtype."""
     if weight is None or bias is None:
         return F.layer_norm(x, shape, weight, bias, eps)
     kind = x.device.type
@@ -123,7 +123,7 @@ class _LayerNorm(NamedTuple):
         return y.to(self.dtype)
 
     def _sizes(self, x: Tensor) -> tuple[int, int, dict[str, int]]:
-        """Numbers of rows and channels, and the kernels' settings."""
+        """Return the numbers of rows and channels, and the launch settings."""
         channels = x.shape[-1]
         full = triton.next_power_of_2(channels)
         settings = {'ROWS': max(1, _ELEMENTS // full), 'CHANNELS_FULL': full, 'num_warps': 4, 'num_stages': 1}

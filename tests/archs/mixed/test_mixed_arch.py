@@ -171,7 +171,7 @@ def test_networks_that_give_more_in_training(registered):
     registered(Supervised=Supervised)
     network = Mixed({'type': 'Supervised'}, [rule('middle', 'MLP')])
     assert network.eval()(image(5, 6)).shape == (1, 3, 5, 6)
-    with pytest.raises(ShapeError, match='expected one tensor of images, got a list'):
+    with pytest.raises(ShapeError, match='expected a single image tensor, got list'):
         network.train()(image(5, 6))
 
 
