@@ -1,1 +1,1 @@
-"""The network, its blocks, and what its weights files tell."""
+"""Network architectures, their blocks, and weights files."""

@@ -19,17 +19,17 @@ VARIANTS = {
     'AST_T': {'embed_dim': 16, 'depths': (2, 2, 2, 2, 2, 2, 2, 2, 2)},
     'AST_B': {'embed_dim': 32, 'depths': (1, 2, 8, 8, 2, 8, 8, 2, 1)},
 }
-NUM_LEVELS = 4  # of the encoder, and of the decoder; the bottleneck lies between them
+NUM_LEVELS = 4  # of the encoder and of the decoder each, without the bottleneck
 
 
 class Stage(nn.Module):
-    """The blocks of one level, with what brings the map there or takes it on: `upsample` before, `downsample` after.
+    """Blocks of one level with its resampling layer, which the network applies: `upsample` before, `downsample` after.
 
     Args:
-        blocks: the level's blocks.
-        use_checkpoint: recompute each block in the backward pass instead of keeping what it computed.
+        blocks: blocks of the level.
+        use_checkpoint: whether to apply gradient checkpointing to each block.
         downsample: convolution to the next level of the encoder, or None.
-        upsample: transposed convolution from the level before in the decoder, or None.
+        upsample: transposed convolution from the previous level of the decoder, or None.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Stage(nn.Module):
         self.downsample, self.upsample = downsample, upsample
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run the blocks over x, [B, H, W, C]."""
+        """Apply the blocks to x, [B, H, W, C]."""
         for block in self.blocks:
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = run_checkpointed(block, x, mask)
@@ -55,34 +55,34 @@ class Stage(nn.Module):
 
 
 class AST(Pretrained):
-    """U-shaped restoration transformer: feed-forward blocks going down, attention at the bottom and going up.
+    """U-shaped restoration transformer: feed-forward blocks in the encoder, attention in bottleneck and decoder.
 
     Args:
-        img_size: nominal side of the images. Level i has the nominal side img_size / 2**i; where that is not above
-            the window, the window becomes that side and never shifts. It changes results, not weights, and no weights
-            file tells it. The published figures were measured with 128.
-        in_chans: channels of the input. Where they equal `out_chans`, the input is added to the output.
-        out_chans: channels of the output.
-        embed_dim: channels of the first level; the bottleneck has 16 times as many.
-        depths: blocks of the 4 encoder levels, the bottleneck, and the 4 decoder levels.
-        num_heads: attention heads likewise; those of the encoder are not used.
-        window_size: side of an attention window.
-        mlp_ratio: hidden channels of the feed-forward networks as a multiple of the level's.
+        img_size: nominal image size. Level i has the nominal side img_size / 2**i. Where this side is not larger than
+            `window_size`, it becomes the window size, and windows are not shifted. Affects results, but not weights,
+            and cannot be inferred from a weights file. The published results were measured with 128.
+        in_chans: number of input channels. If equal to `out_chans`, the input is added to the output.
+        out_chans: number of output channels.
+        embed_dim: number of channels of the first level; the bottleneck has 16 times as many.
+        depths: number of blocks in the 4 encoder levels, the bottleneck, and the 4 decoder levels.
+        num_heads: number of attention heads per level, ordered like `depths`; encoder values are not used.
+        window_size: side length of an attention window.
+        mlp_ratio: ratio of hidden channels to channels in feed-forward networks.
         qkv_bias: whether queries, keys and values have a bias.
         attention: 'assa', 'dense', 'sparse', 'sparse_relu' or 'topk'; see `ops.attention_weights`.
         ffn: 'frfn', 'leff' or 'mlp'.
-        drop_path_rate: highest rate of stochastic depth: from 0 up along the encoder, back down along the decoder.
-        use_checkpoint: gradient checkpointing, block by block: less memory in training, about a third more time.
-        topk_ratio: share of the keys that 'topk' keeps.
+        drop_path_rate: maximum stochastic depth rate: grows from 0 along the encoder, falls along the decoder.
+        use_checkpoint: whether to use gradient checkpointing for each block: less memory, about a third more time.
+        topk_ratio: fraction of the keys kept by 'topk'.
     Raises:
-        OptionError: if sizes contradict one another.
-    Source: Zhou et al., CVPR 2024; the released network, its choices where the paper differs.
+        OptionError: if an option is out of range or options contradict one another.
+    Source: Zhou et al., CVPR 2024, following the released code where it differs from the paper.
     """
 
-    block_classes = (ASTBlock,)  # what training compiles or checkpoints one by one, see models.network_switches
+    block_classes = (ASTBlock,)  # compiled or checkpointed individually in training, see models.network_switches
     variants = VARIANTS
     takes_any_size = True
-    works_as_graph = True  # of CUDA: no value is read on the host, and no tensor is kept by size
+    works_as_graph = True  # as a CUDA graph: no value is read on the host, and no tensor is cached by size
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class AST(Pretrained):
         num_stages = 2 * NUM_LEVELS + 1
         for key, value in (('depths', depths), ('num_heads', num_heads)):
             if len(value) != num_stages or min(value) < 1:
-                raise OptionError(f'{key} must be {num_stages} numbers of at least 1, not {list(value)}')
+                raise OptionError(f'{key} must be {num_stages} numbers of 1 or more, not {list(value)}')
         if window_size < 1 or img_size < 2**NUM_LEVELS:
             raise OptionError(
                 f'window_size must be at least 1 and img_size at least {2**NUM_LEVELS}, '
@@ -137,7 +137,7 @@ class AST(Pretrained):
         for i in range(NUM_LEVELS):
             level = NUM_LEVELS - 1 - i
             upsample = nn.ConvTranspose2d(incoming, dims[level], 2, stride=2)
-            incoming = 2 * dims[level]  # what was upsampled, beside the encoder's map of the same level
+            incoming = 2 * dims[level]  # upsampled map, concatenated with the encoder's map of the same level
             self.decoder.append(stage(NUM_LEVELS + 1 + i, incoming, level, True, upsample=upsample))
         self.output_proj = nn.Conv2d(incoming, out_chans, 3, padding=1)
 
@@ -149,10 +149,10 @@ class AST(Pretrained):
         """Restore images.
 
         Args:
-            x: [B, in_chans, H, W], float, any H and W from 1 up; padded inside by reflection to `size_multiple`.
-            mask: [B or 1, 1, H, W]; tokens where it is not 0 do not attend to one another, see `ops.pair_mask`.
+            x: float, [B, in_chans, H, W], with any H and W >= 1; padded by reflection to multiples of `size_multiple`.
+            mask: [B or 1, 1, H, W]; tokens where it is nonzero do not attend to one another, see `ops.pair_mask`.
         Returns:
-            [B, out_chans, H, W]. Not clamped.
+            [B, out_chans, H, W], not clamped.
         Raises:
             ShapeError: if x or mask has other dimensions.
         """
@@ -176,14 +176,14 @@ class AST(Pretrained):
 
     @staticmethod
     def read_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Read the options off names and shapes; see `infer_options`, which also says what is assumed."""
+        """Infer the options from names and shapes; see `infer_options`, which also reports assumptions."""
         return infer_options(state)[0]
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
-        """Load a state with our names or the official ones, with or without DataParallel's `module.`.
+        """Load a state dict with plugin or official names, with or without DataParallel's prefix `module.`.
 
         Raises:
-            CheckpointError: if it does not fit; says which names and shapes, and what network the state is of.
+            CheckpointError: if it does not match; names the tensors and the options of the network it belongs to.
         """
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -192,7 +192,7 @@ class AST(Pretrained):
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_chans or 0 in x.shape:
-            raise ShapeError(f'AST takes [B, {self.in_chans}, H, W] with no side of 0, not {list(x.shape)}')
+            raise ShapeError(f'AST expects a non-empty input [B, {self.in_chans}, H, W], got {list(x.shape)}')
         if mask is not None:
             expected = [[batch, 1, *x.shape[-2:]] for batch in dict.fromkeys((1, x.shape[0]))]
             if list(mask.shape) not in expected:
@@ -200,7 +200,7 @@ class AST(Pretrained):
 
 
 def _variant(name: str) -> Callable[..., AST]:
-    """A constructor that is AST with a row of `VARIANTS` as its defaults, and says so in its signature."""
+    """Return a constructor of AST with a row of `VARIANTS` as defaults, reflected in its signature."""
     row = VARIANTS[name]
 
     def build(**options) -> AST:
@@ -238,23 +238,23 @@ def _nchw(x: Tensor) -> Tensor:
 
 
 def _window_and_shift(nominal_side: int, window_size: int, position: int) -> tuple[int, int]:
-    """Window and shift of the block at `position` of a level, given the level's nominal side."""
+    """Return window and shift size of the block at `position` in a level with a nominal side."""
     if nominal_side <= window_size:
         return nominal_side, 0
     return window_size, window_size // 2 if position % 2 else 0
 
 
 def _size_multiple(img_size: int, window_size: int) -> int:
-    """What H and W of the whole image must be multiples of, so that every level divides into its windows."""
+    """Return the number that H and W of an image must be multiples of, so that windows fit at every level."""
     sides = (2**level * _window_and_shift(img_size // 2**level, window_size, 0)[0] for level in range(NUM_LEVELS + 1))
     return math.lcm(*sides)
 
 
 def _drop_path_rates(depths: Sequence[int], highest: float) -> list[list[float]]:
-    """Rates of stochastic depth, a list for each of the nine levels.
+    """Return the stochastic depth rates of the blocks, one list for each of the nine levels.
 
-    They grow over the encoder's blocks from 0 to `highest`, stay there in the bottleneck, and the encoder's list is
-    read backwards over the decoder; a decoder with more blocks than the encoder ends on the last rate, 0.
+    The rates grow linearly from 0 to `highest` over the encoder, stay there in the bottleneck, and follow the reversed
+    list of the encoder in the decoder, with rate 0 for any further blocks.
     """
     num_encoder = sum(depths[:NUM_LEVELS])
     down = torch.linspace(0, highest, num_encoder, device='cpu').tolist()

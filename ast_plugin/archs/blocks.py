@@ -1,7 +1,7 @@
-"""AST's building blocks. Modules hold parameters and state their sizes; the mathematics is in `ast_plugin.ops`.
+"""Building blocks of AST as modules; their computation is in `ast_plugin.ops`.
 
-Every block maps [B, H, W, C] to [B, H, W, C], or with `layout='nchw'` [B, C, H, W] to [B, C, H, W], of any H and W.
-What `works_in` and `replaces` say is explained in `archs.mixed.block_registry`.
+Every block maps [B, H, W, C] to [B, H, W, C], or [B, C, H, W] to [B, C, H, W] with `layout='nchw'`, for any H and W.
+The attributes `works_in` and `replaces` are explained in `archs.mixed.block_registry`.
 """
 
 import math
@@ -23,22 +23,22 @@ LAYOUTS = ('nhwc', 'nchw')
 
 
 class WindowAttention(nn.Module):
-    """Self-attention within (shifted) windows, with a learned bias by relative position.
+    """Self-attention within (shifted) windows, with a learned relative position bias.
 
-    Maps that do not divide into windows are filled up with zeros at the bottom and the right and cropped again; tokens
-    of the map give those of the filling no weight at all, so that it changes nothing.
+    Feature maps that are not divisible into windows are zero-padded at the bottom and right, and the result is cropped.
+    Padding tokens are masked, so that they do not affect the result.
 
     Args:
-        dim: channels.
-        num_heads: heads, a divisor of `dim`.
-        window_size: side of a window.
-        shift_size: cyclic shift up and left before the map is cut, in [0, window_size).
+        dim: number of channels.
+        num_heads: number of heads, a divisor of `dim`.
+        window_size: side length of a window.
+        shift_size: cyclic shift up and left before windows are partitioned, in [0, window_size).
         qkv_bias: whether queries, keys and values have a bias.
-        topk_ratio: share of the keys that top-k attention keeps.
-        layout: 'nhwc' or 'nchw', of what comes in and goes out.
+        topk_ratio: fraction of the keys kept by top-k attention.
+        layout: layout of input and output, 'nhwc' or 'nchw'.
     Raises:
-        OptionError: if sizes contradict one another.
-    Source: Zhou et al., CVPR 2024, section 3.2; state names and layout follow its release (q alone, k and v together).
+        OptionError: if an option is out of range or options contradict one another.
+    Source: Zhou et al., CVPR 2024, section 3.2; separate q and joint kv layers as in the released code.
     """
 
     kind: str  # set by the subclasses, see ops.attention_weights
@@ -60,9 +60,9 @@ class WindowAttention(nn.Module):
         self.layout = layout
         _check_counts(dim=dim, num_heads=num_heads, window_size=window_size)
         if dim % num_heads:
-            raise OptionError(f'{dim} channels do not divide into {num_heads} heads')
+            raise OptionError(f'{dim} channels are not divisible by {num_heads} heads')
         if not isinstance(shift_size, Integral) or not 0 <= shift_size < window_size:
-            raise OptionError(f'shift_size must be in [0, {window_size}), the window, not {shift_size!r}')
+            raise OptionError(f'shift_size must be in [0, {window_size}), the window size, not {shift_size!r}')
         if not isinstance(qkv_bias, bool):
             raise OptionError(f'qkv_bias must be true or false, not {qkv_bias!r}')
         if not isinstance(topk_ratio, Real) or not 0 < topk_ratio <= 1:
@@ -80,9 +80,11 @@ class WindowAttention(nn.Module):
         """Attend within windows.
 
         Args:
-            x: [B, H, W, C] or [B, C, H, W], as `layout` says.
-            mask: [B or 1, 1, h, w] of the whole image, see `ops.pair_mask`; or None.
-            residual: of NHWC maps, a norm before and the sum with x after it, see `ops.Residual`.
+            x: [B, H, W, C] or [B, C, H, W], depending on `layout`.
+            mask: [B or 1, 1, h, w] at the size of the image, see `ops.pair_mask`; or None.
+            residual: LayerNorm before the attention and sum with x after it, for layout 'nhwc', see `ops.Residual`.
+        Returns:
+            Tensor with the shape of x.
         Raises:
             ShapeError: if x has other dimensions.
         """
@@ -91,7 +93,7 @@ class WindowAttention(nn.Module):
         H, W = size = tuple(x.shape[1:3])
         missing_h, missing_w = -H % self.window_size, -W % self.window_size
         if missing_h or missing_w:
-            if residual is not None:  # the filling comes after the norm
+            if residual is not None:  # padding follows the norm
                 return ops.with_residual(lambda normed: self.forward(normed, mask), x, residual)
             x = nn.functional.pad(x, (0, 0, 0, missing_w, 0, missing_h))
         if mask is not None:
@@ -103,20 +105,23 @@ class WindowAttention(nn.Module):
         return _from_nhwc(self._attend(x, mask, self.shift_size, residual)[:, :H, :W], self.layout)
 
     def attend_windows(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend within windows that the caller has cut, shifted or not.
+        """Attend within windows that the caller has partitioned, shifted or not.
 
         Args:
             x: [num_windows * B, window_size**2, C].
             mask: [num_windows, window_size**2, window_size**2], added to the scores; or None.
+        Returns:
+            Tensor with the shape of x.
         Raises:
-            ShapeError: if the windows have another size.
+            ShapeError: if x has other dimensions.
         """
         side = self.window_size
         if x.ndim != 3 or x.shape[1:] != (side**2, self.dim):
             raise ShapeError(
-                f'{type(self).__name__} takes windows of {side}x{side} tokens, {self.dim} channels, not {list(x.shape)}'
+                f'{type(self).__name__} expects windows [B, {side**2}, {self.dim}] of {side}x{side} tokens, '
+                f'got {list(x.shape)}'
             )
-        # Windows one below the other are a map, as many in it as the mask is for.
+        # Stack the windows vertically into feature maps, with as many windows per map as the mask has.
         count = 1 if mask is None else mask.shape[0]
         columns = x.reshape(-1, count * side, side, self.dim)
         return self._attend(columns, mask, 0).reshape(x.shape)
@@ -131,7 +136,7 @@ class WindowAttention(nn.Module):
 
 
 class ASSA(WindowAttention):
-    """Adaptive sparse self-attention: a learned blend of softmax and squared ReLU."""
+    """Adaptive sparse self-attention: a learned weighting of softmax and squared ReLU."""
 
     kind = 'assa'
 
@@ -143,13 +148,13 @@ class DenseAttention(WindowAttention):
 
 
 class SparseAttention(WindowAttention):
-    """Window attention with squared ReLU alone."""
+    """Window attention with squared ReLU instead of softmax."""
 
     kind = 'sparse'
 
 
 class ReLUAttention(WindowAttention):
-    """Window attention with ReLU alone, not squared."""
+    """Window attention with ReLU instead of softmax."""
 
     kind = 'sparse_relu'
 
@@ -170,20 +175,20 @@ ATTENTIONS: dict[str, type[WindowAttention]] = {
 
 
 class FeedForwardNetwork(nn.Module):
-    """Feed-forward network over the tokens of a map; a subclass says of what parts.
+    """Base class of feed-forward networks on feature maps.
 
     Args:
-        dim: channels; with a partial convolution at least 4, as that convolves a quarter of them.
-        mlp_ratio: hidden channels as a multiple of `dim`.
-        layout: 'nhwc' or 'nchw', of what comes in and goes out.
+        dim: number of channels; at least 4 for FRFN, which convolves a quarter of them.
+        mlp_ratio: ratio of hidden channels to `dim`.
+        layout: layout of input and output, 'nhwc' or 'nchw'.
     Raises:
-        OptionError: if sizes contradict one another.
+        OptionError: if an option is out of range or options contradict one another.
     """
 
     works_in = 'nhwc'
     replaces = ('tokens', 'maps')
-    is_refining = False  # a partial convolution before, and half of the hidden channels gate the others
-    has_depthwise = True
+    is_refining = False  # whether there is a partial convolution and a gate, as in FRFN
+    has_depthwise = True  # whether there is a depthwise convolution
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0, layout: str = 'nhwc') -> None:
         super().__init__()
@@ -191,10 +196,10 @@ class FeedForwardNetwork(nn.Module):
         _check_counts(dim=dim)
         if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, Real) or not 1 <= dim * mlp_ratio < math.inf:
             raise OptionError(
-                f'mlp_ratio must be a number that gives {dim} channels at least 1 hidden one, not {mlp_ratio!r}'
+                f'mlp_ratio must be a number that gives at least 1 hidden channel for {dim} channels, not {mlp_ratio!r}'
             )
         if self.is_refining and dim < 4:
-            raise OptionError(f'FRFN convolves a quarter of the channels and needs at least 4 of them, not {dim}')
+            raise OptionError(f'FRFN convolves a quarter of the channels and needs at least 4 channels, not {dim}')
         hidden = int(dim * mlp_ratio)
         self.layout = layout
         self.partial_conv = nn.Conv2d(dim // 4, dim // 4, 3, padding=1, bias=False) if self.is_refining else None
@@ -203,13 +208,13 @@ class FeedForwardNetwork(nn.Module):
         self.project = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, residual: Residual | None = None) -> Tensor:
-        """Run the network over x, [B, H, W, C] or [B, C, H, W] as `layout` says; an MLP takes [..., C], too."""
+        """Apply the network to x, [B, H, W, C] or [B, C, H, W] depending on `layout`; an MLP also accepts [..., C]."""
         x = _to_nhwc(x, self.layout)
         if self.has_depthwise:
             _check_map(x, self.expand.in_features, type(self).__name__)
         elif x.shape[-1] != self.expand.in_features:
-            raise ShapeError(f'MLP takes {self.expand.in_features} channels, not {list(x.shape)}')
-        y = x.unsqueeze(1) if x.ndim == 3 else x  # tokens are a map of one row, which all backends take
+            raise ShapeError(f'MLP expects {self.expand.in_features} channels, got {list(x.shape)}')
+        y = x.unsqueeze(1) if x.ndim == 3 else x  # tokens as a map of one row, which all backends support
         partial_conv = None if self.partial_conv is None else self.partial_conv.weight
         op = ops.FeedForward(*_weights(self.expand, self.project, self.depthwise), partial_conv)
         return _from_nhwc(ops.feed_forward(y, op, residual).reshape(x.shape), self.layout)
@@ -226,7 +231,7 @@ class LeFF(FeedForwardNetwork):
 
 
 class MLP(FeedForwardNetwork):
-    """Two linear layers with a GELU between, each token for itself."""
+    """Two linear layers with a GELU between them, applied to each token independently."""
 
     works_in = 'any'
     replaces = ('windows', 'tokens', 'maps')
@@ -237,10 +242,10 @@ FEED_FORWARDS: dict[str, type[FeedForwardNetwork]] = {'frfn': FRFN, 'leff': LeFF
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, leave out a residual branch sample by sample and scale up what stays.
+    """Stochastic depth: randomly drop a residual branch per sample in training, and scale up the remaining ones.
 
     Args:
-        rate: probability of leaving a sample's branch out, in [0, 1).
+        rate: probability of dropping the branch of a sample, in [0, 1).
     Source: Huang et al., ECCV 2016.
     """
 
@@ -255,7 +260,7 @@ class DropPath(nn.Module):
         return x if scale is None else x * scale
 
     def draw(self, x: Tensor) -> Tensor | None:
-        """Draw a factor for each sample of x, [B, 1, ..., 1]; None where all stay as they are."""
+        """Sample a factor for each sample of x, [B, 1, ..., 1]; return None if nothing is dropped."""
         if not self.training or self.rate == 0:
             return None
         keep = 1 - self.rate
@@ -266,14 +271,14 @@ class DropPath(nn.Module):
 
 
 class ASTBlock(nn.Module):
-    """Residual block: attention (where there is one), then a feed-forward network, each after a LayerNorm.
+    """Transformer block with pre-norm residual branches: optional attention, then a feed-forward network.
 
     Args:
-        attention: the attention module, or None as in AST's encoder.
-        ffn: the feed-forward module.
-        dim: channels.
-        drop_path_rate: see `DropPath`, for both branches.
-        layout: 'nhwc' or 'nchw', of what comes in and goes out; the parts work in NHWC.
+        attention: attention module, or None as in AST's encoder.
+        ffn: feed-forward module.
+        dim: number of channels.
+        drop_path_rate: stochastic depth rate of both branches, see `DropPath`.
+        layout: layout of input and output, 'nhwc' or 'nchw'; `attention` and `ffn` use NHWC.
     """
 
     works_in = 'nhwc'
@@ -303,7 +308,7 @@ class ASTBlock(nn.Module):
         return _from_nhwc(self._add(x, self.norm2, self.ffn), self.layout)
 
     def _add(self, x: Tensor, norm: nn.Module, branch: nn.Module, *args: Tensor | None) -> Tensor:
-        """x + drop_path(branch(norm(x), *args)); our own branches do it in one, without passes over the map between."""
+        """Return x + drop_path(branch(norm(x), *args)), fused for the plugin's own branches."""
         is_ours = isinstance(branch, (WindowAttention, FeedForwardNetwork)) and branch.layout == 'nhwc'
         is_watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks
         if is_ours and type(norm) is nn.LayerNorm and not is_watched:
@@ -324,7 +329,7 @@ def ast_block(
     topk_ratio: float = 0.5,
     layout: str = 'nhwc',
 ) -> ASTBlock:
-    """A whole AST block out of its sizes; see `WindowAttention`, `FRFN` and `ASTBlock` for them and their errors."""
+    """Build an AST block; see `WindowAttention`, `FRFN` and `ASTBlock` for arguments and exceptions."""
     check_choice('attention', attention, ATTENTIONS)
     check_choice('ffn', ffn, FEED_FORWARDS)
     attn = ATTENTIONS[attention](dim, num_heads, window_size, shift_size, qkv_bias, topk_ratio)
@@ -335,24 +340,24 @@ ast_block.works_in, ast_block.replaces = ASTBlock.works_in, ASTBlock.replaces
 
 
 token_sizes = threading.local()
-"""(H, W) that a network's modules tell the blocks mixed into it, see `mixed.adapters`.
+"""(H, W) of tokens, passed from modules of a network to the blocks mixed into it, see `mixed.adapters`.
 
-Each thread has its own, and torch.compile sees through it (it does not see through a ContextVar).
+Thread-local storage, because torch.compile supports it, but not a ContextVar.
 """
 
 
 def run_checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function whose backward pass computes it again instead of keeping what it needs (gradient checkpointing).
+    """Call a function with gradient checkpointing.
 
-    It is computed again with the backend and the tokens' sizes of the first time, in whatever thread.
+    The recomputation uses the backend and the token sizes of the forward pass, in whichever thread it runs.
     """
-    # torch.compile recomputes in a graph of its own, where backend and sizes are constants; it takes no `context_fn`.
+    # In a compiled graph backend and token sizes are constants, and torch.compile does not support `context_fn`.
     own = {} if torch.compiler.is_compiling() else {'context_fn': lambda: (nullcontext(), _Surroundings())}
     return checkpoint(function, *args, use_reentrant=False, **own, **kwargs)
 
 
 class _Surroundings:
-    """Context with the backend and the tokens' sizes of when it was made; entered once in each backward pass."""
+    """Context that restores the backend and the token sizes of its creation; entered once per backward pass."""
 
     def __init__(self) -> None:
         self.backend, self.sizes = ops.requested_backend(), dict(vars(token_sizes))
@@ -370,7 +375,7 @@ class _Surroundings:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Draw the weights of linear layers as AST and Swin do, for `nn.Module.apply`."""
+    """Initialise linear layers as AST and Swin do; for `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -378,7 +383,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def check_choice(key: str, value: str, choices: Collection[str]) -> None:
-    """Raise an OptionError unless a value is one of the choices."""
+    """Raise OptionError unless a value is one of the choices."""
     if value not in choices:
         raise OptionError(f'{key} must be one of {", ".join(choices)}, not {value!r}')
 
@@ -391,22 +396,22 @@ def _check_counts(**counts: int) -> None:
 
 def _check_map(x: Tensor, dim: int, name: str) -> None:
     if x.ndim != 4 or x.shape[-1] != dim or 0 in x.shape:
-        raise ShapeError(f'{name} takes maps of {dim} channels, [B, H, W, {dim}] inside, not {list(x.shape)}')
+        raise ShapeError(f'{name} expects feature maps of {dim} channels ([B, H, W, {dim}] in NHWC), got {[*x.shape]}')
 
 
 def _to_nhwc(x: Tensor, layout: str) -> Tensor:
     if layout == 'nhwc':
         return x
     if x.ndim != 4:
-        raise ShapeError(f'expected a map [B, C, H, W], not {list(x.shape)}')
+        raise ShapeError(f'expected a feature map [B, C, H, W], got {list(x.shape)}')
     return x.permute(0, 2, 3, 1)
 
 
 def _from_nhwc(x: Tensor, layout: str) -> Tensor:
-    # A view, so that NCHW comes out in torch's memory format channels_last.
+    # A view, so that NCHW outputs are in PyTorch's channels_last memory format.
     return x if layout == 'nhwc' else x.permute(0, 3, 1, 2)
 
 
 def _weights(*layers: nn.Linear | nn.Conv2d | None) -> list[Tensor | None]:
-    """Weight and bias of layers, one after another, as `ops` takes them."""
+    """Return the weights and biases of layers as a flat list, in the order that `ops` expects."""
     return [getattr(layer, name, None) for layer in layers for name in ('weight', 'bias')]

@@ -175,7 +175,7 @@ def test_half_precisions_run():
     [
         ({'ffn': 'ffn'}, "ffn must be one of frfn, leff, mlp, not 'ffn'"),
         ({'depths': (1, 2, 3)}, 'depths must be 9 numbers'),
-        ({'num_heads': (1,) * 8 + (0,)}, 'num_heads must be 9 numbers of at least 1'),
+        ({'num_heads': (1,) * 8 + (0,)}, 'num_heads must be 9 numbers of 1 or more'),
         ({'embed_dim': 2}, 'at least 4'),
         ({'img_size': 8}, 'img_size at least 16'),
         ({'window_size': 0}, 'window_size must be at least 1'),
@@ -192,7 +192,7 @@ def test_wrong_options_are_named(options, words):
     [
         (torch.zeros(3, 8, 8), None, r'\[B, 3, H, W\].*\[3, 8, 8\]'),
         (torch.zeros(1, 4, 8, 8), None, r'\[1, 4, 8, 8\]'),
-        (torch.zeros(1, 3, 0, 8), None, 'no side of 0'),
+        (torch.zeros(1, 3, 0, 8), None, 'expects a non-empty input'),
         (torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8), r'mask must be \[1, 1, 8, 8\] or \[2, 1, 8, 8\]'),
     ],
 )

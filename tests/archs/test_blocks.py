@@ -122,10 +122,10 @@ def test_tokens_go_through_an_mlp_as_maps_do():
 @pytest.mark.parametrize(
     ('build', 'x', 'words'),
     [
-        (lambda: ASSA(DIM, 2), torch.zeros(1, DIM, 4, 4), r'ASSA takes maps of 8 channels.*\[1, 8, 4, 4\]'),
-        (lambda: FRFN(DIM, layout='nchw'), torch.zeros(1, 4, 4, DIM), r'FRFN takes maps of 8 channels'),
-        (lambda: FRFN(DIM, layout='nchw'), torch.zeros(1, 4, DIM), r'\[B, C, H, W\], not \[1, 4, 8\]'),
-        (lambda: MLP(DIM), torch.zeros(1, 4, 9), r'MLP takes 8 channels, not \[1, 4, 9\]'),
+        (lambda: ASSA(DIM, 2), torch.zeros(1, DIM, 4, 4), r'ASSA expects feature maps of 8 channels.*\[1, 8, 4, 4\]'),
+        (lambda: FRFN(DIM, layout='nchw'), torch.zeros(1, 4, 4, DIM), r'FRFN expects feature maps of 8 channels'),
+        (lambda: FRFN(DIM, layout='nchw'), torch.zeros(1, 4, DIM), r'\[B, C, H, W\], got \[1, 4, 8\]'),
+        (lambda: MLP(DIM), torch.zeros(1, 4, 9), r'MLP expects 8 channels, got \[1, 4, 9\]'),
     ],
 )
 def test_wrong_shapes_are_named(build, x, words):
@@ -143,10 +143,10 @@ def test_wrong_shapes_are_named(build, x, words):
         (lambda: ASSA(DIM, 2.0), 'num_heads must be a whole number of 1 or more, not 2.0'),
         (lambda: ASSA(DIM, True), 'num_heads must be a whole number of 1 or more, not True'),
         (lambda: ASSA(DIM, 2, window_size=(8, 8)), r'window_size must be a whole number .*\(8, 8\)'),
-        (lambda: ASSA(DIM, 2, shift_size=1.5), r'shift_size must be in \[0, 8\), the window, not 1.5'),
+        (lambda: ASSA(DIM, 2, shift_size=1.5), r'shift_size must be in \[0, 8\), the window size, not 1.5'),
         (lambda: ASSA(DIM, 2, qkv_bias='no'), "qkv_bias must be true or false, not 'no'"),
         (lambda: ATTENTIONS['topk'](DIM, 2, topk_ratio=5), r'topk_ratio must be in \(0, 1\], not 5'),
-        (lambda: FRFN(DIM, '2'), "mlp_ratio must be a number that gives 8 channels at least 1 hidden one, not '2'"),
+        (lambda: FRFN(DIM, '2'), "mlp_ratio must be a number that gives at least 1 hidden channel .*, not '2'"),
         (lambda: FEED_FORWARDS['leff'](DIM, 0.1), 'mlp_ratio must be a number .*, not 0.1'),
         (lambda: MLP(DIM, float('nan')), 'mlp_ratio must be a number .*, not nan'),
     ],
