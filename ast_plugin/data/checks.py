@@ -1,7 +1,7 @@
-"""Read every image of a dataset to the last byte, so that a training of days does not meet a bad one.
+"""Read every image of a dataset completely, so that damaged files are found before training.
 
-`Journal` checks the pairs of a split and remembers what it has seen. `find_leaks` and `find_duplicates` compare the
-pixels of many images; `check_files`, `find_extra` and `check_lmdbs` a dataset with the manifest that was made of it.
+`Journal` checks the pairs of a split and caches the results. `find_leaks` and `find_duplicates` compare the pixels of
+many images. `check_files`, `find_extra` and `check_lmdbs` compare a dataset with its manifest.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _NUM_EXAMPLES = 3
 _DEGRADED_AND_CLEAN = ('degraded', 'clean')
 _PNG_KINDS = {0: ('gray',), 3: ('palette',), 4: ('gray', 'transparency'), 6: ('transparency',)}
 _JPEG_KINDS = {1: ('gray',), 4: ('CMYK',)}
-# What libjpeg says on the error stream while it fills up missing parts with gray. It also complains of superfluous
-# bytes, which cost nothing.
+# Messages that libjpeg prints to stderr when it fills missing parts with gray. Messages about superfluous bytes are
+# ignored, as they lose nothing.
 _JPEG_LOSSES = (
     b'remature end',
     b'bad Huffman code',
@@ -55,16 +55,16 @@ _JPEG_LOSSES = (
 
 
 class Finding(NamedTuple):
-    """A readable image in numbers."""
+    """Properties of a readable image."""
 
-    size: tuple[int, int]  # height and width in pixels, upright
-    num_bytes: int  # of the file
+    size: tuple[int, int]  # (height, width) in pixels, upright
+    num_bytes: int  # size of the file
     digest: str  # of the pixels, see `digest_pixels`
-    traits: tuple[str, ...]  # how it differs from plain RGB of 8 bits, each in a word or two
+    traits: tuple[str, ...]  # short labels of differences from plain 8-bit RGB
 
 
 def check_pair(pair: Pair) -> tuple[Finding, Finding] | DataFault:
-    """Read both images of a pair, and compare their sizes."""
+    """Read both images of a pair and compare their sizes."""
     lq, gt = findings = [_find(path) for path in (pair.lq, pair.gt)]
     for finding in findings:
         if isinstance(finding, DataFault):
@@ -74,9 +74,9 @@ def check_pair(pair: Pair) -> tuple[Finding, Finding] | DataFault:
     text = f'{lq.size[1]}x{lq.size[0]} pixels, its clean partner {pair.gt} {gt.size[1]}x{gt.size[0]}'
     factors = {gt.size[0] / lq.size[0], gt.size[1] / lq.size[1]}
     if lq.size == gt.size[::-1]:
-        text += '; one of them is turned by 90 degrees'
+        text += '; one of them is rotated by 90 degrees'
     elif len(factors) == 1 and (factor := factors.pop()) > 1 and factor.is_integer():
-        text += f'; the degraded one is {factor:.0f} times smaller, as for super-resolution, which is not done here'
+        text += f'; the degraded image is {factor:.0f} times smaller, but super-resolution is not supported'
     return DataFault('sizes differ', pair.lq, text)
 
 
@@ -89,10 +89,10 @@ def _find(path: str) -> Finding | DataFault:
 
 
 def check_image(path: str | os.PathLike) -> Finding:
-    """Read an image as training does, but trust it less.
+    """Read an image as training does, with stricter checks.
 
     Raises:
-        DataError: if it cannot be read whole, is animated, or claims too many pixels.
+        DataError: if it cannot be read completely, is animated, or declares too many pixels.
     """
     path = Path(path)
     data = read_bytes(path)
@@ -116,7 +116,7 @@ def check_image(path: str | os.PathLike) -> Finding:
 
 
 def digest_pixels(pixels: np.ndarray) -> str:
-    """Return a digest of RGB pixels [H, W, 3], their size and depth: 32 hexadecimal digits of BLAKE2b."""
+    """Return a BLAKE2b digest, 32 hexadecimal digits, of RGB pixels [H, W, 3], their size and their bit depth."""
     state = hashlib.blake2b(f'{pixels.shape} {pixels.dtype.itemsize}\n'.encode(), digest_size=16)
     state.update(np.ascontiguousarray(pixels))
     return state.hexdigest()
@@ -124,34 +124,33 @@ def digest_pixels(pixels: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a dataset that was found."""
+    """A split found in a dataset."""
 
-    name: str  # train or test_a for example
+    name: str  # for example train or test_a
     phase: str  # train or test
-    pairs: PairTable  # those that have a partner
-    faults: list[DataFault]  # what is wrong with the others
-    where: Path  # the folder of the degraded images, or the list, for the user to see
+    pairs: PairTable  # matched pairs
+    faults: list[DataFault]  # of all other files
+    where: Path  # folder of the degraded images, or the list; for display
 
 
 @dataclass
 class CheckedSplit:
-    """A split whose images were read; of each good pair only numbers are kept.
+    """Results of checking a split; only numbers are stored for each good pair.
 
-    Of the digests of degraded and of clean images, the first 8 bytes: among a million images two different ones share
-    them with a chance of 1 in 10^7.
+    Of each digest, the first 8 bytes are stored: two different images among a million share them with probability 1e-7.
     """
 
     split: Split
-    faults: list[DataFault]  # of files that have no partner, then of pairs
-    num_pairs: int = 0  # looked at, good ones and faulty ones
-    good: array = field(default_factory=lambda: array('Q'))  # the numbers of the good ones in the split
-    digests: tuple[array, array] = field(default_factory=lambda: (array('Q'), array('Q')))
-    sizes: Counter = field(default_factory=Counter)  # how many have which height and width
-    num_bytes: int = 0  # of the files of the good ones
-    traits: Counter = field(default_factory=Counter)  # how many images are not plain RGB of 8 bits, by trait
+    faults: list[DataFault]  # of unmatched files, followed by those of pairs
+    num_pairs: int = 0  # number of pairs checked, good or faulty
+    good: array = field(default_factory=lambda: array('Q'))  # indices of the good pairs in the split
+    digests: tuple[array, array] = field(default_factory=lambda: (array('Q'), array('Q')))  # degraded, clean
+    sizes: Counter = field(default_factory=Counter)  # number of good pairs by (height, width)
+    num_bytes: int = 0  # total file size of the good pairs
+    traits: Counter = field(default_factory=Counter)  # number of images by trait
 
     def add(self, checked: tuple[Finding, Finding] | DataFault) -> None:
-        """Count the next pair."""
+        """Add the result of the next pair."""
         self.num_pairs += 1
         if isinstance(checked, DataFault):
             self.faults.append(checked)
@@ -164,28 +163,28 @@ class CheckedSplit:
             digests.append(int(finding.digest[:16], 16))
 
     def good_pairs(self) -> Iterator[Pair]:
-        """Yield the pairs without a fault."""
+        """Yield the pairs without faults."""
         return (self.split.pairs[number] for number in self.good)
 
     @property
     def num_unchanged(self) -> int:
-        """The number of pairs whose two images are equal."""
+        """Number of pairs whose two images are equal."""
         return sum(lq == gt for lq, gt in zip(*self.digests, strict=True))
 
     @property
     def num_clean(self) -> int:
-        """The number of different clean images."""
+        """Number of distinct clean images."""
         return len(set(self.digests[1]))
 
 
 class Journal:
-    """A file with a line on each pair of a split, in order, written while they are checked.
+    """A file with one line per pair of a split, in order, written while the pairs are checked.
 
-    Lines of an earlier run are believed for files whose size and time of change are the same. Lines that a killed run
-    left half-written are done again.
+    Lines of an earlier run are reused if size and modification time of both files are unchanged. Lines truncated by an
+    interrupted run are checked again.
 
     Args:
-        path: the file; a new one is written beside it, which takes its place in the end.
+        path: the file; a new one is written next to it and replaces it at the end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -194,7 +193,7 @@ class Journal:
             os.replace(self._new, path)
 
     def check(self, split: Split, workers: int, on_pair: Callable[[], None] = int) -> CheckedSplit:
-        """Check all pairs, in as many processes, and call `on_pair` after each."""
+        """Check all pairs in `workers` processes, and call `on_pair` after each."""
         checked = CheckedSplit(split, list(split.faults))
         try:
             with open(self._new, 'w', encoding='utf-8') as file:
@@ -205,16 +204,16 @@ class Journal:
                     on_pair()
             os.replace(self._new, self.path)
         except OSError as error:
-            raise DataError(f'cannot write {self._new}: {error.strerror or error}. Nothing is prepared yet') from error
+            raise DataError(f'cannot write {self._new}: {error.strerror or error}. Nothing was prepared') from error
         return checked
 
     def findings(self) -> Iterator[tuple[Finding, Finding]]:
-        """Yield what was found of each good pair."""
+        """Yield the findings of each good pair."""
         with open(self.path, encoding='utf-8') as file:
             yield from (checked for checked in map(_parse, file) if not isinstance(checked, DataFault))
 
     def _known_lines(self) -> Iterator[str]:
-        """Yield the lines of an earlier run, and empty ones for ever after."""
+        """Yield the lines of an earlier run, followed by empty strings without end."""
         if self.path.is_file():
             with open(self.path, encoding='utf-8', errors='replace') as file:
                 yield from file
@@ -222,7 +221,7 @@ class Journal:
 
 
 def _check_line(item: tuple[Pair, str]) -> str:
-    """Return the line of the journal for a pair: the known one, if it is still true."""
+    """Return the journal line of a pair, reusing the known one if it is up to date."""
     pair, known = item
     stamp = [pair.lq, pair.gt, *_stamp(pair.lq), *_stamp(pair.gt)]
     try:
@@ -230,7 +229,7 @@ def _check_line(item: tuple[Pair, str]) -> str:
             _parse(known)
             return known.rstrip('\n')
     except (ValueError, TypeError, LookupError, RecursionError):
-        pass  # cut off in the middle, or no journal at all
+        pass  # truncated, or not a journal
     checked = check_pair(pair)
     return json.dumps([stamp, *([astuple(checked)] if isinstance(checked, DataFault) else checked)])
 
@@ -252,24 +251,24 @@ def _stamp(path: str) -> tuple[int, int]:
 
 
 class Duplicates(NamedTuple):
-    """Images of two splits, or of one, that have the same pixels."""
+    """Images with equal pixels in two splits, or within one."""
 
     first: str  # names of the splits
     second: str
     kind: str  # degraded or clean
-    examples: tuple[tuple[str, str], ...]  # a few files, of the first split and of the second
-    num: int  # images of the second split that are in the first, too
+    examples: tuple[tuple[str, str], ...]  # a few pairs of files: in the first split, in the second
+    num: int  # number of images of the second split that are also in the first
 
 
 def find_leaks(splits: Sequence[CheckedSplit]) -> list[Duplicates]:
-    """Find images to be tested with that are trained on."""
+    """Find test images that are also training images."""
     trained, tested = ([one for one in splits if one.split.phase == phase] for phase in ('train', 'test'))
     leaks = (find_duplicates(train, test, kind) for train in trained for test in tested for kind in _DEGRADED_AND_CLEAN)
     return [leak for leak in leaks if leak.num]
 
 
 def find_duplicates(first: CheckedSplit, second: CheckedSplit, kind: str) -> Duplicates:
-    """Find degraded or clean images of one split that are in another, or twice in one split."""
+    """Find degraded or clean images of one split that are also in another, or repeated within one."""
     side = _DEGRADED_AND_CLEAN.index(kind)
     places: dict[int, int] = {}
     for place, digest in enumerate(first.digests[side]):
@@ -291,14 +290,14 @@ def find_duplicates(first: CheckedSplit, second: CheckedSplit, kind: str) -> Dup
 def check_files(
     manifest: Manifest, workers: int, *, quick: bool = False, on_pair: Callable[[], None] = int
 ) -> list[DataFault]:
-    """Find the images of a manifest that are missing, changed or unreadable, and keys that belong to several pairs.
+    """Find images of a manifest that are missing, changed or unreadable, and keys used by several pairs.
 
-    A file that was written anew with the same pixels is not changed.
+    A file rewritten with the same pixels counts as unchanged.
 
     Args:
-        manifest: of the dataset.
-        workers: processes that read.
-        quick: only look whether files are there and have their sizes.
+        manifest: manifest of the dataset.
+        workers: number of processes.
+        quick: check only existence and file sizes.
         on_pair: called after each pair.
     Raises:
         DataError: if the manifest is damaged.
@@ -311,7 +310,7 @@ def check_files(
         for number, entry in enumerate(manifest.entries(), 2):
             images = hash((entry.lq, entry.gt))
             if owners.setdefault(hash(entry.key), images) != images:
-                text = f'line {number} gives it to another pair than a line before'
+                text = f'line {number} uses it for another pair than an earlier line'
                 faults.append(DataFault('key twice', entry.key, text))
             yield entry
 
@@ -322,14 +321,14 @@ def check_files(
 
 
 def find_extra(manifests: Iterable[Manifest]) -> list[DataFault]:
-    """Find images that lie among those of all manifests of a dataset, and were not there when they were made."""
+    """Find images in the folders of a dataset that were added after its manifests were written."""
     known = (
         os.path.join(manifest.root, name)
         for manifest in manifests
         for names in itertools.chain([manifest.others], ((entry.lq, entry.gt) for entry in manifest.entries()))
         for name in names
     )
-    return [DataFault('extra', path, 'came after the manifest was made') for path in list_others(known)]
+    return [DataFault('extra', path, 'added after the manifest was written') for path in list_others(known)]
 
 
 def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = int) -> list[DataFault]:
@@ -348,7 +347,7 @@ def check_lmdbs(folder: Path, manifest: Manifest, on_pair: Callable[[], None] = 
             try:
                 with images.image(key) as image:
                     if digest_pixels(image) != digest:
-                        faults.append(DataFault('changed', path, f'not the pixels of {name} in {manifest.path}'))
+                        faults.append(DataFault('changed', path, f'its pixels differ from {name} in {manifest.path}'))
             except DataError as error:
                 faults.append(DataFault('missing or damaged', path, str(error)))
         on_pair()
@@ -372,27 +371,27 @@ def _check_file(path: str, quick: bool, size: tuple[int, int], num_bytes: int, d
     except OSError as error:
         return DataFault('unreadable', path, error.strerror)
     if quick:
-        text = f'{found_bytes:,} bytes, the manifest says {num_bytes:,}'
+        text = f'{found_bytes:,} bytes, but {num_bytes:,} in the manifest'
         return None if found_bytes == num_bytes else DataFault('changed', path, text)
     found = _find(path)
     if isinstance(found, DataFault):
         return found
     if found.size != size:
-        text = f'{found.size[1]}x{found.size[0]} pixels, the manifest says {size[1]}x{size[0]}'
+        text = f'{found.size[1]}x{found.size[0]} pixels, but {size[1]}x{size[0]} in the manifest'
         return DataFault('changed', path, text)
-    return None if found.digest == digest else DataFault('changed', path, 'other pixels than the manifest says')
+    return None if found.digest == digest else DataFault('changed', path, 'its pixels differ from the manifest')
 
 
 def _limit_threads() -> None:
-    """Keep OpenCV to one thread: processes are the parallelism."""
+    """Restrict OpenCV to one thread, as the processes already run in parallel."""
     cv2.setNumThreads(1)
 
 
 def _read_header(path: Path, data: bytes, kind: str | None) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
-    """Height, width and traits of a PNG or JPEG by its first bytes; None where a thorough reader must look."""
+    """Return size and traits of a PNG or JPEG from its header; the size is None if full decoding is required."""
     if kind == 'PNG' and len(data) > 33:
         if b'acTL' in data[33:256]:
-            raise DataError(f'{path}: an animated PNG; save its frames as single images')
+            raise DataError(f'{path}: an animated PNG is not supported; save its frames as separate images')
         size = int.from_bytes(data[20:24], 'big'), int.from_bytes(data[16:20], 'big')
         return size, _PNG_KINDS.get(data[25], ()) + (('16 bits',) if data[24] == 16 else ())
     if kind == 'JPEG' and (frame := find_jpeg_frame(data)):
@@ -403,7 +402,7 @@ def _read_header(path: Path, data: bytes, kind: str | None) -> tuple[tuple[int, 
 
 @contextmanager
 def _error_stream() -> Iterator[list[bytes]]:
-    """Collect what C libraries write to the error stream meanwhile: libjpeg has no other way to tell of losses."""
+    """Collect what C libraries write to stderr inside the block: libjpeg reports data loss only there."""
     lines: list[bytes] = []
     with tempfile.TemporaryFile() as stream:
         before = os.dup(2)

@@ -1,4 +1,4 @@
-"""Images side by side, each with a caption: what a reader looks at before any table."""
+"""Contact sheets: images side by side with headings and captions."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -17,39 +17,41 @@ from ast_plugin.files import write_file
 from ast_plugin.names import drawable
 
 PAPER, INK, FAINT = '#ffffff', '#1b1b1b', '#6b6b6b'
-GAP = 16  # pixels between images and around them
+GAP = 16  # margin around images in pixels
 HEADING, CAPTION = 24, 18  # font sizes in pixels
 _STRIP_GAP = 8
 _THUMBNAIL_SIDE = 512  # longest side in pixels
-_DEGRADED_SIZE = (480, 720)  # height and width of the images that degradations are shown on
-_DEGRADED_WIDTH = 300  # of their cells in pixels
-_DETAIL = 3  # magnification of the detail that is shown where there is no mask
-# The packaged photograph that shows a degradation well.
+_DEGRADED_SIZE = (480, 720)  # (height, width) of the images in `draw_degradations`
+_DEGRADED_WIDTH = 300  # width of their cells in pixels
+_DETAIL = 3  # magnification of the detail shown in place of a mask
+# Packaged photo that best shows each degradation.
 _FITTING = {'rain': 'rocket', 'raindrop': 'motorcycle_left', 'haze': 'china'}
 _FITTING |= {'snow': 'flower', 'shadow': 'coffee', 'moire': 'astronaut'}
 
 
 class Cell(NamedTuple):
-    """An image, RGB [H, W, 3] uint8, and its caption of one line."""
+    """An image, RGB [H, W, 3] uint8, and its single-line caption."""
 
     image: np.ndarray
     caption: str = ''
 
 
 def draw_contact_sheet(columns: Sequence[str], rows: Sequence[Sequence[Cell]], cell_width: int = 480) -> Image.Image:
-    """Draw rows of images under headings, all scaled to one width.
+    """Draw rows of images under column headings, all scaled to the same width.
 
     Args:
-        columns: a heading for each column.
-        rows: as many cells each; the images of a row have one size.
+        columns: heading of each column.
+        rows: rows with one cell per column; the images of a row have equal sizes.
         cell_width: width of an image on the sheet in pixels.
     Raises:
-        ShapeError: if a row has other than one cell a column, or images of several sizes.
+        ShapeError: if the number of cells of a row is not the number of columns, or image sizes in a row differ.
     """
     for row in rows:
         sizes = {cell.image.shape for cell in row}
         if len(row) != len(columns) or len(sizes) != 1:
-            raise ShapeError(f'a row needs {len(columns)} images of one size, not {len(row)} of {sorted(sizes)}')
+            raise ShapeError(
+                f'expected {len(columns)} images of equal size in a row, got {len(row)} of {sorted(sizes)}'
+            )
     heights = [round(cell_width * row[0].image.shape[0] / row[0].image.shape[1]) for row in rows]
     top, below = HEADING + 2 * GAP, CAPTION + 2 * GAP
     sheet = Image.new('RGB', (GAP + len(columns) * (cell_width + GAP), top + sum(h + below for h in heights)), PAPER)
@@ -67,12 +69,12 @@ def draw_contact_sheet(columns: Sequence[str], rows: Sequence[Sequence[Cell]], c
 
 
 def draw_degradations(images: Mapping[str, Path], tasks: Sequence[str] | None = None, seed: int = 0) -> Image.Image:
-    """Draw a row for each degradation: the clean image, the degraded one, and the mask.
+    """Draw one row per degradation: clean image, degraded image and mask.
 
     Args:
-        images: files by name; a degradation takes one that suits it, else one after the other.
+        images: files by name; each degradation uses its preferred packaged photo if present, else the next image.
         tasks: names of degradations, or None for all.
-        seed: another seed draws others.
+        seed: random seed.
     Raises:
         DataError: if an image cannot be read.
     """
@@ -86,7 +88,7 @@ def draw_degradations(images: Mapping[str, Path], tasks: Sequence[str] | None = 
         degraded, mask = row.apply(clean, np.random.default_rng([seed, number]), row.parameters())
         psnr = -10 * np.log10(max(float(np.mean((degraded - clean) ** 2)), 1e-12))
         if mask is None:
-            third = Cell(_detail(_to_uint8(degraded)), f'a detail, {_DETAIL} times enlarged (no mask)')
+            third = Cell(_detail(_to_uint8(degraded)), f'detail, enlarged {_DETAIL} times (no mask)')
         else:
             third = Cell(np.repeat(_to_uint8(mask)[..., None], 3, axis=2), f'mean {mask.mean():.2f}')
         rows.append([Cell(_to_uint8(clean), name), Cell(_to_uint8(degraded), f'{task}, {psnr:.1f} dB'), third])
@@ -94,7 +96,7 @@ def draw_degradations(images: Mapping[str, Path], tasks: Sequence[str] | None = 
 
 
 def _crop(image: np.ndarray) -> np.ndarray:
-    """The largest part of the shown ratio, rather the upper one, in the shown size, as float32 in [0, 1]."""
+    """Return the largest crop of the aspect ratio shown, off-center upwards, resized, float32 in [0, 1]."""
     whole = Image.fromarray(_to_uint8(image / np.float32(np.iinfo(image.dtype).max)))
     part = ImageOps.fit(whole, _DEGRADED_SIZE[::-1], Image.Resampling.BICUBIC, centering=(0.5, 0.2))
     return np.asarray(part) / np.float32(255)
@@ -112,10 +114,10 @@ def _to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet as PNG, whole or not at all; its folder is made.
+    """Write a sheet as PNG atomically, and create its folder if necessary.
 
     Raises:
-        FileError: if that fails.
+        FileError: if it cannot be written.
     """
     content = io.BytesIO()
     sheet.save(content, format='PNG', optimize=True)
@@ -123,11 +125,11 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
 
 
 def make_thumbnails(images: Sequence[np.ndarray], longest: int = _THUMBNAIL_SIDE) -> tuple[np.ndarray, ...]:
-    """Scale images of one scene to the size of the last one, or less.
+    """Resize images of one scene to the size of the last one, or smaller.
 
     Args:
         images: RGB or gray, [H, W, 3], [H, W, 1] or [H, W], uint8.
-        longest: side of the result in pixels, at most.
+        longest: maximum length of the longer side in pixels.
     Returns:
         RGB, [h, w, 3], uint8.
     """
@@ -145,14 +147,14 @@ def make_thumbnails(images: Sequence[np.ndarray], longest: int = _THUMBNAIL_SIDE
 
 
 def join_images(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Join images of one size to a strip, RGB, [h, w, 3], uint8."""
+    """Join images of equal size into a horizontal strip, RGB, [h, w, 3], uint8."""
     gap = np.full((len(images[0]), _STRIP_GAP, 3), 255, np.uint8)
     return np.concatenate([part for image in images for part in (gap, image)][1:], axis=1)
 
 
 def _write_text(pen: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int, size: int, ink: str) -> None:
-    """Write a line, smaller if it would leave its column."""
-    text, file = drawable(text, width // 4)  # as many characters as fit in the smallest size, or nearly
+    """Write a line of text, reducing the font size until it fits into the column."""
+    text, file = drawable(text, width // 4)  # approximately the number of characters that fit at the smallest size
     load = ImageFont.load_default if file is None else partial(ImageFont.truetype, file)
     while size > 8 and pen.textlength(text, font=load(size)) > width:
         size -= 1

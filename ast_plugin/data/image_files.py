@@ -1,9 +1,9 @@
-"""Read and write image files without losing bit depth, transparency, gray or colour profile.
+"""Read and write image files, preserving bit depth, transparency, gray and colour profile.
 
-Pixels come first: PNG and JPEG files are taken apart, so that whatever their metadata are, a decoder sees the pixels
-alone, and the metadata go into the written file as they were. Pillow decodes 8 bits. OpenCV decodes 16 bits, which
-Pillow cannot hold in colour, and is faster where only the pixels count. PNG of 16 bits with gray and alpha, which
-neither of them writes, is written here.
+PNG and JPEG files are split, so that decoders see only the pixels, whatever the metadata contain, and the metadata are
+copied unchanged to the written file. Pillow decodes 8 bits. OpenCV decodes 16 bits, which Pillow does not support in
+colour, and is faster where only pixels are needed. 16-bit PNG files with gray and alpha, which neither can write, are
+encoded here.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ SUFFIXES = {
     'TIFF': ('.tif', '.tiff'),
     'BMP': ('.bmp', '.dib'),
 }
-"""File name endings of every format that can be read and written; the first is the usual one."""
+"""File extensions of every supported format; the first is the usual one."""
 FORMAT_OF = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
-"""Format by file name ending, in small letters."""
+"""Format by lower-case file extension."""
 
 NOT_READ = 'not a PNG, JPEG, WebP, TIFF or BMP file'
 MAX_PIXELS = 200_000_000
-"""Images that claim more pixels are refused, unless the reader is told otherwise."""
+"""Default limit of the number of pixels of an image; larger images are rejected."""
 
 # OpenCV 4.10 and later can decode to RGB, which saves a pass over the image.
 _DECODES_TO_RGB = hasattr(cv2, 'IMREAD_COLOR_RGB')
@@ -68,27 +68,27 @@ _PNG_START = b'\x89PNG\r\n\x1a\n'
 _PNG_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by number of channels
 _JPEG_END = b'\xff\xd9'
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-_JPEG_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, in Huffman codes
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 258, 262, 284, 338  # tags of TIFF
-# First row and column of each pass of an interlaced PNG, and the steps down and across.
+_JPEG_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, with Huffman coding
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 258, 262, 284, 338  # TIFF tags
+# First row, first column, row step and column step of each pass of an interlaced PNG.
 _ADAM7 = (0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """The upright pixels of an image file, and its metadata.
+    """Pixels of an image file in upright orientation, and its metadata.
 
     Attributes:
         color: gray [H, W] or RGB [H, W, 3], uint8 or uint16.
-        alpha: opacity [H, W] in the dtype of `color`, or None. Colours are not multiplied by it.
+        alpha: opacity [H, W] in the dtype of `color`, or None. Colours are not premultiplied.
         format: a key of `SUFFIXES`.
-        lossless: whether the file's compression kept every value.
-        icc_profile: the colour profile that `color` is in, or None for sRGB.
-        exif: EXIF data, which are those of a TIFF file without pixels, upright and without thumbnail, or None.
+        lossless: whether the compression of the file is lossless.
+        icc_profile: colour profile of `color`, or None for sRGB.
+        exif: EXIF data, in the format of a TIFF file without pixels, upright and without thumbnail, or None.
         xmp: XMP data, or None.
-        dpi: resolution (across, down), or None.
-        extra: metadata that only files of `format` hold: names, and the bytes as they lie in the file.
-        notes: lines on what could not be kept.
+        dpi: resolution (horizontal, vertical), or None.
+        extra: metadata specific to `format`, as names and the bytes in the file.
+        notes: messages on data that was not preserved.
     """
 
     color: np.ndarray
@@ -104,11 +104,11 @@ class ImageFile:
 
     @property
     def is_gray(self) -> bool:
-        """Whether the image has one channel of brightness instead of three colours."""
+        """Whether the image has a single gray channel."""
         return self.color.ndim == 2
 
     def metadata(self, kind: str) -> tuple[dict[str, Any], list[str]]:
-        """Return the metadata that a file of format `kind` holds, by attribute, and the names of the others."""
+        """Return the metadata that format `kind` supports, by attribute, and the names of all others."""
         held, lost = split_metadata({key: getattr(self, key) for key in HOLDERS}, kind)
         if kind == self.format:
             return held | {'extra': self.extra}, lost
@@ -118,18 +118,18 @@ class ImageFile:
 def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
     """Read a PNG, JPEG, WebP, TIFF or BMP file of 1 to 16 bits, gray or colour, with or without transparency.
 
-    EXIF orientation is applied; palettes, CMYK and single bits become RGB or gray of 8 bits.
+    EXIF orientation is applied. Palettes, CMYK and 1-bit images are converted to 8-bit RGB or gray.
 
     Raises:
-        DataError: if the file cannot be read whole, is animated, of a kind that is not supported, or larger than
-            `max_pixels`, before its pixels are decoded.
+        DataError: if the file cannot be read completely, is animated or unsupported, or has more than `max_pixels`,
+            which is checked before decoding.
         MemoryShortage: if it does not fit in memory.
     """
     return decode_image(read_bytes(path), path, max_pixels=max_pixels)
 
 
 def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
-    """Decode the content of an image file as `read_image` does; `path` is for messages. Safe in threads."""
+    """Decode the content of an image file like `read_image`; `path` is for messages. Thread-safe."""
     kind = sniff_format(data)
     if kind is None:
         raise DataError(f'{path}: {NOT_READ if data else "the file is empty"}')
@@ -143,12 +143,12 @@ def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_
                 return _decode(path, plain, kind, image, metadata)
         except DataError:
             raise
-        except Exception as error:  # decoders index, unpack, convert and assert what a damaged file claims
+        except Exception as error:  # on damaged files, decoders raise errors of any kind
             num_pixels = _count_plain_pixels(data) if kind == 'JPEG' and not out_of_memory(error) else None
             pixels = _decode_plainly(plain, cv2.IMREAD_UNCHANGED) if num_pixels and num_pixels <= max_pixels else None
             if pixels is None or pixels.shape[2:] not in ((), (3,)):
                 raise
-            metadata.notes.append(f'read by OpenCV, as Pillow does not take it ({one_line(error)})')
+            metadata.notes.append(f'read by OpenCV, as Pillow does not support it ({one_line(error)})')
             return _make_image(pixels if pixels.ndim == 2 else pixels[..., ::-1], None, kind, False, metadata)
     except Exception as error:
         if out_of_memory(error) or not _has_memory(16 * math.prod(size)):
@@ -157,40 +157,40 @@ def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_
             raise
         if isinstance(error, UnidentifiedImageError):
             raise DataError(
-                f'{path}: damaged, or a kind of {kind} that is not supported; save it anew in 8 or 16 bits, gray or RGB'
+                f'{path}: damaged, or an unsupported kind of {kind}; save it again with 8 or 16 bits, gray or RGB'
             ) from error
-        reason = one_line(error) if str(error) else 'its parts do not fit together'  # as assertions say nothing
+        reason = one_line(error) if str(error) else 'its parts are inconsistent'  # assertions have no message
         raise DataError(f'{path}: the {kind} file is damaged: {reason}') from error
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:
-    """Read an image as RGB, upright, gray expanded and transparency dropped.
+    """Read an image as RGB in upright orientation, expanding gray and dropping transparency.
 
     Returns:
-        [H, W, 3], uint8, or uint16 for a file of 16 bits.
+        [H, W, 3], uint8, or uint16 for 16-bit files.
     Raises:
-        DataError: as `read_image`.
+        DataError, MemoryShortage: see `read_image`.
     """
     return decode_rgb(read_bytes(path), path)
 
 
 def decode_rgb(data: bytes | memoryview, path: str | os.PathLike) -> np.ndarray:
-    """Decode the content of an image file as `read_rgb` does; `path` is for messages.
+    """Decode the content of an image file like `read_rgb`; `path` is for messages.
 
-    PNG and JPEG go straight through OpenCV, for the rate that training needs.
+    PNG and JPEG are decoded directly by OpenCV, for the throughput required by training.
     """
     num_pixels = _count_plain_pixels(data)
     if num_pixels is not None and num_pixels <= MAX_PIXELS:
         pixels = _decode_plainly(data, _IMREAD_RGB | cv2.IMREAD_ANYDEPTH)
         if pixels is not None:
             return pixels if _DECODES_TO_RGB else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-    # The thorough reader takes the other files, and tells what is wrong with damaged ones.
+    # The general reader handles all other files, and reports what is wrong with damaged ones.
     color = decode_image(bytes(data), path, max_pixels=MAX_PIXELS).color
     return np.repeat(color[..., None], 3, axis=2) if color.ndim == 2 else color
 
 
 def open_image(path: str | os.PathLike) -> io.FileIO:
-    """Open a regular file; raise OSError of any other at once: pipes wait for their writer, and devices never end."""
+    """Open a regular file; raise OSError for pipes and devices, which would block or never end."""
 
     def open_at_once(path: str, flags: int) -> int:
         return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0))
@@ -203,7 +203,7 @@ def open_image(path: str | os.PathLike) -> io.FileIO:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Read a file whole, or raise DataError with its name."""
+    """Read a complete file; raise DataError with its name if that fails."""
     try:
         with open_image(path) as file:
             return file.read()
@@ -212,27 +212,27 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def write_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> None:
-    """Write an image as `encode_image` does; the file appears whole or not at all, in a folder that exists.
+    """Write an image atomically to an existing folder, encoded by `encode_image`.
 
     Raises:
-        DataError: if the format cannot hold the image.
+        DataError: if the format does not support the image.
         FileError: if the file cannot be written.
     """
     write_file(path, encode_image(path, image, quality=quality))
 
 
 def encode_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> bytes:
-    """Encode an image in the format that the file's name ends with.
+    """Encode an image in the format of the file extension.
 
-    PNG and TIFF hold every image. WebP is written without loss where the image came without loss. Metadata that the
-    format does not hold, which `ImageFile.metadata` names, are left out.
+    PNG and TIFF support every image. WebP is lossless if the source was. Metadata that the format does not support are
+    dropped, see `ImageFile.metadata`.
 
     Args:
         path: the file.
-        image: the pixels and their metadata.
-        quality: of JPEG and lossy WebP, in [1, 100].
+        image: pixels and metadata.
+        quality: quality of JPEG and lossy WebP, in [1, 100].
     Raises:
-        DataError: if the format cannot hold the image.
+        DataError: if the format does not support the image.
     """
     kind = format_of_name(path)
     try:
@@ -242,7 +242,7 @@ def encode_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95
 
 
 def format_of_name(path: str | os.PathLike) -> str:
-    """Return the format that a file's name ends with, a key of `SUFFIXES`; raise DataError if it is none."""
+    """Return the format of a file extension, a key of `SUFFIXES`; raise DataError if it is unsupported."""
     try:
         return FORMAT_OF[Path(path).suffix.lower()]
     except KeyError:
@@ -250,7 +250,7 @@ def format_of_name(path: str | os.PathLike) -> str:
 
 
 def sniff_format(data: bytes) -> str | None:
-    """Return the format of a file by its first bytes (16 are enough), a key of `SUFFIXES`, or None for any other."""
+    """Return the format of a file, a key of `SUFFIXES`, from its first 16 bytes, or None if it is unsupported."""
     if data.startswith(_PNG_START):
         return 'PNG'
     if data.startswith(b'\xff\xd8\xff'):
@@ -263,7 +263,7 @@ def sniff_format(data: bytes) -> str | None:
 
 
 def why_no_image(path: str | os.PathLike) -> str | None:
-    """Return why a file in a folder is not taken, in words that files of a kind share; None if it is."""
+    """Return why a file in a folder is ignored, in words common to files of its kind, or None if it is an image."""
     name = os.path.basename(path)
     ending = os.path.splitext(name)[1].lower()
     if name.startswith('.'):
@@ -273,26 +273,26 @@ def why_no_image(path: str | os.PathLike) -> str | None:
     kind = None
     with contextlib.suppress(OSError), open_image(path) as file:
         kind = sniff_format(file.read(16))
-    return f'{kind} {f"named {ending}" if ending else "without ending"}' if kind else ending or 'without ending'
+    return f'{kind} {f"named {ending}" if ending else "without extension"}' if kind else ending or 'without extension'
 
 
 def count_reasons(reasons: Counter[str]) -> str:
-    """Return counts of `why_no_image` in a line: `2 .heic, 1 PNG without ending`."""
+    """Format counts of `why_no_image` as one line: `2 .heic, 1 PNG without extension`."""
     return ', '.join(f'{count:,} {reason}' for reason, count in reasons.most_common())
 
 
 def check_size(path: str | os.PathLike, width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise DataError if an image claims more pixels than are allowed."""
+    """Raise DataError if an image has more than `max_pixels`."""
     if width * height > max_pixels:
         raise DataError(
             f'{path}: {width}x{height} is {width * height / 1e6:.0f} million pixels, more than the '
-            f'{max_pixels / 1e6:.0f} million allowed; scale it down, or if you trust the file and the '
-            'command has that, raise --max-megapixels'
+            f'{max_pixels / 1e6:.0f} million allowed; scale it down, or, if you trust the file, raise '
+            '--max-megapixels where the command has it'
         )
 
 
 def find_jpeg_frame(data: bytes) -> tuple[int, int, int, int, int | None] | None:
-    """Return marker, height, width and channels of a JPEG's frame, and where its scan begins if it does."""
+    """Return marker, height, width and channels of a JPEG's frame, and the start of its scan or None."""
     frame = None
     for marker, start, _ in jpeg_segments(data):
         if marker == JPEG_SCAN:
@@ -303,9 +303,9 @@ def find_jpeg_frame(data: bytes) -> tuple[int, int, int, int, int | None] | None
 
 
 def _count_plain_pixels(data: bytes | memoryview) -> int | None:
-    """Return height times width of a PNG, or a gray or RGB JPEG, that reaches its end; None for all other files.
+    """Return height * width of a complete PNG or gray or RGB JPEG; None for all other files.
 
-    OpenCV reads these right and fast. Of files that were cut it may return the first rows without a word.
+    OpenCV reads these files fast and correctly. Of truncated files it may return the first rows without an error.
     """
     kind = sniff_format(bytes(data[:16]))
     if kind == 'PNG':
@@ -314,7 +314,7 @@ def _count_plain_pixels(data: bytes | memoryview) -> int | None:
     data = bytes(data)
     if kind == 'JPEG' and (frame := find_jpeg_frame(data)):
         marker, height, width, channels, scan = frame
-        # The end is looked for behind the header, since thumbnails in it have ends of their own.
+        # Search for the end marker after the header, as thumbnails in the header have end markers too.
         is_whole = scan is not None and data.rfind(_JPEG_END, scan) >= 0
         if is_whole and marker in _JPEG_PLAIN_FRAMES and channels in (1, 3):
             return height * width
@@ -322,10 +322,10 @@ def _count_plain_pixels(data: bytes | memoryview) -> int | None:
 
 
 class _PillowWithoutLimits:
-    """Pillow without its limit of pixels and its warnings, while any thread is inside: both hold for a whole process.
+    """Context that disables Pillow's pixel limit and warnings, which are process-wide, while any thread is inside.
 
-    The limit is `check_size` instead; damaged metadata are dropped without a warning. The lock is not held meanwhile:
-    a process that is forked from this one would wait for it forever.
+    `check_size` replaces the limit; damaged metadata are dropped without a warning. The lock is not held inside, since
+    a process forked meanwhile would wait for it forever.
     """
 
     def __init__(self) -> None:
@@ -353,7 +353,7 @@ _PILLOW_WITHOUT_LIMITS = _PillowWithoutLimits()
 
 
 def _decode_plainly(data: bytes | memoryview, flags: int) -> np.ndarray | None:
-    """The pixels as OpenCV has them; None if it does not read them."""
+    """Return the pixels decoded by OpenCV, or None if it cannot read them."""
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
@@ -361,7 +361,7 @@ def _decode_plainly(data: bytes | memoryview, flags: int) -> np.ndarray | None:
 
 
 def _has_memory(num_bytes: int) -> bool:
-    """Whether so much memory can be had at once: decoders tell of memory that ran out as they tell of damage."""
+    """Return whether `num_bytes` can be allocated: decoders report exhausted memory like damage."""
     try:
         np.empty(num_bytes, np.uint8)
     except MemoryError:
@@ -372,9 +372,9 @@ def _has_memory(num_bytes: int) -> bool:
 def _make_image(
     color: np.ndarray, alpha: np.ndarray | None, kind: str, lossless: bool, metadata: Metadata
 ) -> ImageFile:
-    """Put decoded pixels upright."""
+    """Create an ImageFile from decoded pixels, applying the orientation."""
     metadata.finish()
-    # Decoders of TIFF have turned them already.
+    # TIFF decoders apply the orientation themselves.
     orientation = metadata.orientation if kind != 'TIFF' and metadata.orientation in range(2, 9) else 1
     turn = (orientation - 1) % 4
     rows, columns = -1 if turn >= 2 else 1, -1 if turn in (1, 2) else 1
@@ -384,11 +384,11 @@ def _make_image(
 
 
 def _decode(path: str | os.PathLike, data: bytes, kind: str, image: Image.Image, metadata: Metadata) -> ImageFile:
-    """Decode what `take_apart` has left of a file, and give it the metadata from there."""
+    """Decode the file left by `take_apart`, and add the metadata."""
     frames = getattr(image, 'n_frames', 1)
     if frames > 1:
         raise DataError(
-            f'{path}: holds {frames} frames or pages; animated files are not supported, save the frames as images'
+            f'{path}: holds {frames} frames or pages; animations are not supported, save the frames as separate images'
         )
     bits, has_other_samples = data[24] if kind == 'PNG' else 8, False
     if kind == 'TIFF':
@@ -414,17 +414,17 @@ def _decode(path: str | os.PathLike, data: bytes, kind: str, image: Image.Image,
             image = _convert_cmyk(image, metadata.values.pop('icc_profile', None))
         color, alpha = _split_alpha(path, image)
     if has_other_samples:
-        metadata.notes.append('a channel of no said meaning, which is no transparency, is left out')
+        metadata.notes.append('a channel of unspecified meaning, which is not transparency, is dropped')
     lossless = kind != 'JPEG' and (kind != 'WEBP' or _is_lossless_webp(data))
     return _make_image(color, alpha, kind, lossless, metadata)
 
 
 def _split_alpha(path: str | os.PathLike, image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
-    """Gray or RGB, and opacity if there is any, of at most 8 bits."""
+    """Return gray or RGB, and opacity or None, of an image of at most 8 bits."""
     gray = image.mode in ('1', 'L', 'LA')
     if image.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'RGBX', 'YCbCr'):
         raise DataError(
-            f'{path}: pixels of kind {image.mode} are not supported; save it with 8 or 16 bits in gray or RGB'
+            f'{path}: pixels of mode {image.mode} are not supported; save it with 8 or 16 bits, gray or RGB'
         )
     if image.has_transparency_data:
         pixels = np.asarray(image.convert('RGBA'))
@@ -433,16 +433,16 @@ def _split_alpha(path: str | os.PathLike, image: Image.Image) -> tuple[np.ndarra
 
 
 def _check_strips(path: str | os.PathLike, image: Image.Image) -> None:
-    """Raise DataError if strips or tiles are missing: Pillow leaves their pixels black, however many there are."""
+    """Raise DataError if strips or tiles are missing; Pillow would leave their pixels black."""
     count = sum((right - left) * (bottom - top) for left, top, right, bottom in (tile.extents for tile in image.tile))
     planes = len(image.getbands()) if len(image.tile) > 1 and image.tag_v2.get(_PLANAR, 1) == 2 else 1
     width, height = image.size
     if count < width * height * planes:
-        raise DataError(f'{path}: damaged: strips or tiles are missing, it holds {count} of {width}x{height} pixels')
+        raise DataError(f'{path}: damaged: strips or tiles are missing; got {count} of {width}x{height} pixels')
 
 
 def _check_rows(path: str | os.PathLike, data: bytes) -> None:
-    """Raise DataError if rows of a PNG are missing: where its compressed data end soundly, Pillow leaves them black."""
+    """Raise DataError if rows of a PNG are missing; if its compressed data end regularly, Pillow leaves them black."""
     width, height, depth, color_type, _, _, is_interlaced = struct.unpack_from('>IIBBBBB', data, 16)
     bits = depth * {2: 3, 4: 2, 6: 4}.get(color_type, 1)
     sizes = [(-((row - height) // down), -((column - width) // across)) for row, column, down, across in _ADAM7]
@@ -460,12 +460,12 @@ def _check_rows(path: str | os.PathLike, data: bytes) -> None:
 def _decode_16_bits(
     path: str | os.PathLike, data: bytes, kind: str, image: Image.Image
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Gray or RGB, and opacity if there is any, of 16 bits: Pillow has checked the file, OpenCV keeps its depth."""
+    """Return gray or RGB, and opacity or None, of 16 bits; Pillow validates the file, OpenCV preserves the depth."""
     if kind == 'TIFF' and (image.tag_v2.get(_PLANAR, 1) != 1 or image.mode not in ('I;16', 'I;16B', 'RGB', 'RGBA')):
         raise DataError(f'{path}: this layout of a 16-bit TIFF is not supported; save it as interleaved gray or RGB')
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
-        raise DataError(f'{path}: this kind of 16-bit {kind} is not supported; save it anew in gray or RGB')
+        raise DataError(f'{path}: this kind of 16-bit {kind} is not supported; save it again in gray or RGB')
     if pixels.ndim == 2:
         white_is_zero = kind == 'TIFF' and image.tag_v2.get(_PHOTOMETRIC) == 0
         transparent = image.info.get('transparency')
@@ -476,20 +476,20 @@ def _decode_16_bits(
         alpha = None
     if kind == 'PNG' and data[25] == 4:
         color = color[..., 0]
-    if kind == 'TIFF' and alpha is not None and image.tag_v2.get(_EXTRA_SAMPLES) == (1,):  # multiplied by alpha
+    if kind == 'TIFF' and alpha is not None and image.tag_v2.get(_EXTRA_SAMPLES) == (1,):  # premultiplied alpha
         opacity = np.maximum(alpha, 1)[..., None].astype(np.uint32)
         color = np.minimum((color.astype(np.uint32) * 65535 + opacity // 2) // opacity, 65535).astype(np.uint16)
     return color, alpha
 
 
 def _convert_cmyk(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert CMYK to sRGB, through its own profile where it has a usable one."""
+    """Convert CMYK to sRGB, using its embedded profile if valid."""
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             return ImageCms.profileToProfile(image, source, ImageCms.createProfile('sRGB'), outputMode='RGB')
         except (ImageCms.PyCMSError, OSError):
-            pass  # a damaged profile: the plain conversion remains
+            pass  # damaged profile: use the plain conversion
     return image.convert('RGB')
 
 
@@ -508,15 +508,15 @@ def _encode(image: ImageFile, kind: str, quality: int) -> bytes:
     channels = color if image.alpha is None else np.dstack([color, image.alpha])
     metadata, _ = image.metadata(kind)
     if channels.dtype == np.uint16 and kind not in ('PNG', 'TIFF'):
-        raise ValueError(f'{kind} holds 8 bits, the image has 16; PNG and TIFF hold it')
+        raise ValueError(f'{kind} supports 8 bits only, the image has 16; use PNG or TIFF')
     if kind == 'JPEG' and image.alpha is not None:
-        raise ValueError('JPEG has no transparency, the image has; PNG, WebP and TIFF hold it')
+        raise ValueError('JPEG does not support transparency, which the image has; use PNG, WebP or TIFF')
     if kind == 'TIFF':
         return _encode_tiff(channels, metadata)
     if kind in ('WEBP', 'BMP') and channels.shape[2] == 2:
         channels = channels[..., [0, 0, 0, 1]]
     if kind == 'BMP' and channels.shape[2] == 4:
-        # Pillow writes such files without saying that the fourth channel is alpha.
+        # Pillow does not mark the fourth channel of BMP as alpha.
         return cv2.imencode('.bmp', cv2.cvtColor(channels, cv2.COLOR_RGBA2BGRA))[1].tobytes()
     pixels = np.ascontiguousarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)
     output = io.BytesIO()
@@ -540,7 +540,7 @@ def _encode(image: ImageFile, kind: str, quality: int) -> bytes:
 def _encode_png_16_bits(channels: np.ndarray) -> bytes:
     height, width, count = channels.shape
     rows = channels.astype('>u2', order='C').view(np.uint8).reshape(height, width * count * 2)
-    # Filter 1 of PNG: each byte less the one of the pixel to the left.
+    # PNG filter 1 (Sub): difference to the byte of the pixel on the left.
     filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
     filtered[:, 0] = 1
     filtered[:, 1:] = rows

@@ -1,7 +1,7 @@
-"""The metadata of image files, beside their pixels: PNG and JPEG are taken apart, so that a decoder sees pixels alone.
+"""Metadata of image files: PNG and JPEG are split into pixels and metadata, so that decoders see only the pixels.
 
-Metadata go from file to file as they are: EXIF data, which are those of a TIFF without pixels, the colour profile, XMP
-and the resolution into every format that holds them, chunks of PNG and segments of JPEG into files of their own format.
+Metadata are copied unchanged from file to file. EXIF data (in the format of a TIFF without pixels), colour profile, XMP
+and resolution are copied to every format that supports them; PNG chunks and JPEG segments only within their format.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 JPEG_SCAN = 0xDA
-# What Pillow shall see beside the chunks with a capital: transparency, frames and resolution.
+# Ancillary chunks passed to Pillow in addition to the critical ones: transparency, frames and resolution.
 _PNG_KEPT = (b'tRNS', b'acTL', b'fcTL', b'pHYs')
-_PNG_UNSAFE = (b'gAMA', b'cHRM', b'sRGB', b'cICP', b'mDCV', b'cLLI', b'mDCv', b'cLLi')  # of the colours, which stay
+_PNG_UNSAFE = (b'gAMA', b'cHRM', b'sRGB', b'cICP', b'mDCV', b'cLLI', b'mDCv', b'cLLi')  # colour space, which is kept
 _PNG_XMP = b'XML:com.adobe.xmp\0'
 EXIF_PREFIX, _XMP_PREFIX = b'Exif\0\0', b'http://ns.adobe.com/xap/1.0/\0'
 _XMP_ORIENTATION = re.compile(rb'(tiff:Orientation(?:>|=["\']))[2-8]')
-_JPEG_EXTRA = (  # segments that are kept as they are: marker, beginning, name
+_JPEG_EXTRA = (  # segments copied unchanged: marker, prefix, name
     (0xE1, b'http://ns.adobe.com/xmp/extension/\0', 'extended XMP'),
     (0xED, b'Photoshop 3.0\0', 'IPTC data'),
     (0xFE, b'', 'the comment'),
 )
-_JPEG_MOST = 65533  # bytes in a segment
-_MOST_METADATA = 2**26  # bytes of a colour profile or XMP that are unpacked
+_JPEG_MOST = 65533  # maximum bytes in a segment
+_MOST_METADATA = 2**26  # maximum decompressed bytes of a colour profile or XMP
 _ORIENTATION_TAG = 0x0112
 _XMP_TAG, _ICC_TAG, _EXIF_TAG, _GPS_TAG, _INTEROP_TAG, _LAYERS_TAG = 700, 34675, 34665, 34853, 40965, 37724
-# Tags of TIFF on how its pixels are stored, or which have a place of their own here; all others are kept.
+# TIFF tags that describe the storage of pixels, or that are handled separately here; all others are kept.
 _STRUCTURE = {*range(254, 260), *range(262, 269), 273, 274, *range(277, 285), 288, 289, 290, 291, 292, 293, 296, 317}
 _STRUCTURE |= {*range(320, 326), 330, *range(332, 337), *range(338, 348), *range(512, 522), *range(529, 533)}
 _STRUCTURE |= {_XMP_TAG, _ICC_TAG, _EXIF_TAG, _GPS_TAG, _LAYERS_TAG}
-HOLDERS = {  # how a message calls them, and the formats that hold them
+HOLDERS = {  # name in messages, and supporting formats
     'icc_profile': ('the colour profile', ('PNG', 'JPEG', 'WEBP', 'TIFF')),
     'exif': ('EXIF data', ('PNG', 'JPEG', 'WEBP', 'TIFF')),
     'xmp': ('XMP', ('PNG', 'JPEG', 'WEBP', 'TIFF')),
@@ -48,26 +48,26 @@ _JPEG_ROOM = {'exif': _JPEG_MOST - len(EXIF_PREFIX), 'xmp': _JPEG_MOST - len(_XM
 
 @dataclass
 class Metadata:
-    """What lies in a file beside its pixels."""
+    """Metadata of a file."""
 
     values: dict[str, Any] = field(default_factory=dict)  # by attribute of `ImageFile`
-    orientation: int = 1  # of the pixels, as EXIF data number it
-    lost: list[str] = field(default_factory=list)  # names of what cannot be kept
-    notes: list[str] = field(default_factory=list)  # lines on what else should be known
+    orientation: int = 1  # of the pixels, as in EXIF
+    lost: list[str] = field(default_factory=list)  # names of metadata that cannot be kept
+    notes: list[str] = field(default_factory=list)  # further messages
 
     def take(self, key: str, value: Any) -> None:
-        """Keep a value, None if it is damaged."""
+        """Store a value, or record it as damaged if it is None or empty."""
         if value:
             self.values[key] = value
         else:
             self.lost.append(f'{HOLDERS[key][0]}, damaged')
 
     def take_extra(self, name: str, data: bytes) -> None:
-        """Keep what only files of the same format hold."""
+        """Store metadata that only files of the same format support."""
         self.values['extra'] = (*self.values.get('extra', ()), (name, data))
 
     def finish(self) -> None:
-        """Have EXIF data and XMP call the image upright, as viewers shall not turn it again; note what is lost."""
+        """Set the orientation in EXIF and XMP to upright, so that viewers do not rotate again; note what is lost."""
         if 'exif' in self.values:
             try:
                 exif, orientation = _make_upright(self.values.pop('exif'))
@@ -82,7 +82,7 @@ class Metadata:
 
 
 def split_metadata(given: dict[str, Any], kind: str) -> tuple[dict[str, Any], list[str]]:
-    """Return those of some metadata, by attribute of `ImageFile`, that a format holds, and the names of the others."""
+    """Return the metadata that a format supports, by attribute of `ImageFile`, and the names of all others."""
     held = {key: value for key, value in given.items() if value and kind in HOLDERS[key][1]}
     if kind == 'JPEG':
         held = {key: value for key, value in held.items() if len(value) <= _JPEG_ROOM.get(key, len(value))}
@@ -92,7 +92,7 @@ def split_metadata(given: dict[str, Any], kind: str) -> tuple[dict[str, Any], li
 
 
 def take_apart(data: bytes, kind: str) -> tuple[bytes, Metadata]:
-    """Separate a PNG or JPEG into a file of the pixels alone, and its metadata; others are returned as they are."""
+    """Split a PNG or JPEG into a file of only its pixels and its metadata; other formats are returned unchanged."""
     metadata = Metadata()
     if kind == 'PNG':
         data = _take_chunks(data, metadata)
@@ -102,7 +102,7 @@ def take_apart(data: bytes, kind: str) -> tuple[bytes, Metadata]:
 
 
 def _take_chunks(data: bytes, metadata: Metadata) -> bytes:
-    """Sort the chunks of a PNG into those of the pixels, which are returned as a file, and metadata."""
+    """Split the chunks of a PNG into pixel chunks, which are returned as a file, and metadata."""
     kept, position = [data[:8]], 8
     for name, position, end in png_chunks(data):
         chunk, body = data[position:end], data[position + 8 : end - 4]
@@ -123,17 +123,17 @@ def _take_chunks(data: bytes, metadata: Metadata) -> bytes:
             metadata.take('xmp', _inflate(text) if body[18] else text)
         elif name in _PNG_UNSAFE or name[3] & 32:
             metadata.take_extra(name.decode('latin-1'), chunk)
-        elif name != b'iDOT':  # offsets of rows
-            metadata.lost.append(name.decode('latin-1'))  # by its name unsafe to copy where pixels change
+        elif name != b'iDOT':  # row offsets
+            metadata.lost.append(name.decode('latin-1'))  # marked as unsafe to copy if pixels change
     if data[position + 4 : position + 8] == b'IDAT':
         raise EOFError('it is truncated')
-    if position < len(data):  # cut behind its pixels, perhaps
+    if position < len(data):  # possibly truncated after the pixels
         kept.append(png_chunk(b'IEND', b''))
     return b''.join(kept)
 
 
 def _take_segments(data: bytes, metadata: Metadata) -> bytes:
-    """Sort the segments of a JPEG into those of the pixels, which are returned as a file, and metadata."""
+    """Split the segments of a JPEG into pixel segments, which are returned as a file, and metadata."""
     kept, position, exif = [data[:2]], 2, b''
     profile: dict[int, bytes] = {}
     for marker, position, end in jpeg_segments(data):
@@ -144,7 +144,7 @@ def _take_segments(data: bytes, metadata: Metadata) -> bytes:
         if title := next(titles, None):
             metadata.take_extra(title, segment)
         elif marker in (0xE0, 0xEE) or not 0xE1 <= marker <= 0xEF:
-            kept.append(segment)  # JFIF and Adobe tell of the pixels
+            kept.append(segment)  # JFIF and Adobe segments describe the pixels
         elif marker == 0xE1 and body.startswith(b'Exif\0'):
             exif += body[len(EXIF_PREFIX) :]
         elif marker == 0xE1 and body.startswith(_XMP_PREFIX):
@@ -164,7 +164,7 @@ def _take_segments(data: bytes, metadata: Metadata) -> bytes:
 
 
 def png_chunks(data: bytes | memoryview) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, start and end of each whole chunk of a PNG."""
+    """Yield name, start and end of each complete chunk of a PNG."""
     position = 8
     while position + 12 <= len(data):
         end = position + 12 + int.from_bytes(data[position : position + 4], 'big')
@@ -175,7 +175,7 @@ def png_chunks(data: bytes | memoryview) -> Iterator[tuple[bytes, int, int]]:
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield marker, start and end of each segment of a JPEG's header, that of its first scan as the last one."""
+    """Yield marker, start and end of each segment in a JPEG header, up to and including its first scan."""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
@@ -190,7 +190,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _inflate(data: bytes) -> bytes | None:
-    """Decompress metadata; None if they are damaged or too many."""
+    """Decompress metadata; return None if they are damaged or too large."""
     try:
         inflater = zlib.decompressobj()
         plain = inflater.decompress(data, _MOST_METADATA)
@@ -200,7 +200,7 @@ def _inflate(data: bytes) -> bytes | None:
 
 
 def _make_upright(exif: bytes) -> tuple[bytes, int]:
-    """EXIF data with orientation 1 and no link to a thumbnail, everything else in its place; and the orientation."""
+    """Return EXIF data with orientation 1 and without thumbnail link, otherwise unchanged, and the old orientation."""
     order = {b'II': '<', b'MM': '>'}[exif[:2]]
     block, orientation = bytearray(exif), 1
     (start,) = struct.unpack_from(f'{order}L', block, 4)
@@ -218,7 +218,7 @@ def _make_upright(exif: bytes) -> tuple[bytes, int]:
 
 
 def _copy_tags(file: bytes, directory: ImageFileDirectory_v2 | None = None) -> ImageFileDirectory_v2 | None:
-    """Copy the tags of a TIFF file or of EXIF data, but those on pixels, to a directory; None if they are damaged."""
+    """Copy the non-pixel tags of a TIFF file or EXIF data to a directory; return None if they are damaged."""
     directory = ImageFileDirectory_v2() if directory is None else directory
     try:
         tags, exif = _read_directory(file), Image.Exif()
@@ -226,18 +226,18 @@ def _copy_tags(file: bytes, directory: ImageFileDirectory_v2 | None = None) -> I
             exif.load(file)
         for tag in set(tags) - _STRUCTURE:
             directory.tagtype[tag] = tags.tagtype[tag]
-            value = tags[tag]  # text in its bytes: written as text it would lose its accents
+            value = tags[tag]  # write text as bytes, as Pillow would lose accents
             directory[tag] = value.encode('latin-1', 'replace') if isinstance(value, str) else value
         for tag in {_EXIF_TAG, _GPS_TAG} & set(tags):
             directory[tag] = {key: value for key, value in exif.get_ifd(tag).items() if key != _INTEROP_TAG}
         directory.tobytes()
-    except Exception:  # as of decoders
+    except Exception:  # on damaged data, the parser raises errors of any kind
         return None
     return directory
 
 
 def is_resolution(value: Any) -> bool:
-    """Whether two numbers in the range that every format holds: tags may have any kind and value."""
+    """Return whether `value` is two numbers in the range of every format; damaged tags may have any type and value."""
     try:
         return len(value) == 2 and all(1 <= float(dots) <= 65535 for dots in value)
     except (TypeError, ValueError, ArithmeticError):
@@ -245,24 +245,24 @@ def is_resolution(value: Any) -> bool:
 
 
 def take_other_metadata(data: bytes, image: Image.Image, kind: str, metadata: Metadata) -> None:
-    """Take the metadata of a WebP, TIFF or BMP that Pillow has opened."""
+    """Take the metadata of a WebP, TIFF or BMP opened by Pillow."""
     for key in ('icc_profile', 'xmp'):
         if image.info.get(key) and isinstance(image.info[key], bytes):
             metadata.take(key, image.info[key])
     if kind == 'TIFF':
-        image.info.pop('xmp', None)  # Pillow would look for an orientation there
+        image.info.pop('xmp', None)  # otherwise Pillow applies an orientation found there
         metadata.orientation = image.tag_v2.get(_ORIENTATION_TAG, 1)
         tags = _copy_tags(data)
         if tags:
             metadata.take('exif', b'II*\0\x08\0\0\0' + tags.tobytes(8))
         metadata.lost += ['layers'] if _LAYERS_TAG in image.tag_v2 else []
-        metadata.lost += ['its tags, which are damaged'] if tags is None else []
+        metadata.lost += ['its tags, damaged'] if tags is None else []
     elif image.info.get('exif'):
         metadata.take('exif', image.info['exif'].removeprefix(EXIF_PREFIX))
 
 
 def png_metadata(metadata: dict[str, Any]) -> bytes:
-    """The chunks that stand behind the first one of a PNG."""
+    """Return the chunks to insert after the first chunk of a PNG."""
     chunks = b''.join(chunk for _, chunk in metadata['extra'])
     if 'icc_profile' in metadata:
         chunks += png_chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(metadata['icc_profile']))
@@ -276,27 +276,27 @@ def png_metadata(metadata: dict[str, Any]) -> bytes:
 
 
 def png_chunk(name: bytes, body: bytes) -> bytes:
-    """Return a chunk of a PNG."""
+    """Return a PNG chunk."""
     return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
 
 
 def add_tags(data: bytes, metadata: dict[str, Any]) -> bytes:
-    """Put EXIF data and XMP into a little-endian TIFF file."""
+    """Add EXIF data and XMP to a little-endian TIFF file."""
     directory = _read_directory(data)
     if 'exif' in metadata:
         _copy_tags(metadata['exif'], directory)
     if 'xmp' in metadata:
         directory.tagtype[_XMP_TAG] = 1
         directory[_XMP_TAG] = metadata['xmp']
-    # Pillow takes it that the pixels follow the tags; the file, with its pixels where it has them, does.
+    # Pillow shifts the pixel offsets to the end of the tags; appending the complete file there makes them valid.
     return data[:4] + struct.pack('<L', 8) + directory.tobytes(8) + data
 
 
 def _read_directory(data: bytes) -> ImageFileDirectory_v2:
-    """The first tags of a TIFF file or EXIF data."""
+    """Read the first directory of a TIFF file or EXIF data."""
     directory = ImageFileDirectory_v2(data[: 16 if data[2] == 43 else 8])  # a BigTIFF's offsets have 8 bytes
     stream = io.BytesIO(data)
     stream.seek(directory.next)
     directory.load(stream)
-    dict(directory)  # it reads its values when they are asked for, and writes those that it has read
+    dict(directory)  # values are read lazily, and only values already read are written
     return directory

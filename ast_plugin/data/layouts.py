@@ -1,4 +1,4 @@
-"""How datasets lie on disk: a row of `LAYOUTS` for each, and the errors that tell what is missing where."""
+"""Directory layouts of datasets, one entry of `LAYOUTS` each, and the errors that report missing data."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from ast_plugin.data.matching import (
 from ast_plugin.errors import DataError, OptionError, did_you_mean
 
 SPAD_LISTS = {'train': 'real_world.txt', 'test': 'real_test_1000.txt'}
-# Usual names of plain folders of pairs.
+# Common names of the two folders of a dataset, each as "degraded clean".
 _PLAIN = 'lq gt, LQ GT, input target, input gt, input groundtruth, degraded clean, noisy clean, rainy clean, '
 _PLAIN += 'rain norain, rain clean, hazy clear, hazy gt, hazy GT, data gt, low high, blur sharp, source target'
 
 Found = tuple[Sequence[Pair], list[DataFault]]
-"""Pairs of a dataset, and what is wrong with the files that belong to none."""
+"""Pairs of a dataset, and the faults of files that belong to no pair."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the options say that pairs are; the keys of PairsDataset."""
+    """Location of a dataset; the keys of PairsDataset."""
 
     phase: str = 'train'
     dataroot: str | None = None
@@ -47,17 +47,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Place:
-    """Two folders below a root and how images are named in them, see `Template`; `{split}` stands for the split."""
+    """Two folders below a root, with `{split}` for the split, and templates of their file names, see `Template`."""
 
     lq_dir: str
     gt_dir: str
     lq_template: str = '{}'
     gt_template: str = '{}'
-    deep: bool = False  # whether images may lie in folders one level deeper
+    deep: bool = False  # whether images may also be one folder level deeper
 
     @property
     def has_split(self) -> bool:
-        """Whether each split has folders of its own."""
+        """Whether each split has its own folders."""
         return '{split}' in self.lq_dir
 
     def folders(self, root: Path, split: str) -> tuple[Path, Path]:
@@ -65,16 +65,16 @@ class Place:
         return root / self.lq_dir.replace('{split}', split), root / self.gt_dir.replace('{split}', split)
 
     def rank(self, root: Path, split: str) -> int:
-        """Return 0 where a folder is missing, 2 where an image has its partner, 1 otherwise.
+        """Return 0 if a folder is missing, 2 if an image has its partner, 1 otherwise.
 
-        One folder for both must hold a degraded image to be there, as any folder might be it.
+        Where both are the same folder, it must also contain a degraded image, otherwise any folder would match.
         """
         lq_dir, gt_dir = self.folders(root, split)
         if not (os.path.isdir(lq_dir) and os.path.isdir(gt_dir)):
             return 0
         lq_keys = _find_keys(lq_dir, self.lq_template, self.deep)
         if lq_dir == gt_dir and (not lq_keys or self.lq_template == self.gt_template):
-            return int(bool(lq_keys))  # each image would be its own partner
+            return int(bool(lq_keys))  # with equal templates, each image would be its own partner
         return 2 if lq_keys and not lq_keys.isdisjoint(_find_keys(gt_dir, self.gt_template, self.deep)) else 1
 
 
@@ -83,10 +83,10 @@ def list_pairs(layout: str, source: Source) -> PairTable:
 
     Args:
         layout: name of a layout.
-        source: where the dataset is.
+        source: location of the dataset.
     Raises:
-        OptionError: if the layout is unknown, or an option is missing or means nothing to it.
-        DataError: if the data is not there or not whole; the message names phase, folder and files.
+        OptionError: if the layout is unknown, or an option is missing or not used by it.
+        DataError: if data is missing or incomplete; the message names phase, folder and files.
     """
     check_source(layout, source)
     pairs, faults = LAYOUTS[layout].find(LAYOUTS[layout], source)
@@ -95,7 +95,7 @@ def list_pairs(layout: str, source: Source) -> PairTable:
 
 
 def check_source(layout: str, source: Source) -> None:
-    """Raise OptionError if `source` lacks a key of the layout or has one that means nothing to it."""
+    """Raise OptionError if `source` lacks a key of the layout or has one that the layout does not use."""
     if layout not in LAYOUTS:
         raise OptionError(f'no layout {layout!r}{did_you_mean(layout, LAYOUTS)}; there are {", ".join(LAYOUTS)}')
     row = LAYOUTS[layout]
@@ -109,27 +109,27 @@ def check_source(layout: str, source: Source) -> None:
 
 
 def preparable() -> list[str]:
-    """Return the names of the layouts that datasets are distributed in."""
+    """Return the names of the layouts that `basicsr data prepare` accepts."""
     return [name for name in LAYOUTS if name != 'manifest']
 
 
 def plain_layout(
     lq: str | None = None, gt: str | None = None, lq_template: str | None = None, gt_template: str | None = None
 ) -> Layout:
-    """Return the layout of two folders below a root, with usual names where none are given.
+    """Return the layout of two folders below a root; common folder names are tried where none are given.
 
     Args:
-        lq, gt: the folders, with `{split}` where each split has its own.
-        lq_template, gt_template: how images are named in them.
+        lq, gt: the folders, containing `{split}` if each split has its own.
+        lq_template, gt_template: templates of the file names in them.
     Raises:
-        OptionError: if only one folder is given, or only one of them has `{split}`.
+        OptionError: if only one folder is given, or only one contains `{split}`.
     """
     if (lq is None) != (gt is None) or ('{split}' in (lq or '')) != ('{split}' in (gt or '')):
-        raise OptionError('--lq and --gt go together, and either both or none have {split} in them')
+        raise OptionError('--lq and --gt go together, and either both or none contain {split}')
     names = ((lq, gt),) if lq and gt else _below_split(*_PLAIN.split(', '))
-    description = 'input/ and target/, lq/ and gt/ or such, in train/ and test/ or directly; --lq and --gt name others'
+    description = 'input/ and target/, lq/ and gt/ or similar, in train/ and test/ or directly; or set --lq and --gt'
     if lq:
-        description = f'{lq}/ and {gt}/, with partners of equal names or as --lq-template and --gt-template say'
+        description = f'{lq}/ and {gt}/, with equal file names or those set by --lq-template and --gt-template'
     return Layout(
         'A dataset of plain folders',
         description,
@@ -141,19 +141,19 @@ def plain_layout(
 
 
 def _below_split(*pairs: str) -> tuple[tuple[str, str], ...]:
-    """Return pairs of folders below the folder of their split: `input target` is `{split}/input`, `{split}/target`."""
+    """Return pairs of folders below the split's folder: `input target` gives `{split}/input`, `{split}/target`."""
     return tuple(tuple(f'{{split}}/{name}'.removesuffix('/.') for name in pair.split()) for pair in pairs)
 
 
 def _make_places(
     names: Sequence[tuple[str, str]], *templates: tuple[str, str], deep: bool = False
 ) -> tuple[Place, ...]:
-    """Return each pair of folders with each pair of templates; equal names where no template is given."""
+    """Return the combinations of folder pairs and template pairs; the default template pair means equal names."""
     return tuple(Place(*folders, *template, deep) for folders in names for template in templates or (('{}', '{}'),))
 
 
 def _choose_place(places: Sequence[Place], root: Path, splits: Sequence[str]) -> tuple[Place, str] | None:
-    """Return the first place, and the first name of a split, with a pair below `root`; else the last that is there."""
+    """Return the first place and split name with a pair below `root`; if none has one, the last that exists."""
     present = None
     for split in splits:
         for place in places:
@@ -165,7 +165,7 @@ def _choose_place(places: Sequence[Place], root: Path, splits: Sequence[str]) ->
 
 
 def _find_places(layout: Layout, source: Source) -> Found:
-    """List the pairs in the first of the layout's places that is there."""
+    """List the pairs in the first existing place of the layout."""
     root, split = Path(source.dataroot), layout.split(source)
     chosen = _choose_place(layout.places, root, layout.names(split))
     if not chosen:
@@ -174,21 +174,21 @@ def _find_places(layout: Layout, source: Source) -> Found:
 
 
 def match_place(layout: Layout, source: Source, place: Place, name: str) -> Found:
-    """List the pairs of a place, its numbers kept to the split; `name` is that of the split's folder."""
+    """List the pairs of a place, restricted to the numbers of the split; `name` is the folder name of the split."""
     folders = place.folders(Path(source.dataroot), name)
     pairs, faults = match_folders(source.phase, *folders, place.lq_template, place.gt_template, place.deep)
     return _keep_numbers(layout, source, pairs, faults) if layout.numbers and not place.has_split else (pairs, faults)
 
 
 def read_list(list_path: Path, root: Path, phase: str) -> Found:
-    """Read a list of pairs, in its order; blank lines, a byte order mark and any line ends are tolerated.
+    """Read a list of pairs in order, tolerating blank lines, a byte order mark and any line ending.
 
-    Hashes of 8 bytes stand for the names: that one of a million is taken for another has a chance of 1 in 10^7.
+    Names are compared by 8-byte hashes; a list of a million names has a collision with probability 1e-7.
 
     Args:
-        list_path: the list, each line `/dir/lq.png /dir_gt/gt.png`; a tab makes lines clear whose names have spaces.
-        root: what the names are relative to, in spite of the slash that they begin with.
-        phase: whose list it is, for messages.
+        list_path: the list, with lines `/dir/lq.png /dir_gt/gt.png`; a tab separates names with spaces unambiguously.
+        root: folder that the names are relative to, despite their leading slash.
+        phase: phase of the dataset, for messages.
     Returns:
         The pairs, and a fault for each line that is not two images, each missing file, and each degraded image with
         several partners.
@@ -199,16 +199,16 @@ def read_list(list_path: Path, root: Path, phase: str) -> Found:
     pairs = PairTable(_read_lines(list_path, root, faults), f'{root}/')
     if not pairs and not faults:
         raise DataError(f'datasets.{phase}: {list_path} is empty; each line names a pair: /dir/lq.png /dir_gt/gt.png')
-    # SPAD's million names, looked up one by one and not in listings of their folders, take minutes.
+    # Checking SPAD's million names one by one, instead of against folder listings, takes minutes.
     folders = {os.path.dirname(path) for pair in pairs for path in (pair.lq, pair.gt)}
     present = set()
     for folder in folders:
         try:
             present.update(hash(f'{folder}/{name}') for name in os.listdir(folder))
         except (FileNotFoundError, NotADirectoryError):
-            pass  # each of its images is told
+            pass  # reported for each of its images
         except OSError as error:
-            raise DataError(f'{folder}: this folder of the list cannot be read: {error.strerror}') from error
+            raise DataError(f'{folder}: this folder, named in the list, cannot be read: {error.strerror}') from error
     partners: dict[int, int] = {}
     bad: dict[str, DataFault] = {}
     for pair in pairs:
@@ -216,7 +216,7 @@ def read_list(list_path: Path, root: Path, phase: str) -> Found:
             if hash(path) not in present:
                 bad[path] = DataFault('missing', path, f'named in {list_path}')
         if partners.setdefault(hash(pair.lq), hash(pair.gt)) != hash(pair.gt):
-            text = f'{list_path} gives it several clean partners'
+            text = f'{list_path} lists several clean partners for it'
             bad.setdefault(pair.lq, DataFault('several partners', pair.lq, text))
     if bad:
         faults += sorted(bad.values(), key=lambda fault: fault.kind)
@@ -232,7 +232,7 @@ def _find_keys(folder: Path, template: str, deep: bool) -> set[str]:
 
 
 def _find_folders(layout: Layout, source: Source) -> Found:
-    """Two folders named one by one."""
+    """List the pairs of two folders given separately."""
     for kind, key in (('degraded', 'dataroot_lq'), ('clean', 'dataroot_gt')):
         if not os.path.isdir(folder := getattr(source, key)):
             title, where = f'The folder of {kind} images', f'datasets.{source.phase}.{key}'
@@ -242,7 +242,7 @@ def _find_folders(layout: Layout, source: Source) -> Found:
 
 
 def _find_listed(layout: Layout, source: Source) -> Found:
-    """The pairs of SPAD's list files, or of another list, or of the folders that it is passed on in without lists."""
+    """List the pairs of SPAD's list files, of another list, or of copies in folders without lists."""
     root, split = Path(source.dataroot), layout.split(source)
     name = source.list_file or SPAD_LISTS.get(split)
     if name and (root / name).is_file():
@@ -253,7 +253,7 @@ def _find_listed(layout: Layout, source: Source) -> Found:
         raise _root_lacks(layout, source, name)
     raise OptionError(
         f'datasets.{source.phase}.split: {layout.title} has {", ".join(SPAD_LISTS)}; got {split!r}. '
-        f'For another list set list_file'
+        f'To use another list, set list_file'
     )
 
 
@@ -283,7 +283,7 @@ def _keep_numbers(layout: Layout, source: Source, pairs: list[Pair], faults: lis
 
 
 def _name_missing_folder(layout: Layout, root: Path, split: str) -> str:
-    """Name the folder whose partner is there, or else the first that was looked for."""
+    """Name the missing folder of the first place that lacks only one, or else the first folder searched for."""
     missing = [[folder for folder in place.folders(root, split) if not folder.is_dir()] for place in layout.places]
     folder = next((folders[0] for folders in missing if len(folders) == 1), layout.places[0].folders(root, split)[0])
     return f'{folder.relative_to(root).as_posix()}/'
@@ -291,23 +291,23 @@ def _name_missing_folder(layout: Layout, root: Path, split: str) -> str:
 
 def _root_lacks(layout: Layout, source: Source, what: str) -> DataError:
     is_there = os.path.isdir(source.dataroot)
-    fault = f'{what} is missing' if is_there else f'there is no such folder, and so no {what}'
+    fault = f'{what} is missing' if is_there else f'there is no such folder, hence no {what}'
     return _not_there(layout.title, source.dataroot, fault, f'datasets.{source.phase}.dataroot', layout)
 
 
 def _not_there(title: str, folder: str, fault: str, key: str, layout: Layout) -> DataError:
-    """Return an error of three lines, each of which stands alone."""
+    """Return an error of three lines: what is missing, the remedy, and how to train without the data."""
     return DataError(
-        f'{title} is not at {folder}: {fault} ({key}).\n'
-        f'Put it there ({layout.description}), or set {key} to where it is.\n'
+        f'{title} was not found at {folder}: {fault} ({key}).\n'
+        f'Put it there ({layout.description}), or set {key} to its location.\n'
         f'To try without it: basicsr train -opt AST_quickstart'
     )
 
 
 def _read_lines(list_path: Path, root: Path, faults: list[DataFault]) -> Iterator[Pair]:
-    """Yield the pairs line by line, as SPAD's list has 640,000."""
+    """Yield pairs line by line, as SPAD's list has 640,000."""
     try:
-        # Names need not be UTF-8 to be opened.
+        # File names need not be valid UTF-8.
         file = open(list_path, encoding='utf-8-sig', errors='surrogateescape')  # noqa: SIM115
     except OSError as error:
         raise DataError(f'{list_path}: cannot be read: {error.strerror}') from error
@@ -318,12 +318,12 @@ def _read_lines(list_path: Path, root: Path, faults: list[DataFault]) -> Iterato
                 lq, gt = (name.lstrip('/') for name in cuts[0])
                 yield Pair(lq, f'{root}/{lq}', f'{root}/{gt}')
             elif line:
-                text = f'{list_path}: not two image files such as /dir/lq.png /dir_gt/gt.png'
+                text = f'{list_path}: expected two image files, for example /dir/lq.png /dir_gt/gt.png'
                 faults.append(DataFault('line not understood', f'line {number}, {line!r}', text))
 
 
 def _cut_line(line: str, root: Path) -> list[tuple[str, str]]:
-    """Return the ways to read a line as two image files; of several, those whose files exist."""
+    """Return the ways to split a line into two image files; if there are several, those whose files exist."""
     fields = line.split('\t') if '\t' in line else line.split()
     if len(fields) == 2:
         return [(fields[0].strip(), fields[1].strip())] if all(map(is_image, fields)) else []
@@ -337,40 +337,40 @@ def _cut_line(line: str, root: Path) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dataset lies on disk."""
+    """Directory layout of a dataset."""
 
     title: str
-    description: str  # what is expected where below `dataroot`, in a line
-    places: tuple[Place, ...] = ()  # the first that fits is taken
+    description: str  # expected files below `dataroot`, as one line
+    places: tuple[Place, ...] = ()  # searched in order; the first match is used
     train_splits: tuple[str, ...] = ('train',)  # values of `split` in training; the first is the default
-    test_splits: tuple[str, ...] = ('test',)  # and otherwise
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names of a split's folder; `.` is the root
-    numbers: Mapping[str, range] = field(default_factory=dict)  # of its pairs, where a split is no folder
-    has_scenes: bool = False  # whether a split may have many such places, one for each scene of a video
-    needs: tuple[str, ...] = ('dataroot',)  # options in `Source` that must be there
-    may_have: tuple[str, ...] = ('split',)  # and those that may
+    test_splits: tuple[str, ...] = ('test',)  # values of `split` in other phases; the first is the default
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # further folder names of a split; `.`: root
+    numbers: Mapping[str, range] = field(default_factory=dict)  # pair numbers of each split, if it has no folder
+    has_scenes: bool = False  # whether a split may contain one such place per scene of a video
+    needs: tuple[str, ...] = ('dataroot',)  # required keys of `Source`
+    may_have: tuple[str, ...] = ('split',)  # optional keys of `Source`
     find: Callable[[Layout, Source], Found] = _find_places
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """All splits there may be."""
+        """All splits of the dataset."""
         return self.train_splits + self.test_splits
 
     def phase(self, split: str) -> str:
-        """Return what a split is for."""
+        """Return the phase of a split, `train` or `test`."""
         return 'train' if split in self.train_splits else 'test'
 
     def split(self, source: Source) -> str:
-        """Return the split that `source` names, or the default of its phase."""
+        """Return the split set in `source`, or the default split of its phase."""
         return source.split or (self.train_splits if source.phase == 'train' else self.test_splits)[0]
 
     def names(self, split: str) -> tuple[str, ...]:
-        """Return the names that the folder of a split may have."""
+        """Return the possible folder names of a split."""
         return (split, *self.aliases.get(split, ()))
 
 
-# Rain streaks come with the names of their authors' Matlab scripts (norain-1x2.png), of PReNet's copies (rain-001.png),
-# or equal ones (DRSformer, Restormer).
+# Names of rain images follow the authors' Matlab scripts (norain-1x2.png) or PReNet's copies (rain-001.png), or are
+# equal (DRSformer, Restormer).
 _RAIN = _make_places(
     _below_split(
         *('input target', 'input gt', 'input groundtruth', 'rain/X2 norain', 'rain norain', 'rainy norain'),
@@ -392,14 +392,14 @@ _HAZY, _CLEAR = ('hazy', 'haze', 'ITS_haze'), ('clear', 'gt', 'GT', 'ITS_clear')
 LAYOUTS = {
     'folders': Layout(
         'A pair of folders',
-        'degraded images in dataroot_lq, clean ones of the same names, or as the templates say, in dataroot_gt',
+        'degraded images in dataroot_lq, clean images of the same names, or as set by the templates, in dataroot_gt',
         needs=('dataroot_lq', 'dataroot_gt'),
         may_have=('lq_template', 'gt_template'),
         find=_find_folders,
     ),
     'manifest': Layout(
         'A manifest',
-        'a file that `basicsr data prepare` has written',
+        'a file written by `basicsr data prepare`',
         needs=('manifest',),
         may_have=(),
         find=_find_in_manifest,
@@ -407,7 +407,7 @@ LAYOUTS = {
     'spad': Layout(
         'SPAD',
         'real_world.txt for training, real_test_1000.txt for testing, '
-        'with lines "/dir/lq.png /dir_gt/gt.png", and the folders that they name; '
+        'with lines "/dir/lq.png /dir_gt/gt.png", and the folders named in them; '
         'or train/ and test/, each with input/ and target/ of the same names',
         _make_places(_below_split('input target', 'data gt')),
         may_have=('split', 'list_file'),
@@ -444,7 +444,7 @@ LAYOUTS = {
     'reside': Layout(
         'RESIDE',
         'ITS/, OTS/, SOTS/indoor/ or SOTS/outdoor/, each with hazy/0001_0.8_0.2.jpg and clear/0001.png or gt/0001.png: '
-        'many hazy ones to a clear one; split is ITS, OTS, indoor, outdoor, or train and test',
+        'several hazy images per clear one; split is ITS, OTS, indoor, outdoor, or train and test',
         _make_places(
             _below_split(*(f'{hazy} {clear}' for hazy in _HAZY for clear in _CLEAR)),
             ('{}_*', '{}'),
@@ -462,7 +462,7 @@ LAYOUTS = {
     'snow100k': Layout(
         'Snow100K',
         'train/ or all/, and test/ or Snow100K-S/, -M/ and -L/, each with synthetic/ and gt/ of the same names; '
-        'split names other folders than train and test',
+        'set split to use folders other than train and test',
         _make_places(_below_split('synthetic gt')),
         test_splits=('test', 'Snow100K-S', 'Snow100K-M', 'Snow100K-L'),
         aliases={'train': ('all',)},
@@ -484,7 +484,7 @@ LAYOUTS = {
     'moire': Layout(
         'TIP-2018',
         'trainData/source/1_source.png and trainData/target/1_target.png, and testData/ likewise; '
-        'or train/ and test/, or both kinds in one folder',
+        'or train/ and test/, or degraded and clean images in one folder',
         _make_places(
             (
                 ('{split}Data/source', '{split}Data/target'),
@@ -497,4 +497,4 @@ LAYOUTS = {
         aliases={'train': ('Train',), 'test': ('Test',)},
     ),
 }
-"""Every layout by the name that the option `layout` calls it."""
+"""All layouts by their name in the option `layout`."""

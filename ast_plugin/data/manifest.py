@@ -1,16 +1,16 @@
-"""Read and write manifests: the pairs of one phase in a text file, as `basicsr data prepare` writes them.
+"""Read and write manifests: text files, written by `basicsr data prepare`, that list the pairs of one phase.
 
-JSON Lines. The first line is about the whole:
+The format is JSON Lines. The first line describes the dataset:
 
   {"manifest": 1, "layout": "spad", "phase": "train", "root": "../SPAD", "pairs": 638492, "others": [], "made_by": ".."}
 
-`root` is the folder that names are relative to, itself relative to the manifest; `others` are images that lie among
-those of the pairs and belong to none of them. Each further line is a pair:
+`root` is the folder that names are relative to, itself relative to the manifest. `others` are images in the folders of
+the pairs that belong to no pair. Each further line is a pair:
 
   {"key": "a", "lq": "rain/a.png", "gt": "clean/a.png", "size": [256, 256], "bytes": [9041, 8220], "digests": [.., ..]}
 
-`size` is height and width; of `bytes` and `digests` the first is of the degraded image. A digest is that of the decoded
-pixels (`checks.digest_pixels`), so that a file written anew without loss is still the same image.
+`size` is (height, width). The first item of `bytes` and `digests` belongs to the degraded image. Digests are computed
+from the decoded pixels (`checks.digest_pixels`), so lossless re-encoding of a file does not change them.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ from ast_plugin.errors import DataError
 from ast_plugin.files import replace_text
 
 FORMAT = 1
-"""Number of this format, the value of `manifest` in the first line."""
+"""Version of the format, the value of `manifest` in the first line."""
 
 
 class Entry(NamedTuple):
-    """A pair, and its images in numbers."""
+    """A pair, and properties of its images."""
 
-    key: str  # names the pair; no other pair of the manifest has it
+    key: str  # unique in the manifest
     lq: str  # file of the degraded image, relative to the root, with `/` between folders
-    gt: str  # and of the clean one
-    size: tuple[int, int]  # height and width, of both
+    gt: str  # file of the clean image
+    size: tuple[int, int]  # (height, width) of both images
     bytes: tuple[int, int]  # sizes of the two files
-    digests: tuple[str, str]  # of the two images' pixels, in hexadecimal digits
+    digests: tuple[str, str]  # of the pixels of the two images, hexadecimal
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest that was opened and whose first line was read."""
+    """An open manifest, whose first line has been read."""
 
     path: Path
-    layout: str  # of the dataset as it was distributed
+    layout: str  # layout that the dataset is distributed in
     phase: str  # train or test
     root: Path  # the folder that names are relative to
-    num_pairs: int  # how many lines follow
-    others: tuple[str, ...] = ()  # images in the folders of the pairs that belong to none
+    num_pairs: int  # number of pair lines
+    others: tuple[str, ...] = ()  # images in the folders of the pairs that belong to no pair
 
     def entries(self) -> Iterator[Entry]:
-        """Read the pairs one by one, in order, without keeping them.
+        """Yield the pairs lazily, in order.
 
         Raises:
-            DataError: if a line is none, or there are fewer or more of them than the first line says.
+            DataError: if a line is invalid, or the number of lines differs from the first line.
         """
         with _reading(self.path) as lines:
             next(lines)
@@ -67,31 +67,31 @@ class Manifest:
                 yield _parse_entry(self.path, number, line)
         if number - 1 != self.num_pairs:
             raise DataError(
-                f'{self.path}: the first line says {self.num_pairs} pairs, {number - 1} follow: the file was cut or '
-                f'edited. Prepare the dataset again'
+                f'{self.path}: expected {self.num_pairs} pairs as stated in the first line, got {number - 1}: the file '
+                f'was truncated or edited. Prepare the dataset again'
             )
 
     def pairs(self) -> PairTable:
-        """Read all pairs, with paths that can be opened from here.
+        """Read all pairs, with paths relative to the working directory.
 
         Raises:
-            DataError: as `entries`.
+            DataError: see `entries`.
         """
         root = f'{self.root}/'
         return PairTable((Pair(entry.key, root + entry.lq, root + entry.gt) for entry in self.entries()), root)
 
 
 def read_manifest(path: str | os.PathLike) -> Manifest:
-    """Open a manifest; its pairs are read when they are asked for.
+    """Open a manifest; its pairs are read on access.
 
     Raises:
-        DataError: if the file is no manifest, or of a later format, or its root is not there.
+        DataError: if the file is not a manifest, has an unsupported format, or its root does not exist.
     """
     path = Path(path)
     with _reading(path) as lines:
         header = _parse_object(path, 1, next(lines, ''))
     if header.get('manifest') != FORMAT:
-        what = f'a manifest of format {header["manifest"]!r}' if 'manifest' in header else 'no manifest'
+        what = f'a manifest of format {header["manifest"]!r}' if 'manifest' in header else 'not a manifest'
         raise DataError(
             f'{path}: {what}; expected one of format {FORMAT}, as `basicsr data prepare` writes it. Prepare again'
         )
@@ -102,12 +102,12 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     root = Path(os.path.normpath(path.resolve().parent / header['root']))
     if not os.path.isdir(root):
         raise DataError(
-            f'{path}: its images were in {root}, which is no folder now. Put them back there, '
-            f'or set "root" in the first line to where they are'
+            f'{path}: its images were in {root}, which is not a folder. Restore it, '
+            f'or set "root" in the first line to the folder of the images'
         )
     others = header.get('others', [])
     if not isinstance(others, list) or not all(map(_is_inside, others)):
-        raise DataError(f'{path}: line 1: "others" is no list of names below root. Prepare the dataset again')
+        raise DataError(f'{path}: line 1: "others" is not a list of names below root. Prepare the dataset again')
     return Manifest(path, header['layout'], header['phase'], root, header['pairs'], tuple(others))
 
 
@@ -121,14 +121,14 @@ def write_manifest(
     pairs: int,
     others: Sequence[str] = (),
 ) -> None:
-    """Write a manifest whole or not at all.
+    """Write a manifest atomically.
 
     Args:
-        path: the file; its folder must exist. A file of that name is replaced.
-        entries: the pairs, taken one by one.
+        path: the file, in an existing folder; an existing file is replaced.
+        entries: the pairs, consumed lazily.
         layout, phase: see `Manifest`.
-        root: the folder that the entries' names are relative to.
-        pairs: how many entries there are.
+        root: the folder that the names of the entries are relative to.
+        pairs: number of entries.
         others: see `Manifest`.
     Raises:
         FileError: if the file cannot be written, for example because the disk is full.
@@ -136,7 +136,7 @@ def write_manifest(
     path = Path(path)
     try:
         relative = os.path.relpath(Path(root).absolute(), path.parent.resolve())
-    except ValueError:  # another drive of Windows
+    except ValueError:  # a different drive on Windows
         relative = Path(root).absolute()
     header = {
         'manifest': FORMAT,
@@ -161,7 +161,7 @@ def _reading(path: Path) -> Iterator[Iterator[str]]:
     except OSError as error:
         raise DataError(f'{path}: this manifest cannot be read: {error.strerror or error}') from error
     except UnicodeDecodeError as error:
-        raise DataError(f'{path}: no manifest, which is text in UTF-8') from error
+        raise DataError(f'{path}: not a manifest, which is UTF-8 text') from error
 
 
 def _parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise DataError(
-            f'{path}: line {number} is no line of a manifest: {line.strip()[:60]!r}. Prepare the dataset again'
+            f'{path}: line {number} is not a line of a manifest: {line.strip()[:60]!r}. Prepare the dataset again'
         )
     return value
 
@@ -188,19 +188,19 @@ def _parse_entry(path: Path, number: int, line: str) -> Entry:
     except (KeyError, TypeError):
         pass
     raise DataError(
-        f'{path}: line {number} is no pair: expected key, lq, gt (names below root), size, bytes and digests; '
+        f'{path}: line {number} is not a pair: expected key, lq, gt (names below root), size, bytes and digests; '
         f'got {line.strip()[:60]!r}. Prepare the dataset again'
     )
 
 
 def _can_be_name(name: object) -> bool:
-    """Whether a file could have this name, bytes that are no text among it."""
+    """Return whether a file can have this name, including bytes that are not valid text."""
     try:
         return isinstance(name, str) and bool(name) and b'\0' not in os.fsencode(name)
-    except UnicodeEncodeError:  # half of a pair of surrogates, which JSON can say
+    except UnicodeEncodeError:  # an unpaired surrogate, which JSON can express
         return False
 
 
 def _is_inside(name: object) -> bool:
-    """Whether a name stays below the root: a manifest from elsewhere opens no other file."""
+    """Return whether a name stays below the root, so that an untrusted manifest cannot open other files."""
     return _can_be_name(name) and not PurePosixPath(name).is_absolute() and '..' not in name.split('/')

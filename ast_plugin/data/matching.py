@@ -1,4 +1,4 @@
-"""Find the partners among image files by the key that a name template finds in them, never by position."""
+"""Match degraded and clean images by a key that a name template extracts from file names, never by position."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ast_plugin.data.image_files import FORMAT_OF, count_reasons, why_no_image
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.names import printable
 
-_ENCODING = ('utf-8', 'surrogateescape')  # names of files need not be UTF-8
-LEFT_OUT = 'left out'  # kind of what was seen and not taken, which is no fault
+_ENCODING = ('utf-8', 'surrogateescape')  # file names need not be valid UTF-8
+LEFT_OUT = 'left out'  # kind of files that are ignored, which is not a fault
 _REMEDIES = {
     'no partner': 'Add the partners, remove these, or correct lq_template and gt_template',
-    'several partners': 'Keep one partner of each, or name the endings in lq_template and gt_template',
+    'several partners': 'Keep one partner of each, or include the suffixes in lq_template and gt_template',
     'no number': 'Rename or move them',
-    'line not understood': 'Each line names a pair: /dir/lq.png /dir_gt/gt.png; a tab makes names with spaces clear',
+    'line not understood': 'Each line is a pair: /dir/lq.png /dir_gt/gt.png; separate names with spaces by a tab',
     'missing': 'Unpack the folders there, or correct the list',
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Paths of a degraded image and its clean partner, and the key that they share."""
+    """Paths of a degraded image and its clean partner, and their common key."""
 
     key: str
     lq: str
@@ -41,18 +41,18 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class DataFault:
-    """What is wrong with a file or a pair."""
+    """A problem with a file or a pair."""
 
-    kind: str  # a few words, the same for all faults of the kind
+    kind: str  # short label, equal for all faults of one kind
     name: str  # the file, or the line of a list
-    text: str  # what is wrong with it, and what to do, in a line that says it all
+    text: str  # description and remedy, as one self-contained line
 
 
 class PairTable(Sequence[Pair]):
-    """A list of pairs kept as one run of bytes: 640,000 take some 60 MB, as objects of their own four times that.
+    """Sequence of pairs stored in one byte buffer; 640,000 pairs take 60 MB, a quarter of the memory of objects.
 
-    Workers that are forked share it for good: reading it writes nothing, not even counts of references.
-    The start `root` of all paths, the separator included, is kept once.
+    Forked workers share the buffer permanently, as reading changes no reference counts. `root`, the common prefix of
+    all paths including the separator, is stored once.
     """
 
     def __init__(self, pairs: Iterable[Pair] = (), root: str = '') -> None:
@@ -60,7 +60,7 @@ class PairTable(Sequence[Pair]):
         text, ends = bytearray(), array('Q', [0])
         for pair in pairs:
             lq, gt = pair.lq[cut:], pair.gt[cut:]
-            # SPAD's keys are its degraded names, which need no second place.
+            # SPAD's keys equal its degraded names and need not be stored twice.
             text += f'{"" if pair.key == lq else pair.key}\0{lq}\0{gt}'.encode(*_ENCODING)
             ends.append(len(text))
         self._text, self._ends = text, ends
@@ -77,31 +77,31 @@ class PairTable(Sequence[Pair]):
 
 
 class Template:
-    """A pattern of file names with one `{}`, which stands for the key.
+    """A pattern of file names with one `{}` for the key.
 
-    `{}_rain` is any image whose name without its ending ends in `_rain`; `{}_rain.png` is only those that are PNG.
-    A `*` stands for anything, of several images with one key: `{}_*` gives `0001_0.8_0.2.jpg` the key `0001`.
+    `{}_rain` matches images of any format whose stem ends in `_rain`; `{}_rain.png` matches PNG files only. `*` matches
+    anything, for several images with one key: `{}_*` gives `0001_0.8_0.2.jpg` the key `0001`.
     """
 
     def __init__(self, text: str) -> None:
         if text.count('{}') != 1 or text.count('*') > 1 or '/' in text:
             raise OptionError(
-                f'a name template has one {{}}, at most one * and no folder, such as {{}}_rain.png; got {text!r}'
+                f'a name template contains one {{}}, at most one * and no folder, e.g. {{}}_rain.png; got {text!r}'
             )
         self.text = text
         self.has_suffix = is_image(text.replace('{}', 'x').replace('*', 'x'))
         self.is_many = '*' in text
-        # The key ends where the text behind it begins first, and so has no part of what `*` stands for.
+        # Non-greedy: the key ends at the first occurrence of the following text, so it includes nothing matched by `*`.
         pattern = re.escape(text).replace(re.escape('{}'), '(.+?)' if self.is_many else '(.+)')
         flags = re.DOTALL | (re.IGNORECASE if self.has_suffix else 0)
         self._pattern = re.compile(pattern.replace(re.escape('*'), '.*'), flags)
 
     def fill(self, key: str) -> str:
-        """Return the name that belongs to `key`; `.*` where the ending is free."""
+        """Return the file name of `key`, ending in `.*` if the template has no extension."""
         return self.text.replace('{}', key) + ('' if self.has_suffix else '.*')
 
     def keys(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """Group those of `names` that fit by their keys."""
+        """Group the matching `names` by their keys."""
         by_key = defaultdict(list)
         for name in names:
             last = os.path.basename(name)
@@ -119,26 +119,26 @@ def match_folders(
     gt_template: str = '{}',
     deep: bool = False,
 ) -> tuple[list[Pair], list[DataFault]]:
-    """Pair the images of two folders, which may be one, by their keys.
+    """Pair the images of two folders, which may be the same, by their keys.
 
-    Files that do not fit their template are left out. Endings may differ; where one key has several files in a
-    folder, both folders must have the same names, which then are the keys. With a `*` in `lq_template` several
-    degraded images may share a clean one; their own names are the keys.
+    Files that do not match their template are ignored. Extensions may differ. If a folder has several files with one
+    key, both folders must have the same names, which then are the keys. With `*` in `lq_template`, several degraded
+    images may share a clean one, and their own names are the keys.
 
     Args:
-        phase: whose pairs they are, for messages.
+        phase: phase of the dataset, for messages.
         lq_dir, gt_dir: folders of the degraded and of the clean images.
-        lq_template, gt_template: how they are named, see `Template`.
+        lq_template, gt_template: templates of their names, see `Template`.
         deep: see `list_images`.
     Returns:
-        The pairs, and a fault for each image that has no partner or several.
+        The pairs, and a fault for each image with no partner or several.
     Raises:
-        DataError: if a folder is missing, has no image that fits, or both sides are the same files.
+        DataError: if a folder is missing or has no matching image, or both images of a pair are the same file.
     """
     lq, gt = _Side(lq_dir, lq_template, phase, deep), _Side(gt_dir, gt_template, phase, deep)
     pairs, faults = [], lq.unmatched(gt)
     faults += [DataFault(LEFT_OUT, str(side.folder), text) for side in (lq, gt) if (text := side.left_out(lq, gt))]
-    # A clean image without a degraded one is an oversight, unless its dataset has many more of either.
+    # A clean image without a degraded one is a fault, except in datasets with many images of one key.
     faults += [] if lq.template.is_many else gt.unmatched(lq)
     for key in sorted(lq.files.keys() & gt.files.keys()):
         lq_names, gt_names = lq.files[key], gt.files[key]
@@ -154,16 +154,16 @@ def match_folders(
     own_partners = [pair.lq for pair in pairs if pair.lq == pair.gt]
     if own_partners:
         raise DataError(
-            f'datasets.{phase}: degraded and clean image are one file: {shorten_list(own_partners)}. '
-            f'In one folder, lq_template and gt_template must tell them apart'
+            f'datasets.{phase}: degraded and clean image are the same file: {shorten_list(own_partners)}. '
+            f'In one folder, lq_template and gt_template must distinguish them'
         )
     return pairs, faults
 
 
 def raise_faults(phase: str, faults: Iterable[DataFault]) -> None:
-    """Raise DataError with a line on each kind of fault, its number, the first few and a remedy, if there are any.
+    """Raise DataError if there are faults, with one line per kind: number, first few names and remedy.
 
-    What was seen and not taken is no fault, and told by a warning.
+    Ignored files are not faults; they are logged as a warning.
     """
     by_kind = defaultdict(list)
     for fault in faults:
@@ -181,13 +181,13 @@ def check_equal_sizes(pair: Pair, lq: np.ndarray, gt: np.ndarray) -> None:
     """Raise DataError if the two images of a pair, [H, W, 3] each, differ in size."""
     if lq.shape != gt.shape:
         raise DataError(
-            f'the images of a pair must have one size; {pair.lq} has {lq.shape[1]}x{lq.shape[0]} pixels, '
+            f'the images of a pair must have the same size; {pair.lq} has {lq.shape[1]}x{lq.shape[0]} pixels, '
             f'{pair.gt} has {gt.shape[1]}x{gt.shape[0]}. Replace or remove them'
         )
 
 
 class _Side:
-    """One half of the pairs: the images of a folder by their keys."""
+    """One side of the pairs: the images of a folder, grouped by key."""
 
     def __init__(self, folder: str | Path, template: str, phase: str, deep: bool) -> None:
         self.folder, self.template = folder, Template(template)
@@ -203,7 +203,7 @@ class _Side:
         return os.path.join(self.folder, name)
 
     def left_out(self, lq: _Side, gt: _Side) -> str:
-        """Count what lies in the folder and is taken by neither side of the pairs, by reason."""
+        """Return the number of files in the folder that belong to neither side, by reason."""
         sides = [side for side in (lq, gt) if _same(side.folder, self.folder)]
         taken = {name.partition('/')[0] for side in sides for names in side.files.values() for name in names}
         reasons = Counter()
@@ -212,12 +212,12 @@ class _Side:
                 continue
             if not entry.is_dir():
                 reasons[why_no_image(entry.path) or f'not named {self.template.fill("{}")}'] += 1
-            elif any(map(is_image, next(os.walk(entry.path), ('', [], []))[2])):  # none where it cannot be read
+            elif any(map(is_image, next(os.walk(entry.path), ('', [], []))[2])):  # unreadable folders yield nothing
                 reasons['folders with images'] += 1
         return count_reasons(reasons)
 
     def unmatched(self, other: _Side) -> list[DataFault]:
-        """Return a fault for each image whose key `other` lacks, in order."""
+        """Return a fault for each image whose key is missing in `other`, in order."""
         keys = sorted(self.files.keys() - other.files.keys())
         by_fold = {fold(key): key for key in other.files} if keys else {}
         faults = []
@@ -234,26 +234,26 @@ def _same(one: str | Path, other: str | Path) -> bool:
 
 
 def fold(key: str) -> str:
-    """Equal for names that some systems take for the same."""
+    """Return a form of a name that is equal for names that some file systems do not distinguish."""
     return unicodedata.normalize('NFC', key).casefold()
 
 
 def difference_of(one: str, other: str) -> str:
-    """What two names of one `fold` differ in."""
+    """Return the difference between two names with equal `fold`."""
     if unicodedata.normalize('NFC', one) == unicodedata.normalize('NFC', other):
-        return 'how Unicode writes its accents (NFC and NFD)'
+        return 'the Unicode form of its accents (NFC and NFD)'
     return 'the case of its letters'
 
 
 def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]:
-    """Return the sorted names of the images that lie directly in `folder`.
+    """Return the sorted names of the images directly in a folder.
 
     Args:
-        folder: where to look.
-        phase: whose folder it is, for messages.
-        deep: where no image lies directly in it, look in the folders in it, too; names then are `folder/name`.
+        folder: the folder.
+        phase: phase of the dataset, for messages.
+        deep: if the folder has no image, also search its subfolders; names then are `subfolder/name`.
     Raises:
-        DataError: if there is no such folder, it cannot be read, or no image is in it.
+        DataError: if the folder does not exist, cannot be read, or has no image.
     """
     try:
         with os.scandir(folder) as entries:
@@ -268,35 +268,35 @@ def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]
             f'Put the images there, or correct its dataroot in the option file'
         ) from None
     if not names and os.path.exists(os.path.join(folder, 'data.mdb')):
-        raise DataError(f'datasets.{phase}: {folder} is an LMDB: set io_backend: {{type: lmdb}} beside its dataroot')
+        raise DataError(f'datasets.{phase}: {folder} is an LMDB: set io_backend: {{type: lmdb}} next to its dataroot')
     if not names:
         raise DataError(
-            f'datasets.{phase}: no image in folder {folder} (folders in it are not searched; '
-            f'images end in {", ".join(sorted(FORMAT_OF))}). Put the images there, or correct its dataroot'
+            f'datasets.{phase}: no image in folder {folder} (subfolders are not searched; '
+            f'supported extensions: {", ".join(sorted(FORMAT_OF))}). Put the images there, or correct its dataroot'
         )
     return names
 
 
 def list_others(paths: Iterable[str]) -> list[str]:
-    """List the images in the folders of some files that are none of these files, folders in order of names."""
+    """List the images in the folders of `paths` that are not among `paths`, ordered by folder."""
     known, folders, others = set(), set(), []
     for path in paths:
         known.add(hash(path))
         folders.add(os.path.dirname(path))
     for folder in sorted(folders):
         with suppress(DataError):  # a folder without images
-            found = (f'{folder}/{name}' if folder else name for name in list_images(folder, ''))  # as pairs have it
+            found = (f'{folder}/{name}' if folder else name for name in list_images(folder, ''))  # relative, as `paths`
             others += [path for path in found if hash(path) not in known]
     return others
 
 
 def is_image(name: str) -> bool:
-    """Tell by its ending whether a file that is not hidden is an image."""
+    """Return whether a file is a supported image, by its extension, and is not hidden."""
     return os.path.splitext(name)[1].lower() in FORMAT_OF and not os.path.basename(name).startswith('.')
 
 
 def shorten_list(items: Iterable[str], num_shown: int = 3) -> str:
-    """Join the first few of `items`, and the number of the others."""
+    """Join the first `num_shown` items, followed by the number of the remaining ones."""
     items = list(items)
     rest = f' and {len(items) - num_shown} more' if len(items) > num_shown else ''
     return ', '.join(items[:num_shown]) + rest

@@ -1,6 +1,6 @@
-"""Datasets of pairs of degraded and clean images: those of files and LMDBs, and those made from clean photos.
+"""Datasets of degraded/clean image pairs, read from files or LMDBs or synthesized from clean photos.
 
-Every sample depends on seed, epoch and position alone.
+Each sample depends only on the seed, the epoch and the position.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ast_plugin.errors import DataError, OptionError
 from ast_plugin.faults import faults_of
 
 CACHE_BYTES = 256 * 2**20
-"""Size of the decoded photos that each process keeps; the rest is decoded anew each time."""
+"""Maximum size of the decoded photos that each process caches; photos beyond it are decoded at each access."""
 
 
 class IoBackend(BaseModel):
-    """Where images are read from, as BasicSR calls it."""
+    """Storage that images are read from, under BasicSR's key."""
 
     model_config = ConfigDict(extra='forbid')
 
@@ -40,64 +40,64 @@ class IoBackend(BaseModel):
 
 
 class SeededOptions(BaseModel):
-    """Keys that BasicSR's loader reads, and those of patches."""
+    """Keys of BasicSR's data loader, and keys common to all datasets of the plugin."""
 
     model_config = ConfigDict(extra='forbid', frozen=True)
 
     type: str = Field('', description='registered name of the dataset')
-    name: str = Field('', description='what logs and result folders call it')
-    phase: Literal['train', 'val', 'test'] = Field('train', description='put in by BasicSR from the key of the section')
-    scale: Literal[1] = Field(1, description='put in by BasicSR; degraded and clean images have one size')
-    io_backend: IoBackend = Field(default_factory=IoBackend, description='where images are read from')
-    seed: int = Field(0, ge=0, description="put in by the command: the run's manual_seed")
+    name: str = Field('', description='name of the dataset in logs and result folders')
+    phase: Literal['train', 'val', 'test'] = Field('train', description='set by BasicSR from the key of the section')
+    scale: Literal[1] = Field(1, description='set by BasicSR; degraded and clean images have the same size')
+    io_backend: IoBackend = Field(default_factory=IoBackend, description='storage that images are read from')
+    seed: int = Field(0, ge=0, description='set by the command to manual_seed of the run')
 
-    batch_size_per_gpu: int = Field(1, ge=1, description='patches a device gets at a time')
-    num_worker_per_gpu: int = Field(0, ge=0, description='processes that prepare them; 0: the training process itself')
-    dataset_enlarge_ratio: float = Field(1, gt=0, description='how often an epoch sees each image')
-    prefetch_mode: Literal['cpu', 'cuda'] | None = Field(None, description='cuda needs pin_memory')
-    num_prefetch_queue: int = Field(1, ge=1, description='batches that prefetch_mode cpu keeps ready')
-    pin_memory: bool = Field(False, description='faster copies to a GPU')
-    persistent_workers: bool = Field(False, description='keep the workers from epoch to epoch')
+    batch_size_per_gpu: int = Field(1, ge=1, description='batch size per device')
+    num_worker_per_gpu: int = Field(0, ge=0, description='number of data loading workers; 0 loads in the main process')
+    dataset_enlarge_ratio: float = Field(1, gt=0, description='number of times each image is used in an epoch')
+    prefetch_mode: Literal['cpu', 'cuda'] | None = Field(None, description='prefetcher; cuda requires pin_memory')
+    num_prefetch_queue: int = Field(1, ge=1, description='number of batches prefetched with prefetch_mode cpu')
+    pin_memory: bool = Field(False, description='load batches into pinned memory for faster transfer to a GPU')
+    persistent_workers: bool = Field(False, description='keep workers alive between epochs')
 
     in_chans: Literal[1, 3] = Field(
-        3, description='1: gray pairs, 0.299 R + 0.587 G + 0.114 B of colours; put in by the command for such a network'
+        3, description='1: convert to gray, 0.299 R + 0.587 G + 0.114 B; set by the command for one-channel networks'
     )
     bit_depth: Literal[8, 16] = Field(
-        8, description="16: refuse images of 8 bits; put in by the command: the run's bit_depth"
+        8, description='16: reject 8-bit images; set by the command to bit_depth of the run'
     )
     gt_size: int | None = Field(None, ge=1, description='training: side of the square patch in pixels')
     keep_uint8: bool = Field(
         False,
-        description='images of 8 bits stay so up to the device; put in by the command where RestorationModel trains',
+        description='keep 8-bit images as uint8 until they are on the device; set by the command for RestorationModel',
     )
-    use_hflip: bool = Field(True, description='training: flip left and right')
-    use_rot: bool = Field(True, description='training: flip up and down, and turn; with use_hflip all eight symmetries')
-    center_crop: int | None = Field(None, ge=1, description='validation: side of the central square, else whole images')
+    use_hflip: bool = Field(True, description='training: flip horizontally at random')
+    use_rot: bool = Field(True, description='training: flip vertically and transpose at random, independently')
+    center_crop: int | None = Field(None, ge=1, description='validation: side of the center crop; default: no crop')
 
     @model_validator(mode='after')
     def _patches_fit_a_batch(self) -> SeededOptions:
         if self.phase == 'train' and self.gt_size is None:
-            raise ValueError('training needs gt_size, the side of the patches in pixels; for instance gt_size: 128')
+            raise ValueError('training requires gt_size, the side of the patches in pixels; for example gt_size: 128')
         return self
 
 
 class WorkerDataError(DataError):
-    """A DataError of a worker process, from whose message torch's traceback of the worker is cut off again."""
+    """DataError raised in a worker process, without the worker traceback that torch adds to the message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message.rpartition(f'{WorkerDataError.__name__}: ')[2].rstrip('\n'))
 
 
 class SeededDataset(Dataset):
-    """A dataset whose every sample is a function of (seed, epoch, position), whatever process prepares it.
+    """Dataset whose samples depend only on (seed, epoch, position), whichever process loads them.
 
-    An index is `(epoch, position)`, as `EpochSampler` gives it, with positions beyond the length going round; or a
-    plain number, which is of epoch 0 and ends at the length.
+    An index is either `(epoch, position)`, as yielded by `EpochSampler`, where positions beyond the length wrap around,
+    or an integer below the length, which belongs to epoch 0.
 
     Args:
-        opt: the section of the option file; kept as it is in `opt`, and checked in `options`.
+        opt: section of the option file; stored unchanged as `opt`, validated as `options`.
     Raises:
-        OptionError: if a key is unknown or its value wrong.
+        OptionError: if a key is unknown or its value is invalid.
     """
 
     options_type: ClassVar[type[SeededOptions]] = SeededOptions
@@ -114,7 +114,7 @@ class SeededDataset(Dataset):
         self.is_train = self.options.phase == 'train'
 
     def load(self, number: int, generator: np.random.Generator) -> dict[str, Any]:
-        """Return pair `number` as a sample: see `sample`."""
+        """Return pair `number` as a sample, see `sample`."""
         raise NotImplementedError
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class SeededDataset(Dataset):
             raise IndexError(f'datasets.{self.options.phase} has {len(self)} images; got index {index}')
         generator = np.random.default_rng([self.options.seed, epoch, position])
         is_worker = get_worker_info() is not None
-        if is_worker:  # workers are the parallelism: threads of OpenCV's on top would fight for the same cores
+        if is_worker:  # workers already run in parallel; OpenCV threads would compete with them for the cores
             cv2.setNumThreads(0)
         try:
             return self.load(position % len(self), generator)
@@ -137,16 +137,16 @@ class SeededDataset(Dataset):
     collate = staticmethod(transforms.collate)
 
     def check_depth(self, image: np.ndarray, path: str | PurePath) -> np.ndarray:
-        """Return an image; raise DataError if it has 8 bits where the run is to have 16."""
+        """Return `image` unchanged; raise DataError if it is an 8-bit image and `bit_depth` is 16."""
         if self.options.bit_depth == 16 and image.dtype == np.uint8:
-            raise DataError(f'{path}: has 8 bits, bit_depth is 16: give images of 16 bits, or set bit_depth to 8')
+            raise DataError(f'{path}: has 8 bits, bit_depth is 16: use 16-bit images, or set bit_depth to 8')
         return image
 
     def sample(self, lq: np.ndarray, gt: np.ndarray, lq_path: str | PurePath, gt_path: str | PurePath) -> dict:
-        """Return what models take: `lq`, `gt`, [C, H, W], and where they come from.
+        """Return the input of a model: tensors `lq` and `gt`, [C, H, W], and their paths.
 
-        RGB [H, W, 3] becomes gray where `in_chans` is 1. Images are float32 in [0, 1], as BasicSR's models want them;
-        with `keep_uint8` those of 8 bits are uint8.
+        RGB [H, W, 3] is converted to gray if `in_chans` is 1. Images are float32 in [0, 1], as in BasicSR; with
+        `keep_uint8`, 8-bit images stay uint8.
         """
         lq, gt = (
             transforms.to_tensor(transforms.to_channels(image, self.options.in_chans), self.options.keep_uint8)
@@ -156,7 +156,7 @@ class SeededDataset(Dataset):
 
 
 class PairsIoBackend(IoBackend):
-    """Where pairs are read from, as BasicSR calls it."""
+    """Storage that pairs are read from, under BasicSR's key."""
 
     type: Literal['disk', 'lmdb'] = Field('disk', description='image files, or LMDBs in dataroot_lq and dataroot_gt')
 
@@ -164,19 +164,25 @@ class PairsIoBackend(IoBackend):
 class PairsOptions(SeededOptions):
     """Keys of PairsDataset."""
 
-    io_backend: PairsIoBackend = Field(default_factory=PairsIoBackend, description='where images are read from')
-    layout: str = Field('folders', description=f'how the images lie on disk: {", ".join(LAYOUTS)}')
-    dataroot: str | None = Field(None, description='root of the dataset; every layout but folders')
-    dataroot_lq: str | None = Field(None, description='layout folders: degraded images; or their LMDB')
-    dataroot_gt: str | None = Field(None, description='layout folders: clean images; or their LMDB')
-    lq_template: str | None = Field(None, description="layout folders: degraded names, '{}_rain.png'; {} is the key")
-    gt_template: str | None = Field(None, description="layout folders: clean names, '{}_clean.png'; {} is the key")
-    split: str | None = Field(None, description='part of the dataset: by itself train in training, test otherwise')
-    list_file: str | None = Field(None, description='layout spad: another list than real_world, real_test_1000.txt')
-    manifest: str | None = Field(None, description='layout manifest: a file that `basicsr data prepare` has written')
+    io_backend: PairsIoBackend = Field(default_factory=PairsIoBackend, description='storage that images are read from')
+    layout: str = Field('folders', description=f'directory layout of the dataset: {", ".join(LAYOUTS)}')
+    dataroot: str | None = Field(None, description='root of the dataset, for every layout except folders and manifest')
+    dataroot_lq: str | None = Field(None, description='layout folders: degraded images, or their LMDB')
+    dataroot_gt: str | None = Field(None, description='layout folders: clean images, or their LMDB')
+    lq_template: str | None = Field(
+        None, description="layout folders: names of degraded images, e.g. '{}_rain.png'; {} is the key of the pair"
+    )
+    gt_template: str | None = Field(
+        None, description="layout folders: names of clean images, e.g. '{}_clean.png'; {} is the key of the pair"
+    )
+    split: str | None = Field(None, description='split of the dataset; default: train in training, test otherwise')
+    list_file: str | None = Field(
+        None, description='layout spad: list of pairs; default: real_world.txt for train, real_test_1000.txt for test'
+    )
+    manifest: str | None = Field(None, description='layout manifest: file written by `basicsr data prepare`')
 
     def source(self) -> Source:
-        """Return the keys that the layout reads."""
+        """Return the keys that describe the location of the dataset."""
         values = {key: getattr(self, key) for key in Source.__dataclass_fields__}
         for key in ('dataroot', 'dataroot_lq', 'dataroot_gt', 'manifest'):
             values[key] = values[key] and str(Path(values[key]).expanduser())
@@ -187,20 +193,20 @@ class PairsOptions(SeededOptions):
         check_source(self.layout, self.source())
         if self.io_backend.type == 'lmdb' and (self.layout != 'folders' or self.lq_template or self.gt_template):
             raise ValueError(
-                'io_backend lmdb takes dataroot_lq and dataroot_gt, two LMDBs, and neither layout nor names'
+                'io_backend lmdb takes two LMDBs, dataroot_lq and dataroot_gt; remove layout and the templates'
             )
         return self
 
 
 class PairsDataset(SeededDataset):
-    """Degraded and clean images, matched by key, out of files or, with `io_backend: {type: lmdb}`, out of LMDBs.
+    """Degraded/clean image pairs, matched by key, from files or, with `io_backend: {type: lmdb}`, from LMDBs.
 
-    In training, patches of `gt_size` from anywhere in the image, flipped and turned; otherwise whole images, or their
-    centres. All reading happens when a sample is asked for; that every image has its partner is checked at once.
-    Of files, their LMDB with PNG and their LMDB with raw pixels the samples are the same, bit for bit.
+    Training samples are random crops of `gt_size`, flipped and rotated at random. Otherwise samples are whole images
+    or center crops. Pairs are matched and checked for missing partners at construction; images are read on access.
+    Samples are bit-identical from files, from an LMDB of PNG files and from an LMDB of raw pixels.
 
     Raises:
-        DataError: if the data is not there or not whole; later, if a file cannot be read or a pair differs in size.
+        DataError: if data is missing or incomplete; on access, if a file cannot be read or the sizes of a pair differ.
     """
 
     options_type = PairsOptions
@@ -222,7 +228,7 @@ class PairsDataset(SeededDataset):
         try:
             if self.lmdbs is None:
                 return self._make_sample(pair, read_rgb(pair.lq), read_rgb(pair.gt), generator)
-            # Raw pixels are views into the mapped files, and gone afterwards.
+            # Raw pixels are views into the memory-mapped file and become invalid outside of this block.
             with self.lmdbs[0].image(pair.key) as lq, self.lmdbs[1].image(pair.key) as gt:
                 return self._make_sample(pair, lq, gt, generator)
         except DataError as error:
@@ -242,7 +248,7 @@ class PairsDataset(SeededDataset):
 
 
 def _open_lmdbs(source: Source) -> tuple[tuple[LmdbImages, LmdbImages], PairTable]:
-    """Open two LMDBs, and list their pairs in the order of meta_info.txt under the names that they had as files."""
+    """Open two LMDBs and list their pairs in the order of meta_info.txt, under their original file names."""
     folders = source.dataroot_lq, source.dataroot_gt
     try:
         lq, gt = map(LmdbImages, folders)
@@ -251,50 +257,52 @@ def _open_lmdbs(source: Source) -> tuple[tuple[LmdbImages, LmdbImages], PairTabl
         raise DataError(f'datasets.{source.phase}: {error}') from error
     unmatched = sorted(set(keys) ^ set(gt_keys))
     if unmatched or not keys:
-        found = f'and {shorten_list(unmatched)} are in one of them alone' if unmatched else 'and have none'
+        found = f'but only one has {shorten_list(unmatched)}' if unmatched else 'but have none'
         raise DataError(
             f'datasets.{source.phase}: {folders[0]} and {folders[1]} must have the same keys, {found}. '
-            f'Take two LMDBs that were made together'
+            f'Use two LMDBs created together by `basicsr data lmdb`'
         )
     names = ((key, f'{decode_key(key)}.png') for key in keys)
     pairs = (Pair(key, f'{lq.folder}/{name}', f'{gt.folder}/{name}') for key, name in names)
-    root = os.path.commonprefix([f'{lq.folder}/', f'{gt.folder}/'])  # noqa: RUF071 (a table cuts off letters)
+    root = os.path.commonprefix([f'{lq.folder}/', f'{gt.folder}/'])  # noqa: RUF071 (a PairTable removes characters)
     return (lq, gt), PairTable(pairs, root)
 
 
 class SyntheticPairsOptions(SeededOptions):
     """Keys of SyntheticPairsDataset."""
 
-    source: Literal['packaged', 'folder'] = Field('packaged', description='photos inside of packages, or dataroot_gt')
-    dataroot_gt: str | None = Field(None, description='source folder: the folder of clean photos')
-    split: Literal['train', 'val', 'all'] | None = Field(
-        None, description='part of the photos; by itself train in training and val otherwise, which share none'
+    source: Literal['packaged', 'folder'] = Field(
+        'packaged', description='packaged: photos of scikit-image and scikit-learn; folder: photos in dataroot_gt'
     )
-    photos: list[str] | None = Field(None, min_length=1, description='names of photos, instead of a split')
-    num_per_photo: int = Field(1, ge=1, description='pairs made of each photo; in training, an epoch')
+    dataroot_gt: str | None = Field(None, description='source folder: folder of clean photos')
+    split: Literal['train', 'val', 'all'] | None = Field(
+        None, description='split of the photos; default: train in training, val otherwise, which are disjoint'
+    )
+    photos: list[str] | None = Field(None, min_length=1, description='names of photos to use instead of a split')
+    num_per_photo: int = Field(1, ge=1, description='number of pairs per photo; in training, per photo and epoch')
     degradation: AnyParameters | Annotated[list[AnyParameters], Field(min_length=1)] = Field(
         default_factory=RainParameters,
-        description='what is put over the photos: type, and its own parameters; of a list, each pair gets one',
+        description='type and parameters of the degradation, or a list of them, one of which is applied to each pair',
     )
-    clean_share: float = Field(0, ge=0, le=1, description='training: share of the patches that are not degraded')
+    clean_share: float = Field(0, ge=0, le=1, description='training: fraction of patches that are not degraded')
     gamma: PositiveRange = Field(
-        (1, 1), description='training: range of the exponent of the clean patch; above 1 makes it darker'
+        (1, 1), description='training: range of the exponent applied to the clean patch; above 1 darkens it'
     )
 
     @model_validator(mode='after')
     def _source_has_its_folder(self) -> SyntheticPairsOptions:
         if (self.source == 'folder') != (self.dataroot_gt is not None):
-            raise ValueError('dataroot_gt, a folder of clean photos, goes with source: folder, and only with it')
+            raise ValueError('dataroot_gt, a folder of clean photos, must be set with source: folder, and only then')
         return self
 
 
 class SyntheticPairsDataset(SeededDataset):
-    """Clean photos and what a seeded degradation makes of them.
+    """Clean photos and their synthetically degraded versions.
 
-    In training each sample is another patch under another degradation, drawn from (seed, epoch, position); the patch
-    is flipped before it is degraded, so that rain keeps falling down. In validation the degradation of each pair is
-    drawn from its number alone: it is the same in every run, whatever the seed. Of a list of degradations each patch
-    gets one with equal probability, and the pairs of validation take turns.
+    In training, each sample is a patch and a degradation drawn from (seed, epoch, position). The patch is flipped
+    before it is degraded, so that rain always falls down. In validation, the degradation of a pair depends only on its
+    number, so it is the same in every run and for every seed. From a list of degradations, training patches draw one
+    with equal probability, and validation pairs cycle through the list.
 
     Raises:
         DataError: if there are no photos.
@@ -319,7 +327,7 @@ class SyntheticPairsDataset(SeededDataset):
         return len(self.photos) * self.options.num_per_photo
 
     def load(self, number: int, generator: np.random.Generator) -> dict[str, Any]:
-        # Pairs of one photo lie `len(photos)` apart.
+        # Pairs of the same photo are `len(photos)` apart.
         options = self.options
         repeat, photo_number = divmod(number, len(self.photos))
         photo = self.photos[photo_number]
@@ -344,7 +352,7 @@ class SyntheticPairsDataset(SeededDataset):
             gt = transforms.to_float(image)
             parameters = self.degradations[(photo_number + repeat) % several]
             lq, _ = DEGRADATIONS[parameters.type].apply(gt, np.random.default_rng(number), parameters)
-        # Images of the results are called after lq_path, so each pair has a name of its own.
+        # Result images are named after lq_path, so each pair needs a unique name.
         name = photo.name if options.num_per_photo == 1 else f'{photo.name}_{repeat + 1}'
         return self.sample(lq, gt, f'{name}.png', photo.path)
 

@@ -1,4 +1,4 @@
-"""Find the splits of a dataset as it was unpacked, turn them into manifests to train from, and describe them."""
+"""Find the splits of an unpacked dataset, write their manifests for training, and describe them."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ FAULTS = 'faults.txt'
 _MAX_DEPTH = 6
 _MAX_FOLDERS = 5000
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.bz2', '.rar', '.7z')
-_OURS = '.prepared'  # marks folders that may be changed by the next run
-_NUM_SHOWN = 5  # faults of a kind
+_OURS = '.prepared'  # marks folders that a later run may change
+_NUM_SHOWN = 5  # faults shown per kind
 _TRAITS = {
     'gray': 'in gray; read as RGB',
     'palette': 'with a palette; read as RGB',
-    'transparency': 'with transparency; it is dropped',
-    '16 bits': 'of 16 bits',
+    'transparency': 'with transparency, which is dropped',
+    '16 bits': 'with 16 bits',
     'CMYK': 'in CMYK; converted to RGB',
 }
 
 
 def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) -> list[Split]:
-    """Find the splits of a dataset in a folder, or in folders inside it.
+    """Find the splits of a dataset in a folder or its subfolders.
 
     Args:
-        layout: a name of `preparable`, or a layout.
+        layout: a layout, or its name as listed by `preparable`.
         source: the folder.
-        wanted: splits to find, which then must be there; otherwise all that there are.
+        wanted: names of required splits; by default, all existing splits are returned.
     Raises:
-        DataError: if nothing is found, or more than can be told apart; the message tells what was expected.
-        OptionError: if there is no such layout or split.
+        DataError: if nothing is found, or the choice is ambiguous; the message states what was expected.
+        OptionError: if the layout or split is unknown.
     """
     if isinstance(layout, str):
         names = preparable()
@@ -69,17 +69,17 @@ def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) 
             near, known = did_you_mean(name, layout.splits), ', '.join(layout.splits)
             raise OptionError(f'{layout.title} has no split {name}{near} (it has {known})')
     if source.is_file():
-        what = 'an archive: unpack it, and name the folder' if _is_archive(source.name) else 'a file: name the folder'
-        raise DataError(f'{source} is {what} with the dataset')
+        what = 'an archive: unpack it and give' if _is_archive(source.name) else 'a file: give'
+        raise DataError(f'{source} is {what} the folder of the dataset')
     if not source.is_dir():
-        raise DataError(f'{source}: there is no such folder; expected the folder of the dataset as it was unpacked')
+        raise DataError(f'{source}: there is no such folder; expected the folder of the unpacked dataset')
     search = _Search(layout, source, bool(wanted))
     splits: dict[tuple[str, Path], Split] = {}
     for name in wanted or layout.splits:
         split = search.find(name)
         if split is None and wanted:
             raise _nothing_found(layout, source, f'the split {name} of {layout.title}')
-        # The root itself may go for several splits; the first has it, unless numbers divide it.
+        # The root may match several splits; the first one gets it, unless the pairs are split by number.
         if split:
             splits.setdefault((name if layout.numbers else '', split.where), split)
     if not splits:
@@ -88,7 +88,7 @@ def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) 
 
 
 def find_unused(source: Path, splits: Sequence[Split]) -> list[str]:
-    """Return lines on the files of a dataset's folder that no split has, by folder and by reason."""
+    """Describe the files in the folder of a dataset that belong to no split, one line per folder or reason."""
     known, others, lines = set(), Counter(), []
     for split in splits:
         known.update(hash(os.path.normpath(path)) for pair in split.pairs for path in (pair.lq, pair.gt))
@@ -99,25 +99,25 @@ def find_unused(source: Path, splits: Sequence[Split]) -> list[str]:
         reasons = Counter(why_no_image(path) for path in paths if hash(os.path.normpath(path)) not in known)
         if count := reasons.pop(None, 0):
             where = printable(os.path.relpath(folder, source))
-            lines.append(f'left out: {where}: {count:,} image{"s" * (count > 1)} of no pair')
+            lines.append(f'left out: {where}: {count:,} unpaired image{"s" * (count > 1)}')
         others += reasons
-    more = [f'left out: images of no pair in {len(lines) - 10} more folders'] if len(lines) > 10 else []
+    more = [f'left out: unpaired images in {len(lines) - 10} more folders'] if len(lines) > 10 else []
     return lines[:10] + more + ([f'left out: {count_reasons(others)}'] if others else [])
 
 
 class _Search:
-    """Where the splits of a dataset lie in a folder; `is_wanted` if each is asked for by name."""
+    """Search for the splits of a dataset in a folder; `is_wanted` if the splits are requested by name."""
 
     def __init__(self, layout: Layout, source: Path, is_wanted: bool) -> None:
         self.layout, self.source, self.is_wanted = layout, source, is_wanted
         self.folders = list(_walk_folders(source))  # with their depths
 
     def find(self, name: str) -> Split | None:
-        """Return a split, or None if it is not there."""
+        """Return a split, or None if it does not exist."""
         return self._find_list(name) or self._find_scenes(name) or self._find_place(name)
 
     def _find_list(self, name: str) -> Split | None:
-        """The split in a list file of SPAD's, as near to the top as there is one."""
+        """Return the split in one of SPAD's list files, the one closest to the root."""
         if 'list_file' not in self.layout.may_have or name not in SPAD_LISTS:
             return None
         lists = [(depth, folder / SPAD_LISTS[name]) for depth, folder in self.folders]
@@ -129,9 +129,9 @@ class _Search:
         return Split(name, phase, *read_list(path, path.parent, phase), path)
 
     def _find_scenes(self, name: str) -> Split | None:
-        """The split in several pairs of folders, a scene each, in its folder or, of training, outside of others.
+        """Return the split as several pairs of folders, one per scene, prefixing keys with the scene.
 
-        Keys of pairs begin with their scene.
+        Scenes are searched in the folder of the split or, for the training split, outside those of other splits.
         """
         if not self.layout.has_scenes:
             return None
@@ -158,7 +158,7 @@ class _Search:
         return Split(name, self.layout.phase(name), PairTable(pairs), faults, top)
 
     def _find_place(self, name: str) -> Split | None:
-        """The split in a pair of folders, as near to the top as there is one."""
+        """Return the split in a pair of folders, the one closest to the root."""
         names = self.layout.names(name)
         names += ('.',) if self.is_wanted and '.' not in names else ()
         candidates = [(depth, root, names) for depth, root in self.folders]
@@ -174,7 +174,7 @@ class _Search:
             for alias in known:
                 if alias == '.' and (hits or not others.isdisjoint(root.parts[len(self.source.parts) :])):
                     continue  # in the folder of another split
-                # Folders that do not say the split are of the one whose folder they lie in, see `_find_scenes`.
+                # Folders without a split in their names belong to the split of an outer folder, see `_find_scenes`.
                 places = (p for p in self.layout.places if p.has_split or alias == '.' or not self.layout.has_scenes)
                 place = next((place for place in places if place.rank(root, alias) == 2), None)
                 if place:
@@ -189,28 +189,28 @@ class _Search:
     def _match(self, name: str, root: Path, place: Place, alias: str) -> Found:
         source = Source(self.layout.phase(name), str(root), split=name)
         pairs, faults = match_place(self.layout, source, place, alias)
-        return pairs, [fault for fault in faults if fault.kind != LEFT_OUT]  # `find_unused` knows more
+        return pairs, [fault for fault in faults if fault.kind != LEFT_OUT]  # `find_unused` reports more
 
     def _names_of_others(self, name: str) -> set[str]:
-        """Names that the folders of other splits may have."""
+        """Return the possible folder names of all other splits."""
         return {alias for other in self.layout.splits if other != name for alias in self.layout.names(other)}
 
     def _choose_only(self, name: str, places: list[Path]) -> Path:
         if len(places) > 1:
             names = shorten_list(map(str, places))
             raise DataError(
-                f'the split {name} of {self.layout.title} may be in {names}. Name the folder of one of them'
+                f'the split {name} of {self.layout.title} may be in {names}. Give the folder of one of them'
             )
         return places[0]
 
 
 def _walk_folders(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Walk the folders in `folder`, itself first, each once, level by level: yields depth and folder.
+    """Yield `folder` and its subfolders with their depths, breadth-first, each once.
 
-    Links to folders are followed, loops of links are not.
+    Links to folders are followed, cycles are not.
 
     Raises:
-        DataError: if a folder cannot be read, or there are so many that this is no dataset.
+        DataError: if a folder cannot be read, or there are too many folders for a dataset.
     """
     level, seen = [folder], set()
     for depth in range(_MAX_DEPTH + 1):
@@ -221,7 +221,7 @@ def _walk_folders(folder: Path) -> Iterator[tuple[int, Path]]:
                 continue
             seen.add(place)
             if len(seen) > _MAX_FOLDERS:
-                raise DataError(f'{folder} has more than {_MAX_FOLDERS} folders in it; name the folder of one dataset')
+                raise DataError(f'{folder} has more than {_MAX_FOLDERS} subfolders; give the folder of one dataset')
             yield depth, current
             try:
                 names = sorted(name for name in os.listdir(current) if name[0] != '.')
@@ -235,16 +235,16 @@ def _walk_folders(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _nothing_found(layout: Layout, source: Path, what: str) -> DataError:
-    """Return the error that nothing was found, with a list of the files that are there."""
+    """Return the error for a dataset or split that was not found, listing the existing files."""
     names = sorted(os.listdir(source))
     archives = [name for name in names if _is_archive(name)]
-    remedy = f'Unpack {shorten_list(archives)} first' if archives else 'Name its folder, or another layout'
+    remedy = f'Unpack {shorten_list(archives)} first' if archives else 'Give its folder, or another layout'
     present = f'{shorten_list(names, 8) or "nothing"}{_describe_unmatched(layout, source)}'
-    return DataError(f'{what} is not in {source}: expected {layout.description}; there is {present}. {remedy}')
+    return DataError(f'{what} was not found in {source}: expected {layout.description}; got {present}. {remedy}')
 
 
 def _describe_unmatched(layout: Layout, source: Path) -> str:
-    """Name folders that are as expected, if no image in them has a partner."""
+    """Name two folders that match the layout, but whose images have no partners."""
     for alias, place in itertools.product(itertools.chain(*map(layout.names, layout.splits)), layout.places):
         lq_dir, gt_dir = place.folders(source, alias)
         if lq_dir != gt_dir and place.rank(source, alias):
@@ -260,48 +260,48 @@ def _is_archive(name: str) -> bool:
 class Preparation:
     """A dataset being prepared into a folder.
 
-    Nothing in the folder looks finished before it is: manifests are written last, whole or not at all, and those of an
-    earlier run are taken away first. Findings are kept in hidden journals until then.
+    The folder never looks complete before it is: manifests of an earlier run are removed first, and new ones are
+    written last and atomically. Until then, results are kept in hidden journals.
 
     Args:
-        splits: of the dataset.
-        source: the dataset's folder, which is never written to.
-        target: the folder to prepare into, made where it is not there.
+        splits: splits of the dataset.
+        source: folder of the dataset; never written to.
+        target: folder to prepare into; created if missing.
     Raises:
-        DataError: if the target cannot be written, or lies in the dataset.
+        DataError: if the target cannot be written, or is inside the dataset.
     """
 
     def __init__(self, splits: Sequence[Split], source: Path, target: Path) -> None:
         self.splits, self.source, self.target = splits, source, target
         self.checked: list[CheckedSplit] = []
-        self.leaks: list[Duplicates] = []  # images to be tested with that are trained on
+        self.leaks: list[Duplicates] = []  # test images that are also training images
         if target.resolve().is_relative_to(source.resolve()):
-            raise DataError(f'{target} lies in the dataset {source}, which is left as it is; name a folder elsewhere')
+            raise DataError(f'{target} is inside the dataset {source}, which must not change; choose another folder')
         try:
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f'{target}: this folder cannot be made: {error.strerror or error}') from error
+            raise DataError(f'{target}: this folder cannot be created: {error.strerror or error}') from error
 
     def lock(self) -> AbstractContextManager:
-        """Keep other runs from preparing into the folder meanwhile; see `lock_folder`."""
+        """Prevent other runs from preparing into the folder; see `lock_folder`."""
         return lock_folder(self.target, 'another run is preparing there')
 
     @property
     def num_faults(self) -> int:
-        """The number of faults of all splits."""
+        """Number of faults of all splits."""
         return sum(len(checked.faults) for checked in self.checked)
 
     def check(self, workers: int, on_pair: Callable[[], None] = int) -> None:
-        """Read all images but those that a run checked that was killed or refused."""
+        """Read all images, except those already checked by an interrupted or failed run."""
         self.checked = [self._journal(split).check(split, workers, on_pair) for split in self.splits]
         self.leaks = find_leaks(self.checked)
 
     def list_faults(self) -> Path:
-        """Write all faults to a file, a line each, and return its path."""
+        """Write all faults to a file, one per line, and return its path."""
         path = self.target / FAULTS
         rows = [(one.split.name, fault.kind, fault.name, fault.text) for one in self.checked for fault in one.faults]
         rows += [
-            (leak.second, f'in {leak.first}, too', tested, trained)
+            (leak.second, f'also in {leak.first}', tested, trained)
             for leak in self.leaks
             for trained, tested in leak.examples
         ]
@@ -310,16 +310,16 @@ class Preparation:
         return path
 
     def write(self, layout: str, place: str | None, on_pair: Callable[[], None] = int) -> list[Path]:
-        """Write the manifests of what was checked, and copies or links of the good pairs where wanted.
+        """Write the manifests, and copies of or links to the good pairs if requested.
 
         Args:
             layout: name of the layout in the manifests.
-            place: `copy` or `link` to make folders of equal names in the target; None to leave images where they are.
-            on_pair: called after each pair that was copied or linked.
+            place: `copy` or `link` to create folders of equal names in the target; None to leave images in place.
+            on_pair: called after each pair copied or linked.
         Returns:
-            The manifests; a split without any good pair gets none.
+            The manifests; a split without good pairs has none.
         Raises:
-            DataError: if the disk is full or a file cannot be written; manifests that are there then are whole.
+            DataError: if the disk is full or a file cannot be written; manifests written until then are complete.
         """
         paths = {split.name: self.target / f'{split.name}.jsonl' for split in self.splits}
         for path in [*paths.values(), self.target / FAULTS]:
@@ -351,14 +351,14 @@ class Preparation:
         return Journal(self.target / f'.{split.name}.checked')
 
     def _place(self, checked: CheckedSplit, how: str, on_pair: Callable[[], None]) -> Path:
-        """Copy or link the good pairs to `SPLIT/lq` and `SPLIT/gt`, under equal names where endings allow."""
+        """Copy or link the good pairs to `SPLIT/lq` and `SPLIT/gt`, under equal names except for extensions."""
         folder, unfinished = self.target / checked.split.name, self.target / f'.{checked.split.name}.part'
         try:
             if folder.exists():
-                # Never with another: files that are not needed are removed.
+                # Only folders of an earlier run may be reused, as their unneeded files are removed.
                 if not (folder / _OURS).is_file():
                     raise DataError(
-                        f'{folder} is there already, and not from an earlier run; move it, or name another folder'
+                        f'{folder} exists and is not from an earlier run; move it, or choose another folder'
                     )
                 if unfinished.exists():
                     shutil.rmtree(unfinished)
@@ -370,12 +370,12 @@ class Preparation:
             copies: dict[int, Path] = {}
             for pair, (_, *names) in zip(checked.good_pairs(), _name_copies(checked), strict=True):
                 for path, name in zip((pair.lq, pair.gt), names, strict=True):
-                    # RESIDE has up to 35 degraded images to a clean one, which is kept once.
+                    # RESIDE has up to 35 degraded images per clean one, which is stored once.
                     first = copies.setdefault(hash(path), unfinished / name)
                     _put(path, unfinished / name, how, first)
                     wanted.add(hash(name))
                 on_pair()
-            for side in ('lq', 'gt'):  # files of an earlier run that this one does without
+            for side in ('lq', 'gt'):  # remove files of an earlier run that are no longer needed
                 for name in os.listdir(unfinished / side):
                     if hash(f'{side}/{name}') not in wanted:
                         (unfinished / side / name).unlink()
@@ -383,13 +383,13 @@ class Preparation:
         except OSError as error:
             raise DataError(
                 f'cannot {how} to {error.filename2 or error.filename or unfinished}: {error.strerror or error}. '
-                f'Make room or choose another folder, and run the command again: it goes on where it stopped'
+                f'Free some space or choose another folder, and run the command again: it resumes where it stopped'
             ) from error
         return folder.resolve()
 
 
 def format_table(prepared: Preparation) -> list[str]:
-    """Return a table with a line for each split."""
+    """Return a table with one line per split."""
     rows = [('split', 'pairs', 'faulty', 'width x height', 'files', 'from')]
     for checked in prepared.checked:
         counts = f'{checked.num_pairs:,}', f'{len(checked.faults):,}'
@@ -400,28 +400,28 @@ def format_table(prepared: Preparation) -> list[str]:
 
 
 def format_notes(prepared: Preparation) -> list[str]:
-    """Return lines on what is no fault, but good to know."""
+    """Return notes on properties that are not faults but worth knowing."""
     lines = []
     for checked in prepared.checked:
         name = checked.split.name
         for trait, count in sorted(checked.traits.items()):
             lines.append(f'{name}: {_count(count, "image")} {_TRAITS.get(trait, f"{trait}; read by content")}')
-        repeats = find_duplicates(checked, checked, 'degraded')  # clean ones may well have many degraded ones
+        repeats = find_duplicates(checked, checked, 'degraded')  # clean images may have several degraded ones
         if repeats.num:
             examples = [f'{Path(one).name} = {Path(other).name}' for one, other in repeats.examples]
             more = ' ...' if repeats.num > len(examples) else ''
             count = _count(repeats.num, 'degraded image')
-            lines.append(f'{name}: {count} more than once: {", ".join(examples)}{more}')
+            lines.append(f'{name}: {count} repeated: {", ".join(examples)}{more}')
         if checked.num_unchanged:
-            lines.append(f'{name}: in {_count(checked.num_unchanged, "pair")} the degraded image is the clean one')
+            lines.append(f'{name}: {_count(checked.num_unchanged, "pair")} with equal degraded and clean images')
         if checked.num_clean < len(checked.good):
-            clean = _count(checked.num_clean, 'clean one')
+            clean = _count(checked.num_clean, 'clean image')
             lines.append(f'{name}: {len(checked.good):,} degraded images of {clean}')
     return lines
 
 
 def format_faults(prepared: Preparation) -> list[str]:
-    """Return lines on the faults, by kind, with the first few of each."""
+    """Describe the faults by kind, with the first few of each."""
     lines = []
     for checked in prepared.checked:
         by_kind = defaultdict(list)
@@ -434,17 +434,17 @@ def format_faults(prepared: Preparation) -> list[str]:
 
 
 def format_leaks(prepared: Preparation) -> list[str]:
-    """Return lines on images to be tested with that are trained on."""
+    """Describe the test images that are also training images."""
     lines = []
     for leak in prepared.leaks:
         verb = 'is' if leak.num == 1 else 'are'
-        lines.append(f'{leak.second}: {_count(leak.num, f"{leak.kind} image")} {verb} in {leak.first}, too')
+        lines.append(f'{leak.second}: {_count(leak.num, f"{leak.kind} image")} {verb} also in {leak.first}')
         lines += _first([f'{tested} = {trained}' for trained, tested in leak.examples], leak.num, prepared.source)
     return lines
 
 
 def format_options(manifests: Iterable[tuple[str, Path]]) -> list[str]:
-    """Return the part of an option file that uses manifests, given by phase and path."""
+    """Return the section of an option file for manifests given by phase and path."""
     sections, others = {}, []
     for phase, path in manifests:
         if phase == 'train' and 'train' in sections:
@@ -452,7 +452,7 @@ def format_options(manifests: Iterable[tuple[str, Path]]) -> list[str]:
             continue
         count = len(sections.keys() - {'train'})
         key = 'train' if phase == 'train' else f'val_{count + 1}' if count else 'val'
-        # A name that files of results can have.
+        # The name must be valid in names of result files.
         name = f'{printable(path.parent.name)[:80]}_{path.stem}'.replace('\\', '_').lstrip('._ ')
         sections[key] = {'name': name, 'type': 'PairsDataset', 'layout': 'manifest', 'manifest': str(path)}
     text = yaml.safe_dump({'datasets': sections}, sort_keys=False, allow_unicode=True, width=10**6)
@@ -460,7 +460,7 @@ def format_options(manifests: Iterable[tuple[str, Path]]) -> list[str]:
 
 
 def _put(path: str, target: Path, how: str, first: Path) -> None:
-    """Copy or link a file, unless it is there already; of a file that has a copy `first`, give that another name."""
+    """Copy or link a file unless it exists; if `first` is an earlier copy of it, make a hard link to that."""
     if how == 'link':
         target.unlink(missing_ok=True)
         target.symlink_to(os.path.relpath(os.path.realpath(path), os.path.realpath(target.parent)))
@@ -472,7 +472,7 @@ def _put(path: str, target: Path, how: str, first: Path) -> None:
         return
     partial = target.with_name('.part')
     partial.unlink(missing_ok=True)
-    with suppress(OSError):  # not all file systems have links, and some files too many names
+    with suppress(OSError):  # some file systems have no hard links or limit their number
         if first != target:
             os.link(first, partial)
     if not partial.exists():
@@ -482,9 +482,9 @@ def _put(path: str, target: Path, how: str, first: Path) -> None:
 
 
 def _name_copies(checked: CheckedSplit) -> Iterator[tuple[str, str, str]]:
-    """Name pairs and copies by the keys without folders, distinct also where capitals are not told from small letters.
+    """Yield the new key of each good pair and the names of its degraded and clean copies.
 
-    Yields the new key, and the names of the degraded and the clean image.
+    Names derive from the keys without folders and are unique even on case-insensitive file systems.
     """
     taken: set[int] = set()
     for pair in checked.good_pairs():
@@ -505,17 +505,17 @@ def _below(path: str, root: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Remove a manifest or list of an earlier run, and no file that only has its name."""
+    """Remove a manifest or fault list of an earlier run, but no other file of that name."""
     try:
         if not path.is_file():
             return
         with open(path, 'rb') as file:
             start = file.read(16)
         if path.suffix == '.jsonl' and not start.startswith(b'{"manifest"'):
-            raise DataError(f'{path} is there already, and no manifest; move it, or name another folder')
+            raise DataError(f'{path} exists and is not a manifest; move it, or choose another folder')
         path.unlink()
     except OSError as error:
-        raise DataError(f'{path}: of an earlier run, and cannot be removed: {error.strerror or error}') from error
+        raise DataError(f'{path}: cannot be removed from an earlier run: {error.strerror or error}') from error
 
 
 def _format_sizes(sizes: Counter) -> str:
@@ -527,7 +527,7 @@ def _format_sizes(sizes: Counter) -> str:
 
 
 def _shorten(text: str, source: Path) -> str:
-    """Leave out the folder of the dataset, which is printed above; show names that are no text all the same."""
+    """Remove the folder of the dataset, which is printed above, and make undecodable names printable."""
     return printable(text.replace(f'{source}/', ''))
 
 

@@ -1,6 +1,6 @@
-"""What is random in training: which sample comes when, and the generators of a process.
+"""Sample order and random states of training.
 
-All of it follows from the seed, the epoch and the position, so that a run can go on in the middle of an epoch.
+Both follow from the seed, the epoch and the position, so that a run can resume within an epoch.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from ast_plugin.errors import DataError
 
 
 def epoch_of(iteration: int, iters_per_epoch: int) -> tuple[int, int]:
-    """The epoch, from 0, that an iteration, from 1, belongs to, and how many of that epoch's are done after it."""
+    """Return the epoch (from 0) of an iteration (from 1), and the number of its iterations done after that one."""
     epoch = max(0, iteration - 1) // iters_per_epoch
     return epoch, iteration - epoch * iters_per_epoch
 
 
 class EpochSampler(Sampler):
-    """Drop-in for BasicSR's EnlargedSampler.
+    """Drop-in replacement for BasicSR's EnlargedSampler.
 
-    An epoch goes through the dataset `ratio` times, and on to the next number of samples that gives full batches to
-    every rank: BasicSR's loader drops a partial batch, so that a set smaller than one batch would train on nothing.
-    What is added is drawn afresh in each epoch; no image comes more than once oftener than another.
+    An epoch covers the dataset `ratio` times, rounded up to full batches on every rank: BasicSR's loader drops partial
+    batches, so a dataset smaller than one batch would yield nothing. The additional samples are drawn anew in each
+    epoch, and the usage counts of images differ by at most one.
 
-    Datasets that say `index_carries_epoch` get `(epoch, position)`; the image is `position % len(dataset)`, and each
-    of its repeats has a position, thus random choices, of its own. Other datasets get the number of the image.
+    Datasets with `index_carries_epoch` get `(epoch, position)`. Their image is `position % len(dataset)`, and each
+    repeat of an image has its own position, hence its own random choices. Other datasets get the image number.
 
     Args:
-        dataset: has a length; `seed` and `batch_size_per_gpu` are read from its `opt`, where it has one.
-        num_replicas: number of processes that train.
-        rank: which of them this is.
-        ratio: how many times an epoch goes through the dataset.
+        dataset: sized dataset; `seed` and `batch_size_per_gpu` are read from its `opt`, if it has one.
+        num_replicas: number of training processes.
+        rank: rank of this process.
+        ratio: number of times that an epoch covers the dataset.
     Raises:
         DataError: if the dataset is empty.
     """
@@ -46,15 +46,15 @@ class EpochSampler(Sampler):
     def __init__(self, dataset: Dataset, num_replicas: int, rank: int, ratio: float = 1) -> None:
         opt = getattr(dataset, 'opt', None) or {}
         if len(dataset) == 0:
-            raise DataError(f'datasets.{opt.get("phase", "train")} is empty: a dataset to train on needs an image')
+            raise DataError(f'datasets.{opt.get("phase", "train")} is empty: training needs at least one image')
         self.dataset, self.num_replicas, self.rank, self.ratio = dataset, num_replicas, rank, ratio
         self.seed = opt.get('seed') or 0
         self.epoch = 0
-        self.resumed_epoch, self.num_used = -1, 0  # samples of that epoch that have been used before
+        self.resumed_epoch, self.num_used = -1, 0  # number of samples of that epoch used before resuming
         self.fill(opt.get('batch_size_per_gpu') or 1)
 
     def fill(self, batch: int) -> None:
-        """Let an epoch consist of full batches of this many samples a process."""
+        """Set the epoch length so that it consists of full batches of `batch` samples per process."""
         self.num_samples = max(1, math.ceil(len(self.dataset) * self.ratio / (self.num_replicas * batch))) * batch
 
     def __iter__(self) -> Iterator[tuple[int, int]] | Iterator[int]:
@@ -74,24 +74,24 @@ class EpochSampler(Sampler):
         return self.num_samples
 
     def resume(self, iteration: int, batch: int) -> None:
-        """Say that a run goes on after an iteration, with batches of this many samples a process.
+        """Continue after `iteration`, with batches of `batch` samples per process.
 
-        Iterating the epoch of that iteration gives what it has not used yet, nothing if the epoch is through; the
-        length stays that of a whole epoch.
+        Iterating over the epoch of that iteration yields only its unused samples, none if the epoch is complete. The
+        length remains that of a full epoch.
         """
         self.resumed_epoch, num_done = epoch_of(iteration, self.num_samples // batch)
         self.num_used = num_done * batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is of."""
+        """Set the epoch of the next pass over the dataset."""
         self.epoch = epoch
 
 
 class SeededSamples(Dataset):
-    """A dataset of BasicSR's or another plugin's, whose samples depend on (seed, epoch, position) alone.
+    """Wrapper that makes the samples of a third-party dataset depend only on (seed, epoch, position).
 
-    Its random choices come from global generators, which are seeded for each sample. All else is the dataset's own;
-    its indices must be numbers.
+    The global generators, from which such datasets draw, are seeded for each sample. All other attributes are those of
+    the dataset. Its indices must be integers.
     """
 
     index_carries_epoch = True
@@ -109,20 +109,21 @@ class SeededSamples(Dataset):
             sequence = np.random.SeedSequence((self.seed, epoch, position))
             for_python, for_numpy, for_torch = map(int, sequence.generate_state(3))
             random.seed(for_python)
-            np.random.seed(for_numpy)  # noqa: NPY002 (others draw from it)
+            np.random.seed(for_numpy)  # noqa: NPY002 (third-party datasets draw from it)
             torch.default_generator.manual_seed(for_torch)
             return self.dataset[position % len(self)]
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'dataset':  # not there yet, while this is unpickled in a worker
+        if name == 'dataset':  # not set yet while a worker unpickles this object
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
 
 def capture(every_device: bool = True) -> dict[str, Any]:
-    """Return the states of the global generators as tensors and plain values, which torch reads without pickle.
+    """Return the states of the global generators of torch, NumPy and Python as tensors and plain values.
 
-    They are torch's, numpy's and Python's; of all GPUs or, for processes that share a machine's, of the current one.
+    `torch.load` reads them with `weights_only`. Includes every GPU, or only the current one without `every_device`, for
+    processes that share a machine.
     """
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (BasicSR draws from it)
@@ -135,7 +136,7 @@ def capture(every_device: bool = True) -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Put the generators where `capture` found them; GPUs that are no longer there are left out."""
+    """Restore the generator states returned by `capture`; GPUs that no longer exist are skipped."""
     torch.set_rng_state(states['torch'].cpu())
     for device in states['cuda'].keys() & set(_devices()):
         torch.cuda.set_rng_state(states['cuda'][device].cpu(), device)
@@ -147,7 +148,7 @@ def restore(states: dict[str, Any]) -> None:
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Leave the generators afterwards as they are now, whatever is drawn in between."""
+    """Restore the global generators on exit to their states on entry."""
     states = capture()
     try:
         yield

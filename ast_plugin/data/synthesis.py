@@ -1,7 +1,7 @@
-"""Make pairs of degraded and clean images from clean photos: from which, how, and the files of `basicsr data synth`.
+"""Synthesize degraded/clean image pairs from clean photos, for datasets and for `basicsr data synth`.
 
-Each pair depends on the photo, its name, the seed and the number of the pair alone, so more photos, or more pairs of
-each, leave the others as they are.
+Each pair depends only on the photo, its name, the seed and the number of the pair. Adding photos, or pairs per photo,
+does not change the other pairs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ast_plugin.faults import faults_of
 from ast_plugin.files import lock_folder, replace_folder, write_file
 from ast_plugin.names import file_name, seed_of
 
-# Colour photos of scenes, each scene in one split only: split, package and file. What else these packages hold is gray,
-# drawn, seen through a microscope or a telescope, or a retina, and would teach a network little about photos.
+# Colour photos of scenes: split, package and file. Each scene belongs to one split. The other images of these packages
+# are gray, drawn, or taken by microscope, telescope or retinal camera, which do not help restoration of photos.
 _PACKAGED = {
     'astronaut': ('train', 'skimage', 'data/astronaut.png'),
     'coffee': ('train', 'skimage', 'data/coffee.png'),
@@ -42,12 +42,12 @@ _PACKAGED = {
     'chelsea': ('val', 'skimage', 'data/chelsea.png'),
     'china': ('val', 'sklearn', 'datasets/images/china.jpg'),
 }
-_VAL_SHARE = 5  # one photo of a folder in so many is kept for validation
+_VAL_SHARE = 5  # one in N photos of a folder is kept for validation
 _FOLDERS, _RECORD = ('lq', 'gt', 'mask'), 'synthesis.json'
 
 
 class Photo(NamedTuple):
-    """The name of a photo in options and results, and its file."""
+    """A photo: its name in options and results, and its file."""
 
     name: str
     path: Path
@@ -55,22 +55,23 @@ class Photo(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How pairs are made."""
+    """Settings for making pairs."""
 
-    task: str  # a name of `DEGRADATIONS`
-    parameters: BaseModel  # its ranges
-    seed: int = 0  # of the whole run
-    count: int = 1  # pairs of each photo
+    task: str  # name in `DEGRADATIONS`
+    parameters: BaseModel  # ranges of its parameters
+    seed: int = 0
+    count: int = 1  # pairs per photo
     size: int | None = None  # side of square patches in pixels, or None for whole photos
 
 
 def packaged_photos(split: str = 'all', names: list[str] | None = None) -> list[Photo]:
-    """List the photos inside scikit-image and scikit-learn, without importing or downloading anything.
+    """List the photos shipped with scikit-image and scikit-learn, without importing or downloading anything.
 
-    `split` is `train`, `val` or `all`, and never changes for a photo; `names` are taken instead.
-
+    Args:
+        split: `train`, `val` or `all`; the split of a photo is fixed.
+        names: names of photos to list instead of a split.
     Raises:
-        DataError: if a package or one of its files is missing, or a name is none of these photos.
+        DataError: if a package or one of its files is missing, or a name is unknown.
     """
     if names is None:
         names = [name for name, row in _PACKAGED.items() if split in ('all', row[0])]
@@ -83,7 +84,7 @@ def packaged_photos(split: str = 'all', names: list[str] | None = None) -> list[
             missing = package if path is None else f'{path.name} of {package}'
             raise DataError(
                 f'the packaged photos need {missing}, which is not installed: pip install "ast_plugin[photos]", '
-                f'or name a folder of photos with `source: folder` and `dataroot_gt`'
+                f'or use a folder of photos with `source: folder` and `dataroot_gt`'
             )
         photos.append(Photo(name, path))
     return photos
@@ -93,12 +94,12 @@ def folder_photos(folder: str | Path, phase: str, split: str = 'all', names: lis
     """List the photos of a folder.
 
     Args:
-        folder: with the photos; folders in it are not searched.
-        phase: whose they are, for messages.
-        split: `train`, `val` or `all`. One in five is for validation; the name alone decides which.
-        names: those wanted, by name with or without extension, instead of a split.
+        folder: folder of photos; subfolders are not searched.
+        phase: phase of the dataset, for messages.
+        split: `train`, `val` or `all`. One photo in five, selected by its name alone, belongs to `val`.
+        names: names of photos, with or without extension, to list instead of a split.
     Raises:
-        DataError: if the folder is missing or has no photo in that split, or a name is not in it.
+        DataError: if the folder is missing, has no photo in the split, or lacks a requested name.
     """
     photos = [Photo(Path(name).stem, Path(folder) / name) for name in list_images(folder, phase)]
     if names is not None:
@@ -109,17 +110,17 @@ def folder_photos(folder: str | Path, phase: str, split: str = 'all', names: lis
     wanted = [photo for photo in photos if (seed_of(photo.name) % _VAL_SHARE == 0) == (split == 'val')]
     if not wanted:
         raise DataError(
-            f'datasets.{phase}: none of the {len(photos)} photos in {folder} falls into the split {split!r}, '
-            f'which their names decide. Name some with `photos: [...]`, or take another folder with `split: all`'
+            f'datasets.{phase}: none of the {len(photos)} photos in {folder} is in the split {split!r}, which is '
+            f'determined by their names. Select photos with `photos: [...]`, or use another folder with `split: all`'
         )
     return wanted
 
 
 def read_parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
-    """Return the ranges of a degradation with those of `settings`; one value is a range of that value alone.
+    """Return the parameters of a degradation, with `settings` applied; a single value v is the range [v, v].
 
     Raises:
-        OptionError: with a line on each that is unknown or wrong.
+        OptionError: with one line for each unknown or invalid parameter.
     """
     model = DEGRADATIONS[task].parameters
     properties = model.model_json_schema()['properties']
@@ -145,12 +146,12 @@ def read_parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
 
 
 def _make_pairs(name: str, path: Path, depth_path: Path | None, recipe: Recipe) -> Iterator[dict[str, np.ndarray]]:
-    """Make the pairs of one photo, RGB [H, W, 3] in its depth, uint8 or uint16; the mask is [H, W] uint8."""
+    """Yield the pairs of one photo, RGB [H, W, 3] in its dtype, uint8 or uint16; the mask is [H, W] uint8."""
     image = read_rgb(path)
     height, width = image.shape[:2]
     if recipe.size is not None and recipe.size > min(height, width):
         raise DataError(
-            f'{path}: has {width}x{height} pixels, fewer than a patch of {recipe.size}; leave it out, or ask for less'
+            f'{path}: has {width}x{height} pixels, fewer than a patch of {recipe.size}; remove it or reduce the size'
         )
     options = {} if depth_path is None else {'depth': read_depth(depth_path, (height, width))}
     row = DEGRADATIONS[recipe.task]
@@ -178,18 +179,18 @@ def degraded_patch(
     gamma: tuple[float, float] = (1.0, 1.0),
     depth: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Cut a patch with the margin that the degradation needs, flip it, degrade it, and cut the margin off.
+    """Crop a patch with the margin required by the degradation, flip it, degrade it, and remove the margin.
 
     Args:
-        image: RGB, [H, W, 3], of 8 or 16 bits or float in [0, 1]. What is smaller than the patch goes on reflected.
+        image: RGB, [H, W, 3], 8 or 16 bits, or float in [0, 1]. Images smaller than the patch are padded by reflection.
         size: side of the square patch in pixels.
-        generator: source of the place, the flip, the exponent, whether to degrade, and the degradation, in this order.
-        degradation: a row of `DEGRADATIONS`.
-        parameters: ranges of its type.
+        generator: source of position, flip, gamma, whether to degrade, and the degradation, drawn in this order.
+        degradation: entry of `DEGRADATIONS`.
+        parameters: parameters of that degradation.
         use_hflip, use_rot: see `transforms.random_flip`.
-        clean_share: share of the patches, in [0, 1], that stay as they are.
-        gamma: range of the exponent that the clean patch is raised to first; above 1 darkens it. Log-uniform.
-        depth: [H, W], for degradations that take it; cut and flipped alike.
+        clean_share: fraction of patches, in [0, 1], that are not degraded.
+        gamma: range of the exponent applied to the clean patch, sampled log-uniformly; above 1 darkens it.
+        depth: depth map, [H, W], for degradations that take one; cropped and flipped like the image.
     Returns:
         The degraded and the clean patch, [size, size, 3] float32 in [0, 1], and the mask, [size, size], or None.
     """
@@ -210,12 +211,12 @@ def degraded_patch(
 
 
 def read_depth(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Read a map of distances in any unit: .npy, .npz with one array, or a gray image of 8 or 16 bits, 0 is unknown.
+    """Read a depth map in any unit from .npy, .npz with one array, or a gray image of 8 or 16 bits where 0 is unknown.
 
     Returns:
         [H, W] float32, NaN where unknown.
     Raises:
-        DataError: if it cannot be read or is not of `shape`.
+        DataError: if it cannot be read or does not have the shape `shape`.
     """
     if path.suffix.lower() in ('.npy', '.npz'):
         depth = _read_array(path)
@@ -224,10 +225,10 @@ def read_depth(path: Path, shape: tuple[int, int]) -> np.ndarray:
     else:
         color = read_image(path).color
         if color.ndim != 2:
-            raise DataError(f'{path}: a map of distances is gray or an array in .npy or .npz; this image has colours')
+            raise DataError(f'{path}: expected a depth map as a gray image, .npy or .npz; got an image with colours')
         depth = np.where(color == 0, np.float32('nan'), color.astype(np.float32))
     if depth.shape != shape:
-        raise DataError(f'{path}: a map of distances has the size of its photo, {shape}; this has {depth.shape}')
+        raise DataError(f'{path}: expected a depth map of the size of its photo, {shape}; got {depth.shape}')
     return depth.astype(np.float32)
 
 
@@ -244,25 +245,25 @@ def _read_array(path: Path) -> np.ndarray:
 
 
 def check_output(output: Path, photos: Iterable[Path], overwrite: bool) -> None:
-    """Raise DataError unless `output` is free, or holds an earlier run of `write_pairs` alone, and may be replaced."""
+    """Raise DataError unless `output` is missing or empty, or holds only an earlier run that may be overwritten."""
     if not os.path.lexists(output):
         return
     if not output.is_dir() or output.is_symlink():
-        raise DataError(f'{output}: is there already and is no folder; name another one with -o')
+        raise DataError(f'{output}: exists and is not a folder; choose another output with -o')
     entries = set(os.listdir(output))
     if not entries:
         return
     if not overwrite:
-        raise DataError(f'{output}: is not empty; name another folder, or replace an earlier run with --overwrite')
+        raise DataError(f'{output}: is not empty; choose another folder, or replace an earlier run with --overwrite')
     foreign = sorted(entries - {*_FOLDERS, _RECORD})
     if foreign or _RECORD not in entries:
         what = f'has {foreign[0]}' if foreign else f'has no {_RECORD}'
         raise DataError(
-            f'{output}: {what}, so this command did not write it; remove it yourself, or name another folder'
+            f'{output}: {what}, so it was not written by this command; remove it manually, or choose another folder'
         )
     inside = next((path for path in photos if path.resolve().is_relative_to(output.resolve())), None)
     if inside is not None:
-        raise DataError(f'{inside}: lies in {output}, which --overwrite would remove; name another folder')
+        raise DataError(f'{inside}: is in {output}, which --overwrite would remove; choose another folder')
 
 
 def write_pairs(
@@ -272,16 +273,16 @@ def write_pairs(
     output: Path,
     on_pair: Callable[[], None] = int,
 ) -> tuple[list[float], list[str]]:
-    """Write the pairs of all photos into a folder that appears whole or not at all; an earlier one is replaced.
+    """Write the pairs of all photos to a folder atomically; an existing folder is replaced.
 
     Args:
-        photos: by name: the pairs of one are called `name_1`, `name_2` and so on, and drawn by the name and the seed.
-        depths: the map of distances of each, or None.
-        recipe: how pairs are made.
-        output: the folder, which `check_output` has passed.
+        photos: files by name. The pairs of a photo are named `name_1`, `name_2`, …; name and seed determine them.
+        depths: depth map of each photo, or None.
+        recipe: settings for making pairs.
+        output: the folder, validated by `check_output`.
         on_pair: called after each pair.
     Returns:
-        The PSNR of each pair in dB; and why photos have none, as those that can be read have theirs all the same.
+        The PSNR of each pair in dB, and a message for each photo that failed; the pairs of all others are written.
     Raises:
         DataError: if no photo can be read, or images cannot be written.
     """
@@ -301,7 +302,7 @@ def write_pairs(
         partial.mkdir(parents=True, exist_ok=True)
         with lock_folder(partial, 'another run is making pairs there'):
             try:
-                for left_over in partial.iterdir():  # by a run that was killed
+                for left_over in partial.iterdir():  # from an interrupted run
                     shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
                 for name, path in photos.items():
                     try:
@@ -338,5 +339,5 @@ def _psnr(lq: np.ndarray, gt: np.ndarray) -> float:
 
 
 def _to_integers(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    # In float64: float32 would miss some of the values of 16 bits.
+    # float64, because float32 misses some 16-bit values.
     return np.rint(image.astype(np.float64) * np.iinfo(dtype).max).astype(dtype)

@@ -1,4 +1,4 @@
-"""Processes and threads that prepare data: results in order, and no signals that are meant for the main process."""
+"""Worker processes and threads for data: ordered results, and shielding from signals meant for the main process."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ Item = TypeVar('Item')
 Result = TypeVar('Result')
 
 BATCH = 16
-"""How many items a process is given at once: one by one, handing over takes as long as small images do."""
+"""Number of items sent to a process at once: sending them singly takes as long as processing small images."""
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _CAN_BLOCK = hasattr(signal, 'pthread_sigmask')  # not on Windows
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def map_ahead(
     executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], num_ahead: int
 ) -> Iterator[Result]:
-    """Yield `function(item)` for every item, in their order, and shut the executor down in the end.
+    """Yield `function(item)` for every item, in order, and shut the executor down at the end.
 
     Args:
         executor: of threads or processes.
-        function: what they do.
-        items: taken as they are needed, however many there are.
-        num_ahead: how many are under way beyond the one that is waited for.
+        function: called in the executor.
+        items: consumed lazily.
+        num_ahead: number of calls submitted beyond the one whose result is awaited.
     """
     pending: deque = deque()
     try:
@@ -64,17 +64,17 @@ def map_in_processes(
     *,
     prepare: Callable[[], None] = int,
 ) -> Iterator[Result]:
-    """Yield `function(item)` for every item, in their order.
+    """Yield `function(item)` for every item, in order.
 
-    Processes end with this one, even when it is killed, and leave Ctrl-C to it.
+    The processes end with this one, even if it is killed, and leave Ctrl-C to it.
 
     Args:
-        function: a function of a module, which raises nothing that is to be told apart.
-        items: taken as they are needed.
-        workers: processes; with 1 all is done in this one.
+        function: module-level function (it is pickled); an exception ends the iteration.
+        items: consumed lazily.
+        workers: number of processes; 1 runs everything in this process.
         prepare: called once in every process.
     Raises:
-        DataError: if a process is killed, as systems do when memory runs out.
+        DataError: if a process is killed, as operating systems do when memory runs out.
     """
     if workers <= 1:
         prepare()
@@ -82,7 +82,7 @@ def map_in_processes(
         return
     items = iter(items)
     batches = iter(lambda: list(itertools.islice(items, BATCH)), [])
-    # Processes that are forked from one with threads may hang; a server without threads forks them.
+    # Forking a process with threads may deadlock; the fork server has none.
     context = multiprocessing.get_context('forkserver' if hasattr(os, 'fork') else 'spawn')
     executor = ProcessPoolExecutor(workers, context, _start_process, (prepare,))
     try:
@@ -96,11 +96,11 @@ def map_in_processes(
 
 @contextmanager
 def block_signals() -> Iterator[None]:
-    """Start workers of a loader inside: signals reach none of them before it has come to `start_apart`."""
+    """Block SIGINT and SIGTERM while loader workers start inside; each unblocks them itself in `start_apart`."""
     if not _CAN_BLOCK:
         yield
         return
-    resource_tracker.ensure_running()  # it would let the signals through again if it started in between
+    resource_tracker.ensure_running()  # starting it later would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -109,16 +109,16 @@ def block_signals() -> Iterator[None]:
 
 
 def start_apart(worker_init: Callable[[int], None] | None, worker: int) -> None:
-    """Begin a worker of a loader by leaving its parent's group.
+    """Initialize a loader worker in a process group of its own.
 
-    Terminals and launchers send SIGINT and SIGTERM to a whole group of processes. The process that trains takes them as
-    a request to save, for which it needs its workers; it ends them itself. Where it is killed, they leave with it.
+    Terminals and launchers send SIGINT and SIGTERM to the whole process group. The training process treats them as a
+    request to save, for which it still needs its workers; it ends them itself. If it is killed, its workers exit too.
     """
     _leave_with_parent()
     if hasattr(os, 'setpgrp'):
         os.setpgrp()
     if hasattr(signal, 'sigtimedwait'):
-        # Signals that came to the group until now are not for this process, those of the parent are.
+        # Discard signals sent to the group so far, but not SIGTERM from the parent.
         while (waiting := signal.sigtimedwait(_SIGNALS, 0)) is not None:
             if waiting.si_signo == signal.SIGTERM and waiting.si_pid == os.getppid():
                 os._exit(0)
@@ -139,7 +139,7 @@ def _start_process(prepare: Callable[[], None]) -> None:
 
 
 def _leave_with_parent() -> None:
-    """Let a thread end this process when its parent is gone, even if it waits for a lock that the parent died with."""
+    """Start a thread that exits this process when its parent dies, even if a lock held by the parent is awaited."""
     if (parent := multiprocessing.parent_process()) is None:
         return
 

@@ -80,10 +80,10 @@ def test_faults_are_refused_and_then_left_out(folder, capfd):
 def test_leaks_are_refused_and_then_accepted(folder, capfd):
     shutil.copy('raindrop/train/train/data/3_rain.png', 'raindrop/test_a/test_a/data/0_rain.png')
     out, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', status=2)
-    assert 'test_a: 1 degraded image is in train, too' in out
+    assert 'test_a: 1 degraded image is also in train' in out
     assert 'test_a/test_a/data/0_rain.png = train/train/data/3_rain.png' in out
     assert '1 images in training and test alike' in err and '--allow-duplicates' in err
-    assert 'in train, too' in (folder / 'out/faults.txt').read_text()
+    assert 'also in train' in (folder / 'out/faults.txt').read_text()
     run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--skip-faulty', status=2)
     out, _ = run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--allow-duplicates')
     assert 'prepared 8 pairs' in out
@@ -112,17 +112,17 @@ def test_plain_folders(folder, capfd):
     [
         (['agn', 'raindrop', 'out'], 'no layout agn, did you mean agan?'),
         (['agan', 'nowhere', 'out'], 'nowhere: there is no such folder'),
-        (['istd', 'raindrop', 'out'], 'ISTD is not in'),
+        (['istd', 'raindrop', 'out'], 'ISTD was not found in'),
         (
             ['folders', 'raindrop/train/train', 'out', '--lq', 'data', '--gt', 'gt'],
-            'there is data, gt, but no image of data has a partner in gt. Name',
+            'got data, gt, but no image of data has a partner in gt. Give',
         ),
-        (['agan', 'raindrop', 'raindrop/out'], 'lies in the dataset'),
+        (['agan', 'raindrop', 'raindrop/out'], 'is inside the dataset'),
         (['agan', 'raindrop', 'out', '--workers', '0'], '--workers is 0'),
         (['agan', 'raindrop', 'out', '--split', 'val'], 'no split val'),
         (['agan', 'raindrop', 'out', '--lq', 'x', '--gt', 'y'], 'for the layout folders, not for agan'),
         (['folders', 'raindrop', 'out', '--lq', 'x'], '--lq and --gt go together'),
-        (['folders', 'raindrop', 'out', '--lq-template', 'rain'], 'a name template has one {}'),
+        (['folders', 'raindrop', 'out', '--lq-template', 'rain'], 'a name template contains one {}'),
     ],
 )
 def test_wrong_usage(folder, capfd, arguments, expected):
@@ -154,11 +154,17 @@ def link_to_itself(path):
 
 BREAKS = [  # what happens to a file, what is told of it, and whether --quick sees it
     ('hazy/02_hazy.png', Path.unlink, 'missing', 'there is no such file', True),
-    ('hazy/02_hazy.png', lambda path: write_noise(path, 999), 'changed', 'other pixels than the manifest says', False),
-    ('hazy/02_hazy.png', lambda path: write_noise(path, 2, (24, 16)), 'changed', '16x24 pixels, the manifest', False),
+    ('hazy/02_hazy.png', lambda path: write_noise(path, 999), 'changed', 'its pixels differ from the manifest', False),
+    (
+        'hazy/02_hazy.png',
+        lambda path: write_noise(path, 2, (24, 16)),
+        'changed',
+        '16x24 pixels, but 24x16 in the manifest',
+        False,
+    ),
     ('hazy/02_hazy.png', lambda path: path.write_bytes(b'x'), 'unreadable', 'not a PNG', True),
     ('hazy/02_hazy.png', link_to_itself, 'unreadable', 'Too many levels of symbolic links', True),
-    ('GT/03_GT_new.png', lambda path: write_noise(path, 5), 'extra', 'came after the manifest was made', True),
+    ('GT/03_GT_new.png', lambda path: write_noise(path, 5), 'extra', 'added after the manifest was written', True),
 ]
 
 
@@ -201,10 +207,10 @@ def test_a_key_of_two_pairs_is_told(prepared, capfd):
     [
         (['nowhere'], 'nowhere: there is no such manifest or folder'),
         (['haze'], 'no manifest (*.jsonl) and no LMDB in it'),
-        (['haze/GT/mask.png'], 'no manifest, which is text'),
+        (['haze/GT/mask.png'], 'not a manifest, which is UTF-8 text'),
         (['out', '--manifest', 'out/train.jsonl'], '--manifest is for LMDBs'),
-        (['cut.jsonl'], 'says 4 pairs, 3 follow'),
-        (['moved/train.jsonl'], 'which is no folder now'),
+        (['cut.jsonl'], 'expected 4 pairs as stated in the first line, got 3'),
+        (['moved/train.jsonl'], 'which is not a folder'),
     ],
 )
 def test_wrong_usage_of_check(prepared, capfd, arguments, expected):

@@ -143,7 +143,7 @@ def test_earlier_output_is_kept(tmp_path, photo, capsys):
     assert 'mine.txt' in capsys.readouterr().err and (out / 'mine.txt').exists()
     (out / 'mine.txt').unlink()
     assert synth('--task', 'rain', '-i', out / 'gt', '-o', out, '--overwrite') == 2
-    assert 'lies in' in capsys.readouterr().err
+    assert f'is in {out}' in capsys.readouterr().err
     assert not [name for name in os.listdir(tmp_path) if name.endswith(('.part', '.old'))]
 
 
@@ -199,7 +199,7 @@ BAD_INPUT = [  # IO stands for `-i PHOTO -o OUT`
     ('--task rain -i nowhere.png -o OUT', 'nowhere.png: cannot be read'),
     ('--task rain -i cut.png -o OUT', 'cut.png'),
     ('--task rain -i none*.png -o OUT', 'no file matches this pattern'),
-    ('--task rain -i PHOTO -o PHOTO', 'is no folder'),
+    ('--task rain -i PHOTO -o PHOTO', 'is not a folder'),
     ('--task rain IO --count 0', '--count is 0: expected 1 or more'),
     ('--task rain IO --seed -1', '--seed is -1: expected 0 or more'),
     ('--task rain IO --size 100', 'has 128x96 pixels, fewer than a patch'),
@@ -222,7 +222,7 @@ BAD_INPUT = [  # IO stands for `-i PHOTO -o OUT`
     ('--task snow IO --set veil=0,2', 'veil: must lie within [0, 1]'),
     ('--task snow IO --depth PHOTO', 'snow does not depend on distances'),
     ('--task haze IO --depth no.npy', 'there is no such file or folder'),
-    ('--task haze IO --depth PHOTO', 'this image has colours'),
+    ('--task haze IO --depth PHOTO', 'an image with colours'),
     ('--task haze IO --depth small.npy', 'the size of its photo'),
     ('--task haze IO --depth broken.npy', 'cannot be read as an array'),
     ('--task haze IO --depth two.npz', 'expected one array, got 2'),

@@ -164,7 +164,7 @@ def test_a_whole_run_puts_an_older_one_aside(folder, capfd):
     assert train(overrides=['stages:2:train:optim_g:lr=fast']) == 2
     assert 'stages.2.train.optim_g.lr: expected a number' in capfd.readouterr().err
     assert train(overrides=['stages:2:datasets:train:dataroot=nowhere']) == 2
-    assert 'stage_3: datasets.train: AGAN-Data is not at nowhere' in capfd.readouterr().err
+    assert 'stage_3: datasets.train: AGAN-Data was not found at nowhere' in capfd.readouterr().err
     assert train(overrides=['stages:2:network_g={num_feat: 8}']) == 2
     assert 'stage_3: network_g, which starts from the stage before: ' in capfd.readouterr().err
     assert names(folder / 'experiments') == ['AST_deraindrop']

@@ -127,7 +127,7 @@ def test_a_digest_is_of_pixels_alone(tmp_path):
 @pytest.mark.parametrize(
     ('lq', 'gt', 'expected'),
     [
-        ((48, 64), (64, 48), 'turned by 90 degrees'),
+        ((48, 64), (64, 48), 'rotated by 90 degrees'),
         ((24, 32), (48, 64), '2 times smaller'),
         ((48, 64), (48, 63), '64x48 pixels, its clean partner .*gt.png 63x48$'),
     ],

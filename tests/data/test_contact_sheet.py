@@ -63,9 +63,9 @@ def test_nothing_measured_gives_no_sheet():
 
 
 def test_rows_of_other_sizes_are_refused():
-    with pytest.raises(ShapeError, match='a row needs 2 images of one size'):
+    with pytest.raises(ShapeError, match='expected 2 images of equal size in a row'):
         draw_contact_sheet(('a', 'b'), [[Cell(flat(0)), Cell(flat(0, width=41))]])
-    with pytest.raises(ShapeError, match='a row needs 2'):
+    with pytest.raises(ShapeError, match='expected 2 images'):
         draw_contact_sheet(('a', 'b'), [[Cell(flat(0))]])
 
 

@@ -211,7 +211,7 @@ def test_the_first_image_of_a_stereo_jpeg(tmp_path):
 @pytest.mark.parametrize(
     ('suffix', 'image', 'reason'),
     [
-        ('.jpg', ImageFile(noise(4, 4, 3), noise(4, 4)), 'no transparency'),
+        ('.jpg', ImageFile(noise(4, 4, 3), noise(4, 4)), 'does not support transparency'),
         ('.jpg', ImageFile(noise(4, 4, 3, dtype=np.uint16)), '8 bits'),
         ('.webp', ImageFile(np.zeros((1, 16400, 3), np.uint8)), 'cannot be written as WEBP'),
         ('.xyz', ImageFile(noise(4, 4, 3)), 'ends in one of'),

@@ -63,8 +63,8 @@ def test_equal_names_are_not_ambiguous(tmp_path):
             {'lq_template': '{}_rain'},
             ['none of the 1 images', 'lq is named {}_rain.*', 'a.png'],
         ),
-        (['lq/a.png', 'gt'], {}, ['folder of clean images is not at', 'datasets.val.dataroot_gt']),
-        (['gt/a.png'], {}, ['folder of degraded images is not at', 'datasets.val.dataroot_lq']),
+        (['lq/a.png', 'gt'], {}, ['folder of clean images was not found at', 'datasets.val.dataroot_gt']),
+        (['gt/a.png'], {}, ['folder of degraded images was not found at', 'datasets.val.dataroot_lq']),
     ],
 )
 def test_faults_of_folders(tmp_path, files, options, expected):
@@ -77,7 +77,7 @@ def test_faults_of_folders(tmp_path, files, options, expected):
 
 def test_an_image_is_not_its_own_partner(tmp_path):
     touch(tmp_path, 'lq/a.png')
-    with pytest.raises(DataError, match=r'one file: .*a\.png'):
+    with pytest.raises(DataError, match=r'the same file: .*a\.png'):
         folders(tmp_path, dataroot_gt=str(tmp_path / 'lq'))
 
 
@@ -137,7 +137,7 @@ def test_absence_takes_three_lines(tmp_path, layout, root_exists):
     with pytest.raises(DataError) as caught:
         found(layout, root)
     first, second, third = str(caught.value).split('\n')
-    assert first.startswith(f'{LAYOUTS[layout].title} is not at {root}: ') and 'datasets.train.dataroot' in first
+    assert first.startswith(f'{LAYOUTS[layout].title} was not found at {root}: ') and 'datasets.train.dataroot' in first
     assert ('no such folder' in first) != root_exists and ('real_world.txt' in first) == (layout == 'spad')
     assert LAYOUTS[layout].description in second and 'set datasets.train.dataroot' in second
     assert 'basicsr train -opt AST_quickstart' in third

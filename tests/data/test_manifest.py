@@ -64,29 +64,29 @@ def without(mapping: dict, key: str) -> dict:
 @pytest.mark.parametrize(
     ('lines', 'expected'),
     [
-        ([], 'line 1 is no line of a manifest'),
-        (['[1]'], 'line 1 is no line'),
+        ([], 'line 1 is not a line of a manifest'),
+        (['[1]'], 'line 1 is not a line'),
         ([HEADER | {'manifest': 2}], 'a manifest of format 2; expected one of format 1'),
         ([without(HEADER, 'root')], 'lacks root'),
         ([HEADER | {'pairs': 'many'}], 'lacks pairs'),
-        ([HEADER | {'others': 3}], '"others" is no list'),
-        ([HEADER | {'others': ['../../photo.png']}], '"others" is no list of names below root'),
-        ([HEADER | {'root': 'long' * 2000}], 'which is no folder now'),
-        ([HEADER | {'root': 'nowhere'}], 'nowhere, which is no folder now'),
-        ([HEADER], 'says 1 pairs, 0 follow'),
-        ([HEADER, PAIR, PAIR], 'says 1 pairs, 2 follow'),
-        ([HEADER, json.dumps(PAIR)[:40]], 'line 2 is no line'),
-        ([HEADER, without(PAIR, 'gt')], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'size': [1]}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'size': 7}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'bytes': [1.5, True]}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'digests': [1, 2]}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'key': ''}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'lq': '\ud800.png'}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'lq': '../../etc/passwd.png'}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'gt': '/etc/passwd.png'}], 'line 2 is no pair'),
-        ([HEADER, PAIR | {'gt': 'a\0b.png'}], 'line 2 is no pair'),
-        (['[' * 100_000], 'line 1 is no line'),
+        ([HEADER | {'others': 3}], '"others" is not a list'),
+        ([HEADER | {'others': ['../../photo.png']}], '"others" is not a list of names below root'),
+        ([HEADER | {'root': 'long' * 2000}], 'which is not a folder'),
+        ([HEADER | {'root': 'nowhere'}], 'nowhere, which is not a folder'),
+        ([HEADER], 'expected 1 pairs as stated in the first line, got 0'),
+        ([HEADER, PAIR, PAIR], 'expected 1 pairs as stated in the first line, got 2'),
+        ([HEADER, json.dumps(PAIR)[:40]], 'line 2 is not a line'),
+        ([HEADER, without(PAIR, 'gt')], 'line 2 is not a pair'),
+        ([HEADER, PAIR | {'size': [1]}], 'line 2 is not a pair'),
+        ([HEADER, PAIR | {'size': 7}], 'line 2 is not a pair'),
+        ([HEADER, PAIR | {'bytes': [1.5, True]}], 'line 2 is not a pair'),
+        ([HEADER, PAIR | {'digests': [1, 2]}], 'line 2 is not a pair'),
+        ([HEADER, PAIR | {'key': ''}], 'line 2 is not a pair'),
+        ([HEADER, PAIR | {'lq': '\ud800.png'}], 'line 2 is not a pair'),
+        ([HEADER, PAIR | {'lq': '../../etc/passwd.png'}], 'line 2 is not a pair'),
+        ([HEADER, PAIR | {'gt': '/etc/passwd.png'}], 'line 2 is not a pair'),
+        ([HEADER, PAIR | {'gt': 'a\0b.png'}], 'line 2 is not a pair'),
+        (['[' * 100_000], 'line 1 is not a line'),
     ],
 )
 def test_what_is_no_manifest(tmp_path, lines, expected):
@@ -99,5 +99,5 @@ def test_what_is_no_manifest(tmp_path, lines, expected):
 
 def test_other_files(tmp_path):
     (tmp_path / 'x.jsonl').write_bytes(b'\x89PNG\r\n\x1a\n')
-    with pytest.raises(DataError, match=r'x\.jsonl: no manifest, which is text'):
+    with pytest.raises(DataError, match=r'x\.jsonl: not a manifest, which is UTF-8 text'):
         read_manifest(tmp_path / 'x.jsonl')

@@ -176,7 +176,7 @@ def test_an_unreadable_file_names_the_pair(root, content):
     [
         ({'gt_sise': 4}, r'datasets\.train\.gt_sise: unknown key, did you mean gt_size'),
         ({'gt_size': 0}, r'datasets\.train\.gt_size: expected 1 or more, got 0'),
-        ({'gt_size': None}, 'training needs gt_size'),
+        ({'gt_size': None}, 'training requires gt_size'),
         ({'scale': 2}, r'datasets\.train\.scale'),
         ({'io_backend': {'type': 'memcached'}}, r'datasets\.train\.io_backend\.type: .*disk'),
         ({'dataroot': 'x'}, 'does not use dataroot'),

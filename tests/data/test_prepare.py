@@ -167,7 +167,7 @@ def test_a_wanted_split_may_be_the_root(tmp_path):
 
 @pytest.mark.parametrize(
     ('arguments', 'expected'),
-    [(('x', None, None, None), 'go together'), (('{split}/x', 'y', None, None), 'both or none have {split}')],
+    [(('x', None, None, None), 'go together'), (('{split}/x', 'y', None, None), 'both or none contain {split}')],
 )
 def test_plain_folders_that_do_not_go_together(arguments, expected):
     with pytest.raises(OptionError, match=expected):
@@ -181,10 +181,10 @@ def test_plain_folders_that_do_not_go_together(arguments, expected):
         ('manifest', [], [], OptionError, 'no layout manifest'),
         ('agan', ['train/data/1_rain.png', 'train/gt/1_clean.png'], ['test_c'], OptionError, 'no split test_c.*test_b'),
         ('agan', ['train/data/1_rain.png', 'train/gt/1_clean.png'], ['test_a'], DataError, 'the split test_a of AGAN'),
-        ('agan', [], [], DataError, 'there is nothing'),
-        ('rain100', ['Rain100L/1.png', 'Rain100L/2.png'], [], DataError, 'Rain100L or Rain100H is not in'),
+        ('agan', [], [], DataError, 'got nothing'),
+        ('rain100', ['Rain100L/1.png', 'Rain100L/2.png'], [], DataError, 'Rain100L or Rain100H was not found in'),
         ('agan', ['train.zip', 'test_a.tar.gz'], [], DataError, 'Unpack test_a.tar.gz, train.zip first'),
-        ('agan', [f'{n}.txt' for n in range(20)], [], DataError, '15.txt and 12 more. Name its folder'),
+        ('agan', [f'{n}.txt' for n in range(20)], [], DataError, '15.txt and 12 more. Give its folder'),
         ('agan', ['train/data/1.png', 'train/gt/1.png'], [], DataError, 'expected train/, test_a/'),
         ('rain100', [f'{a}/{b}.png' for a in ('Rain100L', 'Rain100H') for b in ('rain-1', 'norain-1')], [], DataError,
          'the split test of Rain100L or Rain100H may be in .*Rain100L, .*Rain100H'),
@@ -238,7 +238,7 @@ def test_a_folder_of_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr('ast_plugin.data.prepare._MAX_FOLDERS', 20)
     for number in range(30):
         (tmp_path / str(number)).mkdir()
-    with pytest.raises(DataError, match='more than 20 folders in it'):
+    with pytest.raises(DataError, match='more than 20 subfolders'):
         find_splits('agan', tmp_path)
 
 
@@ -458,10 +458,10 @@ def test_a_full_disk(tmp_path, capsys, place):
 @pytest.mark.parametrize(
     ('target', 'reason'),
     [
-        ('data', 'lies in the dataset'),
-        ('link/deep/out', 'lies in the dataset'),
-        ('file', 'cannot be made'),
-        ('file/out', 'cannot be made'),
+        ('data', 'is inside the dataset'),
+        ('link/deep/out', 'is inside the dataset'),
+        ('file', 'cannot be created'),
+        ('file/out', 'cannot be created'),
     ],
 )
 def test_targets_that_cannot_be(tmp_path, target, reason):
@@ -477,7 +477,7 @@ def test_files_of_others_are_left_alone(tmp_path, name):
     root = make_agan(tmp_path / 'data')
     (tmp_path / 'out' / name).parent.mkdir(parents=True)
     (tmp_path / 'out' / name).write_text('mine')
-    with pytest.raises(DataError, match='is there already'):
+    with pytest.raises(DataError, match='exists and is not'):
         prepare(root, tmp_path / 'out', 'copy')
     assert (tmp_path / 'out' / name).read_text() == 'mine'
 

@@ -116,8 +116,8 @@ def test_what_is_left_out_of_a_folder(tmp_path):
     found = find_images([tmp_path], tmp_path / 'out')
     assert [path.name for path, _ in found.images] == ['a.jpg']
     (line,) = found.lines()
-    reasons = ['2 .heic', '1 .avif', '1 .exr', '1 .gif', '1 PNG without ending', '1 JPEG named .jpg~', '1 hidden']
-    reasons += ['1 folders inside', '1 other names of the same file', '1 without ending']
+    reasons = ['2 .heic', '1 .avif', '1 .exr', '1 .gif', '1 PNG without extension', '1 JPEG named .jpg~', '1 hidden']
+    reasons += ['1 folders inside', '1 other names of the same file', '1 without extension']
     assert sorted(line.removeprefix('note: left out: ').split(', ')) == sorted(reasons)
 
 
@@ -251,7 +251,7 @@ def test_device_among_images_fails_at_once(tmp_path, capsys, device):
     assert main(['infer', '-i', str(photos), '-o', str(tmp_path / 'out'), '--task', 'rain']) == 1
     out, err = capsys.readouterr()
     assert 'restored 1 of 2 images' in out and 'b.png: cannot be read: a pipe or device, expected a file' in err
-    assert 'left out: 1 without ending' in err
+    assert 'left out: 1 without extension' in err
     save(photos / 'd.png', noise(16, 16, 3))
     synthesis = ['data', 'synth', '--task', 'rain', '-i', str(photos), '-o', str(tmp_path / 'pairs')]
     assert main(synthesis) == 1

@@ -180,8 +180,8 @@ def faulty(folder, layout):
     ('arguments', 'words'),
     [
         (['--layout', 'agan'], ['2_rain.png', 'basicsr data prepare agan SRC PREPARED --skip-faulty']),
-        (['--layout', 'agan', '--phase', 'test'], ['AGAN-Data is not at', 'set SRC to where it is']),
-        (['--layout', 'istd'], ['ISTD is not at', 'set SRC to where it is']),
+        (['--layout', 'agan', '--phase', 'test'], ['AGAN-Data was not found at', 'set SRC to its location']),
+        (['--layout', 'istd'], ['ISTD was not found at', 'set SRC to its location']),
         (['--layout', 'spad', '--split', 'nonsense'], ['--split: ', 'set --list-file']),
         ([], ['2.png', 'correct --lq-template and --gt-template']),
         (['--lq-template', '{}_rain'], ['none of the 2 images', 'Correct the template']),

@@ -188,7 +188,7 @@ def test_what_reads_8_bits_is_refused(tmp_path, change, message):
     ('source', 'top', 'message'),
     [
         ('folders', {'bit_depth': 12}, 'bit_depth: expected 8 or 16, got 12'),
-        ('folders', {'bit_depth': 16}, r'lq/0\.png: has 8 bits, bit_depth is 16: give images of 16 bits, or set'),
+        ('folders', {'bit_depth': 16}, r'lq/0\.png: has 8 bits, bit_depth is 16: use 16-bit images, or set'),
         ('raw', {'bit_depth': 16}, r'lq\.lmdb/0\.png: has 8 bits, bit_depth is 16'),
         ('png', {'bit_depth': 16}, r'lq\.lmdb/0\.png: has 8 bits, bit_depth is 16'),
         ('synthetic', {'bit_depth': 16}, r'gt/\d\.png: has 8 bits, bit_depth is 16'),

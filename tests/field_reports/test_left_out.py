@@ -59,8 +59,8 @@ def test_what_no_split_has_is_counted(tmp_path):
     scenes(tmp_path, 'blur', 'sharp', 'blur_gamma')
     touch(tmp_path, 'train/scene1/blur/9.heic', 'notes.txt', 'train/more.txt', 'train/loose.png', '.cache/a.png')
     lines = find_unused(tmp_path, list(splits_of(tmp_path).values()))
-    assert 'left out: train: 1 image of no pair' in lines
-    assert f'left out: {"test/scene2/blur_gamma"}: 2 images of no pair' in lines
+    assert 'left out: train: 1 unpaired image' in lines
+    assert f'left out: {"test/scene2/blur_gamma"}: 2 unpaired images' in lines
     assert lines[-1] == 'left out: 2 .txt, 1 hidden, 1 .heic' and len(lines) == 8
 
 
@@ -86,7 +86,7 @@ def test_training_warns_of_what_it_leaves_out(tmp_path, caplog):
     told = [message.partition(': left out of ')[2].partition(': ') for message in caplog.messages]
     assert {folder: sorted(reasons.split(', ')) for folder, _, reasons in told} == {
         str(tmp_path / 'lq'): ['1 .avif', '1 .heic', '1 hidden'],
-        str(tmp_path / 'gt'): ['1 .txt', '1 folders with images', '1 without ending'],
+        str(tmp_path / 'gt'): ['1 .txt', '1 folders with images', '1 without extension'],
     }
 
 

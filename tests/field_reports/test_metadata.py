@@ -96,7 +96,7 @@ def test_png_without_its_palette():
 
 def test_png_of_indices_without_a_palette(tmp_path):
     write_png(tmp_path / 'a.png', noise(16, 24), color_type=3, depth=8)
-    with pytest.raises(ValueError, match=r'a\.png: the PNG file is damaged: its parts do not fit together'):
+    with pytest.raises(ValueError, match=r'a\.png: the PNG file is damaged: its parts are inconsistent'):
         read_image(tmp_path / 'a.png')
 
 

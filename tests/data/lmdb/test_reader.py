@@ -95,7 +95,7 @@ def test_damage_is_named(raw, damage, message):
 def test_lmdbs_without_images_are_told(raw):
     for kind in ('lq', 'gt'):
         (raw / f'{kind}.lmdb/meta_info.txt').write_text('')
-    with pytest.raises(DataError, match=r'same keys, and have none'):
+    with pytest.raises(DataError, match=r'same keys, but have none'):
         dataset(raw)
 
 
@@ -187,7 +187,7 @@ def test_samples_outlive_the_map_and_it_travels(packed):
 
 @pytest.mark.parametrize('options', [{'layout': 'agan'}, {'lq_template': '{}_rain'}])
 def test_layouts_and_templates_are_of_files(packed, options):
-    with pytest.raises(OptionError, match='io_backend lmdb takes dataroot_lq and dataroot_gt'):
+    with pytest.raises(OptionError, match='io_backend lmdb takes two LMDBs'):
         more = {'dataroot_lq': None, 'dataroot_gt': None, 'dataroot': 'x'} if 'layout' in options else {}
         dataset(packed / 'raw', **options, **more)
 
@@ -211,10 +211,10 @@ def test_preflight_refuses_pixels_for_basicsr(packed, tmp_path):
         (['{}', '{}/out', '--split', 'train'], 'a folder without --layout does not use --split'),
         (['{}', '{}/out', '--layout', 'agan', '--lq-dir', 'x'], 'layout agan does not use --lq-dir'),
         (['{}', '{}/out', '--layout', 'agam'], 'did you mean agan'),
-        (['{}', '{}/out', '--layout', 'agan'], 'AGAN-Data is not at'),
+        (['{}', '{}/out', '--layout', 'agan'], 'AGAN-Data was not found at'),
         (['{}', '{}/out', '--encoding', 'raw', '--compress-level', '1'], 'raw pixels are not compressed'),
         (['{}', '{}/out', '--workers', '0'], '--workers is 0: expected 1 or more'),
-        (['{}/lq/000.png', '{}/out'], '000.png: no manifest'),
+        (['{}/lq/000.png', '{}/out'], '000.png: not a manifest'),
         (['{}/lq/000.png', '{}/out', '--layout', 'agan'], 'a manifest does not use --layout'),
         (['{}/empty', '{}/out'], 'no image in folder'),
     ],

@@ -264,7 +264,7 @@ def test_a_place_that_cannot_be_written(root, tmp_path, place):
         pack(root, tmp_path / place)
 
 
-@pytest.mark.parametrize('message', ['must have one size.*005.png', '005.png'])
+@pytest.mark.parametrize('message', ['must have the same size.*005.png', '005.png'])
 def test_a_bad_pair_is_named_and_nothing_appears(root, tmp_path, small_batches, message):
     file = root / 'gt/005.png'
     if 'size' in message:
