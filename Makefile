@@ -1,4 +1,4 @@
-# The work is done by tools/bootstrap.py, which is all that a machine without make needs.
+# A wrapper around tools/bootstrap.py, which can be called directly on machines without make.
 PYTHON ?= python3
 
 .PHONY: demo test docs

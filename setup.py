@@ -1,4 +1,4 @@
-"""Packaging. Exact versions that are known to work together are in constraints.txt; here are the ranges."""
+"""Packaging, with version ranges. Pinned versions that are known to work together are in constraints.txt."""
 
 import re
 import shutil
@@ -11,39 +11,39 @@ ROOT = Path(__file__).parent
 
 
 class BuildWithOptionFiles(build_py):
-    """Put the top-level folder options/ into the wheel as ast_plugin/option_files.
+    """Copy the top-level folder options/ into the wheel as ast_plugin/option_files.
 
-    In a checkout, editable installs included, the files are read from options/ itself.
+    In a checkout, including editable installs, the files are read from options/ directly.
     """
 
     def run(self):
         super().run()
         if not self.editable_mode and (ROOT / 'options').is_dir():
             target = Path(self.build_lib, 'ast_plugin', 'option_files')
-            shutil.rmtree(target, ignore_errors=True)  # files renamed since an earlier build must not travel
+            shutil.rmtree(target, ignore_errors=True)  # remove files that were renamed since an earlier build
             shutil.copytree(ROOT / 'options', target)
 
 
 def version() -> str:
-    """`__version__` of the package, read without importing it."""
+    """Return the package's `__version__` without importing it."""
     text = (ROOT / 'ast_plugin' / '__init__.py').read_text(encoding='utf-8')
     return re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE).group(1)
 
 
 def description() -> str:
-    """README.md where it is; source trees without it can be built too."""
+    """Return the text of README.md, or an empty string for source trees without it."""
     readme = ROOT / 'README.md'
     return readme.read_text(encoding='utf-8') if readme.is_file() else ''
 
 
 metrics = ['pyiqa>=0.1.14']
-# The second holds networks whose licences restrict their use, Restormer among them.
+# The second package contains networks with restrictive licences, such as Restormer.
 baselines = ['spandrel>=0.4.2', 'spandrel_extra_arches>=0.2']
 onnx = ['onnx>=1.16', 'onnxruntime>=1.18']
 optimizers = ['pytorch-optimizer>=4.0']
 docs = [f'{package}; python_version >= "3.11"' for package in ('sphinx>=8.1', 'myst-parser>=5.0', 'furo>=2024.8')]
 hub = ['huggingface_hub>=0.26']
-photos = ['scikit-image>=0.25', 'scikit-learn>=1.5']  # both carry the colour photographs of the demonstration
+photos = ['scikit-image>=0.25', 'scikit-learn>=1.5']  # both include the colour photographs of the demo
 
 setup(
     name='ast_plugin',
@@ -57,8 +57,8 @@ setup(
         'ast_plugin.compare': ['report_template.html'],
         'ast_plugin.weights': ['*.safetensors', 'SHA256SUMS'],
     },
-    # A path in a .pth file: a finder of its own would come behind an empty namespace package, which Python makes of the
-    # clone itself where the working directory is the folder that holds it.
+    # Use a path in a .pth file: with an import finder, the clone itself would be found first as an empty namespace
+    # package when the working directory is its parent folder.
     options={'editable_wheel': {'mode': 'compat'}},
     cmdclass={'build_py': BuildWithOptionFiles},
     python_requires='>=3.10',
@@ -76,12 +76,12 @@ setup(
         'PyYAML>=6.0',
         'safetensors>=0.4.3',
         'scipy>=1.15',
-        'setuptools<82',  # the last with pkg_resources, which TensorBoard's nightly builds import: BasicSR asks for one
+        'setuptools<82',  # last with pkg_resources, imported by TensorBoard's nightly builds, one of which BasicSR requires
         'tifffile>=2024.8',
         'torch>=2.6',
         'torchvision>=0.21',
         'tqdm>=4.66',
-        'typing_extensions>=4.12',  # TypedDict that pydantic takes before Python 3.12
+        'typing_extensions>=4.12',  # TypedDict as pydantic requires it before Python 3.12
     ],
     extras_require={
         'metrics': metrics,
@@ -90,7 +90,7 @@ setup(
         'optimizers': optimizers,
         'hub': hub,
         'photos': photos,
-        'triton': ['triton>=3.2; sys_platform == "linux"'],  # PyTorch for CUDA brings the version that goes with it
+        'triton': ['triton>=3.2; sys_platform == "linux"'],  # CUDA builds of PyTorch install the matching version
         'wandb': ['wandb>=0.16'],
         'web': ['gradio>=6.31,<7'],
         'docs': docs,

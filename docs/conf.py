@@ -1,4 +1,4 @@
-"""Sphinx's configuration. `make docs` builds the site into docs/_build; a warning is an error."""
+"""Sphinx configuration. `make docs` builds the site into docs/_build; warnings are errors."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import generate  # noqa: E402 - beside this file
+import generate  # noqa: E402 - in this folder
 
 import ast_plugin  # noqa: E402 - of this checkout
 
@@ -23,7 +23,7 @@ html_show_sphinx = False
 myst_enable_extensions = ['colon_fence']
 myst_heading_anchors = 3
 
-default_role = 'code'  # docstrings write names between single backticks
+default_role = 'code'  # docstrings put names in single backticks
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'signature'
 autodoc_default_options = {'members': True, 'show-inheritance': True}
@@ -37,7 +37,7 @@ generate.write_api(HERE / 'api')
 
 
 def shape_docstring(app, what, name, obj, options, lines: list[str]) -> None:
-    """Turn `Source: text` into a section and an indented example into a literal block."""
+    """Convert `Source: text` into a section and indented examples into literal blocks."""
     shaped: list[str] = []
     for line in lines:
         section, colon, text = line.partition(': ')
@@ -51,5 +51,5 @@ def shape_docstring(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def setup(app) -> None:
-    """Shape docstrings before napoleon reads them."""
+    """Register the docstring conversion to run before napoleon."""
     app.connect('autodoc-process-docstring', shape_docstring, priority=100)

@@ -1,4 +1,4 @@
-"""Write the pages of the site that come out of the code: one for each section of option files, one for each module."""
+"""Generate the reference pages from the code: one per section of option files and one per public module."""
 
 import inspect
 import pkgutil
@@ -40,7 +40,7 @@ ROOMS = {
     'losses': 'Losses',
     'metrics': 'Metrics',
 }
-"""Packages whose modules get a page, and modules that do, with a heading. Kernels, commands and plumbing have none."""
+"""Packages and modules with API pages, and their headings. Kernels, commands and internals are not documented."""
 HEADINGS = {'file': 'Top level', 'networks': 'networks (of a comparison)', 'compare': 'compare (of a comparison)'}
 LEFT_OUT = (
     'ast_plugin.ops.triton',
@@ -50,23 +50,23 @@ LEFT_OUT = (
     'ast_plugin.data.lmdb',
 )
 KINDS = {
-    'integer': 'whole number',
+    'integer': 'integer',
     'number': 'number',
-    'boolean': 'true or false',
-    'string': 'text',
+    'boolean': 'boolean',
+    'string': 'string',
     'object': 'mapping',
     'null': '',
 }
 LIMITS = {
-    'minimum': '{:g} or more',
-    'exclusiveMinimum': 'more than {:g}',
-    'maximum': '{:g} or less',
-    'exclusiveMaximum': 'less than {:g}',
+    'minimum': '≥ {:g}',
+    'exclusiveMinimum': '> {:g}',
+    'maximum': '≤ {:g}',
+    'exclusiveMaximum': '< {:g}',
 }
 
 
 class OptionKey(NamedTuple):
-    """One key of an option file, as documentation shows it; `default` is None where nothing stands in."""
+    """One key of an option file as documented; `default` is None if the key has no default."""
 
     section: str
     key: str
@@ -76,24 +76,24 @@ class OptionKey(NamedTuple):
 
 
 def write_options(folder: Path) -> None:
-    """Write a page for each section of option files, a table for each part of it, and an index."""
+    """Write one page per top-level section of option files, with one table per subsection, and an index."""
     keys = list(option_keys(load_registered()))
     pages = list(dict.fromkeys(page_of(key.section) for key in keys))
     for page in pages:
         in_page = [key for key in keys if page_of(key.section) == page]
         tables = (table(section, list(rows)) for section, rows in groupby(in_page, key=lambda key: key.section))
         write(folder / f'{page}.md', f'# {HEADINGS.get(page, page)}\n\n' + '\n'.join(tables))
-    lines = ['# Options', '', 'Every key of an option file, by its section.', '', '```{toctree}', *pages, '```', '']
+    lines = ['# Options', '', 'All keys of an option file, by section.', '', '```{toctree}', *pages, '```', '']
     write(folder / 'index.md', '\n'.join(lines))
 
 
 def page_of(section: str) -> str:
-    """The page of a section: its first part."""
+    """Return the page of a section: the first part of its dotted name."""
     return section.partition(' ')[0].partition('.')[0] or 'file'
 
 
 def table(section: str, keys: Sequence[OptionKey]) -> str:
-    """The keys of a section as a table of Markdown, with a column of defaults where there are any."""
+    """Return a Markdown table of a section's keys; the column of defaults is omitted if no key has one."""
     rows = [['key', 'value', 'default', 'meaning'], ['---'] * 4]
     for key in keys:
         default = '' if key.default is None else f'`{key.default}`'
@@ -105,17 +105,17 @@ def table(section: str, keys: Sequence[OptionKey]) -> str:
 
 
 def cell(text: str) -> str:
-    """Text as it may stand in a cell of a table."""
+    """Escape text for a table cell."""
     return text.replace('|', '\\|').replace('<', '&lt;').replace('*', '\\*')
 
 
 def option_keys(registered: Registered) -> Iterator[OptionKey]:
-    """Every key of every section, in the order of a file.
+    """Yield every key of every section, in the order of an option file.
 
     Args:
-        registered: tells the types of datasets that describe their keys, and the arguments of AST.
+        registered: provides the dataset types with described keys, and the arguments of AST.
     Yields:
-        The section as a dotted place, with the type behind it where that decides: `datasets.* (PairsDataset)`.
+        Keys whose section is a dotted name, followed by the type if the keys depend on it: `datasets.* (PairsDataset)`.
     """
     datasets = [(name, dataset_model(name, target)) for name, target in registered.by_kind['dataset'].items()]
     sections: dict[str, type[BaseModel]] = {
@@ -142,7 +142,7 @@ def option_keys(registered: Registered) -> Iterator[OptionKey]:
 
 
 def in_words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """What a value may be: `whole number, 1 or more`, `mixup or cutmix`."""
+    """Describe the valid values of a JSON schema: `integer, ≥ 1`, `mixup or cutmix`."""
     if '$ref' in schema:
         return in_words(definitions[schema['$ref'].rpartition('/')[2]], definitions)
     if 'anyOf' in schema or 'oneOf' in schema:
@@ -152,13 +152,13 @@ def in_words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         return ' or '.join(map(str, schema.get('enum') or [schema['const']]))
     if schema.get('type') == 'array':
         items = in_words(schema.get('items', {}), definitions)
-        return f'list, each item {items}' if items else 'list'
+        return f'list of ({items})' if items else 'list'
     limits = [text.format(schema[name]) for name, text in LIMITS.items() if name in schema]
     return ', '.join([KINDS.get(schema.get('type', ''), 'anything'), *limits])
 
 
 def argument_model(target: type) -> type[BaseModel]:
-    """The arguments of a class as a pydantic model, described by its docstring's `Args:`; `self` is left out."""
+    """Return a pydantic model of a class's constructor arguments, described by its docstring's `Args:`; without `self`."""
     parameters, _ = parameters_of(target)
     described = described_arguments(inspect.getdoc(target) or '')
     fields: dict[str, Any] = {}
@@ -169,14 +169,14 @@ def argument_model(target: type) -> type[BaseModel]:
 
 
 def described_arguments(docstring: str) -> dict[str, str]:
-    """What a docstring in Google's style says of each argument, in a line."""
+    """Return the description of each argument in a Google-style docstring, as one line."""
     block = re.search(r'^Args:\n((?:[ ]+.*\n?|\n)*)', docstring, re.MULTILINE)
     entries = re.findall(r'^ {4}([\w, ]+): (.*(?:\n {5,}.*)*)', block[1] if block else '', re.MULTILINE)
     return {name: ' '.join(text.split()) for names, text in entries for name in names.split(', ')}
 
 
 def write_api(folder: Path) -> None:
-    """Write a page for each public module, whose text autodoc takes from the docstrings, and an index."""
+    """Write a page for each public module, to be filled from docstrings by autodoc, and an index."""
     lines = ['# API', '']
     for room, heading in ROOMS.items():
         package = import_module(f'ast_plugin.{room}')
@@ -191,12 +191,12 @@ def write_api(folder: Path) -> None:
 
 
 def defined_in(package: ModuleType, item: object) -> bool:
-    """Whether a class or function is defined in a package's own file."""
+    """Return whether a class or function is defined in the package's own `__init__.py`."""
     return isinstance(item, type | FunctionType) and item.__module__ == package.__name__
 
 
 def write(path: Path, text: str) -> None:
-    """Write a page unless it says so already, so that Sphinx builds anew only what has changed."""
+    """Write a page if its text has changed, so that Sphinx rebuilds only changed pages."""
     path.parent.mkdir(exist_ok=True)
     if not path.is_file() or path.read_text(encoding='utf-8') != text:
         path.write_text(text, encoding='utf-8')

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/, and the fenced blocks in them."""
+"""The README, the pages of docs/, and their fenced blocks."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
-    """Name and text of every fenced block of a language; commands have none."""
+    """Return name and text of every fenced block of a language; command blocks have no language."""
     return [
         (f'{page.stem}-{number}', text)
         for page in PAGES
@@ -19,7 +19,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def commands() -> dict[str, str]:
-    """Every line of a block of commands, without comments, and the first page that has it."""
+    """Return every command line, without its comment, and the first page that contains it."""
     pages = {}
     for name, text in blocks(''):
         for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""The commands of the README and docs/ run page by page on files that bear the names they use; long ones cut short."""
+"""Run the commands of the README and docs/ page by page on files with the expected names; shorten long runs."""
 
 import argparse
 import os
@@ -24,8 +24,8 @@ from ..weights.helpers import release_tiny
 from .pages import PAGES, ROOT, commands
 
 ELSEWHERE = ('git clone', 'make demo', 'make test', 'pip install', 'PYTHONPATH=$PWD/tools')
-"""Commands by their beginning that need a clone of their own: .ci/run is the first and the last, and the second is
-`basicsr demo`, whose two commands run here."""
+"""Prefixes of commands that need a separate clone: .ci/run covers the first and the last, and `make demo` is
+`basicsr demo`, whose two commands are run here."""
 
 SHORT = [
     'num_gpu=0',
@@ -59,7 +59,7 @@ def write_images(folder, names, side=64):
 
 
 def write_spad(root):
-    """Two pairs for training and one for testing, as SPA-Data lists them."""
+    """Write two training pairs and one test pair in the layout of SPA-Data."""
     for name, count in (('real_world', 2), ('real_test_1000', 1)):
         names = [f'{number}.png' for number in range(count)]
         for folder in (name, f'{name}_gt'):
@@ -70,7 +70,7 @@ def write_spad(root):
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """A folder, the working directory and home, with the files that commands name."""
+    """A folder with the files used by the commands, set as working directory and home."""
     write_images(tmp_path, ['photo.jpg', 'photo.png'])
     write_images(tmp_path / 'folder', ['a.png', 'b.jpg'])
     for folder in ('restored', 'clean'):
@@ -99,13 +99,13 @@ def workspace(tmp_path, monkeypatch):
 
 
 def shortened(arguments):
-    """The arguments of a training that ends after two iterations, or after one epoch of each stage."""
+    """Return arguments that shorten a training to two iterations, or to one epoch per stage."""
     short = SHORT_STAGES if 'AST_derain' in arguments else SHORT
     return [*arguments, *([] if '--force_yml' in arguments else ['--force_yml']), *short]
 
 
 def run_command(line, root):
-    """Run a line as it stands but for its length; return the exit status."""
+    """Run a command line, shortened where necessary, and return its exit status."""
     words = [
         word.replace('~', str(root)).replace('/data/', f'{root}/datasets/')
         for word in shlex.split(line.replace("'photos/*.jpg'", 'photos/a.jpg photos/b.jpg'))
@@ -115,7 +115,7 @@ def run_command(line, root):
             return main(shortened(words[1:]))
         case ['basicsr', 'test', *arguments]:
             return main(['test', *arguments, '--force_yml', 'datasets:val:center_crop=32'])
-        case ['basicsr', 'compare', '-opt', file]:  # tests/cli/test_compare.py tries, trains and measures
+        case ['basicsr', 'compare', '-opt', file]:  # tests/cli/test_compare.py runs whole comparisons
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr('ast_plugin.models.preflight._try_model', lambda *_: None)
                 return 0 if make_plan(file, root, ['datasets:train:gt_size=32']).networks else 1
@@ -124,7 +124,7 @@ def run_command(line, root):
             web.add_arguments(parser)
             args = parser.parse_args(rest)
             return 0 if web.find_networks(args.weights, args.device) else 1
-        case ['basicsr', 'info', *rest]:  # tests/cli/test_info.py measures memory, in processes of its own
+        case ['basicsr', 'info', *rest]:  # tests/cli/test_info.py measures memory, in separate processes
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr('ast_plugin.cli.info.predict_memory', lambda *_: None)
                 return main(['info', *rest[:-1], '64x64'])
@@ -136,7 +136,7 @@ def run_command(line, root):
             return subprocess.run([*command, *shortened(arguments)], cwd=root, env=environment, check=False).returncode
         case ['python', 'tools/benchmark.py', *arguments]:  # tests/benchmarks runs them
             return 0 if make_parser().parse_args(arguments).run else 1
-    raise AssertionError(f'{line}: say here how it is run')
+    raise AssertionError(f'{line}: run_command does not handle this command')
 
 
 @pytest.mark.parametrize('page', dict.fromkeys(commands().values()))

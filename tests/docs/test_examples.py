@@ -1,4 +1,4 @@
-"""The blocks of Python in the README and docs/ run as they stand; those of YAML are checked, mixed networks built."""
+"""Run the Python examples of the README and docs/ unchanged, check the YAML examples, and build mixed networks."""
 
 import pytest
 
@@ -43,12 +43,12 @@ def test_mixed_networks_are_built(text, tmp_path):
     }
 
 
-ANY_DATASET = ('name', 'gt_size', 'batch_size_per_gpu', 'num_worker_per_gpu')  # keys that pages need not repeat
+ANY_DATASET = ('name', 'gt_size', 'batch_size_per_gpu', 'num_worker_per_gpu')  # keys that examples may omit
 
 
 @pytest.mark.parametrize('text', examples('yaml'))
 def test_yaml_fits_a_shipped_file(text):
-    """What a page shows of a file, put in the place of the sections that a shipped file has."""
+    """Check each YAML example as a replacement of the same sections in a shipped file."""
     shown = safe_yaml.read_text(text, 'example')
     is_comparison = 'networks' in shown
     file = options.find('compare/quick' if is_comparison else 'AST_quickstart')

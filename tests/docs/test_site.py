@@ -1,4 +1,4 @@
-"""The site is built without a warning, with a page for every section of option files and every public module."""
+"""The site builds without warnings, with a page for every section of option files and every public module."""
 
 import importlib
 import os
@@ -31,6 +31,6 @@ def test_every_key_is_described(monkeypatch):
     assert [key for key in keys if not key.description or not key.type] == []
     by_place = {(key.section, key.key): key for key in keys}
     assert len(by_place) == len(keys)
-    assert by_place['train', 'total_iter'].type == 'whole number, 1 or more'
+    assert by_place['train', 'total_iter'].type == 'integer, ≥ 1'
     assert by_place['network_g (AST)', 'embed_dim'].default == 32
-    assert by_place['datasets.* (PairedImageDataset)', 'name'].type == 'text, required'
+    assert by_place['datasets.* (PairedImageDataset)', 'name'].type == 'string, required'
