@@ -76,7 +76,7 @@ setup(
         'PyYAML>=6.0',
         'safetensors>=0.4.3',
         'scipy>=1.15',
-        'setuptools<82',  # last with pkg_resources, imported by TensorBoard's nightly builds, one of which BasicSR requires
+        'setuptools<82',  # last with pkg_resources, needed by the TensorBoard nightly build that BasicSR requires
         'tifffile>=2024.8',
         'torch>=2.6',
         'torchvision>=0.21',
