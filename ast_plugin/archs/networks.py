@@ -1,4 +1,4 @@
-"""Networks by their registered name or by their weights, and the sizes of images that they take."""
+"""Building networks by registered name or from a weights file, and running them on images of any size."""
 
 import copy
 import os
@@ -29,21 +29,21 @@ from ast_plugin.ops.tiles import run_padded
 from ast_plugin.plugins import load_plugins
 
 CHANNEL_KEYS = ('in_chans', 'num_in_ch', 'in_channels', 'in_ch', 'img_channel', 'inp_channels')
-"""What networks call the number of channels that they take."""
+"""Names that networks use for their number of input channels."""
 
-_OWN = {'AST': AST, 'AST_XS': AST_XS, 'AST_T': AST_T, 'AST_B': AST_B}  # found without importing BasicSR
-_FALLBACK_SUFFIX = '_basicsr'  # under which BasicSR registers some of its own, and finds them without it
-# Networks want sides that are multiples of one of these, or of a window that is halved some times.
+_OWN = {'AST': AST, 'AST_XS': AST_XS, 'AST_T': AST_T, 'AST_B': AST_B}  # available without importing BasicSR
+_FALLBACK_SUFFIX = '_basicsr'  # BasicSR registers some of its networks with this suffix, and finds them without it
+# Candidates for the size multiple; windows of the network, doubled up to `_HALVINGS` - 1 times, are added.
 _MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 _HALVINGS = 4
 _trials: weakref.WeakKeyDictionary[nn.Module, 'Trial'] = weakref.WeakKeyDictionary()
 
 
 def registered_network(name: Any) -> Callable[..., nn.Module]:
-    """Return what builds the network that is registered under a name, by BasicSR, by us or by a plugin.
+    """Return the class or function registered under a name by BasicSR, this plugin or a third-party plugin.
 
     Raises:
-        OptionError: if there is none; says what is near.
+        OptionError: if there is none; the message suggests similar names.
     """
     if isinstance(name, str) and name in _OWN:
         return _OWN[name]
@@ -57,17 +57,17 @@ def registered_network(name: Any) -> Callable[..., nn.Module]:
     known = [key.removesuffix(_FALLBACK_SUFFIX) for key in ARCH_REGISTRY.keys()]  # noqa: SIM118 - not a dictionary
     raise OptionError(
         f'no network is registered as {name}{did_you_mean(str(name), known)} '
-        '(is its plugin installed? `basicsr list arch` shows what there is)'
+        '(is its plugin installed? `basicsr list arch` lists the available networks)'
     )
 
 
 def build_network(options: Mapping[str, Any]) -> nn.Module:
-    """Build a registered network, without the toolbox's log lines.
+    """Build a registered network, without BasicSR's log lines.
 
     Args:
-        options: `type`, the registered name, and the network's arguments.
+        options: `type`, the registered name, and the arguments of the network.
     Raises:
-        OptionError: if no such network is registered, or it does not take these arguments.
+        OptionError: if no such network is registered, or it rejects the arguments.
     """
     arguments = dict(options)
     name = arguments.pop('type', None)
@@ -76,7 +76,7 @@ def build_network(options: Mapping[str, Any]) -> nn.Module:
         return network(**arguments)
     except PluginError:
         raise
-    except Exception as error:  # networks of others check their arguments each in their own way
+    except Exception as error:  # third-party networks may raise anything
         raise OptionError(
             f'the network {name} cannot be built with {arguments}: {type(error).__name__}: {one_line(error)}'
         ) from error
@@ -88,14 +88,14 @@ def load_network(
     param_key: str | None = None,
     say: Callable[[str], Any] = str,
 ) -> nn.Module:
-    """Build a registered network in evaluation mode, with weights where they are given.
+    """Build a registered network in evaluation mode, without gradients, and optionally load weights.
 
     Args:
-        options: see `build_network`; None for those that the weights tell, see `network_of`.
+        options: see `build_network`; None infers them from the weights, see `network_of`.
         weights, param_key: see `read_checkpoint`.
-        say: called with each line on what was taken of the weights, see `load_into`.
+        say: called with each line of the loading report, see `load_into`.
     Raises:
-        OptionError, CheckpointError: as those.
+        OptionError, CheckpointError: see the functions above.
     """
     checkpoint = None if weights is None else read_checkpoint(weights, param_key)
     network = _build_network_of(checkpoint)[0] if options is None else build_network(options)
@@ -109,21 +109,21 @@ class Loaded(NamedTuple):
     """A network with the weights of a file."""
 
     network: nn.Module
-    options: Mapping[str, Any]  # that it was built with, `type` among them
-    notes: tuple[str, ...]  # lines on what was assumed about it, and on what of its file was not taken
-    metadata: Mapping[str, str]  # of the file, see `Checkpoint`
+    options: Mapping[str, Any]  # options of the network, including `type`
+    notes: tuple[str, ...]  # lines on ignored parts of the file and on assumed options
+    metadata: Mapping[str, str]  # metadata of the file, see `Checkpoint`
 
 
 def load_file(
     path: str | os.PathLike, options: Mapping[str, Any] | None = None, param_key: str | None = None
 ) -> Loaded:
-    """Build the network that a weights file is of, and load it.
+    """Build the network of a weights file and load its weights.
 
     Args:
         path, param_key: see `read_checkpoint`.
-        options: of the network; None for those that the file tells, see `network_of`.
+        options: options of the network; None reads or infers them from the file, see `network_of`.
     Raises:
-        CheckpointError: if the file cannot be used, or is not of this network.
+        CheckpointError: if the file cannot be used, or belongs to another network.
         OptionError: if the network cannot be built with the options.
     """
     checkpoint = read_checkpoint(path, param_key)
@@ -133,22 +133,22 @@ def load_file(
 
 
 def _build_network_of(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any], list[str]]:
-    """Build the network that a weights file is of, and return it with what `network_of` returns."""
+    """Build the network of a weights file; return it with the results of `network_of`."""
     options, assumed = network_of(checkpoint)
     try:
         return build_network(options), options, assumed
     except OptionError as error:
-        raise CheckpointError(f'{checkpoint.path}: the network that it tells of cannot be built: {error}') from error
+        raise CheckpointError(f'{checkpoint.path}: the network of this file cannot be built: {error}') from error
 
 
 def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
-    """The options of the network that a weights file is of, and a line for each that was assumed.
+    """Return the network options of a weights file, and a line for each that had to be assumed.
 
-    They are those that the file carries. Else names and shapes tell those of an AST, or where spandrel is installed of
-    a network that spandrel knows.
+    The options are read from the file's metadata if present. Otherwise they are inferred from names and shapes, for an
+    AST or, if spandrel is installed, for any network that spandrel recognises.
 
     Raises:
-        CheckpointError: if nothing tells.
+        CheckpointError: if the network cannot be identified.
     """
     options, assumed = checkpoint.network, []
     if options is None:
@@ -160,40 +160,37 @@ def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
                 with suppress(OptionError, BackendUnavailable):
                     return recognise(state)
             raise CheckpointError(
-                f'{checkpoint.path} does not say which network it is of, and {error}; name the network with an option '
-                'file (-opt) or network_g'
+                f'{checkpoint.path} does not name its network, and {error}; specify the network with an option file '
+                '(-opt) or network_g'
             ) from error
     _check_claims(checkpoint, options)
     return options, assumed
 
 
 def _check_claims(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
-    """Refuse options of a network that is far larger than its file, before building it takes the memory or an hour."""
+    """Reject options of a network far larger than its file, as building it could exhaust memory or take an hour."""
     num_bytes = checkpoint.path.stat().st_size
     for key, value in options.items():
         numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, (int, float))]
         if sum(numbers) > max(4096, num_bytes // 64):
-            raise CheckpointError(f'{checkpoint.path}: tells of a network with {key} {value}, more than it can hold')
+            raise CheckpointError(f'{checkpoint.path}: its metadata claim {key} {value}, too large for the file')
     with suppress(OptionError), torch.device('meta'):
         network = build_network(options)
         count = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
         if count > 2**26 + num_bytes:
-            raise CheckpointError(f'{checkpoint.path}: tells of a network of {count:,} weights, more than it can hold')
+            raise CheckpointError(f'{checkpoint.path}: its metadata claim {count:,} weights, too many for the file')
 
 
 def input_channels(options: Mapping[str, Any], network: nn.Module | None = None) -> int:
-    """Channels of the images that a network takes, as its options or it itself say; 3 if nothing says it."""
-    base = options.get('base')  # of a Mixed
+    """Return the number of input channels stated by a network's options or attributes; 3 by default."""
+    base = options.get('base')  # of a Mixed network
     told = options | base if isinstance(base, Mapping) else options
     stated = [*map(told.get, CHANNEL_KEYS), *(getattr(network, key, None) for key in CHANNEL_KEYS)]
     return next((channels for channels in stated if isinstance(channels, int)), 3)
 
 
 class AnySize(nn.Module):
-    """A network whose H and W must be multiples of `size_multiple`, on images of any size.
-
-    Images are padded at the bottom and the right by reflection, and the result is cropped.
-    """
+    """Wrapper that pads images of any size to multiples of `size_multiple` by reflection, and crops the result."""
 
     takes_any_size = True
 
@@ -202,16 +199,17 @@ class AnySize(nn.Module):
         self.network, self.size_multiple = network, size_multiple
 
     def forward(self, image: Tensor) -> Tensor:
-        """Pad, run the network, crop."""
+        """Pad the image at the bottom and right, run the network, and crop its output."""
         height, width = image.shape[-2:]
         return run_padded(self.network, image, -height % self.size_multiple, -width % self.size_multiple)
 
 
 def any_size(network: nn.Module, channels: int = 3) -> nn.Module:
-    """Let a network, [B, channels, H, W] to [B, D, s·H, s·W], take images of any size.
+    """Make a network, [B, channels, H, W] to [B, D, s·H, s·W], accept images of any size.
 
-    Networks that take them all, or say so by a true attribute `takes_any_size`, are returned as they are, and so are
-    those that run on no size that is tried: what is wrong with them shows on the image. All others pad by `AnySize`.
+    Networks that accept any size, as found by trial or declared by a true attribute `takes_any_size`, are returned
+    unchanged. So are networks that fail for all tried sizes; their error is raised on the image. All others are wrapped
+    in `AnySize`.
     """
     if getattr(network, 'takes_any_size', False):
         return network
@@ -223,15 +221,15 @@ def any_size(network: nn.Module, channels: int = 3) -> nn.Module:
 
 
 def required_multiple(network: nn.Module, channels: int = 3) -> int:
-    """Of what height and width must be for a network to give a result of its input's size, found by trying.
+    """Return the number that height and width must be multiples of for a network, found by trial.
 
     Raises:
-        OptionError: if it works on no size, or its results have another one.
+        OptionError: if the network fails for all tried sizes, or its output size differs from its input size.
     """
     stated = 1, getattr(network, 'scale', 1)
     multiple, scale = stated if getattr(network, 'takes_any_size', False) else _trial(network, channels)[1:3]
     if scale != 1:
-        raise OptionError(f'{type(network).__name__} enlarges images {scale} times: expected the same size')
+        raise OptionError(f'expected an output of the size of the input, got scale {scale} of {type(network).__name__}')
     return multiple
 
 
@@ -242,13 +240,13 @@ def _trial(network: nn.Module, channels: int) -> 'Trial':
 
 
 class Trial(NamedTuple):
-    """What two runs of a network on images of different sizes have shown."""
+    """Result of two trial runs of a network on images of different sizes."""
 
-    channels: int  # of the images
-    multiple: int  # what both sides of an image must be multiples of
-    scale: int  # how many times larger than the input the output is
+    channels: int  # number of input channels
+    multiple: int  # number that H and W must be multiples of
+    scale: int  # ratio of output size to input size
     sizes: tuple[tuple[int, int], tuple[int, int]]  # (H, W) of the two images
-    records: tuple[Any, Any]  # what `record` yielded for each run
+    records: tuple[Any, Any]  # values yielded by `record` for each run
 
 
 Record = Callable[[nn.Module], AbstractContextManager[Any]]
@@ -261,19 +259,19 @@ def try_sizes(
     multiple: int | None = None,
     record: Record | None = None,
 ) -> Trial:
-    """Run a network on growing multiples until two sizes work, nothing being computed where that can be.
+    """Find the smallest size multiple for which a network runs on two image sizes.
 
-    A copy runs on torch's device `meta`, where tensors have shapes and no values. A network that cannot do that runs on
-    its own device.
+    A copy of the network runs on the meta device, where tensors have shapes but no values. Networks that do not support
+    this run on their own device.
 
     Args:
-        network: maps [B, C, H, W] to [B, D, s·H, s·W]; left as it is.
-        in_channels: values of C to try, the likeliest first.
-        nominal: side of images that it is meant for, in pixels; the first image is about that large.
-        multiple: what both sides must be multiples of; None finds it out.
-        record: context around each run of the network that it is given.
+        network: maps [B, C, H, W] to [B, D, s·H, s·W]; not modified.
+        in_channels: values of C to try, the most likely first.
+        nominal: typical side length of the network's images in pixels; the first trial image has about this size.
+        multiple: known size multiple; None tries increasing values.
+        record: context manager that is entered with the network around each run.
     Raises:
-        OptionError: if it runs on no size, with what it raised.
+        OptionError: if the network fails for all sizes; includes its error.
     """
     windows = {side for module in network.modules() if (side := window_of(module))}
     halved = {side << number for side in windows for number in range(_HALVINGS)}
@@ -283,8 +281,8 @@ def try_sizes(
         copied = _copy_to(network, device)
         for channels in dict.fromkeys(in_channels):
             for candidate in multiples:
-                # Neighbouring multiples, so that no larger number divides all sides; far apart, so that no padding
-                # makes them one.
+                # Consecutive multiples, so that the sides have no larger common divisor; different enough that padding
+                # inside the network cannot make them equal.
                 count = -(-nominal // candidate)
                 counts = ((count, count + 1), (3 * count, 2 * count + 1))
                 sizes = tuple((candidate * rows, candidate * columns) for rows, columns in counts)
@@ -292,9 +290,9 @@ def try_sizes(
                     runs = [_run(copied, channels, size, device, record) for size in sizes]
                     (scale, other), records = zip(*runs, strict=True)
                     if scale != other:
-                        raise ShapeError(f'the output is {scale} times as large as the input, then {other} times')
+                        raise ShapeError(f'expected one output scale for all sizes, got {scale} and {other}')
                     return Trial(channels, candidate, scale, sizes, records)
-                except Exception as error:  # whatever somebody's network raises when a size does not suit it
+                except Exception as error:  # third-party networks may raise anything for unsupported sizes
                     if channels == in_channels[0]:
                         failure = f'{type(error).__name__}: {first_line(error)}'
     raise OptionError(
@@ -304,28 +302,28 @@ def try_sizes(
 
 
 def check_runs(network: nn.Module, trial: Trial) -> None:
-    """Run a network that was tried and then changed on the larger size.
+    """Run a network, modified after its trial, on the larger trial size.
 
     Raises:
-        Exception: whatever it raises.
-        ShapeError: if the output has another size than before.
+        Exception: any error of the network.
+        ShapeError: if the output scale has changed.
     """
     (meta, own), size = _devices(network), trial.sizes[1]
     try:
         scale, _ = _run(_copy_to(network, meta), trial.channels, size, meta)
-    except Exception:  # perhaps only because something cannot go without values
+    except Exception:  # may only be due to the meta device
         scale, _ = _run(_copy_to(network, own), trial.channels, size, own)
     if scale != trial.scale:
-        raise ShapeError(f'the output is {scale} times as large as the input, it was {trial.scale} times')
+        raise ShapeError(f'expected an output scale of {trial.scale}, as before, got {scale}')
 
 
 def window_of(module: nn.Module) -> int | None:
-    """The side of a module's windows, where it says so and they are square."""
+    """Return the window size of a module if it is declared and square, else None."""
     return square_side(getattr(module, 'window_size', getattr(module, 'win_size', None))) or None
 
 
 def square_side(stated: Any) -> int | None:
-    """n, stated as n or as (n, n), from 0 up; otherwise None."""
+    """Return n for a value n or (n, n) with n >= 0, otherwise None."""
     if isinstance(stated, (tuple, list)) and len(stated) == 2 and stated[0] == stated[1]:
         stated = stated[0]
     return stated if type(stated) is int and stated >= 0 else None
@@ -337,7 +335,7 @@ def _devices(network: nn.Module) -> tuple[torch.device, torch.device]:
 
 
 def _copy_to(network: nn.Module, device: torch.device) -> nn.Module:
-    """A copy in evaluation mode; on `meta` without memory for its weights."""
+    """Return a copy in evaluation mode; on the meta device it needs no memory for weights."""
     memo = {}
     if device.type == 'meta':
         for tensor in (*network.parameters(), *network.buffers()):
@@ -345,7 +343,7 @@ def _copy_to(network: nn.Module, device: torch.device) -> nn.Module:
             memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
     for module in network.modules():
         for tensor in vars(module).values():
-            if isinstance(tensor, Tensor):  # computed, as weight_norm does: no deepcopy of what has a history
+            if isinstance(tensor, Tensor):  # computed, as by weight_norm: deepcopy fails for non-leaf tensors
                 memo[id(tensor)] = tensor.detach().to(device, copy=True)
     return copy.deepcopy(network, memo).eval()
 
@@ -353,15 +351,17 @@ def _copy_to(network: nn.Module, device: torch.device) -> nn.Module:
 def _run(
     network: nn.Module, channels: int, size: tuple[int, int], device: torch.device, record: Record | None = None
 ) -> tuple[int, Any]:
-    """Run a network on an image, and return how many times larger the output is, and the record."""
+    """Run a network on a blank image; return the output scale and the record."""
     image = torch.zeros(1, channels, *size, device=device)
-    # On `meta` shapes come out of plain operators alone.
+    # Only plain operators support the meta device.
     with torch.no_grad(), use_backend('reference'), record(network) if record else nullcontext() as recorded:
         output = network(image)
     if not isinstance(output, Tensor) or output.ndim != 4:
         shown = list(output.shape) if isinstance(output, Tensor) else f'a {type(output).__name__}'
-        raise ShapeError(f'it returns {shown}, expected images [B, C, H, W]')
+        raise ShapeError(f'expected output images [B, C, H, W], got {shown}')
     scale = output.shape[-2] // size[0]
     if scale < 1 or tuple(output.shape[-2:]) != (scale * size[0], scale * size[1]):
-        raise ShapeError(f'the output of a {size[0]}x{size[1]} image is {list(output.shape)}')
+        raise ShapeError(
+            f'expected an output size that is a multiple of the input size {size[0]}x{size[1]}, got {[*output.shape]}'
+        )
     return scale, recorded

@@ -1,4 +1,4 @@
-"""What names and shapes of a state tell: which of its tensors a network takes, and an AST's options and own names."""
+"""State dicts: matching names to a network, conversion of official AST names, inference of AST options."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ast_plugin.checkpoints import AVERAGED, STATE_KEYS, Checkpoint
 from ast_plugin.errors import CheckpointError
 
-# (official, ours) as regular expressions; a name is rewritten by every row that matches, from the top down
+# (official, ours) as regular expressions; every matching row is applied, from top to bottom
 OFFICIAL_NAMES = (
     (r'^(input|output)_proj\.proj\.0\.', r'\1_proj.'),
     (r'^encoderlayer_(\d)\.', r'encoder.\1.'),
@@ -28,31 +28,31 @@ OFFICIAL_NAMES = (
     (r'\.mlp\.fc1\.', r'.ffn.expand.'),
     (r'\.mlp\.fc2\.', r'.ffn.project.'),
 )
-# what every AST has, and hardly another network
+# names that every AST has, and hardly any other network
 _ANCHORS = {'input_proj.weight', 'output_proj.weight', 'bottleneck.blocks.0.norm1.weight'}
-_FFN_PARTS = {'partial_conv': 'frfn', 'depthwise': 'leff'}  # what only such a network, or one above it, has
-DERIVED = '.attn.relative_position_index'  # official files hold this buffer; ours is computed, see ops.windows
-# Names' parts that wrappers put in: torch.compile, FSDP, activation checkpointing, Fabric.
+_FFN_PARTS = {'partial_conv': 'frfn', 'depthwise': 'leff'}  # layers and the kind that they imply, in this order
+DERIVED = '.attn.relative_position_index'  # buffer in official files; computed here, see ops.windows
+# Name components inserted by wrappers: torch.compile, FSDP, activation checkpointing, Fabric.
 _WRAPPERS = re.compile(r'\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.')
-_PARALLEL = re.compile(r'(?<=\.)module\.')  # inside of names, where a part of a network was wrapped by DataParallel
-_MOST_NAMED = 3  # tensors that a message names
+_PARALLEL = re.compile(r'(?<=\.)module\.')  # inside names, if a submodule was wrapped by DataParallel
+_MOST_NAMED = 3  # tensors listed in a message
 
 
 def rename_official(name: str) -> str:
-    """Our name for an official one; our own names stay as they are."""
+    """Convert an official tensor name to the plugin's; the plugin's own names are unchanged."""
     for official, ours in OFFICIAL_NAMES:
         name = re.sub(official, ours, name)
     return name
 
 
 def plain_state(state: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tensor]:
-    """A state under our names: official names rewritten, what wrappers put before them and derived buffers left out.
+    """Convert a state dict to plugin names: convert official names, remove wrapper prefixes and derived buffers.
 
     Args:
-        state: names and tensors of an AST, or of a network that contains one under `prefix`.
-        prefix: only names that begin so are looked at; all others are kept.
+        state: state dict of an AST, or of a network that contains one under `prefix`.
+        prefix: only names with this prefix are converted; all others are kept.
     Returns:
-        A new dictionary, the tensors shared.
+        A new dictionary that shares the tensors.
     """
     own = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
     _, own, _ = under_prefix(own, _ANCHORS)
@@ -63,14 +63,15 @@ def plain_state(state: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tens
 def under_prefix(
     state: Mapping[str, Tensor], expected: Iterable[str]
 ) -> tuple[str, dict[str, Tensor], Mapping[str, Tensor]]:
-    """Find what stands before a network's names in those of a state: `module.`, `net.`, `model.` in any nesting.
+    """Find the prefix of a network's names in a state dict, such as `module.`, `net.` or `model.`, nested or not.
 
     Args:
-        state: names and tensors, official names of an AST or others.
-        expected: names of the network's tensors, or some of them.
+        state: state dict, with official AST names or others.
+        expected: names of all or some of the network's tensors.
     Returns:
-        The prefix under which most of `expected` are there, an average's before one of `STATE_KEYS` before others, ''
-        if none are; what is under it, by names of which most are expected; and the rest of the state.
+        The prefix with the most `expected` names, or '' if there are none; on ties, averaged weights come first, then
+        no prefix or one of `STATE_KEYS`. The tensors under it, with official names converted if more of these match.
+        The remaining tensors.
     """
     expected = set(expected)
     has_module = any(re.search(r'\bmodule\.', name) for name in expected)
@@ -90,7 +91,7 @@ def under_prefix(
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """A state's names by what they are without wrappers."""
+    """Map names without wrapper components to the original names of a state dict."""
     return {_WRAPPERS.sub('', name): name for name in state}
 
 
@@ -99,7 +100,7 @@ def _rank(prefix: str) -> int:
 
 
 def without_prefixes(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """A state as it is, then without the first part of all names as long as all share it."""
+    """Yield a state dict without wrapper components, then repeatedly without the first name part that all share."""
     state = {plain: state[name] for plain, name in _unwrapped(state).items()}
     yield state
     while len(firsts := {name.partition('.')[0] for name in state}) == 1 and all('.' in name for name in state):
@@ -111,18 +112,18 @@ def without_prefixes(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]
 def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True, assign: bool = False) -> list[str]:
     """Load the weights of a file into a network.
 
-    What stands before all names is taken off, official names of an AST are rewritten, and counters that the network
-    does not have are left out.
+    Common name prefixes are removed, official AST names are converted, and counters that the network does not have are
+    ignored.
 
     Args:
-        network: takes the weights.
-        checkpoint: the file.
-        strict: refuse weights that are not all there, or do not all fit; otherwise take those that fit, if any does.
-        assign: make the file's tensors the network's own, as torch does.
+        network: network to load the weights into.
+        checkpoint: contents of the weights file.
+        strict: whether all tensors must be present and match; otherwise those that match are loaded, at least one.
+        assign: use the tensors of the file instead of copying, as in `torch.nn.Module.load_state_dict`.
     Returns:
-        How many of the network's tensors were taken, and a line for each thing that may not have been expected.
+        A line with the number of tensors loaded, and a line for each notable deviation.
     Raises:
-        CheckpointError: if they are of another network; says by which names and shapes.
+        CheckpointError: if the weights belong to another network; names the tensors that differ.
     """
     expected = network.state_dict()
     prefix, state, rest = under_prefix(checkpoint.state, expected)
@@ -132,13 +133,14 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
         if _rank(other) == _rank(prefix) > 0 and len(expected.keys() & same) == len(expected.keys() & state):
             states = f'{prefix.rstrip(".")}, {other.rstrip(".")}'
             raise CheckpointError(
-                f'{checkpoint.path} holds several states, {states}: name one by --param-key or path.param_key_g'
+                f'{checkpoint.path} contains several state dicts, {states}: select one with --param-key or '
+                'path.param_key_g'
                 f'{f", behind {checkpoint.param_key}." if checkpoint.param_key else ""}'
             )
-        others = f'; left out: {_named(rest)}' if rest else ''
-        notes.append(f'names begin with {prefix}, which is left off{others}')
+        others = f'; ignored: {_named(rest)}' if rest else ''
+        notes.append(f'removed the prefix {prefix} from names{others}')
     if counters := [name for name, tensor in state.items() if name not in expected and tensor.ndim == 0]:
-        notes.append(f'left out, being counters: {_named(counters)}')
+        notes.append(f'ignored counters: {_named(counters)}')
     state = {
         name: tensor
         for name, tensor in state.items()
@@ -148,19 +150,20 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
     if unlike := [name for name in taken if state[name].is_floating_point() != expected[name].is_floating_point()]:
         raise CheckpointError(
             f'{checkpoint.path}: {unlike[0]} is {state[unlike[0]].dtype}, expected {expected[unlike[0]].dtype}: '
-            'weights of a quantised network cannot be taken'
+            'weights of quantised networks are not supported'
         )
     if not strict:
         if not taken:
             raise CheckpointError(
-                f'{checkpoint.path}: none of its {len(state)} tensors ({_named(state)}) is one of the {len(expected)} '
-                f'of {type(network).__name__} ({_named(expected)}) by name and shape: it is of another network'
+                f'{checkpoint.path}: none of its {len(state)} tensors ({_named(state)}) matches one of the '
+                f'{len(expected)} of {type(network).__name__} ({_named(expected)}) in name and shape: the weights '
+                'belong to another network'
             )
         unfit = [name for name in state if name in expected and name not in taken]
-        shapes = [f'{name} {list(state[name].shape)}, here {list(expected[name].shape)}' for name in unfit]
+        shapes = [f'{name} {list(state[name].shape)}, expected {list(expected[name].shape)}' for name in unfit]
         for what, names in (
-            ('of another shape', shapes),
-            ('not in the file', [name for name in expected if name not in state]),
+            ('shape mismatch', shapes),
+            ('missing from the file', [name for name in expected if name not in state]),
             ('not in the network', [name for name in state if name not in expected]),
         ):
             notes += [f'{what}: {_named(names)}'] if names else []
@@ -170,12 +173,12 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
     except CheckpointError as error:
         raise CheckpointError(f'{checkpoint.path}: {error}') from error
     except RuntimeError as error:
-        lines = ' '.join(' '.join(str(error).splitlines()[1:3]).split())  # the first one says only that there are some
+        lines = ' '.join(' '.join(str(error).splitlines()[1:3]).split())  # the first line has no details
         raise CheckpointError(
-            f'{checkpoint.path}: weights of another network than {type(network).__name__} with these options: '
+            f'{checkpoint.path}: the weights do not match {type(network).__name__} with these options: '
             f'{lines[:300]}{"…" if len(lines) > 300 else ""}'
         ) from error
-    return [f'{len(taken)} of {len(expected)} tensors taken', *notes]
+    return [f'{len(taken)} of {len(expected)} tensors loaded', *notes]
 
 
 def _named(names: Iterable[str]) -> str:
@@ -185,22 +188,22 @@ def _named(names: Iterable[str]) -> str:
 
 
 def infer_options(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
-    """Read a network's options off a state's names and shapes.
+    """Infer the options of an AST from the names and shapes of a state dict.
 
     Args:
-        state: official names or ours.
+        state: state dict with official or plugin names.
     Returns:
         The options for `AST`, and a line for each that had to be assumed.
     Raises:
-        CheckpointError: if the state is not of an AST.
+        CheckpointError: if the state dict does not belong to an AST.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in plain_state(state).items()}
-    if 'encoder.0.blocks.0.attn.position_bias' in shapes:  # Uformer, whose official names are the same
-        raise CheckpointError('this is not the state of an AST: its encoder has attention')
+    if 'encoder.0.blocks.0.attn.position_bias' in shapes:  # Uformer, which uses the same official names
+        raise CheckpointError('this is not the state dict of an AST: its encoder has attention')
     try:
         return _read_shapes(shapes)
     except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f'this is not the state of an AST: {error} is missing among its names') from error
+        raise CheckpointError(f'this is not the state dict of an AST: {error} is missing') from error
 
 
 def _read_shapes(shapes: dict[str, tuple[int, ...]]) -> tuple[dict, list[str]]:
@@ -208,7 +211,7 @@ def _read_shapes(shapes: dict[str, tuple[int, ...]]) -> tuple[dict, list[str]]:
     embed_dim, in_chans = shapes['input_proj.weight'][:2]
     first_ffn = 'encoder.0.blocks.0.ffn'
     attention = 'assa' if 'bottleneck.blocks.0.attn.gate' in shapes else 'dense'
-    # a bias table has (2 · window - 1)² rows and a column for each head; the encoder has no attention
+    # bias tables are [(2 · window - 1)², heads]; the encoder has no attention
     tables = {stage: shapes[f'{stage}.blocks.0.attn.position_bias'] for stage in stages[4:]}
     windows = {stage: (math.isqrt(rows) + 1) // 2 for stage, (rows, _) in tables.items()}
     heads = [heads for _, heads in tables.values()]
@@ -220,7 +223,7 @@ def _read_shapes(shapes: dict[str, tuple[int, ...]]) -> tuple[dict, list[str]]:
         'out_chans': shapes['output_proj.weight'][0],
         'embed_dim': embed_dim,
         'depths': [sum(name.startswith(f'{stage}.') for name in last_norms) for stage in stages],
-        'num_heads': heads[:0:-1] + heads,  # the encoder has no attention: mirrored, and without effect
+        'num_heads': heads[:0:-1] + heads,  # encoder values are mirrored and have no effect
         'window_size': window_size,
         'mlp_ratio': shapes[f'{first_ffn}.project.weight'][1] / embed_dim,
         'qkv_bias': 'bottleneck.blocks.0.attn.q.bias' in shapes,
@@ -234,35 +237,35 @@ def _read_shapes(shapes: dict[str, tuple[int, ...]]) -> tuple[dict, list[str]]:
         options['img_size'] = side * 2 ** (4 if stage == 'bottleneck' else 3 - int(stage[-1]))
     else:
         assumed.append(
-            'img_size cannot be told from weights: 128 is assumed, as in the published tests '
-            '(it decides whether the deepest levels shift their windows)'
+            'img_size cannot be inferred from weights: assuming 128, as in the published tests '
+            '(it determines whether the deepest levels shift their windows)'
         )
     if attention == 'dense':
-        assumed.append('attention without gates may be dense, sparse or topk: dense is assumed')
+        assumed.append('attention without gates may be dense, sparse or topk: assuming dense')
     return options, assumed
 
 
 def describe_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """One line on how a state differs from the network's own, and what network it is of; None if it fits."""
+    """Describe in one line how a state dict differs from that of a network; return None if it matches."""
     want = {name: list(tensor.shape) for name, tensor in plain_state(expected).items()}
     have = {name: list(tensor.shape) for name, tensor in plain_state(state).items()}
     faults = [f'{n} is {have[n]}, expected {want[n]}' for n in want if n in have and have[n] != want[n]]
     faults += [f'{n} {want[n]} is missing' for n in want if n not in have]
-    faults += [f'{n} {have[n]} is not expected' for n in have if n not in want]
+    faults += [f'{n} {have[n]} is unexpected' for n in have if n not in want]
     if not faults:
         return None
     more = f', and {len(faults) - 3} more' if len(faults) > 3 else ''
-    return f'the weights do not fit the network: {"; ".join(faults[:3])}{more}. {_compare(expected, state)}'
+    return f'the weights do not match the network: {"; ".join(faults[:3])}{more}. {_compare(expected, state)}'
 
 
 def _compare(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     try:
         have, _ = infer_options(state)
     except CheckpointError:
-        return 'The file is not of an AST'
+        return 'The weights do not belong to an AST'
     want, _ = infer_options(expected)
     differing = {key: value for key, value in have.items() if value != want[key]}
     if not differing:
-        return 'Its options are those of this network, only names or shapes are others'
+        return 'The options match, only names or shapes differ'
     options = ', '.join(f'{key}: {value}' for key, value in differing.items())
-    return f'The file is of an AST with {options}: set these under network_g'
+    return f'The weights belong to an AST with {options}: set these under network_g'

@@ -224,5 +224,5 @@ def test_a_mismatch_says_what_the_file_is_of():
     with pytest.raises(CheckpointError, match=words) as caught:
         net.load_state_dict(other.state_dict())
     assert 'embed_dim: 8, depths: [1, 1, 1, 1, 2, 1, 1, 1, 1]' in str(caught.value)
-    with pytest.raises(CheckpointError, match='not of an AST'):
+    with pytest.raises(CheckpointError, match='do not belong to an AST'):
         net.load_state_dict({'conv_first.weight': torch.zeros(1)})

@@ -120,7 +120,7 @@ def test_weights_that_come_along(tmp_path):
         ('empty', CheckpointError, r'is a folder without model\.safetensors'),
         ('cut', CheckpointError, 'is cut or not a safetensors file'),
         ('mixed', OptionError, 'is of the network Mixed: expected AST'),
-        ('shapes', CheckpointError, 'do not fit the network'),
+        ('shapes', CheckpointError, 'do not match the network'),
         ('argument', OptionError, 'AST cannot be built: .*nonsense'),
         ('incomplete', CheckpointError, 'output_proj.bias .* is missing'),
         ('config', CheckpointError, r'expected a folder with model\.safetensors and config\.json'),

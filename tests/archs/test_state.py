@@ -35,7 +35,7 @@ def test_options_are_read_off_the_state(options):
     assert told['num_heads'][4:] == list(built['num_heads'][4:])
     tells_img_size = options.get('img_size', 128) / 16 < options.get('window_size', 8)
     assert any('img_size' in line for line in assumed) != tells_img_size
-    assert any('dense is assumed' in line for line in assumed) == (options.get('attention') == 'dense')
+    assert any('assuming dense' in line for line in assumed) == (options.get('attention') == 'dense')
 
 
 @pytest.mark.parametrize('name', ['ast_t_128', 'tiny_frfn_4ch', 'tiny_leff_128', 'tiny_mlp_128'])
@@ -53,7 +53,7 @@ def test_official_states_tell_their_options(name):
 
 @pytest.mark.parametrize('state', [{}, {'conv.weight': torch.zeros(3)}, {'input_proj.weight': torch.zeros(4)}])
 def test_other_states_are_refused(state):
-    with pytest.raises(CheckpointError, match='not the state of an AST'):
+    with pytest.raises(CheckpointError, match='not the state dict of an AST'):
         infer_options(state)
 
 

@@ -157,7 +157,7 @@ def saved(value):
 
 WEIGHTS = {
     'cut': (lambda: saved(good())[:-500], 'cut'),
-    'other network': (lambda: saved(good(num_feat=12)), 'weights of another network'),
+    'other network': (lambda: saved(good(num_feat=12)), 'the weights do not match'),
     'code': (lambda: saved({**good(), 'extra': Malicious()}), 'can run code'),
 }
 

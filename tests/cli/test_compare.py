@@ -156,8 +156,8 @@ def test_fault_that_a_network_makes(registered):
     ('changes', 'entry', 'complaint'),
     [
         ({}, {'name': 'a', 'network_g': COMPACT, 'weights': 'missing.pth'}, 'missing.pth does not exist'),
-        ({}, {'name': 'a', 'network_g': {**COMPACT, 'num_feat': 8}, 'weights': 'w.pth'}, 'weights of another network'),
-        ({}, {'name': 'a', 'weights': 'strange.pth'}, 'strange.pth does not say which network it is of'),
+        ({}, {'name': 'a', 'network_g': {**COMPACT, 'num_feat': 8}, 'weights': 'w.pth'}, 'the weights do not match'),
+        ({}, {'name': 'a', 'weights': 'strange.pth'}, 'strange.pth does not name its network'),
         ({}, {'name': 'a', 'network_g': {**COMPACT, 'num_feat': -1}}, 'networks.0 (a): network_g'),
         ({'datasets__val': {**options_of()['datasets']['val'], 'dataroot_lq': 'gone'}}, NETWORKS[0], 'gone'),
         ({'datasets__train': {**options_of()['datasets']['train'], 'dataroot_gt': 'gone'}}, NETWORKS[0], 'gone'),

@@ -57,7 +57,7 @@ def test_export_weights(words, here):
 def test_export_tells_what_was_assumed(here, capsys):
     save_torch(here / 'bare.pth', {'params': build_network(TINY | {'img_size': 128}).state_dict()})
     assert main(['export', '--weights', 'bare.pth', '-o', 'w.pt', '--format', 'torchscript', '--size', '9x9']) == 0
-    assert 'note: bare.pth: img_size cannot be told' in capsys.readouterr().err
+    assert 'note: bare.pth: img_size cannot be inferred' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_assumed_options_are_said(run, tmp_path):
     put(tmp_path / 'a.png')
     status, _, err = run('a.png', weights=tmp_path / 'bare.pth')
     assert status == 0
-    assert err.startswith(f'note: {tmp_path / "bare.pth"}: img_size cannot be told') and '-opt FILE' in err
+    assert err.startswith(f'note: {tmp_path / "bare.pth"}: img_size cannot be inferred') and '-opt FILE' in err
 
 
 def test_enlarging_network_of_basicsr(run, tmp_path):
@@ -333,7 +333,7 @@ def test_wrong_weights(run, tmp_path, weights):
     torch.save({'params': {'strange.weight': torch.zeros(3)}}, tmp_path / 'other.pth')
     for name in ('missing.pth', 'cut.safetensors', 'a.png'):
         assert_refused(run('a.png', weights=tmp_path / name), name)
-    assert_refused(run('a.png', weights=tmp_path / 'other.pth'), 'other.pth does not say which network', '-opt')
+    assert_refused(run('a.png', weights=tmp_path / 'other.pth'), 'other.pth does not name its network', '-opt')
     assert_refused(run('a.png', weights='rian'), 'or a task', 'did you mean rain?')
     for text, *words in (
         ('name: a', 'network_g'),

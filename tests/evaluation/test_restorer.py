@@ -147,9 +147,9 @@ def test_networks_of_the_toolbox(tmp_path):
     assert np.abs(restored.astype(int) - whole.restore(image)).max() <= 1
     # What nobody recognises, spandrel where it is installed included.
     torch.save({'params_ema': {'strange.weight': torch.zeros(3)}}, tmp_path / 'b.pth')
-    with pytest.raises(CheckpointError, match=r'b\.pth does not say which network.*-opt'):
+    with pytest.raises(CheckpointError, match=r'b\.pth does not name its network.*-opt'):
         Restorer.from_weights(tmp_path / 'b.pth', device='cpu')
-    with pytest.raises(CheckpointError, match=r'a\.pth: weights of another network than SRVGGNetCompact'):
+    with pytest.raises(CheckpointError, match=r'a\.pth: the weights do not match SRVGGNetCompact'):
         Restorer.from_weights(tmp_path / 'a.pth', network=options | {'num_feat': 8}, device='cpu')
 
 

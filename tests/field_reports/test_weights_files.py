@@ -94,7 +94,7 @@ def test_wrapped_state_is_found(case, tmp_path):
     for strict in (True, False):  # training and testing
         report = load_into(network := build_network(TINY), read_checkpoint(path), strict=strict)
         assert same(network, STATE)
-        assert report[0] == f'{NUM} of {NUM} tensors taken'
+        assert report[0] == f'{NUM} of {NUM} tensors loaded'
 
 
 def test_users_own_loading():
@@ -125,10 +125,10 @@ def test_average_is_preferred_and_said(case, tmp_path):
 def test_unusual_things_are_said(tmp_path):
     for case, words in {
         'number_inside': 'no tensors: scale',
-        'lightning_with_losses': 'left out: loss.vgg.0.weight',
-        'average_of_swa_utils': 'left out: n_averaged',
+        'lightning_with_losses': 'ignored: loss.vgg.0.weight',
+        'average_of_swa_utils': 'ignored: n_averaged',
         'counted_by_thop': 'counters: total_ops',
-        'model': 'begin with model.',
+        'model': 'removed the prefix model.',
     }.items():
         notes = Restorer.from_weights(write(tmp_path / 'w.pth', WRAPPED[case]), device='cpu').notes
         assert any(words in note for note in notes), (case, notes)
@@ -169,8 +169,8 @@ def test_loosely_with_other_channels(state, tmp_path):
     path = write(tmp_path / 'w.pth', {'state_dict': state})
     network = build_network({**TINY, 'out_chans': 1})
     report = load_into(network, read_checkpoint(path), strict=False)
-    assert report[0] == f'{NUM - 2} of {NUM} tensors taken'
-    assert any('another shape: output_proj' in line for line in report)
+    assert report[0] == f'{NUM - 2} of {NUM} tensors loaded'
+    assert any('shape mismatch: output_proj' in line for line in report)
     assert torch.equal(network.state_dict()['input_proj.weight'], STATE['input_proj.weight'])
     with pytest.raises(CheckpointError, match='output_proj'):
         load_into(network, read_checkpoint(path))
@@ -178,7 +178,7 @@ def test_loosely_with_other_channels(state, tmp_path):
 
 def test_zero_tensors_are_refused(tmp_path):
     path = write(tmp_path / 'w.pth', {'state_dict': state_of(0, OTHER)})
-    with pytest.raises(CheckpointError, match=f'none of its .* is one of the {NUM} of AST'):
+    with pytest.raises(CheckpointError, match=f'none of its .* matches one of the {NUM} of AST'):
         load_into(build_network(TINY), read_checkpoint(path), strict=False)
 
 
@@ -233,7 +233,7 @@ def test_values_that_are_no_weights(case, tmp_path):
 def test_several_states_in_one_dictionary(tmp_path):
     path = write(tmp_path / 'w.pth', {'state_dict': under('student.') | under('teacher.', state=EMA)})
     for strict in (True, False):
-        with pytest.raises(CheckpointError, match=r'several states, student, teacher: .* behind state_dict\.'):
+        with pytest.raises(CheckpointError, match=r'several state dicts, student, teacher: .* behind state_dict\.'):
             load_into(build_network(TINY), read_checkpoint(path), strict=strict)
     assert same(load_network(TINY, path, 'state_dict.teacher'), EMA)
     path = write(tmp_path / 'w.pth', under('old.', state=EMA) | under('net_g.'))
@@ -315,6 +315,6 @@ def test_checks_refuse_before_anything_starts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('ast_plugin.cli.info.predict_memory', lambda *_: None)  # in processes of its own
     assert main(['info', *opt, '--weights', 'own.pth', '--size', '16x16']) == 0
     out = capsys.readouterr().out
-    assert 'weights     8 of 8 tensors taken' in out and 'begin with net.' in out
+    assert 'weights     8 of 8 tensors loaded' in out and 'removed the prefix net.' in out
     # The option file's key is of the weights that it names, not of others.
     assert main(['test', *opt, 'path:param_key_g=state_dict', '--weights', 'own.pth']) == 0

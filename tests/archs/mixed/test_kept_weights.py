@@ -141,7 +141,7 @@ def test_weights_go_round(tmp_path, swinir):
 
 def test_base_weights_that_do_not_fit(tmp_path, swinir):
     rules = [rule('body.*', keys={'op': 'append'}, **SMALL)]
-    with pytest.raises(CheckpointError, match=r'base_weights: .*swinir\.pth: weights of another network than EDSR'):
+    with pytest.raises(CheckpointError, match=r'base_weights: .*swinir\.pth: the weights do not match EDSR'):
         Mixed(EDSR, rules, base_weights=swinir[1])
     with pytest.raises(CheckpointError, match=r'missing\.pth does not exist'):
         Mixed(EDSR, rules, base_weights=str(tmp_path / 'missing.pth'))
