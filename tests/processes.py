@@ -1,8 +1,8 @@
-"""Run by test_distributed.py as each process of a run by itself: what several processes do together, as JSON.
+"""Script for test_distributed.py: one process of a distributed run, which reports its results as JSON.
 
     processes.py FOLDER
 
-Numbers are of 64 bits, so that a gradient that is summed in another order shows, if at all, in the last digits.
+Computes in float64, so that the order of summation affects at most the last digits.
 """
 
 import json
@@ -28,7 +28,7 @@ NAMES = ('a/one.png', 'b/one.png', 'three.png', 'c/one.png', 'five.png')
 
 
 class HalfUsed(torch.nn.Module):
-    """A network one of whose weights never gets a gradient."""
+    """Network with one weight that never receives a gradient."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class HalfUsed(torch.nn.Module):
 
 
 class Pairs(Dataset):
-    """Five noisy pictures, of several sizes where they are not trained on; says which of them were read."""
+    """Five noisy images, of different sizes in validation; records which of them were read."""
 
     def __init__(self, batch_size: int | None = None) -> None:
         self.opt = {'name': 'pairs', 'seed': 3, **({'batch_size_per_gpu': batch_size} if batch_size else {})}
@@ -88,8 +88,8 @@ def options(folder: Path, rank: int, count: int, **top) -> dict:
 
 
 def train(folder: Path, rank: int, count: int) -> dict:
-    """Four steps, over an epoch's end, then a validation of an odd number of pictures."""
-    torch.manual_seed(7 + rank)  # the processes' first weights differ until they are made one
+    """Train four steps across the end of an epoch, then validate an odd number of images."""
+    torch.manual_seed(7 + rank)  # initial weights differ between processes until they are synchronized
     if rank == 0:
         torch.manual_seed(7)
     model = build_model(options(folder, rank, count))
@@ -129,7 +129,7 @@ def restore_in_double(model):
 
 
 def unused(folder: Path, rank: int, count: int) -> None:
-    """Train a network with an unused weight: DistributedDataParallel refuses the second step, unless told."""
+    """Train with an unused weight, which DistributedDataParallel rejects without `find_unused_parameters`."""
     ARCH_REGISTRY.register(HalfUsed)
     model = build_model(options(folder, rank, count, network_g={'type': 'HalfUsed'}, find_unused_parameters=True))
     for iteration in (1, 2):
@@ -138,7 +138,7 @@ def unused(folder: Path, rank: int, count: int) -> None:
 
 
 def nan_in_the_last(folder: Path, rank: int, count: int) -> list:
-    """What all do and say of a loss that is NaN in one of them, by either policy."""
+    """Return the results or errors for both policies if a loss is NaN in one process."""
     told = []
     for policy in ('skip', 'stop'):
         opt = options(folder / policy, rank, count)

@@ -1,4 +1,4 @@
-"""Several processes on one run: the same as one process, and none is left behind by another's failure."""
+"""Tests of distributed runs: results equal those of one process, and a failure ends all processes."""
 
 import csv
 import json
@@ -17,11 +17,11 @@ from tests import tiny_run
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-NUMBERS = {'atol': 1e-12, 'rtol': 1e-9}  # sums of 64 bits in another order
+NUMBERS = {'atol': 1e-12, 'rtol': 1e-9}  # float64, different order of summation
 
 
 def start(count: int, *command: str, cwd: Path, **environment: str) -> list[subprocess.Popen]:
-    """Start the processes of a run as torchrun does, without its process around them."""
+    """Start the processes of a run with the environment of torchrun, but without torchrun."""
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = str(server.getsockname()[1])
     everyones = {
@@ -46,7 +46,7 @@ def start(count: int, *command: str, cwd: Path, **environment: str) -> list[subp
 
 
 def finish(started: list[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str, str]]:
-    """Exit status, output and errors of each."""
+    """Return exit status, output and errors of each process."""
     results = []
     for process in started:
         try:
@@ -61,7 +61,7 @@ def finish(started: list[subprocess.Popen], timeout: float = 120) -> list[tuple[
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory) -> dict[int, tuple[Path, list[dict]]]:
-    """The same training by one process and by two, by their number: folder, and what each process reports."""
+    """Train with one and with two processes; return, by their number, the folder and the report of each process."""
     found = {}
     folders = {count: tmp_path_factory.mktemp(f'by_{count}') for count in (1, 2)}
     for count, folder in folders.items():
@@ -73,14 +73,14 @@ def runs(tmp_path_factory) -> dict[int, tuple[Path, list[dict]]]:
 
 
 def test_two_processes_learn_as_one(runs):
-    """From batches of both, in micro-batches."""
+    """Both use micro-batches of the same total batch."""
     one, two = (torch.load(folder / 'weights.pth', weights_only=True) for folder, _ in runs.values())
     assert one.keys() == two.keys() == {'params', 'params_ema'}
     for key in one:
         for name, weight in one[key].items():
             assert weight.dtype == torch.float64 or not weight.is_floating_point()
             torch.testing.assert_close(two[key][name], weight, **NUMBERS)
-    assert any(not torch.equal(one['params'][name], one['params_ema'][name]) for name in one['params'])  # it has moved
+    assert any(not torch.equal(one['params'][name], one['params_ema'][name]) for name in one['params'])  # it differs
 
 
 def test_two_processes_stop_alike(runs):
@@ -117,7 +117,7 @@ def test_validation_is_shared(runs):
 
 
 def write_run(folder: Path, **changes) -> None:
-    """The tiny run by our model, its training set of an odd number of pairs, with changes of its training set."""
+    """Write the tiny run with RestorationModel, an odd number of training pairs, and changes of the training set."""
     file = tiny_run.write(folder)
     for kind in ('lq', 'gt'):
         (folder / 'data' / kind / '3.png').unlink()
@@ -148,7 +148,7 @@ def test_torchrun_trains_on_cpus(tmp_path):
     assert [row[0] for row in rows] == ['iter', '1', '2', '2', '3', '4', '4']
     assert (experiment / 'curve.png').is_file()
     assert list((tmp_path / 'tb_logger' / 'tiny').iterdir())
-    assert result.stderr.count('Start training from epoch: 0') == 1  # the others say nothing
+    assert result.stderr.count('Start training from epoch: 0') == 1  # only the first process logs
     assert 'eta: 0:00:00' in result.stderr and 'day' not in result.stderr
     assert 'UserWarning' not in result.stderr
 
@@ -184,7 +184,7 @@ def test_failure_of_one_is_told_once(tmp_path, how):
     told = [line for _, _, errors in (first, second) for line in errors.splitlines() if 'basicsr: error' in line]
     if how == 'error':
         assert second[0] == 2
-        saved = 'Iteration 1 is saved: mend it, and go on with --auto_resume'
+        saved = 'Iteration 1 is saved; fix the cause, resume with --auto_resume'
         assert told == [f'basicsr: error: [rank 1] 2.png cannot be read. {saved}']
         state = torch.load(tmp_path / 'experiments/tiny/training_states/1.state', weights_only=True)
         assert state['iter'] == 1 and len(state['random']) == 2

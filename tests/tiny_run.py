@@ -1,4 +1,4 @@
-"""A run small enough for tests: four pairs of 40x40 pixels, a network of a thousand weights, four iterations."""
+"""Small run for tests: four pairs of 40x40 pixels, a network with a thousand weights, four iterations."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ logger: {print_freq: 1, save_checkpoint_freq: !!float 2, use_tb_logger: false}
 
 
 def write(folder: Path) -> Path:
-    """Write the pairs and the option file into `folder`, and say where the file is."""
+    """Write the pairs and the option file into `folder` and return the path of the file."""
     generator = np.random.default_rng(0)
     for kind in ('lq', 'gt'):
         (folder / 'data' / kind).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""How a run shows itself: a bar in a terminal, and to look at and compare later `metrics.csv` and `curve.png`."""
+"""Progress and logs of a training run: the progress bar, `metrics.csv` and `curve.png`."""
 
 import atexit
 import csv
@@ -25,30 +25,30 @@ from ast_plugin.names import LITERAL, write_name
 
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
-FIXED = ('iter', 'epoch', 'lr')  # columns before the losses'
-_MEMORY = 0.9  # how much of the mean wait is kept from one iteration to the next
+FIXED = ('iter', 'epoch', 'lr')  # columns before the losses
+_MEMORY = 0.9  # decay of the moving averages of times, per iteration
 _MOST_ROWS_IN_MEMORY = 1000
 _SECONDS_BETWEEN_CURVES = 60.0
-_MOST_SHARE_OF_TIME = 0.01  # that drawing may take
+_MOST_SHARE_OF_TIME = 0.01  # maximum share of time spent on drawing
 
 INK, FAINT, GRID = '#1b1b1b', '#6b6b6b', '#dddddd'
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#7f4f9f', '#806a4f')
-"""Told apart by every eye."""
+"""Palette that is distinguishable with colour-vision deficiency."""
 STYLE = {**LITERAL, 'font.size': 10, 'axes.edgecolor': FAINT, 'text.color': INK, 'axes.labelcolor': INK}
-"""How matplotlib draws runs."""
+"""Settings of matplotlib for the curves of runs."""
 _MOST_POINTS = 20_000
 
 
 class TrainingProgress:
-    """One bar for a whole run, where stderr is a terminal; the toolbox's log lines go on above it.
+    """Progress bar of a run if stderr is a terminal; log lines are printed above it.
 
-    It shows losses, rate, remaining time, share of waiting for data, memory, best value.
+    It shows losses, speed, remaining time, share of time spent waiting for data, memory and the best validation value.
 
     Args:
-        total_iter, start_iter: iterations of the run, and those already done.
-        logger: the toolbox's, whose stream handlers shall not tear the bar.
-        device: whose memory is shown; of a CPU the process's.
-        is_shown: False for all processes but the first.
+        total_iter, start_iter: total number of iterations, and number already done.
+        logger: BasicSR's logger, whose stream handlers are redirected to print above the bar.
+        device: device whose memory is shown; for a CPU, the memory of the process.
+        is_shown: False for all processes except the first.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TrainingProgress:
         self.best = ''
         self.total_iter = total_iter
         self.device = device or torch.device('cpu')
-        self.waited = self.worked = 0.0  # seconds an iteration, means of late
+        self.waited = self.worked = 0.0  # seconds per iteration, moving averages
         self._stamp: float | None = None
         self.bar = tqdm(
             total=total_iter,
@@ -79,19 +79,19 @@ class TrainingProgress:
 
     @property
     def data_share(self) -> float:
-        """Share of the time that went by waiting for data, in [0, 1]."""
+        """Share of time spent waiting for data, in [0, 1]."""
         return self.waited / (self.waited + self.worked) if self.waited + self.worked else 0.0
 
     def begin(self) -> None:
-        """Note that the data of an iteration are here."""
+        """Record that the data of an iteration have arrived."""
         self.waited += (1 - _MEMORY) * self._lap(self.waited)
 
     def pause(self) -> None:
-        """Note that something else than waiting for data has taken time up to now: a validation, a write."""
+        """Exclude the time since the last call, e.g. of a validation or a checkpoint, from the measured times."""
         self._stamp = time.perf_counter()
 
     def advance(self, losses: Mapping[str, float]) -> None:
-        """Count one iteration and show its losses; the last one closes the bar."""
+        """Count one iteration and show its losses; close the bar after the last one."""
         self.worked += (1 - _MEMORY) * self._lap(self.worked)
         if self.bar.disable:
             return
@@ -103,19 +103,19 @@ class TrainingProgress:
             self.bar.close()
 
     def _lap(self, usual: float) -> float:
-        """By how much the time since the last call is longer than usual."""
+        """Return by how much the time since the last call exceeds its moving average."""
         before, self._stamp = self._stamp, time.perf_counter()
         return 0.0 if before is None else self._stamp - before - usual
 
 
 def close_bars() -> None:
-    """Leave every bar as it stands, those of a run that has failed too; what is printed next begins a line."""
+    """Close all progress bars, also those of a failed run, so that further output starts on a new line."""
     for bar in list(getattr(tqdm, '_instances', ())):
         bar.close()
 
 
 def memory(device: torch.device) -> str:
-    """Return the most memory so far, of a GPU by tensors, of a CPU by this process; empty if that is not known."""
+    """Return the peak memory of tensors on a GPU, or of this process on a CPU; empty if it is not known."""
     if device.type == 'cuda':
         return f'{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB'
     try:
@@ -127,19 +127,19 @@ def memory(device: torch.device) -> str:
 
 
 class RunLog:
-    """Writes `metrics.csv` and `curve.png` into the experiment's folder.
+    """Writer of `metrics.csv` and `curve.png` in the experiment's folder.
 
-    The table has a row for every iteration (number, epoch as BasicSR counts it, rate of the first group, losses) and
-    one for every validation (number, epoch, and the means in the columns `dataset/metric`), numbers in full. Rows wait
-    in memory until `flush`. A training state holds how many rows belong to it; a run that goes on from it cuts off
-    what its predecessor wrote after that.
+    The table has a row for each iteration (iteration, epoch as counted by BasicSR, learning rate of the first parameter
+    group, losses) and for each validation (iteration, epoch, and the means in the columns `dataset/metric`), in full
+    precision. Rows are buffered until `flush`. A training state stores its number of rows; a run resumed from it
+    removes later rows.
 
     Args:
-        folder: of the experiment; None writes nothing, as do all processes but the first.
-        name: of the run, the title of the drawing.
-        iters_per_epoch: tells the epoch of an iteration; None leaves that column empty.
-        best_metric: the metric of validation to draw, none if None; with `higher_is_better`.
-        flush_every: iterations.
+        folder: the experiment's folder; None, for all processes except the first, writes nothing.
+        name: name of the run, the title of the curve.
+        iters_per_epoch: iterations per epoch; None leaves the column `epoch` empty.
+        best_metric: validation metric to draw, or None; see also `higher_is_better`.
+        flush_every: iterations between writes.
     """
 
     def __init__(
@@ -160,14 +160,14 @@ class RunLog:
         self._rows: list[dict[str, Any]] = []
         self._num_written = 0
         self._num_to_keep: int | None = None
-        self._validated: dict[str, int] = {}  # by dataset: iteration of its last row
+        self._validated: dict[str, int] = {}  # iteration of the last row by dataset
         self._is_begun = False
         self._num_drawn = 0
         self._due_at = time.monotonic() + _SECONDS_BETWEEN_CURVES
 
     @classmethod
     def from_options(cls, opt: Mapping[str, Any], rank: int) -> 'RunLog':
-        """Build the log of a run by BasicSR's options."""
+        """Build the log of a run from BasicSR's options."""
         is_kept = opt['is_train'] and rank == 0
         metrics = (opt.get('val') or {}).get('metrics') or {}
         best = (opt.get('val') or {}).get('best_metric') or next(iter(metrics), None)
@@ -181,13 +181,13 @@ class RunLog:
         )
 
     def add_iteration(self, current_iter: int, lr: float, losses: Mapping[str, float]) -> None:
-        """Note the losses of an iteration."""
+        """Add the losses of an iteration."""
         self._add(current_iter, {'lr': lr, **losses})
         if current_iter % self.flush_every == 0:
             self.flush()
 
     def add_validation(self, current_iter: int, dataset: str, means: Mapping[str, float]) -> None:
-        """Note the means of a validation; of each dataset once an iteration, also where a resumed run repeats it."""
+        """Add the means of a validation, once per dataset and iteration even if a resumed run repeats it."""
         if self._validated.get(dataset) == current_iter:
             return
         self._validated[dataset] = current_iter
@@ -195,10 +195,10 @@ class RunLog:
         self._add(current_iter, {f'{name}/{metric}': value for metric, value in means.items()})
 
     def flush(self, durably: bool = False) -> None:
-        """Write what waits, where `durably` down to the disk itself. What cannot be written is warned of, and waits."""
+        """Write buffered rows, synced to disk if `durably`; if that fails, log a warning and keep the rows."""
         if not self._rows:
             return
-        with only_warn(f'{self.table} cannot be written, its rows wait'):
+        with only_warn(f'{self.table} cannot be written, its rows are kept in memory'):
             self._begin(self._rows[0]['iter'])
             new = dict.fromkeys(name for row in self._rows for name in row if name not in self._columns)
             if new:
@@ -209,13 +209,13 @@ class RunLog:
             self._rows.clear()
 
     def draw(self, at_once: bool = False) -> None:
-        """Draw the table anew where that can be done; once a minute at most, unless `at_once`, and never twice."""
+        """Redraw the curve if there are new rows, at most once per minute unless `at_once`."""
         self.flush()
         is_due = at_once or time.monotonic() > self._due_at
         if not self._is_begun or not is_due or self._num_drawn == self._num_written:
             return
         start = time.monotonic()
-        with only_warn(f'{self.curve} is not drawn'):
+        with only_warn(f'{self.curve} cannot be drawn'):
             columns = read_columns(self.table)
             write_file(self.curve, draw_curve(columns, self.name, self.best_metric, self.higher_is_better))
         self._num_drawn = self._num_written
@@ -223,13 +223,13 @@ class RunLog:
         self._due_at = end + max(_SECONDS_BETWEEN_CURVES, (end - start) / _MOST_SHARE_OF_TIME)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many rows there are up to now; they are on disk before this returns, unless that fails."""
+        """Return the number of rows so far, after syncing them to disk if possible."""
         self.flush(durably=True)
         written = self._num_written if self._is_begun else self._num_to_keep or 0
         return {'rows': written + len(self._rows), 'validated': dict(self._validated)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on behind that many rows: call it before the first iteration."""
+        """Continue after the stored number of rows; must be called before the first iteration."""
         self._num_to_keep = state['rows']
         self._validated = dict(state['validated'])
 
@@ -237,15 +237,15 @@ class RunLog:
         if self.folder is None:
             return
         if not self._rows and not self._is_begun:
-            atexit.register(self.flush)  # of a run that fails, too: the last losses tell most about it
-            with only_warn(f'{self.table} cannot be written, its rows wait'):
+            atexit.register(self.flush)  # keeps the last losses of a failed run
+            with only_warn(f'{self.table} cannot be written, its rows are kept in memory'):
                 self._begin(current_iter)
         epoch = (current_iter - 1) // self.iters_per_epoch if self.iters_per_epoch else ''
         exact = {name: repr(float(value)) for name, value in values.items()}
         self._rows.append({'iter': current_iter, 'epoch': epoch, **exact})
 
     def _begin(self, current_iter: int) -> None:
-        """Keep the rows of the state that is resumed; without one, those of earlier iterations."""
+        """Open the table; keep the rows of the resumed state or, without one, those of earlier iterations."""
         if self._is_begun and self.table.is_file():
             return
         header, rows = '', []
@@ -254,14 +254,16 @@ class RunLog:
                 header, rows = _read_lines(self.table)
                 self._columns = next(csv.reader([header]))
                 if self._columns[: len(FIXED)] != [*FIXED]:
-                    raise ValueError(f'expected columns that begin with {", ".join(FIXED)}')
+                    raise ValueError(f'expected columns starting with {", ".join(FIXED)}')
                 num_before = sum(int(row.partition(',')[0]) < current_iter for row in rows)
                 rows = rows[: num_before if self._num_to_keep is None else self._num_to_keep]
             except (ValueError, StopIteration) as error:
                 aside = self.table.with_name(f'{self.table.name}.damaged')
                 self.table.replace(aside)
                 header, rows = '', []
-                logging.getLogger('basicsr').warning(f'{self.table} is begun anew, put aside as {aside.name}: {error}')
+                logging.getLogger('basicsr').warning(
+                    f'{self.table} is damaged, kept as {aside.name} and restarted: {error}'
+                )
         if not header:
             self._columns = [*FIXED]
         self._rewrite(rows)
@@ -283,7 +285,7 @@ class RunLog:
                 os.fsync(file.fileno())
 
     def _rewrite(self, rows: Sequence[str]) -> None:
-        """Write the table with these lines, whole or not at all."""
+        """Rewrite the table with these rows atomically."""
         header = io.StringIO()
         csv.writer(header, lineterminator='').writerow(self._columns)
         text = '\n'.join([header.getvalue(), *rows, ''])
@@ -292,7 +294,7 @@ class RunLog:
 
 
 def read_columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Read of each column of a `metrics.csv` the iterations that have a value there, and the values."""
+    """Read a `metrics.csv` as, for each column, the iterations that have a value and the values."""
     header, rows = _read_lines(path)
     columns = {name: (array('q'), array('d')) for name in next(csv.reader([header]), [])}
     for row in csv.reader(rows):
@@ -304,16 +306,16 @@ def read_columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def draw_curve(columns: Columns, title: str, best_metric: str | None = None, higher_is_better: bool = True) -> bytes:
-    """Draw losses, rate and validations of a run.
+    """Draw losses, learning rate and validation metric of a run.
 
     Args:
-        columns: as `read_columns` returns them.
+        columns: as returned by `read_columns`.
         title: the run's name.
-        best_metric: the metric of validation that is drawn, for each dataset; with `higher_is_better`.
+        best_metric: validation metric drawn for each dataset; see also `higher_is_better`.
     Returns:
-        A PNG.
+        The content of a PNG file.
     Raises:
-        ImportError: if matplotlib is not there.
+        ImportError: if matplotlib is not installed.
     """
     from matplotlib import rc_context, ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -331,7 +333,7 @@ def draw_curve(columns: Columns, title: str, best_metric: str | None = None, hig
             axes[1].plot(*_thinned(*columns['lr']), color=FAINT, linewidth=1.4)
         axes[1].set_ylim(bottom=0)
         axes[1].ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
-        axes[1].set_ylabel('rate')
+        axes[1].set_ylabel('learning rate')
         if validated:
             _draw_validation(axes[2], columns, validated, best_metric, higher_is_better)
         for axis in axes:
@@ -356,7 +358,7 @@ def _draw_losses(axis, columns: Columns, names: Sequence[str], ticker) -> None:
     axis.set_ylabel('loss')
     draw_legend(axis, lines, labels, loc='upper right')
     numbers = np.concatenate([[], *(columns[name][1][np.isfinite(columns[name][1])] for name in names)])
-    # Logarithmic where losses span more than a few times their least; with as many labels as that span needs.
+    # Logarithmic if the largest loss is at least 4 times the smallest; a wide range gets fewer labels.
     if numbers.size and numbers.min() > 0 and numbers.max() >= 4 * numbers.min():
         axis.set_yscale('log')
         steps = (1, 2, 5) if numbers.max() < 300 * numbers.min() else (1,)
@@ -383,7 +385,7 @@ def _draw_validation(axis, columns: Columns, names: Sequence[str], metric: str, 
 
 
 def quieten(axis: Any) -> None:
-    """Let grid, frame and ticks of axes of matplotlib stand back behind what is drawn in them."""
+    """Make grid, frame and ticks of matplotlib axes less prominent."""
     axis.grid(color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[['top', 'right']].set_visible(False)
@@ -391,9 +393,9 @@ def quieten(axis: Any) -> None:
 
 
 def draw_legend(axis: Any, lines: Sequence[Any], labels: Sequence[str], **options: Any) -> None:
-    """Put a legend of these lines into axes of matplotlib, each label as it stands."""
+    """Add a legend to matplotlib axes with literal labels."""
     if lines:
-        # A label that begins with an underscore would be left out.
+        # matplotlib omits labels that begin with an underscore, so texts are set afterwards.
         legend = axis.legend(lines, ['-'] * len(lines), frameon=False, **options)
         for text, label in zip(legend.get_texts(), labels, strict=True):
             write_name(text, label)
@@ -405,7 +407,7 @@ def _thinned(iterations: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
 
 
 def smoothed(values: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """The mean of each value and those before it, over a share of the run; what is no number is left out."""
+    """Return the trailing moving average over a share of the run; non-finite values are ignored."""
     window = max(1, round(len(values) * share))
     is_finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, values, 0.0))])
@@ -417,6 +419,6 @@ def smoothed(values: np.ndarray, share: float = 0.02) -> np.ndarray:
 
 
 def _read_lines(path: Path) -> tuple[str, list[str]]:
-    """The header and the rows, without a last row that a killed run has left unfinished."""
+    """Return the header and the complete rows; a killed run may have left an incomplete last row."""
     header, *rows, _unfinished = path.read_text(encoding='utf-8').split('\n')
     return header, rows

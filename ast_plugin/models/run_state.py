@@ -1,12 +1,12 @@
-"""All that a run is, as one file that needs no other: collected from a model, compared with options, and put back.
+"""Training state: collecting it from a model, comparing it with options, and restoring it.
 
-Beside BasicSR's keys (`epoch`, `iter`, `optimizers`, `schedulers`) a state holds the weights under `params` and
-`params_ema`, where readers of weights files find them, the best values, each process's random generators, the options
-that training depends on, and the states of the parts in the model's `stateful`: tensors and plain values. The place in
-the epoch's order follows from the iteration, see `data.randomness.epoch_of`.
+A training state is one self-contained file of tensors and plain values. In addition to BasicSR's keys (`epoch`, `iter`,
+`optimizers`, `schedulers`) it holds the weights under `params` and `params_ema`, as in weights files, the best values,
+the random states of all processes, the options that training depends on, and the states of the parts in the model's
+`stateful`. The position within the epoch follows from the iteration, see `data.randomness.epoch_of`.
 
-A run that is resumed follows its options: rates are those of a run that had them from its beginning. What cannot be
-followed is found by `misfits` before anything starts.
+A resumed run applies its current options: learning rates are those of a run with these options from its beginning.
+`misfits` reports incompatible options before training starts.
 """
 
 import json
@@ -24,11 +24,11 @@ from ast_plugin.data import randomness
 from ast_plugin.errors import CheckpointError
 from ast_plugin.models.optimizers import build_optimizer, restore_rates
 
-_CHANGED_BY_STEPS = ('last_epoch', 'verbose')  # of a schedule, as all names that begin with an underscore
+_CHANGED_BY_STEPS = ('last_epoch', 'verbose')  # keys of a schedule's state, with those starting with an underscore
 
 
 def collect(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
-    """Return the state of a RestorationModel after an iteration. All processes of a run must call this together."""
+    """Return the training state of a RestorationModel after an iteration. All processes must call this together."""
     here = randomness.capture(every_device=not model.opt['dist'])
     return {
         'epoch': epoch,
@@ -44,16 +44,16 @@ def collect(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
 
 
 def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> None:
-    """Put back all but the weights, which BasicSR has loaded when it built the model.
+    """Restore a training state except for the weights, which BasicSR loads when it builds the model.
 
-    States that BasicSR's own models wrote have less in them; then a line in the log says what starts afresh.
+    States written by BasicSR's own models contain less; the log lists what is reset.
 
     Args:
-        model: any of BasicSR's.
-        state: of a run.
-        recorded: what `record` says of the options that the model is built by; None takes the state's.
+        model: any BasicSR model.
+        state: the training state.
+        recorded: result of `record` for the model's options; None uses the options in the state.
     Raises:
-        CheckpointError: if the state is of another optimiser or network than the model has.
+        CheckpointError: if the state does not fit the model's optimisers, schedules or network.
     """
     old, logger = state.get('options'), get_root_logger()
     told = changes(old, recorded)
@@ -63,12 +63,12 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
             key, given = options[number] if number < len(options) else ('', {})
             before = given if recorded is None else _optimizer_options(old)[number][1] if old else None
             if model.opt.get('force_resume') and _optimizer_misfit(given, saved, before, optimizer):
-                logger.warning(f'train.{key}: starts afresh, the state does not fit it')
+                logger.warning(f'train.{key}: reset, because the state does not fit it')
             else:
                 told |= _restore_optimizer(optimizer, saved, f'train.{key}', given, before)
         for schedule, saved in zip(model.schedulers, state['schedulers'], strict=True):
             if not _restore_schedule(schedule, saved) and not old:
-                told['train.scheduler'] = 'rates are those of the options'
+                told['train.scheduler'] = 'learning rates follow the options'
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f'the state of iteration {state["iter"]} does not fit the optimiser, schedule or network of the options: '
@@ -78,7 +78,7 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
         model.best_metric_results = _best_values(model.opt, state['best_metric_results'], told)
     if told:
         lines = '; '.join(f'{key}: {change}' for key, change in told.items())
-        logger.warning(f'Options that differ from the state are followed from here on: {lines}')
+        logger.warning(f'Options that differ from the training state apply from here on: {lines}')
     missing = []
     for name, part in getattr(model, 'stateful', {}).items():
         if name in state.get('parts', {}):
@@ -90,13 +90,13 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
         if model.processes.rank < len(everyones):
             randomness.restore(everyones[model.processes.rank])
         else:
-            missing.append('random numbers')
+            missing.append('random state')
     if missing:
-        logger.warning(f'The state says nothing of these, they start afresh: {", ".join(missing)}')
+        logger.warning(f'Not in the training state and therefore reset: {", ".join(missing)}')
 
 
 def record(opt: Mapping[str, Any]) -> dict[str, Any]:
-    """What training depends on in options prepared for BasicSR, as plain values; where data lie is left out."""
+    """Return the options that training depends on as plain values; paths of datasets are excluded."""
     train_set = opt.get('datasets', {}).get('train') or {}
     numbers = {key: value for key, value in train_set.items() if isinstance(value, (bool, int, float))}
     part = {key: opt.get(key) for key in ('model_type', 'network_g', 'train', 'manual_seed', 'num_gpu', 'world_size')}
@@ -105,7 +105,7 @@ def record(opt: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changes(old: Any, new: Any, where: str = '') -> dict[str, str]:
-    """`old → new` of each option that differs, by its dotted name; nothing where a side is not known."""
+    """Return `old → new` for each option that differs, by dotted name; empty if either side is None."""
     if (old is None and not where) or (new is None and not where):
         return {}
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -117,7 +117,7 @@ def changes(old: Any, new: Any, where: str = '') -> dict[str, str]:
 
 
 def _best_values(opt: Mapping[str, Any], values: Mapping[str, Any], told: dict[str, str]) -> dict[str, Any]:
-    """The best values of a state that can be compared with those to come; adds to `told` where others start afresh."""
+    """Return the best values of a state that remain comparable; list values that are reset in `told`."""
     names = [part['name'] for key, part in (opt.get('datasets') or {}).items() if key.startswith('val')] or [*values]
     stale = {key.split('.')[2] for key in told if key.startswith('val.metrics.')}
     if 'val.best_metric' in told:
@@ -127,7 +127,7 @@ def _best_values(opt: Mapping[str, Any], values: Mapping[str, Any], told: dict[s
     ):  # the first dataset decides which weights are the best
         stale = {metric for parts in values.values() for metric in parts}
     if stale:
-        told['best values'] = f'of {", ".join(sorted(map(str, stale)))} start afresh'
+        told['best values'] = f'of {", ".join(sorted(map(str, stale)))} are reset'
     kept = {name: {k: v for k, v in values[name].items() if k not in stale} for name in names if name in values}
     return {name: parts for name, parts in kept.items() if parts}
 
@@ -137,21 +137,21 @@ def _said(value: Any) -> str:
 
 
 def misfits(state: Mapping[str, Any], opt: Mapping[str, Any], parameters: Iterable[Tensor] | None = None) -> list[str]:
-    """Say what of the options a state cannot go on with, a line each that begins with the option's name.
+    """Return one line, starting with the option's name, for each option that is incompatible with a training state.
 
     Args:
-        state: of a run.
+        state: the training state.
         opt: options prepared for BasicSR.
-        parameters: of network_g, on any device; None where they are not known.
+        parameters: parameters of network_g, on any device; None if not known.
     """
     old, new = state.get('options'), record(opt)
     lines = []
     if new['train']['total_iter'] < state['iter']:
-        lines.append(f'train.total_iter: {new["train"]["total_iter"]}, and the state is of iteration {state["iter"]}')
+        lines.append(f'train.total_iter: {new["train"]["total_iter"]}, but the state is of iteration {state["iter"]}')
     lines += [f'{key}: {change}' for key, change in changes(old, new).items() if key == 'network_g.type']
     options, saved = _optimizer_options(new), state.get('optimizers') or []
     if len(saved) != len(options):
-        lines.append(f'train.optim_*: {len(options)} optimisers, and the state has {len(saved)}')
+        lines.append(f'train.optim_*: {len(options)} optimisers, but the state has {len(saved)}')
     for number, ((key, given), part) in enumerate(zip(options, saved, strict=False)):
         reason = _optimizer_misfit(given, part, _optimizer_options(old)[number][1] if old else None)
         if reason is None and key == 'optim_g' and parameters is not None:
@@ -162,7 +162,7 @@ def misfits(state: Mapping[str, Any], opt: Mapping[str, Any], parameters: Iterab
 
 
 def _optimizer_options(recorded: Mapping[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
-    """Keys and options of the optimisers, in the order in which BasicSR's models build them."""
+    """Return keys and options of the optimisers, in the order in which BasicSR's models build them."""
     train = (recorded or {}).get('train') or {}
     keys = sorted((key for key in train if key.startswith('optim_') and train[key]), key=lambda key: key != 'optim_g')
     return [(key, train[key]) for key in keys]
@@ -174,16 +174,16 @@ def _optimizer_misfit(
     before: Mapping[str, Any] | None,
     optimizer: Optimizer | None = None,
 ) -> str | None:
-    """Why a saved state is not of an optimiser of these options; None where it is, as far as can be told.
+    """Return why a saved state does not fit an optimiser with these options; None if no misfit is found.
 
     Args:
         options: with `type` and `lr`.
-        saved: its state.
-        before: the options of the state; None if it does not tell.
-        optimizer: whose parameters the state is for; None where they are not known.
+        saved: the optimiser's state.
+        before: the options of the saved optimiser; None if not recorded.
+        optimizer: optimiser whose parameters the state must fit; None if not known.
     """
     if before is not None and before['type'] != options['type']:
-        return f'the type is {options["type"]}, and the state is of {before["type"]}'
+        return f'the type is {options["type"]}, but the state is of {before["type"]}'
     if optimizer is not None:
         reason = _shape_misfit(saved, [p.shape for group in optimizer.param_groups for p in group['params']])
         if reason:
@@ -198,22 +198,22 @@ def _optimizer_misfit(
     lacking = sorted(optimizer.state[trial].keys() - known)
     is_decoupled = optimizer.param_groups[0].get('decoupled_weight_decay')
     if lacking or group.get('decoupled_weight_decay', is_decoupled) != is_decoupled:
-        what = f'which has no {", ".join(lacking)}' if lacking else 'whose weight_decay works otherwise'
-        return f'{options["type"]} with these options does not go on from the optimiser of the state, {what}'
+        what = f'which has no {", ".join(lacking)}' if lacking else 'whose weight_decay is applied differently'
+        return f'{options["type"]} with these options cannot resume from the optimiser of the state, {what}'
     return None
 
 
 def _shape_misfit(saved: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> str | None:
-    """Why a saved state is not of parameters of these shapes; None where it is."""
+    """Return why a saved optimiser state does not fit parameters of these shapes; None if it fits."""
     count = sum(len(group['params']) for group in saved['param_groups'])
     if count != len(shapes):
-        return f'network_g has {len(shapes)} parameters to train, and the state is of {count}'
+        return f'network_g has {len(shapes)} trainable parameters, but the state has {count}'
     for number, part in saved['state'].items():
         for name, value in part.items():
             is_alike = isinstance(value, Tensor) and value.ndim == len(shapes[number]) > 0
             if is_alike and name.startswith('exp_avg') and value.shape != shapes[number]:
                 return (
-                    f'parameter {number} of network_g is {list(shapes[number])}, and {list(value.shape)} in the state'
+                    f'parameter {number} of network_g is {list(shapes[number])}, but {list(value.shape)} in the state'
                 )
     return None
 
@@ -225,7 +225,7 @@ def _restore_optimizer(
     options: Mapping[str, Any],
     before: Mapping[str, Any] | None,
 ) -> dict[str, str]:
-    """Load a state, but keep of `options` what differs; tell of those that differ from a state that records none."""
+    """Load a state but keep changed options; return the changes if the state does not record its options."""
     given = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     told = {}
@@ -245,7 +245,7 @@ def _restore_optimizer(
 
 
 def _restore_schedule(schedule: LRScheduler, saved: Mapping[str, Any]) -> bool:
-    """Load a state of these options; of others, step up to its iteration, and return False."""
+    """Load the state of a schedule; if its options differ, step to its iteration and return False."""
     if _fixed(schedule.state_dict()) == _fixed(saved):
         schedule.load_state_dict(saved)
         return True
@@ -259,7 +259,7 @@ def _restore_schedule(schedule: LRScheduler, saved: Mapping[str, Any]) -> bool:
 
 
 def _fixed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What steps do not change of a schedule's state."""
+    """Return the part of a schedule's state that does not change from step to step."""
     return {k: _plain(v) for k, v in state.items() if not k.startswith('_') and k not in _CHANGED_BY_STEPS}
 
 

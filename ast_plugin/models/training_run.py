@@ -1,4 +1,4 @@
-"""From an option file to BasicSR's pipelines: the runs of a file, where they lie, how they begin, and running them."""
+"""Runs of an option file: reading and preparing them, their folders and initial weights, and running BasicSR."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from ast_plugin.options.reading import BASE_KEY, NETWORKS_KEY, STAGES_KEY, Sourc
 from ast_plugin.options.sections import Dataset, Registered
 
 WEIGHTS = ('net_g_best.pth', 'net_g_latest.pth')
-"""What a run leaves in its folder `models`, the better first; beside them net_g_ITERATION.pth."""
+"""Weights of a finished run in its folder `models`, best first; net_g_ITERATION.pth are saved as well."""
 
 _LAUNCHERS = {
     'none': ('', ''),
@@ -52,14 +52,14 @@ _LAUNCHERS = {
     'slurm': ('SLURM_PROCID SLURM_NTASKS SLURM_NODELIST', 'srun python -m ast_plugin …'),
 }
 _FINISHED = 'finished.json'
-_PATIENCE = 10.0  # seconds in which the processes of a killed run, that loaded its data, see that it is gone
-# What loaders read of a dataset's options: how many samples there are does not depend on it.
+_PATIENCE = 10.0  # seconds to wait for the data workers of a killed run, which notice its end with a delay
+# Dataset options that affect only loading; the number of samples does not depend on them.
 _LOADING = Dataset.model_fields.keys() - {'type', 'name', 'io_backend', 'phase', 'scale'}
 
 
 @dataclass(frozen=True)
 class Run:
-    """An option file that was found right, the stages it stands for, and where outputs go."""
+    """Validated option file with its stages and the root of its outputs."""
 
     file: Path
     opt: dict[str, Any]
@@ -71,16 +71,16 @@ class Run:
     _num_samples: dict[str, int] = field(default_factory=dict)
 
     def experiment(self, stage: Stage | None = None) -> Path:
-        """The folder of the experiment, or of one of its stages."""
+        """Return the folder of the experiment or of one of its stages."""
         folder = self.root / 'experiments' / options.run_name(self.opt, self.is_debug)
         return folder / stage.name if stage is not None and stage.name else folder
 
     def source(self, stage: Stage) -> str:
-        """What messages about a stage begin with."""
+        """Return the prefix of messages about a stage."""
         return str(self.file) if stage.name is None else f'{self.file}: {stage.name}'
 
     def select(self, name: str | None) -> list[Stage]:
-        """The stage of this name or number, or all for None; OptionError if there is none."""
+        """Return the stage with this name or number, or all stages for None; raise OptionError if there is none."""
         if name is None:
             return self.stages
         names = [stage.name for stage in self.stages if stage.name]
@@ -90,15 +90,15 @@ class Run:
             if name in (stage.name, str(stage.number)):
                 return [stage]
         raise OptionError(
-            f'--stage {name}: expected a number from 1 to {len(names)}, or a name of {", ".join(names)}'
+            f'--stage {name}: expected a number from 1 to {len(names)}, or one of {", ".join(names)}'
             f'{did_you_mean(name, names)}'
         )
 
     def prepare(self, stage: Stage, **given: Any) -> dict[str, Any]:
-        """The options of a stage for BasicSR's pipelines; DataError if its data, which counts epochs, is not right."""
+        """Return the options of a stage for BasicSR's pipelines; raise DataError if its data cannot be read."""
 
         def length_of(dataset: Mapping[str, Any]) -> int:
-            # Stages that differ in batches and patches alone have their training set listed once.
+            # The training set is listed once for stages that differ only in batches and patches.
             key = json.dumps({name: value for name, value in dataset.items() if name not in _LOADING}, default=repr)
             if key not in self._num_samples:
                 where = f'{self.source(stage)}: datasets.train'
@@ -117,7 +117,7 @@ class Run:
         )
 
     def resolved(self) -> dict[str, Any]:
-        """All options, each stage with what it takes from the file: an option file that stands for the same runs."""
+        """Return an equivalent option file in which every stage lists all of its options."""
         if self.stages[0].name is None:
             return self.opt
         stages = [{**stage.opt, 'name': stage.name} for stage in self.stages]
@@ -132,19 +132,19 @@ def read_run(
     root: str | Path = '.',
     is_debug: bool = False,
 ) -> Run:
-    """Read and check an option file, or raise OptionError for whatever is wrong with it.
+    """Read and validate an option file; raise OptionError if it has errors.
 
     Args:
         name: a path, or the name of a shipped file.
-        overrides: as given to `--force_yml`.
-        is_train: for training or for testing; None for training where the file speaks of it.
-        root: the folder under which outputs go.
+        overrides: values of `--force_yml`.
+        is_train: for training or for testing; None for training if the file has a section `train`.
+        root: root folder of all outputs.
         is_debug: BasicSR's debug mode.
     """
     file = options.find(name)
     opt = options.load(file, overrides)
     if NETWORKS_KEY in opt:
-        raise OptionError(f'{file}: a comparison of several networks: `basicsr compare -opt {name}`')
+        raise OptionError(f'{file}: compares several networks; run it with `basicsr compare -opt {name}`')
     registered = preflight.load_registered()
     if is_train is None:
         entries = opt.get(STAGES_KEY)
@@ -156,11 +156,11 @@ def read_run(
 
 
 def check_launcher(launcher: str) -> None:
-    """Raise OptionError if the environment does not say what processes of this launcher are told, or of another one."""
+    """Raise OptionError if the environment variables do not fit the launcher."""
     if launcher == 'none' and os.environ.get('WORLD_SIZE', '1') != '1' and 'RANK' in os.environ:
         raise OptionError(
-            f'this is one of {os.environ["WORLD_SIZE"]} processes (WORLD_SIZE), and each would write alone to the '
-            'same folder: add `--launcher pytorch`, or start one process without torchrun'
+            f'this is one of {os.environ["WORLD_SIZE"]} processes (WORLD_SIZE), and all would write to the same '
+            'folder independently: add `--launcher pytorch`, or start one process without torchrun'
         )
     names, command = _LAUNCHERS[launcher]
     missing = [name for name in names.split() if name not in os.environ]
@@ -173,10 +173,10 @@ def check_launcher(launcher: str) -> None:
 
 @contextmanager
 def join_processes(run: Run, launcher: str) -> Iterator[dict[str, Any]]:
-    """Join the other processes, if there are any, for all stages. Gives what `Run.prepare` asks of the process."""
+    """Initialize distributed training, if any, for all stages; yield the process arguments of `Run.prepare`."""
     is_distributed = launcher != 'none'
     if is_distributed:
-        # Gloo for a run on CPUs, whether there are GPUs or not.
+        # A run on CPUs uses gloo even on machines with GPUs.
         is_on_cpu = run.opt.get('device') == 'cpu' or run.opt.get('num_gpu') == 0
         backend = {'backend': 'gloo'} if is_on_cpu else {}
         init_dist(launcher, **backend, **((run.opt.get('dist_params') or {}) if launcher == 'slurm' else {}))
@@ -193,10 +193,10 @@ def join_processes(run: Run, launcher: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def hand_over(module: ModuleType, opt: dict[str, Any], run: Run, stage: Stage) -> Iterator[None]:
-    """Seed, and let BasicSR's pipeline in `module` receive `opt` where it would read the command line itself."""
+    """Set the seeds and pass `opt` to BasicSR's pipeline in `module` instead of letting it parse the command line."""
     set_random_seed(opt['manual_seed'] + opt['rank'])
     with tempfile.TemporaryDirectory() as folder, use_backend(opt.get('backend')):
-        # BasicSR copies the option file into the experiment, after it may have renamed the folder that it lies in.
+        # BasicSR copies the option file into the experiment, possibly after renaming the folder that contains it.
         copy = Path(folder, run.file.name)
         copy.write_bytes(_self_contained(run, stage, opt))
         original = module.parse_options
@@ -211,11 +211,11 @@ def hand_over(module: ModuleType, opt: dict[str, Any], run: Run, stage: Stage) -
 
 @contextmanager
 def _attended(module: ModuleType, folder: Path | None) -> Iterator[None]:
-    """Attend BasicSR's pipeline in `module`: keep other trainings out of its folder, and save when it ends by an error.
+    """Lock the experiment's folder while BasicSR's pipeline in `module` runs, and save if it ends with an error.
 
     Args:
-        module: its `build_model` is called once the folder is there.
-        folder: of the experiment; None in all processes but the first.
+        module: its `build_model` is called once the folder exists.
+        folder: the experiment's folder; None in all processes except the first.
     """
     build, built = module.build_model, []
     with ExitStack() as held:
@@ -232,13 +232,13 @@ def _attended(module: ModuleType, folder: Path | None) -> Iterator[None]:
             iteration = 0
             with suppress(Exception):  # the disk may be what failed
                 iteration = built[0].save_unsaved(getattr(error, 'is_of_loading', False))
-            saved = f'. Iteration {iteration} is saved: mend it, and go on with --auto_resume' if iteration else ''
+            saved = f'. Iteration {iteration} is saved; fix the cause, resume with --auto_resume' if iteration else ''
             if isinstance(error, PluginError):
                 error.args = (f'{error}{saved}',)
             elif str(error).startswith('DataLoader worker'):
                 raise TrainingError(
-                    f'a process that loads data is gone: {first_line(error)} Lower datasets.train.num_worker_per_gpu '
-                    f'(0 loads in the training process), or give more memory (docker: --shm-size){saved}'
+                    f'a data worker is gone: {first_line(error)} Lower datasets.train.num_worker_per_gpu '
+                    f'(0 loads in the training process), or provide more memory (docker: --shm-size){saved}'
                 ) from error
             raise
         finally:
@@ -246,14 +246,14 @@ def _attended(module: ModuleType, folder: Path | None) -> Iterator[None]:
 
 
 def _occupy(folder: Path | None, held: ExitStack) -> None:
-    """Keep other trainings out of a folder while `held` lasts; FileError if one is there. Not all disks have locks."""
+    """Lock a folder until `held` ends, if its file system has locks; raise FileError if it is already locked."""
     if folder is not None and folder.exists():
         with suppress(OSError):
-            held.enter_context(lock_folder(folder, 'another training of this name is at work there', _PATIENCE))
+            held.enter_context(lock_folder(folder, 'another training with this name is running there', _PATIENCE))
 
 
 def _self_contained(run: Run, stage: Stage, opt: Mapping[str, Any]) -> bytes:
-    """The option file as it is, or, where it builds on others or has stages, all that it comes to for this run."""
+    """Return the option file, with inherited options and those of the stage resolved if it has any."""
     if stage.name is None and BASE_KEY not in safe_yaml.read_file(run.file):
         return run.file.read_bytes()
     resolved = {**stage.opt, 'name': opt['name']}
@@ -264,7 +264,7 @@ def _self_contained(run: Run, stage: Stage, opt: Mapping[str, Any]) -> bytes:
 
 
 def _close_logs() -> None:
-    """Take down BasicSR's logger, whose files belong to one run: the next stage has one of its own."""
+    """Close BasicSR's logger, whose files belong to one run; the next stage creates its own."""
     root = logging.getLogger('basicsr')
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -272,15 +272,15 @@ def _close_logs() -> None:
     basicsr_logger.initialized_logger.pop('basicsr', None)
     wandb = sys.modules.get('wandb')
     if wandb is not None and getattr(wandb, 'run', None) is not None:
-        with only_warn('W&B was not told of the end of the run'):
+        with only_warn('the end of the run was not sent to W&B'):
             wandb.finish()
-    # Schedules and optimisers hold one another: without this the next stage would find the memory of this one taken.
+    # Schedules and optimisers form reference cycles, which would keep memory allocated during the next stage.
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def _of_first_process(value: Any) -> Any:
-    """What the first process says, given to all; each of them has to call this."""
+    """Return the value of the first process in all processes, which must all call this."""
     values = [value]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(values, src=0)
@@ -288,17 +288,17 @@ def _of_first_process(value: Any) -> Any:
 
 
 class Training:
-    """The training of stages, one after the other, telling by `say` where each begins."""
+    """Sequential training of stages; `say` receives a line about the start of each stage."""
 
     def __init__(
         self, run: Run, stages: list[Stage], auto_resume: bool, say: Callable[[str], None], force_resume: bool = False
     ) -> None:
         self.run, self.stages, self.auto_resume, self.say = run, stages, auto_resume, say
         self.force_resume = force_resume
-        self.is_first = True  # of the processes that train together
+        self.is_first = True  # whether this is the process of rank 0
 
     def check(self) -> None:
-        """Try everything that any of the stages will need, and the weights that the first of them starts from."""
+        """Check everything that the remaining stages need, including the initial weights of the first of them."""
         before: dict[str, Any] | None = None
         has_begun = False
         for stage in self.stages:
@@ -311,12 +311,12 @@ class Training:
             before = opt
 
     def __call__(self, process: Mapping[str, Any]) -> None:
-        """Train as the process that `join_processes` gives; RunStopped if a signal asks for it."""
+        """Train with the process arguments of `join_processes`; raise RunStopped on a stop signal."""
         import basicsr.train
 
         self.is_first = process['rank'] == 0
         folder = self.run.experiment() if self.is_first else None
-        with ExitStack() as held:  # before anything is renamed
+        with ExitStack() as held:  # fail before anything is renamed
             _occupy(folder, held)
         if self.stages[0].name is not None and self.stages is self.run.stages and not self.auto_resume:
             self._put_aside(self.run.experiment())
@@ -330,7 +330,7 @@ class Training:
             self._tell(line)
             self._tell(_shortened_warmup(stage, opt))
             for later in self.run.stages[stage.number :]:
-                # What they have learned rests on weights that are about to be replaced.
+                # Later stages started from weights that are about to be replaced.
                 self._put_aside(self.run.experiment(later))
             with catch_signals(), hand_over(basicsr.train, opt, self.run, stage), _attended(basicsr.train, folder):
                 basicsr.train.train_pipeline(str(self.run.root))
@@ -338,7 +338,7 @@ class Training:
                 mark_finished(self.run.experiment(stage), opt['train']['total_iter'])
 
     def _prepare(self, stage: Stage, **process: Any) -> dict[str, Any]:
-        """The options of a stage; without a seed in the file that of the run that is resumed."""
+        """Return the options of a stage; a missing seed is taken from the resumed state."""
         if self.auto_resume and stage.opt.get('manual_seed') is None:
             state = newest_whole(self.run.experiment(stage) / 'training_states')
             stage.opt['manual_seed'] = state and (read_state(state).get('options') or {}).get('manual_seed')
@@ -349,12 +349,12 @@ class Training:
         return can_be_passed_over and is_finished(self.run.experiment(stage), opt['train']['total_iter'])
 
     def _find_start(self, stage: Stage, opt: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-        """The entries of `path` that say where a stage begins, and a line about it."""
+        """Return the entries of `path` that define the start of a stage, and a line for the log."""
         state = newest_whole(opt['path']['training_states']) if self.auto_resume else None
         if state is not None:
             is_other = opt['path'].get('resume_state') and str(state) != str(opt['path']['resume_state'])
-            what = 'path.resume_state is passed over: --auto_resume' if is_other else stage.name
-            return {'resume_state': str(state)}, f'{what} goes on from {state}' if what else ''
+            what = 'path.resume_state is ignored: --auto_resume' if is_other else stage.name
+            return {'resume_state': str(state)}, f'{what} resumes from {state}' if what else ''
         if stage.number == 1 or stage.has_own_start or opt['path'].get('resume_state'):
             return {}, ''
         before = self.run.stages[stage.number - 2]
@@ -363,20 +363,20 @@ class Training:
         if weights is None:
             raise CheckpointError(
                 f'{stage.name} starts from the weights of {before.name}, but {folder / "models"} holds neither '
-                f'{" nor ".join(WEIGHTS)}; train that first (`basicsr train -opt {self.run.file} '
-                f'--stage {before.number}`) or name others in stages.{stage.number - 1}.path.pretrain_network_g'
+                f'{" nor ".join(WEIGHTS)}; train that stage first (`basicsr train -opt {self.run.file} '
+                f'--stage {before.number}`) or set stages.{stage.number - 1}.path.pretrain_network_g'
             )
-        what = 'the best' if weights.name == WEIGHTS[0] else 'the latest, there are no best ones,'
+        what = 'the best' if weights.name == WEIGHTS[0] else 'the latest (no best ones exist)'
         line = f'{stage.name} starts from {what} weights of {before.name}: {weights}'
         return {'pretrain_network_g': str(weights), 'param_key_g': read_checkpoint(weights).param_key}, line
 
     def _put_aside(self, folder: Path) -> None:
-        """Rename a folder, as BasicSR renames an older run."""
+        """Rename a folder in the same way as BasicSR renames an older run."""
         if not self.is_first or not folder.exists():
             return
         try:
             misc.mkdir_and_rename(str(folder))
-            folder.rmdir()  # the new one comes when its run begins
+            folder.rmdir()  # created again when its run starts
         except OSError as error:
             raise OptionError(f'{folder}: cannot be renamed: {error.strerror}; choose another --root') from error
 
@@ -388,7 +388,11 @@ class Training:
 def check_stage(
     run: Run, stage: Stage, opt: dict[str, Any], before: Mapping[str, Any] | None, is_run: bool = True
 ) -> None:
-    """Try all that a stage needs, see `preflight.check`; `before` are the options of one yet to be trained."""
+    """Check all that a stage needs, see `preflight.check`.
+
+    Args:
+        before: options of the previous stage if that has not been trained yet.
+    """
     if before is not None and not stage.has_own_start:
         opt['path']['pretrain_network_g'] = None
         preflight.check_handover(before, opt, run.source(stage))
@@ -396,18 +400,18 @@ def check_stage(
 
 
 def _shortened_warmup(stage: Stage, opt: Mapping[str, Any]) -> str:
-    """A line if the run is too short for the warm-up that the file asks for."""
+    """Return a note if the run is too short for the configured warm-up, else an empty string."""
     wanted, given = ((o['train'].get('scheduler') or {}).get('warmup_epochs') for o in (stage.opt, opt))
     if wanted == given:
         return ''
     epochs = stage.opt['train']['total_epochs']
-    return f'train.scheduler: {wanted} epochs of warm-up do not fit into {epochs}, {given} are taken'
+    return f'train.scheduler: {wanted} warm-up epochs do not fit into {epochs}; using {given}'
 
 
 def find_weights(experiment: Path) -> Path | None:
-    """The weights that a run has left: its best ones, else the newest, else None.
+    """Return the best weights of a run, else the newest, else None.
 
-    A run that was killed has saved some after its last state; they may be newer than the `latest` of an earlier end.
+    Numbered weights of a killed run may be newer than the `latest` ones of an earlier end.
     """
     best, latest = (experiment / 'models' / name for name in WEIGHTS)
     numbered = sorted(checkpoints.numbered_files(experiment / 'models', checkpoints.WEIGHTS).items())
@@ -416,12 +420,12 @@ def find_weights(experiment: Path) -> Path | None:
 
 
 def mark_finished(experiment: Path, total_iter: int) -> None:
-    """Say that a run has reached its end: `is_finished` knows then."""
+    """Mark a run as finished; `is_finished` checks for this mark."""
     write_file(experiment / _FINISHED, json.dumps({'total_iter': total_iter}).encode())
 
 
 def is_finished(experiment: Path, total_iter: int) -> bool:
-    """Whether a run of at least `total_iter` iterations has ended here, and its weights are there."""
+    """Return whether a run of at least `total_iter` iterations is marked as finished and has weights."""
     try:
         done = json.loads((experiment / _FINISHED).read_text(encoding='utf-8'))['total_iter']
         return done >= total_iter and find_weights(experiment) is not None

@@ -1,4 +1,4 @@
-"""A step of training: MixUp, losses, number format, gradients of micro-batches, whether they are used, the average."""
+"""Components of a training step: mixup, losses, precision, gradient accumulation, non-finite values, moving average."""
 
 import logging
 import math
@@ -28,23 +28,23 @@ from ast_plugin.options.validation import model_faults, raise_faults
 Losses = dict[str, Tensor]
 
 PRECISIONS: dict[str, torch.dtype | None] = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-# Loss scaling begins at 2**16 and halves at each overflow: below this it was not the scale that was too large.
+# The loss scale starts at 2**16 and halves at each overflow; below this limit, it is not the cause of an overflow.
 _SMALLEST_SCALE = 2.0**-24
-_MIXUP_STREAM = 0x6D6978  # keeps its random numbers apart from those that datasets draw with the same seed
+_MIXUP_STREAM = 0x6D6978  # separates its random numbers from those of datasets with the same seed
 
 
 class Precision:
-    """Autocast for the network in `fp32`, `bf16` or `fp16`, and loss scaling for the last, whose state is the run's.
+    """Autocast for the network in `fp32`, `bf16` or `fp16`, with loss scaling for `fp16`.
 
     Weights, gradients, losses, the optimiser, validation and testing stay in float32.
 
     Raises:
-        OptionError: if the format is unknown, or the device cannot compute in it.
+        OptionError: if the precision is unknown or not supported by the device.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         if name not in PRECISIONS:
-            raise OptionError(f'train.precision must be one of {", ".join(PRECISIONS)}, not {name!r}')
+            raise OptionError(f'train.precision: expected one of {", ".join(PRECISIONS)}, got {name!r}')
         self.name = name
         self.device_type = device.type
         self.dtype = PRECISIONS[name]
@@ -56,23 +56,23 @@ class Precision:
         return torch.amp.GradScaler(device.type, enabled=self.name == 'fp16')
 
     def check_wrapper(self, network: nn.Module) -> None:
-        """Refuse torch's DataParallel with bf16: its threads forget autocast's format and compute in float16."""
+        """Reject torch's DataParallel with bf16: its threads ignore autocast's dtype and compute in float16."""
         if self.dtype is torch.bfloat16 and isinstance(network, nn.DataParallel):
             raise OptionError(
-                'train.precision: bf16 with several GPUs needs a process for each: torchrun --nproc_per_node=N '
+                'train.precision: bf16 with several GPUs needs one process per GPU: torchrun --nproc_per_node=N '
                 '-m ast_plugin train … --launcher pytorch; or use fp16, or num_gpu: 1'
             )
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which the network runs."""
+        """Return the autocast context for the network."""
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
 
     def widen(self, output: Tensor) -> Tensor:
-        """Return the network's output as the losses want it: in at least float32."""
+        """Return the network's output in at least float32, for the losses."""
         return output.float() if isinstance(output, Tensor) and output.dtype == self.dtype else output
 
     def _try(self, device: torch.device) -> None:
-        """Run a convolution there and back: what a device lacks shows only then, and autocast may switch itself off."""
+        """Test forward and backward passes of a convolution, as devices report missing support only when used."""
         image, scaler = torch.ones(1, 4, 4, 4, device=device), self._scaler(device)
         weight = torch.ones(4, 4, 3, 3, device=device, requires_grad=True)
         reason = ''
@@ -92,21 +92,21 @@ class Precision:
 
 
 class TrainingStep:
-    """Computes gradients and lets the optimiser use them, by the switches of `train`.
+    """Training step: computes gradients and updates the weights, with the switches of `train`.
 
-    Every process of a distributed run decides alike, for which the losses are averaged over all of them; the host
-    waits for the device once a step, to read the losses together with the gradients' length.
+    Losses are averaged over all processes of a distributed run, so that all make the same decision. The host waits for
+    the device once per step, to read the losses and the gradient norm.
 
     Args:
-        network: in its wrapper of parallel training, if any.
-        optimizer: of the network's parameters.
-        precision: in what the network computes.
-        train: `accumulate`, micro-batches that a batch is cut into; `clip_grad_norm`, the length to which longer
-            gradients are cut; `on_nonfinite`, `stop` or `skip`, for a loss or a gradient that is NaN or Inf;
-            `channels_last`, how images are laid out; `cuda_graph`, whether the network is replayed on CUDA.
-        batch: images that a batch has, where that is known.
+        network: the network, in its wrapper for parallel training if any.
+        optimizer: the optimiser of the network's parameters.
+        precision: the precision of the network.
+        train: `accumulate`, number of micro-batches per batch; `clip_grad_norm`, maximum norm of the gradients;
+            `on_nonfinite`, `stop` or `skip`, for a loss or a gradient that is NaN or Inf; `channels_last`, memory
+            format of the images; `cuda_graph`, whether the network is replayed as a CUDA graph.
+        batch: images per batch; None if not known.
     Raises:
-        OptionError: if a value is out of range, or a batch cannot be cut into so many.
+        OptionError: if a value is out of range, or a batch has fewer images than micro-batches.
     """
 
     def __init__(
@@ -127,20 +127,20 @@ class TrainingStep:
         self.on_nonfinite = train.get('on_nonfinite') or 'stop'
         if self.accumulate < 1 or self.on_nonfinite not in ('stop', 'skip'):
             raise OptionError(
-                'train.accumulate must be 1 or more and train.on_nonfinite stop or skip, '
-                f'not {self.accumulate!r} and {self.on_nonfinite!r}'
+                'expected train.accumulate of 1 or more and train.on_nonfinite stop or skip, '
+                f'got {self.accumulate!r} and {self.on_nonfinite!r}'
             )
         if batch is not None and batch < self.accumulate:
             raise OptionError(
-                f'train.accumulate: a batch of {batch} cannot be cut into {self.accumulate} micro-batches; the batch '
-                'stays what batch_size_per_gpu says, and accumulate only saves memory'
+                f'train.accumulate: a batch of {batch} cannot be split into {self.accumulate} micro-batches; '
+                'accumulate only saves memory and does not enlarge the batch, see batch_size_per_gpu'
             )
         self.memory_format = torch.channels_last if train.get('channels_last') else torch.preserve_format
-        # What a forward pass changes: the buffers of BatchNorm and its like.
+        # Buffers changed by a forward pass (BatchNorm and similar layers), restored if the step is skipped.
         norms = [m for m in network.modules() if isinstance(m, _NormBase)] if self.on_nonfinite == 'skip' else []
         self.statistics = [buffer for module in norms for buffer in module.buffers()]
         if self.on_nonfinite == 'skip' or precision.scaler.is_enabled():
-            # BasicSR steps in the right order, but a first step that is skipped looks to torch as if it did not.
+            # If the first step is skipped, torch warns of a wrong order although BasicSR's is correct.
             warnings.filterwarnings('ignore', r'Detected call of `lr_scheduler.step\(\)` before', UserWarning)
 
     def __call__(
@@ -151,17 +151,18 @@ class TrainingStep:
         iteration: int,
         images: Sequence[str] = (),
     ) -> tuple[dict[str, float], bool]:
-        """Make a step on a batch.
+        """Perform a training step on a batch.
 
         Args:
             lq, gt: [B, C, H, W] each.
-            compute_losses: of the network's output and `gt`; means over the batch, so that micro-batches add up.
+            compute_losses: function of the network's output and `gt`; losses must be means over the batch, so that
+                micro-batches add up.
             iteration: for messages.
-            images: where the batch is from, likewise.
+            images: paths of the images, for messages.
         Returns:
-            Each loss, the mean over the processes, and whether the weights have changed.
+            The losses, averaged over the processes, and whether the weights have changed.
         Raises:
-            TrainingError: if a loss or a gradient is not finite and that shall stop the run. The weights are as before.
+            TrainingError: if a loss or a gradient is not finite and `on_nonfinite` is `stop`; weights are unchanged.
         """
         statistics = [buffer.clone() for buffer in self.statistics]
         losses = self.compute_gradients(lq, gt, compute_losses)
@@ -172,14 +173,14 @@ class TrainingStep:
         return values, changed
 
     def compute_gradients(self, lq: Tensor, gt: Tensor, compute_losses: Callable[[Tensor, Tensor], Losses]) -> Losses:
-        """Leave the gradient of the summed losses in the parameters, times the loss scale; return the losses."""
+        """Compute the gradient of the summed losses, times the loss scale; return the losses."""
         self.optimizer.zero_grad(set_to_none=True)
         lq = lq.contiguous(memory_format=self.memory_format)
         count = min(self.accumulate, len(lq))
         losses: Losses = {}
         for number, (part, target) in enumerate(zip(lq.tensor_split(count), gt.tensor_split(count), strict=True)):
             share = len(part) / len(lq)
-            # Processes exchange gradients once a step, after the last micro-batch.
+            # Gradients are synchronized once per step, after the last micro-batch.
             is_exchanged = number == count - 1 or not self.is_distributed
             with nullcontext() if is_exchanged else self.network.no_sync():
                 with self.precision.autocast():
@@ -200,16 +201,16 @@ class TrainingStep:
             scaler.update()
             return values, True
         if losses_are_finite and scaler.is_enabled() and scaler.get_scale() > _SMALLEST_SCALE:
-            scaler.update()  # an overflow, which is how loss scaling finds its scale
+            scaler.update()  # overflow, the normal way in which loss scaling adapts
             return values, False
         self._report(own, norm, iteration, images)
         if scaler.is_enabled():
-            scaler.update(scaler.get_scale())  # forget this step
+            scaler.update(scaler.get_scale())  # discard this step
         self.optimizer.zero_grad(set_to_none=True)
         return values, False
 
     def _cut_gradients(self) -> Tensor:
-        """Cut the gradients to `clip_grad_norm`, and return how long they were. Equal in all processes."""
+        """Clip the gradients to `clip_grad_norm` and return their original norm, equal in all processes."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self.clip_grad_norm:
@@ -217,7 +218,7 @@ class TrainingStep:
         return norm
 
     def _read(self, losses: Losses, norm: Tensor) -> tuple[dict[str, float], dict[str, float], float]:
-        """Return each loss here and on average over the processes, and the gradients' length."""
+        """Return the losses of this process, their means over all processes, and the gradient norm."""
         own = torch.stack([value.mean() for value in losses.values()])
         mean = own.clone()
         if self.is_distributed:
@@ -229,46 +230,46 @@ class TrainingStep:
         return here, everywhere, numbers[-1]
 
     def _report(self, own: Mapping[str, float], norm: float, iteration: int, images: Sequence[str]) -> None:
-        """Say what is not finite, at which iteration and with which images: in the log, or as the error to stop by."""
+        """Report non-finite values with iteration and images, as a warning or as TrainingError."""
         reports = [([f'{name} is {value}' for name, value in own.items() if not math.isfinite(value)], list(images))]
         if self.is_distributed:
             everyones: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyones, reports[0])
             reports = [(faults, paths) for faults, paths in everyones if faults] or everyones
         faults = dict.fromkeys(fault for some, _ in reports for fault in some)
-        what = f'the loss {", ".join(faults)}' if faults else f'the length of the gradients is {norm}'
+        what = f'the loss {", ".join(faults)}' if faults else f'the gradient norm is {norm}'
         paths = ', '.join(path for _, some in reports for path in some)
-        message = f'iteration {iteration}: {what}; images: {paths or "not told by the dataset"}'
+        message = f'iteration {iteration}: {what}; images: {paths or "not reported by the dataset"}'
         if self.on_nonfinite == 'stop':
             raise TrainingError(
-                f'{message}. Expected finite numbers: look at these images, lower the rate or set '
-                'train.clip_grad_norm; with train.on_nonfinite: skip such steps are left out'
+                f'{message}. Expected finite values: check these images, lower the learning rate or set '
+                'train.clip_grad_norm; train.on_nonfinite: skip skips such steps'
             )
-        logging.getLogger('basicsr').warning(f'{message}. The step is left out')
+        logging.getLogger('basicsr').warning(f'{message}. The step is skipped')
 
 
 class Mixup:
-    """MixUp or CutMix, drawn by (seed, rank, iteration) alone: a resumed run needs no state to go on with the same.
+    """Mixup or CutMix of a batch, a function of (seed, rank, iteration), so that resuming needs no state.
 
-    MixUp is AST's: a share λ ~ Beta(alpha, alpha) for each sample, λ · sample + (1 − λ) · partner, the partners a
-    random permutation of the batch. CutMix puts a rectangle of the partner over each sample: one rectangle for the
-    whole batch, 1 − λ of the area, its centre anywhere, cut off at the border.
+    Mixup as in AST: λ · sample + (1 − λ) · partner with λ ~ Beta(alpha, alpha) for each sample, where partners are a
+    random permutation of the batch. CutMix pastes a rectangle of the partner into each sample: one rectangle for the
+    whole batch, with 1 − λ of the area and a uniformly sampled centre, clipped at the border.
 
     Args:
         options: the section `train.mixing`.
-        seed: the run's.
-        rank: the process's; each mixes its own batches its own way.
-        iters_per_epoch: tells the epoch of an iteration; may be left out where `start_epoch` is 1.
+        seed: seed of the run.
+        rank: rank of the process; processes mix their batches independently.
+        iters_per_epoch: iterations per epoch; not needed if `start_epoch` is 1.
     Raises:
-        OptionError: if `start_epoch` cannot be told.
+        OptionError: if `start_epoch` is set and `iters_per_epoch` is not known.
     Source: Zhang et al., ICLR 2018, with the released scripts' per-sample shares; Yun et al., ICCV 2019.
     """
 
     def __init__(self, options: MixupOptions, seed: int = 0, rank: int = 0, iters_per_epoch: int | None = None) -> None:
         if options.start_epoch > 1 and not iters_per_epoch:
             raise OptionError(
-                f'train.mixing.start_epoch: {options.start_epoch} needs train.iters_per_epoch to tell the epoch; '
-                'the command fills it in, elsewhere set it, or start_epoch: 1'
+                f'train.mixing.start_epoch: {options.start_epoch} needs train.iters_per_epoch, which only '
+                '`basicsr train` sets automatically; set it, or start_epoch: 1'
             )
         self.options = options
         self.seed, self.rank = seed, rank
@@ -278,10 +279,10 @@ class Mixup:
         """Mix a batch.
 
         Args:
-            lq, gt: [B, C, H, W]; gt may be larger by a whole factor. They stay as they are.
+            lq, gt: [B, C, H, W], not modified; gt may be larger by an integer factor.
             iteration: counted from 1.
         Returns:
-            Both, mixed in the same way; the same tensors where this batch is not mixed.
+            Both, mixed in the same way; the input tensors if this batch is not mixed.
         """
         if iteration < self.first_iteration:
             return lq, gt
@@ -304,7 +305,7 @@ class Mixup:
         factor = gt.shape[-2] // lq.shape[-2]
         if gt.shape[-2:] != (factor * lq.shape[-2], factor * lq.shape[-1]):
             raise ShapeError(
-                f'CutMix needs clean images of the size of the degraded ones, or a multiple of it; got '
+                f'CutMix expects clean images whose size equals or is a multiple of the degraded size; got '
                 f'{tuple(gt.shape[-2:])} for {tuple(lq.shape[-2:])}'
             )
         share = (1 - generator.beta(self.options.alpha, self.options.alpha)) ** 0.5
@@ -323,7 +324,7 @@ class Mixup:
 
 
 def build_mixup(train: Mapping[str, Any], seed: int, rank: int) -> Mixup | None:
-    """Build what `train.mixing` asks for; None if nothing."""
+    """Build the mixup of `train.mixing`; return None if it is not set."""
     options = train.get('mixing')
     if not options:
         return None
@@ -332,33 +333,33 @@ def build_mixup(train: Mapping[str, Any], seed: int, rank: int) -> Mixup | None:
 
 
 def build_losses(train: Mapping[str, Any], device: torch.device) -> dict[str, nn.Module]:
-    """Build the losses, by their names in the log: `pixel_opt` is `l_pix`, any other `NAME_opt` is `l_NAME`."""
+    """Build the losses by their names in the log: `l_pix` for `pixel_opt`, `l_NAME` for any other `NAME_opt`."""
     losses = {
         f'l_{key.removesuffix("_opt").replace("pixel", "pix")}': build_loss(options).to(device)
         for key, options in train.items()
         if key.endswith('_opt') and options
     }
     if not losses:
-        raise OptionError('train names no loss: set pixel_opt, for instance to {type: ASTCharbonnierLoss}')
+        raise OptionError('train has no loss: set pixel_opt, for example to {type: ASTCharbonnierLoss}')
     check_reductions(train, losses)
     return losses
 
 
 def check_reductions(train: Mapping[str, Any], losses: Mapping[str, nn.Module]) -> None:
-    """Refuse losses that are sums over the batch, which micro-batches do not add up to."""
+    """Reject losses that are not means over the batch if `accumulate` splits it into micro-batches."""
     sums = [name for name, criterion in losses.items() if getattr(criterion, 'reduction', 'mean') != 'mean']
     if sums and (train.get('accumulate') or 1) > 1:
-        raise OptionError(f'train.accumulate needs losses with reduction: mean, which {", ".join(sums)} is not')
+        raise OptionError(f'train.accumulate needs losses with reduction: mean, but {", ".join(sums)} has another')
 
 
 def compute_losses(losses: Mapping[str, nn.Module], output: Tensor, target: Tensor) -> Losses:
-    """Return the value of every loss. BasicSR's perceptual loss comes in two parts, either may be None.
+    """Return the values of all losses. BasicSR's perceptual loss has two parts, either of which may be None.
 
     Raises:
-        ShapeError: if the output is a tensor of another shape, which losses would stretch to the target's in silence.
+        ShapeError: if output and target differ in shape; losses would broadcast them silently.
     """
     if isinstance(output, Tensor) and output.shape != target.shape:
-        raise ShapeError(f'the network gives {list(output.shape)} for a clean image {list(target.shape)}')
+        raise ShapeError(f'the network returns {list(output.shape)} for a clean image of {list(target.shape)}')
     values: Losses = {}
     for name, criterion in losses.items():
         value = criterion(output, target)
@@ -372,16 +373,16 @@ def compute_losses(losses: Mapping[str, nn.Module], output: Tensor, target: Tens
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """Move an average towards a network, in place: average = decay · average + (1 − decay) · network.
+    """Update a moving average in place: average = decay · average + (1 − decay) · network.
 
-    Parameters and buffers of numbers (BatchNorm's means and variances) are averaged, counters and indices copied.
+    Floating-point parameters and buffers (e.g. BatchNorm's statistics) are averaged; integer buffers are copied.
     """
     old, new = (list(chain(each.parameters(), each.buffers())) for each in (average, network))
     pairs = list(zip(old, new, strict=True))
     numbers = [pair for pair in pairs if pair[0].is_floating_point()]
     if numbers:
         old, new = map(list, zip(*numbers, strict=True))
-        # By old + (1 − decay)(new − old): what does not change, such as a mask among the buffers, stays to the bit.
+        # Computed as old + (1 − decay)(new − old), which leaves constant buffers such as masks bitwise unchanged.
         get_ema_multi_avg_fn(decay)(old, new, None)
     for old, new in pairs:
         if not old.is_floating_point():
@@ -389,22 +390,22 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
 
 
 def batch_size(opt: Mapping[str, Any]) -> int | None:
-    """Return the images that a process trains on at a time, by BasicSR's options; None where they do not tell."""
+    """Return the number of images per step of one process; None if the options do not define it."""
     per_device = opt.get('datasets', {}).get('train', {}).get('batch_size_per_gpu')
     return per_device and per_device * (1 if opt['dist'] else max(1, opt['num_gpu']))
 
 
 def check_switches(opt: Mapping[str, Any], network: nn.Module, losses: Mapping[str, nn.Module]) -> None:
-    """Try the switches of `train` before a run, on a network that is not trained afterwards and may be on `meta`.
+    """Check the switches of `train` before a run, with a network that is discarded afterwards and may be on `meta`.
 
     Raises:
-        OptionError: naming the first switch that does not apply to network, losses, batch or device.
+        OptionError: for the first switch that does not apply to network, losses, batch or device.
     """
     train = opt['train']
     check_reductions(train, losses)
     network_switches.apply(network, train)
     build_mixup(train, seed=0, rank=0)
-    # A GPU of CUDA is left alone: each process takes its own later, and would take memory of the first one now.
+    # CUDA is not initialized here: each process selects its GPU later, and would now allocate on the first one.
     device = 'cpu' if opt['num_gpu'] else opt.get('device', 'cpu')
     precision = Precision((train.get('precision') or 'fp32') if not opt['num_gpu'] else 'fp32', torch.device(device))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)

@@ -76,7 +76,7 @@ def train(folder, capfd, *overrides):
         (['path:pretrain_network_g=nothing.pth'], 'nothing.pth does not exist'),
         (['path:resume_state=nothing.state'], 'path.resume_state: no such file: nothing.state'),
         (['train:optim_g:type=SAM'], 'train.optim_g.type: the optimiser SAM is not supported'),
-        ([OURS, 'train:accumulate=3'], 'train.accumulate: a batch of 2 cannot be cut into 3'),
+        ([OURS, 'train:accumulate=3'], 'train.accumulate: a batch of 2 cannot be split into 3'),
         ([OURS, 'train:compile=true'], 'train.compile needs repeated blocks'),
         (['logger:wandb={project: rain}'], 'set logger.use_tb_logger to true'),
         (['logger:wandb={project: rain}', 'logger:use_tb_logger=true'], 'pip install "ast_plugin[wandb]"'),

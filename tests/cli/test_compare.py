@@ -290,7 +290,7 @@ def test_check_prints_each_training(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = write(tmp_path, options_of())
     assert basicsr(['train', '-opt', str(file)]) == 2
-    assert f'a comparison of several networks: `basicsr compare -opt {file}`' in capsys.readouterr().err
+    assert f'compares several networks; run it with `basicsr compare -opt {file}`' in capsys.readouterr().err
     assert basicsr(['check', '-opt', str(file)]) == 0
     said = capsys.readouterr()
     assert 'fast: right, trained, then measured' in said.err

@@ -82,9 +82,9 @@ def test_stages_start_from_the_best_weights(folder, capfd, monkeypatch):
     assert train('--auto_resume') == 0
     resumed = capfd.readouterr().out
     assert 'stage_1 is finished' in resumed
-    assert f'stage_2 goes on from {run}/stage_2/training_states/2.state' in resumed
+    assert f'stage_2 resumes from {run}/stage_2/training_states/2.state' in resumed
     said += resumed
-    assert said.count('train.scheduler: 3 epochs of warm-up do not fit into 1, 0 are taken') == 4
+    assert said.count('train.scheduler: 3 warm-up epochs do not fit into 1; using 0') == 4
     assert names(run) == ['stage_1', 'stage_2', 'stage_3']
     assert names(folder / 'tb_logger') == [f'AST_deraindrop_stage_{number}' for number in (1, 2, 3)]
     for number in (1, 2, 3):
@@ -138,7 +138,7 @@ def test_one_stage(folder, capfd):
     (models / 'net_g_best.pth').unlink()
     capfd.readouterr()
     assert train('--stage', 'stage_2') == 0
-    line = 'stage_2 starts from the latest, there are no best ones, weights of stage_1: '
+    line = 'stage_2 starts from the latest (no best ones exist) weights of stage_1: '
     assert f'{line}{models}/net_g_latest.pth' in capfd.readouterr().out
     assert names(experiment(folder)) == ['stage_1', 'stage_2']
 

@@ -156,7 +156,7 @@ def test_curve_that_fails_ends_no_run(tmp_path, monkeypatch, caplog, error):
     for iteration in (1, 2):
         log.add_iteration(iteration, 1.0, {'l_pix': 1.0})
         log.draw(at_once=True)
-    assert caplog.text.count('curve.png is not drawn: no') == 1
+    assert caplog.text.count('curve.png cannot be drawn: no') == 1
     assert (tmp_path / 'metrics.csv').read_text().count('\n') == 3
 
 
@@ -168,7 +168,7 @@ def test_damaged_table_ends_no_run(tmp_path, caplog, content):
     log.flush()
     assert list(csv.DictReader(io.StringIO((tmp_path / 'metrics.csv').read_text())))[-1]['iter'] == '5'
     aside = tmp_path / 'metrics.csv.damaged'
-    assert ('begun anew' in caplog.text) == aside.exists()
+    assert ('and restarted' in caplog.text) == aside.exists()
     assert not aside.exists() or aside.read_bytes() == content
 
 

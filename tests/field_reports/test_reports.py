@@ -143,7 +143,7 @@ def test_training_beside_another(folder, capfd, monkeypatch):
         module.build_model({})
         for more in ((), ('--auto_resume',)):
             message = complaint(capfd, 'train', '-opt', 'tiny.yml', *more)
-            assert 'another training of this name is at work there' in message
+            assert 'another training with this name is running there' in message
     assert [path.name for path in experiment.parent.iterdir()] == ['tiny'] and not list(experiment.iterdir())
 
 
@@ -169,7 +169,7 @@ def test_killed_worker_saves(folder, capfd, monkeypatch):
     monkeypatch.setattr(RestorationModel, 'optimize_parameters', optimize_parameters)
     arguments = ['datasets:train:num_worker_per_gpu=1', 'val:val_freq=9', 'logger:save_checkpoint_freq=9']
     message = complaint(capfd, 'train', '-opt', 'tiny.yml', '--force_yml', *arguments)
-    assert 'a process that loads data is gone' in message and 'Iteration 1 is saved' in message
+    assert 'a data worker is gone' in message and 'Iteration 1 is saved' in message
     assert (folder / 'experiments' / 'tiny' / 'training_states' / '1.state').is_file()
 
 

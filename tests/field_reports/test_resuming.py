@@ -91,9 +91,9 @@ def test_equal_options_change_nothing(state, tmp_path):
 @pytest.mark.parametrize(
     ('switches', 'said'),
     [
-        ({'total_iter': 3}, 'train.total_iter: 3, and the state is of iteration 4'),
+        ({'total_iter': 3}, 'train.total_iter: 3, but the state is of iteration 4'),
         ({'optim_g': {'type': 'Adam', 'lr': 2e-3}}, 'train.optim_g: '),
-        ({'optim_g': {**ADAMW, 'amsgrad': True}}, 'train.optim_g: AdamW with these options does not go on'),
+        ({'optim_g': {**ADAMW, 'amsgrad': True}}, 'train.optim_g: AdamW with these options cannot resume'),
         ({'optim_g': {**ADAMW}, 'optim_d': {**ADAMW}}, 'train.optim_*: 2 optimisers'),
     ],
 )
@@ -106,7 +106,7 @@ def test_misfits(state, tmp_path, switches, said):
 
 def test_misfit_of_other_shapes(state, tmp_path):
     (line,) = run_state.misfits(state, options(tmp_path), [torch.zeros(3, requires_grad=True)])
-    assert 'network_g has 1 parameters' in line
+    assert 'network_g has 1 trainable parameters' in line
 
 
 @pytest.fixture(scope='module')
@@ -129,8 +129,8 @@ def listing(folder):
 @pytest.mark.parametrize(
     ('force', 'said'),
     [
-        (['train:total_iter=3'], 'train.total_iter: 3, and the state is of iteration 4'),
-        (['train:optim_g:type=Adam'], 'train.optim_g: the type is Adam, and the state is of AdamW'),
+        (['train:total_iter=3'], 'train.total_iter: 3, but the state is of iteration 4'),
+        (['train:optim_g:type=Adam'], 'train.optim_g: the type is Adam, but the state is of AdamW'),
         (['network_g:num_feat=16'], 'network_g is another one than that of the state: network_g.num_feat: 8 → 16'),
     ],
 )
@@ -180,7 +180,7 @@ def test_best_values_are_of_one_measure(folder, tmp_path, monkeypatch, capfd, fo
     assert main(['train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml', 'train:total_iter=12', *force]) == 0
     said = capfd.readouterr().err
     assert (run / 'models' / 'net_g_best.pth').exists() == is_afresh
-    assert ('best values: of' in said and 'start afresh' in said) == (is_afresh or any('ssim' in key for key in force))
+    assert ('best values: of' in said and 'are reset' in said) == (is_afresh or any('ssim' in key for key in force))
 
 
 def test_resuming_that_contradicts_itself(folder, monkeypatch, capfd):
@@ -192,7 +192,7 @@ def test_resuming_that_contradicts_itself(folder, monkeypatch, capfd):
     state = 'experiments/tiny/training_states/2.state'
     force = [f'path:resume_state={state}', 'train:total_iter=12']
     assert main(['train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml', *force]) == 0
-    assert 'path.resume_state is passed over: --auto_resume goes on from' in ''.join(capfd.readouterr())
+    assert 'path.resume_state is ignored: --auto_resume resumes from' in ''.join(capfd.readouterr())
 
 
 def test_finished_run_is_extended(tmp_path):

@@ -1,13 +1,13 @@
-"""Run by test_exact_resume.py in a process of its own: a training run, and the same one killed again and again.
+"""Script for test_exact_resume.py: train a run undisturbed, and again while it is repeatedly killed and resumed.
 
   python killed_runs.py FOLDER NUM_KILLS NUM_WORKERS ...
 
-What takes seconds, the imports, is done once; each run is a fork of this process that calls the command. Half of the
-kills come from here, at random times after a random iteration has begun. The others the run deals itself inside the
-functions that write, rename and delete. In between it is asked to stop, by SIGTERM and by SIGINT.
+Imports take seconds and are done once; each run is a fork of this process that calls the command. Half of the kills
+are sent by this process at random times after a random iteration has begun. In the other half, the run kills itself
+inside functions that write, rename and delete. In between it is stopped by SIGTERM and SIGINT.
 
-For each number of workers the runs are in FOLDER/NUM_WORKERS/whole and …/killed; both note the losses of each iteration
-in a file `losses`. Prints how the runs were killed.
+For each number of workers the runs are in FOLDER/NUM_WORKERS/whole and …/killed; both write the losses of each
+iteration to a file `losses`. Prints how the runs were killed.
 """
 
 import json
@@ -71,15 +71,15 @@ logger: {print_freq: 1, save_checkpoint_freq: 5, keep_checkpoints: 2, use_tb_log
 """
 NUM_PAIRS = 14
 NUM_ITERATIONS = 40
-# Where a run kills itself: the place, and up to the how many-eth time that it gets there.
+# Places where a run kills itself, and the maximum number of times that it passes them before.
 PLACES = {'half': 5, 'fsync': 5, 'rename': 3, 'renamed': 3, 'delete': 3, 'weights saved': 1, 'validation': 3}
 
-# Before which kill the run is asked to stop, and how.
+# Stop signals by the number of the kill that they precede.
 STOPS = {2: signal.SIGTERM, 6: signal.SIGINT}
 
 
 def write_data(folder: Path) -> None:
-    """Pairs of small pictures and the option file."""
+    """Write pairs of small images and the option file."""
     generator = np.random.default_rng(0)
     for kind in ('lq', 'gt', 'val_lq', 'val_gt'):
         (folder / 'data' / kind).mkdir(parents=True)
@@ -87,7 +87,7 @@ def write_data(folder: Path) -> None:
         clean = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
         cv2.imwrite(str(folder / 'data' / 'gt' / f'{number}.png'), clean)
         cv2.imwrite(str(folder / 'data' / 'lq' / f'{number}.png'), clean // 2)
-    # A network that learns to brighten gets worse at leaving pictures alone: the first validation is the best one.
+    # The network learns to brighten, but validation pairs are identical: the first validation is the best.
     for kind in ('val_lq', 'val_gt'):
         for number in range(2):
             cv2.imwrite(str(folder / 'data' / kind / f'{number}.png'), clean[:16, number:][:, :16])
@@ -95,7 +95,7 @@ def write_data(folder: Path) -> None:
 
 
 def fork(arguments: list[str], losses: Path, output: Path, place: str | None = None, count: int = 0) -> tuple[int, int]:
-    """Start a run in a child; return its process, and where it writes a byte when an iteration begins."""
+    """Start a run in a child; return its process id and a pipe that receives a byte when an iteration begins."""
     reader, writer = os.pipe()
     child = os.fork()
     if child:
@@ -104,7 +104,7 @@ def fork(arguments: list[str], losses: Path, output: Path, place: str | None = N
     status = 1
     try:
         os.close(reader)
-        os.setpgrp()  # signals are sent to the whole group, as terminals and launchers do
+        os.setpgrp()  # signals are sent to the whole group, as by terminals and launchers
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -135,7 +135,7 @@ def tell_iterations(writer: int, losses: Path) -> None:
 
 
 def die_at(place: str, count: int) -> None:
-    """Let this process kill itself when it comes to a place for the `count`-th time."""
+    """Make this process kill itself when it reaches a place for the `count`-th time."""
     holder, name, dies_before = {
         'half': (os, 'fsync', True),
         'fsync': (os, 'fsync', True),
@@ -153,7 +153,7 @@ def die_at(place: str, count: int) -> None:
         calls += 1
         if calls == count and dies_before:
             if place == 'half':
-                with suppress(OSError):  # a folder has no half
+                with suppress(OSError):  # a folder cannot be truncated
                     os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*args, **kwargs)
@@ -165,9 +165,9 @@ def die_at(place: str, count: int) -> None:
 
 
 def end(child: int, reader: int, num_iterations: int = 0, delay: float = 0.0, number: int = signal.SIGKILL) -> int:
-    """End a run some time after so many iterations have begun, or wait for it; return what it ended by."""
+    """Send a signal to a run after `num_iterations` and a delay, or wait for its end; return its exit status."""
     if num_iterations:
-        # At the end of the file, should the run be over before, there is nothing left to kill but a zombie.
+        # read returns nothing if the run has already ended; the signal then has no effect.
         all(os.read(reader, 1) for _ in range(num_iterations))
         time.sleep(delay)
         os.killpg(child, number)
@@ -206,7 +206,7 @@ def compare(folder: Path, num_kills: int, num_workers: int) -> dict:
 
 
 def main() -> None:
-    """Do what this file's docstring says."""
+    """Compare the runs for each number of workers."""
     folder, num_kills, *workers = Path(sys.argv[1]), *map(int, sys.argv[2:])
     write_data(folder)
     os.chdir(folder)

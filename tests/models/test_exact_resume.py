@@ -1,4 +1,4 @@
-"""A run that is killed at random moments ends as it would have ended undisturbed, bit for bit."""
+"""Tests that a run killed at random moments ends with the same bits as an undisturbed run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def assert_same(a, b, where=''):
-    """Equality to the bit of all that a training state may hold."""
+    """Assert bitwise equality of two training states or parts of them."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
@@ -35,7 +35,7 @@ def assert_same(a, b, where=''):
 
 
 def losses(folder: Path) -> dict[int, set[str]]:
-    """Every loss that was computed for an iteration, whether or not the run survived it."""
+    """Return every loss that was computed for an iteration, including attempts that were killed."""
     found = {}
     for line in (folder / 'losses').read_text().splitlines():
         iteration, *values = line.split()
@@ -45,7 +45,7 @@ def losses(folder: Path) -> dict[int, set[str]]:
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory) -> tuple[Path, dict]:
-    """The folder with a run and the same one killed, for each number of workers, and what happened to them."""
+    """Return the folder with the undisturbed and the killed run for each number of workers, and their reports."""
     folder = tmp_path_factory.mktemp('runs')
     result = subprocess.run(
         [sys.executable, str(Path(__file__).with_name('killed_runs.py')), folder, str(NUM_KILLS), '0', '2'],
@@ -72,9 +72,9 @@ def test_killed_run_ends_like_an_undisturbed_one(runs, num_workers):
     for _, iteration, command in stops:
         assert re.search(rf'Resuming training from epoch: \d+, iter: {iteration}\.', output)
         assert command.startswith('basicsr train -opt run.yml --root ') and command.endswith(' --auto_resume')
-    # Workers whose run was killed complain, each in its last seconds.
+    # Workers of a killed run may print tracebacks before they exit.
     assert num_workers != '0' or 'Traceback' not in output
-    # It was killed again and again on its way, not at its start alone.
+    # The kills are distributed over the run.
     assert len(set(re.findall('Resuming training from epoch: .*', output))) >= 4
 
     whole, killed = (folder / name / 'experiments' / 'run' for name in ('whole', 'killed'))

@@ -101,7 +101,7 @@ def test_every_loss_counts_under_its_own_name(tmp_path):
     model.feed_data(batch())
     model.optimize_parameters(1)
     assert list(model.get_current_log()) == ['l_pix', 'l_edge', 'l_fft']
-    with pytest.raises(OptionError, match='names no loss'):
+    with pytest.raises(OptionError, match='train has no loss'):
         build(options(tmp_path, pixel_opt=None))
 
 

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run; metrics.csv and curve.png: complete, exact, and cut back when a run is resumed."""
+"""Tests of the progress bar, metrics.csv and curve.png: completeness, precision, and truncation on resume."""
 
 import csv
 import io
@@ -80,7 +80,7 @@ def test_resumed_run_goes_on(tmp_path):
         add(log, 5, 7)
         log.flush()
     with (killed / 'metrics.csv').open('a') as file:
-        file.write('8,,0.001,0.03')  # a line that the kill cut short
+        file.write('8,,0.001,0.03')  # a line truncated by the kill
     assert state['rows'] == 4
     resumed = RunLog(killed, 'run')
     resumed.load_state_dict(state)
@@ -116,7 +116,7 @@ def test_log_that_cannot_be_written(tmp_path, caplog):
     table.mkdir()
     log.flush()
     add(log, 3, 3)
-    assert 'metrics.csv cannot be written, its rows wait' in caplog.text
+    assert 'metrics.csv cannot be written, its rows are kept in memory' in caplog.text
     assert log.state_dict()['rows'] == 3
     table.rmdir()
     log.flush()
@@ -136,13 +136,13 @@ def test_curve_is_drawn_at_the_end(tmp_path):
     log = log_of(tmp_path, 1, 4, best_metric='psnr')
     log.add_validation(4, 'rain', {'psnr': 30.0})
     log.draw()
-    assert not (tmp_path / 'curve.png').exists()  # not a minute has gone by
+    assert not (tmp_path / 'curve.png').exists()  # less than a minute has passed
     log.draw(at_once=True)
     picture = Image.open(tmp_path / 'curve.png')
     assert picture.width > 800
     drawn_at = (tmp_path / 'curve.png').stat().st_mtime_ns
     log.draw(at_once=True)
-    assert (tmp_path / 'curve.png').stat().st_mtime_ns == drawn_at  # there was nothing new
+    assert (tmp_path / 'curve.png').stat().st_mtime_ns == drawn_at  # no new rows
 
 
 def test_run_without_matplotlib_goes_on(tmp_path, monkeypatch, caplog):
@@ -176,7 +176,7 @@ class Terminal(io.StringIO):
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """Clock that is advanced manually."""
 
     now = 0.0
 
@@ -198,14 +198,14 @@ def test_a_terminal_shows_all_of_it(monkeypatch):
     logger.addHandler(logging.StreamHandler())
     progress = TrainingProgress(10, 4, logger)
     progress.best = 'best psnr 31.20'
-    show(progress, 5, 0.11)  # it is drawn ten times a second at most
+    show(progress, 5, 0.11)  # redrawn at most ten times per second
     logger.info('a line')
     show(progress, 1)
     shown = sys.stderr.getvalue()
     for part in ('| 9/10 [', '10/10', 'l_pix 0.0312', 'data ', ' GB', 'best psnr 31.20', 'it/s', '<00:0'):
         assert part in shown, part
     assert any(line.strip() == 'a line' for line in shown.replace('\r', '\n').splitlines())
-    assert progress.bar.disable  # closed: it was the last iteration
+    assert progress.bar.disable  # closed after the last iteration
 
 
 def test_a_file_and_other_processes_get_nothing(monkeypatch):
@@ -239,5 +239,5 @@ def test_a_bar_of_a_failed_run_is_closed(monkeypatch):
 
 def test_memory_of_this_process():
     if sys.platform == 'win32':
-        pytest.skip('the system does not tell')
+        pytest.skip('not reported by the system')
     assert 0.05 < float(memory(torch.device('cpu')).removesuffix(' GB')) < 100

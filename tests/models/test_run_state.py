@@ -1,4 +1,4 @@
-"""What a training state holds, what it does without, and what happens when it cannot be written."""
+"""Tests of the training state: content, independence of other files, and failing writes."""
 
 import logging
 import resource
@@ -14,7 +14,7 @@ from tests.models.test_restoration_model import build, options, same, train, wei
 
 
 def resumable(folder, **train_options):
-    """Options of a run that `load_resume_state` can resume."""
+    """Return options of a run that `load_resume_state` can resume."""
     opt = options(folder, ema_decay=0.5, **train_options)
     opt['path'].update(log=str(folder), experiments_root=str(folder))
     return {**opt, 'auto_resume': True}
@@ -40,7 +40,7 @@ def test_a_state_needs_no_other_file(tmp_path, weights_file, param_key):
         (tmp_path / 'models' / 'net_g_3.pth').unlink()
     else:
         (tmp_path / 'models' / 'net_g_3.pth').write_bytes(b'broken')
-    # As the option file said it of the weights that the run had once started from.
+    # Options that the run was originally started with.
     opt['path'].update(param_key_g=param_key, pretrain_network_g='gone.pth')
     resumed = resume(opt)
     train(resumed, 4, 6)
@@ -109,7 +109,7 @@ def test_parts_of_the_model_belong_to_the_state(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger('basicsr'), 'propagate', True)
     run_state.restore(resumed, state)
     assert resumed.stateful['other'].value == 1
-    assert 'they start afresh: other, random numbers' in caplog.text
+    assert 'therefore reset: other, random state' in caplog.text
 
 
 def test_a_state_of_another_optimiser_is_refused(tmp_path):
@@ -185,7 +185,7 @@ def test_request_to_stop_saves(tmp_path, monkeypatch):
     state.unlink()
     with pytest.raises(RunStopped):
         train(model, 4, 4)
-    assert not state.exists()  # it was saved already
+    assert not state.exists()  # already saved
 
     monkeypatch.setattr(restoration_model, 'received_signal', lambda: 2)
     with pytest.raises(RunStopped) as stop:

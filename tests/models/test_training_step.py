@@ -1,4 +1,4 @@
-"""The step by itself, on a convolution or two: what a run makes of it is in test_restoration_model.py."""
+"""Tests of the training step on small convolutions; see test_restoration_model.py for its use in a run."""
 
 import logging
 import math
@@ -67,7 +67,7 @@ def test_steps_lower_the_loss(device):
 
 @pytest.mark.parametrize(('count', 'parts'), [(4, 2), (4, 4), (5, 2), (5, 3), (1, 1)])
 def test_micro_batches_add_up_to_the_whole(count, parts, device, tolerances):
-    """Of sizes that differ too: 5 in 3 is 2, 2 and 1."""
+    """Sizes of micro-batches may differ: 5 in 3 is 2, 2 and 1."""
     whole, cut = step_of(device), step_of(device, accumulate=parts)
     values = [step(*batch(device, count), losses_of, 1) for step in (whole, cut)]
     assert relative(gradients(cut), gradients(whole)) < tolerances[torch.float32]
@@ -108,12 +108,12 @@ def test_overflow_of_float16_halves_the_scale(device):
 
 
 def test_scaling_ends(device):
-    """Gradients that are not finite at any scale would otherwise be skipped for ever, in silence."""
+    """Gradients that are non-finite at any scale must not be skipped forever."""
     step = step_of(device, 'fp16')
     step.network[0].weight.register_hook(lambda gradient: gradient * math.nan)
     for iteration in range(1, 41):
         assert not step(*batch(device), losses_of, iteration, NAMES)[1]
-    with pytest.raises(TrainingError, match=r'iteration 41: the length of the gradients is nan; images: a\.png'):
+    with pytest.raises(TrainingError, match=r'iteration 41: the gradient norm is nan; images: a\.png'):
         step(*batch(device), losses_of, 41, NAMES)
 
 
@@ -138,7 +138,7 @@ def test_infinite_loss_stops_or_is_left_out(precision, value, device, caplog, mo
         values, changed = step(bad, gt, losses_of, 3, NAMES)
         assert not changed and math.isnan(values['l_pix'])
         (message,) = set(caplog.messages)
-        assert message.endswith('c.png, d.png. The step is left out')
+        assert message.endswith('c.png, d.png. The step is skipped')
         assert torch.equal(weights(step), before)
         assert all(map(torch.equal, buffers, step.network.buffers()))
         assert step.precision.scaler.state_dict() == state
@@ -154,7 +154,7 @@ def test_batches_and_losses_that_cannot_be_cut(device):
     assert batch_size({'dist': False}) is None
     network = nn.Conv2d(1, 1, 1)
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-    with pytest.raises(OptionError, match='batch of 2 cannot be cut into 3'):
+    with pytest.raises(OptionError, match='batch of 2 cannot be split into 3'):
         TrainingStep(network, optimizer, Precision('fp32', device), {'accumulate': 3}, batch=2)
     sums = {'l_pix': nn.L1Loss(), 'l_sum': nn.L1Loss(reduction='sum')}
     check_reductions({}, sums)
@@ -187,7 +187,7 @@ def test_device_that_cannot_compute_in_it(monkeypatch, device):
         Precision('fp16', device)
     assert 'and more' not in str(info.value)
     monkeypatch.setattr('torch.nn.functional.conv2d', lambda image, weight: (image * weight.sum()).float())
-    with pytest.raises(OptionError, match='bf16 does not work'):  # autocast that switched itself off
+    with pytest.raises(OptionError, match='bf16 does not work'):  # autocast may disable itself
         Precision('bf16', device)
 
 
@@ -244,7 +244,7 @@ OPT = {
 
 
 def meta_network():
-    """Without memory behind its weights."""
+    """Return a network on the meta device."""
     with torch.device('meta'):
         return AST(img_size=16, embed_dim=4, depths=[1] * 9, num_heads=[1] * 9)
 
@@ -259,8 +259,8 @@ def test_all_switches_together_pass():
     ('switch', 'told'),
     [
         ({'precision': 'fp8'}, 'train.precision'),
-        ({'accumulate': 5}, 'a batch of 4 cannot be cut into 5'),
-        ({'accumulate': -1}, 'accumulate must be 1 or more'),
+        ({'accumulate': 5}, 'a batch of 4 cannot be split into 5'),
+        ({'accumulate': -1}, 'accumulate of 1 or more'),
         ({'on_nonfinite': 'Stop'}, 'on_nonfinite stop or skip'),
         ({'compile': 'inductr'}, 'no backend'),
         ({'iters_per_epoch': None}, 'train.iters_per_epoch'),
@@ -274,7 +274,7 @@ def test_switch_that_does_not_apply(switch, told):
 
 
 def test_gpus_are_left_alone(monkeypatch):
-    """What format a GPU computes in shows when the process that takes it starts."""
+    """The precision of a GPU is checked when its process starts."""
     opt = {**deepcopy(OPT), 'num_gpu': 2}
     monkeypatch.setattr('torch.nn.functional.conv2d', None)  # not called
     check_switches(opt, meta_network(), {})
@@ -287,8 +287,8 @@ def mixup_of(kind, seed=0, rank=0, **options):
 KINDS = pytest.mark.parametrize('kind', ['mixup', 'cutmix'])
 
 
-def pictures(B=6, C=3, H=9, W=14):
-    """Pictures of one value each, and clean ones that are twice that: what was mixed how can be read off."""
+def images_of(B=6, C=3, H=9, W=14):
+    """Return constant images with different values and clean images with twice the value, to identify mixed parts."""
     lq = torch.arange(1.0, B + 1).view(B, 1, 1, 1).expand(B, C, H, W).contiguous()
     return lq, 2 * lq
 
@@ -296,7 +296,7 @@ def pictures(B=6, C=3, H=9, W=14):
 @KINDS
 @pytest.mark.parametrize('shape', [(6, 3, 9, 14), (2, 1, 1, 1), (1, 4, 5, 3), (3, 3, 16, 2)])
 def test_both_images_are_mixed_alike(kind, shape, device):
-    lq, gt = (tensor.to(device) for tensor in pictures(*shape))
+    lq, gt = (tensor.to(device) for tensor in images_of(*shape))
     before = lq.clone()
     mixed_lq, mixed_gt = mixup_of(kind)(lq, gt, 3)
     assert mixed_lq.shape == lq.shape and mixed_lq.dtype == lq.dtype
@@ -306,7 +306,7 @@ def test_both_images_are_mixed_alike(kind, shape, device):
 
 def test_mixup_draws_shares_from_beta():
     """Partners are a permutation, and the shares have the variance 1 / (4 (2 alpha + 1)) of Beta(alpha, alpha)."""
-    values = torch.eye(4).view(4, 4, 1, 1)  # channel i holds how much of sample i is there
+    values = torch.eye(4).view(4, 4, 1, 1)  # channel i is the share of sample i
     mixing = mixup_of('mixup', seed=5)
     shares = []
     for iteration in range(1, 401):
@@ -323,11 +323,11 @@ def test_mixup_draws_shares_from_beta():
 
 
 def test_cutmix_puts_one_rectangle_over_all():
-    lq, gt = pictures()
+    lq, gt = images_of()
     changed = torch.zeros(9, 14)
     for iteration in range(1, 200):
         mixed, _ = mixup_of('cutmix', seed=1)(lq, gt, iteration)
-        boxes = [(picture[0] != original[0]) for picture, original in zip(mixed, lq, strict=True)]
+        boxes = [(image[0] != original[0]) for image, original in zip(mixed, lq, strict=True)]
         boxes = [box for box in boxes if box.any()]
         for box in boxes:
             assert torch.equal(box, boxes[0])
@@ -336,11 +336,11 @@ def test_cutmix_puts_one_rectangle_over_all():
             assert len(mixed[0, 0].unique()) <= 2
         changed += boxes[0] if boxes else 0
     assert changed.min() > 10  # any place can be covered
-    assert changed.mean() == pytest.approx(0.42 * 199, rel=0.25)  # half the area, less what the border cuts off
+    assert changed.mean() == pytest.approx(0.42 * 199, rel=0.25)  # half the area, less the part clipped at the border
 
 
 def test_clean_images_to_mix_may_be_larger():
-    lq, _ = pictures(H=6, W=5)
+    lq, _ = images_of(H=6, W=5)
     gt = lq.repeat_interleave(2, 2).repeat_interleave(2, 3)
     mixed_lq, mixed_gt = mixup_of('cutmix')(lq, gt, 1)
     assert torch.equal(mixed_gt, mixed_lq.repeat_interleave(2, 2).repeat_interleave(2, 3))
