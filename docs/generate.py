@@ -158,7 +158,7 @@ def in_words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 def argument_model(target: type) -> type[BaseModel]:
-    """Return a pydantic model of a class's constructor arguments without `self`, described by its docstring's `Args:`."""
+    """Return a pydantic model of a class's constructor arguments, described by its docstring's `Args:`."""
     parameters, _ = parameters_of(target)
     described = described_arguments(inspect.getdoc(target) or '')
     fields: dict[str, Any] = {}
