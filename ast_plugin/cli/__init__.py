@@ -1,1 +1,1 @@
-"""The command `basicsr`: one module a subcommand, imported only when it is called."""
+"""The command `basicsr`: one module per subcommand, imported only when that subcommand runs."""

@@ -1,12 +1,12 @@
-"""Check an option file as `basicsr train` does before it starts, and print all that it comes to as YAML.
+"""Check an option file as `basicsr train` does before training, and print the resolved options as YAML.
 
   basicsr check -opt AST_deraindrop
   basicsr check -opt my.yml --force_yml train:total_epochs=1
-  basicsr check --schema > basicsr.schema.json       a JSON schema, for editors that complete and underline
+  basicsr check --schema > basicsr.schema.json       JSON schema for completion and validation in editors
 
-Keys, values, inheritance, stages, networks, losses and schedules are checked anywhere; epochs are counted, and the data
-is looked at, where it is: one sample of each set passes through network, losses and metrics (its shape alone, where the
-network is large for a CPU). What is found goes to stderr, the file to stdout. Nothing is written.
+Keys, values, inheritance, stages, networks, losses and schedules are always checked. If the data is available, epochs
+are converted to iterations and one sample of each dataset is passed through network, losses and metrics (only its shape
+if the network is too large for the CPU). Results go to stderr, the resolved options to stdout. No file is written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the schema, or check a file and print it."""
+    """Print the JSON schema, or check an option file and print its resolved options."""
     if not args.schema and args.opt is None:
         raise OptionError('check: expected -opt FILE, or --schema')
     opt = {} if args.schema else options.load(options.find(args.opt), args.force_yml)
@@ -55,18 +55,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_comparison(args: argparse.Namespace) -> dict[str, Any]:
-    """Check a file for `basicsr compare`; return the option file that each network is trained by."""
+    """Check a file for `basicsr compare`; return the resolved training options of each network by name."""
     from ast_plugin.compare.run import make_plan
 
     plan = make_plan(args.opt, args.root, args.force_yml)
     for network in plan.networks:
-        how = 'measured as it is' if network.train is None else 'trained, then measured'
-        say(f'{network.name}: right, {how}', file=sys.stderr)
+        how = 'measured without training' if network.train is None else 'trained, then measured'
+        say(f'{network.name}: valid, {how}', file=sys.stderr)
     return {network.name: dict(network.train) for network in plan.networks if network.train is not None}
 
 
 def _check_run(args: argparse.Namespace) -> dict[str, Any]:
-    """Check a file for `basicsr train`; return all that it comes to."""
+    """Check a file for `basicsr train`; return its resolved options."""
     run = commands.read_run(args, is_train=None)
     before: dict[str, Any] | None = None
     missing: dict[str, None] = {}
@@ -74,12 +74,12 @@ def _check_run(args: argparse.Namespace) -> dict[str, Any]:
         before, reason = _check_stage(run, stage, before)
         missing |= {reason: None} if reason else {}
     for reason in missing:
-        say(f'data that cannot be used here: {reason}', file=sys.stderr)
+        say(f'data not usable on this machine: {reason}', file=sys.stderr)
     return run.resolved()
 
 
 def _check_stage(run: Run, stage: Stage, before: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
-    """Try all that can be tried of a stage; return its prepared options, and why its data cannot be used, if so."""
+    """Check a stage as far as possible; return its prepared options and the reason if its data cannot be used."""
     from ast_plugin.models.training_run import check_stage
 
     summary = missing = ''
@@ -87,22 +87,22 @@ def _check_stage(run: Run, stage: Stage, before: dict[str, Any] | None) -> tuple
         opt = run.prepare(stage)
         train = opt.get('train') or {}
         if train.get('iters_per_epoch'):
-            summary = f', {train["total_iter"]:,d} iterations, {train["iters_per_epoch"]:,d} of them an epoch'
+            summary = f', {train["total_iter"]:,d} iterations, {train["iters_per_epoch"]:,d} per epoch'
         check_stage(run, stage, opt, before, is_run=False)
     except DataError as error:
-        # Everything else can be found wrong all the same; any length will do for that.
+        # Check everything else nevertheless; the length of the dataset does not matter for that.
         opt = run.prepare(stage, length_of=lambda dataset: 1)
         if all(map(_data_is_there, opt['datasets'].values())):
             raise
         check_stage(run, stage, {**opt, 'datasets': {}}, before, is_run=False)
         missing = str(error).removeprefix(f'{run.source(stage)}: ')
-        summary += '; its data was not checked'
-    say(f'{stage.name or run.opt["name"]}: right{summary}', file=sys.stderr)
+        summary += '; data not checked'
+    say(f'{stage.name or run.opt["name"]}: valid{summary}', file=sys.stderr)
     return opt, missing
 
 
 def _data_is_there(dataset: dict[str, Any]) -> bool:
-    """Tell whether all that a dataset names is on this machine: what is wrong with it is then wrong with the run."""
+    """Return whether all paths of a dataset exist, so that a DataError is an error of the run."""
     from ast_plugin.data.synthesis import packaged_photos
 
     paths = [value for key, value in dataset.items() if value and (key.startswith('dataroot') or key == 'manifest')]

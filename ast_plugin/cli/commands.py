@@ -1,4 +1,4 @@
-"""What commands share: being listed and run, and the arguments that say which option file is meant."""
+"""Helpers shared by the commands: listing and running them, and their common arguments."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Any
 from ast_plugin.errors import OptionError, did_you_mean
 from ast_plugin.names import to_columns
 
-DEVICES = 'cpu, cuda, cuda:1 ..., mps, or auto: the first there is of cuda, mps, cpu'
+DEVICES = 'cpu, cuda, cuda:1 ..., mps, or auto: the first available of cuda, mps, cpu'
 
 if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
 
 
 def listed(commands: Mapping[str, str]) -> str:
-    """A line for each command with what it is for, as helps end with."""
+    """Return the list of commands with their summaries, for the end of a help text."""
     return '\n'.join(['commands:', *to_columns(commands.items(), indent='  ')])
 
 
 def unknown(name: str, commands: Mapping[str, str]) -> str:
-    """Why there is no such command, and which there are."""
-    return f'no command {name}{did_you_mean(name, commands)} (there are {", ".join(commands)})'
+    """Return the error message for an unknown command."""
+    return f'unknown command {name}{did_you_mean(name, commands)} (available: {", ".join(commands)})'
 
 
 def run_module(module_name: str, prog: str, arguments: Sequence[str]) -> int:
-    """Run a module of this package on the arguments behind `prog`; return its exit status."""
+    """Parse `arguments`, run the module of this package with them, and return its exit status."""
     module = importlib.import_module(f'ast_plugin.cli.{module_name}')
     parser = argparse.ArgumentParser(
         prog=prog, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -37,19 +37,19 @@ def run_module(module_name: str, prog: str, arguments: Sequence[str]) -> int:
 
 
 def add_file_arguments(parser: argparse.ArgumentParser, is_needed: bool = True) -> None:
-    """Declare what says which options are meant, `--root` and `--device`."""
+    """Declare `-opt`, `--root`, `--force_yml` and `--device`."""
     parser.add_argument(
         '-opt',
         '--opt',
         required=is_needed,
         metavar='FILE',
-        help='option file, or the name of a shipped one (`basicsr options` lists them)',
+        help='option file, or the name of a shipped option file (`basicsr options` lists them)',
     )
     parser.add_argument(
         '--root',
         default='.',
         metavar='DIR',
-        help='write experiments/, results/ and tb_logger/ under DIR instead of the working directory',
+        help='write experiments/, results/ and tb_logger/ under DIR (default: working directory)',
     )
     parser.add_argument(
         '--force_yml',
@@ -57,7 +57,7 @@ def add_file_arguments(parser: argparse.ArgumentParser, is_needed: bool = True) 
         action='extend',
         default=[],
         metavar='KEY:SUB=VALUE',
-        help='change options of the file, in all of its stages: train:total_epochs=1 datasets:train:gt_size=64',
+        help='override options of the file in all stages: train:total_epochs=1 datasets:train:gt_size=64',
     )
     parser.add_argument(
         '--device',
@@ -65,58 +65,65 @@ def add_file_arguments(parser: argparse.ArgumentParser, is_needed: bool = True) 
         action='append',
         type='device={}'.format,
         metavar='NAME',
-        help="cpu, cuda, mps, or auto: the first there is of cuda, mps, cpu; instead of the file's device",
+        help='cpu, cuda, mps, or auto: the first available of cuda, mps, cpu; overrides device of the option file',
     )
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare BasicSR's flags, and ours."""
+    """Declare the arguments of `basicsr train` and `basicsr test`: BasicSR's flags, `--root`, `--stage`, `--device`."""
     add_file_arguments(parser)
-    parser.add_argument('--stage', metavar='N', help='this stage of the file alone, by its number or name')
+    parser.add_argument('--stage', metavar='N', help='run only this stage of the option file, by number or name')
     parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='how processes were started'
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm'],
+        default='none',
+        help='job launcher of distributed runs (default: none)',
     )
-    parser.add_argument('--debug', action='store_true', help="BasicSR's debug mode: report and validate often")
-    # Launchers of the past pass it; where this process runs is read from the environment.
+    parser.add_argument('--debug', action='store_true', help="BasicSR's debug mode: log, save and validate often")
+    # Old versions of torch.distributed.launch pass it. The local rank is read from the environment.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def add_weights_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Declare what says which weights are meant; a `default` says what is done without, else they are required."""
+    """Declare `--task`, `--weights`, `-opt` and `--param-key`.
+
+    Args:
+        default: description of the behaviour without weights; None makes `--task` or `--weights` required.
+    """
     which = parser.add_mutually_exclusive_group(required=default is None)
     otherwise = '' if default is None else f' (default: {default})'
-    which.add_argument(
-        '--task', metavar='NAME', help=f'rain, raindrop or haze: take the weights that come along{otherwise}'
-    )
-    which.add_argument('--weights', metavar='FILE', help='trained weights, .safetensors or .pth; or a task')
+    which.add_argument('--task', metavar='NAME', help=f'use the bundled weights for rain, raindrop or haze{otherwise}')
+    which.add_argument('--weights', metavar='FILE', help='weights file, .safetensors or .pth; or the name of a task')
     parser.add_argument(
-        '-opt', metavar='FILE', help='option file whose network_g the weights are of; by default the weights file tells'
+        '-opt',
+        metavar='FILE',
+        help='option file with the network_g of the weights (default: detected from the weights file)',
     )
-    parser.add_argument('--param-key', metavar='KEY', help='where a .pth file holds the weights, such as params_ema')
+    parser.add_argument('--param-key', metavar='KEY', help='key of the weights in a .pth file, such as params_ema')
 
 
 def check_weights_arguments(args: argparse.Namespace) -> None:
-    """Raise OptionError where a weights file is described and none given."""
+    """Raise OptionError if `-opt` or `--param-key` is given without `--weights`."""
     if args.weights is None and (args.opt or args.param_key):
-        raise OptionError('-opt and --param-key describe a weights file: expected --weights FILE with them')
+        raise OptionError('-opt and --param-key require --weights FILE')
 
 
 def read_network(name: str) -> dict[str, Any]:
-    """The options of the network of an option file, by its path or its name; raise OptionError if it has none."""
+    """Return `network_g` of an option file, given by path or name; raise OptionError if it has none."""
     from ast_plugin import options
 
     file = options.find(name)
     network = options.load(file).get('network_g')
     if not isinstance(network, dict) or 'type' not in network:
-        raise OptionError(f'{file}: expected network_g with a type and its arguments')
+        raise OptionError(f'{file}: expected network_g with a type and arguments')
     return network
 
 
 def read_run(args: argparse.Namespace, *, is_train: bool | None) -> Run:
-    """Read and check the option file that the arguments name; see `ast_plugin.models.training_run.read_run`."""
+    """Read and check the option file given by the arguments; see `ast_plugin.models.training_run.read_run`."""
     from ast_plugin import options
 
-    options.find(args.opt)  # a wrong name is told before BasicSR is imported, which takes seconds
+    options.find(args.opt)  # report a wrong name before importing BasicSR, which takes seconds
     from ast_plugin.models import training_run
 
     training_run.check_launcher(getattr(args, 'launcher', 'none'))

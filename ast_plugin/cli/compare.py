@@ -1,13 +1,14 @@
-"""Compare networks: train what needs training, measure all alike, and write tables, plots and a report.
+"""Compare networks: train them, measure all of them under equal conditions, and write tables, plots and a report.
 
   basicsr compare -opt compare/quick
   basicsr compare -opt my_comparison.yml --force_yml train:total_iter=1000
 
-A compare file is an option file with a list `networks` in the place of `network_g`, and a section `compare`. Everything
-goes to comparisons/NAME: table.md, table.csv, images.csv, the plots, and report.html, one file that needs no network.
-Given again, the command goes on where it was ended: what is done for the same options is not done again.
+A compare file is an option file with a list `networks` instead of `network_g`, and a section `compare`. Entries with
+weights are measured without training. The results are written to comparisons/NAME: table.md, table.csv, images.csv, the
+plots, and report.html, a single file that works offline. An interrupted comparison is resumed by running the command
+again; finished work with unchanged options is reused.
 
-Exit status: 0 all were compared, 1 some failed (the report says which and why), 2 nothing was begun.
+Exit status: 0 all networks compared, 1 some failed (the report lists them with the reason), 2 nothing was started.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything, then train, measure and report."""
+    """Check the compare file, then train, measure and report."""
     from ast_plugin.compare.report import write_outputs
     from ast_plugin.compare.run import Comparison, make_plan
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             results = Comparison(plan, say).run()
         except (KeyboardInterrupt, SystemExit):
-            say('basicsr: stopped; the same command goes on from here', file=sys.stderr)
+            say('basicsr: stopped; run the same command again to resume', file=sys.stderr)
             raise
     report = write_outputs(plan, results)
     say('', *results.to_markdown().split('\n'), '', f'Report: {report}')
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the comparison as Ctrl-C does: what runs is asked to save itself, and waited for."""
+    """Handle SIGTERM like Ctrl-C: running jobs are asked to save their state, and the command waits for them."""
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)

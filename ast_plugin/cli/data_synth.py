@@ -1,7 +1,7 @@
-"""Make pairs of degraded and clean images from clean photos.
+"""Synthesise pairs of degraded and clean images from clean photos.
 
-Degraded images go to DIR/lq, clean ones to DIR/gt under the same names, and where the degradation has a mask, that to
-DIR/mask; DIR/synthesis.json records the run. The same photos, task, parameters and seed give the same files.
+Degraded images are written to DIR/lq, clean images to DIR/gt with the same names, and masks, if the degradation has
+any, to DIR/mask. DIR/synthesis.json records the run. Equal photos, task, parameters and seed produce identical files.
 
     basicsr data synth --task rain -i photo.png -o out --count 8 --seed 1
     basicsr data synth --task haze -i photos -o out --size 256 --set psnr=12,16 --set airlight=0.8
@@ -9,8 +9,8 @@ DIR/mask; DIR/synthesis.json records the run. The same photos, task, parameters 
     basicsr data synth --sheet all.jpg
     basicsr data synth --list
 
-They are read as any pair of folders, `layout: folders` with `dataroot_lq: out/lq` and `dataroot_gt: out/gt`, or
-prepared and packed as any dataset: `basicsr data prepare folders out prepared`.
+In an option file, use `layout: folders` with `dataroot_lq: out/lq` and `dataroot_gt: out/gt`. The pairs can be prepared
+and packed like any dataset: `basicsr data prepare folders out prepared`.
 """
 
 from __future__ import annotations
@@ -42,32 +42,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr data synth`."""
     parser.add_argument('--task', choices=tuple(DEGRADATIONS), help='the degradation')
     parser.add_argument(
-        '-i', '--input', nargs='+', action='extend', metavar='PATH', help='photos, folders of them, or patterns'
+        '-i', '--input', nargs='+', action='extend', metavar='PATH', help='photos, folders of photos, or glob patterns'
     )
-    parser.add_argument('-o', '--output', metavar='DIR', help='folder for the pairs, which is not there yet')
-    parser.add_argument('--count', type=int, default=1, metavar='N', help='pairs of each photo (default: 1)')
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='another seed gives others (default: 0)')
-    parser.add_argument('--size', type=int, metavar='N', help='square patches of N pixels (default: whole photos)')
+    parser.add_argument('-o', '--output', metavar='DIR', help='folder for the pairs; must not exist')
+    parser.add_argument('--count', type=int, default=1, metavar='N', help='pairs per photo (default: 1)')
+    parser.add_argument('--seed', type=int, default=0, metavar='N', help='random seed (default: 0)')
+    parser.add_argument(
+        '--size', type=int, metavar='N', help='side of square patches in pixels (default: whole photos)'
+    )
     parser.add_argument(
         '--set',
         action='append',
         default=[],
         metavar='KEY=VALUE',
-        help='a parameter of the task: a range as LOW,HIGH or one number; may be given often',
+        help='set a parameter of the task to one number or a range LOW,HIGH; may be repeated',
     )
     parser.add_argument(
-        '--depth', metavar='PATH', help='haze: distances (.npy, .npz, gray image), or a folder of them by name'
+        '--depth',
+        metavar='PATH',
+        help='haze: depth map (.npy, .npz, gray image), or a folder with one map per photo, by name',
     )
-    parser.add_argument('--recursive', action='store_true', help='take folders inside folders too')
-    parser.add_argument('--overwrite', action='store_true', help='replace what an earlier run wrote to DIR')
+    parser.add_argument('--recursive', action='store_true', help='include subfolders')
+    parser.add_argument('--overwrite', action='store_true', help='replace the output of an earlier run in DIR')
     parser.add_argument(
-        '--sheet', metavar='FILE', help='draw an image of every degradation instead, of -i or packaged photos'
+        '--sheet', metavar='FILE', help='draw a contact sheet of the degradations on -i or packaged photos instead'
     )
-    parser.add_argument('--list', action='store_true', help='print every degradation with its parameters')
+    parser.add_argument('--list', action='store_true', help='print the degradations and their parameters')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the pairs, or draw the sheet, or print the list."""
+    """Synthesise the pairs, or draw the contact sheet, or print the parameters."""
     from ast_plugin.data.synthesis import Recipe, check_output, read_parameters, write_pairs
 
     if args.list:
@@ -88,24 +92,24 @@ def run(args: argparse.Namespace) -> int:
     if lines:
         say(*lines, file=sys.stderr)
     left = f', {len(failures)} of {len(photos)} photos failed' if failures else ''
-    say(f'made {len(levels)} pair{plural} ({args.task}, PSNR {low:.1f} to {high:.1f} dB){left}: {output}')
+    say(f'created {len(levels)} pair{plural} ({args.task}, PSNR {low:.1f} to {high:.1f} dB){left}: {output}')
     return 1 if failures or any(line.startswith('basicsr: error') for line in lines) else 0
 
 
 def _check(args: argparse.Namespace) -> None:
     missing = [name for name, value in (('--task', args.task), ('-i', args.input), ('-o', args.output)) if not value]
     if missing:
-        raise OptionError(f'{" and ".join(missing)} must be given; see `basicsr data synth --help` for examples')
+        raise OptionError(f'expected {" and ".join(missing)}; see `basicsr data synth --help` for examples')
     for name, least in (('count', 1), ('size', 1), ('seed', 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise OptionError(f'--{name} is {value}: expected {least} or more')
     if args.depth is not None and not DEGRADATIONS[args.task].takes_depth:
-        raise OptionError(f'--depth: {args.task} does not depend on distances, leave it out')
+        raise OptionError(f'--depth: not used by {args.task}; remove it')
 
 
 def _read_settings(assignments: Sequence[str]) -> dict[str, object]:
-    """Values of `--set`: JSON, or items with commas between them, or plain text."""
+    """Parse the values of `--set`: JSON, comma-separated items, or plain text."""
     settings = {}
     for assignment in assignments:
         key, equals, text = map(str.strip, assignment.partition('='))
@@ -119,7 +123,7 @@ def _read_settings(assignments: Sequence[str]) -> dict[str, object]:
 
 
 def _find_photos(inputs: Sequence[str], output: Path, recursive: bool) -> tuple[dict[str, Path], list[str]]:
-    """Every photo by the name that its pairs get: with folder and ending where needed; lines on the rest."""
+    """Return the photos by unique name, including folder and extension where needed, and lines about other files."""
     from ast_plugin.evaluation.file_restorer import find_images
 
     paths = []
@@ -137,30 +141,32 @@ def _find_photos(inputs: Sequence[str], output: Path, recursive: bool) -> tuple[
         name = f'{name}_{path.suffix[1:].lower()}' if counts[name.casefold()] > 1 else name
         other = next((taken for taken in named if taken.casefold() == name.casefold()), None)
         if other is not None:
-            raise DataError(f'{path} and {named[other]} would make pairs of one name; rename one, or give them apart')
+            raise DataError(
+                f'{path} and {named[other]} would produce pairs of the same name; rename one or process them separately'
+            )
         named[name] = path
     return named, found.lines()
 
 
 def _find_depths(args: argparse.Namespace, photos: dict[str, Path]) -> dict[str, Path | None]:
-    """The map of distances of each photo."""
+    """Return the depth map of each photo."""
     if args.depth is None:
         return dict.fromkeys(photos)
     path = Path(args.depth).expanduser()
     if not path.is_dir():
         if len(photos) > 1:
             raise OptionError(
-                f'--depth {path}: is one file for {len(photos)} photos; give a folder with one of each name'
+                f'--depth {path}: expected a folder with one depth map per photo for {len(photos)} photos, got a file'
             )
         if not path.is_file():
-            raise DataError(f'--depth {path}: there is no such file or folder')
+            raise DataError(f'--depth {path}: no such file or folder')
         return dict.fromkeys(photos, path)
     depths = {}
     for name, photo in photos.items():
         places = [path / f'{photo.stem}{ending}' for ending in _DEPTH_ENDINGS]
         depths[name] = next((place for place in places if place.is_file()), None)
         if depths[name] is None:
-            raise DataError(f'--depth {path}: has no {photo.stem}{"|".join(_DEPTH_ENDINGS)}, for {photo}')
+            raise DataError(f'--depth {path}: expected {photo.stem}{"|".join(_DEPTH_ENDINGS)} for {photo}, found none')
     return depths
 
 
@@ -169,9 +175,11 @@ def _draw_sheet(args: argparse.Namespace) -> int:
 
     useless = [name for name in ('output', 'depth', 'size') if getattr(args, name) is not None]
     if useless or args.set:
-        raise OptionError(f'--sheet does not go with --{(useless or ["set"])[0]}; it takes --task, -i and --seed')
+        raise OptionError(
+            f'--sheet cannot be combined with --{(useless or ["set"])[0]}; it supports --task, -i and --seed'
+        )
     path = Path(args.sheet).expanduser()
-    format_of_name(path)  # a wrong name is told before all is drawn
+    format_of_name(path)  # report an unsupported format before drawing
     if args.input:
         photos, _ = _find_photos(args.input, path.parent / 'nothing', args.recursive)
     else:

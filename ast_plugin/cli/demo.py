@@ -1,9 +1,9 @@
-"""Train a small AST on packaged photographs with synthetic rain, measure it, and show what it does.
+"""Train a small AST on packaged photos with synthetic rain, evaluate it, and plot the results.
 
   basicsr demo
 
-Nothing is needed beside the extra `photos` (pip install "ast_plugin[photos]"). It does what these two do, and says how
-much was gained:
+Requires only the extra `photos` (pip install "ast_plugin[photos]"). Equivalent to the following commands, with the gain
+in PSNR printed at the end:
 
   basicsr train -opt AST_quickstart
   basicsr test -opt AST_quickstart
@@ -30,13 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path('.'),
         metavar='DIR',
-        help='write experiments/ and results/ under DIR instead of the working directory',
+        help='write experiments/ and results/ under DIR (default: working directory)',
     )
     parser.add_argument('--device', default='auto', metavar='NAME', help='auto, cpu, cuda or mps (default: auto)')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, test, and print the gain."""
+    """Train, test and print the gain in PSNR."""
     root = args.root.expanduser().resolve()
     start = time.monotonic()
     where = ['-opt', OPTION_FILE, '--root', str(root), '--device', args.device]
@@ -51,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
         *_, mean = csv.DictReader(file)
     gain = float(mean['psnr']) - float(mean['input psnr'])
     sheet = table.with_name(f'{table.stem}_worst_and_best.png')
-    say(f'Rainy, restored and clean, side by side: {sheet}', f'PSNR gain over input: {gain:+.2f} dB')
+    say(f'Degraded, restored and clean images side by side: {sheet}', f'PSNR gain over input: {gain:+.2f} dB')
     return 0

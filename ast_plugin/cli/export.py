@@ -1,11 +1,11 @@
-"""Write a network with its weights for other runtimes, after these restored images as PyTorch does.
+"""Export a network with its weights for other runtimes. The file is written only if its outputs match PyTorch's.
 
     basicsr export --task rain -o rain.onnx
     basicsr export --weights net_g_best.safetensors -o network.onnx --half
     basicsr export --weights net_g_best.safetensors -o network.pt --format torchscript --size 480x720
 
-The file takes `image`, float32 [batch, channels, height, width] in [0, 1], and gives `restored`; padding and cropping
-are inside. It carries the network's options, img_size, recipe and version as metadata, each value JSON.
+The exported network maps `image`, float32 [batch, channels, height, width] in [0, 1], to `restored`, and includes
+padding and cropping. The metadata contains the network options, img_size, recipe and version, each value as JSON.
 """
 
 from __future__ import annotations
@@ -22,22 +22,27 @@ from ast_plugin.names import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `basicsr export` takes."""
+    """Declare the arguments of `basicsr export`."""
     commands.add_weights_arguments(parser)
     add = parser.add_argument
-    add('-o', '--output', required=True, metavar='FILE', help='the file: .onnx, .pt or .pt2, as the format')
-    add('--format', choices=('onnx', 'torchscript', 'torch.export'), default='onnx', help='default: %(default)s')
+    add('-o', '--output', required=True, metavar='FILE', help='output file: .onnx, .pt or .pt2, matching the format')
+    add(
+        '--format',
+        choices=('onnx', 'torchscript', 'torch.export'),
+        default='onnx',
+        help='export format (default: %(default)s)',
+    )
     add(
         '--size',
         default='dynamic',
         metavar='HxW',
-        help='take single images of this size alone; by default (dynamic) all sizes and batches',
+        help='export for single images of this size; dynamic (default) accepts any size and batch size',
     )
-    add('--half', action='store_true', help='compute in float16; images stay float32')
+    add('--half', action='store_true', help='compute in float16; inputs and outputs stay float32')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the file, and print at which images it was compared with PyTorch."""
+    """Export the network, and print the images on which it was compared with PyTorch."""
     commands.check_weights_arguments(args)
     size = None if args.size == 'dynamic' else parse_size(args.size)
     from ast_plugin.archs.networks import input_channels, load_file
@@ -48,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     check_export(output, args.format)
     path = resolve_weights(args.weights) if args.task is None else find_weights(args.task)
     if output.exists() and output.samefile(path):
-        raise OptionError(f'{output} holds the weights themselves, and would be replaced: expected another name')
+        raise OptionError(f'--output {output} is the weights file itself: expected another file name')
     loaded = load_file(path, None if args.opt is None else commands.read_network(args.opt), args.param_key)
     for note in loaded.notes:
         say(f'note: {path}: {note}', file=sys.stderr)

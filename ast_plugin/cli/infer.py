@@ -1,16 +1,16 @@
 """Restore image files with trained weights.
 
-Takes PNG, JPEG, WebP, TIFF and BMP. Each result keeps name, format, depth, transparency, colour profile, EXIF data and
-other metadata of its input, or a note says what is lost, and stands upright. JPEG and lossy WebP are written with
---quality, the rest without loss. Inputs are never replaced; results of an earlier run are. What cannot be restored is
-told with its reason, and what is no image counted; the others are restored all the same.
+Reads PNG, JPEG, WebP, TIFF and BMP. Results keep name, format, bit depth, transparency, colour profile, EXIF data and
+other metadata of their inputs (a note reports anything lost) and are rotated upright. JPEG and lossy WebP are written
+with --quality, other formats losslessly. Inputs are never overwritten; results of earlier runs are. Images that cannot
+be restored are reported with the reason, files that are not images are counted, and all others are still restored.
 
-    basicsr infer -i photo.jpg -o restored                # finds out itself whether it is rain, raindrops or haze
+    basicsr infer -i photo.jpg -o restored                # detects rain, raindrops or haze
     basicsr infer -i photo.jpg -o restored --task rain
-    basicsr infer -i photo.jpg -o restored.png            # one image, to a file of this name and format
+    basicsr infer -i photo.jpg -o restored.png            # one image, written to a file of this name and format
     basicsr infer -i photos    -o restored --weights experiments/AST_derain/stage_2/models/net_g_best.safetensors
 
-Exit status: 0 all restored, 1 some could not be, 2 wrong usage or input.
+Exit status: 0 all images restored, 1 some images failed, 2 wrong usage or input.
 """
 
 from __future__ import annotations
@@ -32,42 +32,46 @@ from ast_plugin.names import printable, say, to_csv
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `basicsr infer` takes."""
+    """Declare the arguments of `basicsr infer`."""
     add = parser.add_argument
-    add('-i', '--input', nargs='+', action='extend', required=True, metavar='PATH', help='images, or folders of them')
-    add('-o', '--output', required=True, metavar='PATH', help='folder for the restored images; or the name of one')
-    commands.add_weights_arguments(parser, 'find out')
+    add('-i', '--input', nargs='+', action='extend', required=True, metavar='PATH', help='images or folders of images')
+    add('-o', '--output', required=True, metavar='PATH', help='output folder; or output file for a single image')
+    commands.add_weights_arguments(parser, 'detect the task of each image')
     add(
         '--tile',
         type=_tile,
         default='auto',
         metavar='N',
-        help='restore in tiles of N x N pixels; by default (auto) only what does not fit in memory is',
+        help='tile size in pixels; auto (default) tiles only images that do not fit in memory',
     )
-    add('--overlap', type=int, metavar='N', help='pixels that tiles share (default: a quarter of a tile)')
-    add('--batch', type=int, default=1, metavar='N', help='tiles that go through the network together (default: 1)')
+    add('--overlap', type=int, metavar='N', help='overlap of adjacent tiles in pixels (default: a quarter of a tile)')
+    add('--batch', type=int, default=1, metavar='N', help='tiles per batch (default: 1)')
     add(
         '--self-ensemble',
         action='store_true',
-        help='give the mean of the results for the eight flips and rotations: a little better, eight times as long',
+        help='average the results of the eight flips and rotations: slightly better, eight times slower',
     )
     add('--device', default='auto', metavar='NAME', help=f'{commands.DEVICES} (default: auto)')
-    add('--suffix', default='', metavar='TEXT', help='put TEXT behind the names: photo.jpg becomes photoTEXT.jpg')
+    add('--suffix', default='', metavar='TEXT', help='append TEXT to the file names: photo.jpg becomes photoTEXT.jpg')
     add(
         '--format',
         choices=('keep', 'png', 'tiff'),
         default='keep',
-        help='file format of the results (default: that of the input)',
+        help='file format of the results (default: keep the format of the input)',
     )
-    add('--quality', type=int, default=95, metavar='N', help='of JPEG and WebP, 1 to 100 (default: 95)')
-    add('--report', metavar='FILE', help='write what was noticed and how much changed, a row an image, as CSV')
-    add('--uncertainty', action='store_true', help='write a map beside each result of where eight turns of it differ')
-    add('--recursive', action='store_true', help='take folders inside folders too, and keep their tree')
-    add('--max-megapixels', type=float, default=200, metavar='N', help='refuse images that claim more (default: 200)')
+    add('--quality', type=int, default=95, metavar='N', help='JPEG and lossy WebP quality, 1 to 100 (default: 95)')
+    add('--report', metavar='FILE', help='write task, amount of change, warnings, time and status of each image as CSV')
+    add(
+        '--uncertainty',
+        action='store_true',
+        help='also write a map of the standard deviation over the eight flips and rotations of each image',
+    )
+    add('--recursive', action='store_true', help='include subfolders, and keep the folder structure')
+    add('--max-megapixels', type=float, default=200, metavar='N', help='reject larger images (default: 200)')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Restore what the arguments name, and print what becomes of each file."""
+    """Restore the input images and report the outcome of each file."""
     from ast_plugin.evaluation import file_restorer
 
     _check(args)
@@ -76,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = file_restorer.plan_jobs(found.images, output, args.suffix, args.format)
     restorer = _load_restorer(args)
     for note in getattr(restorer, 'notes', ()):
-        hint = '; -opt FILE names the network in full' if 'assumed' in note else ''
+        hint = '; specify the full network with -opt FILE' if 'assumed' in note else ''
         say(f'note: {args.weights}: {note}{hint}', file=sys.stderr)
     report = None if args.report is None else Path(args.report).expanduser()
     maps = map(file_restorer.uncertainty_path, jobs) if args.uncertainty else ()
@@ -85,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
     file_restorer.prepare_folders(jobs)
     file_restorer.mark_results(Path(output), args.input)
     if report is not None:
-        write_file(report, b'', make_folder=True)  # told now if it cannot be written
+        write_file(report, b'', make_folder=True)  # fail now if it cannot be written
 
     start = time.perf_counter()
     failed = Counter({'unreadable': len(found.failures)} if found.failures else {})
-    # A bar in a terminal, one line an image elsewhere; failures and notes are lines on stderr, above the bar.
+    # A progress bar in a terminal, one line per image elsewhere. Failures and notes go to stderr, above the bar.
     is_bar = sys.stderr.isatty()
     with tqdm(total=len(jobs), unit='image', dynamic_ncols=True, file=sys.stderr, disable=not is_bar) as bar:
 
@@ -123,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
                     line = f'[{number}/{len(jobs)}] {result.job.target} ({task}{result.seconds:.1f} s)'
                     say(line)
                 bar.update()
-        finally:  # an ended run keeps what it noticed
+        finally:  # an interrupted run also writes its report
             if report is not None:  # names that are not UTF-8 keep their bytes
                 text = to_csv(file_restorer.report_rows(finished))
                 write_file(report, text.encode(errors='surrogateescape'))
@@ -137,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load_restorer(args: argparse.Namespace) -> Any:
-    """The Restorer that the arguments name, or Specialists, which find one for each image."""
+    """Return the Restorer given by the arguments, or Specialists, which select a restorer for each image."""
     from ast_plugin.evaluation.classifier import Specialists
     from ast_plugin.evaluation.restorer import Restorer
     from ast_plugin.weights import resolve_weights
@@ -157,7 +161,7 @@ def _tile(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f'expected the side of a tile in pixels, or auto, got {text}') from None
+        raise argparse.ArgumentTypeError(f'expected a tile size in pixels, or auto, got {text}') from None
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -173,4 +177,4 @@ def _check(args: argparse.Namespace) -> None:
     if not args.max_megapixels > 0:
         raise OptionError(f'--max-megapixels is {args.max_megapixels}: expected more than 0')
     if any(mark in args.suffix for mark in ('/', '\\', '\0')):
-        raise OptionError(f'--suffix is {args.suffix!r}: expected a part of a file name, not a path')
+        raise OptionError(f'--suffix is {args.suffix!r}: expected part of a file name, not a path')

@@ -1,8 +1,8 @@
-"""Show what can be named in an option file, registry by registry, and where each thing comes from.
+"""List the registered names that an option file can use, per registry, with module and package.
 
-basicsr list              everything
+basicsr list              all registries
 basicsr list arch loss    networks and losses only
-basicsr list weights      the weights that come along, for `basicsr infer --task`
+basicsr list weights      bundled weights, for `basicsr infer --task`
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from ast_plugin.names import say, to_columns
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr list`."""
-    parser.add_argument(
-        'registry', nargs='*', help='arch, dataset, loss, metric, model or weights; all if none is given'
-    )
+    parser.add_argument('registry', nargs='*', help='arch, dataset, loss, metric, model or weights (default: all)')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +41,7 @@ def _say(kind: str, rows: list[tuple[str, str, str]]) -> int:
 
 
 def _weights() -> list[tuple[str, str, str]]:
-    """Task, network, and size, figures and origin of the weights that come along, or why they cannot be used."""
+    """Return a row per task: task, network, and size, results and origin of the bundled weights, or the error."""
     from ast_plugin import weights
 
     rows = []
@@ -60,21 +58,21 @@ def _weights() -> list[tuple[str, str, str]]:
 
 
 def _kind(name: str, kinds: tuple[str, ...]) -> str:
-    """The registry meant by `arch`, `archs`, `ARCH_REGISTRY` or `losses`."""
+    """Return the registry for a name such as `arch`, `archs`, `ARCH_REGISTRY` or `losses`."""
     wanted = name.lower().removesuffix('_registry')
     for kind in kinds:
         if wanted in (kind, f'{kind}s', f'{kind}es'):
             return kind
-    raise OptionError(f'no registry {name}{did_you_mean(wanted, kinds)} (there are {", ".join(kinds)})')
+    raise OptionError(f'unknown registry {name}{did_you_mean(wanted, kinds)} (available: {", ".join(kinds)})')
 
 
 def _rows(registry: dict[str, object]) -> list[tuple[str, str, str]]:
-    """Name, module and distribution of each entry."""
+    """Return name, module and distribution of each entry."""
     distributions = packages_distributions()
     rows = []
     for name, item in sorted(registry.items(), key=lambda pair: pair[0].lower()):
         module = getattr(item, '__module__', '')
-        # A distribution that was installed twice is named twice.
+        # A distribution that is installed twice is listed twice.
         owners = dict.fromkeys(distributions.get(module.split('.')[0], ()))
         rows.append((name, module, ', '.join(f'{owner} {version(owner)}' for owner in owners)))
     return rows

@@ -1,6 +1,6 @@
-"""The command `basicsr`: finds the subcommand, runs it, and turns what a user can mend into one clear message.
+"""Entry point of the command `basicsr`: run a subcommand and report errors that the user can fix as one message.
 
-Exit status: 0 done, 1 done in part, 2 wrong usage or input, 130 interrupted.
+Exit status: 0 success, 1 partial success, 2 wrong usage or input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from ast_plugin.cli import commands
 from ast_plugin.errors import PluginError
 from ast_plugin.names import say
 
-# Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`, its docstring is its help.
+# Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`. Its docstring is the help text.
 COMMANDS = {
     'train': 'train the network of an option file',
-    'test': 'measure trained weights on the validation and test sets of an option file',
-    'check': 'check an option file, and print all that it comes to',
+    'test': 'evaluate trained weights on the validation and test sets of an option file',
+    'check': 'validate an option file and print the resolved options',
     'infer': 'restore images with trained weights',
-    'web': 'restore images on a page in the browser',
-    'export': 'write a network with its weights for ONNX Runtime and others',
-    'measure': 'measure restored images of any network against clean ones',
-    'info': 'tell what a network needs: parameters, multiplications, memory, time',
-    'data': 'prepare, check, pack and synthesise pairs of images',
-    'mix': 'show what a mixed network exchanges and costs, and try it',
-    'list': 'show what networks, datasets, losses, metrics and models are registered',
-    'options': 'list the option files that come along, or copy them out to edit',
-    'compare': 'train and measure several networks alike, with tables, plots and a report',
-    'demo': 'train a small network on packaged images and draw the result',
+    'web': 'restore images in the browser',
+    'export': 'export a network with its weights to ONNX, TorchScript or torch.export',
+    'measure': 'compute metrics of restored images of any network against clean images',
+    'info': 'report parameters, MACs, memory and time of a network',
+    'data': 'prepare, check, pack and synthesise image pairs',
+    'mix': 'list the replaced modules of a mixed network and their cost, and run it once',
+    'list': 'list the registered networks, datasets, losses, metrics and models',
+    'options': 'list the shipped option files, or copy them to a folder',
+    'compare': 'train and measure several networks under equal conditions; write tables, plots and a report',
+    'demo': 'train a small network on packaged images and plot the results',
 }
 _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command on `argv`, by default the process's arguments; return its exit status."""
+    """Run the command on `argv` (default: the arguments of the process) and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Read when torch is loaded. By itself a thread that waits for others spins ten times as long: where other programs
-    # want the cores, two threads of `infer` take twice the time, most of it in barriers; on idle ones it gains nothing.
+    # OpenMP reads this when torch is imported. The default spin count is ten times larger: if other programs use the
+    # cores, two threads of `infer` take twice as long, mostly in barriers. On idle cores spinning gains nothing.
     if 'OMP_WAIT_POLICY' not in os.environ:
         os.environ.setdefault('GOMP_SPINCOUNT', '30000')
     if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')  # as stderr: a name that it cannot show must not end a run
+        sys.stdout.reconfigure(errors='backslashreplace')  # as for stderr: an unprintable name must not stop a run
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         say('basicsr: interrupted', file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has left (`basicsr list | head`). Python would complain once more at its exit.
+        # The reader closed the pipe (`basicsr list | head`). Without this, Python reports it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        # What the system says of a name, as that it is too long or may not be looked at. Files that are not there are
-        # refused before; where one is missing all the same, the fault is ours.
+        # A path that is too long, not permitted, and so on. Missing files are reported before, so FileNotFoundError is
+        # a bug of the plugin.
         if isinstance(error.filename, int | None) or isinstance(error, FileNotFoundError):
             raise
         say(f'basicsr: error: {os.fsdecode(error.filename)}: {error.strerror}', file=sys.stderr)
@@ -80,7 +80,7 @@ def _without_command(arguments: list[str]) -> int:
         usage='basicsr COMMAND ...',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Train, test and use image restoration networks with BasicSR and its plugins.',
-        epilog=f'{commands.listed(COMMANDS)}\n\n`basicsr COMMAND --help` says more, with an example.',
+        epilog=f'{commands.listed(COMMANDS)}\n\n`basicsr COMMAND --help` shows arguments and examples of a command.',
     )
     parser.add_argument('--version', action='version', version=f'basicsr (ast_plugin {__version__})')
     if arguments and not arguments[0].startswith('-'):

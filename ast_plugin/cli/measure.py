@@ -1,13 +1,15 @@
-"""Measure images of any network against clean ones, in the definitions that papers use, side by side.
+"""Compute PSNR and SSIM of images against clean images, with all definitions used in papers side by side.
 
   basicsr measure results/SRN testsets/gt
   basicsr measure results/SRN testsets/gt --input testsets/lq --csv images.csv
-  basicsr measure results/SRN testsets/gt --like 31.87      how was this figure computed?
+  basicsr measure results/SRN testsets/gt --like 31.87      how was this value computed?
   basicsr measure restored.png clean.png
 
-Images are paired by name, whatever their endings, in sub-folders too; a template says what else stands in a name.
-Intervals are those of the mean over the images, at 95 %, by bootstrap. Nothing is written without --csv or --markdown.
-Exit status: 0 all measured, 1 some could not be, 2 wrong usage.
+Images are paired by name without extension, including subfolders; templates describe additional parts of a name. The
+intervals are 95 % bootstrap confidence intervals of the mean over the images. Files are written only with --csv or
+--markdown.
+
+Exit status: 0 all images measured, 1 some images could not be measured, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -36,31 +38,33 @@ if TYPE_CHECKING:
 
     Values = dict[Definition | str, float]
 
-_NEAREST = 5  # definitions that are shown where none gives a figure
+_NEAREST = 5  # number of definitions shown if no definition matches --like
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr measure`."""
     parser.add_argument('restored', metavar='RESTORED', help='folder of restored images, or one image')
     parser.add_argument('gt', metavar='GT', help='folder of the clean images, or one image')
-    parser.add_argument('--input', metavar='LQ', help='the degraded images, to be measured as well')
+    parser.add_argument('--input', metavar='LQ', help='folder of degraded images, or one image, to be measured as well')
     for side, what in (('restored', 'restored'), ('gt', 'clean'), ('input', 'degraded')):
-        text = f'how {what} images are named: {{}}_SRN for 0001_SRN.png'
+        text = f'name pattern of {what} images: {{}}_SRN for 0001_SRN.png (default: {{}})'
         parser.add_argument(f'--{side}-template', default='{}', metavar='NAME', help=text)
-    parser.add_argument('--crop-border', type=int, default=0, metavar='N', help='pixels to leave out at each side')
-    pyiqa_help = 'measure by these metrics of pyiqa too'
+    parser.add_argument(
+        '--crop-border', type=int, default=0, metavar='N', help='pixels to crop at each border (default: 0)'
+    )
+    pyiqa_help = 'also compute these metrics of pyiqa'
     parser.add_argument('--pyiqa', nargs='+', action='extend', default=[], metavar='METRIC', help=pyiqa_help)
     parser.add_argument('--device', default='auto', metavar='NAME', help=f'for pyiqa: {DEVICES} (default: auto)')
-    parser.add_argument('--like', metavar='FIGURE', help='a published PSNR or SSIM: name the definitions that give it')
     parser.add_argument(
-        '--worst', type=int, default=3, metavar='N', help='name as many of the worst images (default: 3)'
+        '--like', metavar='VALUE', help='a published PSNR or SSIM: find the definitions that reproduce it'
     )
-    parser.add_argument('--csv', metavar='FILE', help='write the values of every image')
-    parser.add_argument('--markdown', metavar='FILE', help='write the table of means')
+    parser.add_argument('--worst', type=int, default=3, metavar='N', help='list the N worst images (default: 3)')
+    parser.add_argument('--csv', metavar='FILE', help='write the values of every image as CSV')
+    parser.add_argument('--markdown', metavar='FILE', help='write the table of means as Markdown')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, and write what is asked for."""
+    """Measure the images, print the results and write the requested files."""
     _check(args)
     from ast_plugin.metrics.psnr_ssim import KNOWN, all_definitions
 
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if notes or failures:
         say(*notes, *failures)
     if not values:
-        raise DataError(f'none of {len(pairs)} pairs could be measured')
+        raise DataError(f'none of the {len(pairs)} pairs could be measured')
     if args.like:
         found = _explain(args.like, definitions, [each['restored'] for each in values.values()])
     else:
@@ -83,22 +87,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.crop_border < 0 or args.worst < 0:
-        raise OptionError('--crop-border and --worst: expected a number of 0 or more')
+        raise OptionError('--crop-border and --worst: expected 0 or more')
     if args.like is not None and not re.fullmatch(r'[0-9]+(\.[0-9]+)?', args.like):
-        raise OptionError(f'--like {args.like}: expected a figure as it was published, such as 31.87 or 0.918')
+        raise OptionError(f'--like {args.like}: expected a published value, such as 31.87 or 0.918')
     if args.like and (args.pyiqa or args.input or args.csv or args.markdown or args.crop_border):
-        raise OptionError('--like looks for a definition of its own: leave the other options of figures out')
+        raise OptionError('--like cannot be combined with --input, --pyiqa, --crop-border, --csv or --markdown')
 
 
 def _pair(sides: Mapping[str, Path], templates: Mapping[str, str]) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """Pair the images of all sides by name; and a line on those of each side that have no partner.
+    """Pair the images of all sides by name.
 
     Returns:
-        By name the path of each side; and the lines.
+        The path of each side by name; a line for each side with images that have no partner.
     """
     for side, path in sides.items():
         if not path.exists():
-            raise DataError(f'{path}: there is no such file or folder ({side})')
+            raise DataError(f'{path}: no such file or folder ({side})')
     if len({path.is_dir() for path in sides.values()}) == 2:
         kinds = ', '.join(f'{path} is {"a folder" if path.is_dir() else "a file"}' for path in sides.values())
         raise DataError(f'expected folders or single images, not both: {kinds}')
@@ -112,8 +116,8 @@ def _pair(sides: Mapping[str, Path], templates: Mapping[str, str]) -> tuple[dict
     }
     if not pairs:
         examples = '; '.join(f'{side}: {shorten_list(map(printable, images))}' for side, images in found.items())
-        hint = _hint(found['restored'], found) or ': say with --restored-template how images are named'
-        raise DataError(f'no name is in all folders ({examples}){hint}')
+        hint = _hint(found['restored'], found) or ': use --restored-template to specify how images are named'
+        raise DataError(f'no image name occurs in all folders ({examples}){hint}')
     alone = {side: [name for name in images if name not in pairs] for side, images in found.items()}
     return pairs, [
         f'not measured: {len(names)} of {side} without a partner: {shorten_list(names)}{_hint(names, found)}'
@@ -123,7 +127,7 @@ def _pair(sides: Mapping[str, Path], templates: Mapping[str, str]) -> tuple[dict
 
 
 def _hint(names: Iterable[str], found: Mapping[str, Iterable[str]]) -> str:
-    """Say what the first name that looks like another differs in; nothing if there is none."""
+    """Return a hint on the first name that looks like another name but differs, or an empty string."""
     others = {fold(name): name for images in found.values() for name in images}
     others |= {fold(name): name for images in found.values() for name in images if name not in names}
     alike = next((name for name in names if others[fold(name)] != name), None)
@@ -134,7 +138,7 @@ def _hint(names: Iterable[str], found: Mapping[str, Iterable[str]]) -> str:
 
 
 def _images(folder: Path, template: str) -> dict[str, Path]:
-    """Images of a folder and those inside of it by their folder and the key of their name, in order."""
+    """Return the sorted images of a folder and its subfolders, by relative folder and key of the name."""
     found: dict[str, Path] = {}
     pattern = Template(template)
     for where, folders, files in os.walk(folder):
@@ -142,11 +146,11 @@ def _images(folder: Path, template: str) -> dict[str, Path]:
         for key, names in pattern.keys(sorted(filter(is_image, files))).items():
             name = Path(where, key).relative_to(folder).as_posix()
             if len(names) > 1:
-                raise DataError(f'{where}: several images are called {printable(key)}: {shorten_list(names)}')
+                raise DataError(f'{where}: several images match the name {printable(key)}: {shorten_list(names)}')
             found[name] = Path(where, names[0])
     if not found:
         named = '' if template == '{}' else f' named {template}'
-        raise DataError(f'{folder}: expected images{named}, found none here or in the folders inside')
+        raise DataError(f'{folder}: expected images{named}, found none in this folder or its subfolders')
     return found
 
 
@@ -157,7 +161,7 @@ def _measure(
     border: int,
     device: str,
 ) -> tuple[dict[str, dict[str, Values]], list[str]]:
-    """By name and side the values of each definition and metric of pyiqa; and a line on each pair that failed."""
+    """Return the values of each definition and pyiqa metric by name and side, and a line for each failed pair."""
     from ast_plugin.metrics.psnr_ssim import KNOWN, fractions, measure, to_toolbox
     from ast_plugin.metrics.registered_metrics import pyiqa
 
@@ -187,12 +191,12 @@ def _measure(
 def _read(path: Path) -> np.ndarray:
     image = read_image(path)
     if image.alpha is not None:
-        raise DataError(f'{path} has transparency, which no metric measures: save it without')
+        raise DataError(f'{path} has an alpha channel, which metrics do not support: save it without transparency')
     return image.color
 
 
 def _explain(figure: str, definitions: Sequence[Definition], values: Sequence[Values]) -> int:
-    """Print the definitions whose mean is the figure within its digits, or those that come nearest."""
+    """Print the definitions whose mean matches the figure at its precision, or the nearest ones."""
     from ast_plugin.metrics.psnr_ssim import KNOWN, gives, mean_over_images
 
     means = {
@@ -202,18 +206,18 @@ def _explain(figure: str, definitions: Sequence[Definition], values: Sequence[Va
     digits = len(figure.partition('.')[2]) + 2
     matches = {definition: how for definition, mean in means.items() if (how := gives(figure, mean))}
     shown = sorted(matches, key=lambda one: (one not in KNOWN, matches[one] == 'cut off'))
-    present = [one for one in definitions if not math.isnan(means[one])]  # borders may leave nothing of an image
+    present = [one for one in definitions if not math.isnan(means[one])]  # NaN: the border covers the whole image
     shown = shown or sorted(present, key=lambda one: abs(means[one] - float(figure)))[:_NEAREST]
-    say(f'{figure} of {len(values)} images:' if matches else f'no definition gives {figure}; the nearest:')
+    say(f'{figure} over {len(values)} images:' if matches else f'no definition yields {figure}; nearest:')
     for definition in shown:
         source = f' ({KNOWN[definition]})' if definition in KNOWN else ''
-        how = ', cut off' if matches.get(definition) == 'cut off' else ''
+        how = ', truncated' if matches.get(definition) == 'cut off' else ''
         say(f'  {means[definition]:.{digits}f}  {definition}{source}{how}')
     return 0 if matches else 1
 
 
 def _report(values: Mapping[str, Mapping[str, Values]], args: argparse.Namespace) -> int:
-    """Print the table of means and the worst images, and write the files asked for."""
+    """Print the table of means and the worst images, and write the requested files."""
     from ast_plugin.compare.results import estimate
     from ast_plugin.metrics.psnr_ssim import KNOWN, mean_over_images
 

@@ -1,10 +1,10 @@
-"""Show what an option file's Mixed network exchanges, what it costs before and after, and try it.
+"""List the modules that a Mixed network replaces, compare its cost with the base network, and run it once.
 
   basicsr mix -opt mix/SwinIR_ASSA_FRFN
   basicsr mix -opt my.yml --size 63 97
 
-The network is built as for training, base_weights and all, and run forward and backward once on noise of an odd size.
-Nothing is written.
+The network is built as for training, including base_weights, and run forward and backward once on noise of an odd size.
+No file is written.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=_ODD,
         metavar=('H', 'W'),
-        help=f'size of the image that is tried, in pixels (default: {_ODD[0]} {_ODD[1]})',
+        help=f'height and width of the noise image in pixels (default: {_ODD[0]} {_ODD[1]})',
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the exchanges and the costs, and try the network."""
+    """Print the exchanges and costs, and run the network once."""
     if min(args.size) < 1:
         raise OptionError(f'--size {args.size[0]} {args.size[1]}: expected sides of 1 or more')
     loaded = commands.read_run(args, is_train=None)
-    stage = loaded.stages[0]  # stages differ in data and schedule, the network is one
+    stage = loaded.stages[0]  # all stages share one network
     options = stage.opt.get('network_g') or {}
     if options.get('type') != 'Mixed':
         raise OptionError(f'{loaded.source(stage)}: network_g.type: expected Mixed, got {options.get("type")}')
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _exchange_table(exchanges: Sequence[Exchange]) -> list[str]:
-    rows = [('rule', 'module', 'was', 'op', 'block', 'works on', 'parameters', 'sizes')]
+    rows = [('rule', 'module', 'was', 'op', 'block', 'input', 'parameters', 'sizes')]
     rows += [
         (
             exchange.rule.where,
@@ -84,7 +84,7 @@ def _exchange_table(exchanges: Sequence[Exchange]) -> list[str]:
 
 
 def _cost_table(base: nn.Module, mixed: Mixed) -> list[str]:
-    """Parameters and MACs of both, and what the count of the latter leaves out."""
+    """Return a table of parameters and MACs before and after, and a note on operators that are not counted."""
     import torch
 
     from ast_plugin.evaluation.cost import count_macs
@@ -100,13 +100,13 @@ def _cost_table(base: nn.Module, mixed: Mixed) -> list[str]:
     left_out = sorted({name.partition('::')[2].strip('_') for _, names in measured for name in names})
     return [
         *to_columns(rows),
-        'MACs are counted by mmengine: of convolutions, linear layers and matrix products, with the work of norms and '
-        f'resizing. Left out: {", ".join(left_out) or "nothing else"}, sums, shifts and copies.',
+        'MACs are counted by mmengine for convolutions, linear layers, matrix products, norms and resizing. '
+        f'Not counted: {"".join(f"{name}, " for name in left_out)}sums, shifts and copies.',
     ]
 
 
 def _trial(mixed: Mixed, size: tuple[int, int], device: torch.device) -> str:
-    """One forward and backward on noise; ShapeError where the network does not run, or a number is not finite."""
+    """Run forward and backward once on noise; raise ShapeError if that fails or a value is not finite."""
     import torch
 
     from ast_plugin.devices import describe_device, wait_for
@@ -122,7 +122,7 @@ def _trial(mixed: Mixed, size: tuple[int, int], device: torch.device) -> str:
         wait_for(device)
     except PluginError:
         raise
-    except Exception as error:  # whatever somebody's network raises in training alone
+    except Exception as error:  # a third-party network may raise anything
         raise ShapeError(
             f'{type(mixed.base).__name__} does not train on one {size[0]}x{size[1]} image: '
             f'{type(error).__name__}: {first_line(error)}'
@@ -132,11 +132,11 @@ def _trial(mixed: Mixed, size: tuple[int, int], device: torch.device) -> str:
     bad = [name for name, parameter in named if parameter.grad is not None and not parameter.grad.isfinite().all()]
     if not output.isfinite().all() or bad:
         where = f'gradient of {bad[0]}' if bad else 'output'
-        raise ShapeError(f'on a {size[0]}x{size[1]} image the {where} is not finite')
+        raise ShapeError(f'{where} is not finite for a {size[0]}x{size[1]} image')
     idle = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
     if idle:
         more = f' and {len(idle) - 3} more' if len(idle) > 3 else ''
-        say(f'basicsr: warning: no gradient reaches {", ".join(idle[:3])}{more}', file=sys.stderr)
+        say(f'basicsr: warning: no gradient for {", ".join(idle[:3])}{more}', file=sys.stderr)
     return (
         f'{size[0]}x{size[1]} -> {output.shape[-2]}x{output.shape[-1]}: forward {middle - start:.2f} s, backward '
         f'{end - middle:.2f} s on {describe_device(device)}, '

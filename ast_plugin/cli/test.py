@@ -1,14 +1,14 @@
-"""Measure weights on the validation and test sets of an option file.
+"""Evaluate weights on the validation and test sets of an option file.
 
-  basicsr test -opt AST_quickstart                         the best weights of the experiment of that name
-  basicsr test -opt AST_deraindrop --stage 1               those of a stage; by default of the last that has any
+  basicsr test -opt AST_quickstart                         best weights of the experiment of that name
+  basicsr test -opt AST_deraindrop --stage 1               weights of a stage (default: last stage that has weights)
   basicsr test -opt AST_derain --weights derain.pth        any other weights
-  basicsr test -opt my.yml --force_yml val:save_img=true   write the restored images too
+  basicsr test -opt my.yml --force_yml val:save_img=true   also write the restored images
 
-Images are restored and measured as val.protocol says (README, "Measuring"). Tables, the worst and the best images in
-a contact sheet, and images go to results/NAME; an older folder of that name is renamed, not overwritten.
+Images are restored and measured according to val.protocol. Tables, a contact sheet of the worst and best images, and
+the images themselves are written to results/NAME. An existing folder of that name is renamed, not overwritten.
 
-Exit status: 0 all measured, 1 some images failed and are named, 2 wrong usage or input.
+Exit status: 0 all images measured, 1 some images failed (they are listed), 2 wrong usage or input.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--weights',
         type=Path,
         metavar='FILE',
-        help="weights to measure; by default path.pretrain_network_g, or else the experiment's best, "
-        'in a file with stages the other way round',
+        help='weights to evaluate (default: path.pretrain_network_g, otherwise the best weights of the experiment; '
+        'the reverse for option files with stages)',
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything, then let BasicSR test."""
+    """Check the options and the weights, then run BasicSR's test pipeline."""
     run = commands.read_run(args, is_train=False)
     import basicsr.test
 
@@ -52,15 +52,15 @@ def run(args: argparse.Namespace) -> int:
     opt = run.prepare(stage)
     paths = {'pretrain_network_g': str(weights)}
     if str(weights) != os.path.expanduser(opt['path'].get('pretrain_network_g') or ''):
-        paths['param_key_g'] = None  # the key in the file is of the weights in the file
+        paths['param_key_g'] = None  # the option file's param_key_g belongs to its pretrain_network_g
     opt['path'].update(paths)
     states = preflight.check(opt, str(run.file))
     if 'network_g' in states:
-        # BasicSR's own models take none for params.
+        # BasicSR's own models interpret a missing key as `params`.
         paths['param_key_g'] = states['network_g'].param_key
     with join_processes(run, args.launcher) as process:
         if process['rank'] == 0:
-            say(f'Testing the weights {weights}')
+            say(f'Testing weights {weights}')
         opt = run.prepare(stage, **process)
         opt['path'].update(paths)
         num_failed = Validator.num_failed
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _weights(run: Run, args: argparse.Namespace) -> tuple[Stage, Path]:
-    """The weights to measure, and the stage whose options they are measured with."""
+    """Return the stage whose options are used, and the weights file to evaluate."""
     from ast_plugin.models.training_run import WEIGHTS, find_weights
 
     chosen = run.select(args.stage)
@@ -84,6 +84,6 @@ def _weights(run: Run, args: argparse.Namespace) -> tuple[Stage, Path]:
         return trained[-1]
     folders = ' or '.join(str(run.experiment(stage) / 'models') for stage in chosen)
     raise OptionError(
-        f'no weights to test: {folders} holds neither {" nor ".join(WEIGHTS)} nor net_g_ITERATION.pth; '
-        f'train first (`basicsr train -opt {args.opt}`) or name a file with --weights'
+        f'no weights to test: {folders} contains neither {" nor ".join(WEIGHTS)} nor net_g_ITERATION.pth; '
+        f'train first (`basicsr train -opt {args.opt}`) or specify --weights FILE'
     )

@@ -1,13 +1,13 @@
-"""Serve a page on which an image is dropped, restored and compared with its restoration.
+"""Serve a web page that restores an uploaded image and shows it next to the input.
 
-Restores as `basicsr infer` does, one image after the other: what is downloaded has the name, size, format and metadata
-that `infer` would give it. The page answers this machine alone unless --host opens it, asks nothing of the network, and
-keeps its files in a temporary folder, each for two hours at most; the folder goes when the command ends (Ctrl-C).
+Images are restored as by `basicsr infer`, one at a time. A downloaded result has the same name, size, format and
+metadata. The page is accessible only from this machine unless --host is set, and makes no network requests. Its files
+are kept in a temporary folder for at most two hours; the folder is deleted when the command ends (Ctrl-C).
 
-    basicsr web                                                   # http://127.0.0.1:7860, the weights that come along
+    basicsr web                                                   # http://127.0.0.1:7860, bundled weights
     basicsr web --weights experiments/AST_derain/models/net_g_best.safetensors --port 8000
 
-Needs the extra `web`: pip install "ast_plugin[web]".
+Requires the extra `web`: pip install "ast_plugin[web]".
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
     from ast_plugin.evaluation.restorer import Restorer
 
-BYTES_A_PIXEL = 8  # of RGB with transparency in 16 bits: files of images need no more
-MAX_SHOWN = 2048  # the longer side, in pixels, of what the page shows; what is downloaded has the full size
+BYTES_A_PIXEL = 8  # 16-bit RGBA; image files do not exceed this
+MAX_SHOWN = 2048  # longer side in pixels of the images on the page; downloads have the full size
 SECONDS_KEPT = 7200
-AT_WORK = threading.Lock()  # held while an image is restored: one at a time
+AT_WORK = threading.Lock()  # held while an image is restored
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 960px !important; margin: auto; }
 .fillable { padding: 8px !important; }
@@ -53,18 +53,23 @@ main { padding: 24px 8px !important; }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `basicsr web` takes."""
+    """Declare the arguments of `basicsr web`."""
     add = parser.add_argument
-    add('--weights', metavar='FILE', help='trained weights, .safetensors or .pth (default: those that come along)')
+    add('--weights', metavar='FILE', help='weights file, .safetensors or .pth (default: bundled weights)')
     add('--device', default='auto', metavar='NAME', help=f'{DEVICES} (default: auto)')
-    add('--host', default='127.0.0.1', metavar='ADDRESS', help='where to listen; 0.0.0.0 opens the page to the network')
-    add('--port', type=int, default=7860, metavar='N', help='default: 7860')
+    add(
+        '--host',
+        default='127.0.0.1',
+        metavar='ADDRESS',
+        help='address to listen on (default: 127.0.0.1); 0.0.0.0 makes the page accessible from the network',
+    )
+    add('--port', type=int, default=7860, metavar='N', help='port to listen on (default: 7860)')
     add(
         '--max-megapixels',
         type=float,
         default=50,
         metavar='N',
-        help=f'refuse images that claim more, and files of more than {BYTES_A_PIXEL} times N megabytes (default: 50)',
+        help=f'reject larger images, and files of more than {BYTES_A_PIXEL} times N megabytes (default: 50)',
     )
 
 
@@ -96,37 +101,40 @@ def run(args: argparse.Namespace) -> int:
                 theme=gradio.themes.Default(primary_hue='blue', font=['system-ui', 'sans-serif']),
                 css=STYLE,
             )
-            say(f'{page.local_url} (Ctrl-C ends it)')
+            say(f'{page.local_url} (stop with Ctrl-C)')
             while True:
                 time.sleep(1)
         except KeyboardInterrupt:
             say('stopped')
         finally:
             if page.is_running:
-                # Browsers hold their connections open; uvicorn tells of each that is cut as of an error.
+                # Browsers keep connections open; uvicorn logs each connection closed here as an error.
                 logging.getLogger('uvicorn.error').disabled = page.server.force_exit = True
                 page.close(verbose=False)
-    if AT_WORK.locked():  # Python would wait for the thread that restores an image for nobody
+    if AT_WORK.locked():  # otherwise Python waits for the thread that is still restoring an image
         sys.stdout.flush()
         os._exit(0)
     return 0
 
 
 def _check_address(host: str, port: int) -> None:
-    """Refuse an address before seconds are spent on what will listen there, whose message would not say why."""
+    """Raise OptionError if the address is unusable, before gradio is imported, which takes seconds.
+
+    Gradio's own message does not state the reason.
+    """
     if not 0 < port < 65536:
         raise OptionError(f'--port is {port}: expected 1 to 65535')
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address[:2], family=family).close()
     except OSError as error:
-        reason = (error.strerror or one_line(error)).partition(' (')[0]  # without the address once more
+        reason = (error.strerror or one_line(error)).partition(' (')[0]  # without the address
         advice = 'choose another --port' if error.errno == errno.EADDRINUSE else 'expected an address of this machine'
-        raise OptionError(f'nothing can listen at --host {host} --port {port} ({reason}): {advice}') from None
+        raise OptionError(f'cannot listen on --host {host} --port {port} ({reason}): {advice}') from None
 
 
 def find_networks(weights: str | None, device: str) -> dict[str, Callable[[], Restorer]]:
-    """What builds a restorer, once, by the task or the name of the weights file."""
+    """Return a function that builds the restorer, for each task or for the weights file, by name."""
     from ast_plugin.devices import find_device
     from ast_plugin.evaluation.restorer import Restorer
     from ast_plugin.weights import TASKS, find_weights, resolve_weights
@@ -142,23 +150,23 @@ def find_networks(weights: str | None, device: str) -> dict[str, Callable[[], Re
         try:
             find_weights(task)
         except CheckpointError:
-            continue  # `basicsr list weights` says why
+            continue  # `basicsr list weights` reports the reason
         networks[task] = functools.cache(functools.partial(Restorer.from_task, task, device=device))
     if not networks:
-        raise OptionError('no weights came along with this installation: expected --weights FILE')
+        raise OptionError('this installation has no bundled weights: expected --weights FILE')
     return networks
 
 
 def _import_gradio(folder: str, host: str) -> ModuleType:
-    """Import gradio with its files in `folder`, and nothing sent anywhere."""
+    """Import gradio with its files in `folder` and analytics disabled."""
     direct = ','.join(filter(None, [os.environ.get('no_proxy') or os.environ.get('NO_PROXY'), host, 'localhost']))
-    os.environ |= {'no_proxy': direct, 'NO_PROXY': direct}  # it asks its own page for an answer as it starts
+    os.environ |= {'no_proxy': direct, 'NO_PROXY': direct}  # gradio requests its own page at startup
     os.environ |= {'GRADIO_TEMP_DIR': folder, 'GRADIO_ANALYTICS_ENABLED': 'False'}
     try:
         import gradio
     except ImportError as error:
         raise OptionError(
-            f'basicsr web needs gradio, which cannot be imported ({one_line(error)}): pip install "ast_plugin[web]"'
+            f'basicsr web requires gradio, which cannot be imported ({one_line(error)}): pip install "ast_plugin[web]"'
         ) from None
     return gradio
 
@@ -189,7 +197,7 @@ def _build_page(gradio: ModuleType, networks: dict[str, Callable[[], Restorer]],
         return slider, ''.join(f'<p>{line}</p>' for line in lines), download
 
     with gradio.Blocks(title='Restore an image', analytics_enabled=False, delete_cache=(600, SECONDS_KEPT)) as page:
-        gradio.Markdown('# Restore an image\nDrop an image to see it left of the bar, and restored right of it.')
+        gradio.Markdown('# Restore an image\nThe slider shows the input on the left and the result on the right.')
         network = gradio.Radio(
             list(networks),
             value=next(iter(networks)),
@@ -204,7 +212,7 @@ def _build_page(gradio: ModuleType, networks: dict[str, Callable[[], Restorer]],
         )
         figures = gradio.HTML(elem_id='figures')
         download = gradio.DownloadButton('Download', visible=False, variant='primary', elem_id='download')
-        # At once, as a result that does not go with what is chosen must not be taken for it.
+        # Hide the previous result immediately: it does not belong to the new selection.
         gone = gradio.on(
             [image.change, network.input],
             lambda: (nothing, nothing),
@@ -231,9 +239,9 @@ def _restore(
     """Restore a file as `basicsr infer` does.
 
     Returns:
-        The file of the result; image and result as the page shows them, uint8 RGB of one size; lines on them.
+        The file of the result; image and result for display, uint8 RGB of equal size; lines of text about them.
     Raises:
-        PluginError: if there is no result.
+        PluginError: if the image cannot be restored.
     """
     from ast_plugin.data.contact_sheet import make_thumbnails
     from ast_plugin.data.image_files import read_image

@@ -72,8 +72,8 @@ def test_what_a_file_comes_to(folder, capfd):
     status, out, err = check(capfd, '-opt', 'staged.yml', '--force_yml', 'manual_seed=7')
     assert status == 0
     assert err.splitlines() == [
-        'stage_1: right, 6 iterations, 2 of them an epoch',
-        'last: right, 4 iterations, 2 of them an epoch',
+        'stage_1: valid, 6 iterations, 2 per epoch',
+        'last: valid, 4 iterations, 2 per epoch',
     ]
     resolved = yaml.safe_load(out)
     first, last = resolved['stages']
@@ -97,13 +97,13 @@ def test_packaged_photos_are_data_that_is_there(folder, capfd):
 
 def test_a_file_without_stages_or_data(folder, capfd):
     status, out, err = check(capfd, '-opt', 'tiny.yml')
-    assert (status, err) == (0, 'tiny: right, 4 iterations, 2 of them an epoch\n')
+    assert (status, err) == (0, 'tiny: valid, 4 iterations, 2 per epoch\n')
     assert safe_yaml.read_text(out, 'out') == options.load('tiny.yml')
     shutil.rmtree(folder / 'data')
     status, out, err = check(capfd, '-opt', 'tiny.yml')
     assert status == 0
-    assert 'tiny: right; its data was not checked\n' in err
-    assert 'data that cannot be used here: datasets.train: PairedImageDataset: No such file' in err
+    assert 'tiny: valid; data not checked\n' in err
+    assert 'data not usable on this machine: datasets.train: PairedImageDataset: No such file' in err
     # All else is checked without it.
     status, _, err = check(capfd, '-opt', 'tiny.yml', '--force_yml', 'network_g:act_type=unheard')
     assert status == 2 and 'network_g: SRVGGNetCompact cannot be made' in err
@@ -113,7 +113,7 @@ def test_a_file_for_testing_alone(folder, capfd):
     opt = yaml.safe_load(tiny_run.OPTIONS)
     (folder / 'tiny.yml').write_text(yaml.safe_dump({key: opt[key] for key in opt if key not in ('train', 'logger')}))
     status, out, err = check(capfd, '-opt', 'tiny.yml')
-    assert (status, err) == (0, 'tiny: right\n')
+    assert (status, err) == (0, 'tiny: valid\n')
     assert 'train' not in yaml.safe_load(out)
     assert check(capfd) == (2, '', 'basicsr: error: check: expected -opt FILE, or --schema\n')
 

@@ -293,7 +293,7 @@ def test_check_prints_each_training(tmp_path, monkeypatch, capsys):
     assert f'compares several networks; run it with `basicsr compare -opt {file}`' in capsys.readouterr().err
     assert basicsr(['check', '-opt', str(file)]) == 0
     said = capsys.readouterr()
-    assert 'fast: right, trained, then measured' in said.err
+    assert 'fast: valid, trained, then measured' in said.err
     runs = safe_yaml.read_text(said.out, 'output')
     assert list(runs) == ['good', 'fast'] and runs['fast']['train']['optim_g']['lr'] == 1e-3
     file.write_text(safe_yaml.write_text(runs['fast']))

@@ -51,7 +51,7 @@ def test_what_is_printed(folder, capfd):
 
 def test_the_lines_for_an_option_file_work(folder, capfd):
     out, _ = run(capfd, 'prepare', 'agan', 'raindrop', "it's out")
-    sections = yaml.safe_load(out.partition('in place of dataroot and split:\n')[2])['datasets']
+    sections = yaml.safe_load(out.partition('use instead of dataroot and split:\n')[2])['datasets']
     assert list(sections) == ['train', 'val', 'val_2']
     for name, section in sections.items():
         assert section.pop('name').startswith("it's out_")
@@ -68,12 +68,12 @@ def test_faults_are_refused_and_then_left_out(folder, capfd):
     assert '1 x unreadable' in out and 'train/train/data/1_rain.png: the file is empty' in out
     assert '1 x no partner' in out and '2_rain.png: no 2_clean.* in train/train/gt' in out
     assert err.startswith('basicsr: error: nothing was prepared')
-    assert 'faults: 2; mend or remove the files, or leave them out with --skip-faulty' in err
+    assert 'faults: 2; fix or remove the files, or exclude them with --skip-faulty' in err
     faults = (folder / 'out/faults.txt').read_text()
     assert f'{folder}/out/faults.txt' in err and faults.count('\n') == 2
     assert not list((folder / 'out').glob('*.jsonl'))
     out, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--skip-faulty')
-    assert 'prepared 6 pairs' in out and 'left out for faults: 2' in out
+    assert 'prepared 6 pairs' in out and 'excluded faults: 2' in out
     assert (folder / 'out/faults.txt').read_text() == faults
 
 
@@ -82,7 +82,7 @@ def test_leaks_are_refused_and_then_accepted(folder, capfd):
     out, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', status=2)
     assert 'test_a: 1 degraded image is also in train' in out
     assert 'test_a/test_a/data/0_rain.png = train/train/data/3_rain.png' in out
-    assert '1 images in training and test alike' in err and '--allow-duplicates' in err
+    assert '1 images in both training and test' in err and '--allow-duplicates' in err
     assert 'also in train' in (folder / 'out/faults.txt').read_text()
     run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--skip-faulty', status=2)
     out, _ = run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--allow-duplicates')
@@ -93,11 +93,11 @@ def test_only_some_splits(folder, capfd):
     run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--split', 'test_b', '--split', 'train')
     assert sorted(os.listdir('out')) == ['test_b.jsonl', 'train.jsonl']
     out, _ = run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--split', 'test_a')
-    assert 'from an earlier run, and left as it is: test_b.jsonl, train.jsonl' in out
+    assert 'kept from an earlier run: test_b.jsonl, train.jsonl' in out
     (folder / 'raindrop/test_a/test_a/data/0_rain.png').write_bytes(b'')
     (folder / 'raindrop/test_a/test_a/data/1_rain.png').write_bytes(b'')
     _, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--split', 'test_a', '--skip-faulty', status=2)
-    assert 'no pair of raindrop can be used' in err
+    assert 'no pair of raindrop is usable' in err
 
 
 def test_plain_folders(folder, capfd):
@@ -120,7 +120,7 @@ def test_plain_folders(folder, capfd):
         (['agan', 'raindrop', 'raindrop/out'], 'is inside the dataset'),
         (['agan', 'raindrop', 'out', '--workers', '0'], '--workers is 0'),
         (['agan', 'raindrop', 'out', '--split', 'val'], 'no split val'),
-        (['agan', 'raindrop', 'out', '--lq', 'x', '--gt', 'y'], 'for the layout folders, not for agan'),
+        (['agan', 'raindrop', 'out', '--lq', 'x', '--gt', 'y'], 'only valid for the layout folders, not for agan'),
         (['folders', 'raindrop', 'out', '--lq', 'x'], '--lq and --gt go together'),
         (['folders', 'raindrop', 'out', '--lq-template', 'rain'], 'a name template contains one {}'),
     ],
@@ -171,8 +171,8 @@ BREAKS = [  # what happens to a file, what is told of it, and whether --quick se
 def test_all_as_it_was(prepared, capfd):
     out = check(capfd, 'out', '--workers', 2)
     assert out.splitlines() == [
-        'out/test.jsonl: 2 pairs: all as they were',
-        'out/train.jsonl: 4 pairs: all as they were',
+        'out/test.jsonl: 2 pairs: unchanged',
+        'out/train.jsonl: 4 pairs: unchanged',
     ]
     check(capfd, 'out/test.jsonl', '--quick')
     path = prepared / 'haze/hazy/02_hazy.png'
@@ -187,7 +187,7 @@ def test_what_has_changed(prepared, capfd, name, change, kind, text, is_quick):
     change(path)
     out = check(capfd, 'out', status=1)
     assert f'1 {kind}' in out and f'{kind}  {path}: {text}' in out
-    assert 'out/test.jsonl: 2 pairs: all as they were' in out
+    assert 'out/test.jsonl: 2 pairs: unchanged' in out
     if is_quick:
         assert name in check(capfd, 'out/train.jsonl', '--quick', status=1)
     check(capfd, 'out/test.jsonl', status=int(kind == 'extra'))
@@ -205,10 +205,10 @@ def test_a_key_of_two_pairs_is_told(prepared, capfd):
 @pytest.mark.parametrize(
     ('arguments', 'expected'),
     [
-        (['nowhere'], 'nowhere: there is no such manifest or folder'),
-        (['haze'], 'no manifest (*.jsonl) and no LMDB in it'),
+        (['nowhere'], 'nowhere: no such manifest or folder'),
+        (['haze'], 'expected manifests (*.jsonl) or LMDBs, found none'),
         (['haze/GT/mask.png'], 'not a manifest, which is UTF-8 text'),
-        (['out', '--manifest', 'out/train.jsonl'], '--manifest is for LMDBs'),
+        (['out', '--manifest', 'out/train.jsonl'], '--manifest is only valid for LMDBs'),
         (['cut.jsonl'], 'expected 4 pairs as stated in the first line, got 3'),
         (['moved/train.jsonl'], 'which is not a folder'),
     ],
@@ -224,9 +224,9 @@ def test_wrong_usage_of_check(prepared, capfd, arguments, expected):
 def test_lmdbs_and_their_manifest(prepared, capfd):
     run(capfd, 'lmdb', 'out/train.jsonl', 'lmdb')
     out = check(capfd, 'lmdb', '--manifest', 'out/train.jsonl')
-    assert 'lmdb/lq.lmdb: whole' in out and 'lmdb/gt.lmdb: whole' in out and '4 pairs in lmdb: all as they were' in out
-    assert 'lq.lmdb: whole' in check(capfd, 'lmdb/lq.lmdb')
-    assert '--quick is for folders' in check(capfd, 'lmdb', '--quick', status=2)
+    assert 'lmdb/lq.lmdb: intact' in out and 'lmdb/gt.lmdb: intact' in out and '4 pairs in lmdb: unchanged' in out
+    assert 'lq.lmdb: intact' in check(capfd, 'lmdb/lq.lmdb')
+    assert '--quick is only valid for image folders' in check(capfd, 'lmdb', '--quick', status=2)
     write_noise(Path('haze/hazy/02_hazy.png'), 999)
     run(capfd, 'prepare', 'densehaze', 'haze', 'out')
     out = check(capfd, 'lmdb', '--manifest', 'out/train.jsonl', status=1)
@@ -238,7 +238,7 @@ def test_lmdbs_and_their_manifest(prepared, capfd):
     data[data.index(b'IDAT', len(data) // 2) + 40] ^= 1
     path.write_bytes(data)
     out = check(capfd, 'lmdb', status=1)
-    assert 'lq.lmdb: 1 fault\n' in out and 'gt.lmdb: whole' in out
+    assert 'lq.lmdb: 1 fault\n' in out and 'gt.lmdb: intact' in out
 
 
 def test_names_that_are_no_text(prepared, capfd):
@@ -269,7 +269,10 @@ def test_help_without_docstrings(arguments):
 
 @pytest.mark.parametrize(
     ('arguments', 'complaint'),
-    [(['prepar'], 'no command prepar, did you mean prepare?'), (['xyz'], 'no command xyz (there are prepare')],
+    [
+        (['prepar'], 'unknown command prepar, did you mean prepare?'),
+        (['xyz'], 'unknown command xyz (available: prepare'),
+    ],
 )
 def test_commands_that_are_none(capsys, arguments, complaint):
     with pytest.raises(SystemExit) as caught:

@@ -50,7 +50,7 @@ def test_every_task_repeats_its_pairs(tmp_path, photo, task, capsys):
     assert len(set(files.values())) == len(files)
     record = json.loads((tmp_path / 'one' / 'synthesis.json').read_text(encoding='utf-8'))
     assert record['task'] == task and record['seed'] == 1 and str(tmp_path) not in json.dumps(record)
-    assert 'made 3 pairs' in capsys.readouterr().out
+    assert 'created 3 pairs' in capsys.readouterr().out
 
 
 def test_pairs_are_patches_of_the_photo(tmp_path, photo):
@@ -194,8 +194,8 @@ def test_killed_run_in_another_process(tmp_path, photo, capsys):
 
 
 BAD_INPUT = [  # IO stands for `-i PHOTO -o OUT`
-    ('IO', '--task must be given'),
-    ('--task rain', '-i and -o must be given'),
+    ('IO', 'expected --task;'),
+    ('--task rain', 'expected -i and -o;'),
     ('--task rain -i nowhere.png -o OUT', 'nowhere.png: cannot be read'),
     ('--task rain -i cut.png -o OUT', 'cut.png'),
     ('--task rain -i none*.png -o OUT', 'no file matches this pattern'),
@@ -220,15 +220,15 @@ BAD_INPUT = [  # IO stands for `-i PHOTO -o OUT`
         "shadow: casters: expected 'wall', 'object', 'figure', 'foliage' or 'bars', got the text 'sun'",
     ),
     ('--task snow IO --set veil=0,2', 'veil: must lie within [0, 1]'),
-    ('--task snow IO --depth PHOTO', 'snow does not depend on distances'),
-    ('--task haze IO --depth no.npy', 'there is no such file or folder'),
+    ('--task snow IO --depth PHOTO', 'not used by snow'),
+    ('--task haze IO --depth no.npy', 'no such file or folder'),
     ('--task haze IO --depth PHOTO', 'an image with colours'),
     ('--task haze IO --depth small.npy', 'the size of its photo'),
     ('--task haze IO --depth broken.npy', 'cannot be read as an array'),
     ('--task haze IO --depth two.npz', 'expected one array, got 2'),
-    ('--task haze IO --depth empty', 'has no fenêtre ouverte.npy'),
-    ('--task haze --depth PHOTO -i PHOTO cut.png -o OUT', 'is one file for 2 photos'),
-    ('--sheet sheet.jpg -o OUT', '--sheet does not go with --output'),
+    ('--task haze IO --depth empty', 'expected fenêtre ouverte.npy'),
+    ('--task haze --depth PHOTO -i PHOTO cut.png -o OUT', 'one depth map per photo for 2 photos'),
+    ('--sheet sheet.jpg -o OUT', '--sheet cannot be combined with --output'),
     ('--sheet sheet.xyz -i PHOTO', 'expected a name that ends in one of'),
 ]
 

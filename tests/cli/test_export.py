@@ -65,7 +65,7 @@ def test_export_tells_what_was_assumed(here, capsys):
     [
         ('--task rian', 'there are no weights for the task rian, did you mean rain'),
         ('--weights rian', 'or a task (rain, raindrop, haze), did you mean rain?'),
-        ('--task rain -opt o.yml', '-opt and --param-key describe a weights file'),
+        ('--task rain -opt o.yml', '-opt and --param-key require --weights FILE'),
         ('--task rain --size 0x4', '--size 0x4: expected height and width in pixels, such as 480x720, each 1 or more'),
         ('--task rain --size big', '--size big: expected height and width in pixels'),
         ('--task rain --size 99999x99999', 'at most'),
@@ -85,5 +85,5 @@ def test_export_over_the_weights(here, capsys):
     content = (here / 'w.pth').rename(here / 'w.pt').read_bytes()
     words = '--weights w.pt -opt o.yml -o ./w.pt --format torchscript'
     assert main(['export', *words.split()]) == 2
-    assert 'w.pt holds the weights themselves, and would be replaced' in capsys.readouterr().err
+    assert 'w.pt is the weights file itself' in capsys.readouterr().err
     assert (here / 'w.pt').read_bytes() == content

@@ -19,7 +19,7 @@ def info(run_on_network):
     return partial(run_on_network, 'info')
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux tells how large a process is')
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux reports the memory of a process')
 def test_what_it_tells(info, monkeypatch):
     run_child = module._run_child
 
@@ -32,7 +32,7 @@ def test_what_it_tells(info, monkeypatch):
     # convolutions 3 -> 8, 8 -> 8 and 8 -> 3, and a slope for each of two activations' channels
     assert f'parameters  {(3 * 8 + 8 * 8 + 8 * 3) * 9 + 8 + 8 + 3 + 16:,d}, ' in out
     assert f'MACs        {40 * 300 * (3 * 8 + 8 * 8 + 8 * 3) * 9 / 1e9:.2f} G' in out
-    assert 'no blocks of AST' in out
+    assert 'no AST blocks' in out
     assert re.search(r'memory {6}about \d+ MiB', out)
     assert re.search(r'measured {4}\d+\.\d{3} s \(median of 3, \d+ threads', out)
 

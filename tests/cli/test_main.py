@@ -48,14 +48,14 @@ def test_help_of_every_command_has_an_example(capsys, name):
 @pytest.mark.parametrize(
     ('arguments', 'complaint'),
     [
-        (['tran'], 'no command tran, did you mean train?'),
-        (['xyz'], 'no command xyz (there are train'),
+        (['tran'], 'unknown command tran, did you mean train?'),
+        (['xyz'], 'unknown command xyz (available: train'),
         (['--flag'], 'unrecognized arguments: --flag'),
         (['train'], 'the following arguments are required: -opt'),
         (['train', '-opt', 'x', '--auto'], 'unrecognized arguments: --auto'),
         (['train', '-opt', 'x', '--launcher', 'mpi'], 'invalid choice'),
         (['test', '-opt'], 'expected one argument'),
-        (['infer', '--tile', 'big'], 'expected the side of a tile in pixels, or auto, got big'),
+        (['infer', '--tile', 'big'], 'expected a tile size in pixels, or auto, got big'),
     ],
 )
 def test_wrong_usage(capsys, arguments, complaint):
@@ -151,7 +151,7 @@ def test_options_are_copied_and_edited_ones_kept(shipped, capsys):
     (copy / 'AST_a.yml').write_text('mine')
     (copy / 'AST_longer.yml').unlink()
     assert command.main(['options', str(copy)]) == 2
-    assert 'AST_a.yml: there already and different' in capsys.readouterr().err
+    assert 'AST_a.yml: already exists and differs' in capsys.readouterr().err
     assert (copy / 'AST_a.yml').read_text() == 'mine'
     assert not (copy / 'AST_longer.yml').exists()
 
@@ -174,7 +174,7 @@ def test_list(capsys):
     names = [line for line in out.splitlines() if line.startswith('  ')]
     assert len({line.index(line.split()[1]) for line in names if '_arch ' in line}) == 1
     assert command.main(['list', 'ach']) == 2
-    assert 'no registry ach, did you mean arch?' in capsys.readouterr().err
+    assert 'unknown registry ach, did you mean arch?' in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_training_resuming_and_testing(tmp_path, monkeypatch, capfd):
     assert (experiment / 'models' / 'net_g_6.pth').is_file()
 
     assert command.main(['test', '-opt', 'tiny.yml', '--root', 'out', '--force_yml', 'val:save_img=true']) == 0
-    assert f'Testing the weights {experiment}/models/net_g_latest.pth' in capfd.readouterr().out
+    assert f'Testing weights {experiment}/models/net_g_latest.pth' in capfd.readouterr().out
     assert len(list((tmp_path / 'out' / 'results' / 'tiny' / 'visualization' / 'val').iterdir())) == 4
     assert [path.name for path in (tmp_path / 'out' / 'experiments').iterdir()] == ['tiny']
 

@@ -85,7 +85,7 @@ def test_like_a_figure_that_nothing_gives(tmp_path, capsys):
         Image.fromarray(pixels).save(tmp_path / f'{number}.png')
     assert main(['measure', str(tmp_path / '0.png'), str(tmp_path / '1.png'), '--like', '0.99995']) == 1
     first, *shown = capsys.readouterr().out.splitlines()
-    assert first == 'no definition gives 0.99995; the nearest:'
+    assert first == 'no definition yields 0.99995; nearest:'
     assert [line.split()[0] for line in shown] == ['1.0000000'] * 5
 
 
@@ -111,7 +111,7 @@ def test_images_that_cannot_be_measured(folders, capsys):
         Image.fromarray(image).save(folders / f'gt/{number}.png')
     assert main(_arguments(folders)) == 1
     shown = capsys.readouterr().out
-    words = '47x40x3 and 48x40x3|3_net.png has transparency|48x40 and 48x40x3|5_net.png|2 images|too small for ssim'
+    words = '47x40x3 and 48x40x3|3_net.png has an alpha channel|48x40 and 48x40x3|5_net.png|2 images|too small for ssim'
     assert [each for each in words.split('|') if each not in shown] == []
     assert 'not measured: 1 of restored without a partner: 6' in shown
 
@@ -119,15 +119,15 @@ def test_images_that_cannot_be_measured(folders, capsys):
 @pytest.mark.parametrize(
     'change, words',
     [
-        ({1: 'nowhere'}, 'nowhere: there is no such file or folder (restored)'),
+        ({1: 'nowhere'}, 'nowhere: no such file or folder (restored)'),
         ({2: 'gt/0.png'}, 'expected folders or single images, not both'),
-        ({4: '{}'}, 'no name is in all folders (restored: 0_net, 1_net, deep/2_net; gt: 0, 1, deep/2)'),
-        ({4: '{}_other'}, 'expected images named {}_other, found none here'),
-        ({1: 'empty', 4: '{}'}, 'empty: expected images, found none here'),
-        ({5: '--like=dB'}, 'expected a figure as it was published'),
-        ({5: '--like=31.2', 6: '--crop-border=2'}, 'leave the other options of figures out'),
-        ({5: '--crop-border=-1'}, '--crop-border and --worst: expected a number of 0 or more'),
-        ({5: '--crop-border=90'}, 'none of 3 pairs could be measured'),
+        ({4: '{}'}, 'no image name occurs in all folders (restored: 0_net, 1_net, deep/2_net; gt: 0, 1, deep/2)'),
+        ({4: '{}_other'}, 'expected images named {}_other, found none in this folder'),
+        ({1: 'empty', 4: '{}'}, 'empty: expected images, found none in this folder'),
+        ({5: '--like=dB'}, 'expected a published value'),
+        ({5: '--like=31.2', 6: '--crop-border=2'}, '--like cannot be combined with'),
+        ({5: '--crop-border=-1'}, '--crop-border and --worst: expected 0 or more'),
+        ({5: '--crop-border=90'}, 'none of the 3 pairs could be measured'),
         ({5: '--csv=gt/0.png/x.csv'}, 'x.csv'),
     ],
     ids=lambda value: str(value)[:30],

@@ -40,7 +40,7 @@ def test_what_it_shows(mix):
     macs = 128 * 128 * (2 * 1152 + 576 + 216 + 216)
     more = macs + 128 * 128 * 2 * 256
     assert re.search(rf'MACs at 128x128 +{macs / 1e9:.3f} G +{more / 1e9:.3f} G', out)
-    assert re.search(r'Left out: .*gelu', out)
+    assert re.search(r'Not counted: .*gelu', out)
     assert '11x17 -> 11x17: forward' in out and 'all finite' in out
 
 
@@ -71,7 +71,7 @@ def test_sizes_and_parameters_without_a_gradient(mix, bases):
     status, out, err = mix({**MIXED, 'base': {**BASE, 'type': 'Idle', 'upscale': 2}})
     assert status == 0
     assert '61x75 -> 122x150' in out
-    assert 'no gradient reaches base.idle.weight, base.idle.bias' in err
+    assert 'no gradient for base.idle.weight, base.idle.bias' in err
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_stages_start_from_the_best_weights(folder, capfd, monkeypatch):
     assert names(run) == ['stage_1', 'stage_2', 'stage_3']
 
     assert train(command='test') == 0
-    assert f'Testing the weights {run}/stage_3/models/net_g_best.pth' in capfd.readouterr().out
+    assert f'Testing weights {run}/stage_3/models/net_g_best.pth' in capfd.readouterr().out
     # By the paper's protocol, on whole images whatever the crops of training were.
     results = folder / 'results' / 'AST_deraindrop'
     (row, _) = csv.DictReader((results / 'AGAN_test_a.csv').open(encoding='utf-8', newline=''))
@@ -148,7 +148,7 @@ def test_one_stage(folder, capfd):
     assert [name.split('_archived_')[0] for name in kept] == ['stage_1', 'stage_1', 'stage_2']
     assert '_archived_' in kept[2]
     assert train(command='test') == 0
-    assert f'Testing the weights {models}/net_g_best.pth' in capfd.readouterr().out
+    assert f'Testing weights {models}/net_g_best.pth' in capfd.readouterr().out
 
     assert train('--stage', '4') == 2
     assert 'expected a number from 1 to 3' in capfd.readouterr().err

@@ -67,7 +67,7 @@ def test_killed_run_ends_like_an_undisturbed_one(runs, num_workers):
     assert report['whole'] == report['last'] == 0, output[-3000:]
     assert [status for *_, status in report['kills']] == [-9] * NUM_KILLS, output[-3000:]
     assert report['stops'] == [128 + signal.SIGTERM, 128 + signal.SIGINT], output[-3000:]
-    stops = re.findall(r'basicsr: stopped by (SIG\w+), saved after iteration (\d+); go on by: (.*)', output)
+    stops = re.findall(r'basicsr: stopped by (SIG\w+), saved after iteration (\d+); resume with: (.*)', output)
     assert [name for name, *_ in stops] == ['SIGTERM', 'SIGINT']
     for _, iteration, command in stops:
         assert re.search(rf'Resuming training from epoch: \d+, iter: {iteration}\.', output)
