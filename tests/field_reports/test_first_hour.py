@@ -81,7 +81,7 @@ def test_own_pairs_are_complete(tmp_path, monkeypatch, capsys):
     assert main(['options', 'mine']) == 0
     assert main(['check', '-opt', 'mine/my_pairs.yml', '--force_yml', 'num_gpu=0']) == 0
     err = capsys.readouterr().err
-    assert 'my_pairs: right' in err and 'cannot be used' not in err
+    assert 'my_pairs: valid' in err and 'not usable' not in err
     opt = options.load(options.find('my_pairs'))
     assert not {'_base_', 'stages'} & opt.keys()  # all of it stands in one file
     guide = (ROOT / 'docs' / 'train.md').read_text()
