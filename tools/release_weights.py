@@ -1,9 +1,9 @@
-"""Put what a training has learned into the package as the weights of a task, in float16, with a card and a digest.
+"""Add trained weights to the package as the bundled weights of a task, in float16, with a model card and a digest.
 
     python tools/release_weights.py rain experiments/pretrained_rain/stage_2/models/net_g_best.pth --steps 7500 \\
         --results "synthetic gain"=8.4 "real gain"=9.1
 
-The card says what the options do not, so that `basicsr list weights` can tell it. See ast_plugin/weights/__init__.py.
+The card records what the options do not, for `basicsr list weights`. See ast_plugin/weights/__init__.py.
 """
 
 import argparse
@@ -31,12 +31,12 @@ MAX_BYTES = 8_000_000
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check that the file fits the recipe's network, and write it."""
+    """Check that the weights fit the recipe's network, then write them; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('task', choices=weights.TASKS)
-    parser.add_argument('file', type=Path, help='.pth or .safetensors of a training; its moving average is taken')
-    parser.add_argument('--steps', type=int, required=True, help='iterations of all stages')
-    parser.add_argument('--results', nargs='+', default=[], metavar='NAME=DB', help='figures, in decibels')
+    parser.add_argument('file', type=Path, help='.pth or .safetensors file of a run; averaged weights are preferred')
+    parser.add_argument('--steps', type=int, required=True, help='total iterations of all stages')
+    parser.add_argument('--results', nargs='+', default=[], metavar='NAME=DB', help='measured results in dB')
     parser.add_argument('--recipe', help='option file of the training (default: pretrained/TASK)')
     parser.add_argument('--date', default=str(datetime.date.today()))
     args = parser.parse_args(argv)

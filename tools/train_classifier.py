@@ -1,11 +1,12 @@
-"""Train the classifier that picks the weights for an image, on synthetic degradations of a folder of clean photos.
+"""Train the classifier that selects the weights for an image, on synthetic degradations of clean photos.
 
     python tools/train_classifier.py PHOTOS samples.npz                 synthesise views of degraded and clean images
     python tools/train_classifier.py PHOTOS samples.npz -o NEW.safetensors --val OTHER_PHOTOS
 
-Samples are made where the file is missing, and read where it is there. A photo is brought to 300 to 700 pixels high,
-graded, degraded as a whole by rain, raindrops, haze or nothing, now and then made noisy and compressed whatever its
-class, and seen twice: the whole of it, shrunk, and a crop. See docs/weights.md for what came of it.
+The samples are synthesised if the file does not exist, otherwise they are read from it. A photo is cropped to a square,
+resized to 300 to 700 pixels and colour-graded, then degraded by rain, raindrops, haze or nothing. Noise and compression
+are added at random, independently of the class. Each image gives two views: the whole image, downscaled, and a crop.
+See docs/weights.md for results.
 """
 
 import argparse
@@ -28,24 +29,24 @@ from ast_plugin.data.image_files import read_rgb
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.evaluation.classifier import CLASSES, VIEW, DegradationClassifier, classify
 
-HEIGHTS = (300, 700)  # pixels; degradations are made for images about 500 pixels high
-FAINT = 34.0  # dB; what is degraded less is drawn anew
+HEIGHTS = (300, 700)  # pixels; degradations are designed for images about 500 pixels high
+FAINT = 34.0  # dB; weaker degradations are sampled again
 BATCH, RATE = 32, 3e-3
 NETWORK = {'type': 'DegradationClassifier'}
 
 
 def find_photos(folder: Path) -> list[Path]:
-    """The image files of a folder."""
+    """Return the sorted image files of a folder."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in ('.webp', '.png', '.jpg', '.jpeg'))
 
 
 def psnr(image: np.ndarray, reference: np.ndarray) -> float:
-    """Decibels, of images in [0, 1]."""
+    """Return the PSNR in dB of images in [0, 1]."""
     return float(-10 * np.log10(np.mean((image - reference) ** 2) + 1e-12))
 
 
 def grade(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Darken, tint, fade or blur an image, as photographers and lenses do; none of it is a degradation here."""
+    """Darken, tint, fade or blur an image at random: variations that are not degradations of any class."""
     if generator.random() < 0.5:
         image = image ** np.float32(np.exp(generator.uniform(np.log(0.75), np.log(3))))
     if generator.random() < 0.3:
@@ -59,7 +60,7 @@ def grade(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def record(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Add the noise and the compression of a camera; [H, W, 3] uint8."""
+    """Add camera noise and JPEG compression at random; return [H, W, 3] uint8."""
     if generator.random() < 0.35:
         image = image + generator.normal(0, generator.uniform(0.002, 0.03), image.shape).astype(np.float32)
     image = (255 * image).round().clip(0, 255).astype(np.uint8)
@@ -72,7 +73,7 @@ def record(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def degrade(image: np.ndarray, kind: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-    """Degrade an image as its class says; a quarter of the clean ones by so little that nobody would mind."""
+    """Degrade an image according to its class; a quarter of the clean images are degraded imperceptibly."""
     if kind == 0 and generator.random() < 0.75:
         return image, None
     row = DEGRADATIONS[CLASSES[kind or generator.integers(1, len(CLASSES))]]
@@ -84,7 +85,7 @@ def degrade(image: np.ndarray, kind: int, generator: np.random.Generator) -> tup
 
 
 def make_views(photo: np.ndarray, kind: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """Degrade a photo, and return the whole of it, shrunk, and a crop that shows the degradation."""
+    """Degrade a photo; return the whole image, downscaled, and a crop that shows the degradation."""
     height, width = photo.shape[:2]
     side = min(height, width)
     top, left = generator.integers(height - side + 1), generator.integers(width - side + 1)
@@ -106,7 +107,7 @@ def make_views(photo: np.ndarray, kind: int, generator: np.random.Generator) -> 
 
 
 def make_samples(folder: Path, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Views [2 count, VIEW, VIEW, 3] uint8, and their classes [2 count]."""
+    """Return views [2 count, VIEW, VIEW, 3] uint8 and their classes [2 count]."""
     photos = [read_rgb(path) for path in find_photos(folder)]
     views = np.empty((2 * count, VIEW, VIEW, 3), np.uint8)
     for number in range(count):
@@ -119,7 +120,7 @@ def make_samples(folder: Path, count: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def train(views: np.ndarray, kinds: np.ndarray, epochs: int, seed: int) -> DegradationClassifier:
-    """Train the network by cross-entropy, the rate warmed up and brought to zero by a cosine; return its average."""
+    """Train the network with cross-entropy and a one-cycle schedule; return the averaged network."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     network = DegradationClassifier().to(memory_format=torch.channels_last)
@@ -132,7 +133,7 @@ def train(views: np.ndarray, kinds: np.ndarray, epochs: int, seed: int) -> Degra
         for first in range(0, len(views) - BATCH + 1, BATCH):
             chosen = order[first : first + BATCH]
             images = torch.from_numpy(views[chosen]).permute(0, 3, 1, 2).float() / 255
-            if generator.random() < 0.5:  # colours tell nothing, and photos are few
+            if generator.random() < 0.5:  # colours are not informative, and there are few photos
                 images = images[:, generator.permutation(3)]
             images = images * torch.empty(BATCH, 1, 1, 1).uniform_(0.8, 1.1)
             images = images.flip(-1) if generator.random() < 0.5 else images
@@ -147,12 +148,12 @@ def train(views: np.ndarray, kinds: np.ndarray, epochs: int, seed: int) -> Degra
             losses.append(loss.item())
             right.append((scores.argmax(1) == targets).float().mean().item())
         seconds = time.process_time() - start
-        print(f'{epoch + 1}: loss {np.mean(losses):.3f}, right {np.mean(right):.3f}, {seconds:.0f} s', flush=True)
+        print(f'{epoch + 1}: loss {np.mean(losses):.3f}, accuracy {np.mean(right):.3f}, {seconds:.0f} s', flush=True)
     return averaged.module.eval()
 
 
 def judge(network: DegradationClassifier, folder: Path, seed: int = 7) -> float:
-    """Print the table of class against answer on whole photos, each once of every class; return the share of right."""
+    """Print the confusion matrix on whole photos, each degraded once per class; return the accuracy."""
     table = np.zeros((len(CLASSES), len(CLASSES)), int)
     for number, path in enumerate(find_photos(folder)):
         photo = read_rgb(path).astype(np.float32) / 255
@@ -165,19 +166,19 @@ def judge(network: DegradationClassifier, folder: Path, seed: int = 7) -> float:
             answer = max(shares, key=shares.get)
             table[kind, CLASSES.index(answer)] += 1
             if answer != name:
-                print(f'{path.name}: {name} taken for {answer}: {shares[answer]:.2f}')
-    print(f'rows: made, columns: taken for {", ".join(CLASSES)}\n{table}')
+                print(f'{path.name}: {name} classified as {answer}: {shares[answer]:.2f}')
+    print(f'rows: true class, columns: predicted class, {", ".join(CLASSES)}\n{table}')
     return float(np.trace(table) / table.sum())
 
 
 def main() -> None:
-    """Make or read the samples; train and write weights where they are asked for."""
+    """Synthesise or read the samples; train and write weights if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('photos', type=Path)
     parser.add_argument('samples', type=Path)
     parser.add_argument('-o', '--output', type=Path)
-    parser.add_argument('--val', type=Path, help='photos to judge the network on')
-    parser.add_argument('--release', action='store_true', help='make these the weights of record of the package')
+    parser.add_argument('--val', type=Path, help='folder of photos to evaluate the network on')
+    parser.add_argument('--release', action='store_true', help='make the result the bundled classifier of the package')
     parser.add_argument('--count', type=int, default=3000, help='degraded images to synthesise')
     parser.add_argument('--epochs', type=int, default=8)
     parser.add_argument('--seed', type=int, default=0)
@@ -195,7 +196,7 @@ def main() -> None:
     card = {'steps': args.epochs * (len(views) // BATCH), 'version': __version__}
     if args.val:
         share = judge(network, args.val)
-        print(f'right: {share:.3f}')
+        print(f'accuracy: {share:.3f}')
         card['results'] = {'share of unseen synthetic images that is right': round(share, 3)}
     save_weights(args.output, network.state_dict(), NETWORK, card)
     if args.release:

@@ -1,6 +1,6 @@
-"""When tools/bootstrap.py installs, what it asks pip for, and what it says when that fails.
+"""Tests of tools/bootstrap.py: when it installs, which pip commands it runs, and how failures are reported.
 
-Nothing is installed here.
+Nothing is installed.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def bootstrap(tmp_path, monkeypatch):
-    """The script as a module, with a project of its own."""
+    """The script as a module, applied to a temporary project."""
     spec = importlib.util.spec_from_file_location('bootstrap', ROOT / 'tools' / 'bootstrap.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,7 +30,7 @@ def bootstrap(tmp_path, monkeypatch):
 
 @pytest.fixture
 def installs(bootstrap, monkeypatch) -> list:
-    """The builds of torch with which an installation was started."""
+    """The torch builds that installations were started with."""
     calls = []
     monkeypatch.setattr(bootstrap, 'install', calls.append)
     return calls
@@ -44,7 +44,7 @@ def test_requirements_are_installed_once(bootstrap, installs):
         (bootstrap.ROOT / name).write_text('changed')
         bootstrap.ensure_installed('auto')
     assert installs == ['auto'] * 3
-    bootstrap.ensure_installed('cuda')  # asked for by name, it is seen to
+    bootstrap.ensure_installed('cuda')  # a build requested by name is always installed
     assert installs[3:] == ['cuda']
 
 
@@ -63,7 +63,7 @@ def test_interrupted_installation_is_taken_up(bootstrap, monkeypatch, installs):
 
 @pytest.fixture
 def machine(bootstrap, monkeypatch):
-    """A machine to install torch on: its platform, GPU, and what there is; answers the commands' last words."""
+    """Install torch on a simulated machine (platform, GPU, installed version); return the last word of each command."""
 
     def install_torch(build, *, platform='linux', gpu=False, present=None, offered=()):
         commands = []
@@ -123,7 +123,7 @@ def test_first_failure_is_the_answer_and_all_are_run(bootstrap, monkeypatch):
 
 
 def test_exec_defines_local_names():
-    """As BasicSR's setup.py needs it; Python 3.13 ended that."""
+    """BasicSR's setup.py relies on this behaviour, which Python 3.13 removed."""
     code = 'def version():\n    exec("__version__ = 1")\n    return locals()["__version__"]\nassert version() == 1'
     environment = {**os.environ, 'PYTHONPATH': str(ROOT / 'tools' / 'exec_fills_locals')}
     subprocess.run([sys.executable, '-c', code], env=environment, check=True)

@@ -1,9 +1,9 @@
-"""Let a plain `exec` in a function define local names again.
+"""Restore the behaviour of `exec` before Python 3.13: names defined in a function become its local names.
 
-On the path of one build only, by tools/bootstrap.py. BasicSR's setup.py reads its version by `exec(...)` followed by
-`locals()['__version__']`. Since Python 3.13 (PEP 667) `exec` works on a snapshot of the locals, and the build ends in a
-KeyError (BasicSR#749). Handing `exec` the frame's own write-through mapping gives it its former meaning, and leaves
-BasicSR's source as it is.
+tools/bootstrap.py puts this folder on the path for the build of BasicSR only. BasicSR's setup.py reads its version with
+`exec(...)` followed by `locals()['__version__']`. Since Python 3.13 (PEP 667) `exec` works on a snapshot of the locals,
+and the build fails with a KeyError (BasicSR#749). Passing the frame's write-through mapping to `exec` restores the
+former behaviour without modifying BasicSR's source.
 """
 
 import builtins
