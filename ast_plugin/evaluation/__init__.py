@@ -1,1 +1,1 @@
-"""Restore images with a network and measure the results: tiling, protocols, metrics, tables."""
+"""Restoration of images and measurement of the results: tiling, protocols, metrics and tables."""

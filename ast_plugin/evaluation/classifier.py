@@ -1,4 +1,4 @@
-"""Tell by a small network which degradation an image has, and restore it with the weights for that."""
+"""Classification of the degradation of an image, to select the weights that restore it."""
 
 from itertools import pairwise
 from typing import Any
@@ -14,20 +14,20 @@ from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.weights import CLASSIFIER, TASKS, find_weights, is_shipped
 
 CLASSES = ('clean', *TASKS)
-VIEW = 224  # pixels; side of what the network was trained on
-_HEIGHT = 560  # pixels; larger images are shrunk to this: degradations are synthesised at about 500
+VIEW = 224  # size of the training crops in pixels
+_HEIGHT = 560  # larger images are downscaled to this, as degradations are synthesised at about 500 pixels
 
 
 class DegradationClassifier(nn.Module):
     """Convolutional classifier of degradations.
 
-    3×3 convolutions with batch norm; of the last map the mean, which tells what lies over the whole image (haze), and
-    the maximum, which tells what stands in few places (drops, streaks); one linear layer.
+    3×3 convolutions with batch norm, followed by global average pooling (for global degradations such as haze) and
+    global max pooling (for local ones such as drops and streaks), concatenated, and a linear layer.
 
     Args:
-        widths: channels of the maps, each half as large as the one before.
+        widths: numbers of channels; each stage halves the resolution.
     Shape:
-        [B, 3, H, W], RGB in [0, 1], H and W from 32 up -> [B, 4], logits in the order of `CLASSES`.
+        [B, 3, H, W], RGB in [0, 1], H and W at least 32 -> [B, 4], logits in the order of `CLASSES`.
     """
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 48, 72)) -> None:
@@ -44,7 +44,7 @@ class DegradationClassifier(nn.Module):
         self.head = nn.Linear(2 * widths[-1], len(CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classify a batch."""
+        """Return the logits of a batch."""
         maps = self.features(2 * x - 1)
         return self.head(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1))
 
@@ -53,12 +53,12 @@ class DegradationClassifier(nn.Module):
 def classify(image: np.ndarray, network: DegradationClassifier) -> dict[str, float]:
     """Return the probability of each class.
 
-    It is the mean of what the network says of the whole image, shrunk until its shorter side is `VIEW`, and of up to
-    nine crops of the image, which is shrunk before to 560 pixels at its shorter side where it is larger.
+    Averages the prediction for the full image, downscaled to a shorter side of `VIEW`, and the mean prediction for up
+    to nine crops. If the shorter side exceeds 560 pixels, the image is downscaled to it before cropping.
 
     Args:
         image: gray [H, W] or RGB [H, W, 3]; uint8, uint16 or floating point in [0, 1].
-        network: in evaluation mode.
+        network: classifier in evaluation mode.
     """
     image = _shrink(image if image.dtype.kind == 'u' else image.astype(np.float32), _HEIGHT)
     image = image / np.float32(np.iinfo(image.dtype).max if image.dtype.kind == 'u' else 1)
@@ -81,12 +81,12 @@ def _shrink(image: np.ndarray, side: int) -> np.ndarray:
 
 
 class Specialists:
-    """Restores each image with the weights of the degradation that it has.
+    """Restorers for all bundled tasks, selected for each image by its degradation.
 
     Args:
         options: device, tile, overlap, batch and self_ensemble, see `Restorer`.
     Raises:
-        CheckpointError: if the classifier is not in this installation, or it or weights of a task were altered.
+        CheckpointError: if this installation does not include the classifier, or a weights file was modified.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -94,13 +94,13 @@ class Specialists:
         self.network = DegradationClassifier().eval()
         load_into(self.network, read_checkpoint(find_weights(CLASSIFIER)))
         for task in filter(is_shipped, TASKS):
-            find_weights(task)  # told now, not at the first image that needs them
+            find_weights(task)  # raises now, not at the first image that needs the weights
         self.restorers: dict[str, Restorer] = {}
 
     def choose(self, image: np.ndarray) -> tuple[str, float, Restorer | None]:
-        """Return what an image, as for `classify`, is taken for, how surely, and what restores it.
+        """Return the class of an image (see `classify`), its probability, and the restorer to use.
 
-        None restores what is clean, or has a degradation that this installation has no weights for.
+        The restorer is None for clean images and for degradations without weights in this installation.
         """
         shares = classify(image, self.network)
         kind = max(shares, key=shares.get)

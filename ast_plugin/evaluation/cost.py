@@ -1,4 +1,4 @@
-"""What a network costs: multiplications, as mmengine counts them, and memory, beside what there is of it."""
+"""Cost of a network: MACs, counted with mmengine, and peak memory; memory available on a device."""
 
 import logging
 import math
@@ -16,14 +16,13 @@ from torch.utils._pytree import tree_leaves
 from ast_plugin.devices import return_freed_memory
 from ast_plugin.ops import use_backend
 
-# Counted with the operator that they belong to, or nothing but views and copies: no multiplications are missing for
-# want of them.
+# Operators without multiplications: views, copies, or counted as part of another operator.
 _FREE_OPERATORS = ('aten::pad', 'aten::rsub', 'aten::unflatten', 'aten::alias', 'aten::unbind', 'aten::movedim')
-SMALL_SIZES = ((128, 128), (128, 256))  # height and width of images that are measured in the place of large ones
+SMALL_SIZES = ((128, 128), (128, 256))  # (height, width) measured to extrapolate to large images
 
 _UNKNOWN_MEMORY = 4 * 2**30
 _MEMORY_INFO, _PROCESS_SIZE = Path('/proc/meminfo'), Path('/proc/self/statm')
-# Limit, use and statistics of this process's container, by the second and the first version of Linux's control groups.
+# Memory limit, usage and statistics of the container: cgroup v2, then v1.
 _GROUP_FILES = (
     [Path('/sys/fs/cgroup', f'memory.{name}') for name in ('max', 'current', 'stat')],
     [Path('/sys/fs/cgroup/memory', f'memory.{name}') for name in ('limit_in_bytes', 'usage_in_bytes', 'stat')],
@@ -31,10 +30,10 @@ _GROUP_FILES = (
 
 
 def count_macs(network: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
-    """Count the multiplications (with their additions) of one pass in evaluation mode on [1, C, H, W], by a trace.
+    """Count the MACs of one forward pass in evaluation mode on an image [1, C, H, W], by tracing.
 
     Returns:
-        The count, and by name how often operators were called that the analysis does not count.
+        The number of MACs, and the number of calls of each operator that mmengine does not count.
     """
     from mmengine.analysis import FlopAnalyzer
 
@@ -42,10 +41,10 @@ def count_macs(network: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
     training = network.training
     frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
     try:
-        # Frozen networks take faster paths, whose operators the analysis does not know.
+        # Frozen networks use fused operators, which mmengine does not count.
         network.eval().requires_grad_(True)
         with warnings.catch_warnings(), use_backend('reference'):
-            warnings.simplefilter('ignore')  # what torch.jit says of constants in a trace
+            warnings.simplefilter('ignore')  # torch.jit warnings about constants in the trace
             analyzer = FlopAnalyzer(network, (image,))
             analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
             total = int(analyzer.total())
@@ -60,18 +59,18 @@ def count_macs(network: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
 def count_macs_of_size(
     network: nn.Module, channels: int, size: tuple[int, int], multiple: int = 1
 ) -> tuple[int, dict[str, int], bool]:
-    """Count the multiplications for an image of a size; of a large one by the line through two smaller ones.
+    """Count the MACs for an image size; for large images extrapolate linearly from two smaller sizes.
 
-    The trace keeps all that it computes. The line is right for convolutions, layers of tokens and attention within
-    windows, which take as much for every pixel; attention among all tokens takes more than it says.
+    Tracing keeps all activations in memory, which limits the size. Extrapolation is exact for convolutions, token-wise
+    layers and window attention, whose cost is linear in the number of pixels, and too low for global attention.
 
     Args:
         network: see `count_macs`.
-        channels: of the image.
-        size: height and width in pixels.
-        multiple: what the network pads sides to.
+        channels: number of channels of the image.
+        size: (height, width) in pixels.
+        multiple: the network pads sides to a multiple of this.
     Returns:
-        The count, the operators left out, and whether it is from the line.
+        The number of MACs, the operators not counted, and whether the number is extrapolated.
     """
     if padded_pixels(size, multiple) <= padded_pixels(SMALL_SIZES[1], multiple):
         return (*count_macs(network, torch.zeros(1, channels, *size)), False)
@@ -81,29 +80,30 @@ def count_macs_of_size(
 
 
 def padded_pixels(size: tuple[int, int], multiple: int) -> int:
-    """Return the number of pixels of an image (height, width) once its sides are padded to a multiple."""
+    """Return the number of pixels of an image (height, width) after padding its sides to a multiple."""
     return math.prod(-(-side // multiple) * multiple for side in size)
 
 
 def extrapolate(size: tuple[int, int], measured: Mapping[tuple[int, int], float], multiple: int) -> float:
-    """Return the value at a size, by pixels padded to a multiple, of the line through two sizes that were measured."""
+    """Extrapolate a value linearly in the number of padded pixels from two measured sizes."""
     (first, low), (second, high) = ((padded_pixels(each, multiple), value) for each, value in measured.items())
     return low + (high - low) / (second - first) * (padded_pixels(size, multiple) - first)
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the free memory of a device: of a GPU, or of the machine, container and limits here, which MPS shares.
+    """Return the memory available on a device, in bytes.
 
-    Where the system does not tell (it does on Linux), 4 GiB are assumed.
+    For CPU and MPS this is the minimum over the machine, its container and the limits of the process; 4 GiB are assumed
+    on systems that do not report it (Linux does).
     """
     if device.type == 'cuda':
         free, _ = torch.cuda.mem_get_info(device)
         index = torch.cuda.current_device() if device.index is None else device.index
         segments = [each for each in torch.cuda.memory_snapshot() if each['device'] == index]
-        # What CUDA graphs have reserved is theirs.
+        # Segments reserved by CUDA graphs are not reusable.
         shared = [each for each in segments if tuple(each.get('segment_pool_id', (0, 0))) == (0, 0)]
         return free + sum(each['total_size'] - each['allocated_size'] for each in shared)
-    return_freed_memory()  # a training before has kept its own, which the system counts as taken
+    return_freed_memory()  # the allocator may hold freed memory that the system counts as used
     known = [_free_in_machine(), _free_in_process(), *map(_free_in_group, _GROUP_FILES)]
     if device.type == 'mps':
         known.append(max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
@@ -111,9 +111,10 @@ def available_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Run a function and measure the most memory that its tensors held at once, without what was there before.
+    """Run a function and return the peak memory of its tensors in bytes, excluding tensors that existed before.
 
-    But on CUDA the tensors that pass through PyTorch's dispatcher are counted, not what a kernel allocates inside.
+    On CUDA all memory from PyTorch's allocator is counted; on other devices only tensors returned by operators are,
+    without temporary buffers inside kernels.
     """
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
@@ -126,7 +127,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operators return, until each is freed."""
+    """Sum of the sizes of all live storages returned by operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +168,7 @@ def _free_in_machine() -> int | None:
 
 
 def _free_in_process() -> int | None:
-    """What `ulimit -v` leaves of the address space; None without a limit."""
+    """Return the address space left by `ulimit -v`, or None without a limit."""
     try:
         import resource  # not on Windows
 
@@ -181,8 +182,8 @@ def _free_in_process() -> int | None:
 def _free_in_group(files: Sequence[Path]) -> int | None:
     try:
         limit, use, statistics = (file.read_text() for file in files)
-        # Cached files count as used, and are given back when memory is needed.
+        # The usage includes the page cache, which is reclaimed when memory is needed.
         cached = int(dict(line.split() for line in statistics.splitlines()).get('inactive_file', 0))
         return max(0, int(limit) - int(use) + cached)
-    except (OSError, ValueError):  # a group without a limit says 'max'
+    except (OSError, ValueError):  # a group without a limit contains 'max'
         return None

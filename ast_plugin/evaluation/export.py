@@ -1,7 +1,7 @@
-"""Networks as files for other runtimes, ONNX, TorchScript and torch.export, compared with PyTorch before they are kept.
+"""Export of networks to ONNX, TorchScript and torch.export, verified against PyTorch before the file is written.
 
-ONNX comes from a trace, too: one of AST takes images of any size and is written in seconds. torch.export reasons about
-the shapes of each block: for the smallest AST with any height and width that took minutes of processor time.
+ONNX uses tracing as well: an AST with dynamic sizes is exported in seconds. torch.export infers symbolic shapes in
+every block, which takes minutes of CPU time for the smallest AST with dynamic height and width.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ast_plugin.files import write_file
 from ast_plugin.ops import use_backend
 from ast_plugin.ops.windows import keep_shape_in_trace
 
-# Formats, and what their files may end in: with an ending of another kind, a file would be taken for what it is not.
+# File extensions of each format. Others are rejected, as programs infer the format from the extension.
 FORMATS = {'onnx': ('.onnx',), 'torchscript': ('.pt', '.ts', '.torchscript'), 'torch.export': ('.pt2',)}
-OPSET = 17  # of ONNX; the first with LayerNormalization, and what most runtimes read
+OPSET = 17  # first ONNX opset with LayerNormalization; supported by most runtimes
 IMAGE, RESTORED = 'image', 'restored'  # names of the input and the output
-# Of the difference to PyTorch in float32, as a share of the largest value; by is_half.
+# Maximum difference to PyTorch in float32, relative to the largest value, by `is_half`.
 BOUNDS = {False: 1e-4, True: 1e-2}
 _AXES = {0: 'batch', 2: 'height', 3: 'width'}
-# Batch, height and width of images. It is traced with the first: none of it is 1, which shapes treat in its own way.
+# (batch, height, width) of test images. The first is traced; it has no 1, as sizes of 1 are specialised in traces.
 _SHAPES = ((2, 13, 22), (1, 1, 1), (1, 37, 91), (3, 91, 37), (2, 130, 140))
 _EXTRA = 'pip install "ast_plugin[onnx]"'
 
@@ -46,7 +46,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 class _Exported(nn.Module):
-    """A network as it is written: float32 comes in and goes out, whatever it computes in; only `axes` may change."""
+    """Wrapper with float32 input and output for any internal dtype; only `axes` of the input are dynamic."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, axes: Sequence[int]) -> None:
         super().__init__()
@@ -68,28 +68,26 @@ def export_network(
     metadata: Mapping[str, str] | None = None,
     say: Callable[[str], Any] = str,
 ) -> None:
-    """Write a network for another runtime, after that has restored images as PyTorch does.
+    """Export a network for another runtime and verify its results against PyTorch.
 
-    The file takes `image`, float32 [B, C, H, W] in [0, 1], and gives `restored`, float32 [B, D, s·H, s·W]. Padding to
-    what the network needs, and cropping, lie in it. A network that computes with the number of images that it was
-    traced with takes single ones.
+    The model maps `image`, float32 [B, C, H, W] in [0, 1], to `restored`, float32 [B, D, s·H, s·W], and includes
+    padding and cropping. If the trace of a network depends on the batch size, the batch size is fixed to 1.
 
     Args:
-        network: on the CPU, in float32; it is put into evaluation mode.
-        path: the file, in a folder that is there, with an ending of the format.
-        file_format: one of `FORMATS`.
-        channels: C.
-        size: (H, W) of the only images that will be taken, one at a time; None for all sizes and batches.
-        is_half: weights and activations are float16.
-        metadata: texts by name, which the file carries beside `opset`, `size`, `precision` and `producer`.
-        say: called with a line for each image that was compared.
+        network: network on the CPU in float32; set to evaluation mode.
+        path: output file in an existing folder, with an extension of the format.
+        file_format: key of `FORMATS`.
+        channels: number of input channels C.
+        size: fixed (H, W) with batch size 1; None for dynamic size and batch size.
+        is_half: use float16 for weights and activations.
+        metadata: additional metadata of the file, next to `batch`, `size`, `precision`, `producer` and `opset`.
+        say: called with a line for each compared image.
     Raises:
         BackendUnavailable: if a package is missing.
         FileError: if the file cannot be written.
-        MemoryShortage: if a pass at `size` needs more memory than is free.
-        OptionError: if the path does not end as the format's files do, or the network cannot be written in this format
-            or size; names the operator or the image at which PyTorch and the other runtime part. Nothing is written
-            then.
+        MemoryShortage: if tracing at `size` needs more memory than is available.
+        OptionError: if the extension does not match the format, or the network cannot be exported in this format or size.
+            The message names the operator, or the image for which the results differ; no file is written.
     """
     check_export(path, file_format)
     name, dtype = type(network).__name__, torch.float16 if is_half else torch.float32
@@ -97,7 +95,7 @@ def export_network(
     write, read = _CODECS[file_format]
 
     def export(shapes: Sequence[tuple[int, int, int]], axes: Sequence[int]) -> None:
-        """Trace with the first of some shapes, batch, height and width, compare at all, and write the file."""
+        """Trace with the first shape (batch, height, width), compare results for all shapes, and write the file."""
         generator = torch.Generator().manual_seed(0)
         images = [torch.rand(batch, channels, *side, generator=generator) for batch, *side in shapes]
         if not axes:
@@ -112,7 +110,7 @@ def export_network(
             **({'opset': OPSET} if file_format == 'onnx' else {}),
         }
         texts = {**(metadata or {}), **{key: json.dumps(value) for key, value in facts.items()}}
-        with _plain_operators(f'{name} cannot be written as {file_format}'):
+        with _plain_operators(f'{name} cannot be exported as {file_format}'):
             exported = _Exported(copy.deepcopy(network) if is_half else network, dtype, axes)
             content = write(exported, images[0], axes, expected[0].shape[-1] // images[0].shape[-1], texts)
             run = read(content)
@@ -129,16 +127,18 @@ def export_network(
 
 
 def check_export(path: str | os.PathLike, file_format: str) -> None:
-    """Check, before weights are read, that a file can be written: the errors are those of `export_network`."""
+    """Check path, format and packages before weights are loaded; raises the errors of `export_network`."""
     path = Path(path)
     if file_format not in FORMATS:
         raise OptionError(f'the format is {file_format!r}: expected one of {", ".join(FORMATS)}')
     if path.is_dir() or not path.parent.is_dir():
-        why = 'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'
-        raise FileError(f'{path} cannot be written: {why}; expected the name of a file in a folder that is there')
+        why = 'it is a folder' if path.is_dir() else f'the folder {path.parent} does not exist'
+        raise FileError(f'{path} cannot be written: {why}; expected a file name in an existing folder')
     if path.suffix.lower() not in FORMATS[file_format]:
-        others = [f'{name} in {" or ".join(endings)}' for name, endings in FORMATS.items()]
-        raise OptionError(f'{path} is no name of a file of the format {file_format}: {", ".join(others)}')
+        expected = [f'{" or ".join(suffixes)} for {name}' for name, suffixes in FORMATS.items()]
+        raise OptionError(
+            f'{path}: the extension does not match the format {file_format}: expected {", ".join(expected)}'
+        )
     for package in ('onnx', 'onnxruntime') if file_format == 'onnx' else ():
         try:
             importlib.import_module(package)
@@ -147,7 +147,7 @@ def check_export(path: str | os.PathLike, file_format: str) -> None:
 
 
 def network_metadata(options: Mapping[str, Any], of_file: Mapping[str, str]) -> dict[str, str]:
-    """Texts, each JSON, that tell of a network: its options, `img_size` where it has one, and what its file told."""
+    """Return metadata of a network as JSON strings: its options, `img_size` if it has one, and those of its file."""
     parameter = inspect.signature(registered_network(options['type'])).parameters.get('img_size')
     img_size = options.get('img_size', None if parameter is None else parameter.default)
     own = {'network': dict(options)} | ({} if parameter is None else {'img_size': img_size})
@@ -159,26 +159,26 @@ def _compare(
     run: Run, images: Sequence[Tensor], expected: Sequence[Tensor], is_half: bool, what: str, say: Callable[[str], Any]
 ) -> None:
     bound = BOUNDS[is_half]
-    of_size = 'it computes with numbers of the size that it was traced with; --size HxW writes it for one size'
+    of_size = 'its trace is specialised to the traced size; use --size HxW to export it for one size'
     for number, (image, wanted) in enumerate(zip(images, expected, strict=True)):
         shown = 'x'.join(map(str, image.shape))
-        # The first size is that of the trace.
-        causes = [of_size] * (number > 0) + ['float16 is too coarse for it; leave --half out'] * is_half
-        hint = ', or '.join(causes) or 'an operator computes something else there'
+        # The first size is the traced one.
+        causes = [of_size] * (number > 0) + ['float16 is not precise enough; omit --half'] * is_half
+        hint = ', or '.join(causes) or 'an operator of the runtime computes different results'
         try:
             got = run(image)
         except Exception as error:  # each runtime has its own
-            raise OptionError(f'{what} does not take {shown}: {hint} ({one_line(error)})') from error
+            raise OptionError(f'{what} fails on {shown}: {hint} ({one_line(error)})') from error
         if got.shape != wanted.shape:
-            raise OptionError(f'{what} gives {list(got.shape)} for {shown}, PyTorch {list(wanted.shape)}: {hint}')
+            raise OptionError(f'{what} returns {list(got.shape)} for {shown}, PyTorch {list(wanted.shape)}: {hint}')
         error = float((got - wanted).abs().max() / wanted.abs().max())
         if not error <= bound:
             raise OptionError(f'{what} differs from PyTorch by {error:.1e} at {shown}, more than {bound:.0e}: {hint}')
-        say(f'{shown}: as PyTorch, {error:.0e} apart')
+        say(f'{shown}: matches PyTorch, relative difference {error:.0e}')
 
 
 def _check_memory(network: nn.Module, image: Tensor) -> None:
-    """Refuse an image for which memory runs out: the system may end a process that takes too much, without a word."""
+    """Raise MemoryShortage if tracing an image would run out of memory, before the system kills the process."""
     multiple, cpu = getattr(network, 'size_multiple', 1), torch.device('cpu')
     height, width = image.shape[-2:]
     if padded_pixels((height, width), multiple) <= padded_pixels(SMALL_SIZES[1], multiple):
@@ -186,29 +186,29 @@ def _check_memory(network: nn.Module, image: Tensor) -> None:
     with use_backend('reference'), torch.no_grad():
         images = {size: image.new_zeros(1, image.shape[1], *size) for size in SMALL_SIZES}
         peaks = {size: peak_bytes(partial(network, small), cpu) for size, small in images.items()}
-    # A trace, and the other runtime beside it, held a third more than a pass.
+    # Tracing and the other runtime together used a third more memory than a forward pass.
     needed, free = 1.5 * extrapolate((height, width), peaks, multiple), available_bytes(cpu)
     if needed > free:
         raise MemoryShortage(
-            f'--size {height}x{width} needs about {needed / 2**30:.1f} GiB to be traced, and '
-            f'{free / 2**30:.1f} GiB are free: choose a smaller one, or write the network for all sizes'
+            f'--size {height}x{width} needs about {needed / 2**30:.1f} GiB for tracing, but '
+            f'{free / 2**30:.1f} GiB are available: choose a smaller size, or omit --size to export for all sizes'
         )
 
 
 @contextmanager
 def _plain_operators(what: str) -> Iterator[None]:
-    """Let a network be traced by operators that other runtimes have, and an error name the one that they lack."""
+    """Use operators that other runtimes support; convert exporter errors to OptionError."""
     try:
         with use_backend('reference'), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of the tracer on checks of shapes; results at other sizes are compared
+            warnings.simplefilter('ignore')  # tracer warnings about shape checks; results at other sizes are compared
             yield
-    except Exception as error:  # exporters have many
+    except Exception as error:  # exporters raise many types
         raise OptionError(f'{what}: {type(error).__name__}: {one_line(error)}') from error
 
 
 @contextmanager
 def _without_stdout() -> Iterator[None]:
-    """Keep the exporter from printing all of a graph that it cannot write: it does so past `sys.stdout`."""
+    """Suppress output to file descriptor 1, to which the exporter prints the graph on failure."""
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -239,11 +239,11 @@ def _write_onnx(network: nn.Module, image: Tensor, axes: Sequence[int], scale: i
 
 
 def read_onnx(content: bytes) -> Run:
-    """What restores images by ONNX Runtime on the CPU, on as many threads as torch has, from the content of a file."""
+    """Return a function that runs an ONNX model, given as file content, on the CPU with PyTorch's number of threads."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4  # of errors it raises
+    settings.log_severity_level = 4  # fatal only; errors are raised
     settings.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, settings, providers=['CPUExecutionProvider'])
     return lambda image: torch.from_numpy(session.run([RESTORED], {IMAGE: image.numpy()})[0])
@@ -261,9 +261,9 @@ def _write_exported(
     network: nn.Module, image: Tensor, axes: Sequence[int], scale: int, texts: Mapping[str, str]
 ) -> bytes:
     multiple = getattr(network.network, 'size_multiple', 1)
-    if axes and multiple != 1:  # known at once, where torch takes minutes to find it out
+    if axes and multiple != 1:  # torch.export would fail after minutes
         raise ShapeError(
-            f'torch.export takes no sizes that are padded to multiples of {multiple}: give one by --size HxW'
+            f'torch.export does not support dynamic sizes padded to a multiple of {multiple}: set --size HxW'
         )
     shapes = {IMAGE: {axis: torch.export.Dim(_AXES[axis]) for axis in axes}}
     program = torch.export.export(network, (image,), dynamic_shapes=shapes, strict=False)

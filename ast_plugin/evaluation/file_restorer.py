@@ -1,10 +1,10 @@
-"""Restoring image files: which files are meant, where each result goes, and one after the other with one policy::
+"""Restoration of image files: find inputs, plan output paths, and restore the files one after another::
 
     jobs = plan_jobs(find_images(['photos'], output).images, output)
     for result in restore_files(jobs, Restorer.from_weights('derain.pth')):
         print(result.job.target, result.failure, result.notes)
 
-A file that fails says why and of which kind its failure is; the others are restored all the same.
+A failure is stored in the result of its file; the remaining files are still restored.
 """
 
 import itertools
@@ -40,31 +40,31 @@ from ast_plugin.files import write_file
 from ast_plugin.names import file_name
 from ast_plugin.ops import frozen_weights
 
-MAX_SATURATED, MAX_TINT, MAX_BRIGHTNESS = 0.1, 12.0, 50.0  # a share, levels of 255; see `Change.warnings`
-MIN_CONFIDENCE = 0.6  # of what an image is taken for
+MAX_SATURATED, MAX_TINT, MAX_BRIGHTNESS = 0.1, 12.0, 50.0  # fraction, levels of 255, levels; see `Change.warnings`
+MIN_CONFIDENCE = 0.6  # of a predicted degradation, without a warning
 
-_RESULTS = '.basicsr_results'  # lies in a folder of results that is inside an input
-_NOT_WRITTEN = {'.gif', '.heic', '.heif', '.avif', '.exr', '.jp2', '.jxl', '.dng'}  # nobody names a folder so
+_RESULTS = '.basicsr_results'  # marker file of an output folder that is inside an input folder
+_NOT_WRITTEN = {'.gif', '.heic', '.heif', '.avif', '.exr', '.jp2', '.jxl', '.dng'}  # unlikely extensions of folders
 
 
 class Job(NamedTuple):
-    """A file to restore, and where the result goes."""
+    """Image file to restore and path of the result."""
 
     source: Path
     target: Path
 
 
 class Change(NamedTuple):
-    """How far a result is from its image, in levels of 255."""
+    """Difference between a result and its image, in levels of 255."""
 
-    mean: float  # absolute, over pixels and channels
-    share: float  # of the pixels that change by more than 2 levels in a channel, in [0, 1]
-    color: tuple[float, ...]  # of the mean of each channel
-    saturated: float  # share of the values that become black or white by a quarter of the range or more, in [0, 1]
+    mean: float  # mean absolute difference over pixels and channels
+    share: float  # fraction of pixels that change by more than 2 levels in any channel
+    color: tuple[float, ...]  # difference of the mean of each channel
+    saturated: float  # fraction of values that become black or white by a change of at least a quarter of the range
 
     @classmethod
     def between(cls, image: np.ndarray, result: np.ndarray) -> 'Change | None':
-        """Measure it; None where the sizes differ."""
+        """Compute the difference, or return None if the sizes differ."""
         if image.shape != result.shape:
             return None
         full = np.iinfo(image.dtype).max
@@ -72,14 +72,14 @@ class Change(NamedTuple):
         absolute = np.abs(difference)
         largest = absolute if image.ndim == 2 else absolute.max(2)
         color = np.atleast_1d(difference.mean((0, 1), dtype=np.float64))
-        # A dark ground below a veil of rain becomes black, too, but not by so much.
+        # Dark regions under rain streaks may legitimately become black, but by smaller changes.
         saturated = ((result == 0) | (result == full)) & (absolute >= 64)
         return cls(float(absolute.mean()), float((largest > 2).mean()), tuple(color), float(saturated.mean()))
 
     def warnings(self) -> Iterator[str]:
-        """Tell why a result that differs so should not be trusted."""
+        """Yield reasons not to trust a result with this difference."""
         if self.saturated > MAX_SATURATED:
-            yield f'{self.saturated:.0%} of the values became black or white: the network gives values out of range'
+            yield f'{self.saturated:.0%} of the values became black or white: the network output is out of range'
         brightness = sum(self.color) / len(self.color)
         tint = max(abs(shift - brightness) for shift in self.color)
         if tint > MAX_TINT or abs(brightness) > MAX_BRIGHTNESS:
@@ -89,42 +89,42 @@ class Change(NamedTuple):
 
 @dataclass
 class FileResult:
-    """What became of a file."""
+    """Outcome of restoring a file."""
 
     job: Job
     seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)  # lines on what was noticed on the way
-    failure: str = ''  # why there is no result; empty if there is one
-    kind: str = ''  # of the failure: unreadable, memory, network or unwritable
-    task: str = ''  # what the image was taken for, where that was asked
-    is_unchanged: bool = False  # left as it was
-    confidence: float | None = None  # in [0, 1], of that
-    change: Change | None = None  # None where there is no result, or one of another size
-    warnings: list[str] = field(default_factory=list)  # why the result should not be trusted
+    notes: list[str] = field(default_factory=list)  # messages for the user
+    failure: str = ''  # why there is no result; empty on success
+    kind: str = ''  # class of the failure: unreadable, memory, network or unwritable
+    task: str = ''  # predicted degradation, if the image was classified
+    is_unchanged: bool = False  # copied without restoration
+    confidence: float | None = None  # probability of `task`
+    change: Change | None = None  # None if there is no result or its size differs
+    warnings: list[str] = field(default_factory=list)  # reasons not to trust the result
 
 
 class Found(NamedTuple):
-    """What lies at the inputs of a batch."""
+    """Images found in the inputs of a batch."""
 
-    images: list[tuple[Path, Path]]  # each file with the folder that it lay in, relative to the input
-    failures: list[str]  # why inputs, or folders in them, cannot be used
-    left_out: Counter[str]  # how many files and folders were seen and not taken, by reason
+    images: list[tuple[Path, Path]]  # each file with its folder relative to the input
+    failures: list[str]  # errors of inputs and of folders inside them
+    left_out: Counter[str]  # number of files and folders left out, by reason
 
     def lines(self) -> list[str]:
-        """Return what the user must know of it, in lines."""
+        """Return the messages for the user."""
         lines = [f'basicsr: error: {failure}' for failure in self.failures]
         return lines + ([f'note: left out: {count_reasons(self.left_out)}'] if self.left_out else [])
 
 
 def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bool = False) -> Found:
-    """Find the files to restore, each once, folders in order of names.
+    """Find the files to restore, without duplicates, folders sorted by name.
 
     Args:
-        inputs: files, and folders of which all images are taken but hidden ones.
-        output: folder that is left out where it lies inside an input, as those of earlier results are.
-        recursive: whether to go into folders inside folders.
+        inputs: files, and folders of which all images except hidden ones are used.
+        output: output folder; skipped if it is inside an input, like output folders of earlier runs.
+        recursive: whether to include subfolders.
     Returns:
-        The files; those named that cannot be read among them, as the others are restored all the same.
+        The files. Input files that cannot be read are included, so that restoration reports them.
     Raises:
         DataError: if there is nothing to restore.
     """
@@ -133,13 +133,13 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
     for path in (Path(given).expanduser() for given in inputs):
         images = list(_walk(path, output, recursive, found)) if path.is_dir() else [(path, Path())]
         if path.is_dir() and not images:
-            reasons = f'; there are {count_reasons(found.left_out)}' if found.left_out else ''
-            deeper = '; --recursive takes the folders inside too' if found.left_out['folders inside'] else ''
+            reasons = f'; found {count_reasons(found.left_out)}' if found.left_out else ''
+            deeper = '; use --recursive to include subfolders' if found.left_out['subfolders'] else ''
             failure = f'{path}: no images in this folder (expected {", ".join(FORMAT_OF)}{reasons}){deeper}'
             found.failures.append(failure)
         for image, folder in images:
             identity = _identity(image) or image
-            found.left_out.update(['other names of the same file'] if identity in known and image != path else [])
+            found.left_out.update(['links to the same file'] if identity in known and image != path else [])
             found.images.extend([(image, folder)] if identity not in known else [])
             known.add(identity)
     reasons = [_why_unreadable(image) for image, _ in found.images]
@@ -151,24 +151,27 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
 def plan_jobs(
     images: Sequence[tuple[Path, Path]], output: str | os.PathLike, suffix: str = '', file_format: str = 'keep'
 ) -> list[Job]:
-    """Name a result for every image of `find_images`: distinct names, none of them an image to be read.
+    """Assign every image of `find_images` a unique output path that is not an input.
 
     Args:
-        output: folder of the results; or the name of a single one, where it ends as images do, not in a slash, and is
-            no folder.
-        suffix: goes behind the name.
+        images: files with their folders relative to the input.
+        output: output folder, or the path of a single result if it has an image file extension, does not end with a slash and
+            is not an existing folder.
+        suffix: appended to the file name.
         file_format: 'keep', 'png' or 'tiff'.
     Raises:
-        DataError: if a result would replace an input, or `output` names an image and there are several.
+        DataError: if a result would replace an input, or `output` is a file name but there are several images.
     """
     is_folder, output = os.fspath(output).endswith(('/', os.sep)), Path(output)
     kind = '' if is_folder or output.is_dir() else output.suffix.lower()
     if kind in _NOT_WRITTEN:
-        raise DataError(f'{output}: expected a folder, or a name that ends in one of {", ".join(FORMAT_OF)}')
+        raise DataError(
+            f'{output}: expected a folder, or a file name with one of the extensions {", ".join(FORMAT_OF)}'
+        )
     if kind in FORMAT_OF:
         if len(images) > 1 or suffix or file_format != 'keep':
-            what = f'{len(images)} images' if len(images) > 1 else 'a suffix or a format for it'
-            raise DataError(f'{output} is the name of one result, but there are {what}: expected a folder')
+            what = f'there are {len(images)} images' if len(images) > 1 else '--suffix or --format is set'
+            raise DataError(f'{output} is the path of a single result, but {what}: expected a folder')
         _protect_inputs(jobs := [Job(images[0][0], output)])
         return jobs
     jobs = [
@@ -190,18 +193,18 @@ def plan_jobs(
 
 
 def prepare_folders(jobs: Sequence[Job]) -> None:
-    """Make the folders of the results, and see that files can be made there, before hours are spent on restoring."""
+    """Create the output folders and check that they are writable, before any image is restored."""
     for folder in dict.fromkeys(job.target.parent for job in jobs):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            raise DataError(f'{folder}: no images can be written there: {error.strerror or error}') from error
+            raise DataError(f'{folder}: cannot write images to this folder: {error.strerror or error}') from error
 
 
 def mark_results(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
-    """Have `find_images` leave out a folder of results inside an input, when later ones go elsewhere."""
+    """Mark an output folder inside an input, so that `find_images` skips it in later runs."""
     parents = [Path(given).expanduser().resolve() for given in inputs]
     if output.is_dir() and not {*parents}.isdisjoint(output.resolve().parents):
         (output / _RESULTS).touch()
@@ -217,21 +220,21 @@ def restore_files(
     on_tile: Callable[[int, int], None] | None = None,
     uncertainty: bool = False,
 ) -> Iterator[FileResult]:
-    """Restore files one after the other, whatever becomes of each.
+    """Restore files one after another, continuing after failures.
 
     Args:
-        jobs: as from `plan_jobs`; the folders of the results are there.
-        restorer: what restores all of them; or what chooses by image, and leaves some as they are.
-        quality: of JPEG and lossy WebP, 1 to 100.
-        max_pixels: larger images are refused.
-        on_start: called with each job before it begins.
-        on_tile: called with (tiles done, tiles in all) of the image at hand.
-        uncertainty: write a map of `Restorer.spread` beside each restored image, see `uncertainty_path`.
+        jobs: jobs of `plan_jobs`; the output folders exist.
+        restorer: restorer for all images, or `Specialists` to select one for each image.
+        quality: quality of JPEG and lossy WebP, 1 to 100.
+        max_pixels: larger images are rejected.
+        on_start: called with each job before it starts.
+        on_tile: called with (tiles done, total number of tiles) of the current image.
+        uncertainty: also write a map of `Restorer.spread` for each restored image, see `uncertainty_path`.
     Yields:
-        A result for each job, once it has been written.
+        The result of each job, after its files are written.
     Raises:
-        FileError: if a result cannot be written: on a disk that takes no more, what follows would be in vain.
-        OptionError: if what was asked for, such as a backend, cannot be had for any image.
+        FileError: if a result cannot be written (a full disk affects all following images, too).
+        OptionError: if an option, such as a backend, is not available for any image.
     """
     with frozen_weights():
         for job in jobs:
@@ -252,7 +255,7 @@ def _restore_file(
     on_tile: Callable[[int, int], None] | None,
     uncertainty: bool,
 ) -> dict[Path, bytes]:
-    """Return what is to be written where for a job, none of it if `result` says why that cannot be."""
+    """Restore the image of a job; return the content of each file to write, or nothing if it failed."""
     job, notes, stage, written = result.job, result.notes, 'unreadable', {}
     try:
         image = read_image(job.source, max_pixels=max_pixels)
@@ -260,14 +263,14 @@ def _restore_file(
         if isinstance(restorer, Specialists):
             result.task, result.confidence, restorer = restorer.choose(image.color)
             if result.confidence < MIN_CONFIDENCE:
-                result.warnings.append(f'taken for {result.task}, but with {result.confidence:.0%} only')
+                result.warnings.append(f'classified as {result.task} with a confidence of only {result.confidence:.0%}')
         color = image.color
         result.is_unchanged = restorer is None
         if result.task == 'clean':
-            notes.append(f'no degradation found ({result.confidence:.0%} sure): left as it is')
+            notes.append(f'no degradation detected (confidence {result.confidence:.0%}), left unchanged')
         elif restorer is None:
-            text = f'taken for {result.task} ({result.confidence:.0%} sure), which this installation has no weights for'
-            result.warnings.append(f'{text}: left as it is')
+            text = f'classified as {result.task} (confidence {result.confidence:.0%})'
+            result.warnings.append(f'{text}, left unchanged: this installation does not include weights for it')
         else:
             color = restorer.restore(color, on_tile=on_tile, on_note=notes.append)
             if uncertainty:
@@ -278,7 +281,7 @@ def _restore_file(
         if restorer is None and kind == image.format:
             return {job.target: job.source.read_bytes()}
         _, lost = image.metadata(kind)
-        notes += [*image.notes, *([f'{kind} does not hold {", ".join(lost)}'] if lost else [])]
+        notes += [*image.notes, *([f'{kind} does not support {", ".join(lost)}'] if lost else [])]
         alpha = image.alpha
         if alpha is not None and alpha.shape != color.shape[:2]:
             alpha = cv2.resize(alpha, color.shape[1::-1], interpolation=cv2.INTER_LINEAR)
@@ -294,7 +297,7 @@ def _restore_file(
 
 
 def refuse_clash(paths: Iterable[Path], what: str, jobs: Sequence[Job]) -> None:
-    """Raise OptionError if `what` goes to one of `paths` that is an image which a job reads or writes."""
+    """Raise OptionError if any of `paths`, to which `what` will be written, is an image that a job reads or writes."""
     images = {_identity(path) or path.absolute() for job in jobs for path in job}
     clash = next((path for path in paths if (_identity(path) or path.absolute()) in images), None)
     if clash is not None:
@@ -302,25 +305,25 @@ def refuse_clash(paths: Iterable[Path], what: str, jobs: Sequence[Job]) -> None:
 
 
 def uncertainty_path(job: Job) -> Path:
-    """Where the map of uncertainty of a result goes."""
+    """Return the path of the uncertainty map of a result."""
     return job.target.with_name(file_name(job.target.stem, '_uncertainty.png'))
 
 
 def draw_spread(spread: np.ndarray) -> bytes:
-    """Draw a map [H, W] of standard deviations in [0, 1] as a PNG, with the scale below it in levels of 255."""
+    """Draw a map [H, W] of standard deviations in [0, 1] as PNG, with a colour bar in levels of 255."""
     levels = 255 * spread
     most = max(1.0, float(np.percentile(levels, 99.5)))
     shown = np.uint8(255 * np.clip(levels / most, 0, 1))
     bar = np.tile(np.linspace(0, 255, max(260, shown.shape[1])).astype(np.uint8), (12, 1))
     shown = np.pad(shown, ((0, 8), (0, bar.shape[1] - shown.shape[1])))
     drawn = cv2.applyColorMap(np.vstack([shown, bar, np.zeros((24, bar.shape[1]), np.uint8)]), cv2.COLORMAP_MAGMA)
-    text = f'0 to {most:.1f} of 255: std of eight turns'
+    text = f'0 to {most:.1f} of 255: std of 8 transforms'
     cv2.putText(drawn, text, (4, len(drawn) - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (255, 255, 255), 1, cv2.LINE_AA)
     return cv2.imencode('.png', drawn)[1].tobytes()
 
 
 def report_rows(results: Iterable[FileResult]) -> list[list[Any]]:
-    """A row for each file, behind a row of headings: what was noticed, and how much changed, in levels of 255."""
+    """Return the rows of the report: a header, then one row per file; differences are in levels of 255."""
     headings = 'file task confidence mean_absolute_change changed_share mean_color_shift warnings seconds status'
     rows: list[list[Any]] = [headings.split()]
     for result in results:
@@ -344,10 +347,10 @@ def _walk(folder: Path, output: Path, recursive: bool, found: Found) -> Iterator
         here = Path(current)
         folders[:] = sorted(name for name in folders if (here / name).resolve() != results)
         earlier = {name for name in folders if (here / name / _RESULTS).exists()}
-        found.left_out.update(['folders of earlier results'] * len(earlier))
+        found.left_out.update(['folders with earlier results'] * len(earlier))
         folders[:] = [name for name in folders if name not in earlier]
         skipped = [name for name in folders if not recursive or name.startswith('.')]
-        found.left_out.update('hidden' if name.startswith('.') else 'folders inside' for name in skipped)
+        found.left_out.update('hidden' if name.startswith('.') else 'subfolders' for name in skipped)
         folders[:] = [name for name in folders if name not in skipped]
         for name in sorted(names):
             reason = why_no_image(here / name)
@@ -358,7 +361,7 @@ def _walk(folder: Path, output: Path, recursive: bool, found: Found) -> Iterator
 
 
 def _why_unreadable(path: Path) -> str | None:
-    """Why a file that was named is no image; None where it looks like one."""
+    """Return why an input file is not an image, or None if it looks like one."""
     try:
         return None if _format_of(path) or path.suffix.lower() in FORMAT_OF else f'{path}: {NOT_READ}'
     except OSError as error:
@@ -371,7 +374,7 @@ def _format_of(path: Path) -> str | None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Equal for links and other spellings of one file; None for what is not there."""
+    """Return a key that is equal for all links and spellings of one file, or None if it does not exist."""
     try:
         stat = path.stat()
     except OSError:
@@ -380,25 +383,25 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _ending(source: Path, file_format: str) -> str:
-    """The result's file name ending: the input's own, unless that is not of the format that will be written."""
+    """Return the file extension of a result: that of the input if it matches the output format."""
     try:
         kind = _format_of(source) if file_format == 'keep' else file_format.upper()
     except OSError:
-        kind = None  # reading it will say why
+        kind = None  # reported when the file is read
     if kind is None or source.suffix.lower() in SUFFIXES[kind]:
         return source.suffix
     return SUFFIXES[kind][0]
 
 
 def _protect_inputs(jobs: Sequence[Job]) -> None:
-    """Refuse results in the place of any input, also through links and other spellings of a name."""
+    """Raise DataError if a result would replace an input, including through links, or a folder."""
     sources = {_identity(job.source): job.source for job in jobs}
     for target in (job.target for job in jobs):
-        identity = _identity(target)  # None for most: what stands in the way is told when the folder is prepared
+        identity = _identity(target)  # None if the target does not exist
         if identity is not None and identity in sources:
             raise DataError(
                 f'{target} is an input ({sources[identity]}) and would be replaced; '
                 'choose another folder (-o) or a --suffix'
             )
         if target.is_dir():
-            raise DataError(f'{target} is a folder, a restored image should get this name; choose another -o')
+            raise DataError(f'{target}: expected a file name for the restored image, this is a folder; change -o')

@@ -1,4 +1,4 @@
-"""Validation protocols by name: how an image is restored, whether it is rounded, and what it is measured by.
+"""Validation protocols: padding, tiling, rounding and metrics, by name.
 
 protocol = read_protocol('agan')                        # or {'type': 'agan', 'self_ensemble': True}
 restored = protocol.restore(network, lq)                # [1, 3, H, W], float32 in [0, 1]
@@ -38,17 +38,16 @@ _SKIMAGE = {'psnr': {'type': 'calculate_psnr_skimage'}, 'ssim': {'type': 'calcul
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol(Tiling):
-    """How a network's results are made, in tiles perhaps, and measured.
+    """Procedure to restore and measure images.
 
     Attributes:
-        type: name in the table.
-        metrics: options of each metric, by the name it is printed under; those of an option file's `val.metrics` take
-            their place.
-        square: zeros are put around the image, which stays in the middle, up to a square whose side is a multiple of
-            this; cut away again after the network. None for no padding.
-        round: results and references are rounded to `bit_depth` before they are measured, as files hold them.
+        type: key in `PROTOCOLS`.
+        metrics: metric options by display name; replaced by `val.metrics` of an option file.
+        square: zero-pad the image on all sides to a square whose side is a multiple of this, and crop the result; None
+            for no padding.
+        round: round results and references to `bit_depth` before measuring, as in image files.
         bit_depth: 8 or 16.
-        self_ensemble: the result is the mean over the eight flips and rotations of the image.
+        self_ensemble: average the results over the eight flips and rotations of the image.
     """
 
     type: str
@@ -61,7 +60,7 @@ class Protocol(Tiling):
 
     def __post_init__(self) -> None:
         if self.square is not None and self.square < 1:
-            raise OptionError(f'square is {self.square}: expected a number of pixels, 1 or more')
+            raise OptionError(f'square is {self.square}: expected at least 1 pixel')
         super().__post_init__()
 
     def restore(
@@ -74,21 +73,21 @@ class Protocol(Tiling):
         """Restore an image.
 
         Args:
-            network: maps [N, C, h, w] in [0, 1] to [N, D, s·h, s·w]; a module is run on its own device, in evaluation
-                mode, and returned to the mode it was in.
+            network: maps [N, C, h, w] in [0, 1] to [N, D, s·h, s·w]. A module runs on its own device in evaluation
+                mode; its mode is restored afterwards.
             lq: [B, C, H, W], in [0, 1], on any device.
-            on_tile: called with (tiles done, tiles in all), eight times over with `self_ensemble`.
-            on_note: called with a line when memory is short and tiles are made smaller.
+            on_tile: called with (tiles done, total number of tiles), for each of the eight passes of `self_ensemble`.
+            on_note: called with a message when tiles are made smaller because of low memory.
         Returns:
-            [B, D, s·H, s·W], clamped to [0, 1], rounded to 255ths or 65535ths if `round`; float32 (float64 of float64)
-            on the device of `lq`.
+            [B, D, s·H, s·W], clamped to [0, 1], rounded to 1/255 or 1/65535 if `round`, on the device of `lq`; float64
+            if `lq` is, else float32.
         Raises:
             MemoryShortage: if the image does not fit in memory.
-            ShapeError: if `lq` is not [B, C, H, W], or the network does not take it.
+            ShapeError: if `lq` is not [B, C, H, W], or the network fails on it.
             DataError: if the result is not finite.
         """
         if lq.ndim != 4 or 0 in lq.shape:
-            raise ShapeError(f'a protocol restores images [B, C, H, W] that are not empty, got {list(lq.shape)}')
+            raise ShapeError(f'expected non-empty images [B, C, H, W], got {list(lq.shape)}')
 
         def run(image: Tensor) -> Tensor:
             return self._run_padded(network, image, on_tile, on_note)
@@ -96,7 +95,7 @@ class Protocol(Tiling):
         with evaluating(network):
             result = sum(eight_turns(run, lq)) / 8 if self.self_ensemble else run(lq)
             if not torch.isfinite(result).all():
-                raise DataError('the network gave values that are not finite; its weights or the image are at fault')
+                raise DataError('the output of the network is not finite; check its weights and the image')
             result = result.clamp(0, 1)
             largest = 2**self.bit_depth - 1
             return (result * largest).round_().div_(largest) if self.round else result
@@ -108,13 +107,13 @@ class Protocol(Tiling):
         metrics: Metrics | None = None,
         on_failure: Callable[[str], None] | None = None,
     ) -> dict[str, float]:
-        """Measure an image against its reference, both as `ast_plugin.metrics.psnr_ssim.check_pair` takes them.
+        """Return the metrics of an image against its reference, by display name.
 
         Args:
-            restored, reference: RGB or gray.
-            metrics: other ones than the protocol's, in BasicSR's form; each gets BGR in [0, 255], which is
-                uint8 if rounded to 8 bits.
-            on_failure: called with a line on each metric that fails or is not a number, whose value then is NaN.
+            restored, reference: RGB or gray images in the format of `ast_plugin.metrics.psnr_ssim.check_pair`.
+            metrics: replaces the protocol's metrics, in BasicSR's format. Metrics receive BGR images in [0, 255], uint8
+                if rounded to 8 bits.
+            on_failure: called with a message for each metric that fails or is NaN; its value is then NaN.
         """
         pair = [as_array(image) for image in (restored, reference)]
         pair = [to_integers(image, self.bit_depth) if self.round else fractions(image) for image in pair]
@@ -125,7 +124,7 @@ class Protocol(Tiling):
             try:
                 values[name] = _measure(name, options, img, img2)
                 if on_failure and math.isnan(values[name]):
-                    raise DataError(f'{name} is not a number, of an image of {img.shape[1]}x{img.shape[0]}')
+                    raise DataError(f'{name} is NaN for an image of {img.shape[1]}x{img.shape[0]}')
             except PluginError as error:
                 if on_failure is None:
                     raise
@@ -134,16 +133,16 @@ class Protocol(Tiling):
         return values
 
     def describe(self) -> str:
-        """Return what is done, in a line: `agan: tiles of 384, overlap 80, mean; not rounded`."""
-        parts = [f'zeros around to a square multiple of {self.square}'] if self.square else []
+        """Return a one-line description, such as `agan: tiles of 384, overlap 80, mean; not rounded`."""
+        parts = [f'zero-padded to a square, side a multiple of {self.square}'] if self.square else []
         if self.tile is None:
             parts.append('one pass')
         else:
             is_auto = self.tile == AUTO
-            quarter = 'a quarter' if is_auto else self.tile // 4
-            tiles = 'one pass or tiles as memory allows' if is_auto else f'tiles of {self.tile}'
+            quarter = '1/4 tile' if is_auto else self.tile // 4
+            tiles = 'one pass, or tiles if memory is low' if is_auto else f'tiles of {self.tile}'
             parts.append(f'{tiles}, overlap {quarter if self.overlap is None else self.overlap}, {self.blend}')
-        parts += ['mean over eight flips and rotations'] if self.self_ensemble else []
+        parts += ['self-ensemble of eight flips and rotations'] if self.self_ensemble else []
         parts.append(f'rounded to {self.bit_depth} bits' if self.round else 'not rounded')
         return f'{self.type}: {"; ".join(parts)}'
 
@@ -157,7 +156,7 @@ class Protocol(Tiling):
             padded = F.pad(image, (left, side - width - left, top, side - height - top))
         except RuntimeError as error:
             raise MemoryShortage(
-                f'{width}x{height} with zeros around it, {side}x{side}, does not fit in memory; choose a smaller square'
+                f'{width}x{height}, zero-padded to {side}x{side}, does not fit in memory; choose a smaller square'
             ) from error
         result = self.run(network, padded, on_tile, on_note)
         scale = result.shape[-1] // side
@@ -167,7 +166,7 @@ class Protocol(Tiling):
 PROTOCOLS: dict[str, Protocol] = {
     protocol.type: protocol
     for protocol in (
-        Protocol(type='basicsr', round=True),  # as BasicSR's own models; measures by val.metrics alone
+        Protocol(type='basicsr', round=True),  # as in BasicSR's models; uses val.metrics only
         Protocol(type='spad', metrics=_MATLAB, square=128, round=True),
         Protocol(type='agan', metrics=_SKIMAGE, tile=384, overlap=80, blend='mean'),
         Protocol(type='densehaze', metrics=_SKIMAGE, tile=1152, overlap=384, blend='mean'),
@@ -175,25 +174,24 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(type='tiled', metrics=_SKIMAGE, tile=AUTO),
     )
 }
-"""The protocols by name. Source of spad, agan, densehaze: test scripts of the AST release (Zhou et al., CVPR 2024)."""
+"""Protocols by name. Source of spad, agan and densehaze: test scripts of the AST release (Zhou et al., CVPR 2024)."""
 
 
 def read_protocol(value: str | Mapping[str, Any] | None, bit_depth: int = 8) -> Protocol:
-    """Return the protocol of an option file's `val.protocol`, whose types its schema has checked.
+    """Return the protocol for the value of `val.protocol` in an option file.
 
     Args:
-        value: a name of `PROTOCOLS`; or a mapping with that as `type`, and any of square, tile, overlap, blend, batch,
-            round and self_ensemble, which replace the protocol's own. None for BasicSR's own way.
-        bit_depth: of images, 8 or 16.
+        value: name in `PROTOCOLS`, or a mapping with the name as `type` and any of square, tile, overlap, blend, batch,
+            round and self_ensemble to override; types have been validated. None for `basicsr`.
+        bit_depth: bit depth of images, 8 or 16.
     Raises:
-        OptionError: if there is no such protocol, or its parameters make no sense.
+        OptionError: if the protocol is unknown or a parameter is invalid.
     """
     changes = {'type': value or 'basicsr'} if value is None or isinstance(value, str) else dict(value)
     name = changes.pop('type', None)
     if not isinstance(name, str) or name not in PROTOCOLS:
         raise OptionError(
-            f'no validation protocol is called {name}{did_you_mean(str(name), PROTOCOLS)}; '
-            f'there are {", ".join(PROTOCOLS)}'
+            f'protocol: expected one of {", ".join(PROTOCOLS)}, got {name}{did_you_mean(str(name), PROTOCOLS)}'
         )
     try:
         protocol = dataclasses.replace(PROTOCOLS[name], **changes, bit_depth=bit_depth)
@@ -201,25 +199,25 @@ def read_protocol(value: str | Mapping[str, Any] | None, bit_depth: int = 8) -> 
         raise OptionError(f'protocol {name}: {error}') from None
     idle = [] if protocol.tile else [key for key in ('overlap', 'blend', 'batch') if key in changes]
     if idle:
-        raise OptionError(f'protocol.{idle[0]}: {name} has no tiles that this could say something of; set tile, too')
+        raise OptionError(f'protocol.{idle[0]}: no effect, as {name} does not use tiles; set tile as well')
     return protocol
 
 
 def _measure(name: str, options: Mapping[str, Any], img: np.ndarray, img2: np.ndarray) -> float:
     try:
-        from basicsr.metrics import calculate_metric  # here: images are restored without BasicSR
+        from basicsr.metrics import calculate_metric  # restoration alone does not require BasicSR
 
         return float(calculate_metric({'img': img, 'img2': img2}, options))
     except PluginError as error:
         error.args = (f'{name}: {error}', *error.args[1:])
         raise
-    except Exception as error:  # metrics of others raise what they like
+    except Exception as error:  # third-party metrics raise any type
         size = f'{img.shape[1]}x{img.shape[0]}'
         raise DataError(f'{name}: {options["type"]} fails on an image of {size}: {one_line(error)}') from error
 
 
 def eight_turns(run: Callable[[Tensor], Tensor], image: Tensor) -> Iterator[Tensor]:
-    """Run on the eight flips and rotations of an image [..., H, W], and yield each result turned back."""
+    """Yield the results for the eight flips and rotations of an image [..., H, W], transformed back."""
     for transpose, upside_down, mirror in itertools.product((False, True), repeat=3):
         dims = [dim for dim, is_flipped in ((-1, mirror), (-2, upside_down)) if is_flipped]
         turned = image.flip(dims)

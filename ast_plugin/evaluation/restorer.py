@@ -1,4 +1,4 @@
-"""Restoring images with a trained network: weights, device, memory and tiles behind one class."""
+"""Restoration of images with a trained network."""
 
 import os
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
 
 class Restorer:
-    """A network ready to restore images.
+    """Network on a device, ready to restore images.
 
         restorer = Restorer.from_task('rain')  # or Restorer.from_weights('AST_derain.safetensors')
         restored = restorer.restore(image)     # RGB [H, W, 3], uint8, as is `image`
@@ -29,17 +29,17 @@ class Restorer:
     Images that do not fit in memory are restored in tiles. The network runs in float32, in evaluation mode.
 
     Args:
-        network: maps [1, C, H, W] in [0, 1] to [1, D, s·H, s·W], C and D being 1 or 3.
-        in_channels: C.
+        network: maps [1, C, H, W] in [0, 1] to [1, D, s·H, s·W], where C and D are 1 or 3.
+        in_channels: number of input channels C.
         device: 'auto', 'cpu', 'cuda', 'cuda:1' …, 'mps'; see `ast_plugin.devices.find_device`.
-        tile: side of a tile in pixels; 'auto' or None chooses by the free memory, and takes the whole where it fits.
-        overlap: pixels that neighbouring tiles share; None takes a quarter of the tile.
-        batch: tiles that go through the network together.
-        self_ensemble: give the mean of the results for the eight flips and rotations of the image.
+        tile: tile size in pixels; 'auto' or None uses tiles only for images that do not fit in memory.
+        overlap: overlap of neighbouring tiles in pixels; None for a quarter of the tile size.
+        batch: number of tiles processed together.
+        self_ensemble: average the results over the eight flips and rotations of the image.
     Attributes:
-        notes: lines on what was assumed about the network, and on what of its file was not taken.
+        notes: messages about assumptions made for the network and about unused entries of its file.
     Raises:
-        OptionError: if the device is not there, or tile and overlap make no sense.
+        OptionError: if the device is not available, or tile or overlap is invalid.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Restorer:
         self_ensemble: bool = False,
     ) -> None:
         if in_channels not in (1, 3):
-            raise OptionError(f'the network takes {in_channels} channels: expected 1 (gray) or 3 (RGB)')
+            raise OptionError(f'the network has {in_channels} input channels: expected 1 (gray) or 3 (RGB)')
         self.device = find_device(device)
         self.network = network.to(self.device, torch.float32).eval().requires_grad_(False)
         self.in_channels = in_channels
@@ -77,20 +77,20 @@ class Restorer:
         device: str | torch.device | None = AUTO,
         **tiling: Any,
     ) -> 'Restorer':
-        """Build the network that a weights file is of, and load it.
+        """Build the network of a weights file and load the weights.
 
         Args:
-            path: safetensors or .pth, ours, BasicSR's or official.
-            network: its options, as under `network_g` of an option file. None takes those in the file's metadata,
-                else what names and shapes of an AST's weights tell; what they do not tell is said in `notes`.
-            param_key: where the weights lie in a .pth file, such as 'params_ema'; None looks in the usual places.
+            path: .safetensors or .pth file of this package, BasicSR or the official AST release.
+            network: network options, as under `network_g` in an option file. By default read from the metadata of the
+                file, else inferred from the names and shapes of AST weights; assumptions are listed in `notes`.
+            param_key: key of the weights in a .pth file, such as 'params_ema'; None tries the common keys.
             device: see `Restorer`.
             tiling: tile, overlap, batch and self_ensemble, see `Restorer`.
         Raises:
-            CheckpointError: if the file cannot be used, or is not of this network.
-            OptionError: if the network's options, the device or the tiles are wrong.
+            CheckpointError: if the file cannot be read, or does not match the network.
+            OptionError: if the network options, the device or the tiling options are invalid.
         """
-        replace(PROTOCOLS['tiled'], **tiling)  # wrong options are told before a large file is read
+        replace(PROTOCOLS['tiled'], **tiling)  # validates the options before a large file is read
         device = find_device(device)
         loaded = load_file(path, network, param_key)
         channels = input_channels(loaded.options, loaded.network)
@@ -100,41 +100,41 @@ class Restorer:
 
     @classmethod
     def from_task(cls, task: str, *, device: str | torch.device | None = AUTO, **tiling: Any) -> 'Restorer':
-        """Load the network of a task with the weights that come with this package; see `ast_plugin.weights`.
+        """Load the network and the bundled weights of a task, see `ast_plugin.weights`.
 
         Args:
             task: 'rain', 'raindrop' or 'haze'.
             device: see `Restorer`.
             tiling: tile, overlap, batch and self_ensemble, see `Restorer`.
         Raises:
-            OptionError: if there is no such task, or the device or the tiles are wrong.
-            CheckpointError: if the weights are not in this installation, or were altered.
+            OptionError: if the task is unknown, or the device or the tiling options are invalid.
+            CheckpointError: if this installation does not include the weights, or the file was modified.
         """
         return cls.from_weights(find_weights(task), device=device, **tiling)
 
     def restore(self, image: np.ndarray, *, on_tile: OnTile | None = None, on_note: OnNote | None = None) -> np.ndarray:
         """Restore one image.
 
-        A gray image goes through a network of RGB as three equal channels, whose mean comes back.
+        For an RGB network, a gray image is repeated to three channels and the result is averaged over channels.
 
         Args:
             image: gray [H, W] or RGB [H, W, 3]; uint8, uint16, or floating point in [0, 1].
-            on_tile: called with (tiles done, tiles in all).
-            on_note: called with a line when tiles are chosen because memory is short, or colours are lost.
+            on_tile: called with (tiles done, total number of tiles).
+            on_note: called with a message when tiles are used because of low memory, or colours are lost.
         Returns:
-            The restored image, [s·H, s·W] or [s·H, s·W, 3], clamped to the range of its dtype and rounded to the
-            nearest value: the input's dtype, float32 for floating point.
+            The restored image, [s·H, s·W] or [s·H, s·W, 3], clamped and rounded to the dtype of the input; float32 for
+            floating-point input.
         Raises:
-            ShapeError: if the array is no such image, or the network does not take its size.
-            DataError: if colours are given to a network for gray, or the network's result is not finite or no image.
-            OptionError: if the image does not fit in memory with the tiles asked for.
+            ShapeError: if the array is not such an image, or the network fails on its size.
+            DataError: if the image has colours but the network is gray, or the result is not finite or not an image.
+            OptionError: if the image does not fit in memory with the requested tiles.
         """
         is_gray, largest = image.ndim == 2, _LARGEST.get(image.dtype, 1)
         result = self.protocol.restore(self.network, self._to_batch(image), on_tile, on_note)[0]
         if len(result) not in (1, 3):
-            raise DataError(f'the network gives {len(result)} channels: expected 1 (gray) or 3 (RGB)')
+            raise DataError(f'the network has {len(result)} output channels: expected 1 (gray) or 3 (RGB)')
         if len(result) == 1 and not is_gray and on_note is not None:
-            on_note('the network gives gray images: the colours are lost')
+            on_note('the network outputs gray images: colours are lost')
         with torch.inference_mode():
             result = (result.mean(0, keepdim=True) if is_gray else result) * largest
             result = result.round_() if largest > 1 else result
@@ -142,12 +142,12 @@ class Restorer:
         return np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)
 
     def spread(self, image: np.ndarray) -> np.ndarray:
-        """Return how far the results for the eight flips and rotations of an image differ, a map of uncertainty.
+        """Return a map of uncertainty: the standard deviation of the results over the eight flips and rotations.
 
         Args:
-            image: as for `restore`.
+            image: see `restore`.
         Returns:
-            The standard deviation over the eight, the mean over the channels, [s·H, s·W] float32 in [0, 0.5].
+            Standard deviations, averaged over channels, [s·H, s·W] float32 in [0, 0.5].
         """
         single = replace(self.protocol, self_ensemble=False)
         results = torch.cat([*eight_turns(partial(single.restore, self.network), self._to_batch(image))])
@@ -155,13 +155,13 @@ class Restorer:
         return results.std(0, correction=0).mean(0).numpy()
 
     def _to_batch(self, image: np.ndarray) -> Tensor:
-        """An image as the network takes it, [1, C, H, W], float32 in [0, 1]."""
+        """Convert an image to a network input [1, C, H, W], float32 in [0, 1]."""
         if image.dtype not in _LARGEST and not np.issubdtype(image.dtype, np.floating):
-            raise ShapeError(f'an image has uint8, uint16 or floating point values, not {image.dtype}')
+            raise ShapeError(f'expected an image of dtype uint8, uint16 or floating point, got {image.dtype}')
         is_gray = image.ndim == 2
         if not (is_gray or (image.ndim == 3 and image.shape[2] == 3)) or 0 in image.shape:
-            raise ShapeError(f'an image is [H, W] or [H, W, 3], not {list(image.shape)}')
+            raise ShapeError(f'expected an image [H, W] or [H, W, 3], got {list(image.shape)}')
         if self.in_channels == 1 and not is_gray:
-            raise DataError('the image has colours, the network takes gray images only')
+            raise DataError('the network accepts gray images only, but the image has colours')
         values = torch.from_numpy(image.astype(np.float32)).div_(_LARGEST.get(image.dtype, 1))
         return values[None, None].expand(1, self.in_channels, -1, -1) if is_gray else values.permute(2, 0, 1)[None]

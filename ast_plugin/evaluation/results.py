@@ -1,4 +1,4 @@
-"""Results of a validation: the metrics of every image before and after, their table, and how they were made."""
+"""Results of a validation: metrics of every image before and after restoration, tables and provenance."""
 
 import math
 import os
@@ -23,47 +23,47 @@ from ast_plugin.evaluation.protocols import Metrics, Protocol
 from ast_plugin.files import file_digest, write_file
 from ast_plugin.names import escape_markdown, printable, to_csv, to_markdown
 
-INPUT = 'input'  # column prefix of the unrestored image's values
+INPUT = 'input'  # column prefix of the metrics of the degraded input
 
 
 @dataclass(frozen=True)
 class ImageResult:
-    """What the process that restored an image tells the others."""
+    """Result of one image, gathered from all processes."""
 
-    number: int  # of the image in the dataset
-    name: str  # of its file, without the suffix
+    number: int  # index in the dataset
+    name: str  # file name without suffix
     restored: dict[str, float] = field(default_factory=dict)
-    degraded: dict[str, float] = field(default_factory=dict)  # empty where the input has not the result's size
-    thumbnails: tuple[np.ndarray, ...] = ()  # input, result and clean image, RGB, [h, w, 3], uint8, of one size
-    failure: str = ''  # its class and why it has no values, or why some of them are NaN
+    degraded: dict[str, float] = field(default_factory=dict)  # empty if the size of the input differs from the result
+    thumbnails: tuple[np.ndarray, ...] = ()  # input, result and clean image, RGB [h, w, 3], uint8, of equal size
+    failure: str = ''  # `CLASS: REASON` if metrics are missing or NaN
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Which image is better than another."""
+    """Order of images by a metric."""
 
     metric: str
     is_lower_better: bool = False
-    count: int = 0  # as many of the worst and of the best are shown
+    count: int = 0  # number of the worst and of the best images to show
 
     def key(self, values: Mapping[str, float]) -> tuple[bool, float]:
-        """Return a key that grows with the quality of an image; a value that is not a number is the worst."""
+        """Return a sort key that increases with the quality of an image; NaN is the worst."""
         value = values.get(self.metric, math.nan)
         return (False, 0.0) if math.isnan(value) else (True, -value if self.is_lower_better else value)
 
 
 @dataclass
 class ValidationResults:
-    """Metrics by image.
+    """Metrics of every image of a dataset.
 
     Attributes:
-        dataset: the dataset's name.
-        restored: a dictionary of metrics for each image's name.
-        degraded: the same for the unrestored input; empty where its size is not the result's.
-        thumbnails: input, result and clean image of some of the images.
-        failures: why images have no values, or some that are NaN, by name.
-        ranking: which image is better than another.
-        provenance: how the results were made, see `describe_provenance`; goes into the files.
+        dataset: name of the dataset.
+        restored: metrics by image name.
+        degraded: metrics of the degraded input by image name; empty if its size differs from the result.
+        thumbnails: input, result and clean image of a subset of the images.
+        failures: reasons for missing or NaN metrics by image name.
+        ranking: order of the images.
+        provenance: origin of the results, see `describe_provenance`; written into the files.
     """
 
     dataset: str
@@ -78,7 +78,7 @@ class ValidationResults:
     def collect(
         cls, dataset: str, images: Iterable[ImageResult], ranking: Ranking | None = None
     ) -> 'ValidationResults':
-        """Put the images of all processes into the dataset's order; namesakes get numbers in that order."""
+        """Combine the images of all processes in dataset order; duplicate names are numbered in that order."""
         by_name: dict[str, ImageResult] = {}
         for image in sorted(images, key=lambda image: image.number):
             by_name[distinct(image.name, by_name)] = image
@@ -90,15 +90,15 @@ class ValidationResults:
         return cls(dataset, restored, present('degraded'), present('thumbnails'), present('failure'), ranking)
 
     def mean(self) -> dict[str, float]:
-        """Return the mean over the images, by metric, without inf (the PSNR of what equals its reference) and NaN."""
+        """Return the mean of each metric, excluding NaN and inf (the PSNR of a result equal to its reference)."""
         return _mean(self.restored)
 
     def mean_input(self) -> dict[str, float]:
-        """Return the mean over the unrestored inputs, by metric; empty where they were not measured."""
+        """Return the mean of each metric over the degraded inputs; empty if they were not measured."""
         return _mean(self.degraded)
 
     def ranks(self) -> dict[str, int]:
-        """Return the place of each measured image, 1 for the best; empty without a ranking."""
+        """Return the rank of each measured image, 1 for the best; empty without a ranking."""
         if self.ranking is None:
             return {}
         measured = [name for name, values in self.restored.items() if values]
@@ -106,14 +106,14 @@ class ValidationResults:
         return {name: place for place, name in enumerate(measured, 1)}
 
     def examples(self) -> list[str]:
-        """Return the worst images and the best of which there are thumbnails, from the worst on."""
+        """Return the names of the worst and the best images with thumbnails, worst first."""
         ranks = self.ranks()
         names = sorted((name for name in self.thumbnails if name in ranks), key=lambda name: -ranks[name])
         count = self.ranking.count if self.ranking else 0
         return names if len(names) <= 2 * count else names[:count] + names[-count:]
 
     def draw_examples(self) -> Image.Image | None:
-        """Draw the examples: input, result and clean image of each, with the scores; None where there are none."""
+        """Draw a contact sheet of input, result and clean image of each example with metrics; None without examples."""
         ranks = self.ranks()
         rows = []
         for name in self.examples():
@@ -124,7 +124,7 @@ class ValidationResults:
         return draw_contact_sheet(('input', 'restored', 'ground truth'), rows) if rows else None
 
     def rows(self) -> list[list[str]]:
-        """Return the header, a row an image, and the mean; each metric before and after restoration."""
+        """Return the table: header, one row per image, and the mean; each metric before and after restoration."""
         kinds = [INPUT, ''] if self.degraded else ['']
         columns = [(f'{kind} {metric}'.strip(), kind, metric) for metric in self.mean() for kind in kinds]
         lines = [(name, self.degraded.get(name, {}), values) for name, values in self.restored.items()]
@@ -136,33 +136,33 @@ class ValidationResults:
         return rows
 
     def notes(self) -> list[str]:
-        """Return what a reader of the table must know of its means, and how it was made."""
+        """Return notes on values excluded from the means, failures, and provenance."""
         lines = []
         for kind, by_image in (('', self.restored), (f'{INPUT} ', self.degraded)):
             for metric in _mean(by_image):
                 column = [values.get(metric, math.nan) for values in by_image.values()]
                 counts = Counter(str(value) for value in column if not math.isfinite(value))
                 for value, count in counts.items() if counts.total() < len(column) else ():
-                    lines.append(f'{kind}{metric}: {count} of {len(column)} are {value} and left out of the mean')
+                    lines.append(f'{kind}{metric}: {count} of {len(column)} are {value} and excluded from the mean')
         lines += [f'failed: {name}: {failure}' for name, failure in self.failures.items()]
         return lines + [f'{name}: {value}' for name, value in self.provenance.items()]
 
     def to_markdown(self) -> str:
-        """Return the table in Markdown, and the notes on it."""
+        """Return the table and its notes in Markdown."""
         notes = '\n'.join(f'- {escape_markdown(note)}' for note in self.notes())
         return f'{to_markdown(self.rows())}\n\n{notes}' if notes else to_markdown(self.rows())
 
     def to_csv(self) -> str:
-        """Return the table as comma-separated values; how it was made stands in columns, the same in each row."""
+        """Return the table as CSV, with the provenance in additional columns of every row."""
         header, *rows = self.rows()
         rows = [[*header, *self.provenance], *([*row, *self.provenance.values()] for row in rows)]
         return to_csv([list(map(printable, row)) for row in rows])
 
     def write(self, folder: Path) -> Path | None:
-        """Write `DATASET.csv`, `DATASET.md` and a sheet of examples, whose path is returned where there are any."""
+        """Write `DATASET.csv`, `DATASET.md` and, if there are examples, a contact sheet; return its path or None."""
         write_file(folder / f'{self.dataset}.csv', self.to_csv().encode())
         write_file(folder / f'{self.dataset}.md', f'{self.to_markdown()}\n'.encode())
-        with only_warn(f'{self.dataset}: the worst and the best images are not drawn'):
+        with only_warn(f'{self.dataset}: contact sheet not drawn'):
             if (sheet := self.draw_examples()) is not None:
                 path = folder / f'{self.dataset}_worst_and_best.png'
                 save_sheet(sheet, path)
@@ -173,10 +173,10 @@ class ValidationResults:
 def describe_provenance(
     protocol: Protocol, metrics: Metrics, weights: str | os.PathLike | None, device: torch.device
 ) -> dict[str, str]:
-    """Describe how results are made, without which a figure cannot be compared; reads the weights file once."""
+    """Return protocol, metrics, weights with their SHA-256, and versions, which comparable results require."""
     try:
         basicsr = version('basicsr')
-    except PackageNotFoundError:  # run from a checkout of it
+    except PackageNotFoundError:  # run from a source checkout
         basicsr = 'unknown'
     return {
         'protocol': protocol.describe(),
@@ -189,7 +189,7 @@ def describe_provenance(
 
 
 def distinct(name: str, taken: Mapping[str, Any]) -> str:
-    """Return `name`, or with a number behind it where images of several folders are called the same."""
+    """Return `name`, with a number appended if it is taken, as by an image of another folder."""
     if name not in taken:
         return name
     return next(f'{name}_{number}' for number in range(2, len(taken) + 3) if f'{name}_{number}' not in taken)

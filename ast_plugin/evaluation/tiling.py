@@ -1,4 +1,4 @@
-"""Running a network on an image of any size: in one piece where it fits in memory, else in tiles."""
+"""Tiled inference: run a network on images of any size, in tiles if the image does not fit in memory."""
 
 import math
 import weakref
@@ -19,13 +19,13 @@ from ast_plugin.ops.tiles import check_tiling, run_tiled
 
 AUTO = 'auto'
 
-# Tiles that are chosen have sides of so many pixels, and no fewer: AST pads to this multiple.
+# Automatic tile sizes are multiples of this, to which AST pads.
 _TILE_STEP = 128
-# No network we know takes so much (AST-B takes 11 KB): with room for this, nothing needs to be measured.
+# Upper bound for all known networks (AST-B needs 11 KB): with this much memory, measuring is unnecessary.
 _AMPLE_BYTES_PER_PIXEL = 64 * 1024
-# Half of what is free, as kernels allocate more than their results and others live on the machine.
+# Leaves room for temporary buffers of kernels and for other processes.
 _USABLE_SHARE = 0.5
-_bytes_per_pixel: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()  # as measured
+_bytes_per_pixel: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()  # measured
 
 OnTile = Callable[[int, int], None]
 OnNote = Callable[[str], None]
@@ -33,16 +33,16 @@ OnNote = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a network is run on images that may be too large for it.
+    """Settings of tiled inference.
 
     Args:
-        tile: side of a tile in pixels; 'auto' takes the whole image where it fits in the free memory and the largest
-            tile that does elsewhere; None takes the whole image, come what may.
-        overlap: pixels that neighbouring tiles share; None for a quarter of the tile.
-        blend: how tiles are joined, see `ast_plugin.ops.tiles.run_tiled`.
-        batch: tiles of one size that go through together.
+        tile: tile size in pixels; 'auto' processes the whole image if it fits in the available memory, else the largest
+            tiles that fit; None always processes the whole image.
+        overlap: overlap of neighbouring tiles in pixels; None for a quarter of the tile size.
+        blend: blending of overlapping tiles, see `ast_plugin.ops.tiles.run_tiled`.
+        batch: number of tiles processed together.
     Raises:
-        OptionError: if these make no sense.
+        OptionError: if a value is invalid.
     """
 
     tile: int | str | None = AUTO
@@ -52,7 +52,7 @@ class Tiling:
 
     def __post_init__(self) -> None:
         if isinstance(self.tile, str) and self.tile != AUTO:
-            raise OptionError(f'tile is {self.tile!r}: expected the side of a tile in pixels, or {AUTO}')
+            raise OptionError(f'tile is {self.tile!r}: expected the tile size in pixels, or {AUTO}')
         overlap = self.overlap or 0
         check_tiling(self.tile if isinstance(self.tile, int) else overlap + 1, overlap, self.blend, self.batch)
 
@@ -66,16 +66,17 @@ class Tiling:
         """Run a network on an image.
 
         Args:
-            network: maps [N, C, h, w] to [N, D, s·h, s·w]; a module gets its tiles on its own device, and padded where
-                it does not take every size, see `any_size`.
+            network: maps [N, C, h, w] to [N, D, s·h, s·w]. Inputs of a module are moved to its device and padded to
+                sizes that it supports, see `any_size`.
             image: [B, C, H, W], floating point, on any device.
-            on_tile: called with (tiles done, tiles in all).
-            on_note: called with a line when memory is short and tiles or fewer tiles at once are chosen.
+            on_tile: called with (tiles done, total number of tiles).
+            on_note: called with a message when the tile size or the number of tiles per batch is reduced.
         Returns:
-            [B, D, s·H, s·W], float32 or float64 as the image (computed in float32 on MPS), on the image's device.
+            [B, D, s·H, s·W] on the device of the image; float64 for a float64 image (computed in float32 on MPS), else
+            float32.
         Raises:
-            MemoryShortage: if the image does not fit in memory as asked for.
-            ShapeError: if the network does not take these sizes.
+            MemoryShortage: if the image does not fit in memory with the requested tiles.
+            ShapeError: if the network fails on these sizes.
         """
         parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
         device = next((parameter.device for parameter in parameters), image.device)
@@ -108,36 +109,36 @@ class Tiling:
                     continue
                 shown = f'{width}x{height} in tiles of {tile}' if tile < whole else f'{width}x{height}'
                 if tile < whole and batch > 1:
-                    note(f'{shown}, {batch} at once, does not fit in memory, trying {batch // 2}')
+                    note(f'{shown} in batches of {batch} does not fit in memory, trying batches of {batch // 2}')
                     batch //= 2
                     continue
                 smaller = min(tile, whole) // 2 // _TILE_STEP * _TILE_STEP
                 if self.tile != AUTO or smaller == 0:
-                    # Below the multiple that a network pads to, tiles take as much.
+                    # Tiles smaller than the padding multiple of the network need the same memory.
                     can_help = is_in_network and min(tile, whole) > getattr(run, 'size_multiple', 1)
                     advice = (
-                        f'choose tiles smaller than {min(tile, whole)} (--tile, or in an option file '
+                        f'choose a tile size below {min(tile, whole)} (--tile, or in an option file '
                         'val.protocol: {type: tiled, tile: N})'
                         if can_help
-                        else 'smaller tiles would not help: end other programs, raise `ulimit -v`, or cut the image up'
+                        else 'smaller tiles would not help: close other programs, raise `ulimit -v`, or split the image'
                     )
                     raise MemoryShortage(f'{shown} does not fit in the memory of {device}; {advice}') from error
                 note(f'{shown} does not fit in memory, trying tiles of {smaller}')
                 tile = smaller
 
     def _choose_tile(self, network: Callable, run: Callable, image: Tensor, device: torch.device, note: OnNote) -> int:
-        """A tile that covers the image if it fits in memory, else the largest that does; `run` runs the network."""
+        """Return a tile size that covers the image if it fits in memory, else the largest one that fits."""
         height, width = image.shape[-2:]
         whole = max(height, width)
         free = available_bytes(device)
         if device.type == 'cpu':
             result = image.nelement() * 4
-            if free < 2 * result:  # which tiles would find out at their end
+            if free < 2 * result:  # independent of the tile size
                 raise MemoryShortage(
-                    f'{width}x{height} does not fit in memory: its result takes {2 * result / 2**30:.2f} GiB, and '
-                    f'{free / 2**30:.2f} GiB are free; end other programs, raise `ulimit -v`, or cut the image up'
+                    f'{width}x{height} does not fit in memory: its result needs {2 * result / 2**30:.2f} GiB, but '
+                    f'{free / 2**30:.2f} GiB are available; close other programs, raise `ulimit -v`, or split the image'
                 )
-            free -= 4 * result  # with what becomes of it
+            free -= 4 * result  # includes copies made when the result is converted and encoded
         usable = max(0, free) * _USABLE_SHARE / len(image)
         pixels = math.prod(-(-side // _TILE_STEP) * _TILE_STEP for side in (height, width))
         if pixels * _AMPLE_BYTES_PER_PIXEL <= usable:
@@ -155,18 +156,18 @@ class Tiling:
         tile = max(_TILE_STEP, side // _TILE_STEP * _TILE_STEP)
         if self.overlap is not None and self.overlap >= tile:
             raise MemoryShortage(
-                f'memory allows tiles of {tile}, no larger than the overlap of {self.overlap}: choose a smaller overlap'
+                f'only tiles of {tile} fit in memory, but the overlap is {self.overlap}: choose an overlap below {tile}'
             )
         note(
-            f'{width}x{height} needs about {needed / 2**30:.1f} GiB, '
-            f'{usable / 2**30:.1f} GiB can be used: restored in tiles of {tile}'
+            f'{width}x{height} needs about {needed / 2**30:.1f} GiB, but '
+            f'{usable / 2**30:.1f} GiB are usable: restored in tiles of {tile}'
         )
         return tile
 
 
 @contextmanager
 def evaluating(network: nn.Module | Callable) -> Iterator[None]:
-    """Put a module into evaluation mode, and compute what is measured in float32, without gradients, weights frozen."""
+    """Context for inference: evaluation mode, no gradients, frozen weights, and float32 without TF32."""
     was_training = isinstance(network, nn.Module) and network.training
     if was_training:
         network.eval()
@@ -179,16 +180,16 @@ def evaluating(network: nn.Module | Callable) -> Iterator[None]:
 
 
 def _without_tf32() -> AbstractContextManager:
-    cudnn = torch.backends.cudnn  # whose other flags have defaults that switch it off
+    cudnn = torch.backends.cudnn  # the other flags are passed on, as `flags` would reset them
     return cudnn.flags(cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
 
 
 @contextmanager
 def _explain_failures(patch: Tensor) -> Iterator[None]:
-    """Add the size to what a network raises, but where that is memory that ran out."""
+    """Convert errors of a network, except for out of memory, to ShapeError with the image size."""
     try:
         yield
-    except Exception as error:  # networks of others raise what they like
+    except Exception as error:  # third-party networks raise any type
         if isinstance(error, PluginError) or out_of_memory(error):
             raise
         raise ShapeError(f'the network failed on {patch.shape[-1]}x{patch.shape[-2]}: {one_line(error)}') from error

@@ -1,4 +1,4 @@
-"""Restores and measures a dataset image by image, all processes of a run together."""
+"""Validation: restore and measure a dataset image by image, distributed over all processes of a run."""
 
 import logging
 import math
@@ -23,25 +23,25 @@ from ast_plugin.metrics.psnr_ssim import as_array, to_integers
 from ast_plugin.metrics.registered_metrics import better_direction, complete
 from ast_plugin.names import printable
 
-ImagePath = Callable[[str, str, int | str], Path]  # of dataset, name and iteration
+ImagePath = Callable[[str, str, int | str], Path]  # (dataset, image name, iteration) -> path
 
 _TENSORBOARD_IMAGES = 4
-_EXAMPLES = 3  # of the worst images of a test, and as many of the best
+_EXAMPLES = 3  # number of the worst and of the best images to show
 
 
 class Validator:
-    """Measures datasets; of several processes each takes its share, and all get all results.
+    """Validation of datasets, distributed over processes; every process receives all results.
 
     Args:
-        metrics: options of each metric, by the name it is printed under.
-        image_path: where a restored image is to be written.
-        num_strips: of how many images of a dataset, the first ones, the results carry thumbnails.
-        protocol: how results are made and measured.
-        num_examples: of how many of the worst and of the best images the results carry thumbnails.
-        processes: that share the work, see `ast_plugin.models.processes.Processes`; None for this one alone.
+        metrics: metric options by display name.
+        image_path: returns the path of a restored image.
+        num_strips: number of first images of a dataset for which thumbnails are kept.
+        protocol: validation protocol.
+        num_examples: number of the worst and of the best images for which thumbnails are kept.
+        processes: processes of the run, see `ast_plugin.models.processes.Processes`; None for a single process.
     """
 
-    num_failed = 0  # images of all sets in this process, for the exit status
+    num_failed = 0  # failed images of all datasets in this process, for the exit status
 
     def __init__(
         self,
@@ -58,24 +58,24 @@ class Validator:
         self.gather = processes.gather if processes else list
         rankings = [Ranking(name, better_direction(o) == 'lower', num_examples) for name, o in metrics.items()]
         self.ranking = rankings[0] if rankings else None
-        self._degraded: dict[str, dict[int, dict[str, float]]] = {}  # an input's metrics never change
+        self._degraded: dict[str, dict[int, dict[str, float]]] = {}  # metrics of the inputs, which never change
 
     @classmethod
     def from_options(cls, opt: Mapping[str, Any], image_path: ImagePath, processes: Any = None) -> 'Validator':
-        """Build a validator by `val`, with thumbnails of `logger.tb_pictures` images, else 4, where they are shown.
+        """Build a validator from the section `val` of the options.
 
-        What `val` leaves out is put in: the protocol's metrics, and of each metric which way is better, and what
-        `complete` puts in.
+        Adds missing options to `val`: the protocol's metrics, whether lower is better, and the defaults of `complete`.
+        If TensorBoard is in use, thumbnails are kept for `logger.tb_pictures` images (default 4).
         """
         logger = opt.get('logger') or {}
         shown = logger.get('tb_pictures')
-        # BasicSR keeps no TensorBoard log of testing, nor in its debug mode.
+        # BasicSR writes no TensorBoard log for tests and in debug mode.
         is_shown = opt['is_train'] and logger.get('use_tb_logger') and 'debug' not in opt['name']
         num_strips = (_TENSORBOARD_IMAGES if shown is None else shown) * bool(is_shown)
         val = opt.get('val') or {}
         protocol = read_protocol(val.get('protocol'), opt.get('bit_depth') or 8)
         metrics = protocol.metrics if val.get('metrics') is None else val['metrics']
-        # Only where it must be said: other packages' metrics may not take the argument.
+        # Set `better` only if needed: third-party metrics may not accept the argument.
         metrics = {
             name: {**options, 'better': 'lower'} if better_direction(options) == 'lower' else dict(options)
             for name, options in complete(metrics, opt.get('device') or AUTO, protocol.bit_depth).items()
@@ -87,17 +87,17 @@ class Validator:
     def measure(
         self, restore: Callable, loader: DataLoader, current_iter: int | str = '', save_img: bool = False
     ) -> ValidationResults:
-        """Restore a dataset, with the metrics before and after.
+        """Restore a dataset and compute metrics before and after restoration.
 
         Args:
-            restore: returns `lq`, `result` and perhaps `gt` of a sample, [1, C, H, W] in [0, 1].
-            loader: gives samples in batches of one.
-            current_iter: goes into the names of images.
+            restore: returns `lq`, `result` and optionally `gt` for a sample, [1, C, H, W] in [0, 1].
+            loader: yields samples with batch size 1.
+            current_iter: iteration, passed to `image_path`.
             save_img: write the restored images, rounded to the protocol's bit depth.
         Returns:
-            A row an image, the same in every process; those that failed say why, and are left out of the means.
+            Results of all images, identical in every process; failed images have a reason and are excluded from means.
         Raises:
-            PluginError: if no image can be restored and measured, or for what no image is at fault.
+            PluginError: if no image can be restored and measured, or an error is not specific to an image.
         """
         dataset = loader.dataset.opt['name']
         images: list[ImageResult] = []
@@ -116,7 +116,7 @@ class Validator:
                 if isinstance(error, PluginError) and name not in str(error):
                     error.args = (f'{dataset}: {name}: {error}', *error.args[1:])
                 kind, text = class_of_failure(error, stage), one_line(error)
-                if 'Original Traceback' in str(error):  # of another process, with what it says in the end
+                if 'Original Traceback' in str(error):  # from a worker; the last line is its message
                     text = str(error).strip().splitlines()[-1]
                 failure = f'{kind}: {text}'
                 images.append(ImageResult(number, Path(name).stem, failure=failure))
@@ -128,13 +128,13 @@ class Validator:
                 taken[name] = None
                 written[number] = self.image_path(dataset, name, current_iter)
                 if self.world_size > 1:
-                    # Which of several namesakes this one is will be known when all have been read.
+                    # Numbers of duplicate names are known only after gathering; renamed below.
                     written[number] = written[number].with_name(f'.{number}{written[number].suffix}')
                 pixels = _to_pixels(visuals['result'], self.protocol.bit_depth)
                 image_file = ImageFile(pixels if pixels.shape[2] == 3 else pixels[..., 0])
                 write_file(written[number], encode_image(written[number], image_file), make_folder=True)
         results = ValidationResults.collect(dataset, self.gather(images), self.ranking)
-        self._tell_failures(results)
+        self._report_failures(results)
         names = list(results.restored)
         for number, path in written.items():
             final = self.image_path(dataset, names[number], current_iter)
@@ -144,7 +144,7 @@ class Validator:
         return results
 
     def _samples(self, loader: DataLoader) -> Iterator[tuple[int, Any]]:
-        """Yield number and sample of every `world_size`-th image, under a bar; the others are not read."""
+        """Yield index and sample (or the error of reading it) of this process's share, with a progress bar."""
         dataset = loader.dataset
         mine = range(self.rank, len(dataset), self.world_size)
         if self.world_size > 1:
@@ -154,29 +154,29 @@ class Validator:
                 collate_fn=loader.collate_fn,
                 pin_memory=loader.pin_memory,
             )
-        disable = None if self.rank == 0 else True  # None: where there is no terminal
+        disable = None if self.rank == 0 else True  # None: disabled without a terminal
         samples = iter(loader)
         with tqdm(total=len(mine), desc=dataset.opt['name'], unit='image', leave=False, disable=disable) as bar:
             for number in mine:
                 try:
                     sample = next(samples)
                 except StopIteration:
-                    raise ValueError(f'{dataset.opt["name"]}: a loader of fewer samples than its dataset') from None
-                except Exception as error:  # of any dataset
+                    raise ValueError(f'{dataset.opt["name"]}: the loader yields too few samples') from None
+                except Exception as error:  # datasets raise any type
                     if 'DataLoader worker (pid' in str(error):
-                        raise  # it is dead
+                        raise  # the worker was killed
                     sample = error
                 yield number, sample
                 bar.update()
 
-    def _tell_failures(self, results: ValidationResults) -> None:
-        """Warn of images that failed; raise where none is left that anything is known of."""
+    def _report_failures(self, results: ValidationResults) -> None:
+        """Log a warning about failed images; raise DataError if no image has a value."""
         failures, count = results.failures, len(results.restored)
         Validator.num_failed += len(failures)
         if failures and self.rank == 0:
             shown = [f'{name}: {failure}' for name, failure in failures.items()]
             shown = '; '.join(shown) if len(shown) < 4 else f'{shown[0]}; and more'
-            line = f'{results.dataset}: {len(failures)} of {count} images failed, which the means leave out: {shown}'
+            line = f'{results.dataset}: {len(failures)} of {count} images failed, excluded from the means: {shown}'
             logging.getLogger('basicsr').warning(printable(line))
         values = [value for image in results.restored.values() for value in image.values()]
         if len(failures) == count and all(map(math.isnan, values)):
@@ -197,7 +197,7 @@ class Validator:
         return ImageResult(number, name, restored, degraded, make_thumbnails(images), '; '.join(failures))
 
     def _drop_thumbnails(self, images: list[ImageResult]) -> None:
-        """Keep those of the worst and the best so far: the thumbnails of a thousand images would fill the memory."""
+        """Drop all thumbnails but those of the worst and the best images so far, to bound memory use."""
         if not self.num_examples or self.ranking is None:
             return
         shown = [place for place, image in enumerate(images) if image.thumbnails]
@@ -208,12 +208,12 @@ class Validator:
 
 
 def name_of(dataset: Any, number: int) -> str:
-    """The file of a sample that could not be read, where the dataset has a list of pairs."""
-    pairs = getattr(dataset, 'pairs', None) or getattr(dataset, 'paths', ())  # ours or BasicSR's
+    """Return the file of a sample from the dataset's list of pairs, or `image_N` if it has none."""
+    pairs = getattr(dataset, 'pairs', None) or getattr(dataset, 'paths', ())  # the plugin's or BasicSR's
     pair = pairs[number] if number < len(pairs) else f'image_{number + 1}'
     return pair if isinstance(pair, str) else pair.lq if hasattr(pair, 'lq') else str(next(iter(pair.values())))
 
 
 def _to_pixels(image: Tensor, bit_depth: int = 8) -> np.ndarray:
-    """Return RGB or gray, [H, W, 3 or 1], uint8 or uint16, of a tensor [1, C, H, W] that is cut to [0, 1]."""
+    """Convert a tensor [1, C, H, W], clamped to [0, 1], to an array [H, W, C] of uint8 or uint16."""
     return to_integers(as_array(image.clamp(0, 1)), bit_depth)

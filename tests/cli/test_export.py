@@ -33,7 +33,7 @@ def test_export_task(here, capsys):
     onnxruntime = pytest.importorskip('onnxruntime', reason='extra onnx')
     assert main(['export', '--task', 'rain', '-o', 'rain.onnx']) == 0
     out, err = capsys.readouterr()
-    assert out.startswith('rain.onnx: AST as onnx, ') and '1x3x37x91: as PyTorch' in err
+    assert out.startswith('rain.onnx: AST as onnx, ') and '1x3x37x91: matches PyTorch' in err
     session = onnxruntime.InferenceSession('rain.onnx')
     known = session.get_modelmeta().custom_metadata_map
     assert json.loads(known['network']) == TINY and json.loads(known['recipe']) == 'pretrained/rain'
@@ -70,8 +70,8 @@ def test_export_tells_what_was_assumed(here, capsys):
         ('--task rain --size big', '--size big: expected height and width in pixels'),
         ('--task rain --size 99999x99999', 'at most'),
         ('--task rain --size 1000000000x1000000000', 'at most'),
-        ('--task rain -o n.pth', 'n.pth is no name of a file of the format torchscript'),
-        ('--task rain -o no/such.pt', 'there is no folder no'),
+        ('--task rain -o n.pth', 'n.pth: the extension does not match the format torchscript'),
+        ('--task rain -o no/such.pt', 'the folder no does not exist'),
         ('--task rain -o released', 'it is a folder'),
     ],
 )

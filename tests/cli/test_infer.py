@@ -348,8 +348,8 @@ def test_wrong_weights(run, tmp_path, weights):
 def test_output_that_cannot_be_written(run, tmp_path):
     put(tmp_path / 'a.png')
     (tmp_path / 'out').write_text('a file')
-    assert_refused(run('a.png'), str(tmp_path / 'out'), 'no images can be written')
-    assert_refused(run('a.png', output='out/deeper'), 'no images can be written')
+    assert_refused(run('a.png'), str(tmp_path / 'out'), 'cannot write images')
+    assert_refused(run('a.png', output='out/deeper'), 'cannot write images')
     (tmp_path / 'there' / 'a.png').mkdir(parents=True)
     assert_refused(run('a.png', output='there'), 'is a folder')
 

@@ -1,4 +1,4 @@
-"""What a network costs and how much memory there is."""
+"""MACs and peak memory of networks, and the memory available on a device."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_memory_that_graphs_have_reserved_is_not_free(monkeypatch):
     assert available_bytes(torch.device('cuda:0')) == 7 + 60
 
 
-def test_system_tells_its_memory(tmp_path, monkeypatch):
+def test_memory_reported_by_the_system(tmp_path, monkeypatch):
     assert 0 < available_bytes(torch.device('cpu')) < 2**50
     information = tmp_path / 'meminfo'
     information.write_text('MemTotal:  99 kB\nMemFree:   10 kB\nMemAvailable:   42 kB\n')
@@ -79,6 +79,6 @@ def test_macs_of_ast_are_those_of_its_plain_form():
     options = {'type': 'AST_XS', 'img_size': 128, 'embed_dim': 4, 'num_heads': [1] * 9}
     network = load_network(options, None)
     macs, uncounted = count_macs(network, torch.rand(1, 3, 128, 128))
-    # input and output projections alone are some 2.7 million; what cannot be counted is elementwise
+    # input and output projections alone have about 2.7 million; uncounted operators are elementwise
     assert macs > 20e6
     assert not [name for name in uncounted if 'mkldnn' in name or 'conv' in name or 'linear' in name]

@@ -1,4 +1,4 @@
-"""Exported networks restore images of all sizes as PyTorch does, or are refused with the reason."""
+"""Exported networks match PyTorch for all image sizes, or are rejected with the reason."""
 
 import io
 import json
@@ -25,7 +25,7 @@ SIZES = [(5, 90), (1, 1), (70, 33), (61, 100)]
 
 
 def of_all_kinds():
-    """An AST whose five levels with attention have one kind of it each, shifted, and all feed-forward networks."""
+    """Return an AST that contains every kind of attention, with shifted windows, and of feed-forward network."""
     torch.manual_seed(0)
     kinds = ('assa', 'frfn'), ('dense', 'leff'), ('sparse', 'mlp'), ('sparse_relu', 'frfn'), ('topk', 'leff')
     networks = [
@@ -55,14 +55,14 @@ def assert_near(got, wanted, bound=BOUNDS[False]):
 
 
 class WithoutOperator(nn.Module):
-    """Computes what ONNX has no operator for at this opset."""
+    """Network with an operator that this ONNX opset does not have."""
 
     def forward(self, x):
         return torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[-2:])
 
 
 class OfItsSize(nn.Module):
-    """Computes with the width as a number, so that a trace keeps that of the traced image."""
+    """Network whose trace is specialised to the width of the traced image."""
 
     takes_any_size = True
 
@@ -72,7 +72,7 @@ class OfItsSize(nn.Module):
 
 @pytest.fixture(scope='module')
 def all_kinds(tmp_path_factory):
-    """The network of all kinds, and its ONNX file."""
+    """Return the network of all kinds and the path of its ONNX file."""
     network, path = of_all_kinds(), tmp_path_factory.mktemp('onnx') / 'n.onnx'
     export_network(network, path, metadata=network_metadata(SMALL, {'recipe': '"pretrained/rain"'}))
     return network, path
@@ -94,7 +94,7 @@ def test_onnx_says_what_it_is(all_kinds):
     assert model.producer_name == 'ast_plugin' and found['opset'] == model.opset_import[0].version == OPSET
     sides = [side.dim_param or side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim]
     assert sides == ['batch', 3, 'height', 'width']
-    # neither loops nor sequences, which other runtimes lack
+    # no loops or sequences, which other runtimes do not support
     assert not {node.op_type for node in model.graph.node} & {'Loop', 'If', 'SequenceAt', 'SplitToSequence'}
 
 
@@ -142,16 +142,20 @@ def test_onnx_of_one_size(tmp_path):
 @pytest.mark.parametrize(
     ('network', 'file_format', 'message'),
     [
-        (WithoutOperator(), 'onnx', 'WithoutOperator cannot be written as onnx: .*aten::fft_rfft2'),
+        (WithoutOperator(), 'onnx', 'WithoutOperator cannot be exported as onnx: .*aten::fft_rfft2'),
         (OfItsSize(), 'onnx', 'OfItsSize as onnx differs from PyTorch by .* at 1x3x1x1'),
         (OfItsSize(), 'torchscript', 'OfItsSize as torchscript differs from PyTorch by .* at 1x3x1x1'),
-        (OfItsSize(), 'torch.export', r'OfItsSize cannot be written as torch\.export: '),
-        (load_network(SMALL), 'torch.export', r'no sizes that are padded to multiples of 64: give one by --size HxW'),
-        (load_network(MIXED_MAPS), 'torchscript', 'Mixed as torchscript does not take .*: it computes with numbers'),
+        (OfItsSize(), 'torch.export', r'OfItsSize cannot be exported as torch\.export: '),
+        (
+            load_network(SMALL),
+            'torch.export',
+            r'dynamic sizes padded to a multiple of 64: set --size HxW',
+        ),
+        (load_network(MIXED_MAPS), 'torchscript', 'Mixed as torchscript fails on .*: its trace is specialised'),
         (OfItsSize(), 'onnxx', r"the format is 'onnxx': expected one of onnx, torchscript, torch\.export"),
     ],
 )
-def test_refused_networks(network, file_format, message, tmp_path, capfd):
+def test_rejected_networks(network, file_format, message, tmp_path, capfd):
     with pytest.raises(OptionError, match=message):
         export_network(network, tmp_path / f'n{FORMATS.get(file_format, [""])[0]}', file_format)
     assert not list(tmp_path.iterdir())
@@ -159,7 +163,7 @@ def test_refused_networks(network, file_format, message, tmp_path, capfd):
 
 
 class BeyondHalf(nn.Module):
-    """Computes with values that float16 has no place for."""
+    """Network with intermediate values beyond the range of float16."""
 
     takes_any_size = True
 
@@ -167,8 +171,8 @@ class BeyondHalf(nn.Module):
         return x * 1e5 / 1e5
 
 
-def test_half_that_is_too_coarse(tmp_path):
-    with pytest.raises(OptionError, match=r'differs from PyTorch by .* at 1x3x4x4, .*: float16 is too coarse'):
+def test_half_that_is_not_precise_enough(tmp_path):
+    with pytest.raises(OptionError, match=r'differs from PyTorch by .* at 1x3x4x4, .*: float16 is not precise'):
         export_network(BeyondHalf(), tmp_path / 'n.onnx', size=(4, 4), is_half=True)
     export_network(BeyondHalf(), tmp_path / 'n.onnx', size=(4, 4))
 
@@ -177,17 +181,19 @@ def test_size_beyond_memory(tmp_path, monkeypatch):
     network, size = build(SRVGG), (160, 240)
     monkeypatch.setattr(export, 'available_bytes', lambda device: 1e6)
     with pytest.raises(
-        MemoryShortage, match=r'--size 160x240 needs about 0\.0 GiB to be traced, and 0\.0 GiB are free'
+        MemoryShortage, match=r'--size 160x240 needs about 0\.0 GiB for tracing, but 0\.0 GiB are available'
     ):
         export_network(network, tmp_path / 'n.pt', 'torchscript', size=size)
-    export_network(network, tmp_path / 'n.pt', 'torchscript', size=(20, 30))  # not worth asking
+    export_network(network, tmp_path / 'n.pt', 'torchscript', size=(20, 30))  # too small to be checked
     monkeypatch.undo()
     export_network(network, tmp_path / 'n.pt', 'torchscript', size=size)
 
 
 @pytest.mark.parametrize(('name', 'file_format'), [('n.pth', 'onnx'), ('n.onnx', 'torchscript'), ('n', 'torch.export')])
-def test_ending_of_another_format(name, file_format, tmp_path):
-    with pytest.raises(OptionError, match=rf'n.* is no name of a file of the format {file_format}: onnx in \.onnx, '):
+def test_extension_of_another_format(name, file_format, tmp_path):
+    with pytest.raises(
+        OptionError, match=rf'n.*: the extension does not match the format {file_format}: expected \.onnx'
+    ):
         export_network(nn.Identity(), tmp_path / name, file_format)
 
 
@@ -231,7 +237,7 @@ def test_torch_export(options, size, tmp_path):
 
 @pytest.mark.parametrize('place', ['missing/n.onnx', '.'])
 def test_export_to_no_file(place, tmp_path):
-    with pytest.raises(FileError, match=r'cannot be written: .*; expected the name of a file in a folder that'):
+    with pytest.raises(FileError, match=r'cannot be written: .*; expected a file name in an existing folder'):
         export_network(nn.Identity(), tmp_path / place)
 
 

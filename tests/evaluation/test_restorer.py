@@ -13,7 +13,7 @@ from ..weights.helpers import TINY
 
 
 class Scale(nn.Module):
-    """Multiplies, and enlarges by repeating pixels."""
+    """Network that multiplies its input and upscales it by repeating pixels."""
 
     def __init__(self, factor=1.0, enlarge=1, out_channels=None):
         super().__init__()
@@ -32,7 +32,7 @@ def noise(*shape, dtype=np.uint8):
 
 @pytest.fixture
 def tiny_weights(tmp_path):
-    """A network, and the file of its weights."""
+    """Return a network and the path of its weights."""
     network = build_network(TINY)
     save_weights(tmp_path / 'a.safetensors', network.state_dict(), TINY)
     return network, tmp_path / 'a.safetensors'
@@ -67,15 +67,15 @@ def test_gray_through_color_and_gray_networks():
     assert Restorer(Scale(out_channels=1)).restore(color).shape == (6, 5)
     with pytest.raises(DataError, match='gray images only'):
         Restorer(Scale(), in_channels=1).restore(color)
-    with pytest.raises(OptionError, match='takes 4 channels'):
+    with pytest.raises(OptionError, match='has 4 input channels'):
         Restorer(Scale(), in_channels=4)
 
 
 @pytest.mark.parametrize(
     ('shape', 'dtype'), [((4, 4, 4), np.uint8), ((4,), np.uint8), ((0, 4, 3), np.uint8), ((4, 4), np.int32)]
 )
-def test_arrays_that_are_no_images(shape, dtype):
-    with pytest.raises(ShapeError, match='an image'):
+def test_arrays_that_are_not_images(shape, dtype):
+    with pytest.raises(ShapeError, match='expected an image'):
         Restorer(Scale()).restore(np.zeros(shape, dtype))
 
 
@@ -97,7 +97,7 @@ def test_ample_memory_needs_no_measuring(monkeypatch):
 
 
 class Forgetful(Scale):
-    """Runs out of memory above a size, as PyTorch says so on a CPU."""
+    """Network that raises PyTorch's out-of-memory error on a CPU above a size."""
 
     def forward(self, x):
         if x.shape[-1] * x.shape[-2] > 128 * 128:
@@ -113,7 +113,7 @@ def test_smaller_tiles_when_memory_runs_out():
     assert 'trying tiles of 256' in notes[0] and 'trying tiles of 128' in notes[1]
 
 
-def test_wrong_tiles_are_refused_at_once(tmp_path):
+def test_invalid_tiles_are_rejected_early(tmp_path):
     with pytest.raises(OptionError):
         Restorer(Scale(), tile=8, overlap=8)
     with pytest.raises(OptionError):
@@ -145,7 +145,7 @@ def test_networks_of_the_toolbox(tmp_path):
     restored = restorer.restore(image)
     assert restored.shape == (80, 66, 3)
     assert np.abs(restored.astype(int) - whole.restore(image)).max() <= 1
-    # What nobody recognises, spandrel where it is installed included.
+    # Unknown to the plugin and, if installed, to spandrel.
     torch.save({'params_ema': {'strange.weight': torch.zeros(3)}}, tmp_path / 'b.pth')
     with pytest.raises(CheckpointError, match=r'b\.pth does not name its network.*-opt'):
         Restorer.from_weights(tmp_path / 'b.pth', device='cpu')

@@ -39,7 +39,7 @@ def test_comma_separated_values():
     assert alone.to_csv() == 'image,psnr\n"a,b",1.0000\nmean,1.0000\n'
 
 
-def test_names_that_are_no_text(tmp_path):
+def test_names_that_are_not_text(tmp_path):
     made = {'weights': os.fsdecode(b'w\xff.pth')}
     odd = ValidationResults('rain', restored={os.fsdecode(b'a\xff\nb'): {'psnr': 1.0}}, provenance=made)
     odd.write(tmp_path)
@@ -49,7 +49,7 @@ def test_names_that_are_no_text(tmp_path):
     assert [row[0] for row in rows] == ['image', r'a\udcff\nb', 'mean'] and r'w\udcff.pth' in rows[1]
 
 
-def test_images_come_into_the_datasets_order():
+def test_images_are_in_dataset_order():
     shown = (np.zeros((2, 2, 3), np.uint8),) * 3
     images = [
         ImageResult(0, 'cat', {'psnr': 1.0}, {'psnr': 0.5}, shown),
@@ -73,7 +73,7 @@ def test_images_side_by_side():
     assert strip[3, 600].tolist() == [7, 7, 7]
 
 
-def test_infinite_values_are_left_out_of_the_mean():
+def test_infinite_values_are_excluded_from_the_mean():
     results = ValidationResults(
         'rain',
         restored={'a': {'psnr': math.inf, 'ssim': 1.0}, 'b': {'psnr': 30.0, 'ssim': 0.8}},
@@ -81,15 +81,15 @@ def test_infinite_values_are_left_out_of_the_mean():
     )
     assert results.mean() == {'psnr': 30.0, 'ssim': 0.9}
     assert results.rows()[1] == ['a', '20.0000', 'inf', '0.5000', '1.0000']
-    assert results.notes() == ['psnr: 1 of 2 are inf and left out of the mean']
-    assert results.to_markdown().endswith('|\n\n- psnr: 1 of 2 are inf and left out of the mean')
+    assert results.notes() == ['psnr: 1 of 2 are inf and excluded from the mean']
+    assert results.to_markdown().endswith('|\n\n- psnr: 1 of 2 are inf and excluded from the mean')
     alone = ValidationResults('rain', restored={'a': {'psnr': math.inf}})
     assert alone.mean() == {'psnr': math.inf} and alone.notes() == []
     broken = ValidationResults('rain', restored={'a': {'psnr': math.nan}, 'b': {'psnr': 30.0}})
-    assert broken.mean()['psnr'] == 30.0 and broken.notes() == ['psnr: 1 of 2 are nan and left out of the mean']
+    assert broken.mean()['psnr'] == 30.0 and broken.notes() == ['psnr: 1 of 2 are nan and excluded from the mean']
 
 
-def test_files_say_how_results_were_made(tmp_path):
+def test_files_contain_provenance(tmp_path):
     weights = tmp_path / 'w.pth'
     weights.write_bytes(b'weights' * 1000)
     metrics = {'psnr': {'type': 'calculate_psnr', 'crop_border': 4, 'better': 'higher'}}

@@ -1,4 +1,4 @@
-"""Restored pictures are written whatever their names, and where they cannot be, a line says so."""
+"""Restored images are written under any name; if that fails, the error names the file."""
 
 import os
 from pathlib import Path

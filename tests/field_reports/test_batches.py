@@ -117,7 +117,7 @@ def test_what_is_left_out_of_a_folder(tmp_path):
     assert [path.name for path, _ in found.images] == ['a.jpg']
     (line,) = found.lines()
     reasons = ['2 .heic', '1 .avif', '1 .exr', '1 .gif', '1 PNG without extension', '1 JPEG named .jpg~', '1 hidden']
-    reasons += ['1 folders inside', '1 other names of the same file', '1 without extension']
+    reasons += ['1 subfolders', '1 links to the same file', '1 without extension']
     assert sorted(line.removeprefix('note: left out: ').split(', ')) == sorted(reasons)
 
 
@@ -195,9 +195,9 @@ def test_network_that_changes_the_channels(tmp_path, channels):
     network = nn.Conv2d(3, channels, 1)
     (result,) = restore_files([Job(source, tmp_path / 'out.png')], Restorer(network, device='cpu'))
     if channels == 1:
-        assert result.notes == ['the network gives gray images: the colours are lost'] and not result.failure
+        assert result.notes == ['the network outputs gray images: colours are lost'] and not result.failure
     else:
-        assert result.kind == 'network' and f'gives {channels} channels: expected 1 (gray) or 3' in result.failure
+        assert result.kind == 'network' and f'has {channels} output channels: expected 1 (gray) or 3' in result.failure
 
 
 def test_basicsr_names_what_it_cannot_decode(tmp_path):

@@ -205,7 +205,7 @@ def test_bad_depth_is_refused(tmp_path, capfd, source, top, message):
 def test_colours_for_a_gray_network_are_refused(tmp_path):
     from ast_plugin.archs.networks import build_network
 
-    with pytest.raises(DataError, match='the network takes gray images only'):
+    with pytest.raises(DataError, match='the network accepts gray images only'):
         Restorer(build_network(network(1)), in_channels=1, device='cpu').restore(np.zeros((8, 8, 3), np.uint8))
 
 

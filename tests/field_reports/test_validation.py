@@ -56,7 +56,7 @@ def test_tiny_image_spoils_no_mean(protocol):
     assert math.isnan(ssim) and all(map(math.isfinite, mean.values()))
     assert mean['ssim'] == pytest.approx(np.mean([results.restored[name]['ssim'] for name in '013']))
     assert list(results.failures) == ['2'] and results.failures['2'].startswith('metric: ssim')
-    assert 'ssim: 1 of 4 are nan and left out of the mean' in results.to_markdown()
+    assert 'ssim: 1 of 4 are nan and excluded from the mean' in results.to_markdown()
     assert f'failed: 2: {results.failures["2"]}' in results.notes()
 
 

@@ -252,7 +252,7 @@ def test_testing_by_a_protocol(tmp_path, capsys):
     assert list(results.mean()) == ['psnr', 'ssim']
     assert len(results.examples()) == 3 and results.thumbnails['three'][1].shape == (22, 21, 3)
     table = capsys.readouterr().out
-    assert 'tiles of 16, overlap 4, ramp; mean over eight flips and rotations; not rounded' in table
+    assert 'tiles of 16, overlap 4, ramp; self-ensemble of eight flips and rotations; not rounded' in table
     assert (tmp_path / 'results' / 'pairs.md').read_text().strip() in table
 
 

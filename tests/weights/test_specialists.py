@@ -39,7 +39,7 @@ def run(monkeypatch, tmp_path, capsys):
 def test_clean_image_stays(run, tmp_path):
     status, out, err = run('--report', tmp_path / 'r.csv', clean=9)
     assert status == 0 and 'a.jpg (clean 100%, ' in out
-    assert err == f'note: {tmp_path / "a.jpg"}: no degradation found (100% sure): left as it is\n'
+    assert err == f'note: {tmp_path / "a.jpg"}: no degradation detected (confidence 100%), left unchanged\n'
     assert (tmp_path / 'out' / 'a.jpg').read_bytes() == (tmp_path / 'a.jpg').read_bytes()
     assert run('--format', 'png')[0] == 0  # written anew in another format
     assert (tmp_path / 'out' / 'a.jpg').exists()
@@ -51,9 +51,9 @@ def test_clean_image_stays(run, tmp_path):
 def test_specialist_is_chosen(run, tmp_path):
     status, out, err = run('--report', tmp_path / 'r.csv', haze=0.5)
     assert status == 0 and 'a.jpg (haze 35%, ' in out
-    assert err == f'warning: {tmp_path / "a.jpg"}: taken for haze, but with 35% only\n'
+    assert err == f'warning: {tmp_path / "a.jpg"}: classified as haze with a confidence of only 35%\n'
     (row,) = csv.DictReader((tmp_path / 'r.csv').open())
-    assert (row['task'], row['status']) == ('haze', 'restored') and row['warnings'].startswith('taken for haze')
+    assert (row['task'], row['status']) == ('haze', 'restored') and row['warnings'].startswith('classified as haze')
     assert set(row) == {
         *('file', 'task', 'confidence', 'mean_absolute_change', 'changed_share', 'mean_color_shift'),
         *('warnings', 'seconds', 'status'),
@@ -65,7 +65,7 @@ def test_degradation_without_weights_is_told(run, tmp_path):
     sums.write_text(''.join(line for line in sums.read_text().splitlines(True) if 'haze' not in line))
     (weights.FOLDER / 'haze.safetensors').unlink()
     status, _, err = run('--report', tmp_path / 'r.csv', haze=9)
-    assert status == 0 and err.startswith(f'warning: {tmp_path / "a.jpg"}: taken for haze (100% sure), which this inst')
+    assert status == 0 and f'{tmp_path / "a.jpg"}: classified as haze (confidence 100%), left unchanged: this' in err
     assert (tmp_path / 'out' / 'a.jpg').read_bytes() == (tmp_path / 'a.jpg').read_bytes()
     (row,) = csv.DictReader((tmp_path / 'r.csv').open())
     assert (row['task'], row['status']) == ('haze', 'unchanged')
