@@ -86,8 +86,8 @@ def export_network(
         BackendUnavailable: if a package is missing.
         FileError: if the file cannot be written.
         MemoryShortage: if tracing at `size` needs more memory than is available.
-        OptionError: if the extension does not match the format, or the network cannot be exported in this format or size.
-            The message names the operator, or the image for which the results differ; no file is written.
+        OptionError: if the extension does not match the format, or the network cannot be exported in this format or
+            size; names the operator, or the image for which the results differ. No file is written.
     """
     check_export(path, file_format)
     name, dtype = type(network).__name__, torch.float16 if is_half else torch.float32

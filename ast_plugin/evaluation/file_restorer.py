@@ -155,8 +155,8 @@ def plan_jobs(
 
     Args:
         images: files with their folders relative to the input.
-        output: output folder, or the path of a single result if it has an image file extension, does not end with a slash and
-            is not an existing folder.
+        output: output folder; or the path of a single result if it has the extension of an image, does not end with a
+            slash and is not an existing folder.
         suffix: appended to the file name.
         file_format: 'keep', 'png' or 'tiff'.
     Raises:
