@@ -172,7 +172,7 @@ def test_synth_goes_on_without_a_bad_photo(tmp_path, capsys):
     arguments = ['data', 'synth', '--task', 'rain', '-i', str(photos), '-o', str(tmp_path / 'out')]
     assert main(arguments) == 1
     out, err = capsys.readouterr()
-    assert 'made 1 pair (' in out and '2 of 3 photos failed' in out
+    assert 'created 1 pair (' in out and '2 of 3 photos failed' in out
     assert f'{photos / "b.png"}: not a PNG' in err and 'c.png: cannot be read' in err and '1 .heic' in err
     assert [path.name for path in (tmp_path / 'out' / 'lq').iterdir()] == ['a_1.png']
     (photos / 'a.png').unlink()
@@ -255,7 +255,7 @@ def test_device_among_images_fails_at_once(tmp_path, capsys, device):
     save(photos / 'd.png', noise(16, 16, 3))
     synthesis = ['data', 'synth', '--task', 'rain', '-i', str(photos), '-o', str(tmp_path / 'pairs')]
     assert main(synthesis) == 1
-    assert 'made 2 pairs' in capsys.readouterr().out
+    assert 'created 2 pairs' in capsys.readouterr().out
 
 
 def test_inputs_given_twice_are_all_taken(tmp_path, capsys):
@@ -264,7 +264,7 @@ def test_inputs_given_twice_are_all_taken(tmp_path, capsys):
     inputs = ['-i', str(tmp_path / 'a.png'), '-i', str(tmp_path / 'b.png')]
     assert main(['infer', *inputs, '-o', str(tmp_path / 'out'), '--task', 'rain']) == 0
     assert main(['data', 'synth', *inputs, '-o', str(tmp_path / 'pairs'), '--task', 'rain']) == 0
-    assert 'made 2 pairs' in capsys.readouterr().out and len(list((tmp_path / 'out').iterdir())) == 2
+    assert 'created 2 pairs' in capsys.readouterr().out and len(list((tmp_path / 'out').iterdir())) == 2
 
 
 def test_names_that_look_alike_are_measured(tmp_path, capsys):
