@@ -44,7 +44,7 @@ def test_load_official_names(name, tmp_path):
     [
         {'depths': [1] * 9},
         {'depths': [2] * 9, 'img_size': 64},  # where the deepest levels shift differently than with 128
-        {'depths': [1] * 9, 'attention': 'sparse'},  # which names and shapes do not tell
+        {'depths': [1] * 9, 'attention': 'sparse'},  # not inferable from names and shapes
         {'depths': [1] * 9, 'ffn': 'leff', 'in_chans': 1, 'out_chans': 1},
     ],
     ids=str,

@@ -153,8 +153,8 @@ def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
     options, assumed = checkpoint.network, []
     if options is None:
         try:
-            told, assumed = infer_options(checkpoint.state)
-            options = {'type': 'AST', **told}
+            inferred, assumed = infer_options(checkpoint.state)
+            options = {'type': 'AST', **inferred}
         except CheckpointError as error:
             for state in without_prefixes(checkpoint.state):
                 with suppress(OptionError, BackendUnavailable):
@@ -184,8 +184,8 @@ def _check_claims(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
 def input_channels(options: Mapping[str, Any], network: nn.Module | None = None) -> int:
     """Return the number of input channels stated by a network's options or attributes; 3 by default."""
     base = options.get('base')  # of a Mixed network
-    told = options | base if isinstance(base, Mapping) else options
-    stated = [*map(told.get, CHANNEL_KEYS), *(getattr(network, key, None) for key in CHANNEL_KEYS)]
+    options = options | base if isinstance(base, Mapping) else options
+    stated = [*map(options.get, CHANNEL_KEYS), *(getattr(network, key, None) for key in CHANNEL_KEYS)]
     return next((channels for channels in stated if isinstance(channels, int)), 3)
 
 

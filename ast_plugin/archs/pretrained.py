@@ -1,4 +1,4 @@
-"""Networks in folders and repositories of Hugging Face: `model.safetensors`, `config.json` and a model card."""
+"""Networks in Hugging Face folders and repositories: `model.safetensors`, `config.json` and a model card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ast_plugin.checkpoints import CONFIG, PRETRAINED, read_checkpoint, save_wei
 from ast_plugin.errors import BackendUnavailable, CheckpointError, OptionError, one_line
 from ast_plugin.files import write_file
 
-# What finds a file of a repository; the last two before version 1 of huggingface_hub.
+# Download arguments of huggingface_hub; the last two exist only before version 1.
 _WHERE = ('revision', 'cache_dir', 'force_download', 'local_files_only', 'token', 'proxies', 'resume_download')
 _CARD = """\
 ---
@@ -33,16 +33,16 @@ tags: [image-restoration, {name}]
 
 
 class Pretrained(nn.Module):
-    """A network that remembers its options, and with them goes to Hugging Face and comes from there.
+    """Base class of networks that record their options and can be saved to and loaded from Hugging Face.
 
-    Folders need nothing else; repositories need the extra `hub`: pip install "ast_plugin[hub]".
+    Repositories, but not local folders, require the extra `hub`: pip install "ast_plugin[hub]".
 
     Attributes:
-        options: `type` and the constructor's arguments as JSON has them, without those of `transient_options`.
+        options: `type` and the constructor's arguments as JSON values, without those in `transient_options`.
     """
 
-    transient_options: tuple[str, ...] = ()  # arguments that say where training starts, not what the network is
-    variants: Mapping[str, Mapping[str, Any]] = {}  # further registered names of it, and their defaults
+    transient_options: tuple[str, ...] = ()  # arguments that only affect initialisation and are not saved
+    variants: Mapping[str, Mapping[str, Any]] = {}  # further registered names of the class, with their defaults
     options: dict[str, Any]
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -52,8 +52,8 @@ class Pretrained(nn.Module):
 
     def __new__(cls, *args: Any, **options: Any) -> Pretrained:
         self = super().__new__(cls)
-        with suppress(TypeError):  # which __init__ raises, too
-            # A copy is made without arguments, and then gets what the original has.
+        with suppress(TypeError):  # raised again by __init__
+            # copy.copy calls __new__ without arguments, and then copies the attributes.
             bound = cls.__signature__.bind_partial(*args, **options)
             bound.apply_defaults()
             kept = {key: _plain(value) for key, value in bound.arguments.items() if key not in cls.transient_options}
@@ -62,46 +62,46 @@ class Pretrained(nn.Module):
 
     @staticmethod
     def read_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return what names and shapes of a state tell of the options, where nothing else does."""
+        """Infer options from a state dict, for files without metadata; none by default."""
         return {}
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, strict: bool = True, map_location: Any = 'cpu', **options: Any
     ) -> Pretrained:
-        """Build a network, and load its weights.
+        """Build a network and load its pretrained weights.
 
         Args:
-            name: a folder that `save_pretrained` wrote, or a repository, `OWNER/NAME`.
+            name: folder written by `save_pretrained`, or repository `OWNER/NAME`.
             strict: see `load_into`.
-            map_location: the device of the network.
-            options: arguments of the network that go before those in the files; and what huggingface_hub takes:
+            map_location: device of the network.
+            options: arguments of the network, which override those in the files; and arguments of huggingface_hub:
                 revision, token, cache_dir, force_download, local_files_only.
         Returns:
-            The network, in evaluation mode.
+            The network in evaluation mode.
         Raises:
-            BackendUnavailable: without huggingface_hub, for a repository.
-            CheckpointError: if there is no such folder or repository, or its weights are not of this network.
-            OptionError: if it is of another type of network, or its arguments are wrong.
+            BackendUnavailable: if a repository is requested and huggingface_hub is not installed.
+            CheckpointError: if there is no such folder or repository, or its weights belong to another network.
+            OptionError: if the files describe another type of network, or its arguments are invalid.
         """
         where = {key: options.pop(key) for key in _WHERE if key in options}
         try:
             folder = Path(name) if Path(name).is_dir() else _download(str(name), where)
             config = json.loads((folder / CONFIG).read_bytes()) if (folder / CONFIG).is_file() else {}
             if not isinstance(config, dict):
-                raise ValueError(f'{CONFIG} holds a {type(config).__name__}, no object')
-        except (OSError, ValueError) as error:  # huggingface_hub's own are among them
+                raise ValueError(f'expected an object in {CONFIG}, got {type(config).__name__}')
+        except (OSError, ValueError) as error:  # includes the exceptions of huggingface_hub
             raise CheckpointError(
-                f'{name}: expected a folder with {PRETRAINED} and {CONFIG}, as save_pretrained writes them, or a '
-                f'repository of Hugging Face that can be reached ({one_line(error)})'
+                f'{name}: expected a folder with {PRETRAINED} and {CONFIG}, as written by save_pretrained, or a '
+                f'Hugging Face repository that can be reached ({one_line(error)})'
             ) from error
         checkpoint = read_checkpoint(folder)
-        told = checkpoint.network or config
-        kind = told.get('type', cls.__name__)
+        stored = checkpoint.network or config
+        kind = stored.get('type', cls.__name__)
         if kind != cls.__name__ and kind not in cls.variants:
-            raise OptionError(f'{name} is of the network {kind}: expected {cls.__name__}')
-        told = {**cls.variants.get(kind, {}), **(told or cls.read_options(checkpoint.state))}
-        known = {key: value for key, value in told.items() if key in cls.__signature__.parameters}
+            raise OptionError(f'{name}: expected the network {cls.__name__}, got {kind}')
+        stored = {**cls.variants.get(kind, {}), **(stored or cls.read_options(checkpoint.state))}
+        known = {key: value for key, value in stored.items() if key in cls.__signature__.parameters}
         try:
             network = cls(**{**known, **options})
         except TypeError as error:
@@ -110,13 +110,13 @@ class Pretrained(nn.Module):
         return network.eval().to(map_location)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, options and, where there is none, a model card into a folder.
+        """Save weights, options and, unless present, a model card to a folder.
 
         Raises:
-            FileError: if a file cannot be written; the weights that were there stay.
+            FileError: if a file cannot be written; existing weights are kept.
         """
         folder, name, module = Path(folder), type(self).__name__, type(self).__module__
-        with suppress(OSError):  # which the first file meets, too
+        with suppress(OSError):  # writing the first file raises it again
             folder.mkdir(parents=True, exist_ok=True)
         save_weights(folder / PRETRAINED, self.state_dict(), self.options)
         write_file(folder / CONFIG, json.dumps(self.options, indent=2).encode())
@@ -133,14 +133,17 @@ class Pretrained(nn.Module):
         branch: str | None = None,
         **options: Any,
     ) -> str:
-        """Upload what `save_pretrained` writes, and return the commit's address.
+        """Upload the files of `save_pretrained` to a repository, and return the URL of the commit.
 
         Args:
-            repository: `OWNER/NAME`; it is made where it is not there.
-            private, token, branch: of the repository, and of huggingface_hub.
-            options: further ones of its `HfApi.upload_folder`, such as commit_message.
+            repository: `OWNER/NAME`; created if it does not exist.
+            private: whether a new repository is private.
+            token: access token.
+            branch: branch to commit to.
+            options: further arguments of `HfApi.upload_folder`, such as commit_message.
         Raises:
-            BackendUnavailable: without huggingface_hub, which raises its own errors of network and rights.
+            BackendUnavailable: if huggingface_hub is not installed. Its own exceptions for network and access problems
+                are not converted.
         """
         api = _import_hub().HfApi(token=token)
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
@@ -150,7 +153,7 @@ class Pretrained(nn.Module):
 
 
 def _download(repository: str, where: Mapping[str, Any]) -> Path:
-    """Fetch the files of a repository, and return their folder."""
+    """Download the files of a repository, and return their folder."""
     hub = _import_hub()
     from huggingface_hub.utils import EntryNotFoundError
 
@@ -168,7 +171,7 @@ def _import_hub() -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
+    """Convert a value to the form that JSON reads back."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -1,9 +1,9 @@
-"""Networks of the package spandrel, for comparisons: NAFNet, Uformer, and Restormer out of spandrel's second package.
+"""Networks of the package spandrel as baselines: NAFNet, Uformer, Restormer (in spandrel_extra_arches) and others.
 
     network_g: {type: Spandrel, name: NAFNet, width: 16, enc_blk_nums: [1, 1, 1, 4], dec_blk_nums: [1, 1, 1, 1]}
 
-It is the extra `baselines`: pip install "ast_plugin[baselines]". The networks in spandrel_extra_arches, Restormer among
-them, have licences that restrict what they may be used for; read them before you do more than compare.
+Requires the extra `baselines`: pip install "ast_plugin[baselines]". The networks in spandrel_extra_arches, including
+Restormer, have licences that restrict their use; read them before any use beyond comparisons.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from ast_plugin.ops.tiles import run_padded
 
 _EXTRA = 'pip install "ast_plugin[baselines]"'
 _PREFIX = 'network.'
-# Of the second package, which may be missing while the first is there.
+# Networks of spandrel_extra_arches, which may be missing although spandrel is installed.
 _IN_SECOND_PACKAGE = ('Restormer', 'MPRNet', 'MIRNet_v2', 'M3SNet', 'SRFormer')
-# What changes results and leaves no trace in names and shapes.
+# Hyperparameters that affect results, but not names and shapes.
 _NOT_IN_WEIGHTS = {'Uformer': ('img_size',)}
 
 
 class Spandrel(nn.Module):
-    """A network of spandrel by name, with its own hyperparameters, on images of any size.
+    """Network of spandrel, selected by name, on images of any size.
 
-    Images are padded by reflection to what the network needs, and the result is cropped. The names of
-    the weights are the network's own: files that it was released with load as they are, and what is trained here loads
-    in whatever reads spandrel's networks.
+    Images are padded by reflection as the network requires, and the result is cropped. The names of the weights are
+    those of the original network: released weights load unchanged, and weights trained here load in any program that
+    uses spandrel.
 
     Args:
-        name: of the network's class, such as Restormer, NAFNet or Uformer; the error of a wrong one lists them.
-        options: its hyperparameters; those left out have its defaults.
+        name: class name of the network, such as Restormer, NAFNet or Uformer; the error for an unknown name lists all.
+        options: hyperparameters of the network; the others have its defaults.
     Shapes:
-        [B, C, H, W] in [0, 1] to [B, C, s·H, s·W], s being 1 for restoration.
+        [B, C, H, W] in [0, 1] to [B, C, s·H, s·W], where s is 1 for restoration.
     Raises:
         BackendUnavailable: if spandrel is not installed.
-        OptionError: if there is no such network, or it does not take these hyperparameters.
+        OptionError: if there is no such network, or it does not have these hyperparameters.
     """
 
     takes_any_size = True
@@ -52,13 +52,13 @@ class Spandrel(nn.Module):
         known = inspect.signature(network_type).parameters
         for key in options:
             if key not in known:
-                known = f'{did_you_mean(key, known)} (it takes {", ".join(known)})'
-                raise OptionError(f'Spandrel: {name} takes no {key}{known}')
+                known = f'{did_you_mean(key, known)} (expected {", ".join(known)})'
+                raise OptionError(f'Spandrel: {name} has no option {key}{known}')
         self.network = network_type(**options)
-        # The hyperparameters decide what sizes it takes; spandrel works that out where it loads a state.
+        # spandrel derives the size requirements from the hyperparameters when it loads a state dict.
         descriptor = architecture.load(self.network.state_dict())
         if not isinstance(descriptor, import_spandrel().ImageModelDescriptor):
-            raise OptionError(f'Spandrel: {name} fills in what a mask covers, it does not restore images')
+            raise OptionError(f'Spandrel: {name} is an inpainting network, expected a restoration network')
         self.scale = descriptor.scale
         self.sizes = descriptor.size_requirements
         self._call = getattr(descriptor, '_call_fn', nn.Module.__call__)
@@ -66,54 +66,56 @@ class Spandrel(nn.Module):
         self.register_state_dict_post_hook(_remove_prefix)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Restore a batch; see the class."""
+        """Restore a batch of images."""
         height, width = image.shape[-2:]
         right, below = self.sizes.get_padding(width, height)
         return run_padded(functools.partial(self._call, self.network), image, below, right)
 
     @staticmethod
     def class_for(options: Mapping[str, Any]) -> type[nn.Module]:
-        """The class whose arguments, beside `name`, the options are: what a check of an option file goes by.
+        """Return the network class whose signature defines the options except `name`, for checking option files.
 
         Raises:
-            OptionError, BackendUnavailable: as the constructor.
+            OptionError, BackendUnavailable: see the class.
         """
         return _row(options.get('name'))[1]
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
-    """Read a network and its hyperparameters off the names and shapes of its weights.
+    """Recognise a network and its hyperparameters from the names and shapes of its weights.
 
     Returns:
-        The options of `Spandrel`: `type`, `name` and hyperparameters; and a line for each that had to be assumed.
+        The options of `Spandrel` (`type`, `name` and hyperparameters), and a line for each that had to be assumed.
     Raises:
-        OptionError: if spandrel does not know the network.
+        OptionError: if spandrel does not recognise the network.
         BackendUnavailable: if spandrel is not installed.
     """
     spandrel = import_spandrel()
     try:
         descriptor = spandrel.MAIN_REGISTRY.load(dict(state))
     except spandrel.UnsupportedModelError:
-        raise OptionError('spandrel does not know the network that these weights are of') from None
+        raise OptionError('spandrel does not recognise the network of these weights') from None
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-        raise OptionError(f'spandrel cannot tell the hyperparameters of these weights: {one_line(error)}') from error
+        raise OptionError(f'spandrel cannot infer the hyperparameters of these weights: {one_line(error)}') from error
     network = descriptor.model
     name = type(network).__name__
     if _rows().get(name, (None, None))[1] is not type(network):
-        raise OptionError(f'{name} is a network of spandrel that cannot be built by name')
+        raise OptionError(f'{name} of spandrel cannot be built by name')
     known = inspect.signature(type(network)).parameters
     stored = {key: value for key, value in network.hyperparameters.items() if key in known and _is_plain(value)}
-    assumed = [f'{key} {stored[key]} is assumed, the weights do not tell' for key in _NOT_IN_WEIGHTS.get(name, ())]
+    assumed = [
+        f'{key} cannot be inferred from weights: assuming {stored[key]}' for key in _NOT_IN_WEIGHTS.get(name, ())
+    ]
     return {'type': 'Spandrel', 'name': name, **stored}, assumed
 
 
 def import_spandrel() -> Any:
-    """Return the package spandrel, with the networks of its second package where that is installed.
+    """Import spandrel, and register the networks of spandrel_extra_arches if that is installed.
 
     Raises:
         BackendUnavailable: if spandrel is not installed.
     """
-    # BasicSR first: with it torchvision, which spandrel imports, is made to work beside any build of torch.
+    # Importing BasicSR first applies the repair that makes torchvision, which spandrel imports, work with any torch.
     import basicsr  # noqa: F401
 
     try:
@@ -131,7 +133,7 @@ def import_spandrel() -> Any:
 
 
 def _rows() -> dict[str, tuple[Any, type[nn.Module]]]:
-    """Architecture and network class by the latter's name; the former's generic parameter says what it builds."""
+    """Map class names of networks to architecture and class, which is the generic parameter of the architecture."""
     spandrel = import_spandrel()
     rows = {}
     for support in spandrel.MAIN_REGISTRY:
@@ -149,12 +151,12 @@ def _row(name: Any) -> tuple[Any, type[nn.Module]]:
         return rows[name]
     if name in _IN_SECOND_PACKAGE:
         raise BackendUnavailable(f'{name} is in the package spandrel_extra_arches, which is not installed: {_EXTRA}')
-    known = did_you_mean(str(name), rows) or f'; there are {", ".join(sorted(rows))}'
+    known = did_you_mean(str(name), rows) or f'; available: {", ".join(sorted(rows))}'
     raise OptionError(f'Spandrel: expected the name of a network, got {name!r}{known}')
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether an option file can hold it."""
+    """Whether an option file can hold a value."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))

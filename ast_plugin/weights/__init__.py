@@ -1,11 +1,11 @@
-"""The weights that come with this package, by task.
+"""Pretrained weights bundled with the package, by task.
 
-    network = ast_plugin.load('rain')    # [B, 3, H, W] in [0, 1], of any size, to the restored images
-    card = read_card('rain')             # how they came to be
+    network = ast_plugin.load('rain')    # maps images [B, 3, H, W] in [0, 1], of any size, to restored images
+    card = read_card('rain')             # how the weights were trained
 
-SHA256SUMS, as sha256sum writes it, lists the files of record; no other is read. Each carries in its metadata, as JSON:
-network (options with their type), recipe (an option file by name), photographs (name, number, licence), steps, date,
-results (figures by name) and version (of this package). `tools/release_weights.py` writes both.
+SHA256SUMS, in the format of sha256sum, lists the bundled files; no others are read. The metadata of each file hold, as
+JSON: network (options including type), recipe (name of the option file), photographs (name, number, licence), steps,
+date, results (by name) and version (of this package). `tools/release_weights.py` writes both.
 """
 
 import json
@@ -25,56 +25,56 @@ from ast_plugin.errors import CheckpointError, OptionError, did_you_mean
 from ast_plugin.files import file_digest, write_file
 
 TASKS = ('rain', 'raindrop', 'haze')
-CLASSIFIER = 'classifier'  # the network that tells the task, see `ast_plugin.evaluation.classifier`
+CLASSIFIER = 'classifier'  # the network that predicts the task, see `ast_plugin.evaluation.classifier`
 FOLDER = Path(__file__).parent
 
 
 def load(task: str, device: str | torch.device = 'cpu', dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return the network that restores images of a task, with its weights, in evaluation mode.
+    """Load the pretrained network of a task, in evaluation mode.
 
     Args:
-        task: a name of `TASKS`.
-        device: where the network goes, see `ast_plugin.devices.find_device`.
-        dtype: of its weights and of the images that it takes.
+        task: one of `TASKS`.
+        device: device of the network, see `ast_plugin.devices.find_device`.
+        dtype: dtype of the weights and of the input images.
     Returns:
-        A network from RGB [B, 3, H, W] in [0, 1], of any height and width, to the restored images.
+        A network that maps RGB images [B, 3, H, W] in [0, 1], of any height and width, to restored images.
     Raises:
-        OptionError: if there is no such task, or no such device; says what is near.
-        CheckpointError: if the weights are not in this installation, or were altered.
+        OptionError: if there is no such task or device; the message suggests similar names.
+        CheckpointError: if the weights are missing from this installation or were modified.
     """
     return load_network(None, find_weights(task)).to(find_device(device), dtype)
 
 
 def is_shipped(task: str) -> bool:
-    """Whether this installation is to have weights for a task."""
+    """Whether this installation includes weights for a task."""
     return f'{task}.safetensors' in _read_digests()
 
 
 def find_weights(task: str) -> Path:
-    """Return the weights file of a task, after its SHA-256 was found to be that of record.
+    """Return the path of the weights file of a task, after verifying its SHA-256.
 
     Raises:
-        OptionError, CheckpointError: as `load`.
+        OptionError, CheckpointError: see `load`.
     """
     if task not in (*TASKS, CLASSIFIER):
-        raise OptionError(f'there are no weights for the task {task}{did_you_mean(task, TASKS)}: {", ".join(TASKS)}')
+        raise OptionError(f'unknown task {task}{did_you_mean(task, TASKS)}: expected one of {", ".join(TASKS)}')
     path = FOLDER / f'{task}.safetensors'
     digest = _read_digests().get(path.name)
     if digest is None or not path.is_file():
         raise CheckpointError(
-            f'{path} is not there: this installation came without the weights for {task}; install a wheel that has '
-            f'them, or name others with --task or --weights'
+            f'{path} not found: this installation does not include weights for {task}; install a release that includes '
+            'them, or specify others with --task or --weights'
         )
     if file_digest(path) != digest:
-        raise CheckpointError(f'{path} was altered: its SHA-256 is not that in SHA256SUMS; install the package anew')
+        raise CheckpointError(f'{path} was modified: its SHA-256 differs from SHA256SUMS; reinstall the package')
     return path
 
 
 def resolve_weights(name: str) -> Path:
-    """Return the path of a weights file by what a command line says: a file, else the name of a task.
+    """Return the path of a weights file, given a path or the name of a task.
 
     Raises:
-        CheckpointError: as `load`; or if a word names neither, says what task is near.
+        CheckpointError: see `load`; or if the name is neither, with a suggestion of a similar task.
     """
     path = Path(name).expanduser()
     if os.path.exists(path) or name != path.stem:
@@ -88,25 +88,25 @@ def resolve_weights(name: str) -> Path:
 
 
 def read_card(task: str) -> dict[str, Any]:
-    """Return what the metadata of a task's weights say, by the keys that this module's docstring lists.
+    """Return the metadata of a task's weights, with the keys listed in the module docstring.
 
     Raises:
-        OptionError, CheckpointError: as `load`.
+        OptionError, CheckpointError: see `load`.
     """
     with safe_open(find_weights(task), framework='pt') as file:
         return {key: json.loads(text) for key, text in file.metadata().items() if key != 'format'}
 
 
 def release(task: str, state: Mapping[str, Tensor], network: Mapping[str, Any], card: Mapping[str, Any]) -> Path:
-    """Write a state in float16, with its card, as the weights of record of a task.
+    """Save a state dict in float16, with its card, as the bundled weights of a task, and update SHA256SUMS.
 
     Raises:
-        CheckpointError: if float16 cannot hold the state.
+        CheckpointError: if values exceed the range of float16.
     """
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     lost = [name for name, tensor in halves.items() if not torch.isfinite(tensor).all()]
     if lost:
-        raise CheckpointError(f'{lost[0]} has values that are not finite in float16')
+        raise CheckpointError(f'expected values in the range of float16, got larger or non-finite ones in {lost[0]}')
     path = FOLDER / f'{task}.safetensors'
     save_weights(path, halves, network, card)
     digests = _read_digests() | {path.name: file_digest(path)}

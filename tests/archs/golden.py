@@ -1,4 +1,4 @@
-"""The golden cases: outputs of the official network in float64, for weights and inputs that anyone can rebuild."""
+"""Golden cases: outputs of the official network in float64, for reproducible weights and inputs."""
 
 import json
 import zlib
@@ -18,7 +18,7 @@ OURS = {'win_size': 'window_size', 'token_mlp': 'ffn', 'dd_in': 'in_chans'}  # o
 
 @dataclass
 class GoldenCase:
-    """One case: options in our names, the official state, the input, and what the official network made of it."""
+    """One case: options with the plugin's names, official state dict, input, and output of the official network."""
 
     name: str
 
@@ -28,7 +28,7 @@ class GoldenCase:
         self.output = torch.from_numpy(np.load(FOLDER / f'{self.name}.npz')['output']).double()
 
     def state(self) -> dict[str, Tensor]:
-        """Official names; each array drawn from a generator that its name seeds."""
+        """Return the official state dict; each array is sampled from a generator seeded by its name."""
         return {name: _draw(name, shape) for name, shape in self.facts['state_dict'].items()}
 
     def input(self) -> Tensor:
@@ -45,7 +45,7 @@ class GoldenCase:
         return mask
 
     def error(self, output: Tensor) -> float:
-        """Relative distance from the official output, on the pixels that the case keeps."""
+        """Relative error against the official output, on the pixels stored in the case."""
         kept = output.detach().double()[:, :, 1::3, 2::3]
         return float((kept - self.output).norm() / self.output.norm())
 

@@ -69,7 +69,7 @@ def test_combinations_train_every_parameter(attention, ffn):
     net(torch.rand(2, 3, 32, 64)).square().mean().backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-        # a bias of all keys shifts the scores of a row alike, which softmax does not see
+        # softmax is invariant to a bias of the keys, which shifts all scores of a row equally
         assert parameter.grad.abs().sum() > 0 or name.endswith('kv.bias'), name
 
 
@@ -204,7 +204,7 @@ def test_wrong_shapes_are_named(x, mask, words):
 def test_both_sets_of_names_load_strictly():
     case = GoldenCase('tiny_mlp_128')
     net = AST(**case.options)
-    wrapped = torch.nn.Sequential(deepcopy(net))  # no top-level load_state_dict of ours is called
+    wrapped = torch.nn.Sequential(deepcopy(net))  # AST.load_state_dict is not called
     official = case.state()
     net.load_state_dict(official)
     loaded = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -217,7 +217,7 @@ def test_both_sets_of_names_load_strictly():
         net.load_state_dict(official)
 
 
-def test_a_mismatch_says_what_the_file_is_of():
+def test_mismatch_names_options_of_the_file():
     net = AST(**TINY)
     other = AST(**{**TINY, 'embed_dim': 8, 'depths': (1, 1, 1, 1, 2, 1, 1, 1, 1)})
     words = r'input_proj.weight is \[8, 3, 3, 3\], expected \[4, 3, 3, 3\]'

@@ -1,4 +1,4 @@
-"""The blocks as plain modules: layouts, any size, and padding that changes nothing."""
+"""Blocks as modules: layouts, arbitrary sizes, and padding without effect on the result."""
 
 from collections import defaultdict
 from itertools import product
@@ -26,7 +26,7 @@ def _in_double():
 
 
 def excite(module):
-    """Weights so large that scores matter."""
+    """Set weights large enough that attention scores affect the output."""
     for parameter in module.parameters():
         parameter.data.copy_(torch.randn_like(parameter))
     return module
@@ -46,7 +46,7 @@ def test_layouts_agree_on_any_size(name):
 
 
 def reference(block, x):
-    """Attention among those tokens of a map that share a window, and came over the edge together or not at all."""
+    """Attention between tokens in the same window that both wrapped around the same edges or none."""
     side, shift = block.window_size, block.shift_size
     heads, d = block.num_heads, block.dim // block.num_heads
     groups, out = defaultdict(list), torch.full_like(x, float('nan'))
@@ -71,7 +71,7 @@ def reference(block, x):
 def test_attention_sees_the_map_alone(kind):
     for shift, size in ((0, (5, 10)), (1, (3, 3)), (3, (7, 4))):
         block = excite(ATTENTIONS[kind](DIM, 2, 4, shift))
-        block.kv.weight.data *= 0.3  # else the mask of the shift, -100, is not out of reach for relu's scores
+        block.kv.weight.data *= 0.3  # keeps scores below 100, so that the mask of -100 zeroes relu
         x = torch.randn(2, *size, DIM)
         with torch.no_grad():
             torch.testing.assert_close(block(x), reference(block, x))

@@ -1,4 +1,4 @@
-"""Networks by name and by weights, on images of any size."""
+"""Building networks by name and from weights, and running them on images of any size."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_multiples_of_baselines():
 
 
 class Picky(nn.Module):
-    """Takes multiples of its window alone, and shows what it gets; cannot run without values."""
+    """A network that accepts only multiples of its window, records its inputs, and does not run on the meta device."""
 
     def __init__(self, window_size=12):
         super().__init__()

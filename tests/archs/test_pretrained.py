@@ -1,4 +1,4 @@
-"""Networks in folders of Hugging Face's form, and in a repository that a stand-in serves."""
+"""Networks in Hugging Face folders, and in a simulated repository."""
 
 import copy
 import inspect
@@ -41,7 +41,7 @@ def same(network, other):
 
 
 def folder_of(tmp_path, state, config=None) -> Path:
-    """A folder as somebody else's code writes it."""
+    """Write a folder as third-party code does."""
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / 'model.safetensors')
     if config is not None:
         (tmp_path / 'config.json').write_text(config if isinstance(config, str) else json.dumps(config))
@@ -67,7 +67,7 @@ def test_folder_is_a_weights_file(tmp_path):
     for config in ('{', '[1]', {'hidden_size': 3}, {'type': 3}):
         folder_of(tmp_path, network.state_dict(), config)
         assert read_checkpoint(folder).network is None
-    assert load_network(None, folder).options['embed_dim'] == 4  # told by names and shapes
+    assert load_network(None, folder).options['embed_dim'] == 4  # inferred from names and shapes
     assert same(load_network({'type': 'AST', **TINY, 'img_size': 16}, folder), network)
     told = describe_provenance(SimpleNamespace(describe=str), {}, folder, torch.device('cpu'))
     assert told['sha256'] == file_digest(folder / 'model.safetensors')
@@ -83,10 +83,10 @@ def test_folder_round_trip(tmp_path, which):
     loaded = build.from_pretrained(str(folder))
     assert type(loaded) is type(network) and not loaded.training and same(loaded, network)
     assert json.loads((folder / 'config.json').read_text()) == network.options
-    assert not any(key.startswith('base_') for key in network.options)  # where training starts is no option
+    assert not any(key.startswith('base_') for key in network.options)  # only used for initialisation
     assert same(load_network(None, folder), network)  # `--weights FOLDER`, and the file alone:
     assert read_checkpoint(folder / 'model.safetensors').network == network.options
-    loaded.save_pretrained(folder)  # over it
+    loaded.save_pretrained(folder)  # overwrite
     assert same(type(network).from_pretrained(folder), network)
     assert (folder / 'README.md').read_text() == 'of its author'
 
@@ -97,9 +97,9 @@ def test_folder_with_official_names(tmp_path):
     folder_of(tmp_path, {f'module.{key}': tensor for key, tensor in state.items()})
     expected = AST(**case.options)
     expected.load_state_dict(state)
-    official = AST.from_pretrained(tmp_path, drop_path_rate=0.3)  # which the weights do not tell
+    official = AST.from_pretrained(tmp_path, drop_path_rate=0.3)  # not stored in the weights
     assert official.options == {**expected.options, 'drop_path_rate': 0.3, 'num_heads': official.options['num_heads']}
-    official.save_pretrained(tmp_path)  # under our names
+    official.save_pretrained(tmp_path)  # with the plugin's names
     assert not any(key.startswith('module.') for key in load_file(tmp_path / 'model.safetensors'))
     assert same(AST.from_pretrained(tmp_path), official)
     same(official, expected)
@@ -119,7 +119,7 @@ def test_weights_that_come_along(tmp_path):
         ('missing', CheckpointError, 'nowhere: expected a folder with model.safetensors'),
         ('empty', CheckpointError, r'is a folder without model\.safetensors'),
         ('cut', CheckpointError, 'is cut or not a safetensors file'),
-        ('mixed', OptionError, 'is of the network Mixed: expected AST'),
+        ('mixed', OptionError, 'expected the network AST, got Mixed'),
         ('shapes', CheckpointError, 'do not match the network'),
         ('argument', OptionError, 'AST cannot be built: .*nonsense'),
         ('incomplete', CheckpointError, 'output_proj.bias .* is missing'),
@@ -154,7 +154,7 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 
 def test_repository(tmp_path, monkeypatch):
-    """The public calls of huggingface_hub, answered by a folder: what is asked for, and that weights come back."""
+    """Upload to and download from a folder that stands in for the public functions of huggingface_hub."""
     hub = pytest.importorskip('huggingface_hub', reason='the extra `hub` is not installed')
     from huggingface_hub.utils import EntryNotFoundError
 

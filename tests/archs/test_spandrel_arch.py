@@ -1,4 +1,4 @@
-"""Networks of spandrel: any size, weights by their own names, recognised from a state, clear words where missing."""
+"""Networks of spandrel: any size, original weight names, recognition from state dicts, errors if not installed."""
 
 import copy
 import sys
@@ -30,7 +30,7 @@ FIRST_WEIGHT = {
 
 @pytest.fixture
 def installed():
-    import basicsr.archs  # noqa: F401 (lets torchvision, which spandrel imports, work beside any build of torch)
+    import basicsr.archs  # noqa: F401 (makes torchvision, which spandrel imports, work with any build of torch)
 
     pytest.importorskip('spandrel', reason='the extra `baselines` is not installed')
     pytest.importorskip('spandrel_extra_arches', reason='the extra `baselines` is not installed')
@@ -40,14 +40,14 @@ def installed():
 def test_any_size(installed, name):
     network = Spandrel(name, **TINY[name]).eval()
     with torch.no_grad():
-        for parameter in network.parameters():  # some start at zero, and nothing passes through them
+        for parameter in network.parameters():  # some are initialised to zero
             parameter.copy_(0.1 * torch.randn(parameter.shape))
         for size in ((1, 1), (7, 37)):
             output = network(torch.rand(1, 3, *size))
             assert output.shape == (1, 3, *size) and torch.isfinite(output).all()
         side = network.sizes.multiple_of
         image = torch.rand(2, 3, side, side)
-        if name != 'NAFNet':  # which pads by itself
+        if name != 'NAFNet':  # which pads internally
             torch.testing.assert_close(network(image), network.network(image), rtol=0, atol=0)
     network(torch.rand(1, 3, 32, 32)).square().mean().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
@@ -94,10 +94,10 @@ def test_weights_file_alone_is_enough(installed, name, tmp_path):
     ('options', 'complaint'),
     [
         ({'name': 'NAFNett'}, 'did you mean NAFNet?'),
-        ({'name': 'x'}, 'there are '),
+        ({'name': 'x'}, 'available: '),
         ({'name': None}, 'expected the name of a network, got None'),
-        ({'name': 'NAFNet', 'widht': 4}, 'NAFNet takes no widht, did you mean width?'),
-        ({'name': 'LaMa'}, 'LaMa fills in what a mask covers'),
+        ({'name': 'NAFNet', 'widht': 4}, 'NAFNet has no option widht, did you mean width?'),
+        ({'name': 'LaMa'}, 'LaMa is an inpainting network'),
     ],
 )
 def test_bad_options(installed, options, complaint):

@@ -30,7 +30,7 @@ def test_options_are_read_off_the_state(options):
         name: t.shape for name, t in net.state_dict().items()
     }
     for key, value in options.items():
-        if key != 'num_heads':  # the encoder's have no effect and leave no trace
+        if key != 'num_heads':  # those of the encoder have no effect and cannot be inferred
             assert told[key] == (list(value) if isinstance(value, tuple) else value), key
     assert told['num_heads'][4:] == list(built['num_heads'][4:])
     tells_img_size = options.get('img_size', 128) / 16 < options.get('window_size', 8)

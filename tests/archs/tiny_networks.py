@@ -1,4 +1,4 @@
-"""Tiny networks of BasicSR, and some that call their parts in other ways."""
+"""Tiny networks of BasicSR, and networks that call their submodules in unusual ways."""
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,24 @@ SRVGG = {'type': 'SRVGGNetCompact', 'num_feat': 8, 'num_conv': 3, 'upscale': 1}
 AST = {'type': 'AST', 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'img_size': 32, 'drop_path_rate': 0.0}
 
 ODD = [(13, 22), (7, 31), (19, 5)]
-"""Sizes of images, (height, width), that no window divides."""
+"""Image sizes (height, width) that are not divisible by any window size."""
 
 ATTENTIONS = 'layers.*.residual_group.blocks.*.attn'
 FEED_FORWARDS = 'layers.*.residual_group.blocks.*.mlp'
-"""Names of SwinIR's attentions and feed-forward networks, for rules to match."""
+"""Patterns that match SwinIR's attention and feed-forward modules."""
 
 KEEP = {'keep_weights': True}
 SMALL = {'block': 'ASTBlock', 'window_size': 4, 'mlp_ratio': 2}
-"""A block that is small enough for all networks here."""
+"""Options of a block that fits all networks here."""
 
 
 def rule(match='**.attn', block='ASSA', keys=(), **options):
-    """A rule with further `keys`, and `options` of the block."""
+    """Return a rule with further `keys` and `options` of the block."""
     return {'match': match, 'with': {'type': block, **options}, **dict(keys)}
 
 
 class TokenLayer(nn.Module):
-    """Two linear layers over tokens [B, H·W, C]; what else it is called with is not its business."""
+    """Two linear layers over tokens [B, H·W, C], which ignores all other arguments."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class TokenLayer(nn.Module):
 
 
 class TokenBlock(nn.Module):
-    """A residual branch that is told the tokens' size in one of several ways."""
+    """A residual branch that receives the token size in one of several ways."""
 
     def __init__(self, dim: int, way: str) -> None:
         super().__init__()
@@ -62,11 +62,11 @@ class TokenBlock(nn.Module):
 
 
 class TokenNet(nn.Module):
-    """[B, 3, H, W] through two blocks of tokens.
+    """Network [B, 3, H, W] with two token blocks.
 
     Args:
-        way: how the blocks' callers say H and W: 'pair' (a keyword), 'numbers', 'own numbers' (to the layer itself),
-            'map' (only the network sees a map) or 'hidden' (nobody is given them, on a map of another size).
+        way: how H and W are passed to the blocks: 'pair' (keyword argument), 'numbers', 'own numbers' (to the layer
+            itself), 'map' (only the network gets a feature map) or 'hidden' (not at all, on a map of another size).
     """
 
     def __init__(self, dim: int = 8, way: str = 'pair') -> None:
@@ -93,7 +93,7 @@ class TokenNet(nn.Module):
 
 
 class TimmBlock(nn.Module):
-    """A Swin block on [B, H, W, C] whose feed-forward network works in the windows; sides must be multiples of 4."""
+    """A Swin block on [B, H, W, C] with a feed-forward network on windows; H and W must be multiples of 4."""
 
     def __init__(self, dim: int, shift: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class TimmBlock(nn.Module):
 
 
 class Timm(nn.Module):
-    """[B, 3, H, W] through two such blocks."""
+    """Network [B, 3, H, W] with two such blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Timm(nn.Module):
 
 
 def excite(network: nn.Module, std: float = 0.5) -> nn.Module:
-    """Draw weights so large that what attention does shows in the output; for reproducible tests, after a seed."""
+    """Set random weights large enough that attention affects the output; call after seeding."""
     for name, parameter in network.named_parameters():
         if parameter.ndim >= 2:
             scale = 1.0 if name.endswith('table') else parameter[0].numel() ** -0.5
@@ -132,10 +132,10 @@ def excite(network: nn.Module, std: float = 0.5) -> nn.Module:
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖."""
+    """Relative error ‖got − want‖ / ‖want‖."""
     return float((got - want).norm() / want.norm())
 
 
 def image(height: int, width: int, batch: int = 1) -> Tensor:
-    """Random pixels in [0, 1]."""
+    """Return random pixels in [0, 1]."""
     return torch.rand(batch, 3, height, width)

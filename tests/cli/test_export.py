@@ -63,7 +63,7 @@ def test_export_tells_what_was_assumed(here, capsys):
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        ('--task rian', 'there are no weights for the task rian, did you mean rain'),
+        ('--task rian', 'unknown task rian, did you mean rain'),
         ('--weights rian', 'or a task (rain, raindrop, haze), did you mean rain?'),
         ('--task rain -opt o.yml', '-opt and --param-key require --weights FILE'),
         ('--task rain --size 0x4', '--size 0x4: expected height and width in pixels, such as 480x720, each 1 or more'),

@@ -1,4 +1,4 @@
-"""Small weights in the place of those that come along, so that no test depends on which these are."""
+"""Small substitutes for the bundled weights, so that tests do not depend on the latter."""
 
 import importlib.util
 
@@ -17,7 +17,7 @@ _RELEASED = {}  # content by the names of files
 
 
 def identity() -> AST:
-    """A network that changes nothing: what its last layer adds to the image is zero."""
+    """Return a network that computes the identity, as the output of its last layer is zero."""
     network = build_network(TINY)
     torch.nn.init.zeros_(network.output_proj.weight)
     torch.nn.init.zeros_(network.output_proj.bias)
@@ -25,7 +25,7 @@ def identity() -> AST:
 
 
 def decided(**scores) -> DegradationClassifier:
-    """A classifier that takes every image for the same."""
+    """Return a classifier that predicts the same class for every image."""
     network = DegradationClassifier().eval()
     torch.nn.init.zeros_(network.head.weight)
     network.head.bias.data = torch.tensor([float(scores.get(name, 0)) for name in CLASSES])
@@ -33,7 +33,7 @@ def decided(**scores) -> DegradationClassifier:
 
 
 def release_tiny(monkeypatch, folder) -> None:
-    """Put weights that change nothing, and a classifier that finds all clean, in the place of those that come along."""
+    """Replace the bundled weights by identity networks and a classifier that predicts clean for every image."""
     monkeypatch.setattr(weights, 'FOLDER', folder)
     if not _RELEASED:
         for task in weights.TASKS:
@@ -50,7 +50,7 @@ def release_decided(**scores) -> None:
 
 
 def load_tool(name):
-    """A script of tools/ as a module."""
+    """Import a script of tools/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Finding out by itself what an image lacks, reports, warnings and maps of uncertainty."""
+"""Automatic selection of the task for an image, reports, warnings and uncertainty maps."""
 
 import csv
 import os
@@ -20,7 +20,7 @@ from .helpers import TINY, decided, identity, load_tool, release_decided, releas
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Restore an image with a classifier that takes it for what is given; status, stdout and stderr."""
+    """Restore an image with a classifier that predicts the given class; return exit status, stdout and stderr."""
     folder = tmp_path / 'weights'
     folder.mkdir()
     release_tiny(monkeypatch, folder)
@@ -143,7 +143,7 @@ def test_no_classifier(run):
     assert 2 * sum(tensor.numel() for tensor in state.values()) < 280_000
     (weights.FOLDER / 'classifier.safetensors').unlink()
     status, _, err = run()
-    assert status == 2 and 'came without the weights for classifier' in err
+    assert status == 2 and 'does not include weights for classifier' in err
 
 
 def test_samples_of_the_training(tmp_path):

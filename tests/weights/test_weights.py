@@ -1,4 +1,4 @@
-"""The weights that come along: found, checked, listed, loaded, released; and what is said where they are not there."""
+"""Bundled weights: finding, verifying, listing, loading and releasing them, and errors for missing ones."""
 
 import subprocess
 
@@ -62,7 +62,7 @@ def test_list(shipped, capsys):
     heading, *rows = capsys.readouterr().out.splitlines()
     assert heading == 'weights (3)'
     assert rows[0].split()[:2] == ['rain', 'AST'] and 'real gain +9.2 dB (pretrained/rain, 3 steps' in rows[0]
-    assert rows[2].split()[0] == 'haze' and 'is not there' in rows[2]
+    assert rows[2].split()[0] == 'haze' and 'not found' in rows[2]
 
 
 @pytest.mark.parametrize('task', ['rian', 'snowflakes'])
@@ -74,24 +74,24 @@ def test_unknown_task(shipped, task, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
-def test_altered_and_missing(shipped):
+def test_modified_and_missing(shipped):
     path = shipped / 'rain.safetensors'
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match=r'rain\.safetensors was altered.*SHA-256'):
+    with pytest.raises(CheckpointError, match=r'rain\.safetensors was modified.*SHA-256'):
         ast_plugin.load('rain')
     path.unlink()
-    with pytest.raises(CheckpointError, match=r'came without the weights for rain.*--weights'):
+    with pytest.raises(CheckpointError, match=r'does not include weights for rain.*--weights'):
         ast_plugin.load('rain')
-    (shipped / 'SHA256SUMS').unlink()  # as of a wheel without package data
-    with pytest.raises(CheckpointError, match='came without the weights for haze'):
+    (shipped / 'SHA256SUMS').unlink()  # as in a wheel without package data
+    with pytest.raises(CheckpointError, match='does not include weights for haze'):
         Restorer.from_task('haze')
-    with pytest.raises(OptionError, match='no weights for the task fog'):
+    with pytest.raises(OptionError, match='unknown task fog'):
         ast_plugin.load('fog')
 
 
-def test_weights_of_record(capsys):
-    """Those that are committed: their digests, sizes, cards and networks."""
+def test_bundled_weights(capsys):
+    """Digests, sizes, cards and networks of the committed weights."""
     for task in [name for name in weights.TASKS if (weights.FOLDER / f'{name}.safetensors').exists()]:
         assert weights.find_weights(task).stat().st_size <= 8_000_000
         assert {'network', 'recipe', 'photographs', 'steps', 'date', 'results', 'version'} <= set(
@@ -117,9 +117,9 @@ def test_release_tool(monkeypatch, tmp_path, capsys):
     assert 'weights' in capsys.readouterr().err
 
 
-def test_release_of_what_float16_cannot_hold(monkeypatch, tmp_path):
+def test_release_rejects_values_beyond_float16(monkeypatch, tmp_path):
     monkeypatch.setattr(weights, 'FOLDER', tmp_path)
     state = identity().state_dict() | {'output_proj.bias': torch.full((3,), 1e6)}
-    with pytest.raises(CheckpointError, match=r'output_proj\.bias.*float16'):
+    with pytest.raises(CheckpointError, match=r'float16.*output_proj\.bias'):
         weights.release('rain', state, TINY, CARD)
     assert not list(tmp_path.iterdir())

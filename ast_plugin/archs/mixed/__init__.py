@@ -1,1 +1,1 @@
-"""Any registered network with blocks exchanged by rules."""
+"""Replacing modules of any registered network by blocks, according to rules."""

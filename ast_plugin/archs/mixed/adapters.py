@@ -1,6 +1,6 @@
-"""Blocks in the places of modules: what a module is called with, where tokens have their size from, kept weights.
+"""Adapters that call blocks in place of modules: recorded calls, layout conversion, token sizes, weight transfer.
 
-Layouts are turned, and tokens get their (H, W) from whichever caller is given it.
+Blocks that work on tokens get (H, W) from the arguments of the module that receives it.
 """
 
 import itertools
@@ -20,14 +20,14 @@ from ast_plugin.ops import relative_position_index
 Shape = tuple[int, ...]
 Key = int | str  # position or name of an argument
 
-# What x is, told by the dimensions that change with the image, and the axis of its channels.
+# (number of dimensions, axes that change with the image size) -> layout, channel axis
 _KINDS = {
     (4, (2, 3)): ('nchw', 1),
     (4, (1, 2)): ('nhwc', 3),
     (3, (1,)): ('tokens', 2),
     (3, (0,)): ('windows', 2),
 }
-# Names in the state of a window attention that can be read; the gate of one of ours is what `dense_share` says.
+# Name components of window attention weights that can be transferred; the gate is set from `dense_share`.
 _READ = {
     *('qkv', 'q', 'kv', 'to_q', 'to_kv', 'proj', 'weight', 'bias'),
     *('relative_position_bias_table', 'position_bias', 'gate'),
@@ -35,25 +35,25 @@ _READ = {
 
 
 class Call(NamedTuple):
-    """One call of a module: what it was given, tensors without their values, and the shape of a tensor it returned."""
+    """Recorded call of a module: arguments, with tensors on the meta device, and the shape of a tensor output."""
 
     args: tuple
     kwargs: dict[str, Any]
     output: Shape | None
 
     def tensors(self) -> list[tuple[Key, Tensor]]:
-        """Those that it was given, by position or name."""
+        """Return the tensor arguments with their positions or names."""
         arguments = (*enumerate(self.args), *self.kwargs.items())
         return [(key, value) for key, value in arguments if isinstance(value, Tensor)]
 
     def first_tensor(self) -> tuple[Key, Shape]:
-        """Key and shape of the first of them; no dimensions if there was none."""
+        """Return key and shape of the first tensor argument, or an empty shape if there is none."""
         return next(((key, tuple(value.shape)) for key, value in self.tensors()), (0, ()))
 
 
 @contextmanager
 def record_calls(network: nn.Module) -> Iterator[dict[str, list[Call]]]:
-    """Record how the modules of a network are called meanwhile, by their names; for `networks.try_sizes`."""
+    """Context manager that records the calls of a network's modules by name, for `networks.try_sizes`."""
     calls: dict[str, list[Call]] = {}
 
     def recorder(name: str):
@@ -75,19 +75,19 @@ def _without_values(value: Any) -> Any:
 
 
 class SizePlace(NamedTuple):
-    """Where the (H, W) of tokens are found in the call of a module."""
+    """Location of the tokens' (H, W) in the arguments of a module."""
 
-    caller: str  # name of the module, an ancestor of the one that needs them, or that itself
-    keys: tuple[Key, ...]  # of one argument that is a pair or a map, or of two that are numbers
-    axes: tuple[int, int] | None = None  # of a map, where H and W are; None of numbers
+    caller: str  # name of the module, which is the one that needs the size or an ancestor of it
+    keys: tuple[Key, ...]  # of one argument that is a pair or a feature map, or of two integers
+    axes: tuple[int, int] | None = None  # H and W axes of a feature map; None for numbers
 
     @property
     def name(self) -> str:
-        """One for each place, without the dots that torch.compile stumbles over in names of attributes."""
+        """Unique name, without dots, which torch.compile does not support in attribute names."""
         return f'{self.caller}/{self.keys}/{self.axes}'.replace('.', '/')
 
     def read(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        """H and W, out of the arguments of a call."""
+        """Read H and W from the arguments of a call."""
         values = [args[key] if isinstance(key, int) else kwargs[key] for key in self.keys]
         if self.axes is not None:
             values = [values[0].shape[axis] for axis in self.axes]
@@ -95,7 +95,7 @@ class SizePlace(NamedTuple):
         return height, width
 
     def tell_sizes(self, caller: nn.Module) -> None:
-        """Let the blocks below the caller know H and W in `token_sizes` while it runs."""
+        """Register hooks that set H and W in `token_sizes` while the caller runs."""
         caller.register_forward_pre_hook(self._set, with_kwargs=True)
         caller.register_forward_hook(self._unset, always_call=True)
 
@@ -107,57 +107,58 @@ class SizePlace(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A module, and what it works on: x, the first tensor that it is given."""
+    """Module of a network and the layout of its input x, the first tensor argument."""
 
     name: str
-    kind: str  # 'nchw', 'nhwc', 'tokens' or 'windows'; what x is, see `block_registry`
+    kind: str  # layout of x: 'nchw', 'nhwc', 'tokens' or 'windows', see `block_registry`
     x_key: Key
-    shape: Shape  # of x in the first run
-    output: Shape | None  # of what the module returned then
-    size: SizePlace | None = None  # where tokens have their (H, W) from
-    nominal: tuple[int, int] = (0, 0)  # of the map in the first run, or of the window
-    others: tuple[Shape, ...] = ()  # of further tensors of floating point that it is given
+    shape: Shape  # of x in the first trial run
+    output: Shape | None  # shape of the output in the first trial run
+    size: SizePlace | None = None  # source of the tokens' (H, W)
+    nominal: tuple[int, int] = (0, 0)  # (H, W) of the feature map in the first trial run, or of the window
+    others: tuple[Shape, ...] = ()  # shapes of further floating-point arguments
 
     @property
     def place(self) -> str:
-        """Of `block_registry.PLACES`."""
+        """Position in terms of `block_registry.PLACES`."""
         return 'maps' if self.kind in ('nchw', 'nhwc') else self.kind
 
     def channels(self, shape: Shape) -> int:
-        """Of x or of the output, given its shape."""
+        """Return the number of channels of a shape in the layout of x."""
         return shape[1 if self.kind == 'nchw' else -1]
 
 
 def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = None, needs_window: bool = True) -> Site:
-    """Tell what a module works on.
+    """Determine the input layout of a module from its recorded calls.
 
     Args:
-        name, module: of the network that was tried.
-        trial: with what `record_calls` recorded.
-        window: side of its windows, if it does not say so itself.
-        needs_window: whether windows whose side nobody says are refused.
+        name, module: module of the network.
+        trial: trial of the network, with the records of `record_calls`.
+        window: window size, if the module does not declare it.
+        needs_window: whether to reject windows of unknown size.
     Raises:
-        ShapeError: if it is not called, or in different ways, or that cannot be told, with the shapes.
+        ShapeError: if the module is not called, is called in different ways, or has an unknown input layout; the
+            message includes the shapes.
     """
     runs = [run.get(name, []) for run in trial.records]
     if not all(runs):
-        raise ShapeError('it is never called, only what it holds')
+        raise ShapeError('the module is never called itself, only its submodules')
     pairs = [(one.first_tensor(), two.first_tensor()) for one, two in zip(*runs, strict=False)]
     (key, first), (_, second) = pairs[0]
     if not first or not second:
-        raise ShapeError('it is given no tensor')
+        raise ShapeError('the module has no tensor argument')
     kind, axis = _kind(first, second)
     for (other_key, one), (_, two) in pairs:
         if other_key != key or not one or not two or _kind(one, two)[0] != kind:
-            raise ShapeError(f'it is called in different ways, with {list(first)} and with {list(one)}')
+            raise ShapeError(f'the module is called with different kinds of input, {list(first)} and {list(one)}')
     if kind is None:
         sizes = ' and '.join(f'{height}x{width}' for height, width in trial.sizes)
         raise ShapeError(
-            f'it works on {list(first)}, then on {list(second)} for images {sizes}: expected a map [B, C, H, W] or '
-            '[B, H, W, C], tokens [B, H·W, C] or windows'
+            f'expected a feature map [B, C, H, W] or [B, H, W, C], tokens [B, H·W, C] or windows, '
+            f'got {list(first)} and {list(second)} for images {sizes}'
         )
     if len({call.first_tensor()[1][axis] for call in runs[0]}) > 1:
-        raise ShapeError('it is called with maps of different channels')
+        raise ShapeError('the module is called with different numbers of channels')
     call = runs[0][0]
     others = tuple(tuple(value.shape) for _, value in call.tensors()[1:] if value.is_floating_point())
     size, nominal = None, (0, 0)
@@ -167,8 +168,8 @@ def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = N
         side = window_of(module) or window
         if (side is None and needs_window) or (side is not None and side**2 != first[1]):
             raise ShapeError(
-                f'it works on {list(first)}, which must be windows of {first[1]} tokens, and its window_size '
-                f'is {side or "not known"}: give it under `with`'
+                f'its input {list(first)} must be windows of {first[1]} tokens, but its window_size is '
+                f'{side or "unknown"}: specify window_size under `with`'
             )
         nominal = (side, side) if side else (0, 0)
     else:
@@ -184,7 +185,7 @@ def _kind(first: Shape, second: Shape) -> tuple[str | None, int]:
 
 
 def _find_size(name: str, trial: Trial) -> tuple[SizePlace | None, tuple[int, int]]:
-    """The nearest caller that knows H and W of the tokens in both runs, and what they are in the first."""
+    """Find the nearest module with H and W of the tokens among its arguments; return also the size in the first run."""
     counts = [run[name][0].first_tensor()[1][1] for run in trial.records]
     steps = name.split('.')
     for depth in range(len(steps), -1, -1):
@@ -197,13 +198,19 @@ def _find_size(name: str, trial: Trial) -> tuple[SizePlace | None, tuple[int, in
                 sizes = [place.read(call.args, call.kwargs) for call in calls]
                 if [height * width for height, width in sizes] == counts:
                     return place, sizes[0]
-            except (TypeError, ValueError, IndexError, KeyError, AttributeError):  # the second call has other arguments
+            except (
+                TypeError,
+                ValueError,
+                IndexError,
+                KeyError,
+                AttributeError,
+            ):  # the arguments differ between the runs
                 continue
     return None, (0, 0)
 
 
 def _size_places(caller: str, call: Call) -> Iterator[SizePlace]:
-    """Where a call could say H and W: a pair, two numbers one after the other, or a map."""
+    """Yield the arguments of a call that may contain H and W: a pair, two consecutive integers, or a feature map."""
     for items in (list(enumerate(call.args)), list(call.kwargs.items())):
         for key, value in items:
             if isinstance(value, (tuple, list)) and len(value) == 2 and all(type(side) is int for side in value):
@@ -218,22 +225,22 @@ def _size_places(caller: str, call: Call) -> Iterator[SizePlace]:
 
 
 class MixedIn(nn.Module):
-    """A block in the place of a module, called as that was.
+    """Adapter that takes the place of a module in a network and calls a block.
 
         replace   block(x)
         append    block(original(x))
         prepend   original(block(x))
-        wrap      y + gain · block(norm(y)), y being original(x): a branch as transformers have them
+        wrap      y + gain · block(norm(y)) with y = original(x), a pre-norm residual branch
 
     Args:
-        block: see `block_registry` for what it is called with.
-        works_in: how.
-        site: what the module worked on.
+        block: block to call, see `block_registry`.
+        works_in: layout of the block.
+        site: original position, with the layout of its input.
         op: 'replace', 'append', 'prepend' or 'wrap'.
-        original: the module that stood there; None for `replace`.
-        gain: what each channel of the branch begins with, for `wrap`: 0 leaves the network as it was.
+        original: original module; None for `replace`.
+        gain: initial value of the learned gain per channel, for `wrap`; with 0 the network is unchanged initially.
     Raises:
-        ShapeError: in the forward pass, if the caller gives the tokens' size no longer, or another one.
+        ShapeError: in the forward pass, if the token size is not available or does not match.
     """
 
     def __init__(
@@ -262,7 +269,7 @@ class MixedIn(nn.Module):
         return self.original(*args, **{**kwargs, key: y})
 
     def _run(self, y: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-        """The block on y, which has the site's layout."""
+        """Apply the block to y, which has the layout of the site."""
         is_nchw = self.site.kind == 'nchw'
         last = y.permute(0, 2, 3, 1) if is_nchw else y
         if self.gain is None:
@@ -272,7 +279,7 @@ class MixedIn(nn.Module):
         return last.permute(0, 3, 1, 2) if is_nchw else last
 
     def _run_channels_last(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-        """The block on windows, tokens or a map."""
+        """Apply the block to windows, tokens or an NHWC feature map."""
         if self.works_in == 'any':
             return self.block(x)
         if self.site.kind == 'windows':
@@ -298,16 +305,16 @@ class MixedIn(nn.Module):
         caller = self.site.size.caller or 'the base'
         tokens = f'the tokens {list(x.shape)} of {self.site.name}'
         if size is None:
-            raise ShapeError(f'{tokens} have no size outside of {caller}, which is told height and width')
+            raise ShapeError(f'{tokens} have an unknown height and width outside of a call of {caller}')
         if size[0] * size[1] != x.shape[1]:
-            raise ShapeError(f'{tokens} are not the {size[0]}x{size[1]} that {caller} is told')
+            raise ShapeError(f'{tokens} do not match the size {size[0]}x{size[1]} given to {caller}')
         return size
 
     def _window_mask(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Of what the caller gives besides x, the tensor [num_windows, T, T]."""
+        """Return the mask [num_windows, T, T] among the arguments other than x, or None."""
         tokens = x.shape[1]
         for key, value in (*enumerate(args), *kwargs.items()):
-            # x looks the same where a window has as many tokens as there are channels
+            # x has this shape, too, if the number of channels equals the number of tokens
             is_other = isinstance(value, Tensor) and key != self.site.x_key
             if is_other and value.is_floating_point() and value.shape[1:] == (tokens, tokens):
                 return value
@@ -318,72 +325,72 @@ class MixedIn(nn.Module):
 
 
 def put_in(network: nn.Module, adapters: Sequence[tuple[nn.Module, MixedIn]]) -> None:
-    """Put adapters where the modules before them stand, and let their blocks know the sizes of tokens."""
+    """Replace modules of a network by adapters, and register the hooks for token sizes."""
     modules = dict(network.named_modules())
-    # From the inside out: a module that is kept goes into its adapter with what lies in it exchanged already.
+    # Innermost first, so that an original module is moved into its adapter with its submodules already replaced.
     for module, adapter in sorted(adapters, key=lambda item: -item[1].site.name.count('.')):
         for parent in list(network.modules()):
-            for key, child in list(parent._modules.items()):  # a module may have two names
+            for key, child in list(parent._modules.items()):  # a module may have several names
                 if child is module and parent is not adapter:
                     setattr(parent, key, adapter)
-    # A caller that is exchanged itself tells its adapter's block, too: the hooks go around both.
+    # If a caller is replaced itself, its adapter gets the hooks, so that they cover the adapter's block, too.
     modules |= {adapter.site.name: adapter for _, adapter in adapters}
     for size in dict.fromkeys(adapter.site.size for _, adapter in adapters if adapter.site.size is not None):
         size.tell_sizes(modules[size.caller])
 
 
 def keep_weights(block: nn.Module, source: nn.Module, dense_share: float | None = None) -> None:
-    """Put what `source` has learned into `block`.
+    """Transfer the weights of a replaced module to a block.
 
-    Window attentions keep queries, keys, values, projection and position bias; ASSA's gate is set so that softmax has
-    the share `dense_share` and the squared ReLU the rest. An MLP keeps both layers. Another block can do so with a
-    method `keep_weights(source)`.
+    Window attention takes over queries, keys, values, projection and position bias; ASSA's gate is set so that softmax
+    has the share `dense_share` and the squared ReLU the rest. An MLP takes over both layers. Third-party blocks can
+    implement a method `keep_weights(source)`.
 
     Args:
-        block: ours.
-        source: of the network that the block is mixed into: q, k and v in one linear layer `qkv`, or in `q` and `kv`
-            or `to_q` and `to_kv`.
-        dense_share: in (0, 1), for ASSA alone.
+        block: block that takes the weights.
+        source: replaced module; an attention has q, k and v in a linear layer `qkv`, or in `q` and `kv`, or in `to_q`
+            and `to_kv`.
+        dense_share: share of softmax, in (0, 1), for ASSA only.
     Raises:
-        OptionError: if the block can keep nothing of such a module, or not all of it.
-        ShapeError: if their sizes differ.
+        OptionError: if the block cannot take over the weights of such a module, or not all of them.
+        ShapeError: if sizes differ.
     """
     if not isinstance(block, (WindowAttention, MLP)) and hasattr(block, 'keep_weights'):
         block.keep_weights(source)
         return
-    refusal = f'{type(block).__name__} can keep nothing of {type(source).__name__}'
+    refusal = f'{type(block).__name__} cannot keep weights of {type(source).__name__}'
     if isinstance(block, WindowAttention):
         weights = _read_attention(source)
         if weights is None:
-            raise OptionError(f'{refusal}: it is no window attention with qkv, proj and a table of position bias')
+            raise OptionError(f'{refusal}: expected a window attention with qkv, proj and a position bias table')
         left = [name for name, _ in source.named_parameters() if not _READ.issuperset(name.split('.'))]
     elif isinstance(block, MLP):
         layers = [module for module in source.modules() if isinstance(module, nn.Linear)]
         has_gelu = any(isinstance(module, nn.GELU) and module.approximate == 'none' for module in source.modules())
         if len(layers) != 2 or not has_gelu:
-            raise OptionError(f'{refusal}: it is not two linear layers with a GELU between')
+            raise OptionError(f'{refusal}: expected two linear layers with a GELU between them')
         weights = _layers(expand=layers[0], project=layers[1])
         kept = {id(parameter) for layer in layers for parameter in layer.parameters()}
         left = [name for name, parameter in source.named_parameters() if id(parameter) not in kept]
     else:
-        raise OptionError(f'{refusal}: leave keep_weights out')
+        raise OptionError(f'{refusal}: remove keep_weights')
     if left:
-        raise OptionError(f'{refusal}: it has learned more than the block has a place for, {", ".join(left[:4])}')
+        raise OptionError(f'{refusal}: the block has no counterpart for {", ".join(left[:4])}')
     _fill(block, weights)
     if dense_share is not None:
         if getattr(block, 'gate', None) is None:
-            raise OptionError(f'dense_share is for ASSA: {type(block).__name__} has no gate')
+            raise OptionError(f'dense_share requires ASSA: {type(block).__name__} has no gate')
         half = 0.5 * math.log(dense_share / (1 - dense_share))  # softmax of (half, -half) is (dense_share, the rest)
         block.gate.data.copy_(torch.tensor([half, -half]))
 
 
 def _fill(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights by their names in the block; biases that are not among them become zero."""
+    """Copy weights to a block by name; set biases without a counterpart to zero."""
     own = dict(block.named_parameters())
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape:
-            place = list(own[name].shape) if name in own else 'nothing'
-            raise ShapeError(f'{name} is {list(weight.shape)}, the block has {place} for it: leave sizes out')
+            place = list(own[name].shape) if name in own else 'no such parameter'
+            raise ShapeError(f'{name} is {list(weight.shape)}, but the block has {place}: omit sizes from the rule')
     with torch.no_grad():
         for name, parameter in own.items():
             if name in weights:
@@ -393,15 +400,15 @@ def _fill(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _layers(**layers: nn.Linear) -> dict[str, Tensor]:
-    """Weights of layers, by the names that the layers have in a block."""
+    """Return weights and biases of linear layers, by the layers' names in a block."""
     weights = {f'{name}.weight': layer.weight for name, layer in layers.items()}
     return weights | {f'{name}.bias': layer.bias for name, layer in layers.items() if layer.bias is not None}
 
 
 def _read_attention(source: nn.Module) -> dict[str, Tensor] | None:
-    """What `source` has learned by the names of `WindowAttention`, if it is a window attention that we can read.
+    """Return the weights of a window attention by the names of `WindowAttention`, or None for any other module.
 
-    Queries are brought to our scale, 1 / sqrt(channels of a head), where the source has another.
+    Queries are rescaled if the source uses another scale than 1 / sqrt(channels of a head).
     """
     table = getattr(source, 'relative_position_bias_table', getattr(source, 'position_bias', None))
     proj = getattr(source, 'proj', None)
@@ -433,7 +440,7 @@ def _read_queries(source: nn.Module) -> dict[str, Tensor] | None:
 
 
 def _in_our_order(table: Tensor, source: nn.Module) -> Tensor:
-    """The table of position bias, its rows in the order of `ops.relative_position_index`, should they differ."""
+    """Return the position bias table with its rows in the order of `ops.relative_position_index`."""
     theirs, side = getattr(source, 'relative_position_index', None), window_of(source)
     if not isinstance(theirs, Tensor) or side is None or theirs.numel() != side**4 or len(table) != (2 * side - 1) ** 2:
         return table

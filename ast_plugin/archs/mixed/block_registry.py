@@ -1,4 +1,4 @@
-"""BLOCKS: what can be mixed into networks, ours and other people's, and what each block says of itself.
+"""BLOCKS: registry of the blocks that can be mixed into networks, the plugin's and third-party ones.
 
     from ast_plugin.archs.mixed.block_registry import BLOCKS
 
@@ -10,19 +10,20 @@
         def __init__(self, dim: int) -> None: ...
         def forward(self, x: Tensor) -> Tensor: ...
 
-A module that does so, named as an entry point of the group `basicsr.plugins`, makes it known to the command.
+The command line finds such a block if its module is an entry point of the group `basicsr.plugins`.
 
-`works_in` is how the block takes what it works on, the same way as it gives it back:
+`works_in` is the layout of the block's input and output:
 
     nhwc     forward(x), x [B, H, W, C]
     nchw     forward(x), x [B, C, H, W]
     tokens   forward(x, size), x [B, H·W, C] and size (H, W)
     windows  forward(x, mask), x [num_windows·B, window², C] and mask [num_windows, window², window²] or None
-    any      forward(x), x [..., C], each token for itself
+    any      forward(x), x [..., C], each token independently
 
-`replaces` is where it can stand: in 'windows' (a block that works in nhwc needs attend_windows(x, mask) for that, which
-is as forward of one that works in windows), among 'tokens', on 'maps'. Its sizes are the parameters of its constructor
-that have a name of `SIZES`; other names are given in `sizes`, for instance {'width': 'dim'}.
+`replaces` lists the supported positions: 'windows', 'tokens' and 'maps'. For 'windows', a block with another layout
+needs a method attend_windows(x, mask) with the signature of forward for works_in = 'windows'. Constructor parameters
+with a name in `SIZES` are inferred from the replaced module; the attribute `sizes` adds further names, for example
+{'width': 'dim'}.
 """
 
 import inspect
@@ -37,7 +38,7 @@ from ast_plugin.errors import OptionError, did_you_mean
 
 WORKS_IN = ('nhwc', 'nchw', 'tokens', 'windows', 'any')
 PLACES = ('windows', 'tokens', 'maps')
-SIZES = {  # the name of a constructor's parameter -> the size that it is
+SIZES = {  # name of a constructor parameter -> name of the size
     'dim': 'dim',
     'channels': 'dim',
     'in_channels': 'dim',
@@ -58,7 +59,7 @@ BLOCKS = Registry('block')
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a block says of itself: `parameters` are the names that `build` takes, None if it takes any."""
+    """Declared properties of a block; `parameters` are the parameter names of `build`, None if it accepts any."""
 
     name: str
     build: Callable[..., nn.Module]
@@ -69,30 +70,31 @@ class Declaration:
 
 
 def declaration(name: object) -> Declaration:
-    """What the registered block `name` says of itself.
+    """Return the declaration of a registered block.
 
     Raises:
-        OptionError: if there is none, with the nearest name, or it says something that makes no sense.
+        OptionError: if there is none, with a similar name, or its declaration is invalid.
     """
     build = BLOCKS.module_dict.get(name) if isinstance(name, str) else None
     if build is None:
         known = sorted(BLOCKS.module_dict)
         raise OptionError(
-            f'no block is registered as {name}{did_you_mean(str(name), known)} (there are {", ".join(known)})'
+            f'no block is registered as {name}{did_you_mean(str(name), known)} (available: {", ".join(known)})'
         )
     works_in = getattr(build, 'works_in', None)
     if works_in not in WORKS_IN:
-        raise OptionError(f'the block {name} says works_in = {works_in!r}: expected one of {", ".join(WORKS_IN)}')
+        raise OptionError(f'the block {name} has works_in = {works_in!r}: expected one of {", ".join(WORKS_IN)}')
     replaces = getattr(build, 'replaces', ())
     replaces = (replaces,) if isinstance(replaces, str) else tuple(replaces)
     if not replaces or not set(replaces) <= set(PLACES):
-        raise OptionError(f'the block {name} says replaces = {replaces!r}: expected some of {", ".join(PLACES)}')
+        raise OptionError(f'the block {name} has replaces = {replaces!r}: expected some of {", ".join(PLACES)}')
     parameters = inspect.signature(build).parameters
     is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     own = getattr(build, 'sizes', {})
     sizes = {**{key: size for key, size in SIZES.items() if key in parameters}, **own}
-    if not set(sizes.values()) <= set(SIZES.values()):
-        raise OptionError(f'the block {name} says sizes = {own!r}: expected values among {", ".join(SIZES)}')
+    names = dict.fromkeys(SIZES.values())
+    if not names.keys() >= set(sizes.values()):
+        raise OptionError(f'the block {name} has sizes = {own!r}: expected values among {", ".join(names)}')
     return Declaration(name, build, works_in, replaces, None if is_open else tuple(parameters), sizes)
 
 

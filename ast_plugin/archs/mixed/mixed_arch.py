@@ -1,4 +1,4 @@
-"""Any registered network with blocks exchanged by rules."""
+"""Mixed: any registered network with modules replaced or extended by blocks."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ _COMPILED = 'basicsr.ops.'
 
 
 class Mixed(Pretrained):
-    """A registered network in which rules have exchanged modules for blocks of `block_registry.BLOCKS`.
+    """Registered network in which rules replace or extend modules by blocks of `block_registry.BLOCKS`.
 
         network_g:
           type: Mixed
@@ -30,27 +30,27 @@ class Mixed(Pretrained):
             - {match: 'layers.*.residual_group.blocks.*.attn', with: {type: ASSA}, keep_weights: true}
             - {match: 'layers.*.residual_group.blocks.*.mlp', with: {type: FRFN, mlp_ratio: 2}}
 
-    Images of any size are padded by reflection to what the base takes, and the result is cropped.
+    Images of any size are padded by reflection to a size that the base accepts, and the result is cropped.
 
     Args:
         base: `type`, the registered name of a network, and its arguments.
-        mix: rules, see `rules.Rule`. A module may be meant by one rule only.
-        base_weights: a weights file of the base, loaded before anything is exchanged: official, BasicSR's or
-            safetensors, read without running anything in it. It says where training starts; a file of the mixed
-            network's own weights holds all of them.
-        base_param_key: the key of the weights in that file; by default the first of the usual ones.
-        size_multiple: what both sides of an image must be multiples of for the base; found out by default.
-        nominal_size: side of the images that it is meant for, in pixels, such as the training patch: windows larger
-            than the map that such an image has at a place are refused.
+        mix: rules, see `rules.Rule`. A module must not match more than one rule.
+        base_weights: weights file of the base, loaded before modules are replaced: official, BasicSR's or safetensors,
+            read without executing code. Only used to initialise training; weights files of the mixed network are
+            complete.
+        base_param_key: key of the weights in that file; by default the first of the usual ones.
+        size_multiple: number that H and W must be multiples of for the base; by default found by trial.
+        nominal_size: typical side length of images in pixels, such as the size of training patches: windows larger than
+            the corresponding feature map are rejected.
     Raises:
-        OptionError: for a rule, a base or a file that cannot be used; says which, and what is near.
-        ShapeError: for a block that cannot stand where a rule puts it, with the shapes.
-        CheckpointError: if the weights are not those of the base.
+        OptionError: if a rule, the base or a file is invalid; the message suggests similar names.
+        ShapeError: if a block does not fit its position; the message includes the shapes.
+        CheckpointError: if the weights do not match the base.
     """
 
     takes_any_size = True
-    network_options = ('base',)  # arguments that are a network's options themselves: option files are checked with it
-    transient_options = ('base_weights', 'base_param_key')  # not needed to build the network for weights of its own
+    network_options = ('base',)  # arguments that are options of a network, and are checked as such
+    transient_options = ('base_weights', 'base_param_key')  # not needed to load weights of the mixed network
 
     def __init__(
         self,
@@ -62,14 +62,14 @@ class Mixed(Pretrained):
         nominal_size: int = 64,
     ) -> None:
         super().__init__()
-        # mmengine, which holds the registry of blocks, is heavy: only who builds a Mixed pays for it.
+        # Imported here because mmengine, used for the registry of blocks, is slow to import.
         from ast_plugin.archs.mixed import rules
 
         for key, value in (('size_multiple', size_multiple), ('nominal_size', nominal_size)):
             if value is not None and (type(value) is not int or value < 1):
                 raise OptionError(f'{key}: expected a whole number of 1 or more, got {value!r}')
         read = rules.read_rules(mix)
-        # Bases compute while they are built, which cannot be done without values.
+        # Networks compute values in their constructors, which fails on the meta device.
         without_values = torch.get_default_device().type == 'meta'
         with torch.device('cpu') if without_values else nullcontext():
             self.base = build_base(base)
@@ -89,7 +89,7 @@ class Mixed(Pretrained):
 
     @staticmethod
     def find_faults(options: Mapping[str, Any], where: Where) -> list[Fault]:
-        """What is wrong with the rules of options that stand at `where` in an option file."""
+        """Return the faults in the rules of options located at `where` in an option file."""
         from ast_plugin.archs.mixed import rules
 
         return rules.rule_faults(options['mix'], (*where, 'mix')) if 'mix' in options else []
@@ -98,54 +98,54 @@ class Mixed(Pretrained):
         """Restore images.
 
         Args:
-            x: [B, C, H, W], any H and W from 1 up.
+            x: [B, C, H, W], with any H and W >= 1.
         Returns:
-            [B, D, s·H, s·W], s being `scale`.
+            [B, D, s·H, s·W], where s is `scale`.
         Raises:
-            ShapeError: if x has other dimensions, or the base gives no tensor, as some networks do in training.
+            ShapeError: if x has other dimensions, or the base does not return a tensor, as some networks in training.
         """
         if x.ndim != 4 or 0 in x.shape:
-            raise ShapeError(f'Mixed takes images [B, C, H, W] with no side of 0, not {list(x.shape)}')
+            raise ShapeError(f'Mixed expects non-empty images [B, C, H, W], got {list(x.shape)}')
         H, W = x.shape[-2:]
         return run_padded(self.base, x, -H % self.size_multiple, -W % self.size_multiple)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
-        """Load the mixed network's own weights.
+        """Load a state dict of the mixed network.
 
         Raises:
-            CheckpointError: if they are of the base alone: those are given as `base_weights`.
+            CheckpointError: if it belongs to the base alone; use `base_weights` for such weights.
         """
         if strict and state_dict and not any(name.startswith(('base.', 'module.base.')) for name in state_dict):
             raise CheckpointError(
-                f'these are not weights of a Mixed, whose names begin with base. (here is {next(iter(state_dict))}); '
-                'weights of the base alone are given as network_g.base_weights'
+                f'expected weights of a Mixed network, with names that start with base., got {next(iter(state_dict))}; '
+                'specify weights of the base alone as network_g.base_weights'
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 def build_base(options: Mapping[str, Any]) -> nn.Module:
-    """Build the network that blocks are to be mixed into.
+    """Build the base of a mixed network.
 
     Args:
         options: `type` and arguments.
     Raises:
-        OptionError: if it cannot be built, is a Mixed or has one in it, or needs compiled operators.
+        OptionError: if it cannot be built, is or contains a Mixed, or needs compiled operators.
     """
     if not isinstance(options, Mapping) or not isinstance(options.get('type'), str):
         raise OptionError(f'base: expected {{type: NAME, ...}}, got {options!r:.60}')
     name = options['type']
     if name == Mixed.__name__:
-        raise OptionError('base.type: Mixed cannot be the base of a Mixed: put the rules of both into one list')
+        raise OptionError('base.type: Mixed cannot be the base of a Mixed: combine the rules of both in one list')
     with tell_place('base'):
         base = build_network(options)
     for module in base.modules():
         if isinstance(module, Mixed):
-            raise OptionError(f'base.type: {name} has a Mixed in it, which cannot be mixed again')
+            raise OptionError(f'base.type: {name} contains a Mixed, which cannot be mixed again')
         compiled = next((kind for kind in type(module).__mro__ if kind.__module__.startswith(_COMPILED)), None)
         if compiled is not None:
             raise OptionError(
                 f'base.type: {name} needs operators compiled for CUDA ({compiled.__module__}, {compiled.__name__}), '
-                'and Mixed has to run its base anywhere: take a network without them'
+                'but Mixed must be able to run its base on any device: use a network without them'
             )
     return base
 
@@ -155,8 +155,8 @@ def _check_mixed(base: nn.Module, trial: Trial) -> None:
         check_runs(base, trial)
     except PluginError as error:
         raise type(error)(f'the mixed network does not run: {error}') from error
-    except Exception as error:  # whatever somebody's network raises about a module that is not its own
+    except Exception as error:  # third-party networks may raise anything if a module is replaced
         raise OptionError(
-            f'{type(base).__name__} does not run with these blocks in it, it does more with the modules than calling '
+            f'{type(base).__name__} does not run with these blocks, it uses the modules in other ways than calling '
             f'them: {type(error).__name__}: {first_line(error)}'
         ) from error

@@ -1,4 +1,4 @@
-"""The rules of `Mixed`: what they may say, which modules they mean, and what blocks they put there."""
+"""Rules of `Mixed`: their schema, the modules that they match, and the blocks that they insert."""
 
 import difflib
 import math
@@ -30,15 +30,15 @@ from ast_plugin.faults import Fault, Where, faults_of
 
 DENSE_SHARE = 0.99
 WINDOW_SIZE = 8
-HEAD_DIM = 32  # channels of a head where nothing says how many heads there are, as in AST's first level
+HEAD_DIM = 32  # channels per head if the number of heads is unknown, as in AST's first level
 _CLASS = 'class:'
-_NEAR = 4  # names that a message lists
-# Blocks whose linear layers start as AST's do; those of others start as their authors have them.
+_NEAR = 4  # number of names listed in a message
+# Blocks whose linear layers are initialised as in AST; third-party blocks keep their own initialisation.
 _DRAWN_ANEW = (blocks.ASTBlock, *blocks.ATTENTIONS.values(), *blocks.FEED_FORWARDS.values())
 
 
 class Block(TypedDict):
-    """What stands at `with`: a block's type, and its options."""
+    """Value of the key `with`: type and options of a block."""
 
     __pydantic_config__ = ConfigDict(extra='allow')
 
@@ -46,16 +46,17 @@ class Block(TypedDict):
 
 
 class Rule(BaseModel, extra='forbid', frozen=True, strict=True):
-    """One rule: modules that `match` get a block by `op`.
+    """Rule that inserts a block at all modules that match a pattern.
 
     Attributes:
-        match: a glob over the dotted names of modules, or `class:` and one over the names of classes. In names `*`
-            stands for one step, or a part of it, and `**` for any number of steps.
-        block: `with` in a file: `type`, a name of `block_registry.BLOCKS`, and options; sizes left out are inferred.
-        op: see `adapters.MixedIn`.
-        keep_weights: carry what a replaced module has learned into the block.
-        dense_share: share of softmax in ASSA's gate then; None for `DENSE_SHARE`.
-        gain: of `wrap`.
+        match: glob over the dotted names of modules, or `class:` followed by a glob over class names. In module names,
+            `*` matches one component or a part of it, and `**` matches any number of components.
+        block: `with` in an option file: `type`, a name in `block_registry.BLOCKS`, and options; missing sizes are
+            inferred.
+        op: 'replace', 'append', 'prepend' or 'wrap', see `adapters.MixedIn`.
+        keep_weights: whether to transfer the weights of the replaced module to the block.
+        dense_share: initial share of softmax in ASSA's gate with `keep_weights`; None selects `DENSE_SHARE`.
+        gain: initial gain of the branch, for `wrap`.
     """
 
     match: str
@@ -70,32 +71,32 @@ class Rule(BaseModel, extra='forbid', frozen=True, strict=True):
     @classmethod
     def _check_match(cls, match: str) -> str:
         if not match.removeprefix(_CLASS):
-            raise ValueError('expected a glob over module names, or class:NAME')
+            raise ValueError('expected a glob over module names or class:NAME')
         return match
 
     @field_validator('block')
     @classmethod
     def _check_block(cls, block: Block) -> Block:
-        said = declaration(block['type'])
-        known = [name for name in said.parameters or () if name != 'layout']
+        declared = declaration(block['type'])
+        known = [name for name in declared.parameters or () if name != 'layout']
         for key in block.keys() - {'type'}:
-            if key == 'layout' or (said.parameters is not None and key not in known):
-                raise ValueError(f'{said.name} takes no option {key}{did_you_mean(str(key), known)}')
+            if key == 'layout' or (declared.parameters is not None and key not in known):
+                raise ValueError(f'{declared.name} has no option {key}{did_you_mean(str(key), known)}')
         return block
 
     @model_validator(mode='after')
     def _check_together(self) -> 'Rule':
         if self.keep_weights and self.op != 'replace':
-            raise ValueError(f'keep_weights is for replace, {self.op} keeps the module with its weights')
+            raise ValueError(f'keep_weights requires op: replace; {self.op} keeps the module and its weights')
         if self.dense_share is not None and not self.keep_weights:
-            raise ValueError('dense_share goes with keep_weights: true')
+            raise ValueError('dense_share requires keep_weights: true')
         if 'gain' in self.model_fields_set and self.op != 'wrap':
-            raise ValueError(f'gain is for op: wrap alone, not for {self.op}')
+            raise ValueError(f'gain requires op: wrap, got {self.op}')
         return self
 
     @property
     def where(self) -> str:
-        """`mix.N`, for messages."""
+        """Location of the rule for messages, `mix.N`."""
         return f'mix.{self._number}'
 
     @cached_property
@@ -104,7 +105,7 @@ class Rule(BaseModel, extra='forbid', frozen=True, strict=True):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the block, those that are inferred left out."""
+        """Options of the block, without its type and inferred sizes."""
         return {key: value for key, value in self.block.items() if key != 'type'}
 
 
@@ -112,10 +113,10 @@ _RULES = TypeAdapter(Annotated[list[Rule], Field(min_length=1)])
 
 
 def read_rules(rules: Any) -> list[Rule]:
-    """The rules as an option file gives them.
+    """Parse the rules of an option file.
 
     Raises:
-        OptionError: naming rule and key of all that is wrong.
+        OptionError: lists all faults with rule and key.
     """
     if faults := rule_faults(rules, ('mix',)):
         raise OptionError('; '.join(map(str, faults)))
@@ -126,7 +127,7 @@ def read_rules(rules: Any) -> list[Rule]:
 
 
 def rule_faults(rules: Any, where: Where) -> list[Fault]:
-    """What is wrong with rules that stand at `where` in an option file."""
+    """Return the faults in rules located at `where` in an option file."""
     try:
         _RULES.validate_python(rules)
         return []
@@ -135,30 +136,30 @@ def rule_faults(rules: Any, where: Where) -> list[Fault]:
 
 
 def assign(network: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
-    """Find the rule of each module that one means, by the module's name.
+    """Return the matching rules by module name.
 
     Raises:
-        OptionError: if a rule means none, with near names, or two mean the same, or one inside of a replaced one.
+        OptionError: if a rule matches no module, with similar names, or a module matches two rules or is inside a
+            replaced one.
     """
     assigned: dict[str, Rule] = {}
     modules = {name: module for name, module in network.named_modules(remove_duplicate=False) if name}
-    first = {module: name for name, module in reversed(modules.items())}  # a module may have further names
+    first = {module: name for name, module in reversed(modules.items())}  # a shared module has several names
     for rule in rules:
         meant = [module for name, module in modules.items() if _means(rule.match, name, module)]
         names = list(dict.fromkeys(first[module] for module in meant))
         if not names:
-            raise OptionError(f'{rule.where}.match: no module is meant by {rule.match}; {_near(rule.match, modules)}')
+            raise OptionError(f'{rule.where}.match: no module matches {rule.match}; {_near(rule.match, modules)}')
         for name in names:
             if name in assigned:
-                raise OptionError(f'{rule.where}.match: {name} would be exchanged twice, by {assigned[name].where} too')
+                raise OptionError(f'{rule.where}.match: {name} also matches {assigned[name].where}')
             assigned[name] = rule
     for name, rule in assigned.items():
         steps = name.split('.')
         for outer in ('.'.join(steps[:depth]) for depth in range(1, len(steps))):
             if outer in assigned and assigned[outer].op == 'replace':
                 raise OptionError(
-                    f'{rule.where}.match: {name} would be exchanged twice, it lies in {outer}, which '
-                    f'{assigned[outer].where} replaces'
+                    f'{rule.where}.match: {name} is inside {outer}, which {assigned[outer].where} replaces'
                 )
     return assigned
 
@@ -178,42 +179,42 @@ def _glob(pattern: list[str], steps: list[str]) -> bool:
 
 
 def _near(pattern: str, modules: Mapping[str, nn.Module]) -> str:
-    """What could have been meant."""
+    """Return a hint with similar class or module names."""
     if pattern.startswith(_CLASS):
         known = sorted({type(module).__name__ for module in modules.values()})
         near = difflib.get_close_matches(pattern.removeprefix(_CLASS), known, n=_NEAR, cutoff=0.5) or known[:12]
-        return f'classes there are: {", ".join(near)}'
+        return f'existing classes: {", ".join(near)}'
     known = list(dict.fromkeys(re.sub(r'\b\d+\b', '*', name) for name in modules))
     near = difflib.get_close_matches(re.sub(r'\b\d+\b', '*', pattern), known, n=_NEAR, cutoff=0.5)
     if not near:
         last = pattern.split('.')[-1]
         near = [name for name in known if last in name.split('.')][:_NEAR] or known[:_NEAR]
-    return f'near it are {", ".join(near)}'
+    return f'similar names: {", ".join(near)}'
 
 
 class Exchange(NamedTuple):
-    """What was done at one place: by which rule, the class that stood there, the block's options, and parameters."""
+    """Record of one inserted block."""
 
     rule: Rule
     site: Site
-    was: str
+    was: str  # class name of the original module
     options: Mapping[str, Any]
     parameters_before: int
     parameters_after: int
 
 
 def exchange(network: nn.Module, assigned: Mapping[str, Rule], trial: Trial) -> list[Exchange]:
-    """Put a block at every place that a rule means.
+    """Insert a block at every module that matches a rule.
 
     Args:
-        network: changed in place.
-        assigned: see `assign`.
-        trial: of the network, with what `record_calls` recorded.
+        network: modified in place.
+        assigned: rules by module name, see `assign`.
+        trial: trial of the network, with the records of `record_calls`.
     Returns:
-        What was done, by place.
+        A record for each inserted block.
     Raises:
-        ShapeError: if a block cannot stand somewhere, with the shapes in question.
-        OptionError: if one cannot be made of the sizes there, or not keep the weights.
+        ShapeError: if a block does not fit its position; the message includes the shapes.
+        OptionError: if a block cannot be built with the sizes of its position, or cannot keep the weights.
     """
     positions: dict[str, int] = {}
     adapters, exchanges = [], []
@@ -232,77 +233,75 @@ def exchange(network: nn.Module, assigned: Mapping[str, Rule], trial: Trial) -> 
 def _make_adapter(
     name: str, rule: Rule, module: nn.Module, position: int, trial: Trial
 ) -> tuple[MixedIn, dict[str, Any]]:
-    said, own = rule.declaration, rule.options
-    site = find_site(name, module, trial, own.get('window_size'), said.works_in != 'any')
+    declared, own = rule.declaration, rule.options
+    site = find_site(name, module, trial, own.get('window_size'), declared.works_in != 'any')
     _check_place(rule, site)
     dim = site.channels(site.shape if rule.op in ('replace', 'prepend') else site.output)
-    window = next((own.get(key) for key, size in said.sizes.items() if size == 'window_size'), None)
+    window = next((own.get(key) for key, size in declared.sizes.items() if size == 'window_size'), None)
     sizes = _infer_sizes(module, site, dim, position, window)
-    options = {key: sizes[size] for key, size in said.sizes.items() if size in sizes} | own
-    _check_sizes({size: options[key] for key, size in said.sizes.items() if key in options}, site, dim)
+    options = {key: sizes[size] for key, size in declared.sizes.items() if size in sizes} | own
+    _check_sizes({size: options[key] for key, size in declared.sizes.items() if key in options}, site, dim)
     try:
-        block = said.build(**options)
+        block = declared.build(**options)
     except PluginError:
         raise
-    except Exception as error:  # whatever somebody's block raises about its sizes
-        raise OptionError(f'it cannot be made of {options}: {type(error).__name__}: {one_line(error)}') from error
+    except Exception as error:  # third-party blocks may raise anything
+        raise OptionError(f'it cannot be built with {options}: {type(error).__name__}: {one_line(error)}') from error
     if type(block) in _DRAWN_ANEW:
         block.apply(blocks.init_weights)
-    if site.kind == 'windows' and said.works_in not in ('windows', 'any') and not hasattr(block, 'attend_windows'):
-        raise OptionError(f'a block that works in {said.works_in} needs attend_windows for windows')
+    if site.kind == 'windows' and declared.works_in not in ('windows', 'any') and not hasattr(block, 'attend_windows'):
+        raise OptionError(f'a block with works_in = {declared.works_in!r} needs a method attend_windows for windows')
     if rule.keep_weights:
         keep_weights(block, module, rule.dense_share or (DENSE_SHARE if isinstance(block, blocks.ASSA) else None))
     original = None if rule.op == 'replace' else module
-    return MixedIn(block, said.works_in, site, rule.op, original, rule.gain), options
+    return MixedIn(block, declared.works_in, site, rule.op, original, rule.gain), options
 
 
 def _check_place(rule: Rule, site: Site) -> None:
-    """Raise ShapeError where no block of the rule's can stand."""
-    said = rule.declaration
-    shapes = f'{list(site.shape)} come in and {list(site.output) if site.output else "no tensor"} go out'
-    if site.place not in said.replaces:
-        words = {'windows': 'in windows', 'tokens': 'among tokens', 'maps': 'on maps'}
-        places = ' or '.join(words[place] for place in said.replaces)
-        raise ShapeError(f'{shapes}, {site.place}, and it stands {places} alone')
+    """Raise ShapeError if no block of a rule fits the position."""
+    declared = rule.declaration
+    shapes = f'the input is {list(site.shape)} and the output {list(site.output) if site.output else "not a tensor"}'
+    if site.place not in declared.replaces:
+        raise ShapeError(f'{shapes} ({site.place}), but the block supports only {" and ".join(declared.replaces)}')
     if rule.op != 'prepend' and (site.output is None or len(site.output) != len(site.shape)):
         raise ShapeError(f'{shapes}, expected the same kind of tensor')
     if rule.op == 'replace' and site.output != site.shape:
-        raise ShapeError(f'{shapes}, and a block keeps the shape: use append, prepend or wrap')
+        raise ShapeError(f'{shapes}, but a block preserves the shape: use append, prepend or wrap')
     if rule.op in ('append', 'wrap') and site.place != 'maps' and site.output[:2] != site.shape[:2]:
-        raise ShapeError(f'{shapes}, and tokens and windows must keep their number for {rule.op}')
-    if site.kind == 'tokens' and site.size is None and said.works_in != 'any':
-        raise ShapeError(f'tokens {list(site.shape)}, and no caller is given their height and width')
+        raise ShapeError(f'{shapes}, but {rule.op} requires the same number of tokens and windows')
+    if site.kind == 'tokens' and site.size is None and declared.works_in != 'any':
+        raise ShapeError(f'the height and width of the tokens {list(site.shape)} are not an argument of any caller')
     tokens = site.shape[1]
     foreign = [list(shape) for shape in site.others if site.kind != 'windows' or tuple(shape[1:]) != (tokens, tokens)]
     if foreign and rule.op == 'replace':
-        raise ShapeError(f'it is given {foreign[0]} besides {list(site.shape)}, which the block cannot take')
+        raise ShapeError(f'the module has a second input {foreign[0]} in addition to {list(site.shape)}')
 
 
 def _check_sizes(given: Mapping[str, Any], site: Site, dim: int) -> None:
-    """Raise ShapeError or OptionError where sizes by their names in `block_registry.SIZES` do not suit the place."""
+    """Raise ShapeError or OptionError if sizes, by their names in `block_registry.SIZES`, do not fit the position."""
     if given.get('dim', dim) != dim:
-        raise ShapeError(f'{given["dim"]} channels asked for, the place has {dim}')
+        raise ShapeError(f'expected {dim} channels, got {given["dim"]}')
     window = given.get('window_size')
     if type(window) is not int:
         return
     height, width = site.nominal
     if site.kind == 'windows' and given.get('shift_size'):
-        raise ShapeError(f'shift_size {given["shift_size"]} asked for, it is the caller who cuts the windows')
+        raise ShapeError(f'expected no shift_size, as the caller partitions the windows, got {given["shift_size"]}')
     if site.kind == 'windows' and window != height:
-        raise ShapeError(f'window_size {window} asked for, the caller cuts windows of {height}x{width}')
+        raise ShapeError(f'expected window_size {height}, as the caller partitions the windows, got {window}')
     if site.kind != 'windows' and window > min(height, width):
         raise OptionError(
-            f'window_size {window} is larger than the map there, {height}x{width} for images of nominal_size; '
-            'give a smaller window_size, or the nominal_size of your images'
+            f'window_size {window} is larger than the feature map, {height}x{width} for images of nominal_size; '
+            'reduce window_size, or set nominal_size to the size of your images'
         )
 
 
 def _infer_sizes(module: nn.Module, site: Site, dim: int, position: int, window: Any = None) -> dict[str, Any]:
-    """Sizes for a block in the place of a module, by their names in `block_registry.SIZES`.
+    """Infer the sizes of a block from the module at its position, by their names in `block_registry.SIZES`.
 
-    Heads (of what lies in it, too), window, shift, ratio of the hidden channels and bias are the module's own where it
-    has them. Otherwise there is a head for each 32 channels, the window is 8, every second block shifts by half of it,
-    and the rest is left out.
+    Number of heads (also of submodules), window size, shift, MLP ratio and bias are read from the module. Missing ones
+    default to one head per 32 channels, window size 8 and a shift of half a window in every second block; other sizes
+    are omitted.
     """
     own_heads = _heads_of(module)
     heads = own_heads or next(filter(None, map(_heads_of, module.modules())), 0)
@@ -333,6 +332,6 @@ def _infer_sizes(module: nn.Module, site: Site, dim: int, position: int, window:
 
 
 def _heads_of(module: nn.Module) -> int:
-    """The number of heads that a module says it has, 0 if none."""
+    """Return the number of heads declared by a module, or 0."""
     stated = (getattr(module, key, None) for key in ('num_heads', 'heads', 'n_heads'))
     return next((heads for heads in stated if isinstance(heads, int)), 0)

@@ -1,4 +1,4 @@
-"""How Mixed calls its blocks: each operation, and sizes that reach whoever needs them, whatever runs the network."""
+"""Calls of the blocks in Mixed: each operation, and token sizes under copying, threads and compilation."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ from tests.archs.tiny_networks import ATTENTIONS, EDSR, FEED_FORWARDS, SWINIR, T
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """A block of somebody else that doubles what it gets, and remembers how it was called."""
+    """A third-party block that doubles its input and records its calls."""
     seen = []
 
     class Doubling(nn.Module):
@@ -69,7 +69,7 @@ def test_tokens_get_their_size_from_a_caller(registered, recorder, way):
 
 
 def test_neighbours_are_those_of_the_map(registered):
-    """FRFN among tokens computes what it computes on the map."""
+    """FRFN on tokens gives the same result as on the feature map."""
     registered(TokenNet=TokenNet)
     network = Mixed({'type': 'TokenNet'}, [rule('blocks.0.ffn', 'FRFN')])
     adapter = network.base.blocks[0].ffn
@@ -116,7 +116,7 @@ def test_moves_and_copies_like_any_module(token_network):
 
 
 def test_replicas_have_their_own_sizes(token_network):
-    """What nn.DataParallel makes: shallow copies with children of their own, each run in a thread."""
+    """Replicas as in nn.DataParallel: shallow copies with separate children, each run in a thread."""
 
     def replica(module):
         twin = module._replicate_for_data_parallel()

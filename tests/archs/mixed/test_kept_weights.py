@@ -1,4 +1,4 @@
-"""Mixed with the weights that the base had: how close it starts, and that they go round."""
+"""Mixed with weights of the base: closeness to the base at the start, and saving and loading."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from tests.archs.tiny_networks import (
 
 @pytest.fixture
 def swinir(tmp_path):
-    """A SwinIR whose attention matters, and its weights file."""
+    """A SwinIR whose attention affects the output, and its weights file."""
     network = excite(build_base(SWINIR)).eval()
     path = tmp_path / 'swinir.pth'
     save_torch(path, {'params': network.state_dict()})
@@ -58,7 +58,7 @@ def test_starts_as_close_as_asked(swinir):
 
 
 def test_windows_with_as_many_tokens_as_channels():
-    """16 tokens of 16 channels look like a mask of 16 x 16."""
+    """16 tokens of 16 channels have the shape of a mask, 16 × 16."""
     options = {**SWINIR, 'embed_dim': 16}
     torch.manual_seed(3)
     network = build_base(options).eval()
@@ -88,7 +88,7 @@ def test_another_scale_of_the_queries(tmp_path):
 
 
 def test_another_order_of_position_bias(swinir):
-    """A table that is indexed backwards, as (key - query) instead of (query - key), says the same thing otherwise."""
+    """A table indexed by (key - query) instead of (query - key) is converted."""
     network, _ = swinir
     attention = network.layers[0].residual_group.blocks[0].attn
     block = DenseAttention(8, 2, 4)
@@ -123,7 +123,7 @@ def test_networks_that_start_as_they_were(base, one):
     assert all(gain.grad.any() for gain in gains) and bool(gains) == (base is EDSR)
 
 
-def test_weights_go_round(tmp_path, swinir):
+def test_weights_round_trip(tmp_path, swinir):
     network, path = swinir
     rules = [rule(ATTENTIONS, keys=KEEP)]
     first = excite(Mixed(SWINIR, rules, base_weights=path)).eval()
@@ -132,7 +132,7 @@ def test_weights_go_round(tmp_path, swinir):
     x = image(*ODD[0])
     with torch.no_grad():
         assert torch.equal(first(x), second(x))
-    with pytest.raises(CheckpointError, match=r'given as network_g\.base_weights'):
+    with pytest.raises(CheckpointError, match=r'specify weights of the base alone as network_g\.base_weights'):
         second.load_state_dict(network.state_dict())
     save_weights(tmp_path / 'w.safetensors', network.state_dict(), SWINIR)
     third = Mixed(SWINIR, rules, base_weights=str(tmp_path / 'w.safetensors'))

@@ -1,4 +1,4 @@
-"""Mixed: blocks in the networks of BasicSR and in others, weights kept, sizes from the caller."""
+"""Mixed: blocks in networks of BasicSR and others, weight transfer, token sizes from the caller."""
 
 import copy
 
@@ -111,7 +111,7 @@ def test_module_under_two_names(registered):
 
 
 def test_blocks_in_and_around_one_another():
-    """A block of SwinIR that is exchanged tells its adapter, and what is exchanged within, height and width."""
+    """A replaced block of SwinIR passes height and width to its adapter and to the blocks inside it."""
     rules = [
         rule('class:SwinTransformerBlock', 'ASTBlock', {'op': 'prepend'}, mlp_ratio=1),
         rule(FEED_FORWARDS, 'FRFN'),
@@ -127,7 +127,7 @@ def test_blocks_in_and_around_one_another():
 
 
 class Plain(nn.Module):
-    """Convolutions, the middle one of which a test changes."""
+    """Convolutions, of which tests replace the middle one."""
 
     def __init__(self, channels: int = 3):
         super().__init__()
@@ -176,7 +176,7 @@ def test_networks_that_give_more_in_training(registered):
 
 
 def test_blocks_as_timm_has_them(registered):
-    """Sizes in pairs, heads of the attention inside, feed-forward networks in windows that do not say how large."""
+    """Sizes as pairs, heads declared by a submodule, and feed-forward networks on windows of undeclared size."""
     registered(Timm=Timm)
     network = Mixed({'type': 'Timm'}, [rule('blocks.*', 'ASTBlock')])
     for number, exchange in enumerate(network.exchanges):

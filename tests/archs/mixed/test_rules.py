@@ -1,4 +1,4 @@
-"""Rules that are wrong, what globs mean, and what a block must say of itself."""
+"""Invalid rules, semantics of globs, and declarations of blocks."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ WRAP = {'op': 'wrap'}
 
 
 class Gossip(nn.Module):
-    """Looks into its layer instead of only calling it."""
+    """A network that reads attributes of its layer in addition to calling it."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class Pair(nn.Module):
 
 
 class Pooled(nn.Module):
-    """Channel attention alone, and a second tensor beside the map."""
+    """A network with channel attention on pooled maps, and a layer with two tensor arguments."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class Pooled(nn.Module):
 
 
 class Twice(nn.Module):
-    """A layer for a map, then for its mean; and a feed-forward network with a norm in it."""
+    """A layer called with a map and with its mean, and a feed-forward network that contains a norm."""
 
     def __init__(self):
         super().__init__()
@@ -78,15 +78,15 @@ STYLEGAN = {'type': 'StyleGAN2Generator', 'out_size': 8, 'narrow': 0.1}
         ([rule(), {'match': 'a'}], r'mix\.1\.with: required'),
         ([{'match': 'a', 'with': 'ASSA'}], r'mix\.0\.with: expected a mapping'),
         ([rule(block='ASA')], r'mix\.0\.with: no block is registered as ASA, did you mean ASSA'),
-        ([rule(windowsize=8)], r'with: ASSA takes no option windowsize, did you mean window_size\?'),
-        ([rule(layout='nchw')], r'with: ASSA takes no option layout'),
+        ([rule(windowsize=8)], r'with: ASSA has no option windowsize, did you mean window_size\?'),
+        ([rule(layout='nchw')], r'with: ASSA has no option layout'),
         ([{'match': 'a', 'with': {'type': 'ASSA', 3: 4}}], r'with\.3: Keys should be strings'),
         ([rule(keys={'op': 'swap'})], r'mix\.0\.op: expected .replace., .append., .prepend. or .wrap., got'),
         ([rule(keys={'keep_weights': 'yes'})], r'keep_weights: expected true or false'),
-        ([rule(keys=KEEP | WRAP)], r'mix\.0: keep_weights is for replace, wrap keeps the module'),
-        ([rule(keys={'dense_share': 0.9})], r'mix\.0: dense_share goes with keep_weights'),
+        ([rule(keys=KEEP | WRAP)], r'mix\.0: keep_weights requires op: replace; wrap keeps the module'),
+        ([rule(keys={'dense_share': 0.9})], r'mix\.0: dense_share requires keep_weights'),
         ([rule(keys={**KEEP, 'dense_share': 1})], r'dense_share: expected less than 1, got 1'),
-        ([rule(keys={'gain': 0.1})], r'mix\.0: gain is for op: wrap alone'),
+        ([rule(keys={'gain': 0.1})], r'mix\.0: gain requires op: wrap'),
         ([rule(keys={**WRAP, 'gain': float('nan')})], r'gain: expected a finite number'),
     ],
 )
@@ -98,46 +98,46 @@ def test_unreadable_rules(rules, words):
 @pytest.mark.parametrize(
     ('base', 'rules', 'kind', 'words'),
     [
-        # what a rule means
+        # matched modules
         (
             SWINIR,
             [rule('layers.*.residual_group.block.*.attn')],
             OptionError,
-            r'near it are .*_group\.blocks\.\*\.attn',
+            r'similar names: .*_group\.blocks\.\*\.attn',
         ),
-        (SWINIR, [rule('class:WindowAttn')], OptionError, 'classes there are: WindowAttention'),
-        (SWINIR, [rule('*.attn')], OptionError, r'no module is meant by .*residual_group\.blocks\.\*\.attn'),
-        (SWINIR, [rule(), rule('**.0.attn')], OptionError, r'mix\.1\.match: .*exchanged twice, by mix\.0'),
-        (SWINIR, [rule('**.blocks.*', 'ASTBlock'), rule()], OptionError, r'lies in .*blocks\.0, which mix\.0 replaces'),
-        (SWINIR, [rule('layers')], ShapeError, r'layers \(ModuleList\): it is never called'),
-        # what cannot stand there
-        (SWINIR, [rule(block='FRFN')], ShapeError, 'windows, and it stands among tokens or on maps'),
-        (SWINIR, [rule('**.mlp.fc1', 'MLP')], ShapeError, r'\[1, \d+, 8\] come in and \[1, \d+, 16\] go out'),
-        ({**EDSR, 'upscale': 2}, [rule('upsample.1', 'FRFN')], ShapeError, r'128, 130\] go out, and a block keeps'),
-        (HIDDEN, [rule('blocks.*.ffn', 'FRFN')], ShapeError, 'no caller is given their height and width'),
-        (POOLED, [rule('pooled', 'MLP')], ShapeError, r'works on \[1, 3, 1, 1\], then on'),
-        (POOLED, [rule('pair', 'MLP')], ShapeError, r'it is given \[1, 3, 64, 65\] besides'),
-        (GOSSIP, [rule('conv', 'MLP')], OptionError, 'does more with the modules than calling'),
-        (TWICE, [rule('layer', 'MLP')], ShapeError, r'called in different ways, with .* 65, 3\] and with \[1, 3\]'),
+        (SWINIR, [rule('class:WindowAttn')], OptionError, 'existing classes: WindowAttention'),
+        (SWINIR, [rule('*.attn')], OptionError, r'no module matches .*residual_group\.blocks\.\*\.attn'),
+        (SWINIR, [rule(), rule('**.0.attn')], OptionError, r'mix\.1\.match: .* also matches mix\.0'),
+        (SWINIR, [rule('**.blocks.*', 'ASTBlock'), rule()], OptionError, r'inside .*blocks\.0, which mix\.0 replaces'),
+        (SWINIR, [rule('layers')], ShapeError, r'layers \(ModuleList\): the module is never called'),
+        # unsuitable positions
+        (SWINIR, [rule(block='FRFN')], ShapeError, r'\(windows\), but the block supports only tokens and maps'),
+        (SWINIR, [rule('**.mlp.fc1', 'MLP')], ShapeError, r'input is \[1, \d+, 8\] and the output \[1, \d+, 16\]'),
+        ({**EDSR, 'upscale': 2}, [rule('upsample.1', 'FRFN')], ShapeError, r'128, 130\], but a block preserves'),
+        (HIDDEN, [rule('blocks.*.ffn', 'FRFN')], ShapeError, 'height and width .* are not an argument of any caller'),
+        (POOLED, [rule('pooled', 'MLP')], ShapeError, r'got \[1, 3, 1, 1\] and'),
+        (POOLED, [rule('pair', 'MLP')], ShapeError, r'second input \[1, 3, 64, 65\] in addition'),
+        (GOSSIP, [rule('conv', 'MLP')], OptionError, 'uses the modules in other ways than calling'),
+        (TWICE, [rule('layer', 'MLP')], ShapeError, r'called with different kinds of input, .* 65, 3\] and \[1, 3\]'),
         # sizes
-        (SWINIR, [rule(shift_size=2)], ShapeError, 'shift_size 2 asked for, it is the caller who cuts the windows'),
+        (SWINIR, [rule(shift_size=2)], ShapeError, 'expected no shift_size, .*, got 2'),
         (SWINIR, [rule('**.mlp', 'FRFN', mlp_ratio='2')], OptionError, r"FRFN at layers.*must be a number .*, not '2'"),
-        (SWINIR, [rule(window_size=8)], ShapeError, 'window_size 8 asked for, .*4x4'),
-        (SWINIR, [rule(dim=16)], ShapeError, '16 channels asked for, the place has 8'),
-        (EDSR, [rule('body.*', window_size=65)], OptionError, 'window_size 65 is larger than the map there, 64x65'),
+        (SWINIR, [rule(window_size=8)], ShapeError, 'expected window_size 4, .*, got 8'),
+        (SWINIR, [rule(dim=16)], ShapeError, 'expected 8 channels, got 16'),
+        (EDSR, [rule('body.*', window_size=65)], OptionError, 'window_size 65 is larger than the feature map, 64x65'),
         (EDSR, [rule('body.*', window_size='large')], OptionError, r'ASSA at body\.0 .*large'),
-        (EDSR, [rule('conv_last', 'FRFN', {'op': 'append'})], OptionError, 'needs at least 4 of them, not 3'),
+        (EDSR, [rule('conv_last', 'FRFN', {'op': 'append'})], OptionError, 'needs at least 4 channels, not 3'),
         # weights
-        (SWINIR, [rule('**.mlp', 'FRFN', KEEP)], OptionError, 'FRFN can keep nothing of Mlp'),
-        (EDSR, [rule('body.*', 'MLP', KEEP)], OptionError, 'MLP can keep nothing of Residual'),
-        (TWICE, [rule('mlp', 'MLP', KEEP)], OptionError, r'more than the block has a place for, 1\.weight, 1\.bias'),
-        (EDSR, [rule('body.*', keys=KEEP)], OptionError, 'it is no window attention'),
-        (SWINIR, [rule(keys=KEEP, num_heads=4)], ShapeError, r'position_bias is \[49, 2\], the block has \[49, 4\]'),
-        (SWINIR, [rule(keys=KEEP, qkv_bias=False)], ShapeError, r'q\.bias is \[8\], the block has nothing'),
+        (SWINIR, [rule('**.mlp', 'FRFN', KEEP)], OptionError, 'FRFN cannot keep weights of Mlp'),
+        (EDSR, [rule('body.*', 'MLP', KEEP)], OptionError, 'MLP cannot keep weights of Residual'),
+        (TWICE, [rule('mlp', 'MLP', KEEP)], OptionError, r'the block has no counterpart for 1\.weight, 1\.bias'),
+        (EDSR, [rule('body.*', keys=KEEP)], OptionError, 'expected a window attention'),
+        (SWINIR, [rule(keys=KEEP, num_heads=4)], ShapeError, r'bias is \[49, 2\], but the block has \[49, 4\]'),
+        (SWINIR, [rule(keys=KEEP, qkv_bias=False)], ShapeError, r'q\.bias is \[8\], but the block has no such'),
         (SWINIR, [rule(block='DenseAttention', keys={**KEEP, 'dense_share': 0.9})], OptionError, 'has no gate'),
         # bases
         ({'type': 'Mixed', 'base': EDSR, 'mix': []}, [rule()], OptionError, 'Mixed cannot be the base of a Mixed'),
-        (NESTED, [rule()], OptionError, 'Nested has a Mixed in it'),
+        (NESTED, [rule()], OptionError, 'Nested contains a Mixed'),
         ({'type': 'SwinIRR'}, [rule()], OptionError, 'no network is registered as SwinIRR, did you mean SwinIR'),
         ({}, [rule()], OptionError, r'base: expected \{type: NAME'),
         (STYLEGAN, [rule()], OptionError, 'needs operators compiled for CUDA'),
@@ -163,7 +163,7 @@ def test_sizes_out_of_range():
 
 
 def test_any_module_for_a_block():
-    """No error but our own, whichever module of a network is exchanged for whichever block."""
+    """Replacing any module of a network raises only the plugin's own errors."""
     base = {**MSRRESNET, 'num_block': 1}
     tried = 0
     for name in [name for name, _ in build_base(base).named_modules() if name]:
@@ -201,36 +201,36 @@ def test_globs():
         if expected:
             assert list(assign(network, rules)) == expected, pattern
         else:
-            with pytest.raises(OptionError, match='no module is meant'):
+            with pytest.raises(OptionError, match='no module matches'):
                 assign(network, rules)
 
 
-# ---- what blocks say of themselves
+# ---- declarations of blocks
 
 
 def test_what_is_registered():
     attentions = {'ASSA', 'DenseAttention', 'SparseAttention', 'ReLUAttention', 'TopKAttention'}
     assert set(BLOCKS.module_dict) == attentions | {'FRFN', 'LeFF', 'MLP', 'ASTBlock'}
     for name in BLOCKS.module_dict:
-        said = declaration(name)
-        assert said.sizes['dim'] == 'dim'
-        block = said.build(**{'dim': 8, **({'num_heads': 2} if 'num_heads' in said.sizes else {})})
+        declared = declaration(name)
+        assert declared.sizes['dim'] == 'dim'
+        block = declared.build(**{'dim': 8, **({'num_heads': 2} if 'num_heads' in declared.sizes else {})})
         x = torch.rand(2, 9, 10, 8)
         assert block(x).shape == x.shape
-        assert 'windows' not in said.replaces or said.works_in == 'any' or hasattr(block, 'attend_windows')
+        assert 'windows' not in declared.replaces or declared.works_in == 'any' or hasattr(block, 'attend_windows')
 
 
 @pytest.mark.parametrize(
     ('attributes', 'words'),
     [
-        ({}, 'says works_in = None'),
-        ({'works_in': 'hwc'}, "says works_in = 'hwc': expected one of nhwc, nchw"),
-        ({'works_in': 'nchw'}, r'says replaces = \(\)'),
+        ({}, 'has works_in = None'),
+        ({'works_in': 'hwc'}, "has works_in = 'hwc': expected one of nhwc, nchw"),
+        ({'works_in': 'nchw'}, r'has replaces = \(\)'),
         ({'works_in': 'nchw', 'replaces': ('pixels',)}, 'expected some of windows, tokens, maps'),
         ({'works_in': 'nchw', 'replaces': 'maps', 'sizes': {'width': 'breadth'}}, 'expected values among dim'),
     ],
 )
-def test_blocks_that_say_nothing_useful(monkeypatch, attributes, words):
+def test_invalid_declarations_of_blocks(monkeypatch, attributes, words):
     monkeypatch.setitem(BLOCKS._module_dict, 'Odd', type('Odd', (nn.Identity,), attributes))
     with pytest.raises(OptionError, match=words):
         declaration('Odd')
