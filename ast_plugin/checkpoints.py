@@ -1,7 +1,7 @@
-"""Weights and training states on disk: read without running what lies in them, written whole or not at all.
+"""Safe reading and atomic writing of weights files and training states.
 
-Weights are official files, BasicSR's, or safetensors. A training state is what torch.save writes, a zip file in which
-each part has its checksum. Reading by torch does not look at those; here they are looked at.
+Weights files are official ones, BasicSR's, or safetensors. Training states are written by torch.save as zip files with
+a checksum for each part, which are verified here because torch.load ignores them.
 """
 
 import functools
@@ -30,17 +30,17 @@ from ast_plugin.files import PARTIAL_SUFFIX, write_file
 from ast_plugin.names import say
 
 AVERAGED = re.compile(r'(?:^|[._-])(?:\w*ema|swa|avg|averaged?)(?:$|[._-])', re.IGNORECASE)
-# where the states of the field's files lie, in the order in which they are looked for
+# keys of state dictionaries in common checkpoint formats, in order of preference
 STATE_KEYS = (
     *('params', 'state_dict', 'model_state_dict', 'model', 'generator', 'gen'),
     *('net_g', 'netG', 'G', 'net', 'network'),
 )
-NETWORK_KEY = 'network'  # of safetensors' metadata: the network's options as JSON
-PRETRAINED, CONFIG = 'model.safetensors', 'config.json'  # of a folder that huggingface_hub's mixin wrote
-STATE, WEIGHTS = '{}.state', 'net_g_{}.pth'  # the names of a run's files, by iteration
+NETWORK_KEY = 'network'  # key of safetensors metadata with the network's options as JSON
+PRETRAINED, CONFIG = 'model.safetensors', 'config.json'  # files of a folder written by huggingface_hub's mixin
+STATE, WEIGHTS = '{}.state', 'net_g_{}.pth'  # names of a run's files, by iteration
 ABANDONED_SUFFIX = '.abandoned'
 
-# of what training leaves beside a network's weights
+# keys of other content of training checkpoints
 _NOT_OF_A_NETWORK = re.compile(
     r'optim|sched|scaler|random|rng|callback|loops|hyper_param|parts|disc|critic|^(?:net_?)?d$', re.IGNORECASE
 )
@@ -50,31 +50,31 @@ _LFS_POINTER = b'version https://git-lfs'
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a weights file holds."""
+    """Content of a weights file."""
 
     path: Path
-    state: dict[str, Tensor]  # on the CPU, the names as the file has them
-    network: dict | None = None  # the network's options with its `type`, where the file carries them
-    param_key: str | None = None  # under which the state lay, nested keys joined by dots; None for the whole file
-    notes: tuple[str, ...] = ()  # a line for each thing in the file that another reader may have expected to be taken
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of safetensors, each value JSON; see `save_weights`
+    state: dict[str, Tensor]  # on the CPU, with the names in the file
+    network: dict | None = None  # the network's options with its `type`, if in the file
+    param_key: str | None = None  # key of the state, nested keys joined by dots; None for the whole file
+    notes: tuple[str, ...] = ()  # one line for each part of the file that was ignored
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of safetensors, values in JSON, see `save_weights`
 
 
 def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Checkpoint:
-    """Read a weights file: safetensors, or what torch.save wrote, with weights_only and nothing else.
+    """Read a weights file: safetensors, or a file of torch.save, which is always loaded with `weights_only`.
 
     Args:
-        path: the file; or a folder that `save_pretrained` wrote.
-        param_key: the key of the state, and no other; None finds the state: averaged weights before plain ones, then
-            the order of `STATE_KEYS`, else the only one there is.
+        path: the file, or a folder written by `save_pretrained`.
+        param_key: key of the state dictionary; None selects it automatically: averaged weights before plain ones, then
+            in the order of `STATE_KEYS`, else the only one in the file.
     Raises:
-        CheckpointError: if the file is missing, cut, not a weights file, holds code, has no such key, or several states
-            of which none is known by its key.
+        CheckpointError: if the file is missing, truncated, not a weights file, contains code, lacks the key, or has
+            several states of which none has a known key.
     """
     config, path = Path(path, CONFIG), weights_file(path)
     if not path.is_file():
         what = f'is a folder without {PRETRAINED}' if path.is_dir() else 'does not exist'
-        what = 'is an address, download it' if re.match('https?:', str(path), re.IGNORECASE) else what
+        what = 'is a URL; download the file first' if re.match('https?:', str(path), re.IGNORECASE) else what
         raise CheckpointError(f'{path} {what}: expected a weights file (.pth or .safetensors)')
     if _is_safetensors(path):
         content, network, metadata = _read_safetensors(path)
@@ -87,26 +87,26 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
     key, notes = (param_key, []) if param_key is not None else _choose(path, content, states)
     found = states.get(key or '') or _below(content, key or '')
     if not found:
-        has = ', '.join(filter(None, states)) or ('weights under no key: give none' if states else _some(content))
-        raise CheckpointError(f'{path} has no weights under the key {key!r}; it has {has}')
+        has = ', '.join(filter(None, states)) or ('weights at the top level: use no key' if states else _some(content))
+        raise CheckpointError(f'{path} has no weights under the key {key!r}; available: {has}')
     tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         if tensor.is_meta or tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
             kind = f'{tensor.dtype}, {tensor.layout}, on {tensor.device}'
             raise CheckpointError(f'{path}: {name} is a tensor of {kind}: expected plain real numbers, on the CPU')
     if others := [name for name in found if name not in tensors]:
-        notes.append(f'left out, being no tensors: {_some(others)}')
+        notes.append(f'ignored (not tensors): {_some(others)}')
     return Checkpoint(path, tensors, network, key, tuple(notes), metadata)
 
 
 def weights_file(path: str | os.PathLike) -> Path:
-    """The file of the weights in a folder that `save_pretrained` wrote; any other path as it is."""
+    """Return the weights file in a folder written by `save_pretrained`; return any other path unchanged."""
     inside = Path(path, PRETRAINED)
     return inside if inside.is_file() else Path(path)
 
 
 def _find_states(content: Mapping, where: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping]]:
-    """The mappings in a file that hold weights, by their keys joined by dots."""
+    """Yield the mappings in a file that hold weights, with their keys joined by dots."""
     nested = [
         item
         for key, value in content.items()
@@ -116,7 +116,7 @@ def _find_states(content: Mapping, where: tuple[str, ...] = ()) -> Iterator[tupl
     ]
     size = _num_weights(content)
     if size and all(size > _num_weights(state) for _, state in nested):
-        yield '.'.join(where), content  # with a few things in it that are no weights of its own
+        yield '.'.join(where), content  # may contain a few entries that are not weights
     else:
         yield from nested
 
@@ -126,10 +126,10 @@ def _num_weights(state: Mapping) -> int:
 
 
 def _choose(path: Path, content: Mapping, states: Mapping[str, Mapping]) -> tuple[str | None, list[str]]:
-    """The key of the state to take, None for the whole file, and what to say about the choice."""
+    """Return the key of the selected state, None for the whole file, and notes on the selection."""
     if not states:
         is_state = {'iter', 'optimizers'} <= content.keys()
-        what = ', as a training state that has its weights in models/net_g_*.pth' if is_state else ''
+        what = '; it is a training state whose weights are in models/net_g_*.pth' if is_state else ''
         what = ', NumPy arrays or other objects' if any(isinstance(v, _Inert) for v in content.values()) else what
         raise CheckpointError(f'{path} holds no weights: expected names and tensors, found {_some(content)}{what}')
     ranks = {key: STATE_KEYS.index(last) if (last := key.rpartition('.')[2]) in STATE_KEYS else None for key in states}
@@ -137,15 +137,15 @@ def _choose(path: Path, content: Mapping, states: Mapping[str, Mapping]) -> tupl
     candidates = averaged or [key for key in states if ranks[key] is not None] or list(states)
     if len(candidates) > 1 and not averaged and ranks[candidates[0]] is None:
         raise CheckpointError(
-            f'{path} holds several states, {", ".join(states)}: name one by --param-key or path.param_key_g'
+            f'{path} holds several states, {", ".join(states)}: select one with --param-key or path.param_key_g'
         )
     key = min(candidates, key=lambda name: (ranks[name] is None, ranks[name] or 0))
     rest = [other for other in states if other != key]
     what = 'averaged weights of' if averaged else 'weights of'
-    notes = [f'the {what} {key} are taken; the file has {", ".join(rest)}, too'] if rest else []
+    notes = [f'using the {what} {key}; the file also has {", ".join(rest)}'] if rest else []
     if not averaged:
         nameless = [name for name, value in content.items() if _holds_list(value) and AVERAGED.search(str(name))]
-        notes += [f'averaged weights under {name} have no names, and are not taken' for name in nameless]
+        notes += [f'averaged weights under {name} have no names and are ignored' for name in nameless]
     return key or None, notes
 
 
@@ -155,7 +155,7 @@ def _holds_list(value: Any) -> bool:
 
 
 def _below(content: Mapping, key: str) -> Mapping:
-    """What lies under a key that `_find_states` does not count as weights, or is the start of names: `net_g.conv.…`."""
+    """Return the state under a key that `_find_states` does not list, or that is a prefix of names (`net_g.conv.…`)."""
     named = {name[len(key) + 1 :]: content[name] for name in map(str, content) if name.startswith(f'{key}.')}
     value = content.get(key, named)
     if isinstance(value, Mapping) and _num_weights(value):
@@ -170,15 +170,15 @@ def save_weights(
     network: Mapping[str, Any],
     card: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a state as safetensors whose metadata carry the network's options; shared memory is written twice.
+    """Write a state dictionary as safetensors with the network's options in the metadata.
 
     Args:
         path: the file.
-        state: names and tensors.
+        state: names and tensors; tensors that share memory are written separately.
         network: the network's options with its `type`.
-        card: further metadata; each value is written as JSON.
+        card: further metadata; values are written as JSON.
     Raises:
-        FileError: if the file cannot be written; what was there stays.
+        FileError: if the file cannot be written; the old file is kept.
     """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     metadata = {key: json.dumps(value) for key, value in {**(card or {}), NETWORK_KEY: network}.items()}
@@ -186,66 +186,66 @@ def save_weights(
 
 
 def save_torch(path: str | os.PathLike, content: Any) -> None:
-    """torch.save that leaves the whole new file or the whole old one.
+    """Write a file with torch.save atomically.
 
     Raises:
-        FileError: if the file cannot be written; what was there stays.
+        FileError: if the file cannot be written; the old file is kept.
     """
-    buffer = io.BytesIO()  # given the file itself, torch.save makes a riddle of a full disk
+    buffer = io.BytesIO()  # torch.save into a file reports a full disk with an unclear error
     torch.save(content, buffer)
     write_file(path, buffer.getvalue())
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Read a training state, ours or BasicSR's, onto the CPU, after its checksums were found right.
+    """Read a training state of the plugin or of BasicSR onto the CPU, after verifying its checksums.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, no training state, or holds anything but data.
+        CheckpointError: if the file is missing, damaged, not a training state, or contains more than data.
     """
     path = Path(path)
     try:
         state = _torch_load(path)
         iteration = state.get('iter') if isinstance(state, dict) else None
         if not isinstance(iteration, int) or iteration < 0:
-            raise CheckpointError(f'it says that its iteration is {iteration!r}')
-    except Exception as error:  # torch raises half a dozen kinds for files that are not what they should be
+            raise CheckpointError(f'its iteration is {iteration!r}')
+    except Exception as error:  # torch raises various types for invalid files
         raise CheckpointError(
-            f'{path} is no training state that can be resumed from{_reason(error)}; name another .state '
-            'file in path.resume_state, or remove this one to resume from the one before'
+            f'{path} is not a usable training state{_reason(error)}; set path.resume_state to another .state '
+            'file, or remove this one to resume from the previous one'
         ) from error
     return state
 
 
 def newest_whole(folder: str | Path) -> Path | None:
-    """The state of the highest iteration in an experiment's `training_states` that can be read; None if there is none.
+    """Return the newest readable training state in a folder, or None.
 
-    Each newer one that cannot be read is a line on stderr.
+    Newer states that cannot be read are reported on stderr.
     """
     for _, path in sorted(numbered_files(Path(folder), STATE).items(), reverse=True):
         try:
             read_state(path)
             return path
         except CheckpointError as error:
-            _warn(f'passed over: {error}')
+            _warn(f'skipped: {error}')
     return None
 
 
-@functools.cache  # a folder is looked through before a run starts and once more when it does
+@functools.cache  # folders are searched both before and at the start of a run
 def _warn(line: str) -> None:
     say(f'basicsr: warning: {line}', file=sys.stderr)
 
 
 def keep_newest(folder: str | Path, name: str, iteration: int, count: int) -> None:
-    """Delete files older than the `count` newest up to `iteration`, and what a killed process left unfinished.
+    """Delete all but the `count` newest files up to `iteration`, and temporary files of killed processes.
 
-    States beyond `iteration` are of a run that was given up when this one was resumed from an earlier state, or they
-    are damaged; they are put aside under another name, so that nobody resumes from them by mistake.
+    States beyond `iteration` belong to a run that was abandoned by resuming from an earlier state, or are damaged. They
+    are renamed, so that no run resumes from them by mistake.
 
     Args:
-        folder: where the files lie.
-        name: `STATE` or `WEIGHTS`; files of other names stay.
-        iteration: of the file just written.
-        count: at least 1.
+        folder: folder of the files.
+        name: `STATE` or `WEIGHTS`; other files are kept.
+        iteration: iteration of the file just written.
+        count: number of files to keep, at least 1.
     Raises:
         FileError: if a file cannot be deleted.
     """
@@ -265,7 +265,7 @@ def keep_newest(folder: str | Path, name: str, iteration: int, count: int) -> No
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By the name, or by the brace that a header begins with behind its length."""
+    """Return whether a file is safetensors, by its name or by the brace that starts the header after its length."""
     try:
         with path.open('rb') as file:
             start = file.read(9)
@@ -281,15 +281,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None, dict[
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         network = json.loads(metadata[NETWORK_KEY]) if NETWORK_KEY in metadata else None
-    except Exception as error:  # as with torch's readers below
-        raise CheckpointError(f'{path} is cut or not a safetensors file{_lfs(path)}: {error}') from error
+    except Exception as error:  # various types, as in `_read_torch`
+        raise CheckpointError(f'{path} is truncated or not a safetensors file{_lfs(path)}: {error}') from error
     if network is not None and not _has_type(network):
         raise CheckpointError(f'{path} describes its network as {network!r}, expected options with a type')
     return state, network, {key: text for key, text in metadata.items() if key != 'format'}
 
 
 def _network_in(path: Path) -> dict | None:
-    """The options of a network in the config.json beside its weights, where it says of which type they are."""
+    """Return the network options in the config.json next to the weights, or None if it has no `type`."""
     with suppress(OSError, ValueError):
         options = json.loads(path.read_text(encoding='utf-8'))
         return options if _has_type(options) else None
@@ -300,7 +300,7 @@ def _has_type(options: Any) -> bool:
 
 
 class _Inert:
-    """Stands for an object that is no weights: takes whatever a file gives it, and does nothing with it."""
+    """Placeholder for an object that is not a tensor; accepts and discards all content."""
 
     def __new__(cls, *_: Any, **__: Any) -> '_Inert':
         return super().__new__(cls)
@@ -313,7 +313,7 @@ class _Inert:
 
 
 class _NumpyType(_Inert):
-    """Stands for numpy.dtype: remembers of which type and byte order."""
+    """Placeholder for numpy.dtype that keeps type code and byte order."""
 
     def __new__(cls, code: Any = '', *_: Any) -> '_NumpyType':
         self = super().__new__(cls)
@@ -325,7 +325,7 @@ class _NumpyType(_Inert):
 
 
 def _number(kind: Any, raw: Any = b'') -> Any:
-    """Stands for the function that makes NumPy's scalars: a plain number, or None for another type than a number."""
+    """Placeholder for the constructor of NumPy scalars: return a Python number, or None for other types."""
     code = getattr(kind, 'code', '')
     raw = raw.encode('latin1') if isinstance(raw, str) else raw
     if not re.fullmatch(r'b1|[iu][1248]|f[248]', code) or not isinstance(raw, bytes) or len(raw) != int(code[1:]):
@@ -334,7 +334,7 @@ def _number(kind: Any, raw: Any = b'') -> Any:
     return struct.unpack(kind.order + (letter.upper() if code[0] == 'u' else letter), raw)[0]
 
 
-# Globals that files name beside tensors, and what is called in their place: nothing of theirs is run, or imported.
+# Globals in files other than tensors, and their placeholders: no code of theirs is executed or imported.
 _STAND_INS = [
     *((_number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
     *((_Inert, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
@@ -352,14 +352,14 @@ def _torch_load(path: Path) -> Any:
             if 'constants.pkl' in names:
                 raise CheckpointError('it is a TorchScript program: save the state_dict() of torch.jit.load(...)')
             if 'data.pkl' not in names:
-                raise CheckpointError(f'it is an archive with {_some(names)}: unpack it')
+                raise CheckpointError(f'it is an archive of {_some(names)}: unpack it first')
             for part in file.infolist():
-                part.CRC = part.CRC or None  # 0 in files that torch was told to write without checksums
+                part.CRC = part.CRC or None  # 0 in files written without checksums
             damaged = file.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f'the part {damaged} is damaged')
     with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
-        warnings.simplefilter('ignore')  # what torch has to say about pickle protocols helps nobody here
+        warnings.simplefilter('ignore')  # warnings about pickle protocols are irrelevant here
         return torch.load(path, map_location='cpu', weights_only=True)
 
 
@@ -373,24 +373,24 @@ def _read_torch(path: Path) -> Any:
             raise CheckpointError(f'{path} is not a weights file{_lfs(path) or _reason(error)}') from error
         raise CheckpointError(
             f'{path} holds more than weights and is not opened, because unpickling such a file can run code'
-            f'{_reason(error)}. Ask its author for a file of tensors alone'
+            f'{_reason(error)}. Ask its author for a file with tensors only'
         ) from error
-    except Exception as error:  # torch's readers raise a dozen kinds on files that are cut or of another kind
-        raise CheckpointError(f'{path} is cut or not a weights file{_reason(error)}: fetch it again') from error
+    except Exception as error:  # torch raises many types for truncated or other files
+        raise CheckpointError(f'{path} is truncated or not a weights file{_reason(error)}: get it again') from error
 
 
 def _lfs(path: Path) -> str:
     with path.open('rb') as file:
         is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
-    return ' but a pointer of Git LFS: `git lfs pull` fetches what it points to' if is_pointer else ''
+    return ' but a Git LFS pointer: run `git lfs pull` to download the file' if is_pointer else ''
 
 
 def _reason(error: BaseException) -> str:
-    """The sentence of torch's long message that says what is wrong, in brackets; nothing if there is none."""
+    """Return the relevant sentence of torch's message in parentheses, or an empty string."""
     text = str(error).removeprefix('Weights only load failed. ')
     lines = [line.strip() for line in text.splitlines() if ' ' in line.strip()]
     reason = next((line for line in lines if 'GLOBAL' in line), lines[0] if lines else '')
-    if 'weights_only' in reason:  # advice to switch the safety off
+    if 'weights_only' in reason:  # advice to disable the safe mode
         return ''
     return f' ({reason.split(". ")[0].rstrip(".")[:300]})' if reason else ''
 
@@ -402,7 +402,7 @@ def _some(content: Collection) -> str:
 
 
 def numbered_files(folder: Path, name: str) -> dict[int, Path]:
-    """The files of a folder that bear a name such as `STATE` or `WEIGHTS`, by their numbers."""
+    """Return the files of a folder that match a name such as `STATE` or `WEIGHTS`, by number."""
     pattern = re.compile(re.escape(name).replace(r'\{\}', r'(\d+)'), re.ASCII)
     if not folder.is_dir():
         return {}

@@ -75,14 +75,14 @@ def bad_files(folder):
     tensors = (folder / 'w.safetensors').read_bytes()
     proof = folder / 'the code ran'
     return {
-        'half.pth': (whole[: len(whole) // 2], 'cut or not a weights file'),
-        'almost.pth': (whole[:-1], 'cut or not a weights file'),
-        'half_legacy.pth': (legacy[: len(legacy) // 2], 'cut or not a weights file'),
-        'empty.pth': (b'', 'cut or not a weights file'),
+        'half.pth': (whole[: len(whole) // 2], 'truncated or not a weights file'),
+        'almost.pth': (whole[:-1], 'truncated or not a weights file'),
+        'half_legacy.pth': (legacy[: len(legacy) // 2], 'truncated or not a weights file'),
+        'empty.pth': (b'', 'truncated or not a weights file'),
         'text.pth': (b'hello, world\n', 'not a weights file'),
-        'half.safetensors': (tensors[: len(tensors) // 2], 'cut or not a safetensors file'),
-        'empty.safetensors': (b'', 'cut or not a safetensors file'),
-        'pth.safetensors': (whole, 'cut or not a safetensors file'),
+        'half.safetensors': (tensors[: len(tensors) // 2], 'truncated or not a safetensors file'),
+        'empty.safetensors': (b'', 'truncated or not a safetensors file'),
+        'pth.safetensors': (whole, 'truncated or not a safetensors file'),
         'code.pth': (pickle.dumps(Code(proof)), 'can run code'),
         'old_code.pth': (pickle.dumps(Code(proof), protocol=2), 'can run code'),
         'zipped_code.pth': (write(folder / 'code', {'state_dict': Code(proof)}).read_bytes(), 'can run code.*mkdir'),
@@ -110,8 +110,8 @@ def test_missing_files_and_keys(tmp_path):
     for missing, key, words in (
         (tmp_path / 'none.pth', None, r'none\.pth does not exist: expected a weights file'),
         (tmp_path, None, r'is a folder without model\.safetensors'),
-        ('https://a.b/x.pth', None, 'is an address, download it'),
-        (path, 'params', "key 'params'; it has generator"),
+        ('https://a.b/x.pth', None, 'is a URL; download the file first'),
+        (path, 'params', "key 'params'; available: generator"),
     ):
         with pytest.raises(CheckpointError, match=words):
             read_checkpoint(missing, key)
@@ -161,7 +161,7 @@ def test_newest_whole_state(tmp_path, damage, capsys):
     for _ in range(2):  # said once
         assert newest_whole(tmp_path) == tmp_path / '9.state'
     (line,) = capsys.readouterr().err.splitlines()
-    assert '10.state is no training state' in line
+    assert '10.state is not a usable training state' in line
     damage(tmp_path / '9.state')
     damage(tmp_path / '5.state')
     assert newest_whole(tmp_path) is None
@@ -179,7 +179,7 @@ def test_a_flipped_bit_that_torch_does_not_see(tmp_path):
 def test_what_is_no_state(tmp_path):
     for content in ({'iter': '5'}, {'iter': -1}, {}, [5]):
         save_torch(tmp_path / '5.state', content)
-        with pytest.raises(CheckpointError, match=r'5\.state is no training state .* \(it says that its iteration is'):
+        with pytest.raises(CheckpointError, match=r'5\.state is not a usable training state \(its iteration is'):
             read_state(tmp_path / '5.state')
 
 

@@ -116,7 +116,7 @@ def test_run_takes_its_device(machine, what, given, chosen):
 
 
 def test_mps_is_one_process():
-    with pytest.raises(OptionError, match='device: mps trains in one process'):
+    with pytest.raises(OptionError, match='device: mps supports one process only'):
         preflight._check_device({'num_gpu': 0, 'device': 'mps', 'dist': True}, 'o.yml')
 
 

@@ -1,4 +1,4 @@
-"""What can be found wrong before BasicSR renames old folders and makes new ones: data, networks, weights, disk."""
+"""Checks of data, networks, weights, devices and disk before BasicSR renames or creates any folder."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ _BASICSR_SCHEDULERS = {
 _FOLDERS = {'experiments_root', 'results_root', 'models', 'training_states', 'log', 'visualization'}  # keys of `path`
 _WANDB_OFFLINE = ('offline', 'dryrun', 'disabled')
 _METRIC_IMAGE_SIDE = 192  # NIQE needs two blocks of 96
-_LARGEST_METRIC_IMAGE = 512  # of a validation image, its middle
-_VALIDATED_SIDE = 64  # of a validation image, its corner: every network takes all sizes, see `any_size`
-# Multiplications that a CPU does in some seconds: networks that need more are not run for a check alone.
+_LARGEST_METRIC_IMAGE = 512  # side of the centre crop of a validation image that is measured
+_VALIDATED_SIDE = 64  # side of the corner of a validation image that is restored, see `any_size`
+# Multiplications that take a CPU some seconds; larger networks are not run if no run follows the check.
 _AFFORDABLE = 2e11
-_HALF_ON_CPU = 20  # times as long as in fp32
+_HALF_ON_CPU = 20  # slowdown of half precision on a CPU relative to fp32
 
 
 def load_registered() -> Registered:
-    """Load the plugins, and say what is registered."""
+    """Load the plugins and return everything that is registered."""
     failed = load_plugins()
     return Registered(
         by_kind={kind: dict(iter(getattr(registry, f'{kind.upper()}_REGISTRY'))) for kind in KINDS},
@@ -80,19 +80,19 @@ def load_registered() -> Registered:
 def check(
     opt: Mapping[str, Any], source: str, is_run: bool = True, samples: dict[str, Any] | None = None
 ) -> dict[str, Checkpoint]:
-    """Try everything that a run of prepared options will need, and write nothing.
+    """Check everything that a run needs, without writing anything.
 
-    At last a sample of each dataset passes through the model, see `_try_model`.
+    Finally, one sample of each dataset is passed through the model, see `_try_model`.
 
     Args:
         opt: options prepared for BasicSR.
         source: the option file's name in messages.
-        is_run: whether a run follows; else networks that are large for this machine's CPU pass shapes alone.
-        samples: the first one of each dataset by its key, if they were read before; others are added.
+        is_run: whether a run follows; otherwise only shapes are passed through networks too large for this CPU.
+        samples: first samples of datasets by key if already read; missing ones are added.
     Returns:
-        The weights that networks start from, by the network's key.
+        The pretrained weights by the network's key.
     Raises:
-        PluginError: naming the first thing found wrong.
+        PluginError: for the first error found.
     """
     samples = {} if samples is None else samples
     _check_disk(opt)
@@ -121,7 +121,7 @@ def check(
         checkpoints = _check_weights(opt, networks)
         samples = {key: samples[key] for key in opt['datasets']}
         if samples and (is_run or not is_large):
-            if 'network_g' in checkpoints and opt['path'].get('param_key_g') is None:  # SRModel takes none for params
+            if 'network_g' in checkpoints and opt['path'].get('param_key_g') is None:  # SRModel's default is params
                 opt = {**opt, 'path': {**opt['path'], 'param_key_g': checkpoints['network_g'].param_key}}
             _try_model(opt, source, samples)
         return checkpoints
@@ -129,7 +129,7 @@ def check(
 
 @contextmanager
 def _logger_untouched() -> Iterator[None]:
-    """BasicSR gives its logger handlers when it is first asked for: now would be too early for the log file."""
+    """Prevent BasicSR from configuring its logger, which is done on first use, before the log file exists."""
     known = basicsr_logger.initialized_logger
     present = dict(known)
     known['basicsr'] = True
@@ -142,22 +142,22 @@ def _logger_untouched() -> Iterator[None]:
 
 @contextmanager
 def _explained(
-    where: str, what: str, failure: str = 'cannot be made of these options', kind: type[PluginError] = OptionError
+    where: str, what: str, failure: str = 'cannot be built from these options', kind: type[PluginError] = OptionError
 ) -> Iterator[None]:
-    """Whatever somebody's code raises about the options it got becomes a message that says which they are."""
+    """Convert any exception raised while building from options into a message that names the option section."""
     try:
         yield
     except PluginError as error:
         message = str(error)
-        key = where.rpartition(' ')[2]  # some messages begin with it, as they are used without a file, too
+        key = where.rpartition(' ')[2]  # some messages already begin with the key
         message = message if where in message else f'{where}: {message.removeprefix(f"{key}: ")}'
         raise type(error)(message) from error
     except KeyError as error:
-        raise kind(f'{where}: {what} needs the key {error}, which is not there') from error
+        raise kind(f'{where}: {what} needs the key {error}, which is missing') from error
     except URLError as error:
         raise kind(
-            f'{where}: {what} fetches weights from the network, which fails: {error.reason}. Those of a perceptual '
-            f'loss may lie in {VGG_PRETRAIN_PATH} of the working directory'
+            f'{where}: {what} cannot download its weights: {error.reason}. The weights of a perceptual loss can be '
+            f'placed in {VGG_PRETRAIN_PATH} of the working directory'
         ) from error
     except OSError as error:
         raise kind(f'{where}: {what}: {error.strerror or error}: {error.filename or ""}'.rstrip(': ')) from error
@@ -172,25 +172,25 @@ def _check_disk(opt: Mapping[str, Any]) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise OptionError(f'{folder}: cannot be made: {error.strerror} ({existing}); choose another --root') from None
+        raise OptionError(f'{folder}: cannot be created: {error.strerror} ({existing}); change --root') from None
 
 
 def _check_device(opt: Mapping[str, Any], source: str) -> None:
-    """Refuse GPUs that are not there: BasicSR takes the number for a fact, and multiplies the batch by it."""
+    """Reject a number of GPUs that is not available: BasicSR does not check it, and multiplies the batch by it."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    is_one_of_many = count and not {'WORLD_SIZE', 'SLURM_PROCID'}.isdisjoint(os.environ)  # each takes one
+    is_one_of_many = count and not {'WORLD_SIZE', 'SLURM_PROCID'}.isdisjoint(os.environ)  # each process uses one
     if opt['num_gpu'] > count and not is_one_of_many:
-        have = f'{count} of them' if count else 'no GPU that this torch can use (CUDA)'
+        have = str(count) if count else 'no GPU that this torch can use (CUDA)'
         raise OptionError(
-            f'{source}: num_gpu: {opt["num_gpu"]}, but this machine has {have}: set num_gpu to auto for what there is, '
+            f'{source}: num_gpu: {opt["num_gpu"]}, but this machine has {have}: set num_gpu to auto for all GPUs, '
             'or to 0 for the CPU'
         )
     if opt.get('device') == 'mps' and opt['dist']:
-        raise OptionError(f'{source}: device: mps trains in one process; leave --launcher out, or set device to cpu')
+        raise OptionError(f'{source}: device: mps supports one process only; remove --launcher, or set device to cpu')
 
 
 def _check_logger(opt: Mapping[str, Any], source: str) -> None:
-    """BasicSR asserts or imports too late for a clear word."""
+    """Check logger options that BasicSR would assert or import only after the run has started."""
     logger = opt.get('logger') or {}
     if not opt['is_train'] or 'debug' in opt['name']:
         return
@@ -202,54 +202,54 @@ def _check_logger(opt: Mapping[str, Any], source: str) -> None:
     if not (logger.get('wandb') or {}).get('project'):
         return
     if not logger.get('use_tb_logger'):
-        raise OptionError(f'{source}: logger.wandb takes over what TensorBoard gets: set logger.use_tb_logger to true')
+        raise OptionError(f'{source}: logger.wandb requires TensorBoard logs: set logger.use_tb_logger to true')
     try:
         import wandb
     except ImportError:
         raise OptionError(
             f'{source}: logger.wandb needs the package wandb, which is not installed: '
-            'pip install "ast_plugin[wandb]", or leave logger.wandb out'
+            'pip install "ast_plugin[wandb]", or remove logger.wandb'
         ) from None
     if os.environ.get('WANDB_MODE') in _WANDB_OFFLINE or os.environ.get('RANK', '0') != '0':
         return
-    try:  # what would ask for the key later does so now
+    try:  # would otherwise prompt for the API key later
         is_logged_in, reason = wandb.login() or wandb.setup().settings.mode in _WANDB_OFFLINE, ''
-    except Exception as error:  # of many kinds, some of which only some versions have
+    except Exception as error:  # the types of exceptions differ between versions
         is_logged_in, reason = False, f' ({first_line(error)})'
     if not is_logged_in:
         raise OptionError(
-            f'{source}: logger.wandb: this machine is not logged in to Weights & Biases{reason}: give `wandb login`, '
-            'set WANDB_API_KEY, keep the run here with WANDB_MODE=offline, or leave logger.wandb out'
+            f'{source}: logger.wandb: this machine is not logged in to Weights & Biases{reason}: run `wandb login`, '
+            'set WANDB_API_KEY, log locally with WANDB_MODE=offline, or remove logger.wandb'
         )
 
 
 def _check_resume(opt: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state that the run goes on from, None for none."""
+    """Return the training state that the run resumes from, or None."""
     state = opt['path'].get('resume_state')
     if state is None:
         return None
     if not Path(state).is_file():
         raise CheckpointError(f'path.resume_state: no such file: {state}')
     content = read_state(state)
-    # BasicSR's own states have the weights that belong to them in the experiment of the run's name, ours in themselves.
+    # BasicSR's states need weights files in the experiment's folder; the plugin's states contain the weights.
     for key in [key for key in opt if key.startswith('network_')]:
         if key in (opt['path'].get('ignore_resume_networks') or ()) or (key == 'network_g' and 'params' in content):
             continue
         weights = Path(opt['path']['models'], f'net_{key.removeprefix("network_")}_{content["iter"]}.pth')
         if not weights.is_file():
-            hint = 'is the name of the experiment the same?'
-            raise CheckpointError(f'path.resume_state: {state} needs {weights}, which is not there; {hint}')
+            hint = 'use the same experiment name'
+            raise CheckpointError(f'path.resume_state: {state} needs {weights}, which does not exist; {hint}')
     kinds = {'epoch': int, 'optimizers': list, 'schedulers': list}
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if wrong:
-        raise CheckpointError(f'path.resume_state: {state} lacks {", ".join(wrong)}: expected a whole training state')
+        raise CheckpointError(f'path.resume_state: {state} lacks {", ".join(wrong)}: expected a full training state')
     return content
 
 
 def _check_training(train: Mapping[str, Any], source: str) -> dict[str, nn.Module]:
-    """Build optimisers, schedules and losses, which are returned: wrong values show only then.
+    """Build optimisers, schedules and losses to detect wrong values; return the losses.
 
-    Without the perceptual loss, which reads, or even fetches, the weights of a VGG.
+    The perceptual loss is excluded, because it reads or downloads the weights of a VGG network.
     """
     for key, options in train.items():
         if not key.startswith('optim_') or not options:
@@ -279,40 +279,40 @@ def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_metrics(val: Mapping[str, Any], source: str) -> None:
-    """Measure noise: a metric that stumbles over its options would do so hours later."""
+    """Measure a noise image with each metric, as wrong options would otherwise fail only at the first validation."""
     with _explained(f'{source}: val.protocol', 'protocol'):
         protocol = read_protocol(val.get('protocol'))
     metrics = val.get('metrics') or {}
     if not metrics and (val.get('metrics') is not None or not protocol.metrics):
-        other = '' if protocol.metrics else f', and protocol {protocol.type} has none of its own'
-        logging.getLogger('basicsr').warning(f'{source}: nothing is measured: val.metrics names no metric{other}')
+        other = '' if protocol.metrics else f', and protocol {protocol.type} defines none'
+        logging.getLogger('basicsr').warning(f'{source}: nothing is measured: val.metrics has no metric{other}')
     side = _metric_image_side(metrics)
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     for key, options in metrics.items():
         target = registry.METRIC_REGISTRY.get(options['type'])
-        # Others' metrics may want other data of their own models.
+        # Third-party metrics may require data from their own models.
         if target.__module__.split('.')[0] in ('basicsr', 'ast_plugin'):
             with _explained(f'{source}: val.metrics.{key}', options['type'], 'cannot measure with these options'):
                 target(img=image, img2=image, **_arguments(options))
 
 
 def _metric_image_side(metrics: Mapping[str, Mapping[str, Any]]) -> int:
-    """The side of an image that is large enough for all metrics, behind their borders."""
+    """Return the side of an image that is large enough for all metrics after cropping their borders."""
     borders = [options.get('crop_border') for options in metrics.values()]
     return _METRIC_IMAGE_SIDE + 2 * max([0, *(border for border in borders if isinstance(border, int))])
 
 
 def _read_sample(where: str, options: Mapping[str, Any]) -> Any:
-    """Find the data, and read the first sample."""
+    """Open the dataset and read its first sample."""
     dataset = _open_dataset(where, options)
     with _explained(where, options['type'], f'cannot read the sample of {name_of(dataset, 0)}', DataError):
         return dataset[(0, 0) if getattr(dataset, 'index_carries_epoch', False) else 0]
 
 
 def _open_dataset(where: str, options: Mapping[str, Any]) -> Any:
-    """Build a dataset, and see that there is something in it.
+    """Build a dataset and check that it is not empty.
 
-    One of others, which decodes images, is not given an LMDB of pixels.
+    LMDBs that hold pixels are rejected for datasets that decode images.
     """
     dataset_type = registry.DATASET_REGISTRY.get(options['type'])
     knows_lmdbs = 'io_backend' in getattr(getattr(dataset_type, 'options_type', None), 'model_fields', ())
@@ -321,8 +321,8 @@ def _open_dataset(where: str, options: Mapping[str, Any]) -> Any:
             for key, folder in options.items():
                 if key.startswith('dataroot') and isinstance(folder, str) and holds_pixels(folder):
                     raise DataError(
-                        f'{options["type"]} reads LMDBs of PNG files, and {key}, {folder}, holds pixels. Set type: '
-                        f'PairsDataset, or write the LMDB with `basicsr data lmdb --encoding png`'
+                        f'{options["type"]} reads LMDBs of PNG files, but {key}, {folder}, holds pixels. Set type: '
+                        f'PairsDataset, or create the LMDB with `basicsr data lmdb --encoding png`'
                     )
         dataset = dataset_type(copy.deepcopy(options))
         if len(dataset) == 0:
@@ -331,13 +331,13 @@ def _open_dataset(where: str, options: Mapping[str, Any]) -> Any:
 
 
 def count_samples(where: str, options: Mapping[str, Any]) -> int:
-    """How many samples a dataset has, as it counts them; PluginError, beginning with `where`, if it cannot be used."""
+    """Return the number of samples of a dataset; raise PluginError, starting with `where`, if it cannot be used."""
     with _logger_untouched():
         return len(_open_dataset(where, options))
 
 
 def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], source: str) -> None:
-    """Raise PluginError if a stage of options `after` cannot start from the weights of the one with `before`."""
+    """Raise PluginError if the stage with options `after` cannot load the weights of the stage with `before`."""
     if 'network_g' not in before or 'network_g' not in after or not after['path'].get('strict_load_g', True):
         return
     with _logger_untouched():
@@ -347,7 +347,7 @@ def check_handover(before: Mapping[str, Any], after: Mapping[str, Any], source: 
 
 
 def _check_state(state: Mapping[str, Any], opt: Mapping[str, Any], network: nn.Module, source: str) -> None:
-    """Refuse what a resumed run could not follow: another network, another optimiser, an end that lies behind it."""
+    """Reject options incompatible with a training state: another network or optimiser, or an end already passed."""
     path = opt['path']['resume_state']
     if 'params' in state and 'network_g' not in (opt['path'].get('ignore_resume_networks') or ()):
         try:
@@ -356,33 +356,33 @@ def _check_state(state: Mapping[str, Any], opt: Mapping[str, Any], network: nn.M
             others = run_state.changes(state.get('options'), run_state.record(opt)).items()
             others = [f'{key}: {change}' for key, change in others if key.startswith('network_g')]
             raise OptionError(
-                f'{source}: network_g is another one than that of the state: {"; ".join([*others, str(error)])}. Give '
-                "the state's, or begin with path.pretrain_network_g and strict_load_g: false"
+                f'{source}: network_g differs from that of the state: {"; ".join([*others, str(error)])}. Use the '
+                "state's options, or start with path.pretrain_network_g and strict_load_g: false"
             ) from error
     lines = run_state.misfits(state, opt, network.parameters())
     if lines and not opt.get('force_resume'):
         raise OptionError(
-            f'{source}: the run cannot go on from {path} with these options:\n  '
+            f'{source}: the run cannot resume from {path} with these options:\n  '
             + '\n  '.join(lines)
-            + '\nGive those of the state, name another run, or go on all the same with --force_resume: what does not '
-            'fit starts afresh'
+            + "\nUse the state's options, name another run, or resume anyway with --force_resume, which resets the "
+            'parts that do not fit'
         )
 
 
 def _build_network(where: str, options: Mapping[str, Any]) -> nn.Module:
-    """Build a network without memory for its weights, where its constructor can do that."""
+    """Build a network on the meta device, or on the CPU if its constructor does not support that."""
     network_type = registry.ARCH_REGISTRY.get(options['type'])
     with _explained(where, options['type']):
         try:
             with torch.device('meta'):
                 return network_type(**_arguments(options))
         except (NotImplementedError, RuntimeError):
-            # Some constructors compute with tensors; on the second try a fault of the options shows as what it is.
+            # Some constructors compute with tensors; the second attempt also reports errors of the options.
             return network_type(**_arguments(options))
 
 
 def _check_weights(opt: Mapping[str, Any], networks: Mapping[str, nn.Module]) -> dict[str, Checkpoint]:
-    """Load the weights that networks start from, but for those in whose place BasicSR puts the ones of a state."""
+    """Load the pretrained weights of the networks unless a training state replaces them."""
     path, checkpoints = opt['path'], {}
     for key, network in networks.items():
         letter = key.removeprefix('network_')
@@ -394,13 +394,13 @@ def _check_weights(opt: Mapping[str, Any], networks: Mapping[str, nn.Module]) ->
 
 
 def _is_of(opt: Mapping[str, Any], kind: type) -> bool:
-    """Whether the model of a run is of this class."""
+    """Return whether the model of a run is a subclass of `kind`."""
     model = registry.MODEL_REGISTRY.get(opt['model_type'])
     return isinstance(model, type) and issubclass(model, kind)
 
 
 def _is_large(network: nn.Module, opt: Mapping[str, Any], samples: Mapping[str, Any]) -> bool:
-    """Whether a step on a sample would take a CPU more than some seconds, by parameters and pixels."""
+    """Return whether a step would take a CPU more than some seconds, estimated from parameters and pixels."""
     sample = samples.get('train')
     if _is_on_gpu(opt) or not isinstance(sample, dict) or 'lq' not in sample:
         return False
@@ -414,7 +414,7 @@ def _is_on_gpu(opt: Mapping[str, Any]) -> bool:
 
 
 def _num_tried(opt: Mapping[str, Any]) -> int:
-    """Images of the batch that is tried: all on a GPU, whose memory has to take them, else two of a micro-batch."""
+    """Return the batch size of the trial: the full batch on a GPU, to check its memory, else at most two images."""
     batch = batch_size(opt) or 1
     return batch if _is_on_gpu(opt) else min(2, max(1, batch // (opt['train'].get('accumulate') or 1)))
 
@@ -422,7 +422,7 @@ def _num_tried(opt: Mapping[str, Any]) -> int:
 def _try_shapes(
     network: nn.Module, losses: Mapping[str, nn.Module], opt: Mapping[str, Any], source: str, sample: Mapping[str, Any]
 ) -> None:
-    """Pass the shapes of a training sample through network and losses, with values only where it cannot do without."""
+    """Pass a tensor with the shape of a training sample through network and losses, on meta if supported."""
     if not _is_of(opt, SRModel) or 'gt' not in sample:
         return
     device = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
@@ -432,26 +432,25 @@ def _try_shapes(
         with _passing(source, 'train', network, lq), torch.no_grad(), use_backend('reference'):
             compute_losses(losses, network(lq), gt)
     except OptionError as error:
-        if 'meta' not in str(error):  # what a tensor without values cannot do says nothing about the sample
+        if 'meta' not in str(error):  # unsupported on meta tensors, not an error of the sample
             raise
 
 
 def _try_model(opt: Mapping[str, Any], source: str, samples: Mapping[str, Any]) -> None:
-    """Pass a sample of each dataset through the model of a run as BasicSR will: one step, and a validation each.
+    """Pass a sample of each dataset through the model as in a run: one training step, and one validation each.
 
-    A step is one of the whole batch on a GPU, and of one or two images of it on a CPU, at the configured patch; a
-    validation restores a corner of its image, and measures its middle. Nothing is logged, and what is written goes to a
-    folder that is deleted.
+    The step uses the whole batch on a GPU and one or two images on a CPU, at the configured patch size. The validation
+    restores a corner of its image and measures the centre. Nothing is logged; output goes to a temporary folder.
     """
     opt = copy.deepcopy(dict(opt))
     count = _num_tried(opt) if opt['is_train'] else 0
     with tempfile.TemporaryDirectory() as folder, randomness.preserved(), use_backend(opt.get('backend')), _quiet():
         opt['path'] |= dict.fromkeys(_FOLDERS & opt['path'].keys(), folder)
-        if opt['path'].get('resume_state'):  # it brings the weights
+        if opt['path'].get('resume_state'):  # contains the weights
             opt['path'] |= {key: None for key in opt['path'] if key.startswith('pretrain_network_')}
         if opt['is_train']:
             train = opt['train']
-            train.pop('compile', None)  # which takes longer than all the rest
+            train.pop('compile', None)  # would take longer than everything else
             if not _is_on_gpu(opt):
                 train['accumulate'] = None
             if train.get('mixing'):
@@ -482,7 +481,7 @@ def _try_model(opt: Mapping[str, Any], source: str, samples: Mapping[str, Any]) 
 
 
 def _later_samples(source: str, key: str, opt: Mapping[str, Any]) -> Iterator[Any]:
-    """Read the samples behind the first one of a validation set, but those that fail: they do so in their turn."""
+    """Yield the samples of a validation set after the first, skipping unreadable ones, which are reported later."""
     dataset = _open_dataset(f'{source}: datasets.{key}', opt['datasets'][key])
     for number in range(1, len(dataset)):
         with suppress(Exception):
@@ -491,7 +490,7 @@ def _later_samples(source: str, key: str, opt: Mapping[str, Any]) -> Iterator[An
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What is said of a trial would be said again of the run."""
+    """Suppress output and warnings, which the run itself would repeat."""
     logger = logging.getLogger('basicsr')
     was_disabled, logger.disabled = logger.disabled, True
     try:
@@ -504,13 +503,13 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _passing(source: str, key: str, network: nn.Module | None, lq: Tensor | None) -> Iterator[None]:
-    """Say of what is raised that it is the sample of a dataset which does not go through, and what sizes would."""
+    """Convert errors into messages that name the dataset, its sample and a fitting size."""
     shown = '' if lq is None else f' {list(lq.shape)}'
     what = 'network, losses and optimiser' if key == 'train' else 'network and metrics'
     try:
-        with _explained(f'{source}: datasets.{key}', f'its first sample{shown}', f'does not go through {what}'):
+        with _explained(f'{source}: datasets.{key}', f'its first sample{shown}', f'does not pass through {what}'):
             yield
-    except DataError as error:  # the data was read: what is wrong is what they are put together with
+    except DataError as error:  # the data was read, so an option does not fit it
         raise OptionError(str(error)) from error
     except PluginError as error:
         hint = _size_hint(network, lq) if key == 'train' else ''
@@ -524,14 +523,14 @@ def _size_hint(network: nn.Module | None, lq: Tensor | None) -> str:
     with suppress(OptionError):
         multiple = required_multiple(bare, lq.shape[1])
         if any(side % multiple for side in lq.shape[-2:]):
-            return f'; {type(bare).__name__} is trained on sides that are multiples of {multiple}: set gt_size to one'
+            return f'; {type(bare).__name__} is trained on multiples of {multiple} pixels: set gt_size to a multiple'
     return ''
 
 
 def _try_validation(
     model: SRModel, opt: Mapping[str, Any], sample: Mapping[str, Any], later: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Restore a corner of the first image of a validation set, and measure it; see `_try_metrics` for the others."""
+    """Restore a corner of the first validation image and measure; see `_try_metrics` for later images."""
     height, width = sample['lq'].shape[-2:]
     corner = sample['lq'][..., :_VALIDATED_SIDE, :_VALIDATED_SIDE]
     was_train, model.is_train = model.is_train, False
@@ -554,7 +553,7 @@ def _try_validation(
     size, clean = (scale * height, scale * width), tuple(sample['gt'].shape[-2:])
     if size != clean:
         raise DataError(
-            f'the network makes {size[1]}x{size[0]} of an image of {width}x{height}, whose clean one has '
+            f'the network restores an image of {width}x{height} to {size[1]}x{size[0]}, but its clean image has '
             f'{clean[1]}x{clean[0]}: they cannot be compared (scale is {opt["scale"]})'
         )
     _try_metrics(model, metrics, result.shape[1], itertools.chain([sample], later))
@@ -563,9 +562,9 @@ def _try_validation(
 def _try_metrics(
     model: SRModel, metrics: Mapping[str, Mapping[str, Any]], channels: int, samples: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Measure the middle of clean images against themselves, until each metric has measured one.
+    """Measure the centre of clean images against themselves, until each metric has measured one.
 
-    Where `model` is ours, an image too small for a metric fails alone when its turn comes: later ones are tried then.
+    RestorationModel skips an image that is too small for a metric, so later images are tried in that case.
     """
     enough, waiting, failures = _metric_image_side(metrics), dict(metrics), {}
     most = max(_LARGEST_METRIC_IMAGE, enough)
@@ -581,9 +580,9 @@ def _try_metrics(
                 else:
                     value = calculate_metric(dict(zip(('img', 'img2'), map(tensor2img, pair), strict=True)), options)
                 if math.isnan(value):
-                    raise DataError(f'{name} is not a number, of an image of {clean.shape[-1]}x{clean.shape[-2]}')
+                    raise DataError(f'{name} is NaN for an image of {clean.shape[-1]}x{clean.shape[-2]}')
                 del waiting[name]
-            except Exception as error:  # of any metric
+            except Exception as error:  # any metric
                 if not isinstance(model, RestorationModel) or min(clean.shape[-2:]) >= enough:
                     raise
                 failures.setdefault(name, error)

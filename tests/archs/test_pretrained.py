@@ -118,7 +118,7 @@ def test_weights_that_come_along(tmp_path):
     [
         ('missing', CheckpointError, 'nowhere: expected a folder with model.safetensors'),
         ('empty', CheckpointError, r'is a folder without model\.safetensors'),
-        ('cut', CheckpointError, 'is cut or not a safetensors file'),
+        ('cut', CheckpointError, 'is truncated or not a safetensors file'),
         ('mixed', OptionError, 'expected the network AST, got Mixed'),
         ('shapes', CheckpointError, 'do not match the network'),
         ('argument', OptionError, 'AST cannot be built: .*nonsense'),

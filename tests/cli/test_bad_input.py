@@ -65,11 +65,11 @@ def train(folder, capfd, *overrides):
         (['datasets:train:gt_size=400'], 'datasets.train: PairedImageDataset cannot read the sample of data/lq/'),
         (['datasets:train:dataroot_gt=bad'], '.png: not a PNG, JPEG, WebP, TIFF or BMP file'),
         ([EMPTY_LIST], 'tiny.yml: datasets.train: real_world.txt is empty'),
-        (['network_g:act_type=unheard'], 'network_g: SRVGGNetCompact cannot be made'),
+        (['network_g:act_type=unheard'], 'network_g: SRVGGNetCompact cannot be built'),
         (['network_g={type: AST, depths: [1, 2]}'], 'tiny.yml: network_g: depths must be'),
-        (['train:pixel_opt:reduction=most'], 'train.pixel_opt: L1Loss cannot be made of these options: ValueError'),
-        (['train:optim_g:betas=[2, 3]'], 'train.optim_g: AdamW cannot be made of these options: ValueError'),
-        ([f'train:scheduler={UNEVEN}'], 'train.scheduler: CosineAnnealingRestartLR cannot be made'),
+        (['train:pixel_opt:reduction=most'], 'train.pixel_opt: L1Loss cannot be built from these options: ValueError'),
+        (['train:optim_g:betas=[2, 3]'], 'train.optim_g: AdamW cannot be built from these options: ValueError'),
+        ([f'train:scheduler={UNEVEN}'], 'train.scheduler: CosineAnnealingRestartLR cannot be built'),
         ([OURS, 'val:protocol={type: agan, tile: 64}'], 'val.protocol: protocol agan: overlap is 80 and tile is 64'),
         (['val:metrics:psnr:crop_border=wide'], 'val.metrics.psnr: calculate_psnr cannot measure with these options'),
         (['val:metrics:x={type: pyiqa, metric: lpips}'], 'val.metrics.x: the package pyiqa is not installed: pip inst'),
@@ -96,7 +96,7 @@ def test_training_is_refused(folder, capfd, monkeypatch, overrides, expected):
 
 def test_dataset_without_key_or_data(folder, capfd):
     (folder / 'tiny.yml').write_text(tiny_run.OPTIONS.replace('    use_rot: true\n', ''))
-    assert "datasets.train: PairedImageDataset needs the key 'use_rot', which is not there" in train(folder, capfd)
+    assert "datasets.train: PairedImageDataset needs the key 'use_rot', which is missing" in train(folder, capfd)
     for file in (folder / 'data').rglob('*.png'):
         file.unlink()
     (folder / 'tiny.yml').write_text(tiny_run.OPTIONS)
@@ -114,7 +114,7 @@ def test_state_without_its_weights(folder, capfd):
 @pytest.mark.parametrize(
     ('arguments', 'expected'),
     [
-        ('train -opt tiny.yml --root file', 'cannot be made: Not a directory'),
+        ('train -opt tiny.yml --root file', 'cannot be created: Not a directory'),
         ('train -opt tiny.yml --launcher pytorch', 'start the processes by `torchrun'),
         ('train -opt tiny.yml --launcher slurm', 'start the processes by `srun'),
         ('train -opt file', 'file: expected'),
@@ -156,7 +156,7 @@ def saved(value):
 
 
 WEIGHTS = {
-    'cut': (lambda: saved(good())[:-500], 'cut'),
+    'cut': (lambda: saved(good())[:-500], 'truncated'),
     'other network': (lambda: saved(good(num_feat=12)), 'the weights do not match'),
     'code': (lambda: saved({**good(), 'extra': Malicious()}), 'can run code'),
 }

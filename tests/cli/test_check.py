@@ -106,7 +106,7 @@ def test_a_file_without_stages_or_data(folder, capfd):
     assert 'data not usable on this machine: datasets.train: PairedImageDataset: No such file' in err
     # All else is checked without it.
     status, _, err = check(capfd, '-opt', 'tiny.yml', '--force_yml', 'network_g:act_type=unheard')
-    assert status == 2 and 'network_g: SRVGGNetCompact cannot be made' in err
+    assert status == 2 and 'network_g: SRVGGNetCompact cannot be built' in err
 
 
 def test_a_file_for_testing_alone(folder, capfd):

@@ -131,7 +131,7 @@ def listing(folder):
     [
         (['train:total_iter=3'], 'train.total_iter: 3, but the state is of iteration 4'),
         (['train:optim_g:type=Adam'], 'train.optim_g: the type is Adam, but the state is of AdamW'),
-        (['network_g:num_feat=16'], 'network_g is another one than that of the state: network_g.num_feat: 8 → 16'),
+        (['network_g:num_feat=16'], 'network_g differs from that of the state: network_g.num_feat: 8 → 16'),
     ],
 )
 def test_refused_before_anything(folder, monkeypatch, capfd, force, said):

@@ -124,7 +124,7 @@ def test_average_is_preferred_and_said(case, tmp_path):
 
 def test_unusual_things_are_said(tmp_path):
     for case, words in {
-        'number_inside': 'no tensors: scale',
+        'number_inside': '(not tensors): scale',
         'lightning_with_losses': 'ignored: loss.vgg.0.weight',
         'average_of_swa_utils': 'ignored: n_averaged',
         'counted_by_thop': 'counters: total_ops',
@@ -140,7 +140,7 @@ def test_unusual_things_are_said(tmp_path):
 )
 def test_no_other_key_than_asked_for(content, key, tmp_path):
     path = write(tmp_path / 'w.pth', content)
-    with pytest.raises(CheckpointError, match=f"under the key '{key}'; it has"):
+    with pytest.raises(CheckpointError, match=f"under the key '{key}'; available: "):
         load_network(TINY, path, key)
     (tmp_path / 'in').mkdir()
     assert main(['infer', '-i', str(tmp_path), '-o', str(tmp_path / 'o'), '--weights', str(path), '--param-key', key])
@@ -151,7 +151,7 @@ def test_keys_that_are_asked_for(tmp_path):
     for key in ('a.b', 'flat', 'flat.net_g'):
         assert read_checkpoint(path, key).param_key == key
     save_weights(tmp_path / 'w.safetensors', STATE, TINY)
-    with pytest.raises(CheckpointError, match='under no key'):
+    with pytest.raises(CheckpointError, match='at the top level'):
         read_checkpoint(tmp_path / 'w.safetensors', 'params')
     (tmp_path / 'w.pth').write_bytes((tmp_path / 'w.safetensors').read_bytes())  # downloaded under another name
     assert network_of(read_checkpoint(tmp_path / 'w.pth'))[0] == TINY
@@ -159,7 +159,7 @@ def test_keys_that_are_asked_for(tmp_path):
 
 def test_several_states_of_unknown_names(tmp_path):
     path = write(tmp_path / 'w.pth', {'first': STATE, 'second': EMA})
-    with pytest.raises(CheckpointError, match='several states, first, second: name one by --param-key'):
+    with pytest.raises(CheckpointError, match='several states, first, second: select one with --param-key'):
         read_checkpoint(path)
     assert same(load_network(TINY, path, 'second'), EMA)
 
@@ -201,15 +201,15 @@ def test_files_of_other_kinds_are_named(tmp_path):
     write(tmp_path / 'arrays.pth', {name: tensor.numpy() for name, tensor in STATE.items()})
     write(tmp_path / 'state.pth', {'epoch': 1, 'iter': 9, 'optimizers': [], 'schedulers': []})
     for name, words in {
-        'packed.pth': 'archive with w.pth: unpack it',
+        'packed.pth': 'archive of w.pth: unpack it',
         'script.pth': 'TorchScript program',
         'arrays.pth': 'NumPy arrays',
         'state.pth': 'training state',
-        'https://x.org/w.pth': 'is an address, download it',
+        'https://x.org/w.pth': 'is a URL; download the file first',
     }.items():
         with pytest.raises(CheckpointError, match=words) as error:
             read_checkpoint(tmp_path / name if '/' not in name else name)
-        assert 'fetch it again' not in str(error.value)
+        assert 'get it again' not in str(error.value)
 
 
 UNUSUAL = {
@@ -244,7 +244,7 @@ def test_several_states_in_one_dictionary(tmp_path):
 def test_average_without_names_is_said(tmp_path):
     average = {'decay': 0.9, 'shadow_params': list(EMA.values())}
     path = write(tmp_path / 'w.pth', {'model': STATE, 'ema': average, 'ema_decay': 0.9})
-    assert read_checkpoint(path).notes == ('averaged weights under ema have no names, and are not taken',)
+    assert read_checkpoint(path).notes == ('averaged weights under ema have no names and are ignored',)
 
 
 def test_numpy_numbers_are_plain(tmp_path):
@@ -306,7 +306,7 @@ def test_checks_refuse_before_anything_starts(tmp_path, monkeypatch, capsys):
     opt = ['-opt', file, '--force_yml', 'model_type=RestorationModel']
     for name, more, words in (
         ('other.pth', ['path:strict_load_g=false'], 'none of its'),
-        ('own.pth', ['path:param_key_g=params'], "under the key 'params'; it has generator"),
+        ('own.pth', ['path:param_key_g=params'], "under the key 'params'; available: generator"),
     ):
         for command in ('check', 'train', 'test'):
             assert main([command, *opt, f'path:pretrain_network_g={name}', *more]) == 2

@@ -217,8 +217,8 @@ def test_testing_prints_and_writes_the_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ('val', 'end'),
     [
-        ({'protocol': 'basicsr'}, ', and protocol basicsr has none of its own\n'),
-        ({'metrics': None}, ', and protocol basicsr has none of its own\n'),
+        ({'protocol': 'basicsr'}, ', and protocol basicsr defines none\n'),
+        ({'metrics': None}, ', and protocol basicsr defines none\n'),
         ({'protocol': 'whole', 'metrics': {}}, '\n'),
     ],
 )
@@ -227,7 +227,7 @@ def test_nothing_to_measure_is_said_at_once(caplog, monkeypatch, val, end):
 
     monkeypatch.setattr(logging.getLogger('basicsr'), 'propagate', True)
     preflight._check_metrics(val, 'my.yml')
-    assert f'my.yml: nothing is measured: val.metrics names no metric{end}' in caplog.text
+    assert f'my.yml: nothing is measured: val.metrics has no metric{end}' in caplog.text
     caplog.clear()
     preflight._check_metrics({'protocol': 'whole'}, 'my.yml')
     assert 'nothing is measured' not in caplog.text
