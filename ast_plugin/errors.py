@@ -1,4 +1,4 @@
-"""What can go wrong, by kind. Every message says what was expected, what came, and what to do."""
+"""Exceptions of the plugin. Every message states what was expected, what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -14,65 +14,65 @@ _MEMORY = re.compile(
 
 
 class PluginError(Exception):
-    """Base of the errors a user can mend. The command line prints the message and exits with status 2."""
+    """Base class of errors that a user can fix. The command line prints the message and exits with status 2."""
 
 
 class OptionError(PluginError, ValueError):
-    """An option file or command-line argument is wrong."""
+    """An option file or command-line argument is invalid."""
 
 
 class MemoryShortage(OptionError):
-    """An image does not fit in memory in the way that was asked for."""
+    """An image does not fit in memory with the requested settings."""
 
 
 class DataError(PluginError, ValueError):
-    """An image, a folder or a list of pairs cannot be used."""
+    """An image, a folder or a list of pairs is not usable."""
 
 
 class CheckpointError(PluginError, RuntimeError):
-    """A weights or state file cannot be read, is unsafe, or belongs to another network."""
+    """A weights file or training state cannot be read, is unsafe, or belongs to another network."""
 
 
 class FileError(PluginError, RuntimeError):
-    """A file cannot be written, or another process is at work in its folder."""
+    """A file cannot be written, or another process is using its folder."""
 
 
 class TrainingError(PluginError, RuntimeError):
-    """Training cannot go on as it is: its numbers are no longer finite."""
+    """Training cannot continue because values are not finite."""
 
 
 class ShapeError(PluginError, ValueError):
-    """A tensor does not have the shape that the called function documents."""
+    """A tensor does not have the documented shape."""
 
 
 class BackendUnavailable(PluginError, RuntimeError):
-    """A backend asked for by name cannot run here."""
+    """An explicitly requested backend cannot run on this machine."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out, by the error's type or, as libraries have no common one, by its words."""
+    """Return whether an error means out of memory, by its type or, since libraries have no common type, its message."""
     return isinstance(error, MemoryError | MemoryShortage) or bool(_MEMORY.search(str(error)))
 
 
 def one_line(error: BaseException) -> str:
-    """All that an error of somebody's code says, in a line of at most some 300 characters; else its name."""
+    """Return the message of an error as one line of about 300 characters at most; without a message, its class name."""
     text = ' '.join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f'{text[:300]}…'
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of somebody's code says, or its name: torch's go on with what helps nobody."""
+    """Return the first line of an error message, or the class name. The rest of torch's messages is rarely helpful."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def class_of_failure(error: Exception, stage: str) -> str:
-    """Return the class of what failed one item of a batch, whose other items go on: 'memory', or the stage.
+    """Return the class of the failure of one item of a batch: 'memory', or the stage.
 
     Args:
-        error: any error of any code.
+        error: any exception.
         stage: 'unreadable', 'network', 'metric' or 'unwritable'.
     Raises:
-        The error, where no other item would fare better: wrong options, a missing backend, a disk that takes no more.
+        The error itself if it affects all items: wrong options, a missing backend, a full disk.
     """
     if out_of_memory(error):
         return 'memory'
@@ -83,7 +83,7 @@ def class_of_failure(error: Exception, stage: str) -> str:
 
 @contextmanager
 def tell_place(place: str) -> Iterator[None]:
-    """Let what is said about a fault in the block begin with the place: `base_weights: w.pth does not exist`."""
+    """Prefix the messages of PluginErrors in the block with a place: `base_weights: w.pth does not exist`."""
     try:
         yield
     except PluginError as error:
@@ -92,10 +92,10 @@ def tell_place(place: str) -> Iterator[None]:
 
 @contextmanager
 def only_warn(what: str) -> Iterator[None]:
-    """Let the failure of what a run can do without, a drawing or a log, be one warning: `what`, and why."""
+    """Log exceptions in the block as a warning, once per `what`; for plots and logs, which must not stop a run."""
     try:
         yield
-    except Exception as error:  # of somebody's code
+    except Exception as error:  # third-party code may raise anything
         if what not in _warned:
             _warned.add(what)
             logging.getLogger('basicsr').warning(f'{what}: {one_line(error)}')
@@ -105,13 +105,13 @@ _warned: set[str] = set()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`', did you mean NAME?'`, to be put behind a complaint; empty when nothing is near."""
+    """Return `', did you mean NAME?'` to append to a message, or an empty string if no name is similar."""
     match = nearest(name, known)
     return f', did you mean {match}?' if match else ''
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, whatever the case of its letters; None when nothing is near."""
+    """Return the known name most similar to `name`, ignoring case, or None if no name is similar."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return by_lower[matches[0]] if matches else None

@@ -1,4 +1,4 @@
-"""What is wrong in an option file, one line each, out of pydantic's reports."""
+"""Errors in an option file, one line each, converted from pydantic's error reports."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _EXPECTED = {
     'list_type': 'a list',
     'tuple_type': 'a list',
     'sequence_type': 'a list',
-    'none_required': 'nothing',
+    'none_required': 'null',
     'greater_than': 'more than {gt}',
     'greater_than_equal': '{ge} or more',
     'less_than': 'less than {lt}',
     'less_than_equal': '{le} or less',
     'literal_error': '{expected}',
     'enum': '{expected}',
-    'string_too_short': 'text that is not empty',
-    'string_pattern_mismatch': 'a name that can name a folder (no / or \\, no dot or blank first)',
+    'string_too_short': 'non-empty text',
+    'string_pattern_mismatch': 'a valid folder name (without / or \\, not starting with a dot or blank)',
     'too_short': '{min_length} items or more',
     'too_long': '{max_length} items or fewer',
 }
@@ -44,7 +44,7 @@ _EXPECTED = {
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong, and at which key."""
+    """Error in an option file: the key and the message."""
 
     where: Where
     message: str
@@ -55,12 +55,12 @@ class Fault:
 
 
 def dotted(where: Where) -> str:
-    """`('a', 0, 'b')` as `a.0.b`: with colons in the place of dots it is what --force_yml takes."""
+    """Format `('a', 0, 'b')` as `a.0.b`; `--force_yml` takes the same with colons instead of dots."""
     return '.'.join(map(str, where)) or 'top level'
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: short, and with its kind where that could be in doubt."""
+    """Format a value for a message: shortened, and with its type if that could be ambiguous."""
     if value is None:
         return 'nothing'
     if isinstance(value, bool):
@@ -73,24 +73,24 @@ def shown(value: Any) -> str:
 
 
 def unknown_key(where: Where, known: Sequence[str]) -> Fault:
-    """The fault of a key that nothing reads."""
+    """Return the fault for an unknown key."""
     return Fault(where, f'unknown key{did_you_mean(str(where[-1]), known)}', unknown_key=True)
 
 
 def faults_of(
     error: ValidationError, model: Any, value: Any, prefix: Where = (), also_known: Sequence[str] = ()
 ) -> list[Fault]:
-    """One fault for each place that pydantic complains about.
+    """Convert a pydantic error to one fault per key.
 
     Args:
-        error: raised by `model` about `value`.
-        model: a pydantic model or an annotation; tells the known names, for suggestions.
-        prefix: where in the file `value` lies.
-        also_known: names accepted on the first level besides the model's own.
+        error: raised by `model` when validating `value`.
+        model: pydantic model or annotation; its names are used for suggestions.
+        prefix: location of `value` in the file.
+        also_known: additional names accepted at the first level.
     """
     faults: dict[Where, Fault] = {}
     reports = error.errors(include_url=False)
-    # A tensor, which a signature may allow, cannot stand in an option file.
+    # A signature may accept a tensor, but an option file cannot contain one.
     for report in [each for each in reports if each['type'] != 'needs_python_object'] or reports:
         where = _keys_only(report['loc'], value, report['type'] == 'missing')
         place = (*prefix, *where)
@@ -105,7 +105,7 @@ def faults_of(
         else:
             fault = Fault(place, report.get('expected') or _message(report))
         faults[place] = _joined(faults[place], fault) if place in faults else fault
-    # Of a union, the member that got furthest tells what is wrong; that the others want another kind is no news.
+    # For a union, report only the most specific location; type errors of the other members are not helpful.
     return [
         fault
         for place, fault in faults.items()
@@ -116,7 +116,7 @@ def faults_of(
 def _message(report: dict[str, Any]) -> str:
     kind = report['type']
     if kind == 'missing':
-        return 'required, but not there'
+        return 'required, but missing'
     expected = _EXPECTED.get(kind)
     if expected is None:
         got = '' if isinstance(report['input'], dict) else f' (got {shown(report["input"])})'
@@ -127,7 +127,7 @@ def _message(report: dict[str, Any]) -> str:
 
 
 def _joined(first: Fault, second: Fault) -> Fault:
-    """A union complains once for each of its members: `expected A or B, got X`."""
+    """Join the errors of the members of a union: `expected A or B, got X`."""
     expected, comma, got = first.message.partition(', got')
     other = second.message.partition(', got')[0].removeprefix('expected ')
     if not comma or not second.message.startswith('expected ') or other in expected:
@@ -136,7 +136,7 @@ def _joined(first: Fault, second: Fault) -> Fault:
 
 
 def _keys_only(loc: Where, value: Any, is_missing: bool) -> Where:
-    """`loc` without the names of union members that pydantic puts between the keys."""
+    """Return `loc` without the names of union members that pydantic inserts between the keys."""
     where: list[str | int] = []
     for number, step in enumerate(loc):
         if (isinstance(value, dict) and step in value) or (isinstance(value, list) and step in range(len(value))):
@@ -148,7 +148,7 @@ def _keys_only(loc: Where, value: Any, is_missing: bool) -> Where:
 
 
 def _section_at(model: Any, loc: Where) -> type[BaseModel]:
-    """The model of the section at `loc` below `model`; `loc` names members of tagged unions by their tags."""
+    """Return the model of the section at `loc` below `model`; members of tagged unions are named by their tags."""
     current = _models_in(model)
     for step in loc:
         for member in current:
@@ -163,7 +163,7 @@ def _section_at(model: Any, loc: Where) -> type[BaseModel]:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models that `Train | None`, `dict[str, Dataset]` or `list[Stage]` speak of."""
+    """Return the models contained in annotations such as `Train | None`, `dict[str, Dataset]` or `list[Stage]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for candidate in get_args(annotation) for model in _models_in(candidate)]

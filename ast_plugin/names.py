@@ -1,6 +1,6 @@
-"""Names that users give, on their way to a terminal, a table, a drawing, a file system, and other software.
+"""Safe output of user-supplied names in terminals, tables, plots and file names.
 
-A name may hold whatever a file system allows, bytes of no text and ends of lines among it: nothing takes it raw.
+A name may contain anything that a file system allows, including invalid UTF-8 and line breaks.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from itertools import cycle
 from pathlib import Path
 from typing import IO, Any
 
-MOST_BYTES = 255  # of a file's name, on every file system in use
+MOST_BYTES = 255  # maximum length of a file name on common file systems
 LITERAL = {'text.parse_math': False, 'text.usetex': False, 'axes.formatter.use_mathtext': False}
-"""Settings of matplotlib under which text is drawn as it stands."""
+"""Matplotlib settings that disable the interpretation of text as mathematics."""
 
-_MOST_DRAWN = 60  # characters of a name in a drawing
-# Not one character each: controls, halves of pairs, what Unicode has not assigned, ends of lines and paragraphs.
+_MOST_DRAWN = 60  # maximum number of characters of a name in a plot
+# Unicode categories: control characters, surrogates, unassigned code points, line and paragraph separators.
 _UNPRINTABLE = {'Cc', 'Cs', 'Cn', 'Zl', 'Zp'}
-_REORDERING = {'LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI'}  # what follows would stand elsewhere
-# What Markdown, GitHub's mathematics included, would not show as it stands.
+_REORDERING = {'LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI'}  # these reorder the following text
+# Characters that Markdown, including GitHub's mathematics, interprets as markup.
 _MARKDOWN = re.compile(r'[|<*`$]|&(?=#|\w+;)|\](?=[(\[])|~(?=~)|\\(?=[!-/:-@\[-`{-~])|(?<!\w)_|_(?!\w)')
 
 
 def printable(name: str) -> str:
-    """Show a name in one line of text; what is no character that can stand in a line becomes its escape."""
+    """Return a name as one line of text; unprintable and reordering characters are escaped."""
     return name if name.isascii() and name.isprintable() else ''.join(map(_printable_character, name))
 
 
 def say(*lines: str, file: IO[str] | None = None) -> None:
-    """Print lines, each by `printable`: all that is said to a terminal goes through here."""
+    """Print lines through `printable`. All terminal output uses this function."""
     print(*map(printable, lines), sep='\n', file=file, flush=True)
 
 
 def seed_of(name: str) -> int:
-    """A number below 2**32 out of the bytes of a name, to be mixed into a seed."""
+    """Return a number below 2**32 computed from the bytes of a name, for use in a random seed."""
     return zlib.crc32(os.fsencode(name))
 
 
 def file_name(stem: str, ending: str = '') -> str:
-    """A name that every file system takes: too long a stem is cut, and told from others by a digest."""
+    """Return a file name of valid length; a stem that is too long is truncated and made unique by a digest."""
     if len(os.fsencode(stem + ending)) <= MOST_BYTES:
         return stem + ending
     digest = f'~{seed_of(stem):08x}'
@@ -57,14 +57,14 @@ def file_name(stem: str, ending: str = '') -> str:
 
 
 def drawable(text: str, most: int = _MOST_DRAWN) -> tuple[str, str | None]:
-    """Say how a text can be drawn.
+    """Prepare a text for a plot.
 
     Args:
-        text: perhaps with names in it.
-        most: characters; of a longer one the middle is left out.
+        text: may contain user-supplied names.
+        most: maximum number of characters; the middle of a longer text is replaced by an ellipsis.
     Returns:
-        The text, and the file of a font that has all of its characters, None for the usual one; where no installed
-        font has them, they are escapes, which is said once.
+        The text, and the file of a font with all of its characters (None for the default font). Characters that no
+        installed font has are escaped, with one warning.
     """
     text = printable(text)
     if len(text) > most:
@@ -82,7 +82,7 @@ def drawable(text: str, most: int = _MOST_DRAWN) -> tuple[str, str | None]:
 
 
 def write_name(text: Any, name: str, most: int = _MOST_DRAWN) -> None:
-    """Let a text of a drawing, matplotlib's, show a name as it stands."""
+    """Set a matplotlib text to a name, without interpreting the name as mathematics."""
     from matplotlib.font_manager import FontProperties
 
     shown, file = drawable(name, most)
@@ -92,12 +92,12 @@ def write_name(text: Any, name: str, most: int = _MOST_DRAWN) -> None:
 
 
 def to_columns(rows: Iterable[Sequence[str]], align: str = '', indent: str = '') -> list[str]:
-    """Lines of cells below one another.
+    """Format rows as lines with aligned columns.
 
     Args:
-        rows: of one length.
-        align: '<' or '>' for each column; '' for all to the left.
-        indent: what lines begin with.
+        rows: rows of equal length.
+        align: '<' or '>' for each column; '' aligns all columns to the left.
+        indent: prefix of each line.
     """
     rows = list(rows)
     columns = zip(*rows, strict=True)
@@ -107,7 +107,7 @@ def to_columns(rows: Iterable[Sequence[str]], align: str = '', indent: str = '')
 
 
 def to_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Format rows, the header first: the first column to the left, the others to the right, all of one width."""
+    """Format rows, header first, as a Markdown table: the first column left-aligned, the others right-aligned."""
     cells = [list(map(escape_markdown, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
@@ -116,12 +116,12 @@ def to_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """A line that Markdown shows as it stands, in a cell of a table too."""
+    """Escape a line so that Markdown shows it literally, including in table cells."""
     return _MARKDOWN.sub(r'\\\g<0>', printable(text))
 
 
 def to_csv(rows: Iterable[Sequence[Any]]) -> str:
-    """Format rows, the header first; numbers in full, None and NaN as nothing."""
+    """Format rows, header first, as CSV: numbers in full precision, None and NaN as empty cells."""
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows(
         ['' if isinstance(cell, float) and math.isnan(cell) else cell for cell in row] for row in rows
@@ -140,7 +140,7 @@ def _escape(character: str) -> str:
 
 @functools.cache
 def _fonts() -> tuple[str, ...]:
-    """Files of fonts, matplotlib's usual one first, upright ones of sans serif before others; none without it."""
+    """Return font files: matplotlib's default first, then upright sans-serif fonts, then others; empty without it."""
     try:
         from matplotlib import font_manager, get_data_path
     except ImportError:
@@ -156,12 +156,12 @@ def _fonts() -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _missing(file: str, characters: frozenset[str]) -> frozenset[str]:
-    """The characters that a font has no outline for."""
+    """Return the characters for which a font has no outline."""
     from matplotlib.ft2font import FT2Font
 
     with suppress(OSError, RuntimeError):
         font = FT2Font(file)
-        # Such as have a box for everything are no help, and matplotlib draws no bitmaps.
+        # Skip last-resort fonts, which have a box for every character, and bitmap fonts, which matplotlib cannot draw.
         if font.scalable and 'last' not in font.family_name.lower():
             return frozenset(character for character in characters if not font.get_char_index(ord(character)))
     return characters
@@ -169,4 +169,4 @@ def _missing(file: str, characters: frozenset[str]) -> frozenset[str]:
 
 @functools.cache
 def _warn_of_fonts() -> None:
-    logging.getLogger('basicsr').warning('No installed font has every character of a name: drawn by their escapes')
+    logging.getLogger('basicsr').warning('No installed font has all characters of a name: missing ones are escaped')

@@ -1,6 +1,6 @@
-"""The keys of an option file, section by section: BasicSR's, gathered from its pipelines and models, and ours.
+"""Pydantic models of the sections of an option file: the keys of BasicSR's pipelines and models, and the plugin's.
 
-Arguments of registered things are open here; `ast_plugin.options.validation` holds them against what is registered.
+Arguments of registered classes are not restricted here; `ast_plugin.options.validation` checks them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ast_plugin.errors import did_you_mean
 from ast_plugin.options.reading import BASE_KEY, DELETE_KEY, STAGES_KEY
 
-INPUT = 'input'  # the row of the unrestored images in a comparison
+INPUT = 'input'  # row of the degraded images in a comparison
 
-_MOST_NAME_BYTES = 100  # file systems take 255, for the names of a run and its stage, a time and endings
-# BasicSR registers some of its own under NAME_basicsr, and falls back to that when NAME is not taken.
+_MOST_NAME_BYTES = 100  # file systems allow 255, for the names of run and stage, a timestamp and file extensions
+# BasicSR registers some classes as NAME_basicsr and falls back to them if NAME is not registered.
 _FALLBACK_SUFFIX = '_basicsr'
 _TEXT_OR_LIST = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': {'type': 'string'}}]}
 _TEXT_OR_NONE = {'anyOf': [{'type': 'string'}, {'type': 'null'}]}
-_VARIABLE = {'type': 'string', 'pattern': r'^\$\{', 'description': '${NAME} or ${NAME:default} of the environment'}
+_VARIABLE = {'type': 'string', 'pattern': r'^\$\{', 'description': 'environment variable, ${NAME} or ${NAME:default}'}
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,30 @@ class Registered:
     """Registered classes and functions by kind (`arch`, `dataset`, `loss`, `metric`, `model`) and name."""
 
     by_kind: Mapping[str, Mapping[str, object]]
-    schedulers: Mapping[str, type] = field(default_factory=dict)  # what `train.scheduler.type` names with every model
-    own_schedulers: Mapping[str, type] = field(default_factory=dict)  # further ones that this package's models know
-    protocols: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names of each protocol's own metrics
-    failed_plugins: Sequence[str] = ()  # a line for each plugin that could not be loaded
-    find_optimizer: Callable[[str], type] | None = None  # the class that `train.optim_g.type` names, or OptionError
+    schedulers: Mapping[str, type] = field(default_factory=dict)  # values of `train.scheduler.type` for all models
+    own_schedulers: Mapping[str, type] = field(default_factory=dict)  # additional schedulers of the plugin's models
+    protocols: Mapping[str, Sequence[str]] = field(default_factory=dict)  # metric names of each protocol
+    failed_plugins: Sequence[str] = ()  # one line for each plugin that failed to load
+    find_optimizer: Callable[[str], type] | None = None  # class for `train.optim_g.type`, or OptionError
 
     def get(self, kind: str, name: str) -> object | None:
-        """What BasicSR's registry would give for `name`; None when it would raise."""
+        """Return what BasicSR's registry returns for `name`, or None if it raises."""
         registry = self.by_kind[kind]
         return registry.get(name, registry.get(name + _FALLBACK_SUFFIX))
 
     def missing(self, kind: str, name: str) -> str:
-        """Why `name` cannot be had, and what to do."""
+        """Return the error message for a name that is not registered."""
         names = [known.removesuffix(_FALLBACK_SUFFIX) for known in self.by_kind[kind]]
         suggestion = did_you_mean(name, names)
-        hint = '; '.join(self.failed_plugins) or f'is its plugin installed? `basicsr list {kind}` shows what there is'
+        hint = (
+            '; '.join(self.failed_plugins)
+            or f'is its plugin installed? `basicsr list {kind}` lists the registered names'
+        )
         return f'no {kind} is registered as {name}{suggestion} ({hint})'
 
 
 def whole(value: Any) -> Any:
-    """5e3 is a whole number too: BasicSR's users write frequencies so."""
+    """Convert an integral float such as 5e3, a common notation in BasicSR's option files, to int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -63,15 +66,15 @@ def _with_room_for_endings(value: str) -> str:
 
 def _not_taken(value: str) -> str:
     if value.casefold() == INPUT:
-        raise ValueError(f'{INPUT} is the name of the unrestored images')
+        raise ValueError(f'{INPUT} is reserved for the degraded images')
     if 'debug' in value.casefold():
-        raise ValueError('BasicSR takes a name with `debug` in it for its debug mode, choose another')
+        raise ValueError('BasicSR enables its debug mode for names that contain `debug`, choose another name')
     return value
 
 
 def _not_none(value: str) -> str:
     if value == 'None':
-        raise ValueError('expected text, or nothing, which is written ~')
+        raise ValueError('expected text, or ~ for no value')
     return value
 
 
@@ -87,29 +90,29 @@ Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
 def _optional(description: str, **limits: Any) -> Any:
-    """A key that may be left out, or be nothing."""
+    """Return a field that may be omitted or null."""
     return Field(None, description=description, **limits)
 
 
 def _described_model(
     name: str, base: type[BaseModel], keys: Iterable[str], described: dict[str, tuple[Any, str]]
 ) -> type[BaseModel]:
-    """A model with optional keys out of a table of types and descriptions; `key2` is `key` in a second round."""
+    """Create a model with optional keys from a table of types and descriptions; `key2` is described as `key`."""
     fields: dict[str, Any] = {}
     for key in keys:
         kind, description = described[key.removesuffix('2')]
-        fields[key] = (kind | None, _optional(description + (', second round' if key.endswith('2') else '')))
+        fields[key] = (kind | None, _optional(description + (', second degradation' if key.endswith('2') else '')))
     return create_model(name, __base__=base, **fields)
 
 
 class Section(BaseModel):
-    """A mapping whose keys are all known. Values have the type the file must give them; nothing is converted."""
+    """Section whose keys are all known. Types are strict: values are not converted."""
 
     model_config = ConfigDict(extra='forbid', strict=True)
 
 
 class Typed(BaseModel):
-    """Options of something registered: its `type`, and arguments that are checked against it."""
+    """Options of a registered class or function: `type` and its arguments."""
 
     model_config = ConfigDict(extra='allow', strict=True)
 
@@ -117,86 +120,86 @@ class Typed(BaseModel):
 
 
 class Network(Typed):
-    """A network and its arguments."""
+    """Network type and arguments."""
 
 
 class Loss(Typed):
-    """A loss and its arguments."""
+    """Loss type and arguments."""
 
 
 class Optimizer(Typed):
-    """An optimiser of torch.optim and its arguments."""
+    """Optimiser type and arguments."""
 
     lr: Number = Field(ge=0, description='learning rate')
 
 
 class Scheduler(Typed):
-    """A schedule of the learning rate and its arguments."""
+    """Learning rate scheduler type and arguments."""
 
 
 class Metric(Typed):
-    """A registered metric and its arguments."""
+    """Metric type and arguments."""
 
-    better: Literal['higher', 'lower'] | None = _optional('which way is better; higher if not given')
+    better: Literal['higher', 'lower'] | None = _optional('whether higher or lower values are better (default: higher)')
 
 
 class FileBackend(Typed):
-    """How BasicSR's datasets read files."""
+    """File backend of BasicSR's datasets."""
 
-    type: Literal['disk', 'lmdb', 'memcached'] = Field(description='kind of storage')
+    type: Literal['disk', 'lmdb', 'memcached'] = Field(description='storage backend')
 
 
 class Dataset(Typed):
-    """The keys that BasicSR's pipelines and loaders read of every dataset."""
+    """Keys that BasicSR's pipelines and data loaders read for every dataset."""
 
-    name: FolderName = Field(description='name in messages, of tables and result folders')
-    io_backend: FileBackend | None = _optional('how files are read; disk if not given')
-    batch_size_per_gpu: Count | None = _optional('training images a step, on each device')
-    num_worker_per_gpu: CountOrZero | None = _optional('reading processes, for each device')
-    dataset_enlarge_ratio: Number | None = _optional('makes a small set a longer epoch', gt=0)
+    name: FolderName = Field(description='name of the dataset in messages, tables and result folders')
+    io_backend: FileBackend | None = _optional('file backend (default: disk)')
+    batch_size_per_gpu: Count | None = _optional('training batch size per device')
+    num_worker_per_gpu: CountOrZero | None = _optional('data loader workers per device')
+    dataset_enlarge_ratio: Number | None = _optional('repetitions of the dataset per epoch', gt=0)
     prefetch_mode: Literal['cpu', 'cuda'] | None = _optional(
-        'prepare batches ahead: in a thread, or on the GPU, which needs pin_memory'
+        'prefetch batches: in a CPU thread, or to the GPU, which requires pin_memory'
     )
-    num_prefetch_queue: Count | None = _optional('batches that prefetch_mode cpu keeps ready')
-    pin_memory: bool | None = _optional('faster copies to a GPU')
-    persistent_workers: bool | None = _optional('keep the reading processes from epoch to epoch')
-    phase: str | None = _optional('set from the key under datasets')
-    scale: Number | None = _optional('set from the top level')
+    num_prefetch_queue: Count | None = _optional('number of batches prefetched by prefetch_mode cpu')
+    pin_memory: bool | None = _optional('use pinned host memory for faster copies to the GPU')
+    persistent_workers: bool | None = _optional('keep the data loader workers between epochs')
+    phase: str | None = _optional('set automatically from the key under datasets')
+    scale: Number | None = _optional('set automatically from the top level')
 
 
 _FLIPS = ('use_hflip', 'use_rot')
 _PATCHES = ('gt_size', *_FLIPS)
 _COLORS = ('mean', 'std')
 _DATASET_KEYS: dict[str, tuple[Any, str]] = {
-    'dataroot_gt': (str, 'clean images: a folder, or an LMDB'),
-    'dataroot_lq': (str, 'degraded images: a folder, or an LMDB'),
-    'dataroot_flow': (str, 'optical flow: a folder, or an LMDB'),
-    'meta_info': (str, 'list of the pairs, or of the images'),
-    'meta_info_file': (str, 'list of the images, a name a line'),
-    'filename_tmpl': (str, "degraded names, '{}x4'; {} is the clean one without its ending"),
-    'gt_size': (Count, 'side of the square training patch in pixels'),
-    'use_hflip': (bool, 'flip left and right'),
-    'use_rot': (bool, 'flip up and down, and turn'),
-    'color': (Literal['y'], 'y: the luma channel alone'),
-    'mean': (list[Number], 'taken from each channel'),
-    'std': (list[Number], 'that each channel is divided by'),
-    'num_frame': (Count, 'frames of a sample'),
-    'val_partition': (Literal['official', 'REDS4'], 'which sequences are left out of training'),
-    'test_mode': (bool, 'take the sequences of validation'),
-    'interval_list': (list[Whole], 'distances between frames to choose from'),
-    'random_reverse': (bool, 'play sequences backwards at random'),
-    'flip_sequence': (bool, 'append each sequence backwards'),
+    'dataroot_gt': (str, 'folder or LMDB of clean images'),
+    'dataroot_lq': (str, 'folder or LMDB of degraded images'),
+    'dataroot_flow': (str, 'folder or LMDB of optical flow'),
+    'meta_info': (str, 'text file that lists the pairs or images'),
+    'meta_info_file': (str, 'text file that lists the images, one name per line'),
+    'filename_tmpl': (str, "name template of degraded images, such as '{}x4'; {} is the clean name without extension"),
+    'gt_size': (Count, 'side of the square training patches in pixels'),
+    'use_hflip': (bool, 'random horizontal flips'),
+    'use_rot': (bool, 'random vertical flips and 90° rotations'),
+    'color': (Literal['y'], 'y: use only the luma channel'),
+    'mean': (list[Number], 'mean subtracted from each channel'),
+    'std': (list[Number], 'standard deviation that each channel is divided by'),
+    'num_frame': (Count, 'number of frames per sample'),
+    'val_partition': (Literal['official', 'REDS4'], 'sequences held out from training'),
+    'test_mode': (bool, 'use the validation sequences'),
+    'interval_list': (list[Whole], 'frame intervals to sample from'),
+    'random_reverse': (bool, 'randomly reverse sequences'),
+    'flip_sequence': (bool, 'append the reversed sequence'),
     'cache_data': (bool, 'keep all images in memory'),
-    'padding': (str, 'what stands for frames before the first and after the last'),
-    'use_duf_downsampling': (bool, 'degrade as DUF does'),
-    'blur_kernel_size': (Count, 'side of the largest blur kernel in pixels'),
-    'kernel_list': (list[str], 'kinds of blur kernels'),
-    'kernel_prob': (list[Number], 'probability of each kind'),
-    'blur_sigma': (list[Number], 'width of the blur, least and most'),
-    'betag_range': (list[Number], 'shape of generalised Gaussian kernels'),
-    'betap_range': (list[Number], 'shape of plateau kernels'),
+    'padding': (str, 'padding mode for frames before the first and after the last'),
+    'use_duf_downsampling': (bool, 'use the downsampling of DUF'),
+    'blur_kernel_size': (Count, 'largest side of blur kernels in pixels'),
+    'kernel_list': (list[str], 'types of blur kernels'),
+    'kernel_prob': (list[Number], 'probability of each kernel type'),
+    'blur_sigma': (list[Number], 'range of the blur standard deviation'),
+    'betag_range': (list[Number], 'range of the shape parameter of generalised Gaussian kernels'),
+    'betap_range': (list[Number], 'range of the shape parameter of plateau kernels'),
     'sinc_prob': (Number, 'probability of a sinc filter'),
-    'final_sinc_prob': (Number, 'probability of a last sinc filter'),
+    'final_sinc_prob': (Number, 'probability of a final sinc filter'),
 }
 _PAIRS = ('dataroot_gt', 'dataroot_lq', *_PATCHES, *_COLORS, 'filename_tmpl')
 _VIDEO = ('dataroot_gt', 'dataroot_lq', 'meta_info_file', 'num_frame')
@@ -225,7 +228,7 @@ _BASICSR_DATASETS = {
 
 
 class BasicSRDataset(Dataset):
-    """A dataset of BasicSR 1.4.2, whose keys are all known."""
+    """Dataset of BasicSR 1.4.2; all keys are known."""
 
     model_config = ConfigDict(extra='forbid')
 
@@ -233,89 +236,99 @@ class BasicSRDataset(Dataset):
 BASICSR_DATASETS = {
     name: _described_model(name, BasicSRDataset, keys, _DATASET_KEYS) for name, keys in _BASICSR_DATASETS.items()
 }
-"""The keys of BasicSR 1.4.2's own datasets, by their registered names."""
+"""Models of the datasets of BasicSR 1.4.2, by registered name."""
 
 
 def dataset_model(name: str, target: object) -> type[BaseModel] | None:
-    """The keys of the dataset registered as `name`: its own `options_type`, or BasicSR's; None if it does not tell."""
+    """Return the model of the dataset registered as `name`: its `options_type`, or BasicSR's; None if unknown."""
     if getattr(target, '__module__', '').partition('.')[0] == 'basicsr':
         return BASICSR_DATASETS.get(name)
     return getattr(target, 'options_type', None)
 
 
 class MixupOptions(Section):
-    """Mixup or CutMix: blends the images of a batch with one another, degraded and clean ones alike."""
+    """Mixup or CutMix within a batch, applied equally to degraded and clean images."""
 
-    type: Literal['mixup', 'cutmix'] = Field(description='weighted sums of images, or a rectangle out of another')
-    alpha: Number = Field(1.2, gt=0, description='shares are drawn from Beta(alpha, alpha)')
-    start_epoch: Count = Field(6, description='first epoch that mixes, counted from 1')
-    probability: Number = Field(1.0, ge=0, le=1, description='of a batch to be mixed')
+    type: Literal['mixup', 'cutmix'] = Field(description='weighted sum of two images, or a rectangle of another image')
+    alpha: Number = Field(1.2, gt=0, description='mixing weights are sampled from Beta(alpha, alpha)')
+    start_epoch: Count = Field(6, description='first epoch with mixing, starting at 1')
+    probability: Number = Field(1.0, ge=0, le=1, description='probability of mixing a batch')
 
 
 class Train(Section):
-    """What is trained, how and for how long. Of `total_iter` and `total_epochs` one must be there."""
+    """Losses, optimiser, schedule and length of training. Either `total_iter` or `total_epochs` is required."""
 
-    total_iter: Count | None = _optional('length of the run in iterations; or total_epochs')
-    total_epochs: Count | None = _optional('length of the run in epochs of the training set')
-    warmup_iter: Whole | None = _optional('linear warm-up; -1 for none', ge=-1)
-    warmup_epochs: CountOrZero | None = _optional('the same in epochs, in the place of warmup_iter')
-    precision: Literal['fp32', 'bf16', 'fp16'] | None = _optional('of the arithmetic; fp32 if not given')
-    channels_last: bool | None = _optional('lay tensors out as convolutions on CUDA like them')
-    compile: bool | str | None = _optional('compile each block; true, or the name of a backend')
-    cuda_graph: bool | None = _optional('on CUDA, replay the network as a graph: small networks gain most')
-    accumulate: Count | None = _optional('parts that a batch is cut into; their gradients make one step')
-    gradient_checkpointing: bool | None = _optional('compute blocks again going back: less memory')
-    mixing: MixupOptions | None = _optional('blend the images of a batch: mixup or cutmix')
+    total_iter: Count | None = _optional('number of iterations; alternative to total_epochs')
+    total_epochs: Count | None = _optional('number of epochs of the training set; alternative to total_iter')
+    warmup_iter: Whole | None = _optional('iterations of linear warm-up; -1 disables it', ge=-1)
+    warmup_epochs: CountOrZero | None = _optional('epochs of linear warm-up; alternative to warmup_iter')
+    precision: Literal['fp32', 'bf16', 'fp16'] | None = _optional(
+        'autocast precision; fp16 with loss scaling (default: fp32)'
+    )
+    channels_last: bool | None = _optional(
+        'use the channels_last memory format, which is faster for convolutions on CUDA'
+    )
+    compile: bool | str | None = _optional('torch.compile for each block; true, or the name of a backend')
+    cuda_graph: bool | None = _optional(
+        'CUDA only: replay the network as a CUDA graph; mainly useful for small networks'
+    )
+    accumulate: Count | None = _optional('gradient accumulation: number of micro-batches a batch is split into')
+    gradient_checkpointing: bool | None = _optional('recompute blocks in the backward pass to reduce memory')
+    mixing: MixupOptions | None = _optional('mix the images of a batch: mixup or cutmix')
     on_nonfinite: Literal['stop', 'skip'] | None = _optional(
-        'when a loss is NaN or Inf: stop, the default, or skip the step'
+        'stop training or skip the step if a loss is NaN or infinite (default: stop)'
     )
-    optim_g: Optimizer | None = _optional('optimiser of network_g: type, lr and its arguments')
-    optim_d: Optimizer | None = _optional('optimiser of network_d')
-    scheduler: Scheduler | None = _optional('schedule of the learning rate: type and its arguments')
-    ema_decay: Number | None = _optional('0 for no averaged weights', ge=0, lt=1)
-    clip_grad_norm: Number | None = _optional('longer gradients are cut to this length', gt=0)
+    optim_g: Optimizer | None = _optional('optimiser of network_g: type, lr and arguments')
+    optim_d: Optimizer | None = _optional('optimiser of network_d: type, lr and arguments')
+    scheduler: Scheduler | None = _optional('learning rate scheduler: type and arguments')
+    ema_decay: Number | None = _optional(
+        'decay of the exponential moving average of the weights; 0 disables it', ge=0, lt=1
+    )
+    clip_grad_norm: Number | None = _optional('maximum norm for gradient clipping', gt=0)
     pixel_opt: Loss | None = _optional(
-        'loss between images: type and its arguments; RestorationModel takes any number of *_opt'
+        'pixel loss: type and arguments; RestorationModel supports any number of losses named *_opt'
     )
-    perceptual_opt: Loss | None = _optional('loss between features of a VGG network')
-    gan_opt: Loss | None = _optional('loss of a GAN: type and its arguments')
-    ldl_opt: Loss | None = _optional('locally discriminative loss of ESRGAN and Real-ESRGAN')
-    feature_matching_opt: Loss | None = _optional('loss between features of network_d, HiFaceGAN')
-    net_d_iters: Count | None = _optional('GANs: steps of network_d for each of network_g')
-    net_d_init_iters: CountOrZero | None = _optional('GANs: steps of network_d before network_g begins')
-    net_d_reg_every: Count | None = _optional('StyleGAN2: steps of network_d between regularisations')
-    net_g_reg_every: Count | None = _optional('StyleGAN2: steps of network_g between regularisations')
-    mixing_prob: Number | None = _optional('StyleGAN2: probability of two styles in one image', ge=0, le=1)
-    r1_reg_weight: Number | None = _optional('StyleGAN2: weight of the gradient penalty of network_d')
+    perceptual_opt: Loss | None = _optional('perceptual loss on VGG features: type and arguments')
+    gan_opt: Loss | None = _optional('GAN loss: type and arguments')
+    ldl_opt: Loss | None = _optional('locally discriminative learning loss, ESRGAN and Real-ESRGAN')
+    feature_matching_opt: Loss | None = _optional('HiFaceGAN: loss on features of network_d')
+    net_d_iters: Count | None = _optional('GANs: steps of network_d per step of network_g')
+    net_d_init_iters: CountOrZero | None = _optional('GANs: initial steps that train only network_d')
+    net_d_reg_every: Count | None = _optional('StyleGAN2: interval of the regularisation of network_d in steps')
+    net_g_reg_every: Count | None = _optional('StyleGAN2: interval of the regularisation of network_g in steps')
+    mixing_prob: Number | None = _optional('StyleGAN2: probability of style mixing', ge=0, le=1)
+    r1_reg_weight: Number | None = _optional('StyleGAN2: weight of the R1 gradient penalty of network_d')
     path_reg_weight: Number | None = _optional('StyleGAN2: weight of the path length penalty of network_g')
-    path_batch_shrink: Count | None = _optional('StyleGAN2: part of a batch that the path length is measured on')
-    fix_flow: CountOrZero | None = _optional('recurrent video: iterations with the flow held')
-    flow_lr_mul: Number | None = _optional(
-        'recurrent video: learning rate of the flow network as a multiple of the rest'
-    )
+    path_batch_shrink: Count | None = _optional('StyleGAN2: divisor of the batch size for path length regularisation')
+    fix_flow: CountOrZero | None = _optional('recurrent video: initial iterations with a frozen flow network')
+    flow_lr_mul: Number | None = _optional('recurrent video: factor on the learning rate of the flow network')
     lr_flow: Number | None = _optional('recurrent video GAN: learning rate of the flow network')
-    dcn_lr_mul: Number | None = _optional('EDVR: learning rate of deformable convolutions as a multiple of the rest')
-    tsa_iter: CountOrZero | None = _optional('EDVR: iterations with all but the fusion of frames held')
+    dcn_lr_mul: Number | None = _optional('EDVR: factor on the learning rate of deformable convolutions')
+    tsa_iter: CountOrZero | None = _optional('EDVR: initial iterations that train only the fusion of frames')
 
 
 ProtocolName = Literal['basicsr', 'spad', 'agan', 'densehaze', 'whole', 'tiled']
 
 
 class ProtocolOptions(Section):
-    """How images are restored and measured; what is left out is as the type has it."""
+    """How images are restored and measured. Omitted keys have the values of the protocol `type`."""
 
-    type: ProtocolName = Field(description='spad, agan, densehaze: as in the papers; whole; tiled: as memory allows')
-    square: Count | None = _optional('zeros around the image, up to a square multiple of this')
-    tile: Count | Literal['auto'] | None = _optional('side of a tile in pixels; auto: as memory allows')
-    overlap: CountOrZero | None = _optional('pixels that tiles share; a quarter of a tile if not given')
-    blend: Literal['ramp', 'mean'] | None = _optional('join tiles by smooth ramps, or by plain averages')
-    batch: Count | None = _optional('tiles that go through the network together')
-    round: bool | None = _optional('round results to 8 bits before they are measured')
-    self_ensemble: bool | None = _optional('mean over the eight flips and rotations')
+    type: ProtocolName = Field(
+        description='as in the papers (spad, agan, densehaze), whole images (basicsr, whole) or tiles if needed (tiled)'
+    )
+    square: Count | None = _optional('zero-pad images to a square whose side is a multiple of this')
+    tile: Count | Literal['auto'] | None = _optional(
+        'tile size in pixels; auto: tile only images that do not fit in memory'
+    )
+    overlap: CountOrZero | None = _optional('overlap of adjacent tiles in pixels (default: a quarter of a tile)')
+    blend: Literal['ramp', 'mean'] | None = _optional('blend overlapping tiles with smooth ramps or by averaging')
+    batch: Count | None = _optional('number of tiles per batch')
+    round: bool | None = _optional('round results to 8 bits before measuring')
+    self_ensemble: bool | None = _optional('average the results of the eight flips and rotations')
 
 
 class DuringTraining(Section):
-    """What differs in the validations of a training from those of a test."""
+    """Settings of validation during training that differ from testing."""
 
     protocol: ProtocolName | ProtocolOptions | None = _optional('how images are restored and measured')
     metrics: dict[str, Metric] | None = _optional("instead of the protocol's, by their printed names")
@@ -325,114 +338,118 @@ class Val(Section):
     """Validation during training, and testing."""
 
     protocol: ProtocolName | ProtocolOptions | None = _optional('how images are restored and measured')
-    during_training: DuringTraining | None = _optional('what differs in validations during training')
+    during_training: DuringTraining | None = _optional('settings that differ for validation during training')
 
-    val_freq: Count | None = _optional('iterations between validations; or times_per_epoch')
-    times_per_epoch: Count | None = _optional('validations in an epoch of the training set')
-    save_img: bool | None = _optional('write the restored images')
-    suffix: str | None = _optional('of written images; the name of the run if not given')
+    val_freq: Count | None = _optional('iterations between validations; alternative to times_per_epoch')
+    times_per_epoch: Count | None = _optional('validations per epoch of the training set; alternative to val_freq')
+    save_img: bool | None = _optional('save the restored images')
+    suffix: str | None = _optional('suffix of saved images (default: name of the run)')
     pbar: bool | None = _optional('show a progress bar')
     metrics: dict[str, Metric] | None = _optional("instead of the protocol's, by their printed names")
-    best_metric: str | None = _optional('the metric that picks the best weights')
-    center_frame_only: bool | None = _optional('video: measure the middle frame of each sequence alone')
-    flip_seq: bool | None = _optional('recurrent video: sequences hold their frames backwards, too')
-    num_val_samples: Count | None = _optional('StyleGAN2: images drawn at a validation')
+    best_metric: str | None = _optional('name of the metric that selects the best weights')
+    center_frame_only: bool | None = _optional('video: measure only the centre frame of each sequence')
+    flip_seq: bool | None = _optional('recurrent video: sequences also contain their frames in reverse order')
+    num_val_samples: Count | None = _optional('StyleGAN2: number of images generated per validation')
 
 
 class Wandb(Section):
-    """Weights & Biases, by BasicSR's keys."""
+    """Logging to Weights & Biases."""
 
-    project: str | None = _optional('name of the project')
-    resume_id: str | None = _optional('identifier of the run to go on with')
+    project: str | None = _optional('project name')
+    resume_id: str | None = _optional('ID of the run to resume')
 
 
 class Logger(Section):
-    """What is written down, and how often."""
+    """Logging and training states."""
 
-    print_freq: Count = Field(description='iterations between reports')
-    save_checkpoint_freq: Count | None = _optional('iterations between training states; or save_checkpoint_epochs')
-    save_checkpoint_epochs: Count | None = _optional('epochs between training states')
-    keep_checkpoints: Count | None = _optional('states that are kept, the newest ones; 3 if not given')
-    use_tb_logger: bool | None = _optional('write curves for TensorBoard')
-    tb_pictures: CountOrZero | None = _optional(
-        'images shown in TensorBoard at validation: input, result and clean one; 4 if not given'
+    print_freq: Count = Field(description='iterations between log lines')
+    save_checkpoint_freq: Count | None = _optional(
+        'iterations between training states; alternative to save_checkpoint_epochs'
     )
-    wandb: Wandb | None = _optional('send what goes to TensorBoard to Weights & Biases, too')
+    save_checkpoint_epochs: Count | None = _optional(
+        'epochs between training states; alternative to save_checkpoint_freq'
+    )
+    keep_checkpoints: Count | None = _optional('number of most recent training states to keep (default: 3)')
+    use_tb_logger: bool | None = _optional('write TensorBoard logs')
+    tb_pictures: CountOrZero | None = _optional(
+        'number of validation images in TensorBoard, each as input, result and clean image (default: 4)'
+    )
+    wandb: Wandb | None = _optional('also log to Weights & Biases; requires use_tb_logger')
 
 
 class Paths(Section):
-    """Weights to start from; of each network `pretrain_network_g`, `param_key_g` and `strict_load_g`, by its letter."""
+    """Initial weights: `pretrain_network_g`, `param_key_g` and `strict_load_g`, with the letter of each network."""
 
-    resume_state: Text | None = _optional('a .state file under training_states/')
-    ignore_resume_networks: list[str] | None = _optional('networks that keep their own weights when a run is resumed')
+    resume_state: Text | None = _optional('training state to resume from, a .state file under training_states/')
+    ignore_resume_networks: list[str] | None = _optional('networks whose weights are not taken from the resumed run')
 
 
 class DistParams(BaseModel):
-    """Arguments of `torch.distributed.init_process_group` under slurm."""
+    """Arguments of `torch.distributed.init_process_group` with slurm."""
 
     model_config = ConfigDict(extra='allow', strict=True)
 
     backend: Literal['nccl', 'gloo', 'mpi'] | None = _optional(
-        'what processes talk by; nccl on GPUs and gloo on CPUs if not given'
+        'communication backend (default: nccl on GPUs, gloo on CPUs)'
     )
-    port: Count | None = _optional('of the first node', le=65535)
+    port: Count | None = _optional('port of the first node', le=65535)
 
 
 _REALESRGAN_KEYS: dict[str, tuple[Any, str]] = {
-    'queue_size': (Count, 'pairs kept to mix batches from'),
-    'gt_size': (Count, 'side of a clean patch in pixels'),
-    'high_order_degradation': (bool, 'degrade twice'),
-    'gt_usm': (bool, 'sharpen clean images'),
-    'l1_gt_usm': (bool, 'sharpen the reference of the pixel loss'),
-    'percep_gt_usm': (bool, 'sharpen the reference of the perceptual loss'),
-    'gan_gt_usm': (bool, 'sharpen the reference of the GAN loss'),
+    'queue_size': (Count, 'size of the pool of pairs that batches are sampled from'),
+    'gt_size': (Count, 'side of clean patches in pixels'),
+    'high_order_degradation': (bool, 'apply the degradation twice'),
+    'gt_usm': (bool, 'apply unsharp masking to clean images'),
+    'l1_gt_usm': (bool, 'use sharpened clean images in the pixel loss'),
+    'percep_gt_usm': (bool, 'use sharpened clean images in the perceptual loss'),
+    'gan_gt_usm': (bool, 'use sharpened clean images in the GAN loss'),
     'second_blur_prob': (Number, 'probability of the second blur'),
-    'gaussian_noise_prob': (Number, 'probability of Gaussian noise, Poisson noise otherwise'),
-    'gray_noise_prob': (Number, 'probability of noise without colour'),
-    'resize_prob': (list[Number], 'probabilities to enlarge, to shrink, to keep'),
-    'resize_range': (list[Number], 'factors of resizing, least and most'),
-    'noise_range': (list[Number], 'sigma of Gaussian noise in 255ths, least and most'),
-    'poisson_scale_range': (list[Number], 'scale of Poisson noise, least and most'),
-    'jpeg_range': (list[Number], 'quality of JPEG compression, least and most'),
+    'gaussian_noise_prob': (Number, 'probability of Gaussian noise; otherwise Poisson noise'),
+    'gray_noise_prob': (Number, 'probability of gray noise'),
+    'resize_prob': (list[Number], 'probabilities of enlarging, shrinking and keeping the size'),
+    'resize_range': (list[Number], 'range of the resize factor'),
+    'noise_range': (list[Number], 'range of the standard deviation of Gaussian noise in levels of 255'),
+    'poisson_scale_range': (list[Number], 'range of the scale of Poisson noise'),
+    'jpeg_range': (list[Number], 'range of the JPEG quality'),
 }
-_SECOND_ROUND = tuple(f'{key}2' for key in list(_REALESRGAN_KEYS)[8:])
-# What Real-ESRGAN's models read from the top level.
-RealESRGAN = _described_model('RealESRGAN', Section, (*_REALESRGAN_KEYS, *_SECOND_ROUND), _REALESRGAN_KEYS)
+_SECOND_DEGRADATION = tuple(f'{key}2' for key in list(_REALESRGAN_KEYS)[8:])
+# Keys that Real-ESRGAN's models read from the top level.
+RealESRGAN = _described_model('RealESRGAN', Section, (*_REALESRGAN_KEYS, *_SECOND_DEGRADATION), _REALESRGAN_KEYS)
 
 
 class OptionFile(RealESRGAN):
-    """The top level; further networks are called by other letters."""
+    """Top level of an option file. Additional networks have other letters, such as `network_d`."""
 
-    name: FolderName = Field(description='of the run, and of its folder')
-    model_type: str = Field(min_length=1, description='registered model')
-    scale: Number | None = _optional('of super-resolution; 1 for restoration', gt=0)
+    name: FolderName = Field(description='name of the run and its folder')
+    model_type: str = Field(min_length=1, description='registered model class')
+    scale: Number | None = _optional('upscaling factor; 1 for restoration', gt=0)
     device: Literal['auto', 'cpu', 'cuda', 'mps'] | None = _optional(
-        'what computes; auto takes the first there is of cuda, mps, cpu; if not given, num_gpu tells'
+        'compute device; auto: first available of cuda, mps, cpu (default: determined by num_gpu)'
     )
     num_gpu: CountOrZero | Literal['auto'] | None = _optional(
-        'GPUs of each process; all if not given; 0 for the CPU, where no device is given'
+        'number of GPUs per process; 0 selects the CPU if device is not set (default: all)'
     )
     bit_depth: Literal[8, 16] | None = _optional(
-        'of images, in metrics and written files too; 16 takes images of 16 bits alone; 8 if not given'
+        'bit depth of images, metrics and saved files; 16 requires 16-bit images (default: 8)'
     )
-    manual_seed: CountOrZero | None = _optional('drawn if not given')
+    manual_seed: CountOrZero | None = _optional('random seed (default: chosen at random)')
     backend: Literal['auto', 'fused', 'triton', 'reference'] | None = _optional(
-        'what computes our blocks; if not given, what AST_BACKEND names, else the fastest that can'
+        'implementation of the AST blocks (default: AST_BACKEND if set, otherwise the fastest available)'
     )
-    find_unused_parameters: bool | None = _optional('distributed training of networks that leave some weights unused')
-    dist_params: DistParams | None = _optional('arguments of distributed training under slurm')
-    datasets: dict[str, Dataset] = Field(description='train, val, test, or val_2 …: type, and the keys of that dataset')
-    network_g: Network | None = _optional('network that restores images: type and its arguments')
-    network_d: Network | None = _optional('GANs: network that tells them from clean ones')
-    path: Paths | None = _optional('weights and states to start from')
-    train: Train | None = _optional('losses, optimiser, schedule, length')
+    find_unused_parameters: bool | None = _optional('required for distributed training if some parameters are not used')
+    dist_params: DistParams | None = _optional('arguments of distributed training with slurm')
+    datasets: dict[str, Dataset] = Field(description='datasets by key (train, val, test, val_2 …): type and arguments')
+    network_g: Network | None = _optional('restoration network: type and arguments')
+    network_d: Network | None = _optional('GANs: discriminator')
+    path: Paths | None = _optional('initial weights and training state')
+    train: Train | None = _optional('losses, optimiser, schedule and length of training')
     val: Val | None = _optional('validation and metrics')
-    logger: Logger | None = _optional('reports and training states')
+    logger: Logger | None = _optional('logging and training states')
 
 
 @functools.cache
 def file_model(letters: tuple[str, ...]) -> type[OptionFile]:
-    """The top level of a file with networks of these letters (`g` for `network_g`), and what `path` says of each."""
+    """Return the model of a file with networks of these letters (`g` for `network_g`) and their keys in `path`."""
     kinds = {'pretrain_network': Text | None, 'param_key': Text | None, 'strict_load': bool | None}
     paths = {f'{name}_{letter}': (kind, None) for letter in letters or ('g',) for name, kind in kinds.items()}
     networks = {f'network_{letter}': (Network, ...) for letter in letters}
@@ -441,59 +458,63 @@ def file_model(letters: tuple[str, ...]) -> type[OptionFile]:
 
 
 class Stage(BaseModel):
-    """What a stage may say besides the keys of an option file."""
+    """Additional keys of a stage."""
 
     model_config = ConfigDict(extra='allow', strict=True)
 
-    name: FolderName | None = _optional('of its folder; by itself stage_N')
+    name: FolderName | None = _optional('name of the stage and its folder (default: stage_N)')
 
 
 class StagedFile(BaseModel):
-    """What an option file of several stages has besides."""
+    """Additional keys of an option file with stages."""
 
-    stages: list[Stage] = Field(min_length=1, description='what differs in each')
+    stages: list[Stage] = Field(min_length=1, description='stages, each with the options that differ')
 
 
 class ComparedNetwork(Section):
-    """One network of a comparison."""
+    """Network of a comparison."""
 
     name: Annotated[FolderName, AfterValidator(_not_taken)] = Field(
-        description='in tables and plots, and of its folder'
+        description='name in tables and plots, and of the folder'
     )
-    network_g: Network | None = _optional('type and arguments; not needed where the weights tell')
-    weights: str | None = _optional('trained weights; with train, what training starts from')
-    param_key: str | None = _optional('where the weights lie in a .pth file, such as params_ema')
-    train: dict[str, Any] | None = _optional("what differs from the file's train; without weights not needed")
+    network_g: Network | None = _optional('type and arguments (default: detected from the weights)')
+    weights: str | None = _optional('trained weights to measure; with train, the initial weights')
+    param_key: str | None = _optional('key of the weights in a .pth file, such as params_ema')
+    train: dict[str, Any] | None = _optional(
+        'changes to the section train for this network; with weights, enables training'
+    )
 
 
 class CompareSettings(Section):
-    """How networks are compared."""
+    """Settings of a comparison."""
 
-    baseline: str | None = _optional('differences are told against this network; the best if not given')
-    minutes: Number | None = _optional('of training for each network, instead of total_iter', gt=0)
-    weights: Literal['latest', 'best'] = Field('latest', description='which weights of a training are measured')
-    sizes: list[Size] = Field([[256, 256]], min_length=1, description='[height, width] for speed, memory and MACs')
-    runs: Count = Field(10, description='timed runs at each size')
-    threads: Count | None = _optional('of the CPU, for speed; all cores if not given')
-    device: str | None = _optional(
-        "of what is measured: auto, cpu, cuda, cuda:1 … or mps; the file's device goes before it"
+    baseline: str | None = _optional('network that differences refer to (default: the best)')
+    minutes: Number | None = _optional('training time per network in minutes; alternative to total_iter', gt=0)
+    weights: Literal['latest', 'best'] = Field('latest', description='weights of a training run to measure')
+    sizes: list[Size] = Field(
+        [[256, 256]], min_length=1, description='sizes [height, width] for latency, memory and MACs'
     )
-    resamples: Count = Field(10_000, description='of the images, for confidence intervals')
-    confidence: Number = Field(0.95, gt=0, lt=1, description='of the intervals')
-    pictures: CountOrZero = Field(4, description='that the report shows')
+    runs: Count = Field(10, description='timed forward passes per size')
+    threads: Count | None = _optional('CPU threads for latency (default: all cores)')
+    device: str | None = _optional(
+        'device for measurements: auto, cpu, cuda, cuda:1 … or mps; device of the file takes precedence'
+    )
+    resamples: Count = Field(10_000, description='bootstrap resamples for confidence intervals')
+    confidence: Number = Field(0.95, gt=0, lt=1, description='confidence level of the intervals')
+    pictures: CountOrZero = Field(4, description='number of images in the report')
 
 
 class ComparedFile(BaseModel):
-    """What a file for `basicsr compare` has besides the keys of an option file."""
+    """Additional keys of a file for `basicsr compare`."""
 
     networks: list[ComparedNetwork] = Field(min_length=1)
     compare: CompareSettings | None = None
 
 
 def json_schema(registered: Registered) -> dict[str, Any]:
-    """What option files may say, as a JSON schema (draft 2020-12) for editors, with the registered names.
+    """Return the JSON schema (draft 2020-12) of option files for editors, including the registered names.
 
-    It says less than `validation.check`: a file inherits and has stages, so that no key is missing for sure.
+    It is less strict than `validation.check`: no key is required, because files inherit keys and have stages.
     """
     schema, compared = OptionFile.model_json_schema(), ComparedFile.model_json_schema()
     definitions = {**compared.pop('$defs'), **schema.pop('$defs'), 'Variable': _VARIABLE}
@@ -512,19 +533,19 @@ def json_schema(registered: Registered) -> dict[str, Any]:
     }
     names = [(definitions[section]['properties']['type'], types[section]) for section in types]
     for value, known in [*names, (schema['properties']['model_type'], by_kind['model'])]:
-        value['anyOf'] = [{'enum': sorted(known)}, {}]  # others may be of a plugin that is not installed here
+        value['anyOf'] = [{'enum': sorted(known)}, {}]  # other names may be from plugins that are not installed
     definitions['Dataset']['allOf'] = list(_described_datasets(registered, definitions))
     for section in (schema, *definitions.values()):
         _open_to_variables(section)
     stage = copy.deepcopy({key: schema[key] for key in ('type', 'properties', 'patternProperties')})
     stage['properties'] |= Stage.model_json_schema()['properties']
-    definitions['Stage'] = {**stage, 'additionalProperties': False, 'description': 'what differs in a stage'}
+    definitions['Stage'] = {**stage, 'additionalProperties': False, 'description': 'options that differ in a stage'}
     schema['properties'] |= {
-        BASE_KEY: {**_TEXT_OR_LIST, 'description': 'files to build on, relative to this one'},
+        BASE_KEY: {**_TEXT_OR_LIST, 'description': 'option files to inherit from, relative to this file'},
         STAGES_KEY: {'type': 'array', 'minItems': 1, 'items': {'$ref': '#/$defs/Stage'}},
     }
     for key, value in compared['properties'].items():
-        schema['properties'][key] = {**value, 'description': 'of a file for `basicsr compare`'}
+        schema['properties'][key] = {**value, 'description': 'section of a file for `basicsr compare`'}
     about = {
         '$schema': 'https://json-schema.org/draft/2020-12/schema',
         'title': 'Option file of BasicSR with ast_plugin',
@@ -533,7 +554,7 @@ def json_schema(registered: Registered) -> dict[str, Any]:
 
 
 def _described_datasets(registered: Registered, definitions: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a condition for each type of dataset whose keys are known, and add these to the definitions."""
+    """Yield a condition for each dataset type with known keys, and add these keys to the definitions."""
     for name, target in registered.by_kind['dataset'].items():
         model = dataset_model(name, target)
         if model is None:
@@ -548,10 +569,10 @@ def _described_datasets(registered: Registered, definitions: dict[str, Any]) -> 
 
 
 def _open_to_variables(section: dict[str, Any]) -> None:
-    """Let a section leave out anything, which it may inherit, and take a variable wherever it is not text already."""
+    """Make all keys of a section optional, since they may be inherited, and accept variables for non-text values."""
     section.pop('required', None)
     if section.get('additionalProperties') is False:
-        section['properties'][DELETE_KEY] = {'type': 'boolean', 'description': 'replace what is inherited'}
+        section['properties'][DELETE_KEY] = {'type': 'boolean', 'description': 'replace the inherited section'}
     for name, value in section.get('properties', {}).items():
         if value.get('type') not in ('string', 'object') and name not in (DELETE_KEY, 'type'):
             note = {key: value.pop(key) for key in ('description', 'default', 'title') if key in value}

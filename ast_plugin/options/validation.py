@@ -1,4 +1,4 @@
-"""The check of an option file: its keys, then what they say against what is registered. Every fault at once."""
+"""Validation of an option file: keys and types, then registered names and their arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ast_plugin.options.reading import NETWORKS_KEY, RIVALS, STAGES_KEY, find_at
 from ast_plugin.options.runs import expand_network, is_trained, phase_of, stage_name, staged
 from ast_plugin.options.sections import ComparedFile, Registered, StagedFile, Typed, dataset_model, file_model
 
-_OPEN_SECTIONS = ((), ('train',), ('val',), ('logger',), ('path',))  # where a third party's model may read its own keys
+_OPEN_SECTIONS = ((), ('train',), ('val',), ('logger',), ('path',))  # third-party models may read additional keys here
 _NEEDED_FOR_TRAINING = [
     ('datasets', 'train', 'batch_size_per_gpu'),
     ('datasets', 'train', 'num_worker_per_gpu'),
@@ -33,7 +33,7 @@ _NEEDED_FOR_TRAINING = [
     ('logger', 'save_checkpoint_freq'),
     ('logger',),
 ]
-_MISSING = 'required, but not there'
+_MISSING = 'required, but missing'
 _UNKNOWN = inspect.Parameter.empty
 _POSITIONAL_OR_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -46,41 +46,41 @@ def check(
     is_train: bool = True,
     explain: Callable[[Fault], Fault] | None = None,
 ) -> None:
-    """Check the options of a file, as read, before `ast_plugin.options.prepare` completes them.
+    """Check the options of a file before `ast_plugin.options.prepare` completes them.
 
     Args:
-        opt: what `ast_plugin.options.load` returned.
-        source: the file's name in messages.
-        registered: what names may be used; without it only keys and types are checked.
-        is_train: what training needs must be there as well.
-        explain: says more about a fault, see `reading.Sources`.
+        opt: options returned by `ast_plugin.options.load`.
+        source: name of the file in messages.
+        registered: available names; if None, only keys and types are checked.
+        is_train: also require the keys needed for training.
+        explain: adds details to a fault, see `reading.Sources`.
     Raises:
-        OptionError: listing every fault, one line each: `FILE: datasets.train.gt_sise: unknown key, did you mean …?`
+        OptionError: with all faults, one line each: `FILE: datasets.train.gt_sise: unknown key, did you mean …?`
     """
     raise_faults(find_faults(opt, registered, is_train=is_train), source, explain)
 
 
 def raise_faults(faults: list[Fault], source: str, explain: Callable[[Fault], Fault] | None = None) -> None:
-    """Raise OptionError with a line for each fault, if there are any."""
+    """Raise OptionError with one line per fault, if there are any."""
     if faults:
         raise OptionError('\n'.join(f'{source}: {explain(fault) if explain else fault}' for fault in faults))
 
 
 def find_faults(opt: Mapping[str, Any], registered: Registered | None = None, *, is_train: bool = True) -> list[Fault]:
-    """Every fault of the options, those inside of its stages or networks too, in the order of the file."""
+    """Return all faults of the options, including those in stages or compared networks, in the order of the file."""
     if NETWORKS_KEY in opt:
         faults = _comparison_faults(opt, registered)
     elif STAGES_KEY in opt:
         faults = _staged_faults(opt, registered, is_train)
     else:
         faults = _RunCheck(opt, registered, is_train).faults()
-    # One for each key: two checks may see it, and what the first one says is nearer to the cause.
+    # Keep one fault per key: if several checks report a key, the first is closest to the cause.
     first = {fault.where: fault for fault in reversed(faults)}
     return sorted(first.values(), key=lambda fault: _position(opt, fault.where))
 
 
 def _position(opt: Any, where: Where) -> list[int]:
-    """The place of a key in the file, section by section; what is not there comes behind what is."""
+    """Return a sort key for the position of a key in the file; missing keys are sorted after existing ones."""
     position = []
     for step in where:
         keys = list(opt) if isinstance(opt, dict) else list(range(len(opt))) if isinstance(opt, list) else []
@@ -90,7 +90,7 @@ def _position(opt: Any, where: Where) -> list[int]:
 
 
 class _RunCheck:
-    """The check of options without stages."""
+    """Validation of the options of a single run, without stages."""
 
     def __init__(self, opt: Mapping[str, Any], registered: Registered | None, is_train: bool) -> None:
         self.opt, self.registered, self.is_train = opt, registered, is_train
@@ -101,7 +101,7 @@ class _RunCheck:
         self.is_third_party = package not in ('', 'basicsr', 'ast_plugin')
 
     def faults(self) -> list[Fault]:
-        """All that is wrong, one fault for each key."""
+        """Return all faults."""
         self._check_keys()
         self._check_presence()
         if self.registered is not None:
@@ -123,13 +123,13 @@ class _RunCheck:
         return value if isinstance(value, dict) else {}
 
     def _check_keys(self) -> None:
-        """Hold keys and types against the sections."""
+        """Check keys and types against the models of the sections."""
         model = file_model(tuple(key.removeprefix('network_') for key in self.opt if key.startswith('network_')))
         faults = model_faults(model, dict(self.opt))
         self.found += [fault for fault in faults if not (fault.unknown_key and self._is_open(fault.where))]
 
     def _is_open(self, where: Where) -> bool:
-        """Whether a key that no section has may be read by the model."""
+        """Return whether an unknown key may be read by the model."""
         if self.is_third_party:
             return where[:-1] in _OPEN_SECTIONS
         return self.is_ours and where[:-1] == ('train',) and str(where[-1]).endswith('_opt')
@@ -138,9 +138,7 @@ class _RunCheck:
         datasets = self._section('datasets')
         for key in datasets:
             if not phase_of(key) or (phase_of(key) == 'train' and key != 'train'):
-                self._report(
-                    ('datasets', key), 'expected train, val or test, with or without a number behind _ (val_2)'
-                )
+                self._report(('datasets', key), 'expected train, val or test, optionally with a number: val_2')
         needed: list[tuple[str, ...]] = [] if self.is_third_party else [('network_g',)]
         if self.is_train:
             needed += _NEEDED_FOR_TRAINING
@@ -148,41 +146,41 @@ class _RunCheck:
             needed += [('val', 'val_freq')] if isinstance(self.opt.get('val'), dict) else []
             measured = [key for key in datasets if phase_of(key) == 'val']
             if measured and self.opt.get('val') is None:
-                self._report(('val',), f'datasets.{measured[0]} is never measured without; give val.val_freq')
+                self._report(('val',), f'required to measure datasets.{measured[0]}; set val.val_freq')
             elif self.opt.get('val') and datasets and not measured:
-                self._report(('datasets', 'val'), 'nothing to measure by val; add it, or leave val out')
+                self._report(('datasets', 'val'), 'required by the section val, but missing; add it, or remove val')
         elif datasets and not any(phase_of(key) in ('val', 'test') for key in datasets):
-            self._report(('datasets', 'val'), 'required for testing (or datasets.test), but not there')
+            self._report(('datasets', 'val'), 'required for testing (or datasets.test), but missing')
         for *section, key in needed:
             others = rivals(tuple(section), key)
-            # Where a whole section is missing or wrong, what it lacks is not worth a line.
+            # Do not report missing keys of a section that is itself missing or invalid.
             is_there = not section or isinstance(self._at(*section), dict)
             if is_there and all(self._at(*section, name) is None for name in (key, *others)):
                 self._report((*section, key), _MISSING + ''.join(f' (or {other})' for other in others))
 
     def _check_rivals(self) -> None:
-        """Report two keys that say one thing in different units."""
+        """Report pairs of keys that set the same quantity in different units."""
         for where, pairs in RIVALS.items():
             section = self._section(*where)
             for pair in pairs:
                 given = [key for key in section if key in pair and section[key] is not None]
                 if len(given) > 1:
-                    self._report((*where, given[1]), f'{given[0]} says that already, leave one of them out')
+                    self._report((*where, given[1]), f'conflicts with {given[0]}, remove one of them')
 
     def _check_namesakes(self) -> None:
-        """Report sets to measure that share a name, and so the files of their results."""
+        """Report validation and test sets with the same name, whose result files would collide."""
         first: dict[str, str] = {}
         for key, dataset in self._section('datasets').items():
             name = dataset.get('name') if isinstance(dataset, dict) and key.startswith(('val', 'test')) else None
             if isinstance(name, str) and first.setdefault(name, key) != key:
-                self._report(('datasets', key, 'name'), f'datasets.{first[name]} is called {name}, too')
+                self._report(('datasets', key, 'name'), f'{name} is already the name of datasets.{first[name]}')
 
     def _check_best_metric(self) -> None:
         val, during = self._section('val'), self._section('val', 'during_training')
         best = val.get('best_metric')
         if not isinstance(best, str):
             return
-        # The best weights are picked during training; a protocol that is named there brings its own metrics.
+        # The best weights are selected during training; a protocol given there replaces the metrics.
         deciding = during if during.get('metrics') or during.get('protocol') else val
         metrics = deciding.get('metrics')
         if metrics is None:
@@ -191,10 +189,10 @@ class _RunCheck:
             metrics = self.registered.protocols.get(str(name)) if self.registered is not None else None
         if isinstance(metrics, (dict, tuple)) and best not in metrics:
             place = 'val.during_training.metrics' if deciding is during else 'val.metrics'
-            self._report(('val', 'best_metric'), f'{best} is not among {place}: {", ".join(metrics) or "none there"}')
+            self._report(('val', 'best_metric'), f'{best} is not in {place}: {", ".join(metrics) or "empty"}')
 
     def _check_names(self, registered: Registered) -> None:
-        """Hold the names in the options, and the arguments beside them, against what is registered."""
+        """Check registered names and their arguments."""
         model_type = self.opt.get('model_type')
         if isinstance(model_type, str) and registered.get('model', model_type) is None:
             self._report(('model_type',), registered.missing('model', model_type))
@@ -211,11 +209,11 @@ class _RunCheck:
         self._check_scheduler(registered)
         for where in (('val',), ('val', 'during_training')):
             for key in self._section(*where, 'metrics'):
-                # `better` is for the model, and no argument of the function.
+                # `better` is read by the model and is not an argument of the function.
                 given, ignored = ('img', 'img2'), ('type', 'better')
                 self._check_call(registered, 'metric', (*where, 'metrics', key), given=given, ignored=ignored)
             if not self.is_ours and not self.is_third_party and self._at(*where, 'protocol') is not None:
-                self._report((*where, 'protocol'), 'read by model_type RestorationModel alone')
+                self._report((*where, 'protocol'), 'only supported by model_type RestorationModel')
 
     def _check_call(self, registered: Registered, kind: str, where: tuple[str, ...], **names: tuple[str, ...]) -> None:
         """Check `{type: NAME, argument: value, …}`."""
@@ -229,7 +227,7 @@ class _RunCheck:
             self._report((*where, 'type'), registered.missing(kind, options['type']))
             return
         if hasattr(target, 'class_for'):
-            # A family of networks: which of them is meant is the option `name`.
+            # A family of networks, selected by the option `name`.
             try:
                 target = target.class_for(options)
             except PluginError as error:
@@ -239,7 +237,7 @@ class _RunCheck:
         self.found += argument_faults(target, options, where, **names)
         if hasattr(target, 'find_faults'):
             self.found += target.find_faults(options, where)
-        # Of a network that is made of another one.
+        # Options of networks that this network is built from.
         for key in getattr(target, 'network_options', ()):
             if isinstance(options.get(key), dict):
                 self._check_call(registered, 'arch', (*where, key))
@@ -273,12 +271,12 @@ class _RunCheck:
         schedulers = {**registered.schedulers, **(registered.own_schedulers if self.is_ours else {})}
         name, target = options['type'], schedulers.get(options['type'])
         if target is not None:
-            # The model's own total_iter stands in for one that is not given.
+            # total_iter defaults to that of the run.
             optional = ('total_iter',)
             self.found += argument_faults(target, options, where, given=('optimizer', 'last_epoch'), optional=optional)
         elif not self.is_third_party:
-            known = did_you_mean(name, schedulers) or f', there are {", ".join(schedulers)}'
-            self._report((*where, 'type'), f'no scheduler is named {name}{known}')
+            known = did_you_mean(name, schedulers) or f' (available: {", ".join(schedulers)})'
+            self._report((*where, 'type'), f'unknown scheduler {name}{known}')
 
 
 def _is_typed(options: Any) -> bool:
@@ -286,7 +284,7 @@ def _is_typed(options: Any) -> bool:
 
 
 def model_faults(model: type[BaseModel], value: Any, where: Where = ()) -> list[Fault]:
-    """What `model` finds wrong in `value`, which lies at `where`; see `ast_plugin.faults.faults_of`."""
+    """Validate `value` at `where` with `model` and return the faults; see `ast_plugin.faults.faults_of`."""
     try:
         model.model_validate(value)
     except ValidationError as error:
@@ -295,17 +293,17 @@ def model_faults(model: type[BaseModel], value: Any, where: Where = ()) -> list[
 
 
 def _staged_faults(opt: Mapping[str, Any], registered: Registered | None, is_train: bool) -> list[Fault]:
-    """The faults of each stage with all that it takes from the file, named where they were written."""
+    """Return the faults of all stages, each with the options it inherits, located where they were written."""
     base = {key: value for key, value in opt.items() if key != STAGES_KEY}
     faults = model_faults(StagedFile, {STAGES_KEY: opt[STAGES_KEY]})
     if find_at(base, ('path', 'resume_state')) is not None:
-        message = f'a state is of one stage: put it into {STAGES_KEY}.0.path or another, or use --auto_resume'
+        message = f'a training state belongs to one stage: set it in {STAGES_KEY}.N.path, or use --auto_resume'
         faults.append(Fault(('path', 'resume_state'), message))
     stages = {}
     for number, entry in _mappings(opt[STAGES_KEY]).items():
         stages[number] = {key: value for key, value in entry.items() if key != STAGES_KEY}
         if STAGES_KEY in entry:
-            faults.append(Fault((STAGES_KEY, number, STAGES_KEY), 'stages have no stages of their own'))
+            faults.append(Fault((STAGES_KEY, number, STAGES_KEY), 'stages cannot be nested'))
     faults += _name_faults(STAGES_KEY, {number: stage_name(number + 1, entry) for number, entry in stages.items()})
     return faults + _faults_of_entries(
         STAGES_KEY, base, stages, lambda entry: _RunCheck(staged(base, entry), registered, is_train).faults()
@@ -313,20 +311,20 @@ def _staged_faults(opt: Mapping[str, Any], registered: Registered | None, is_tra
 
 
 def _comparison_faults(opt: Mapping[str, Any], registered: Registered | None) -> list[Fault]:
-    """Every fault of a compare file: in its own keys, then in what it comes to for each network."""
+    """Return all faults of a compare file: of its own keys, then of the resolved options of each network."""
     faults = model_faults(ComparedFile, {key: opt[key] for key in ComparedFile.model_fields if key in opt})
     faults += [
         Fault((key,), reason)
         for key, reason in (
-            ('network_g', f'each network is an entry of {NETWORKS_KEY}'),
-            (STAGES_KEY, 'networks are compared after one run each; compare the weights of staged runs by `weights`'),
-            ('path', 'weights are given by `weights` of a network; runs are resumed by themselves'),
+            ('network_g', f'not supported here; each network is an entry of {NETWORKS_KEY}'),
+            (STAGES_KEY, 'not supported here; to compare staged runs, set `weights` of a network'),
+            ('path', 'not supported here; set `weights` of a network. Runs are resumed automatically'),
         )
         if key in opt
     ]
     entries = _mappings(opt[NETWORKS_KEY])
     names = {number: entry['name'] for number, entry in entries.items() if isinstance(entry.get('name'), str)}
-    # Each names a folder, and some file systems tell no capitals.
+    # Names are folder names, and some file systems are case-insensitive.
     faults += _name_faults(NETWORKS_KEY, names, str.casefold)
     faults += _shared_faults(opt, list(names.values()))
 
@@ -338,7 +336,7 @@ def _comparison_faults(opt: Mapping[str, Any], registered: Registered | None) ->
     alike: dict[bool, dict[int, Mapping[str, Any]]] = {True: {}, False: {}}
     for number, entry in entries.items():
         if entry.get('network_g') is None and entry.get('weights') is None:
-            missing = 'required, but not there (or weights that tell the network)'
+            missing = 'required, but missing (or weights that contain the network options)'
             faults.append(Fault((NETWORKS_KEY, number, 'network_g'), missing))
         else:
             alike[is_trained(entry)][number] = entry
@@ -349,16 +347,16 @@ def _comparison_faults(opt: Mapping[str, Any], registered: Registered | None) ->
 
 
 def _mappings(entries: Any) -> dict[int, dict[str, Any]]:
-    """The items of a list that are mappings, by their number; of what is no list there are none."""
+    """Return the items of a list that are mappings, by index; empty if `entries` is not a list."""
     numbered = enumerate(entries if isinstance(entries, list) else ())
     return {number: entry for number, entry in numbered if isinstance(entry, dict)}
 
 
 def _name_faults(key: str, names: Mapping[int, Any], folded: Callable[[str], str] = str) -> list[Fault]:
-    """Report entries that share a name, `folded` as whatever tells them apart does."""
+    """Report entries with the same name after applying `folded`."""
     first: dict[str, int] = {}
     return [
-        Fault((key, number, 'name'), f'{name} is the name of {key}.{first[folded(name)]} already')
+        Fault((key, number, 'name'), f'{name} is already the name of {key}.{first[folded(name)]}')
         for number, name in names.items()
         if isinstance(name, str) and first.setdefault(folded(name), number) != number
     ]
@@ -370,7 +368,7 @@ def _faults_of_entries(
     entries: Mapping[int, Mapping[str, Any]],
     find: Callable[[Mapping[str, Any]], list[Fault]],
 ) -> list[Fault]:
-    """The faults of each run of a file, named where they were written: in an entry of `key`, or in what all share."""
+    """Return the faults of all runs of a file, located in the entry of `key` or in the shared options."""
     faults: list[Fault] = []
     inherited: dict[Fault, list[int]] = {}
     num_checked = 0
@@ -388,11 +386,11 @@ def _faults_of_entries(
                 faults.append(replace(fault, where=(*place, *fault.where)))
             else:
                 inherited.setdefault(fault, []).append(number)
-    # A stage may be meant to say what the file does not; of networks, what they share is to be right by itself.
+    # Stages may complete the shared options; for compared networks, the shared options must be valid without entries.
     shared = find({}) if key == NETWORKS_KEY or not num_checked else []
     places = {fault.where for fault in shared}
     for fault, numbers in inherited.items():
-        # What is wrong in all of them is wrong in what they share; else only this entry makes it wrong.
+        # A fault of all entries is a fault of the shared options; otherwise it belongs to the entry.
         if len(numbers) == num_checked or fault.where in places:
             faults.append(fault)
         else:
@@ -407,7 +405,7 @@ def _holds(entry: Mapping[str, Any], where: Where) -> bool:
 
 
 def _shared_faults(opt: Mapping[str, Any], names: Sequence[str]) -> list[Fault]:
-    """What the sections of the whole file have wrong for a comparison of networks of these names."""
+    """Return the faults of the shared sections of a compare file with networks of these names."""
     faults = []
     baseline = find_at(opt, ('compare', 'baseline'))
     if isinstance(baseline, str) and baseline not in names:
@@ -415,15 +413,15 @@ def _shared_faults(opt: Mapping[str, Any], names: Sequence[str]) -> list[Fault]:
         faults.append(Fault(('compare', 'baseline'), expected))
     for key in ('total_iter', 'total_epochs'):
         if find_at(opt, ('compare', 'minutes')) is not None and find_at(opt, ('train', key)) is not None:
-            faults.append(Fault(('train', key), 'compare.minutes says how long networks are trained'))
+            faults.append(Fault(('train', key), 'conflicts with compare.minutes, remove one of them'))
     phases = {key: phase_of(key) for key in opt['datasets']} if isinstance(opt.get('datasets'), dict) else {}
     tests = [key for key, phase in phases.items() if phase == 'test']
     measured = tests or [key for key, phase in phases.items() if phase == 'val']
     if not measured:
-        missing = 'required, but not there (or datasets.test): what networks are compared on'
+        missing = 'required, but missing (or datasets.test): the dataset on which networks are compared'
         faults.append(Fault(('datasets', 'val'), missing))
     if len(measured) > 1:
-        message = f'networks are compared on one set, and {measured[0]} is one already'
+        message = f'networks are compared on one dataset, which is already {measured[0]}'
         faults.append(Fault(('datasets', measured[1]), message))
     return faults
 
@@ -436,14 +434,14 @@ def argument_faults(
     ignored: Collection[str] = ('type',),
     optional: Collection[str] = (),
 ) -> list[Fault]:
-    """Compare options with the signature of what they will be passed to as keyword arguments.
+    """Check options against the signature of the callable that receives them as keyword arguments.
 
     Args:
         target: class or function.
         arguments: the options at `where`.
-        given: arguments that the caller passes besides, which an option file must not.
-        ignored: options that are taken out before the call.
-        optional: arguments that the caller passes if the options do not.
+        given: arguments that the caller passes, which an option file must not contain.
+        ignored: options that are removed before the call.
+        optional: arguments that the caller passes if the options do not contain them.
     """
     parameters, is_open = parameters_of(target)
     known = {name: parameter for name, parameter in parameters.items() if name not in given}
@@ -455,14 +453,14 @@ def argument_faults(
             faults.append(unknown_key((*where, name), [*known, *ignored]))
     for name, parameter in known.items():
         if parameter.default is _UNKNOWN and name not in arguments and name not in optional and not is_open:
-            faults.append(Fault((*where, name), f'required by {getattr(target, "__name__", target)}, but not there'))
+            faults.append(Fault((*where, name), f'required by {getattr(target, "__name__", target)}, but missing'))
     return faults
 
 
 def _value_faults(parameter: inspect.Parameter, value: Any, where: Where) -> list[Fault]:
     annotation, default = parameter.annotation, parameter.default
     if annotation is _UNKNOWN or isinstance(annotation, str):
-        # Then only text, numbers and truth values are told apart: a default of 8 may allow [8, 8].
+        # Only check text, numbers and booleans: a parameter with the default 8 may also accept [8, 8].
         if not isinstance(value, (str, bool, int, float)):
             return []
         annotation = next((kind for kind in (bool, str, int, float) if isinstance(default, kind)), Any)
@@ -473,7 +471,7 @@ def _value_faults(parameter: inspect.Parameter, value: Any, where: Where) -> lis
     except (PydanticUserError, TypeError, NameError):
         return []
     try:
-        # YAML has lists only, and in JSON a list may be a tuple, however strict one is.
+        # YAML has no tuples; when validating JSON, pydantic accepts lists as tuples even in strict mode.
         adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         return faults_of(error, annotation, value, where)
@@ -482,13 +480,13 @@ def _value_faults(parameter: inspect.Parameter, value: Any, where: Where) -> lis
 
 @functools.cache
 def parameters_of(target: Callable) -> tuple[Mapping[str, inspect.Parameter], bool]:
-    """The parameters by name, those that `**kwargs` are passed on to among them; whether others are taken as well."""
+    """Return the parameters by name, including those reached through `**kwargs`, and whether others are accepted."""
     cls, layers = target, []
     if not inspect.isclass(target):
-        # A factory `def AST_T(**options) -> AST` takes what AST takes.
+        # A factory `def AST_T(**options) -> AST` accepts the parameters of AST.
         cls, layers = _returned_class(target), [(target, 0)]
     for base in cls.__mro__ if cls else ():
-        # nn.Module's **kwargs take nothing.
+        # nn.Module accepts **kwargs but rejects any content.
         if '__init__' in vars(base) and base is not object and base.__module__ != 'torch.nn.modules.module':
             layers.append((vars(base)['__init__'], 1))  # without self
     found: dict[str, inspect.Parameter] = {}
@@ -497,7 +495,7 @@ def parameters_of(target: Callable) -> tuple[Mapping[str, inspect.Parameter], bo
             signature = inspect.signature(function)
         except (TypeError, ValueError):
             return found, True
-        with suppress(NameError, AttributeError, SyntaxError, TypeError):  # names may be there for type checkers alone
+        with suppress(NameError, AttributeError, SyntaxError, TypeError):  # names imported under TYPE_CHECKING
             signature = inspect.signature(function, eval_str=True)
         parameters = list(signature.parameters.values())[num_given:]
         for parameter in parameters:
@@ -517,7 +515,7 @@ def _returned_class(function: Callable) -> type | None:
 
 
 def _reads(function: Callable, name: str) -> bool:
-    """Whether `**name` is used: BasicSR's metrics and SwinIR take `**kwargs` and drop what is in it."""
+    """Return whether `**name` is used: BasicSR's metrics and SwinIR accept `**kwargs` and ignore it."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError):

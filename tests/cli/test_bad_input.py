@@ -59,7 +59,7 @@ def train(folder, capfd, *overrides):
     [
         (['datasets:train:gt_sise=3'], 'tiny.yml: datasets.train.gt_sise: unknown key, did you mean gt_size?'),
         (['network_g:type=AST_TT'], 'did you mean AST_T? (is its plugin installed?'),
-        (['name=__import__("os").system("touch ran") or "/"'], 'a name that can name a folder'),
+        (['name=__import__("os").system("touch ran") or "/"'], 'a valid folder name'),
         (['datasets:train:dataroot_gt=nowhere'], 'train: PairedImageDataset: No such file or directory: nowhere'),
         (['datasets:val:dataroot_gt=~nobody/x'], 'datasets.val: PairedImageDataset: No such file or directory'),
         (['datasets:train:gt_size=400'], 'datasets.train: PairedImageDataset cannot read the sample of data/lq/'),

@@ -87,25 +87,25 @@ def one(**changes):
     [
         (options_of(train__total_iter=0), 'train.total_iter: expected 1 or more, got 0'),
         (one(train={'total_iter': 0}), 'networks.0.train.total_iter: expected 1 or more, got 0'),
-        (options_of(compare={'minutes': 1}), 'train.total_iter: compare.minutes says how long networks are trained'),
-        (options_of([NETWORKS[0], {**NETWORKS[1], 'name': 'Good'}]), 'Good is the name of networks.0 already'),
-        (one(name='input'), 'input is the name of the unrestored'),
-        (one(name='../x'), 'networks.0.name: expected a name that can name a folder'),
+        (options_of(compare={'minutes': 1}), 'train.total_iter: conflicts with compare.minutes'),
+        (options_of([NETWORKS[0], {**NETWORKS[1], 'name': 'Good'}]), 'Good is already the name of networks.0'),
+        (one(name='input'), 'input is reserved for the degraded images'),
+        (one(name='../x'), 'networks.0.name: expected a valid folder name'),
         (one(name='debug_it'), 'debug mode'),
         (one(network_g={'type': 'MSRResNett'}), 'no arch is registered as MSRResNett, did you mean MSRResNet?'),
         (one(network_g={**COMPACT, 'num_fet': 3}), 'networks.0.network_g.num_fet: unknown key, did you mean num_feat?'),
         (one(network_g={'type': 'EDSR', 'num_in_ch': 3}), 'networks.0.network_g.num_out_ch: required by EDSR'),
-        (options_of([{'name': 'a'}]), 'networks.0.network_g: required, but not there (or weights'),
+        (options_of([{'name': 'a'}]), 'networks.0.network_g: required, but missing (or weights'),
         (one(weight='x'), 'networks.0.weight: unknown key, did you mean weights?'),
         (options_of([]), 'networks: expected 1 items or more'),
         (options_of(['a']), 'networks.0: expected a mapping of keys to values'),
         (options_of(compare={'baseline': 'best'}), "compare.baseline: expected one of good, fast, got the text 'best'"),
         (options_of(compare={'sizes': [[256]]}), 'compare.sizes.0: expected 2 items or more'),
         (options_of(compare={'confidence': 1.0}), 'compare.confidence: expected less than 1'),
-        (options_of(stages=[{}]), 'stages: networks are compared after one run each'),
-        (options_of(network_g=COMPACT), 'network_g: each network is an entry of networks'),
+        (options_of(stages=[{}]), 'stages: not supported here; to compare staged runs'),
+        (options_of(network_g=COMPACT), 'network_g: not supported here; each network is an entry of networks'),
         (options_of(datasets__test={'name': 't', 'type': 'Nothing'}), 'datasets.test.type: no dataset is registered'),
-        (options_of(datasets__val_2={'name': 't', 'type': 'PairedImageDataset'}), 'val is one already'),
+        (options_of(datasets__val_2={'name': 't', 'type': 'PairedImageDataset'}), 'is already val'),
         (options_of(val__metrics={'psnr': {'type': 'calculate_psn'}}), 'psnr.type: no metric is registered'),
     ],
 )
@@ -149,7 +149,7 @@ def test_shared_fault_is_told_where_written(registered, networks):
 def test_fault_that_a_network_makes(registered):
     own = {**NETWORKS[0], 'name': 'own', 'train': {'optim_g': {DELETE_KEY: True, 'type': 'Adam'}}}
     faults = [str(fault) for fault in validation.find_faults(options_of([*NETWORKS, own]), registered)]
-    assert faults == ['networks.2.train.optim_g.lr: required, but not there']
+    assert faults == ['networks.2.train.optim_g.lr: required, but missing']
 
 
 @pytest.mark.parametrize(

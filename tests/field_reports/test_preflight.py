@@ -103,7 +103,7 @@ def test_fault_is_found_beforehand(command, tmp_path, fault, name, monkeypatch):
 def test_sound_options_pass(command, changes):
     status, errors = command('check', *changes)
     assert status == 0, errors
-    assert 'tiny: right' in errors
+    assert 'tiny: valid' in errors
 
 
 def test_one_image_large_enough_passes(command, tmp_path):
@@ -163,7 +163,7 @@ DAMAGES = {
 def test_data_that_is_there_and_wrong(command, tmp_path, damage):
     DAMAGES[damage](tmp_path / 'data' / 'gt')
     status, errors = command('check')
-    assert status == 2 and 'datasets.train: ' in errors and ': right' not in errors
+    assert status == 2 and 'datasets.train: ' in errors and ': valid' not in errors
     assert damage == 'one more' or str(tmp_path / 'data' / ('gt' if damage == 'empty' else 'lq')) in errors
 
 

@@ -65,8 +65,8 @@ def test_validation_without_gt(tmp_path):
 @pytest.mark.parametrize(
     ('old', 'new', 'expected'),
     [
-        ('\nval:\n', '\nlater:\n', 'val: datasets.val is never measured without'),
-        ('\n  val:\n    name: val\n', '\n  test:\n    name: val\n', 'datasets.val: nothing to measure by val'),
+        ('\nval:\n', '\nlater:\n', 'val: required to measure datasets.val'),
+        ('\n  val:\n    name: val\n', '\n  test:\n    name: val\n', 'datasets.val: required by the section val'),
     ],
 )
 def test_validation_that_never_comes(folder, capfd, old, new, expected):

@@ -106,7 +106,7 @@ def test_rules_of_a_mix_are_quoted(tmp_path, registered, rule, key, written):
 def test_none_of_python_is_no_text(tmp_path, registered):
     for key in ('path.pretrain_network_g', 'path.param_key_g'):
         message = faults(own_file(tmp_path, at(key, 'None')), registered)
-        assert "expected text, or nothing, which is written ~ (got the text 'None')" in message
+        assert "expected text, or ~ for no value (got the text 'None')" in message
 
 
 @pytest.mark.parametrize('name', ['a: b', '@x', '%x', '`x', '*x', '!x', '&x: y'])

@@ -55,8 +55,8 @@ def test_shipped_file_has_no_fault(registered, file):
 
 
 UNKNOWN = 'unknown key, did you mean '
-MISSING = 'required, but not there'
-FOLDER_NAME = r'expected a name that can name a folder (no / or \, no dot or blank first)'
+MISSING = 'required, but missing'
+FOLDER_NAME = r'expected a valid folder name (without / or \, not starting with a dot or blank)'
 CASES = [
     ('nettwork_g', {}, f'nettwork_g: {UNKNOWN}network_g?'),
     ('name', ..., f'name: {MISSING}'),
@@ -89,42 +89,42 @@ CASES = [
     (
         'path:resume_state',
         'None',
-        "path.resume_state: expected text, or nothing, which is written ~ (got the text 'None')",
+        "path.resume_state: expected text, or ~ for no value (got the text 'None')",
     ),
     ('path:strict_load_g', 'yes', "path.strict_load_g: expected true or false, got the text 'yes'"),
     ('train', ..., f'train: {MISSING}'),
     ('train:total_iter', ..., f'train.total_iter: {MISSING}'),
-    ('train:total_epochs', 3, 'train.total_epochs: total_iter says that already, leave one of them out'),
+    ('train:total_epochs', 3, 'train.total_epochs: conflicts with total_iter, remove one of them'),
     ('train:accumulate', 0, 'train.accumulate: expected 1 or more, got 0'),
     ('train:mixing', {'type': 'mixup', 'alfa': 1}, f'train.mixing.alfa: {UNKNOWN}alpha?'),
-    ('val:times_per_epoch', 4, 'val.times_per_epoch: val_freq says that already'),
+    ('val:times_per_epoch', 4, 'val.times_per_epoch: conflicts with val_freq'),
     ('logger:save_checkpoint_freq', ..., f'logger.save_checkpoint_freq: {MISSING} (or save_checkpoint_epochs)'),
     ('stages', 3, 'stages: expected a list, got 3'),
     ('stages', [], 'stages: expected 1 items or more'),
     ('stages', [{}, 3], 'stages.1: expected a mapping of keys to values, got 3'),
-    ('stages', [{'name': '../up'}], 'stages.0.name: expected a name that can name a folder'),
-    ('stages', [{'name': 'a'}, {'name': 'a'}], 'stages.1.name: a is the name of stages.0 already'),
+    ('stages', [{'name': '../up'}], 'stages.0.name: expected a valid folder name'),
+    ('stages', [{'name': 'a'}, {'name': 'a'}], 'stages.1.name: a is already the name of stages.0'),
     ('stages', [{}, {'train': {'total_epoch': 3}}], f'stages.1.train.total_epoch: {UNKNOWN}total_epochs?'),
     ('stages', [{}, {'train': {'optim_g': {'type': 'Adma'}}}], 'stages.1.train.optim_g.type: no optimiser'),
     ('stages', [{}, {'train': {'optim_g': {'_delete_': 3}}}], 'stages.1.train.optim_g._delete_: expected true or fal'),
     ('stages', [{}, {'train': {'optim_g': None}}], f'stages.1.train.optim_g: {MISSING}'),
-    ('stages', [{}, {'stages': []}], 'stages.1.stages: stages have no stages of their own'),
-    ('stages', [{'val': {'best_metric': 'x'}}, {}], 'stages.0.val.best_metric: x is not among val.metrics: psnr'),
+    ('stages', [{}, {'stages': []}], 'stages.1.stages: stages cannot be nested'),
+    ('stages', [{'val': {'best_metric': 'x'}}, {}], 'stages.0.val.best_metric: x is not in val.metrics: psnr'),
     ('train:optim_g:type', 'AdmaW', 'train.optim_g.type: no optimiser of torch.optim'),
     ('train:optim_g:lr', ..., f'train.optim_g.lr: {MISSING}'),
     ('train:optim_g:weight_decai', 0, f'train.optim_g.weight_decai: {UNKNOWN}weight_decay?'),
     ('train:optim_g:betas', [1, 'a'], "train.optim_g.betas.1: expected a number, got the text 'a'"),
-    ('train:scheduler:type', 'MultistepLR', 'train.scheduler.type: no scheduler is named MultistepLR, did you mean M'),
-    ('train:scheduler:milestones', ..., 'train.scheduler.milestones: required by MultiStepRestartLR, but not there'),
+    ('train:scheduler:type', 'MultistepLR', 'train.scheduler.type: unknown scheduler MultistepLR, did you mean M'),
+    ('train:scheduler:milestones', ..., 'train.scheduler.milestones: required by MultiStepRestartLR, but missing'),
     ('train:pixel_opt', 'L1Loss', "train.pixel_opt: expected a mapping of keys to values, got the text 'L1Loss'"),
     ('train:pixel_opt:type', 'L1', 'train.pixel_opt.type: no loss is registered as L1'),
     ('train:edge_opt', {'type': 'EdgeLoss'}, 'train.edge_opt: unknown key'),
     ('val:val_freq', ..., f'val.val_freq: {MISSING}'),
-    ('val:protocol', 'agan', 'val.protocol: read by model_type RestorationModel alone'),
+    ('val:protocol', 'agan', 'val.protocol: only supported by model_type RestorationModel'),
     ('val:during_training', {'metric': {}}, f'val.during_training.metric: {UNKNOWN}metrics?'),
-    ('val:best_metric', 'ssim', 'val.best_metric: ssim is not among val.metrics: psnr'),
+    ('val:best_metric', 'ssim', 'val.best_metric: ssim is not in val.metrics: psnr'),
     ('val:metrics:psnr:test_y_chanel', True, f'val.metrics.psnr.test_y_chanel: {UNKNOWN}test_y_channel?'),
-    ('val:metrics:psnr:crop_border', ..., 'val.metrics.psnr.crop_border: required by calculate_psnr, but not there'),
+    ('val:metrics:psnr:crop_border', ..., 'val.metrics.psnr.crop_border: required by calculate_psnr, but missing'),
     ('model_type', 'SRModle', 'model_type: no model is registered as SRModle, did you mean SRModel?'),
 ]
 
@@ -148,17 +148,17 @@ OWN_CASES = [
     ('val:during_training', {'protocol': 'agn'}, "val.during_training.protocol: expected 'basicsr'"),
     ('val:during_training', {'metrics': METRICS}, f'val.during_training.metrics.psnr.borders: {UNKNOWN}crop_border?'),
     ('val', {**SPAD, 'best_metric': 'ssim'}, None),
-    ('val', {**SPAD, 'best_metric': 'lpips'}, 'val.best_metric: lpips is not among val.metrics: psnr, ssim'),
-    ('val', {'val_freq': 2, 'best_metric': 'psnr'}, 'val.best_metric: psnr is not among val.metrics: none there'),
+    ('val', {**SPAD, 'best_metric': 'lpips'}, 'val.best_metric: lpips is not in val.metrics: psnr, ssim'),
+    ('val', {'val_freq': 2, 'best_metric': 'psnr'}, 'val.best_metric: psnr is not in val.metrics: empty'),
     (
         'val',
         {**SPAD, 'best_metric': 'ssim', 'during_training': {'metrics': LPIPS}},
-        'val.best_metric: ssim is not among val.during_training.metrics: lpips',
+        'val.best_metric: ssim is not in val.during_training.metrics: lpips',
     ),
     (
         'val',
         {'val_freq': 2, 'metrics': LPIPS, 'best_metric': 'lpips', 'during_training': {'protocol': 'whole'}},
-        'val.best_metric: lpips is not among val.during_training.metrics: psnr, ssim',
+        'val.best_metric: lpips is not in val.during_training.metrics: psnr, ssim',
     ),
     ('train:edge_opt', {'type': 'EdgeLoss'}, None),
     ('train:edge_opt', {'type': 'EdgeLos', 'x': 1}, 'train.edge_opt.type: no loss is registered as EdgeLos, did you'),
@@ -179,9 +179,11 @@ def test_names_of_datasets(registered):
     datasets = TINY['datasets']
     for key in ('tset', 'train_2'):
         found = faults(changed(f'datasets:{key}', datasets['val']), registered)
-        assert found == [f'datasets.{key}: expected train, val or test, with or without a number behind _ (val_2)']
+        assert found == [f'datasets.{key}: expected train, val or test, optionally with a number: val_2']
     opt = changed('datasets', {**datasets, 'val_2': {**datasets['val']}})
-    assert faults(opt, registered) == [f'datasets.val_2.name: datasets.val is called {datasets["val"]["name"]}, too']
+    assert faults(opt, registered) == [
+        f'datasets.val_2.name: {datasets["val"]["name"]} is already the name of datasets.val'
+    ]
 
 
 def test_all_faults_in_the_order_of_the_file(registered):
@@ -208,21 +210,19 @@ def test_what_all_stages_lack(registered):
     opt['logger']['print_frq'] = 1
     opt['stages'] = [{}, {}]
     assert faults(opt, registered) == [
-        'train.total_iter: required, but not there (or total_epochs)',
+        'train.total_iter: required, but missing (or total_epochs)',
         f'logger.print_frq: {UNKNOWN}print_freq?',
     ]
     opt['stages'] = [{'train': {'total_epochs': 3}}, {}]
     assert faults(opt, registered) == [
         f'logger.print_frq: {UNKNOWN}print_freq?',
-        'stages.1.train.total_iter: required, but not there (or total_epochs)',
+        'stages.1.train.total_iter: required, but missing (or total_epochs)',
     ]
     opt['stages'] = [{'train': {'total_epochs': 3}, 'logger': {'_delete_': True, 'print_freq': 1}}]
-    assert faults(opt, registered) == [
-        'logger.save_checkpoint_freq: required, but not there (or save_checkpoint_epochs)'
-    ]
+    assert faults(opt, registered) == ['logger.save_checkpoint_freq: required, but missing (or save_checkpoint_epochs)']
     opt = changed('path:resume_state', 'x.state')
     opt['stages'] = [{}]
-    assert faults(opt, registered)[0].startswith('path.resume_state: a state is of one stage')
+    assert faults(opt, registered)[0].startswith('path.resume_state: a training state belongs to one stage')
 
 
 def test_testing_needs_less(registered):
@@ -230,7 +230,7 @@ def test_testing_needs_less(registered):
     assert faults(opt, registered, is_train=False) == []
     opt = changed('datasets:val', ...)
     assert faults(opt, registered, is_train=False) == [
-        'datasets.val: required for testing (or datasets.test), but not there'
+        'datasets.val: required for testing (or datasets.test), but missing'
     ]
 
 
@@ -346,7 +346,7 @@ def typed(value: float | Tensor = 1.0, pair: tuple[int, int] = (1, 2)):
     ('target', 'arguments', 'expected'),
     [
         (Open, {'size': 1, 'dept': 1}, [f'dept: {UNKNOWN}depth?']),
-        (Open, {}, ['size: required by Open, but not there']),
+        (Open, {}, ['size: required by Open, but missing']),
         (Child, {'size': 1, 'width': 2, 'depth': 3}, []),
         (Child, {'size': 1, 'widht': 2}, [f'widht: {UNKNOWN}width?']),
         (Child, {'size': 1, 'width': 'x'}, ["width: expected a whole number, got the text 'x'"]),
@@ -357,7 +357,7 @@ def typed(value: float | Tensor = 1.0, pair: tuple[int, int] = (1, 2)):
         (Open, {'size': 1, 'depth': [1, 2]}, []),
         (typed, {'value': 'x'}, ["value: expected a number, got the text 'x'"]),
         (typed, {'pair': [1, 2], 'value': 3}, []),
-        (typed, {'pair': [1]}, ['pair.1: required, but not there']),
+        (typed, {'pair': [1]}, ['pair.1: required, but missing']),
     ],
 )
 def test_arguments(target, arguments, expected):
