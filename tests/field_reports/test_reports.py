@@ -59,7 +59,7 @@ def test_validation_without_gt(tmp_path):
     assert len(results.restored) == 2 and not results.mean()
     model.feed_data(batch)
     model.validation(DataLoader(Unpaired()), 1, None, False)
-    assert model.notes == {'unpaired is restored, not measured: it holds no gt'}
+    assert model.notes == {'unpaired is restored but not measured: it has no gt'}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_damaged_training_image_saves(folder, capfd):
         path.write_bytes(whole)
         if 'Iteration 1 is saved' in message:
             break
-    assert f'{number}.png' in message and 'go on with --auto_resume' in message
+    assert f'{number}.png' in message and 'resume with --auto_resume' in message
     assert (folder / 'experiments' / 'tiny' / 'training_states' / '1.state').is_file()
     assert main([*arguments, '--auto_resume']) == 0
     resumed = torch.load('experiments/tiny/models/net_g_latest.pth', weights_only=True)['params']
