@@ -48,7 +48,7 @@ def registered_network(name: Any) -> Callable[..., nn.Module]:
     if isinstance(name, str) and name in _OWN:
         return _OWN[name]
     load_plugins()
-    import basicsr.archs  # noqa: F401 - registers the toolbox's networks
+    import basicsr.archs  # noqa: F401 - registers BasicSR's networks
     from basicsr.utils.registry import ARCH_REGISTRY
 
     for key in (name, f'{name}{_FALLBACK_SUFFIX}'):

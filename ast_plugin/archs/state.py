@@ -35,7 +35,7 @@ DERIVED = '.attn.relative_position_index'  # buffer in official files; computed 
 # Name components inserted by wrappers: torch.compile, FSDP, activation checkpointing, Fabric.
 _WRAPPERS = re.compile(r'\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.')
 _PARALLEL = re.compile(r'(?<=\.)module\.')  # inside names, if a submodule was wrapped by DataParallel
-_MOST_NAMED = 3  # tensors listed in a message
+_MAX_NAMES = 3  # tensors listed in a message
 
 
 def rename_official(name: str) -> str:
@@ -135,7 +135,7 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
             raise CheckpointError(
                 f'{checkpoint.path} contains several state dicts, {states}: select one with --param-key or '
                 'path.param_key_g'
-                f'{f", behind {checkpoint.param_key}." if checkpoint.param_key else ""}'
+                f'{f", prefixed with {checkpoint.param_key}." if checkpoint.param_key else ""}'
             )
         others = f'; ignored: {_named(rest)}' if rest else ''
         notes.append(f'removed the prefix {prefix} from names{others}')
@@ -183,8 +183,8 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
 
 def _named(names: Iterable[str]) -> str:
     names = list(names)
-    more = f' and {len(names) - _MOST_NAMED} more' if len(names) > _MOST_NAMED else ''
-    return ', '.join(names[:_MOST_NAMED]) + more
+    more = f' and {len(names) - _MAX_NAMES} more' if len(names) > _MAX_NAMES else ''
+    return ', '.join(names[:_MAX_NAMES]) + more
 
 
 def infer_options(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:

@@ -22,11 +22,11 @@ from ast_plugin.ops.dispatch import requested_backend
 Run = Callable[[Tensor], Tensor]
 
 # Above this size kernels take longer than their launch, and a graph would only hold memory.
-_MOST_PIXELS = 640**2
-_MOST_GRAPHS = 4  # for example two sizes in portrait and landscape; further sizes run eagerly
-_CALLS = 2  # eager calls per input size before a capture, which would not pay off for an image of two tiles
-_NEAR = 1e-3  # tolerance of ‖graph − call‖ / ‖call‖: kernels with atomic sums differ slightly between calls
-_WARM_UPS = 3  # calls before a capture, as PyTorch recommends
+_MAX_PIXELS = 640**2
+_MAX_GRAPHS = 4  # for example two sizes in portrait and landscape; further sizes run eagerly
+_EAGER_CALLS = 2  # eager calls per input size before a capture, which would not pay off for an image of two tiles
+_TOLERANCE = 1e-3  # for ‖graph − eager‖ / ‖eager‖: kernels with atomic sums differ slightly between calls
+_WARMUP_CALLS = 3  # calls before a capture, as PyTorch recommends
 _logger = logging.getLogger(__name__)
 _living: weakref.WeakSet['Graphs'] = weakref.WeakSet()
 
@@ -48,13 +48,13 @@ class Graphs:
             return self.graphs[key](x)
         result = run(x)
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] > _CALLS and not self.is_closed:
+        if self.calls[key] > _EAGER_CALLS and not self.is_closed:
             graph = self._capture(run, x, result)
             if graph is None:
                 self.is_closed = True
             else:
                 self.graphs[key] = graph
-                self.is_closed = len(self.graphs) == _MOST_GRAPHS
+                self.is_closed = len(self.graphs) == _MAX_GRAPHS
         return result
 
     def _capture(self, run: Run, x: Tensor, result: Tensor) -> Run | None:
@@ -63,11 +63,11 @@ class Graphs:
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
             graph = capture(run, x, self.pool)
-            off = _off(graph(x), result)
+            off = _relative_error(graph(x), result)
         except RuntimeError as error:
             _logger.warning('CUDA graph capture failed, running eagerly: %s', first_line(error))
             return None
-        if off <= _NEAR:
+        if off <= _TOLERANCE:
             return graph
         _logger.warning('CUDA graph result off by %.0e from eager execution, running eagerly', off)
         return None
@@ -91,23 +91,23 @@ def capture(run: Run, x: Tensor, pool: Any) -> Run:
 
     The capture uses an image of zeros, so that a correct result for x proves that the graph reads its input.
     """
-    taken, graph, device = torch.zeros_like(x), torch.cuda.CUDAGraph(), x.device
+    static_input, graph, device = torch.zeros_like(x), torch.cuda.CUDAGraph(), x.device
     # A failed capture would otherwise leave its stream as the current one.
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            run(taken)
-        torch.cuda.current_stream(device).wait_stream(side)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            run(static_input)
+        torch.cuda.current_stream(device).wait_stream(stream)
         # The default mode fails if another thread pins memory; the default stream is on the first device used.
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode='thread_local'):
-            given = run(taken)
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'):
+            static_output = run(static_input)
 
     def replay(x: Tensor) -> Tensor:
         with torch.cuda.device(device):
-            taken.copy_(x)
+            static_input.copy_(x)
             graph.replay()
-            return given.clone()
+            return static_output.clone()
 
     return replay
 
@@ -121,7 +121,7 @@ def run_graphed(network: object, run: Run, x: Tensor) -> Tensor:
         x: [N, C, H, W]; runs eagerly for more than 640² pixels in total.
     """
     pixels = len(x) * x.shape[-2] * x.shape[-1]
-    is_fit = getattr(network, 'works_as_graph', False) and pixels <= _MOST_PIXELS
+    is_fit = getattr(network, 'works_as_graph', False) and pixels <= _MAX_PIXELS
     if x.device.type != 'cuda' or not is_fit or torch.is_grad_enabled():
         return run(x)
     return make_once(Graphs, (), 'CUDA graphs', network)(run, x)
@@ -143,13 +143,13 @@ class TrainingGraph:
 
     def __init__(self, network: nn.Module, train: Mapping[str, Any], is_parallel: bool = False) -> None:
         # Graph gradients have fixed addresses: a second micro-batch would overwrite the accumulated gradients.
-        rivals = [f'train.{key}' for key in ('gradient_checkpointing', 'compile') if train.get(key)]
-        rivals += ['train.accumulate'] if (train.get('accumulate') or 1) > 1 else []
-        rivals += ['several processes or GPUs'] if is_parallel else []
-        rivals += ['use_checkpoint'] * any(getattr(module, 'use_checkpoint', False) for module in network.modules())
-        rivals += ['hooks of the network'] if network._forward_hooks or network._forward_pre_hooks else []
-        if rivals:
-            raise OptionError(f'train.cuda_graph cannot be combined with {rivals[0]}: remove one of them')
+        conflicts = [f'train.{key}' for key in ('gradient_checkpointing', 'compile') if train.get(key)]
+        conflicts += ['train.accumulate'] if (train.get('accumulate') or 1) > 1 else []
+        conflicts += ['several processes or GPUs'] if is_parallel else []
+        conflicts += ['use_checkpoint'] * any(getattr(module, 'use_checkpoint', False) for module in network.modules())
+        conflicts += ['hooks of the network'] if network._forward_hooks or network._forward_pre_hooks else []
+        if conflicts:
+            raise OptionError(f'train.cuda_graph cannot be combined with {conflicts[0]}: remove one of them')
         if not getattr(network, 'works_as_graph', False):
             raise OptionError(
                 f'train.cuda_graph: {type(network).__name__} is not known to support CUDA graphs, only AST is: '
@@ -177,7 +177,7 @@ class TrainingGraph:
             try:
                 with _capturing_in_this_thread():
                     torch.cuda.make_graphed_callables(
-                        self.network, (sample,), num_warmup_iters=_WARM_UPS, allow_unused_input=True
+                        self.network, (sample,), num_warmup_iters=_WARMUP_CALLS, allow_unused_input=True
                     )
             except (RuntimeError, AssertionError) as error:
                 raise OptionError(f'train.cuda_graph: the network cannot be captured ({first_line(error)})') from error
@@ -188,8 +188,8 @@ class TrainingGraph:
             buffer.copy_(value)
         for name, got, want, again in zip(('output', 'gradients'), replayed, *calls, strict=True):
             # With stochastic depth, two eager calls differ as well.
-            off, usual = _off(got, want), _off(again, want)
-            if not off <= max(10 * _NEAR if is_lower else _NEAR, 3 * usual):
+            off, usual = _relative_error(got, want), _relative_error(again, want)
+            if not off <= max(10 * _TOLERANCE if is_lower else _TOLERANCE, 3 * usual):
                 raise OptionError(
                     f'train.cuda_graph: {name} of the graph off by {off:.0e} from eager execution: remove the key'
                 )
@@ -219,7 +219,7 @@ def _autocast(x: Tensor) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
 
 
-def _off(got: Tensor, want: Tensor) -> float:
+def _relative_error(got: Tensor, want: Tensor) -> float:
     """Relative error ‖got − want‖ / ‖want‖."""
     got, want = got.detach().float(), want.detach().float()
     return float((got - want).norm() / want.norm().clamp_min(1e-12))

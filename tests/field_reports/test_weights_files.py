@@ -233,7 +233,9 @@ def test_values_that_are_no_weights(case, tmp_path):
 def test_several_states_in_one_dictionary(tmp_path):
     path = write(tmp_path / 'w.pth', {'state_dict': under('student.') | under('teacher.', state=EMA)})
     for strict in (True, False):
-        with pytest.raises(CheckpointError, match=r'several state dicts, student, teacher: .* behind state_dict\.'):
+        with pytest.raises(
+            CheckpointError, match=r'several state dicts, student, teacher: .* prefixed with state_dict\.'
+        ):
             load_into(build_network(TINY), read_checkpoint(path), strict=strict)
     assert same(load_network(TINY, path, 'state_dict.teacher'), EMA)
     path = write(tmp_path / 'w.pth', under('old.', state=EMA) | under('net_g.'))

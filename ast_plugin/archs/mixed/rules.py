@@ -32,9 +32,9 @@ DENSE_SHARE = 0.99
 WINDOW_SIZE = 8
 HEAD_DIM = 32  # channels per head if the number of heads is unknown, as in AST's first level
 _CLASS = 'class:'
-_NEAR = 4  # number of names listed in a message
+_MAX_NAMES = 4  # number of names listed in a message
 # Blocks whose linear layers are initialised as in AST; third-party blocks keep their own initialisation.
-_DRAWN_ANEW = (blocks.ASTBlock, *blocks.ATTENTIONS.values(), *blocks.FEED_FORWARDS.values())
+_REINITIALISED = (blocks.ASTBlock, *blocks.ATTENTIONS.values(), *blocks.FEED_FORWARDS.values())
 
 
 class Block(TypedDict):
@@ -146,10 +146,10 @@ def assign(network: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
     modules = {name: module for name, module in network.named_modules(remove_duplicate=False) if name}
     first = {module: name for name, module in reversed(modules.items())}  # a shared module has several names
     for rule in rules:
-        meant = [module for name, module in modules.items() if _means(rule.match, name, module)]
-        names = list(dict.fromkeys(first[module] for module in meant))
+        matched = [module for name, module in modules.items() if _matches(rule.match, name, module)]
+        names = list(dict.fromkeys(first[module] for module in matched))
         if not names:
-            raise OptionError(f'{rule.where}.match: no module matches {rule.match}; {_near(rule.match, modules)}')
+            raise OptionError(f'{rule.where}.match: no module matches {rule.match}; {_suggest(rule.match, modules)}')
         for name in names:
             if name in assigned:
                 raise OptionError(f'{rule.where}.match: {name} also matches {assigned[name].where}')
@@ -164,7 +164,7 @@ def assign(network: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
     return assigned
 
 
-def _means(pattern: str, name: str, module: nn.Module) -> bool:
+def _matches(pattern: str, name: str, module: nn.Module) -> bool:
     if pattern.startswith(_CLASS):
         return fnmatchcase(type(module).__name__, pattern.removeprefix(_CLASS))
     return _glob(pattern.split('.'), name.split('.'))
@@ -178,17 +178,17 @@ def _glob(pattern: list[str], steps: list[str]) -> bool:
     return bool(steps) and fnmatchcase(steps[0], pattern[0]) and _glob(pattern[1:], steps[1:])
 
 
-def _near(pattern: str, modules: Mapping[str, nn.Module]) -> str:
+def _suggest(pattern: str, modules: Mapping[str, nn.Module]) -> str:
     """Return a hint with similar class or module names."""
     if pattern.startswith(_CLASS):
         known = sorted({type(module).__name__ for module in modules.values()})
-        near = difflib.get_close_matches(pattern.removeprefix(_CLASS), known, n=_NEAR, cutoff=0.5) or known[:12]
+        near = difflib.get_close_matches(pattern.removeprefix(_CLASS), known, n=_MAX_NAMES, cutoff=0.5) or known[:12]
         return f'existing classes: {", ".join(near)}'
     known = list(dict.fromkeys(re.sub(r'\b\d+\b', '*', name) for name in modules))
-    near = difflib.get_close_matches(re.sub(r'\b\d+\b', '*', pattern), known, n=_NEAR, cutoff=0.5)
+    near = difflib.get_close_matches(re.sub(r'\b\d+\b', '*', pattern), known, n=_MAX_NAMES, cutoff=0.5)
     if not near:
         last = pattern.split('.')[-1]
-        near = [name for name in known if last in name.split('.')][:_NEAR] or known[:_NEAR]
+        near = [name for name in known if last in name.split('.')][:_MAX_NAMES] or known[:_MAX_NAMES]
     return f'similar names: {", ".join(near)}'
 
 
@@ -247,7 +247,7 @@ def _make_adapter(
         raise
     except Exception as error:  # third-party blocks may raise anything
         raise OptionError(f'it cannot be built with {options}: {type(error).__name__}: {one_line(error)}') from error
-    if type(block) in _DRAWN_ANEW:
+    if type(block) in _REINITIALISED:
         block.apply(blocks.init_weights)
     if site.kind == 'windows' and declared.works_in not in ('windows', 'any') and not hasattr(block, 'attend_windows'):
         raise OptionError(f'a block with works_in = {declared.works_in!r} needs a method attend_windows for windows')

@@ -27,7 +27,7 @@ from ast_plugin.ops.ffn import FeedForward
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ('assa', 'dense', 'sparse', 'sparse_relu')
 LARGEST_HEAD, LARGEST_WINDOW = 64, 16
-NEAR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # tolerances of ‖got − want‖ / ‖want‖
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # for ‖got − want‖ / ‖want‖
 _CAPABILITY = (8, 0)  # lower ones compute half-precision products without tensor cores, and lack bfloat16
 _checked: dict[tuple, str | None] = {}
 
@@ -118,7 +118,7 @@ def find_fault(device: torch.device, dtype: torch.dtype, needs_grad: bool, varia
     # The compiler, driver or device may raise anything: the reference is used instead, and the reason is logged.
     except Exception as error:
         return f'its kernels fail on {device} ({type(error).__name__}: {first_line(error)[:200]})'
-    wrong = {name: error for name, error in errors.items() if not error < NEAR[dtype]}
+    wrong = {name: error for name, error in errors.items() if not error < TOLERANCES[dtype]}
     if wrong:
         described = ', '.join(f'{name} is off by {error:.0e}' for name, error in wrong.items())
         return f'its kernels differ from the reference on {device}: {described}'

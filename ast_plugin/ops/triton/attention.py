@@ -30,10 +30,10 @@ from ast_plugin.ops.windows import MASKED
 
 # Whether there is a softmax, and the exponent of the sparse branch's relu (0: no sparse branch).
 _BRANCHES = {'assa': (True, 2), 'dense': (True, 0), 'sparse': (False, 2), 'sparse_relu': (False, 1)}
-_LEAST = 16  # smallest dimension of a matrix product
-# For more tokens a program handles `_LEAST` queries at a time, so that its matrices stay in registers.
-_MOST_TOKENS = 64
-_AHEAD = 32  # largest head size with prefetching of windows; larger ones exceed the shared memory of some devices
+_MIN_SIDE = 16  # smallest dimension of a matrix product
+# For more tokens a program handles `_MIN_SIDE` queries at a time, so that its matrices stay in registers.
+_MAX_TOKENS = 64
+_MAX_PREFETCHED_HEAD = 32  # with larger heads, prefetching windows exceeds the shared memory of some devices
 # Programs share the position bias of a head over a group of windows; fewer programs would leave large devices idle.
 # Fixed, so that the order of sums does not depend on the device.
 _PROGRAMS = 2048
@@ -45,7 +45,7 @@ _VARYING = ('height', 'width', 'shift', 'num_windows', 'per_program', 'num_masks
 
 
 @triton.jit
-def _place(token, window, height, width, shift, SIDE: tl.constexpr):
+def _locate(token, window, height, width, shift, SIDE: tl.constexpr):
     """Return image, row and column of a shifted window's tokens, and which edges of the map they wrapped around."""
     across = width // SIDE
     in_image = (height // SIDE) * across
@@ -92,7 +92,7 @@ def _scores(
 
 
 @triton.jit
-def _of_head(head, query, key, bias_ptr, shares_ptr, TOKENS: tl.constexpr, DENSE: tl.constexpr, POWER: tl.constexpr):
+def _load_head(head, query, key, bias_ptr, shares_ptr, TOKENS: tl.constexpr, DENSE: tl.constexpr, POWER: tl.constexpr):
     """Load the values shared by all windows: position bias, and shares of the dense and the sparse branch."""
     inside = (query[:, None] < TOKENS) & (key[None, :] < TOKENS)
     table = bias_ptr + head * (TOKENS * TOKENS) + query[:, None] * TOKENS + key[None, :]
@@ -156,15 +156,15 @@ def forward(
     query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
     key = tl.arange(0, TOKENS_FULL)
     channel = tl.arange(0, HEAD_FULL)
-    bias, dense_share, sparse_share = _of_head(head, query, key, bias_ptr, shares_ptr, TOKENS, DENSE, POWER)
+    bias, dense_share, sparse_share = _load_head(head, query, key, bias_ptr, shares_ptr, TOKENS, DENSE, POWER)
     own = head * HEAD + channel[None, :]
     real_q = (query[:, None] < TOKENS) & (channel[None, :] < HEAD)
     real_k = (key[:, None] < TOKENS) & (channel[None, :] < HEAD)
 
     first = tl.program_id(1) * per_program
     for window in range(first, tl.minimum(first + per_program, num_windows)):
-        image, row_q, column_q, edges_q = _place(query, window, height, width, shift, SIDE)
-        image, row_k, column_k, edges_k = _place(key, window, height, width, shift, SIDE)
+        image, row_q, column_q, edges_q = _locate(query, window, height, width, shift, SIDE)
+        image, row_k, column_k, edges_k = _locate(key, window, height, width, shift, SIDE)
         at_q = qkv_ptr + offsets(image, row_q, column_q, qkv_image, qkv_row, qkv_column)[:, None] + own
         at_k = qkv_ptr + offsets(image, row_k, column_k, qkv_image, qkv_row, qkv_column)[:, None] + own
         q = tl.load(at_q, mask=real_q, other=0.0)
@@ -208,7 +208,7 @@ def backward(
     query = block * QUERIES + tl.arange(0, QUERIES)
     key = tl.arange(0, TOKENS_FULL)
     channel = tl.arange(0, HEAD_FULL)
-    bias, dense_share, sparse_share = _of_head(head, query, key, bias_ptr, shares_ptr, TOKENS, DENSE, POWER)
+    bias, dense_share, sparse_share = _load_head(head, query, key, bias_ptr, shares_ptr, TOKENS, DENSE, POWER)
     own = head * HEAD + channel[None, :]
     real_q = (query[:, None] < TOKENS) & (channel[None, :] < HEAD)
     real_k = (key[:, None] < TOKENS) & (channel[None, :] < HEAD)
@@ -218,8 +218,8 @@ def backward(
 
     first = tl.program_id(1) * per_program
     for window in range(first, tl.minimum(first + per_program, num_windows)):
-        image, row_q, column_q, edges_q = _place(query, window, height, width, shift, SIDE)
-        image, row_k, column_k, edges_k = _place(key, window, height, width, shift, SIDE)
+        image, row_q, column_q, edges_q = _locate(query, window, height, width, shift, SIDE)
+        image, row_k, column_k, edges_k = _locate(key, window, height, width, shift, SIDE)
         at_q = qkv_ptr + offsets(image, row_q, column_q, qkv_image, qkv_row, qkv_column)[:, None] + own
         at_k = qkv_ptr + offsets(image, row_k, column_k, qkv_image, qkv_row, qkv_column)[:, None] + own
         at_grad = grad_ptr + offsets(image, row_q, column_q, grad_image, grad_row, grad_column)[:, None] + own
@@ -297,7 +297,7 @@ class _Attend(NamedTuple):
 
     def backward(self, grad: Tensor, needed: Sequence[bool], tensors: Tensors, kept: Tensors) -> Tensors:
         qkv, bias, gate, mask = tensors
-        if self.op.window**2 <= _MOST_TOKENS or len(qkv) == 1:
+        if self.op.window**2 <= _MAX_TOKENS or len(qkv) == 1:
             return *_Launch(self.op, *tensors).backward(grad), None
         # Large windows need one partial gradient per block of queries: process one image at a time to save memory.
         num_windows = (qkv.shape[1] // self.op.window) * (qkv.shape[2] // self.op.window)
@@ -325,8 +325,8 @@ class _Launch:
         self.shares = self.bias if gate is None else gate.detach().float().softmax(0)
         self.mask = self.bias if mask is None else mask.detach().to(torch.float32).contiguous()
         tokens, head = op.window**2, self.channels // op.num_heads
-        full = max(_LEAST, triton.next_power_of_2(tokens))
-        self.queries = full if full <= _MOST_TOKENS else _LEAST
+        full = max(_MIN_SIDE, triton.next_power_of_2(tokens))
+        self.queries = full if full <= _MAX_TOKENS else _MIN_SIDE
         self.num_blocks = -(-tokens // self.queries)
         num_windows = num_images * (height // op.window) * (width // op.window)
         groups = max(1, _PROGRAMS // (op.num_heads * self.num_blocks))
@@ -334,12 +334,12 @@ class _Launch:
         self.grid = op.num_heads, -(-num_windows // per_program), self.num_blocks
         num_masks = 1 if mask is None else mask.shape[0]
         self.sizes = height, width, op.shift, self.channels, num_windows, per_program, num_masks, float(head**-0.5)
-        sides = head, max(_LEAST, triton.next_power_of_2(head)), op.window, tokens, full, self.queries
+        sides = head, max(_MIN_SIDE, triton.next_power_of_2(head)), op.window, tokens, full, self.queries
         wide = qkv.dtype == torch.bfloat16 and _IS_INTERPRETED
         self.constants = *sides, *_BRANCHES[op.kind], op.shift > 0, mask is not None, qkv.dtype == torch.float16, wide
         # float32 products use no tensor cores and more registers; otherwise the next windows are prefetched.
-        is_light = full <= _MOST_TOKENS and qkv.dtype != torch.float32
-        num_stages = 3 if is_light and head <= _AHEAD else 1
+        is_light = full <= _MAX_TOKENS and qkv.dtype != torch.float32
+        num_stages = 3 if is_light and head <= _MAX_PREFETCHED_HEAD else 1
         self.options = {'num_warps': 4 if is_light else 8, 'num_stages': num_stages}
         self.tokens, self.full = tokens, full
 

@@ -55,7 +55,7 @@ def _tile(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _tap(map_ptr, image, row, column, height, width, channel, channels):
+def _load_tap(map_ptr, image, row, column, height, width, channel, channels):
     """Load values of a contiguous map, zero outside of it."""
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     position = (tl.cast(image, tl.int64) * height + row) * width + column
@@ -64,7 +64,7 @@ def _tap(map_ptr, image, row, column, height, width, channel, channels):
 
 
 @triton.jit
-def _convolved(
+def _convolve(
     map_ptr, weight_ptr, bias_ptr, image, row, column, height, width, channel, channels,
     POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def _convolved(
     y = tl.zeros([POSITIONS, BLOCK], dtype=tl.float32)
     for tap in tl.static_range(9):
         weight = tl.load(weight_ptr + tap * channels + channel, mask=channel < channels, other=0.0)
-        x = _tap(map_ptr, image, row + tap // 3 - 1, column + tap % 3 - 1, height, width, channel, channels)
+        x = _load_tap(map_ptr, image, row + tap // 3 - 1, column + tap % 3 - 1, height, width, channel, channels)
         y += x * weight[None, :]
     return y + tl.load(bias_ptr + channel, mask=channel < channels, other=0.0)[None, :]
 
@@ -83,7 +83,7 @@ def _add_tap(
 ):  # fmt: skip
     """Add one tap to the transposed convolution, and to the gradient of its weight per position."""
     weight = tl.load(weight_ptr + TAP * channels + channel, mask=channel < channels, other=0.0)
-    d = _tap(d_before_ptr, image, row + 1 - TAP // 3, column + 1 - TAP % 3, height, width, channel, channels)
+    d = _load_tap(d_before_ptr, image, row + 1 - TAP // 3, column + 1 - TAP % 3, height, width, channel, channels)
     return d_u + d * weight[None, :], d_weight + d * u
 
 
@@ -112,7 +112,7 @@ def forward(
     image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
     inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
     y = _gelu(
-        _convolved(
+        _convolve(
             u_ptr, weight_ptr, bias_ptr, image, row, column, height, width, channel, channels, ROWS * COLUMNS, BLOCK
         )
     )
@@ -138,7 +138,7 @@ def backward_gate(
     image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
     inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
     position = ((tl.cast(image, tl.int64) * height + row) * width + column)[:, None]
-    before = _convolved(
+    before = _convolve(
         u_ptr, weight_ptr, bias_ptr, image, row, column, height, width, channel, channels, ROWS * COLUMNS, BLOCK
     )
     at = position * channels + channel[None, :]
@@ -187,7 +187,7 @@ def backward_convolution(
         y, s6 = _add_tap(y, s6, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 6)
         y, s7 = _add_tap(y, s7, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 7)
         y, s8 = _add_tap(y, s8, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 8)
-        s9 += _tap(d_before_ptr, image, row, column, height, width, channel, channels)
+        s9 += _load_tap(d_before_ptr, image, row, column, height, width, channel, channels)
         position = ((tl.cast(image, tl.int64) * height + row) * width + column)[:, None]
         at = d_z_ptr + position * hidden + channel[None, :]
         tl.store(at, (y * _gelu_slope(z)).to(d_z_ptr.dtype.element_ty), mask=inside)

@@ -21,7 +21,7 @@ _PROGRAMS = 1024  # of the backward kernel; fixed, so that the order of its sums
 
 
 @triton.jit
-def _normalised(x, inside, channels, eps):
+def _normalise(x, inside, channels, eps):
     """Return normalised rows, zero outside of the map, and the inverse of their standard deviation."""
     mean = tl.sum(x, 1) / channels
     centred = tl.where(inside, x - mean[:, None], 0.0)
@@ -42,7 +42,7 @@ def forward(
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
-    normalised, _ = _normalised(x, inside, channels, eps)
+    normalised, _ = _normalise(x, inside, channels, eps)
     y = normalised * weight[None, :] + bias[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -67,7 +67,7 @@ def backward(
         at = row.to(tl.int64)[:, None] * channels + channel[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        normalised, inverse = _normalised(x, inside, channels, eps)
+        normalised, inverse = _normalise(x, inside, channels, eps)
         d_weight += grad * normalised
         d_bias += grad
         grad = grad * weight[None, :]
