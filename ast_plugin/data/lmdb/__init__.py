@@ -1,1 +1,1 @@
-"""LMDBs of pairs: their format, writing them so that they are whole or not there, reading and checking them."""
+"""LMDBs of image pairs: format, atomic writing, reading and checking."""

@@ -1,9 +1,10 @@
-"""Writing pairs of LMDBs that are whole or not there, the same ones whoever disturbs it.
+"""Write pairs of LMDBs atomically and reproducibly.
 
-All is written in a folder of its own beside the destination, `.NAME.part`, and renamed when it has been read back.
-Pairs are committed in batches whose bounds depend on the pairs alone. What a killed run has committed, the next one
-with the same plan goes on from; with another plan it begins anew. The very bytes of the files come out the same: what
-LMDB keeps in memory from commit to commit, and copies into unused bytes of pages, is dropped by closing it each time.
+Everything is written to a staging folder next to the destination, `.NAME.part`, and renamed after it has been read back
+and verified. Pairs are committed in batches that depend only on the pairs. A run with the same plan resumes after the
+last commit of an interrupted one; a run with another plan starts from scratch. The resulting files are byte-identical
+in either case: LMDB keeps data in memory between commits and copies it into unused bytes of pages, so it is closed
+after each commit.
 """
 
 from __future__ import annotations
@@ -54,20 +55,20 @@ Encoding = Literal['png', 'raw']
 
 COMMIT_PAIRS = 64
 COMMIT_BYTES = 32 * 2**20
-"""A batch is committed when it has this many pairs or bytes; so much is lost by a kill, and lies in memory."""
+"""Size of a batch: it is committed when it has this many pairs or bytes, which bounds memory and loss by a kill."""
 
-_FORMAT = 1  # to be raised when other bytes are written for the same plan: unfinished work is then begun anew
-_LEVEL = 1  # of PNG files made of other formats, as BasicSR's; a higher one costs time and gains a twentieth
-# What a zlib stream says of its level is one of four grades; each stands for these levels' middle.
+_FORMAT = 1  # to be incremented if the output for the same plan changes, which invalidates unfinished work
+_LEVEL = 1  # for PNG files made from other formats, as in BasicSR; higher levels take longer and save only 5 percent
+# A zlib stream records its level as one of four grades; these are typical levels of each.
 _LEVEL_OF_GRADE = (1, 3, 6, 9)
 _SMALLEST_MAP = 2**24
 _PAGE = 4096
-_STAGED = 'pair'  # in the staging folder: becomes the destination
+_STAGED = 'pair'  # subfolder of the staging folder that becomes the destination
 _JOURNAL, _PLAN, _OLD = 'pairs.jsonl', 'plan.json', 'old'
 
 
 class Value(NamedTuple):
-    """An image as an LMDB has it: its key, its line in meta_info.txt, its digest, its bytes."""
+    """An image as stored in an LMDB: key, line in meta_info.txt, digest and bytes."""
 
     key: str
     line: str
@@ -77,16 +78,16 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written."""
+    """Content of two LMDBs to be written."""
 
-    items: PairTable  # the pairs by their keys in the LMDBs; a pair that the dataset has twice is here once
-    order: tuple[str, ...]  # the keys in the dataset's order, some of them twice perhaps
-    encoding: Encoding = 'png'  # png: files, those that are PNG in RGB as they are; raw: pixels
-    compress_level: int | None = None  # encode all PNG files anew with this level, 0 to 9
+    items: PairTable  # the distinct pairs, by their keys in the LMDBs
+    order: tuple[str, ...]  # keys in the order of the dataset, possibly repeated
+    encoding: Encoding = 'png'  # png: PNG files, RGB ones unchanged; raw: pixels
+    compress_level: int | None = None  # level 0 to 9 to re-encode all PNG files with
 
     @cached_property
     def digest(self) -> str:
-        """Changes when anything does that decides the result: settings, order, or a file's place, size and time."""
+        """Digest of all that determines the result: settings, order, and path, size and time of each file."""
         state = hashlib.blake2b(json.dumps([_FORMAT, self.encoding, self.compress_level, self.order]).encode())
         for item in self.items:
             stamps = []
@@ -100,7 +101,7 @@ class Plan:
         return state.hexdigest()[:32]
 
     def encode(self, item: Pair) -> tuple[Value, Value]:
-        """Read a pair and return what goes into the two LMDBs."""
+        """Read a pair and return its values in the two LMDBs."""
         lq_data, gt_data = read_bytes(item.lq), read_bytes(item.gt)
         lq, gt = decode_rgb(lq_data, item.lq), decode_rgb(gt_data, item.gt)
         check_equal_sizes(item, lq, gt)
@@ -110,7 +111,7 @@ class Plan:
         if self.encoding == 'raw':
             data, detail = encode_raw(image), 8 * image.dtype.itemsize
         elif self.compress_level is None and data.startswith(b'\x89PNG') and data[25] == 2:
-            # A PNG in RGB decodes as fast as OpenCV's own, often faster, and costs no time now.
+            # An existing RGB PNG decodes as fast as OpenCV's or faster, and needs no encoding.
             detail = _png_level(data)
         else:
             detail = _LEVEL if self.compress_level is None else self.compress_level
@@ -120,8 +121,8 @@ class Plan:
 
 
 def _png_level(data: bytes) -> int:
-    """Return the level that the compressed data of a PNG file says it was made with, as near as it says."""
-    position = 8  # behind the signature
+    """Return the approximate compression level recorded in a PNG file."""
+    position = 8  # after the signature
     while position + 10 <= len(data):
         length, kind = struct.unpack_from('>I4s', data, position)
         if kind == b'IDAT' and length >= 2:
@@ -131,7 +132,7 @@ def _png_level(data: bytes) -> int:
 
 
 def make_plan(pairs: Sequence[Pair], encoding: Encoding = 'png', compress_level: int | None = None) -> Plan:
-    """Find a key for each pair: its own without the ending of a file, where that leaves them different.
+    """Choose a key for each pair: its own key, without file extension if that is unique.
 
     Raises:
         DataError: if there are no pairs, or different pairs have the same key.
@@ -158,7 +159,7 @@ def _stem(name: str) -> str:
 
 
 class Outcome(NamedTuple):
-    """What came of it: pairs in the LMDBs, how many of them an earlier run had written, bytes of both."""
+    """Result of packing: number of pairs, number of pairs reused from an earlier run, and total size in bytes."""
 
     num_pairs: int
     num_resumed: int
@@ -171,17 +172,17 @@ def write_lmdbs(
     """Write `lq.lmdb` and `gt.lmdb` into the folder `destination`.
 
     Args:
-        plan: what is in them.
-        destination: appears when both are written and verified.
-        num_workers: threads that read and encode; by itself one a core. The result does not depend on it.
-        overwrite: replace a destination that holds such LMDBs of something else.
+        plan: content of the LMDBs.
+        destination: folder that is created once both are written and verified.
+        num_workers: number of threads that read and encode; default: one per core. Does not affect the result.
+        overwrite: replace a destination that holds LMDBs of another plan.
     Raises:
-        DataError: if an image cannot be read, the destination is taken, or the disk is full; what has been committed
-            is kept for the next run.
+        DataError: if an image cannot be read, the destination exists, or the disk is full; committed pairs are kept
+            for the next run.
     """
     destination = Path(os.path.abspath(os.path.expanduser(destination)))
     if not destination.name:
-        raise DataError(f'{destination}: exists, and is not a pair of LMDBs; choose another place')
+        raise DataError(f'{destination}: exists and is not a pair of LMDBs; choose another destination')
     staging = destination.with_name(file_name(f'.{destination.name}', '.part'))
     num_workers = num_workers or num_cores()
     with _explain_errors(destination, staging):
@@ -191,7 +192,7 @@ def write_lmdbs(
                 raise DataError(
                     f'{destination}: exists, but is damaged: {shorten_list(faults)}. Replace it with --overwrite'
                 )
-            if _is_of(staging, plan):  # a kill came between the last rename and tidying up
+            if _is_of(staging, plan):  # left by a run killed between the final rename and cleanup
                 shutil.rmtree(staging)
             num_done = len(plan.items)
         else:
@@ -202,7 +203,7 @@ def write_lmdbs(
                 _write_values(staging, plan, num_done, num_workers)
                 _write_texts(staging, plan)
                 _verify(staging, num_workers)
-                _is_taken(destination, plan, overwrite)  # somebody may have put something there meanwhile
+                _is_taken(destination, plan, overwrite)  # it may have been created in the meantime
                 replace_folder(staging / _STAGED, destination, staging / _OLD)
                 shutil.rmtree(staging)
         num_bytes = sum((destination / f'{kind}.lmdb' / DATA).stat().st_size for kind in KINDS)
@@ -210,19 +211,19 @@ def write_lmdbs(
 
 
 def _is_taken(destination: Path, plan: Plan, overwrite: bool) -> bool:
-    """Whether the destination is what the plan would make of it; raise DataError if it must be left alone."""
+    """Return whether the destination already holds the result of the plan; raise DataError if it must be kept."""
     if not os.path.lexists(destination) or (destination.is_dir() and not any(destination.iterdir())):
         return False
     names = set(os.listdir(destination)) if destination.is_dir() else set()
     if not names or not names <= {SOURCE, *(f'{kind}.lmdb' for kind in KINDS)}:
-        raise DataError(f'{destination}: exists, and is not a pair of LMDBs; choose another place')
+        raise DataError(f'{destination}: exists and is not a pair of LMDBs; choose another destination')
     if overwrite:
         return False
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if json.loads((destination / SOURCE).read_text(encoding='utf-8')).get('plan') == plan.digest:
             return True
     raise DataError(
-        f'{destination}: exists, with LMDBs of other images, settings or times of files; choose another place, or '
+        f'{destination}: exists with LMDBs of other images, settings or file times; choose another destination, or '
         f'replace them with --overwrite'
     )
 
@@ -238,16 +239,16 @@ def _explain_errors(destination: Path, staging: Path) -> Iterator[None]:
     except (OSError, lmdb.Error) as error:
         reason = getattr(error, 'strerror', None) or str(error).rpartition(': ')[2]
         free = ''
-        with contextlib.suppress(OSError):  # LMDB calls a full disk an input/output error
+        with contextlib.suppress(OSError):  # LMDB reports a full disk as an input/output error
             free = f' ({shutil.disk_usage(staging).free / 2**20:.0f} MB are free there)'
         raise DataError(
-            f'{destination}: cannot be written: {reason}{free}. When that is mended, for instance by making room, the '
-            f'same command goes on from there: what was finished is kept in {staging}'
+            f'{destination}: cannot be written: {reason}{free}. Fix the cause, for example free some space, and run '
+            f'the same command again: it resumes from {staging}'
         ) from error
 
 
 def _adopt(staging: Path, plan: Plan) -> int:
-    """Make the staging folder one of this plan, and count the pairs that both LMDBs in it have."""
+    """Prepare the staging folder for this plan, and return the number of pairs that both of its LMDBs contain."""
     if _is_of(staging, plan) and (num_done := _num_committed(staging, plan)) is not None:
         return num_done
     marker = staging / _PLAN
@@ -263,15 +264,15 @@ def _adopt(staging: Path, plan: Plan) -> int:
 
 
 def _is_of(staging: Path, plan: Plan) -> bool:
-    """Whether what lies in a staging folder is of this plan."""
+    """Return whether a staging folder belongs to this plan."""
     marker = staging / _PLAN
     return marker.is_file() and marker.read_bytes() == plan.digest.encode()
 
 
 def _num_committed(staging: Path, plan: Plan) -> int | None:
-    """Count the pairs that are in both LMDBs and in the journal, which is cut to them; None if they do not agree.
+    """Return the number of pairs in both LMDBs and the journal, truncating the journal; None if they are inconsistent.
 
-    The journal is written first, then the degraded, then the clean images: each may be a batch ahead of the next.
+    The journal is written first, then degraded, then clean images, so each may be one batch ahead of the next.
     """
     try:
         folders = [_folder(staging, kind) for kind in KINDS]
@@ -282,7 +283,7 @@ def _num_committed(staging: Path, plan: Plan) -> int | None:
                 if json.loads(journal.readline())[0] != item.key:
                     return None
             journal.truncate(journal.tell())
-    except (OSError, ValueError, LookupError):  # of which DataError is one
+    except (OSError, ValueError, LookupError):  # includes DataError
         return None
     return num_done if counts[0] >= counts[1] else None
 
@@ -292,7 +293,7 @@ def _folder(staging: Path, kind: str) -> Path:
 
 
 def _write_values(staging: Path, plan: Plan, num_done: int, num_workers: int) -> None:
-    # Reading, decoding, encoding and digests all leave Python's lock to the other threads.
+    # Reading, decoding, encoding and hashing all release the GIL.
     pool = ThreadPoolExecutor(num_workers)
     values = map_ahead(pool, plan.encode, islice(plan.items, num_done, None), 2 * num_workers)
     with (
@@ -324,7 +325,7 @@ def _batches(pairs: Iterable[tuple[Value, Value]]) -> Iterator[list[tuple[Value,
 
 
 def _commit(folder: Path, values: Sequence[Value], num_before: int) -> None:
-    """Add a batch, whole or not at all, unless it is there already."""
+    """Add a batch atomically, unless it already exists."""
     present = (folder / DATA).stat().st_size if (folder / DATA).exists() else 0
     needed = present + sum(len(value.data) + 2 * _PAGE for value in values)
     map_size = max(_SMALLEST_MAP, 2 ** math.ceil(math.log2(needed * 1.1)))
@@ -342,8 +343,8 @@ def _commit(folder: Path, values: Sequence[Value], num_before: int) -> None:
 
 
 def _write_texts(staging: Path, plan: Plan) -> None:
-    """Write what goes beside the data, out of the journal."""
-    for left_over in (staging / _STAGED).rglob(f'.*{PARTIAL_SUFFIX}'):  # by a run that was killed
+    """Write the text files from the journal."""
+    for left_over in (staging / _STAGED).rglob(f'.*{PARTIAL_SUFFIX}'):  # from a run that was killed
         left_over.unlink()
     digests = {}
     for number, kind in enumerate(KINDS):
@@ -360,7 +361,7 @@ def _write_texts(staging: Path, plan: Plan) -> None:
 
 
 def _records(staging: Path, keys: Sequence[str]) -> Iterator[list[str]]:
-    """The journal's record of each key, `_write_values` says of what; they are in the order of first occurrence."""
+    """Yield the journal record of each key, as written by `_write_values`, in which keys are ordered by first use."""
     kept = {key: None for key, count in Counter(keys).items() if count > 1}
     with open(staging / _JOURNAL, encoding='utf-8') as journal:
         for key in keys:
@@ -371,11 +372,11 @@ def _records(staging: Path, keys: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _verify(staging: Path, num_workers: int) -> None:
-    """Read all back; what does not pass will not be gone on from."""
+    """Read everything back; after a failure, the next run starts from scratch."""
     faults = _find_faults(staging / _STAGED, num_workers)
     if faults:
         (staging / _PLAN).unlink()
         raise DataError(
-            f'{len(faults)} images came back other than they were written: {shorten_list(faults)}. The disk or '
-            f'the memory of this machine is at fault; the same command begins anew'
+            f'{len(faults)} images differ from what was written: {shorten_list(faults)}. The disk or the memory of '
+            f'this machine is faulty; the same command starts from scratch'
         )

@@ -131,7 +131,7 @@ def test_a_full_disk_is_told_and_gone_on_from(tmp_path):
     command = [sys.executable, '-m', 'ast_plugin', 'data', 'lmdb', root, tmp_path / 'out', '--encoding', 'raw']
     stopped = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert stopped.returncode == 2 and 'Traceback' not in stopped.stderr
-    assert f'{tmp_path}/out: cannot be written: ' in stopped.stderr and 'goes on from there' in stopped.stderr
+    assert f'{tmp_path}/out: cannot be written: ' in stopped.stderr and 'it resumes from' in stopped.stderr
     assert 'MB are free there' in stopped.stderr
     assert not (tmp_path / 'out').exists()
     assert pack(root, tmp_path / 'out', 'raw').num_resumed == 64

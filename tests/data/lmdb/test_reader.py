@@ -76,7 +76,7 @@ DAMAGES = [
     (overwrite('lq.lmdb/meta_info.txt', b'004.jpg (9,11,3) 1', 'ab'), 'line 13 is .*expected'),
     (overwrite('lq.lmdb/meta_info.txt', b'\xff\xfe', 'ab'), r'meta_info\.txt: cannot be read'),
     (overwrite('lq.lmdb/data.mdb', b'rubbish' * 9999), r'data\.mdb: cannot be opened: .*not an LMDB'),
-    *((cut(share), r'data\.mdb: (cut off|cannot be opened).*basicsr data lmdb') for share in (0, 0.3, 0.999)),
+    *((cut(share), r'data\.mdb: (truncated|cannot be opened).*basicsr data lmdb') for share in (0, 0.3, 0.999)),
     (change(lambda value: None), "no image has the key '005'.*basicsr data"),
     (change(lambda value: value[:-1]), r'lq\.lmdb/005: damaged: '),
     (change(lambda value: value[:15]), r'lq\.lmdb/005: damaged: '),
@@ -107,8 +107,8 @@ def test_a_check_finds_all_faults(packed, raw):
         (raw / 'gt.lmdb/meta_info.txt').read_text().replace('007.raw (9,11,3)', '007.raw (8,11,3)')
     )
     first, second = check_lmdb(raw / 'gt.lmdb', num_workers=3)
-    assert 'holds 13 images, of which meta_info.txt names 12' in first
-    assert '007: has 11x9 pixels, meta_info.txt says 11x8' in second
+    assert 'holds 13 images, but meta_info.txt lists 12' in first
+    assert '007: has 11x9 pixels, but 11x8 in meta_info.txt' in second
 
 
 def test_an_lmdb_that_grows_while_it_is_open(tmp_path):
@@ -169,7 +169,7 @@ def test_an_lmdb_open_in_this_process_is_told(packed):
     data = dataset(packed / 'raw')
     with (
         lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False),
-        pytest.raises(DataError, match='open already; a dataset of another type has it open in this process'),
+        pytest.raises(DataError, match='already open; in this process, a dataset of another type has it open'),
     ):
         data[0]
     data[0]
@@ -248,12 +248,12 @@ def exchange(folder: Path) -> None:
 
 
 BREAKS = [
-    (swap, "lq.lmdb and gt.lmdb are in each other's place"),
-    (exchange, 'gt.lmdb: is not the one that was written here'),
+    (swap, 'lq.lmdb and gt.lmdb are swapped'),
+    (exchange, 'gt.lmdb: is not the one written here'),
     (lambda folder: shutil.rmtree(folder / 'gt.lmdb'), 'gt.lmdb is missing'),
-    (lambda folder: (folder / 'gt.lmdb/digests.txt').unlink(), 'lacks digests.txt of an LMDB'),
+    (lambda folder: (folder / 'gt.lmdb/digests.txt').unlink(), 'digests.txt of an LMDB is missing'),
     *[
-        (lambda folder, text=text: (folder / 'source.json').write_text(text), 'source.json: does not say what')
+        (lambda folder, text=text: (folder / 'source.json').write_text(text), 'source.json: damaged')
         for text in ('', '[]', '{"digests": {"lq": "a"}}')
     ],
 ]
@@ -271,7 +271,7 @@ def test_what_is_not_together(pair, capfd, damage, expected):
 
 def test_swapped_lmdbs_are_told_where_packed(pair, tmp_path):
     swap(pair)
-    with pytest.raises(DataError, match=r'out: exists, but is damaged: .* each other.* Replace it with --overwrite'):
+    with pytest.raises(DataError, match=r'out: exists, but is damaged: .* swapped.* Replace it with --overwrite'):
         pack(tmp_path / 'source', pair)
     (pair / 'source.json').unlink()
     assert check_together(pair) == []  # LMDBs of others may lie anywhere

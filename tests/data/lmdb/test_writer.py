@@ -128,7 +128,7 @@ def test_what_comes_back_otherwise_is_not_kept(root, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(lmdb_writer, '_write_texts', damaged)
-        with pytest.raises(DataError, match='1 images came back other than they were written'):
+        with pytest.raises(DataError, match='1 images differ from what was written'):
             pack(root, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
     assert pack(root, tmp_path / 'out').num_resumed == 0
@@ -142,10 +142,10 @@ def test_what_is_there_is_left_or_replaced(root, tmp_path):
     assert pack(root, out).num_resumed == 7
     assert (out / 'lq.lmdb/data.mdb').stat().st_mtime_ns == stamp and contents(out) == before
     os.truncate(out / 'gt.lmdb/data.mdb', 9000)
-    with pytest.raises(DataError, match=r'exists, but is damaged: .*gt\.lmdb/data\.mdb: cut off.*--overwrite'):
+    with pytest.raises(DataError, match=r'exists, but is damaged: .*gt\.lmdb/data\.mdb: truncated.*--overwrite'):
         pack(root, out)
     assert pack(root, out, overwrite=True).num_resumed == 0
-    with pytest.raises(DataError, match=r'exists, with LMDBs of other images.*--overwrite'):
+    with pytest.raises(DataError, match=r'exists with LMDBs of other images.*--overwrite'):
         pack(root, out, 'raw')
     pack(root, out, 'raw', overwrite=True)
     assert next(read_meta_info(out / 'gt.lmdb')).encoding == 'raw'
@@ -163,7 +163,7 @@ def test_foreign_files_are_never_replaced(root, tmp_path, kind):
     elif kind == 'link':
         out.symlink_to(tmp_path / 'nowhere')
     for overwrite in (False, True):
-        with pytest.raises(DataError, match='exists, and is not a pair of LMDBs; choose another place'):
+        with pytest.raises(DataError, match='exists and is not a pair of LMDBs; choose another destination'):
             pack(root, out, overwrite=overwrite)
         assert os.path.lexists(out)
 
@@ -179,7 +179,7 @@ def test_what_comes_there_meanwhile_is_kept(root, tmp_path, monkeypatch, overwri
 
     with monkeypatch.context() as patch:
         patch.setattr(lmdb_writer, '_write_texts', somebody_writes)
-        with pytest.raises(DataError, match='out: exists, and is not a pair of LMDBs'):
+        with pytest.raises(DataError, match='out: exists and is not a pair of LMDBs'):
             pack(root, tmp_path / 'out', overwrite=overwrite)
     assert (tmp_path / 'out/thesis.tex').read_text() == 'all of it'
     (tmp_path / 'out/thesis.tex').unlink()
