@@ -1,4 +1,4 @@
-"""Synthetic degradations of clean images. A further one is a row in `DEGRADATIONS` and a file beside rain.py."""
+"""Synthetic degradations of clean images. To add one, write a module like rain.py and an entry in `DEGRADATIONS`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ['DEFAULT', 'DEGRADATIONS', 'AnyParameters', 'Degradation']
 
 @dataclass(frozen=True)
 class Degradation:
-    """How a degradation is made.
+    """A type of degradation.
 
     Attributes:
-        parameters: its ranges, with `type: Literal[name] = name`.
+        parameters: model of its parameters, with `type: Literal[name] = name`.
         apply: pure function (image, generator, parameters) -> (degraded image, mask). Images are RGB [H, W, 3],
-            float32 in [0, 1], of any size. The generator is the source of all randomness: the same state gives the
-            same result, bit for bit. The mask is the opacity of what was put over the image, [H, W] float32 in
-            [0, 1], or None where every pixel is degraded.
-        margin: pixels around a patch that its degradation depends on.
-        takes_depth: whether `apply` has a further argument `depth`, a map of distances [H, W].
+            float32 in [0, 1], of any size. The generator is the only source of randomness; equal states give
+            bit-identical results. The mask is the opacity of the degradation, [H, W] float32 in [0, 1], or None if
+            every pixel is degraded.
+        margin: number of pixels around a patch that affect its degradation.
+        takes_depth: whether `apply` has an additional argument `depth`, a depth map [H, W].
     """
 
     parameters: type[BaseModel]
@@ -50,7 +50,7 @@ DEGRADATIONS = {
     'moire': Degradation(MoireParameters, add_moire, margin=8),
 }
 DEFAULT = 'rain'
-"""Type of the option `degradation` where it names none."""
+"""Default type of the option `degradation`."""
 
 
 def _with_type(value: Any) -> Any:
@@ -62,4 +62,4 @@ AnyParameters = Annotated[
     Field(discriminator='type'),
     BeforeValidator(_with_type),
 ]
-"""Type of the option `degradation`: parameters of one of the above, told apart by `type`."""
+"""Type of the option `degradation`: parameters of any of the degradations, selected by `type`."""

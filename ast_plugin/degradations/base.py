@@ -1,4 +1,4 @@
-"""What degradations share: parameters with their ranges, random fields, and arithmetic of images and maps.
+"""Common parts of the degradations: parameters with ranges, random fields, and operations on images and maps.
 
 Images are RGB [H, W, 3], maps [H, W], all float32.
 """
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.random import Generator
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-FRAME = (480, 720)  # height and width in pixels, at scale 1, of the image that a smaller patch is taken to be cut from
-GAMMA = 2.2  # values are light to the power of 1 / GAMMA
+FRAME = (480, 720)  # (height, width) in pixels, at scale 1, of the image that a smaller patch is assumed to come from
+GAMMA = 2.2  # pixel values are light to the power of 1 / GAMMA
 
 Bounds = tuple[float, float]
 
@@ -35,7 +35,7 @@ PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_check_order
 
 @dataclass(frozen=True)
 class Limits:
-    """The least and the most that the ends of a range may be; as `json_schema_extra`, JSON schemas say so too."""
+    """Limits of both ends of a range; as `json_schema_extra`, they are added to the JSON schema."""
 
     least: float
     most: float
@@ -47,13 +47,13 @@ class Limits:
 
 
 def limited(default: Any, least: float, most: float, description: str) -> Any:
-    """Return the field of a range whose ends lie in [least, most]; `default` ... makes it a required one."""
+    """Return a pydantic field for a range within [least, most]; with `default` `...`, the field is required."""
     description = f'{description}, within [{least:g}, {most:g}]'
     return Field(default, description=description, json_schema_extra=Limits(least, most))
 
 
 class Parameters(BaseModel):
-    """Parameters of a degradation or of one of its layers: immutable, unknown keys are refused."""
+    """Immutable parameters of a degradation or of one of its layers; unknown keys are rejected."""
 
     model_config = ConfigDict(extra='forbid', frozen=True)
 
@@ -62,12 +62,12 @@ class Parameters(BaseModel):
     def _check_limits(cls, value: Any, info: ValidationInfo) -> Any:
         limits = cls.model_fields[info.field_name].json_schema_extra
         if isinstance(limits, Limits) and not limits.least <= value[0] <= value[1] <= limits.most:
-            raise ValueError(f'must lie within [{limits.least:g}, {limits.most:g}]; got {list(value)}')
+            raise ValueError(f'must be within [{limits.least:g}, {limits.most:g}]; got {list(value)}')
         return value
 
 
 def draw_log_uniform(generator: Generator, bounds: Bounds) -> float:
-    """Draw a number whose logarithm is uniform between those of `bounds`."""
+    """Draw a log-uniform number from `bounds`."""
     return math.exp(generator.uniform(*np.log(bounds)))
 
 
@@ -79,17 +79,17 @@ def lattice_noise(
     high: float = 1,
     interpolation: int = cv2.INTER_CUBIC,
 ) -> np.ndarray:
-    """Return values that are uniform at the nodes of a lattice, and interpolated between them, [H, W] float32.
+    """Return noise that is uniform at the nodes of a lattice and interpolated between them, [H, W] float32.
 
     Args:
         shape: (height, width) in pixels.
         generator: source of randomness.
-        cell: pixels between nodes, at least 1; the lattice lies at a random offset.
-        low, high: range of the nodes. Cubic interpolation may leave it a little.
+        cell: distance of nodes in pixels, at least 1; the lattice has a random offset.
+        low, high: range of values at the nodes. Cubic interpolation may exceed it slightly.
         interpolation: cv2.INTER_LINEAR or cv2.INTER_CUBIC.
     """
     cell = max(float(cell), 1.0)
-    border = 1 if interpolation == cv2.INTER_CUBIC else 0  # nodes outside the image that the interpolation needs
+    border = 1 if interpolation == cv2.INTER_CUBIC else 0  # nodes outside the image required by the interpolation
     size = [math.ceil(side / cell) + 2 + 2 * border for side in shape]
     grid = generator.uniform(low, high, size).astype(np.float32)
     top, left = generator.uniform(border, border + 1, 2)
@@ -99,9 +99,9 @@ def lattice_noise(
 
 
 def fractal_noise(shape: tuple[int, int], generator: Generator, cell: float, octaves: int = 4) -> np.ndarray:
-    """Return values in [0, 1], of mean 0.5, whose coarsest octave varies over `cell` pixels, [H, W] float32.
+    """Return noise in [0, 1] with mean 0.5 whose coarsest octave varies over `cell` pixels, [H, W] float32.
 
-    Each octave has half the cell and half the amplitude of the one before.
+    Each octave has half the cell size and half the amplitude of the previous one.
     """
     total = np.zeros(shape, np.float32)
     for octave in range(octaves):
@@ -111,32 +111,32 @@ def fractal_noise(shape: tuple[int, int], generator: Generator, cell: float, oct
 
 
 def to_rgb(field: np.ndarray) -> np.ndarray:
-    """Repeat a map in three channels, [H, W, 3]: OpenCV is faster at this than NumPy's broadcasting."""
+    """Repeat a map in three channels, [H, W, 3]; OpenCV is faster at this than broadcasting in NumPy."""
     return cv2.cvtColor(field, cv2.COLOR_GRAY2RGB)
 
 
 def strips(image: np.ndarray, height: int = 32) -> Iterator[slice]:
     """Yield the rows of an image in strips.
 
-    Arithmetic that touches new memory of a whole image at each step takes several times as long.
+    Operations on strips reuse memory; on the whole image, each step touches new memory and takes several times as long.
     """
     for top in range(0, len(image), height):
         yield slice(top, top + height)
 
 
 def shrink(array: np.ndarray, ratio: float) -> np.ndarray:
-    """Return an image or a map at 1 / max(ratio, 1) of its size, each pixel the mean of those it replaces."""
+    """Downsample an image or a map by the factor max(ratio, 1), averaging over areas."""
     size = [max(1, round(side / max(ratio, 1.0))) for side in array.shape[1::-1]]
     return cv2.resize(array, size, interpolation=cv2.INTER_AREA)
 
 
 def add_glare(image: np.ndarray, white: float, glare: float) -> np.ndarray:
-    """Return an image whose lights are brighter than an image can show.
+    """Brighten light sources beyond the range of the image.
 
     Args:
         image: RGB, [H, W, 3], float32 in [0, 1].
-        white: gray value above which a pixel is a light.
-        glare: what is added where the gray value is 1, in proportion from `white` on.
+        white: gray value above which a pixel is a light source.
+        glare: brightness added at gray value 1, decreasing linearly to 0 at `white`.
     """
     if not glare:
         return image
@@ -146,6 +146,6 @@ def add_glare(image: np.ndarray, white: float, glare: float) -> np.ndarray:
 
 
 def compress_jpeg(levels: np.ndarray, quality: int) -> np.ndarray:
-    """Return an image of BGR [H, W, 3] uint8 as JPEG of this quality keeps it."""
+    """Return a BGR image, [H, W, 3] uint8, after JPEG compression of the given quality."""
     code = cv2.imencode('.jpg', levels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return cv2.imdecode(code, cv2.IMREAD_COLOR)

@@ -1,16 +1,17 @@
 """Synthesis of dense and uneven haze.
 
-Koschmieder's law says how a scene J fades into the airlight A over a depth d through haze of extinction beta:
-I = J t + A (1 - t), with t = exp(-beta d). In dense haze, part of the light that particles turn aside reaches the
-camera beside its point, so the scene is smeared; and haze drifts in swathes, so beta varies from place to place. Here
-the optical depth is tau = beta d n, with n smooth noise of several octaves and of mean 1, and::
+Koschmieder's law describes how a scene J fades into the airlight A over a depth d in haze of extinction beta:
+I = J t + A (1 - t), with t = exp(-beta d). In dense haze, part of the scattered light still reaches the camera, close
+to its original direction, and blurs the scene. Haze is also uneven, so beta varies over the image. Here the optical
+depth is tau = beta d n, with n smooth multi-octave noise of mean 1, and::
 
     I = J exp(-tau) + (J * G) (exp(-k tau) - exp(-tau)) + A (1 - exp(-k tau))
 
-where k < 1 is the share of the scattered light that is lost for the image and G a Gaussian that widens with tau.
+where k < 1 is the fraction of the scattered light that does not reach the image, and G is a Gaussian that widens with
+tau.
 
-Where haze is lit by lamps and windows, A differs from place to place in brightness and in colour, and glows around
-what is bright. The camera adapts: the more haze there is, the more I is darkened and the colour of A turned to grey.
+If haze is lit by lamps and windows, A varies over the image in brightness and colour, with a glow around bright areas.
+The camera adapts: the denser the haze, the more its exposure and the white balance of A are corrected.
 
 Source: Koschmieder 1924, for the law; Narasimhan & Nayar, "Shedding light on the weather", CVPR 2003, for the glow;
 Li et al., "Nighttime haze removal with glow and multiple light colors", ICCV 2015, for airlight that varies.
@@ -41,70 +42,72 @@ from ast_plugin.degradations.base import (
 )
 from ast_plugin.errors import DataError
 
-DENSEST = 2.5  # mean optical depth beyond which too little of the image would be left to be restored
+DENSEST = 2.5  # maximum mean optical depth; beyond it, too little of the image remains to be restored
 NOISE_DEVIATION = 0.14  # standard deviation of `fractal_noise`
-PROBE_SIDE = 48  # pixels of the shorter side at which the thickness for a wished PSNR is sought
-CONTRAST_THRESHOLD = 0.02  # contrast at which an object is held to vanish: the definition of visibility
-FARTHEST_SHARE = 0.02  # of the image that the farthest things must fill to be taken for what lights the haze
-SKY_LIT = (0.7, 0.95)  # least brightness of haze by that of the sky that lights it
-SCENE_LIT = 0.9  # and by the mean of the scene, for droplets swallow less of the light than things do
-LIGHT_CELL = 480.0  # pixels at scale 1 between places that different lamps light
-GLOW_SPREAD = 45.0  # pixels at scale 1; standard deviation of the glow around what is bright
-WHITE = 0.94  # gray value above which a light is brighter than an image can show
-SHOULDER = 0.85  # brightness above which airlight approaches white ever more slowly
+PROBE_SIDE = 48  # shorter side in pixels of the copy on which the extinction for a PSNR is searched
+CONTRAST_THRESHOLD = 0.02  # contrast at which objects become invisible: the definition of visibility
+FARTHEST_SHARE = 0.02  # minimum fraction of the image at the farthest depth to be regarded as lighting the haze
+SKY_LIT = (0.7, 0.95)  # minimum brightness of haze relative to the sky that lights it
+SCENE_LIT = 0.9  # minimum brightness of haze relative to the mean of the scene: droplets absorb less than objects
+LIGHT_CELL = 480.0  # distance in pixels at scale 1 of areas lit by different lamps
+GLOW_SPREAD = 45.0  # standard deviation of the glow around bright areas in pixels at scale 1
+WHITE = 0.94  # gray value above which a light source exceeds the range of the image
+SHOULDER = 0.85  # brightness above which airlight is compressed towards white
 LATTICE_DEVIATION = 0.45  # standard deviation of `lattice_noise`
 
-GUESS_SIDE = 160  # pixels of the shorter side at which depth is guessed
-SKY_COLOURS = 0.45  # distance in RGB from the sky at the upper edge beyond which nothing is sky
-SKY_ROUGHNESS = 0.035  # local contrast above which a place is no sky
-OUTDOORS = 0.03  # mean of what `_sky` gives above which an image was taken outdoors
+GUESS_SIDE = 160  # shorter side in pixels at which depth is estimated
+SKY_COLOURS = 0.45  # maximum RGB distance of sky from the sky at the upper edge
+SKY_ROUGHNESS = 0.035  # local contrast above which a region is not sky
+OUTDOORS = 0.03  # mean of `_sky` above which an image is classified as outdoors
 
 
 class HazeParameters(Parameters):
-    """What haze may look like; each [lowest, highest] is drawn from uniformly, once an image.
+    """Parameters of haze. Ranges [lowest, highest] are sampled uniformly, once per image.
 
-    Pixels are those of an image about 500 pixels high, see `scale`.
+    Lengths in pixels refer to images about 500 pixels high, see `scale`.
     """
 
     type: Literal['haze'] = 'haze'
-    psnr: PositiveRange = Field((9.5, 22.0), description='dB of the hazy image against the clean one')
+    psnr: PositiveRange = Field((9.5, 22.0), description='PSNR of the hazy image in dB')
     visibility: PositiveRange | None = Field(
-        None, description='instead of psnr, in units of the given depth: where contrast has sunk to 2 percent'
+        None, description='instead of psnr: distance at which contrast falls to 2 percent, in units of the given depth'
     )
-    nearest: PositiveRange = limited((0.1, 0.7), 0, 0.99, 'guessed depth of the foreground by that of the farthest')
-    room: float = Field(0.5, ge=0, le=1, description='chance that the guessed depth without sky is that of a room')
-    airlight: Range = limited((0.45, 0.95), 0, 1, 'mean brightness of the haze itself')
+    nearest: PositiveRange = limited((0.1, 0.7), 0, 0.99, 'estimated depth of the foreground relative to the farthest')
+    room: float = Field(0.5, ge=0, le=1, description='probability that an image without sky gets the depth of a room')
+    airlight: Range = limited((0.45, 0.95), 0, 1, 'mean brightness of the airlight')
     tint: float = Field(0.05, ge=0, le=0.2, description='standard deviation of the mean colour of the airlight')
-    lamps: Range = limited((0, 0.25), 0, 1, 'standard deviation over the image of ln(airlight), lit from the side')
-    lamp_tint: Range = limited((0, 0.1), 0, 0.5, 'standard deviation over the image of its colour from cold to warm')
-    glow: Range = limited((0, 0.6), 0, 1, 'share of the airlight that is light of the scene nearby')
-    glare: Range = limited((0, 3), 0, 10, 'how much brighter lamps and windows are than an image can show, in white')
-    exposure: Range = limited((-0.5, 0.3), -3, 3, 'stops by which opaque haze is rendered brighter than a clear scene')
-    white_balance: Range = limited((0, 0.6), 0, 1, 'share of the tint of opaque haze that the camera removes')
-    noise: Range = limited((0, 0.01), 0, 0.1, 'standard deviation of the noise of the camera')
+    lamps: Range = limited((0, 0.25), 0, 1, 'standard deviation of ln(airlight) over the image, from local light')
+    lamp_tint: Range = limited((0, 0.1), 0, 0.5, 'standard deviation of the warmth of the airlight over the image')
+    glow: Range = limited((0, 0.6), 0, 1, 'fraction of the airlight that comes from nearby bright areas')
+    glare: Range = limited((0, 3), 0, 10, 'brightness of light sources above white, relative to white')
+    exposure: Range = limited((-0.5, 0.3), -3, 3, 'exposure of opaque haze relative to a clear scene, in stops')
+    white_balance: Range = limited((0, 0.6), 0, 1, 'fraction of the tint of opaque haze removed by the camera')
+    noise: Range = limited((0, 0.01), 0, 0.1, 'standard deviation of the camera noise')
     unevenness: Range = limited((0.0, 0.7), 0, 2, 'standard deviation of ln(extinction) over the image')
-    cell: PositiveRange = Field((120.0, 400.0), description='pixels between independent swathes')
-    forward: Range = limited((0.0, 0.35), 0, 0.9, 'share of the scattered light that only smears')
-    spread: PositiveRange = Field((3.0, 7.0), description='pixels; smear where the optical depth is 1')
-    scale: float = Field(1.0, gt=0, description='multiplies every length; 1 suits images 500 pixels high')
+    cell: PositiveRange = Field((120.0, 400.0), description='size of density variations in pixels')
+    forward: Range = limited((0.0, 0.35), 0, 0.9, 'fraction of the scattered light that blurs the image')
+    spread: PositiveRange = Field(
+        (3.0, 7.0), description='standard deviation of this blur in pixels at optical depth 1'
+    )
+    scale: float = Field(1.0, gt=0, description='factor of all lengths; 1 is for images 500 pixels high')
 
 
 def add_haze(
     image: np.ndarray, generator: Generator, parameters: HazeParameters, depth: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put haze into a clean image, see `Degradation.apply`; the mask is its opacity, 1 - exp(-k tau).
+    """Add haze to a clean image, see `Degradation.apply`; the mask is its opacity, 1 - exp(-k tau).
 
     Args:
-        depth: [H, W], distance of each pixel in any unit, such as metres; infinite is sky; 0 and NaN are unknown, and
-            filled in from around. Without it depth is guessed, see `guess_depth`.
+        depth: distance of each pixel in any unit, [H, W]; inf for sky, 0 or NaN for unknown, which is interpolated. By
+            default, depth is estimated by `guess_depth`.
     Raises:
-        DataError: if `depth` has another size, a negative value, or no finite one above 0; or if visibility is asked
-            for without depth.
-    Numerics: psnr is met within 0.5 dB, unless that takes a mean optical depth above 2.5, which would leave too little
-        to restore: an image of little contrast, as bright as the airlight, stays cleaner.
+        DataError: if `depth` has a different size, a negative value, or no finite value above 0; or if `visibility` is
+            set without `depth`.
+    Numerics: psnr is met within 0.5 dB, unless that requires a mean optical depth above 2.5, which would leave too
+        little to restore: low-contrast images as bright as the airlight are degraded less.
     """
     if parameters.visibility is not None and depth is None:
-        raise DataError('visibility is a distance, so it needs depth in the same unit; give depth, or psnr instead')
+        raise DataError('visibility is a distance and requires depth in the same unit; give depth, or use psnr')
     shape = image.shape[:2]
     forward = generator.uniform(*parameters.forward)
     spread = generator.uniform(*parameters.spread) * parameters.scale
@@ -115,10 +118,10 @@ def add_haze(
     ratio = min(shape) / PROBE_SIDE
     small, small_depth = shrink(light, ratio), shrink(depth, ratio)
     airlight = _airlight(small, small_depth, generator, parameters)
-    unit = min(small.shape[:2]) / min(shape) * parameters.scale  # pixels of `small` to one of the parameters
+    unit = min(small.shape[:2]) / min(shape) * parameters.scale  # pixels of `small` per pixel of the parameters
     airlight = _light(small, airlight, unit, generator, parameters)
     adaptation = _adaptation(airlight, generator, parameters)
-    thickness = depth * _swathes(shape, generator, parameters)
+    thickness = depth * _relative_extinction(shape, generator, parameters)
     if parameters.visibility is None:
         tau, error = shrink(thickness, ratio), 10 ** (-amount / 10)
         beta = _extinction(small, tau, airlight, adaptation, 1 - forward, error)
@@ -127,7 +130,7 @@ def add_haze(
     thickness *= np.float32(beta)
     deviation = generator.uniform(*parameters.noise)
     hazy, opacity = _compose(light, thickness, airlight, adaptation, 1 - forward, spread)
-    if deviation:  # uniform noise, as that is drawn fastest
+    if deviation:  # uniform noise, which is fastest to generate
         noise = np.frombuffer(generator.bytes(hazy.size), np.uint8).reshape(hazy.shape).astype(np.float32)
         noise -= np.float32(127.5)
         noise *= np.float32(deviation / math.sqrt((256**2 - 1) / 12))
@@ -138,11 +141,11 @@ def add_haze(
 def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return a depth map that is finite and positive everywhere, [H, W] float32.
 
-    Infinite depth becomes twice the farthest one measured. Unknown depth (NaN, or 0 as depth cameras write it) is the
-    mean of what is known around, as near as there is any.
+    Infinite depth is replaced by twice the largest finite depth. Unknown depth (NaN, or 0 as written by depth cameras)
+    is replaced by the mean of the nearest known values.
 
     Raises:
-        DataError: if it is no map of the size `shape`, has a negative value, or no finite one above 0.
+        DataError: if the map does not have the shape `shape`, has a negative value, or no finite value above 0.
     """
     depth = np.asarray(depth, np.float32)
     if depth.shape != shape:
@@ -169,7 +172,7 @@ def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _airlight(small: np.ndarray, depth: np.ndarray, generator: Generator, parameters: HazeParameters) -> np.ndarray:
-    """Draw the mean colour of the haze, [3]: about as bright as what lights it, the scene or its bright sky."""
+    """Draw the mean colour of the haze, [3], about as bright as the scene or the bright sky that lights it."""
     highest = parameters.airlight[1]
     brightness = generator.uniform(*parameters.airlight)
     lit = generator.uniform(*SKY_LIT)
@@ -184,7 +187,7 @@ def _airlight(small: np.ndarray, depth: np.ndarray, generator: Generator, parame
 def _light(
     small: np.ndarray, airlight: np.ndarray, unit: float, generator: Generator, parameters: HazeParameters
 ) -> np.ndarray:
-    """Spread airlight, [3], over [h, w, 3] as `small`: lit by lamps outside of it and by what is bright in it."""
+    """Expand airlight, [3], to the shape of `small`, [h, w, 3], with light from lamps and glow of bright areas."""
     shape = small.shape[:2]
     brightness, warmth = (
         lattice_noise(shape, generator, LIGHT_CELL * unit) * np.float32(deviation / LATTICE_DEVIATION)
@@ -192,7 +195,7 @@ def _light(
     )
     share = np.float32(generator.uniform(*parameters.glow))
     field = cv2.exp(cv2.merge([brightness + warmth, brightness, brightness - warmth]))
-    # Half of the colour of what is lit gets lost on the way.
+    # Half of the colour of bright areas is lost in the glow.
     bright = 0.5 * (small + to_rgb(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)))
     bright = cv2.GaussianBlur(bright, (0, 0), max(GLOW_SPREAD * unit, 0.3), borderType=cv2.BORDER_REPLICATE)
     if (mean := float(bright.mean())) > 1e-3:
@@ -203,15 +206,15 @@ def _light(
 
 
 def _adaptation(airlight: np.ndarray, generator: Generator, parameters: HazeParameters) -> np.ndarray:
-    """Draw the logarithm of what the camera multiplies the channels of an opaque haze by, [3]."""
+    """Draw the log gain of each channel by which the camera corrects opaque haze, [3]."""
     exposure = generator.uniform(*parameters.exposure) * math.log(2) / GAMMA
     colour = np.maximum(airlight.reshape(-1, 3).mean(axis=0), 1e-2)
     balance = generator.uniform(*parameters.white_balance) * np.log(colour.mean() / colour)
     return (exposure + balance).astype(np.float32)
 
 
-def _swathes(shape: tuple[int, int], generator: Generator, parameters: HazeParameters) -> np.ndarray:
-    """Return the extinction relative to its mean, [H, W]: lognormal noise, made at a quarter of the size."""
+def _relative_extinction(shape: tuple[int, int], generator: Generator, parameters: HazeParameters) -> np.ndarray:
+    """Return the extinction relative to its mean, [H, W]: log-normal noise, generated at a quarter of the size."""
     strength = generator.uniform(*parameters.unevenness)
     cell = generator.uniform(*parameters.cell) * parameters.scale / 4
     noise = fractal_noise((-(-shape[0] // 4), -(-shape[1] // 4)), generator, cell)
@@ -244,7 +247,7 @@ def _extinction(
 def _compose(
     image: np.ndarray, tau: np.ndarray, airlight: np.ndarray, adaptation: np.ndarray, lost: float, spread: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fade the image, add what is smeared, a mixture by tau of two Gaussians, and the airlight, and expose."""
+    """Attenuate the image, add its blur (two Gaussians mixed by tau) and the airlight, and apply the exposure."""
     whole = image.shape[1::-1]
     direct = cv2.exp(-tau)
     seen = cv2.exp(tau * np.float32(-lost))
@@ -270,20 +273,20 @@ def _compose(
 
 
 def guess_depth(image: np.ndarray, generator: Generator, nearest: float, room: float = 0.0) -> np.ndarray:
-    """Guess how far off everything in an image is.
+    """Estimate a plausible depth map of an image.
 
-    Not true depth, but one that haze may follow without looking wrong. Up to a horizon drawn at random lies a ground
-    plane; what rises from it is as far as where it might stand. Smooth regions, bright or blue, that reach down from
-    the upper edge are sky. Darker and more colourful places are taken for nearer, noise adds what these cues do not
-    tell, and edges are those of the image. Without sky, the planes may instead be those of a room one looks into.
+    This is not the true depth, but one along which haze looks plausible. The base is a ground plane up to a random
+    horizon, with upright objects above it. Smooth, bright or blue regions connected to the upper edge are sky. Darker
+    and more colourful regions are nearer, noise is added, and edges are aligned with the image. Without sky, the base
+    may be a room seen from one side instead.
 
     Args:
         image: RGB, [H, W, 3], float32 in [0, 1].
         generator: source of randomness.
         nearest: depth of the ground at the lower edge of the image, in (0, 1).
-        room: chance that an image without sky is a room.
+        room: probability that an image without sky gets the depth of a room.
     Returns:
-        Relative depth, [H, W] float32 in (0, 1], 1 the farthest.
+        Relative depth, [H, W] float32 in (0, 1], with 1 the farthest.
     Source: Tan, CVPR 2008, and He et al., CVPR 2009, for the cues; He & Sun, "Fast guided filter", 2015.
     """
     small = shrink(image, min(image.shape[:2]) / GUESS_SIDE)
@@ -292,7 +295,7 @@ def guess_depth(image: np.ndarray, generator: Generator, nearest: float, room: f
     sky = _sky(gray, small)
     outdoors = float(sky.mean()) > OUTDOORS
     depth = (_ground if generator.random() >= room or outdoors else _room)(shape, generator, nearest)
-    # Objects and noise, by the logarithm, for near things vary as much by it as far ones.
+    # Relief of objects and noise, multiplicative, since its size relative to depth is the same near and far.
     relief = 0.30 * lattice_noise(shape, generator, shape[0] / 2) + 0.18 * lattice_noise(shape, generator, shape[0] / 5)
     haziness = cv2.blur(small.min(axis=2), (5, 5))
     relief += 0.7 * (haziness - float(haziness.mean()))
@@ -302,7 +305,7 @@ def guess_depth(image: np.ndarray, generator: Generator, nearest: float, room: f
 
 
 def _ground(shape: tuple[int, int], generator: Generator, nearest: float) -> np.ndarray:
-    """Return the depth of a ground plane up to a horizon, and of what stands on it above, [h, w]."""
+    """Return the depth of a ground plane up to a horizon, and of objects standing on it above that, [h, w]."""
     row = ((np.arange(shape[0], dtype=np.float32) + 0.5) / shape[0])[:, None]
     horizon = generator.uniform(0.1, 0.5)
     ground = nearest * (1 - horizon) / np.maximum(row - horizon, nearest * (1 - horizon))
@@ -311,7 +314,7 @@ def _ground(shape: tuple[int, int], generator: Generator, nearest: float) -> np.
 
 
 def _room(shape: tuple[int, int], generator: Generator, nearest: float) -> np.ndarray:
-    """Return the depth of a box that is open towards the camera, its back wall at 1, [h, w]."""
+    """Return the depth of a box that is open towards the camera, with its back wall at 1, [h, w]."""
     y, x = ((np.arange(size, dtype=np.float32) + 0.5) / size for size in shape)
     x -= np.float32(generator.uniform(0.3, 0.7))
     y -= np.float32(generator.uniform(0.3, 0.7))
@@ -322,7 +325,7 @@ def _room(shape: tuple[int, int], generator: Generator, nearest: float) -> np.nd
 
 
 def _sky(gray: np.ndarray, small: np.ndarray) -> np.ndarray:
-    """Return how much each place is sky, [h, w]: smooth, bright or blue all the way up, and of its colour up there."""
+    """Return the likelihood of sky, [h, w]: smooth, bright or blue up to the upper edge, and of its colour."""
     mean = cv2.blur(gray, (5, 5))
     roughness = np.sqrt(np.maximum(cv2.blur(gray * gray, (5, 5)) - mean * mean, 0))
     smooth = np.clip(2 - roughness / SKY_ROUGHNESS, 0, 1)
@@ -338,7 +341,7 @@ def _sky(gray: np.ndarray, small: np.ndarray) -> np.ndarray:
 
 
 def _align(depth: np.ndarray, gray: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Enlarge a small depth map so that its edges fall on those of the image: fast guided filter, [H, W]."""
+    """Upsample a small depth map, aligning its edges with the image by a fast guided filter, [H, W]."""
     side = 2 * math.ceil(min(gray.shape) / 24) + 1
     box = (side, side)
     mean_gray, mean_depth = cv2.blur(gray, box), cv2.blur(depth, box)

@@ -1,12 +1,12 @@
-"""Synthesis of moiré: an image is shown on a screen, and a camera takes a photo of the screen.
+"""Synthesis of moiré: an image is displayed on a screen, and a camera takes a photo of the screen.
 
-A screen has a red, a green and a blue stripe in each of its pixels, a camera a red, a green or a blue filter before
-each of its own. Stripes about as narrow as the camera's pixels of one colour alias to broad bands, coloured since each
-colour is sampled elsewhere, and curved by perspective and lens. Here stripes are sampled through the filters of a
-sensor with `SENSOR` times the pixels of the image along each side, demosaiced, and scaled down.
+Each pixel of the screen consists of a red, a green and a blue stripe, and each pixel of the camera has a red, a green
+or a blue filter. Stripes about as narrow as the spacing of camera pixels of one colour alias to broad bands. These are
+coloured, as each colour is sampled at other positions, and curved by perspective and lens distortion. Here the stripes
+are sampled through the filters of a sensor with `SENSOR` times the side length of the image, demosaiced and resized.
 
-Pairs are aligned: only the screen's pixels are turned, scaled and bent against the sensor's, not the image that it
-shows. The image is smooth against them; its light and that of the stripes multiply.
+Pairs are aligned: only the pixel grid of the screen is rotated, scaled and distorted relative to the sensor, not the
+image displayed. As the image is smooth compared with the grid, the light of the two is multiplied.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from pydantic import Field
 
 from ast_plugin.degradations.base import FRAME, GAMMA, Parameters, PositiveRange, Range, compress_jpeg, limited, strips
 
-SENSOR = 2  # pixels of the sensor by those of the image, along each side
-STRIPES = (1 / 6, 1 / 2, 5 / 6)  # middles of the red, green and blue stripe, in pixels of the screen
-STRIPE_WIDTH, ROW_HEIGHT = 0.27, 0.76  # what of a pixel of the screen gives light, across the stripes and along them
-HARMONICS = 4  # of the screen's grid; the lens lets no finer ones through
+SENSOR = 2  # pixels of the sensor per pixel of the image, along each side
+STRIPES = (1 / 6, 1 / 2, 5 / 6)  # centres of the red, green and blue stripe, in pixels of the screen
+STRIPE_WIDTH, ROW_HEIGHT = 0.27, 0.76  # luminous area across and along the stripes, in pixels of the screen
+HARMONICS = 4  # harmonics of the screen grid; the lens transmits no higher ones
 BAYER = ((0, 1), (1, 2))  # colours of the sensor's filters, by the parity of row and column
-PHASES = 256  # steps in which a place within a pixel of the screen is told
-FULL = 16384  # what the sensor reads where the screen shows white, so that bright bands have room above
-STRIP = 64  # rows worked on at a time
+PHASES = 256  # quantization of positions within a pixel of the screen
+FULL = 16384  # sensor value of a white screen, with headroom for bright bands
+STRIP = 64  # rows processed at a time
 
 
 class MoireParameters(Parameters):
-    """What screen and camera may be like; each [lowest, highest] is drawn from uniformly, once an image."""
+    """Parameters of screen and camera. Ranges [lowest, highest] are sampled uniformly, once per image."""
 
     type: Literal['moire'] = 'moire'
-    pitch: PositiveRange = limited((1.9, 2.12), 1, 4, "pixels of the sensor by the screen's")
-    rotation: Range = limited((-5, 5), -45, 45, 'degrees of the screen against the camera')
-    sideways: float = Field(0.3, ge=0, le=1, description='chance that the screen lies on its side, stripes across')
-    perspective: Range = limited((0, 0.09), 0, 0.3, 'change of pitch across the image')
-    distortion: Range = limited((-0.06, 0.06), -0.2, 0.2, 'of the lens, at the corners')
-    blur: PositiveRange = limited((0.35, 0.58), 0, 4, "of the lens, standard deviation in the sensor's pixels")
-    exposure: PositiveRange = limited((0.55, 1.1), 0.1, 4, 'light of the photo by that of the image on the screen')
-    balance: Range = limited((-0.08, 0.08), -0.5, 0.5, 'error of red and of blue against green')
-    glare: Range = limited((0, 0.03), 0, 0.5, 'light of the room on the screen, of white')
-    noise: Range = limited((0.002, 0.012), 0, 0.2, 'standard deviation at middle gray')
-    quality: Range = limited((75, 96), 1, 100, 'of the JPEG that the camera writes')
+    pitch: PositiveRange = limited((1.9, 2.12), 1, 4, 'size of a screen pixel in sensor pixels')
+    rotation: Range = limited((-5, 5), -45, 45, 'rotation of the screen relative to the camera in degrees')
+    sideways: float = Field(0.3, ge=0, le=1, description='probability of a screen with horizontal stripes')
+    perspective: Range = limited((0, 0.09), 0, 0.3, 'relative change of pitch across the image')
+    distortion: Range = limited((-0.06, 0.06), -0.2, 0.2, 'lens distortion at the corners')
+    blur: PositiveRange = limited((0.35, 0.58), 0, 4, 'standard deviation of the lens blur in sensor pixels')
+    exposure: PositiveRange = limited((0.55, 1.1), 0.1, 4, 'light of the photo relative to the image displayed')
+    balance: Range = limited((-0.08, 0.08), -0.5, 0.5, 'relative error of red and blue against green')
+    glare: Range = limited((0, 0.03), 0, 0.5, 'ambient light on the screen relative to white')
+    noise: Range = limited((0.002, 0.012), 0, 0.2, 'standard deviation of the noise at middle gray')
+    quality: Range = limited((75, 96), 1, 100, 'JPEG quality of the photo')
 
 
 def add_moire(image: np.ndarray, generator: Generator, parameters: MoireParameters) -> tuple[np.ndarray, None]:
-    """Show a clean image on a screen and take a photo of that, of 256 levels; see `Degradation.apply`.
+    """Photograph a clean image on a screen, with 8 bits; see `Degradation.apply`.
 
-    A patch is taken to be cut from an image of `FRAME`. There is no mask, as every pixel is degraded.
+    Patches are assumed to come from an image of `FRAME`. There is no mask, as every pixel is degraded.
     Source: Yuan et al., "AIM 2019 challenge on image demoiréing", for photos of a simulated screen.
     """
     bands = _bands(_draw_camera(generator, parameters, image.shape[:2]), image.shape[:2])
@@ -64,15 +64,15 @@ def add_moire(image: np.ndarray, generator: Generator, parameters: MoireParamete
 
 @dataclass(frozen=True)
 class _Camera:
-    """How the screen's pixels lie on the sensor; lengths in pixels of the sensor, pairs are (down, right)."""
+    """Position of the screen's pixels on the sensor; lengths in pixels of the sensor, pairs are (down, right)."""
 
-    pitch: float  # length of a pixel of the screen at the middle of the frame
-    angle: float  # radians from the sensor's rows to across the stripes
-    tilt: tuple[float, float]  # relative change of pitch a pixel
-    bend: float  # relative change of pitch by the square of the distance from the middle
-    start: tuple[float, float]  # middle of the upper left pixel, from the middle of the frame
-    phase: tuple[float, float]  # where the middle lies in a pixel of the screen, (across the stripes, along them)
-    blur: float  # standard deviation of the lens
+    pitch: float  # size of a screen pixel at the centre of the frame
+    angle: float  # radians between the sensor's rows and the direction across the stripes
+    tilt: tuple[float, float]  # relative change of pitch per pixel
+    bend: float  # relative change of pitch per squared distance from the centre
+    start: tuple[float, float]  # centre of the top-left pixel, relative to the centre of the frame
+    phase: tuple[float, float]  # position of the centre within a screen pixel, (across the stripes, along them)
+    blur: float  # standard deviation of the lens blur
 
 
 def _draw_camera(generator: Generator, parameters: MoireParameters, shape: tuple[int, int]) -> _Camera:
@@ -95,9 +95,9 @@ def _draw_camera(generator: Generator, parameters: MoireParameters, shape: tuple
 
 
 def _bands(camera: _Camera, shape: tuple[int, int]) -> np.ndarray:
-    """Return what the camera sees of a white screen; light by its mean, [H, W, 3] float32."""
+    """Return the camera's view of a white screen, light relative to its mean, [H, W, 3] float32."""
     rows, columns = SENSOR * shape[0], SENSOR * shape[1]
-    border = 4  # pixels of the sensor, for the demosaicing
+    border = 4  # pixels of the sensor, for demosaicing
     mosaic = np.empty((rows + 2 * border, columns + 2 * border), np.uint16)
     across = [_profile(camera, middle, STRIPE_WIDTH) for middle in STRIPES]
     along = _profile(camera, 0.5, ROW_HEIGHT)
@@ -111,7 +111,7 @@ def _bands(camera: _Camera, shape: tuple[int, int]) -> np.ndarray:
                 mosaic[2 * top + i : 2 * (top + STRIP) + i : 2, j::2] = cv2.multiply(
                     cv2.LUT(s, light), cv2.LUT(t, along), scale=FULL
                 )
-    # OpenCV names a pattern by the second row and column.
+    # OpenCV names Bayer patterns by the second row and column.
     colors = cv2.demosaicing(mosaic, cv2.COLOR_BayerBG2RGB)
     colors = colors[border:-border, border:-border]
     bands = cv2.resize(colors, shape[::-1], interpolation=cv2.INTER_AREA)
@@ -119,7 +119,7 @@ def _bands(camera: _Camera, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _on_screen(camera: _Camera, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where pixels of the sensor lie within the screen's: across the stripes and along them, uint8 each."""
+    """Return the positions of sensor pixels within screen pixels, across and along the stripes, uint8 each."""
     stretch = (y * y + x * x) * np.float32(camera.bend)
     stretch += y * np.float32(camera.tilt[0]) + x * np.float32(camera.tilt[1])
     stretch += 1
@@ -132,27 +132,27 @@ def _on_screen(camera: _Camera, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarra
 
 
 def _profile(camera: _Camera, middle: float, width: float) -> np.ndarray:
-    """Light of a row of stripes behind lens and sensor pixel by its mean, over a pixel of the screen, [PHASES] float32.
+    """Return the light of stripes after lens and sensor, over a screen pixel, relative to its mean, [PHASES] float32.
 
-    A Fourier series, each harmonic weakened by the lens, a Gaussian, and by the sensor's square pixels.
+    It is a Fourier series whose harmonics are attenuated by the lens, a Gaussian, and by the square sensor pixels.
     """
     place = (np.arange(PHASES) + 0.5) / PHASES
     light = np.ones(PHASES)
     for order in range(1, HARMONICS + 1):
-        frequency = order / camera.pitch  # in cycles a pixel of the sensor
+        frequency = order / camera.pitch  # cycles per sensor pixel
         passed = math.exp(-2 * (math.pi * camera.blur * frequency) ** 2) * np.sinc(frequency)
         light += 2 * np.sinc(order * width) * passed * np.cos(2 * math.pi * order * (place - middle))
     return np.maximum(light, 0).astype(np.float32)
 
 
 def _expose(image: np.ndarray, bands: np.ndarray, generator: Generator, parameters: MoireParameters) -> np.ndarray:
-    """Return the photo as BGR, [H, W, 3] uint8: the image's light through the bands, exposed, with noise."""
+    """Return the photo as BGR, [H, W, 3] uint8: the light of the image times the bands, exposed, with noise."""
     exposure = generator.uniform(*parameters.exposure)
     red, blue = 1 + generator.uniform(*parameters.balance, 2)
     gain = (exposure * np.array([red, 1, blue])).astype(np.float32)
     glare = np.float32(generator.uniform(*parameters.glare))
     noise = np.float32(generator.uniform(*parameters.noise))
-    # The screen's own pixels and the lens soften the image.
+    # The screen's pixels and the lens soften the image.
     soft = cv2.GaussianBlur(image, (5, 5), 0.55)
     result = np.empty(image.shape, np.uint8)
     for rows in strips(image, STRIP):

@@ -1,10 +1,10 @@
 """Synthesis of rain streaks.
 
-A falling drop is drawn as the line that it leaves during the exposure: fading at its ends, uneven along its length,
-as wide as it is near. Layers of such streaks, from fine distant rain to a few broad ones close to the lens, are
-blended over an image that a thin, uneven veil has already paled; compression may blur them into blocks. Streaks
-are a Poisson process, so a patch of an image has rain of the same kind as the whole of it, and the strength that
-gives a wished PSNR follows from the first two moments of that process (Campbell's theorem) without rendering twice.
+Each drop is rendered as the line along which it moves during the exposure: fading at its ends, uneven along its length,
+and wider the nearer it is. Layers of such streaks, from fine distant rain to a few broad ones close to the lens, are
+blended over an image faded by a thin, uneven veil. JPEG compression may blur the streaks. Streaks are a
+Poisson process, so a patch has the same statistics as the whole image. The strength for a given PSNR follows from the
+first two moments of that process (Campbell's theorem), without rendering twice.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from ast_plugin.degradations.base import (
     to_rgb,
 )
 
-MIN_HEADROOM = 0.06  # mean of (1 - image)^2 below which an image is too white for rain to be made stronger
+MIN_HEADROOM = 0.06  # lower limit of the mean of (1 - image)^2: in whiter images, rain cannot be made more visible
 MAX_OPACITY = 0.95
-MAX_BRIGHTNESS = 2.0  # of streaks before they are cut to MAX_OPACITY; where it takes more, the image stays cleaner
-VEIL_SHARE = 0.25  # at most this share of the squared error comes from the veil, the rest from streaks
-VEIL_CELL = 160  # pixels between two independent values of the veil at scale 1
+MAX_BRIGHTNESS = 2.0  # of streaks before clipping to MAX_OPACITY; images that require more are degraded less
+VEIL_SHARE = 0.25  # maximum fraction of the squared error caused by the veil instead of the streaks
+VEIL_CELL = 160  # distance in pixels of independent values of the veil at scale 1
 PROFILE_MEAN, PROFILE_SQUARE = 4 / 5, 32 / 45  # means over t in [-1, 1] of p = 1 - t^4 and of p^2
 PROFILE_SLANTED = 32 / 231  # mean of t^2 p^2
 
 
 class StreakLayer(Parameters):
-    """Ranges of one layer of streaks. Pixels are those of an image about 500 pixels high, see `scale`."""
+    """Ranges of one layer of streaks. Lengths in pixels refer to images about 500 pixels high, see `scale`."""
 
-    density: PositiveRange = Field(description='streaks per 10,000 pixels; one value an image, log-uniform')
-    length: PositiveRange = Field(description='pixels; one value a streak')
-    width: PositiveRange = Field(description='pixels across at half the brightness; one value an image')
-    brightness: PositiveRange = Field(description='relative to the other layers; one value a streak')
+    density: PositiveRange = Field(description='streaks per 10,000 pixels; per image, log-uniform')
+    length: PositiveRange = Field(description='length in pixels; per streak')
+    width: PositiveRange = Field(description='full width at half maximum in pixels; per image')
+    brightness: PositiveRange = Field(description='brightness relative to the other layers; per streak')
     sharpness: PositiveRange = Field(
-        (2.0, 2.0), description='2: a Gaussian across; 8: nearly a bar, as of drops in focus; one value an image'
+        (2.0, 2.0), description='exponent of the cross-section; 2: Gaussian, 8: almost rectangular, in focus; per image'
     )
-    presence: float = Field(1.0, gt=0, le=1, description='share of the images that have this layer')
+    presence: float = Field(1.0, gt=0, le=1, description='fraction of images that have this layer')
 
 
 FINE = StreakLayer(density=(8, 120), length=(5, 24), width=(0.9, 1.5), brightness=(0.10, 0.45), presence=0.75)
@@ -64,41 +64,41 @@ BLURRED = StreakLayer(
 
 
 class RainParameters(Parameters):
-    """What rain may look like; each [lowest, highest] is drawn from uniformly, once an image unless said otherwise."""
+    """Parameters of rain. Ranges [lowest, highest] are sampled uniformly, once per image unless stated otherwise."""
 
     type: Literal['rain'] = 'rain'
-    psnr: PositiveRange = Field((21.2, 25.0), description='dB of the rainy image against the clean one, expected')
-    angle: Range = limited((-28, 28), -60, 60, 'degrees from the vertical')
-    angle_spread: float = Field(3.0, ge=0, le=10, description='standard deviation in degrees from streak to streak')
-    bend: Range = limited((0.0, 0.05), 0, 0.2, 'standard deviation of the sagitta of a streak by its length')
+    psnr: PositiveRange = Field((21.2, 25.0), description='expected PSNR of the rainy image in dB')
+    angle: Range = limited((-28, 28), -60, 60, 'angle from the vertical in degrees')
+    angle_spread: float = Field(3.0, ge=0, le=10, description='standard deviation of the angle of streaks in degrees')
+    bend: Range = limited((0.0, 0.05), 0, 0.2, 'standard deviation of the sagitta of a streak relative to its length')
     unevenness: Range = limited((0.0, 0.8), 0, 1, 'variation of brightness along a streak')
-    light: Range = limited((0.75, 1.0), 0, 1, 'brightness of the streaks where they are opaque')
-    veil: Range = limited((0.0, 0.09), 0, 1, 'opacity of the haze that rain in the distance makes')
-    jpeg_share: float = Field(0.5, ge=0, le=1, description='share of the images where compression blurs streaks')
-    jpeg_quality: Range = limited((25, 90), 5, 100, 'quality of that JPEG compression')
-    scale: float = Field(1.0, gt=0, description='multiplies every length and width; 1 suits images 500 pixels high')
+    light: Range = limited((0.75, 1.0), 0, 1, 'brightness of opaque streaks')
+    veil: Range = limited((0.0, 0.09), 0, 1, 'opacity of the haze caused by distant rain')
+    jpeg_share: float = Field(0.5, ge=0, le=1, description='fraction of images whose streaks are JPEG-compressed')
+    jpeg_quality: Range = limited((25, 90), 5, 100, 'JPEG quality of the streaks')
+    scale: float = Field(1.0, gt=0, description='factor of all lengths and widths; 1 is for images 500 pixels high')
     layers: tuple[StreakLayer, ...] = Field(
-        (FINE, MIDDLE, SHARP, NEAR, BLURRED), min_length=1, description='from far to near'
+        (FINE, MIDDLE, SHARP, NEAR, BLURRED), min_length=1, description='layers of streaks, from far to near'
     )
 
 
 @dataclass(frozen=True)
 class _Shower:
-    """A layer with its once-an-image values drawn, in pixels of the image at hand."""
+    """A layer with its per-image values, in pixels of the actual image."""
 
     density: float  # streaks per pixel
     length: tuple[float, float]
-    width: float  # across the streak, at half the brightness
+    width: float  # full width at half maximum, across the streak
     sharpness: float
     brightness: tuple[float, float]
     angle: float  # radians
-    spread: float  # radians, from streak to streak
+    spread: float  # standard deviation of the angle in radians
     bend: float
     unevenness: float
 
     @property
     def row_width(self) -> float:
-        """Width of the streak along a row of pixels."""
+        """Width of a streak along a row of pixels."""
         return self.width / math.cos(self.angle)
 
     def area(self, power: int = 1) -> float:
@@ -107,22 +107,22 @@ class _Shower:
         return self.row_width * math.gamma(1 + 1 / p) / (power * math.log(2)) ** (1 / p)
 
     def moments(self) -> tuple[float, float]:
-        """Return the mean of the layer and its variance, both per pixel, as rendered by `_render`."""
+        """Return mean and variance of the layer per pixel, as rendered by `_render`."""
         mean_rows = math.cos(self.angle) * (self.length[0] + self.length[1]) / 2
         low, high = self.brightness
         mean = (low + high) / 2 * self.area() * PROFILE_MEAN
-        # Along the streak: 1 + a t + c cos(...), a and c uniform in [-u/2, u/2], u the unevenness.
+        # Profile along the streak: 1 + a t + c cos(...), with a and c uniform in [-u/2, u/2] and u the unevenness.
         along = PROFILE_SQUARE * (1 + self.unevenness**2 / 24) + PROFILE_SLANTED * self.unevenness**2 / 12
         square = (low * low + low * high + high * high) / 3 * self.area(2) * along
         return self.density * mean_rows * mean, self.density * mean_rows * square
 
 
 def add_rain(image: np.ndarray, generator: Generator, parameters: RainParameters) -> tuple[np.ndarray, np.ndarray]:
-    """Put rain over a clean image, see `Degradation.apply`; the mask is the opacity of the streaks alone.
+    """Add rain to a clean image, see `Degradation.apply`; the mask is the opacity of the streaks alone.
 
-    A patch gets the rain that its image would get.
-    Numerics: PSNR is an expectation over streaks. One rendering of 480 x 720 lies within about 1 dB of it and a
-    patch scatters more. Below 20 dB streaks saturate, and in a nearly white image nothing shows: both stay cleaner.
+    Rain in a patch has the same statistics as in a whole image.
+    Numerics: psnr is an expectation over streaks. A rendering of 480 x 720 pixels is within about 1 dB of it; patches
+        vary more. Below 20 dB streaks saturate, and in almost white images they are invisible: both are degraded less.
     """
     error = 10 ** (-generator.uniform(*parameters.psnr) / 10)
     shape = image.shape[:2]
@@ -146,7 +146,7 @@ def add_rain(image: np.ndarray, generator: Generator, parameters: RainParameters
 
 
 def _draw_showers(generator: Generator, parameters: RainParameters) -> list[_Shower]:
-    """Draw the values of the layers that an image has, and which these are."""
+    """Select the layers of an image and draw their values."""
     scale = parameters.scale
     angle = math.radians(generator.uniform(*parameters.angle))
     spread = math.radians(parameters.angle_spread)
@@ -166,16 +166,16 @@ def _draw_showers(generator: Generator, parameters: RainParameters) -> list[_Sho
             unevenness=unevenness,
         )
         for layer, value in zip(parameters.layers, luck, strict=True)
-        if value < 1 or value == luck.min()  # each image has at least one
+        if value < 1 or value == luck.min()  # at least one layer per image
     ]
 
 
 def _strengths(
     image: np.ndarray, veil: np.ndarray, light: np.ndarray, shine: np.ndarray, showers: list[_Shower], error: float
 ) -> tuple[float, float]:
-    """Return the factors of the streaks' and the veil's opacity at which the expected squared error is `error`.
+    """Return the factors of streaks and veil for which the expected squared error is `error`.
 
-    With R the streaks, d the veil's change and h the headroom that it leaves, shine - image - d, the mean of
+    With R the streaks, d the change by the veil and h the remaining headroom, shine - image - d, the mean of
     (d + gR h)^2 is d^2 + 2 g E[R] dh + g^2 E[R^2] h^2.
     """
     step = max(1, min(image.shape[:2]) // 128)
@@ -195,7 +195,7 @@ def _strengths(
 def _blend(
     image: np.ndarray, veil: np.ndarray, light: np.ndarray, shine: np.ndarray, streaks: np.ndarray
 ) -> np.ndarray:
-    """Pale the image towards `light` by the veil, then blend streaks of the colour `shine` over it."""
+    """Blend the image with `light` by the veil, then with the colour `shine` by the streaks."""
     result = np.empty_like(image)
     for rows in strips(image):
         headroom = cv2.subtract((*shine, 0), image[rows], dst=result[rows])
@@ -208,8 +208,8 @@ def _blend(
 
 
 def _compress_change(image: np.ndarray, rainy: np.ndarray, quality: int, generator: Generator) -> np.ndarray:
-    """Return the image plus what the rain has changed in its compression; without rain it stays as it is."""
-    top, left = (int(value) for value in generator.integers(0, 16, 2))  # blocks begin anywhere
+    """Return the image plus the compressed change caused by the rain; areas without rain are unchanged."""
+    top, left = (int(value) for value in generator.integers(0, 16, 2))  # random block offset
     kept = []
     for levels in (cv2.convertScaleAbs(one, alpha=255) for one in (rainy, image)):
         bordered = cv2.copyMakeBorder(levels, top, 0, left, 0, cv2.BORDER_REPLICATE)
@@ -221,14 +221,14 @@ def _compress_change(image: np.ndarray, rainy: np.ndarray, quality: int, generat
 
 
 def _render(shape: tuple[int, int], generator: Generator, shower: _Shower) -> np.ndarray:
-    """Draw one layer of streaks with the brightness of `shower`, [H, W] float32.
+    """Render one layer of streaks, [H, W] float32.
 
-    A streak leans less than 60 degrees, so it is one point on each row that it crosses, shared between two pixels in
-    proportion; a filter along rows then gives it its width.
+    Streaks are inclined by less than 60 degrees, so each is one point on every row that it crosses, split between two
+    pixels by linear interpolation. A filter along rows then adds its width.
     """
     height, width = shape
-    border = shower.length[1] / 2  # streaks whose centre lies outside still reach in
-    # How far from its middle a streak still shows, in pixels of a row: to a 2000th of its brightness.
+    border = shower.length[1] / 2  # streaks centred outside may extend into the image
+    # Distance at which the brightness falls to 1/2000, in pixels along a row.
     pad = math.ceil(shower.row_width / 2 * 11 ** (1 / shower.sharpness) + 1) + 1
     reach = border * (math.sin(abs(shower.angle)) + 4 * shower.bend) + pad
     count = generator.poisson(shower.density * (height + 2 * border) * (width + 2 * reach))
@@ -252,7 +252,7 @@ def _render(shape: tuple[int, int], generator: Generator, shower: _Shower) -> np
     mass = brightness[streak] * (1 - along**4) * uneven
     x = centre_x[streak] + (slope[streak] + bend[streak] * along) * offset
 
-    # The canvas is wider than the image by what the filter reaches, so that rain enters from beyond the border too.
+    # The canvas is wider than the image by the filter radius, so that rain extends across the border.
     left = np.floor(x).astype(np.int64)
     share = x - left
     left += pad
@@ -268,9 +268,9 @@ def _render(shape: tuple[int, int], generator: Generator, shower: _Shower) -> np
 
 
 def _profile(shower: _Shower, pad: int) -> np.ndarray:
-    """Return a streak's brightness across it, a filter of 2 pad + 1 weights of sum 1."""
-    # Sharing between two pixels has blurred by a variance of 1/6 already, which is 0.92 of a Gaussian's width squared.
+    """Return the cross-section of a streak as a normalized filter of 2 pad + 1 weights."""
+    # Splitting between two pixels adds a variance of 1/6, which corresponds to 0.92 of the squared width of a Gaussian.
     width = math.sqrt(max(shower.row_width**2 - 0.92, 0.05))
-    fine = (np.arange(-8 * pad - 4, 8 * pad + 4) + 0.5) / 8  # eight places in each pixel
+    fine = (np.arange(-8 * pad - 4, 8 * pad + 4) + 0.5) / 8  # eight samples per pixel
     weights = np.exp(-math.log(2) * np.abs(2 * fine / width) ** shower.sharpness).reshape(-1, 8).sum(axis=1)
     return (weights / weights.sum()).astype(np.float32)

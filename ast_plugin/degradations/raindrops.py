@@ -1,18 +1,18 @@
-"""Synthesis of raindrops that stick to a pane of glass in front of the lens.
+"""Synthesis of raindrops on a glass pane in front of the lens.
 
-The pane is close and the camera looks past it, so a drop is a small, strongly bent lens out of focus: it shows a wide
-view turned over and squeezed, dark where the surface is too steep for light to leave the water, and smeared by the
-circle of confusion, of a few pixels up to more than the drop. A drop is round or a union of rounded lobes whose contour
-wavers; drops keep clear of one another, the large ones first. Some ran down and left a trail. Between them water lies
-as a film that blurs and pales.
+The pane is close and the camera focuses on the scene, so a drop acts as a small, strong lens out of focus: it shows a
+wide view, inverted and compressed, dark where the surface is too steep to transmit light, and blurred by a circle of
+confusion from a few pixels to more than its own size. A drop is round or a union of rounded lobes with an irregular
+contour. Drops do not overlap; large ones are placed first. Some have run down and left a trail. Between them, a film of
+water blurs and fades the image.
 
-Everything on the pane is out of focus, so it is made at half the resolution or less: lobes of all drops as one list
-of pixels, a field of surface slopes, one look-up of the refracted view, one blur. Lenses, defocus and opacity mix
-light, for which the square of a value is taken: what is bright outweighs what is dark.
+As everything on the pane is out of focus, it is rendered at half the resolution or less: the lobes of all drops as one
+list of pixels, a field of surface slopes, one lookup of the refracted view, one blur. Lenses, defocus and opacity mix
+light, which is approximated by squared pixel values, so bright areas outweigh dark ones.
 
 Source: Gu et al., "Removing image artifacts due to dirty camera lenses and thin occluders", TOG 2009, for the
-layer out of focus; Qian et al., CVPR 2018, and Jin et al., "Raindrop Clarity", ECCV 2024, for sizes, from spray to
-drops a fifth of the image across, for day and dusk, and for drops more and less in focus.
+defocused layer; Qian et al., CVPR 2018, and Jin et al., "Raindrop Clarity", ECCV 2024, for sizes (from spray to drops
+of a fifth of the image width), for day and dusk, and for the range of focus.
 """
 
 from __future__ import annotations
@@ -37,61 +37,65 @@ from ast_plugin.degradations.base import (
     to_rgb,
 )
 
-MERGING = 4.0  # how sharply lobes join: h = log(sum(exp(MERGING * h_i))) / MERGING
-FLOOR = -0.8  # height of the bare pane, where a drop's rim is at 0 and its middle at 1
-BEADS = 9  # lobes of a trail
-LARGEST = 4.0  # radius of the largest drop by the median
+MERGING = 4.0  # sharpness of merging lobes: h = log(sum(exp(MERGING * h_i))) / MERGING
+FLOOR = -0.8  # height of the dry pane; the rim of a drop is at 0, its centre at 1
+BEADS = 9  # lobes per trail
+LARGEST = 4.0  # maximum radius of a drop relative to the median
 CHUNK = 2**19  # pixels of lobes rendered at a time
-OFFERED = 5.0  # area of the drops offered a place, by that of the drops that may be wanted
-LOBES_PER_BODY = 0.12  # area of the lobes of an irregular drop that stick out, by that of its body
-FAR_OUT = 10.0  # circle of confusion in pixels from which on the pane is made at a quarter of the resolution
-FILM_SHARE = 0.5  # at most this share of the squared error comes from the film
+OFFERED = 5.0  # area of candidate drops relative to the area that may be required
+LOBES_PER_BODY = 0.12  # area of protruding lobes of an irregular drop relative to its body
+FAR_OUT = 10.0  # circle of confusion in pixels above which the pane is rendered at a quarter of the resolution
+FILM_SHARE = 0.5  # maximum fraction of the squared error caused by the film
 
 WATER = 1.333  # refractive index
-STEEPEST = 0.98  # sine of the steepest slope: a surface seen edge on
-DARKEST = 0.12  # light that comes from past the critical angle, reflected about inside the drop
-REACH = 128  # pixels in which the view to 45 degrees aside is kept: most drops squeeze it to less than that
-WHITE = 0.7  # gray above which a light is brighter than an image can show
-SLOPES = 512  # entries of the tables over the sine of the slope
-SHARP = 0.85  # squared error of a drop in focus by that of all of its surface: opacity falls off at the rim
-SMEARING = 0.6  # decrease of its logarithm with the radius of the circle of confusion by that of the drop
+STEEPEST = 0.98  # sine of the steepest slope: a surface seen edge-on
+DARKEST = 0.12  # light from beyond the critical angle, by internal reflection
+REACH = 128  # size in pixels of the stored view up to 45 degrees; most drops compress it to less
+WHITE = 0.7  # gray value above which a light source exceeds the range of the image
+SLOPES = 512  # table entries over the sine of the slope
+SHARP = 0.85  # squared error of a drop in focus relative to its whole surface, as opacity decreases at the rim
+SMEARING = 0.6  # decrease of ln(squared error) per radius of the circle of confusion relative to the drop
 
 
 class RaindropParameters(Parameters):
-    """What drops may look like; each [lowest, highest] is drawn from uniformly, once an image unless said otherwise.
+    """Parameters of raindrops. Ranges [lowest, highest] are sampled uniformly, once per image unless stated otherwise.
 
-    Pixels are those of an image about 500 pixels high, see `scale`.
+    Lengths in pixels refer to images about 500 pixels high, see `scale`.
     """
 
     type: Literal['raindrop'] = 'raindrop'
-    psnr: PositiveRange = Field((16.5, 29.0), description='dB of the wet image against the clean one')
-    coverage: Range = limited((0.01, 0.45), 0, 0.5, 'limits of the share of the pane under drops')
-    radius: PositiveRange = limited((2.5, 26.0), 2, 100, "pixels; median of the image's drops, log-uniform")
-    size_spread: Range = limited((0.2, 0.75), 0, 1, 'standard deviation of the logarithm of the radius over an image')
-    contact_angle: Range = limited((25, 70), 5, 80, 'degrees between water and glass at the rim')
-    elongation: PositiveRange = limited((0.85, 1.5), 0.25, 4, 'height over width; one value a lobe')
-    irregularity: Range = limited((0, 1), 0, 1, 'from round drops (0) to lobed ones with satellites (1)')
-    trails: Range = limited((0, 0.08), 0, 1, 'share of the drops that ran down and left a trail')
-    defocus: PositiveRange = limited((0.15, 1.6), 0, 3, 'radius of the circle of confusion by `radius`, log-uniform')
-    film: Range = limited((0, 0.7), 0, 1, 'opacity of the film of water where it is thickest')
-    film_blur: PositiveRange = limited((1.5, 6.0), 0, 50, 'pixels; standard deviation of the blur through the film')
-    sky: Range = limited((0.6, 1.0), 0, 1, 'brightness of the sky that drops see above the image')
-    skyline: PositiveRange = limited((1.0, 20.0), 1, 45, 'degrees above the image where that sky is open, log-uniform')
-    ground: Range = limited((0.2, 0.8), 0, 2, 'brightness, by that of the image, of the ground below')
-    glare: Range = limited((0, 6), 0, 10, 'how much brighter what is white is than an image can show, in white')
-    focal: PositiveRange = limited((700.0, 2500.0), 0, 1e5, 'pixels; focal length: how far aside a drop looks')
-    scale: float = Field(1.0, ge=0.3, le=20, description='multiplies every length; 1 suits images 500 pixels high')
+    psnr: PositiveRange = Field((16.5, 29.0), description='PSNR of the wet image in dB')
+    coverage: Range = limited((0.01, 0.45), 0, 0.5, 'limits of the fraction of the pane covered by drops')
+    radius: PositiveRange = limited((2.5, 26.0), 2, 100, 'median radius of the drops in pixels; log-uniform')
+    size_spread: Range = limited((0.2, 0.75), 0, 1, 'standard deviation of ln(radius) over the drops of an image')
+    contact_angle: Range = limited((25, 70), 5, 80, 'angle between water and glass at the rim in degrees')
+    elongation: PositiveRange = limited((0.85, 1.5), 0.25, 4, 'ratio of height to width; per lobe')
+    irregularity: Range = limited((0, 1), 0, 1, 'shape of drops, from round (0) to lobed with satellites (1)')
+    trails: Range = limited((0, 0.08), 0, 1, 'fraction of drops with a trail')
+    defocus: PositiveRange = limited(
+        (0.15, 1.6), 0, 3, 'radius of the circle of confusion relative to `radius`; log-uniform'
+    )
+    film: Range = limited((0, 0.7), 0, 1, 'maximum opacity of the film of water')
+    film_blur: PositiveRange = limited((1.5, 6.0), 0, 50, 'standard deviation of the blur by the film in pixels')
+    sky: Range = limited((0.6, 1.0), 0, 1, 'brightness of the sky above the image, as seen in drops')
+    skyline: PositiveRange = limited(
+        (1.0, 20.0), 1, 45, 'degrees above the image at which this sky is open; log-uniform'
+    )
+    ground: Range = limited((0.2, 0.8), 0, 2, 'brightness of the ground below the image, relative to the image')
+    glare: Range = limited((0, 6), 0, 10, 'brightness of light sources above white, relative to white')
+    focal: PositiveRange = limited((700.0, 2500.0), 0, 1e5, 'focal length in pixels; sets the field of view of drops')
+    scale: float = Field(1.0, ge=0.3, le=20, description='factor of all lengths; 1 is for images 500 pixels high')
 
 
 def add_raindrops(
     image: np.ndarray, generator: Generator, parameters: RaindropParameters
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put wet glass before a clean image, see `Degradation.apply`; where the mask is 0 the image is the clean one.
+    """Add wet glass in front of a clean image, see `Degradation.apply`; where the mask is 0, the image is unchanged.
 
-    Drops see what the image shows and, beyond its border, its mirror image under a sky and over a dark ground; so a
-    patch is best degraded with a margin of its image.
-    Numerics: psnr is met within about 0.5 dB by how many drops there are, where they are many; the limits of
-        `coverage` come first, so that a scene of little contrast stays cleaner, and one of very much may be worse.
+    Drops show the image and, beyond its border, its mirror image below a sky and above dark ground. Patches should
+    therefore be degraded with a margin.
+    Numerics: psnr is met within about 0.5 dB by the number of drops, if there are many. The limits of `coverage` take
+        precedence, so low-contrast scenes may be degraded less, and high-contrast scenes more.
     """
     height, width = image.shape[:2]
     error = 10 ** (-generator.uniform(*parameters.psnr) / 10)
@@ -99,7 +103,7 @@ def add_raindrops(
     defocus = draw_log_uniform(generator, parameters.defocus)
     confusion = defocus * radius
     zoom = (2 if confusion < FAR_OUT else 4) * max(1.0, parameters.scale)
-    unit = parameters.scale / zoom  # pixels of the pane to one of the parameters
+    unit = parameters.scale / zoom  # pixels of the pane per pixel of the parameters
     pane = (math.ceil(height / zoom), math.ceil(width / zoom))
     sine = math.sin(math.radians(generator.uniform(*parameters.contact_angle)))
     light = image * image
@@ -111,7 +115,7 @@ def add_raindrops(
     scene = surroundings(light, focal, sky**2, skyline=skyline, ground=ground**2, glare=glare)
     irregularity = generator.uniform(*parameters.irregularity)
 
-    # As many drops as are expected to make the error that is still wanted, then once more by the error they made.
+    # Choose the number of drops by the expected error, then correct it once by the actual error.
     wanted = max(error - spoilt, 0.0)
     coverage = float(np.clip(wanted / max(expected_error(scene, sine, defocus), 1e-9), *parameters.coverage))
     offered = OFFERED * min(2 * coverage, parameters.coverage[1])
@@ -136,7 +140,7 @@ def add_raindrops(
 
 
 def _error(small: np.ndarray, layer: np.ndarray) -> float:
-    """Return the mean squared error that a layer, colour times opacity and opacity, makes before light, [h, w, 3]."""
+    """Return the mean squared error caused by a layer, [h, w, 4], over light, [h, w, 3]."""
     wet = small * to_rgb(1 - layer[..., 3])
     wet += layer[..., :3]
     return cv2.norm(np.sqrt(np.clip(wet, 0, 1, out=wet), out=wet), np.sqrt(small), cv2.NORM_L2SQR) / small.size
@@ -150,11 +154,11 @@ def _draw_lobes(
     irregularity: float,
     parameters: RaindropParameters,
 ) -> np.ndarray:
-    """Scatter drops of the median radius `typical` over the pane and beyond its border, and give each its lobes.
+    """Place drops of median radius `typical` on the pane and around it, and give each its lobes.
 
-    They are more than are wanted: `offered` is their area by that of the pane. Returns one column a lobe, [6, n], in
-    pixels of the pane: x, y, half the width, extent from the widest row upwards and downwards, and the share of the
-    pane that is under drops when this one has come.
+    There are more than required: their total area is `offered` times that of the pane. Returns one column per lobe,
+    [6, n], in pixels of the pane: x, y, half width, extents above and below the widest row, and the fraction of the
+    pane covered by drops up to and including this one.
     """
     spread = generator.uniform(*parameters.size_spread)
     border = 3 * typical
@@ -164,18 +168,18 @@ def _draw_lobes(
     radius = np.sort(np.minimum(radius, LARGEST * typical))[::-1]
     drops = np.stack([generator.uniform(0, width, count), generator.uniform(0, height, count), radius])
     drops = drops[:, _apart(drops, (height, width))]
-    # Spray is uneven: where it falls thicker, drops come earlier.
+    # Spray is uneven: in denser areas, drops are placed earlier.
     spray = 1 + lattice_noise((math.ceil(height / 8), math.ceil(width / 8)), generator, 10 * typical / 8 + 4)
     column, row = (drops[:2] / 8).astype(np.int64)
     x, y, radius = drops[:, np.argsort(generator.random(len(row)) / np.maximum(spray[row, column], 1e-3))]
     areas = (1 + LOBES_PER_BODY * irregularity) * math.pi * radius**2 / (height * width)
-    # A share of its own area, so that a pane of few large drops is as wet on the average.
+    # Random fraction of its own area, so that the mean coverage is correct even for few large drops.
     arrival = np.cumsum(areas) - areas * generator.random(len(areas))
     return _shape(np.stack([x - border, y - border, radius, arrival]), generator, irregularity, parameters)
 
 
 def _apart(drops: np.ndarray, size: tuple[float, float]) -> list[int]:
-    """Return which drops (x, y, radius), from large to small, have their middle in or close to no earlier one."""
+    """Return the indices of drops (x, y, radius), from large to small, that do not overlap an earlier drop."""
     taken = np.zeros((math.ceil(size[0]) + 1, math.ceil(size[1]) + 1), np.uint8)
     kept = []
     columns, rows, reach = np.stack([drops[0], drops[1], np.ceil(1.3 * drops[2])]).astype(int).tolist()
@@ -187,7 +191,7 @@ def _apart(drops: np.ndarray, size: tuple[float, float]) -> list[int]:
 
 
 def _shape(drops: np.ndarray, generator: Generator, irregularity: float, parameters: RaindropParameters) -> np.ndarray:
-    """Build each drop of a body and, if irregular, up to two bulges on it and up to two satellites beside it."""
+    """Build each drop from a body and, depending on irregularity, up to two bulges and two separate satellites."""
     x, y, radius, arrival = drops
     count = len(x)
     lobes = [drops, _trails(drops, generator, parameters)]
@@ -205,12 +209,12 @@ def _shape(drops: np.ndarray, generator: Generator, irregularity: float, paramet
         lobes.append(np.stack([*place, size, arrival])[:, has])
     x, y, radius, arrival = np.concatenate(lobes, axis=1)
     tall = np.sqrt(generator.uniform(*parameters.elongation, len(x)))
-    sag = generator.uniform(0, 0.3, len(x))  # water sags: the lower part is shorter
+    sag = generator.uniform(0, 0.3, len(x))  # gravity shortens the lower part
     return np.stack([x, y, radius / tall, radius * tall * (1 + sag), radius * tall * (1 - sag), arrival])
 
 
 def _trails(drops: np.ndarray, generator: Generator, parameters: RaindropParameters) -> np.ndarray:
-    """Return beads above some drops, [4, n] as the drops: a tail that tapers, wavers and breaks up."""
+    """Return beads above some drops, [4, n] like `drops`: a tapering, wavy, broken tail."""
     ran = generator.random(drops.shape[1]) < generator.uniform(*parameters.trails)
     x, y, radius, arrival = drops[:, ran, None]
     shape = (len(x), BEADS)
@@ -222,9 +226,9 @@ def _trails(drops: np.ndarray, generator: Generator, parameters: RaindropParamet
 
 
 def _render(lobes: np.ndarray, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where there are drops, [h, w] in [0, 1], and their outward steepness, [2, h, w], of length 1 at a rim.
+    """Return the opacity of drops, [h, w] in [0, 1], and their outward slope, [2, h, w], of length 1 at the rim.
 
-    Each lobe is a dome 1 - |p|^2, p the place in it by its extent. Heights join softly, and slopes in proportion.
+    Each lobe is a dome 1 - |p|^2, with p the position relative to its extents. Heights and slopes are blended smoothly.
     """
     height, width = pane = unrest.shape
     weight, across, down = np.zeros((3, height * width), np.float32)
@@ -248,20 +252,20 @@ def _render(lobes: np.ndarray, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarr
         np.add.at(across, place, share * u)
         np.add.at(down, place, share * v)
     level = np.log(weight + np.float32(math.exp(MERGING * FLOOR))).reshape(pane) / np.float32(MERGING)
-    level += 0.2 * unrest  # contours waver
+    level += 0.2 * unrest  # irregular contours
     opacity = np.clip(level * 6 + 0.5, 0, 1)
     steepness = np.stack([across, down]).reshape(2, *pane) / np.maximum(weight, 1e-6).reshape(pane)
     return opacity, steepness
 
 
 def _covered(low: np.ndarray, high: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return first pixel and one past the last between `low` and `high`, within [0, size)."""
+    """Return the first pixel and one past the last pixel between `low` and `high`, within [0, size)."""
     first = np.clip(np.ceil(low), 0, size).astype(np.int64)
     return first, np.maximum(np.clip(np.floor(high) + 1, 0, size).astype(np.int64), first)
 
 
 def _defocus(layer: np.ndarray, radius: float) -> np.ndarray:
-    """Blur a layer of the pane with a disc of `radius` pixels, softened at its edge."""
+    """Blur a layer with a disc of `radius` pixels with antialiased edge."""
     reach = math.ceil(radius)
     offset = np.arange(-reach, reach + 1, dtype=np.float32)
     disc = np.clip(radius + 0.5 - np.hypot(offset, offset[:, None]), 0, 1)
@@ -271,7 +275,7 @@ def _defocus(layer: np.ndarray, radius: float) -> np.ndarray:
 def _film(
     small: np.ndarray, generator: Generator, unit: float, parameters: RaindropParameters, most: float
 ) -> tuple[np.ndarray, float]:
-    """Return a film through which `small` is blurred, paled and displaced, [h, w, 4], and its error, at `most` that."""
+    """Return a film that blurs, fades and displaces `small`, [h, w, 4], and its error, limited to `most`."""
     shape = small.shape[:2]
     sigma = generator.uniform(*parameters.film_blur) * unit
     thickness = lattice_noise(shape, generator, 120 * unit) + 0.5 * lattice_noise(shape, generator, 36 * unit)
@@ -292,9 +296,10 @@ def _film(
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Return, over the sine s of the slope: how far aside the view goes per focal length, and the light let through.
+    """Return deflection per focal length and transmitted light, tabulated over the sine s of the slope.
 
-    A ray meets the surface at asin(s) from its normal and leaves at asin(n s), by Snell; Fresnel's reflection is lost.
+    Rays hit the surface at asin(s) from its normal and leave at asin(n s), by Snell's law. Light is lost by Fresnel
+    reflection.
     """
     s = np.linspace(0, 1, SLOPES)
     out = np.minimum(WATER * s, 1)
@@ -311,28 +316,28 @@ ASIDE, LIGHT = _tables()
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The scene as far aside as drops look, at a fraction of the resolution."""
+    """The scene within the field of view of drops, at reduced resolution."""
 
     view: np.ndarray  # RGB, [h + 2 border, w + 2 border, 3]
-    border: int  # pixels of it beyond each edge of the image
-    shrink: float  # pixels of the image to one of `view`
+    border: int  # width in pixels of `view` beyond each edge of the image
+    shrink: float  # pixels of the image per pixel of `view`
     focal: float  # focal length of the camera, in pixels of `view`
 
     @property
     def image(self) -> np.ndarray:
-        """The part that the image shows, [h, w, 3]."""
+        """The part covered by the image, [h, w, 3]."""
         inner = slice(self.border, -self.border)
         return self.view[inner, inner]
 
     def look(self, x: np.ndarray, y: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
-        """Return what slopes of water show, [n, m, 3], at places in pixels of `view` from the image's corner.
+        """Return the view through slopes of water, [n, m, 3], at positions in pixels of `view` from the image corner.
 
-        The outward components of the sine of the slope, `across` and `down`, are [n, m] float32; x, y broadcast to it.
+        `across` and `down` are the outward components of the sine of the slope, [n, m] float32; x and y broadcast.
         """
-        # Not cv2.magnitude, whose last digit depends on where in memory its arguments lie.
+        # Not cv2.magnitude, whose last digit depends on the memory alignment of its arguments.
         size = np.minimum(np.sqrt(across * across + down * down), STEEPEST)
         entry = (size * (SLOPES - 1)).astype(np.int32)
-        # Rays bend towards the thick of the drop, which is against the outward slope.
+        # Rays bend towards the thick part of the drop, against the outward slope.
         pull = ASIDE[entry] * np.float32(-self.focal) / np.maximum(size, 1e-6)
         x = across * pull + (x + np.float32(self.border))
         y = down * pull + (y + np.float32(self.border))
@@ -344,14 +349,14 @@ class Surroundings:
 def surroundings(
     image: np.ndarray, focal: float, sky: float, *, skyline: float = 5.6, ground: float = 0.3, glare: float = 0.0
 ) -> Surroundings:
-    """Return the scene around an image: its mirror image, a sky coming up above and ground growing dark below.
+    """Return the scene around an image: its mirror image, fading to sky above and to dark ground below.
 
     Args:
         image: light of the image, [H, W, 3] float32 in [0, 1].
         focal: focal length in pixels of the image.
-        sky, ground: light of the sky, and that of the ground far below by the mean of the image.
-        skyline: degrees above the image at which the sky is open.
-        glare: how much brighter white is than an image can show. Out of focus it stays white for that.
+        sky, ground: light of the sky, and light of distant ground relative to the mean of the image.
+        skyline: angle above the image, in degrees, where the sky is fully visible.
+        glare: brightness of white above the range of the image, so that it remains white out of focus.
     """
     shrink = max(1.0, focal / REACH)
     size = [math.ceil(side / shrink) for side in image.shape[1::-1]]
@@ -369,9 +374,9 @@ def surroundings(
 
 
 def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: float) -> np.ndarray:
-    """Return what is seen through drops of `opacity`, [h, w], as a layer.
+    """Return the view through drops of `opacity`, [h, w], as a layer.
 
-    The slope, [2, h, w], is the sine's outward components (across, down); `zoom` pixels of the image are one of these.
+    `slope` is the outward sine of the slope (across, down), [2, h, w]; `zoom` is the scale of the image relative to it.
     """
     height, width = opacity.shape
     ratio = np.float32(zoom / scene.shrink)
@@ -381,14 +386,15 @@ def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: f
 
 
 def _make_layer(colour: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """Return a layer as layers are blended: colour times opacity, and opacity, [h, w, 4] float32."""
+    """Return a layer with premultiplied colour and opacity, [h, w, 4] float32."""
     return cv2.merge([*cv2.split(colour * to_rgb(opacity)), opacity])
 
 
 def expected_error(scene: Surroundings, rim: float, defocus: float, directions: int = 24) -> float:
-    """Return the mean squared error of the values, roots of light, where drops are, before any is placed.
+    """Return the expected mean squared error of pixel values in drops, before any is placed.
 
-    It is taken over places of the image and the surface of a round drop, whose slope grows to the sine `rim`.
+    It is averaged over positions in the image and over the surface of a round drop, whose slope increases to the sine
+    `rim`.
     """
     image = scene.image
     step = max(1, int(math.sqrt(image.shape[0] * image.shape[1] / 700)))

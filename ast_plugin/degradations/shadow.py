@@ -1,8 +1,8 @@
 """Synthesis of cast shadows.
 
-Something outside the image, or cut by its border, keeps the sun from a part of the scene. The sun is a disc, so the
-edge of the shadow widens with the distance from what casts it. In the shadow remains the light of the sky, bluish, and
-of the surroundings, which varies. Values are light to the power of 1 / 2.2, so the loss is a factor of values as well.
+An object outside the image, or cut by its border, blocks the sun in a part of the scene. As the sun is a disc, the edge
+of the shadow widens with the distance from the object. The shadow still receives bluish light from the sky and varying
+light from the surroundings. Pixel values are light to the power of 1 / 2.2, so attenuation is a factor for both.
 """
 
 # ruff: noqa: RUF005 (lists are added to arrays here, not to lists)
@@ -28,35 +28,35 @@ from ast_plugin.degradations.base import (
     limited,
 )
 
-GRID_ROWS = 240  # rows on which shadows are drawn; their edges are softer than that
-TRIES = 10  # drawings, of which the first with the coverage that was drawn is taken
-PENUMBRAS = 5  # widths of the edge that are rendered; between them is interpolated
-SHIFT = 4  # binary digits behind the point of coordinates that OpenCV draws
+GRID_ROWS = 240  # rows of the grid on which shadows are drawn; their edges are softer than its resolution
+TRIES = 10  # maximum number of drawings to reach the coverage
+PENUMBRAS = 5  # number of edge widths rendered, between which is interpolated
+SHIFT = 4  # fractional bits of coordinates in OpenCV's drawing functions
 
 CasterName = Literal['wall', 'object', 'figure', 'foliage', 'bars']
 
 
 class ShadowParameters(Parameters):
-    """What a shadow may be like; each [lowest, highest] is drawn from uniformly, once an image."""
+    """Parameters of shadows. Ranges [lowest, highest] are sampled uniformly, once per image."""
 
     type: Literal['shadow'] = 'shadow'
     casters: tuple[CasterName, ...] = Field(
         get_args(CasterName),
         min_length=1,
-        description=f'what casts it, each as likely: {", ".join(get_args(CasterName))}',
+        description=f'types of objects, drawn with equal probability: {", ".join(get_args(CasterName))}',
     )
-    coverage: PositiveRange = limited((0.12, 0.5), 0, 1, 'share of the image in the shadow')
-    ambient: PositiveRange = limited((0.16, 0.48), 0, 1, 'light left in the shadow, of that in the sun')
-    tint: Range = limited((0.02, 0.22), 0, 0.99, 'excess of blue and lack of red in that light')
-    penumbra: PositiveRange = limited((0.9, 2.2), 0, 40, 'pixels, standard deviation of the edge where it is sharpest')
-    widening: Range = limited((2.0, 12.0), 0, 80, 'pixels by which it grows across the height of the image')
-    scale: float = Field(1.0, gt=0, le=20, description='size of images that patches come from: 1 for 480x720')
+    coverage: PositiveRange = limited((0.12, 0.5), 0, 1, 'fraction of the image in shadow')
+    ambient: PositiveRange = limited((0.16, 0.48), 0, 1, 'light in the shadow relative to the light in the sun')
+    tint: Range = limited((0.02, 0.22), 0, 0.99, 'relative increase of blue and decrease of red in the shadow')
+    penumbra: PositiveRange = limited((0.9, 2.2), 0, 40, 'standard deviation of the sharpest edge in pixels')
+    widening: Range = limited((2.0, 12.0), 0, 80, 'increase of this width over one image height, in pixels')
+    scale: float = Field(1.0, gt=0, le=20, description='size of the images that patches come from; 1 is for 480x720')
 
 
 def add_shadow(image: np.ndarray, generator: Generator, parameters: ShadowParameters) -> tuple[np.ndarray, np.ndarray]:
-    """Cast a shadow on a clean image, see `Degradation.apply`; the mask is how much of the sun is kept away.
+    """Cast a shadow on a clean image, see `Degradation.apply`; the mask is the blocked fraction of sunlight.
 
-    A patch smaller than `FRAME` gets a part of the shadow that an image of that size would get, some of it in sight.
+    A patch smaller than `FRAME` gets a part of the shadow of an image of that size, chosen near the shadow.
     """
     height, width = image.shape[:2]
     frame = [max(length, side * parameters.scale) for length, side in zip(image.shape, FRAME, strict=False)]
@@ -69,14 +69,14 @@ def add_shadow(image: np.ndarray, generator: Generator, parameters: ShadowParame
 
 
 class Caster(NamedTuple):
-    """What casts a shadow."""
+    """An object that casts a shadow."""
 
-    opacity: np.ndarray  # [rows, columns] uint8, 255 where the sun is hidden
-    foot: np.ndarray  # where it stands, (x, y) in pixels of the grid or beyond: there the edge is sharpest
+    opacity: np.ndarray  # [rows, columns] uint8, 255 where the sun is blocked
+    foot: np.ndarray  # position where it stands, (x, y) in grid pixels, possibly outside: the edge is sharpest there
 
 
 def _draw(generator: Generator, parameters: ShadowParameters, shape: tuple[int, int]) -> np.ndarray:
-    """Draw casters until the coverage that was drawn is met, and soften the best; [rows, columns] float32 in [0, 1]."""
+    """Draw casters until one matches the coverage, and soften the best; [rows, columns] float32 in [0, 1]."""
     wanted = generator.uniform(*parameters.coverage)
     best, best_error = None, math.inf
     for _ in range(TRIES):
@@ -94,7 +94,7 @@ def _draw(generator: Generator, parameters: ShadowParameters, shape: tuple[int, 
 
 
 def _soften(caster: Caster, sharpest: float, widening: float) -> np.ndarray:
-    """Blur the outline, `sharpest` where the caster stands and `widening` more a distance of the height."""
+    """Blur the outline by `sharpest` at the foot of the caster, plus `widening` per grid height of distance."""
     opacity = caster.opacity.astype(np.float32) / 255
     rows, columns = opacity.shape
     y, x = np.arange(rows, dtype=np.float32)[:, None], np.arange(columns, dtype=np.float32)
@@ -111,7 +111,7 @@ def _soften(caster: Caster, sharpest: float, widening: float) -> np.ndarray:
 
 
 def _light(generator: Generator, parameters: ShadowParameters, shadow: np.ndarray) -> np.ndarray:
-    """Return the factor of encoded values, [rows, columns, 3] float32 in [0, 1]."""
+    """Return the gain of pixel values, [rows, columns, 3] float32 in [0, 1]."""
     ambient, tint = generator.uniform(*parameters.ambient), generator.uniform(*parameters.tint)
     sky = ambient * np.array([1 - tint, 1 + generator.normal(0, 0.01), 1 + tint], np.float32)
     uneven = lattice_noise(shadow.shape, generator, 0.8 * shadow.shape[0])
@@ -122,7 +122,7 @@ def _light(generator: Generator, parameters: ShadowParameters, shadow: np.ndarra
 
 
 def _offset(generator: Generator, shadow: np.ndarray, window: tuple[float, float]) -> tuple[float, float]:
-    """Return where on the grid a window lies: anywhere around a random place in the shadow, within the grid."""
+    """Return the position of a window on the grid, random around a random point of the shadow."""
     chance = generator.random(3)
     places = np.flatnonzero(shadow > 0.25)
     place = places[int(chance[0] * len(places))] if len(places) else int(chance[0] * shadow.size)
@@ -143,11 +143,11 @@ def _enlarge(
     return cv2.warpAffine(field, matrix, shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
-# The functions that follow draw a caster on a grid of any ratio; lengths are shares of the grid's height.
+# The functions below draw a caster on a grid of any aspect ratio; lengths are fractions of the grid height.
 
 
 def draw_wall(shape: tuple[int, int], generator: Generator) -> Caster:
-    """A wall or roof line that comes in from a side, straight with a few steps and gables."""
+    """Draw the roof line of a wall from one side, straight with a few steps and gables."""
     rows, columns = shape
     reach = math.hypot(rows, columns)
     steps = int(generator.integers(1, 6))
@@ -169,7 +169,7 @@ def draw_wall(shape: tuple[int, int], generator: Generator) -> Caster:
 
 
 def draw_object(shape: tuple[int, int], generator: Generator) -> Caster:
-    """Something of a smooth or a cornered outline, half of the time held on a stick or an arm from the border."""
+    """Draw an object of smooth or polygonal outline, half of them held by a stick or arm from the border."""
     rows, columns = shape
     radius = generator.uniform(0.16, 0.46) * rows
     angles = np.linspace(0, 2 * math.pi, 96, endpoint=False)
@@ -192,10 +192,10 @@ def draw_object(shape: tuple[int, int], generator: Generator) -> Caster:
 
 
 def draw_figure(shape: tuple[int, int], generator: Generator) -> Caster:
-    """A person or two, feet near or beyond the border, drawn long by a low sun."""
+    """Draw one or two persons, feet near or beyond the border, elongated by a low sun."""
     rows, columns = shape
     opacity = np.zeros(shape, np.uint8)
-    lean = generator.uniform(-0.9, 0.9)  # radians from upwards
+    lean = generator.uniform(-0.9, 0.9)  # radians from the vertical
     length = generator.uniform(0.8, 1.5) * rows
     if generator.random() < 0.3:
         lean += math.pi
@@ -212,7 +212,7 @@ def draw_figure(shape: tuple[int, int], generator: Generator) -> Caster:
 
 
 def draw_foliage(shape: tuple[int, int], generator: Generator) -> Caster:
-    """The crown of a tree: leaves in clusters, with sun between them, and a few branches."""
+    """Draw the crown of a tree: clusters of leaves with gaps, and a few branches."""
     rows, columns = shape
     crown = fractal_noise(shape, generator, 0.9 * rows, octaves=3)
     side = _rotate([[1.0, 0.0]], generator.uniform(0, 2 * math.pi))[0]
@@ -237,7 +237,7 @@ def draw_foliage(shape: tuple[int, int], generator: Generator) -> Caster:
 
 
 def draw_bars(shape: tuple[int, int], generator: Generator) -> Caster:
-    """A pole with an arm, or the bars of a fence or window, spread as a near lamp or perspective spreads them."""
+    """Draw a pole with an arm, or the bars of a fence or window, spread by perspective or a nearby lamp."""
     rows, columns = shape
     reach = math.hypot(rows, columns)
     if generator.random() < 0.35:
@@ -265,7 +265,7 @@ def draw_bars(shape: tuple[int, int], generator: Generator) -> Caster:
         parts.append([[-reach, first], [reach, first], [reach, last], [-reach, last]])
     for part in parts:
         opacity = np.maximum(opacity, _fill(shape, _rotate(part, turn) + centre))
-    # A fence ends somewhere: its bars cover one side of a line.
+    # The fence ends at a line: its bars cover one side of it.
     edge = [[-2 * reach, 0], [2 * reach, 0], [2 * reach, 3 * reach], [-2 * reach, 3 * reach]]
     end = _rotate(edge, turn + generator.normal(0, 0.15)) + generator.uniform(0, 0.5, 2) * [0, rows]
     return Caster(np.minimum(opacity, _fill(shape, end)), _outside(shape, generator))
@@ -281,7 +281,7 @@ CASTERS: dict[CasterName, Callable[[tuple[int, int], Generator], Caster]] = {
 
 
 def _person(generator: Generator) -> list[np.ndarray]:
-    """Polygons of someone who stands or walks, (right, up as negative) with feet at 0 and the head's top at -1."""
+    """Return polygons of a standing or walking person, (right, down), with feet at 0 and the top of the head at -1."""
     stride, sway = generator.uniform(0.02, 0.16), generator.normal(0, 0.03)
     hip, chest, neck = np.array([sway, -0.5]), np.array([sway * 1.5, -0.72]), np.array([sway * 1.6, -0.84])
     head = [sway * 1.7, -0.925] + _circle(np.linspace(0, 2 * math.pi, 24, endpoint=False)) * [0.062, 0.075]
@@ -290,7 +290,7 @@ def _person(generator: Generator) -> list[np.ndarray]:
     sides = [(-shoulder, -0.80), (-shoulder * 0.6, -0.845), (shoulder * 0.6, -0.845), (shoulder, -0.80)]
     sides += [(waist, -0.62), (waist * 1.2, -0.46), (-waist * 1.2, -0.46), (-waist, -0.62)]
     parts.append(np.array(sides) + [[sway * 1.5, 0]])
-    if generator.random() < 0.3:  # a coat or a skirt
+    if generator.random() < 0.3:  # coat or skirt
         flare = generator.uniform(0.13, 0.2)
         parts.append(np.array([[-waist, -0.55], [waist, -0.55], [flare, -0.22], [-flare, -0.22]]) + [[sway, 0]])
     for sign in (-1, 1):
@@ -305,7 +305,7 @@ def _person(generator: Generator) -> list[np.ndarray]:
 
 
 def _leaves(shape: tuple[int, int], centres: np.ndarray, size: float, generator: Generator) -> np.ndarray:
-    """Put leaves of about `size` at `centres`: noise with gaps where leaves are few, drawn as small ellipses."""
+    """Draw leaves of about `size` at `centres` as small ellipses, with gaps by noise."""
     opacity = np.zeros(shape, np.uint8)
     count = len(centres)
     lengths = generator.uniform(0.6, 1.5, count) * size
@@ -322,7 +322,7 @@ def _leaves(shape: tuple[int, int], centres: np.ndarray, size: float, generator:
 
 
 def _limb(start: np.ndarray, end: np.ndarray, width: float, end_width: float) -> np.ndarray:
-    """A tapering stroke as a polygon, [8, 2]."""
+    """Return a tapering stroke as a polygon, [8, 2]."""
     start, end = np.asarray(start, float), np.asarray(end, float)
     way = end - start
     along = way / max(float(np.hypot(*way)), 1e-9)
@@ -335,7 +335,7 @@ def _limb(start: np.ndarray, end: np.ndarray, width: float, end_width: float) ->
 
 
 def _circle(angles: np.ndarray) -> np.ndarray:
-    """Return points of the unit circle, [n, 2]."""
+    """Return points on the unit circle, [n, 2]."""
     return np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
@@ -346,14 +346,14 @@ def _rotate(points: np.typing.ArrayLike, angle: float) -> np.ndarray:
 
 
 def _outside(shape: tuple[int, int], generator: Generator) -> np.ndarray:
-    """A point beyond the border, (x, y)."""
+    """Return a random point beyond the border, (x, y)."""
     rows, columns = shape
     angle = generator.uniform(0, 2 * math.pi)
     return np.array([columns / 2, rows / 2]) + np.array([math.cos(angle), math.sin(angle)]) * math.hypot(*shape) * 0.6
 
 
 def _fill(shape: tuple[int, int], *polygons: np.ndarray) -> np.ndarray:
-    """Fill polygons of (x, y), each by itself, with smooth edges; [rows, columns] uint8."""
+    """Fill polygons of (x, y) separately, with antialiased edges; [rows, columns] uint8."""
     canvas = np.zeros(shape, np.uint8)
     for polygon in polygons:
         inside = np.clip(polygon, -8 * max(shape), 8 * max(shape))

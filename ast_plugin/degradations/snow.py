@@ -1,7 +1,7 @@
 """Synthesis of falling snow.
 
-Far flakes are many, fine and sharp; near ones are few, large, out of focus and therefore faint. Each is a clump of
-irregular outline that the exposure draws out along its way. Snow too fine to be seen as flakes veils the scene.
+Distant flakes are many, small and sharp; near ones are few, large, out of focus and therefore faint. Each is a clump of
+irregular outline with motion blur. Snow too fine to be visible as flakes adds a veil over the scene.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from ast_plugin.degradations.base import (
     to_rgb,
 )
 
-CLUMPS, CLUMP_SIDE = 16, 64  # outlines of flakes that are kept, and the side in pixels at which they are kept
-SPRITES = 24  # flakes of a layer that are rendered for an image; each is put down many times
-MIN_STAMPED = 2.5  # diameter in pixels below which a flake is a point shared among four pixels
-VEIL_CELL = 260  # pixels between independent values of the veil at scale 1
+CLUMPS, CLUMP_SIDE = 16, 64  # number of flake outlines, and their side in pixels
+SPRITES = 24  # flakes rendered per layer and image; each is stamped many times
+MIN_STAMPED = 2.5  # diameter in pixels below which a flake is a point distributed over four pixels
+VEIL_CELL = 260  # distance in pixels of independent values of the veil at scale 1
 MAX_OPACITY = 0.97
-VEIL_LIGHT = 0.92  # of the veil relative to the flakes
-LIGHT = (0.93, 0.965, 1.0)  # of snow under an overcast sky, relative to its brightest channel
-REACH = 240  # pixels at scale 1 that a flake may lie outside and still reach in
+VEIL_LIGHT = 0.92  # brightness of the veil relative to the flakes
+LIGHT = (0.93, 0.965, 1.0)  # colour of snow under an overcast sky, relative to its brightest channel
+REACH = 240  # maximum margin in pixels at scale 1 around the image for flakes that extend into it
 
 
 class FlakeLayer(Parameters):
-    """Ranges of one layer of flakes. Pixels are those of an image about 500 pixels high, see `scale`."""
+    """Ranges of one layer of flakes. Lengths in pixels refer to images about 500 pixels high, see `scale`."""
 
-    density: PositiveRange = Field(description='flakes per 10,000 pixels; one value an image, log-uniform')
-    diameter: PositiveRange = limited(..., 0, 60, 'pixels; one value a flake, log-uniform')
-    defocus: Range = limited(..., 0, 4, 'diameter of the disc of confusion by the diameter of the flake')
-    motion: Range = limited(..., 0, 4, 'way during the exposure by the diameter of the flake')
-    opacity: PositiveRange = limited(..., 0, 1, 'of its middle; one value a flake')
+    density: PositiveRange = Field(description='flakes per 10,000 pixels; per image, log-uniform')
+    diameter: PositiveRange = limited(..., 0, 60, 'diameter in pixels; per flake, log-uniform')
+    defocus: Range = limited(..., 0, 4, 'diameter of the circle of confusion relative to the flake')
+    motion: Range = limited(..., 0, 4, 'length of the motion blur relative to the diameter of the flake')
+    opacity: PositiveRange = limited(..., 0, 1, 'opacity at the centre; per flake')
 
 
 FAR = FlakeLayer(density=(30, 150), diameter=(1.0, 2.4), defocus=(0, 0), motion=(0, 0), opacity=(0.3, 0.95))
@@ -52,23 +52,23 @@ NEAR = FlakeLayer(density=(0.3, 1.6), diameter=(9, 34), defocus=(0.15, 0.7), mot
 
 
 class SnowParameters(Parameters):
-    """What snow may look like; each [lowest, highest] is drawn from uniformly, once an image unless said otherwise."""
+    """Parameters of snow. Ranges [lowest, highest] are sampled uniformly, once per image unless stated otherwise."""
 
     type: Literal['snow'] = 'snow'
-    amount: PositiveRange = Field((0.9, 3.0), description='multiplies the density of every layer')
-    angle: Range = limited((-40, 40), -80, 80, 'degrees from the vertical at which it falls')
-    angle_spread: float = Field(9.0, ge=0, le=45, description='standard deviation in degrees from flake to flake')
-    veil: Range = limited((0.0, 0.28), 0, 1, 'opacity of the snow too fine to be seen as flakes')
-    brightness: Range = limited((0.82, 1.0), 0, 1, 'of the flakes')
-    scale: float = Field(1.0, gt=0, le=20, description='multiplies every diameter; 1 suits images 500 pixels high')
-    layers: tuple[FlakeLayer, ...] = Field((FAR, MIDDLE, NEAR), min_length=1, description='from far to near')
+    amount: PositiveRange = Field((0.9, 3.0), description='factor of the density of every layer')
+    angle: Range = limited((-40, 40), -80, 80, 'falling direction from the vertical in degrees')
+    angle_spread: float = Field(9.0, ge=0, le=45, description='standard deviation of the angle of flakes in degrees')
+    veil: Range = limited((0.0, 0.28), 0, 1, 'opacity of snow too fine to be visible as flakes')
+    brightness: Range = limited((0.82, 1.0), 0, 1, 'brightness of the flakes')
+    scale: float = Field(1.0, gt=0, le=20, description='factor of all diameters; 1 is for images 500 pixels high')
+    layers: tuple[FlakeLayer, ...] = Field((FAR, MIDDLE, NEAR), min_length=1, description='layers, from far to near')
 
 
 def add_snow(image: np.ndarray, generator: Generator, parameters: SnowParameters) -> tuple[np.ndarray, np.ndarray]:
-    """Let snow fall before a clean image, see `Degradation.apply`; the mask is the opacity of the flakes alone.
+    """Add snow to a clean image, see `Degradation.apply`; the mask is the opacity of the flakes alone.
 
-    A patch gets the snow that its image would get.
-    Source: Liu et al., "DesnowNet", TIP 2018, for what is seen through a flake; Chen et al., ICCV 2021, for the veil.
+    Snow in a patch has the same statistics as in a whole image.
+    Source: Liu et al., "DesnowNet", TIP 2018, for translucent flakes; Chen et al., ICCV 2021, for the veil.
     """
     shape = image.shape[:2]
     angle = math.radians(generator.uniform(*parameters.angle))
@@ -80,7 +80,7 @@ def add_snow(image: np.ndarray, generator: Generator, parameters: SnowParameters
     veil *= np.float32(0.65)
     veil += np.float32(0.35)
     veil *= np.float32(veil_opacity)
-    clear = np.ones(shape, np.float32)  # what the flakes let through
+    clear = np.ones(shape, np.float32)  # transmittance of the flakes
     for layer in parameters.layers:
         _fall(clear, generator, layer, amount, angle, parameters)
     np.maximum(clear, 1 - MAX_OPACITY, out=clear)
@@ -89,7 +89,7 @@ def add_snow(image: np.ndarray, generator: Generator, parameters: SnowParameters
 
 
 def _blend(image: np.ndarray, veil: np.ndarray, clear: np.ndarray, light: np.ndarray) -> np.ndarray:
-    """Put the veil, a little darker than the flakes, and then the flakes over the image."""
+    """Blend the image with the veil, which is slightly darker than the flakes, and then with the flakes."""
     result = np.empty_like(image)
     for rows in strips(image):
         haze, seen = veil[rows], clear[rows]
@@ -108,7 +108,7 @@ def _fall(
     angle: float,
     parameters: SnowParameters,
 ) -> None:
-    """Multiply `clear` by what one layer lets through."""
+    """Multiply the transmittance `clear` by that of one layer."""
     scale = parameters.scale
     height, width = clear.shape
     density = draw_log_uniform(generator, layer.density) * amount / 1e4 / scale**2
@@ -129,7 +129,7 @@ def _fall(
 
 
 def _scatter(clear: np.ndarray, y: np.ndarray, x: np.ndarray, opacity: np.ndarray) -> None:
-    """Put down flakes of about a pixel, each shared among four pixels in proportion."""
+    """Add flakes of about one pixel, each distributed over four pixels by bilinear weights."""
     height, width = clear.shape
     top, left = np.floor(y).astype(int), np.floor(x).astype(int)
     y, x = y - top, x - left
@@ -143,7 +143,7 @@ def _scatter(clear: np.ndarray, y: np.ndarray, x: np.ndarray, opacity: np.ndarra
 
 
 def _stamp(clear: np.ndarray, sprite: np.ndarray, y: int, x: int, strength: float) -> None:
-    """Put down a flake, its middle at (y, x)."""
+    """Add a flake centred at (y, x)."""
     height, width = clear.shape
     top, left = y - sprite.shape[0] // 2, x - sprite.shape[1] // 2
     bottom, right = min(top + sprite.shape[0], height), min(left + sprite.shape[1], width)
@@ -154,7 +154,7 @@ def _stamp(clear: np.ndarray, sprite: np.ndarray, y: int, x: int, strength: floa
 
 
 def _sprite(generator: Generator, diameter: float, layer: FlakeLayer, angle: float, spread: float) -> np.ndarray:
-    """Render one flake: a clump, turned, scaled, out of focus and moving. Opacity, [n, n] float32 in [0, 1]."""
+    """Render one flake, [n, n] opacity float32 in [0, 1]: a clump, rotated, scaled, defocused and motion-blurred."""
     clump = _clumps()[generator.integers(CLUMPS)]
     disc = diameter * generator.uniform(*layer.defocus)
     way = diameter * generator.uniform(*layer.motion)
@@ -163,7 +163,7 @@ def _sprite(generator: Generator, diameter: float, layer: FlakeLayer, angle: flo
     lean = angle + math.radians(generator.normal(0, spread))
     reach = math.ceil((1.3 * diameter + disc + way) / 2) + 2
     side = 2 * reach + 1
-    # A clump fills about two thirds of its tile; shrinking it by averaging needs a blur of half its scale before.
+    # A clump fills about two thirds of its tile. Downsampling requires a blur of half the scale to prevent aliasing.
     zoom = diameter / (CLUMP_SIDE * 0.62)
     soft = cv2.GaussianBlur(clump, (0, 0), 0.45 / zoom) if zoom < 1 else clump
     matrix = cv2.getRotationMatrix2D((CLUMP_SIDE / 2 - 0.5, CLUMP_SIDE / 2 - 0.5), turn, zoom)
@@ -175,7 +175,7 @@ def _sprite(generator: Generator, diameter: float, layer: FlakeLayer, angle: flo
 
 
 def _blur_kernel(disc: float, way: float, lean: float) -> np.ndarray:
-    """The disc of confusion drawn along the way; sums to 1."""
+    """Return the circle of confusion convolved with the motion, normalized to sum 1."""
     reach = math.ceil((disc + way) / 2) + 1
     kernel = np.zeros((2 * reach + 1, 2 * reach + 1), np.float32)
     step = way / 2 * np.array([math.sin(lean), math.cos(lean)])
@@ -187,7 +187,7 @@ def _blur_kernel(disc: float, way: float, lean: float) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _clumps() -> np.ndarray:
-    """Outlines of flakes, the same in every run: crystals that hang together. Opacity, [CLUMPS, side, side] float32."""
+    """Return the opacity of flake outlines, equal in every run: overlapping ellipses, [CLUMPS, side, side] float32."""
     generator = np.random.default_rng(20180412)
     clumps = np.zeros((CLUMPS, CLUMP_SIDE * 2, CLUMP_SIDE * 2), np.uint8)
     middle = CLUMP_SIDE
@@ -199,6 +199,6 @@ def _clumps() -> np.ndarray:
             cv2.ellipse(clump, centre, axes, generator.uniform(0, 180), 0, 360, 255, cv2.FILLED)
     smooth = [cv2.GaussianBlur(clump.astype(np.float32) / 255, (0, 0), 3.0) for clump in clumps]
     rough = [fractal_noise((CLUMP_SIDE * 2, CLUMP_SIDE * 2), generator, 24, octaves=3) for _ in clumps]
-    # Noise frays the outline and thins the inside.
+    # Noise roughens the outline and thins the interior.
     frayed = [np.clip((s + 0.7 * (r - 0.5) - 0.25) / 0.5, 0, 1) * s for s, r in zip(smooth, rough, strict=True)]
     return np.stack([cv2.resize(flake, (CLUMP_SIDE, CLUMP_SIDE), interpolation=cv2.INTER_AREA) for flake in frayed])

@@ -219,7 +219,7 @@ BAD_INPUT = [  # IO stands for `-i PHOTO -o OUT`
         '--task shadow IO --set casters=wall,sun',
         "shadow: casters: expected 'wall', 'object', 'figure', 'foliage' or 'bars', got the text 'sun'",
     ),
-    ('--task snow IO --set veil=0,2', 'veil: must lie within [0, 1]'),
+    ('--task snow IO --set veil=0,2', 'veil: must be within [0, 1]'),
     ('--task snow IO --depth PHOTO', 'not used by snow'),
     ('--task haze IO --depth no.npy', 'no such file or folder'),
     ('--task haze IO --depth PHOTO', 'an image with colours'),

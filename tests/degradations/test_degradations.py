@@ -53,7 +53,7 @@ def test_an_option_by_its_type():
         ({'type': 'snow', 'amont': [1, 2]}, r'\.amont: unknown key'),
         ({'type': 'snow', 'amount': [2, 1]}, r'\.amount: .*lowest, highest'),
         ({'type': 'moire', 'pitch': 'wide'}, r'\.pitch: '),
-        ({'type': 'shadow', 'coverage': [0.5, 2]}, r'\.coverage: must lie within'),
+        ({'type': 'shadow', 'coverage': [0.5, 2]}, r'\.coverage: must be within'),
         ({'type': 'snwo'}, '.*snow'),
         ('snow', ': '),
     ],

@@ -119,5 +119,5 @@ def test_a_room_is_far_at_its_back_wall():
 def test_bad_depth_is_refused(depth, expected):
     with pytest.raises(DataError, match=expected):
         degrade('haze', scene(), 0, depth)
-    with pytest.raises(DataError, match='needs depth'):
+    with pytest.raises(DataError, match='requires depth'):
         degrade('haze', scene(), 0, visibility=(10, 20))
