@@ -1,1 +1,1 @@
-"""Pairs of degraded and clean images: where they lie, how they are read, cut and turned, and how they are made."""
+"""Datasets of degraded/clean image pairs: layouts, matching, image files, augmentation, synthesis and preparation."""

@@ -367,7 +367,7 @@ def _check_file(path: str, quick: bool, size: tuple[int, int], num_bytes: int, d
     try:
         found_bytes = os.stat(path).st_size
     except FileNotFoundError:
-        return DataFault('missing', path, 'there is no such file')
+        return DataFault('missing', path, 'no such file')
     except OSError as error:
         return DataFault('unreadable', path, error.strerror)
     if quick:

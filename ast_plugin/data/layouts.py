@@ -97,15 +97,15 @@ def list_pairs(layout: str, source: Source) -> PairTable:
 def check_source(layout: str, source: Source) -> None:
     """Raise OptionError if `source` lacks a key of the layout or has one that the layout does not use."""
     if layout not in LAYOUTS:
-        raise OptionError(f'no layout {layout!r}{did_you_mean(layout, LAYOUTS)}; there are {", ".join(LAYOUTS)}')
+        raise OptionError(f'unknown layout {layout!r}{did_you_mean(layout, LAYOUTS)} (available: {", ".join(LAYOUTS)})')
     row = LAYOUTS[layout]
     given = {key for key, value in vars(source).items() if value is not None and key != 'phase'}
     missing = [key for key in row.needs if key not in given]
     useless = sorted(given - {*row.needs, *row.may_have})
     if missing or useless:
-        what = [f'needs {" and ".join(missing)}'] if missing else []
+        what = [f'requires {" and ".join(missing)}'] if missing else []
         what += [f'does not use {", ".join(useless)}'] if useless else []
-        raise OptionError(f'layout {layout} {", and ".join(what)}; it takes {", ".join(row.needs + row.may_have)}')
+        raise OptionError(f'layout {layout} {", and ".join(what)}; valid keys: {", ".join(row.needs + row.may_have)}')
 
 
 def preparable() -> list[str]:
@@ -236,7 +236,7 @@ def _find_folders(layout: Layout, source: Source) -> Found:
     for kind, key in (('degraded', 'dataroot_lq'), ('clean', 'dataroot_gt')):
         if not os.path.isdir(folder := getattr(source, key)):
             title, where = f'The folder of {kind} images', f'datasets.{source.phase}.{key}'
-            raise _not_there(title, folder, 'there is no such folder', where, layout)
+            raise _not_there(title, folder, 'no such folder', where, layout)
     templates = source.lq_template or '{}', source.gt_template or '{}'
     return match_folders(source.phase, source.dataroot_lq, source.dataroot_gt, *templates)
 
@@ -260,7 +260,7 @@ def _find_listed(layout: Layout, source: Source) -> Found:
 def _find_in_manifest(layout: Layout, source: Source) -> Found:
     if not os.path.isfile(source.manifest):
         where = f'datasets.{source.phase}.manifest'
-        raise _not_there('The manifest', source.manifest, 'there is no such file', where, layout)
+        raise _not_there('The manifest', source.manifest, 'no such file', where, layout)
     return read_manifest(source.manifest).pairs(), []
 
 
@@ -291,7 +291,7 @@ def _name_missing_folder(layout: Layout, root: Path, split: str) -> str:
 
 def _root_lacks(layout: Layout, source: Source, what: str) -> DataError:
     is_there = os.path.isdir(source.dataroot)
-    fault = f'{what} is missing' if is_there else f'there is no such folder, hence no {what}'
+    fault = f'{what} is missing' if is_there else f'no such folder, hence no {what}'
     return _not_there(layout.title, source.dataroot, fault, f'datasets.{source.phase}.dataroot', layout)
 
 

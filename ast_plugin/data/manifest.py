@@ -93,7 +93,8 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     if header.get('manifest') != FORMAT:
         what = f'a manifest of format {header["manifest"]!r}' if 'manifest' in header else 'not a manifest'
         raise DataError(
-            f'{path}: {what}; expected one of format {FORMAT}, as `basicsr data prepare` writes it. Prepare again'
+            f'{path}: {what}; expected one of format {FORMAT}, as written by `basicsr data prepare`. '
+            f'Prepare the dataset again'
         )
     kinds = {'layout': str, 'phase': str, 'root': str, 'pairs': int}
     wrong = [key for key, kind in kinds.items() if type(header.get(key)) is not kind]

@@ -196,7 +196,7 @@ class _Side:
         if not self.files:
             raise DataError(
                 f'datasets.{phase}: none of the {len(names)} images in folder {folder} is named '
-                f'{self.template.fill("{}")} (there are {shorten_list(names)}). Correct the template or the folder'
+                f'{self.template.fill("{}")} (found: {shorten_list(names)}). Correct the template or the folder'
             )
 
     def path(self, name: str) -> str:
@@ -262,7 +262,7 @@ def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]
             inner = (entry for entry in os.scandir(folder) if entry.is_dir())
             names = sorted(f'{one.name}/{name}' for one in inner for name in os.listdir(one) if is_image(name))
     except OSError as error:
-        reason = {FileNotFoundError: 'there is no such folder', NotADirectoryError: 'it is not a folder'}
+        reason = {FileNotFoundError: 'no such folder', NotADirectoryError: 'it is not a folder'}
         raise DataError(
             f'datasets.{phase}: {reason.get(type(error), error.strerror)}: {error.filename or folder}. '
             f'Put the images there, or correct its dataroot in the option file'

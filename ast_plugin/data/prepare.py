@@ -62,17 +62,17 @@ def find_splits(layout: str | Layout, source: Path, wanted: Sequence[str] = ()) 
     if isinstance(layout, str):
         names = preparable()
         if layout not in names:
-            raise OptionError(f'no layout {layout}{did_you_mean(layout, names)} (there are {", ".join(names)})')
+            raise OptionError(f'unknown layout {layout}{did_you_mean(layout, names)} (available: {", ".join(names)})')
         layout = plain_layout() if layout == 'folders' else LAYOUTS[layout]
     for name in wanted:
         if name not in layout.splits:
             near, known = did_you_mean(name, layout.splits), ', '.join(layout.splits)
-            raise OptionError(f'{layout.title} has no split {name}{near} (it has {known})')
+            raise OptionError(f'{layout.title} has no split {name}{near} (available: {known})')
     if source.is_file():
         what = 'an archive: unpack it and give' if _is_archive(source.name) else 'a file: give'
         raise DataError(f'{source} is {what} the folder of the dataset')
     if not source.is_dir():
-        raise DataError(f'{source}: there is no such folder; expected the folder of the unpacked dataset')
+        raise DataError(f'{source}: no such folder; expected the folder of the unpacked dataset')
     search = _Search(layout, source, bool(wanted))
     splits: dict[tuple[str, Path], Split] = {}
     for name in wanted or layout.splits:

@@ -126,7 +126,7 @@ def read_parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
     properties = model.model_json_schema()['properties']
     known = [name for name in properties if name != 'type']
     lines = [
-        f'{name}: {task} has no such parameter{did_you_mean(name, known)}; it has {", ".join(known)}'
+        f'{name}: {task} has no such parameter{did_you_mean(name, known)} (available: {", ".join(known)})'
         for name in settings
         if name not in known
     ]
@@ -329,7 +329,7 @@ def write_pairs(
 
 def _choose(name: str, known: Mapping[str, Any], where: str) -> Any:
     if name not in known:
-        raise DataError(f'there is no photo {name!r} in {where}{did_you_mean(name, known)}')
+        raise DataError(f'no photo {name!r} in {where}{did_you_mean(name, known)}')
     return known[name]
 
 

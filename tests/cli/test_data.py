@@ -110,8 +110,8 @@ def test_plain_folders(folder, capfd):
 @pytest.mark.parametrize(
     ('arguments', 'expected'),
     [
-        (['agn', 'raindrop', 'out'], 'no layout agn, did you mean agan?'),
-        (['agan', 'nowhere', 'out'], 'nowhere: there is no such folder'),
+        (['agn', 'raindrop', 'out'], 'unknown layout agn, did you mean agan?'),
+        (['agan', 'nowhere', 'out'], 'nowhere: no such folder'),
         (['istd', 'raindrop', 'out'], 'ISTD was not found in'),
         (
             ['folders', 'raindrop/train/train', 'out', '--lq', 'data', '--gt', 'gt'],
@@ -153,7 +153,7 @@ def link_to_itself(path):
 
 
 BREAKS = [  # what happens to a file, what is told of it, and whether --quick sees it
-    ('hazy/02_hazy.png', Path.unlink, 'missing', 'there is no such file', True),
+    ('hazy/02_hazy.png', Path.unlink, 'missing', 'no such file', True),
     ('hazy/02_hazy.png', lambda path: write_noise(path, 999), 'changed', 'its pixels differ from the manifest', False),
     (
         'hazy/02_hazy.png',

@@ -85,7 +85,7 @@ def test_an_image_is_not_its_own_partner(tmp_path):
     ('layout', 'options', 'expected'),
     [
         ('spadd', {'dataroot': 'x'}, 'did you mean spad'),
-        ('spad', {}, 'needs dataroot'),
+        ('spad', {}, 'requires dataroot'),
         ('folders', {'dataroot': 'x', 'dataroot_lq': 'x', 'dataroot_gt': 'y'}, 'does not use dataroot'),
         ('agan', {'dataroot': 'x', 'list_file': 'x.txt'}, 'does not use list_file'),
     ],

@@ -49,7 +49,7 @@ def test_as_a_layout(tmp_path):
     with pytest.raises(DataError, match=r'datasets\.val\.manifest') as caught:
         list_pairs('manifest', Source('val', manifest=str(tmp_path / 'none.jsonl')))
     assert 'basicsr data prepare' in str(caught.value)
-    with pytest.raises(OptionError, match='needs manifest'):
+    with pytest.raises(OptionError, match='requires manifest'):
         list_pairs('manifest', Source())
 
 

@@ -177,8 +177,8 @@ def test_plain_folders_that_do_not_go_together(arguments, expected):
 @pytest.mark.parametrize(
     ('layout', 'files', 'wanted', 'error', 'expected'),
     [
-        ('agn', [], [], OptionError, 'no layout agn, did you mean agan'),
-        ('manifest', [], [], OptionError, 'no layout manifest'),
+        ('agn', [], [], OptionError, 'unknown layout agn, did you mean agan'),
+        ('manifest', [], [], OptionError, 'unknown layout manifest'),
         ('agan', ['train/data/1_rain.png', 'train/gt/1_clean.png'], ['test_c'], OptionError, 'no split test_c.*test_b'),
         ('agan', ['train/data/1_rain.png', 'train/gt/1_clean.png'], ['test_a'], DataError, 'the split test_a of AGAN'),
         ('agan', [], [], DataError, 'got nothing'),

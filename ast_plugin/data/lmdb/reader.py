@@ -141,7 +141,7 @@ def _read_lines(path: Path, pattern: re.Pattern, expected: str) -> Iterator[tupl
 
 def _missing_file(path: Path) -> DataError:
     return DataError(
-        f'{path}: there is no such file; an LMDB of images is a folder *.lmdb with {DATA} and {META_INFO}, as '
+        f'{path}: no such file; an LMDB of images is a folder *.lmdb with {DATA} and {META_INFO}, as '
         f'written by `basicsr data lmdb`'
     )
 
@@ -169,9 +169,7 @@ class LmdbImages:
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise DataError(
-                f'{folder}: there is no such LMDB; write it with `basicsr data lmdb`, or correct its dataroot'
-            )
+            raise DataError(f'{folder}: no such LMDB; write it with `basicsr data lmdb`, or correct its dataroot')
         if not (self.folder / DATA).is_file():
             raise _missing_file(self.folder / DATA)
         self._opened: tuple[lmdb.Environment | None, int] = (None, 0)  # with the id of the process that opened it

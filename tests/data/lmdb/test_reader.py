@@ -69,9 +69,9 @@ def overwrite(name: str, content: bytes | None, mode: str = 'wb'):
 
 
 DAMAGES = [
-    (lambda raw: shutil.rmtree(raw / 'gt.lmdb'), r'gt\.lmdb: there is no such LMDB'),
-    (overwrite('gt.lmdb/data.mdb', None), r'gt\.lmdb/data\.mdb: there is no such file'),
-    (overwrite('gt.lmdb/meta_info.txt', None), r'gt\.lmdb/meta_info\.txt: there is no such file'),
+    (lambda raw: shutil.rmtree(raw / 'gt.lmdb'), r'gt\.lmdb: no such LMDB'),
+    (overwrite('gt.lmdb/data.mdb', None), r'gt\.lmdb/data\.mdb: no such file'),
+    (overwrite('gt.lmdb/meta_info.txt', None), r'gt\.lmdb/meta_info\.txt: no such file'),
     (overwrite('gt.lmdb/meta_info.txt', b'000.raw (9,11,3) 8\n'), r'same keys.*001, 002, 003 and 8 more'),
     (overwrite('lq.lmdb/meta_info.txt', b'004.jpg (9,11,3) 1', 'ab'), 'line 13 is .*expected'),
     (overwrite('lq.lmdb/meta_info.txt', b'\xff\xfe', 'ab'), r'meta_info\.txt: cannot be read'),
@@ -207,15 +207,15 @@ def test_preflight_refuses_pixels_for_basicsr(packed, tmp_path):
     ('arguments', 'message'),
     [
         (['{}/nowhere', '{}/out'], 'no such dataset, folder or manifest'),
-        (['{}/lq', '{}/out'], 'expected the folders lq and gt in it'),
-        (['{}', '{}/out', '--split', 'train'], 'a folder without --layout does not use --split'),
-        (['{}', '{}/out', '--layout', 'agan', '--lq-dir', 'x'], 'layout agan does not use --lq-dir'),
+        (['{}/lq', '{}/out'], 'expected subfolders lq and gt'),
+        (['{}', '{}/out', '--split', 'train'], 'a folder without --layout does not support --split'),
+        (['{}', '{}/out', '--layout', 'agan', '--lq-dir', 'x'], 'layout agan does not support --lq-dir'),
         (['{}', '{}/out', '--layout', 'agam'], 'did you mean agan'),
         (['{}', '{}/out', '--layout', 'agan'], 'AGAN-Data was not found at'),
         (['{}', '{}/out', '--encoding', 'raw', '--compress-level', '1'], 'raw pixels are not compressed'),
         (['{}', '{}/out', '--workers', '0'], '--workers is 0: expected 1 or more'),
         (['{}/lq/000.png', '{}/out'], '000.png: not a manifest'),
-        (['{}/lq/000.png', '{}/out', '--layout', 'agan'], 'a manifest does not use --layout'),
+        (['{}/lq/000.png', '{}/out', '--layout', 'agan'], 'a manifest does not support --layout'),
         (['{}/empty', '{}/out'], 'no image in folder'),
     ],
 )
