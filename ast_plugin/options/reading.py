@@ -1,6 +1,6 @@
-"""Option files as data: found by name, read with what they inherit from, the environment and overrides put in.
+"""Reading of option files: lookup by name, inheritance, environment variables and command-line overrides.
 
-Nothing that a file holds is run.
+No code in an option file is executed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ast_plugin.options import safe_yaml
 from ast_plugin.plugins import option_folders
 
 BASE_KEY, DELETE_KEY, STAGES_KEY, NETWORKS_KEY = '_base_', '_delete_', 'stages', 'networks'
-# More files than any chain needs; two files that name one another twice each would otherwise be read for ever.
+# Two files that inherit from each other twice would otherwise be read exponentially often.
 MAX_FILES = 64
-# Of these keys of a section one says what the others would: giving one takes the inherited others away.
+# Alternative keys of a section: setting one removes the inherited alternative.
 RIVALS: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {
     ('train',): (('total_iter', 'total_epochs'), ('warmup_iter', 'warmup_epochs')),
     ('train', 'scheduler'): (('warmup_iter', 'warmup_epochs'),),
@@ -33,30 +33,30 @@ RIVALS: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {
 }
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In a wheel the shipped files lie inside the package, in a checkout beside it.
+# In a wheel the shipped files are inside the package, in a checkout next to it.
 _SHIPPED_FOLDERS = (_PACKAGE / 'option_files', _PACKAGE.parent / 'options')
 _SUFFIX = re.compile(r'\.ya?ml$')
 _TEMPLATE_MARKS = ('{{', '{%')
-_WANTS_TEXT = re.compile(r"text|name|'")  # also in the words of a choice: expected 'fp32' or 'fp16'
+_WANTS_TEXT = re.compile(r"text|name|'")  # including choices: expected 'fp32' or 'fp16'
 _WANTS_NUMBER = re.compile(r'^expected (?:.*number|true or false)(?!.*text)|or (?:more|less)$')
 _VARIABLE = re.compile(r'\$\{([A-Za-z_][A-Za-z0-9_]*)(?::([^{}]*))?\}')
 
 
 def shipped_folder() -> Path:
-    """The folder with the option files that come with this package."""
+    """Return the folder of the option files shipped with this package."""
     for folder in _SHIPPED_FOLDERS:
         if folder.is_dir():
             return folder
-    raise OptionError(f'this installation has no option files: {_SHIPPED_FOLDERS[0]} is missing, install it again')
+    raise OptionError(f'this installation has no option files: {_SHIPPED_FOLDERS[0]} is missing, reinstall ast_plugin')
 
 
 def shipped_files() -> dict[str, Path]:
-    """The shipped option files by the name `find` knows them by; parts that others inherit from are left out."""
+    """Return the shipped option files by the name that `find` accepts, without files that are only inherited from."""
     return _files_in(shipped_folder())
 
 
 def known_files() -> dict[str, Path]:
-    """The shipped option files and those of installed plugins, which are known as `PLUGIN/FILE`."""
+    """Return the shipped option files and those of installed plugins, named `PLUGIN/FILE`."""
     files = shipped_files()
     for plugin, folder in option_folders().items():
         files |= {f'{plugin}/{name}': path for name, path in _files_in(folder).items()}
@@ -73,7 +73,7 @@ def _files_in(folder: Path) -> dict[str, Path]:
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The option file of this path or name in `known_files`; OptionError names the nearest one if there is none."""
+    """Return the option file for a path or a name in `known_files`; raise OptionError with a suggestion if missing."""
     path = Path(os.path.expanduser(name_or_path))
     if path.is_file():
         return path
@@ -82,21 +82,21 @@ def find(name_or_path: str | Path) -> Path:
     if name in known:
         return known[name]
     if path.is_dir():
-        raise OptionError(f'{name_or_path}: expected an option file, this is a folder')
+        raise OptionError(f'{name_or_path}: expected an option file, got a folder')
     raise OptionError(
         f'{name_or_path}: no such option file{did_you_mean(name, known) or did_you_mean(path.stem, known)} '
-        '(`basicsr options` lists those that come along)'
+        '(`basicsr options` lists the shipped files)'
     )
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Read an option file with all that it inherits from.
+    """Read an option file with the files that it inherits from, overrides and environment variables.
 
     Args:
         path: the file; see `find` for names.
-        overrides: as given to `--force_yml`, see `override`. Those of one stage are done last.
+        overrides: arguments of `--force_yml`, see `override`. Those of a single stage are applied last.
     Returns:
-        The options, variables of the environment filled in; see `ast_plugin.options.runs.expand` for its stages.
+        The options with environment variables substituted; see `ast_plugin.options.runs.expand` for stages.
     Raises:
         OptionError: with the file and the line or key.
     """
@@ -108,14 +108,14 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def read(path: Path, files: dict[Path, Node] | None = None) -> dict[str, Any]:
-    """Read an option file and all that it inherits from; nothing in any of them is run.
+    """Read an option file and the files that it inherits from.
 
-    `_base_: other.yml`, or a list of such, is relative to the file that says it, or else a name in `known_files`. Later
-    bases are laid over earlier ones, the file over all of them: see `merge`.
+    `_base_: other.yml`, or a list of files, is relative to the file that contains it, or a name in `known_files`. Later
+    bases are merged over earlier ones, and the file over all of them: see `merge`.
 
     Args:
         path: the file.
-        files: takes what each file holds, those that are laid over others before these.
+        files: receives the content of each file, in order of precedence.
     """
     return _read(path, (), {} if files is None else files, [0])
 
@@ -130,7 +130,7 @@ def _read(path: Path, including: tuple[Path, ...], files: dict[Path, Node], num_
         kind = {type(None): 'nothing', dict: 'nothing', list: 'a list'}.get(type(opt), 'a single value')
         raise OptionError(f'{path}: expected keys and values (`name: ...`), got {kind}')
     if 'custom_imports' in opt:
-        raise OptionError(f'{path}: custom_imports: refused, an option file runs no code; install it as a plugin')
+        raise OptionError(f'{path}: custom_imports: not supported, option files run no code; install it as a plugin')
     files.setdefault(path, node)
     bases = opt.pop(BASE_KEY, [])
     chain = (*including, path)
@@ -143,11 +143,11 @@ def _read(path: Path, including: tuple[Path, ...], files: dict[Path, Node], num_
 
 
 class Sources:
-    """Where each option of a file stands: in it, in what it inherits from, or on the command line.
+    """Locations of the options of a file: the file, the files that it inherits from, or the command line.
 
     Args:
-        path: the file, which was read before.
-        overrides: as given to `load`.
+        path: the file, which has been read before.
+        overrides: as for `load`.
     """
 
     def __init__(self, path: Path, overrides: Iterable[str] = ()) -> None:
@@ -158,7 +158,7 @@ class Sources:
         self.overrides = {tuple(keys.split(':')): value for keys, _, value in pairs}
 
     def explain(self, fault: Fault) -> Fault:
-        """A fault that says besides what stands there where YAML makes no text of it, and what of it is inherited."""
+        """Add to a fault the text in the file if YAML does not read it as text, and where it is inherited from."""
         return replace(fault, message=fault.message + self._written(fault) + self._inherited(fault))
 
     def _written(self, fault: Fault) -> str:
@@ -166,7 +166,7 @@ class Sources:
         node = self._find(fault.where)[1]
         if isinstance(node, ScalarNode) and node.style is not None and _WANTS_NUMBER.search(expected):
             is_number = isinstance(_scalar(node.value), (int, float))
-            return ': take the quotes away' if is_number else ''
+            return ': remove the quotes' if is_number else ''
         if not expected.startswith('expected') or not _WANTS_TEXT.search(expected):
             return ''
         written = node.value if isinstance(node, ScalarNode) and node.style is None else ''
@@ -175,10 +175,10 @@ class Sources:
         written, place = (_value_of(variable), f' in {written}') if variable else (written, '')
         if not written or isinstance(safe_yaml.read_text(written, place), str):
             return ''
-        return f", which YAML makes of {written}: put quotes around it{place}, '{written}'"
+        return f", as YAML interprets {written}: put quotes around it{place}, '{written}'"
 
     def _inherited(self, fault: Fault) -> str:
-        """What the fault is about and is inherited: the option, or those of a section that the message names."""
+        """Return where the option of a fault, or the options of a section named in its message, is inherited from."""
         is_section = not fault.unknown_key and isinstance(self._find(fault.where)[1], MappingNode)
         keys = re.findall(r'\w+', fault.message) if is_section else ()
         places = [(*fault.where, key) for key in keys] if is_section else [fault.where]
@@ -192,10 +192,10 @@ class Sources:
             return message
         where = fault.where if is_section else fault.where[:-1]
         section = dotted(where[2:] if where[:1] == (STAGES_KEY,) else where)
-        return f'{message}; `{DELETE_KEY}: true` in {section} leaves out all that is inherited there'
+        return f'{message}; `{DELETE_KEY}: true` in {section} discards the inherited section'
 
     def _find(self, where: Where) -> tuple[Path, Node | None]:
-        """The last file that says what is at `where`, and what stands there."""
+        """Return the file that sets the option at `where`, and its node."""
         for place in (where, where[2:]) if where[:1] == (STAGES_KEY,) else (where,):
             for path, content in self.files.items():
                 node = safe_yaml.node_at(content, place)
@@ -206,7 +206,7 @@ class Sources:
 
 def _base_path(name: Any, chain: tuple[Path, ...]) -> Path:
     source = f'{chain[-1]}: {BASE_KEY}'
-    expected = f'{source}: expected the path of a .yml file, or a list of such, or the name of a shipped one'
+    expected = f'{source}: expected the path of a .yml file, a list of paths, or the name of a shipped option file'
     if not isinstance(name, str):
         raise OptionError(f'{expected}, got {name!r:.80}')
     if Path(name).is_absolute():
@@ -227,10 +227,10 @@ def _base_path(name: Any, chain: tuple[Path, ...]) -> Path:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay `changes` over `base`; both stay as they are.
+    """Merge `changes` over `base` without modifying either.
 
-    Sections are merged key by key, anything else is replaced as a whole, lists too. A section with `_delete_: true`
-    replaces the one below it. A length in epochs takes away the inherited one in iterations, and so on: see `RIVALS`.
+    Sections are merged key by key; all other values, including lists, are replaced. A section with `_delete_: true`
+    replaces the inherited section. Setting one of two alternative keys removes the inherited other: see `RIVALS`.
     """
     return _laid_over(copy.deepcopy(dict(base)), changes, ())
 
@@ -252,19 +252,19 @@ def _laid_over(base: Any, changes: Any, where: tuple[str, ...]) -> Any:
 
 
 def rivals(where: tuple[str, ...], key: str) -> list[str]:
-    """The keys of the section at `where` that give way when `key` is set."""
+    """Return the keys of the section at `where` that are removed when `key` is set."""
     return [other for pair in RIVALS.get(where, ()) if key in pair for other in pair if other != key]
 
 
 def override(opt: dict[str, Any], text: str) -> None:
-    """Change `opt` in place as `key:sub=value` says; the value is read as YAML, a list's item is named by its number.
+    """Apply an override `key:sub=value` to `opt` in place; the value is parsed as YAML, list items are named by index.
 
-    Every section on the way must be there, the last key need not be. What is set so wins over what stages say of it:
-    `train:total_epochs=1` cuts every stage. One stage alone is addressed by its place, the first being 0:
+    All sections of the path must exist; the last key may be new. The override takes precedence over the values in
+    stages: `train:total_epochs=1` applies to every stage. A single stage is addressed by its index, starting at 0:
     `stages:0:train:total_epochs=1`.
 
     Raises:
-        OptionError: if there is no such section, or the value is not plain YAML.
+        OptionError: if a section does not exist, or the value is not plain YAML.
     """
     source = f'--force_yml {text}'
     keys, equals, written = text.partition('=')
@@ -273,19 +273,19 @@ def override(opt: dict[str, Any], text: str) -> None:
         raise OptionError(f'{source}: expected key:sub=value')
     value = None if written.strip() in ('None', 'none') else safe_yaml.read_text(written, source)
     stages = opt.get(STAGES_KEY)
-    # A run of stages is named by its file; a stage's name is another thing.
+    # `name` is the name of the run; stages have names of their own.
     of_all = isinstance(stages, list) and steps[0] != STAGES_KEY and steps != ['name']
     changed = [_set_in_stage(stage, steps, value) for stage in (stages if of_all else ())]
     try:
         _set(opt, steps, value, source)
     except OptionError:
-        # A section that stages alone have is none of the file's.
+        # The section may exist only in stages.
         if not any(changed):
             raise
 
 
 def _set_in_stage(stage: Any, steps: list[str], value: Any) -> bool:
-    """Set what a stage says itself of the key. Whatever it does not, it takes from the file."""
+    """Set a key in a stage if the stage overrides it, and return whether it does; other keys are inherited."""
     section, key = find_at(stage, steps[:-1]), steps[-1]
     if isinstance(section, dict):
         others = [other for other in rivals(tuple(steps[:-1]), key) if other in section and value is not None]
@@ -304,7 +304,7 @@ def _set(opt: dict[str, Any], steps: list[str], value: Any, source: str) -> None
     for depth, step in enumerate(steps[:-1]):
         key = _step(section, step, source)
         if isinstance(section, dict) and section.get(key) is None:
-            # A stage may not have said anything yet of a section of the file.
+            # The stage may not contain a section that the file has.
             is_of_file = in_stage and isinstance(find_at(opt, steps[2 : depth + 1]), dict)
             if key not in section and not is_of_file:
                 where = ':'.join(steps[:depth]) or 'the file'
@@ -316,7 +316,7 @@ def _set(opt: dict[str, Any], steps: list[str], value: Any, source: str) -> None
 
 
 def _assign(section: dict[str, Any] | list[Any], where: Sequence[str], key: str, value: Any) -> None:
-    """Set a key of the section at `where`, in the place of what says the same in other units."""
+    """Set a key of the section at `where` and remove its alternatives in other units."""
     if isinstance(section, list):
         section[int(key)] = value
         return
@@ -326,7 +326,7 @@ def _assign(section: dict[str, Any] | list[Any], where: Sequence[str], key: str,
 
 
 def find_at(value: Any, where: Sequence[str | int], default: Any = None) -> Any:
-    """What lies below `value` at these keys and numbers; the default if there is nothing."""
+    """Return the value at these keys and indices below `value`, or the default."""
     for step in where:
         if isinstance(value, Mapping) and step in value:
             value = value[step]
@@ -338,22 +338,22 @@ def find_at(value: Any, where: Sequence[str | int], default: Any = None) -> Any:
 
 
 def _step(section: Any, step: str, source: str) -> str | int:
-    """The key or index that `step` names in `section`, which must have room for it."""
+    """Return the key or index for `step` in `section`; raise OptionError if it is invalid."""
     if isinstance(section, dict):
         return step
     if not isinstance(section, list):
-        raise OptionError(f'{source}: {step} would lie inside {section!r}, which is neither a section nor a list')
+        raise OptionError(f'{source}: {step} is inside {section!r}, which is neither a section nor a list')
     if not step.isdecimal() or int(step) >= len(section):
-        raise OptionError(f'{source}: expected a number from 0 to {len(section) - 1} to pick from a list, got {step}')
+        raise OptionError(f'{source}: expected a list index from 0 to {len(section) - 1}, got {step}')
     return int(step)
 
 
 def fill_in(opt: dict[str, Any], source: str) -> dict[str, Any]:
-    """Put values of the environment where the options say `${NAME}` or `${NAME:default}`.
+    """Substitute environment variables, `${NAME}` or `${NAME:default}`, in options.
 
-    What is a variable and nothing else becomes what YAML makes of its value: a number, true, nothing. Inside of other
-    text it is put in as text. Values that come in are not looked at for further variables.
-    OptionError names every variable that is not set and has no default, and every other kind of template.
+    A value that consists only of a variable is parsed as YAML: a number, true, null. Within other text the variable is
+    inserted as text. Substituted values are not expanded again.
+    OptionError lists every variable that is not set and has no default, and every other kind of template.
     """
     faults: list[str] = []
     filled = _filled(opt, (), faults)
@@ -366,7 +366,7 @@ def _filled(value: Any, where: tuple[str, ...], faults: list[str]) -> Any:
     if isinstance(value, dict):
         for key in value:
             if '${' in key or any(mark in key for mark in _TEMPLATE_MARKS):
-                faults.append(f'{".".join((*where, key))}: templates are not filled in where keys are')
+                faults.append(f'{".".join((*where, key))}: templates are not supported in keys')
         return {key: _filled(item, (*where, key), faults) for key, item in value.items()}
     if isinstance(value, list):
         return [_filled(item, (*where, str(number)), faults) for number, item in enumerate(value)]
@@ -382,14 +382,14 @@ def _filled(value: Any, where: tuple[str, ...], faults: list[str]) -> Any:
 
 def _complaints(text: str) -> Iterator[str]:
     if any(mark in text for mark in _TEMPLATE_MARKS):
-        yield 'templates are not filled in, write the value itself'
+        yield 'templates are not supported, write the value itself'
     if '${' in _VARIABLE.sub('', text):
         yield f'expected ${{NAME}} or ${{NAME:default}}, got {text[:80]!r}'
     for match in _VARIABLE.finditer(text):
         name, default = match.groups()
         if default is None and name not in os.environ:
             known = did_you_mean(name, os.environ)
-            yield f'the environment has no variable {name}{known} (${{{name}:default}} would give a default)'
+            yield f'environment variable {name} is not set{known} (${{{name}:default}} sets a default)'
 
 
 def _value_of(match: re.Match) -> str:

@@ -1,8 +1,8 @@
-"""The runs that an option file stands for, and each of them completed for BasicSR's pipelines.
+"""The runs described by an option file, and their completion for BasicSR's pipelines.
 
-`stages` is a list. An entry holds what differs from the rest of the file, see `ast_plugin.options.reading.merge`, and
-may have a `name`; without one the stages are called stage_1, stage_2 … Stage N trains in experiments/RUN/NAME.
-In a compare file the list `networks` stands in the place of `network_g`.
+`stages` is a list. Each entry contains the options that differ from the rest of the file (see
+`ast_plugin.options.reading.merge`) and optionally a `name` (default: stage_1, stage_2 …). A stage trains in
+experiments/RUN/NAME. A compare file has a list `networks` instead of `network_g`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ast_plugin.options.reading import STAGES_KEY, find_at, merge
 from ast_plugin.options.sections import ComparedFile, whole
 
 AUTO = 'auto'
-# Stands for a number of iterations that is found out by measuring, see `compare.minutes`.
+# Placeholder for a number of iterations that is determined by measuring, see `compare.minutes`.
 UNKNOWN_LENGTH = 10**6
 _PHASES = ('train', 'val', 'test')
 _OUR_MODEL = 'RestorationModel'
-_WHOLE_NUMBERS = ('_iter', '_freq', '_epochs')  # how keys of these end
+_WHOLE_NUMBERS = ('_iter', '_freq', '_epochs')  # suffixes of keys with whole numbers
 _IN_EPOCHS = (
     ('train', 'total_epochs', 'total_iter'),
     ('train', 'warmup_epochs', 'warmup_iter'),
@@ -36,29 +36,29 @@ _IN_EPOCHS = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the runs that an option file stands for."""
+    """One of the runs described by an option file."""
 
-    number: int  # from 1 on
-    name: str | None  # of its folder in the experiment's; None for the one run of a file without stages
-    opt: dict[str, Any]  # all its options; `name` in them is the whole file's
-    own: Mapping[str, Any]  # what the file says of this stage alone
+    number: int  # starting at 1
+    name: str | None  # also its folder in the experiment; None for a file without stages
+    opt: dict[str, Any]  # all options of the stage; `name` is that of the file
+    own: Mapping[str, Any]  # the entry of this stage in the file
 
     @property
     def has_own_start(self) -> bool:
-        """Whether the file says itself what weights this stage starts from."""
+        """Return whether the entry of this stage sets its initial weights."""
         return bool((self.own.get('path') or {}).get('pretrain_network_g'))
 
 
 def expand(opt: Mapping[str, Any]) -> list[Stage]:
-    """The runs that options as read stand for: one, unless they have `stages`; OptionError if these are not right."""
+    """Return the runs described by options: one, or one per stage; raise OptionError if `stages` is invalid."""
     if STAGES_KEY not in opt:
         return [Stage(1, None, dict(opt), {})]
     entries = opt[STAGES_KEY]
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
-        raise OptionError(f'{STAGES_KEY}: expected a list of mappings, each of what differs in a stage')
+        raise OptionError(f'{STAGES_KEY}: expected a list of mappings, one per stage')
     names = [stage_name(number, entry) for number, entry in enumerate(entries, 1)]
     if len(set(names)) < len(names):
-        raise OptionError(f'{STAGES_KEY}: each stage needs a name of its own, not {", ".join(names)}')
+        raise OptionError(f'{STAGES_KEY}: expected unique names, got {", ".join(names)}')
     return [
         Stage(number, name, staged(opt, entry), entry)
         for number, (name, entry) in enumerate(zip(names, entries, strict=True), 1)
@@ -66,23 +66,23 @@ def expand(opt: Mapping[str, Any]) -> list[Stage]:
 
 
 def staged(opt: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of the stage that `entry` describes. The run keeps the file's name."""
+    """Return all options of the stage described by `entry`; `name` remains that of the file."""
     base = {key: value for key, value in opt.items() if key != STAGES_KEY}
     return merge(base, {key: value for key, value in entry.items() if key != 'name'})
 
 
 def stage_name(number: int, entry: Mapping[str, Any]) -> str:
-    """The name of a stage, and of its folder."""
+    """Return the name of a stage and its folder."""
     return entry.get('name') or f'stage_{number}'
 
 
 def is_trained(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of `networks` is trained: where it has no weights, or says besides how."""
+    """Return whether an entry of `networks` is trained: if it has no weights, or has a section `train`."""
     return entry.get('weights') is None or entry.get('train') is not None
 
 
 def expand_network(opt: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The option file that an entry of `networks` stands for: what all share, its network, what its `train` changes."""
+    """Return the options of an entry of `networks`: the shared options, its network and the changes of its `train`."""
     shared = {key: value for key, value in opt.items() if key not in ComparedFile.model_fields}
     own = {key: entry[key] for key in ('name', 'network_g', 'train') if entry.get(key) is not None}
     expanded = merge(shared, own)
@@ -90,14 +90,14 @@ def expand_network(opt: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str
         expanded['train'].setdefault('total_iter', UNKNOWN_LENGTH)
     datasets = opt.get('datasets')
     if isinstance(datasets, Mapping) and 'val' not in map(phase_of, datasets):
-        expanded.pop('val', None)  # it says how the test set is measured, after training
+        expanded.pop('val', None)  # it applies to the test set, which is measured after training
     paths = {'pretrain_network_g': entry.get('weights'), 'param_key_g': entry.get('param_key')}
     expanded['path'] = {key: value for key, value in paths.items() if value is not None}
     return expanded
 
 
 def measured_dataset(opt: Mapping[str, Any]) -> str:
-    """The key of the set that networks are compared on: the test set, or where there is none that of validation."""
+    """Return the key of the dataset on which networks are compared: the test set, or else the validation set."""
     return next(key for phase in ('test', 'val') for key in opt['datasets'] if phase_of(key) == phase)
 
 
@@ -115,35 +115,34 @@ def prepare(
     length_of: Callable[[Mapping[str, Any]], int] | None = None,
     channels_of: Callable[[Mapping[str, Any]], int] | None = None,
 ) -> dict[str, Any]:
-    """Complete options as BasicSR's `parse_options` does after it has read a file. The argument stays as it is.
+    """Complete options as BasicSR's `parse_options` does after reading a file. `opt` is not modified.
 
     Args:
-        opt: options that `ast_plugin.options.validation.check` found right.
-        root: outputs go to `experiments/`, `results/` and `tb_logger/` under it.
-        is_train: False leaves out training data and lays paths for results.
-        debug: BasicSR's debug mode: `debug_` before the name, and frequent validation and saving.
-        rank, world_size, dist: this process among all, from BasicSR's `get_dist_info`.
-        dataset_types: registered datasets by name. Those whose `options_type` has a `seed` get the run's.
-        stage: name of the stage that `opt` is of; it trains in a folder of that name inside of the experiment's.
-        length_of: counts the samples of a training set, out of its completed options. With it what is given in epochs
-            becomes iterations, and `train.iters_per_epoch` is set.
-        channels_of: tells of a network's options how many channels it takes; our datasets give gray pairs for one.
+        opt: options that have passed `ast_plugin.options.validation.check`.
+        root: folder for `experiments/`, `results/` and `tb_logger/`.
+        is_train: False omits training data and sets the paths for results.
+        debug: BasicSR's debug mode: prefix `debug_` of the name, and frequent validation and saving.
+        rank, world_size, dist: values of BasicSR's `get_dist_info`.
+        dataset_types: registered datasets by name. Datasets whose `options_type` has a `seed` get the seed of the run.
+        stage: name of the stage of `opt`; it is trained in a subfolder of that name.
+        length_of: returns the number of samples of a training set for its completed options. Used to convert epochs to
+            iterations and to set `train.iters_per_epoch`.
+        channels_of: returns the number of input channels for network options; for 1, the datasets yield gray pairs.
     Returns:
-        What BasicSR's pipelines expect of `parse_options`. No folder is made, no random state touched.
+        The options as BasicSR's pipelines expect them. No folder is created, and no random state is changed.
     Raises:
-        OptionError: if something is given in epochs and there is no `length_of`, or `device` is not there.
+        OptionError: if epochs are given without `length_of`, or `device` is not available.
     """
     opt = copy.deepcopy(dict(opt))
     root = Path(os.path.expanduser(root)).resolve()
-    # BasicSR reads these whether they are there or not.
+    # BasicSR requires these keys.
     if opt.get('scale') is None:
         opt['scale'] = 1
     opt['device'], opt['num_gpu'] = _choose_device(opt.get('device') or AUTO, opt.get('num_gpu'))
     if opt.get('manual_seed') is None:
         opt['manual_seed'] = random.SystemRandom().randint(1, 10000)
     opt['name'] = run_name(opt, debug)
-    # A state to resume from is put into path.resume_state by us: BasicSR would look for it under the working
-    # directory, whatever the root.
+    # The plugin sets path.resume_state itself: BasicSR would search under the working directory instead of the root.
     opt.update(is_train=is_train, auto_resume=False, dist=dist, rank=rank, world_size=world_size)
     network = opt.get('network_g')
     is_gray = isinstance(network, dict) and channels_of is not None and channels_of(network) == 1
@@ -153,7 +152,7 @@ def prepare(
         opt['name'] = f'{opt["name"]}_{stage}'
     if is_train:
         _count_epochs(opt, length_of)
-        opt['logger'].setdefault('use_tb_logger', False)  # which BasicSR reads without asking whether it is there
+        opt['logger'].setdefault('use_tb_logger', False)  # required by BasicSR
     if opt.get('val') is not None or not is_train:
         opt['val'] = _validation(opt.get('val') or {}, is_train)
     if is_train and 'debug' in opt['name']:
@@ -164,14 +163,14 @@ def prepare(
 
 
 def _choose_device(device: str, num_gpu: int | str | None) -> tuple[str, int]:
-    """The type of the device that a run computes on, and how many GPUs of CUDA it takes.
+    """Return the device type of a run and its number of CUDA GPUs.
 
-    A number of GPUs is taken for a fact here, as BasicSR takes it, and checked with all else that a run needs.
+    The number of GPUs is not checked here, but with the other requirements of a run.
     """
     count = num_gpu if isinstance(num_gpu, int) else None
     if device == AUTO and count is not None:
         return ('cuda', count) if count else ('cpu', 0)
-    from ast_plugin.devices import find_device  # torch, which options as data do without
+    from ast_plugin.devices import find_device  # imports torch, which reading options does not need
 
     device = find_device(device).type
     if device != 'cuda':
@@ -182,21 +181,21 @@ def _choose_device(device: str, num_gpu: int | str | None) -> tuple[str, int]:
 
 
 def _validation(val: Mapping[str, Any], is_train: bool) -> dict[str, Any]:
-    """The section `val` for this run: in training with what `during_training` says, in testing without it."""
+    """Return the section `val` of this run, with `during_training` applied in training and removed in testing."""
     val = {'save_img': False, 'suffix': None, **val}
     during = val.pop('during_training', None) or {}
     if is_train and during.get('protocol') is not None:
-        val.pop('metrics', None)  # a protocol brings its own: those for another are not measured by it
+        val.pop('metrics', None)  # the protocol of during_training has its own metrics
     return {**val, **during} if is_train else val
 
 
 def run_name(opt: Mapping[str, Any], debug: bool = False) -> str:
-    """What the run, and its folder, is called; the debug mode has runs of its own."""
+    """Return the name of the run and its folder, with the prefix `debug_` in debug mode."""
     return f'debug_{opt["name"]}' if debug and not opt['name'].startswith('debug') else opt['name']
 
 
 def phase_of(dataset_key: str) -> str:
-    """`train`, `val` or `test`, out of a key under `datasets` such as `val_2`; empty when it is none of them."""
+    """Return `train`, `val` or `test` for a key under `datasets` such as `val_2`, or an empty string."""
     phase = dataset_key.split('_')[0]
     return phase if phase in _PHASES else ''
 
@@ -204,7 +203,7 @@ def phase_of(dataset_key: str) -> str:
 def _datasets(
     opt: dict[str, Any], is_train: bool, dataset_types: Mapping[str, object], is_gray: bool
 ) -> dict[str, Any]:
-    """The datasets of this run. BasicSR's training stumbles over test sets, its testing would test on train."""
+    """Return the datasets of this run. BasicSR's training fails on test sets, and its testing would use train sets."""
     phases = ('train', 'val') if is_train else ('val', 'test')
     datasets = {}
     for key, dataset in opt['datasets'].items():
@@ -213,7 +212,7 @@ def _datasets(
             continue
         dataset.update(phase=phase, scale=opt['scale'])
         if phase == 'val' and not is_train:
-            dataset.pop('center_crop', None)  # what makes validations quick while training goes on is no test
+            dataset.pop('center_crop', None)  # it only speeds up validation during training
         for name in [name for name in dataset if name.startswith('dataroot')]:
             if isinstance(dataset[name], str):
                 dataset[name] = os.path.expanduser(dataset[name])
@@ -232,11 +231,11 @@ def _datasets(
 
 
 def _keep_uint8(key: str, dataset: dict[str, Any], model_type: str | None) -> None:
-    """Let training images stay of 8 bits on their way to a model that makes floats of them on its device."""
+    """Enable `keep_uint8` for training if the model converts images to float on its device."""
     converts = model_type == _OUR_MODEL
     if dataset.get('keep_uint8') and not converts:
         raise OptionError(
-            f'datasets.{key}.keep_uint8: {model_type} expects floats; leave it out, or take model_type: '
+            f'datasets.{key}.keep_uint8: {model_type} expects floats; remove it, or use model_type: '
             f'{_OUR_MODEL}, which converts on its device'
         )
     if dataset.get('keep_uint8') is None and dataset['phase'] == 'train':
@@ -244,11 +243,11 @@ def _keep_uint8(key: str, dataset: dict[str, Any], model_type: str | None) -> No
 
 
 def _set_bit_depth(key: str, dataset: dict[str, Any], keys: Iterable[str], model_type: str | None) -> None:
-    """Tell a dataset that images have 16 bits; refuse it, and models, of which 8 would be left without a word."""
+    """Set the bit depth of a dataset to 16; raise OptionError if dataset or model would silently reduce it to 8."""
     if 'bit_depth' not in keys:
-        raise OptionError(f'datasets.{key}.type: {dataset["type"]} reads 8 bits, bit_depth is 16: take PairsDataset')
+        raise OptionError(f'datasets.{key}.type: {dataset["type"]} reads 8 bits, bit_depth is 16: use PairsDataset')
     if model_type != _OUR_MODEL:
-        raise OptionError(f'model_type: {model_type} measures and writes 8 bits, bit_depth is 16: take {_OUR_MODEL}')
+        raise OptionError(f'model_type: {model_type} measures and writes 8 bits, bit_depth is 16: use {_OUR_MODEL}')
     dataset.setdefault('bit_depth', 16)
 
 
@@ -268,9 +267,9 @@ def _paths(opt: dict[str, Any], root: Path, is_train: bool, stage: str | None) -
 
 
 def _count_epochs(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], int] | None) -> None:
-    """Put iterations where `opt` says epochs, in place, and the iterations of an epoch in `train.iters_per_epoch`.
+    """Convert epochs to iterations in place, and set `train.iters_per_epoch`.
 
-    Whole numbers may have been written as `2e3`: BasicSR wants plain ones. A schedule keeps its `warmup_epochs`.
+    Whole numbers written as `2e3` are converted to int, which BasicSR requires. A scheduler keeps its `warmup_epochs`.
     """
     for section in filter(None, map(opt.get, ('train', 'val', 'logger'))):
         section.update({key: whole(value) for key, value in section.items() if key.endswith(_WHOLE_NUMBERS)})
@@ -282,15 +281,15 @@ def _count_epochs(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], 
     if length_of is None or 'train' not in opt['datasets']:
         if given:
             keys = ', '.join(key for _, key, _ in given)
-            raise OptionError(f'{keys}: epochs cannot be counted without the training set')
+            raise OptionError(f'{keys}: converting epochs to iterations requires the training set')
         return
     train, dataset = opt['train'], opt['datasets']['train']
     scheduler = train.get('scheduler') if isinstance(train.get('scheduler'), dict) else {}
     warmup, total = scheduler.get('warmup_epochs'), train.get('total_epochs')
     if total is not None and isinstance(warmup, int) and warmup >= total:
-        # A run that was cut to a few epochs, to try it, keeps one after its warm-up: there is no schedule otherwise.
+        # A run shortened to a few epochs keeps one epoch after the warm-up; otherwise there is no valid schedule.
         train['scheduler'] = {**scheduler, 'warmup_epochs': int(total) - 1}
-    # One process alone feeds all of its GPUs, each a batch of its own; of many processes each feeds one.
+    # A single process feeds all its GPUs with one batch each; in distributed runs each process feeds one GPU.
     num_devices = opt['world_size'] if opt['dist'] else max(1, opt['num_gpu'])
     num_samples = length_of(dataset) * (dataset.get('dataset_enlarge_ratio') or 1)
     epoch = train['iters_per_epoch'] = max(1, math.ceil(num_samples / (dataset['batch_size_per_gpu'] * num_devices)))

@@ -1,7 +1,7 @@
-"""YAML as data and nothing else: no tags that make objects, no bombs, no keys given twice.
+"""Safe YAML parser for plain data: no tags that construct objects, no alias bombs, no duplicate keys.
 
-Numbers are read as YAML 1.2 has them (`1e-4` is a number, `010` is ten, `1:30`, dates and `2024_06_01` are text), but
-for thousands (`100_000`); truth values as YAML 1.1 has them (`true`, `yes`, `on`), which is what BasicSR's users write.
+Numbers follow YAML 1.2 (`1e-4` is a number, `010` is ten, `1:30`, dates and `2024_06_01` are text), except that
+thousands may be grouped (`100_000`). Booleans follow YAML 1.1 (`true`, `yes`, `on`), as used in BasicSR's option files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ast_plugin.errors import OptionError
 
 MAX_BYTES = 256 * 1024
-# Values after every alias is replaced by what it stands for: a file of a kilobyte can stand for billions.
+# Number of values after expanding all aliases; a file of one kilobyte can expand to billions.
 MAX_VALUES = 20_000
 MAX_DEPTH = 50
 
@@ -31,16 +31,16 @@ _BOOL = re.compile(r'^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|o
 _NULL = re.compile(r'^(?:~|null|Null|NULL|)$')
 _TRUE = {'yes', 'true', 'on'}
 _CONTROL = re.compile(r'[\x00-\x1f\x7f]')
-_BACKSLASH = 'in double quotes a backslash begins such a character: write paths with / or in single quotes'
+_BACKSLASH = 'in double quotes a backslash starts an escape sequence: write paths with / or in single quotes'
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; `_Builder` turns them into values, so no constructor of PyYAML ever runs."""
+    """Loader that composes nodes. `_Builder` converts them to values, so that no constructor of PyYAML runs."""
 
     yaml_implicit_resolvers: dict = {}
 
 
-# The order decides where patterns overlap: what is an int is not looked at as a float.
+# The order matters where patterns overlap: int is tried before float.
 _Loader.add_implicit_resolver(f'{_TAG}int', _INT, list('-+0123456789'))
 _Loader.add_implicit_resolver(f'{_TAG}float', _FLOAT, list('-+0123456789.'))
 _Loader.add_implicit_resolver(f'{_TAG}bool', _BOOL, list('yYnNtTfFoO'))
@@ -49,7 +49,7 @@ _Loader.add_implicit_resolver(_MERGE_TAG, re.compile(r'^<<$'), ['<'])
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around text that `_Loader` would take for something else."""
+    """Dumper that quotes text which `_Loader` would not read as text."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
@@ -58,22 +58,22 @@ class _Dumper(yaml.SafeDumper):
 
 
 def write_text(value: Any) -> str:
-    """Write plain values as YAML that `read_text` reads as the same values."""
+    """Format plain values as YAML that `read_text` parses to equal values."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
 
 
 def read_file(path: Path) -> Any:
-    """Read a YAML file of at most 256 KiB as `read_text` does."""
+    """Read a YAML file of at most 256 KiB; see `read_text`."""
     return build(compose_file(path), str(path))
 
 
 def compose_file(path: Path) -> Node | None:
-    """Read a YAML file into nodes, which know their lines and how they are written."""
+    """Read a YAML file into nodes, which keep line numbers and quoting style."""
     return _compose(_text_of(path), str(path))
 
 
 def node_at(node: Node | None, where: Sequence[str | int]) -> Node | None:
-    """What stands below a node at these keys and numbers; None if nothing does."""
+    """Return the node at these keys and indices below a node, or None."""
     for step in where:
         items: dict[Any, Node] = {}
         if isinstance(node, MappingNode):
@@ -91,28 +91,28 @@ def _text_of(path: Path) -> str:
         with open(path, 'rb') as stream:
             content = stream.read(MAX_BYTES + 1)
     except IsADirectoryError:
-        raise OptionError(f'{path}: expected an option file, this is a folder') from None
+        raise OptionError(f'{path}: expected an option file, got a folder') from None
     except OSError as error:
         raise OptionError(f'{path}: cannot be read: {error.strerror}') from None
     if len(content) > MAX_BYTES:
-        raise OptionError(f'{path}: larger than {MAX_BYTES // 1024} KiB, so hardly an option file')
+        raise OptionError(f'{path}: expected an option file of at most {MAX_BYTES // 1024} KiB, got a larger file')
     try:
         return content.decode('utf-8-sig')
     except UnicodeDecodeError:
-        raise OptionError(f'{path}: expected YAML text in UTF-8, this is something else') from None
+        raise OptionError(f'{path}: expected YAML text in UTF-8, got other data') from None
 
 
 def read_text(text: str, source: str) -> Any:
-    """Read YAML into dicts, lists, text, numbers, truth values and None; `source` names it in messages.
+    """Parse YAML into dicts, lists, strings, numbers, booleans and None; `source` is its name in messages.
 
     Raises:
-        OptionError: if it is not YAML, or holds what is more than data.
+        OptionError: if the text is not YAML, or contains more than plain data.
     """
     return build(_compose(text, source), source)
 
 
 def build(node: Node | None, source: str) -> Any:
-    """The value that a node of `compose_file` stands for; see `read_text`."""
+    """Convert a node of `compose_file` to its value; see `read_text`."""
     return None if node is None else _Builder(source).build(node, 0)
 
 
@@ -134,7 +134,7 @@ def _compose(text: str, source: str) -> Node | None:
 def _hard_space(text: str) -> str:
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip(' ').startswith('\u00a0'):
-            return f' (line {number} begins with a space that does not break, U+00A0: type ordinary ones)'
+            return f' (line {number} starts with a non-breaking space, U+00A0: use ordinary spaces)'
     return ''
 
 
@@ -145,12 +145,12 @@ def _reason(error: yaml.YAMLError) -> str:
     elif 'escape' in reason:
         reason += f' ({_BACKSLASH})'
     elif any(words in reason for words in ('mapping values', 'cannot start any token', 'undefined alias')):
-        reason += " (put quotes around text that holds ': ' or begins with one of * & ! % @ `)"
+        reason += " (put quotes around text that contains ': ' or starts with one of * & ! % @ `)"
     return ' '.join(reason.split())
 
 
 class _Builder:
-    """Values out of nodes. Every alias becomes a copy of its own, so changing one place changes no other."""
+    """Converter from nodes to values. Aliases become separate copies, so that changing one does not change others."""
 
     def __init__(self, source: str):
         self.source = source
@@ -159,9 +159,9 @@ class _Builder:
     def build(self, node: Node, depth: int) -> Any:
         self.num_values += 1
         if self.num_values > MAX_VALUES:
-            raise self._error(node, f'stands for more than {MAX_VALUES} values once its aliases are expanded')
+            raise self._error(node, f'expands to more than {MAX_VALUES} values through aliases')
         if depth > MAX_DEPTH:
-            raise self._error(node, f'nested deeper than {MAX_DEPTH} levels (does an alias hold itself?)')
+            raise self._error(node, f'nested deeper than {MAX_DEPTH} levels (does an alias contain itself?)')
         if isinstance(node, MappingNode) and node.tag == f'{_TAG}map':
             return self._mapping(node, depth)
         if isinstance(node, SequenceNode) and node.tag == f'{_TAG}seq':
@@ -181,10 +181,10 @@ class _Builder:
             if not isinstance(key, str):
                 message = f'keys must be text, got {key!r}'
                 if isinstance(key_node, ScalarNode):
-                    message += f", which YAML makes of {key_node.value}: put quotes around it, '{key_node.value}'"
+                    message += f", as YAML interprets {key_node.value}: put quotes around it, '{key_node.value}'"
                 raise self._error(key_node, message)
             if key in own:
-                raise self._error(key_node, f'the key {key} is given twice in the same place')
+                raise self._error(key_node, f'duplicate key {key}')
             own[key] = self.build(value_node, depth + 1)
         return {**merged, **own}
 
@@ -193,7 +193,7 @@ class _Builder:
         merged: dict[str, Any] = {}
         for part in parts:
             if not isinstance(part, MappingNode):
-                raise self._error(node, '<< takes a mapping, or a list of mappings')
+                raise self._error(node, '<<: expected a mapping, or a list of mappings')
             merged = {**self.build(part, depth + 1), **merged}
         return merged
 
@@ -201,7 +201,7 @@ class _Builder:
         kind = node.tag.removeprefix(_TAG)
         value: str = node.value
         if node.style == '"' and _CONTROL.search(value):
-            raise self._error(node, f'{value!r} holds {_CONTROL.search(value).group()!r}: {_BACKSLASH}')
+            raise self._error(node, f'{value!r} contains {_CONTROL.search(value).group()!r}: {_BACKSLASH}')
         try:
             if kind == 'str' or node.tag == _MERGE_TAG:
                 return value
@@ -219,8 +219,8 @@ class _Builder:
 
     def _tag_error(self, node: Node) -> OptionError:
         tag = node.tag.replace(_TAG, '!!')
-        what = 'an option file holds plain values only, put quotes around text that begins with !'
-        return self._error(node, f'the tag {tag} is refused: {what}')
+        what = 'option files contain only plain values, put quotes around text that starts with !'
+        return self._error(node, f'the tag {tag} is not supported: {what}')
 
     def _error(self, node: Node, message: str) -> OptionError:
         return OptionError(f'{self.source}:{node.start_mark.line + 1}: {message}')

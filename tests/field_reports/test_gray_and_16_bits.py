@@ -173,8 +173,8 @@ def test_network_tells_the_channels(tmp_path, network_g, channels):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'model_type': 'SRModel'}, 'SRModel measures and writes 8 bits, bit_depth is 16: take RestorationModel'),
-        ({'type': 'Other'}, r'datasets\.train\.type: Other reads 8 bits, bit_depth is 16: take PairsDataset'),
+        ({'model_type': 'SRModel'}, 'SRModel measures and writes 8 bits, bit_depth is 16: use RestorationModel'),
+        ({'type': 'Other'}, r'datasets\.train\.type: Other reads 8 bits, bit_depth is 16: use PairsDataset'),
     ],
 )
 def test_what_reads_8_bits_is_refused(tmp_path, change, message):
@@ -217,7 +217,7 @@ def test_output_of_other_channels_is_refused(tmp_path, capfd):
     del opt['datasets']['val'], opt['val']
     file.write_text(yaml.safe_dump(opt))
     assert main(['check', '-opt', str(file)]) == 2
-    assert 'gives [2, 1, 16, 16] for a clean image [2, 3, 16, 16]' in capfd.readouterr().err
+    assert 'returns [2, 1, 16, 16] for a clean image of [2, 3, 16, 16]' in capfd.readouterr().err
 
 
 # Metrics of 16 bits

@@ -50,7 +50,7 @@ def faults(path, registered, overrides=()):
 def test_what_stands_there_is_quoted(key, tmp_path, registered):
     for written in NOT_TEXT if key == 'name' else NOT_TEXT[:1]:
         message = faults(own_file(tmp_path, at(key, written)), registered)
-        assert f'YAML makes of {written}: put quotes around it' in message, message
+        assert f'as YAML interprets {written}: put quotes around it' in message, message
         assert f"'{written}'" in message
 
 
@@ -63,33 +63,33 @@ def test_text_stays_text(text, tmp_path):
 
 
 def test_overrides_and_variables(tmp_path, registered, monkeypatch):
-    assert 'makes of 007: put quotes' in faults(own_file(tmp_path, ''), registered, ['name=007'])
+    assert 'interprets 007: put quotes' in faults(own_file(tmp_path, ''), registered, ['name=007'])
     monkeypatch.setenv('RUN', '1_000')
     message = faults(own_file(tmp_path, 'name: ${RUN}'), registered)
-    assert "makes of 1_000: put quotes around it in ${RUN}, '1_000'" in message
+    assert "interprets 1_000: put quotes around it in ${RUN}, '1_000'" in message
 
 
 def test_keys_of_sections():
     for written in ('on', '2024', '~', '1e3'):
-        with pytest.raises(OptionError, match=f'YAML makes of {written}: put quotes'):
+        with pytest.raises(OptionError, match=f'as YAML interprets {written}: put quotes'):
             safe_yaml.read_text(f'{written}: 1', 'my.yml')
 
 
 def test_numbers_need_no_quotes(tmp_path, registered):
     message = faults(own_file(tmp_path, ''), registered, ['manual_seed=12:30', 'train:optim_g:lr=on'])
     assert "manual_seed: expected a whole number, got the text '12:30'" in message
-    assert 'put quotes' not in message and 'take the quotes' not in message
+    assert 'put quotes' not in message and 'remove the quotes' not in message
     path = own_file(tmp_path, """train: {total_iter: '2'}\nmanual_seed: "0"\n""")
-    assert faults(path, registered).count(': take the quotes away') == 2
+    assert faults(path, registered).count(': remove the quotes') == 2
 
 
 def test_stages_and_comparisons(tmp_path, capsys):
     path = own_file(tmp_path, 'stages:\n  - {name: 007, train: {total_iter: 3}}\n')
     assert main(['check', '-opt', str(path)]) == 2
-    assert 'makes of 007: put quotes' in capsys.readouterr().err
+    assert 'interprets 007: put quotes' in capsys.readouterr().err
     path.write_text('_base_: compare/quick\nnetworks: [{name: on, network_g: {type: AST_XS}}]')
     assert main(['check', '-opt', str(path)]) == 2
-    assert 'makes of on: put quotes' in capsys.readouterr().err
+    assert 'interprets on: put quotes' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_rules_of_a_mix_are_quoted(tmp_path, registered, rule, key, written):
     mixed = f'{{_delete_: true, type: Mixed, base: {{type: EDSR, upscale: 1}}, mix: [{{{rule}}}]}}'
     message = faults(own_file(tmp_path, f'network_g: {mixed}'), registered)
     assert f'network_g.mix.0.{key}: expected text' in message
-    assert f'YAML makes of {written}: put quotes around it' in message
+    assert f'as YAML interprets {written}: put quotes around it' in message
 
 
 def test_none_of_python_is_no_text(tmp_path, registered):
@@ -116,7 +116,7 @@ def test_marks_of_yaml_want_quotes(name):
 
 
 def test_space_that_does_not_break_is_said():
-    with pytest.raises(OptionError, match=r'line 3 begins .*U\+00A0'):
+    with pytest.raises(OptionError, match=r'line 3 starts .*U\+00A0'):
         safe_yaml.read_text('a:\n  b: 1\n\u00a0\u00a0c:\n    d: 1\n  e: 2\n', 'my.yml')
 
 

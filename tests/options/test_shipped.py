@@ -186,7 +186,7 @@ def test_epochs_are_counted():
         opt = {**stage.opt, 'num_gpu': 2}
         run = options.prepare(opt, stage=stage.name, length_of=lambda _: 861, **process)
         assert (run['train']['iters_per_epoch'], run['train']['total_iter']) == (14, 4_200)
-    with pytest.raises(OptionError, match='total_epochs, times_per_epoch, save_checkpoint_epochs: epochs cannot'):
+    with pytest.raises(OptionError, match='total_epochs, times_per_epoch, save_checkpoint_epochs: converting epochs'):
         options.prepare(stage.opt)
     short = options.expand(load('AST_deraindrop', 'train:total_epochs=2'))[0]  # fewer than the warm-up has
     run = options.prepare(short.opt, stage=short.name, length_of=lambda _: 861)
