@@ -147,7 +147,10 @@ def test_bad_files_are_told_and_others_restored(run, tmp_path):
     lines = err.splitlines()
     assert len(lines) == 4
     for line, name, words in zip(
-        lines, 'bcde', ('truncated', 'animations are not supported', '40x50 is', 'cannot be read: No such file'), strict=True
+        lines,
+        'bcde',
+        ('truncated', 'animations are not supported', '40x50 is', 'cannot be read: No such file'),
+        strict=True,
     ):
         assert line.startswith(f'basicsr: error: {folder / name}.') and words in line
     assert files_below(tmp_path / 'out') == ['a.png', 'f.png']

@@ -1,4 +1,4 @@
-"""Images for tests, and files of them that the readers under test had no part in."""
+"""Images and image files for tests, written independently of the readers under test."""
 
 import struct
 import zlib
@@ -21,7 +21,7 @@ def smooth(height, width):
 
 
 def write_png(path, pixels, color_type, depth=16, extra=(), height=None, width=None):
-    """A PNG by the letter of its specification, independent of the readers under test, perhaps of a false size."""
+    """Return a PNG built from its specification, optionally with a wrong size."""
     height, width = height or pixels.shape[0], width or pixels.shape[1]
     chunks = [(b'IHDR', struct.pack('>IIBBBBB', width, height, depth, color_type, 0, 0, 0)), *extra]
     rows = b''.join(b'\0' + row.astype('>u2' if depth == 16 else 'u1').tobytes() for row in pixels)
@@ -40,20 +40,20 @@ def save(path, pixels, mode=None, **options):
 
 
 def write_noise(path: Path, seed, size: tuple[int, int] = (16, 24)) -> Path:
-    """Write an image of noise, and the folders that it lies in."""
+    """Write an image of noise, and create its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), noise(*size, 3, seed=seed))
     return path
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return every file below a folder, by its place in it."""
+    """Return the content of every file below a folder, by relative path."""
     files = (path for path in sorted(folder.rglob('*')) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def touch(root: Path, *names: str) -> Path:
-    """Make empty files, and their folders; listing never opens an image."""
+    """Create empty files and their folders; listing never opens an image."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()

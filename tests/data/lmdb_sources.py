@@ -1,4 +1,4 @@
-"""Pairs to pack, for tests: small, noisy, every image different."""
+"""Pairs for LMDB tests: small noisy images, all different."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def pack(root: Path, destination: Path, encoding: str = 'png', level: int | None
 
 
 def options(lq: Path, gt: Path, **more) -> dict:
-    """The section of an option file for pairs of LMDBs or, by `io_backend`, of folders."""
+    """Return the dataset section for pairs in LMDBs or, by `io_backend`, in folders."""
     return {
         'name': 'test',
         'phase': 'train',

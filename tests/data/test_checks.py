@@ -1,4 +1,4 @@
-"""Every way in which an image can be broken is found before training, and named."""
+"""Every kind of damage to an image is detected and reported before training."""
 
 import os
 import re
@@ -75,7 +75,7 @@ def test_broken_images(tmp_path, capfd, name):
     with pytest.raises(DataError) as caught:
         check_image(path)
     assert str(caught.value).startswith(f'{path}: ') and expected in str(caught.value), str(caught.value)
-    assert 'JPEG' not in capfd.readouterr().err  # libraries keep quiet in the terminal
+    assert 'JPEG' not in capfd.readouterr().err  # libraries print nothing to the terminal
 
 
 def test_files_that_cannot_be_opened(tmp_path):

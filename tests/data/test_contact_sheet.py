@@ -1,4 +1,4 @@
-"""Sheets of images: what stands where, looked up in their pixels."""
+"""Contact sheets: positions of images and text, checked by pixels."""
 
 import math
 import os

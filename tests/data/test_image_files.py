@@ -1,4 +1,4 @@
-"""Image files of every kind are read and written without loss of depth, alpha, gray or metadata, or refused by name."""
+"""Image files are read and written without loss of depth, alpha, gray or metadata, or rejected by name."""
 
 import io
 import struct
@@ -19,7 +19,7 @@ DEEP = noise(33, 17, 4, dtype=np.uint16)
 
 
 def split_channels(pixels):
-    """Colour and alpha of gray, gray with alpha, RGB or RGBA [H, W, C]."""
+    """Split gray, gray with alpha, RGB or RGBA, [H, W, C], into colour and alpha."""
     channels = pixels.shape[2]
     return pixels[..., 0] if channels < 3 else pixels[..., :3], pixels[..., -1] if channels in (2, 4) else None
 
@@ -40,7 +40,7 @@ def assert_read(path, color, alpha=None):
 
 
 def write_foreign(path, pixels, **options):
-    """Write a file as others do."""
+    """Write a file with a third-party encoder."""
     channels, is_deep = pixels.shape[2], pixels.dtype == np.uint16
     if is_deep and path.suffix == '.png':
         write_png(path, pixels, {1: 0, 2: 4, 3: 2, 4: 6}[channels])
@@ -138,10 +138,10 @@ def test_premultiplied_colours_are_divided(tmp_path):
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('kind', ['jpg', 'webp', 'png', 'png16', 'tif', 'tif16'])
 def test_exif_orientation_is_applied(tmp_path, kind, orientation):
-    """The image is a ramp of known corners, so that each of the eight positions is told from the others."""
+    """The image is a ramp with known corners, which distinguishes all eight orientations."""
     upright = np.zeros((32, 48, 3), np.uint8)
     upright[:16, :24], upright[:16, 24:], upright[16:, :24] = (240, 10, 10), (10, 240, 10), (10, 10, 240)
-    # What a camera stores, by the definition of the tag: row 0 and column 0 of the file lie on these sides.
+    # Stored pixels by definition of the tag: sides of the upright image at row 0 and column 0 of the file.
     stored = {
         1: upright,
         2: np.fliplr(upright),
@@ -248,7 +248,7 @@ def assert_refused(path, reason, readers=(read_image, read_rgb)):
 
 @pytest.mark.parametrize('suffix', ['.png', '.jpg', '.webp', '.tif', '.bmp'])
 def test_truncated_files_are_refused(tmp_path, suffix):
-    """Wherever a file ends early, it is refused by name; OpenCV would return the rows that it has."""
+    """A file truncated anywhere is rejected by name; OpenCV would return the existing rows."""
     whole = save(tmp_path / f'whole{suffix}', noise(64, 64, 3)).read_bytes()
     path = tmp_path / f'broken{suffix}'
     for length in (0, 1, 10, 40, len(whole) // 2, len(whole) - 40):
@@ -262,7 +262,7 @@ def test_png_whose_rows_are_missing(tmp_path):
 
 
 def test_truncation_is_seen_through_a_thumbnail(tmp_path):
-    """A thumbnail before the image holds a whole JPEG with an end of its own."""
+    """A thumbnail before the image is a complete JPEG with its own end marker."""
     thumbnail = io.BytesIO()
     Image.fromarray(noise(16, 16, 3)).save(thumbnail, 'JPEG')
     application = b'Exif\0\0' + thumbnail.getvalue()

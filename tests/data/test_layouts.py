@@ -1,4 +1,4 @@
-"""Where pairs are found in each layout, and what is said when they are not."""
+"""Location of pairs in each layout, and errors for missing ones."""
 
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def test_templates_that_are_none(tmp_path, template):
         folders(tmp_path, lq_template=template)
 
 
-DISTRIBUTED = [  # layout, options, files of one pair, and of what must not be taken for one
+DISTRIBUTED = [  # layout, options, files of one pair, and files that are not a pair
     ('agan', {}, 'train/data/12_rain.png', 'train/gt/12_clean.png', ['test_a/data/1_rain.png']),
     ('agan', {'phase': 'val'}, 'test_a/data/12_rain.png', 'test_a/gt/12_clean.jpg', ['train/data/1_rain.png']),
     ('agan', {'split': 'test_b'}, 'test_b/data/12_rain.png', 'test_b/gt/12_clean.png', []),

@@ -1,4 +1,4 @@
-"""Manifests are read as they were written, and refused when anything is wrong with them."""
+"""Manifests are read as written, and rejected if invalid."""
 
 import json
 import os

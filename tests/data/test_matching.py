@@ -1,4 +1,4 @@
-"""A table of pairs gives back what was put in, and takes little memory."""
+"""PairTable returns the pairs it was given and uses little memory."""
 
 import pickle
 import tracemalloc

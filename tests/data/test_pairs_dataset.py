@@ -1,4 +1,4 @@
-"""Datasets of pairs: what a sample is, what it depends on, and how bad pairs and photos are reported."""
+"""Datasets of pairs: content and reproducibility of samples, and errors for invalid pairs and photos."""
 
 import pickle
 from dataclasses import replace
@@ -27,7 +27,7 @@ def write(path: Path, image: np.ndarray) -> None:
 
 
 def coordinates(number: int, clean: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """BGR: number of the image and kind, column, row; read back as RGB: row, column, 2 * number + clean."""
+    """BGR image that encodes 2 * number + clean, column and row; read as RGB: row, column, 2 * number + clean."""
     rows, columns = np.mgrid[: size[0], : size[1]]
     return np.stack([np.full(size, 2 * number + clean), columns, rows], axis=2).astype(np.uint8)
 
@@ -43,7 +43,7 @@ def root(tmp_path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> str:
-    """Twelve photos that brighten downwards, so that a flip shows."""
+    """Twelve photos with a vertical gradient, which makes flips visible."""
     for number in range(12):
         image = np.broadcast_to(np.linspace(40, 120, 60)[:, None, None] + number, (60, 80, 3)).astype(np.uint8)
         write(tmp_path / f'photo{number}.png', image)
@@ -154,7 +154,7 @@ def test_different_sizes_name_both_files(root, workers):
     samples = iter(DataLoader(pairs(root), num_workers=workers))
     with pytest.raises(DataError) as caught:
         list(samples)
-    list(samples)  # ends the worker, which torch otherwise waits five seconds for
+    list(samples)  # ends the worker, for which torch otherwise waits five seconds
     message = str(caught.value)
     assert message.startswith('datasets.train: ') and 'Traceback' not in message
     assert f'{root}/lq/4.png has 13x10' in message and f'{root}/gt/4.png has 12x10' in message
@@ -182,7 +182,7 @@ def test_an_unreadable_file_names_the_pair(root, content):
         ({'dataroot': 'x'}, 'does not use dataroot'),
         ({'layout': 'Spad', 'dataroot_lq': None, 'dataroot_gt': None}, 'did you mean spad'),
         ({'use_rot': 'sometimes'}, r'datasets\.train\.use_rot'),
-        ({'gt_size': -1, 'gt_sizes': 3}, r'(?s)gt_size: .*\n.*gt_sizes: '),  # all at once
+        ({'gt_size': -1, 'gt_sizes': 3}, r'(?s)gt_size: .*\n.*gt_sizes: '),  # all errors at once
     ],
 )
 def test_bad_options_name_the_key(root, options, expected):
@@ -234,7 +234,7 @@ def test_rain_falls_down_in_flipped_photos(folder):
         sample = streaks[epoch, 0]
         layer = ((sample['lq'] - sample['gt']) / (1 - sample['gt']).clamp(min=0.05)).mean(dim=0).numpy()
         dx, dy = cv2.Sobel(layer, cv2.CV_32F, 1, 0), cv2.Sobel(layer, cv2.CV_32F, 0, 1)
-        assert float((dx * dy).sum()) < 0  # leaning to one side, whatever the flip
+        assert float((dx * dy).sum()) < 0  # inclined to the same side, whatever the flip
     data = synthetic(source='folder', dataroot_gt=folder, split='all')
     patches = [data[epoch, 0]['gt'] for epoch in range(20)]
     falls = {float(torch.sign(gt[0, -1, 0] - gt[0, 0, 0])) for gt in patches}

@@ -1,4 +1,4 @@
-"""Preparing: splits are found as they are unpacked, and no run leaves anything that looks finished and is not."""
+"""Preparing: splits of unpacked datasets are found, and unfinished results never look finished."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from tests.data.images import contents, touch, write_noise
 
 
 def splits_of(layout, root: Path, *wanted: str) -> dict[str, list[tuple[str, str]]]:
-    """Splits, each with the names of its pairs; none of them may have a fault."""
+    """Return the pair names of each split, which must have no faults."""
     splits = find_splits(layout, root, wanted)
     assert not any(split.faults for split in splits)
     return {
@@ -36,7 +36,7 @@ def splits_of(layout, root: Path, *wanted: str) -> dict[str, list[tuple[str, str
 
 
 SNOW = 'media/jdway/GameSSD/overlapping/test'
-UNPACKED = [  # layout, and by split the files of a pair
+UNPACKED = [  # layout, and the files of a pair by split
     ('agan', {'train': ('train/train/data/0_rain.png', 'train/train/gt/0_clean.png'),
               'test_a': ('test_a/data/0_rain.png', 'test_a/gt/0_clean.png'),
               'test_b': ('test_b/test_b/data/0_rain.jpg', 'test_b/test_b/gt/0_clean.jpg')}),
@@ -108,10 +108,10 @@ def test_many_hazy_images_share_a_clear_one(tmp_path):
     (split,) = find_splits('reside', tmp_path)
     keys = {pair.key: os.path.basename(pair.gt) for pair in split.pairs}
     assert keys == dict.fromkeys(('1_10_0.9', '1_1_0.9', '1_2_0.9'), '1.png')
-    assert not split.faults  # a clear one without a hazy one is none
+    assert not split.faults  # a clear image without a hazy one is not a fault
 
 
-LEAVE_THE_REST = {  # by layout: files, key of the pair that is left, kinds and names of the faults
+LEAVE_THE_REST = {  # by layout: files, key of the remaining pair, kinds and names of the faults
     'agan': (
         [f'train/{name}.png' for name in ('data/1_rain', 'gt/1_clean', 'data/2_rain', 'gt/3_clean', 'data/A_rain')]
         + ['train/gt/a_clean.png'],
@@ -220,7 +220,7 @@ def test_linked_folders_are_followed(tmp_path):
 
 
 def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
-    """Root may read everything, so that the system's refusal is imitated."""
+    """The permission error is simulated, since root may read everything."""
     touch(tmp_path, 'train/data/1_rain.png', 'train/gt/1_clean.png', 'secret/x.png')
     listdir = os.listdir
 
@@ -337,11 +337,11 @@ def test_images_that_one_split_has_twice(tmp_path):
     assert others.num == 0
 
 
-# ---- killed, and run again
+# ---- interrupted runs
 
 
 def count_checks(monkeypatch) -> list[str]:
-    """Note which pairs are read from now on."""
+    """Record the pairs that are read from now on."""
     read, check = [], pair_checks.check_pair
 
     def noted(pair):
@@ -353,7 +353,7 @@ def count_checks(monkeypatch) -> list[str]:
 
 
 def stop_after(pairs: int):
-    """A callback that ends a run as Ctrl-C does."""
+    """Callback that interrupts a run like Ctrl-C."""
     done = 0
 
     def on_pair():
@@ -373,7 +373,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
         preparation.check(1, stop_after(4))
     assert not list((tmp_path / 'out').glob('*.jsonl'))
     journal = next((tmp_path / 'out').iterdir())
-    journal.write_bytes(journal.read_bytes()[:-20])  # as when killed in the middle of a line
+    journal.write_bytes(journal.read_bytes()[:-20])  # as after a kill in the middle of a line
     read = count_checks(monkeypatch)
     prepare(root, tmp_path / 'out')
     assert read == ['3_rain.png', '4_rain.png', '5_rain.png', '0_rain.png', '1_rain.png', '2_rain.png']
@@ -417,7 +417,7 @@ def test_killed_at_any_moment(tmp_path):
     arguments = ['data', 'prepare', 'agan', str(root), str(out), '--copy', '--workers']
     prepare(root, tmp_path / 'whole', 'copy')
     kills = 0
-    for moment in ('.train.checked.new', 'train'):  # while it reads, and before it writes manifests
+    for moment in ('.train.checked.new', 'train'):  # while reading, and before writing manifests
         run = subprocess.Popen([sys.executable, '-m', 'ast_plugin', *arguments, '1'], stdout=subprocess.DEVNULL)
         while run.poll() is None and not (out / moment).exists():
             time.sleep(0.002)
@@ -430,14 +430,14 @@ def test_killed_at_any_moment(tmp_path):
     assert contents(out) == contents(tmp_path / 'whole')
 
 
-# ---- full disks and other hindrances
+# ---- full disks and other errors
 
 
 @pytest.mark.parametrize('place', [None, 'copy'])
 def test_a_full_disk(tmp_path, capsys, place):
-    """A file system that takes no file of more than 2 kB; Python sees an error where the disk is full."""
+    """Limit file sizes to 2 kB; exceeding it raises an error like a full disk."""
     root = make_agan(tmp_path / 'data', train=20)
-    if place:  # the journal is there already, and the images are larger than the limit
+    if place:  # the journal already exists, and the images are larger than the limit
         write_noise(root / 'train/data/7_rain.png', 1, (64, 64))
         write_noise(root / 'train/gt/7_clean.png', 2, (64, 64))
         Preparation(find_splits('agan', root), root, tmp_path / 'out').check(1)
@@ -489,7 +489,7 @@ def test_two_runs_do_not_meet(tmp_path, capsys):
         assert main(command) == 2
         assert 'out: another run is preparing there; wait for it' in capsys.readouterr().err
         assert os.listdir(tmp_path / 'out') == []
-    assert main(command) == 0  # the lock was let go
+    assert main(command) == 0  # the lock was released
 
 
 # ---- copies and links
@@ -555,6 +555,6 @@ def test_a_clean_image_of_many_is_copied_once(tmp_path):
 )
 def test_names_of_datasets(folder, name):
     lines = format_options([('train', Path('/data') / folder / 'train.jsonl' if folder else Path('/train.jsonl'))])
-    # A path whose bytes are no text cannot be in YAML.
+    # YAML cannot represent a path that is not valid text.
     readable = '\n'.join(lines).encode('utf-8', 'replace').decode()
     assert TypeAdapter(FolderName).validate_python(yaml.safe_load(readable)['datasets']['train']['name']) == name

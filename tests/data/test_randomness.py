@@ -1,4 +1,4 @@
-"""What an epoch holds on every rank, and random generators captured, restored and left alone."""
+"""Samples of an epoch on each rank; capturing, restoring and preserving random states."""
 
 import random
 from collections import Counter
@@ -86,7 +86,7 @@ def test_empty_datasets_and_several_devices():
 @pytest.mark.parametrize('replicas', [1, 2])
 @pytest.mark.parametrize('iteration', [1, 5, 6, 13])
 def test_a_resumed_epoch_goes_on_where_it_was(replicas, iteration):
-    dataset = Numbers(10 * replicas, batch=2)  # five iterations an epoch
+    dataset = Numbers(10 * replicas, batch=2)  # five iterations per epoch
     for rank in range(replicas):
         whole, resumed = (EpochSampler(dataset, replicas, rank) for _ in range(2))
         resumed.resume(iteration, 2)
@@ -106,7 +106,7 @@ def test_epochs_of_iterations():
 
 
 def draw() -> tuple:
-    # The second number of a pair of normal ones is kept back by the generators.
+    # The generators cache the second number of a pair of normal numbers.
     return random.gauss(0, 1), np.random.randn(), torch.randn(1).item(), random.random(), np.random.rand()  # noqa: NPY002
 
 
@@ -128,7 +128,7 @@ def test_preserved_leaves_no_trace():
 
 
 class Noise(Dataset):
-    """A dataset such as BasicSR's: indices are numbers, chance comes from the global generators."""
+    """Dataset like BasicSR's: integer indices, and randomness from the global generators."""
 
     opt = {'name': 'noise'}
 

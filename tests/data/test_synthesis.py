@@ -49,6 +49,6 @@ def test_folder_splits_are_by_name_alone(tmp_path):
     (tmp_path / 'one').mkdir()
     (tmp_path / 'one/a.jpg').touch()
     with pytest.raises(DataError, match=r"datasets\.val: none of the 1 .*'val'.*split: all"):
-        folder_photos(tmp_path / 'one', 'val', 'val')  # a.jpg is for training
+        folder_photos(tmp_path / 'one', 'val', 'val')  # a.jpg belongs to train
     with pytest.raises(DataError, match='no such folder'):
         folder_photos(tmp_path / 'x', 'val')

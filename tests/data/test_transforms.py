@@ -1,4 +1,4 @@
-"""Crops, reflections, flips and the way to tensors."""
+"""Crops, reflection padding, flips and conversion to tensors."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from ast_plugin.data import transforms
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
-    """An image whose pixels say where they are: [H, W, 3] of row, column, 0."""
+    """Return an image that encodes positions: [H, W, 3] of row, column, 0."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, np.zeros_like(rows)], axis=2).astype(np.uint16)
 
@@ -49,7 +49,7 @@ def test_symmetries(use_hflip, use_rot, count):
     assert len(turned) == count
     for _ in range(300):
         transforms.random_flip([image], False, False, plain)
-    assert generator.random() == plain.random()  # as much is drawn whatever the switches are
+    assert generator.random() == plain.random()  # the number of draws does not depend on the switches
     if not use_rot:
         assert turned <= {image.tobytes(), image[:, ::-1].tobytes()}
 

@@ -1,4 +1,4 @@
-"""Work of processes and threads comes in order, and signals of a group do not reach them."""
+"""Workers return results in order and are not reached by signals to the process group."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from tests.data.work import die_at_40, slow_for_even
 
 
 class Groups(Dataset):
-    """Which group of processes prepares a sample, and how many signals it does not hear."""
+    """Process group of the worker that prepares a sample, and the number of signals it ignores."""
 
     def __len__(self):
         return 4
@@ -26,7 +26,7 @@ class Groups(Dataset):
         return torch.tensor([os.getpgrp(), len(signal.pthread_sigmask(signal.SIG_BLOCK, []) & workers._SIGNALS)])
 
 
-@pytest.mark.parametrize(('method', 'count'), [('fork', 2), ('spawn', 1)])  # what is spawned imports torch first
+@pytest.mark.parametrize(('method', 'count'), [('fork', 2), ('spawn', 1)])  # spawned processes import torch first
 def test_workers_have_groups_of_their_own(method, count):
     initialize = partial(workers.start_apart, [].append if method == 'fork' else None)
     loader = DataLoader(Groups(), 1, num_workers=count, worker_init_fn=initialize, multiprocessing_context=method)
@@ -58,7 +58,7 @@ def test_what_comes_while_a_worker_starts(sender, status):
 
 
 def test_workers_leave_with_a_killed_parent():
-    """It may die with a lock that they wait for, as that of the event which tells them to end."""
+    """The parent may die holding a lock that they wait for, such as that of the event that ends them."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

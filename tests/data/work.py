@@ -1,4 +1,4 @@
-"""Functions for processes to run; nothing large is imported here, as each process would import it again."""
+"""Functions run in processes. Large imports are avoided, as each process would repeat them."""
 
 import os
 import signal
@@ -23,5 +23,5 @@ def run_command(arguments: list[str]) -> None:
 
     from ast_plugin.cli.main import main
 
-    tqdm.set_lock(threading.RLock())  # one among processes would be left behind by a kill
+    tqdm.set_lock(threading.RLock())  # a lock between processes would remain after a kill
     sys.exit(main(arguments))

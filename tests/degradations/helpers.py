@@ -1,4 +1,4 @@
-"""What the tests of degradations share."""
+"""Helpers of the degradation tests."""
 
 import cv2
 import numpy as np
@@ -29,15 +29,15 @@ def photo(name: str) -> np.ndarray:
 
 
 def scene(height: int = 120, width: int = 160) -> np.ndarray:
-    """Blotches of all brightnesses."""
+    """Return an image of smooth noise of all brightnesses."""
     coarse = np.random.default_rng(9).random((6, 8, 3)).astype(np.float32)
     return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
 
 
 def direction(field: np.ndarray) -> tuple[float, float]:
-    """Return degrees from the vertical along which a field changes least, and how much it does by the most.
+    """Return the direction of least change of a field, in degrees from the vertical, and its anisotropy in (0, 1].
 
-    From the structure tensor.
+    Both come from the structure tensor; the anisotropy is the ratio of its eigenvalues, least to most.
     """
     dx, dy = cv2.Sobel(field, cv2.CV_32F, 1, 0), cv2.Sobel(field, cv2.CV_32F, 0, 1)
     values, vectors = np.linalg.eigh([[float((a * b).mean()) for b in (dx, dy)] for a in (dx, dy)])

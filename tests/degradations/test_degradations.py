@@ -1,4 +1,4 @@
-"""What holds for every degradation: as an option, in a dataset, and whatever the image and the seed are."""
+"""Properties of every degradation: as an option, in a dataset, and for any image and seed."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ LIMITED = [
     for key, field in row.parameters.model_fields.items()
     if isinstance(field.json_schema_extra, Limits)
 ]
-PSNR = {  # of packaged photos: seeds of each, the least and the most, range of the median, least spread on each
+PSNR = {  # of packaged photos: seeds per photo, minimum and maximum, range of the median, minimum spread per photo
     'rain': (6, 20, 60, (20, 26), 1),
     'raindrop': (6, 14, 36, (18, 26), 4),
     'haze': (6, 9, 23, (11, 19), 2),
@@ -63,7 +63,7 @@ def test_bad_options_name_the_key(options, expected):
         SyntheticPairsDataset({'phase': 'train', 'gt_size': 32, 'degradation': options})
 
 
-WRONG = [  # a row for each rule of a type of parameter
+WRONG = [  # one row per rule of a parameter type
     ('rain', {'psnr': (float('nan'), 20)}),
     ('rain', {'veil': (-0.1, 0)}),
     ('rain', {'scale': 0}),
@@ -110,7 +110,7 @@ def check_images(name, image, results) -> None:
         assert mask.shape == image.shape[:2] and mask.dtype == np.float32 and mask.min() >= 0 and mask.max() <= 1
 
 
-EXTREMES = [  # every end of every range, and what only together, or without a range, makes another image
+EXTREMES = [  # both ends of every range, and combinations or values without range that change the image
     *((name, {key: (value, value)}) for name, key, *ends in LIMITED for value in (ends[0] or 1e-3, ends[1])),
     *((name, {'psnr': (psnr, psnr)}) for name in ('rain', 'raindrop', 'haze') for psnr in (1, 80)),
     *((name, {'scale': 3}) for name in ('rain', 'raindrop', 'haze', 'snow', 'shadow')),
@@ -137,11 +137,11 @@ EXTREMES = [  # every end of every range, and what only together, or without a r
     ('moire', {'sideways': 1}),
 ]
 RECORDED = Path(__file__).parents[1] / 'data/golden/degradations.jsonl'
-"""What `measure` says of each extreme, one a line; `record` writes it anew."""
+"""Result of `measure` for each extreme, one per line; rewritten by `record`."""
 
 
 def measure(name, extreme) -> list[float]:
-    """Check an image and its mask, and return a thumbnail of each and how much neighbours differ across and down."""
+    """Check an image and its mask; return thumbnails, and mean differences of horizontal and vertical neighbours."""
     check_images(name, scene(), results := degrade(name, scene(), 1, **extreme))
     parts = [part for part in results if part is not None]
     thumbnails = [cv2.resize(part, (3, 2), interpolation=cv2.INTER_AREA) for part in parts]
@@ -156,7 +156,7 @@ def record() -> None:
 
 @pytest.mark.parametrize('number', range(len(EXTREMES)))
 def test_extremes_are_what_they_were(number):
-    """Recipes and shipped weights depend on what a degradation makes of a seed."""
+    """Recipes and bundled weights depend on the result for a given seed."""
     *recorded, expected = json.loads(RECORDED.read_text().splitlines()[number])
     assert recorded == json.loads(json.dumps(EXTREMES[number]))
     assert measure(*EXTREMES[number]) == pytest.approx(expected, abs=3e-4)
@@ -194,7 +194,7 @@ def test_bits_depend_on_the_seed_alone(name):
 @EVERY
 def test_bits_ignore_places_in_memory(name):
     sizes = np.random.default_rng(0).integers(1, 5000, 10)
-    kept = []  # so that what is made after it lies elsewhere
+    kept = []  # so that later arrays have other addresses
     for side in (40, 64):
         image = np.random.default_rng(0).uniform(0, 1, (side, side, 3)).astype(np.float32)
         results = []
@@ -214,7 +214,7 @@ def test_psnr_on_photos(name):
         assert np.ptp(levels[-1]) > spread
         if name == 'rain':
             assert np.median(levels[-1]) <= 26
-        if name == 'raindrop':  # the share of pixels that drops change
+        if name == 'raindrop':  # fraction of pixels changed by drops
             shares = [(np.abs(np.round(image * 255) - np.round(clean * 255)).max(2) > 10).mean() for image in degraded]
             assert min(shares) >= 0.01 and max(shares) <= 0.75
     assert least <= np.min(levels) and np.max(levels) <= most
@@ -233,7 +233,7 @@ def test_samples_to_train_from(name):
 
 @pytest.mark.parametrize(('name', 'low', 'high'), [('raindrop', 16, 25), ('haze', 10, 19)])
 def test_patches_are_degraded_like_images(name, low, high):
-    """Patches are cut from a degraded neighbourhood, so they are as strong on the average as whole images."""
+    """Patches are cut from a degraded neighbourhood, so their mean strength equals that of whole images."""
     options = {'phase': 'train', 'gt_size': 64, 'seed': 3, 'photos': ['coffee', 'astronaut'], 'num_per_photo': 16}
     data = SyntheticPairsDataset({**options, 'degradation': {'type': name}})
     errors = [float(((sample['lq'] - sample['gt']) ** 2).mean()) for sample in data]

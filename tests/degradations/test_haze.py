@@ -1,4 +1,4 @@
-"""Synthesis of haze: as thick as asked, thicker with depth, and true to Koschmieder's law."""
+"""Synthesis of haze: requested density, increase with depth, and Koschmieder's law."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ EVEN = {'unevenness': (0, 0), 'forward': (0, 0), 'tint': 0, 'airlight': (0.8, 0.
 
 
 def even_haze(image: np.ndarray, seed: int, **parameters) -> tuple[np.ndarray, np.ndarray]:
-    """Put haze over what is 1 far off everywhere, alike everywhere but for `parameters`."""
+    """Add haze at a uniform depth of 1, uniform except for `parameters`."""
     return degrade('haze', image, seed, np.ones(image.shape[:2], np.float32), **{**EVEN, **parameters})
 
 
@@ -57,7 +57,7 @@ def test_noise_is_as_strong_as_asked():
 
 
 def test_real_depth_of_the_motorcycle():
-    """Middlebury's motorcycle: depth from disparity; far things lie deeper in haze than near ones."""
+    """Middlebury's motorcycle: depth from disparity; haze is denser on far objects than on near ones."""
     data = Path(find_spec('skimage').origin).parent / 'data'
     image = read_rgb(data / 'motorcycle_left.png') / np.float32(255)
     disparity = np.load(data / 'motorcycle_disp.npz')['arr_0'].astype(np.float32)
@@ -68,7 +68,7 @@ def test_real_depth_of_the_motorcycle():
     hazy, opacity = degrade('haze', image, 0, depth, **EVEN, visibility=(12, 12))
     assert 2 < depth[~unknown].min() < 3 and 4 < depth.max() < 6  # metres
     assert np.corrcoef(depth[~unknown], opacity[~unknown])[0, 1] > 0.95
-    assert opacity[unknown].min() > 0.3  # filled in from around, not taken for the lens
+    assert opacity[unknown].min() > 0.3  # interpolated, not treated as depth 0
     assert 10 < psnr(hazy, image) < 19
 
 
@@ -97,7 +97,9 @@ def test_guessed_depth_is_far_in_the_sky():
         sky, pagoda, trees = depth[20:80, 450:650], depth[130:230, 150:330], depth[430:, 100:600]
         assert sky.mean() > 0.95
         assert sky.mean() > 1.3 * pagoda.mean() and pagoda.mean() > 1.2 * trees.mean()
-        assert np.array_equal(depth, guess_depth(image, np.random.default_rng(seed), 0.2, 1.0))  # no room has a sky
+        assert np.array_equal(
+            depth, guess_depth(image, np.random.default_rng(seed), 0.2, 1.0)
+        )  # an image with sky is never a room
 
 
 def test_a_room_is_far_at_its_back_wall():

@@ -7,7 +7,7 @@ import pytest
 from ast_plugin.degradations.moire import SENSOR
 from tests.degradations.helpers import degrade, gray
 
-PLAIN = {  # a camera without faults before a screen that stands straight
+PLAIN = {  # an ideal camera in front of an upright screen
     'rotation': (0, 0),
     'sideways': 0,
     'perspective': (0, 0),
@@ -21,20 +21,20 @@ PLAIN = {  # a camera without faults before a screen that stands straight
 
 
 def bands(pitch: float, **parameters) -> np.ndarray:
-    """Red less blue along a row, of a gray image whose screen's stripes stand upright; [512]."""
+    """Return red minus blue along a row of a gray image on a screen with vertical stripes, [512]."""
     shot, _ = degrade('moire', gray(64, 512, 0.5), 3, pitch=(pitch, pitch), **{**PLAIN, **parameters})
     return (shot[..., 0] - shot[..., 2]).mean(axis=0)
 
 
 @pytest.mark.parametrize('pitch', [1.9, 2.05])
 def test_bands_are_where_sampling_puts_them(pitch):
-    # Filters of one colour come every two pixels of the sensor: stripes at 1 / pitch alias to |1 / pitch - 1 / 2|.
+    # Filters of one colour have a spacing of two sensor pixels: stripes at 1 / pitch alias to |1 / pitch - 1 / 2|.
     expected = abs(1 / pitch - 0.5) * SENSOR
     row = bands(pitch)
     power = np.abs(np.fft.rfft((row - row.mean()) * np.hanning(len(row))))
     assert power.argmax() / len(row) == pytest.approx(expected, abs=1.5 / len(row))
     assert np.ptp(row[8:-8]) > 0.1
-    # Stripes in step make none.
+    # Stripes in phase with the filters produce no bands.
     assert np.ptp(bands(2.0)[8:-8]) < 0.03
 
 

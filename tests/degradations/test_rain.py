@@ -1,4 +1,4 @@
-"""Synthesis of rain: as strong as asked, and streaks to look at."""
+"""Synthesis of rain: requested strength, and properties of streaks."""
 
 import cv2
 import numpy as np
@@ -12,7 +12,7 @@ DENSE = {
     'light': (1, 1),
     'jpeg_share': 0,
 }
-"""Rain that is nowhere rare, so that few pixels tell of it."""
+"""Dense rain, whose statistics can be estimated from few pixels."""
 
 
 @pytest.mark.parametrize('target', [23.0, 26.0, 30.0])
@@ -45,7 +45,7 @@ def test_streaks_lean_as_asked(angle):
 
 
 def test_rain_is_sparse_and_bright_or_fine():
-    """Of one strength in dB, so that the fewer streaks there are the brighter each is."""
+    """At equal PSNR, fewer streaks are brighter."""
     layers = [degrade('rain', gray(480, 720), seed)[1] for seed in range(24)]
     assert (np.histogram(layers[3], bins=10, range=(0.02, 0.5))[0] > 0).all()
     covered = np.array([(streaks > 0.1).mean() for streaks in layers])

@@ -1,4 +1,4 @@
-"""Synthesis of raindrops: as strong as asked, and optics of water to look through."""
+"""Synthesis of raindrops: requested strength, and refraction by water."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_the_mask_is_where_the_image_changed():
     dry = opacity == 0
     assert 0.1 < dry.mean() < 0.9
     assert change[dry].max() < 1e-6
-    assert (np.abs(wet**2 - clean**2).max(axis=2) <= opacity + 1e-5).all()  # opacity is that of light
+    assert (np.abs(wet**2 - clean**2).max(axis=2) <= opacity + 1e-5).all()  # opacity applies to light
     assert change[opacity > 0.9].mean() > 0.1
 
 
@@ -69,13 +69,13 @@ def test_a_drop_turns_the_view_over():
     height, width = 240, 320
     y, x = np.mgrid[:height, :width].astype(np.float32)
     image = cv2.merge([x / width, y / height, np.zeros_like(x)])
-    v, u = np.mgrid[-60:60, -80:80].astype(np.float32) / 12  # a drop in the middle, on the pane at half resolution
+    v, u = np.mgrid[-60:60, -80:80].astype(np.float32) / 12  # a centred drop on the pane at half resolution
     slope = np.stack([u, v]) * np.float32(0.5)
     drop = refract(surroundings(image, 600.0, 1.0), np.ones((120, 160), np.float32), slope, 2)
     middle, right, below = drop[60, 80], drop[60, 88], drop[68, 80]
     assert middle[0] == pytest.approx(0.5, abs=0.03) and middle[1] == pytest.approx(0.5, abs=0.03)
-    assert right[0] < middle[0] - 0.03  # to the right one sees the left
-    assert below[1] < middle[1] - 0.03  # below one sees what is above
+    assert right[0] < middle[0] - 0.03  # the right side shows the left
+    assert below[1] < middle[1] - 0.03  # the lower side shows the upper
     assert np.allclose(drop[..., 3], 1)
 
 

@@ -1,4 +1,4 @@
-"""Synthesis of shadows: light lost and nothing else, soft edges, several outlines."""
+"""Synthesis of shadows: only attenuation, soft edges, several outlines."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_edges_widen():
         masks = [degrade('shadow', gray(480, 720), seed, **ranges)[1] for seed in range(4)]
         return float(np.mean([max(np.abs(np.diff(mask, axis=axis)).max() for axis in (0, 1)) for mask in masks]))
 
-    # A Gaussian edge climbs 1 / (sqrt(2 pi) sigma) a pixel.
+    # The maximum slope of a Gaussian edge is 1 / (sqrt(2 pi) sigma) per pixel.
     for sigma in (4.0, 10.0):
         assert steepest(sigma) == pytest.approx(1 / (np.sqrt(2 * np.pi) * sigma), rel=0.3)
     _, mask = degrade('shadow', gray(480, 720), 1, penumbra=(1, 1), widening=(25, 25), casters=['bars'])
@@ -48,6 +48,6 @@ def test_a_patch_has_some_of_the_shadow():
     masks = [degrade('shadow', gray(64, 64), seed)[1] for seed in range(40)]
     assert all(mask.max() > 0.2 for mask in masks)
     shares = [mask.mean() for mask in masks]
-    assert min(shares) < 0.4 and max(shares) > 0.9  # edges and insides
-    # Edges are as wide as in a whole image, not shrunk with it.
+    assert min(shares) < 0.4 and max(shares) > 0.9  # edges and interiors
+    # Edges are as wide as in a whole image, not scaled down with the patch.
     assert np.median([max(np.abs(np.diff(mask, axis=axis)).max() for axis in (0, 1)) for mask in masks]) < 0.25

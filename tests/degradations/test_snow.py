@@ -1,4 +1,4 @@
-"""Synthesis of snow: white and soft, of many sizes, falling as asked."""
+"""Synthesis of snow: white, soft flakes of many sizes, in the requested direction."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What the tests of the writer share."""
+"""Fixtures of the writer tests."""
 
 from pathlib import Path
 

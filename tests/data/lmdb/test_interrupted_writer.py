@@ -1,4 +1,4 @@
-"""Packing that is cut short: gone on from, begun anew or left alone, and never taken for finished."""
+"""Interrupted packing is resumed, restarted or left alone, and never treated as finished."""
 
 import contextlib
 import multiprocessing
@@ -27,7 +27,7 @@ SEED = 4
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Pack with a part of the writer, or a method, exchanged for one that raises KeyboardInterrupt sooner or later."""
+    """Pack with a function or method replaced by one that raises KeyboardInterrupt after a number of calls."""
 
     def pack_until(target, name, replacement, *arguments, **options) -> None:
         with monkeypatch.context() as patch:
@@ -143,11 +143,11 @@ def test_a_full_disk_is_told_and_gone_on_from(tmp_path):
 def test_twenty_kills_change_no_byte(tmp_path):
     source, destination, staging = tmp_path / 'source', tmp_path / 'killed', tmp_path / '.killed.part'
     write_folders(source, PAIRS, (40, 40))
-    processes = multiprocessing.get_context('forkserver')  # which imports once what every run needs
+    processes = multiprocessing.get_context('forkserver')  # imports the modules of all runs once
     processes.set_forkserver_preload(['ast_plugin.cli.main', 'ast_plugin.cli.data'])
 
     def start() -> multiprocessing.Process:
-        """Start packing, and wait until it has taken its folder, which is when a kill begins to matter."""
+        """Start packing, and wait until it has locked its folder, from when on a kill matters."""
         arguments = ['data', 'lmdb', str(source), str(destination), '--encoding', 'raw']
         run = processes.Process(target=run_command, args=(arguments,))
         run.start()
@@ -168,7 +168,7 @@ def test_twenty_kills_change_no_byte(tmp_path):
     shutil.rmtree(destination)
     moments, reached = random.Random(SEED), []
     while len(reached) < KILLS:
-        # By how far it has come, whatever else the machine does; and somewhere in reading all back.
+        # Kill by progress, independent of machine load, and during verification.
         goal = min(num_done() + moments.randint(0, 256), PAIRS)
         run = start()
         while run.is_alive() and num_done() < goal:
@@ -179,7 +179,7 @@ def test_twenty_kills_change_no_byte(tmp_path):
             run.join()
             reached.append(num_done())
         if destination.exists():
-            # Finished, or killed after it: compared, and all begins again.
+            # Finished, or killed afterwards: compare, and start again.
             assert contents(destination) == expected
             shutil.rmtree(destination)
             shutil.rmtree(staging, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Reading LMDBs: by many at once, and what is said of those that cannot be read."""
+"""Reading LMDBs concurrently, and errors for unreadable ones."""
 
 import os
 import pickle
@@ -40,7 +40,7 @@ def dataset(folder: Path, **more) -> PairsDataset:
 
 
 def rewrite(folder: Path, change) -> None:
-    """Let `change(transaction)` alter an LMDB."""
+    """Return a function that modifies an LMDB by `change(transaction)`."""
     with lmdb.open(str(folder), lock=False, map_size=2**24) as environment, environment.begin(write=True) as writing:
         change(writing)
 
@@ -50,7 +50,7 @@ def cut(share: float):
 
 
 def change(damage):
-    """Alter the value of 005 in lq.lmdb; None takes it out."""
+    """Return a function that changes the value of 005 in lq.lmdb; None removes it."""
 
     def change_value(raw: Path) -> None:
         with LmdbImages(raw / 'lq.lmdb').value('005') as value:
@@ -64,7 +64,7 @@ def change(damage):
 
 
 def overwrite(name: str, content: bytes | None, mode: str = 'wb'):
-    """Write a file of the folder, or take it away."""
+    """Return a function that overwrites a file of the folder, or removes it."""
     return lambda raw: (raw / name).unlink() if content is None else (raw / name).open(mode).write(content)
 
 
@@ -129,7 +129,7 @@ def test_an_lmdb_that_grows_while_it_is_open(tmp_path):
 
 @pytest.mark.parametrize('map_size', [2**20, 2**40])
 def test_any_map_size_will_do(raw, packed, map_size):
-    """What was made elsewhere may have a map much smaller than our first one, or larger than memory and disk."""
+    """Third-party LMDBs may have a map size much smaller than the default, or larger than memory and disk."""
     for kind in ('lq', 'gt'):
         with (
             lmdb.open(str(raw / f'{kind}.lmdb'), map_size=map_size, lock=False) as environment,
@@ -181,7 +181,7 @@ def test_samples_outlive_the_map_and_it_travels(packed):
     before, travelled = sample['lq'].clone(), pickle.loads(pickle.dumps(data))
     del data
     assert sample['lq'].dtype == torch.uint8 and sample['lq'].equal(before)
-    sample['lq'].zero_()  # writable, and not the file
+    sample['lq'].zero_()  # writable, and independent of the file
     assert travelled[4]['lq'].equal(before)
 
 
@@ -230,7 +230,7 @@ def test_wrong_commands(packed, tmp_path, capsys, arguments, message):
 
 @pytest.fixture
 def pair(tmp_path) -> Path:
-    """Two LMDBs that were made together."""
+    """Two LMDBs created together."""
     pack(write_folders(tmp_path / 'source', 3), tmp_path / 'out')
     return tmp_path / 'out'
 
@@ -274,4 +274,4 @@ def test_swapped_lmdbs_are_told_where_packed(pair, tmp_path):
     with pytest.raises(DataError, match=r'out: exists, but is damaged: .* swapped.* Replace it with --overwrite'):
         pack(tmp_path / 'source', pair)
     (pair / 'source.json').unlink()
-    assert check_together(pair) == []  # LMDBs of others may lie anywhere
+    assert check_together(pair) == []  # third-party LMDBs may be anywhere

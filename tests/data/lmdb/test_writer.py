@@ -1,4 +1,4 @@
-"""Packing pairs into LMDBs: what is in them, that nothing changes it, and what stops it."""
+"""Packing pairs into LMDBs: content, reproducibility and errors."""
 
 import os
 import re
@@ -188,7 +188,7 @@ def test_what_comes_there_meanwhile_is_kept(root, tmp_path, monkeypatch, overwri
 
 def test_the_map_grows_with_what_comes(tmp_path, monkeypatch):
     root = write_folders(tmp_path / 'source', 40, (40, 40))
-    # Too little for a single batch: the map fills up.
+    # Too small for a single batch, so that the map becomes full.
     monkeypatch.setattr(lmdb_writer, '_SMALLEST_MAP', 2**15)
     monkeypatch.setattr(lmdb_writer, '_PAGE', 0)
     sizes, opened = [], lmdb.open
