@@ -35,7 +35,7 @@ def scene(height: int = 120, width: int = 160) -> np.ndarray:
 
 
 def direction(field: np.ndarray) -> tuple[float, float]:
-    """Return the direction of least change of a field, in degrees from the vertical, and its anisotropy in (0, 1].
+    """Return the direction of least change of a field, in degrees from the vertical, and its anisotropy in [0, 1].
 
     Both come from the structure tensor; the anisotropy is the ratio of its eigenvalues, least to most.
     """

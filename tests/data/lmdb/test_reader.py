@@ -40,7 +40,7 @@ def dataset(folder: Path, **more) -> PairsDataset:
 
 
 def rewrite(folder: Path, change) -> None:
-    """Return a function that modifies an LMDB by `change(transaction)`."""
+    """Modify an LMDB by `change(transaction)`."""
     with lmdb.open(str(folder), lock=False, map_size=2**24) as environment, environment.begin(write=True) as writing:
         change(writing)
 
