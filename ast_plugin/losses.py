@@ -1,6 +1,6 @@
-"""Losses of image restoration: a function for the mathematics, and a Module that BasicSR builds by name.
+"""Losses for image restoration: a function for each, and a Module that BasicSR builds by name.
 
-Every loss is computed in float32 or more, whatever precision the images come in, and refuses images of two shapes.
+All losses are computed in at least float32, regardless of the images' precision, and reject images of different shapes.
 """
 
 import math
@@ -15,9 +15,9 @@ from ast_plugin.errors import OptionError, ShapeError
 Reduction = Literal['mean', 'sum', 'none']
 
 BINOMIAL = (0.05, 0.25, 0.4, 0.25, 0.05)
-"""The five taps of Burt and Adelson's generating kernel (a = 0.4)."""
+"""Five taps of Burt and Adelson's generating kernel (a = 0.4)."""
 LUMA = (65.481 / 255, 128.553 / 255, 24.966 / 255)
-"""RGB in [0, 1] to the Y of BT.601 in [16, 235] / 255; its offset of 16 cancels in a difference."""
+"""RGB in [0, 1] to BT.601 luma / 255 without its offset of 16, which cancels in differences."""
 
 
 def charbonnier_loss(
@@ -26,9 +26,9 @@ def charbonnier_loss(
     """Return the mean of `sqrt((pred - target)^2 + eps)`, an L1 loss that is smooth at zero.
 
     Args:
-        pred, target: tensors of one shape.
+        pred, target: tensors of the same shape.
         weight: elementwise weights, see `reduce_loss`.
-        eps: added under the root; its root is the loss of a perfect prediction.
+        eps: added under the square root; `sqrt(eps)` is the loss of a perfect prediction.
         reduction: `mean`, `sum` or `none`.
     Source: Zhou et al., "Adapt or Perish", CVPR 2024.
     """
@@ -40,7 +40,7 @@ def edge_loss(
 ) -> Tensor:
     """Return the Charbonnier loss between the Laplacians of two images [B, C, H, W]; see `charbonnier_loss`.
 
-    Numerics: float32 under autocast, too. The Laplacian is linear, so that of the difference is taken.
+    Numerics: float32 also under autocast. The Laplacian is linear and applied to the difference.
     Source: Zamir et al., "Multi-stage progressive image restoration", CVPR 2021.
     """
     error = difference(_check_image(pred, 'the edge loss'), target)
@@ -52,14 +52,14 @@ def edge_loss(
 def fft_loss(
     pred: Tensor, target: Tensor, weight: Tensor | None = None, reduction: Reduction = 'mean', norm: str = 'backward'
 ) -> Tensor:
-    """Return the L1 distance of the real and imaginary parts of two images' Fourier transforms.
+    """Return the L1 distance between the real and imaginary parts of two images' Fourier transforms.
 
     Args:
-        pred, target: [..., H, W], one shape.
-        weight: weights of the pixels, applied to the difference before the transform.
+        pred, target: [..., H, W], same shape.
+        weight: pixel weights, applied to the difference before the transform.
         reduction: `mean`, `sum`, or `none` for [..., H, W // 2 + 1, 2].
-        norm: scaling of `torch.fft.rfft2`; papers leave it at `backward` (none), where the loss grows with the image.
-    Numerics: the transform is linear, so that of the difference is taken.
+        norm: scaling of `torch.fft.rfft2`; papers use `backward` (none), with which the loss grows with the image size.
+    Numerics: the transform is linear and applied to the difference.
     Source: Cho et al., "Rethinking coarse-to-fine approach in single image deblurring", ICCV 2021.
     """
     error = difference(pred, target)
@@ -71,19 +71,19 @@ def fft_loss(
 def psnr_loss(
     pred: Tensor, target: Tensor, weight: Tensor | None = None, toY: bool = False, eps: float = 1e-8
 ) -> Tensor:
-    """Return `10 log10(mse + eps)`, the mean over the images of a batch: minus their PSNR for a range of [0, 1].
+    """Return the mean of `10 log10(mse + eps)` over a batch: the negative PSNR of images in [0, 1].
 
     Args:
-        pred, target: [B, C, H, W], one shape, range [0, 1].
-        weight: weights of the squared errors, broadcast to them; each image's mean divides by their sum.
+        pred, target: [B, C, H, W], same shape, range [0, 1].
+        weight: weights of the squared errors, broadcast to them; the mean of each image divides by their sum.
         toY: compare the luma (BT.601) of RGB images.
-        eps: keeps the logarithm finite; the loss ends at -80 dB with 1e-8.
+        eps: keeps the logarithm finite; with 1e-8 the minimum loss is -80 dB.
     Source: Chen et al., "HINet", CVPRW 2021, and "Simple baselines for image restoration" (NAFNet), ECCV 2022.
     """
     error = difference(_check_image(pred, 'the PSNR loss'), target)
     if toY:
         if error.shape[1] != 3:
-            raise ShapeError(f'toY needs RGB images, three channels; got {error.shape[1]}')
+            raise ShapeError(f'toY expects RGB images with three channels; got {error.shape[1]}')
         error = (error * error.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
     square = (error * error).flatten(1)
     if weight is None:
@@ -99,14 +99,14 @@ def total_variation(image: Tensor, weight: Tensor | None = None, reduction: Redu
 
     Args:
         image: [B, C, H, W].
-        weight: weights of the pixels, broadcast to `image`; a difference is weighted by its lower or right pixel.
-        reduction: `mean` is the mean vertical difference plus the mean horizontal one; `sum` their sums.
+        weight: pixel weights, broadcast to `image`; a difference has the weight of its lower or right pixel.
+        reduction: `mean` adds the means of the vertical and horizontal differences, `sum` their sums.
     Returns:
-        A scalar; a direction with one pixel only counts as zero.
+        A scalar; a direction with a single pixel contributes zero.
     Source: Rudin, Osher and Fatemi, "Nonlinear total variation based noise removal algorithms", 1992.
     """
     image = _widen(_check_image(image, 'total variation'))
-    total = image[..., :0].sum()  # zero, and part of the graph even where there is no difference to take
+    total = image[..., :0].sum()  # zero, but part of the graph even for a single pixel
     for axis in (2, 3):
         steps = image.diff(dim=axis).abs()
         if steps.numel():
@@ -116,24 +116,24 @@ def total_variation(image: Tensor, weight: Tensor | None = None, reduction: Redu
 
 
 def laplacian(image: Tensor) -> Tensor:
-    """Return the finest level of the Laplacian pyramid of [B, C, H, W], any size: the image less its coarse copy."""
+    """Return the finest level of the Laplacian pyramid of [B, C, H, W], any size: the image minus its coarse copy."""
     coarse = torch.zeros_like(image)
     coarse[:, :, ::2, ::2] = 4 * _blur(image)[:, :, ::2, ::2]
     return image - _blur(coarse)
 
 
 def difference(pred: Tensor, target: Tensor) -> Tensor:
-    """Return `pred - target` in at least float32; a silent broadcast would compare the wrong pixels."""
+    """Return `pred - target` in at least float32; raise ShapeError instead of broadcasting."""
     if pred.shape != target.shape:
         raise ShapeError(
-            f'a loss compares images of one shape; got a prediction of {tuple(pred.shape)} and a target of '
+            f'a loss expects images of the same shape; got a prediction of {tuple(pred.shape)} and a target of '
             f'{tuple(target.shape)}. Crop or pad one of them before the loss'
         )
     return _widen(pred) - _widen(target)
 
 
 def reduce_loss(values: Tensor, weight: Tensor | None = None, reduction: Reduction = 'mean') -> Tensor:
-    """Reduce elementwise losses, with weights that broadcast to them; `mean` then divides by the weights' sum."""
+    """Reduce elementwise losses with optional weights, broadcast to them; `mean` divides by the sum of the weights."""
     if weight is not None:
         try:
             weight = _widen(weight).expand_as(values)
@@ -149,7 +149,7 @@ def reduce_loss(values: Tensor, weight: Tensor | None = None, reduction: Reducti
 
 
 class _Loss(nn.Module):
-    """A loss function times `loss_weight`, called as BasicSR calls its losses; further arguments are ignored."""
+    """Base class of losses with `loss_weight`, called as in BasicSR; further arguments are ignored."""
 
     reductions = ('mean', 'sum', 'none')
 
@@ -166,7 +166,7 @@ class _Loss(nn.Module):
 
 
 class ASTCharbonnierLoss(_Loss):
-    """`charbonnier_loss` times `loss_weight`. BasicSR's CharbonnierLoss is this one with `eps` 1e-12."""
+    """`charbonnier_loss` times `loss_weight`; BasicSR's CharbonnierLoss is the same with `eps` 1e-12."""
 
     def __init__(self, loss_weight: float = 1.0, reduction: Reduction = 'mean', eps: float = 1e-6) -> None:
         super().__init__(loss_weight, reduction)
@@ -199,7 +199,7 @@ class FFTLoss(_Loss):
 
 
 class PSNRLoss(_Loss):
-    """`psnr_loss` times `loss_weight`; option names are HINet's and NAFNet's."""
+    """`psnr_loss` times `loss_weight`; the option names are those of HINet and NAFNet."""
 
     reductions = ('mean',)
 
@@ -212,7 +212,7 @@ class PSNRLoss(_Loss):
 
 
 class TVLoss(_Loss):
-    """`total_variation` of the prediction times `loss_weight`; the target is not looked at."""
+    """`total_variation` of the prediction times `loss_weight`; the target is ignored."""
 
     reductions = ('mean', 'sum')
 
@@ -225,7 +225,7 @@ def _charbonnier(error: Tensor, weight: Tensor | None, eps: float, reduction: Re
 
 
 def _blur(image: Tensor) -> Tensor:
-    """Blur [B, C, H, W] with the separable five-tap kernel, the border pixels repeated."""
+    """Blur [B, C, H, W] with the separable five-tap kernel and replicated borders."""
     C = image.shape[1]
     taps = image.new_tensor(BINOMIAL).expand(C, 1, 5)
     image = F.pad(image, (2, 2, 2, 2), mode='replicate')
@@ -234,11 +234,11 @@ def _blur(image: Tensor) -> Tensor:
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    """Return half-precision tensors as float32, others as they are: losses are summed in at least 32 bits."""
+    """Convert half-precision tensors to float32; return others unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _check_image(image: Tensor, what: str) -> Tensor:
     if image.dim() != 4:
-        raise ShapeError(f'{what} works on images [B, C, H, W]; got {tuple(image.shape)}')
+        raise ShapeError(f'{what} expects images [B, C, H, W]; got {tuple(image.shape)}')
     return image

@@ -1,9 +1,9 @@
-"""Run by test_toolbox.py in a process of its own: each fault of BasicSR's before and after the repair that mends it.
+"""Script for test_toolbox.py: probe each fault of BasicSR before and after its repair.
 
-Prints a JSON object: of each repair whether things worked before and after it.
+Prints a JSON object with, for each repair, whether the probe succeeded before and after it.
 """
 
-# ruff: noqa: E402 (BasicSR is imported when the repairs are held back)
+# ruff: noqa: E402 (BasicSR is imported after the repairs are disabled)
 import json
 import os
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-os.environ['CUDA_VISIBLE_DEVICES'] = ''  # most faults are those of machines without CUDA
+os.environ['CUDA_VISIBLE_DEVICES'] = ''  # most faults occur on machines without CUDA
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ def import_functional_tensor():
 
 
 def refuse(path):
-    """Be a torchvision whose compiled library is of another torch."""
+    """Simulate a torchvision library compiled for another torch."""
     raise OSError(path)
 
 
@@ -70,7 +70,7 @@ from ast_plugin.toolbox.repairs import REPAIRS
 
 
 class Ten(torch.utils.data.Dataset):
-    """Ten numbers, fewer than a batch."""
+    """Ten numbers, fewer than one batch."""
 
     opt = {'batch_size_per_gpu': 16, 'seed': 0}
 
@@ -154,7 +154,7 @@ def sample_full_batches():
 
 
 def resume_within_epochs():
-    """Ten numbers in batches of two, resumed after seven batches: three are left of the second epoch."""
+    """Resume ten numbers in batches of two after seven batches: three remain in the second epoch."""
     logger = SimpleNamespace(info=lambda line: None)
     loader_options = {'batch_size_per_gpu': 2, 'num_worker_per_gpu': 0, 'phase': 'train'}
     opt = {'datasets': {'train': loader_options}, 'world_size': 1, 'rank': 0, 'num_gpu': 0, 'dist': False}
@@ -190,7 +190,7 @@ def archive_under_free_names():
 
 
 def purge_tensorboard():
-    """Four steps, of which the last is not in the state that is resumed."""
+    """Log four steps; the resumed state contains the first two."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     opt = {'name': 'resumed', 'logger': {'use_tb_logger': True}, 'root_path': tempfile.mkdtemp(dir=sys.argv[2])}
@@ -287,7 +287,7 @@ def start_wandb_of_any_age():
 
 
 def place_by_local_rank():
-    """Of the second machine's two processes the first, where machines have four GPUs."""
+    """The first of two processes on the second machine, with four GPUs per machine, uses GPU 0."""
     placed = []
     gpus = {'is_available': lambda: True, 'device_count': lambda: 4, 'set_device': placed.append}
     with (

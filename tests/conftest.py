@@ -1,4 +1,4 @@
-"""What every test gets: fixed seeds, no network, the device asked for, and one table of tolerances."""
+"""Fixtures of all tests: fixed seeds, no network access, the selected device, and one table of tolerances."""
 
 import os
 import random
@@ -8,15 +8,15 @@ import socket
 import numpy as np
 import pytest
 
-# Tensors here are so small that a second thread gains a tenth on an idle machine, and on a busy one its barriers cost
-# many times the work. Set before torch is imported, and inherited by the processes that tests start.
+# With small tensors, a second thread gains a tenth on an idle machine and is many times slower on a busy one. Set
+# before torch is imported, and inherited by child processes.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import torch
 
 SEED = 20240617
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-TOLERANCES = {  # of ‖got − want‖ / ‖want‖, by the dtype that was computed in
+TOLERANCES = {  # of ‖got − want‖ / ‖want‖, by the dtype of the computation
     torch.float64: 1e-10,
     torch.float32: 2e-5,
     torch.float16: 5e-3,
@@ -30,13 +30,13 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope='session')
 def device(request) -> torch.device:
-    """The device of `--device`."""
+    """Return the device selected by `--device`."""
     return torch.device(request.config.getoption('--device'))
 
 
 @pytest.fixture(scope='session')
 def browser():
-    """Debian's Chromium, driven by playwright."""
+    """Yield Debian's Chromium, controlled by playwright."""
     playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
     if CHROMIUM is None:
         pytest.skip('no Chromium here: apt-get install chromium')
@@ -46,7 +46,7 @@ def browser():
 
 @pytest.fixture(scope='session')
 def tolerances() -> dict[torch.dtype, float]:
-    """Relative tolerances, ‖got − want‖ / ‖want‖, by dtype."""
+    """Return relative tolerances, ‖got − want‖ / ‖want‖, by dtype."""
     return dict(TOLERANCES)
 
 
@@ -59,7 +59,7 @@ def _seeds():
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
-    """Let sockets reach this machine only. Loopback stays open for distributed runs."""
+    """Block all sockets except loopback, which distributed runs need."""
 
     def guarded(connect):
         def check(self, address):

@@ -1,4 +1,4 @@
-"""Weights and training states: read whatever wrote them, refused with a reason, kept and found again."""
+"""Tests of weights files and training states: reading all formats, rejecting bad files, keeping the newest."""
 
 import os
 import pickle
@@ -59,7 +59,7 @@ def test_metadata_that_are_no_network(tmp_path):
 
 
 class Code:
-    """Unpickled by a careless reader, it makes a folder."""
+    """Object that creates a folder when it is unpickled unsafely."""
 
     def __init__(self, path):
         self.path = path
@@ -158,7 +158,7 @@ def test_newest_whole_state(tmp_path, damage, capsys):
     (tmp_path / '.11.state.abc.part').touch()
     assert newest_whole(tmp_path) == tmp_path / '10.state'
     damage(tmp_path / '10.state')
-    for _ in range(2):  # said once
+    for _ in range(2):  # reported once
         assert newest_whole(tmp_path) == tmp_path / '9.state'
     (line,) = capsys.readouterr().err.splitlines()
     assert '10.state is not a usable training state' in line

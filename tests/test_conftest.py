@@ -1,4 +1,4 @@
-"""The guard rails of the tests themselves."""
+"""Tests of the test configuration."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""Devices: which one is taken on machines with CUDA or MPS, played here, and that every command asks in one place."""
+"""Tests of device selection on simulated CUDA and MPS machines, and of its use by every command."""
 
 import platform
 import re
@@ -34,7 +34,7 @@ CPU, ONE, FOUR, APPLE = (0, False), (1, False), (4, False), (0, True)
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Play a machine with as many GPUs of CUDA, and with or without MPS: the tensors that try them lie on the CPU."""
+    """Simulate a machine with a number of CUDA GPUs, with or without MPS; test tensors are on the CPU."""
 
     def play(count, has_mps):
         zeros = torch.zeros
@@ -103,7 +103,7 @@ def test_absent_device_is_refused_unplayed(name):
         (FOUR, {'device': 'cuda', 'num_gpu': 0}, ('cuda', 4)),
         (FOUR, {'device': 'cuda', 'num_gpu': 3}, ('cuda', 3)),
         (APPLE, {'device': 'auto', 'num_gpu': 'auto'}, ('mps', 0)),
-        (CPU, {'num_gpu': 2}, ('cuda', 2)),  # preflight refuses it
+        (CPU, {'num_gpu': 2}, ('cuda', 2)),  # rejected by preflight
     ],
 )
 def test_run_takes_its_device(machine, what, given, chosen):

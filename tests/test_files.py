@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all whatever ends the writing, and folders with one process in them."""
+"""Tests of atomic file writes under interruption, and of folder locks."""
 
 import os
 import subprocess

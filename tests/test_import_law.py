@@ -1,4 +1,4 @@
-"""The import law: errors <- ops <- archs <- models, compare <- cli, and who may know BasicSR."""
+"""Tests of the import law: errors <- ops <- archs <- models, compare <- cli, and which modules may use BasicSR."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / 'ast_plugin'
 
 BASE = {'errors', 'files', 'names'}
-MAY_KNOW = {  # room, or file at the top -> rooms and files it may import, itself always
+MAY_KNOW = {  # package or top-level file -> packages and files that it may import, in addition to itself
     'errors': set(),
     'files': {'errors'},
     'names': {'errors', 'files'},
@@ -66,7 +66,7 @@ def room(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it, by absolute dotted name."""
+    """Return the absolute names of all modules that a file imports, at any place."""
     found = set()
     package = ['ast_plugin', *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
@@ -102,12 +102,12 @@ def test_who_imports_basicsr():
 
 
 def test_no_circles():
-    """No file comes back to itself by imports, inside functions and under TYPE_CHECKING included."""
+    """There are no import cycles, including imports inside functions and under TYPE_CHECKING."""
     modules = {}
     for path in FILES:
         parts = path.relative_to(PACKAGE.parent).with_suffix('').parts
         modules['.'.join(parts).removesuffix('.__init__')] = imports(path) - {'ast_plugin.__version__'}
-    edges = {  # what is imported is a module or something in one
+    edges = {  # imported names are modules or members of modules
         name: {each if each in modules else each.rpartition('.')[0] for each in names} & modules.keys()
         for name, names in modules.items()
     }
@@ -130,7 +130,7 @@ def test_ops_know_torch_and_einops():
 
 
 def loaded(*command: str) -> set[str]:
-    """The top-level modules that a command of Python's loads, and a run of it that succeeds."""
+    """Run Python code and return the top-level modules that it loads."""
     result = subprocess.run(
         [sys.executable, '-X', 'importtime', *command], cwd=PACKAGE.parent, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""Every loss: known values, gradients, half precision, autocast, bad input."""
+"""Tests of all losses: known values, gradients, half precision, autocast, invalid input."""
 
 import math
 
@@ -82,7 +82,7 @@ SQUARE = (1, 3, 4, 4)
     ('loss', 'shapes', 'told'),
     [
         *((loss(), (SQUARE, (1, 3, 4, 5)), r'\(1, 3, 4, 4\).*\(1, 3, 4, 5\)') for loss, _ in PAIRED.values()),
-        (ASTCharbonnierLoss(), (SQUARE, (1, 1, 4, 4)), 'one shape'),
+        (ASTCharbonnierLoss(), (SQUARE, (1, 1, 4, 4)), 'the same shape'),
         (ASTCharbonnierLoss(), (SQUARE, SQUARE, (1, 1, 3, 3)), 'broadcast'),
         (EdgeLoss(), ((3, 4, 4), (3, 4, 4)), 'B, C, H, W'),
         (PSNRLoss(), ((3, 4, 4), (3, 4, 4)), 'B, C, H, W'),
@@ -144,7 +144,7 @@ def test_blur_and_laplacian_known_values():
     dot[..., 4, 4] = 1
     torch.testing.assert_close(_blur(dot)[0, 0, 4, 2:7], 0.4 * torch.tensor(BINOMIAL))
     torch.testing.assert_close(laplacian(torch.full((1, 2, 8, 8), 0.7))[..., 2:6, 2:6], torch.zeros(1, 2, 4, 4))
-    # By hand: the even positions of the blurred dot are 0.05, 0.4, 0.05 in each direction, doubled, then blurred again.
+    # Computed by hand: the blurred dot is 0.05, 0.4, 0.05 at even positions per axis, doubled, then blurred again.
     coarse = 2 * (0.05 * 0.05 + 0.4 * 0.4 + 0.05 * 0.05)
     assert laplacian(dot)[0, 0, 4, 4].item() == pytest.approx(1 - coarse**2, rel=1e-5)
 
@@ -162,7 +162,7 @@ def test_fft_known_values():
     target = torch.zeros(1, 1, 4, 4)
     dot = target.clone()
     dot[..., 0, 0] = 0.5
-    assert fft_loss(dot, target).item() == pytest.approx(0.25)  # every real part is 0.5, every imaginary one 0
+    assert fft_loss(dot, target).item() == pytest.approx(0.25)  # all real parts are 0.5, all imaginary parts 0
     assert fft_loss(dot, target, norm='ortho').item() == pytest.approx(0.25 / 4)
 
 

@@ -1,4 +1,4 @@
-"""What a plain `pip install` brings, and that what is imported is also declared."""
+"""Tests of the wheel's content and of its declared dependencies."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """The wheel, built from a copy of the sources in which an earlier build has left a file."""
+    """Build the wheel from a copy of the sources that contains a leftover file of an earlier build."""
     source = tmp_path_factory.mktemp('source')
     for name in ('ast_plugin', 'benchmarks', 'options'):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
@@ -69,12 +69,12 @@ def test_entry_points(wheel):
 
 
 def normal(name: str) -> str:
-    """The name of a distribution as indexes compare it."""
+    """Return the normalized name of a distribution."""
     return re.sub(r'[-_.]+', '-', name).lower()
 
 
 def requirements(wheel: zipfile.ZipFile) -> dict[str, set[str]]:
-    """Names of distributions by extra; '' for those always required."""
+    """Return the names of required distributions by extra; '' for those always required."""
     found: dict[str, set[str]] = {}
     for line in read(wheel, 'METADATA').splitlines():
         match = re.match(r'Requires-Dist: ([\w.-]+)[^;]*(?:; extra == ["\'](\w+)["\'])?', line)
@@ -94,7 +94,7 @@ def test_imports_are_declared(wheel):
                 imported.add(node.module.partition('.')[0])
     declared = set().union(*requirements(wheel).values())
     for name in imported - sys.stdlib_module_names - {'ast_plugin', 'triton'}:
-        # An extra that is not installed here has no owner, and its own name in the wheel.
+        # An extra that is not installed has no known distribution; its import name is used.
         assert {normal(owner) for owner in owners.get(name, (name,))} & declared, f'{name} is imported and not declared'
 
 
@@ -103,7 +103,7 @@ def test_constraints_pin_all_that_is_required(wheel):
     assert all(re.fullmatch(r'[\w.-]+==[\w.]+( ; .+)?', line) for line in lines)
     pinned = {normal(line.partition('==')[0]) for line in lines}
     required = requirements(wheel)
-    assert required.pop('web') == {'gradio'}  # 6.31 wants Pillow < 13: it cannot stand beside what is pinned
+    assert required.pop('web') == {'gradio'}  # 6.31 requires Pillow < 13, which conflicts with the pinned version
     assert set().union(*required.values()) <= pinned
 
 

@@ -1,6 +1,6 @@
-"""What is registered, whatever the order in which a program imports BasicSR and us: repaired, registered, once.
+"""Tests that BasicSR is repaired and extended exactly once, regardless of the import order.
 
-Most orders are tried on a small stand-in for BasicSR and a plugin of one module, in processes of their own.
+Most orders are tested with a small stub of BasicSR and a plugin of one module, in separate processes.
 """
 
 import importlib
@@ -46,7 +46,7 @@ def check(times=1):
 
 @pytest.fixture
 def run(tmp_path):
-    """Run code in a fresh process where `basicsr` is the stand-in, with a tiny plugin in our place."""
+    """Run code in a new process with stubs of `basicsr` and of the plugin."""
     for name, text in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def run(tmp_path):
         'import basicsr',
         'from basicsr.archs import build_network; assert build_network() == "net"',
         'import basicsr.utils.registry',
-        'import bold_arch',  # imports BasicSR itself, so it is incomplete when registration comes
+        'import bold_arch',  # imports BasicSR itself, so it is incomplete during registration
         'import shy_arch; import basicsr',
         'import shy_arch; assert "basicsr" not in sys.modules; import bold_arch',
         'import basicsr, importlib; importlib.reload(ast_plugin); ast_plugin.registration.install()\n'
@@ -103,7 +103,7 @@ assert not failed, failed
 
 
 def test_loader_that_is_a_class(run):
-    """As that of frozen modules is."""
+    """The loader of frozen modules is a class, too."""
     result = run("""
 from importlib.machinery import PathFinder
 found = PathFinder.find_spec('basicsr')
@@ -240,4 +240,4 @@ def test_same_object_and_its_reloaded_self():
     assert registry.get('Net') is first
     registration.add(registry, 'Net', second)
     assert registry.get('Net') is second
-    assert set(vars(second)) == set(vars(named('nets')))  # nothing but the entry was set
+    assert set(vars(second)) == set(vars(named('nets')))  # only the entry was set

@@ -1,4 +1,4 @@
-"""AST through spandrel's public interface: recognised, built with the right options, and computing the same."""
+"""Tests of AST through spandrel's public interface: detection, options, and equal results."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_load_official_names(name, tmp_path):
     'options',
     [
         {'depths': [1] * 9},
-        {'depths': [2] * 9, 'img_size': 64},  # where the deepest levels shift differently than with 128
+        {'depths': [2] * 9, 'img_size': 64},  # the deepest levels shift differently than with 128
         {'depths': [1] * 9, 'attention': 'sparse'},  # not inferable from names and shapes
         {'depths': [1] * 9, 'ffn': 'leff', 'in_chans': 1, 'out_chans': 1},
     ],

@@ -1,4 +1,4 @@
-"""A package of somebody else, as pip installs it into a folder of its own, brings a network, a block and a recipe."""
+"""Tests of an installed third-party package that provides a network, a block and an option file."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ from ast_plugin.archs.mixed.block_registry import BLOCKS
 
 @ARCH_REGISTRY.register()
 class StrangeNet(nn.Module):
-    """Tokens of windows that are as wide as the picture: H and W in one argument, in a dictionary's name."""
+    """Attention on tokens in windows as wide as the image; H and W are passed in one dictionary argument."""
 
     def __init__(self, width: int = 8, depth: int = 2):
         super().__init__()
@@ -59,7 +59,7 @@ class Step(nn.Module):
 
 @BLOCKS.register_module()
 class CrossConv(nn.Module):
-    """A row and a column of weights; works in NCHW."""
+    """Convolution with a row and a column of weights, in NCHW."""
 
     works_in, replaces, sizes = 'nchw', ('tokens', 'maps'), {'width': 'dim'}
 
@@ -129,7 +129,7 @@ for command in {commands}:
 
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory):
-    """The environment of processes in which the package is installed, and a folder with pairs to work in."""
+    """Return a process environment with the package installed, and a working folder with pairs."""
     target, work = (tmp_path_factory.mktemp(name) for name in ('target', 'work'))
     for name, text in FILES.items():
         path = target / name

@@ -1,4 +1,4 @@
-"""BasicSR, unmodified on disk, works; and each repair is needed and mends its fault."""
+"""Tests that each repair of BasicSR is needed and fixes its fault."""
 
 import json
 import os

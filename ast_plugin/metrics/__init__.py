@@ -1,4 +1,4 @@
-"""Measures of restored images: functions in the definitions that papers use, and the same for BasicSR's validator."""
+"""Image quality metrics as defined in papers, as functions and as metrics in BasicSR's registry."""
 
 from ast_plugin.metrics.psnr_ssim import psnr_rgb, psnr_y_float, psnr_y_matlab, ssim_rgb, ssim_y_matlab
 

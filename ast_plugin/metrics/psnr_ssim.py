@@ -1,7 +1,7 @@
-"""PSNR (in decibels) and SSIM: in the definitions that papers use, and in all the usual ones at once.
+"""PSNR (in decibels) and SSIM, in the definitions of papers and in all common definitions at once.
 
-The papers' definitions are functions of an image and its reference, see `check_pair`. Of equal images PSNR is inf and
-SSIM 1.
+The papers' definitions are functions of an image and its reference, see `check_pair`. For equal images PSNR is inf and
+SSIM is 1.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from ast_plugin.errors import DataError, OptionError, ShapeError
 
 LARGEST = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 LUMA = np.array([65.481, 128.553, 24.966])
-"""RGB in [0, 1] to the Y of BT.601, which goes from 16 (black) to 235 (white)."""
+"""RGB in [0, 1] to BT.601 luma (black 16, white 235) without its offset of 16."""
 GRAY = np.array([0.299, 0.587, 0.114])
-TRAINING_LUMA = np.array([65.738, 129.057, 25.064], np.float32) / 256  # of the release: BT.601's to three digits
+TRAINING_LUMA = np.array([65.738, 129.057, 25.064], np.float32) / 256  # AST release
 
-_ROUNDING = 1e-6  # what arithmetic may add to a value that was clamped
+_ROUNDING = 1e-6  # tolerance for arithmetic after clamping
 
 
 def check_pair(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return both images as arrays [H, W, C], their values as they are.
+    """Return both images as arrays [H, W, C] with unchanged values.
 
     Args:
         image, reference: arrays, gray [H, W] or [H, W, 1] or RGB [H, W, 3]; or tensors, [C, H, W] or [1, C, H, W], on
-            any device. uint8, uint16, or floating point in [0, 1]; the two may differ in that.
+            any device. uint8, uint16, or floating point in [0, 1]; the two may have different dtypes.
     Raises:
-        ShapeError: if one is no such image, or they differ in size.
-        DataError: if values of floating point are not in [0, 1].
+        ShapeError: if one is not such an image, or their sizes differ.
+        DataError: if floating-point values are not in [0, 1].
     """
     pair = as_array(image, 'the image'), as_array(reference, 'the reference')
     if pair[0].shape != pair[1].shape:
         sizes = (f'{W}x{H} with {C} channel{"s" if C > 1 else ""}' for H, W, C in (each.shape for each in pair))
-        raise ShapeError(f'the image is {next(sizes)} and the reference {next(sizes)}: expected two images of one size')
+        raise ShapeError(f'the image is {next(sizes)} and the reference {next(sizes)}: expected the same size')
     return pair
 
 
 def as_array(image: np.ndarray | Tensor, name: str = 'the image') -> np.ndarray:
-    """One image as `check_pair` returns it; `name` is what messages call it."""
+    """Return one image as in `check_pair`; `name` is used in messages."""
     if isinstance(image, Tensor):
         planes = image[0] if image.ndim == 4 and len(image) == 1 else image
         if planes.ndim != 3:
@@ -60,7 +60,7 @@ def as_array(image: np.ndarray | Tensor, name: str = 'the image') -> np.ndarray:
         raise ShapeError(f'{name} is {list(image.shape)}: expected [H, W] or [H, W, 3], not empty')
     if image.dtype not in LARGEST:
         if not np.issubdtype(image.dtype, np.floating):
-            raise ShapeError(f'{name} is of {image.dtype}: expected uint8, uint16 or floating point')
+            raise ShapeError(f'{name} has dtype {image.dtype}: expected uint8, uint16 or floating point')
         low, high = float(image.min()), float(image.max())
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
             raise DataError(f'{name} has values from {low:g} to {high:g}: expected [0, 1] in floating point')
@@ -68,13 +68,13 @@ def as_array(image: np.ndarray | Tensor, name: str = 'the image') -> np.ndarray:
 
 
 def fractions(image: np.ndarray) -> np.ndarray:
-    """The values in [0, 1], as float64 if they are that, else as float32: what evaluation scripts compute with."""
+    """Return the values in [0, 1], in float64 for float64 images, else in float32, as in evaluation scripts."""
     dtype = np.result_type(image.dtype if image.dtype not in LARGEST else np.float32, np.float32)
     return np.divide(image, LARGEST.get(image.dtype, 1), dtype=dtype)
 
 
 def to_integers(image: np.ndarray, bit_depth: int = 8) -> np.ndarray:
-    """The values as a file of 8 or 16 bits holds them, rounded to the nearest, of two to the even one."""
+    """Return the values as 8-bit or 16-bit integers, rounded half to even."""
     dtype = np.dtype(f'uint{bit_depth}')
     if image.dtype == dtype:
         return image
@@ -82,9 +82,9 @@ def to_integers(image: np.ndarray, bit_depth: int = 8) -> np.ndarray:
 
 
 def matlab_luma(image: np.ndarray, bit_depth: int = 8) -> np.ndarray:
-    """The first plane of MATLAB's `rgb2ycbcr` of an image of 8 or 16 bits, as float64, [H, W]; gray images as they are.
+    """Return the luma of MATLAB's `rgb2ycbcr` for an 8-bit or 16-bit image, float64 [H, W]; gray images are unchanged.
 
-    White is 235 of 255, or 60395 of 65535. Halves are rounded away from zero, as MATLAB's integers are.
+    White is 235 of 255, or 60395 of 65535. Halves are rounded away from zero, as in MATLAB.
     """
     image = to_integers(image, bit_depth)
     if image.shape[2] == 1:
@@ -93,20 +93,20 @@ def matlab_luma(image: np.ndarray, bit_depth: int = 8) -> np.ndarray:
 
 
 def to_toolbox(image: np.ndarray) -> np.ndarray:
-    """RGB or gray, [H, W, C], as BasicSR's metrics take it: BGR, uint8, or floating point in [0, 255]."""
+    """Convert RGB or gray [H, W, C] to the input of BasicSR's metrics: BGR, uint8 or floating point in [0, 255]."""
     image = image[..., ::-1]
-    if image.dtype == np.uint16:  # float64, so that no value is lost
+    if image.dtype == np.uint16:  # in float64, to preserve 16-bit values
         return np.divide(image, 257, order='C')
     return np.ascontiguousarray(image if image.dtype == np.uint8 else image * image.dtype.type(255))
 
 
 def from_toolbox(image: np.ndarray, crop_border: int = 0, input_order: str = 'HWC') -> np.ndarray:
-    """BGR or gray in [0, 255], as BasicSR gives it, as RGB or gray, uint8 or floating point in [0, 1], [H, W, C].
+    """Convert BasicSR's BGR or gray images in [0, 255] to RGB or gray [H, W, C], uint8 or floating point in [0, 1].
 
     Raises:
-        OptionError: for an order that BasicSR has not, or a border below 0.
-        ShapeError: if it is no such image, or the border leaves nothing of it.
-        DataError: if there are values outside of [0, 255].
+        OptionError: if the input order is unknown or the border negative.
+        ShapeError: if it is not such an image, or the border removes all of it.
+        DataError: if values are outside [0, 255].
     """
     if input_order not in ('HWC', 'CHW'):
         raise OptionError(f'input_order is {input_order!r}: expected HWC or CHW')
@@ -124,20 +124,20 @@ def from_toolbox(image: np.ndarray, crop_border: int = 0, input_order: str = 'HW
         return image
     low, high = float(image.min()), float(image.max())
     if not (low >= -1e-3 and high <= 255 + 1e-3):
-        raise DataError(f'an image has values from {low:g} to {high:g}: expected [0, 255], as BasicSR gives them')
+        raise DataError(f'an image has values from {low:g} to {high:g}: expected [0, 255], as in BasicSR')
     return np.divide(image, 255, dtype=np.result_type(image.dtype, np.float32)).clip(0, 1)
 
 
 class Window(NamedTuple):
-    """What SSIM takes its local means over."""
+    """Window over which SSIM computes local means."""
 
     side: int  # in pixels, odd
-    means: Callable[[np.ndarray], np.ndarray]  # [H, W] to the means around each pixel, [H, W]
-    correction: float = 1.0  # of variances; n / (n - 1) makes them those of samples
+    means: Callable[[np.ndarray], np.ndarray]  # [H, W] to local means [H, W]
+    correction: float = 1.0  # factor of variances; n / (n - 1) for sample variances
 
 
 def _uniform_means(plane: np.ndarray) -> np.ndarray:
-    # Along one side and then the other, so that float32 is rounded where scikit-image rounds.
+    # Separable, one axis after the other, so that float32 is rounded as in scikit-image.
     return cv2.boxFilter(cv2.boxFilter(plane, -1, (1, 7)), -1, (7, 1))
 
 
@@ -151,14 +151,14 @@ GAUSSIAN = Window(11, _gaussian_means)
 
 
 def decibels(mean_square: float, peak: float = 255) -> float:
-    """PSNR of a mean squared error; inf for 0."""
+    """Return the PSNR of a mean squared error; inf for 0."""
     return math.inf if mean_square == 0 else 20 * math.log10(peak) - 10 * math.log10(mean_square)
 
 
 def psnr_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
-    """PSNR over all pixels and channels, of values that are not rounded; peak 1.
+    """Return the PSNR over all pixels and channels, without rounding; peak 1.
 
-    Numerics: squares in float32, or float64 where an image is that; their mean in float64.
+    Numerics: squares in float32, or in float64 if an image is float64; their mean in float64.
     Source: scikit-image, `peak_signal_noise_ratio`; the AST release's figures on AGAN-Data and Dense-Haze.
     """
     image, reference = check_pair(image, reference)
@@ -166,10 +166,10 @@ def psnr_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> floa
 
 
 def psnr_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor, bit_depth: int = 8) -> float:
-    """PSNR of the luma of images rounded to 8 or 16 bits, the luma rounded too; peak 255 or 65535. Gray is luma.
+    """Return the PSNR of the rounded luma of images rounded to 8 or 16 bits; peak 255 or 65535. Gray is luma.
 
     Numerics: float64.
-    Source: MATLAB's `rgb2ycbcr` and `20 log10(255 / rmse)`, the usual script for deraining; the AST release's on SPAD.
+    Source: MATLAB's `rgb2ycbcr` and `20 log10(255 / rmse)`, the usual deraining script; the AST release on SPAD.
     """
     image, reference = check_pair(image, reference)
     luma, other = (matlab_luma(each, bit_depth) for each in (image, reference))
@@ -177,25 +177,25 @@ def psnr_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor, bi
 
 
 def psnr_y_float(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
-    """PSNR of the luma of RGB values that are not rounded; peak 1.
+    """Return the PSNR of the luma of RGB images, without rounding; peak 1.
 
-    Numerics: float32, or float64 where an image is that: six digits.
-    Source: `batch_PSNR(…, 'y')` by which Uformer and the AST release pick the best weights while they train.
+    Numerics: float32 (six digits), or float64 if an image is float64.
+    Source: `batch_PSNR(…, 'y')`, with which Uformer and the AST release select the best weights during training.
     """
     image, reference = check_pair(image, reference)
     if image.shape[2] != 3:
-        raise ShapeError(f'psnr_y_float expects RGB, three channels; got {image.shape[2]}')
+        raise ShapeError(f'psnr_y_float expects RGB images with three channels; got {image.shape[2]}')
     difference = ((fractions(image) - fractions(reference)) * TRAINING_LUMA).sum(axis=2)
     root = np.sqrt(np.square(difference).mean())
     return math.inf if root == 0 else float(20 * np.log10(1 / root))
 
 
 def ssim_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> float:
-    """SSIM of each channel, of values that are not rounded, and the mean over the channels; range 1.
+    """Return the mean SSIM over the channels, without rounding; range 1.
 
-    Windows are uniform squares of 7 pixels that lie inside of the image; variances are those of samples (49/48).
+    Windows are uniform 7x7 squares inside the image; variances are sample variances (49/48).
 
-    Numerics: as there: float32 (some 1e-7 off), or float64 where both images are that; the mean in float64.
+    Numerics: as in the source, float32 (error about 1e-7), or float64 if both images are; the mean in float64.
     Source: scikit-image, `structural_similarity(…, channel_axis=2, data_range=1)`; the AST release on AGAN-Data.
     """
     image, reference = check_pair(image, reference)
@@ -204,12 +204,12 @@ def ssim_rgb(image: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> floa
 
 
 def ssim_y_matlab(image: np.ndarray | Tensor, reference: np.ndarray | Tensor, bit_depth: int = 8) -> float:
-    """SSIM of the luma of images rounded to 8 or 16 bits, the luma rounded too; range 255 or 65535. Gray is luma.
+    """Return the SSIM of the rounded luma of images rounded to 8 or 16 bits; range 255 or 65535. Gray is luma.
 
-    Windows are Gaussian, of 11 pixels and sigma 1.5, and lie inside of the image.
+    Windows are 11x11 Gaussians with sigma 1.5 inside the image.
 
     Numerics: float64.
-    Source: Wang et al., TIP 2004, after MATLAB's `rgb2ycbcr`: the usual script for deraining, the AST release on SPAD.
+    Source: Wang et al., TIP 2004, after MATLAB's `rgb2ycbcr`: the usual deraining script; the AST release on SPAD.
     """
     image, reference = check_pair(image, reference)
     planes = (matlab_luma(each, bit_depth) for each in (image, reference))
@@ -221,7 +221,7 @@ def _mean_square(difference: np.ndarray) -> float:
 
 
 def similarity_map(x: np.ndarray, y: np.ndarray, window: Window, peak: float) -> np.ndarray:
-    """SSIM of two planes [H, W] where windows lie inside, [H - side + 1, W - side + 1], in the dtype of the planes."""
+    """Return the SSIM map [H - side + 1, W - side + 1] of two planes [H, W] in their dtype, without padding."""
     inside = slice(window.side // 2, -(window.side // 2))
     mean_x, mean_y, square_x, square_y, product = (
         window.means(plane)[inside, inside] for plane in (x, y, x * x, y * y, x * y)
@@ -237,13 +237,13 @@ def similarity_map(x: np.ndarray, y: np.ndarray, window: Window, peak: float) ->
 def _similarity(x: np.ndarray, y: np.ndarray, window: Window, peak: float) -> np.floating:
     height, width = x.shape
     if min(height, width) < window.side:
-        raise ShapeError(f'the images have {width}x{height} pixels: SSIM needs at least {window.side} a side')
+        raise ShapeError(f'the images have {width}x{height} pixels: SSIM needs at least {window.side} per side')
     return similarity_map(x, y, window, peak).mean(dtype=np.float64).astype(x.dtype)
 
 
 class _Channels(NamedTuple):
     text: str
-    planes: Callable[[np.ndarray], np.ndarray]  # [H, W, 3] to [H, W, C], float64, black and white 255 apart or nearly
+    planes: Callable[[np.ndarray], np.ndarray]  # [H, W, 3] to [H, W, C], float64, range about 255
 
 
 def _values(image: np.ndarray) -> np.ndarray:
@@ -267,17 +267,17 @@ WINDOWS = {
 
 
 class Definition(NamedTuple):
-    """How a figure is computed."""
+    """Definition of a metric: channels, window, border and averaging."""
 
     metric: str  # 'psnr' or 'ssim'
     channels: str  # a key of `CHANNELS`
-    window: str = ''  # of SSIM, a key of `WINDOWS`
-    border: int = 0  # pixels cut away at each side
-    is_pooled: bool = False  # PSNR of the mean squared error of all images, instead of the mean of their PSNR
+    window: str = ''  # a key of `WINDOWS`, for SSIM
+    border: int = 0  # pixels cropped at each side
+    is_pooled: bool = False  # PSNR of the mean squared error over all images instead of mean PSNR
 
     @property
     def name(self) -> str:
-        """In one word, for a table."""
+        """Short name for tables."""
         return '_'.join(filter(None, [self.metric, self.channels, self.window]))
 
     def __str__(self) -> str:
@@ -298,11 +298,11 @@ KNOWN = {
     Definition('ssim', 'rgb', 'gaussian'): 'BasicSR',
     Definition('psnr', 'luma_training'): 'Uformer and AST, in training',
 }
-"""The definitions in use, and where."""
+"""Definitions in common use, and their users."""
 
 
 def all_definitions(metric: str, borders: Iterable[int] = range(13)) -> list[Definition]:
-    """List the definitions of a metric, those in use first."""
+    """Return the definitions of a metric, those in common use first."""
     windows = WINDOWS if metric == 'ssim' else ('',)
     pooled = (False, True) if metric == 'psnr' else (False,)
     found = [
@@ -318,13 +318,13 @@ def all_definitions(metric: str, borders: Iterable[int] = range(13)) -> list[Def
 def measure(
     image: np.ndarray | Tensor, reference: np.ndarray | Tensor, definitions: Sequence[Definition]
 ) -> dict[Definition, float]:
-    """Measure a pair of images in many definitions, each plane and map being computed once.
+    """Measure a pair of images by many definitions; each plane and map is computed once.
 
     Args:
-        image, reference: see `check_pair`. Gray images have one plane, which is their luma.
-        definitions: `is_pooled` makes no difference for one pair.
+        image, reference: see `check_pair`. The single plane of gray images is their luma.
+        definitions: the definitions; `is_pooled` has no effect for one pair.
     Returns:
-        A value for each definition; NaN where the border or the window leaves nothing of the image.
+        A value for each definition; NaN if the image is too small for the border or the window.
     Raises:
         ShapeError, DataError: as `check_pair`.
     Numerics: float64.
@@ -338,7 +338,7 @@ def measure(
 
     @functools.cache
     def values(channels: str, window: str) -> np.ndarray:
-        """Squared errors, or similarities where there is a window, [H, W, C]."""
+        """Return squared errors, or SSIM maps if there is a window, [H, W, C]."""
         x, y = planes(channels)
         if not window:
             return np.square(x - y)
@@ -358,9 +358,9 @@ def measure(
 
 
 def mean_over_images(values: Sequence[float], is_pooled: bool = False) -> float:
-    """The figure of a set of images from one value an image; see `Definition` for `is_pooled`.
+    """Return the value of a set of images from the values of the images; see `Definition` for `is_pooled`.
 
-    Images that equal their reference, of PSNR inf, are left out of a mean, unless all do; pooled, they count.
+    Images equal to their reference (PSNR inf) are excluded from a mean unless all are; pooled, they are included.
     """
     if is_pooled:
         return decibels(float(np.mean([255**2 / 10 ** (value / 10) for value in values])))
@@ -368,7 +368,7 @@ def mean_over_images(values: Sequence[float], is_pooled: bool = False) -> float:
 
 
 def gives(figure: str, value: float) -> str | None:
-    """How a value becomes a published figure within its digits: 'rounded', 'cut off', or None if it does not."""
+    """Return how a value matches a published figure to its digits: 'rounded', 'cut off' (truncated), or None."""
     digits = len(figure.partition('.')[2])
     unit = 10.0**-digits
     if not math.isfinite(value):

@@ -1,7 +1,7 @@
-"""Metrics in BasicSR's registry: PSNR and SSIM as papers define them, and `pyiqa` for all that the package measures.
+"""Metrics in BasicSR's registry: PSNR and SSIM as defined in papers, and `pyiqa` for every metric of that package.
 
-Images come as BasicSR gives them: BGR or gray, [H, W, 3], [H, W, 1] or [H, W], in [0, 255]. Its own model rounds them
-to uint8; floating point is measured as it is, which BasicSR's `calculate_psnr` and `calculate_ssim` do as well.
+Images are passed as in BasicSR: BGR or gray, [H, W, 3], [H, W, 1] or [H, W], in [0, 255]. BasicSR's model rounds them
+to uint8; floating-point images are measured without rounding, as by BasicSR's `calculate_psnr` and `calculate_ssim`.
 """
 
 import functools
@@ -28,13 +28,13 @@ from ast_plugin.metrics.psnr_ssim import (
 
 _LOWER_IS_BETTER = ('calculate_niqe', 'calculate_fid')
 _INSTALL = 'pip install "ast_plugin[metrics]"'
-_OF_SETS = ('fid', 'sfid', 'fid_dinov2', 'inception_score')  # pyiqa's metrics of sets of images, not of one
+_OF_SETS = ('fid', 'sfid', 'fid_dinov2', 'inception_score')  # metrics of pyiqa for sets of images
 
 
 def _metric(name: str, measure: Callable[..., float], what: str, rounds: bool = False) -> Callable[..., float]:
-    """Return `measure` as a metric of BasicSR's, which finds its arguments by these names and passes others on.
+    """Wrap `measure` as a metric of BasicSR, which passes arguments by these names.
 
-    `bit_depth`, which a run puts in, is for one that `rounds`.
+    `bit_depth`, set by the run, applies to metrics that round.
     """
 
     def calculate(
@@ -58,7 +58,7 @@ calculate_ssim_matlab = _metric('calculate_ssim_matlab', ssim_y_matlab, 'SSIM of
 calculate_psnr_skimage = _metric('calculate_psnr_skimage', psnr_rgb, 'PSNR of unrounded RGB, as in scikit-image')
 calculate_ssim_skimage = _metric('calculate_ssim_skimage', ssim_rgb, 'SSIM of unrounded RGB, as in scikit-image')
 calculate_psnr_y_float = _metric(
-    'calculate_psnr_y_float', psnr_y_float, 'PSNR of the unrounded luma, by which the authors pick weights'
+    'calculate_psnr_y_float', psnr_y_float, 'PSNR of the unrounded luma, with which the authors select weights'
 )
 
 
@@ -72,24 +72,24 @@ def pyiqa(
     device: str = AUTO,
     **options: Any,
 ) -> float:
-    """Measure one image by a metric of pyiqa (lpips, dists, niqe …), which downloads the metric's weights once.
+    """Measure one image with a metric of pyiqa (lpips, dists, niqe …), which downloads the metric's weights once.
 
     Args:
-        img, img2: the image and its reference, which metrics without reference do not look at.
-        metric: its name in pyiqa.
-        crop_border, input_order: as of BasicSR's metrics.
-        better: what BasicSR leaves among the options; without effect here.
-        device: that the metric's network runs on, see `ast_plugin.devices.find_device`.
-        options: the metric's own.
+        img, img2: the image and its reference, which no-reference metrics ignore.
+        metric: name of the metric in pyiqa.
+        crop_border, input_order: as in BasicSR's metrics.
+        better: passed by BasicSR; no effect.
+        device: device of the metric's network, see `ast_plugin.devices.find_device`.
+        options: further options of the metric.
     Raises:
         BackendUnavailable: if pyiqa is not installed, or the weights cannot be downloaded.
-        OptionError: if pyiqa has no such metric, it measures sets of images, or the device is not there.
-        ShapeError: if the images are too small for the metric, or differ in size.
+        OptionError: if pyiqa has no such metric, the metric is for sets of images, or the device is not available.
+        ShapeError: if the images are too small for the metric, or their sizes differ.
     """
     pair = [from_toolbox(image, crop_border, input_order) for image in (img, img2)]
     model = _pyiqa_model(metric, json.dumps(options, sort_keys=True), device)
     tensors = [torch.from_numpy(np.ascontiguousarray(fractions(image).transpose(2, 0, 1)[None])) for image in pair]
-    tensors = [tensor.float().expand(-1, 3, -1, -1) for tensor in tensors]  # of gray, three equal channels
+    tensors = [tensor.float().expand(-1, 3, -1, -1) for tensor in tensors]  # gray to three equal channels
     needs_reference = model.metric_mode == 'FR'
     if needs_reference and tensors[0].shape != tensors[1].shape:
         raise ShapeError(f'{metric}: the image is {list(pair[0].shape)} and the reference {list(pair[1].shape)}')
@@ -102,7 +102,7 @@ def pyiqa(
 
 
 def better_direction(options: Mapping[str, Any]) -> str:
-    """Return 'higher' or 'lower' for the options of a metric: its `better`, else what is known of its `type`."""
+    """Return 'higher' or 'lower' for a metric: its option `better`, else the default of its `type`."""
     if options.get('better'):
         return options['better']
     if options['type'] == 'pyiqa':
@@ -113,12 +113,12 @@ def better_direction(options: Mapping[str, Any]) -> str:
 def complete(
     metrics: Mapping[str, Mapping[str, Any]], device: torch.device | str = AUTO, bit_depth: int = 8
 ) -> dict[str, dict[str, Any]]:
-    """Put into the options of metrics what they leave out and a run tells.
+    """Complete the options of metrics with the device and bit depth of the run.
 
     Args:
         metrics: options by printed name, each with a `type`.
-        device: for metrics that are networks, pyiqa's.
-        bit_depth: of images, for metrics that round them; 8, their default, is not put in.
+        device: device of metrics that are networks (pyiqa).
+        bit_depth: bit depth of the images, for metrics that round; the default 8 is not set.
     """
     told = {'pyiqa': {'device': str(device)}}
     if bit_depth != 8:
@@ -128,27 +128,27 @@ def complete(
 
 @functools.lru_cache(maxsize=8)
 def _pyiqa_model(metric: str, options: str, device: str) -> Any:
-    """The metric's network, made once."""
+    """Build a metric's network; results are cached."""
     _pyiqa_entry(metric)
     try:
         return _pyiqa_package().create_metric(metric, device=find_device(device), **json.loads(options))
     except OSError as error:  # of urllib, requests and huggingface_hub alike
         raise BackendUnavailable(
-            f'pyiqa: the weights of {metric} cannot be fetched ({first_line(error)}); '
-            'where there is a network, use it once there and copy the folders ~/.cache/torch and ~/.cache/huggingface'
+            f'pyiqa: the weights of {metric} cannot be downloaded ({first_line(error)}); without network access, run '
+            'the metric on another machine and copy its folders ~/.cache/torch and ~/.cache/huggingface'
         ) from error
     except (TypeError, ValueError, KeyError, AssertionError) as error:
-        raise OptionError(f'pyiqa: {metric} cannot be made with {options}: {first_line(error)}') from error
+        raise OptionError(f'pyiqa: {metric} cannot be built with {options}: {first_line(error)}') from error
 
 
 def _pyiqa_entry(metric: str) -> dict[str, Any]:
-    """What pyiqa's table says of a metric; nothing is downloaded."""
+    """Return the entry of a metric in pyiqa's table, without downloading anything."""
     package = _pyiqa_package()
     known = importlib.import_module('pyiqa.default_model_configs').DEFAULT_CONFIGS
     if metric in _OF_SETS:
-        raise OptionError(f'pyiqa: {metric} measures sets of images, not one after the other')
+        raise OptionError(f'pyiqa: {metric} measures sets of images, not single images')
     if metric not in known:
-        suggestion = did_you_mean(str(metric), known) or f'; it has {", ".join(package.list_models())}'
+        suggestion = did_you_mean(str(metric), known) or f'; available: {", ".join(package.list_models())}'
         raise OptionError(f'pyiqa has no metric {metric}{suggestion}')
     return known[metric]
 

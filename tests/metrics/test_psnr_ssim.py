@@ -1,4 +1,4 @@
-"""PSNR and SSIM in each definition: the figures of AST.md's pair, the libraries themselves, and what is no image."""
+"""Tests of PSNR and SSIM: the values in AST.md, comparison with the original libraries, invalid images."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from ast_plugin.errors import DataError, OptionError, ShapeError
 from ast_plugin.metrics import psnr_rgb, psnr_y_float, psnr_y_matlab, ssim_rgb, ssim_y_matlab
 from ast_plugin.metrics.psnr_ssim import check_pair, from_toolbox, matlab_luma, to_toolbox
 
-# The official tools' figures on the pair, in all digits that are known: MATLAB's in Octave, scikit-image, the release.
+# Values of the official tools for the pair to all known digits: MATLAB code in Octave, scikit-image, AST release.
 GOLDEN = [
     (psnr_y_matlab, 'calculate_psnr_matlab', 29.8839759207, 10),
     (ssim_y_matlab, 'calculate_ssim_matlab', 0.862211837714, 12),
@@ -26,7 +26,7 @@ ALL = [row[0] for row in GOLDEN]
 
 @pytest.fixture(scope='module')
 def pair() -> tuple[np.ndarray, np.ndarray]:
-    """AST.md's pair, RGB, uint8."""
+    """Return the image pair of AST.md, RGB, uint8."""
     with np.load(Path(__file__).parents[1] / 'data' / 'metrics_pair0.npz') as arrays:
         return arrays['lq'], arrays['gt']
 
@@ -52,7 +52,7 @@ def noisy(*shape, seed=0):
 )
 def test_figures_of_the_pair(pair, measure, name, figure, digits):
     bgr = [image[..., ::-1] for image in pair]
-    # As arrays of 8 bits, as tensors in [0, 1], and as BasicSR's validator asks for it, rounded and not.
+    # As 8-bit arrays, as tensors in [0, 1], and as called by BasicSR's validation, rounded and unrounded.
     for value in (
         measure(*pair),
         measure(*tensors(pair)),
@@ -63,7 +63,7 @@ def test_figures_of_the_pair(pair, measure, name, figure, digits):
 
 
 def test_basicsrs_own_keep_their_meaning(pair):
-    """Near the others, and not the same: AST.md's figures of them."""
+    """The values in AST.md for further definitions, which are close but differ."""
     bgr = dict(zip(('img', 'img2'), (image[..., ::-1] for image in pair), strict=True))
     luma = {'type': 'calculate_psnr', 'crop_border': 0, 'test_y_channel': True}
     assert calculate_metric(bgr, luma) == pytest.approx(29.8938614, abs=1e-6)
@@ -81,7 +81,7 @@ def test_scikit_images_definitions(shape, dtype):
 
 
 def test_the_gaussian_ssim_against_scikit_images():
-    """It has the same windows where it is told so; the mean is then taken over those inside."""
+    """With the same window options, it averages over the windows inside the image."""
     image, clean = ((values * 255).round() for values in noisy(40, 31))
     _, similarity = structural_similarity(
         image, clean, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
@@ -96,7 +96,7 @@ def test_matlabs_luma_of_known_colours():
 
 
 def test_luma_is_rounded_before_it_is_compared():
-    """A step of 1 in blue moves luma by 0.098: most such steps vanish in 8 bits."""
+    """A step of 1 in blue changes luma by 0.098, so most such steps vanish in 8 bits."""
     clean = np.full((16, 16, 3), 100, np.uint8)
     image = clean + np.array([0, 0, 1], np.uint8)
     assert psnr_y_matlab(image, clean) == math.inf
@@ -136,7 +136,7 @@ ZERO = np.zeros((16, 16, 3), np.uint8)
         (ZERO, ZERO[..., 0], ShapeError, '3 channels.*1 channel'),
         (np.zeros((16, 16, 4), np.uint8), np.zeros((16, 16, 4), np.uint8), ShapeError, r'the image is \[16, 16, 4\]'),
         (ZERO[:0], ZERO[:0], ShapeError, 'not empty'),
-        (ZERO.astype(np.int32), ZERO, ShapeError, 'the image is of int32'),
+        (ZERO.astype(np.int32), ZERO, ShapeError, 'the image has dtype int32'),
         (np.zeros((16, 16, 3)), np.full((16, 16, 3), 255.0), DataError, r'the reference has values from 255 to 255'),
         (np.full((16, 16, 3), np.nan), ZERO, DataError, 'from nan to nan'),
         (np.full((16, 16, 3), -0.1), ZERO, DataError, r'expected \[0, 1\]'),
@@ -151,7 +151,7 @@ def test_what_is_no_pair_of_images(image, reference, error, message):
 
 def test_metrics_check_their_images():
     for measure in ALL:
-        with pytest.raises(ShapeError, match='expected two images of one size'):
+        with pytest.raises(ShapeError, match='expected the same size'):
             measure(ZERO, ZERO[1:])
     for measure, least in ((ssim_rgb, 7), (ssim_y_matlab, 11)):
         with pytest.raises(ShapeError, match=f'16x{least - 1} pixels: SSIM needs at least {least}'):

@@ -1,4 +1,4 @@
-"""Metrics of pyiqa: by a stand-in for the package, and by the package where it is installed."""
+"""Tests of the pyiqa metrics with a stub of the package, and with the package if it is installed."""
 
 import importlib.util
 import sys
@@ -27,7 +27,7 @@ def _forget():
 
 @pytest.fixture
 def package(monkeypatch):
-    """A module of pyiqa's form with a metric with reference, one without, one out of reach and one of sets."""
+    """Replace pyiqa by a stub: full-reference, no-reference, not downloadable, and set metrics."""
     calls = []
 
     def create_metric(name, as_loss=False, device=None, scale=1.0):
@@ -100,11 +100,11 @@ def test_directions(package):
     ('metric', 'options', 'error', 'message'),
     [
         ('lpisp', {}, OptionError, 'pyiqa has no metric lpisp, did you mean lpips'),
-        ('xyz', {}, OptionError, 'it has entropy, fid, lpips, musiq'),
+        ('xyz', {}, OptionError, 'available: entropy, fid, lpips, musiq'),
         ('fid', {}, OptionError, 'fid measures sets of images'),
-        ('entropy', {'colour': 3}, OptionError, 'entropy cannot be made with .*colour'),
+        ('entropy', {'colour': 3}, OptionError, 'entropy cannot be built with .*colour'),
         ('entropy', {'device': 'nonsense'}, OptionError, 'nonsense is not available; available devices: '),
-        ('musiq', {}, BackendUnavailable, 'weights of musiq cannot be fetched .*Name or service not known'),
+        ('musiq', {}, BackendUnavailable, 'weights of musiq cannot be downloaded .*Name or service not known'),
         ('lpips', {'crop_border': 4}, ShapeError, 'lpips fails on 4x8 pixels: Kernel size is larger$'),
     ],
 )
@@ -137,7 +137,7 @@ def test_without_the_package(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec('pyiqa') is None, reason='the extra `metrics` is not installed')
 def test_the_package_itself(monkeypatch):
-    """Those that need no weights; the suite reaches no network, so that the others must say so."""
+    """Metrics without weights work; others report missing network access, which tests do not have."""
     from ast_plugin.metrics import psnr_rgb
 
     expected = psnr_rgb(IMAGE[..., ::-1], REFERENCE[..., ::-1])
@@ -149,5 +149,5 @@ def test_the_package_itself(monkeypatch):
 
     monkeypatch.setattr('urllib.request.urlopen', unreachable)
     monkeypatch.setenv('TORCH_HOME', '/nonexistent')
-    with pytest.raises(BackendUnavailable, match='weights of niqe cannot be fetched'):
+    with pytest.raises(BackendUnavailable, match='weights of niqe cannot be downloaded'):
         measure('niqe')
