@@ -1,3 +1,3 @@
-"""Benchmarks of this project, beside their records; not part of the installed package."""
+"""Benchmarks of this project and their records; not part of the installed package."""
 
 import ast_plugin

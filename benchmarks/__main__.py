@@ -19,7 +19,7 @@ BENCHMARKS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all benchmarks; what it parses has the chosen one's `run`."""
+    """Return the argument parser; parsed arguments contain the `run` function of the selected benchmark."""
     parser = argparse.ArgumentParser(prog='benchmark.py', description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
     for name, module in BENCHMARKS.items():
@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark that the arguments name."""
+    """Run the benchmark selected by the arguments; return the exit status."""
     args = make_parser().parse_args(argv)
     try:
         if getattr(args, 'json', None):

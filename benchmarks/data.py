@@ -1,13 +1,13 @@
-"""How fast pairs are read for training, against what decoding alone takes and against BasicSR's dataset.
+"""Throughput of reading training pairs, compared with decoding alone and with BasicSR's dataset.
 
   python tools/benchmark.py data
   python tools/benchmark.py data --json benchmarks/data_cpu.json
 
-Photographs that come inside packages are cut into squares and rained on, stored once as files and packed into LMDBs;
-every reader reads the same pairs and cuts patches out of them. One process and one thread each, OpenCV's and torch's
-included, and timed by the processor time it took. The readers take turns, a round each, so that what else the machine
-does hurts them alike; a ratio is the median of those of the rounds. `OpenCV alone` reads and decodes both files and
-does nothing with them. A second table is of torch's DataLoader with worker processes, batches and all, by the clock.
+Photos included in installed packages are cropped to squares, degraded by rain, stored as files and packed into LMDBs.
+All readers read the same pairs and crop patches, in one process with one thread (including OpenCV and PyTorch),
+measured in CPU time. Readers alternate in rounds, so that other load on the machine affects them equally; ratios are
+medians over rounds. `OpenCV alone` reads and decodes both files only. A second table measures PyTorch's DataLoader with
+worker processes, including batching, in wall-clock time.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ Read = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is read, and how often.
+    """Settings of the benchmark.
 
     Attributes:
-        pairs: different pairs there are.
+        pairs: number of different pairs.
         size: side of the images in pixels.
-        patch: side of the patches.
-        rounds: how often each reader reads all pairs.
-        workers: processes of the DataLoader, one number after the other; 0 leaves it out.
+        patch: side of the patches in pixels.
+        rounds: number of times each reader reads all pairs.
+        workers: numbers of DataLoader worker processes to measure; 0 omits the DataLoader.
     """
 
     pairs: int
@@ -71,7 +71,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Reader:
-    """One way to read pairs: reads pair number so and so; bytes on the disk; a dataset where there is one."""
+    """Method to read pairs by index, with its size on disk and its dataset, if any."""
 
     read: Read
     num_bytes: int
@@ -79,16 +79,16 @@ class Reader:
 
 
 def write_pairs(folder: Path, num_pairs: int, size: int) -> None:
-    """Cut packaged photographs into squares, and write rained on ones to lq/, clean ones to gt/, as PNG.
+    """Crop packaged photos to squares and write rainy images to lq/ and clean ones to gt/, as PNG.
 
     Args:
-        folder: made if it is not there.
-        num_pairs: different pairs.
+        folder: output folder; created if needed.
+        num_pairs: number of pairs.
         size: side of the squares in pixels.
     """
     photos = [image for photo in packaged_photos() if min((image := read_rgb(photo.path)).shape[:2]) >= size]
     if not photos:
-        raise OptionError(f'--size {size}: no packaged photograph is as large; expected 512 or less')
+        raise OptionError(f'--size {size}: larger than all packaged photos; expected 512 or less')
     rain = DEGRADATIONS['rain']
     for kind in ('lq', 'gt'):
         (folder / kind).mkdir(parents=True)
@@ -101,11 +101,7 @@ def write_pairs(folder: Path, num_pairs: int, size: int) -> None:
 
 
 def make_readers(folder: Path, settings: Settings) -> dict[str, Reader]:
-    """Pack the pairs of `folder` every way there is, and open each.
-
-    Returns:
-        Readers by what they are called in the table.
-    """
+    """Pack the pairs of `folder` in every format and open each; return readers by their names in the table."""
     names = sorted(path.name for path in (folder / 'lq').iterdir())
     files = [(str(folder / 'lq' / name), str(folder / 'gt' / name)) for name in names]
     contents = [tuple(np.fromfile(path, np.uint8) for path in pair) for pair in files]
@@ -116,7 +112,7 @@ def make_readers(folder: Path, settings: Settings) -> dict[str, Reader]:
             keys = [Path(name).stem for name in names]
             make_lmdb_from_imgs(str(folder / kind), str(theirs / f'{kind}.lmdb'), names, keys)
     listed = list_pairs('folders', Source(dataroot_lq=str(folder / 'lq'), dataroot_gt=str(folder / 'gt')))
-    # The library opens a file once in a process, so that BasicSR gets a copy of ours.
+    # lmdb cannot open a file twice in one process, so BasicSR reads a copy.
     for name, encoding in (('png', 'png'), ('png_copy', 'png'), ('raw', 'raw')):
         write_lmdbs(make_plan(listed, encoding), folder / name)
 
@@ -169,11 +165,11 @@ def _size(place: Path, ending: str) -> int:
 
 
 def measure(readers: Mapping[str, Reader], settings: Settings) -> list[Line]:
-    """Read all pairs with each reader, in one thread of this process, timed by the processor.
+    """Read all pairs with each reader in one thread, measured in CPU time.
 
     Returns:
-        A line for each: `reader`, `pairs_per_second` (median), `of_opencv` and `of_basicsr` (medians of the rounds'
-        ratios), `bytes`, and `seconds` of every round.
+        One row per reader: `reader`, `pairs_per_second` (median), `of_opencv` and `of_basicsr` (median ratios over
+        rounds), `bytes`, and `seconds` of every round.
     """
 
     def read_all(reader: Reader) -> None:
@@ -194,7 +190,7 @@ def measure(readers: Mapping[str, Reader], settings: Settings) -> list[Line]:
 
 
 def measure_loader(readers: Mapping[str, Reader], settings: Settings, workers: int) -> list[Line]:
-    """Read all pairs through torch's DataLoader, worker processes and batches, timed by the clock; lines as above."""
+    """Read all pairs through PyTorch's DataLoader with worker processes, in wall-clock time; rows as in `measure`."""
     repeats = max(1, -(-32 * _BATCH // settings.pairs))
     loaders = {
         name: DataLoader(
@@ -215,14 +211,14 @@ def measure_loader(readers: Mapping[str, Reader], settings: Settings, workers: i
 def _take_rounds(
     calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """The seconds of each round by name; the calls take turns."""
+    """Return the seconds of each round by name; calls alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         say(f'round {turn} of {rounds}')
         for name, call in calls.items():
             start = clock()
             call()
-            if turn:  # the first one opens files and fills caches
+            if turn:  # the first round opens files and fills caches
                 seconds[name].append(clock() - start)
     return seconds
 
@@ -253,7 +249,7 @@ def _single_threaded() -> Iterator[None]:
 
 
 def table(lines: Sequence[Line], pairs: int) -> str:
-    """A Markdown table; rates are against OpenCV alone, where that was measured, and against BasicSR on its LMDB."""
+    """Format a Markdown table, with rates relative to OpenCV alone, if measured, and to BasicSR with its LMDB."""
     columns: dict[str, Callable[[Line], str]] = {
         'reader': lambda line: line['reader'],
         'pairs/s': lambda line: f'{line["pairs_per_second"]:.0f}',
@@ -268,12 +264,12 @@ def table(lines: Sequence[Line], pairs: int) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py data`."""
-    parser.add_argument('--pairs', type=int, default=48, help='different pairs (48)')
-    parser.add_argument('--size', type=int, default=256, help='side of the images in pixels (256)')
-    parser.add_argument('--patch', type=int, default=128, help='side of the patches in pixels (128)')
-    parser.add_argument('--rounds', type=int, default=15, help='how often each reader reads all pairs (15)')
+    parser.add_argument('--pairs', type=int, default=48, help='number of pairs (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=256, help='side of the images in pixels (default: %(default)s)')
+    parser.add_argument('--patch', type=int, default=128, help='side of the patches in pixels (default: %(default)s)')
+    parser.add_argument('--rounds', type=int, default=15, help='passes over all pairs (default: %(default)s)')
     parser.add_argument(
-        '--workers', type=int, nargs='+', default=[2], help='processes of the DataLoader (2); 0 leaves it out'
+        '--workers', type=int, nargs='+', default=[2], help='DataLoader worker processes (default: 2); 0 omits them'
     )
     records.add_json_argument(parser)
 
@@ -292,10 +288,10 @@ def run(args: argparse.Namespace) -> int:
             'loader': {count: measure_loader(readers, settings, count) for count in settings.workers if count},
             'one_process': measure(readers, settings),
         }
-    print(f'One process, one thread, patches of {settings.patch}² out of {settings.size}²:\n')
+    print(f'One process, one thread, patches of {settings.patch}² from {settings.size}²:\n')
     print(table(results['one_process'], settings.pairs))
     for workers, lines in results['loader'].items():
-        print(f'\nDataLoader, {workers} workers, batches of {_BATCH}:\n')
+        print(f'\nDataLoader, {workers} workers, batch size {_BATCH}:\n')
         print(table(lines, settings.pairs))
     records.write(args.json, 'data', asdict(settings), results)
     return 0

@@ -1,21 +1,21 @@
-"""What each backend needs for a whole network: seconds, peak memory above the weights, distance from the floor.
+"""Run time, peak memory and roofline fraction of each backend for a complete network.
 
   python tools/benchmark.py net --size 512 --json benchmarks/net_cpu.json
   python tools/benchmark.py net --net AST_XS --size 128 --cases forward --turns 1
 
-Lines of a case start from the same weights, as drawn for training, and the same image, and take turns in one process;
-a line's time is the median of its turns, its CPU time what all threads spent. Memory is by how much a fresh process
-that has computed 128² once grows; on CUDA it is what torch allocates. The floor of a line is its matrix products and
-convolutions at the rate of the fastest matrix product, and one copy of what each block reads and writes; a product is
-timed between any two calls, each call compared with the floor at its time, and of those the median is given. Cases:
+All paths of a case use the same initial weights and the same image and alternate in one process. Time is the median
+over turns, CPU time the sum over all threads. Memory is the growth of a new process that has computed 128² once; on
+CUDA, the memory allocated by PyTorch. The roofline is the time of the matrix products and convolutions at the rate of
+the fastest matrix product, plus one copy of the inputs and outputs of all blocks. A product is timed between any two
+calls; each call is compared with the roofline at that time, and the median is reported. Cases:
 
-  forward     restoring one image of 256² and one of --size², without gradients
-  bfloat16    the latter under autocast
-  train       forward and backward of two images of 128²
-  photograph  480×720: zero-padded to a square of 768² as the official code does, whole, and whole by `basicsr infer`,
-              from reading weights and image to writing the result
-  onnx        480×720, whole, beside the exported network in ONNX Runtime on as many threads
-  gpu         in bfloat16 on CUDA, by each backend, as a CUDA graph, and torch.compile: forward 512² and training 8×256²
+  forward     one image of 256² and one of --size², without gradients
+  bfloat16    one image of --size² under autocast
+  train       forward and backward pass for two images of 128²
+  photograph  480×720: zero-padded to a square of 768² as in the official code; unpadded; and by `basicsr infer`,
+              including reading weights and image and writing the result
+  onnx        480×720, unpadded, compared with the exported network in ONNX Runtime with the same number of threads
+  gpu         bfloat16 on CUDA: each backend, CUDA graphs and torch.compile, for forward 512² and training 8×256²
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ from benchmarks.timing import (
 
 CASES = ('forward', 'bfloat16', 'train', 'photograph', 'onnx', 'gpu')
 _WARM_UP = (128, 128)
-_OFFICIAL_SQUARE = 128  # the official test pads to a square of a multiple of this
-_NO_COMPILE = 'not run: inductor takes minutes for all blocks; --compile runs it'
+_OFFICIAL_SQUARE = 128  # the official test script pads to a square whose side is a multiple of this
+_NO_COMPILE = 'not run: inductor takes minutes for all blocks; enable with --compile'
 
-# What AST-B is to reach: at least this share of the floor's speed, which depends less on the processor than a ratio to
-# the reference does, and at most this share of the memory of a case's first line.
+# Targets for AST-B: minimum fraction of the roofline speed, which depends less on the processor than a ratio to the
+# reference, and maximum fraction of the memory of the first path of a case.
 TARGETS = {
     ('256² forward', 'fused'): (0.75, 0.35),
     ('512² forward', 'fused'): (0.75, 0.35),
@@ -75,28 +75,28 @@ TARGETS = {
     ('2×128² forward and backward', 'fused'): (0.70, 0.35),
     ('photograph 480×720', 'fused, whole'): (0.75, None),
 }
-# The authors' code, AST-B in float32, on two cores with AVX-512 of another machine, whose matrix products ran at this
-# rate; measured once for this project.
+# Official code, AST-B in float32, measured once on two AVX-512 cores of a different machine with this rate of matrix
+# products.
 OFFICIAL_SECONDS = {'256² forward': 2.2, '512² forward': 16.0, '2×128² forward and backward': 4.1}
 OFFICIAL_RATE = 193e9
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute a case.
+    """Path of a case: a method of computing it.
 
     Attributes:
         net: registered name of the network.
-        case, path: its row in the table.
-        backend: of `ast_plugin.ops`.
-        precision: `fp32` or `bf16`, by autocast.
-        batch, size: of the images, size as (height, width) in pixels.
+        case, path: labels of the row in the table.
+        backend: backend of `ast_plugin.ops`.
+        precision: `fp32`, or `bf16` by autocast.
+        batch, size: batch size and (height, width) in pixels.
         trains: whether gradients are computed.
-        square: zero-pad to a square that is a multiple of this first; 0 for what the network does by itself.
-        is_command: whether `basicsr infer` computes, with files.
-        is_compiled: whether the blocks go through torch.compile.
-        is_graphed: whether the network is replayed as a CUDA graph.
-        is_exported: whether ONNX Runtime computes.
+        square: zero-pad to a square whose side is a multiple of this; 0 for the network's own padding only.
+        is_command: whether to run `basicsr infer` on files.
+        is_compiled: whether to compile the blocks with torch.compile.
+        is_graphed: whether to replay the network as a CUDA graph.
+        is_exported: whether to run the exported network in ONNX Runtime.
         device: `cpu` or `cuda`.
     """
 
@@ -117,7 +117,7 @@ class Way:
 
     @property
     def padded(self) -> tuple[int, int]:
-        """The size that the network is given."""
+        """Size of the network input after zero padding."""
         if not self.square:
             return self.size
         side = -(-max(self.size) // self.square) * self.square
@@ -125,13 +125,13 @@ class Way:
 
 
 def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> dict[str, list[Way]]:
-    """The lines of the table by case; the first of each is what the others are compared with.
+    """Return the paths of each case; the others are compared with the first.
 
     Args:
         net: registered name of the network.
         size: side of the large image in pixels.
-        cases: of `CASES`.
-        compiles: whether cases have a line of torch.compile.
+        cases: names in `CASES`.
+        compiles: whether to include torch.compile.
     """
     reference = Way(net, path='reference')
     fused = replace(reference, path='fused', backend='fused')
@@ -155,7 +155,7 @@ def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> d
     if 'onnx' in cases:
         exported = replace(reference, path='onnxruntime', is_exported=True)
         add('480×720, exported', [reference, fused, exported], size=(480, 720))
-    if 'train' in cases:  # last, as the process keeps from there what it frees
+    if 'train' in cases:  # last on the CPU, as it makes the process retain freed memory
         add('2×128² forward and backward', [reference, fused, *end], batch=2, size=(128, 128), trains=True)
     if 'gpu' in cases:
         by_triton = replace(reference, path='triton', backend='triton')
@@ -167,11 +167,7 @@ def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> d
 
 
 def prepare(way: Way) -> Compute:
-    """Build the network and its input; equal for equal settings.
-
-    Returns:
-        A function that computes once and returns the output.
-    """
+    """Build the network and its input deterministically; return a function that computes the output once."""
     torch.manual_seed(0)
     network = _network(way).to(way.device)
     x = torch.rand(way.batch, 3, *way.size)
@@ -181,7 +177,7 @@ def prepare(way: Way) -> Compute:
         return partial(in_onnx_runtime(network), x)
     function = network_switches.apply(network, {'compile': way.is_compiled})
     if way.trains and way.device == 'cpu':
-        keep_freed_memory()  # as training does
+        keep_freed_memory()  # as in training
     if way.is_graphed:
         function = TrainingGraph(network, {}) if way.trains else partial(Graphs(), network)
     height, width = way.size
@@ -206,7 +202,7 @@ def _network(way: Way) -> nn.Module:
 
 
 def in_onnx_runtime(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The network in ONNX Runtime."""
+    """Export a network and return a function that runs it in ONNX Runtime."""
     with tempfile.TemporaryDirectory(prefix='basicsr_benchmark_') as folder:
         path = Path(folder, 'network.onnx')
         export_network(network, path)
@@ -214,7 +210,7 @@ def in_onnx_runtime(network: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _prepare_command(way: Way, network: nn.Module, image: Tensor) -> Compute:
-    """`basicsr infer` on a file, in this process: the start of the interpreter and the libraries is left out."""
+    """Prepare `basicsr infer` on a file, in this process to exclude the startup of Python and the libraries."""
     held = tempfile.TemporaryDirectory(prefix='basicsr_benchmark_')
     folder = Path(held.name)
     source, weights, output = folder / 'image.png', folder / 'weights.safetensors', folder / 'restored'
@@ -227,7 +223,7 @@ def _prepare_command(way: Way, network: nn.Module, image: Tensor) -> Compute:
             status = basicsr(command)
         if status:
             raise RuntimeError(f'basicsr {" ".join(command)} ended with {status}')
-        # The folder lives as long as this function, which holds it.
+        # This closure keeps the temporary folder alive.
         restored = cv2.imread(str(Path(held.name, output.name, source.name)))
         return torch.from_numpy(np.ascontiguousarray(restored[..., ::-1])).permute(2, 0, 1)[None] / 255
 
@@ -237,29 +233,29 @@ def _prepare_command(way: Way, network: nn.Module, image: Tensor) -> Compute:
 def _peak(way: Way, compute: Compute) -> int | None:
     if way.device == 'cuda':
         return peak_memory(compute, 'cuda')
-    # What was padded to another size is not compared, nor what reads, compiles or exports in the same call.
+    # Not comparable: other padded sizes, and calls that also read files, compile or export.
     if way.square or way.is_command or way.is_compiled or way.is_exported:
         return None
     return in_fresh_process(_peak_here, way)
 
 
 def _peak_here(way: Way) -> int | None:
-    # What libraries take at their first call belongs to no line. A pass for training would leave gradients behind.
+    # Excludes one-time allocations of libraries. A training pass would leave gradients behind.
     prepare(replace(way, size=_WARM_UP, batch=1, trains=False))()
     return peak_memory(prepare(way))
 
 
 def count(way: Way) -> tuple[int, int]:
-    """Operations of matrix products and convolutions, and bytes that blocks read and write, from shapes alone."""
+    """Return FLOPs of matrix products and convolutions and bytes of block inputs and outputs, on meta tensors."""
     with torch.device('meta'):
         operations, numbers = count_pass(_network(way), torch.empty(way.batch, 3, *way.padded))
-    # A backward pass has two products for each of the forward pass; torch's own count of it overlooks groups.
+    # A backward pass has two products per forward product; PyTorch's own count of it ignores groups.
     passes = 3 if way.trains else 1
     return passes * operations, passes * numbers * (2 if way.precision == 'bf16' else 4)
 
 
 def count_pass(network: nn.Module, x: Tensor) -> tuple[int, int]:
-    """Operations of matrix products and convolutions of a pass, and how many numbers blocks read and write."""
+    """Return FLOPs of matrix products and convolutions and the number of elements of block inputs and outputs."""
     numbers = []
     for block in network_switches.blocks(network):
         block.register_forward_hook(lambda module, args, output: numbers.append(args[0].numel() + output.numel()))
@@ -269,16 +265,16 @@ def count_pass(network: nn.Module, x: Tensor) -> tuple[int, int]:
 
 
 def measure_case(case: str, cases_ways: Sequence[Way], turns: int, rates: dict[str, float]) -> list[Line]:
-    """Measure the ways of a case.
+    """Measure all paths of a case.
 
     Args:
-        case: its name.
-        cases_ways: its lines.
-        turns: timed calls of each.
-        rates: of the machine, see `timing.machine_rates`.
+        case: name of the case.
+        cases_ways: paths of the case.
+        turns: timed calls per path.
+        rates: rates of the machine, see `timing.machine_rates`.
     Returns:
-        A line for each, see `timing.measure_paths`, with `operations` and `floor` in seconds; torch.compile's says why
-        where it was not run.
+        One row per path, see `timing.measure_paths`, with `operations` and the roofline `floor` in seconds. If
+        torch.compile was not run, its row has the reason.
     """
     by_path = {way.path: way for way in cases_ways}
 
@@ -299,13 +295,13 @@ def measure_case(case: str, cases_ways: Sequence[Way], turns: int, rates: dict[s
 def measure(
     cases: dict[str, list[Way]], turns: int, rates: dict[str, float], keep: Callable[[list[Line]], None]
 ) -> list[Line]:
-    """Measure case by case; without a GPU its lines say so.
+    """Measure all cases; rows of GPU cases are marked as not run without a GPU.
 
     Args:
-        cases: of `ways`.
-        turns: timed calls of each line.
-        rates: of the machine's CPU.
-        keep: given the lines there are after each case, as a run can take long.
+        cases: paths by case, see `ways`.
+        turns: timed calls per path.
+        rates: rates of the CPU, see `timing.machine_rates`.
+        keep: called with all rows so far after each case, to save intermediate results.
     """
     lines: list[Line] = []
     has_gpu = torch.cuda.is_available()
@@ -324,9 +320,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py net`."""
     parser.add_argument('--net', default='AST_B', help='registered AST (default: %(default)s)')
     parser.add_argument('--size', type=int, default=512, help='side of the large image (default: %(default)s)')
-    parser.add_argument('--turns', type=int, default=3, help='timed calls of each line (default: %(default)s)')
+    parser.add_argument('--turns', type=int, default=3, help='timed calls per path (default: %(default)s)')
     parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES), metavar='CASE', help=', '.join(CASES))
-    parser.add_argument('--compile', action='store_true', help='torch.compile, too: minutes for each line')
+    parser.add_argument('--compile', action='store_true', help='measure torch.compile, too: minutes per path')
     records.add_json_argument(parser)
 
 
@@ -335,7 +331,7 @@ def run(args: argparse.Namespace) -> int:
     if args.size < 1 or args.turns < 1:
         raise OptionError('--size and --turns must be 1 or more')
     if args.net not in ARCH_REGISTRY:
-        raise OptionError(f'--net {args.net}: no network of that name is registered, see `basicsr list arch`')
+        raise OptionError(f'--net {args.net}: not a registered network, see `basicsr list arch`')
     if 'drop_path_rate' not in inspect.signature(ARCH_REGISTRY.get(args.net)).parameters:
         raise OptionError(f'--net {args.net}: expected an AST, such as AST_XS')
     rates = machine_rates()
@@ -348,7 +344,7 @@ def run(args: argparse.Namespace) -> int:
     print(records.backend_table(lines))
     giga = {key: f'{rate / 1e9:.0f}' for key, rate in rates.items()}
     print(
-        f'\n{args.net}, {args.turns} turns each. Matrix products: {giga["fp32"]} GFLOP/s in float32 '
+        f'\n{args.net}, {args.turns} turns per path. Matrix products: {giga["fp32"]} GFLOP/s in float32 '
         f'(torch.nn.functional.linear: {giga["fp32_torch"]}), {giga["bf16"]} in bfloat16; copies: {giga["copy"]} GB/s.'
     )
     if args.net == 'AST_B':
@@ -357,15 +353,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def target_remarks(lines: Sequence[Line]) -> list[str]:
-    """For each line that has a target, whether it was reached."""
+    """Report for each path with a target whether it was reached."""
     remarks = []
     for line in lines:
         speed, share = TARGETS.get((line['case'], line['path']), (None, None))
         if speed is None or 'of_floor' not in line:
             continue
-        parts, is_reached = [f'{line["of_floor"]:.0%} of the floor of at least {speed:.0%}'], line['of_floor'] >= speed
+        is_reached = line['of_floor'] >= speed
+        parts = [f'{line["of_floor"]:.0%} of the roofline (target: at least {speed:.0%})']
         if share is not None and 'of_memory' in line:
-            parts.append(f'{line["of_memory"]:.2f} of the memory of at most {share}')
+            parts.append(f'{line["of_memory"]:.2f} of the memory (target: at most {share})')
             is_reached = is_reached and line['of_memory'] <= share
         verdict = 'reached' if is_reached else 'NOT reached'
         remarks.append(f'{line["case"]}, {line["path"]}: {verdict}: {", ".join(parts)}.')
@@ -373,7 +370,7 @@ def target_remarks(lines: Sequence[Line]) -> list[str]:
 
 
 def official_remarks(lines: Sequence[Line], rate: float) -> list[str]:
-    """How long our reference takes, and the official network would at the rate of this run's matrix product."""
+    """Compare the reference with the official network, scaled to the matrix product rate of this run."""
     return [
         f'{line["case"]}: the reference takes {line["median"]:.2f} s, the official network '
         f'{OFFICIAL_SECONDS[line["case"]] * OFFICIAL_RATE / rate:.2f} s '

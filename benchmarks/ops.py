@@ -1,12 +1,12 @@
-"""What each backend needs for a block's two halves, and what torch.compile makes of them.
+"""Run time of the two branches of a block with each backend and torch.compile.
 
   python tools/benchmark.py ops
   python tools/benchmark.py ops --sides 64 --no-compile --json ops.json
   python tools/benchmark.py ops --device cuda --sides 256 128 64 32
 
-Each half is x + f(norm(x)), f being FRFN or ASSA, on a map as AST-B has at 256²: alone, and forward and backward. Lines
-of a case start from the same weights and map and take turns in one process. The floor is the matrix products and
-convolutions at the rate of the fastest matrix product of this run.
+Each branch is x + f(norm(x)), where f is FRFN or ASSA, on a feature map of AST-B for an image of 256²: forward only,
+and forward and backward. All paths of a case use the same weights and map and alternate in one process. The roofline is
+the time of the matrix products and convolutions at the rate of the fastest matrix product of the run.
 """
 
 from __future__ import annotations
@@ -27,39 +27,40 @@ from benchmarks import records
 from benchmarks.records import Line, say
 from benchmarks.timing import NO_GPU, Compute, add_ratios, machine_rates, measure_paths, synchronized
 
-_CHANNELS_AT_256 = {256: 64, 128: 128, 64: 256, 32: 512, 16: 512}  # of AST-B's decoder and bottleneck, by side
+_CHANNELS_AT_256 = {256: 64, 128: 128, 64: 256, 32: 512, 16: 512}  # map side -> channels, in AST-B's decoder
 
 
 class Half:
-    """A half of a block on a map.
+    """Branch of a block with a feature map.
 
     Args:
         kind: `FRFN` or `ASSA`.
-        side: of the map.
-        precision: `fp32` or `bf16`, by autocast.
+        side: side of the map.
+        precision: `fp32`, or `bf16` by autocast.
         trains: whether gradients are computed.
         device: `cpu` or `cuda`.
     """
 
     def __init__(self, kind: str, side: int, precision: str, trains: bool, device: str) -> None:
-        torch.compiler.reset()  # of one function it compiles eight variants and no more, and there are more halves
+        torch.compiler.reset()  # the limit of eight recompilations per function would be exceeded
         torch.manual_seed(0)
         channels = _CHANNELS_AT_256[side]
         block = ASTBlock(ASSA(channels, max(1, channels // 32), shift_size=4), FRFN(channels), channels).to(device)
         self.branch, self.norm = (block.attn, block.norm1) if kind == 'ASSA' else (block.ffn, block.norm2)
         self.x = torch.randn(1, side, side, channels).to(device).requires_grad_(trains)
         self.precision, self.trains, self.device = precision, trains, device
-        # Linear layers 12·C² and, of attention, 4·C² and two products of a window's 64 tokens; 3×3 convolutions.
+        # Per position: attention has linear layers (4·C²) and two products with the 64 tokens of the window; FRFN has
+        # linear layers (12·C²), a 3×3 convolution of C/4 channels and a depthwise one of 4·C.
         attention = 4 * channels**2 + 2 * 64 * channels
         feed_forward = 12 * channels**2 + 9 * (channels // 4) ** 2 + 9 * 4 * channels
         self.operations = 2 * side**2 * (attention if kind == 'ASSA' else feed_forward) * (3 if trains else 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x + f(norm(x))."""
+        """Return x + f(norm(x))."""
         return self.branch(x, residual=Residual(self.norm.weight, self.norm.bias, self.norm.eps))
 
     def prepare(self, backend: str, is_compiled: bool) -> Compute:
-        """A function that computes once."""
+        """Return a function that computes the output once."""
         function = torch.compile(self.__call__, dynamic=False) if is_compiled else self
 
         def compute() -> Tensor:
@@ -76,16 +77,16 @@ class Half:
 def measure(
     sides: Sequence[int], turns: int, compiles: bool, rates: dict[str, float], device: str = 'cpu'
 ) -> list[Line]:
-    """Measure every half at every side.
+    """Measure both branches for every size of the map.
 
     Args:
-        sides: of the maps.
-        turns: timed calls of each line.
-        compiles: whether torch.compile is measured.
-        rates: of the machine, see `timing.machine_rates`.
+        sides: sides of the maps.
+        turns: timed calls per path.
+        compiles: whether to measure torch.compile.
+        rates: rates of the machine, see `timing.machine_rates`.
         device: `cpu` or `cuda`.
     Returns:
-        A line for each path, see `timing.measure_paths`, with `floor` in seconds.
+        One row per path, see `timing.measure_paths`, with the roofline `floor` in seconds.
     """
     lines: list[Line] = []
     fastest = 'fused' if device == 'cpu' else 'triton'
@@ -112,10 +113,10 @@ def measure(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py ops`."""
     sides = list(_CHANNELS_AT_256)
-    parser.add_argument('--sides', nargs='+', type=int, choices=sides, default=[128, 32], help='of the maps')
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='default: %(default)s')
-    parser.add_argument('--turns', type=int, default=7, help='timed calls of each line (default: %(default)s)')
-    parser.add_argument('--no-compile', action='store_true', help='leave out torch.compile, which takes minutes')
+    parser.add_argument('--sides', nargs='+', type=int, choices=sides, default=[128, 32], help='sides of the maps')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='device (default: %(default)s)')
+    parser.add_argument('--turns', type=int, default=7, help='timed calls per path (default: %(default)s)')
+    parser.add_argument('--no-compile', action='store_true', help='omit torch.compile, which takes minutes')
     records.add_json_argument(parser)
 
 

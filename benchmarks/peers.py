@@ -1,14 +1,14 @@
-"""What AST needs beside the networks that people would pick instead: seconds, memory, distance from each one's floor.
+"""Run time, memory and roofline fraction of AST and of comparable networks.
 
   python tools/benchmark.py peers --json benchmarks/peers_cpu.json
   python tools/benchmark.py peers --cases equal --turns 5
 
-Networks of a case restore the same image of 256² and take turns in one process, on a CPU in float32; the first line is
-what the others are compared with. Networks of spandrel need the extra `baselines`, the line of ONNX Runtime `onnx`.
-Floors are as those of `benchmark.py net`. Cases:
+The networks of a case restore the same image of 256² and alternate in one process, on a CPU in float32; the others are
+compared with the first. Networks from spandrel require the extra `baselines`, ONNX Runtime the extra `onnx`. The
+roofline is that of `benchmark.py net`. Cases:
 
-  equal      at 7 ± 1 billion multiply-adds
-  published  at sizes that their authors published
+  equal      7 ± 1 GMACs
+  published  sizes published by the authors
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ REFERENCE, EXPORTED = 'by plain operators', 'by ONNX Runtime'
 
 
 def lines_of(case: str) -> dict[str, tuple[Mapping[str, Any], str]]:
-    """Options of a network and how it computes, by the name of a line; AST comes first, in several ways."""
+    """Return options and backend of each row by its name; AST comes first, with several backends."""
     networks = CASES[case]
     ours, *others = networks
     ways = {ours: 'auto', f'{ours}, {REFERENCE}': 'reference'}
-    if case == 'equal':  # writing AST-B takes minutes
+    if case == 'equal':  # exporting AST-B takes minutes
         ways[f'{ours}, {EXPORTED}'] = EXPORTED
     found = {name: (networks[ours], way) for name, way in ways.items()}
     return found | {name: (networks[name], 'auto') for name in others}
 
 
 def prepare(options: Mapping[str, Any], way: str, size: int = _SIZE) -> Compute:
-    """Build a network and its input; equal for equal settings. Returns a function that computes once."""
+    """Build a network and its input deterministically; return a function that computes the output once."""
     torch.manual_seed(0)
     network, x = build_network(dict(options)).eval(), torch.rand(1, 3, size, size)
     if way == EXPORTED:
@@ -82,26 +82,26 @@ def prepare(options: Mapping[str, Any], way: str, size: int = _SIZE) -> Compute:
 
 
 def count(options: Mapping[str, Any]) -> tuple[int, int]:
-    """Operations of matrix products and convolutions, and bytes that blocks read and write."""
-    side = _SIZE // 2  # all of them take time and memory in proportion to the pixels
+    """Return FLOPs of matrix products and convolutions and bytes of block inputs and outputs."""
+    side = _SIZE // 2  # the cost of all networks is linear in the number of pixels
     operations, numbers = count_pass(build_network(dict(options)).eval(), torch.rand(1, 3, side, side))
     return 4 * operations, 4 * 4 * numbers
 
 
 def _peak(options: Mapping[str, Any], way: str) -> int | None:
-    prepare(options, way, 128)()  # what libraries take at their first call belongs to no line
+    prepare(options, way, 128)()  # excludes one-time allocations of libraries
     return peak_memory(prepare(options, way))
 
 
 def measure(cases: Sequence[str], turns: int, rates: dict[str, float]) -> list[Line]:
-    """Measure cases.
+    """Measure all networks of some cases.
 
     Args:
-        cases: of `CASES`.
-        turns: timed calls of each line.
-        rates: of the machine, see `timing.machine_rates`.
+        cases: names in `CASES`.
+        turns: timed calls per network.
+        rates: rates of the machine, see `timing.machine_rates`.
     Returns:
-        A line for each network, see `timing.measure_paths`, with `operations` and `floor` in seconds.
+        One row per network, see `timing.measure_paths`, with `operations` and the roofline `floor` in seconds.
     """
     lines: list[Line] = []
     probe = speed_probe(rates)
@@ -124,8 +124,8 @@ def measure(cases: Sequence[str], turns: int, rates: dict[str, float]) -> list[L
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py peers`."""
-    parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES), help='of networks')
-    parser.add_argument('--turns', type=int, default=3, help='timed calls of each line (default: %(default)s)')
+    parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES), help='cases (default: all)')
+    parser.add_argument('--turns', type=int, default=3, help='timed calls per network (default: %(default)s)')
     records.add_json_argument(parser)
 
 

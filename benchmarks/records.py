@@ -1,4 +1,4 @@
-"""Print the table of a record that `benchmark.py net` or `ops` has written, as the README has it.
+"""Print the table of a record of `benchmark.py net`, `peers` or `ops`.
 
 python tools/benchmark.py table benchmarks/net_cpu.json
 """
@@ -21,20 +21,20 @@ MEGABYTE = 2**20
 
 
 def say(text: str) -> None:
-    """Tell the user what is going on, apart from the tables."""
+    """Print progress to stderr, separate from the tables."""
     print(text, file=sys.stderr, flush=True)
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare `--json`, where the record goes."""
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the measurements, machine and versions')
+    """Declare `--json`, the path of the record."""
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write measurements, machine and versions as JSON')
 
 
 def check_writable(path: Path) -> None:
-    """Check that a record can be written before it is measured, which can take an hour.
+    """Check that a record can be written, before measurements that may take an hour.
 
     Raises:
-        DataError: if not.
+        DataError: if it cannot be written.
     """
     is_new = not path.exists()
     try:
@@ -47,14 +47,14 @@ def check_writable(path: Path) -> None:
 
 
 def write(path: Path | None, benchmark: str, settings: Mapping[str, Any], results: Any, **more: Any) -> None:
-    """Write a record as JSON, the file whole or not at all; nothing where no path was given.
+    """Write a record as JSON, atomically.
 
     Args:
-        path: of the file.
+        path: output file; None writes nothing.
         benchmark: name of the subcommand.
-        settings: what was measured.
-        results: its lines, or lines by name.
-        more: other entries.
+        settings: settings of the benchmark.
+        results: rows, or rows by name.
+        more: additional entries.
     """
     if path is None:
         return
@@ -64,12 +64,12 @@ def write(path: Path | None, benchmark: str, settings: Mapping[str, Any], result
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int = 1) -> str:
-    """A Markdown table; short rows are filled up with empty cells.
+    """Format a Markdown table; short rows are filled with empty cells.
 
     Args:
         header: names of the columns.
-        rows: cells of each line.
-        num_texts: so many columns at the left are texts, the others numbers.
+        rows: cells of each row.
+        num_texts: number of text columns on the left; the other columns are right-aligned numbers.
     """
     rule = ['---'] * num_texts + ['---:'] * (len(header) - num_texts)
     filled = [[*row, *[''] * (len(header) - len(row))] for row in rows]
@@ -77,29 +77,29 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], num_texts: in
 
 
 def backend_table(lines: Sequence[Line]) -> str:
-    """The table of backends; × is against the first line of the case, and a line that was not run says why."""
+    """Format the table of paths; ratios refer to the first row of a case, and rows that were not run have a reason."""
     columns: dict[str, Callable[[Line], str]] = {
         'median': lambda line: _seconds(line['median']),
         'fastest': lambda line: _seconds(line['fastest']),
-        '× faster': lambda line: f'{line["faster"]:.2f}',
+        'speed-up': lambda line: f'{line["faster"]:.2f}',
         'CPU time': lambda line: _seconds(line['cpu']),
-        '× less': lambda line: f'{line["less_cpu"]:.2f}',
+        'CPU speed-up': lambda line: f'{line["less_cpu"]:.2f}',
         'peak MB': lambda line: f'{line["peak_bytes"] / MEGABYTE:.0f}',
-        '× memory': lambda line: f'{line["of_memory"]:.2f}',
-        'of the floor': lambda line: f'{line["of_floor"]:.0%}',
-        'off by': lambda line: f'{line["error"]:.0e}',
+        'memory ratio': lambda line: f'{line["of_memory"]:.2f}',
+        'of roofline': lambda line: f'{line["of_floor"]:.0%}',
+        'error': lambda line: f'{line["error"]:.0e}',
     }
     rows = []
     for line in lines:
         cells = [line['skipped']] if 'skipped' in line else [_cell(text, line) for text in columns.values()]
         rows.append([line['case'], line['path'], *cells])
-    return markdown(['what', 'path', *columns], rows, num_texts=2)
+    return markdown(['case', 'path', *columns], rows, num_texts=2)
 
 
 def _cell(text: Callable[[Line], str], line: Line) -> str:
     try:
         return text(line)
-    except (KeyError, TypeError):  # the line has no such figure, or None
+    except (KeyError, TypeError):  # not measured
         return ''
 
 
@@ -109,11 +109,13 @@ def _seconds(value: float) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py table`."""
-    parser.add_argument('records', nargs='+', type=Path, metavar='FILE', help='JSON of `benchmark.py net` or `ops`')
+    parser.add_argument(
+        'records', nargs='+', type=Path, metavar='FILE', help='JSON of `benchmark.py net`, `peers` or `ops`'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table for each record, with the machine under it."""
+    """Print a table for each record, followed by the machine."""
     for path in args.records:
         try:
             record = json.loads(path.read_text(encoding='utf-8'))
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
             machine = '{processor}, {threads} threads, load {load} at the end'.format(**record['machine'])
             torch_version = record['versions']['torch']
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f'{path} is no record of `benchmark.py net` or `ops`: {error!r}') from error
+            raise DataError(f'{path} is not a record of `benchmark.py net`, `peers` or `ops`: {error!r}') from error
         print(text)
         print(f'\n{machine}; torch {torch_version}')
     return 0

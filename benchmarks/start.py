@@ -1,12 +1,12 @@
-"""How long `basicsr train` takes from its start to the end of the first iteration, beside BasicSR's own training.
+"""Startup time of `basicsr train` until the end of the first iteration, compared with BasicSR's own training.
 
   python tools/benchmark.py start
   python tools/benchmark.py start --turns 5 --json benchmarks/start_cpu.json
 
-The same small network, pairs of PNG files and batches for both; ours checks options and data on the way. They take
-turns, each in fresh processes, by the clock and by processor time; what importing torch and BasicSR takes stands beside
-them. BasicSR's training is called in a process that has imported the plugin: by itself, BasicSR cannot be imported
-where torchvision is newer than 0.16.
+Both train the same small network on the same pairs of PNG files and batches; `basicsr train` also validates options and
+data. They alternate in new processes and are measured in wall-clock and CPU time, as are the imports of torch and
+BasicSR alone. The process of BasicSR's training imports the plugin first, because BasicSR itself cannot be imported
+with torchvision newer than 0.16.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _THEIRS = 'import ast_plugin; from basicsr.train import train_pipeline; train_pi
 
 
 def options(folder: Path, is_ours: bool, workers: int) -> dict[str, Any]:
-    """Options of a short training on the pairs in `folder`, for BasicSR's own classes or ours."""
+    """Return options of a short training on the pairs in `folder`, for BasicSR's classes or the plugin's."""
     theirs = {'use_shuffle': True, 'dataset_enlarge_ratio': 1, 'prefetch_mode': None}
     return {
         'name': 'start',
@@ -72,7 +72,7 @@ def options(folder: Path, is_ours: bool, workers: int) -> dict[str, Any]:
 
 
 def commands(folder: Path, workers: int) -> dict[str, list[str]]:
-    """Write the option files, and return what is started, by name."""
+    """Write the option files and return the commands to measure, by name."""
     for name in ('ours', 'theirs'):
         content = yaml.safe_dump(options(folder, name == 'ours', workers), sort_keys=False)
         (folder / f'{name}.yml').write_text(content, encoding='utf-8')
@@ -86,7 +86,7 @@ def commands(folder: Path, workers: int) -> dict[str, list[str]]:
 
 
 def measure(started: dict[str, list[str]], folder: Path, turns: int) -> list[Line]:
-    """Start each as often in a folder without experiments; a line each, with `seconds` and `cpu_seconds`."""
+    """Run each command `turns` times without existing experiments; return rows with `seconds` and `cpu_seconds`."""
     lines: dict[str, Line] = {name: {'what': name, 'seconds': [], 'cpu_seconds': []} for name in started}
     for turn in range(turns):
         say(f'turn {turn + 1} of {turns}')
@@ -99,7 +99,7 @@ def measure(started: dict[str, list[str]], folder: Path, turns: int) -> list[Lin
 
 
 def _first_iteration(command: Sequence[str], folder: Path, is_training: bool) -> tuple[float, float]:
-    """Seconds until the first iteration is logged, or until the end, and processor time until the end."""
+    """Return seconds until the first iteration is logged, else until exit, and the CPU time until exit."""
     path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get('PYTHONPATH')])])
     before, start, found, said = os.times(), time.perf_counter(), None, []
     with subprocess.Popen(
@@ -123,8 +123,8 @@ def _first_iteration(command: Sequence[str], folder: Path, is_training: bool) ->
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py start`."""
-    parser.add_argument('--turns', type=int, default=5, help='starts of each (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=0, help='processes that load data (default: %(default)s)')
+    parser.add_argument('--turns', type=int, default=5, help='runs of each command (default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=0, help='DataLoader worker processes (default: %(default)s)')
     records.add_json_argument(parser)
 
 
@@ -140,6 +140,6 @@ def run(args: argparse.Namespace) -> int:
         [line['what'], *(f'{statistics.median(line[clock]):.2f} s' for clock in ('seconds', 'cpu_seconds'))]
         for line in lines
     ]
-    print(records.markdown(['what', 'median', 'CPU time, to the end'], rows))
+    print(records.markdown(['command', 'median', 'CPU time until exit'], rows))
     records.write(args.json, 'start', {'turns': args.turns, 'workers': args.workers}, lines)
     return 0

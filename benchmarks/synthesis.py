@@ -1,11 +1,11 @@
-"""How strong each degradation is on the packaged photographs, and how long one takes.
+"""Strength and run time of each synthetic degradation on the packaged photos.
 
   python tools/benchmark.py synthesis
   python tools/benchmark.py synthesis --json benchmarks/synthesis_cpu.json
 
-Photographs are scaled and cut to 480 x 720 and degraded with one seed after the other by the default parameters. PSNR
-is that of the degraded against the clean photograph. Time is that of the processor on one thread, OpenCV's included,
-the median over all photographs and seeds; the degradations take turns.
+Photos are resized and cropped to 480 x 720 and degraded with default parameters, for each of several seeds. PSNR is
+computed between the degraded and the clean image. Time is CPU time on one thread, including OpenCV, as the median over
+all photos and seeds; degradations alternate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEIGHT, WIDTH = 480, 720
 
 
 def scaled_photos() -> list[np.ndarray]:
-    """The packaged photographs, their middles, as [480, 720, 3] float32 in [0, 1]."""
+    """Return the packaged photos, resized and centre-cropped to [480, 720, 3], float32 in [0, 1]."""
     photos = []
     for photo in packaged_photos():
         image = to_float(read_rgb(photo.path))
@@ -44,16 +44,16 @@ def scaled_photos() -> list[np.ndarray]:
 
 
 def measure(photos: Sequence[np.ndarray], seeds: int) -> list[Line]:
-    """Degrade every photograph with every seed in every way.
+    """Apply every degradation to every photo with every seed.
 
     Returns:
-        A line for each degradation: its name, `psnr` (least, 5 %, median, 95 %, most, in dB) and median
+        One row per degradation: its name, `psnr` (minimum, 5 %, median, 95 %, maximum, in dB) and median
         `milliseconds`.
     """
     levels: dict[str, list[float]] = {name: [] for name in DEGRADATIONS}
     seconds: dict[str, list[float]] = {name: [] for name in DEGRADATIONS}
     for number, clean in enumerate(photos):
-        say(f'photograph {number + 1} of {len(photos)}')
+        say(f'photo {number + 1} of {len(photos)}')
         for seed in range(seeds):
             for name, row in DEGRADATIONS.items():
                 generator = np.random.default_rng(seed)
@@ -72,24 +72,24 @@ def measure(photos: Sequence[np.ndarray], seeds: int) -> list[Line]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The lines in Markdown."""
+    """Format the rows as a Markdown table."""
     rows = [
         [line['degradation'], ', '.join(f'{level:.1f}' for level in line['psnr']), f'{line["milliseconds"]:.0f}']
         for line in lines
     ]
-    return records.markdown(['degradation', 'PSNR in dB: least, 5 %, median, 95 %, most', 'ms'], rows, num_texts=2)
+    return records.markdown(['degradation', 'PSNR in dB: min, 5 %, median, 95 %, max', 'ms'], rows, num_texts=2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py synthesis`."""
-    parser.add_argument('--seeds', type=int, default=16, metavar='N', help='how many of each photograph (%(default)s)')
+    parser.add_argument('--seeds', type=int, default=16, metavar='N', help='seeds per photo (default: %(default)s)')
     records.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and write the record."""
     if args.seeds < 1:
-        raise OptionError(f'--seeds must be 1 or more, not {args.seeds}')
+        raise OptionError(f'--seeds must be 1 or more, got {args.seeds}')
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:

@@ -1,4 +1,4 @@
-"""Timing that several benchmarks share: calls that take turns, rates of the machine, ratios between lines."""
+"""Timing utilities shared by the benchmarks: alternating calls, peak rates of the machine, and ratios between rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ast_plugin.errors import PluginError, first_line
 from ast_plugin.ops.cpu import operators
 from benchmarks.records import Line
 
-NO_GPU = 'torch finds no GPU here'
+NO_GPU = 'PyTorch found no GPU'
 
 Compute = Callable[[], Tensor]
 
@@ -25,15 +25,15 @@ Compute = Callable[[], Tensor]
 def take_turns(
     functions: Mapping[Any, Callable[[], object]], turns: int, probe: Callable[[], float] | None = None
 ) -> dict[Any, Line]:
-    """Call functions in turn, so that other work of the machine slows them alike.
+    """Call functions alternately, so that other load on the machine affects them equally.
 
     Args:
-        functions: by name.
-        turns: how often each is called.
-        probe: tells between calls how fast the machine is at the moment, see `speed_probe`.
+        functions: functions by name.
+        turns: number of calls of each.
+        probe: called between calls to measure the current speed of the machine, see `speed_probe`.
     Returns:
-        For each `seconds` of every call, `cpu_seconds`, which all threads of this process spent: on a busy machine they
-        tell more; and `speeds`, the better of those that the probe found before and after.
+        For each function `seconds` of every call; `cpu_seconds` of all threads, which are more reliable on a busy
+        machine; and `speeds`, the maximum of the probe before and after each call.
     """
     taken: dict[Any, Line] = {name: {'seconds': [], 'cpu_seconds': [], 'speeds': []} for name in functions}
     probe = probe or (lambda: 1.0)
@@ -57,16 +57,16 @@ def measure_paths(
     peak: Callable[[str, Compute], int | None] = lambda path, compute: None,
     probe: Callable[[], float] | None = None,
 ) -> dict[str, Line]:
-    """Time paths that compute one thing; one that fails has `skipped`, which says why.
+    """Time several paths of the same computation; a failed path has the reason in `skipped`.
 
     Args:
-        case: what is computed.
-        paths: functions that prepare the computation. The others are compared with the path `reference`.
-        turns: timed calls of each, after one that compiles and allocates.
-        peak: measures the memory of a path's computation.
+        case: label of the computation.
+        paths: functions that prepare the computation, by path. Errors are relative to the path `reference`.
+        turns: timed calls of each path, after an untimed one that compiles and allocates.
+        peak: returns the peak memory of a path.
         probe: see `take_turns`.
     Returns:
-        By path `seconds`, `cpu_seconds`, `speeds`, `peak_bytes`, and `error` against the reference.
+        `seconds`, `cpu_seconds`, `speeds`, `peak_bytes`, and relative `error` to the reference, by path.
     """
     lines: dict[str, Line] = {path: {'case': case, 'path': path} for path in paths}
     computations, outputs = {}, {}
@@ -76,10 +76,7 @@ def measure_paths(
             outputs[path] = compute().float()
             lines[path]['peak_bytes'] = peak(path, compute)
             computations[path] = compute
-        except (
-            PluginError,
-            RuntimeError,
-        ) as error:  # too little memory, or no compiler or package
+        except (PluginError, RuntimeError) as error:  # out of memory, missing compiler or package
             lines[path]['skipped'] = f'failed: {first_line(error)[:120]}'
     for path, taken in take_turns(computations, turns, probe).items():
         lines[path] |= taken
@@ -90,7 +87,7 @@ def measure_paths(
 
 
 def add_ratios(lines: Sequence[Line]) -> None:
-    """Add to each measured line of a case how it compares with the first one."""
+    """Add medians and ratios to the first measured row of a case to each of its rows."""
     measured = [line for line in lines if 'seconds' in line]
     for line in measured:
         line['median'], line['fastest'] = statistics.median(line['seconds']), min(line['seconds'])
@@ -100,13 +97,13 @@ def add_ratios(lines: Sequence[Line]) -> None:
         if line.get('peak_bytes') and first.get('peak_bytes'):
             line['of_memory'] = line['peak_bytes'] / first['peak_bytes']
         if line.get('floor'):
-            # Each call against a floor of its own: other tenants of the machine slow both.
+            # The roofline is scaled to the speed at each call, which other load on the machine reduces.
             moments = zip(line['seconds'], line['speeds'], strict=True)
             line['of_floor'] = statistics.median(line['floor'] / speed / seconds for seconds, speed in moments)
 
 
 def synchronized(compute: Compute, device: str) -> Compute:
-    """The function, returning when the device is done."""
+    """Wrap a function so that it returns after the device has finished."""
 
     def call() -> Tensor:
         result = compute()
@@ -118,9 +115,9 @@ def synchronized(compute: Compute, device: str) -> Compute:
 
 
 def machine_rates(device: str = 'cpu') -> dict[str, float]:
-    """Operations a second of the fastest matrix product by precision, and bytes a second of a copy.
+    """Return FLOP/s of the fastest matrix product by precision, and bytes/s of a copy.
 
-    The best of five calls: a floor is what the machine can do when nothing else runs.
+    The best of five calls, as the roofline refers to an idle machine.
     """
     side = 8192 if device == 'cuda' else 1024
     products = {'': functional.linear}
@@ -139,7 +136,7 @@ def machine_rates(device: str = 'cpu') -> dict[str, float]:
 
 
 def speed_probe(rates: Mapping[str, float], device: str = 'cpu') -> Callable[[], float] | None:
-    """A function that returns the rate of a product at the moment as a share of `machine_rates`; None on CUDA."""
+    """Return a function that measures the current matrix product rate relative to `machine_rates`; None on CUDA."""
     if device != 'cpu':
         return None
     x, weight = torch.randn(4096, 1024), torch.randn(1024, 1024)
@@ -153,10 +150,10 @@ def speed_probe(rates: Mapping[str, float], device: str = 'cpu') -> Callable[[],
 
 def _fastest(compute: Compute, device: str, calls: int = 6) -> float:
     seconds = take_turns({0: synchronized(compute, device)}, calls)[0]['seconds']
-    return max(min(seconds[1:]), 1e-9)  # the first call prepares the library; clocks have steps
+    return max(min(seconds[1:]), 1e-9)  # the first call is a warm-up; clock resolution is finite
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of a module in a process of its own, in which nothing was allocated before."""
+    """Call a module-level function in a new process, without earlier memory allocations."""
     with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
         return pool.submit(function, *arguments).result()

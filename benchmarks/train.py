@@ -1,12 +1,12 @@
-"""What each switch of training costs and saves: iterations per second and peak memory, against float32.
+"""Iterations per second and peak memory of each training option, compared with float32.
 
   python tools/benchmark.py train
   python tools/benchmark.py train --net AST_XS --size 64 --iters 3 --json benchmarks/train_cpu.json
 
-A training step is everything from a batch on the device to new weights: mixing, network, losses, gradients, optimiser,
-moving average. All switches start from the same weights. They take turns, one step each, so that what else the machine
-does hurts them alike; a line's time is the median of its steps. Memory is what the first two steps need on top of the
-network's weights: on a CPU by the resident size of a fresh process, on CUDA as torch allocates it.
+A training step covers everything from a batch on the device to updated weights: mixup, network, losses, gradients,
+optimiser and moving average. All options start from the same weights and alternate step by step, so that other load on
+the machine affects them equally; time is the median over steps. Memory is the peak of the first two steps, excluding
+the network's weights: growth of the resident set size of a new process on a CPU, memory allocated by PyTorch on CUDA.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ SWITCHES: dict[str, dict[str, Any]] = {
     'mixing: mixup': {'mixing': {'type': 'mixup', 'start_epoch': 1}},
     'mixing: cutmix': {'mixing': {'type': 'cutmix', 'start_epoch': 1}},
 }
-_WARM_UP = 2  # steps; the first ones compile, allocate, and make the optimiser's state
+_WARM_UP = 2  # untimed steps, which compile, allocate and create the optimiser state
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, and where.
+    """Settings of the benchmark.
 
     Attributes:
-        net: registered name of a network that restores at scale 1.
-        batch: images a step.
+        net: registered name of a network of scale 1.
+        batch: batch size.
         size: side of the square images in pixels.
-        iters: steps that are timed.
+        iters: number of timed steps.
         device: `cpu` or `cuda`.
     """
 
@@ -74,13 +74,13 @@ DEFAULTS = {'cpu': Settings('AST_T', 2, 128, 5, 'cpu'), 'cuda': Settings('AST_B'
 
 
 class Steps:
-    """Makes training steps as `RestorationModel` does, without its files and logs.
+    """Training steps of `RestorationModel` without its files and logs.
 
     Args:
-        settings: the same weights and images for the same settings.
-        train: switches, as in an option file.
+        settings: settings, which determine initial weights and images.
+        train: options, as in the section `train` of an option file.
     Raises:
-        OptionError: if a switch does not apply.
+        OptionError: if an option is not applicable.
     """
 
     def __init__(self, settings: Settings, train: Mapping[str, Any]) -> None:
@@ -98,7 +98,7 @@ class Steps:
         self.images = torch.rand(2, settings.batch, 3, settings.size, settings.size, device=self.device)
 
     def __call__(self) -> None:
-        """Make the next step, and wait for it to be done."""
+        """Run the next step and wait until it has finished."""
         self.iteration += 1
         lq, gt = self.images
         images = (lq, gt) if self.mixing is None else self.mixing(lq, gt, self.iteration)
@@ -109,18 +109,19 @@ class Steps:
             torch.cuda.synchronize()
 
     def warm_up(self) -> int | None:
-        """Make the first steps; the memory that they need."""
+        """Run the first steps; return their peak memory."""
         return peak_memory(lambda: [self() for _ in range(_WARM_UP)], self.device)
 
 
 def measure(settings: Settings, switches: Mapping[str, Mapping[str, Any]]) -> list[Line]:
-    """Measure switches, taking turns.
+    """Measure training options, alternating between them.
 
     Args:
-        settings: for all of them.
+        settings: settings of all measurements.
         switches: options of `train` by name.
     Returns:
-        A line for each: `switch`, `iterations_per_second`, `seconds` of every step, `peak_bytes`; or `failed`, why.
+        One row each: `switch`, `iterations_per_second`, `seconds` of every step, `peak_bytes`; or the reason in
+        `failed`.
     """
     lines: dict[str, Line] = {name: {'switch': name, 'train': dict(train)} for name, train in switches.items()}
     all_steps: dict[str, Steps] = {}
@@ -133,7 +134,7 @@ def measure(settings: Settings, switches: Mapping[str, Mapping[str, Any]]) -> li
             peak = steps.warm_up()
             lines[name].setdefault('peak_bytes', peak)
             all_steps[name] = steps
-        except (PluginError, RuntimeError) as error:  # a switch that does not work here is a line of the table
+        except (PluginError, RuntimeError) as error:  # reported in the table
             lines[name]['failed'] = f'{type(error).__name__}: {first_line(error)}'
     say(f'{settings.device}: {settings.iters} turns')
     for name, taken in take_turns(all_steps, settings.iters).items():
@@ -143,12 +144,12 @@ def measure(settings: Settings, switches: Mapping[str, Mapping[str, Any]]) -> li
 
 
 def peak_of_first_steps(settings: Settings, train: Mapping[str, Any]) -> int | None:
-    """Memory that the first steps need in this process."""
+    """Return the peak memory of the first steps in this process."""
     return Steps(settings, train).warm_up()
 
 
 def table(results: Mapping[str, Sequence[Line] | None]) -> str:
-    """A Markdown table of lines by device; × is against float32, and a device without lines stays empty."""
+    """Format rows by device as a Markdown table; × is the ratio to float32. Devices without rows stay empty."""
     head = ['switch']
     for device in DEFAULTS:
         head += [f'{device.upper()} it/s', '×', f'{device.upper()} peak MB', '×']
@@ -163,7 +164,7 @@ def table(results: Mapping[str, Sequence[Line] | None]) -> str:
 
 def _cells(line: Line, reference: Line) -> list[str]:
     if 'failed' in line:
-        return ['does not work here', '', '', '']
+        return ['not supported', '', '', '']
     cells = []
     for key, unit, digits in (('iterations_per_second', 1, 3), ('peak_bytes', MEGABYTE, 0)):
         value, base = line.get(key), reference.get(key)
@@ -174,11 +175,11 @@ def _cells(line: Line, reference: Line) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py train`."""
-    parser.add_argument('--device', choices=[*DEFAULTS, 'all'], default='all', help='all: the GPU too, if there is one')
-    parser.add_argument('--net', help='registered network; AST_T on a CPU and AST_B on CUDA if not given')
-    parser.add_argument('--batch', type=int, help='images a step; 2 on a CPU, 8 on CUDA')
-    parser.add_argument('--size', type=int, help='side of the images; 128 on a CPU, 256 on CUDA')
-    parser.add_argument('--iters', type=int, help='timed steps of each switch; 5 on a CPU, 20 on CUDA')
+    parser.add_argument('--device', choices=[*DEFAULTS, 'all'], default='all', help='all includes the GPU if available')
+    parser.add_argument('--net', help='registered network (default: AST_T on a CPU, AST_B on CUDA)')
+    parser.add_argument('--batch', type=int, help='batch size (default: 2 on a CPU, 8 on CUDA)')
+    parser.add_argument('--size', type=int, help='side of the images (default: 128 on a CPU, 256 on CUDA)')
+    parser.add_argument('--iters', type=int, help='timed steps per option (default: 5 on a CPU, 20 on CUDA)')
     parser.add_argument('--switches', nargs='+', choices=list(SWITCHES), metavar='NAME', help=', '.join(SWITCHES))
     records.add_json_argument(parser)
 
@@ -189,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
     if any(value < 1 for value in given.values() if isinstance(value, int)):
         raise OptionError('--batch, --size and --iters must be 1 or more')
     if given.get('net', 'AST_T') not in ARCH_REGISTRY:
-        raise OptionError(f'--net {args.net}: no network of that name is registered, see `basicsr list arch`')
+        raise OptionError(f'--net {args.net}: not a registered network, see `basicsr list arch`')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise OptionError(f'--device cuda: {NO_GPU}')
     switches = {name: SWITCHES[name] for name in dict.fromkeys([REFERENCE, *(args.switches or SWITCHES)])}
@@ -206,11 +207,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def remarks(all_settings: Mapping[str, Settings], results: Mapping[str, Sequence[Line] | None]) -> list[str]:
-    """Under the table: settings, what failed, and why a column is empty."""
+    """Return the notes below the table: settings, failures, and devices that were not measured."""
     texts = []
     for device, settings in all_settings.items():
         what = f'{device.upper()}: {settings.net}, batch {settings.batch} of {settings.size}²'
         lines = results[device]
-        texts.append(f'{what}, {settings.iters} steps each' if lines else f'{what}: not measured, no GPU is at hand')
+        texts.append(f'{what}, {settings.iters} steps each' if lines else f'{what}: not measured, no GPU found')
         texts += [f'{device.upper()}, {line["switch"]}: {line["failed"]}' for line in lines or () if 'failed' in line]
     return texts

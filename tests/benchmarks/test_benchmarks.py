@@ -1,4 +1,4 @@
-"""The benchmarks' command: bad input, tables, records, and that all paths of a case compute one thing."""
+"""Command line of the benchmarks: invalid input, tables, records, and equal results of all paths of a case."""
 
 import functools
 import json
@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[2]
     ('words', 'message'),
     [
         ('net --turns 0', '--size and --turns must be 1 or more'),
-        ('net --net AST_C', 'AST_C: no network of that name'),
+        ('net --net AST_C', 'AST_C: not a registered network'),
         ('net --net MSRResNet', 'MSRResNet: expected an AST'),
         ('ops --turns 0', '--turns must be 1 or more'),
         ('train --iters 0', '--iters must be 1 or more'),
-        ('train --device cuda', '--device cuda: torch finds no GPU here'),
+        ('train --device cuda', '--device cuda: PyTorch found no GPU'),
         ('data --pairs 0', 'must be 1 or more'),
         ('data --patch 300', '--patch 300 must not exceed --size 256'),
-        ('data --size 5000', 'no packaged photograph is as large'),
+        ('data --size 5000', 'larger than all packaged photos'),
         ('synthesis --seeds 0', '--seeds must be 1 or more'),
         ('synthesis --json file/out.json', 'cannot be written'),
     ],
@@ -50,7 +50,7 @@ def test_wrong_arguments(tmp_path, monkeypatch, capsys, words, message):
 
 
 def test_door_in_tools(tmp_path, monkeypatch, capsys):
-    """As documented, by file name from any folder."""
+    """The documented call works from any folder."""
     door = ROOT / 'tools' / 'benchmark.py'
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', [str(door), 'table', str(ROOT / 'benchmarks' / 'net_cpu.json')])
@@ -68,19 +68,19 @@ def test_records_of_the_project(capsys):
         record = json.loads(file.read_text())
         if record['benchmark'] in ('net', 'ops', 'peers'):
             assert main(['table', str(file)]) == 0
-            assert ' × faster ' in capsys.readouterr().out
+            assert ' speed-up ' in capsys.readouterr().out
         elif record['benchmark'] == 'train':
             assert train.table(record['results']).startswith('| switch |')
             lines = [line for measured in record['results'].values() for line in measured or ()]
             assert {line['switch'] for line in lines} <= set(train.SWITCHES)
 
 
-def test_files_that_are_no_records(tmp_path, capsys):
+def test_files_that_are_not_records(tmp_path, capsys):
     machine = '{"results": [], "machine": {"processor": "", "threads": 1, "load": 1}, "versions": {}}'
     for content in ('{', '[]', '{"results": [1], "machine": {}, "versions": {}}', machine):
         (tmp_path / 'a.json').write_text(content)
         assert main(['table', str(tmp_path / 'a.json')]) == 2
-        assert 'a.json is no record' in capsys.readouterr().err
+        assert 'a.json is not a record' in capsys.readouterr().err
 
 
 # ---- timing
@@ -101,7 +101,7 @@ def test_a_path_that_fails_is_a_line():
 def test_speeds_between_calls():
     found = iter([0.5, 0.25, 1.0])
     taken = timing.take_turns({'one': lambda: None}, 2, lambda: next(found))
-    assert taken['one']['speeds'] == [0.5, 1.0]  # the better one of before and after
+    assert taken['one']['speeds'] == [0.5, 1.0]  # the maximum of before and after
 
 
 def test_backend_table():
@@ -139,12 +139,12 @@ def test_net_lines():
     }
     assert {way.padded for way in found['photograph 480×720']} == {(768, 768), (480, 720)}
     on_cpu = [case for case, ways in found.items() if ways[0].device == 'cpu']
-    assert on_cpu[-1] == '2×128² forward and backward'  # which tells malloc to keep memory, for the rest of the process
+    assert on_cpu[-1] == '2×128² forward and backward'  # as it makes malloc keep freed memory until the process ends
 
 
 def test_net_operations():
     operations, moved = net.count(Way('AST_B', backend='fused'))
-    # 109.8 GMACs, as the README's table of variants has it; its way of counting leaves out products of scores.
+    # 109.8 GMACs as in the README's table of variants, which does not count the products of attention scores.
     assert 2 * 109.8e9 <= operations <= 2 * 109.8e9 * 1.1
     assert moved > 0
     way = Way('AST_XS', size=(128, 128))
@@ -176,13 +176,13 @@ def test_net_onnx_restores_as_the_network():
 def test_net_command_restores_as_the_network():
     way = Way('AST_XS', backend='fused', size=(40, 56))
     plain, command = net.prepare(way)(), net.prepare(replace(way, is_command=True))()
-    # Written with 8 bits, from an image of 8 bits.
+    # Input and output are 8-bit images.
     assert (plain.clamp(0, 1) - command).abs().max() < 3 / 255
     assert command.unique().numel() > 50
 
 
 def test_net_prints_and_writes(tmp_path, monkeypatch, capsys):
-    """A case on the CPU, its memory in a fresh process; without a GPU its lines say so."""
+    """Measure a case on the CPU with its memory; GPU rows are marked as not run."""
     gpu = net.ways('AST_XS', 512, ['gpu'])
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(timing, '_fastest', lambda compute, device, calls=6: 1e-3)
@@ -194,7 +194,7 @@ def test_net_prints_and_writes(tmp_path, monkeypatch, capsys):
     small, compiled, *gpu = record['results']
     assert (small['path'], compiled['skipped'][:7]) == ('reference', 'not run')
     assert small['peak_bytes'] > 2**20 and small['of_floor'] > 0
-    assert [line['skipped'] for line in gpu] == ['not run: torch finds no GPU here'] * 6
+    assert [line['skipped'] for line in gpu] == ['not run: PyTorch found no GPU'] * 6
     assert record['versions']['torch'] == torch.__version__ and record['machine']['threads'] > 0
     assert main(['table', str(file)]) == 0
     assert capsys.readouterr().out.splitlines()[: len(lines)] == lines
@@ -232,7 +232,7 @@ def test_peers_lines(monkeypatch):
 @pytest.mark.parametrize('name', peers.CASES['equal'])
 def test_peers_of_equal_size(name):
     pytest.importorskip('spandrel_extra_arches', reason='extra baselines')
-    assert 12e9 <= peers.count(peers.CASES['equal'][name])[0] <= 16e9  # two operations for a multiply-add
+    assert 12e9 <= peers.count(peers.CASES['equal'][name])[0] <= 16e9  # two FLOPs per MAC
 
 
 def test_ops_halves():
@@ -300,7 +300,7 @@ def test_train_prints_and_writes(tiny, tmp_path, monkeypatch, capsys):
     assert main(['train', *words, '--json', str(file)]) == 0
     printed = capsys.readouterr().out
     assert '| fp32 | ' in printed
-    assert 'CUDA: AST_B, batch 8 of 256²: not measured, no GPU is at hand' in printed
+    assert 'CUDA: AST_B, batch 8 of 256²: not measured, no GPU found' in printed
     results = json.loads(file.read_text())['results']
     assert results['cuda'] is None and results['cpu'][0]['iterations_per_second'] > 0
 
@@ -317,7 +317,7 @@ def test_train_table():
     assert [re.sub(' +', ' ', row) for row in rows[2:]] == [
         '| fp32 | 2.000 | 1.00 | 100 | 1.00 | | | | |',
         '| bf16 | 3.000 | 1.50 | 60 | 0.60 | | | | |',
-        '| fp16 | does not work here | | | | | | | |',
+        '| fp16 | not supported | | | | | | | |',
         '| fused | 2.500 | 1.25 | | | | | | |',
     ]
 
