@@ -1,4 +1,4 @@
-"""Measurements of a network in a process of their own: latency, memory, MACs and image quality.
+"""Measurements of a network in a separate process: latency, memory, MACs and image quality.
 
 Usage: `python -m ast_plugin.compare.measure JOB`, see `ast_plugin.compare.child.run_job`.
 """

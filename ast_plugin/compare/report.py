@@ -289,7 +289,7 @@ def render_page(results: Results, scenes: Scenes, drawings: Sequence[Plot], meth
         input_name=INPUT,
         best=best,
         best_interval=best and format_interval(metric, results.estimate(best, metric)),
-        alike=_not_told_from(results, metric, best) if best else [],
+        alike=_not_significant(results, metric, best) if best else [],
         scenes=scenes,
         drawings=[(drawing.title, _inline_svg(drawing)) for drawing in drawings],
         method=method,
@@ -297,7 +297,7 @@ def render_page(results: Results, scenes: Scenes, drawings: Sequence[Plot], meth
     )
 
 
-def _not_told_from(results: Results, metric: str, best: Any) -> list[str]:
+def _not_significant(results: Results, metric: str, best: Any) -> list[str]:
     """Return the networks whose confidence interval of the difference to the best network includes zero."""
     differences = {row.name: results.difference(row, metric, best) for row in results.networks}
     return [

@@ -33,7 +33,7 @@ from ast_plugin.options.sections import INPUT, CompareSettings
 
 _PATIENCE = 30.0  # seconds to wait for the processes of a killed comparison to exit
 _WEIGHTS = {'latest': 'net_g_latest.pth', 'best': 'net_g_best.pth'}
-_NOTE_SECONDS, _TELL_SECONDS = 5.0, 30.0  # intervals of writing the elapsed time and of printing progress
+_NOTE_SECONDS, _REPORT_SECONDS = 5.0, 30.0  # intervals of writing the elapsed time and of printing progress
 # With a time budget, the speed is measured after 3 slow first iterations, over at least 5 iterations and 20 seconds.
 _FIRST_COUNTED, _FEWEST_COUNTED, _COUNTING_SECONDS = 3, 5, 20.0
 
@@ -301,13 +301,13 @@ class Training:
         """
         digest = digest_of(self._depends_on())
         if self.settings.minutes:
-            self.opt['train']['total_iter'] = self._find_length(digest)
+            self.opt['train']['total_iter'] = self._iterations_in_budget(digest)
         record = self.journal.read(f'{self.name}.training', digest)
         if record is not None and record['is_finished'] and self.weights.is_file():
             return self.weights, record
         is_begun = record is not None
         if record is None:
-            self._put_aside()
+            self._archive_experiment()
             made_by = {'versions': installed_versions(), 'machine': describe_machine()}
             record = {'is_finished': False, 'iterations': None, 'seconds': 0.0, **made_by}
         so_far = f', resuming after {format_duration(record["seconds"])}' if is_begun else ''
@@ -319,16 +319,16 @@ class Training:
     def _train(self, digest: str, record: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
         """Train to the end, updating the elapsed time in the journal."""
         before = record['seconds']
-        noted = told = 0.0
+        noted = reported = 0.0
 
         def note(seconds: float, **changes: Any) -> dict[str, Any]:
             record.update(changes, seconds=round(before + seconds, 1))
             return self.journal.write(f'{self.name}.training', digest, record)
 
         def watch(seconds: float) -> None:
-            nonlocal noted, told
-            if seconds - told >= _TELL_SECONDS:
-                told = seconds
+            nonlocal noted, reported
+            if seconds - reported >= _REPORT_SECONDS:
+                reported = seconds
                 done = count_iterations(self.table)
                 if done:
                     self.say(f'    iteration {done:,} after {format_duration(seconds)}')
@@ -357,7 +357,7 @@ class Training:
         start_digest = None if start is None else file_digest(weights_file(Path(start).expanduser()))
         return {'opt': opt, 'start': start_digest, 'minutes': self.settings.minutes}
 
-    def _find_length(self, digest: str) -> int:
+    def _iterations_in_budget(self, digest: str) -> int:
         """Return how many iterations fit into the time budget, measured on a short training."""
         record = self.journal.read(f'{self.name}.length', digest)
         if record is not None:
@@ -377,13 +377,13 @@ class Training:
             if start is None:
                 start = (done, seconds) if done >= _FIRST_COUNTED else None
             elif done - start[0] >= _FEWEST_COUNTED and seconds - start[1] >= _COUNTING_SECONDS:
-                raise _PaceFound((done - start[0]) / (seconds - start[1]))
+                raise _SpeedMeasured((done - start[0]) / (seconds - start[1]))
 
         try:
             self._run_child(opt, [], count)
             raise ChildFailed('the training ended before its speed was measured')
-        except _PaceFound as found:
-            iterations = max(1, round(60 * self.settings.minutes * found.args[0]))
+        except _SpeedMeasured as measured:
+            iterations = max(1, round(60 * self.settings.minutes * measured.args[0]))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return self.journal.write(f'{self.name}.length', digest, {'iterations': iterations})['iterations']
@@ -402,7 +402,7 @@ class Training:
             on_wait=on_wait,
         )
 
-    def _put_aside(self) -> None:
+    def _archive_experiment(self) -> None:
         """Rename an existing experiment folder with different options instead of overwriting it."""
         if self.experiment.exists():
             stamp = f'{self.name}_archived_{time.strftime("%Y%m%d_%H%M%S")}'
@@ -410,7 +410,7 @@ class Training:
             self.experiment.rename(next(p for name in names if not (p := self.experiment.with_name(name)).exists()))
 
 
-class _PaceFound(Exception):
+class _SpeedMeasured(Exception):
     """Raised to end a speed measurement; holds the iterations per second."""
 
 
