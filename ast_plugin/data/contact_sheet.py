@@ -96,7 +96,7 @@ def draw_degradations(images: Mapping[str, Path], tasks: Sequence[str] | None = 
 
 
 def _crop(image: np.ndarray) -> np.ndarray:
-    """Return the largest crop of the aspect ratio shown, off-center upwards, resized, float32 in [0, 1]."""
+    """Return the largest crop of the aspect ratio shown, off-centre upwards, resized, float32 in [0, 1]."""
     whole = Image.fromarray(_to_uint8(image / np.float32(np.iinfo(image.dtype).max)))
     part = ImageOps.fit(whole, _DEGRADED_SIZE[::-1], Image.Resampling.BICUBIC, centering=(0.5, 0.2))
     return np.asarray(part) / np.float32(255)

@@ -72,7 +72,7 @@ class SeededOptions(BaseModel):
     )
     use_hflip: bool = Field(True, description='training: flip horizontally at random')
     use_rot: bool = Field(True, description='training: flip vertically and transpose at random, independently')
-    center_crop: int | None = Field(None, ge=1, description='validation: side of the center crop; default: no crop')
+    center_crop: int | None = Field(None, ge=1, description='validation: side of the centre crop; default: no crop')
 
     @model_validator(mode='after')
     def _patches_fit_a_batch(self) -> SeededOptions:
@@ -202,7 +202,7 @@ class PairsDataset(SeededDataset):
     """Degraded/clean image pairs, matched by key, from files or, with `io_backend: {type: lmdb}`, from LMDBs.
 
     Training samples are random crops of `gt_size`, flipped and rotated at random. Otherwise samples are whole images
-    or center crops. Pairs are matched and checked for missing partners at construction; images are read on access.
+    or centre crops. Pairs are matched and checked for missing partners at construction; images are read on access.
     Samples are bit-identical from files, from an LMDB of PNG files and from an LMDB of raw pixels.
 
     Raises:
@@ -301,8 +301,8 @@ class SyntheticPairsDataset(SeededDataset):
 
     In training, each sample is a patch and a degradation drawn from (seed, epoch, position). The patch is flipped
     before it is degraded, so that rain always falls down. In validation, the degradation of a pair depends only on its
-    number, so it is the same in every run and for every seed. From a list of degradations, training patches draw one
-    with equal probability, and validation pairs cycle through the list.
+    number, so it is the same in every run and for every seed. From a list of degradations, each training patch draws
+    one uniformly, and validation pairs cycle through the list.
 
     Raises:
         DataError: if there are no photos.
