@@ -75,13 +75,13 @@ def test_tags_of_a_variant(tmp_path):
     assert _descriptor(tmp_path / 'net.pth').tags == ['AST_XS', '16dim', 'assa', 'frfn']
 
 
-def test_uformer_stays_uformer():
+def test_uformer_is_not_ast():
     uformer = spandrel.MAIN_REGISTRY['Uformer'].architecture
     network = build_network({'type': 'Spandrel', 'name': 'Uformer', 'embed_dim': 4, 'num_heads': [1] * 9})
     assert spandrel.MAIN_REGISTRY.load(network.state_dict()).architecture is uformer
 
 
-def test_install_beside_another_ast():
+def test_install_with_another_ast():
     class Other(spandrel.Architecture):
         def __init__(self):
             super().__init__(id='AST', detect=lambda state: False)

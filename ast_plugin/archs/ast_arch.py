@@ -59,8 +59,8 @@ class AST(Pretrained):
 
     Args:
         img_size: nominal image size. Level i has the nominal side img_size / 2**i. Where this side is not larger than
-            `window_size`, it becomes the window size, and windows are not shifted. Affects results, but not weights,
-            and cannot be inferred from a weights file. The published results were measured with 128.
+            `window_size`, it becomes the window size, and windows are not shifted. Affects results, but cannot be
+            inferred from weights unless a window is smaller. The published results were measured with 128.
         in_chans: number of input channels. If equal to `out_chans`, the input is added to the output.
         out_chans: number of output channels.
         embed_dim: number of channels of the first level; the bottleneck has 16 times as many.

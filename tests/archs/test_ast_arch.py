@@ -73,7 +73,7 @@ def test_combinations_train_every_parameter(attention, ffn):
         assert parameter.grad.abs().sum() > 0 or name.endswith('kv.bias'), name
 
 
-def test_any_size_comes_back_at_its_size():
+def test_output_size_equals_input_size():
     net = AST(**TINY, img_size=32).eval()
     for size in ((1, 1), (1, 9), (17, 2), (31, 33), (32, 64)):
         x = torch.rand(2, 3, *size)
@@ -87,7 +87,7 @@ def test_any_size_comes_back_at_its_size():
         assert y.shape == x.shape and torch.isfinite(y).all()
 
 
-def test_img_size_decides_on_window_and_shift():
+def test_img_size_sets_window_and_shift():
     small, large = AST(**TINY, img_size=128), AST(**{**TINY, 'depths': (2,) * 9}, img_size=256)
     assert small.bottleneck.blocks[0].attn.shift_size == 0
     assert large.bottleneck.blocks[1].attn.shift_size == 4
@@ -96,7 +96,7 @@ def test_img_size_decides_on_window_and_shift():
     assert AST(**TINY, img_size=256, window_size=12).size_multiple == 192
 
 
-def test_mask_is_per_picture_and_padded():
+def test_mask_is_per_image_and_padded():
     net = AST(**TINY, img_size=32).eval().double()
     for parameter in net.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))

@@ -68,7 +68,7 @@ def reference(block, x):
 
 
 @pytest.mark.parametrize('kind', ['assa', 'dense', 'sparse', 'sparse_relu'])
-def test_attention_sees_the_map_alone(kind):
+def test_attention_ignores_padding(kind):
     for shift, size in ((0, (5, 10)), (1, (3, 3)), (3, (7, 4))):
         block = excite(ATTENTIONS[kind](DIM, 2, 4, shift))
         block.kv.weight.data *= 0.3  # keeps scores below 100, so that the mask of -100 zeroes relu
@@ -77,7 +77,7 @@ def test_attention_sees_the_map_alone(kind):
             torch.testing.assert_close(block(x), reference(block, x))
 
 
-def test_filling_does_not_matter(monkeypatch):
+def test_padding_value_has_no_effect(monkeypatch):
     block = excite(ASSA(DIM, 2, 4, 1))
     x = torch.randn(1, 6, 5, DIM)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_filling_does_not_matter(monkeypatch):
         torch.testing.assert_close(block(x), zeros)
 
 
-def test_a_picture_mask_goes_with_any_size():
+def test_image_mask_at_any_size():
     block = excite(ASSA(DIM, 2, 4))
     x = torch.randn(2, 6, 5, DIM)
     mask = torch.zeros(1, 1, 12, 10)
@@ -98,7 +98,7 @@ def test_a_picture_mask_goes_with_any_size():
         torch.testing.assert_close(block(x, torch.zeros_like(mask)), plain)
 
 
-def test_windows_cut_by_the_caller():
+def test_windows_partitioned_by_the_caller():
     block = excite(ASSA(DIM, 2, 4))
     x = torch.randn(2, 8, 12, DIM)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_windows_cut_by_the_caller():
         block.attend_windows(torch.zeros(2, 9, DIM))
 
 
-def test_tokens_go_through_an_mlp_as_maps_do():
+def test_mlp_on_tokens_equals_mlp_on_maps():
     block = excite(MLP(DIM, 2.0).float())
     x = torch.randn(2, 12, DIM, dtype=torch.float32)
     with torch.no_grad(), ops.use_backend('fused'):

@@ -40,12 +40,12 @@ def test_multiple_of_a_network_that_needs_values():
     assert required_multiple(Picky()) == 12
 
 
-def test_multiple_of_a_network_that_enlarges():
+def test_multiple_of_a_network_with_a_scale():
     with pytest.raises(OptionError, match='expected an output of the size of the input, got scale 2 of EDSR'):
         required_multiple(load_network({**EDSR, 'upscale': 2}))
 
 
-def test_padding_mirrors_and_is_cropped():
+def test_padding_is_reflected_and_cropped():
     network = Picky(4)
     image = torch.arange(15.0).reshape(1, 1, 3, 5)
     assert torch.equal(AnySize(network, 4)(image), image + 1)

@@ -48,7 +48,7 @@ def folder_of(tmp_path, state, config=None) -> Path:
     return tmp_path
 
 
-def test_options_are_remembered():
+def test_options_are_recorded():
     defaults = {name: parameter.default for name, parameter in inspect.signature(AST).parameters.items()}
     network = AST(16, embed_dim=4)
     told = {'img_size': 16, 'embed_dim': 4, 'depths': [2] * 9, 'num_heads': [1, 2, 4, 8, 16, 16, 8, 4, 2]}
@@ -105,7 +105,7 @@ def test_folder_with_official_names(tmp_path):
     same(official, expected)
 
 
-def test_weights_that_come_along(tmp_path):
+def test_bundled_weights(tmp_path):
     shutil.copy(find_weights('rain'), tmp_path / 'model.safetensors')
     ours, loaded = load_network(None, find_weights('rain')), AST.from_pretrained(tmp_path)
     assert same(AST_XS.from_pretrained(tmp_path), ours) and same(loaded, ours)
@@ -126,7 +126,7 @@ def test_weights_that_come_along(tmp_path):
         ('config', CheckpointError, r'expected a folder with model\.safetensors and config\.json'),
     ],
 )
-def test_what_cannot_be_loaded(tmp_path, monkeypatch, change, error, message):
+def test_invalid_folders(tmp_path, monkeypatch, change, error, message):
     folder = tmp_path / 'nowhere'
     if change == 'missing':
         pytest.importorskip('huggingface_hub', reason='the extra `hub` is not installed')

@@ -124,7 +124,7 @@ def test_not_installed(monkeypatch, package, name):
         Spandrel(name)
 
 
-def test_without_it_strange_weights_stay_strange(monkeypatch):
+def test_unknown_weights_without_spandrel(monkeypatch):
     monkeypatch.setitem(sys.modules, 'spandrel', None)
     with pytest.raises(CheckpointError):
         network_of(Checkpoint(Path('w.pth'), {'intro.weight': torch.zeros(4, 3, 3, 3)}))

@@ -20,7 +20,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize('options', OPTIONS)
-def test_options_are_read_off_the_state(options):
+def test_options_are_inferred(options):
     built = {'embed_dim': 4, 'depths': (1,) * 9, 'num_heads': (1,) * 9, **options}
     with torch.device('meta'):
         net = AST(**built)
@@ -39,7 +39,7 @@ def test_options_are_read_off_the_state(options):
 
 
 @pytest.mark.parametrize('name', ['ast_t_128', 'tiny_frfn_4ch', 'tiny_leff_128', 'tiny_mlp_128'])
-def test_official_states_tell_their_options(name):
+def test_options_of_official_states(name):
     case = GoldenCase(name)
     state = {key: torch.empty(shape, device='meta') for key, shape in case.facts['state_dict'].items()}
     told, _ = infer_options({f'module.{key}': tensor for key, tensor in state.items()})
@@ -52,12 +52,12 @@ def test_official_states_tell_their_options(name):
 
 
 @pytest.mark.parametrize('state', [{}, {'conv.weight': torch.zeros(3)}, {'input_proj.weight': torch.zeros(4)}])
-def test_other_states_are_refused(state):
+def test_other_states_are_rejected(state):
     with pytest.raises(CheckpointError, match='not the state dict of an AST'):
         infer_options(state)
 
 
-def test_only_names_under_the_prefix_are_touched():
+def test_only_names_with_prefix_are_converted():
     a, b = torch.zeros(1), torch.ones(1)
     state = {'net.encoderlayer_0.blocks.0.mlp.fc1.bias': a, 'other.encoderlayer_0.blocks.0.mlp.fc1.bias': b}
     assert plain_state(state, 'net.') == {

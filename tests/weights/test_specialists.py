@@ -60,7 +60,7 @@ def test_specialist_is_chosen(run, tmp_path):
     }
 
 
-def test_degradation_without_weights_is_told(run, tmp_path):
+def test_degradation_without_weights_is_reported(run, tmp_path):
     sums = weights.FOLDER / 'SHA256SUMS'
     sums.write_text(''.join(line for line in sums.read_text().splitlines(True) if 'haze' not in line))
     (weights.FOLDER / 'haze.safetensors').unlink()
@@ -75,7 +75,7 @@ def test_degradation_without_weights_is_told(run, tmp_path):
     assert status == 2 and 'rain.safetensors is not there' in err
 
 
-def test_colour_that_changes_is_told(run, tmp_path):
+def test_colour_change_is_reported(run, tmp_path):
     network = identity()
     network.output_proj.bias.data = torch.tensor([0.2, 0.0, 0.0])
     weights.release('rain', network.state_dict(), TINY, {})
@@ -88,7 +88,7 @@ def test_colour_that_changes_is_told(run, tmp_path):
     assert '% of the values became black or white' in run('--task', 'rain')[2]
 
 
-def test_report_tells_failures(run, tmp_path):
+def test_report_lists_failures(run, tmp_path):
     name = os.fsdecode(b'mu\xf1oz.png')  # which is no text
     (tmp_path / name).write_bytes(b'\x89PNG\r\n\x1a\n')
     status, _, _ = run('--report', tmp_path / 'r.csv', source=name, clean=1)

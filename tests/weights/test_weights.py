@@ -26,7 +26,7 @@ def shipped(monkeypatch, tmp_path):
     return folder
 
 
-def test_load_gives_the_network(shipped):
+def test_load_returns_the_network(shipped):
     network = ast_plugin.load('rain')
     assert not network.training and type(network).__name__ == 'AST'
     image = torch.rand(1, 3, 13, 30)

@@ -45,7 +45,7 @@ def gates(network):
     return [module.gate.softmax(0)[0].item() for module in network.modules() if hasattr(module, 'gate')]
 
 
-def test_starts_as_close_as_asked(swinir):
+def test_initial_error_by_dense_share(swinir):
     network, path = swinir
     kept, less, default, fresh = (
         Mixed(SWINIR, [rule(ATTENTIONS, keys=keys)], base_weights=path).eval()
@@ -110,7 +110,7 @@ def test_another_order_of_position_bias(swinir):
         (EDSR, rule('body.*', keys={'op': 'wrap'}, window_size=4)),
     ],
 )
-def test_networks_that_start_as_they_were(base, one):
+def test_initially_unchanged_networks(base, one):
     torch.manual_seed(1)
     network = build_base(base).eval()
     torch.manual_seed(1)

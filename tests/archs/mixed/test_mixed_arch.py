@@ -56,7 +56,7 @@ def test_networks_run_and_learn_on_odd_sizes(base, one, kind, count):
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
 
 
-def test_our_blocks_start_as_those_of_ast():
+def test_blocks_are_initialised_as_in_ast():
     places = {f'layers.{n // 2}.residual_group.blocks.{n % 2}': block for n, block in enumerate(LINEAR)}
     mixed = Mixed(SWINIR, [rule(place, block) for place, block in places.items()])
     for place in places:
@@ -92,7 +92,7 @@ def test_mixed_on_meta_leaves_its_options():
     assert (base, rules) == (SWINIR, [rule(ATTENTIONS, keys=KEEP, qkv_bias=True)])
 
 
-def test_module_under_two_names(registered):
+def test_shared_module(registered):
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -110,7 +110,7 @@ def test_module_under_two_names(registered):
         assert [exchange.site.name for exchange in network.exchanges] == ['a']
 
 
-def test_blocks_in_and_around_one_another():
+def test_nested_rules():
     """A replaced block of SwinIR passes height and width to its adapter and to the blocks inside it."""
     rules = [
         rule('class:SwinTransformerBlock', 'ASTBlock', {'op': 'prepend'}, mlp_ratio=1),
@@ -162,7 +162,7 @@ def test_channels_found_by_trying(registered):
     assert network.in_channels == 4
 
 
-def test_networks_that_give_more_in_training(registered):
+def test_lists_of_outputs_in_training(registered):
     class Supervised(Plain):
         def forward(self, x):
             y = super().forward(x)
@@ -175,7 +175,7 @@ def test_networks_that_give_more_in_training(registered):
         network.train()(image(5, 6))
 
 
-def test_blocks_as_timm_has_them(registered):
+def test_timm_style_blocks(registered):
     """Sizes as pairs, heads declared by a submodule, and feed-forward networks on windows of undeclared size."""
     registered(Timm=Timm)
     network = Mixed({'type': 'Timm'}, [rule('blocks.*', 'ASTBlock')])
@@ -192,7 +192,7 @@ def test_blocks_as_timm_has_them(registered):
         torch.testing.assert_close(network(x), base(x))
 
 
-def test_hidden_channels_are_as_many_as_before(registered):
+def test_hidden_channels_are_preserved(registered):
     class Awkward(Plain):
         def __init__(self):
             super().__init__()

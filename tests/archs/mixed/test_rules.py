@@ -90,7 +90,7 @@ STYLEGAN = {'type': 'StyleGAN2Generator', 'out_size': 8, 'narrow': 0.1}
         ([rule(keys={**WRAP, 'gain': float('nan')})], r'gain: expected a finite number'),
     ],
 )
-def test_unreadable_rules(rules, words):
+def test_invalid_rules(rules, words):
     with pytest.raises(OptionError, match=words):
         read_rules(rules)
 
