@@ -1,4 +1,4 @@
-"""Faults of datasets that describe their options, in the schema's words."""
+"""Faults of datasets with options_type, in the wording of the schema."""
 
 from typing import Literal
 

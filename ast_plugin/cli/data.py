@@ -121,7 +121,7 @@ def prepare(args: argparse.Namespace) -> int:
             if lines:
                 say('', heading, *(f'  {line}' for line in lines))
         faults = preparation.list_faults() if preparation.num_faults or preparation.leaks else None
-        _refuse(preparation, faults, args)
+        _require_acceptance(preparation, faults, args)
         num_good = sum(len(checked.good) for checked in preparation.checked)
         with _progress(num_good if args.place else 0, args.place or '') as bar:
             manifests = preparation.write(args.layout, args.place, bar.update)
@@ -139,7 +139,7 @@ def prepare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse(preparation: preparing.Preparation, faults: Path | None, args: argparse.Namespace) -> None:
+def _require_acceptance(preparation: preparing.Preparation, faults: Path | None, args: argparse.Namespace) -> None:
     """Raise DataError for faults and duplicates that the arguments do not accept."""
     lines = []
     if preparation.num_faults and not args.skip_faulty:

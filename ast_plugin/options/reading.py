@@ -232,10 +232,10 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     Sections are merged key by key; all other values, including lists, are replaced. A section with `_delete_: true`
     replaces the inherited section. Setting one of two alternative keys removes the inherited other: see `RIVALS`.
     """
-    return _laid_over(copy.deepcopy(dict(base)), changes, ())
+    return _merged(copy.deepcopy(dict(base)), changes, ())
 
 
-def _laid_over(base: Any, changes: Any, where: tuple[str, ...]) -> Any:
+def _merged(base: Any, changes: Any, where: tuple[str, ...]) -> Any:
     if not isinstance(changes, Mapping):
         return copy.deepcopy(changes)
     replaces = changes.get(DELETE_KEY, False)
@@ -247,7 +247,7 @@ def _laid_over(base: Any, changes: Any, where: tuple[str, ...]) -> Any:
             merged = {key: value for key, value in merged.items() if key not in pair or key in changes}
     for key, value in changes.items():
         if key != DELETE_KEY:
-            merged[key] = _laid_over(merged.get(key), value, (*where, key))
+            merged[key] = _merged(merged.get(key), value, (*where, key))
     return merged
 
 

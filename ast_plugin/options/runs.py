@@ -24,7 +24,7 @@ AUTO = 'auto'
 # Placeholder for a number of iterations that is determined by measuring, see `compare.minutes`.
 UNKNOWN_LENGTH = 10**6
 _PHASES = ('train', 'val', 'test')
-_OUR_MODEL = 'RestorationModel'
+_PLUGIN_MODEL = 'RestorationModel'
 _WHOLE_NUMBERS = ('_iter', '_freq', '_epochs')  # suffixes of keys with whole numbers
 _IN_EPOCHS = (
     ('train', 'total_epochs', 'total_iter'),
@@ -232,11 +232,11 @@ def _datasets(
 
 def _keep_uint8(key: str, dataset: dict[str, Any], model_type: str | None) -> None:
     """Enable `keep_uint8` for training if the model converts images to float on its device."""
-    converts = model_type == _OUR_MODEL
+    converts = model_type == _PLUGIN_MODEL
     if dataset.get('keep_uint8') and not converts:
         raise OptionError(
             f'datasets.{key}.keep_uint8: {model_type} expects floats; remove it, or use model_type: '
-            f'{_OUR_MODEL}, which converts on its device'
+            f'{_PLUGIN_MODEL}, which converts on its device'
         )
     if dataset.get('keep_uint8') is None and dataset['phase'] == 'train':
         dataset['keep_uint8'] = converts
@@ -246,8 +246,8 @@ def _set_bit_depth(key: str, dataset: dict[str, Any], keys: Iterable[str], model
     """Set the bit depth of a dataset to 16; raise OptionError if dataset or model would silently reduce it to 8."""
     if 'bit_depth' not in keys:
         raise OptionError(f'datasets.{key}.type: {dataset["type"]} reads 8 bits, bit_depth is 16: use PairsDataset')
-    if model_type != _OUR_MODEL:
-        raise OptionError(f'model_type: {model_type} measures and writes 8 bits, bit_depth is 16: use {_OUR_MODEL}')
+    if model_type != _PLUGIN_MODEL:
+        raise OptionError(f'model_type: {model_type} measures and writes 8 bits, bit_depth is 16: use {_PLUGIN_MODEL}')
     dataset.setdefault('bit_depth', 16)
 
 

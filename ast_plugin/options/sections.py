@@ -58,13 +58,13 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _with_room_for_endings(value: str) -> str:
+def _limit_length(value: str) -> str:
     if len(value.encode()) > _MOST_NAME_BYTES:
         raise ValueError(f'expected a name of at most {_MOST_NAME_BYTES} bytes, got {len(value.encode())}')
     return value
 
 
-def _not_taken(value: str) -> str:
+def _not_reserved(value: str) -> str:
     if value.casefold() == INPUT:
         raise ValueError(f'{INPUT} is reserved for the degraded images')
     if 'debug' in value.casefold():
@@ -82,9 +82,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(whole)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole)]
-FolderName = Annotated[
-    str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]*$'), AfterValidator(_with_room_for_endings)
-]
+FolderName = Annotated[str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]*$'), AfterValidator(_limit_length)]
 Text = Annotated[str, AfterValidator(_not_none)]
 Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
@@ -331,7 +329,7 @@ class DuringTraining(Section):
     """Settings of validation during training that differ from testing."""
 
     protocol: ProtocolName | ProtocolOptions | None = _optional('how images are restored and measured')
-    metrics: dict[str, Metric] | None = _optional("instead of the protocol's, by their printed names")
+    metrics: dict[str, Metric] | None = _optional("metrics by printed name (default: the protocol's metrics)")
 
 
 class Val(Section):
@@ -345,7 +343,7 @@ class Val(Section):
     save_img: bool | None = _optional('save the restored images')
     suffix: str | None = _optional('suffix of saved images (default: name of the run)')
     pbar: bool | None = _optional('show a progress bar')
-    metrics: dict[str, Metric] | None = _optional("instead of the protocol's, by their printed names")
+    metrics: dict[str, Metric] | None = _optional("metrics by printed name (default: the protocol's metrics)")
     best_metric: str | None = _optional('name of the metric that selects the best weights')
     center_frame_only: bool | None = _optional('video: measure only the centre frame of each sequence')
     flip_seq: bool | None = _optional('recurrent video: sequences also contain their frames in reverse order')
@@ -396,21 +394,21 @@ class DistParams(BaseModel):
 
 
 _REALESRGAN_KEYS: dict[str, tuple[Any, str]] = {
-    'queue_size': (Count, 'size of the pool of pairs that batches are sampled from'),
-    'gt_size': (Count, 'side of clean patches in pixels'),
-    'high_order_degradation': (bool, 'apply the degradation twice'),
-    'gt_usm': (bool, 'apply unsharp masking to clean images'),
-    'l1_gt_usm': (bool, 'use sharpened clean images in the pixel loss'),
-    'percep_gt_usm': (bool, 'use sharpened clean images in the perceptual loss'),
-    'gan_gt_usm': (bool, 'use sharpened clean images in the GAN loss'),
-    'second_blur_prob': (Number, 'probability of the second blur'),
-    'gaussian_noise_prob': (Number, 'probability of Gaussian noise; otherwise Poisson noise'),
-    'gray_noise_prob': (Number, 'probability of gray noise'),
-    'resize_prob': (list[Number], 'probabilities of enlarging, shrinking and keeping the size'),
-    'resize_range': (list[Number], 'range of the resize factor'),
-    'noise_range': (list[Number], 'range of the standard deviation of Gaussian noise in levels of 255'),
-    'poisson_scale_range': (list[Number], 'range of the scale of Poisson noise'),
-    'jpeg_range': (list[Number], 'range of the JPEG quality'),
+    'queue_size': (Count, 'Real-ESRGAN: size of the pool of pairs that batches are sampled from'),
+    'gt_size': (Count, 'Real-ESRGAN: side of clean patches in pixels'),
+    'high_order_degradation': (bool, 'Real-ESRGAN: apply the degradation twice'),
+    'gt_usm': (bool, 'Real-ESRGAN: apply unsharp masking to clean images'),
+    'l1_gt_usm': (bool, 'Real-ESRGAN: use sharpened clean images in the pixel loss'),
+    'percep_gt_usm': (bool, 'Real-ESRGAN: use sharpened clean images in the perceptual loss'),
+    'gan_gt_usm': (bool, 'Real-ESRGAN: use sharpened clean images in the GAN loss'),
+    'second_blur_prob': (Number, 'Real-ESRGAN: probability of the second blur'),
+    'gaussian_noise_prob': (Number, 'Real-ESRGAN: probability of Gaussian noise; otherwise Poisson noise'),
+    'gray_noise_prob': (Number, 'Real-ESRGAN: probability of gray noise'),
+    'resize_prob': (list[Number], 'Real-ESRGAN: probabilities of enlarging, shrinking and keeping the size'),
+    'resize_range': (list[Number], 'Real-ESRGAN: range of the resize factor'),
+    'noise_range': (list[Number], 'Real-ESRGAN: range of the standard deviation of Gaussian noise in levels of 255'),
+    'poisson_scale_range': (list[Number], 'Real-ESRGAN: range of the scale of Poisson noise'),
+    'jpeg_range': (list[Number], 'Real-ESRGAN: range of the JPEG quality'),
 }
 _SECOND_DEGRADATION = tuple(f'{key}2' for key in list(_REALESRGAN_KEYS)[8:])
 # Keys that Real-ESRGAN's models read from the top level.
@@ -474,7 +472,7 @@ class StagedFile(BaseModel):
 class ComparedNetwork(Section):
     """Network of a comparison."""
 
-    name: Annotated[FolderName, AfterValidator(_not_taken)] = Field(
+    name: Annotated[FolderName, AfterValidator(_not_reserved)] = Field(
         description='name in tables and plots, and of the folder'
     )
     network_g: Network | None = _optional('type and arguments (default: detected from the weights)')

@@ -109,7 +109,7 @@ class _RunCheck:
         if self.is_train:
             self._check_best_metric()
         self._check_rivals()
-        self._check_namesakes()
+        self._check_duplicate_names()
         return self.found
 
     def _report(self, where: Where, message: str) -> None:
@@ -167,7 +167,7 @@ class _RunCheck:
                 if len(given) > 1:
                     self._report((*where, given[1]), f'conflicts with {given[0]}, remove one of them')
 
-    def _check_namesakes(self) -> None:
+    def _check_duplicate_names(self) -> None:
         """Report validation and test sets with the same name, whose result files would collide."""
         first: dict[str, str] = {}
         for key, dataset in self._section('datasets').items():
@@ -382,7 +382,7 @@ def _faults_of_entries(
             continue
         num_checked += 1
         for fault in found:
-            if _holds(entry, fault.where) or (fault.where[0] in entry and fault.where[0] not in base):
+            if _contains(entry, fault.where) or (fault.where[0] in entry and fault.where[0] not in base):
                 faults.append(replace(fault, where=(*place, *fault.where)))
             else:
                 inherited.setdefault(fault, []).append(number)
@@ -396,11 +396,11 @@ def _faults_of_entries(
         else:
             faults += [replace(fault, where=(key, number, *fault.where)) for number in numbers]
     if not num_checked:
-        faults += [fault for fault in shared if not any(_holds(entry, fault.where) for entry in entries.values())]
+        faults += [fault for fault in shared if not any(_contains(entry, fault.where) for entry in entries.values())]
     return faults
 
 
-def _holds(entry: Mapping[str, Any], where: Where) -> bool:
+def _contains(entry: Mapping[str, Any], where: Where) -> bool:
     return find_at(entry, where, _UNKNOWN) is not _UNKNOWN
 
 

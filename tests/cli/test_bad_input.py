@@ -1,4 +1,4 @@
-"""Bad input: exit status 2, a clear message on stderr, no traceback, nothing written, nothing renamed, nothing run."""
+"""Bad input: exit status 2, a clear message on stderr, no traceback, and no file written, renamed or executed."""
 
 import io
 import os
@@ -20,7 +20,7 @@ UNEVEN = '{type: CosineAnnealingRestartLR, periods: [1, 2], restart_weights: [1]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with the tiny run, and the results of an older run of that name."""
+    """A working directory with the tiny run and the results of an older run of the same name."""
     tiny_run.write(tmp_path)
     (tmp_path / 'experiments' / 'tiny').mkdir(parents=True)
     (tmp_path / 'experiments' / 'tiny' / 'old.log').write_text('old')
@@ -36,7 +36,7 @@ def tree(folder):
 
 
 def complaint(folder, capfd, *arguments):
-    """What the command says on stderr when it refuses to run, having left everything as it was."""
+    """Run a command that must fail and return its stderr; check that no file has changed."""
     from basicsr.utils.logger import initialized_logger
 
     before = tree(folder)

@@ -1,4 +1,4 @@
-"""`basicsr check`: every fault at once, the resolved file, the JSON schema; and nothing that is broken ever runs."""
+"""`basicsr check`: all errors at once, the resolved options, the JSON schema; broken files are never run."""
 
 import json
 import random
@@ -39,7 +39,7 @@ def tree(folder):
 
 
 def check(capfd, *arguments):
-    """Exit status, what it says on stdout, and on stderr."""
+    """Return exit status, stdout and stderr."""
     capfd.readouterr()
     status = main(['check', *map(str, arguments)])
     captured = capfd.readouterr()
@@ -84,7 +84,7 @@ def test_what_a_file_comes_to(folder, capfd):
     assert 'val_freq' not in last['val'] and 'total_iter' not in first['train']
     assert tree(folder) == before
 
-    # What is printed is an option file that comes to the same.
+    # The printed options are an option file that resolves to the same options.
     (folder / 'again.yml').write_text(out)
     assert check(capfd, '-opt', 'again.yml') == (0, out, err)
 
@@ -104,7 +104,7 @@ def test_a_file_without_stages_or_data(folder, capfd):
     assert status == 0
     assert 'tiny: valid; data not checked\n' in err
     assert 'data not usable on this machine: datasets.train: PairedImageDataset: No such file' in err
-    # All else is checked without it.
+    # Everything else is checked without the data.
     status, _, err = check(capfd, '-opt', 'tiny.yml', '--force_yml', 'network_g:act_type=unheard')
     assert status == 2 and 'network_g: SRVGGNetCompact cannot be built' in err
 
@@ -141,7 +141,7 @@ def test_schema_is_printed(capfd, json_schema):
 
 
 def accepts(schema, value, definitions):
-    """As much of JSON Schema as is used here."""
+    """Validate against the subset of JSON Schema that is used here."""
     schema = dict(schema)
     if '$ref' in schema and not accepts(definitions[schema['$ref'].removeprefix('#/$defs/')], value, definitions):
         return False
@@ -211,7 +211,7 @@ NASTY = [
 
 
 def mangled(text, generator):
-    """A file's text with one to six places cut, doubled, swapped or exchanged for something that hurts."""
+    """Mutate the text of a file in one to six places: cut, duplicate, swap or replace by harmful text."""
     for _ in range(generator.randint(1, 6)):
         lines = text.split('\n')
         number = generator.randrange(len(lines))
@@ -244,7 +244,7 @@ def mangled(text, generator):
 
 @pytest.mark.parametrize('seed', range(4))
 def test_broken_files_are_refused(folder, capfd, monkeypatch, seed):
-    """Four times fifty files; most are broken, and the rest may be right."""
+    """Four times fifty mutated files; most are broken, and some may be valid."""
     monkeypatch.setattr('os.system', lambda command: pytest.fail(f'{command} was run'))
     generator = random.Random(seed)
     sources = [tiny_run.OPTIONS, STAGED, STAGED]

@@ -1,4 +1,4 @@
-"""`basicsr compare`: bad input by table, and a tiny comparison that is killed, goes on, and has one that fails."""
+"""`basicsr compare`: bad input by table, and a tiny comparison that is killed, resumed, and has a failing network."""
 
 import csv
 import json
@@ -58,7 +58,7 @@ def registered():
     return preflight.load_registered()
 
 
-# ---- what a compare file says
+# ---- compare files
 
 
 @pytest.mark.parametrize('name', [name for name in options.shipped_files() if name.startswith('compare/')])
@@ -71,14 +71,14 @@ def test_shipped_files_are_right(registered, name):
 def test_networks_of_record_cost_alike(registered):
     pytest.importorskip('spandrel_extra_arches', reason='the extra `baselines` is not installed')
     for entry in options.load(options.find('compare/synthetic'))['networks']:
-        # All of them take as much for every pixel, but that these two pad the smallest maps of small images.
+        # The cost per pixel is equal, except that these two pad the smallest feature maps of small images.
         side = 128 if entry['name'] in ('AST', 'Uformer') else 64
         count, _ = count_macs(build_network(entry['network_g']).eval(), torch.zeros(1, 3, side, side))
         assert 6e9 < count * (256 / side) ** 2 < 8e9, entry['name']
 
 
 def one(**changes):
-    """A file with one network, the first of `NETWORKS` but for changes."""
+    """Return a compare file with one network, the first of `NETWORKS` with changes."""
     return options_of([{**NETWORKS[0], **changes}])
 
 
@@ -134,7 +134,7 @@ RAISES = {'name': 'raises', 'network_g': COMPACT, 'train': {'optim_g': {DELETE_K
 @pytest.mark.parametrize(
     'networks',
     [
-        [*NETWORKS, {**NETWORKS[0], 'name': 'third'}],  # of which one overrides what is wrong
+        [*NETWORKS, {**NETWORKS[0], 'name': 'third'}],  # one of them overrides the faulty key
         [NETWORKS[0], RAISES],
         [RAISES],
     ],
@@ -183,7 +183,7 @@ def test_a_plan(tmp_path, monkeypatch):
     plan = make_plan(str(write(tmp_path, arguments)), '.')
     good, fast, given, tuned = plan.networks
     assert plan.folder == tmp_path / 'comparisons' / 'tiny'
-    assert good.train['manual_seed'] == fast.train['manual_seed'] == 0  # never drawn anew for each
+    assert good.train['manual_seed'] == fast.train['manual_seed'] == 0  # not sampled for each network
     assert good.train['train'] == options_of()['train']
     assert fast.train['train']['optim_g'] == {'type': 'AdamW', 'lr': 1e-3, 'betas': [0.9, 0.99]}
     assert given.train is None and given.network_g == COMPACT and given.weights == Path('w.safetensors')
@@ -206,7 +206,7 @@ def test_metrics_of_weights_are_tried(tmp_path, monkeypatch, caplog):
 
 
 def run_and_kill(folder, file, wait_for):
-    """Run the command in a process of its own, and kill that, without a word, as soon as `wait_for` is true."""
+    """Run the command in a separate process and kill it with SIGKILL as soon as `wait_for` is true."""
     process = subprocess.Popen(
         [sys.executable, '-m', 'ast_plugin', 'compare', '-opt', str(file), '--root', str(folder)],
         cwd=folder,
@@ -243,7 +243,7 @@ def test_killed_it_goes_on_and_one_that_fails(tmp_path, monkeypatch, capsys):
     assert json.loads((folder / 'journal' / 'good.training.json').read_text())['is_finished'] is False
     assert not (folder / 'report.html').exists()
 
-    def measure_here(module, arguments, *_, **__):  # the first run measured in a process of its own
+    def measure_here(module, arguments, *_, **__):  # the first run measured in a separate process
         monkeypatch.setattr(sys, 'argv', ['measure', *arguments])
         assert measure.main() == 0
 
@@ -269,7 +269,7 @@ def test_killed_it_goes_on_and_one_that_fails(tmp_path, monkeypatch, capsys):
     assert (folder / 'plots' / 'training_loss.png').is_file()
     assert 'broken failed' in (folder / 'table.md').read_text()
 
-    # What is done is not done again, and the network that failed gets another try.
+    # Finished work is reused, and the failed network is retried.
     started = []
 
     def refuse(module, arguments, *_, **__):

@@ -1,4 +1,4 @@
-"""`basicsr data prepare`, `check` and `lmdb` as a user meets them: what they print, refuse, and say then."""
+"""Command line of `basicsr data prepare`, `check` and `lmdb`: output and error messages."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from tests.data.images import write_noise
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with raindrops as they are distributed."""
+    """A working directory with the raindrop dataset as distributed."""
     for split, count in (('train', 4), ('test_a', 2), ('test_b', 2)):
         root = tmp_path / 'raindrop' / split / split
         for number in range(count):
@@ -152,7 +152,7 @@ def link_to_itself(path):
     path.symlink_to(path.name)
 
 
-BREAKS = [  # what happens to a file, what is told of it, and whether --quick sees it
+BREAKS = [  # change of a file, kind and text of the report, and whether --quick detects it
     ('hazy/02_hazy.png', Path.unlink, 'missing', 'no such file', True),
     ('hazy/02_hazy.png', lambda path: write_noise(path, 999), 'changed', 'its pixels differ from the manifest', False),
     (

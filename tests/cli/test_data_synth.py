@@ -1,4 +1,4 @@
-"""`basicsr data synth`: the same files each time, read as pairs, and clear refusals with nothing left behind."""
+"""`basicsr data synth`: reproducible files, readable as pairs, and clear errors that leave no files."""
 
 import json
 import os
@@ -127,7 +127,7 @@ def test_haze_takes_depth(tmp_path):
     cv2.imwrite(str(tmp_path / 'gray.png'), np.round(depth * 1000).astype(np.uint16))
     assert synth(*arguments, '-o', tmp_path / 'two', '--depth', tmp_path / 'gray.png') == 0
     other = cv2.imread(str(tmp_path / 'two/mask/room_1.png'), cv2.IMREAD_UNCHANGED).astype(float)
-    assert other.shape == mask.shape and other.min() > mask.min()  # other units: much thicker
+    assert other.shape == mask.shape and other.min() > mask.min()  # other units: much denser haze
 
 
 def test_earlier_output_is_kept(tmp_path, photo, capsys):
@@ -172,7 +172,7 @@ def test_a_failing_disk_leaves_the_earlier_output(tmp_path, photo, monkeypatch, 
 
 
 def test_killed_run_in_another_process(tmp_path, photo, capsys):
-    """Another process makes the same pairs; what it leaves when it is killed is cleared."""
+    """Another process synthesises the same pairs; the files that it leaves when killed are removed."""
     arguments = ['data', 'synth', '--task', 'snow', '-i', str(photo), '-o', 'out', '--seed', '7', '--count', '100000']
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONHASHSEED': '3'}
     run = subprocess.Popen([sys.executable, '-m', 'ast_plugin', *arguments], cwd=tmp_path, env=environment)

@@ -18,7 +18,7 @@ from ..weights.helpers import TINY, release_tiny
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The working directory, with weights of a small network in w.pth and w.safetensors, and of every task."""
+    """The working directory, with small weights in w.pth and w.safetensors, and bundled weights of every task."""
     network = build_network(SRVGG)
     save_torch(tmp_path / 'w.pth', {'params': network.state_dict()})
     save_weights(tmp_path / 'w.safetensors', network.state_dict(), SRVGG)
@@ -37,7 +37,7 @@ def test_export_task(here, capsys):
     session = onnxruntime.InferenceSession('rain.onnx')
     known = session.get_modelmeta().custom_metadata_map
     assert json.loads(known['network']) == TINY and json.loads(known['recipe']) == 'pretrained/rain'
-    # The script of docs/export.md, on weights that change nothing.
+    # The script of docs/export.md, with weights that leave images unchanged.
     (script,) = [text for name, text in blocks('py') if name.startswith('export-')]
     for size in ((37, 91), (480, 720)):
         pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""`basicsr infer`: what it writes of which files, what it says of them, and what it refuses."""
+"""`basicsr infer`: output files, messages and errors."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ from ..weights.helpers import TINY, identity
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    """Weights of a network that changes nothing."""
+    """Weights of a network that leaves images unchanged."""
     path = tmp_path_factory.mktemp('weights') / 'identity.safetensors'
     save_weights(path, identity().state_dict(), TINY)
     return path
@@ -36,7 +36,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def run(weights, tmp_path, capsys):
-    """Runs the command on paths below `tmp_path`; gives status, stdout and stderr."""
+    """Run the command on paths below `tmp_path` and return status, stdout and stderr."""
 
     def infer_here(source, *more, output='out', weights=weights):
         sources = [tmp_path / name for name in ([source] if isinstance(source, str) else source)]
@@ -63,7 +63,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def assert_refused(result, *words):
-    """Status 2 and one line on stderr, which has these words."""
+    """Check for status 2 and one line on stderr that contains these words."""
     status, out, err = result
     assert status == 2 and out == ''
     assert err.startswith('basicsr: error: ') and err.count('\n') == 1
@@ -74,7 +74,7 @@ def assert_refused(result, *words):
 def test_depth_gray_and_transparency(run, tmp_path):
     kinds = itertools.product(('png', 'tif'), (np.uint8, np.uint16), (1, 2, 3, 4))
     images = {f'{np.dtype(dtype).name}_{channels}.{suffix}': (dtype, channels) for suffix, dtype, channels in kinds}
-    del images['uint16_2.tif']  # which is not written
+    del images['uint16_2.tif']  # not supported for writing
     (tmp_path / 'in').mkdir()
     for name, (dtype, channels) in images.items():
         pixels = noise(12, 10, channels, dtype=dtype)
@@ -173,7 +173,7 @@ def test_kinds_of_failures(weights, tmp_path, monkeypatch):
     jobs = [
         Job(put(tmp_path / f'{name}.png', noise(*shape)), tmp_path / f'{name}.bmp') for name, shape in shapes.items()
     ]
-    jobs[3] = Job(jobs[3].source, tmp_path / 'd.jpg')  # which holds no transparency
+    jobs[3] = Job(jobs[3].source, tmp_path / 'd.jpg')  # JPEG has no transparency
     (tmp_path / 'f.png').write_bytes(b'nothing')
     jobs.append(Job(tmp_path / 'f.png', tmp_path / 'f.bmp'))
     results = list(restore_files(jobs, restorer))
@@ -188,7 +188,7 @@ def test_folders_inside_folders(run, tmp_path):
     put(tmp_path / 'photos' / 'x' / 'a.png')
     put(tmp_path / 'photos' / 'x' / 'y' / 'b.jpg')
     put(tmp_path / 'photos' / '.cache' / 'c.jpg')
-    for _ in range(2):  # the second time the results lie inside the input
+    for _ in range(2):  # in the second run the results are inside the input
         assert run('photos', '--recursive', output='photos/out')[0] == 0
         results = ['.basicsr_results', 'a.png', 'x/a.png', 'x/y/b.jpg']
         assert files_below(tmp_path / 'photos' / 'out') == results
@@ -203,7 +203,7 @@ def test_distinct_names(run, tmp_path):
 
 
 def test_names_that_lie_about_the_format(run, tmp_path):
-    """Results beside the inputs have a suffix; those of an earlier run are replaced."""
+    """Results next to the inputs have a suffix; results of an earlier run are replaced."""
     put(tmp_path / 'a.jpg', noise(9, 9, 4), format='PNG')
     put(tmp_path / 'b', noise(9, 9, 3), format='BMP')
     put(tmp_path / 'a_new.png', noise(3, 3, 3))
@@ -217,7 +217,7 @@ def test_names_that_lie_about_the_format(run, tmp_path):
     [
         ('photos', None, []),
         ('photos/../photos/.', None, []),
-        ('photos', None, ['--suffix', '_new']),  # of another input
+        ('photos', None, ['--suffix', '_new']),  # different input
         ('linked', None, []),
         ('out', os.symlink, []),
         ('out', os.link, []),
@@ -238,7 +238,7 @@ def test_inputs_are_never_replaced(run, tmp_path, output, link, more):
 
 @pytest.fixture(scope='module')
 def lively_weights(tmp_path_factory):
-    """Weights of a network whose result depends on how the image lies."""
+    """Weights of a network whose result depends on the orientation of the image."""
     torch.manual_seed(0)
     network = build_network(TINY)
     torch.nn.init.normal_(network.output_proj.weight, std=0.3)
@@ -332,7 +332,7 @@ def test_wrong_inputs(run, tmp_path, make, words):
 def test_wrong_weights(run, tmp_path, weights):
     put(tmp_path / 'a.png')
     (tmp_path / 'cut.safetensors').write_bytes(weights.read_bytes()[:1000])
-    # What nobody recognises, spandrel where it is installed included.
+    # Not recognised, even by spandrel if installed.
     torch.save({'params': {'strange.weight': torch.zeros(3)}}, tmp_path / 'other.pth')
     for name in ('missing.pth', 'cut.safetensors', 'a.png'):
         assert_refused(run('a.png', weights=tmp_path / name), name)
@@ -388,7 +388,7 @@ def test_plan_names_no_output_twice(tmp_path):
 
 
 def start(tmp_path, *arguments):
-    """The command in a process of its own, which tells on stderr in the end what it has imported."""
+    """Start the command in a separate process that lists its imported modules on stderr at exit."""
     code = (
         'import sys\n'
         'from ast_plugin.cli.main import main\n'
@@ -421,7 +421,7 @@ def test_process_needs_no_basicsr(tmp_path, weights):
 
 
 def test_ctrl_c(tmp_path, weights):
-    """Stopped in the middle of many tiles: status 130, a word, no traceback, nothing half written."""
+    """Interrupted among many tiles: status 130, a message, no traceback, no partial files."""
     put(tmp_path / 'photos' / 'a.png')
     put(tmp_path / 'photos' / 'b.png', noise(300, 300, 3))
     process = start(tmp_path, '--weights', weights, '--tile', 4, '--overlap', 3)

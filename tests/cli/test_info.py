@@ -1,4 +1,4 @@
-"""`basicsr info`: what it tells of a small network, and what it says of wrong sizes, files and weights."""
+"""`basicsr info`: output for a small network, and errors for wrong sizes, files and weights."""
 
 import re
 import sys
@@ -23,13 +23,13 @@ def info(run_on_network):
 def test_what_it_tells(info, monkeypatch):
     run_child = module._run_child
 
-    def run_fewer(kind, job):  # one in a process of its own
+    def run_fewer(kind, job):  # one run in a separate process
         return run_child(kind, job) if kind == 'speed' else KINDS[kind](job)
 
     monkeypatch.setattr(module, '_run_child', run_fewer)
     status, out, _ = info(NET, '--size', '40x300', '--run')
     assert status == 0
-    # convolutions 3 -> 8, 8 -> 8 and 8 -> 3, and a slope for each of two activations' channels
+    # convolutions 3 -> 8, 8 -> 8 and 8 -> 3, and a slope per channel of two activations
     assert f'parameters  {(3 * 8 + 8 * 8 + 8 * 3) * 9 + 8 + 8 + 3 + 16:,d}, ' in out
     assert f'MACs        {40 * 300 * (3 * 8 + 8 * 8 + 8 * 3) * 9 / 1e9:.2f} G' in out
     assert 'no AST blocks' in out
@@ -44,7 +44,7 @@ def test_memory_lies_on_a_line(monkeypatch):
     assert [predict_memory({}, size, 128, free) for size in ((256, 256), (200, 512), (480, 720))] == [1000, 1500, 3500]
     larger = (1024, 512), (2000, 1024)
     assert [predict_memory({}, size, 128, free) for size in larger] == [2500 + 4000 // 3, 2500 + 4000 * 7 // 3]
-    free = 16000  # of which half could not hold an image of 1024x1024, 8500 by the line through the smaller ones
+    free = 16000  # half of it is less than 8500, predicted for 1024x1024 from the smaller images
     assert predict_memory({}, larger[0], 128, free) == 4500
 
 

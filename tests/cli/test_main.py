@@ -1,4 +1,4 @@
-"""The command itself: help, subcommands, listings, plugins, and a run from training to resuming and testing."""
+"""The command `basicsr`: help, subcommands, listings, plugins, and a run with training, resuming and testing."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def basicsr(*arguments, cwd, **environment):
-    """Run the command as a process of its own."""
+    """Run the command in a separate process."""
     return subprocess.run(
         [sys.executable, '-m', 'ast_plugin', *map(str, arguments)],
         cwd=cwd,
@@ -95,7 +95,7 @@ def test_errors_become_lines_but_bugs(monkeypatch, capsys):
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):
-    # More than a pipe holds, so that writing meets the closed end.
+    # More than the capacity of a pipe, so that writing fails at the closed end.
     for number in range(2000):
         (tmp_path / f'{"long" * 20}{number}.yml').write_text('# what it is\n')
     code = (
@@ -179,7 +179,7 @@ def test_list(capsys):
 
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
-    """Install plugins by name and object reference; modules may be written into the folder that is returned."""
+    """Install plugins by name and object reference; return the folder for their modules."""
     monkeypatch.syspath_prepend(tmp_path)
     plugins.load_plugins.cache_clear()
 
@@ -206,7 +206,7 @@ def test_plugins_are_modules_or_functions(installed, capsys):
     assert captured.err.splitlines() == [f'basicsr: warning: {failure}' for failure in failures]
 
 
-# ---- a whole run
+# ---- a complete run
 
 
 def test_training_resuming_and_testing(tmp_path, monkeypatch, capfd):
@@ -221,7 +221,7 @@ def test_training_resuming_and_testing(tmp_path, monkeypatch, capfd):
     assert 'psnr' in next(experiment.glob('train_tiny_*.log')).read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ['data', 'out', 'tiny.yml']
 
-    # The file that BasicSR copied into the experiment is as good as the first one.
+    # The copy of the file in the experiment folder is equivalent.
     more = '--root out --auto_resume --local-rank 0 --force_yml train:total_iter=6 logger:use_tb_logger=true'
     assert command.main(['train', '-opt', str(experiment / 'tiny.yml'), *more.split()]) == 0
     logs = [path.read_text() for path in experiment.glob('train_tiny_*.log')]

@@ -1,4 +1,4 @@
-"""`basicsr measure`: the figures of others' tools, definitions found from figures, and what cannot be measured."""
+"""`basicsr measure`: agreement with other tools, definitions found from published values, and images that fail."""
 
 import csv
 
@@ -17,7 +17,7 @@ SIZES = [(48, 40), (37, 50), (40, 40)]
 
 @pytest.fixture
 def folders(tmp_path):
-    """Three pairs; restored images carry a suffix, one lies in a sub-folder, and endings differ."""
+    """Three pairs; restored images have a suffix, one is in a subfolder, and extensions differ."""
     rng = np.random.default_rng(3)
     for number, (height, width) in enumerate(SIZES):
         clean = cv2.GaussianBlur(rng.integers(0, 256, (height, width, 3), 'uint8'), (0, 0), 2)
@@ -78,7 +78,7 @@ def test_like_finds_the_definition(definition, folders, capsys):
 
 
 def test_like_a_figure_that_nothing_gives(tmp_path, capsys):
-    """On images of which a border of 6 leaves something to uniform windows alone, where both are equal."""
+    """With a border of 6, only uniform windows fit into the images, and both images are equal there."""
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 3), 'uint8')
     images[1, 6:14, 6:14] = images[0, 6:14, 6:14]
     for number, pixels in enumerate(images):

@@ -1,4 +1,4 @@
-"""`basicsr mix`: what it prints, and what it says of wrong files."""
+"""`basicsr mix`: output, and errors for wrong files."""
 
 import re
 from functools import partial
@@ -33,10 +33,10 @@ def test_what_it_shows(mix):
     assert all('1x8x64x65' in row for row in rows)
     # a residual block: two convolutions of 8·8·9 + 8; an MLP: 8·16 + 16 and 16·8 + 8
     assert all('1,168 -> 1,448' in line for line in out.splitlines() if line.startswith('mix.0'))
-    # the whole: the blocks, a convolution behind them, 3·8·9 + 8 before, 8·3·9 + 3 at the end
+    # the network: the blocks, a convolution after them, 3·8·9 + 8 before, 8·3·9 + 3 at the end
     before = 2 * 1168 + 584 + 224 + 219
     assert re.search(rf'parameters +{before:,d} +{before + 560:,d} +\+16\.7 %', out)
-    # multiplications at 128x128, biases left out
+    # MACs at 128x128 without biases
     macs = 128 * 128 * (2 * 1152 + 576 + 216 + 216)
     more = macs + 128 * 128 * 2 * 256
     assert re.search(rf'MACs at 128x128 +{macs / 1e9:.3f} G +{more / 1e9:.3f} G', out)
@@ -46,7 +46,7 @@ def test_what_it_shows(mix):
 
 @pytest.fixture
 def bases(monkeypatch):
-    """Bases `Idle`, two of whose parameters get no gradient, and `Pooled`, which trains on larger batches alone."""
+    """Bases `Idle`, with two parameters without gradient, and `Pooled`, which only trains on larger batches."""
     from basicsr.archs.edsr_arch import EDSR
     from basicsr.utils.registry import ARCH_REGISTRY
 
@@ -107,7 +107,7 @@ def test_wrong_sizes(mix):
 
 
 def test_training_of_a_mixed_network(tmp_path, monkeypatch, capsys):
-    """From a base's weights to a mixed network's: trained, resumed, and loaded where the base's file is gone."""
+    """Train a mixed network from base weights, resume it, and load it without the base weights file."""
     monkeypatch.chdir(tmp_path)
     file = tiny_run.write(tmp_path)
     save_torch(tmp_path / 'base.pth', {'params': build_base(BASE).state_dict()})

@@ -1,4 +1,4 @@
-"""Training in stages, by the shipped file for raindrops on a folder laid out as AGAN-Data."""
+"""Training in stages with the shipped option file for raindrops on a folder with the layout of AGAN-Data."""
 
 import csv
 import hashlib
@@ -30,7 +30,7 @@ TINY = [
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with eight small pairs laid out as AGAN-Data."""
+    """A working directory with eight small pairs in the layout of AGAN-Data."""
     generator = np.random.default_rng(0)
     for split, count in (('train', 8), ('test_a', 1)):
         for number in range(count):
@@ -62,7 +62,7 @@ def names(folder):
 
 
 def test_stages_start_from_the_best_weights(folder, capfd, monkeypatch):
-    """Killed after the state of stage 2 was written, before it could end, and given again."""
+    """Killed after stage 2 has saved its state but before it has finished, then run again."""
     import basicsr.train
 
     original = basicsr.train.train_pipeline
@@ -98,7 +98,7 @@ def test_stages_start_from_the_best_weights(folder, capfd, monkeypatch):
             best = run / f'stage_{number - 1}' / 'models' / 'net_g_best.pth'
             assert f'Loading weights from {best}' in text
             assert f'stage_{number} starts from the best weights of stage_{number - 1}: {best}' in said
-    # The best of the last, and nothing else: one step away from it at most, as far as a rate of 1e-4 goes.
+    # The best weights of the previous stage, at most one step with a learning rate of 1e-4 away.
     before = weights(run / 'stage_1' / 'models' / 'net_g_best.pth')
     after = weights(run / 'stage_2' / 'models' / 'net_g_latest.pth')
     change = max((after[name].float() - before[name].float()).abs().max().item() for name in before)
@@ -107,7 +107,7 @@ def test_stages_start_from_the_best_weights(folder, capfd, monkeypatch):
     assert copy['name'] == 'AST_deraindrop_stage_2'
     assert 'stages' not in copy and copy['datasets']['train']['gt_size'] == 16
 
-    # Everything is done: nothing is trained again, nothing renamed.
+    # Everything is finished: nothing is trained or renamed.
     assert train('--auto_resume') == 0
     output = capfd.readouterr().out
     assert [f'stage_{number} is finished' in output for number in (1, 2, 3)] == [True] * 3
@@ -115,7 +115,7 @@ def test_stages_start_from_the_best_weights(folder, capfd, monkeypatch):
 
     assert train(command='test') == 0
     assert f'Testing weights {run}/stage_3/models/net_g_best.pth' in capfd.readouterr().out
-    # By the paper's protocol, on whole images whatever the crops of training were.
+    # With the paper's protocol on whole images, regardless of center_crop in training.
     results = folder / 'results' / 'AST_deraindrop'
     (row, _) = csv.DictReader((results / 'AGAN_test_a.csv').open(encoding='utf-8', newline=''))
     root = folder / 'datasets' / 'AGAN-Data' / 'test_a'
@@ -142,7 +142,7 @@ def test_one_stage(folder, capfd):
     assert f'{line}{models}/net_g_latest.pth' in capfd.readouterr().out
     assert names(experiment(folder)) == ['stage_1', 'stage_2']
 
-    # What was learned from a stage that is trained anew is put aside.
+    # Later stages of a retrained stage are renamed.
     assert train('--stage', '1') == 0
     kept = names(experiment(folder))
     assert [name.split('_archived_')[0] for name in kept] == ['stage_1', 'stage_1', 'stage_2']
@@ -160,7 +160,7 @@ def test_a_whole_run_puts_an_older_one_aside(folder, capfd):
     old = experiment(folder) / 'stage_3' / 'models'
     old.mkdir(parents=True)
     (old / 'net_g_best.pth').write_bytes(b'old')
-    # Everything is looked at before that happens.
+    # All checks run before that.
     assert train(overrides=['stages:2:train:optim_g:lr=fast']) == 2
     assert 'stages.2.train.optim_g.lr: expected a number' in capfd.readouterr().err
     assert train(overrides=['stages:2:datasets:train:dataroot=nowhere']) == 2

@@ -1,4 +1,4 @@
-"""The page of `basicsr web`: in a real browser it gives what `basicsr infer` writes, and leaves nothing behind."""
+"""The page of `basicsr web` in a real browser: downloads equal the files of `basicsr infer`, and no files remain."""
 
 import importlib.util
 import io
@@ -24,7 +24,7 @@ from ..weights.helpers import TINY
 ROOT = Path(__file__).parents[2]
 SERVE = """
 import os, signal, sys, tempfile, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit an ignored SIGINT
 seen = open(sys.argv.pop(1), 'w', buffering=1)
 def watch(event, args):
     if event == 'open' and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -32,8 +32,8 @@ def watch(event, args):
     elif event in ('socket.connect', 'socket.getaddrinfo'):
         address = args[1] if event == 'socket.connect' else args
         print('asked', address if isinstance(address, str) else address[0], file=seen)
-import torch, matplotlib.font_manager  # these have caches of their own
-tempfile.gettempdir()  # tries whether it can write there
+import torch, matplotlib.font_manager  # these write their own caches
+tempfile.gettempdir()  # tests whether the folder is writable
 from ast_plugin.cli.main import main
 from ast_plugin.evaluation import file_restorer
 real = file_restorer.restore_files
@@ -54,14 +54,14 @@ def noise(height, width, dtype=np.uint8):
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """Weights that change every image, and images: good, large and broken."""
+    """Weights that change every image, and valid, large and broken images."""
     folder = tmp_path_factory.mktemp('files')
     torch.manual_seed(0)
     options = {key: value for key, value in TINY.items() if key != 'type'}
     save_weights(folder / 'weights.safetensors', AST(**options).state_dict(), TINY)
     exif = Image.Exif()
     exif[0x010F] = 'a camera'
-    exif[0x0112] = 6  # turned
+    exif[0x0112] = 6  # rotated
     for name in ('photo.jpg', 'endless.jpg'):
         Image.fromarray(noise(90, 130)).save(folder / name, exif=exif, dpi=(300, 300))
     Image.fromarray(noise(70, 50)).save(folder / 'a <b>&.png')
@@ -72,7 +72,7 @@ def files(tmp_path_factory):
 
 
 class Server:
-    """`basicsr web` in a process of its own, with folders of its own, and a log of what it opens and whom it asks."""
+    """`basicsr web` in a separate process with its own folders, and a log of opened files and network requests."""
 
     def __init__(self, folder, weights):
         self.home, self.temporary, self.seen = folder / 'home', folder / 'temporary', folder / 'seen'
@@ -119,7 +119,7 @@ def server(files, tmp_path_factory):
 
 @pytest.fixture
 def open_page(server, browser):
-    """Opens the page; `requests` are the addresses that it asks."""
+    """Open the page; `requests` lists the addresses that it requests."""
     contexts = []
 
     def open_page(**options):
@@ -142,7 +142,7 @@ def drop(page, path):
 
 
 def told(page):
-    """The lines below the image, once they are there."""
+    """Wait for the lines below the image and return them."""
     page.locator('#figures p').first.wait_for()
     return page.locator('#figures p').all_inner_texts()
 
@@ -185,7 +185,7 @@ def test_bad_files_are_named(open_page, files):
         page.locator('#figures p').first.wait_for(state='detached')
     drop(page, files / 'huge.png')
     page.get_by_text('exceed the maximum allowed size').wait_for()
-    with open(files / 'huge.png', 'rb') as file:  # not by the word of the browser alone
+    with open(files / 'huge.png', 'rb') as file:  # checked on the server, too
         answer = page.request.post(
             f'{page.url}gradio_api/upload',
             multipart={'files': {'name': 'huge.png', 'mimeType': 'image/png', 'buffer': file.read()}},
@@ -194,7 +194,7 @@ def test_bad_files_are_named(open_page, files):
 
 
 def test_two_at_once(server, open_page, files, tmp_path):
-    """Each gets its own, one after the other; what is no text in a name stays what it is."""
+    """Two pages get their own results, one after the other; names that are not valid text are preserved."""
     pages = {name: open_page() for name in ('photo.jpg', 'a <b>&.png')}
     for name, page in pages.items():
         drop(page, files / name)
@@ -206,7 +206,7 @@ def test_two_at_once(server, open_page, files, tmp_path):
 
 
 def test_ends_and_leaves_nothing(server, open_page, files):
-    """In the midst of a restoration, at once; it wrote into its own folder and asked nobody."""
+    """Stops immediately during a restoration; it wrote only to its own folder and made no network requests."""
     page = open_page()
     drop(page, files / 'endless.jpg')
     page.get_by_text('processing').wait_for()

@@ -1,4 +1,4 @@
-"""Option files: safe reading, building on others, variables, overrides, stages; merging and writing as such."""
+"""Option files: safe reading, inheritance, variables, overrides and stages; merging and writing."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from ast_plugin.options.reading import Sources, fill_in, merge
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes files into the working directory; `a__b` is b.yml in the folder a."""
+    """Write files into the working directory; `a__b` is b.yml in the folder a."""
     monkeypatch.chdir(tmp_path)
 
     def write(**files):
@@ -130,7 +130,7 @@ def test_what_is_written_reads_the_same():
     assert safe_yaml.read_text(safe_yaml.write_text(value), 'x') == value
 
 
-# ---- files that build on others
+# ---- inheritance
 
 
 def test_files_are_laid_over_their_bases(write):
@@ -158,7 +158,7 @@ def test_merge():
         ({'a': {'b': 1}}, {'a': None}, {'a': None}),
         ({'a': 3}, {'a': {'b': 1}}, {'a': {'b': 1}}),
         ({'items': 1, 'a.b': 2}, {'filename': 4}, {'items': 1, 'a.b': 2, 'filename': 4}),
-        # One of two keys that say the same thing takes the other away, unless it is nothing.
+        # Setting one of two alternative keys removes the other, unless it is null.
         ({'train': {'total_iter': 5, 'x': 1}}, {'train': {'total_epochs': 2}}, {'train': {'total_epochs': 2, 'x': 1}}),
         ({'val': {'times_per_epoch': 5}}, {'val': {'val_freq': 2}}, {'val': {'val_freq': 2}}),
         (*[{'train': {'scheduler': {key: 2}}} for key in ('warmup_iter', 'warmup_epochs', 'warmup_epochs')],),
@@ -179,7 +179,7 @@ def test_sources_name_the_last_base(write):
     assert '(x inherited from b.yml:2)' in fault.message
 
 
-LADDER = zip(('file', *'abcdef'), 'abcdefg', strict=True)  # each names the next one twice
+LADDER = zip(('file', *'abcdef'), 'abcdefg', strict=True)  # each inherits twice from the next
 
 
 @pytest.mark.parametrize(

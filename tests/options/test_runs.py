@@ -1,4 +1,4 @@
-"""What a run's options come to for BasicSR's pipelines."""
+"""Completion of the options of a run for BasicSR's pipelines."""
 
 import copy
 import os
@@ -26,7 +26,7 @@ OPT = {
 
 
 def dataset_with(*keys):
-    """A dataset that describes its options."""
+    """Return a dataset class with options_type."""
     return type('Described', (), {'options_type': type('Options', (), {'model_fields': dict.fromkeys(keys)})})
 
 
@@ -60,9 +60,9 @@ def test_prepare_for_training(tmp_path):
         **{name: str(folder / name) for name in ('models', 'training_states', 'visualization')},
     }
     assert opt['val'] == {'val_freq': 5, 'save_img': False, 'suffix': None}
-    assert opt['logger'] == {**OPT['logger'], 'use_tb_logger': False}  # which BasicSR reads whether it is there or not
+    assert opt['logger'] == {**OPT['logger'], 'use_tb_logger': False}  # required by BasicSR
     assert os.listdir(tmp_path) == []
-    assert len({options.prepare(OPT)['manual_seed'] for _ in range(8)}) > 1  # drawn
+    assert len({options.prepare(OPT)['manual_seed'] for _ in range(8)}) > 1  # random
 
 
 def test_prepare_for_testing(tmp_path):

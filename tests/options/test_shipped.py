@@ -1,4 +1,4 @@
-"""The shipped option files against tables of what they come to: recipes, mixtures, ablations, the package's weights."""
+"""Shipped option files against tables of expected values: recipes, mixed networks, ablations, bundled weights."""
 
 import re
 from types import SimpleNamespace
@@ -14,9 +14,9 @@ from ast_plugin.models import preflight
 from ast_plugin.models.optimizers import build_schedule
 from ast_plugin.options import validation
 
-# Protocol, layout, samples, and of each stage: lr, patch, batch, epochs, iterations, and those between validations.
-# The first three recipes are the paper's, the rest ours; so is the protocol of theirs. Four validations an epoch are
-# the paper's, too.
+# Protocol, layout, samples, and per stage: lr, patch, batch, epochs, iterations, iterations between validations.
+# The first three recipes and their protocols are the paper's, as are four validations per epoch; the others are the
+# plugin's.
 RECIPES = {
     'AST_derain': ('spad', 'spad', 638_492, [(2e-4, 128, 32, 20, 399_060, 4_988), (1e-4, 256, 16, 15, 598_590, 9_976)]),
     'AST_deraindrop': (
@@ -56,7 +56,7 @@ RECIPES = {
         [(2e-4, 128, 32, 30, 113_910, 18_985), (1e-4, 256, 16, 20, 151_880, 37_970)],
     ),
 }
-MIX = {  # exchanged modules, parameters before and after
+MIX = {  # replaced modules, parameters before and after
     'SwinIR_ASSA_FRFN': (8, 65_611, 78_931),
     'EDSR_AST': (4, 84_995, 109_771),
     'RCAN_ASSA': (2, 104_659, 113_427),
@@ -151,12 +151,12 @@ def test_recipe_of_all_stages(recipe):
         assert run['val']['best_metric'] == 'psnr'
         assert data['train']['layout'] == data['val']['layout'] == recipe.layout
         assert data['train']['use_hflip'] and data['train']['use_rot']
-        # The authors validate on centres as large as the patch; on SPAD on whole images.
+        # The authors validate on centre crops of the patch size, on SPAD on whole images.
         assert data['val'].get('center_crop') == (None if is_rain else data['train']['gt_size'])
 
 
 def test_recipe_measures(recipe):
-    """Training picks the best weights as the authors did; a test takes whole images by the task's protocol."""
+    """Training selects the best weights as the authors did; testing uses whole images and the protocol of the task."""
     for stage, run in zip(recipe.stages, recipe.runs, strict=True):
         assert run['val']['protocol'] == 'whole'
         assert run['val']['metrics'] == {'psnr': {'type': 'calculate_psnr_y_float'}}
@@ -168,7 +168,7 @@ def test_recipe_measures(recipe):
 
 
 def test_recipe_rates(recipe):
-    """A third, two thirds and all of the rate, an epoch each; then the cosine down to 1e-6."""
+    """Warm-up with 1/3, 2/3 and 1 of the learning rate, one epoch each, then cosine decay to 1e-6."""
     for (lr, *_), run in zip(recipe.table, recipe.runs, strict=True):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
         schedule = build_schedule(optimizer, run['train'])
@@ -188,18 +188,18 @@ def test_epochs_are_counted():
         assert (run['train']['iters_per_epoch'], run['train']['total_iter']) == (14, 4_200)
     with pytest.raises(OptionError, match='total_epochs, times_per_epoch, save_checkpoint_epochs: converting epochs'):
         options.prepare(stage.opt)
-    short = options.expand(load('AST_deraindrop', 'train:total_epochs=2'))[0]  # fewer than the warm-up has
+    short = options.expand(load('AST_deraindrop', 'train:total_epochs=2'))[0]  # fewer epochs than the warm-up
     run = options.prepare(short.opt, stage=short.name, length_of=lambda _: 861)
     assert run['train']['scheduler']['warmup_epochs'] == 1
     assert short.opt['train']['scheduler']['warmup_epochs'] == 3
 
 
-# ---- mixtures and ablations
+# ---- mixed networks and ablations
 
 
 @pytest.mark.parametrize('name', MIX)
 def test_mixtures(name, registered):
-    """Built as they say, and every weight learns from the recipe's own data."""
+    """Mixed networks have the documented sizes, and all parameters receive gradients from the data of the recipe."""
     opt = load(f'mix/{name}')
     text = options.find(f'mix/{name}').read_text(encoding='utf-8')
     assert opt['name'] == name and f'-opt mix/{name}' in text
@@ -237,12 +237,12 @@ def test_ablations(registered):
     assert seen[0]['datasets']['train']['layout'] == 'spad'
 
 
-# ---- the package's own weights
+# ---- bundled weights
 
 
 @pytest.mark.parametrize('task', PRETRAINED)
 def test_pretrained(task, registered, tmp_path, monkeypatch):
-    """Data and network of each stage, over one photograph."""
+    """Data and network of each stage, with a single photograph."""
     cv2.imwrite(str(tmp_path / 'photo.png'), np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8))
     monkeypatch.setenv('PHOTOS', str(tmp_path))
     monkeypatch.setenv('PHOTOS_VAL', str(tmp_path))

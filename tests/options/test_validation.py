@@ -1,4 +1,4 @@
-"""The check of option files: every fault, with its key and what was meant; and nothing but OptionError, ever."""
+"""Validation of option files: all faults with key and suggestion, and no exception other than OptionError."""
 
 import copy
 import random
@@ -22,7 +22,7 @@ def registered():
 
 
 def changed(path, value):
-    """TINY with one value put in, or taken out where the value is `...`."""
+    """Return TINY with one value set, or removed if the value is `...`."""
     opt = copy.deepcopy(TINY)
     *sections, key = path.split(':')
     section = opt
@@ -136,7 +136,7 @@ def test_one_fault_gives_one_line(registered, path, value, message):
     assert found[0].startswith(message)
 
 
-# Of our own model's.
+# Options of the plugin's model.
 METRICS = {'psnr': {'type': 'calculate_psnr', 'crop_border': 0, 'borders': 0}}
 SPAD = {'val_freq': 2, 'protocol': 'spad'}
 LPIPS = {'lpips': {'type': 'pyiqa', 'metric': 'lpips'}}
@@ -172,7 +172,7 @@ def test_faults_of_our_model(registered, path, value, message):
     found = faults(opt, registered)
     assert len(found) == (message is not None) and (not found or found[0].startswith(message)), found
     if path == 'val':
-        assert faults(opt, registered, is_train=False) == []  # a test picks no best weights
+        assert faults(opt, registered, is_train=False) == []  # testing does not select best weights
 
 
 def test_names_of_datasets(registered):
@@ -235,7 +235,7 @@ def test_testing_needs_less(registered):
 
 
 class StrangerModel:
-    """A third party's model, of which nothing is known."""
+    """A third-party model with unknown options."""
 
 
 def test_third_party_model_may_have_its_own_keys(registered):
@@ -267,7 +267,7 @@ WRONG += [{'a': 1}, {'type': 'AST'}, {'type': []}, {'type': None}, [{'type': 'L1
 
 
 def spots(value, found=None):
-    """Every (container, key) in nested options."""
+    """Return all (container, key) pairs of nested options."""
     found = [] if found is None else found
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
@@ -277,7 +277,7 @@ def spots(value, found=None):
 
 
 def broken(opt, generator):
-    """`opt` with one to four places changed, taken out, renamed or put in."""
+    """Return `opt` with one to four values changed, removed, renamed or added."""
     opt = copy.deepcopy(opt)
     for _ in range(generator.randint(1, 4)):
         container, key = generator.choice(spots(opt) or [(opt, 'name')])
@@ -317,7 +317,7 @@ def test_broken_options_raise_option_errors_only(registered, tmp_path, seed):
             )
 
 
-# ---- what constructors and functions take
+# ---- signatures of constructors and functions
 
 
 class Open(nn.Module):
