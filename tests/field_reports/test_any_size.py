@@ -1,4 +1,4 @@
-"""Every network takes images of any size wherever images are restored; traces are right at other sizes, or raise."""
+"""Networks accept images of any size in every command; traces are correct at other sizes, or raise."""
 
 import warnings
 

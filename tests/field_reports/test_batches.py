@@ -1,4 +1,4 @@
-"""Kinds C and H: an item that fails says why and of which class, the others go on; what is left out is counted."""
+"""Kinds C and H: failures of single items are reported by class, the rest continues; left-out files are counted."""
 
 import os
 import unicodedata
@@ -22,7 +22,7 @@ from tests.data.images import noise, save
 
 
 class Changes(nn.Module):
-    """A network that gives back what it gets, and fails on images of one height."""
+    """Identity network that fails on images of one height."""
 
     def __init__(self, height=None, error=None):
         super().__init__()
@@ -225,7 +225,7 @@ def test_report_shows_the_images_that_were_kept(tmp_path):
 
 
 def test_results_inside_an_input(tmp_path, capsys, monkeypatch):
-    """Those of earlier runs are left out, wherever this one writes; a slash at the end means a folder."""
+    """Results of earlier runs are left out for any output folder; a trailing slash denotes a folder."""
     (tmp_path / 'in' / 'deep').mkdir(parents=True)
     for name in ('a.png', 'deep/b.png'):
         save(tmp_path / 'in' / name, noise(8, 9, 3))

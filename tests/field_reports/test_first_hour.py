@@ -1,4 +1,4 @@
-"""A newcomer's first hour: installing, own pairs, a run that is stopped, and results where they were asked for."""
+"""First steps of a new user: installation, custom pairs, an interrupted run, and output paths."""
 
 import importlib.util
 import re
@@ -37,7 +37,7 @@ def write_images(folder, names, side=64):
 
 
 def test_pins_let_tensorboard_start():
-    """TensorBoard's nightly builds import pkg_resources, which setuptools has up to 81."""
+    """TensorBoard's nightly builds import pkg_resources, which setuptools includes up to version 81."""
     source = Path(importlib.util.find_spec('tensorboard').origin).with_name('default.py').read_text()
     pin = re.search(r'^setuptools==(\d+)', (ROOT / 'constraints.txt').read_text(), re.MULTILINE)[1]
     assert 'import pkg_resources' not in source or int(pin) < 82
@@ -54,7 +54,7 @@ def test_readme_installs_basicsr_as_bootstrap_does():
 
 
 def test_clone_is_found_from_the_folder_above(tmp_path):
-    """An editable installation puts the clone itself on the path, before which no empty namespace package comes."""
+    """In an editable installation, no empty namespace package shadows the clone."""
     clone = tmp_path / 'above' / 'ast_plugin'
     shutil.copytree(ROOT / 'ast_plugin', clone / 'ast_plugin', ignore=shutil.ignore_patterns('weights', '__pycache__'))
     for name in ('setup.py', 'pyproject.toml'):

@@ -1,4 +1,4 @@
-"""Damaged images and weights files: read, or refused in a sentence that names the file; never a traceback or a hang.
+"""Damaged images and weights files are read, or rejected with a message that names the file; no traceback, no hang.
 
 Each case is made from its number alone. What fails is printed as `images 1234: base, mutations: what happened`, and
 comes again, with its file left in a folder, by::
@@ -54,7 +54,7 @@ WORST = (359, 989, 1130, 1382, 1530, 2121, 2149, 2730, 3352, 3418, 4306, 4782, 6
 
 
 class Draw(random.Random):
-    """Choices that follow from a seed; the names of those out of tables are kept in `told`."""
+    """Seeded random choices; names of choices from tables are collected in `told`."""
 
     told = ()
 
@@ -63,7 +63,7 @@ class Draw(random.Random):
         return table[name]
 
     def place(self, data):
-        """A place in a file, more often at its beginning."""
+        """Return an offset in a file, more likely near its beginning."""
         return self.randrange(max(1, min(len(data), self.choice((16, 64, 256, len(data))))))
 
 
@@ -71,7 +71,7 @@ class Draw(random.Random):
 
 
 def edit(draw, data):
-    """Bytes at a place, or all from there on, are changed, left out, repeated, or others are put in."""
+    """Change, delete, repeat or insert bytes at an offset, or truncate there."""
     place, size = draw.choice((draw.place(data), len(data))), draw.choice((0, 1, 1, 4, 19, 30, len(data)))
     old = data[place : place + size]
     news = [
@@ -88,7 +88,7 @@ def edit(draw, data):
 
 
 def set_number(draw, data, fields, numbers=NUMBERS):
-    """Another number in one of `fields`, (place, format)."""
+    """Change the number in one of `fields`, given as (offset, format)."""
     data, (place, form) = bytearray(data), draw.choice(fields)
     value = draw.choice(numbers) % 256 ** struct.calcsize(form)
     draw.told += (f'{value} at {place}',)
@@ -113,7 +113,7 @@ def pad(data):
 
 
 def split(ending, data):
-    """The parts of a file, (name, body, all bytes), and what stands behind them."""
+    """Return the chunks of a file as (name, body, all bytes), and the bytes after them."""
     (place, form, _, tail, _), parts = FORMATS[ending], []
     head = struct.calcsize(form)
     while place + head <= len(data) and data[place : place + 2] != b'\xff\xda':
@@ -125,7 +125,7 @@ def split(ending, data):
 
 
 def on_parts(ending, names, headers=(), fields=()):
-    """A mutation of one part, with right sizes and checksums unless they are it; of a number in one of `headers`."""
+    """Mutate one chunk or a number in one of `headers`; sizes and checksums stay valid unless they are the target."""
     start, _, size, _, join = FORMATS[ending]
     changes = {
         'left out': lambda draw, name, body, part: b'',
@@ -159,7 +159,7 @@ def on_parts(ending, names, headers=(), fields=()):
 
 
 def change_pixels(draw, data):
-    """The rows of a PNG are others, compressed with right checksums."""
+    """Change the rows of a PNG, with valid compression and checksums."""
     parts, rest = split('.png', data)
     rows = b'\0' * 600
     with contextlib.suppress(zlib.error):  # an earlier mutation's doing
@@ -170,7 +170,7 @@ def change_pixels(draw, data):
 
 
 def change_tag(draw, data):
-    """A tag of a TIFF has another number, type, count or value, or the place of the next page is another."""
+    """Change number, type, count or value of a TIFF tag, or the offset of the next page."""
     order, is_big = '<>'[data[:2] == b'MM'], data[2:4] in (b'+\0', b'\0+')
     long, head, entry = (order + 'Q', 8, 20) if is_big else (order + 'I', 2, 12)
     try:
@@ -214,7 +214,7 @@ ON_FORMATS = {
 
 
 def saved(pixels, ending, *options, **named):
-    """The bytes of a file by Pillow of its images, by tifffile of arrays in TIFF, else by OpenCV."""
+    """Encode an image with Pillow, arrays in TIFF with tifffile, else with OpenCV."""
     output = io.BytesIO()
     if isinstance(pixels, Image.Image):
         pixels.save(output, Image.registered_extensions()[ending], **named)
@@ -226,7 +226,7 @@ def saved(pixels, ending, *options, **named):
 
 
 def make_images():
-    """Whole files of all kinds that are read, by name; the first word is the ending."""
+    """Return intact files of all supported kinds by name; the first word is the extension."""
     draw = np.random.default_rng(0)
     deep = draw.integers(0, 65536, (12, 16, 4), np.uint16)
     rgb, large = Image.fromarray(np.uint8(deep[..., :3] >> 8)), np.uint8(np.tile(deep[..., :3], (3, 3, 1)) >> 8)
@@ -274,7 +274,7 @@ def make_images():
 
 
 def mutate_image(draw, images):
-    """Returns a file's ending and bytes."""
+    """Return the extension and bytes of a file."""
     data = draw.of(images)
     ending = draw.told[0].split()[0]
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
@@ -285,7 +285,7 @@ def mutate_image(draw, images):
 
 
 def try_image(path):
-    """Read a file as infer and as training do, and write it again as it is and as PNG."""
+    """Read a file as `infer` and as training do, and write it in the same format and as PNG."""
     image, rgb = (attempt(lambda read=read: read(path), path) for read in (read_image, read_rgb))
     for pixels in [each for each in (image and image.color, rgb) if each is not None]:
         assert pixels.dtype in (np.uint8, np.uint16) and pixels.size, f'pixels are {pixels.dtype}{pixels.shape}'
@@ -307,7 +307,7 @@ def try_image(path):
 
 
 def attempt(action, path):
-    """The result, or None where the file is refused in a sentence."""
+    """Return the result, or None if the file is rejected with a message."""
     try:
         return action()
     except (DataError, CheckpointError) as error:
@@ -320,7 +320,7 @@ def attempt(action, path):
 
 
 class Call:
-    """Pickled, it calls a function when it is read; a careless reader makes the folder of its argument."""
+    """Object whose unpickling calls a function; unsafe readers create the folder given as argument."""
 
     def __init__(self, function, *arguments):
         self.parts = function, arguments
@@ -354,7 +354,7 @@ CODES = (  # of pickle, with sizes and numbers that are lies
 
 
 def make_weights():
-    """What whole files hold, by name: content and bytes."""
+    """Return content and bytes of intact files by name."""
     with contextlib.suppress(Exception):
         recognise({'x': torch.zeros(1)})  # imports spandrel, which takes seconds, ahead of the clock
     TENSORS.append(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))  # warns
@@ -416,7 +416,7 @@ def change_content(draw, content, is_zip):
 
 
 def change_zip(draw, data):
-    """A part of the archive, rather its pickle, is changed with its checksum right, or left out."""
+    """Change a member of the archive, preferably its pickle, with a valid checksum, or remove it."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             parts = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -439,7 +439,7 @@ def change_pickle(draw, data):
 
 
 def change_safetensors(draw, data):
-    """The header tells another size, dtype, shape, place, network or metadata."""
+    """Change size, dtype, shape, offset, network or metadata in the header."""
     size = int.from_bytes(data[:8], 'little')
     try:
         header = dict(json.loads(data[8 : 8 + size]))
@@ -461,7 +461,7 @@ def change_safetensors(draw, data):
 
 
 def mutate_weights(draw, files):
-    """Returns a file's ending and bytes."""
+    """Return the extension and bytes of a file."""
     content, data = draw.of(files)
     name = draw.told[0]
     ending = '.safetensors' if name.endswith('.safetensors') else '.pth'
@@ -475,7 +475,7 @@ def mutate_weights(draw, files):
 
 
 def try_weights(path):
-    """Build what infer builds of a file, or load it as info does and read it as a training state."""
+    """Build the network of a file as `infer` does, or load it as `info` does and as a training state."""
     load, build = lambda path: load_network(NETWORK, path), lambda path: network_of(read_checkpoint(path))
     ways = [(Restorer.from_weights,), (load, read_state), (build,), *[(read_checkpoint,)] * 3]
     for way in ways[int(path.stem) % len(ways)]:
@@ -490,7 +490,7 @@ KINDS = {'images': (make_images, mutate_image, try_image), 'weights': (make_weig
 
 
 def held(name):
-    """VmRSS or VmHWM of this process in bytes; 0 where the system does not tell."""
+    """Return VmRSS or VmHWM of this process in bytes, or 0 if the system does not report it."""
     try:
         return 1024 * int(Path('/proc/self/status').read_text().partition(f'{name}:')[2].split()[0])
     except OSError:
@@ -498,7 +498,7 @@ def held(name):
 
 
 def run(kind, numbers, folder):
-    """Try files, and print lines of JSON: [number, how it was made, None], and once more with what is wrong with it."""
+    """Test files and print JSON lines: [number, mutation, None] before each, and again with the error if it fails."""
     make, mutate, try_file = KINDS[kind]
     sources = make()
     for number in numbers:
@@ -526,7 +526,7 @@ def run(kind, numbers, folder):
 
 
 def find_faults(kind, numbers, folder):
-    """Try files in a process of their own, in another one from where that died; a line for each fault."""
+    """Test files in a child process, restarted after a crash; return one line per error."""
     faults = []
     while numbers:
         arguments = [sys.executable, __file__, kind, str(numbers[0]), str(numbers[-1] + 1), str(folder)]
@@ -549,7 +549,7 @@ def test_fuzz(kind, count, tmp_path):
 
 
 def test_fuzz_infer(tmp_path):
-    """A folder of the worst: each is restored or told in a line."""
+    """Of a folder with damaged files, each is restored or reported in one line."""
     images = make_images()
     folder, out = tmp_path / 'in', tmp_path / 'out'
     folder.mkdir()

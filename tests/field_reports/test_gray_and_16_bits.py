@@ -1,4 +1,4 @@
-"""Gray pairs for networks of one channel, and images of 16 bits: trained on, validated, written and measured whole."""
+"""Training, validation, writing and measuring with gray pairs for single-channel networks, and with 16-bit images."""
 
 import csv
 import re
@@ -43,7 +43,7 @@ def network(channels):
 
 
 def write_pairs(folder, channels, bits, suffix='png', count=2):
-    """Pairs of noise, the degraded ones within a few levels of the clean ones; gray files for one channel."""
+    """Write pairs of noise whose degraded images differ by a few levels; gray files for one channel."""
     generator, dtype, largest = np.random.default_rng(0), f'uint{bits}', 2**bits - 1
     for number in range(count):
         clean = generator.integers(0, largest + 1, SIZE if channels == 1 else (*SIZE, 3))
@@ -55,7 +55,7 @@ def write_pairs(folder, channels, bits, suffix='png', count=2):
 
 
 def option_file(folder, source, channels, **top):
-    """A run of two iterations, validated once, the images written."""
+    """Run two iterations with one validation that writes images."""
     if source == 'synthetic':
         places = {'type': 'SyntheticPairsDataset', 'source': 'folder', 'split': 'all'}
         places['dataroot_gt'] = str(folder / 'gt')

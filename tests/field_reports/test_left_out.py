@@ -1,4 +1,4 @@
-"""Kind H in data: scenes pair scene by scene, and what no pair takes is counted by reason."""
+"""Kind H in data: images are paired within scenes, and unpaired files are counted by reason."""
 
 import logging
 import unicodedata

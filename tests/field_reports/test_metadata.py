@@ -1,4 +1,4 @@
-"""Kind D: the pixels are read whatever the metadata are; metadata are kept where the format can, else named."""
+"""Kind D: pixels are read independently of metadata; metadata are kept if the format supports them, else reported."""
 
 import io
 import struct
@@ -54,7 +54,7 @@ def tiff(pixels=PIXELS, *tags, **options):
 
 
 def restored(data, ending):
-    """The image, and the one that is read back after it was written in a format."""
+    """Return an image and the result of writing and reading it in a format."""
     image = decode_image(data, 'photo')
     return image, decode_image(encode_image(f'out{ending}', image), 'out')
 

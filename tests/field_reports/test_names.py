@@ -1,4 +1,4 @@
-"""Names that users give: shown, drawn and passed on as what they are, and no drawing and no log ends a run."""
+"""User-given names are displayed, drawn and passed on correctly; failures of plots and logs never stop a run."""
 
 import ast
 import csv
@@ -59,7 +59,7 @@ def _told_nothing():
 
 
 def write_pair(folder, name, side=16):
-    """One more pair in folder/lq and folder/gt; returns their paths."""
+    """Add a pair to folder/lq and folder/gt; return the paths."""
     pair = folder / 'lq' / name, folder / 'gt' / name
     for value, path in enumerate(pair, 80):
         path.parent.mkdir(parents=True, exist_ok=True)

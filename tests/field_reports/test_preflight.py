@@ -1,4 +1,4 @@
-"""`check` and `train` put data, network, losses, device and metrics together before any folder is touched."""
+"""`check` and `train` test data, network, losses, device and metrics together before any folder is changed."""
 
 import re
 from urllib.error import URLError
@@ -30,7 +30,7 @@ def merge(into, changes):
 
 @pytest.fixture
 def command(tmp_path, capsys):
-    """Run a command on the tiny run with changes; an older run of its name stands where it stood, if all is well."""
+    """Run a command on the tiny run with changes; an older run of the same name must stay in place."""
     file = tiny_run.write(tmp_path)
     older = tmp_path / 'experiments' / 'tiny' / 'older.txt'
     older.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Situations out of public trackers of restoration toolboxes, trainers and picture tools, tried on this project."""
+"""Situations from public issue trackers of restoration toolboxes, trainers and image tools."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ from tests.models import test_restoration_model as model_tests
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with the tiny run, trained by RestorationModel."""
+    """Change to a working directory with the tiny run of RestorationModel."""
     file = tiny_run.write(tmp_path)
     file.write_text(file.read_text().replace('SRModel', 'RestorationModel'))
     monkeypatch.chdir(tmp_path)
@@ -38,7 +38,7 @@ def complaint(capfd, *arguments):
 
 
 class Unpaired(Dataset):
-    """Images to restore, of the size of the training's patches, without what they should become."""
+    """Degraded images without clean ones, of the size of the training patches."""
 
     opt = {'name': 'unpaired'}
 
@@ -50,7 +50,7 @@ class Unpaired(Dataset):
 
 
 def test_validation_without_gt(tmp_path):
-    """XPixelGroup/BasicSR#547: never measured against the gt of the batch that was trained on before."""
+    """XPixelGroup/BasicSR#547: metrics never use the gt of the preceding training batch."""
     model = model_tests.build(model_tests.options(tmp_path))
     model_tests.train(model, 1, 1)
     batch = model_tests.batch()
@@ -70,7 +70,7 @@ def test_validation_without_gt(tmp_path):
     ],
 )
 def test_validation_that_never_comes(folder, capfd, old, new, expected):
-    """neosr-project/neosr#3, XPixelGroup/BasicSR#623: half of what a validation needs is a fault, not silence."""
+    """neosr-project/neosr#3, XPixelGroup/BasicSR#623: an incomplete configuration of validation is an error."""
     text = (folder / 'tiny.yml').read_text()
     assert old in text
     (folder / 'tiny.yml').write_text(text.replace(old, new))
@@ -80,7 +80,7 @@ def test_validation_that_never_comes(folder, capfd, old, new, expected):
 
 
 def test_torchrun_without_launcher(folder, capfd, monkeypatch):
-    """XPixelGroup/HAT#114: processes that each believe to be alone would write to one folder."""
+    """XPixelGroup/HAT#114: processes without a common group would all write to one folder."""
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('WORLD_SIZE', '2')
     for command in ('train', 'test'):
@@ -89,7 +89,7 @@ def test_torchrun_without_launcher(folder, capfd, monkeypatch):
 
 
 def test_damaged_training_image_saves(folder, capfd):
-    """XPixelGroup/BasicSR#254: what was trained before a damaged image is not lost, and goes on bit for bit."""
+    """XPixelGroup/BasicSR#254: progress before a damaged image is saved, and training resumes bit-exactly."""
     arguments = ['train', '-opt', 'tiny.yml', '--force_yml', 'datasets:train:type=PairsDataset', 'val:val_freq=9']
     arguments.append('logger:save_checkpoint_freq=9')
     assert main(arguments) == 0
@@ -118,7 +118,7 @@ def test_damaged_training_image_saves(folder, capfd):
     ],
 )
 def test_backslashes_in_double_quotes(text, expected):
-    """SYSU-SAIL/DASR#57: a path of Windows in double quotes is not the path that it looks like."""
+    """SYSU-SAIL/DASR#57: a Windows path in double quotes contains escape sequences."""
     with pytest.raises(OptionError, match='write paths with / or in single quotes') as caught:
         safe_yaml.read_text(text, 'my.yml')
     assert expected in str(caught.value)
@@ -126,7 +126,7 @@ def test_backslashes_in_double_quotes(text, expected):
 
 
 def test_lmdb_without_io_backend(folder):
-    """victorca25/traiNNer#70: a folder that is an LMDB is told by what it holds, not asked for images."""
+    """victorca25/traiNNer#70: an LMDB is recognised by its content, not searched for images."""
     (folder / 'lq.lmdb').mkdir()
     (folder / 'lq.lmdb' / 'data.mdb').write_bytes(b'')
     with pytest.raises(DataError, match='is an LMDB: set io_backend'):
@@ -134,7 +134,7 @@ def test_lmdb_without_io_backend(folder):
 
 
 def test_training_beside_another(folder, capfd, monkeypatch):
-    """XPixelGroup/HAT#114: a second training of a name would rename the first one's folder under its hands."""
+    """XPixelGroup/HAT#114: a second training of the same name would rename the folder of the running one."""
     experiment = folder / 'experiments' / 'tiny'
     experiment.mkdir(parents=True)
     monkeypatch.setattr(training_run, '_PATIENCE', 0.0)
@@ -148,14 +148,14 @@ def test_training_beside_another(folder, capfd, monkeypatch):
 
 
 def test_killed_worker_is_explained():
-    """XPixelGroup/BasicSR#59: what to do when memory is short in containers, not a traceback out of the backward."""
+    """XPixelGroup/BasicSR#59: advice for low shared memory in containers, not a traceback from the backward pass."""
     explained = pytest.raises(TrainingError, match=r'num_worker_per_gpu.*--shm-size')
     with explained, training_run._attended(SimpleNamespace(build_model=str), None):
         raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible')
 
 
 def test_killed_worker_saves(folder, capfd, monkeypatch):
-    """XPixelGroup/BasicSR#59: a worker that is killed within an iteration is told of behind it, which is saved."""
+    """XPixelGroup/BasicSR#59: a worker killed during an iteration is reported after it, and the state is saved."""
     monkeypatch.setattr(signal_handling, '_SIGCHLD_handler_set', False)
     list(DataLoader([0], num_workers=1))  # has torch set its handler of dead workers, as once a process
     step = RestorationModel.optimize_parameters
@@ -174,7 +174,7 @@ def test_killed_worker_saves(folder, capfd, monkeypatch):
 
 
 def test_folder_named_like_an_image(folder):
-    """xinntao/Real-ESRGAN#499: it is no image to train on."""
+    """xinntao/Real-ESRGAN#499: a folder named like an image is not a training image."""
     for kind in ('lq', 'gt'):
         (folder / 'data' / kind / 'more.png').mkdir()
     assert list_images('data/lq', 'train') == ['0.png', '1.png', '2.png', '3.png']

@@ -1,4 +1,4 @@
-"""Resuming with other options: what can be followed is, what cannot is refused by name, before anything starts."""
+"""Resuming with changed options: supported changes apply, others are rejected by name before the run starts."""
 
 import shutil
 import sys
@@ -50,7 +50,7 @@ def rates(model, first, last) -> list[tuple]:
 
 @pytest.fixture(scope='module')
 def state(tmp_path_factory) -> dict:
-    """That of iteration 4."""
+    """Return the training state of iteration 4."""
     folder = tmp_path_factory.mktemp('begun')
     model = build(options(folder))
     train(model, 1, 4)
@@ -59,7 +59,7 @@ def state(tmp_path_factory) -> dict:
 
 
 def without_options(state) -> dict:
-    """A state as earlier versions wrote them."""
+    """Convert a state to the format of earlier versions."""
     return {key: value for key, value in state.items() if key != 'options'}
 
 
@@ -111,7 +111,7 @@ def test_misfit_of_other_shapes(state, tmp_path):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A run of four iterations."""
+    """Train a run of four iterations; return its folder."""
     folder = tmp_path_factory.mktemp('run')
     file = tiny_run.write(folder)
     text = file.read_text().replace('SRModel', 'RestorationModel').replace('!!float 2', '2')

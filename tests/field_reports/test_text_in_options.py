@@ -1,4 +1,4 @@
-"""What YAML makes of text: kept where it is text, quoted as it stands where it is not; what is inherited is said."""
+"""YAML conversions of text: kept for text options, quoted in errors otherwise; inherited values are reported."""
 
 import pytest
 
@@ -28,13 +28,13 @@ def registered() -> Registered:
 
 
 def own_file(folder, text):
-    """An option file that says something else than the shipped one that it inherits from."""
+    """Write an option file that overrides the shipped one it inherits from."""
     (folder / 'my.yml').write_text(f'_base_: AST_quickstart\n{text}')
     return folder / 'my.yml'
 
 
 def at(key, written):
-    """What stands at a key, as a line of YAML."""
+    """Return the value of a key as a line of YAML."""
     first, *sections = key.split('.')
     return f'{first}: ' + ''.join(f'{{{section}: ' for section in sections) + written + '}' * len(sections)
 

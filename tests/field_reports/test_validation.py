@@ -1,4 +1,4 @@
-"""Kind C in validation: an image that fails says why, the others are measured, and the means are theirs."""
+"""Kind C in validation: failed images are reported with the reason and excluded from the means."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ BASICSR = {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}, 'ssim': {'type'
 
 
 class Images(Dataset):
-    """Images of some sides, with an error in the place of a side."""
+    """Images of given sizes; an exception instead of a size is raised."""
 
     opt = {'name': 'some'}
 

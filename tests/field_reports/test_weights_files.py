@@ -1,4 +1,4 @@
-"""Weights files as they circulate: found in whatever they are wrapped, told what was taken, refused if nothing was."""
+"""Weights files in common wrappers: the state is found, used and ignored parts are reported, others are rejected."""
 
 import argparse
 import itertools
