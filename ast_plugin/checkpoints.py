@@ -41,10 +41,10 @@ STATE, WEIGHTS = '{}.state', 'net_g_{}.pth'  # names of a run's files, by iterat
 ABANDONED_SUFFIX = '.abandoned'
 
 # keys of other content of training checkpoints
-_NOT_OF_A_NETWORK = re.compile(
+_OTHER_CONTENT = re.compile(
     r'optim|sched|scaler|random|rng|callback|loops|hyper_param|parts|disc|critic|^(?:net_?)?d$', re.IGNORECASE
 )
-_MOST_NESTED = 4
+_MAX_DEPTH = 4
 _LFS_POINTER = b'version https://git-lfs'
 
 
@@ -84,10 +84,12 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
     if not isinstance(content, Mapping):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, expected a dictionary of weights')
     states = dict(_find_states(content))
-    key, notes = (param_key, []) if param_key is not None else _choose(path, content, states)
-    found = states.get(key or '') or _below(content, key or '')
+    key, notes = (param_key, []) if param_key is not None else _select_state(path, content, states)
+    found = states.get(key or '') or _state_under(content, key or '')
     if not found:
-        has = ', '.join(filter(None, states)) or ('weights at the top level: use no key' if states else _some(content))
+        has = ', '.join(filter(None, states)) or (
+            'weights at the top level: use no key' if states else _summarize(content)
+        )
         raise CheckpointError(f'{path} has no weights under the key {key!r}; available: {has}')
     tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
     for name, tensor in tensors.items():
@@ -95,7 +97,7 @@ def read_checkpoint(path: str | os.PathLike, param_key: str | None = None) -> Ch
             kind = f'{tensor.dtype}, {tensor.layout}, on {tensor.device}'
             raise CheckpointError(f'{path}: {name} is a tensor of {kind}: expected plain real numbers, on the CPU')
     if others := [name for name in found if name not in tensors]:
-        notes.append(f'ignored (not tensors): {_some(others)}')
+        notes.append(f'ignored (not tensors): {_summarize(others)}')
     return Checkpoint(path, tensors, network, key, tuple(notes), metadata)
 
 
@@ -110,8 +112,8 @@ def _find_states(content: Mapping, where: tuple[str, ...] = ()) -> Iterator[tupl
     nested = [
         item
         for key, value in content.items()
-        if isinstance(value, Mapping) and isinstance(key, (str, int)) and not _NOT_OF_A_NETWORK.search(str(key))
-        if len(where) < _MOST_NESTED
+        if isinstance(value, Mapping) and isinstance(key, (str, int)) and not _OTHER_CONTENT.search(str(key))
+        if len(where) < _MAX_DEPTH
         for item in _find_states(value, (*where, str(key)))
     ]
     size = _num_weights(content)
@@ -125,13 +127,13 @@ def _num_weights(state: Mapping) -> int:
     return sum(isinstance(value, Tensor) and value.ndim > 0 for name, value in state.items() if isinstance(name, str))
 
 
-def _choose(path: Path, content: Mapping, states: Mapping[str, Mapping]) -> tuple[str | None, list[str]]:
+def _select_state(path: Path, content: Mapping, states: Mapping[str, Mapping]) -> tuple[str | None, list[str]]:
     """Return the key of the selected state, None for the whole file, and notes on the selection."""
     if not states:
         is_state = {'iter', 'optimizers'} <= content.keys()
         what = '; it is a training state whose weights are in models/net_g_*.pth' if is_state else ''
-        what = ', NumPy arrays or other objects' if any(isinstance(v, _Inert) for v in content.values()) else what
-        raise CheckpointError(f'{path} holds no weights: expected names and tensors, found {_some(content)}{what}')
+        what = ', NumPy arrays or other objects' if any(isinstance(v, _Placeholder) for v in content.values()) else what
+        raise CheckpointError(f'{path} holds no weights: expected names and tensors, found {_summarize(content)}{what}')
     ranks = {key: STATE_KEYS.index(last) if (last := key.rpartition('.')[2]) in STATE_KEYS else None for key in states}
     averaged = [key for key in states if AVERAGED.search(key)]
     candidates = averaged or [key for key in states if ranks[key] is not None] or list(states)
@@ -154,14 +156,14 @@ def _holds_list(value: Any) -> bool:
     return any(isinstance(part, (list, tuple)) and any(isinstance(item, Tensor) for item in part) for part in parts)
 
 
-def _below(content: Mapping, key: str) -> Mapping:
+def _state_under(content: Mapping, key: str) -> Mapping:
     """Return the state under a key that `_find_states` does not list, or that is a prefix of names (`net_g.conv.…`)."""
     named = {name[len(key) + 1 :]: content[name] for name in map(str, content) if name.startswith(f'{key}.')}
     value = content.get(key, named)
     if isinstance(value, Mapping) and _num_weights(value):
         return value
     first, dot, rest = key.partition('.')
-    return _below(content[first], rest) if dot and isinstance(content.get(first), Mapping) else {}
+    return _state_under(content[first], rest) if dot and isinstance(content.get(first), Mapping) else {}
 
 
 def save_weights(
@@ -282,7 +284,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None, dict[
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         network = json.loads(metadata[NETWORK_KEY]) if NETWORK_KEY in metadata else None
     except Exception as error:  # various types, as in `_read_torch`
-        raise CheckpointError(f'{path} is truncated or not a safetensors file{_lfs(path)}: {error}') from error
+        raise CheckpointError(f'{path} is truncated or not a safetensors file{_lfs_hint(path)}: {error}') from error
     if network is not None and not _has_type(network):
         raise CheckpointError(f'{path} describes its network as {network!r}, expected options with a type')
     return state, network, {key: text for key, text in metadata.items() if key != 'format'}
@@ -299,10 +301,10 @@ def _has_type(options: Any) -> bool:
     return isinstance(options, dict) and isinstance(options.get('type'), str)
 
 
-class _Inert:
+class _Placeholder:
     """Placeholder for an object that is not a tensor; accepts and discards all content."""
 
-    def __new__(cls, *_: Any, **__: Any) -> '_Inert':
+    def __new__(cls, *_: Any, **__: Any) -> '_Placeholder':
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -312,7 +314,7 @@ class _Inert:
         pass
 
 
-class _NumpyType(_Inert):
+class _NumpyType(_Placeholder):
     """Placeholder for numpy.dtype that keeps type code and byte order."""
 
     def __new__(cls, code: Any = '', *_: Any) -> '_NumpyType':
@@ -335,12 +337,15 @@ def _number(kind: Any, raw: Any = b'') -> Any:
 
 
 # Globals in files other than tensors, and their placeholders: no code of theirs is executed or imported.
-_STAND_INS = [
+_PLACEHOLDERS = [
     *((_number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
-    *((_Inert, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
-    *((_Inert, name) for name in ('numpy.ndarray', 'argparse.Namespace', 'datetime.datetime', 'datetime.timedelta')),
-    *((_Inert, f'pathlib.{name}') for name in ('Path', 'PosixPath', 'WindowsPath', 'PurePosixPath')),
-    *((_Inert, f'{name}.utilities.data.AttributeDict') for name in ('lightning_fabric', 'lightning.fabric')),
+    *((_Placeholder, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
+    *(
+        (_Placeholder, name)
+        for name in ('numpy.ndarray', 'argparse.Namespace', 'datetime.datetime', 'datetime.timedelta')
+    ),
+    *((_Placeholder, f'pathlib.{name}') for name in ('Path', 'PosixPath', 'WindowsPath', 'PurePosixPath')),
+    *((_Placeholder, f'{name}.utilities.data.AttributeDict') for name in ('lightning_fabric', 'lightning.fabric')),
     (_NumpyType, 'numpy.dtype'),
 ]
 
@@ -352,13 +357,13 @@ def _torch_load(path: Path) -> Any:
             if 'constants.pkl' in names:
                 raise CheckpointError('it is a TorchScript program: save the state_dict() of torch.jit.load(...)')
             if 'data.pkl' not in names:
-                raise CheckpointError(f'it is an archive of {_some(names)}: unpack it first')
+                raise CheckpointError(f'it is an archive of {_summarize(names)}: unpack it first')
             for part in file.infolist():
                 part.CRC = part.CRC or None  # 0 in files written without checksums
             damaged = file.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f'the part {damaged} is damaged')
-    with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
+    with warnings.catch_warnings(), torch.serialization.safe_globals(_PLACEHOLDERS):
         warnings.simplefilter('ignore')  # warnings about pickle protocols are irrelevant here
         return torch.load(path, map_location='cpu', weights_only=True)
 
@@ -370,7 +375,7 @@ def _read_torch(path: Path) -> Any:
         raise CheckpointError(f'{path} is not a weights file: {error}') from error
     except pickle.UnpicklingError as error:
         if path.read_bytes()[:1] != pickle.PROTO and not zipfile.is_zipfile(path):
-            raise CheckpointError(f'{path} is not a weights file{_lfs(path) or _reason(error)}') from error
+            raise CheckpointError(f'{path} is not a weights file{_lfs_hint(path) or _reason(error)}') from error
         raise CheckpointError(
             f'{path} holds more than weights and is not opened, because unpickling such a file can run code'
             f'{_reason(error)}. Ask its author for a file with tensors only'
@@ -379,7 +384,7 @@ def _read_torch(path: Path) -> Any:
         raise CheckpointError(f'{path} is truncated or not a weights file{_reason(error)}: get it again') from error
 
 
-def _lfs(path: Path) -> str:
+def _lfs_hint(path: Path) -> str:
     with path.open('rb') as file:
         is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
     return ' but a Git LFS pointer: run `git lfs pull` to download the file' if is_pointer else ''
@@ -395,7 +400,7 @@ def _reason(error: BaseException) -> str:
     return f' ({reason.split(". ")[0].rstrip(".")[:300]})' if reason else ''
 
 
-def _some(content: Collection) -> str:
+def _summarize(content: Collection) -> str:
     some = list(content)[:4]
     names = [' '.join(name.split())[:60] if isinstance(name, str) else repr(name)[:60] for name in some]
     return ', '.join(names) + (f' and {len(content) - 4} more' if len(content) > 4 else '') if names else 'nothing'

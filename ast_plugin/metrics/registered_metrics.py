@@ -28,7 +28,7 @@ from ast_plugin.metrics.psnr_ssim import (
 
 _LOWER_IS_BETTER = ('calculate_niqe', 'calculate_fid')
 _INSTALL = 'pip install "ast_plugin[metrics]"'
-_OF_SETS = ('fid', 'sfid', 'fid_dinov2', 'inception_score')  # metrics of pyiqa for sets of images
+_SET_METRICS = ('fid', 'sfid', 'fid_dinov2', 'inception_score')  # metrics of pyiqa for sets of images
 
 
 def _metric(name: str, measure: Callable[..., float], what: str, rounds: bool = False) -> Callable[..., float]:
@@ -120,10 +120,10 @@ def complete(
         device: device of metrics that are networks (pyiqa).
         bit_depth: bit depth of the images, for metrics that round; the default 8 is not set.
     """
-    told = {'pyiqa': {'device': str(device)}}
+    completed = {'pyiqa': {'device': str(device)}}
     if bit_depth != 8:
-        told |= {name: {'bit_depth': bit_depth} for name in ('calculate_psnr_matlab', 'calculate_ssim_matlab')}
-    return {name: {**options, **told.get(options['type'], {}), **options} for name, options in metrics.items()}
+        completed |= {name: {'bit_depth': bit_depth} for name in ('calculate_psnr_matlab', 'calculate_ssim_matlab')}
+    return {name: {**options, **completed.get(options['type'], {}), **options} for name, options in metrics.items()}
 
 
 @functools.lru_cache(maxsize=8)
@@ -145,7 +145,7 @@ def _pyiqa_entry(metric: str) -> dict[str, Any]:
     """Return the entry of a metric in pyiqa's table, without downloading anything."""
     package = _pyiqa_package()
     known = importlib.import_module('pyiqa.default_model_configs').DEFAULT_CONFIGS
-    if metric in _OF_SETS:
+    if metric in _SET_METRICS:
         raise OptionError(f'pyiqa: {metric} measures sets of images, not single images')
     if metric not in known:
         suggestion = did_you_mean(str(metric), known) or f'; available: {", ".join(package.list_models())}'

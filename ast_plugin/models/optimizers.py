@@ -14,7 +14,7 @@ from ast_plugin.errors import OptionError, did_you_mean
 EXTRA = 'pytorch_optimizer'
 
 # Not supported: the training loop computes one gradient per step and passes a plain list of parameters.
-_REFUSED = {
+_UNSUPPORTED = {
     'it evaluates the loss several times per step': 'LBFGS AliG BSAM',
     'it accepts sparse gradients only': 'SparseAdam',
     'it needs second derivatives': 'AdaHessian SophiaH',
@@ -30,7 +30,7 @@ _REFUSED = {
 
 def find_optimizer(name: str) -> type[Optimizer]:
     """Return an optimiser class by name, from torch.optim or else from pytorch_optimizer, imported only if needed."""
-    for reason, names in _REFUSED.items():
+    for reason, names in _UNSUPPORTED.items():
         if name in names.split():
             raise OptionError(f'the optimiser {name} is not supported: {reason}. Use AdamW, for example')
     known = _optimizers(torch.optim)
@@ -145,9 +145,9 @@ def restore_rates(schedule: LRScheduler) -> None:
 
 
 def _optimizers(module: Any) -> dict[str, type[Optimizer]]:
-    refused = {name for names in _REFUSED.values() for name in names.split()}
+    unsupported = {name for names in _UNSUPPORTED.values() for name in names.split()}
     return {
         name: kind
         for name, kind in vars(module).items()
-        if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer and name not in refused
+        if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer and name not in unsupported
     }

@@ -113,8 +113,8 @@ def check(
         if is_large:
             _try_shapes(networks['network_g'], losses, opt, source, samples['train'])
         if opt['is_train'] and 'network_g' in networks:
-            if _is_of(opt, RestorationModel):
-                with _explained(source, 'train'):
+            if _is_model_of(opt, RestorationModel):
+                with _explain_errors(source, 'train'):
                     check_switches(opt, networks['network_g'], losses)
             if state is not None:
                 _check_state(state, opt, networks['network_g'], source)
@@ -141,7 +141,7 @@ def _logger_untouched() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(
+def _explain_errors(
     where: str, what: str, failure: str = 'cannot be built from these options', kind: type[PluginError] = OptionError
 ) -> Iterator[None]:
     """Convert any exception raised while building from options into a message that names the option section."""
@@ -270,7 +270,7 @@ def _check_training(train: Mapping[str, Any], source: str) -> dict[str, nn.Modul
 
 
 def _build(where: str, target: Callable, options: Mapping[str, Any], **given: Any) -> Any:
-    with _explained(where, options['type']):
+    with _explain_errors(where, options['type']):
         return target(**given, **_arguments(options))
 
 
@@ -280,7 +280,7 @@ def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_metrics(val: Mapping[str, Any], source: str) -> None:
     """Measure a noise image with each metric, as wrong options would otherwise fail only at the first validation."""
-    with _explained(f'{source}: val.protocol', 'protocol'):
+    with _explain_errors(f'{source}: val.protocol', 'protocol'):
         protocol = read_protocol(val.get('protocol'))
     metrics = val.get('metrics') or {}
     if not metrics and (val.get('metrics') is not None or not protocol.metrics):
@@ -292,7 +292,7 @@ def _check_metrics(val: Mapping[str, Any], source: str) -> None:
         target = registry.METRIC_REGISTRY.get(options['type'])
         # Third-party metrics may require data from their own models.
         if target.__module__.split('.')[0] in ('basicsr', 'ast_plugin'):
-            with _explained(f'{source}: val.metrics.{key}', options['type'], 'cannot measure with these options'):
+            with _explain_errors(f'{source}: val.metrics.{key}', options['type'], 'cannot measure with these options'):
                 target(img=image, img2=image, **_arguments(options))
 
 
@@ -305,7 +305,7 @@ def _metric_image_side(metrics: Mapping[str, Mapping[str, Any]]) -> int:
 def _read_sample(where: str, options: Mapping[str, Any]) -> Any:
     """Open the dataset and read its first sample."""
     dataset = _open_dataset(where, options)
-    with _explained(where, options['type'], f'cannot read the sample of {name_of(dataset, 0)}', DataError):
+    with _explain_errors(where, options['type'], f'cannot read the sample of {name_of(dataset, 0)}', DataError):
         return dataset[(0, 0) if getattr(dataset, 'index_carries_epoch', False) else 0]
 
 
@@ -316,7 +316,7 @@ def _open_dataset(where: str, options: Mapping[str, Any]) -> Any:
     """
     dataset_type = registry.DATASET_REGISTRY.get(options['type'])
     knows_lmdbs = 'io_backend' in getattr(getattr(dataset_type, 'options_type', None), 'model_fields', ())
-    with _explained(where, options['type'], 'cannot read its data', DataError):
+    with _explain_errors(where, options['type'], 'cannot read its data', DataError):
         if (options.get('io_backend') or {}).get('type') == 'lmdb' and not knows_lmdbs:
             for key, folder in options.items():
                 if key.startswith('dataroot') and isinstance(folder, str) and holds_pixels(folder):
@@ -372,7 +372,7 @@ def _check_state(state: Mapping[str, Any], opt: Mapping[str, Any], network: nn.M
 def _build_network(where: str, options: Mapping[str, Any]) -> nn.Module:
     """Build a network on the meta device, or on the CPU if its constructor does not support that."""
     network_type = registry.ARCH_REGISTRY.get(options['type'])
-    with _explained(where, options['type']):
+    with _explain_errors(where, options['type']):
         try:
             with torch.device('meta'):
                 return network_type(**_arguments(options))
@@ -393,7 +393,7 @@ def _check_weights(opt: Mapping[str, Any], networks: Mapping[str, nn.Module]) ->
     return checkpoints
 
 
-def _is_of(opt: Mapping[str, Any], kind: type) -> bool:
+def _is_model_of(opt: Mapping[str, Any], kind: type) -> bool:
     """Return whether the model of a run is a subclass of `kind`."""
     model = registry.MODEL_REGISTRY.get(opt['model_type'])
     return isinstance(model, type) and issubclass(model, kind)
@@ -423,13 +423,13 @@ def _try_shapes(
     network: nn.Module, losses: Mapping[str, nn.Module], opt: Mapping[str, Any], source: str, sample: Mapping[str, Any]
 ) -> None:
     """Pass a tensor with the shape of a training sample through network and losses, on meta if supported."""
-    if not _is_of(opt, SRModel) or 'gt' not in sample:
+    if not _is_model_of(opt, SRModel) or 'gt' not in sample:
         return
     device = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
     lq, gt = (torch.zeros(_num_tried(opt), *sample[key].shape, device=device) for key in ('lq', 'gt'))
     losses = {key: copy.deepcopy(loss).to(device) for key, loss in losses.items()}
     try:
-        with _passing(source, 'train', network, lq), torch.no_grad(), use_backend('reference'):
+        with _explain_sample(source, 'train', network, lq), torch.no_grad(), use_backend('reference'):
             compute_losses(losses, network(lq), gt)
     except OptionError as error:
         if 'meta' not in str(error):  # unsupported on meta tensors, not an error of the sample
@@ -444,7 +444,7 @@ def _try_model(opt: Mapping[str, Any], source: str, samples: Mapping[str, Any]) 
     """
     opt = copy.deepcopy(dict(opt))
     count = _num_tried(opt) if opt['is_train'] else 0
-    with tempfile.TemporaryDirectory() as folder, randomness.preserved(), use_backend(opt.get('backend')), _quiet():
+    with tempfile.TemporaryDirectory() as folder, randomness.preserved(), use_backend(opt.get('backend')), _silenced():
         opt['path'] |= dict.fromkeys(_FOLDERS & opt['path'].keys(), folder)
         if opt['path'].get('resume_state'):  # contains the weights
             opt['path'] |= {key: None for key in opt['path'] if key.startswith('pretrain_network_')}
@@ -457,7 +457,7 @@ def _try_model(opt: Mapping[str, Any], source: str, samples: Mapping[str, Any]) 
                 train['mixing'] |= {'start_epoch': 1, 'probability': 1.0}
         if opt['num_gpu']:
             torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
-        with _explained(source, opt['model_type']):
+        with _explain_errors(source, opt['model_type']):
             model = registry.MODEL_REGISTRY.get(opt['model_type'])(opt)
         if isinstance(model, RestorationModel):
             model.run_log = RunLog(None)
@@ -466,11 +466,11 @@ def _try_model(opt: Mapping[str, Any], source: str, samples: Mapping[str, Any]) 
         if isinstance(model, SRModel) and opt.get('val'):
             for key, sample in samples.items():
                 if phase_of(key) != 'train' and isinstance(sample, dict) and isinstance(sample.get('lq'), Tensor):
-                    with _passing(source, key, network, sample['lq'][None]):
-                        _try_validation(model, opt, sample, _later_samples(source, key, opt))
+                    with _explain_sample(source, key, network, sample['lq'][None]):
+                        _try_validation(model, opt, sample, _iterate_later_samples(source, key, opt))
         if 'train' in samples and count:
             batch = default_collate([samples['train']] * count)
-            with _passing(source, 'train', network, batch.get('lq')):
+            with _explain_sample(source, 'train', network, batch.get('lq')):
                 model.update_learning_rate(1, warmup_iter=opt['train'].get('warmup_iter', -1))
                 model.feed_data(batch)
                 model.optimize_parameters(1)
@@ -480,7 +480,7 @@ def _try_model(opt: Mapping[str, Any], source: str, samples: Mapping[str, Any]) 
         torch.cuda.empty_cache()
 
 
-def _later_samples(source: str, key: str, opt: Mapping[str, Any]) -> Iterator[Any]:
+def _iterate_later_samples(source: str, key: str, opt: Mapping[str, Any]) -> Iterator[Any]:
     """Yield the samples of a validation set after the first, skipping unreadable ones, which are reported later."""
     dataset = _open_dataset(f'{source}: datasets.{key}', opt['datasets'][key])
     for number in range(1, len(dataset)):
@@ -489,7 +489,7 @@ def _later_samples(source: str, key: str, opt: Mapping[str, Any]) -> Iterator[An
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silenced() -> Iterator[None]:
     """Suppress output and warnings, which the run itself would repeat."""
     logger = logging.getLogger('basicsr')
     was_disabled, logger.disabled = logger.disabled, True
@@ -502,12 +502,12 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _passing(source: str, key: str, network: nn.Module | None, lq: Tensor | None) -> Iterator[None]:
+def _explain_sample(source: str, key: str, network: nn.Module | None, lq: Tensor | None) -> Iterator[None]:
     """Convert errors into messages that name the dataset, its sample and a fitting size."""
     shown = '' if lq is None else f' {list(lq.shape)}'
     what = 'network, losses and optimiser' if key == 'train' else 'network and metrics'
     try:
-        with _explained(f'{source}: datasets.{key}', f'its first sample{shown}', f'does not pass through {what}'):
+        with _explain_errors(f'{source}: datasets.{key}', f'its first sample{shown}', f'does not pass through {what}'):
             yield
     except DataError as error:  # the data was read, so an option does not fit it
         raise OptionError(str(error)) from error

@@ -72,8 +72,8 @@ def failing_together() -> Iterator[None]:
         rank, count = get_dist_info()
         if count == 1:
             raise
-        first, message = _claim(str(error))
-        _hang_up()
+        first, message = _claim_first_failure(str(error))
+        _abort_connections()
         text = f'{type(error).__name__} {error}'.lower()
         is_lost = isinstance(error, dist.DistError) or any(word in text for word in _BROKEN_CONNECTION)
         is_lost = is_lost and isinstance(error, RuntimeError) and not isinstance(error, PluginError)
@@ -155,7 +155,7 @@ def catch_signals() -> Iterator[None]:
         _received.clear()
 
 
-def _claim(message: str) -> tuple[bool, str]:
+def _claim_first_failure(message: str) -> tuple[bool, str]:
     """Return whether this process is the first to fail, and the first failure's message, using the shared store."""
     try:
         store = dist.distributed_c10d._get_default_store()
@@ -168,7 +168,7 @@ def _claim(message: str) -> tuple[bool, str]:
         return True, message
 
 
-def _hang_up() -> None:
+def _abort_connections() -> None:
     """Abort the connections, so that no process waits for another."""
     with suppress(Exception):
         if dist.get_backend() == 'nccl':

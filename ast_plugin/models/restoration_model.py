@@ -94,11 +94,11 @@ class RestorationModel(SRModel):
 
     def setup_schedulers(self) -> None:
         """Build the plugin's schedules by name, all others as in BasicSR."""
-        ours = [optimizers.build_schedule(optimizer, self.opt['train']) for optimizer in self.optimizers]
-        if None in ours:
+        own = [optimizers.build_schedule(optimizer, self.opt['train']) for optimizer in self.optimizers]
+        if None in own:
             super().setup_schedulers()
         else:
-            self.schedulers += ours
+            self.schedulers += own
 
     @master_only
     def print_network(self, net: nn.Module) -> None:
@@ -347,7 +347,7 @@ class RestorationModel(SRModel):
             RunStopped: in that case.
             SystemExit: if another process has failed and reports the reason.
         """
-        number = self._ask_all(received_signal() or 0)
+        number = self._max_over_processes(received_signal() or 0)
         if not number:
             return
         if self.iteration:
@@ -374,11 +374,11 @@ class RestorationModel(SRModel):
         if self.processes.count > 1:
             if not is_loading or self.iteration >= self.opt['train']['total_iter']:
                 return 0
-            self._ask_all(FAILED)
+            self._max_over_processes(FAILED)
         self._save_iteration()
         return self.iteration
 
-    def _ask_all(self, number: int) -> int:
+    def _max_over_processes(self, number: int) -> int:
         """Return the maximum of `number` over all processes, which must all call this."""
         if self.processes.count == 1:
             return number

@@ -26,17 +26,17 @@ from ast_plugin.names import LITERAL, write_name
 Columns = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 FIXED = ('iter', 'epoch', 'lr')  # columns before the losses
-_MEMORY = 0.9  # decay of the moving averages of times, per iteration
-_MOST_ROWS_IN_MEMORY = 1000
+_DECAY = 0.9  # decay of the moving averages of times, per iteration
+_MAX_BUFFERED_ROWS = 1000
 _SECONDS_BETWEEN_CURVES = 60.0
-_MOST_SHARE_OF_TIME = 0.01  # maximum share of time spent on drawing
+_MAX_DRAWING_SHARE = 0.01  # maximum share of time spent on drawing
 
 INK, FAINT, GRID = '#1b1b1b', '#6b6b6b', '#dddddd'
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9', '#e69f00', '#7f4f9f', '#806a4f')
 """Palette that is distinguishable with colour-vision deficiency."""
 STYLE = {**LITERAL, 'font.size': 10, 'axes.edgecolor': FAINT, 'text.color': INK, 'axes.labelcolor': INK}
 """Settings of matplotlib for the curves of runs."""
-_MOST_POINTS = 20_000
+_MAX_POINTS = 20_000
 
 
 class TrainingProgress:
@@ -84,7 +84,7 @@ class TrainingProgress:
 
     def begin(self) -> None:
         """Record that the data of an iteration have arrived."""
-        self.waited += (1 - _MEMORY) * self._lap(self.waited)
+        self.waited += (1 - _DECAY) * self._time_over_average(self.waited)
 
     def pause(self) -> None:
         """Exclude the time since the last call, e.g. of a validation or a checkpoint, from the measured times."""
@@ -92,7 +92,7 @@ class TrainingProgress:
 
     def advance(self, losses: Mapping[str, float]) -> None:
         """Count one iteration and show its losses; close the bar after the last one."""
-        self.worked += (1 - _MEMORY) * self._lap(self.worked)
+        self.worked += (1 - _DECAY) * self._time_over_average(self.worked)
         if self.bar.disable:
             return
         shown = [f'{name} {value:.4f}' for name, value in losses.items()]
@@ -102,7 +102,7 @@ class TrainingProgress:
         if self.bar.n >= self.total_iter:
             self.bar.close()
 
-    def _lap(self, usual: float) -> float:
+    def _time_over_average(self, usual: float) -> float:
         """Return by how much the time since the last call exceeds its moving average."""
         before, self._stamp = self._stamp, time.perf_counter()
         return 0.0 if before is None else self._stamp - before - usual
@@ -149,13 +149,13 @@ class RunLog:
         iters_per_epoch: int | None = None,
         best_metric: str | None = None,
         higher_is_better: bool = True,
-        flush_every: int = _MOST_ROWS_IN_MEMORY,
+        flush_every: int = _MAX_BUFFERED_ROWS,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.table, self.curve = (Path(folder or '', name) for name in ('metrics.csv', 'curve.png'))
         self.name, self.iters_per_epoch = name, iters_per_epoch
         self.best_metric, self.higher_is_better = best_metric, higher_is_better
-        self.flush_every = min(flush_every, _MOST_ROWS_IN_MEMORY)
+        self.flush_every = min(flush_every, _MAX_BUFFERED_ROWS)
         self._columns = [*FIXED]
         self._rows: list[dict[str, Any]] = []
         self._num_written = 0
@@ -177,7 +177,7 @@ class RunLog:
             (opt.get('train') or {}).get('iters_per_epoch'),
             best,
             metrics.get(best, {}).get('better') != 'lower',
-            (opt.get('logger') or {}).get('print_freq') or _MOST_ROWS_IN_MEMORY,
+            (opt.get('logger') or {}).get('print_freq') or _MAX_BUFFERED_ROWS,
         )
 
     def add_iteration(self, current_iter: int, lr: float, losses: Mapping[str, float]) -> None:
@@ -220,7 +220,7 @@ class RunLog:
             write_file(self.curve, draw_curve(columns, self.name, self.best_metric, self.higher_is_better))
         self._num_drawn = self._num_written
         end = time.monotonic()
-        self._due_at = end + max(_SECONDS_BETWEEN_CURVES, (end - start) / _MOST_SHARE_OF_TIME)
+        self._due_at = end + max(_SECONDS_BETWEEN_CURVES, (end - start) / _MAX_DRAWING_SHARE)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of rows so far, after syncing them to disk if possible."""
@@ -330,7 +330,7 @@ def draw_curve(columns: Columns, title: str, best_metric: str | None = None, hig
         axes = list(figure.subplots(len(heights), sharex=True, height_ratios=heights))
         _draw_losses(axes[0], columns, losses, ticker)
         if 'lr' in columns:
-            axes[1].plot(*_thinned(*columns['lr']), color=FAINT, linewidth=1.4)
+            axes[1].plot(*_subsample(*columns['lr']), color=FAINT, linewidth=1.4)
         axes[1].set_ylim(bottom=0)
         axes[1].ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
         axes[1].set_ylabel('learning rate')
@@ -352,9 +352,9 @@ def _draw_losses(axis, columns: Columns, names: Sequence[str], ticker) -> None:
     for name, colour in zip(names, itertools.cycle(COLOURS), strict=False):
         iterations, values = columns[name]
         smooth = smoothed(values)
-        axis.plot(*_thinned(iterations, values), color=colour, linewidth=0.6, alpha=0.28)
+        axis.plot(*_subsample(iterations, values), color=colour, linewidth=0.6, alpha=0.28)
         labels.append(f'{name}   {smooth[-1]:.4g}')
-        lines += axis.plot(*_thinned(iterations, smooth), color=colour, linewidth=1.8)
+        lines += axis.plot(*_subsample(iterations, smooth), color=colour, linewidth=1.8)
     axis.set_ylabel('loss')
     draw_legend(axis, lines, labels, loc='upper right')
     numbers = np.concatenate([[], *(columns[name][1][np.isfinite(columns[name][1])] for name in names)])
@@ -401,8 +401,8 @@ def draw_legend(axis: Any, lines: Sequence[Any], labels: Sequence[str], **option
             write_name(text, label)
 
 
-def _thinned(iterations: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    step = math.ceil(len(values) / _MOST_POINTS)
+def _subsample(iterations: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    step = math.ceil(len(values) / _MAX_POINTS)
     return iterations[::step], values[::step]
 
 

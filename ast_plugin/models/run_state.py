@@ -56,7 +56,7 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
         CheckpointError: if the state does not fit the model's optimisers, schedules or network.
     """
     old, logger = state.get('options'), get_root_logger()
-    told = changes(old, recorded)
+    reported = changes(old, recorded)
     options = _optimizer_options(recorded)
     try:
         for number, (optimizer, saved) in enumerate(zip(model.optimizers, state['optimizers'], strict=True)):
@@ -65,19 +65,19 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
             if model.opt.get('force_resume') and _optimizer_misfit(given, saved, before, optimizer):
                 logger.warning(f'train.{key}: reset, because the state does not fit it')
             else:
-                told |= _restore_optimizer(optimizer, saved, f'train.{key}', given, before)
+                reported |= _restore_optimizer(optimizer, saved, f'train.{key}', given, before)
         for schedule, saved in zip(model.schedulers, state['schedulers'], strict=True):
             if not _restore_schedule(schedule, saved) and not old:
-                told['train.scheduler'] = 'learning rates follow the options'
+                reported['train.scheduler'] = 'learning rates follow the options'
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f'the state of iteration {state["iter"]} does not fit the optimiser, schedule or network of the options: '
             f'{error}. Resume with the options it was trained with'
         ) from error
     if state.get('best_metric_results'):
-        model.best_metric_results = _best_values(model.opt, state['best_metric_results'], told)
-    if told:
-        lines = '; '.join(f'{key}: {change}' for key, change in told.items())
+        model.best_metric_results = _best_values(model.opt, state['best_metric_results'], reported)
+    if reported:
+        lines = '; '.join(f'{key}: {change}' for key, change in reported.items())
         logger.warning(f'Options that differ from the training state apply from here on: {lines}')
     missing = []
     for name, part in getattr(model, 'stateful', {}).items():
@@ -113,26 +113,26 @@ def changes(old: Any, new: Any, where: str = '') -> dict[str, str]:
         for key in dict.fromkeys([*old, *new] if where else [key for key in new if key in old]):
             found |= changes(old.get(key), new.get(key), f'{where}.{key}'.removeprefix('.'))
         return found
-    return {} if old == new else {where: f'{_said(old)} → {_said(new)}'}
+    return {} if old == new else {where: f'{_format_value(old)} → {_format_value(new)}'}
 
 
-def _best_values(opt: Mapping[str, Any], values: Mapping[str, Any], told: dict[str, str]) -> dict[str, Any]:
-    """Return the best values of a state that remain comparable; list values that are reset in `told`."""
+def _best_values(opt: Mapping[str, Any], values: Mapping[str, Any], reported: dict[str, str]) -> dict[str, Any]:
+    """Return the best values of a state that remain comparable; list values that are reset in `reported`."""
     names = [part['name'] for key, part in (opt.get('datasets') or {}).items() if key.startswith('val')] or [*values]
-    stale = {key.split('.')[2] for key in told if key.startswith('val.metrics.')}
-    if 'val.best_metric' in told:
+    stale = {key.split('.')[2] for key in reported if key.startswith('val.metrics.')}
+    if 'val.best_metric' in reported:
         stale.add(opt['val'].get('best_metric'))
     if (
-        not told.keys().isdisjoint(('val.protocol', 'val.metrics')) or names[0] not in values
+        not reported.keys().isdisjoint(('val.protocol', 'val.metrics')) or names[0] not in values
     ):  # the first dataset decides which weights are the best
         stale = {metric for parts in values.values() for metric in parts}
     if stale:
-        told['best values'] = f'of {", ".join(sorted(map(str, stale)))} are reset'
+        reported['best values'] = f'of {", ".join(sorted(map(str, stale)))} are reset'
     kept = {name: {k: v for k, v in values[name].items() if k not in stale} for name in names if name in values}
     return {name: parts for name, parts in kept.items() if parts}
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return 'nothing' if value is None else f'{len(value)} options' if isinstance(value, Mapping) else str(value)
 
 
@@ -228,25 +228,27 @@ def _restore_optimizer(
     """Load a state but keep changed options; return the changes if the state does not record its options."""
     given = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
-    told = {}
+    reported = {}
     for group, values in zip(optimizer.param_groups, given, strict=True):
         if before is None:
-            keys = [k for k in ('initial_lr', *options) if k != 'lr' and _plain(group.get(k)) != _plain(values.get(k))]
+            keys = [
+                k for k in ('initial_lr', *options) if k != 'lr' and _to_list(group.get(k)) != _to_list(values.get(k))
+            ]
         else:
             keys = [k for k in {**before, **options} if before.get(k) != options.get(k)]
         for key in ['initial_lr' if key == 'lr' else key for key in keys]:
             if key in values:
                 if before is None:
-                    told[f'{where}.{key.removeprefix("initial_")}'] = (
-                        f'{_plain(group.get(key))} → {_plain(values[key])}'
+                    reported[f'{where}.{key.removeprefix("initial_")}'] = (
+                        f'{_to_list(group.get(key))} → {_to_list(values[key])}'
                     )
                 group[key] = values[key]
-    return told
+    return reported
 
 
 def _restore_schedule(schedule: LRScheduler, saved: Mapping[str, Any]) -> bool:
     """Load the state of a schedule; if its options differ, step to its iteration and return False."""
-    if _fixed(schedule.state_dict()) == _fixed(saved):
+    if _step_independent(schedule.state_dict()) == _step_independent(saved):
         schedule.load_state_dict(saved)
         return True
     with warnings.catch_warnings():
@@ -258,10 +260,10 @@ def _restore_schedule(schedule: LRScheduler, saved: Mapping[str, Any]) -> bool:
     return False
 
 
-def _fixed(state: Mapping[str, Any]) -> dict[str, Any]:
+def _step_independent(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a schedule's state that does not change from step to step."""
-    return {k: _plain(v) for k, v in state.items() if not k.startswith('_') and k not in _CHANGED_BY_STEPS}
+    return {k: _to_list(v) for k, v in state.items() if not k.startswith('_') and k not in _CHANGED_BY_STEPS}
 
 
-def _plain(value: Any) -> Any:
+def _to_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value

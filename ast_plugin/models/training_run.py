@@ -210,7 +210,7 @@ def hand_over(module: ModuleType, opt: dict[str, Any], run: Run, stage: Stage) -
 
 
 @contextmanager
-def _attended(module: ModuleType, folder: Path | None) -> Iterator[None]:
+def _lock_and_save_on_error(module: ModuleType, folder: Path | None) -> Iterator[None]:
     """Lock the experiment's folder while BasicSR's pipeline in `module` runs, and save if it ends with an error.
 
     Args:
@@ -221,7 +221,7 @@ def _attended(module: ModuleType, folder: Path | None) -> Iterator[None]:
     with ExitStack() as held:
 
         def build_model(opt: dict[str, Any]) -> Any:
-            _occupy(folder, held)
+            _lock(folder, held)
             built.append(build(opt))
             return built[0]
 
@@ -245,7 +245,7 @@ def _attended(module: ModuleType, folder: Path | None) -> Iterator[None]:
             module.build_model = build
 
 
-def _occupy(folder: Path | None, held: ExitStack) -> None:
+def _lock(folder: Path | None, held: ExitStack) -> None:
     """Lock a folder until `held` ends, if its file system has locks; raise FileError if it is already locked."""
     if folder is not None and folder.exists():
         with suppress(OSError):
@@ -317,22 +317,26 @@ class Training:
         self.is_first = process['rank'] == 0
         folder = self.run.experiment() if self.is_first else None
         with ExitStack() as held:  # fail before anything is renamed
-            _occupy(folder, held)
+            _lock(folder, held)
         if self.stages[0].name is not None and self.stages is self.run.stages and not self.auto_resume:
-            self._put_aside(self.run.experiment())
+            self._archive(self.run.experiment())
         for stage in self.stages:
             opt = self._prepare(stage, **process)
             if _of_first_process(self._is_finished(stage, opt)):
-                self._tell(f'{stage.name} is finished: {self.run.experiment(stage)}')
+                self._log(f'{stage.name} is finished: {self.run.experiment(stage)}')
                 continue
             paths, line = _of_first_process(self._find_start(stage, opt) if self.is_first else None)
             opt['path'].update(paths)
-            self._tell(line)
-            self._tell(_shortened_warmup(stage, opt))
+            self._log(line)
+            self._log(_shortened_warmup(stage, opt))
             for later in self.run.stages[stage.number :]:
                 # Later stages started from weights that are about to be replaced.
-                self._put_aside(self.run.experiment(later))
-            with catch_signals(), hand_over(basicsr.train, opt, self.run, stage), _attended(basicsr.train, folder):
+                self._archive(self.run.experiment(later))
+            with (
+                catch_signals(),
+                hand_over(basicsr.train, opt, self.run, stage),
+                _lock_and_save_on_error(basicsr.train, folder),
+            ):
                 basicsr.train.train_pipeline(str(self.run.root))
             if stage.name is not None and self.is_first:
                 mark_finished(self.run.experiment(stage), opt['train']['total_iter'])
@@ -370,7 +374,7 @@ class Training:
         line = f'{stage.name} starts from {what} weights of {before.name}: {weights}'
         return {'pretrain_network_g': str(weights), 'param_key_g': read_checkpoint(weights).param_key}, line
 
-    def _put_aside(self, folder: Path) -> None:
+    def _archive(self, folder: Path) -> None:
         """Rename a folder in the same way as BasicSR renames an older run."""
         if not self.is_first or not folder.exists():
             return
@@ -380,7 +384,7 @@ class Training:
         except OSError as error:
             raise OptionError(f'{folder}: cannot be renamed: {error.strerror}; choose another --root') from error
 
-    def _tell(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         if self.is_first and line:
             self.say(line)
 

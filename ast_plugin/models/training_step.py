@@ -194,7 +194,7 @@ class TrainingStep:
     def _apply(self, losses: Losses, iteration: int, images: Sequence[str]) -> tuple[dict[str, float], bool]:
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer)
-        own, values, norm = self._read(losses, self._cut_gradients())
+        own, values, norm = self._read(losses, self._clip_gradients())
         losses_are_finite = all(map(math.isfinite, values.values()))
         if losses_are_finite and math.isfinite(norm):
             scaler.step(self.optimizer)
@@ -209,7 +209,7 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         return values, False
 
-    def _cut_gradients(self) -> Tensor:
+    def _clip_gradients(self) -> Tensor:
         """Clip the gradients to `clip_grad_norm` and return their original norm, equal in all processes."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)

@@ -49,7 +49,7 @@ from ast_plugin.models.optimizers import build_optimizer
 from ast_plugin.names import printable
 
 WANDB_RECORD = 'wandb_run'  # file in the experiment's folder with the id of its W&B run
-_CHILD_ENDS = getattr(signal, 'SIGCHLD', signal.SIGINT)  # Windows has no SIGCHLD
+_CHILD_SIGNAL = getattr(signal, 'SIGCHLD', signal.SIGINT)  # Windows has no SIGCHLD
 _FOLDERS = {'experiments_root', 'models', 'training_states', 'visualization', 'log'}
 _NO_TENSORBOARD = 'TensorBoard logs are not written'
 
@@ -343,7 +343,7 @@ def resume_within_epochs() -> None:
     replace(create_loaders, 'create_train_val_dataloader', train)
 
 
-def _is_of_torch(handler) -> bool:
+def _is_torch_handler(handler) -> bool:
     """Return whether a signal handler was set by torch's data loader, or in C (None)."""
     return handler is None or getattr(handler, '__module__', '') == signal_handling.__name__
 
@@ -367,12 +367,14 @@ def start_loading_once() -> None:
 
             def reset(self):
                 """Start loading the epoch that is set in the sampler."""
-                handler = signal.getsignal(_CHILD_ENDS)
+                handler = signal.getsignal(_CHILD_SIGNAL)
                 with workers.block_signals():
                     super().reset()
                 is_main = threading.current_thread() is threading.main_thread()
-                if is_main and _is_of_torch(signal.getsignal(_CHILD_ENDS)):  # torch sets its handler once per process
-                    signal.signal(_CHILD_ENDS, signal.SIG_DFL if _is_of_torch(handler) else handler)
+                if is_main and _is_torch_handler(
+                    signal.getsignal(_CHILD_SIGNAL)
+                ):  # torch sets its handler once per process
+                    signal.signal(_CHILD_SIGNAL, signal.SIG_DFL if _is_torch_handler(handler) else handler)
 
             def next(self):
                 """Return the next batch; exceptions get the attribute `is_of_loading`."""
@@ -464,7 +466,7 @@ def spare_runs_from_tensorboard(original, opt):
     return SparedWriter(tb_logger) if is_wanted else tb_logger
 
 
-def _show_names(record: logging.LogRecord) -> bool:
+def _escape_names(record: logging.LogRecord) -> bool:
     """Escape unprintable characters in a log record; a logging filter that accepts every record."""
     record.msg = re.sub(r'[^\n\t]+', lambda part: printable(part[0]), record.getMessage())
     record.args = ()
@@ -479,7 +481,7 @@ def write_every_name() -> None:
     `copy_opt_file`, which adds the command line to the copy, stops the run. Terminal control sequences in names are
     written to the terminal unescaped. No upstream issue known.
     """
-    logging.getLogger('basicsr').addFilter(_show_names)
+    logging.getLogger('basicsr').addFilter(_escape_names)
     file_handler = functools.partial(logging.FileHandler, encoding='utf-8', errors='backslashreplace')
     logger.logging = types.SimpleNamespace(**{**vars(logging), 'FileHandler': file_handler})
 

@@ -139,7 +139,7 @@ def test_training_beside_another(folder, capfd, monkeypatch):
     experiment.mkdir(parents=True)
     monkeypatch.setattr(training_run, '_PATIENCE', 0.0)
     module = SimpleNamespace(build_model=str)
-    with training_run._attended(module, experiment):
+    with training_run._lock_and_save_on_error(module, experiment):
         module.build_model({})
         for more in ((), ('--auto_resume',)):
             message = complaint(capfd, 'train', '-opt', 'tiny.yml', *more)
@@ -150,7 +150,7 @@ def test_training_beside_another(folder, capfd, monkeypatch):
 def test_killed_worker_is_explained():
     """XPixelGroup/BasicSR#59: advice for low shared memory in containers, not a traceback from the backward pass."""
     explained = pytest.raises(TrainingError, match=r'num_worker_per_gpu.*--shm-size')
-    with explained, training_run._attended(SimpleNamespace(build_model=str), None):
+    with explained, training_run._lock_and_save_on_error(SimpleNamespace(build_model=str), None):
         raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible')
 
 
