@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = file_restorer.plan_jobs(found.images, output, args.suffix, args.format)
     restorer = _load_restorer(args)
     for note in getattr(restorer, 'notes', ()):
-        hint = '; specify the full network with -opt FILE' if 'assumed' in note else ''
+        hint = '; specify the full network with -opt FILE' if 'assuming' in note else ''
         say(f'note: {args.weights}: {note}{hint}', file=sys.stderr)
     report = None if args.report is None else Path(args.report).expanduser()
     maps = map(file_restorer.uncertainty_path, jobs) if args.uncertainty else ()

@@ -113,7 +113,7 @@ def test_damaged_training_image_saves(folder, capfd):
     ('text', 'expected'),
     [
         (r'a: "D:\train\lq"', "unknown escape character 'l'"),
-        (r'a: "D:\train\new"', r"holds '\t'"),
+        (r'a: "D:\train\new"', r"contains '\t'"),
         (r'a: "C:\Users\me"', 'expected escape sequence'),
     ],
 )

@@ -72,7 +72,7 @@ def test_degradation_without_weights_is_reported(run, tmp_path):
     assert run(rain=9)[0] == 0
     (weights.FOLDER / 'rain.safetensors').unlink()  # one that ought to be there
     status, _, err = run(clean=9)
-    assert status == 2 and 'rain.safetensors is not there' in err
+    assert status == 2 and 'rain.safetensors not found' in err
 
 
 def test_colour_change_is_reported(run, tmp_path):
