@@ -108,7 +108,7 @@ def test_windows_partitioned_by_the_caller():
         mask[2, :, 3] = float('-inf')
         changed = block.attend_windows(ops.partition_windows(x, 4), mask) != cut
     assert changed.flatten(1).any(1).tolist() == [False, False, True, False, False, False] * 2
-    with pytest.raises(ShapeError, match=r'windows of 4x4 tokens, 8 channels, not \[2, 9, 8\]'):
+    with pytest.raises(ShapeError, match=r'windows \[B, 16, 8\] of 4x4 tokens, got \[2, 9, 8\]'):
         block.attend_windows(torch.zeros(2, 9, DIM))
 
 

@@ -187,7 +187,7 @@ def test_resuming_that_contradicts_itself(folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     before = listing(folder)
     assert main(['train', '-opt', 'tiny.yml', '--force_resume']) == 2
-    assert 'add --auto_resume' in capfd.readouterr().err
+    assert '--force_resume requires --auto_resume' in capfd.readouterr().err
     assert listing(folder) == before
     state = 'experiments/tiny/training_states/2.state'
     force = [f'path:resume_state={state}', 'train:total_iter=12']
