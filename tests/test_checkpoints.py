@@ -198,7 +198,7 @@ def test_keep_weights_of_no_iteration(tmp_path):
     assert set(names(tmp_path)) == {'net_g_10.pth', 'net_g_best.pth', 'net_g_latest.pth'}
 
 
-def test_abandoned_states_are_put_aside(tmp_path):
+def test_abandoned_states_are_renamed(tmp_path):
     write_states(tmp_path, 5, 10, 15, 6)
     keep_newest(tmp_path, STATE, 6, 3)
     assert newest_whole(tmp_path) == tmp_path / '6.state'

@@ -80,14 +80,14 @@ def test_auto_takes_the_first_present(machine, what, present):
         (CPU, '', 'cpu'),
     ],
 )
-def test_absent_device_is_refused(machine, what, name, present):
+def test_absent_device_is_rejected(machine, what, name, present):
     machine(*what)
     with pytest.raises(OptionError, match=re.escape(f'device {name} is not available; available devices: {present} (')):
         find_device(name)
 
 
 @pytest.mark.parametrize('name', ['cuda:99', 'meta'])
-def test_absent_device_is_refused_unplayed(name):
+def test_absent_device_is_rejected_unplayed(name):
     with pytest.raises(OptionError, match=f'{name} is not available; available devices: .*cpu'):
         find_device(name)
 
@@ -194,7 +194,7 @@ def test_every_command_refuses_an_absent_device(machine, tmp_path, monkeypatch, 
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_unknown_device_of_a_file_is_refused(tmp_path, monkeypatch, capfd):
+def test_unknown_device_of_a_file_is_rejected(tmp_path, monkeypatch, capfd):
     tiny_run.write(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(['check', '-opt', 'tiny.yml', '--device', 'gpu']) == 2

@@ -83,7 +83,7 @@ def test_two_processes_learn_as_one(runs):
     assert any(not torch.equal(one['params'][name], one['params_ema'][name]) for name in one['params'])  # it differs
 
 
-def test_two_processes_stop_alike(runs):
+def test_two_processes_stop_together(runs):
     for report in runs[2][1]:
         assert report['nan'] == ['left out', 'iteration 1: the loss l_pix is nan; images: 1.png, 1.png']
 
@@ -177,7 +177,7 @@ sys.exit(main(['train', '-opt', 'tiny.yml', '--launcher', 'pytorch']))
 
 
 @pytest.mark.parametrize('how', ['error', 'killed'])
-def test_failure_of_one_is_told_once(tmp_path, how):
+def test_failure_of_one_is_reported_once(tmp_path, how):
     write_run(tmp_path, type='FailsInOne')
     first, second = finish(start(2, '-c', FAILS_IN_ONE, cwd=tmp_path, FAILS='1', HOW=how), timeout=90)
     assert first[0] == 2, first[2]

@@ -72,7 +72,7 @@ def test_names_as_long_as_allowed(tmp_path, write):
     assert path.read_bytes() == b'all'
 
 
-def test_makes_the_folder_when_told(tmp_path):
+def test_creates_the_folder_on_request(tmp_path):
     with pytest.raises(FileError, match='No such file or directory'):
         write_file(tmp_path / 'new/a', b'')
     write_file(tmp_path / 'new/a', b'1', make_folder=True)
@@ -80,7 +80,7 @@ def test_makes_the_folder_when_told(tmp_path):
         write_file(tmp_path / 'new/a/b', b'', make_folder=True)
 
 
-def test_mode_as_the_umask_says(tmp_path):
+def test_mode_follows_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
         write_file(tmp_path / 'a', b'')

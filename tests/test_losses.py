@@ -90,12 +90,12 @@ SQUARE = (1, 3, 4, 4)
         (PSNRLoss(toY=True), ((1, 1, 4, 4), (1, 1, 4, 4)), 'RGB'),
     ],
 )
-def test_bad_images_are_refused(loss, shapes, told):
+def test_bad_images_are_rejected(loss, shapes, told):
     with pytest.raises(ShapeError, match=told):
         loss(*(image(*shape) for shape in shapes))
 
 
-def test_bad_options_are_refused():
+def test_bad_options_are_rejected():
     for module, options in [
         (ASTCharbonnierLoss, {'reduction': 'avg'}),
         (PSNRLoss, {'reduction': 'sum'}),

@@ -37,7 +37,7 @@ def faults(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize('repair', [*BEFORE_IMPORT, *REPAIRS], ids=lambda repair: repair.__name__)
-def test_repair_mends_its_fault(faults, repair):
+def test_repair_fixes_its_fault(faults, repair):
     assert faults[repair.__name__] == {'before': False, 'after': True}
     assert 'Fault: ' in repair.__doc__
 
@@ -48,7 +48,7 @@ def test_repairing_again_changes_nothing():
     assert before == (BaseModel.model_to_device, train.init_tb_loggers, train.CPUPrefetcher)
 
 
-def test_another_basicsr_is_refused(monkeypatch):
+def test_other_basicsr_version_is_rejected(monkeypatch):
     monkeypatch.setattr('basicsr.__version__', '1.5.0')
     monkeypatch.setattr(toolbox, '_repaired', False)
     with pytest.raises(PluginError, match=r'1\.5\.0 is installed: pip install basicsr==1\.4\.2'):

@@ -82,7 +82,7 @@ def train(folder, capfd, *overrides):
         (['logger:wandb={project: rain}', 'logger:use_tb_logger=true'], 'pip install "ast_plugin[wandb]"'),
     ],
 )
-def test_training_is_refused(folder, capfd, monkeypatch, overrides, expected):
+def test_training_is_rejected(folder, capfd, monkeypatch, overrides, expected):
     for package in ('pyiqa', 'wandb'):
         monkeypatch.setitem(sys.modules, package, None)
     (folder / 'real_world.txt').write_text('\n')
@@ -122,7 +122,7 @@ def test_state_without_its_weights(folder, capfd):
         ('test -opt tiny.yml', 'train first (`basicsr train -opt tiny.yml`)'),
     ],
 )
-def test_run_is_refused(folder, capfd, monkeypatch, arguments, expected):
+def test_run_is_rejected(folder, capfd, monkeypatch, arguments, expected):
     for name in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID'):
         monkeypatch.delenv(name, raising=False)
     (folder / 'file').write_text('- a\n- b\n')

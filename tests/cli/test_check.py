@@ -67,7 +67,7 @@ def test_five_faults_give_five_lines(folder, capfd):
     assert tree(folder) == before
 
 
-def test_what_a_file_comes_to(folder, capfd):
+def test_resolved_options(folder, capfd):
     before = tree(folder)
     status, out, err = check(capfd, '-opt', 'staged.yml', '--force_yml', 'manual_seed=7')
     assert status == 0
@@ -243,7 +243,7 @@ def mangled(text, generator):
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_broken_files_are_refused(folder, capfd, monkeypatch, seed):
+def test_broken_files_are_rejected(folder, capfd, monkeypatch, seed):
     """Four times fifty mutated files; most are broken, and some may be valid."""
     monkeypatch.setattr('os.system', lambda command: pytest.fail(f'{command} was run'))
     generator = random.Random(seed)

@@ -114,7 +114,7 @@ def test_faults(registered, opt, complaint):
     assert any(complaint in fault for fault in faults), faults
 
 
-def test_what_all_share_is_told_once(registered):
+def test_what_all_share_is_reported_once(registered):
     given = {'name': 'given', 'network_g': COMPACT, 'weights': 'w.pth'}
     assert validation.find_faults(options_of([*NETWORKS, given]), registered) == []
     opt = options_of([*NETWORKS, given], datasets__train={'type': 'x'}, scale='two', train__total_iter=0)
@@ -139,7 +139,7 @@ RAISES = {'name': 'raises', 'network_g': COMPACT, 'train': {'optim_g': {DELETE_K
         [RAISES],
     ],
 )
-def test_shared_fault_is_told_where_written(registered, networks):
+def test_shared_fault_is_reported_where_written(registered, networks):
     opt = options_of(networks)
     opt['train']['optim_g']['lr'] = 'high'
     faults = [str(fault) for fault in validation.find_faults(opt, registered)]
@@ -225,7 +225,7 @@ def run_and_kill(folder, file, wait_for):
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='needs SIGKILL')
-def test_killed_it_goes_on_and_one_that_fails(tmp_path, monkeypatch, capsys):
+def test_killed_comparison_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     broken = {'name': 'broken', 'network_g': COMPACT, 'train': {'optim_g': {'lr': 1e30}}}
     opt = options_of(

@@ -61,7 +61,7 @@ def test_the_lines_for_an_option_file_work(folder, capfd):
         assert len(PairsDataset(options)) == {'train': 4, 'val': 2}[phase]
 
 
-def test_faults_are_refused_and_then_left_out(folder, capfd):
+def test_faults_are_rejected_and_then_left_out(folder, capfd):
     (folder / 'raindrop/train/train/data/1_rain.png').write_bytes(b'')
     (folder / 'raindrop/train/train/gt/2_clean.png').unlink()
     out, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', status=2)
@@ -77,7 +77,7 @@ def test_faults_are_refused_and_then_left_out(folder, capfd):
     assert (folder / 'out/faults.txt').read_text() == faults
 
 
-def test_leaks_are_refused_and_then_accepted(folder, capfd):
+def test_leaks_are_rejected_and_then_accepted(folder, capfd):
     shutil.copy('raindrop/train/train/data/3_rain.png', 'raindrop/test_a/test_a/data/0_rain.png')
     out, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', status=2)
     assert 'test_a: 1 degraded image is also in train' in out
@@ -193,7 +193,7 @@ def test_what_has_changed(prepared, capfd, name, change, kind, text, is_quick):
     check(capfd, 'out/test.jsonl', status=int(kind == 'extra'))
 
 
-def test_a_key_of_two_pairs_is_told(prepared, capfd):
+def test_a_key_of_two_pairs_is_reported(prepared, capfd):
     path = prepared / 'out/train.jsonl'
     path.write_text(path.read_text().replace('"key": "02"', '"key": "01"'))
     assert 'key twice  01: line 3' in check(capfd, 'out', status=1)

@@ -249,7 +249,7 @@ def test_bad_input(tmp_path, photo, monkeypatch, capsys, arguments, complaint):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_an_unknown_task_is_refused(capsys):
+def test_an_unknown_task_is_rejected(capsys):
     with pytest.raises(SystemExit) as caught:
         synth('--task', 'fog', '-i', 'x', '-o', 'y')
     assert caught.value.code == 2 and 'rain' in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_export_weights(words, here):
     assert torch.jit.load('w.pt')(torch.zeros(1, 3, 20, 30)).shape == (1, 3, 20, 30)
 
 
-def test_export_tells_what_was_assumed(here, capsys):
+def test_export_reports_assumptions(here, capsys):
     save_torch(here / 'bare.pth', {'params': build_network(TINY | {'img_size': 128}).state_dict()})
     assert main(['export', '--weights', 'bare.pth', '-o', 'w.pt', '--format', 'torchscript', '--size', '9x9']) == 0
     assert 'note: bare.pth: img_size cannot be inferred' in capsys.readouterr().err

@@ -265,7 +265,7 @@ def test_tile_batches_and_self_ensemble(run, tmp_path, lively_weights):
     np.testing.assert_allclose(restored('b.png', '--self-ensemble')[:, ::-1], ensemble, atol=1)
 
 
-def test_short_memory_is_said(run, tmp_path, monkeypatch):
+def test_short_memory_is_reported(run, tmp_path, monkeypatch):
     monkeypatch.setattr('ast_plugin.evaluation.tiling.available_bytes', lambda device: 10**6)
     put(tmp_path / 'a.png', noise(20, 150, 3))
     status, _, err = run('a.png')
@@ -274,7 +274,7 @@ def test_short_memory_is_said(run, tmp_path, monkeypatch):
     np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'a.png').color, noise(20, 150, 3))
 
 
-def test_assumed_options_are_said(run, tmp_path):
+def test_assumed_options_are_reported(run, tmp_path):
     torch.save({'params': build_network(TINY | {'img_size': 128}).state_dict()}, tmp_path / 'bare.pth')
     put(tmp_path / 'a.png')
     status, _, err = run('a.png', weights=tmp_path / 'bare.pth')

@@ -20,7 +20,7 @@ def info(run_on_network):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='only Linux reports the memory of a process')
-def test_what_it_tells(info, monkeypatch):
+def test_info_output(info, monkeypatch):
     run_child = module._run_child
 
     def run_fewer(kind, job):  # one run in a separate process

@@ -66,7 +66,7 @@ def test_wrong_usage(capsys, arguments, complaint):
 
 
 @pytest.mark.parametrize('own', [{}, {'GOMP_SPINCOUNT': '7'}, {'OMP_WAIT_POLICY': 'ACTIVE'}])
-def test_waiting_threads_spin_briefly_unless_told(monkeypatch, capsys, own):
+def test_waiting_threads_spin_briefly_by_default(monkeypatch, capsys, own):
     for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'):
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
@@ -234,7 +234,7 @@ def test_training_resuming_and_testing(tmp_path, monkeypatch, capfd):
     assert [path.name for path in (tmp_path / 'out' / 'experiments').iterdir()] == ['tiny']
 
 
-def test_wrong_name_is_told_without_basicsr():
+def test_wrong_name_is_reported_without_basicsr():
     code = (
         'import sys; from ast_plugin.cli.main import main; '
         "print([main([name, '-opt', 'AST_derian']) for name in ('train', 'test', 'check')], 'basicsr' in sys.modules)"

@@ -156,7 +156,7 @@ def test_one_stage(folder, capfd):
     assert 'AST_quickstart.yml has no stages' in capfd.readouterr().err
 
 
-def test_a_whole_run_puts_an_older_one_aside(folder, capfd):
+def test_complete_run_archives_an_older_one(folder, capfd):
     old = experiment(folder) / 'stage_3' / 'models'
     old.mkdir(parents=True)
     (old / 'net_g_best.pth').write_bytes(b'old')

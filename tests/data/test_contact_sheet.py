@@ -62,7 +62,7 @@ def test_nothing_measured_gives_no_sheet():
     assert ValidationResults('rain', restored={'a': {}}, ranking=Ranking('psnr', count=1)).draw_examples() is None
 
 
-def test_rows_of_other_sizes_are_refused():
+def test_rows_of_other_sizes_are_rejected():
     with pytest.raises(ShapeError, match='expected 2 images of equal size in a row'):
         draw_contact_sheet(('a', 'b'), [[Cell(flat(0)), Cell(flat(0, width=41))]])
     with pytest.raises(ShapeError, match='expected 2 images'):

@@ -175,7 +175,7 @@ def test_exif_orientation_is_applied(tmp_path, kind, orientation):
         assert kind.startswith('tif') or exif[0x010F] == 'a camera'
 
 
-def test_cmyk_is_converted_and_said(tmp_path):
+def test_cmyk_is_converted_and_reported(tmp_path):
     image = read_image(save(tmp_path / 'a.jpg', smooth(24, 32), 'CMYK', quality=95))
     assert np.abs(image.color.astype(int) - smooth(24, 32)).mean() < 4
     assert 'CMYK' in image.notes[0]
@@ -247,7 +247,7 @@ def assert_refused(path, reason, readers=(read_image, read_rgb)):
 
 
 @pytest.mark.parametrize('suffix', ['.png', '.jpg', '.webp', '.tif', '.bmp'])
-def test_truncated_files_are_refused(tmp_path, suffix):
+def test_truncated_files_are_rejected(tmp_path, suffix):
     """A file truncated anywhere is rejected by name; OpenCV would return the existing rows."""
     whole = save(tmp_path / f'whole{suffix}', noise(64, 64, 3)).read_bytes()
     path = tmp_path / f'broken{suffix}'
@@ -276,7 +276,7 @@ def test_truncation_is_seen_through_a_thumbnail(tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['.png', '.webp', '.tif'])
-def test_animated_files_are_refused(tmp_path, suffix):
+def test_animated_files_are_rejected(tmp_path, suffix):
     frames = [Image.fromarray(noise(16, 16, 3, seed=seed)) for seed in range(3)]
     path = tmp_path / f'a{suffix}'
     frames[0].save(path, save_all=True, append_images=frames[1:])
@@ -284,7 +284,7 @@ def test_animated_files_are_refused(tmp_path, suffix):
 
 
 @pytest.mark.parametrize('kind', ['png', 'jpg'])
-def test_large_files_are_refused_in_training(tmp_path, monkeypatch, kind):
+def test_large_files_are_rejected_in_training(tmp_path, monkeypatch, kind):
     path = tmp_path / f'large.{kind}'
     cv2.imwrite(str(path), smooth(20, 30))
     assert read_rgb(path).shape == (20, 30, 3)
@@ -293,7 +293,7 @@ def test_large_files_are_refused_in_training(tmp_path, monkeypatch, kind):
     assert_refused(path, '30x20 is 0 million pixels, more than the', [read_rgb])
 
 
-def test_decompression_bombs_are_refused(tmp_path):
+def test_decompression_bombs_are_rejected(tmp_path):
     bomb = write_png(tmp_path / 'bomb.png', noise(1, 1, 3), 2, depth=8, height=30000, width=40000)
     assert_refused(bomb, '40000x30000 is 1200 million pixels.*--max-megapixels')
     path, limit = save(tmp_path / 'a.png', noise(20, 20, 3)), Image.MAX_IMAGE_PIXELS
@@ -320,6 +320,6 @@ def test_what_is_no_image(tmp_path):
         (noise(3, 8, 8, dtype=np.uint16), {'photometric': 'rgb', 'planarconfig': 'separate'}),
     ],
 )
-def test_tiffs_of_other_kinds_are_refused(tmp_path, pixels, options):
+def test_tiffs_of_other_kinds_are_rejected(tmp_path, pixels, options):
     tifffile.imwrite(tmp_path / 'a.tif', pixels, **options)
     assert_refused(tmp_path / 'a.tif', 'support')

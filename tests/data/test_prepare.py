@@ -234,7 +234,7 @@ def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
         find_splits('agan', tmp_path)
 
 
-def test_a_folder_of_too_much_is_refused(tmp_path, monkeypatch):
+def test_a_folder_of_too_much_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr('ast_plugin.data.prepare._MAX_FOLDERS', 20)
     for number in range(30):
         (tmp_path / str(number)).mkdir()
@@ -365,7 +365,7 @@ def stop_after(pairs: int):
     return on_pair
 
 
-def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+def test_a_stopped_run_continues(tmp_path, monkeypatch):
     root = make_agan(tmp_path / 'data')
     prepare(root, tmp_path / 'whole')
     preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
@@ -380,7 +380,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
 
 
-def test_a_refused_run_reads_only_what_was_mended(tmp_path, monkeypatch):
+def test_rejected_run_rereads_only_fixed_files(tmp_path, monkeypatch):
     root = make_agan(tmp_path / 'data')
     (root / 'train/data/2_rain.png').write_bytes(b'')
     preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')

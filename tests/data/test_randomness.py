@@ -85,7 +85,7 @@ def test_empty_datasets_and_several_devices():
 
 @pytest.mark.parametrize('replicas', [1, 2])
 @pytest.mark.parametrize('iteration', [1, 5, 6, 13])
-def test_a_resumed_epoch_goes_on_where_it_was(replicas, iteration):
+def test_a_resumed_epoch_continues_where_it_was(replicas, iteration):
     dataset = Numbers(10 * replicas, batch=2)  # five iterations per epoch
     for rank in range(replicas):
         whole, resumed = (EpochSampler(dataset, replicas, rank) for _ in range(2))

@@ -94,6 +94,6 @@ def test_work_comes_in_order_as_it_is_needed():
     results.close()
 
 
-def test_a_killed_process_is_told():
+def test_a_killed_process_is_reported():
     with pytest.raises(DataError, match='was killed, most likely because memory ran out; use fewer with --workers'):
         list(map_in_processes(die_at_40, range(1000), 2))

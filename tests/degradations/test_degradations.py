@@ -84,7 +84,7 @@ WRONG = [  # one row per rule of a parameter type
 
 
 @pytest.mark.parametrize(('name', 'wrong'), WRONG)
-def test_bad_parameters_are_refused(name, wrong):
+def test_bad_parameters_are_rejected(name, wrong):
     with pytest.raises(ValidationError):
         DEGRADATIONS[name].parameters(**wrong)
 

@@ -22,7 +22,7 @@ def even_haze(image: np.ndarray, seed: int, **parameters) -> tuple[np.ndarray, n
 
 
 @pytest.mark.parametrize('target', [12.0, 16.0, 22.0])
-def test_the_strength_that_is_asked_for(target):
+def test_the_strength_that_is_requested(target):
     clean = photo('coffee')
     for seed in range(3):
         hazy, _ = degrade('haze', clean, seed, psnr=(target, target), airlight=(0.75, 0.92))
@@ -38,7 +38,7 @@ def test_even_haze_is_koschmieders_law():
     np.testing.assert_allclose(hazy, expected, atol=1e-5)
 
 
-def test_haze_is_uneven_as_asked():
+def test_haze_is_uneven_as_requested():
     depth = np.ones((480, 720), np.float32)
 
     def spread(unevenness: float) -> float:
@@ -51,7 +51,7 @@ def test_haze_is_uneven_as_asked():
     assert spread(0.8) == pytest.approx(2 * spread(0.4), rel=0.05)
 
 
-def test_noise_is_as_strong_as_asked():
+def test_noise_is_as_strong_as_requested():
     noisy, _ = even_haze(gray(), 1, visibility=(1e6, 1e6), noise=(0.02, 0.02))
     assert (noisy - gray()).std() == pytest.approx(0.02, rel=0.05)
 
@@ -118,7 +118,7 @@ def test_a_room_is_far_at_its_back_wall():
         (np.zeros((120, 160)), 'finite value above 0'),
     ],
 )
-def test_bad_depth_is_refused(depth, expected):
+def test_bad_depth_is_rejected(depth, expected):
     with pytest.raises(DataError, match=expected):
         degrade('haze', scene(), 0, depth)
     with pytest.raises(DataError, match='requires depth'):

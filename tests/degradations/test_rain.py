@@ -16,7 +16,7 @@ DENSE = {
 
 
 @pytest.mark.parametrize('target', [23.0, 26.0, 30.0])
-def test_the_strength_that_is_asked_for(target):
+def test_the_strength_that_is_requested(target):
     levels = [
         psnr(*(degrade('rain', gray(480, 720), seed, psnr=(target, target), **DENSE)[0], 0.4)) for seed in range(8)
     ]
@@ -38,7 +38,7 @@ def test_rain_without_a_veil_only_brightens():
 
 
 @pytest.mark.parametrize('angle', [-40, 0, 50])
-def test_streaks_lean_as_asked(angle):
+def test_streaks_lean_as_requested(angle):
     _, streaks = degrade('rain', gray(300, 300), 2, angle=(angle, angle), angle_spread=0, bend=(0, 0), **DENSE)
     along, ratio = direction(streaks)
     assert along == pytest.approx(angle, abs=4) and ratio < 0.25

@@ -13,7 +13,7 @@ DRY = {'film': (0, 0)}
 
 
 @pytest.mark.parametrize('target', [17.0, 20.0, 24.0])
-def test_the_strength_that_is_asked_for(target):
+def test_the_strength_that_is_requested(target):
     clean, ranges = (
         photo('coffee'),
         {'coverage': (0.02, 0.5), 'radius': (3, 9), 'defocus': (0.15, 0.9), 'sky': (0.9, 1)},
@@ -25,7 +25,7 @@ def test_the_strength_that_is_asked_for(target):
 
 
 @pytest.mark.parametrize('coverage', [0.1, 0.4])
-def test_drops_cover_what_is_asked(coverage):
+def test_drops_cover_what_is_requested(coverage):
     shares = [
         degrade('raindrop', scene(480, 720), seed, coverage=(coverage, coverage), radius=(3, 12), **DRY)[1].mean()
         for seed in range(8)

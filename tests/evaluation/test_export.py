@@ -85,7 +85,7 @@ def test_onnx_of_ast(batch, size, all_kinds):
         assert_near(restore(path, x), network(x))
 
 
-def test_onnx_says_what_it_is(all_kinds):
+def test_onnx_metadata(all_kinds):
     model = onnx.load(all_kinds[1])
     onnx.checker.check_model(model, full_check=True)
     found = {entry.key: json.loads(entry.value) for entry in model.metadata_props}

@@ -162,7 +162,7 @@ def test_infer_ends_with_a_summary(tmp_path, capsys, monkeypatch):
     np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'c.png').color, noise(8, 9, 3))
 
 
-def test_synth_goes_on_without_a_bad_photo(tmp_path, capsys):
+def test_synth_continues_without_a_bad_photo(tmp_path, capsys):
     photos = tmp_path / 'photos'
     photos.mkdir()
     save(photos / 'a.png', noise(40, 50, 3))
@@ -180,7 +180,7 @@ def test_synth_goes_on_without_a_bad_photo(tmp_path, capsys):
     assert not (tmp_path / 'none').exists()
 
 
-def test_prepare_tells_memory_from_damage(monkeypatch, tmp_path):
+def test_prepare_distinguishes_memory_errors(monkeypatch, tmp_path):
     def fail(*_):
         raise MemoryShortage('large')
 

@@ -162,7 +162,7 @@ def prepared(opt, **changes):
         ({'type': 'AST', 'in_chans': 4}, None),
     ],
 )
-def test_network_tells_the_channels(tmp_path, network_g, channels):
+def test_channels_follow_the_network(tmp_path, network_g, channels):
     opt = yaml.safe_load(option_file(tmp_path, 'folders', 3).read_text())
     assert prepared(opt, network_g=network_g).get('in_chans') == channels
     opt['datasets']['train']['in_chans'] = 3
@@ -177,7 +177,7 @@ def test_network_tells_the_channels(tmp_path, network_g, channels):
         ({'type': 'Other'}, r'datasets\.train\.type: Other reads 8 bits, bit_depth is 16: use PairsDataset'),
     ],
 )
-def test_what_reads_8_bits_is_refused(tmp_path, change, message):
+def test_what_reads_8_bits_is_rejected(tmp_path, change, message):
     opt = yaml.safe_load(option_file(tmp_path, 'folders', 3).read_text())
     opt['datasets']['train'] |= {key: value for key, value in change.items() if key == 'type'}
     with pytest.raises(OptionError, match=message):
@@ -194,7 +194,7 @@ def test_what_reads_8_bits_is_refused(tmp_path, change, message):
         ('synthetic', {'bit_depth': 16}, r'gt/\d\.png: has 8 bits, bit_depth is 16'),
     ],
 )
-def test_bad_depth_is_refused(tmp_path, capfd, source, top, message):
+def test_bad_depth_is_rejected(tmp_path, capfd, source, top, message):
     write_pairs(tmp_path, 3, 8)
     file = option_file(tmp_path, source, 3, **top)
     assert main(['check', '-opt', str(file), '--root', str(tmp_path)]) == 2
@@ -202,14 +202,14 @@ def test_bad_depth_is_refused(tmp_path, capfd, source, top, message):
     assert not (tmp_path / 'experiments').exists()
 
 
-def test_colours_for_a_gray_network_are_refused(tmp_path):
+def test_colours_for_a_gray_network_are_rejected(tmp_path):
     from ast_plugin.archs.networks import build_network
 
     with pytest.raises(DataError, match='the network accepts gray images only'):
         Restorer(build_network(network(1)), in_channels=1, device='cpu').restore(np.zeros((8, 8, 3), np.uint8))
 
 
-def test_output_of_other_channels_is_refused(tmp_path, capfd):
+def test_output_of_other_channels_is_rejected(tmp_path, capfd):
     write_pairs(tmp_path, 3, 8)
     network_g = {'type': 'AST_XS', 'img_size': 16, 'out_chans': 1}
     file = option_file(tmp_path, 'folders', 3, network_g=network_g)

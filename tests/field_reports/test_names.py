@@ -273,7 +273,7 @@ def test_line_of_a_log_is_warned_once(caplog):
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
-def test_all_that_is_said_is_printable():
+def test_all_output_is_printable():
     package = Path(ast_plugin.__file__).parent
     found = {
         str(file.relative_to(package))
@@ -285,7 +285,7 @@ def test_all_that_is_said_is_printable():
 
 
 @pytest.mark.parametrize('name', ['lines', 'controls', 'reordered', 'no_text'])
-def test_folder_in_what_is_said(tmp_path, capfd, name):
+def test_folder_in_messages(tmp_path, capfd, name):
     folder = tmp_path / ODD[name].replace('\x00', '') / 'pairs'
     write_pair(folder, 'a.png')
     prepared, shown = folder.parent / 'prepared', names.printable(str(folder.parent))

@@ -69,7 +69,7 @@ def test_validation_without_gt(tmp_path):
         ('\n  val:\n    name: val\n', '\n  test:\n    name: val\n', 'datasets.val: required by the section val'),
     ],
 )
-def test_validation_that_never_comes(folder, capfd, old, new, expected):
+def test_validation_that_never_runs(folder, capfd, old, new, expected):
     """neosr-project/neosr#3, XPixelGroup/BasicSR#623: an incomplete configuration of validation is an error."""
     text = (folder / 'tiny.yml').read_text()
     assert old in text

@@ -134,7 +134,7 @@ def listing(folder):
         (['network_g:num_feat=16'], 'network_g differs from that of the state: network_g.num_feat: 8 → 16'),
     ],
 )
-def test_refused_before_anything(folder, monkeypatch, capfd, force, said):
+def test_rejected_before_anything(folder, monkeypatch, capfd, force, said):
     monkeypatch.chdir(folder)
     before = listing(folder)
     assert main(['train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml', *force]) == 2

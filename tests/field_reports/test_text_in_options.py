@@ -115,7 +115,7 @@ def test_marks_of_yaml_want_quotes(name):
         safe_yaml.read_text(f'name: {name}', 'my.yml')
 
 
-def test_space_that_does_not_break_is_said():
+def test_space_that_does_not_break_is_reported():
     with pytest.raises(OptionError, match=r'line 3 starts .*U\+00A0'):
         safe_yaml.read_text('a:\n  b: 1\n\u00a0\u00a0c:\n    d: 1\n  e: 2\n', 'my.yml')
 
@@ -158,7 +158,7 @@ def test_file_beside_comes_before_a_shipped_name(tmp_path):
 
 
 @pytest.mark.parametrize('base', ['AST_quickstart', 'AST_derain', 'pretrained/rain'])
-def test_inherited_keys_are_said(base, tmp_path, registered):
+def test_inherited_keys_are_reported(base, tmp_path, registered):
     path, text = tmp_path / 'my.yml', PASTED.format(base=base)
     path.write_text(text)
     for line in faults(path, registered).splitlines():

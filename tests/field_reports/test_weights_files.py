@@ -115,14 +115,14 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize('case', AVERAGES)
-def test_average_is_preferred_and_said(case, tmp_path):
+def test_average_is_preferred_and_reported(case, tmp_path):
     path = write(tmp_path / 'w.pth', AVERAGES[case])
     restorer = Restorer.from_weights(path, network=TINY, device='cpu')
     assert same(restorer.network, EMA)
     assert any('ema' in note for note in restorer.notes)
 
 
-def test_unusual_things_are_said(tmp_path):
+def test_unusual_things_are_reported(tmp_path):
     for case, words in {
         'number_inside': '(not tensors): scale',
         'lightning_with_losses': 'ignored: loss.vgg.0.weight',
@@ -138,7 +138,7 @@ def test_unusual_things_are_said(tmp_path):
     ('content', 'key'),
     [({'params': STATE}, 'nonsense'), (STATE, 'encoder.9'), ({'params': STATE, 'params_ema': EMA}, 'params.nonsense')],
 )
-def test_no_other_key_than_asked_for(content, key, tmp_path):
+def test_no_other_key_than_requested(content, key, tmp_path):
     path = write(tmp_path / 'w.pth', content)
     with pytest.raises(CheckpointError, match=f"under the key '{key}'; available: "):
         load_network(TINY, path, key)
@@ -146,7 +146,7 @@ def test_no_other_key_than_asked_for(content, key, tmp_path):
     assert main(['infer', '-i', str(tmp_path), '-o', str(tmp_path / 'o'), '--weights', str(path), '--param-key', key])
 
 
-def test_keys_that_are_asked_for(tmp_path):
+def test_keys_that_are_requested(tmp_path):
     path = write(tmp_path / 'w.pth', {'a': {'b': STATE}, 'flat': under('net_g.', 'other.')})
     for key in ('a.b', 'flat', 'flat.net_g'):
         assert read_checkpoint(path, key).param_key == key
@@ -176,7 +176,7 @@ def test_loosely_with_other_channels(state, tmp_path):
         load_into(network, read_checkpoint(path))
 
 
-def test_zero_tensors_are_refused(tmp_path):
+def test_zero_tensors_are_rejected(tmp_path):
     path = write(tmp_path / 'w.pth', {'state_dict': state_of(0, OTHER)})
     with pytest.raises(CheckpointError, match=f'none of its .* matches one of the {NUM} of AST'):
         load_into(build_network(TINY), read_checkpoint(path), strict=False)
@@ -243,7 +243,7 @@ def test_several_states_in_one_dictionary(tmp_path):
     assert same(load_network(None, write(tmp_path / 'w.pth', {0: STATE})), STATE)
 
 
-def test_average_without_names_is_said(tmp_path):
+def test_average_without_names_is_reported(tmp_path):
     average = {'decay': 0.9, 'shadow_params': list(EMA.values())}
     path = write(tmp_path / 'w.pth', {'model': STATE, 'ema': average, 'ema_decay': 0.9})
     assert read_checkpoint(path).notes == ('averaged weights under ema have no names and are ignored',)

@@ -86,7 +86,7 @@ def test_names_that_cannot_be_had(name, told, without_extra):
 @pytest.mark.parametrize(
     ('name', 'options'), [('SGD', {'momentum': -1.0}), ('AdamW', {'moment': 3}), ('Adadelta', {'fused': True})]
 )
-def test_options_that_are_refused(name, options):
+def test_options_that_are_rejected(name, options):
     with pytest.raises(OptionError, match=f'{name} rejects'):
         build_optimizer(name, [torch.nn.Parameter(torch.ones(2))], 0.1, **options)
 

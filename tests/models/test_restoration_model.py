@@ -222,7 +222,7 @@ def test_testing_prints_and_writes_the_table(tmp_path, capsys):
         ({'protocol': 'whole', 'metrics': {}}, '\n'),
     ],
 )
-def test_nothing_to_measure_is_said_at_once(caplog, monkeypatch, val, end):
+def test_nothing_to_measure_is_reported_first(caplog, monkeypatch, val, end):
     from ast_plugin.models import preflight
 
     monkeypatch.setattr(logging.getLogger('basicsr'), 'propagate', True)

@@ -69,7 +69,7 @@ def test_a_loss_that_comes_later_gets_a_column(tmp_path):
     assert [row['l_style'] for row in rows(tmp_path)] == ['', '', '2.0']
 
 
-def test_resumed_run_goes_on(tmp_path):
+def test_resumed_run_continues(tmp_path):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     for folder in (whole, killed):
         folder.mkdir()
@@ -145,7 +145,7 @@ def test_curve_is_drawn_at_the_end(tmp_path):
     assert (tmp_path / 'curve.png').stat().st_mtime_ns == drawn_at  # no new rows
 
 
-def test_run_without_matplotlib_goes_on(tmp_path, monkeypatch, caplog):
+def test_run_without_matplotlib_continues(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     log = log_of(tmp_path, 1, 2)
     log.draw(at_once=True)

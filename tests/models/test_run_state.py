@@ -112,7 +112,7 @@ def test_parts_of_the_model_belong_to_the_state(tmp_path, caplog, monkeypatch):
     assert 'therefore reset: other, random state' in caplog.text
 
 
-def test_a_state_of_another_optimiser_is_refused(tmp_path):
+def test_a_state_of_another_optimiser_is_rejected(tmp_path):
     model = build(resumable(tmp_path))
     train(model, 1, 2)
     model.save(0, 2)

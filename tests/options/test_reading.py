@@ -113,7 +113,7 @@ BOMB = 'a: &a [x, x, x, x, x, x, x, x, x, x]\n' + ''.join(
         (b'a: \x00', 'not YAML'),
     ],
 )
-def test_refused(write, tmp_path, text, complaint):
+def test_rejected(write, tmp_path, text, complaint):
     write(file=text)
     message = refused()
     assert complaint in message and 'file.yml' in message

@@ -99,7 +99,7 @@ def test_torch_for_a_machine(machine, options, commands):
     assert machine('auto', **options) == commands
 
 
-def test_no_cpu_torch_to_be_had_is_said(bootstrap, machine):
+def test_missing_cpu_torch_is_reported(bootstrap, machine):
     with pytest.raises(bootstrap.BootstrapError, match='--torch cuda'):
         machine('auto', offered=['--disable-pip-version-check uv'])
 

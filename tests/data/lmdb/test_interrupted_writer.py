@@ -120,7 +120,7 @@ def test_a_kill_while_old_lmdbs_are_replaced(root, tmp_path, interrupted, moment
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no limit of file sizes')
-def test_a_full_disk_is_told_and_gone_on_from(tmp_path):
+def test_full_disk_is_reported_and_resumed(tmp_path):
     root = write_folders(tmp_path / 'source', 90, (40, 40))
 
     def limit() -> None:

@@ -92,7 +92,7 @@ def test_damage_is_named(raw, damage, message):
     assert check_lmdb(raw / 'lq.lmdb') + check_lmdb(raw / 'gt.lmdb')
 
 
-def test_lmdbs_without_images_are_told(raw):
+def test_lmdbs_without_images_are_reported(raw):
     for kind in ('lq', 'gt'):
         (raw / f'{kind}.lmdb/meta_info.txt').write_text('')
     with pytest.raises(DataError, match=r'same keys, but have none'):
@@ -165,7 +165,7 @@ def test_datasets_share_an_lmdb_and_close_it(packed):
     lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False).close()
 
 
-def test_an_lmdb_open_in_this_process_is_told(packed):
+def test_an_lmdb_open_in_this_process_is_reported(packed):
     data = dataset(packed / 'raw')
     with (
         lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False),
@@ -269,7 +269,7 @@ def test_what_is_not_together(pair, capfd, damage, expected):
     assert expected in capfd.readouterr().out
 
 
-def test_swapped_lmdbs_are_told_where_packed(pair, tmp_path):
+def test_swapped_lmdbs_are_reported_where_packed(pair, tmp_path):
     swap(pair)
     with pytest.raises(DataError, match=r'out: exists, but is damaged: .* swapped.* Replace it with --overwrite'):
         pack(tmp_path / 'source', pair)

@@ -116,7 +116,7 @@ def test_workers_change_no_byte(root, tmp_path, small_batches, encoding):
     assert contents(tmp_path / 'one') == contents(tmp_path / 'many')
 
 
-def test_what_comes_back_otherwise_is_not_kept(root, tmp_path, monkeypatch):
+def test_failed_verification_is_not_kept(root, tmp_path, monkeypatch):
     texts = lmdb_writer._write_texts
 
     def damaged(staging, plan):
@@ -169,7 +169,7 @@ def test_foreign_files_are_never_replaced(root, tmp_path, kind):
 
 
 @pytest.mark.parametrize('overwrite', [True, False])
-def test_what_comes_there_meanwhile_is_kept(root, tmp_path, monkeypatch, overwrite):
+def test_folder_created_meanwhile_is_kept(root, tmp_path, monkeypatch, overwrite):
     written = lmdb_writer._write_texts
 
     def somebody_writes(staging, plan):
@@ -222,7 +222,7 @@ def test_odd_names(tmp_path):
     assert sorted(path['lq_path'] for path in paths) == sorted(keys)
 
 
-def test_keys_are_told_apart_and_told_back():
+def test_keys_are_distinct_and_decodable():
     short = [*NAMES, 'dir/a', 'dira', 'a%2Eb', 'a.b', os.fsdecode(b'\xff.raw')]
     short.remove('雨' * 80)
     keys = [encode_key(name) for name in (*short, '雨' * 80, '雨' * 80 + 'x', '雨' * 81)]
