@@ -98,10 +98,10 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
 def record(opt: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that training depends on as plain values; paths of datasets are excluded."""
     train_set = opt.get('datasets', {}).get('train') or {}
-    numbers = {key: value for key, value in train_set.items() if isinstance(value, (bool, int, float))}
+    kept = {key: value for key, value in train_set.items() if not isinstance(value, str) and key != 'io_backend'}
     part = {key: opt.get(key) for key in ('model_type', 'network_g', 'train', 'manual_seed', 'num_gpu', 'world_size')}
     val = {key: (opt.get('val') or {}).get(key) for key in ('metrics', 'protocol', 'best_metric')}
-    return json.loads(json.dumps({**part, 'datasets': {'train': numbers}, 'val': val}, default=repr))
+    return json.loads(json.dumps({**part, 'datasets': {'train': kept}, 'val': val}, default=repr))
 
 
 def changes(old: Any, new: Any, where: str = '') -> dict[str, str]:
@@ -133,7 +133,8 @@ def _best_values(opt: Mapping[str, Any], values: Mapping[str, Any], reported: di
 
 
 def _format_value(value: Any) -> str:
-    return 'nothing' if value is None else f'{len(value)} options' if isinstance(value, Mapping) else str(value)
+    is_long = isinstance(value, Mapping) and len(str(value)) > 60
+    return 'nothing' if value is None else f'{len(value)} options' if is_long else str(value)
 
 
 def misfits(state: Mapping[str, Any], opt: Mapping[str, Any], parameters: Iterable[Tensor] | None = None) -> list[str]:

@@ -88,6 +88,15 @@ def test_equal_options_change_nothing(state, tmp_path):
     assert model.optimizer_g.state_dict()['param_groups'] == state['optimizers'][0]['param_groups']
 
 
+def test_changed_degradation_is_reported():
+    degradations = [{'type': 'rain', 'psnr': [20, 30]}], {'type': 'snow'}
+    records = [
+        run_state.record({'datasets': {'train': {'degradation': one, 'dataroot_gt': str(one)}}}) for one in degradations
+    ]
+    (key,) = run_state.changes(*records)
+    assert key == 'datasets.train.degradation'
+
+
 @pytest.mark.parametrize(
     ('switches', 'said'),
     [
