@@ -37,6 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('file', type=Path, help='.pth or .safetensors file of a run; averaged weights are preferred')
     parser.add_argument('--steps', type=int, required=True, help='total iterations of all stages')
     parser.add_argument('--results', nargs='+', default=[], metavar='NAME=DB', help='measured results in dB')
+    parser.add_argument(
+        '--strength',
+        type=float,
+        default=1.0,
+        metavar='FACTOR',
+        help="multiply AST's change of the input by this; below 1, clean images are preserved better (default: 1)",
+    )
     parser.add_argument('--recipe', help='option file of the training (default: pretrained/TASK)')
     parser.add_argument('--date', default=str(datetime.date.today()))
     args = parser.parse_args(argv)
@@ -46,10 +53,14 @@ def main(argv: list[str] | None = None) -> int:
         options_of_network = options.load(options.find(recipe))['network_g']
         network = build_network(options_of_network)
         load_into(network, checkpoint)
+        if args.strength != 1:
+            for parameter in network.output_proj.parameters():
+                parameter.data *= args.strength
         card = {
             'recipe': recipe,
             'photographs': PHOTOGRAPHS,
             'steps': args.steps,
+            'strength': args.strength,
             'date': args.date,
             'results': {name: float(value) for name, _, value in (text.rpartition('=') for text in args.results)},
             'version': __version__,

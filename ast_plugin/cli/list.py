@@ -51,7 +51,7 @@ def _weights() -> list[tuple[str, str, str]]:
         except CheckpointError as error:
             rows.append((task, '-', str(error)))
             continue
-        figures = ''.join(f', {name} {value:+.1f} dB' for name, value in card['results'].items())
+        figures = ''.join(f', {name} {value:{"+" * ("gain" in name)}.1f} dB' for name, value in card['results'].items())
         origin = f'{card["recipe"]}, {card["steps"]} steps, {card["date"]}'
         rows.append((task, card['network']['type'], f'{size / 1e6:.1f} MB{figures} ({origin})'))
     return rows
