@@ -118,14 +118,12 @@ class Validator:
                 kind, text = class_of_failure(error, stage), one_line(error)
                 if 'Original Traceback' in str(error):  # from a worker; the last line is its message
                     text = str(error).strip().splitlines()[-1]
-                failure = f'{kind}: {text}'
-                images.append(ImageResult(number, Path(name).stem, failure=failure))
-                continue
+                image, visuals = ImageResult(number, Path(name).stem, failure=f'{kind}: {text}'), None
             images.append(image)
             self._drop_thumbnails(images)
-            if save_img:
-                name = distinct(image.name, taken)
-                taken[name] = None
+            name = distinct(image.name, taken)  # failed images, too, have a name in the results
+            taken[name] = None
+            if save_img and visuals is not None:
                 written[number] = self.image_path(dataset, name, current_iter)
                 if self.world_size > 1:
                     # Numbers of duplicate names are known only after gathering; renamed below.

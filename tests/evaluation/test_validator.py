@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ast_plugin.data.image_files import read_rgb
-from ast_plugin.errors import FileError
+from ast_plugin.errors import DataError, FileError
 from ast_plugin.evaluation.validator import Validator
 
 
@@ -24,6 +24,27 @@ class Pictures(Dataset):
 
     def __getitem__(self, number: int) -> dict:
         return {'lq': torch.arange(60).reshape(3, 4, 5) / 255, 'lq_path': f'/data/{self.name}.png'}
+
+
+class Alike(Dataset):
+    """Three images of one name; the first cannot be read."""
+
+    opt, paths = {'name': 'alike'}, ['1/a.png', '2/a.png', '3/a.png']
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, number: int) -> dict:
+        if number == 0:
+            raise DataError('damaged')
+        return {'lq': torch.full((3, 2, 2), number / 255), 'lq_path': self.paths[number]}
+
+
+def test_images_of_one_name_after_a_failure(tmp_path):
+    validator = Validator({}, lambda _, name, __: tmp_path / f'{name}.png')
+    results = validator.measure(lambda sample: {'result': sample['lq']}, DataLoader(Alike()), save_img=True)
+    assert list(results.restored) == ['a', 'a_2', 'a_3']
+    assert [read_rgb(tmp_path / f'{name}.png').max() for name in ('a_2', 'a_3')] == [1, 2]
 
 
 def measure(name: str, folder: Path) -> Path:
