@@ -112,7 +112,8 @@ class _KernelFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         if not torch.is_grad_enabled():
             return None, *ctx.kernel.backward(grad, needed, tensors, kept)
-        # Higher-order gradients are requested.
+        # Higher-order gradients are requested. Views, because a tensor may depend on another or be passed twice.
+        tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
         leaves = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
         out = ctx.kernel.reference(*tensors)
         gradients = iter(torch.autograd.grad(out, leaves, grad, create_graph=True, allow_unused=True))

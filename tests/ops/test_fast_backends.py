@@ -60,13 +60,17 @@ def test_gradients_of_one_tensor_alone(fast, case):
         assert all(leaf.grad is None for key, leaf in leaves.items() if key != name)
 
 
-def test_gradients_of_gradients(fast, case):
+@pytest.mark.parametrize('is_shared', [False, True])
+def test_gradients_of_gradients(fast, case, is_shared):
     function, tensors = case
     leaves = as_leaves(tensors, fast.dtype, fast.device)
+    if is_shared:  # one tensor as two parameters
+        leaves['norm_bias'] = leaves['norm']
+    inputs = leaves['x'], leaves['norm']
 
     def twice():
-        (first,) = torch.autograd.grad(function(**leaves).square().sum(), leaves['x'], create_graph=True)
-        return torch.autograd.grad(first.square().sum(), [leaves['x'], leaves['norm']])
+        first = torch.autograd.grad(function(**leaves).square().sum(), inputs, create_graph=True)
+        return *first, *torch.autograd.grad(sum(each.square().sum() for each in first), inputs)
 
     assert all(relative_error(*pair) < fast.near for pair in zip(twice(), by_reference(twice), strict=True))
 
