@@ -96,6 +96,16 @@ def test_output_may_be_changed_in_place(case, dtype):
     assert all(leaf.grad is not None for leaf in leaves.values())
 
 
+@pytest.mark.parametrize('case', CASES)
+def test_default_device_is_not_used(case):
+    function, tensors = CASES[case]()
+    leaves = as_leaves(tensors)
+    operators.has_onednn.cache_clear()
+    with torch.device('meta'), ops.use_backend('fused'):
+        function(**leaves).sum().backward()
+        assert operators.has_onednn(torch.float32) == torch.backends.mkldnn.is_available()
+
+
 @pytest.mark.parametrize('strip_bytes', [operators.STRIP_BYTES, 1])
 def test_memory_is_a_few_strips(strip_bytes, monkeypatch):
     """In addition to its output, a call holds a few strips, but no map of hidden channels."""

@@ -71,7 +71,7 @@ class _AttentionBranch(Branch):
 
     def forward(self) -> Tensor:
         out_dtype = self.dtype if self.residual is None else torch.promote_types(self.x.dtype, self.dtype)
-        out = torch.empty(self.x.shape, dtype=out_dtype)
+        out = self.x.new_empty(self.x.shape, dtype=out_dtype)
         for group in self.groups():
             normed, _, _ = norm(_read_rolled(self.x, group, self.op.shift), self.residual, self.dtype)
             queries, keys, values = self._split(linear(normed, self.layers.qkv, self.layers.qkv_bias), 3)
@@ -134,15 +134,15 @@ class _AttentionBranch(Branch):
 
     def backward(self, grad: Tensor, wanted: set[str], kept: Tensors) -> dict[str, Tensor | None]:
         """Recompute each group and backpropagate through it, accumulating the parameter gradients."""
-        C, zeros, layers = self.x.shape[-1], {'dtype': self.core}, self.layers
+        C, zeros, layers = self.x.shape[-1], {'dtype': self.core, 'device': 'cpu'}, self.layers
         self.qkv_t, self.proj_t = layers.qkv.t(), layers.proj.t()
         self.d_norm = torch.zeros(2, C, **zeros)
         self.d_qkv, self.d_qkv_bias = torch.zeros(3 * C, C, **zeros), torch.zeros(3 * C, **zeros)
         self.d_proj, self.d_proj_bias = torch.zeros(C, C, **zeros), torch.zeros(C, **zeros)
         self.d_bias = torch.zeros_like(layers.bias)
         # In float64: the gradient of the gate is a small difference of these sums.
-        self.d_shares = torch.zeros(2, dtype=torch.float64)
-        grad_x = torch.empty(self.x.shape, dtype=self.x.dtype)
+        self.d_shares = torch.zeros(2, dtype=torch.float64, device='cpu')
+        grad_x = self.x.new_empty(self.x.shape, dtype=self.x.dtype)
         for group in self.groups():
             self._write(grad_x, self._run_group(group, _read_rolled(grad, group, self.op.shift)), grad, group)
         index = relative_position_index(self.op.window).flatten()
@@ -171,7 +171,7 @@ class _AttentionBranch(Branch):
         self.d_proj += outer_sum(dy, self._join((weights @ values)[None], group))
         self.d_proj_bias += dy.sum((0, 1, 2), dtype=self.core)
         self.d_bias += d_scores.sum(1, keepdim=True)
-        parts = torch.empty((3, *queries.shape), dtype=self.core)
+        parts = queries.new_empty(3, *queries.shape)
         torch.matmul(weights.transpose(-2, -1), d_out, out=parts[2])
         d_scores = d_scores.mul_(queries.shape[-1] ** -0.5)
         torch.matmul(d_scores, keys, out=parts[0])

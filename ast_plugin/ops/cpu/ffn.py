@@ -77,7 +77,7 @@ class _FeedForwardBranch(Branch):
     def forward(self) -> Tensor:
         x, op = self.x, self.layers
         out_dtype = self.dtype if self.residual is None else torch.promote_types(x.dtype, self.dtype)
-        out = torch.empty(x.shape, dtype=out_dtype)
+        out = x.new_empty(x.shape, dtype=out_dtype)
         for strip in self.strips():
             around = strip if op.depthwise is None else strip.widen(1)
             a = self._refine(around)
@@ -166,10 +166,10 @@ class _FeedForwardBranch(Branch):
             down = self._through_linear(strips[0], grad, kept)
         else:
             strips = list(self.strips())
-            down = torch.empty(self.x.shape, dtype=self.dtype)
+            down = self.x.new_empty(self.x.shape, dtype=self.dtype)
             for strip in strips:
                 strip.view(down).copy_(self._through_linear(strip, grad))
-        grad_x = torch.empty(self.x.shape, dtype=self.x.dtype) if 'x' in self.wanted else None
+        grad_x = self.x.new_empty(self.x.shape, dtype=self.x.dtype) if 'x' in self.wanted else None
         if self.wanted & {'x', 'norm_weight', 'norm_bias', 'partial_conv'}:
             for strip in strips:
                 self._through_norm(strip, down, grad, grad_x)

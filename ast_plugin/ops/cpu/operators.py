@@ -33,10 +33,10 @@ def has_onednn(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     with torch.inference_mode(), torch.autocast('cpu', enabled=False):
-        steps = torch.linspace(-1, 1, 36, dtype=torch.float32)
+        steps = torch.linspace(-1, 1, 36, dtype=torch.float32, device='cpu')
         image, layer, kernel = steps.reshape(1, 3, 3, 4).to(dtype), steps[:32].reshape(8, 4).to(dtype), steps.to(dtype)
         bias, kernel = steps[:8].to(dtype), kernel.reshape(4, 1, 3, 3)
-        other = torch.ones(1, 3, 3, 8, dtype=dtype)
+        other = image.new_ones(1, 3, 3, 8)
         try:
             got = (
                 _onednn_linear(image, layer, bias, 'gelu'),
