@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ast_plugin.errors import OptionError, ShapeError
-from ast_plugin.ops.windows import check_size, keep_shape_in_trace, relative_position_index, shift_mask
+from ast_plugin.ops.windows import check_shapes, check_size, keep_shape_in_trace, relative_position_index, shift_mask
 
 ATTENTION_KINDS = ('assa', 'dense', 'sparse', 'sparse_relu', 'topk')
 
@@ -61,16 +61,16 @@ class Attention(NamedTuple):
             raise ShapeError(f'{C} channels are not divisible by {self.num_heads} heads')
         check_size(H, W, self.window)
         tokens, num_windows = self.window**2, (H // self.window) * (W // self.window)
-        expected = {
-            'query weight': (self.q, (C, C)),
-            'key and value weight': (self.kv, (2 * C, C)),
-            'position bias': (self.position_bias, ((2 * self.window - 1) ** 2, self.num_heads)),
-        }
-        if mask is not None and mask.shape[0] != B * num_windows:
-            expected['mask'] = mask, (num_windows, tokens, tokens)
-        for name, (tensor, shape) in expected.items():
-            if tuple(tensor.shape) != shape:
-                raise ShapeError(f'{name}: expected shape {list(shape)}, got {list(tensor.shape)}')
+        table = (2 * self.window - 1) ** 2, self.num_heads
+        shapes = (C, C), (C,), (2 * C, C), (2 * C,), (C, C), (C,), table, (2,)
+        given = zip(self._fields, self.tensors, shapes, strict=False)
+        expected = {name: (tensor, shape) for name, tensor, shape in given if tensor is not None}
+        if self.kind == 'assa':
+            expected['gate'] = self.gate, (2,)
+        if mask is not None:
+            count = B * num_windows if mask.shape[0] == B * num_windows else num_windows
+            expected['mask'] = mask, (count, tokens, tokens)
+        check_shapes(expected)
 
 
 def attention_weights(scores: Tensor, kind: str, gate: Tensor | None = None, topk_ratio: float = 0.5) -> Tensor:

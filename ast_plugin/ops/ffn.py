@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ast_plugin.errors import ShapeError
+from ast_plugin.ops.windows import check_shapes
 
 
 class FeedForward(NamedTuple):
@@ -47,15 +47,10 @@ class FeedForward(NamedTuple):
     def check(self, x: Tensor) -> None:
         """Raise ShapeError if the shapes of x and parameters do not match: kernels would read out of bounds."""
         C, h = x.shape[-1], self.hidden
-        rows = (h,) if self.depthwise is None else (h, 2 * h)
-        fits = self.depthwise is None or tuple(self.depthwise.shape) == (h, 1, 3, 3)
-        if not fits or len(self.expand) not in rows or self.expand.shape[1] != C or len(self.project) != C:
-            weights = {'expand': self.expand, 'project': self.project, 'depthwise': self.depthwise}
-            found = ', '.join(f'{name} {list(weight.shape)}' for name, weight in weights.items() if weight is not None)
-            raise ShapeError(
-                f'shapes do not match: expected expand [h or 2h, C], project [C, h] and depthwise [h, 1, 3, 3], '
-                f'got {found} for a feature map of {C} channels'
-            )
+        rows = 2 * h if self.is_gated and self.depthwise is not None else h
+        shapes = (rows, C), (rows,), (C, h), (C,), (h, 1, 3, 3), (h,), (C // 4, C // 4, 3, 3)
+        given = zip(self._fields, self, shapes, strict=True)
+        check_shapes({name: (tensor, shape) for name, tensor, shape in given if tensor is not None})
 
 
 def feed_forward(x: Tensor, op: FeedForward) -> Tensor:

@@ -1,6 +1,6 @@
 """Window partitioning, masks and indices for window attention, and padding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, wraps
 
 import torch
@@ -17,6 +17,14 @@ def check_size(H: int, W: int, window: int) -> None:
     """Raise ShapeError unless H and W are positive multiples of the window size."""
     if not H or not W or H % window or W % window:
         raise ShapeError(f'a {H}x{W} feature map is not divisible into windows of {window}x{window}: pad it first')
+
+
+def check_shapes(expected: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """Raise ShapeError, with the name, for a tensor that is None or does not have its expected shape."""
+    for name, (tensor, shape) in expected.items():
+        found = None if tensor is None else list(tensor.shape)
+        if found != list(shape):
+            raise ShapeError(f'{name}: expected shape {list(shape)}, got {found}')
 
 
 def _cache_sizes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -119,14 +119,18 @@ def test_attention_weights_by_kind():
         ({'shift': -1}, r'shift in \[0, 4\), the window size, got -1'),
         ({'shift': 4}, r'shift in \[0, 4\), the window size, got 4'),
         ({'mask': torch.zeros(3, 16, 16)}, r'mask: expected shape \[4, 16, 16\], got \[3, 16, 16\]'),
-        ({'position_bias': torch.zeros(49, 3)}, r'position bias: expected shape \[49, 2\], got \[49, 3\]'),
+        ({'mask': torch.zeros(8, 1, 16)}, r'mask: expected shape \[8, 16, 16\], got \[8, 1, 16\]'),
+        ({'position_bias': torch.zeros(49, 3)}, r'position_bias: expected shape \[49, 2\], got \[49, 3\]'),
+        ({'gate': torch.zeros(1)}, r'gate: expected shape \[2\], got \[1\]'),
+        ({'gate': None}, r'gate: expected shape \[2\], got None'),
+        ({'q_bias': torch.zeros(16)}, r'q_bias: expected shape \[8\], got \[16\]'),
         ({'x': torch.zeros(8, 8, 8)}, r'expected a feature map \[B, H, W, C\], got \[8, 8, 8\]'),
-        ({'x': torch.zeros(1, 8, 8, 12)}, r'query weight: expected shape \[12, 12\], got \[8, 8\]'),
+        ({'x': torch.zeros(1, 8, 8, 12)}, r'^q: expected shape \[12, 12\], got \[8, 8\]'),
     ],
 )
 def test_attention_names_wrong_sizes(changed, message):
-    given = {'x', 'position_bias'} & set(changed)
+    given = {'x', 'position_bias', 'gate', 'q_bias'} & set(changed)
     options = {'size': (8, 8), 'window': 4, **{name: changed[name] for name in set(changed) - given}}
     function, tensors = attention_case(**options)
     with pytest.raises(ShapeError, match=message):
-        function(**{**tensors, **{name: changed[name].double() for name in given}})
+        function(**{**tensors, **{name: None if changed[name] is None else changed[name].double() for name in given}})

@@ -1,6 +1,7 @@
 """Feed-forward networks against an independent implementation of the equations."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -76,9 +77,17 @@ def test_frfn_in_lower_precision(dtype, tolerances):
 
 
 @pytest.mark.parametrize(
-    'changed', [{'expand': (25, 8)}, {'expand': (24, 6)}, {'project': (6, 12)}, {'depthwise': (9, 1, 3, 3)}], ids=str
+    ('name', 'shape', 'expected'),
+    [
+        ('expand', (25, 8), [24, 8]),
+        ('expand', (24, 6), [24, 8]),
+        ('expand_bias', (13,), [24]),
+        ('project', (6, 12), [8, 12]),
+        ('depthwise', (9, 1, 3, 3), [12, 1, 3, 3]),
+        ('partial_conv', (4, 2, 3, 3), [2, 2, 3, 3]),
+    ],
 )
-def test_frfn_names_wrong_sizes(changed):
+def test_frfn_names_wrong_sizes(name, shape, expected):
     function, tensors = feed_forward_case('frfn', (4, 4))
-    with pytest.raises(ShapeError, match=r'shapes do not match: .* got expand .* for a feature map of 8 channels'):
-        function(**{**tensors, **{name: torch.zeros(shape).double() for name, shape in changed.items()}})
+    with pytest.raises(ShapeError, match=re.escape(f'{name}: expected shape {expected}, got {list(shape)}')):
+        function(**{**tensors, name: torch.zeros(shape).double()})
