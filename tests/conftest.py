@@ -1,5 +1,6 @@
 """Fixtures of all tests: fixed seeds, no network access, the selected device, and one table of tolerances."""
 
+import importlib.util
 import os
 import random
 import shutil
@@ -13,6 +14,12 @@ import pytest
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import torch
+
+if importlib.util.find_spec('triton') and not torch.cuda.is_available():
+    # Triton's functions are interpreted only if the variable is set at its first import, such as by torch._dynamo.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TRITON_INTERPRET', '1')
+        importlib.import_module('triton.language')
 
 SEED = 20240617
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
