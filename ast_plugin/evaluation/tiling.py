@@ -13,7 +13,7 @@ from ast_plugin.archs.networks import any_size
 from ast_plugin.devices import widest_dtype
 from ast_plugin.errors import MemoryShortage, OptionError, PluginError, ShapeError, one_line, out_of_memory
 from ast_plugin.evaluation.cost import available_bytes, peak_bytes
-from ast_plugin.ops import frozen_weights
+from ast_plugin.ops import frozen_weights, requested_backend
 from ast_plugin.ops.cuda_graphs import release_graphs, run_graphed
 from ast_plugin.ops.tiles import check_tiling, run_tiled
 
@@ -25,7 +25,8 @@ _TILE_STEP = 128
 _AMPLE_BYTES_PER_PIXEL = 64 * 1024
 # Leaves room for temporary buffers of kernels and for other processes.
 _USABLE_SHARE = 0.5
-_bytes_per_pixel: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()  # measured
+# Measured, by device, dtype, backend and whether autocast is enabled.
+_bytes_per_pixel: weakref.WeakKeyDictionary[nn.Module, dict[tuple, float]] = weakref.WeakKeyDictionary()
 
 OnTile = Callable[[int, int], None]
 OnNote = Callable[[str], None]
@@ -143,16 +144,17 @@ class Tiling:
         pixels = math.prod(-(-side // _TILE_STEP) * _TILE_STEP for side in (height, width))
         if pixels * _AMPLE_BYTES_PER_PIXEL <= usable:
             return whole
-        known = _bytes_per_pixel if isinstance(network, nn.Module) else {}
-        if network not in known:
+        known = _bytes_per_pixel.setdefault(network, {}) if isinstance(network, nn.Module) else {}
+        key = device, image.dtype, requested_backend(), torch.is_autocast_enabled(device.type)
+        if key not in known:
             size, dtype = (1, image.shape[1], _TILE_STEP, _TILE_STEP), widest_dtype(image.dtype, device)
             probe = torch.zeros(size, dtype=dtype, device=device)
             with _explain_failures(probe):
-                known[network] = max(1, peak_bytes(lambda: run(probe), device)) / _TILE_STEP**2
-        needed = pixels * known[network]
+                known[key] = max(1, peak_bytes(lambda: run(probe), device)) / _TILE_STEP**2
+        needed = pixels * known[key]
         if needed <= usable:
             return whole
-        side = math.isqrt(int(usable / self.batch / known[network]))
+        side = math.isqrt(int(usable / self.batch / known[key]))
         tile = max(_TILE_STEP, side // _TILE_STEP * _TILE_STEP)
         if self.overlap is not None and self.overlap >= tile:
             raise MemoryShortage(
@@ -167,7 +169,7 @@ class Tiling:
 
 @contextmanager
 def evaluating(network: nn.Module | Callable) -> Iterator[None]:
-    """Context for inference: evaluation mode, no gradients, frozen weights, and float32 without TF32."""
+    """Context for inference: evaluation mode, no gradients, frozen weights, and convolutions without TF32."""
     was_training = isinstance(network, nn.Module) and network.training
     if was_training:
         network.eval()

@@ -13,6 +13,7 @@ from ast_plugin.errors import DataError, MemoryShortage, OptionError, ShapeError
 from ast_plugin.evaluation import tiling
 from ast_plugin.evaluation.protocols import PROTOCOLS, read_protocol
 from ast_plugin.metrics import psnr_rgb, psnr_y_matlab, ssim_rgb, ssim_y_matlab
+from ast_plugin.ops import use_backend
 from ast_plugin.options import sections
 
 
@@ -104,6 +105,11 @@ def test_tiled_follows_the_free_memory(monkeypatch):
     restored = read_protocol('tiled').restore(network, lq, on_note=notes.append)
     assert {shape[2:] for shape in network.shapes} == {(128, 128)}
     assert len(notes) == 1 and 'restored in tiles of 128' in notes[0]
+    monkeypatch.setattr(tiling, 'peak_bytes', lambda network, image: 10 * 128 * 128)
+    for backend in ('auto', 'reference'):  # measured once for each backend
+        with use_backend(backend):
+            read_protocol('tiled').restore(network, lq, on_note=notes.append)
+        assert len(notes) == 2
     expected = read_protocol({'type': 'tiled', 'tile': 128, 'overlap': 32}).restore(network, lq)
     torch.testing.assert_close(restored, expected)
 
