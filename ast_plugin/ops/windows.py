@@ -84,7 +84,6 @@ def relative_position_index(window: int, device: torch.device | str = 'cpu') -> 
         return rearrange(index, 'i j k l -> (i j) (k l)')
 
 
-@_cache_sizes
 def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
     """Attention mask for cyclically shifted windows.
 
@@ -95,18 +94,24 @@ def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.dev
         device: device of the mask.
     Returns:
         float32, [num_windows, window**2, window**2]: `MASKED` where two tokens come from different regions, else 0.
-        The tensor is cached and shared between calls; do not modify it.
     Source: Swin Transformer (Liu et al., ICCV 2021), section 3.2.
     """
+    below, beside = ((torch.arange(count, device=device) == count - 1).long() for count in (s // window for s in size))
+    return edge_masks(window, shift, device).index_select(0, (2 * below[:, None] + beside).flatten())
 
-    def stripe(length: int) -> Tensor:
-        # 0: windows before the last one; in the last window, 1: its original rows, 2: rows wrapped around by the shift
-        position = torch.arange(length, device=device)
-        return (position >= length - window).long() + (position >= length - shift).long()
 
-    H, W = size
+@_cache_sizes
+def edge_masks(window: int, shift: int, device: torch.device) -> Tensor:
+    """Masks of `shift_mask` for windows inside the map, in its last column, in its last row, and in its corner.
+
+    Returns:
+        float32, [4, window**2, window**2]. The tensor is cached and shared between calls; do not modify it.
+    """
     with torch.inference_mode(False):
-        region = 3 * stripe(H)[:, None] + stripe(W)[None, :]
+        # 0: windows before the last one; in the last window, 1: its original rows, 2: rows wrapped around by the shift
+        position = torch.arange(2 * window, device=device)
+        stripe = (position >= window).long() + (position >= 2 * window - shift).long()
+        region = 3 * stripe[:, None] + stripe[None, :]
         tokens = partition_windows(region[None, :, :, None], window)[..., 0]
         return MASKED * (tokens[:, :, None] != tokens[:, None, :]).float()
 

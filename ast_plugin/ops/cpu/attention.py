@@ -22,7 +22,7 @@ from ast_plugin.ops import attention as plain
 from ast_plugin.ops.attention import Attention, attention_weights
 from ast_plugin.ops.backend import Residual, Tensors
 from ast_plugin.ops.cpu.operators import Branch, Strip, cut_strips, linear, norm, outer_sum, run_branch
-from ast_plugin.ops.windows import relative_position_index, shift_mask
+from ast_plugin.ops.windows import edge_masks, relative_position_index
 
 
 def window_attention(x: Tensor, op: Attention, mask: Tensor | None = None, residual: Residual | None = None) -> Tensor:
@@ -112,8 +112,8 @@ class _AttentionBranch(Branch):
         scores = torch.baddbmm(bias, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=d**-0.5)
         scores = scores.reshape(heads, group.num_images, -1, self.x.shape[2] // window, T, T)
         if shift:
-            # Only windows in the last row and column are masked; the masks are those of a 2×2 grid of windows.
-            _, beside, below, corner = shift_mask((2 * window, 2 * window), window, shift, scores.device).to(self.core)
+            # Only windows in the last row and column are masked.
+            _, beside, below, corner = edge_masks(window, shift, scores.device).to(self.core)
             scores[:, :, :, -1] += beside
             if group.edges[1]:
                 scores[:, :, -1, :-1] += below
