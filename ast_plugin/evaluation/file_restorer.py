@@ -175,7 +175,7 @@ def plan_jobs(
         _protect_inputs(jobs := [Job(images[0][0], output)])
         return jobs
     jobs = [
-        Job(source, output / folder / f'{source.stem}{suffix}{_ending(source, file_format)}')
+        Job(source, output / folder / file_name(f'{source.stem}{suffix}', _ending(source, file_format)))
         for source, folder in images
     ]
     wanted = Counter(fold(str(job.target)) for job in jobs)
@@ -184,7 +184,7 @@ def plan_jobs(
         if wanted[fold(str(target))] > 1:
             stem = f'{target.stem}_{source.suffix[1:].lower()}'
             stems = itertools.chain([stem], (f'{stem}_{count}' for count in itertools.count(2)))
-            paths = (target.with_name(f'{name}{target.suffix}') for name in stems)
+            paths = (target.with_name(file_name(name, target.suffix)) for name in stems)
             target = next(path for path in paths if fold(str(path)) not in occupied)
             occupied.add(fold(str(target)))
             jobs[number] = Job(source, target)
@@ -297,11 +297,16 @@ def _restore_file(
 
 
 def refuse_clash(paths: Iterable[Path], what: str, jobs: Sequence[Job]) -> None:
-    """Raise OptionError if any of `paths`, to which `what` will be written, is an image that a job reads or writes."""
-    images = {_identity(path) or path.absolute() for job in jobs for path in job}
-    clash = next((path for path in paths if (_identity(path) or path.absolute()) in images), None)
-    if clash is not None:
-        raise OptionError(f'{clash} is an image of this run, and {what} would replace it')
+    """Raise OptionError if `paths`, to which `what` will be written, are not distinct or are images of the jobs."""
+
+    def key(path: Path) -> tuple[int, int] | str:
+        return _identity(path) or fold(str(path.absolute()))
+
+    taken = dict.fromkeys((key(path) for job in jobs for path in job), 'is an image of this run')
+    for path in paths:
+        if (why := taken.get(key(path))) is not None:
+            raise OptionError(f'{path} {why}, and {what} would replace it')
+        taken[key(path)] = 'belongs to another image of that name (use --format png to rename it)'
 
 
 def uncertainty_path(job: Job) -> Path:

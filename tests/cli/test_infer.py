@@ -380,11 +380,13 @@ def test_bar_in_a_terminal(run, tmp_path, monkeypatch):
 
 def test_plan_names_no_output_twice(tmp_path):
     names = ['a.png', 'A.png', 'a.jpg', 'a_png.png', 'a_png_2.png', 'ä.png', 'a\u0308.png']
+    names += [f'{"x" * 250}.{ending}' for ending in ('png', 'bmp')]  # with a suffix, longer than file systems allow
     images = [(put(tmp_path / name), Path()) for name in names]
-    jobs = plan_jobs(images, tmp_path / 'out', '', 'png')
-    assert [job.source.name for job in jobs] == names
-    targets = [fold(str(job.target)) for job in jobs]
-    assert len(set(targets)) == len(names)
+    for suffix in ('', '_new'):
+        jobs = plan_jobs(images, tmp_path / 'out', suffix, 'png')
+        assert [job.source.name for job in jobs] == names
+        assert len({fold(str(job.target)) for job in jobs}) == len(names)
+        assert max(len(os.fsencode(job.target.name)) for job in jobs) <= 255
 
 
 def start(tmp_path, *arguments):

@@ -112,6 +112,11 @@ def test_uncertainty_map(run, tmp_path):
         write_image(tmp_path / name, ImageFile(np.zeros((4, 4, 3), np.uint8)))
     status, _, err = run('--uncertainty', '--task', 'rain', '-i', tmp_path / 'x.png', tmp_path / 'x_uncertainty.png')
     assert status == 2 and 'would replace it' in err
+    write_image(tmp_path / 'x.jpg', ImageFile(np.zeros((4, 4, 3), np.uint8)))
+    both = '--uncertainty', '--task', 'rain', '-i', tmp_path / 'x.png', tmp_path / 'x.jpg'
+    status, _, err = run(*both)
+    assert status == 2 and 'x_uncertainty.png belongs to another image of that name (use --format png' in err
+    assert run(*both, '--format', 'png')[0] == 0 and (tmp_path / 'out' / 'x_jpg_uncertainty.png').exists()
     for report in ('x.png', 'out/x.png'):  # the second is yet to be written
         status, _, err = run('--report', tmp_path / report, '-i', tmp_path / 'x.png')
         assert status == 2 and 'x.png is an image of this run, and --report would replace it' in err
