@@ -29,7 +29,8 @@ class Restorer:
     Images that do not fit in memory are restored in tiles. The network runs in float32, in evaluation mode.
 
     Args:
-        network: maps [1, C, H, W] in [0, 1] to [1, D, s·H, s·W], where C and D are 1 or 3.
+        network: maps [1, C, H, W] in [0, 1] to [1, D, s·H, s·W], where C and D are 1 or 3. It is itself moved to the
+            device in float32, set to evaluation mode, and its parameters are frozen.
         in_channels: number of input channels C.
         device: 'auto', 'cpu', 'cuda', 'cuda:1' …, 'mps'; see `ast_plugin.devices.find_device`.
         tile: tile size in pixels; 'auto' or None uses tiles only for images that do not fit in memory.
