@@ -14,6 +14,7 @@ import math
 import os
 import re
 import struct
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -212,7 +213,8 @@ class LmdbImages:
     def _transaction(self) -> Iterator[lmdb.Transaction]:
         environment, process = self._opened
         if process != os.getpid():
-            environment = _open(self.folder)
+            with _opening:
+                environment = _open(self.folder)
             self._opened = (environment, os.getpid())
         try:
             try:
@@ -230,6 +232,9 @@ class LmdbImages:
 
 # LMDB allows one environment per file and process. All readers in a process share it, and the last one closes it.
 _shared: WeakValueDictionary[tuple[str, int], lmdb.Environment] = WeakValueDictionary()
+_opening = threading.Lock()
+if hasattr(os, 'register_at_fork'):  # a child forked while another thread holds the lock would wait forever
+    os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_opening.release)
 
 
 def _open(folder: Path) -> lmdb.Environment:

@@ -5,6 +5,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lmdb
@@ -163,6 +165,19 @@ def test_datasets_share_an_lmdb_and_close_it(packed):
         lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False)
     del other
     lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False).close()
+
+
+def test_threads_share_an_lmdb_from_the_start(packed, monkeypatch):
+    open_slowly, shape = lmdb.open, dataset(packed / 'raw')[0]['lq'].shape
+
+    def wait_and_open(*arguments, **options):
+        time.sleep(0.05)
+        return open_slowly(*arguments, **options)
+
+    monkeypatch.setattr(lmdb, 'open', wait_and_open)
+    with ThreadPoolExecutor(4) as pool:
+        samples = list(pool.map(dataset(packed / 'raw').__getitem__, range(4)))
+    assert [sample['lq'].shape for sample in samples] == [shape] * 4
 
 
 def test_an_lmdb_open_in_this_process_is_reported(packed):
