@@ -97,7 +97,7 @@ def check_image(path: str | os.PathLike) -> Finding:
     path = Path(path)
     data = read_bytes(path)
     kind = sniff_format(data)
-    size, traits = _read_header(path, data, kind)
+    size, traits = _read_header(data, kind)
     if size:
         check_size(path, *reversed(size))
         with _error_stream() if kind == 'JPEG' else nullcontext([]) as lines:
@@ -387,11 +387,9 @@ def _limit_threads() -> None:
     cv2.setNumThreads(1)
 
 
-def _read_header(path: Path, data: bytes, kind: str | None) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
+def _read_header(data: bytes, kind: str | None) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
     """Return size and traits of a PNG or JPEG from its header; the size is None if full decoding is required."""
     if kind == 'PNG' and len(data) > 33:
-        if b'acTL' in data[33:256]:
-            raise DataError(f'{path}: an animated PNG is not supported; save its frames as separate images')
         size = int.from_bytes(data[20:24], 'big'), int.from_bytes(data[16:20], 'big')
         return size, _PNG_KINDS.get(data[25], ()) + (('16 bits',) if data[24] == 16 else ())
     if kind == 'JPEG' and (frame := find_jpeg_frame(data)):

@@ -303,13 +303,14 @@ def find_jpeg_frame(data: bytes) -> tuple[int, int, int, int, int | None] | None
 
 
 def _count_plain_pixels(data: bytes | memoryview) -> int | None:
-    """Return height * width of a complete PNG or gray or RGB JPEG; None for all other files.
+    """Return height * width of a complete PNG that is not animated, or of a gray or RGB JPEG; None for all other files.
 
     OpenCV reads these files fast and correctly. Of truncated files it may return the first rows without an error.
     """
     kind = sniff_format(bytes(data[:16]))
     if kind == 'PNG':
-        is_whole = data[12:16] == b'IHDR' and any(name == b'IEND' for name, _, _ in png_chunks(data))
+        names = {name for name, _, _ in png_chunks(data)}
+        is_whole = data[12:16] == b'IHDR' and b'IEND' in names and b'acTL' not in names
         return math.prod(struct.unpack_from('>II', data, 16)) if is_whole else None
     data = bytes(data)
     if kind == 'JPEG' and (frame := find_jpeg_frame(data)):

@@ -40,7 +40,8 @@ def flipped(data, place):
 
 
 def write_animated(path):
-    image().save(path, save_all=True, append_images=[Image.fromarray(smooth(seed=1))], duration=50)
+    profile = bytes(range(256)) * 4  # the animation is declared after it
+    image().save(path, save_all=True, append_images=[Image.fromarray(smooth(seed=1))], icc_profile=profile)
 
 
 BROKEN = {
@@ -53,8 +54,8 @@ BROKEN = {
     'cut JPEG': ('a.jpg', encoded('.jpg')[:-300], 'damaged'),
     'cut JPEG with its end': ('a.jpg', encoded('.jpg')[:1200] + b'\xff\xd9', 'damaged'),
     'cut TIFF': ('a.tif', encoded('.tif')[:-500], 'damaged'),
-    'animated PNG': ('a.png', write_animated, 'animated'),
-    'animated WebP': ('a.webp', write_animated, 'animated'),
+    'animated PNG': ('a.png', write_animated, '2 frames'),
+    'animated WebP': ('a.webp', write_animated, '2 frames'),
     'bomb': (
         'a.png',
         lambda path: write_png(path, smooth(1, 1), 2, 8, height=60000, width=60000),
