@@ -136,6 +136,8 @@ def match_folders(
         DataError: if a folder is missing or has no matching image, or both images of a pair are the same file.
     """
     lq, gt = _Side(lq_dir, lq_template, phase, deep), _Side(gt_dir, gt_template, phase, deep)
+    if os.path.samefile(lq_dir, gt_dir):
+        gt.folder = lq.folder  # one may be a link to the other
     pairs, faults = [], lq.unmatched(gt)
     faults += [DataFault(LEFT_OUT, str(side.folder), text) for side in (lq, gt) if (text := side.left_out(lq, gt))]
     # A clean image without a degraded one is a fault, except in datasets with many images of one key.

@@ -255,6 +255,11 @@ def _open_lmdbs(source: Source) -> tuple[tuple[LmdbImages, LmdbImages], PairTabl
         keys, gt_keys = ([entry.key for entry in read_meta_info(folder)] for folder in folders)
     except DataError as error:
         raise DataError(f'datasets.{source.phase}: {error}') from error
+    if lq.folder.samefile(gt.folder):
+        raise DataError(
+            f'datasets.{source.phase}: dataroot_lq and dataroot_gt must be two LMDBs; both are {folders[0]}. Set them '
+            f'to the LMDB of the degraded and that of the clean images'
+        )
     unmatched = sorted(set(keys) ^ set(gt_keys))
     if unmatched or not keys:
         found = f'but only one has {shorten_list(unmatched)}' if unmatched else 'but have none'

@@ -75,10 +75,12 @@ def test_faults_of_folders(tmp_path, files, options, expected):
     assert all(part in str(caught.value) for part in expected), str(caught.value)
 
 
-def test_an_image_is_not_its_own_partner(tmp_path):
+@pytest.mark.parametrize('name', ['lq', 'link'])
+def test_an_image_is_not_its_own_partner(tmp_path, name):
     touch(tmp_path, 'lq/a.png')
+    (tmp_path / 'link').symlink_to('lq')
     with pytest.raises(DataError, match=r'the same file: .*a\.png'):
-        folders(tmp_path, dataroot_gt=str(tmp_path / 'lq'))
+        folders(tmp_path, dataroot_gt=str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,11 @@ def test_lmdbs_without_images_are_reported(raw):
         dataset(raw)
 
 
+def test_one_lmdb_is_not_a_pair(packed):
+    with pytest.raises(DataError, match=r'must be two LMDBs; both are .*lq\.lmdb'):
+        PairsDataset(options(packed / 'raw/lq.lmdb', packed / 'raw/lq.lmdb'))
+
+
 def test_a_check_finds_all_faults(packed, raw):
     assert check_lmdb(packed / 'png/lq.lmdb') == check_lmdb(packed / 'raw/gt.lmdb') == []
     rewrite(raw / 'gt.lmdb', lambda writing: writing.put(b'more', b'x'))
