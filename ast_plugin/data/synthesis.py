@@ -25,7 +25,8 @@ from ast_plugin.data import transforms
 from ast_plugin.data.image_files import ImageFile, read_image, read_rgb, write_image
 from ast_plugin.data.matching import list_images
 from ast_plugin.degradations import DEGRADATIONS, Degradation
-from ast_plugin.errors import DataError, MemoryShortage, OptionError, PluginError, did_you_mean, one_line
+from ast_plugin.degradations.haze import fill_depth
+from ast_plugin.errors import DataError, MemoryShortage, OptionError, PluginError, did_you_mean, one_line, tell_place
 from ast_plugin.faults import faults_of
 from ast_plugin.files import lock_folder, replace_folder, write_file
 from ast_plugin.names import file_name, seed_of
@@ -214,9 +215,9 @@ def read_depth(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """Read a depth map in any unit from .npy, .npz with one array, or a gray image of 8 or 16 bits where 0 is unknown.
 
     Returns:
-        [H, W] float32, NaN where unknown.
+        [H, W] float32, filled by `fill_depth`, since a patch may be all sky or unknown.
     Raises:
-        DataError: if it cannot be read or does not have the shape `shape`.
+        DataError: if it cannot be read, does not have the shape `shape`, or is not a depth map.
     """
     if path.suffix.lower() in ('.npy', '.npz'):
         depth = _read_array(path)
@@ -227,9 +228,8 @@ def read_depth(path: Path, shape: tuple[int, int]) -> np.ndarray:
         if color.ndim != 2:
             raise DataError(f'{path}: expected a depth map as a gray image, .npy or .npz; got an image with colours')
         depth = np.where(color == 0, np.float32('nan'), color.astype(np.float32))
-    if depth.shape != shape:
-        raise DataError(f'{path}: expected a depth map of the size of its photo, {shape}; got {depth.shape}')
-    return depth.astype(np.float32)
+    with tell_place(str(path)):
+        return fill_depth(depth, shape)
 
 
 def _read_array(path: Path) -> np.ndarray:

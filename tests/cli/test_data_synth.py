@@ -223,7 +223,7 @@ BAD_INPUT = [  # IO stands for `-i PHOTO -o OUT`
     ('--task snow IO --depth PHOTO', 'not used by snow'),
     ('--task haze IO --depth no.npy', 'no such file or folder'),
     ('--task haze IO --depth PHOTO', 'an image with colours'),
-    ('--task haze IO --depth small.npy', 'the size of its photo'),
+    ('--task haze IO --depth small.npy', 'small.npy: expected depth of the size of the image'),
     ('--task haze IO --depth broken.npy', 'cannot be read as an array'),
     ('--task haze IO --depth two.npz', 'expected one array, got 2'),
     ('--task haze IO --depth empty', 'expected fenêtre ouverte.npy'),

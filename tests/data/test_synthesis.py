@@ -2,10 +2,11 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
 
 from ast_plugin.data.image_files import read_rgb
-from ast_plugin.data.synthesis import folder_photos, packaged_photos
+from ast_plugin.data.synthesis import folder_photos, packaged_photos, read_depth
 from ast_plugin.errors import DataError
 
 
@@ -52,3 +53,10 @@ def test_folder_splits_are_by_name_alone(tmp_path):
         folder_photos(tmp_path / 'one', 'val', 'val')  # a.jpg belongs to train
     with pytest.raises(DataError, match='no such folder'):
         folder_photos(tmp_path / 'x', 'val')
+
+
+def test_depth_is_known_in_every_patch(tmp_path):
+    depth = np.full((30, 40), np.inf)
+    depth[20:], depth[:5, :5] = 5, np.nan
+    np.save(tmp_path / 'a.npy', depth)
+    np.testing.assert_allclose(read_depth(tmp_path / 'a.npy', depth.shape)[:20], 10)
