@@ -181,6 +181,8 @@ def write_lmdbs(
             for the next run.
     """
     destination = Path(os.path.abspath(os.path.expanduser(destination)))
+    if os.path.exists(destination):
+        destination = destination.resolve()  # write to the folder that a link points to, instead of replacing the link
     if not destination.name:
         raise DataError(f'{destination}: exists and is not a pair of LMDBs; choose another destination')
     staging = destination.with_name(file_name(f'.{destination.name}', '.part'))

@@ -135,8 +135,9 @@ def test_failed_verification_is_not_kept(root, tmp_path, monkeypatch):
 
 
 def test_what_is_there_is_left_or_replaced(root, tmp_path):
-    out = tmp_path / 'out'
-    out.mkdir()  # an empty folder may be the destination
+    out, real = tmp_path / 'out', tmp_path / 'disk/out'
+    real.mkdir(parents=True)  # an empty folder may be the destination, and a link to it
+    out.symlink_to(real)
     pack(root, out)
     before, stamp = contents(out), (out / 'lq.lmdb/data.mdb').stat().st_mtime_ns
     assert pack(root, out).num_resumed == 7
@@ -149,7 +150,7 @@ def test_what_is_there_is_left_or_replaced(root, tmp_path):
         pack(root, out, 'raw')
     pack(root, out, 'raw', overwrite=True)
     assert next(read_meta_info(out / 'gt.lmdb')).encoding == 'raw'
-    assert [path.name for path in tmp_path.iterdir() if path.name != 'source'] == ['out']
+    assert out.readlink() == real and os.listdir(real.parent) == ['out']
 
 
 @pytest.mark.parametrize('kind', ['folder', 'file', 'link', 'root'])
