@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -105,6 +106,7 @@ def check(
             losses = _check_training(opt['train'], source)
         if opt.get('val') is not None:
             _check_metrics(opt['val'], source)
+        _check_shared_lmdbs(opt['datasets'], source)
         for key, options in opt['datasets'].items():
             if key not in samples:
                 samples[key] = _read_sample(f'{source}: datasets.{key}', options)
@@ -302,6 +304,31 @@ def _metric_image_side(metrics: Mapping[str, Mapping[str, Any]]) -> int:
     return _METRIC_IMAGE_SIDE + 2 * max([0, *(border for border in borders if isinstance(border, int))])
 
 
+def _check_shared_lmdbs(datasets: Mapping[str, Mapping[str, Any]], source: str) -> None:
+    """Reject an LMDB that is used twice, except by the plugin's datasets, which share it.
+
+    BasicSR's open it again, which lmdb forbids within a process and its forks: training would fail after validation.
+    """
+    users = defaultdict(list)
+    for key, options in datasets.items():
+        if (options.get('io_backend') or {}).get('type') == 'lmdb':
+            for name, folder in options.items():
+                if name.startswith('dataroot') and isinstance(folder, str):
+                    users[os.path.realpath(folder)].append((f'datasets.{key}.{name}', _knows_lmdbs(options['type'])))
+    for folder, places in users.items():
+        if len(places) > 1 and not all(shares for _, shares in places):
+            raise DataError(
+                f'{source}: {" and ".join(place for place, _ in places)} are the same LMDB, {folder}, which datasets '
+                f"other than the plugin's cannot open twice. Set type: PairsDataset in all of them, or copy the LMDB"
+            )
+
+
+def _knows_lmdbs(dataset_type: str) -> bool:
+    """Return whether a dataset is one of the plugin's, which share LMDBs and read pixels."""
+    options_type = getattr(registry.DATASET_REGISTRY.get(dataset_type), 'options_type', None)
+    return 'io_backend' in getattr(options_type, 'model_fields', ())
+
+
 def _read_sample(where: str, options: Mapping[str, Any]) -> Any:
     """Open the dataset and read its first sample."""
     dataset = _open_dataset(where, options)
@@ -315,9 +342,8 @@ def _open_dataset(where: str, options: Mapping[str, Any]) -> Any:
     LMDBs that hold pixels are rejected for datasets that decode images.
     """
     dataset_type = registry.DATASET_REGISTRY.get(options['type'])
-    knows_lmdbs = 'io_backend' in getattr(getattr(dataset_type, 'options_type', None), 'model_fields', ())
     with _explain_errors(where, options['type'], 'cannot read its data', DataError):
-        if (options.get('io_backend') or {}).get('type') == 'lmdb' and not knows_lmdbs:
+        if (options.get('io_backend') or {}).get('type') == 'lmdb' and not _knows_lmdbs(options['type']):
             for key, folder in options.items():
                 if key.startswith('dataroot') and isinstance(folder, str) and holds_pixels(folder):
                     raise DataError(

@@ -212,13 +212,23 @@ def test_layouts_and_templates_are_of_files(packed, options):
         dataset(packed / 'raw', **options, **more)
 
 
-def test_preflight_refuses_pixels_for_basicsr(packed, tmp_path):
+@pytest.mark.parametrize(
+    ('encoding', 'message'),
+    [
+        ('raw', r'PairedImageDataset reads LMDBs of PNG files.*holds pixels.*PairsDataset'),
+        ('png', r'datasets\.train\.dataroot_lq and datasets\.val\.dataroot_lq are the same LMDB.*PairsDataset'),
+    ],
+)
+def test_preflight_refuses_lmdbs_for_basicsr(packed, tmp_path, encoding, message):
     file = tiny_run.write(tmp_path)
-    text = file.read_text().replace('data/lq', f'{packed}/raw/lq.lmdb').replace('data/gt', f'{packed}/raw/gt.lmdb')
+    text = file.read_text()
+    for kind in ('lq', 'gt'):
+        text = text.replace(f'data/{kind}', f'{packed}/{encoding}/{kind}.lmdb', 1)  # in train
+        text = text.replace(f'data/{kind}', f'{packed}/png/{kind}.lmdb')
     file.write_text(text.replace('{type: disk}', '{type: lmdb}').replace('gt_size: 32', 'gt_size: 8'))
     types = preflight.load_registered().by_kind['dataset']
     opt = option_files.prepare(option_files.load(file), root=tmp_path, dataset_types=types)
-    with pytest.raises(DataError, match=r'PairedImageDataset reads LMDBs of PNG files.*holds pixels.*PairsDataset'):
+    with pytest.raises(DataError, match=message):
         preflight.check(opt, 'tiny.yml')
     assert not holds_pixels(packed / 'png/lq.lmdb') and not holds_pixels(packed)
 
