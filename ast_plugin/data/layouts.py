@@ -315,7 +315,7 @@ def _read_lines(list_path: Path, root: Path, faults: list[DataFault]) -> Iterato
         for number, line in enumerate(map(str.strip, file), 1):
             cuts = _cut_line(line, root) if line else []
             if len(cuts) == 1:
-                lq, gt = (name.lstrip('/') for name in cuts[0])
+                lq, gt = (name.replace('//', '/').lstrip('/') for name in cuts[0])
                 yield Pair(lq, f'{root}/{lq}', f'{root}/{gt}')
             elif line:
                 text = f'{list_path}: expected two image files, for example /dir/lq.png /dir_gt/gt.png'

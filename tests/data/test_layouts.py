@@ -178,7 +178,7 @@ def spad(root: Path, content: bytes, **options) -> dict[str, tuple[str, str]]:
         b'/r/1.png /g/1.png\n/r/2.png /g/2.png\n',
         b'/r/1.png /g/1.png\n/r/2.png /g/2.png',
         b'\r\n/r/1.png /g/1.png\r\n\r\n  \r\n/r/2.png\t/g/2.png \r\n\r\n',
-        b'\xef\xbb\xbfr/1.png   g/1.png\n/r/2.png g/2.png\n',
+        b'\xef\xbb\xbfr//1.png   g/1.png\n/r/2.png g/2.png\n',
     ],
 )
 def test_spad_lists(tmp_path, content):
