@@ -13,7 +13,6 @@ import math
 import os
 import tempfile
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -35,7 +34,7 @@ from ast_plugin.archs.networks import required_multiple
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import Checkpoint, read_checkpoint, read_state
 from ast_plugin.data import randomness
-from ast_plugin.data.lmdb.reader import holds_pixels
+from ast_plugin.data.lmdb.reader import check_shared, holds_pixels
 from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginError, first_line, one_line
 from ast_plugin.evaluation.protocols import PROTOCOLS, read_protocol
 from ast_plugin.evaluation.validator import name_of
@@ -106,7 +105,8 @@ def check(
             losses = _check_training(opt['train'], source)
         if opt.get('val') is not None:
             _check_metrics(opt['val'], source)
-        _check_shared_lmdbs(opt['datasets'], source)
+        sharing = {key for key, options in opt['datasets'].items() if _knows_lmdbs(options['type'])}
+        check_shared(f'{source}: datasets', opt['datasets'], sharing)
         for key, options in opt['datasets'].items():
             if key not in samples:
                 samples[key] = _read_sample(f'{source}: datasets.{key}', options)
@@ -302,25 +302,6 @@ def _metric_image_side(metrics: Mapping[str, Mapping[str, Any]]) -> int:
     """Return the side of an image that is large enough for all metrics after cropping their borders."""
     borders = [options.get('crop_border') for options in metrics.values()]
     return _METRIC_IMAGE_SIDE + 2 * max([0, *(border for border in borders if isinstance(border, int))])
-
-
-def _check_shared_lmdbs(datasets: Mapping[str, Mapping[str, Any]], source: str) -> None:
-    """Reject an LMDB that is used twice, except by the plugin's datasets, which share it.
-
-    BasicSR's open it again, which lmdb forbids within a process and its forks: training would fail after validation.
-    """
-    users = defaultdict(list)
-    for key, options in datasets.items():
-        if (options.get('io_backend') or {}).get('type') == 'lmdb':
-            for name, folder in options.items():
-                if name.startswith('dataroot') and isinstance(folder, str):
-                    users[os.path.realpath(folder)].append((f'datasets.{key}.{name}', _knows_lmdbs(options['type'])))
-    for folder, places in users.items():
-        if len(places) > 1 and not all(shares for _, shares in places):
-            raise DataError(
-                f'{source}: {" and ".join(place for place, _ in places)} are the same LMDB, {folder}, which datasets '
-                f"other than the plugin's cannot open twice. Set type: PairsDataset in all of them, or copy the LMDB"
-            )
 
 
 def _knows_lmdbs(dataset_type: str) -> bool:

@@ -15,11 +15,12 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 from weakref import WeakValueDictionary
 
@@ -153,6 +154,32 @@ def holds_pixels(folder: str | os.PathLike) -> bool:
         return next(read_meta_info(folder)).encoding == 'raw'
     except (DataError, StopIteration):
         return False
+
+
+def check_shared(where: str, datasets: Mapping[str, Mapping[str, Any]], sharing: Collection[str]) -> None:
+    """Raise DataError for an LMDB that is used twice, unless all its users share it.
+
+    Others, such as BasicSR's, open it again, which lmdb forbids within a process and its forks: training would fail
+    after a validation.
+
+    Args:
+        where: name of the section with the datasets, for messages.
+        datasets: options of each dataset, by key.
+        sharing: keys of the datasets that read through `LmdbImages`.
+    """
+    users = defaultdict(list)
+    for key, options in datasets.items():
+        if (options.get('io_backend') or {}).get('type') == 'lmdb':
+            for name, folder in options.items():
+                if name.startswith('dataroot') and isinstance(folder, str):
+                    users[os.path.realpath(folder)].append((key, name))
+    for folder, places in users.items():
+        if len(places) > 1 and not all(key in sharing for key, _ in places):
+            names = ' and '.join(f'{key}.{name}' for key, name in places)
+            raise DataError(
+                f"{where}: {names} are the same LMDB, {folder}, which datasets other than the plugin's cannot open "
+                f'twice. Set type: PairsDataset in all of them, or copy the LMDB'
+            )
 
 
 class LmdbImages:

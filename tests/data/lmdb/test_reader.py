@@ -216,7 +216,7 @@ def test_layouts_and_templates_are_of_files(packed, options):
     ('encoding', 'message'),
     [
         ('raw', r'PairedImageDataset reads LMDBs of PNG files.*holds pixels.*PairsDataset'),
-        ('png', r'datasets\.train\.dataroot_lq and datasets\.val\.dataroot_lq are the same LMDB.*PairsDataset'),
+        ('png', r'datasets: train\.dataroot_lq and val\.dataroot_lq are the same LMDB.*PairsDataset'),
     ],
 )
 def test_preflight_refuses_lmdbs_for_basicsr(packed, tmp_path, encoding, message):
