@@ -301,8 +301,8 @@ def try_sizes(
     )
 
 
-def check_runs(network: nn.Module, trial: Trial) -> None:
-    """Run a network, modified after its trial, on the larger trial size.
+def check_runs(network: nn.Module, trial: Trial, record: Record | None = None) -> Any:
+    """Run a network, modified after its trial, on the larger trial size; return the record, see `try_sizes`.
 
     Raises:
         Exception: any error of the network.
@@ -310,11 +310,12 @@ def check_runs(network: nn.Module, trial: Trial) -> None:
     """
     (meta, own), size = _devices(network), trial.sizes[1]
     try:
-        scale, _ = _run(_copy_to(network, meta), trial.channels, size, meta)
+        scale, recorded = _run(_copy_to(network, meta), trial.channels, size, meta, record)
     except Exception:  # may only be due to the meta device
-        scale, _ = _run(_copy_to(network, own), trial.channels, size, own)
+        scale, recorded = _run(_copy_to(network, own), trial.channels, size, own, record)
     if scale != trial.scale:
         raise ShapeError(f'expected an output scale of {trial.scale}, as before, got {scale}')
+    return recorded
 
 
 def window_of(module: nn.Module) -> int | None:

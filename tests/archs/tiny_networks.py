@@ -65,8 +65,9 @@ class TokenNet(nn.Module):
     """Network [B, 3, H, W] with two token blocks.
 
     Args:
-        way: how H and W are passed to the blocks: 'pair' (keyword argument), 'numbers', 'own numbers' (to the layer
-            itself), 'map' (only the network gets a feature map) or 'hidden' (not at all, on a map of another size).
+        way: how H and W are passed to the blocks: 'pair' (keyword argument), 'swapped' (W first), 'numbers', 'own
+            numbers' (to the layer itself), 'map' (only the network gets a feature map) or 'hidden' (not at all, on a
+            map of another size).
     """
 
     def __init__(self, dim: int = 8, way: str = 'pair') -> None:
@@ -82,8 +83,8 @@ class TokenNet(nn.Module):
         B, C, H, W = y.shape
         tokens = y.flatten(2).transpose(1, 2)
         for block in self.blocks:
-            if self.way == 'pair':
-                tokens = block(tokens, hw=(H, W))
+            if self.way in ('pair', 'swapped'):
+                tokens = block(tokens, hw=(H, W) if self.way == 'pair' else (W, H))
             else:
                 tokens = block(tokens, H, W) if 'numbers' in self.way else block(tokens)
         y = tokens.transpose(1, 2).reshape(B, C, H, W)

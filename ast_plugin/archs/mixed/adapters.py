@@ -6,7 +6,7 @@ Blocks that work on tokens get (H, W) from the arguments of the module that rece
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -41,10 +41,13 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     output: Shape | None
 
+    def arguments(self) -> list[tuple[Key, Any]]:
+        """Return the arguments with their positions or names."""
+        return [*enumerate(self.args), *self.kwargs.items()]
+
     def tensors(self) -> list[tuple[Key, Tensor]]:
         """Return the tensor arguments with their positions or names."""
-        arguments = (*enumerate(self.args), *self.kwargs.items())
-        return [(key, value) for key, value in arguments if isinstance(value, Tensor)]
+        return [(key, value) for key, value in self.arguments() if isinstance(value, Tensor)]
 
     def first_tensor(self) -> tuple[Key, Shape]:
         """Return key and shape of the first tensor argument, or an empty shape if there is none."""
@@ -116,7 +119,7 @@ class Site(NamedTuple):
     output: Shape | None  # shape of the output in the first trial run
     size: SizePlace | None = None  # source of the tokens' (H, W)
     nominal: tuple[int, int] = (0, 0)  # (H, W) of the feature map in the first trial run, or of the window
-    others: tuple[Shape, ...] = ()  # shapes of further floating-point arguments
+    second: str = ''  # another input that affects the output, unless it is a mask that blocks take; empty for none
 
     @property
     def place(self) -> str:
@@ -142,7 +145,7 @@ def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = N
     """
     runs = [run.get(name, []) for run in trial.records]
     if not all(runs):
-        raise ShapeError('the module is never called itself, only its submodules')
+        raise ShapeError('the module is never called in evaluation mode, at most its method forward or its submodules')
     pairs = [(one.first_tensor(), two.first_tensor()) for one, two in zip(*runs, strict=False)]
     (key, first), (_, second) = pairs[0]
     if not first or not second:
@@ -160,7 +163,6 @@ def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = N
     if len({call.first_tensor()[1][axis] for call in runs[0]}) > 1:
         raise ShapeError('the module is called with different numbers of channels')
     call = runs[0][0]
-    others = tuple(tuple(value.shape) for _, value in call.tensors()[1:] if value.is_floating_point())
     size, nominal = None, (0, 0)
     if kind == 'tokens':
         size, nominal = _find_size(name, trial)
@@ -174,7 +176,26 @@ def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = N
         nominal = (side, side) if side else (0, 0)
     else:
         nominal = first[2:] if kind == 'nchw' else first[1:3]
-    return Site(name, kind, key, first, call.output, size, nominal, others)
+    second = next(filter(None, (_second_input(call, kind) for run in runs for call in run)), '')
+    return Site(name, kind, key, first, call.output, size, nominal, second)
+
+
+def _second_input(call: Call, kind: str) -> str:
+    """Describe an input of a call, other than x and indices, that a block does not get; return '' if there is none."""
+    key, shape = call.first_tensor()
+    for tensor in _tensors_in([value for other, value in call.arguments() if other != key]):
+        is_mask = kind == 'windows' and tensor.shape[1:] == (shape[1], shape[1]) and tensor.is_floating_point()
+        if not is_mask and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            return f'{list(tensor.shape)} of {tensor.dtype}'
+    return ''
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
 
 
 def _kind(first: Shape, second: Shape) -> tuple[str | None, int]:
@@ -194,18 +215,12 @@ def _find_size(name: str, trial: Trial) -> tuple[SizePlace | None, tuple[int, in
         if len(calls) < 2:
             continue
         for place in _size_places(caller, calls[0]):
-            try:
+            # The arguments may differ between the runs.
+            with suppress(TypeError, ValueError, IndexError, KeyError, AttributeError):
                 sizes = [place.read(call.args, call.kwargs) for call in calls]
-                if [height * width for height, width in sizes] == counts:
+                # The first image is wider than high; (W, H) instead of (H, W) would be another arrangement of tokens.
+                if [height * width for height, width in sizes] == counts and sizes[0][0] <= sizes[0][1]:
                     return place, sizes[0]
-            except (
-                TypeError,
-                ValueError,
-                IndexError,
-                KeyError,
-                AttributeError,
-            ):  # the arguments differ between the runs
-                continue
     return None, (0, 0)
 
 

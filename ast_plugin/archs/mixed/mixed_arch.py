@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.archs.mixed.adapters import record_calls
+from ast_plugin.archs.mixed.adapters import MixedIn, record_calls
 from ast_plugin.archs.networks import Trial, build_network, check_runs, input_channels, try_sizes
 from ast_plugin.archs.pretrained import Pretrained
 from ast_plugin.archs.state import load_into
@@ -152,7 +152,7 @@ def build_base(options: Mapping[str, Any]) -> nn.Module:
 
 def _check_mixed(base: nn.Module, trial: Trial) -> None:
     try:
-        check_runs(base, trial)
+        calls = check_runs(base, trial, record_calls)
     except PluginError as error:
         raise type(error)(f'the mixed network does not run: {error}') from error
     except Exception as error:  # third-party networks may raise anything if a module is replaced
@@ -160,3 +160,9 @@ def _check_mixed(base: nn.Module, trial: Trial) -> None:
             f'{type(base).__name__} does not run with these blocks, it uses the modules in other ways than calling '
             f'them: {type(error).__name__}: {first_line(error)}'
         ) from error
+    for name, module in base.named_modules():
+        if isinstance(module, MixedIn) and len(calls.get(name, ())) < len(trial.records[1][module.site.name]):
+            raise OptionError(
+                f'{type(base).__name__} does not use the block at {module.site.name}: it calls the original through a '
+                'plain list or another reference that is no registered submodule'
+            )

@@ -234,10 +234,10 @@ def _make_adapter(
     name: str, rule: Rule, module: nn.Module, position: int, trial: Trial
 ) -> tuple[MixedIn, dict[str, Any]]:
     declared, own = rule.declaration, rule.options
-    site = find_site(name, module, trial, own.get('window_size'), declared.works_in != 'any')
+    window = next((own.get(key) for key, size in declared.sizes.items() if size == 'window_size'), None)
+    site = find_site(name, module, trial, window, declared.works_in != 'any')
     _check_place(rule, site)
     dim = site.channels(site.shape if rule.op in ('replace', 'prepend') else site.output)
-    window = next((own.get(key) for key, size in declared.sizes.items() if size == 'window_size'), None)
     sizes = _infer_sizes(module, site, dim, position, window)
     options = {key: sizes[size] for key, size in declared.sizes.items() if size in sizes} | own
     _check_sizes({size: options[key] for key, size in declared.sizes.items() if key in options}, site, dim)
@@ -271,10 +271,8 @@ def _check_place(rule: Rule, site: Site) -> None:
         raise ShapeError(f'{shapes}, but {rule.op} requires the same number of tokens and windows')
     if site.kind == 'tokens' and site.size is None and declared.works_in != 'any':
         raise ShapeError(f'the height and width of the tokens {list(site.shape)} are not an argument of any caller')
-    tokens = site.shape[1]
-    foreign = [list(shape) for shape in site.others if site.kind != 'windows' or tuple(shape[1:]) != (tokens, tokens)]
-    if foreign and rule.op == 'replace':
-        raise ShapeError(f'the module has a second input {foreign[0]} in addition to {list(site.shape)}')
+    if site.second and rule.op == 'replace':
+        raise ShapeError(f'the module has a second input {site.second} in addition to {list(site.shape)}')
 
 
 def _check_sizes(given: Mapping[str, Any], site: Site, dim: int) -> None:

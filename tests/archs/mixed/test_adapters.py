@@ -58,7 +58,7 @@ def test_operations(recorder, keys, expected):
     assert recorder[-1] == ((2, 15, 8), (3, 5))
 
 
-@pytest.mark.parametrize('way', ['pair', 'numbers', 'own numbers', 'map'])
+@pytest.mark.parametrize('way', ['pair', 'swapped', 'numbers', 'own numbers', 'map'])
 def test_tokens_get_their_size_from_a_caller(registered, recorder, way):
     registered(TokenNet=TokenNet)
     network = Mixed({'type': 'TokenNet', 'way': way}, [rule('blocks.*.ffn', 'Doubling')])

@@ -8,7 +8,7 @@ from ast_plugin.archs.mixed.block_registry import BLOCKS, declaration
 from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.archs.mixed.rules import assign, read_rules
 from ast_plugin.errors import OptionError, PluginError, ShapeError
-from tests.archs.tiny_networks import EDSR, KEEP, MSRRESNET, SWINIR, TokenNet, rule
+from tests.archs.tiny_networks import EDSR, KEEP, MSRRESNET, SWINIR, Timm, TokenNet, rule
 
 WRAP = {'op': 'wrap'}
 
@@ -33,20 +33,25 @@ class Nested(nn.Module):
         return self.inner(x)
 
 
-class Pair(nn.Module):
-    def forward(self, x, y):
-        return x + y
+class Open(nn.Module):
+    def forward(self, x, *_, **__):
+        return 2 * x
 
 
 class Pooled(nn.Module):
-    """A network with channel attention on pooled maps, and a layer with two tensor arguments."""
+    """Channel attention on pooled maps, layers with a second input, and a layer that is called in a plain list."""
 
     def __init__(self):
         super().__init__()
-        self.pooled, self.pair = nn.Conv2d(3, 3, 1), Pair()
+        self.pooled = nn.Conv2d(3, 3, 1)
+        self.pair, self.skips, self.later, self.mask, self.listed = (Open() for _ in range(5))
+        self.plain = [self.listed]
 
     def forward(self, x):
-        return self.pair(x, x) * self.pooled(x.mean((2, 3), keepdim=True))
+        y = self.later(self.later(self.skips(self.pair(x, x), [x])), scale=x)
+        pixels = y.flatten(2).transpose(0, 2)
+        y = self.mask(pixels, pixels @ pixels.transpose(1, 2) > 0).transpose(0, 2).view_as(x)
+        return self.plain[0](y) * self.pooled(x.mean((2, 3), keepdim=True))
 
 
 class Twice(nn.Module):
@@ -116,7 +121,11 @@ def test_invalid_rules(rules, words):
         ({**EDSR, 'upscale': 2}, [rule('upsample.1', 'FRFN')], ShapeError, r'128, 130\], but a block preserves'),
         (HIDDEN, [rule('blocks.*.ffn', 'FRFN')], ShapeError, 'height and width .* are not an argument of any caller'),
         (POOLED, [rule('pooled', 'MLP')], ShapeError, r'got \[1, 3, 1, 1\] and'),
-        (POOLED, [rule('pair', 'MLP')], ShapeError, r'second input \[1, 3, 64, 65\] in addition'),
+        (POOLED, [rule('pair', 'MLP')], ShapeError, r'second input \[1, 3, 64, 65\] of torch.float32 in addition'),
+        (POOLED, [rule('skips', 'MLP')], ShapeError, 'second input'),
+        (POOLED, [rule('later', 'MLP')], ShapeError, 'second input'),
+        (POOLED, [rule('mask', 'MLP')], ShapeError, r'second input \[4160, 3, 3\] of torch.bool in addition'),
+        (POOLED, [rule('listed', 'MLP')], OptionError, 'does not use the block at listed: .* a plain list'),
         (GOSSIP, [rule('conv', 'MLP')], OptionError, 'uses the modules in other ways than calling'),
         (TWICE, [rule('layer', 'MLP')], ShapeError, r'called with different kinds of input, .* 65, 3\] and \[1, 3\]'),
         # sizes
@@ -236,13 +245,26 @@ def test_invalid_declarations_of_blocks(monkeypatch, attributes, words):
         declaration('Odd')
 
 
-def test_sizes_under_other_names(monkeypatch):
+def test_sizes_under_other_names(registered, monkeypatch):
     class Wide(nn.Conv2d):
         works_in, replaces, sizes = 'nchw', 'maps', {'width': 'dim'}
 
         def __init__(self, width: int) -> None:
             super().__init__(width, width, 1)
 
+    class Windowed(nn.Linear):
+        works_in, replaces = 'windows', 'windows'
+
+        def __init__(self, window: int) -> None:
+            super().__init__(12, 12)
+
+        def forward(self, x, mask):
+            return super().forward(x)
+
     monkeypatch.setitem(BLOCKS._module_dict, 'Wide', Wide)
+    monkeypatch.setitem(BLOCKS._module_dict, 'Windowed', Windowed)
+    registered(Timm=Timm)
     network = Mixed(EDSR, [rule('body.0', 'Wide')])
     assert network.exchanges[0].options == {'width': 8}
+    network = Mixed({'type': 'Timm'}, [rule('**.mlp', 'Windowed', window=4)])  # of windows whose size is not declared
+    assert network.exchanges[0].options == {'window': 4}
