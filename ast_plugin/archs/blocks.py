@@ -215,8 +215,7 @@ class FeedForwardNetwork(nn.Module):
         elif x.shape[-1] != self.expand.in_features:
             raise ShapeError(f'MLP expects {self.expand.in_features} channels, got {list(x.shape)}')
         y = x.unsqueeze(1) if x.ndim == 3 else x  # tokens as a map of one row, which all backends support
-        partial_conv = None if self.partial_conv is None else self.partial_conv.weight
-        op = ops.FeedForward(*_weights(self.expand, self.project, self.depthwise), partial_conv)
+        op = ops.FeedForward(*_weights(self.expand, self.project, self.depthwise, self.partial_conv)[:-1])
         return _from_nhwc(ops.feed_forward(y, op, residual).reshape(x.shape), self.layout)
 
 
@@ -236,6 +235,12 @@ class MLP(FeedForwardNetwork):
     works_in = 'any'
     replaces = ('windows', 'tokens', 'maps')
     has_depthwise = False
+
+
+def mlp_ratio_of(dim: int, hidden: int) -> float:
+    """Return the `mlp_ratio` with which a `FeedForwardNetwork` of `dim` channels has this number of hidden channels."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 FEED_FORWARDS: dict[str, type[FeedForwardNetwork]] = {'frfn': FRFN, 'leff': LeFF, 'mlp': MLP}
@@ -414,4 +419,10 @@ def _from_nhwc(x: Tensor, layout: str) -> Tensor:
 
 def _weights(*layers: nn.Linear | nn.Conv2d | None) -> list[Tensor | None]:
     """Return the weights and biases of layers as a flat list, in the order that `ops` expects."""
+    for layer in layers:
+        if layer is not None and type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+            raise OptionError(
+                f'{type(layer).__name__} cannot replace a linear layer or convolution inside a block, which uses only '
+                "the layer's weight and bias and never calls it: merge adapters such as LoRA into the weights"
+            )
     return [getattr(layer, name, None) for layer in layers for name in ('weight', 'bias')]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from ast_plugin.archs.blocks import mlp_ratio_of
 from ast_plugin.checkpoints import AVERAGED, STATE_KEYS, Checkpoint
 from ast_plugin.errors import CheckpointError
 
@@ -52,12 +53,13 @@ def plain_state(state: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tens
         state: state dict of an AST, or of a network that contains one under `prefix`.
         prefix: only names with this prefix are converted; all others are kept.
     Returns:
-        A new dictionary that shares the tensors.
+        A new dictionary that shares the tensors. Further tensors beside the AST, except counters, keep their names.
     """
     own = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-    _, own, _ = under_prefix(own, _ANCHORS)
-    renamed = {prefix + rename_official(name): tensor for name, tensor in own.items() if not name.endswith(DERIVED)}
-    return {name: tensor for name, tensor in state.items() if not name.startswith(prefix)} | renamed
+    _, own, rest = under_prefix(own, _ANCHORS)
+    others = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    others |= {prefix + name: tensor for name, tensor in rest.items() if getattr(tensor, 'ndim', 0)}
+    return others | {prefix + rename_official(name): own[name] for name in own if not name.endswith(DERIVED)}
 
 
 def under_prefix(
@@ -225,7 +227,8 @@ def _read_shapes(shapes: dict[str, tuple[int, ...]]) -> tuple[dict, list[str]]:
         'depths': [sum(name.startswith(f'{stage}.') for name in last_norms) for stage in stages],
         'num_heads': heads[:0:-1] + heads,  # encoder values are mirrored and have no effect
         'window_size': window_size,
-        'mlp_ratio': shapes[f'{first_ffn}.project.weight'][1] / embed_dim,
+        # The widest level determines the hidden channels of all others, where they are rounded down.
+        'mlp_ratio': mlp_ratio_of(*shapes['bottleneck.blocks.0.ffn.project.weight']),
         'qkv_bias': 'bottleneck.blocks.0.attn.q.bias' in shapes,
         'attention': attention,
         'ffn': next((ffn for part, ffn in _FFN_PARTS.items() if f'{first_ffn}.{part}.weight' in shapes), 'mlp'),
@@ -260,10 +263,9 @@ def describe_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor
 
 def _compare(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     try:
-        have, _ = infer_options(state)
+        have, want = (infer_options(each)[0] for each in (state, expected))
     except CheckpointError:
-        return 'The weights do not belong to an AST'
-    want, _ = infer_options(expected)
+        return 'The weights do not belong to an AST, or the network was modified'
     differing = {key: value for key, value in have.items() if value != want[key]}
     if not differing:
         return 'The options match, only names or shapes differ'

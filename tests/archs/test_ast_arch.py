@@ -224,5 +224,14 @@ def test_mismatch_names_options_of_the_file():
     with pytest.raises(CheckpointError, match=words) as caught:
         net.load_state_dict(other.state_dict())
     assert 'embed_dim: 8, depths: [1, 1, 1, 1, 2, 1, 1, 1, 1]' in str(caught.value)
-    with pytest.raises(CheckpointError, match='do not belong to an AST'):
-        net.load_state_dict({'conv_first.weight': torch.zeros(1)})
+    state = net.state_dict()
+    for other, words in (
+        ({'conv_first.weight': torch.zeros(1)}, 'do not belong to an AST'),
+        ({f'net.{k}': t for k, t in state.items()} | {'vgg.weight': torch.zeros(1)}, 'vgg.weight .* is unexpected'),
+        ({f'{a}.{k}': t for k, t in state.items() for a in ('net', 'teacher')}, 'teacher.* is unexpected'),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            net.load_state_dict(other)
+    net.output_proj = torch.nn.Identity()
+    with pytest.raises(CheckpointError, match=r'output_proj\.weight .* is unexpected.*, or the network was modified'):
+        net.load_state_dict(state)

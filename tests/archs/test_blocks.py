@@ -112,6 +112,22 @@ def test_windows_partitioned_by_the_caller():
         block.attend_windows(torch.zeros(2, 9, DIM))
 
 
+@pytest.mark.parametrize('layer', ['attn.q', 'ffn.partial_conv', 'ffn.project'])
+def test_layers_that_would_not_be_called(layer):
+    class Adapted(torch.nn.Module):
+        def __init__(self, original):
+            super().__init__()
+            self.weight, self.bias = original.weight, original.bias
+
+        def forward(self, x):
+            raise NotImplementedError
+
+    block = ast_block(DIM, 2, 4)
+    block.set_submodule(layer, Adapted(block.get_submodule(layer)))
+    with pytest.raises(OptionError, match='Adapted cannot replace a linear layer or convolution inside a block'):
+        block(torch.rand(1, 4, 4, DIM))
+
+
 def test_mlp_on_tokens_equals_mlp_on_maps():
     block = excite(MLP(DIM, 2.0).float())
     x = torch.randn(2, 12, DIM, dtype=torch.float32)

@@ -15,6 +15,7 @@ OPTIONS = [
     {'img_size': 32, 'window_size': 8},
     {'window_size': 4, 'mlp_ratio': 2.5, 'qkv_bias': False},
     {'depths': (1, 2, 3, 1, 2, 1, 1, 2, 1), 'num_heads': (1, 1, 2, 2, 4, 4, 2, 2, 1), 'ffn': 'leff'},
+    {'embed_dim': 16, 'mlp_ratio': 2.65625},  # 42.5 hidden channels of the first level are rounded
     {'in_chans': 1, 'out_chans': 4, 'embed_dim': 8, 'ffn': 'mlp', 'attention': 'dense'},
 ]
 

@@ -1,7 +1,6 @@
 """Rules of `Mixed`: their schema, the modules that they match, and the blocks that they insert."""
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -317,10 +316,7 @@ def _infer_sizes(module: nn.Module, site: Site, dim: int, position: int, window:
     ratio = getattr(module, 'mlp_ratio', None)
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     if ratio is None and not own_heads and layers and layers[-1].out_features == dim:
-        hidden = layers[-1].in_features
-        ratio = hidden / dim
-        if int(ratio * dim) < hidden:  # rounded down
-            ratio = math.nextafter(ratio, math.inf)
+        ratio = blocks.mlp_ratio_of(dim, layers[-1].in_features)
     if isinstance(ratio, (int, float)):
         sizes['mlp_ratio'] = float(ratio)
     queries = getattr(module, 'qkv', getattr(module, 'q', None))
