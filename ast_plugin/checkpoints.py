@@ -267,14 +267,14 @@ def keep_newest(folder: str | Path, name: str, iteration: int, count: int) -> No
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Return whether a file is safetensors, by its name or by the brace that starts the header after its length."""
+    """Return whether a file is safetensors, by its name or by its start: length and opening brace of the header."""
     try:
         with path.open('rb') as file:
             start = file.read(9)
     except OSError as error:
         raise CheckpointError(f'{path} cannot be read: {error.strerror}') from error
-    looks_so = start[8:] == b'{' and not start.startswith((b'PK', pickle.PROTO))
-    return looks_so or path.suffix == '.safetensors'
+    looks_so = start[8:] == b'{' and int.from_bytes(start[:8], 'little') < path.stat().st_size
+    return looks_so or path.suffix.lower() == '.safetensors'
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None, dict[str, str]]:
@@ -282,11 +282,16 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict | None, dict[
         with safe_open(path, framework='pt') as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-        network = json.loads(metadata[NETWORK_KEY]) if NETWORK_KEY in metadata else None
     except Exception as error:  # various types, as in `_read_torch`
         raise CheckpointError(f'{path} is truncated or not a safetensors file{_lfs_hint(path)}: {error}') from error
+    network = metadata.get(NETWORK_KEY)
+    with suppress(TypeError, ValueError, RecursionError):  # no text, or not JSON
+        network = json.loads(network)
     if network is not None and not _has_type(network):
-        raise CheckpointError(f'{path} describes its network as {network!r}, expected options with a type')
+        raise CheckpointError(
+            f'{path} describes its network as {network!r:.60}, expected options with a type: save the file without '
+            f'{NETWORK_KEY} in its metadata'
+        )
     return state, network, {key: text for key, text in metadata.items() if key != 'format'}
 
 

@@ -51,10 +51,16 @@ def test_weights_carry_their_network(tmp_path):
     assert checkpoint.network == network
 
 
+def test_safetensors_under_another_name(tmp_path):
+    for length in range(16, 272, 8):  # of the header: a first byte of 80 hexadecimal could be that of a pickle
+        save_file(WEIGHT, tmp_path / 'w.pth', {'text': ' ' * length})
+        assert same(read_checkpoint(tmp_path / 'w.pth').state, WEIGHT)
+
+
 def test_metadata_that_are_no_network(tmp_path):
     for described in ('[1]', '{"embed_dim": 4}', 'AST'):
         save_file({'a': torch.zeros(1)}, tmp_path / 'w.safetensors', {NETWORK_KEY: described})
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match='describes its network as'):
             read_checkpoint(tmp_path / 'w.safetensors')
 
 

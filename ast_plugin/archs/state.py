@@ -53,12 +53,14 @@ def plain_state(state: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tens
         state: state dict of an AST, or of a network that contains one under `prefix`.
         prefix: only names with this prefix are converted; all others are kept.
     Returns:
-        A new dictionary that shares the tensors. Further tensors beside the AST, except counters, keep their names.
+        A new dictionary that shares the tensors. Tensors beside the AST keep their names; counters beside it, and
+        values that are no arrays, are omitted.
     """
-    own = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    arrays = {name: tensor for name, tensor in state.items() if hasattr(tensor, 'shape')}
+    own = {name[len(prefix) :]: tensor for name, tensor in arrays.items() if name.startswith(prefix)}
     _, own, rest = under_prefix(own, _ANCHORS)
     others = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-    others |= {prefix + name: tensor for name, tensor in rest.items() if getattr(tensor, 'ndim', 0)}
+    others |= {prefix + name: tensor for name, tensor in rest.items() if tensor.ndim}
     return others | {prefix + rename_official(name): own[name] for name in own if not name.endswith(DERIVED)}
 
 

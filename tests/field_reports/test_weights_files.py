@@ -98,10 +98,12 @@ def test_wrapped_state_is_found(case, tmp_path):
 
 
 def test_users_own_loading():
-    for case in ('compiled', 'compiled_in_parallel', 'model'):
+    for case in ('compiled', 'compiled_in_parallel', 'model', 'average_of_swa_utils', 'flat_with_more'):
         network = AST(**{key: value for key, value in TINY.items() if key != 'type'})
         network.load_state_dict(WRAPPED[case])
         assert same(network, STATE), case
+    with pytest.raises(CheckpointError, match='expected torch'):
+        network.load_state_dict({name: tensor.numpy() for name, tensor in STATE.items()}, strict=False)
 
 
 AVERAGES = {
