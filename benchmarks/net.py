@@ -82,8 +82,8 @@ OFFICIAL_RATE = 193e9
 
 
 @dataclass(frozen=True)
-class Way:
-    """Path of a case: a method of computing it.
+class Setup:
+    """Settings of a path of a case, a method of computing it.
 
     Attributes:
         net: registered name of the network.
@@ -124,7 +124,7 @@ class Way:
         return side, side
 
 
-def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> dict[str, list[Way]]:
+def list_setups(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> dict[str, list[Setup]]:
     """Return the paths of each case; the others are compared with the first.
 
     Args:
@@ -133,14 +133,14 @@ def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> d
         cases: names in `CASES`.
         compiles: whether to include torch.compile.
     """
-    reference = Way(net, path='reference')
+    reference = Setup(net, path='reference')
     fused = replace(reference, path='fused', backend='fused')
     half = replace(fused, path='fused, bf16', precision='bf16')
     compiled = replace(reference, path='torch.compile', is_compiled=True)
-    found: dict[str, list[Way]] = {}
+    found: dict[str, list[Setup]] = {}
 
-    def add(case: str, paths: Sequence[Way], **settings) -> None:
-        found[case] = [replace(way, case=case, **settings) for way in paths]
+    def add(case: str, paths: Sequence[Setup], **settings) -> None:
+        found[case] = [replace(setup, case=case, **settings) for setup in paths]
 
     end = [compiled] if compiles else []
     for side in dict.fromkeys((256, size)):
@@ -166,39 +166,39 @@ def ways(net: str, size: int, cases: Sequence[str], compiles: bool = False) -> d
     return found
 
 
-def prepare(way: Way) -> Compute:
+def prepare(setup: Setup) -> Compute:
     """Build the network and its input deterministically; return a function that computes the output once."""
     torch.manual_seed(0)
-    network = _network(way).to(way.device)
-    x = torch.rand(way.batch, 3, *way.size)
-    if way.is_command:
-        return _prepare_command(way, network, x[0])
-    if way.is_exported:
+    network = _network(setup).to(setup.device)
+    x = torch.rand(setup.batch, 3, *setup.size)
+    if setup.is_command:
+        return _prepare_command(setup, network, x[0])
+    if setup.is_exported:
         return partial(in_onnx_runtime(network), x)
-    function = network_switches.apply(network, {'compile': way.is_compiled})
-    if way.trains and way.device == 'cpu':
+    function = network_switches.apply(network, {'compile': setup.is_compiled})
+    if setup.trains and setup.device == 'cpu':
         keep_freed_memory()  # as in training
-    if way.is_graphed:
-        function = TrainingGraph(network, {}) if way.trains else partial(Graphs(), network)
-    height, width = way.size
-    top, left = (way.padded[0] - height) // 2, (way.padded[1] - width) // 2
-    x = functional.pad(x, (left, way.padded[1] - width - left, top, way.padded[0] - height - top)).to(way.device)
+    if setup.is_graphed:
+        function = TrainingGraph(network, {}) if setup.trains else partial(Graphs(), network)
+    height, width = setup.size
+    top, left = (setup.padded[0] - height) // 2, (setup.padded[1] - width) // 2
+    x = functional.pad(x, (left, setup.padded[1] - width - left, top, setup.padded[0] - height - top)).to(setup.device)
 
     def compute() -> Tensor:
         network.zero_grad()
-        mode = torch.enable_grad() if way.trains else torch.inference_mode()
-        with ops.use_backend(way.backend), mode:
-            with torch.autocast(way.device, torch.bfloat16, enabled=way.precision == 'bf16'):
+        mode = torch.enable_grad() if setup.trains else torch.inference_mode()
+        with ops.use_backend(setup.backend), mode:
+            with torch.autocast(setup.device, torch.bfloat16, enabled=setup.precision == 'bf16'):
                 output = function(x)
-            if way.trains:
+            if setup.trains:
                 output.float().square().mean().backward()
             return output.detach()[..., top : top + height, left : left + width].clone()
 
-    return synchronized(compute, way.device)
+    return synchronized(compute, setup.device)
 
 
-def _network(way: Way) -> nn.Module:
-    return ARCH_REGISTRY.get(way.net)(drop_path_rate=0.0).train(way.trains)
+def _network(setup: Setup) -> nn.Module:
+    return ARCH_REGISTRY.get(setup.net)(drop_path_rate=0.0).train(setup.trains)
 
 
 def in_onnx_runtime(network: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -209,17 +209,17 @@ def in_onnx_runtime(network: nn.Module) -> Callable[[Tensor], Tensor]:
         return read_onnx(path.read_bytes())
 
 
-def _prepare_command(way: Way, network: nn.Module, image: Tensor) -> Compute:
+def _prepare_command(setup: Setup, network: nn.Module, image: Tensor) -> Compute:
     """Prepare `basicsr infer` on a file, in this process to exclude the startup of Python and the libraries."""
     held = tempfile.TemporaryDirectory(prefix='basicsr_benchmark_')
     folder = Path(held.name)
     source, weights, output = folder / 'image.png', folder / 'weights.safetensors', folder / 'restored'
-    save_weights(weights, network.state_dict(), {'type': way.net})
+    save_weights(weights, network.state_dict(), {'type': setup.net})
     cv2.imwrite(str(source), np.ascontiguousarray((image * 255).round().byte().permute(1, 2, 0).numpy()[..., ::-1]))
     command = ['infer', '-i', str(source), '-o', str(output), '--weights', str(weights), '--device', 'cpu']
 
     def compute() -> Tensor:
-        with ops.use_backend(way.backend), contextlib.redirect_stdout(io.StringIO()):
+        with ops.use_backend(setup.backend), contextlib.redirect_stdout(io.StringIO()):
             status = basicsr(command)
         if status:
             raise RuntimeError(f'basicsr {" ".join(command)} ended with {status}')
@@ -230,28 +230,28 @@ def _prepare_command(way: Way, network: nn.Module, image: Tensor) -> Compute:
     return compute
 
 
-def _peak(way: Way, compute: Compute) -> int | None:
-    if way.device == 'cuda':
+def _peak(setup: Setup, compute: Compute) -> int | None:
+    if setup.device == 'cuda':
         return peak_memory(compute, 'cuda')
     # Not comparable: other padded sizes, and calls that also read files, compile or export.
-    if way.square or way.is_command or way.is_compiled or way.is_exported:
+    if setup.square or setup.is_command or setup.is_compiled or setup.is_exported:
         return None
-    return in_fresh_process(_peak_here, way)
+    return in_fresh_process(_peak_here, setup)
 
 
-def _peak_here(way: Way) -> int | None:
+def _peak_here(setup: Setup) -> int | None:
     # Excludes one-time allocations of libraries. A training pass would leave gradients behind.
-    prepare(replace(way, size=_WARM_UP, batch=1, trains=False))()
-    return peak_memory(prepare(way))
+    prepare(replace(setup, size=_WARM_UP, batch=1, trains=False))()
+    return peak_memory(prepare(setup))
 
 
-def count(way: Way) -> tuple[int, int]:
+def count(setup: Setup) -> tuple[int, int]:
     """Return FLOPs of matrix products and convolutions and bytes of block inputs and outputs, on meta tensors."""
     with torch.device('meta'):
-        operations, numbers = count_pass(_network(way), torch.empty(way.batch, 3, *way.padded))
+        operations, numbers = count_pass(_network(setup), torch.empty(setup.batch, 3, *setup.padded))
     # A backward pass has two products per forward product; PyTorch's own count of it ignores groups.
-    passes = 3 if way.trains else 1
-    return passes * operations, passes * numbers * (2 if way.precision == 'bf16' else 4)
+    passes = 3 if setup.trains else 1
+    return passes * operations, passes * numbers * (2 if setup.precision == 'bf16' else 4)
 
 
 def count_pass(network: nn.Module, x: Tensor) -> tuple[int, int]:
@@ -264,41 +264,41 @@ def count_pass(network: nn.Module, x: Tensor) -> tuple[int, int]:
     return counter.get_total_flops(), sum(numbers)
 
 
-def measure_case(case: str, cases_ways: Sequence[Way], turns: int, rates: dict[str, float]) -> list[Line]:
+def measure_case(case: str, setups: Sequence[Setup], turns: int, rates: dict[str, float]) -> list[Line]:
     """Measure all paths of a case.
 
     Args:
         case: name of the case.
-        cases_ways: paths of the case.
+        setups: paths of the case.
         turns: timed calls per path.
         rates: rates of the machine, see `timing.machine_rates`.
     Returns:
         One row per path, see `timing.measure_paths`, with `operations` and the roofline `floor` in seconds. If
         torch.compile was not run, its row has the reason.
     """
-    by_path = {way.path: way for way in cases_ways}
+    by_path = {setup.path: setup for setup in setups}
 
     def peak(path: str, compute: Compute) -> int | None:
         say(f'{case}, {path}: memory')
         return _peak(by_path[path], compute)
 
-    probe = speed_probe(rates, cases_ways[0].device)
-    lines = measure_paths(case, {path: partial(prepare, way) for path, way in by_path.items()}, turns, peak, probe)
-    for path, way in by_path.items():
-        operations, moved = count(way)
-        lines[path] |= {'operations': operations, 'floor': operations / rates[way.precision] + moved / rates['copy']}
+    probe = speed_probe(rates, setups[0].device)
+    lines = measure_paths(case, {path: partial(prepare, setup) for path, setup in by_path.items()}, turns, peak, probe)
+    for path, setup in by_path.items():
+        operations, moved = count(setup)
+        lines[path] |= {'operations': operations, 'floor': operations / rates[setup.precision] + moved / rates['copy']}
     add_ratios(list(lines.values()))
     lines.setdefault('torch.compile', {'case': case, 'path': 'torch.compile', 'skipped': _NO_COMPILE})
     return list(lines.values())
 
 
 def measure(
-    cases: dict[str, list[Way]], turns: int, rates: dict[str, float], keep: Callable[[list[Line]], None]
+    cases: dict[str, list[Setup]], turns: int, rates: dict[str, float], keep: Callable[[list[Line]], None]
 ) -> list[Line]:
     """Measure all cases; rows of GPU cases are marked as not run without a GPU.
 
     Args:
-        cases: paths by case, see `ways`.
+        cases: paths by case, see `list_setups`.
         turns: timed calls per path.
         rates: rates of the CPU, see `timing.machine_rates`.
         keep: called with all rows so far after each case, to save intermediate results.
@@ -309,7 +309,7 @@ def measure(
     for case, found in cases.items():
         is_on_gpu = found[0].device == 'cuda'
         if is_on_gpu and not has_gpu:
-            lines += [{'case': case, 'path': way.path, 'skipped': f'not run: {NO_GPU}'} for way in found]
+            lines += [{'case': case, 'path': setup.path, 'skipped': f'not run: {NO_GPU}'} for setup in found]
         else:
             lines += measure_case(case, found, turns, gpu_rates if is_on_gpu else rates)
         keep(lines)
@@ -340,7 +340,7 @@ def run(args: argparse.Namespace) -> int:
     def keep(lines: list[Line]) -> None:
         records.write(args.json, 'net', settings, lines, rates=rates)
 
-    lines = measure(ways(args.net, args.size, args.cases, args.compile), args.turns, rates, keep)
+    lines = measure(list_setups(args.net, args.size, args.cases, args.compile), args.turns, rates, keep)
     print(records.backend_table(lines))
     giga = {key: f'{rate / 1e9:.0f}' for key, rate in rates.items()}
     print(

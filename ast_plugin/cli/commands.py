@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
 
 
-def listed(commands: Mapping[str, str]) -> str:
-    """Return the list of commands with their summaries, for the end of a help text."""
-    return '\n'.join(['commands:', *to_columns(commands.items(), indent='  ')])
+def format_commands(commands: Mapping[str, str], prog: str) -> str:
+    """Return the list of commands with their summaries, for the end of the help text of `prog`."""
+    hint = f'`{prog} COMMAND --help` shows arguments and examples of a command.'
+    return '\n'.join(['commands:', *to_columns(commands.items(), indent='  '), '', hint])
 
 
-def unknown(name: str, commands: Mapping[str, str]) -> str:
+def describe_unknown(name: str, commands: Mapping[str, str]) -> str:
     """Return the error message for an unknown command."""
     return f'unknown command {name}{did_you_mean(name, commands)} (available: {", ".join(commands)})'
 

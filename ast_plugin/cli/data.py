@@ -29,9 +29,9 @@ from ast_plugin.names import say, to_columns
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr data`: a command, and the arguments of that command."""
     summaries = {name: (text or name).partition('.\n')[0] for name, (text, *_) in COMMANDS.items()}  # no text with -OO
-    listed = commands.listed({name: text[0].lower() + text[1:] for name, text in summaries.items()})
+    summaries = {name: text[0].lower() + text[1:] for name, text in summaries.items()}
     parser.usage = 'basicsr data COMMAND ...'
-    parser.epilog = f'{listed}\n\n`basicsr data COMMAND --help` shows arguments and examples of a command.'
+    parser.epilog = commands.format_commands(summaries, 'basicsr data')
     parser.add_argument('command', nargs='?', help=argparse.SUPPRESS)
     parser.add_argument('arguments', nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.set_defaults(parser=parser)
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         args.parser.print_help(sys.stderr)
         return 2
     if args.command not in COMMANDS:
-        args.parser.error(commands.unknown(args.command, COMMANDS))
+        args.parser.error(commands.describe_unknown(args.command, COMMANDS))
     description, add_command_arguments, run_command = COMMANDS[args.command]
     parser = argparse.ArgumentParser(
         prog=f'basicsr data {args.command}',

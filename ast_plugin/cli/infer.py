@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
         say(f'note: {args.weights}: {note}{hint}', file=sys.stderr)
     report = None if args.report is None else Path(args.report).expanduser()
     maps = map(file_restorer.uncertainty_path, jobs) if args.uncertainty else ()
-    file_restorer.refuse_clash(maps, 'a map of --uncertainty', jobs)
-    file_restorer.refuse_clash([report] if report else [], '--report', jobs)
+    file_restorer.protect_images(maps, 'a map of --uncertainty', jobs)
+    file_restorer.protect_images([report] if report else [], '--report', jobs)
     file_restorer.prepare_folders(jobs)
     file_restorer.mark_results(Path(output), args.input)
     if report is not None:

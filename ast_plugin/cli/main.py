@@ -80,11 +80,11 @@ def _without_command(arguments: list[str]) -> int:
         usage='basicsr COMMAND ...',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Train, test and use image restoration networks with BasicSR and its plugins.',
-        epilog=f'{commands.listed(COMMANDS)}\n\n`basicsr COMMAND --help` shows arguments and examples of a command.',
+        epilog=commands.format_commands(COMMANDS, 'basicsr'),
     )
     parser.add_argument('--version', action='version', version=f'basicsr (ast_plugin {__version__})')
     if arguments and not arguments[0].startswith('-'):
-        parser.error(commands.unknown(arguments[0], COMMANDS))
+        parser.error(commands.describe_unknown(arguments[0], COMMANDS))
     parser.parse_args(arguments)
     parser.print_help(sys.stderr)
     return 2

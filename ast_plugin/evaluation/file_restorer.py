@@ -103,7 +103,7 @@ class FileResult:
     warnings: list[str] = field(default_factory=list)  # reasons not to trust the result
 
 
-class Found(NamedTuple):
+class FoundImages(NamedTuple):
     """Images found in the inputs of a batch."""
 
     images: list[tuple[Path, Path]]  # each file with its folder relative to the input
@@ -116,7 +116,7 @@ class Found(NamedTuple):
         return lines + ([f'note: left out: {count_reasons(self.left_out)}'] if self.left_out else [])
 
 
-def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bool = False) -> Found:
+def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bool = False) -> FoundImages:
     """Find the files to restore, without duplicates, folders sorted by name.
 
     Args:
@@ -128,7 +128,7 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
     Raises:
         DataError: if there is nothing to restore.
     """
-    found = Found([], [], Counter())
+    found = FoundImages([], [], Counter())
     known: set[tuple[int, int] | Path] = set()
     for path in (Path(given).expanduser() for given in inputs):
         images = list(_walk(path, output, recursive, found)) if path.is_dir() else [(path, Path())]
@@ -296,7 +296,7 @@ def _restore_file(
         return {}
 
 
-def refuse_clash(paths: Iterable[Path], what: str, jobs: Sequence[Job]) -> None:
+def protect_images(paths: Iterable[Path], what: str, jobs: Sequence[Job]) -> None:
     """Raise OptionError if `paths`, to which `what` will be written, are not distinct or are images of the jobs."""
 
     def key(path: Path) -> tuple[int, int] | str:
@@ -342,7 +342,7 @@ def report_rows(results: Iterable[FileResult]) -> list[list[Any]]:
     return rows
 
 
-def _walk(folder: Path, output: Path, recursive: bool, found: Found) -> Iterator[tuple[Path, Path]]:
+def _walk(folder: Path, output: Path, recursive: bool, found: FoundImages) -> Iterator[tuple[Path, Path]]:
     results = output.resolve()
 
     def fail(error: OSError) -> None:

@@ -24,8 +24,8 @@ from ast_plugin.plugins import option_folders
 BASE_KEY, DELETE_KEY, STAGES_KEY, NETWORKS_KEY = '_base_', '_delete_', 'stages', 'networks'
 # Two files that inherit from each other twice would otherwise be read exponentially often.
 MAX_FILES = 64
-# Alternative keys of a section: setting one removes the inherited alternative.
-RIVALS: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {
+# Pairs of keys of a section that exclude each other: setting one removes the inherited other.
+EXCLUSIVE_KEYS: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {
     ('train',): (('total_iter', 'total_epochs'), ('warmup_iter', 'warmup_epochs')),
     ('train', 'scheduler'): (('warmup_iter', 'warmup_epochs'),),
     ('val',): (('val_freq', 'times_per_epoch'),),
@@ -230,7 +230,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     """Merge `changes` over `base` without modifying either.
 
     Sections are merged key by key; all other values, including lists, are replaced. A section with `_delete_: true`
-    replaces the inherited section. Setting one of two alternative keys removes the inherited other: see `RIVALS`.
+    replaces the inherited section. Setting one of two `EXCLUSIVE_KEYS` removes the inherited other.
     """
     return _merged(copy.deepcopy(dict(base)), changes, ())
 
@@ -242,7 +242,7 @@ def _merged(base: Any, changes: Any, where: tuple[str, ...]) -> Any:
     if not isinstance(replaces, bool):
         raise OptionError(f'{".".join((*where, DELETE_KEY))}: expected true or false')
     merged = {} if replaces or not isinstance(base, Mapping) else dict(base)
-    for pair in RIVALS.get(where, ()):
+    for pair in EXCLUSIVE_KEYS.get(where, ()):
         if any(changes.get(key) is not None for key in pair):
             merged = {key: value for key, value in merged.items() if key not in pair or key in changes}
     for key, value in changes.items():
@@ -251,9 +251,9 @@ def _merged(base: Any, changes: Any, where: tuple[str, ...]) -> Any:
     return merged
 
 
-def rivals(where: tuple[str, ...], key: str) -> list[str]:
+def find_excluded(where: tuple[str, ...], key: str) -> list[str]:
     """Return the keys of the section at `where` that are removed when `key` is set."""
-    return [other for pair in RIVALS.get(where, ()) if key in pair for other in pair if other != key]
+    return [other for pair in EXCLUSIVE_KEYS.get(where, ()) if key in pair for other in pair if other != key]
 
 
 def override(opt: dict[str, Any], text: str) -> None:
@@ -288,7 +288,7 @@ def _set_in_stage(stage: Any, steps: list[str], value: Any) -> bool:
     """Set a key in a stage if the stage overrides it, and return whether it does; other keys are inherited."""
     section, key = find_at(stage, steps[:-1]), steps[-1]
     if isinstance(section, dict):
-        others = [other for other in rivals(tuple(steps[:-1]), key) if other in section and value is not None]
+        others = [other for other in find_excluded(tuple(steps[:-1]), key) if other in section and value is not None]
         is_said = key in section or others or section.get(DELETE_KEY)
     else:
         is_said = isinstance(section, list) and key.isdecimal() and int(key) < len(section)
@@ -321,7 +321,7 @@ def _assign(section: dict[str, Any] | list[Any], where: Sequence[str], key: str,
         section[int(key)] = value
         return
     section[key] = value
-    for other in rivals(tuple(where), key) if value is not None else ():
+    for other in find_excluded(tuple(where), key) if value is not None else ():
         section.pop(other, None)
 
 

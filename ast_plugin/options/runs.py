@@ -18,7 +18,7 @@ from typing import Any
 
 from ast_plugin.errors import OptionError
 from ast_plugin.options.reading import STAGES_KEY, find_at, merge
-from ast_plugin.options.sections import ComparedFile, whole
+from ast_plugin.options.sections import ComparedFile, to_whole_number
 
 AUTO = 'auto'
 # Placeholder for a number of iterations that is determined by measuring, see `compare.minutes`.
@@ -272,7 +272,7 @@ def _count_epochs(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], 
     Whole numbers written as `2e3` are converted to int, which BasicSR requires. A scheduler keeps its `warmup_epochs`.
     """
     for section in filter(None, map(opt.get, ('train', 'val', 'logger'))):
-        section.update({key: whole(value) for key, value in section.items() if key.endswith(_WHOLE_NUMBERS)})
+        section.update({key: to_whole_number(value) for key, value in section.items() if key.endswith(_WHOLE_NUMBERS)})
     given = [
         (opt[section], key, plain_key)
         for section, key, plain_key in _IN_EPOCHS

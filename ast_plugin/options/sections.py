@@ -53,7 +53,7 @@ class Registered:
         return f'no {kind} is registered as {name}{suggestion} ({hint})'
 
 
-def whole(value: Any) -> Any:
+def to_whole_number(value: Any) -> Any:
     """Convert an integral float such as 5e3, a common notation in BasicSR's option files, to int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -79,9 +79,9 @@ def _not_none(value: str) -> str:
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(whole)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
-CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(whole)]
+Whole = Annotated[int, BeforeValidator(to_whole_number)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(to_whole_number)]
+CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(to_whole_number)]
 FolderName = Annotated[str, Field(pattern=r'^[^./\\\s\x00-\x1f][^/\\\x00-\x1f]*$'), AfterValidator(_limit_length)]
 Text = Annotated[str, AfterValidator(_not_none)]
 Size = Annotated[list[Count], Field(min_length=2, max_length=2)]

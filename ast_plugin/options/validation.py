@@ -19,7 +19,7 @@ from pydantic.errors import PydanticUserError
 
 from ast_plugin.errors import OptionError, PluginError, did_you_mean
 from ast_plugin.faults import Fault, Where, faults_of, shown, unknown_key
-from ast_plugin.options.reading import NETWORKS_KEY, RIVALS, STAGES_KEY, find_at, rivals
+from ast_plugin.options.reading import EXCLUSIVE_KEYS, NETWORKS_KEY, STAGES_KEY, find_at, find_excluded
 from ast_plugin.options.runs import expand_network, is_trained, phase_of, stage_name, staged
 from ast_plugin.options.sections import ComparedFile, Registered, StagedFile, Typed, dataset_model, file_model
 
@@ -108,7 +108,7 @@ class _RunCheck:
             self._check_names(self.registered)
         if self.is_train:
             self._check_best_metric()
-        self._check_rivals()
+        self._check_exclusive_keys()
         self._check_duplicate_names()
         return self.found
 
@@ -152,15 +152,15 @@ class _RunCheck:
         elif datasets and not any(phase_of(key) in ('val', 'test') for key in datasets):
             self._report(('datasets', 'val'), 'required for testing (or datasets.test), but missing')
         for *section, key in needed:
-            others = rivals(tuple(section), key)
+            others = find_excluded(tuple(section), key)
             # Do not report missing keys of a section that is itself missing or invalid.
             is_there = not section or isinstance(self._at(*section), dict)
             if is_there and all(self._at(*section, name) is None for name in (key, *others)):
                 self._report((*section, key), _MISSING + ''.join(f' (or {other})' for other in others))
 
-    def _check_rivals(self) -> None:
+    def _check_exclusive_keys(self) -> None:
         """Report pairs of keys that set the same quantity in different units."""
-        for where, pairs in RIVALS.items():
+        for where, pairs in EXCLUSIVE_KEYS.items():
             section = self._section(*where)
             for pair in pairs:
                 given = [key for key in section if key in pair and section[key] is not None]

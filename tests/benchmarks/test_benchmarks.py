@@ -19,7 +19,7 @@ from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import OptionError
 from benchmarks import data, net, ops, peers, records, start, synthesis, timing, train
 from benchmarks.__main__ import main
-from benchmarks.net import Way
+from benchmarks.net import Setup
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,8 +127,8 @@ def test_backend_table():
 
 
 def test_net_lines():
-    found = net.ways('AST_B', 512, net.CASES, compiles=True)
-    assert {case: [way.path for way in ways] for case, ways in found.items()} == {
+    found = net.list_setups('AST_B', 512, net.CASES, compiles=True)
+    assert {case: [setup.path for setup in setups] for case, setups in found.items()} == {
         '256² forward': ['reference', 'fused', 'torch.compile'],
         '512² forward': ['reference', 'fused', 'fused, bf16', 'torch.compile'],
         '2×128² forward and backward': ['reference', 'fused', 'torch.compile'],
@@ -137,45 +137,45 @@ def test_net_lines():
         '512² forward, bf16, CUDA': ['reference', 'triton', 'triton, graph', 'torch.compile'],
         '8×256² forward and backward, bf16, CUDA': ['reference', 'triton', 'triton, graph', 'torch.compile'],
     }
-    assert {way.padded for way in found['photograph 480×720']} == {(768, 768), (480, 720)}
-    on_cpu = [case for case, ways in found.items() if ways[0].device == 'cpu']
+    assert {setup.padded for setup in found['photograph 480×720']} == {(768, 768), (480, 720)}
+    on_cpu = [case for case, setups in found.items() if setups[0].device == 'cpu']
     assert on_cpu[-1] == '2×128² forward and backward'  # as it makes malloc keep freed memory until the process ends
 
 
 def test_net_operations():
-    operations, moved = net.count(Way('AST_B', backend='fused'))
+    operations, moved = net.count(Setup('AST_B', backend='fused'))
     # 109.8 GMACs as in the README's table of variants, which does not count the products of attention scores.
     assert 2 * 109.8e9 <= operations <= 2 * 109.8e9 * 1.1
     assert moved > 0
-    way = Way('AST_XS', size=(128, 128))
-    one, two, trained = (net.count(each)[0] for each in (way, replace(way, batch=2), replace(way, trains=True)))
+    setup = Setup('AST_XS', size=(128, 128))
+    one, two, trained = (net.count(each)[0] for each in (setup, replace(setup, batch=2), replace(setup, trains=True)))
     assert (two, trained) == (2 * one, 3 * one)
 
 
 @pytest.mark.parametrize('trains', [False, True])
 def test_net_ways_compute_one_thing(monkeypatch, trains):
-    way = Way('AST_XS', size=(40, 56), trains=trains)
-    reference = net.prepare(way)()
-    compute = net.prepare(replace(way, backend='fused'))
+    setup = Setup('AST_XS', size=(40, 56), trains=trains)
+    reference = net.prepare(setup)()
+    compute = net.prepare(replace(setup, backend='fused'))
     output = compute()
     assert output.shape == (1, 3, 40, 56) and torch.equal(compute(), output)
     torch.testing.assert_close(output, reference, rtol=1e-4, atol=1e-5)
     compiled = []
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: compiled.append(type(self).__name__))
     for changes in ({'is_compiled': True}, {'is_graphed': True} if trains else {}):
-        torch.testing.assert_close(net.prepare(replace(way, **changes))(), reference)
+        torch.testing.assert_close(net.prepare(replace(setup, **changes))(), reference)
     assert set(compiled) == {'ASTBlock'}
 
 
 def test_net_onnx_restores_as_the_network():
     pytest.importorskip('onnxruntime', reason='extra onnx')
-    way = Way('AST_XS', size=(40, 56))
-    torch.testing.assert_close(net.prepare(replace(way, is_exported=True))(), net.prepare(way)(), rtol=0, atol=1e-5)
+    setup = Setup('AST_XS', size=(40, 56))
+    torch.testing.assert_close(net.prepare(replace(setup, is_exported=True))(), net.prepare(setup)(), rtol=0, atol=1e-5)
 
 
 def test_net_command_restores_as_the_network():
-    way = Way('AST_XS', backend='fused', size=(40, 56))
-    plain, command = net.prepare(way)(), net.prepare(replace(way, is_command=True))()
+    setup = Setup('AST_XS', backend='fused', size=(40, 56))
+    plain, command = net.prepare(setup)(), net.prepare(replace(setup, is_command=True))()
     # Input and output are 8-bit images.
     assert (plain.clamp(0, 1) - command).abs().max() < 3 / 255
     assert command.unique().numel() > 50
@@ -183,10 +183,11 @@ def test_net_command_restores_as_the_network():
 
 def test_net_prints_and_writes(tmp_path, monkeypatch, capsys):
     """Measure a case on the CPU with its memory; GPU rows are marked as not run."""
-    gpu = net.ways('AST_XS', 512, ['gpu'])
+    gpu = net.list_setups('AST_XS', 512, ['gpu'])
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(timing, '_fastest', lambda compute, device, calls=6: 1e-3)
-    monkeypatch.setattr(net, 'ways', lambda *_: {'small': [Way('AST_XS', 'small', 'reference', size=(64, 64))], **gpu})
+    small = {'small': [Setup('AST_XS', 'small', 'reference', size=(64, 64))]}
+    monkeypatch.setattr(net, 'list_setups', lambda *_: {**small, **gpu})
     file = tmp_path / 'net.json'
     assert main(['net', '--net', 'AST_XS', '--turns', '1', '--json', str(file)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
