@@ -100,7 +100,7 @@ def _described_model(
     for key in keys:
         kind, description = described[key.removesuffix('2')]
         fields[key] = (kind | None, _optional(description + (', second degradation' if key.endswith('2') else '')))
-    return create_model(name, __base__=base, **fields)
+    return create_model(name, __base__=base, __doc__=base.__doc__, **fields)
 
 
 class Section(BaseModel):
@@ -411,11 +411,9 @@ _REALESRGAN_KEYS: dict[str, tuple[Any, str]] = {
     'jpeg_range': (list[Number], 'Real-ESRGAN: range of the JPEG quality'),
 }
 _SECOND_DEGRADATION = tuple(f'{key}2' for key in list(_REALESRGAN_KEYS)[8:])
-# Keys that Real-ESRGAN's models read from the top level.
-RealESRGAN = _described_model('RealESRGAN', Section, (*_REALESRGAN_KEYS, *_SECOND_DEGRADATION), _REALESRGAN_KEYS)
 
 
-class OptionFile(RealESRGAN):
+class RunFile(Section):
     """Top level of an option file. Additional networks have other letters, such as `network_d`."""
 
     name: FolderName = Field(description='name of the run and its folder')
@@ -443,6 +441,10 @@ class OptionFile(RealESRGAN):
     train: Train | None = _optional('losses, optimiser, schedule and length of training')
     val: Val | None = _optional('validation and metrics')
     logger: Logger | None = _optional('logging and training states')
+
+
+# With the keys that Real-ESRGAN's models read from the top level.
+OptionFile = _described_model('OptionFile', RunFile, (*_REALESRGAN_KEYS, *_SECOND_DEGRADATION), _REALESRGAN_KEYS)
 
 
 @functools.cache

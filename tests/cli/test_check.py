@@ -134,7 +134,8 @@ def test_schema_is_printed(capfd, json_schema):
     assert status == 0 and json.loads(out) == json_schema
     definitions = json_schema['$defs']
     assert set(re.findall(r'"#/\$defs/([^"]+)"', out)) <= set(definitions)
-    assert {'_base_', 'stages', 'name', 'train', 'val'} <= set(json_schema['properties'])
+    assert list(json_schema['properties'])[:2] == ['name', 'model_type']
+    assert {'_base_', 'stages', 'train', 'val'} <= set(json_schema['properties'])
     assert {'total_epochs', 'precision', 'mixing'} <= set(definitions['Train']['properties'])
     assert 'AST_B' in definitions['Network']['properties']['type']['anyOf'][0]['enum']
     assert json_schema['properties']['stages']['minItems'] == 1 and not json_schema['additionalProperties']
