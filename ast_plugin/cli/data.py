@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 import sys
 from collections import Counter
@@ -104,7 +105,7 @@ def prepare(args: argparse.Namespace) -> int:
         layout = plain_layout(*plain)
     elif any(value is not None for value in plain):
         raise OptionError(f'--lq, --gt and their templates are only valid for the layout folders, not for {layout}')
-    source, target = args.source.expanduser().absolute(), args.target.expanduser().resolve()
+    source, target = Path(os.path.expanduser(args.source)).absolute(), Path(os.path.expanduser(args.target)).resolve()
     splits = find_splits(layout, source, args.split)
     preparation = preparing.Preparation(splits, source, target)
     with preparation.lock():
@@ -177,7 +178,7 @@ def check(args: argparse.Namespace) -> int:
 
     Exit status: 0 unchanged, 1 problems found, 2 nothing to check or wrong usage.
     """
-    path = args.path.expanduser()
+    path = Path(os.path.expanduser(args.path))
     if (path / 'data.mdb').is_file():
         lmdbs = [path]
     else:
@@ -219,7 +220,7 @@ def _find_manifests(path: Path) -> list[Path]:
 
 
 def _check_lmdbs(path: Path, lmdbs: Sequence[Path], args: argparse.Namespace) -> int:
-    manifest = read_manifest(args.manifest.expanduser()) if args.manifest else None
+    manifest = read_manifest(Path(os.path.expanduser(args.manifest))) if args.manifest else None
     results = [(folder, check_lmdb(folder, args.workers or num_cores())) for folder in lmdbs]
     if path not in lmdbs:
         results.append((path, check_together(path)))
@@ -329,7 +330,7 @@ def _advise(message: str, args: argparse.Namespace) -> str:
 
 def _list_pairs(args: argparse.Namespace) -> Sequence[Pair]:
     """Return the pairs of SRC, which is a dataset, a folder or a manifest."""
-    source: Path = args.source.expanduser()
+    source: Path = Path(os.path.expanduser(args.source))
     is_manifest = source.is_file()
     useless = [] if not is_manifest else ['layout']
     useless += ['lq_dir', 'gt_dir', 'lq_template', 'gt_template'] if is_manifest or args.layout else []

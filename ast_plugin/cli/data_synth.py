@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         return _draw_sheet(args)
     _check(args)
     recipe = Recipe(args.task, read_parameters(args.task, _read_settings(args.set)), args.seed, args.count, args.size)
-    output = Path(args.output).expanduser()
+    output = Path(os.path.expanduser(args.output))
     photos, lines = _find_photos(args.input, output, args.recursive)
     depths = _find_depths(args, photos)
     check_output(output, photos.values(), args.overwrite)
@@ -152,7 +152,7 @@ def _find_depths(args: argparse.Namespace, photos: dict[str, Path]) -> dict[str,
     """Return the depth map of each photo."""
     if args.depth is None:
         return dict.fromkeys(photos)
-    path = Path(args.depth).expanduser()
+    path = Path(os.path.expanduser(args.depth))
     if not path.is_dir():
         if len(photos) > 1:
             raise OptionError(
@@ -178,7 +178,7 @@ def _draw_sheet(args: argparse.Namespace) -> int:
         raise OptionError(
             f'--sheet cannot be combined with --{(useless or ["set"])[0]}; it supports --task, -i and --seed'
         )
-    path = Path(args.sheet).expanduser()
+    path = Path(os.path.expanduser(args.sheet))
     format_of_name(path)  # report an unsupported format before drawing
     if args.input:
         photos, _ = _find_photos(args.input, path.parent / 'nothing', args.recursive)

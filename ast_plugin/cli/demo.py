@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, test and print the gain in PSNR."""
-    root = args.root.expanduser().resolve()
+    root = Path(os.path.expanduser(args.root)).resolve()
     start = time.monotonic()
     where = ['-opt', OPTION_FILE, '--root', str(root), '--device', args.device]
     for command in (['train'], ['test', '--force_yml', 'val:save_img=true']):

@@ -11,6 +11,7 @@ padding and cropping. The metadata contains the network options, img_size, recip
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin.evaluation.export import check_export, export_network, network_metadata
     from ast_plugin.weights import find_weights, resolve_weights
 
-    output = Path(args.output).expanduser()
+    output = Path(os.path.expanduser(args.output))
     check_export(output, args.format)
     path = resolve_weights(args.weights) if args.task is None else find_weights(args.task)
     if output.exists() and output.samefile(path):

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     for note in getattr(restorer, 'notes', ()):
         hint = '; specify the full network with -opt FILE' if 'assuming' in note else ''
         say(f'note: {args.weights}: {note}{hint}', file=sys.stderr)
-    report = None if args.report is None else Path(args.report).expanduser()
+    report = None if args.report is None else Path(os.path.expanduser(args.report))
     maps = map(file_restorer.uncertainty_path, jobs) if args.uncertainty else ()
     file_restorer.protect_images(maps, 'a map of --uncertainty', jobs)
     file_restorer.protect_images([report] if report else [], '--report', jobs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 import statistics
 import tempfile
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin.devices import describe_device, find_device
     from ast_plugin.evaluation.cost import available_bytes, count_macs_of_size
 
-    weights = None if args.weights is None else str(Path(args.weights).expanduser())
+    weights = None if args.weights is None else str(Path(os.path.expanduser(args.weights)))
     channels = input_channels(options)
     device = find_device(stage.opt.get('device'))
     job = {'network': options, 'weights': weights, 'param_key': args.param_key, 'device': str(device)}

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from ast_plugin.metrics.psnr_ssim import KNOWN, all_definitions
 
     sides = {'restored': args.restored, 'gt': args.gt, **({'input': args.input} if args.input else {})}
-    pairs, notes = _pair({side: Path(path).expanduser() for side, path in sides.items()}, vars(args))
+    pairs, notes = _pair({side: Path(os.path.expanduser(path)) for side, path in sides.items()}, vars(args))
     definitions = [definition._replace(border=args.crop_border) for definition in KNOWN]
     if args.like:
         definitions = all_definitions('ssim' if float(args.like) <= 1 else 'psnr')
@@ -243,9 +243,9 @@ def _report(values: Mapping[str, Mapping[str, Values]], args: argparse.Namespace
         cells = [(side, column) for side in sides for column in columns]
         lines = [['image', *(f'{side} {_title(column)}' for side, column in cells)]]
         lines += [[printable(name), *(each[side][column] for side, column in cells)] for name, each in values.items()]
-        write_file(Path(args.csv).expanduser(), to_csv(lines).encode(), make_folder=True)
+        write_file(Path(os.path.expanduser(args.csv)), to_csv(lines).encode(), make_folder=True)
     if args.markdown:
-        write_file(Path(args.markdown).expanduser(), f'{table}\n'.encode(), make_folder=True)
+        write_file(Path(os.path.expanduser(args.markdown)), f'{table}\n'.encode(), make_folder=True)
     return 0
 
 

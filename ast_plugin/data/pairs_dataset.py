@@ -185,7 +185,7 @@ class PairsOptions(SeededOptions):
         """Return the keys that describe the location of the dataset."""
         values = {key: getattr(self, key) for key in Source.__dataclass_fields__}
         for key in ('dataroot', 'dataroot_lq', 'dataroot_gt', 'manifest'):
-            values[key] = values[key] and str(Path(values[key]).expanduser())
+            values[key] = values[key] and str(Path(os.path.expanduser(values[key])))
         return Source(**values)
 
     @model_validator(mode='after')
@@ -322,7 +322,7 @@ class SyntheticPairsDataset(SeededDataset):
         if options.source == 'packaged':
             self.photos = packaged_photos(split, options.photos)
         else:
-            folder = Path(options.dataroot_gt).expanduser()
+            folder = Path(os.path.expanduser(options.dataroot_gt))
             self.photos = folder_photos(folder, options.phase, split, options.photos)
         self.degradations = options.degradation if isinstance(options.degradation, list) else [options.degradation]
         self._cache: dict[Path, np.ndarray] = {}

@@ -130,7 +130,7 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
     """
     found = FoundImages([], [], Counter())
     known: set[tuple[int, int] | Path] = set()
-    for path in (Path(given).expanduser() for given in inputs):
+    for path in (Path(os.path.expanduser(given)) for given in inputs):
         images = list(_walk(path, output, recursive, found)) if path.is_dir() else [(path, Path())]
         if path.is_dir() and not images:
             reasons = f'; found {count_reasons(found.left_out)}' if found.left_out else ''
@@ -205,7 +205,7 @@ def prepare_folders(jobs: Sequence[Job]) -> None:
 
 def mark_results(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
     """Mark an output folder inside an input, so that `find_images` skips it in later runs."""
-    parents = [Path(given).expanduser().resolve() for given in inputs]
+    parents = [Path(os.path.expanduser(given)).resolve() for given in inputs]
     if output.is_dir() and not {*parents}.isdisjoint(output.resolve().parents):
         (output / _RESULTS).touch()
 

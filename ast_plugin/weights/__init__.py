@@ -76,7 +76,7 @@ def resolve_weights(name: str) -> Path:
     Raises:
         CheckpointError: see `load`; or if the name is neither, with a suggestion of a similar task.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if os.path.exists(path) or name != path.stem:
         return path
     if name in TASKS:

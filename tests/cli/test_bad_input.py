@@ -119,6 +119,8 @@ def test_state_without_its_weights(folder, capfd):
         ('train -opt tiny.yml --launcher slurm', 'start the processes by `srun'),
         ('train -opt file', 'file: expected'),
         ('test -opt file', 'file: expected'),
+        ('infer -i ~nobody_/x.png -o out', '~nobody_/x.png: cannot be read: No such file'),
+        ('measure ~nobody_/x.png file', '~nobody_/x.png: no such file'),
         ('test -opt tiny.yml', 'train first (`basicsr train -opt tiny.yml`)'),
     ],
 )

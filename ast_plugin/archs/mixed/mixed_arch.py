@@ -1,5 +1,6 @@
 """Mixed: any registered network with modules replaced or extended by blocks."""
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -75,7 +76,7 @@ class Mixed(Pretrained):
             self.base = build_base(base)
             if base_weights is not None:
                 with tell_place('base_weights'):
-                    load_into(self.base, read_checkpoint(Path(base_weights).expanduser(), base_param_key))
+                    load_into(self.base, read_checkpoint(Path(os.path.expanduser(base_weights)), base_param_key))
             assigned = rules.assign(self.base, read)
             first = [module.in_channels for module in self.base.modules() if isinstance(module, nn.Conv2d)][:1]
             channels = [input_channels(base, self.base), 3, 1, *first]
