@@ -99,7 +99,7 @@ def replace_folder(partial: Path, destination: Path, old: Path) -> None:
 def lock_folder(folder: Path, occupied: str, patience: float = 0.0) -> Iterator[list[int]]:
     """Lock a folder against other processes of this machine; the lock ends with its process, even a killed one.
 
-    No effect on Windows, which lacks such locks but does not allow open files to be removed.
+    No effect on file systems without locks, and on Windows, which does not allow open files to be removed.
 
     Args:
         folder: an existing folder.
@@ -124,6 +124,8 @@ def lock_folder(folder: Path, occupied: str, patience: float = 0.0) -> Iterator[
                 if time.monotonic() >= give_up_at:
                     raise FileError(f'{folder}: {occupied}; wait for it to end') from None
                 time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
         if not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
             raise FileError(f'{folder}: another process has just replaced this folder; run the command again')
         yield [descriptor]

@@ -1,5 +1,6 @@
 """Tests of atomic file writes under interruption, and of folder locks."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -114,6 +115,16 @@ def test_one_process_in_a_folder(tmp_path):
     child.kill()
     child.wait()
     with lock_folder(folder, 'busy', patience=5.0):
+        pass
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no such locks')
+def test_file_system_without_locks(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+
+    monkeypatch.setattr(files.fcntl, 'flock', fail)
+    with lock_folder(tmp_path, 'busy'):
         pass
 
 
