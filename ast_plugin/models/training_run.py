@@ -148,7 +148,8 @@ def read_run(
     registered = preflight.load_registered()
     if is_train is None:
         entries = opt.get(STAGES_KEY)
-        is_train = any('train' in part for part in (opt, *(entries if isinstance(entries, list) else ())) if part)
+        parts = [opt, *(entries if isinstance(entries, list) else ())]
+        is_train = any(isinstance(part, dict) and 'train' in part for part in parts)
     explain = Sources(file, overrides).explain
     validation.check(opt, str(file), registered, is_train=is_train, explain=explain)
     root = Path(os.path.expanduser(root)).resolve()
@@ -246,10 +247,9 @@ def _lock_and_save_on_error(module: ModuleType, folder: Path | None) -> Iterator
 
 
 def _lock(folder: Path | None, held: ExitStack) -> None:
-    """Lock a folder until `held` ends, if its file system has locks; raise FileError if it is already locked."""
+    """Lock a folder, if it exists, until `held` ends; raise FileError if it is already locked."""
     if folder is not None and folder.exists():
-        with suppress(OSError):
-            held.enter_context(lock_folder(folder, 'another training with this name is running there', _PATIENCE))
+        held.enter_context(lock_folder(folder, 'another training with this name is running there', _PATIENCE))
 
 
 def _self_contained(run: Run, stage: Stage, opt: Mapping[str, Any]) -> bytes:

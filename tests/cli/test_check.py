@@ -115,6 +115,8 @@ def test_a_file_for_testing_alone(folder, capfd):
     status, out, err = check(capfd, '-opt', 'tiny.yml')
     assert (status, err) == (0, 'tiny: valid\n')
     assert 'train' not in yaml.safe_load(out)
+    (folder / 'tiny.yml').write_text('name: x\nstages: [3]\n')
+    assert 'stages.0: expected a mapping' in check(capfd, '-opt', 'tiny.yml')[2]
     assert check(capfd) == (2, '', 'basicsr: error: check: expected -opt FILE, or --schema\n')
 
 
