@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors='backslashreplace')  # as for stderr: an unprintable name must not stop a run
     try:
         status = _run(arguments)
-        sys.stdout.flush()
+        print(end='', flush=True)  # stdout is None if it is closed
         return status
     except PluginError as error:
         say(*f'basicsr: error: {error}'.split('\n'), file=sys.stderr)

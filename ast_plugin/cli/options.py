@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _first_comment(path: Path) -> str:
-    first = next(iter(path.read_text(encoding='utf-8').splitlines()), '')
+    first = next(iter(path.read_text(encoding='utf-8-sig', errors='replace').splitlines()), '')
     return first.lstrip('# ').rstrip() if first.startswith('#') else ''
 
 

@@ -81,6 +81,11 @@ def test_without_arguments_it_helps(capsys):
     assert 'commands:' in capsys.readouterr().err
 
 
+def test_closed_stdout(monkeypatch):
+    monkeypatch.setattr(sys, 'stdout', None)
+    assert command.main(['options']) == 0
+
+
 def test_errors_become_lines_but_bugs(monkeypatch, capsys):
     raised = [OptionError('wrong'), KeyboardInterrupt(), ZeroDivisionError()]
 
@@ -126,7 +131,7 @@ def shipped(tmp_path, monkeypatch):
     folder = tmp_path / 'shipped'
     (folder / '_base_').mkdir(parents=True)
     (folder / 'AST_a.yml').write_text('# The first one.\nname: a\n')
-    (folder / 'AST_longer.yml').write_text('name: b\n')
+    (folder / 'AST_longer.yml').write_bytes(b'name: \xff\n')
     (folder / '_base_' / 'part.yml').write_text('c: d\n')
     monkeypatch.setattr(options.reading, '_SHIPPED_FOLDERS', (folder,))
     monkeypatch.chdir(tmp_path)
