@@ -216,6 +216,15 @@ def _load_any_size(job: Mapping[str, Any], device: torch.device) -> nn.Module:
     return network
 
 
+def image_stamps(options: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """Return the images of a dataset with the times of their last modification, None for images that are not files."""
+    dataset = _open_dataset(options)
+    files = [str(photo.path) for photo in getattr(dataset, 'photos', ())]
+    for pair in getattr(dataset, 'pairs', None) or getattr(dataset, 'paths', ()):  # the plugin's or BasicSR's
+        files += [pair] if isinstance(pair, str) else [pair.lq, pair.gt] if hasattr(pair, 'lq') else pair.values()
+    return [(file, os.path.getmtime(file) if os.path.exists(file) else None) for file in files]
+
+
 def _open_dataset(options: Mapping[str, Any]) -> Any:
     import basicsr.data  # noqa: F401 - registers the toolbox's datasets
     from basicsr.utils.registry import DATASET_REGISTRY

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from ast_plugin import options
 from ast_plugin.archs.networks import network_of
 from ast_plugin.checkpoints import read_checkpoint, weights_file
 from ast_plugin.compare.child import ChildFailed, run_child, run_job
-from ast_plugin.compare.measure import describe_machine, image_path, installed_versions
+from ast_plugin.compare.measure import describe_machine, image_path, image_stamps, installed_versions
 from ast_plugin.compare.results import Results, Row, format_duration
 from ast_plugin.devices import find_device
 from ast_plugin.errors import CheckpointError, FileError, OptionError, PluginError
@@ -96,7 +97,7 @@ def make_plan(name_or_path: str, root: str | Path, overrides: Sequence[str] = ()
         raise OptionError(f'{file}: val.metrics: required, the protocol {protocol.type} defines no metrics')
     settings = CompareSettings.model_validate(opt.get('compare') or {})
     settings.device = str(find_device(opt.get('device') or settings.device))
-    folder = Path(root).expanduser().resolve() / 'comparisons' / opt['name']
+    folder = Path(os.path.expanduser(root)).resolve() / 'comparisons' / opt['name']
     run = Run(file, opt, [], registered, True, folder)
     samples: dict[bool, dict[str, Any]] = {True: {}, False: {}}  # by `is_train`; read once for all networks
     networks = []
@@ -116,7 +117,7 @@ def _plan_network(
     run: Run, source: str, entry: Mapping[str, Any], samples: Mapping[bool, dict[str, Any]]
 ) -> tuple[PlannedNetwork, dict[str, Any]]:
     """Build, load, train for one step and measure an entry of `networks`; return it and the options of the test set."""
-    weights = None if entry.get('weights') is None else Path(entry['weights']).expanduser()
+    weights = None if entry.get('weights') is None else Path(os.path.expanduser(entry['weights']))
     opt, notes = expand_network(run.opt, entry), []
     if 'network_g' not in opt:
         opt['network_g'], notes = network_of(read_checkpoint(weights, entry.get('param_key')))
@@ -173,6 +174,7 @@ class Comparison:
         self.logs = plan.folder / 'logs'
         self.logs.mkdir(parents=True, exist_ok=True)
         self.keep_open: Sequence[int] = ()  # file descriptors inherited by the child processes
+        self.images: Sequence[Any] = ()  # images of the test set, see `image_stamps`
 
     def run(self) -> Results:
         """Train and measure all networks; the row of a network that fails contains the reason.
@@ -183,6 +185,7 @@ class Comparison:
         occupied = 'another comparison is running in this folder, choose a different name or --root'
         networks = self.plan.networks
         with lock_folder(self.plan.folder, occupied, _PATIENCE) as self.keep_open:
+            self.images = image_stamps(self.plan.dataset)
             rows = [Row(INPUT)]
             self._measure_quality(rows[0], None, None, None)
             for number, network in enumerate(networks, 1):
@@ -230,7 +233,8 @@ class Comparison:
             'kept': plan.settings.pictures,
             'folder': str(plan.folder / 'pictures' / row.name),
         }
-        depends_on = {**job, 'weights': None if weights is None else file_digest(weights_file(weights)), 'folder': None}
+        digest = None if weights is None else file_digest(weights_file(weights))
+        depends_on = {**job, 'weights': digest, 'images': self.images, 'folder': None}
         record = self._measure(row, f'{row.name}.quality', job, depends_on, f'evaluating {row.name}')
         if record is None:
             return
@@ -338,7 +342,7 @@ class Training:
 
         note(0.0)
         try:
-            seconds = self._run_child(self.opt, arguments, watch)
+            seconds = self._run_child(self.folder, self.opt, arguments, watch)
         except ChildFailed as error:
             note(error.seconds, iterations=count_iterations(self.table))
             raise
@@ -354,7 +358,7 @@ class Training:
         else:
             opt['val'] = self.opt.get('val')
         start = (self.opt.get('path') or {}).get('pretrain_network_g')
-        start_digest = None if start is None else file_digest(weights_file(Path(start).expanduser()))
+        start_digest = None if start is None else file_digest(weights_file(Path(os.path.expanduser(start))))
         return {'opt': opt, 'start': start_digest, 'minutes': self.settings.minutes}
 
     def _iterations_in_budget(self, digest: str) -> int:
@@ -364,38 +368,40 @@ class Training:
             return record['iterations']
         self.say(f'  measuring the training speed of {self.name}')
         opt = copy.deepcopy(self.opt)
-        opt['name'] = f'{self.name}_pace'
         opt['logger'] = {'print_freq': 1, 'save_checkpoint_freq': 10**9, 'use_tb_logger': False}
         opt['val'], opt['datasets'] = None, {'train': opt['datasets']['train']}
-        folder = self.folder / 'experiments' / opt['name']
-        shutil.rmtree(folder, ignore_errors=True)
+        root = self.folder / 'pace'
+        shutil.rmtree(root, ignore_errors=True)
         start: tuple[int, float] | None = None
 
         def count(seconds: float) -> None:
             nonlocal start
-            done = count_iterations(folder / 'metrics.csv') or 0
+            done = count_iterations(root / 'experiments' / self.name / 'metrics.csv') or 0
             if start is None:
                 start = (done, seconds) if done >= _FIRST_COUNTED else None
             elif done - start[0] >= _FEWEST_COUNTED and seconds - start[1] >= _COUNTING_SECONDS:
                 raise _SpeedMeasured((done - start[0]) / (seconds - start[1]))
 
         try:
-            self._run_child(opt, [], count)
+            self._run_child(root, opt, [], count)
             raise ChildFailed('the training ended before its speed was measured')
         except _SpeedMeasured as measured:
             iterations = max(1, round(60 * self.settings.minutes * measured.args[0]))
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(root, ignore_errors=True)
         return self.journal.write(f'{self.name}.length', digest, {'iterations': iterations})['iterations']
 
-    def _run_child(self, opt: dict[str, Any], arguments: Sequence[str], on_wait: Callable[[float], None]) -> float:
-        file = self.folder / 'options' / f'{opt["name"]}.yml'
-        file.parent.mkdir(exist_ok=True)
-        head = f'# Training options of {opt["name"]} in the comparison {self.folder.name}.\n'
+    def _run_child(
+        self, root: Path, opt: dict[str, Any], arguments: Sequence[str], on_wait: Callable[[float], None]
+    ) -> float:
+        """Train with options, writing under `root`; see `run_child`."""
+        file = root / 'options' / f'{self.name}.yml'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        head = f'# Training options of {self.name} in the comparison {self.folder.name}.\n'
         file.write_text(head + safe_yaml.write_text(opt), encoding='utf-8')
         return run_child(
             'ast_plugin',
-            ['train', '-opt', str(file), '--root', str(self.folder), *arguments],
+            ['train', '-opt', str(file), '--root', str(root), *arguments],
             self.comparison.logs / f'{self.name}.training.log',
             threads=self.settings.threads,
             keep_open=self.comparison.keep_open,

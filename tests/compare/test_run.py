@@ -10,6 +10,7 @@ from ast_plugin.compare.child import ChildFailed
 from ast_plugin.compare.run import Comparison, Journal, PlannedNetwork, Training, count_iterations, digest_of
 from ast_plugin.options import safe_yaml
 from ast_plugin.options.sections import CompareSettings
+from tests import tiny_run
 
 OPT = {
     'name': 'net',
@@ -50,10 +51,10 @@ class Trainer:
         assert module == 'ast_plugin' and arguments[0] == 'train'
         self.calls.append(arguments)
         self.opt = safe_yaml.read_file(Path(arguments[arguments.index('-opt') + 1]))
-        assert arguments[arguments.index('--root') + 1] == str(self.folder)
-        experiment = self.folder / 'experiments' / self.opt['name']
+        root = Path(arguments[arguments.index('--root') + 1])
+        experiment = root / 'experiments' / self.opt['name']
         (experiment / 'models').mkdir(parents=True, exist_ok=True)
-        if self.opt['name'].endswith('_pace'):
+        if root != self.folder:  # measures the speed
             for second in range(60):  # four iterations a second
                 self.write_table(experiment, 4 * second)
                 on_wait(float(second))
@@ -158,11 +159,27 @@ def test_minutes_become_iterations(trainer, tmp_path):
     (_, record), _ = train(tmp_path, opt, minutes=2.0)
     assert record['iterations'] == 480
     assert trainer.opt['train']['total_iter'] == 480
-    assert not (tmp_path / 'experiments/net_pace').exists()
+    assert not (tmp_path / 'pace').exists()
     train(tmp_path, opt, minutes=2.0)
     assert len(trainer.calls) == 2  # the speed measurement and the training
     train(tmp_path, opt, minutes=1.0)
     assert trainer.opt['train']['total_iter'] == 240
+
+
+def test_changed_images_are_measured_again(tmp_path, monkeypatch):
+    record = {'values': {}, 'notes': [], 'multiple': 1}
+    jobs = []
+    monkeypatch.setattr(run, 'run_job', lambda job, *_, **__: jobs.append(job) or record)
+    tiny_run.write(tmp_path)
+    roots = {f'dataroot_{side}': str(tmp_path / 'data' / side) for side in ('lq', 'gt')}
+    dataset = {'name': 'val', 'type': 'PairsDataset', 'layout': 'folders', 'phase': 'val', **roots}
+    plan = run.Plan('x', tmp_path / 'x', [], dataset, None, None, CompareSettings(device='cpu'))
+    for number, change in enumerate([lambda image: None, Path.touch, Path.unlink], 1):
+        for side in ('lq', 'gt'):
+            change(tmp_path / 'data' / side / '0.png')
+        for _ in range(2):
+            Comparison(plan, str).run()
+        assert len(jobs) == number
 
 
 def test_incomplete_row_is_not_counted(tmp_path):
