@@ -58,7 +58,7 @@ def add_file_arguments(parser: argparse.ArgumentParser, is_needed: bool = True) 
         action='extend',
         default=[],
         metavar='KEY:SUB=VALUE',
-        help='override options of the file in all stages: train:total_epochs=1 datasets:train:gt_size=64',
+        help='override options of the file, stages and networks: train:total_epochs=1 datasets:train:gt_size=64',
     )
     parser.add_argument(
         '--device',

@@ -22,6 +22,7 @@ from ast_plugin.options import safe_yaml
 from ast_plugin.plugins import option_folders
 
 BASE_KEY, DELETE_KEY, STAGES_KEY, NETWORKS_KEY = '_base_', '_delete_', 'stages', 'networks'
+_ENTRIES_KEYS = (STAGES_KEY, NETWORKS_KEY)
 # Two files that inherit from each other twice would otherwise be read exponentially often.
 MAX_FILES = 64
 # Pairs of keys of a section that exclude each other: setting one removes the inherited other.
@@ -81,8 +82,8 @@ def find(name_or_path: str | Path) -> Path:
     name = _SUFFIX.sub('', path.as_posix())
     if name in known:
         return known[name]
-    if path.is_dir():
-        raise OptionError(f'{name_or_path}: expected an option file, got a folder')
+    if path.exists():
+        raise OptionError(f'{name_or_path}: expected an option file, got a folder, pipe or device')
     raise OptionError(
         f'{name_or_path}: no such option file{did_you_mean(name, known) or did_you_mean(path.stem, known)} '
         '(`basicsr options` lists the shipped files)'
@@ -102,7 +103,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """
     path = Path(path)
     opt = read(path)
-    for text in sorted(overrides, key=lambda text: text.lstrip().startswith(f'{STAGES_KEY}:')):
+    for text in sorted(overrides, key=lambda text: text.partition(':')[0].strip() in _ENTRIES_KEYS):
         override(opt, text)
     return fill_in(opt, str(path))
 
@@ -260,8 +261,8 @@ def override(opt: dict[str, Any], text: str) -> None:
     """Apply an override `key:sub=value` to `opt` in place; the value is parsed as YAML, list items are named by index.
 
     All sections of the path must exist; the last key may be new. The override takes precedence over the values in
-    stages: `train:total_epochs=1` applies to every stage. A single stage is addressed by its index, starting at 0:
-    `stages:0:train:total_epochs=1`.
+    stages and compared networks: `train:total_epochs=1` applies to all of them. A single one is addressed by its index,
+    starting at 0: `stages:0:train:total_epochs=1`.
 
     Raises:
         OptionError: if a section does not exist, or the value is not plain YAML.
@@ -271,22 +272,23 @@ def override(opt: dict[str, Any], text: str) -> None:
     steps = [step.strip() for step in keys.split(':')]
     if not equals or not all(steps):
         raise OptionError(f'{source}: expected key:sub=value')
-    value = None if written.strip() in ('None', 'none') else safe_yaml.read_text(written, source)
-    stages = opt.get(STAGES_KEY)
-    # `name` is the name of the run; stages have names of their own.
-    of_all = isinstance(stages, list) and steps[0] != STAGES_KEY and steps != ['name']
-    changed = [_set_in_stage(stage, steps, value) for stage in (stages if of_all else ())]
+    value = None if written.strip() in ('None', 'none') else safe_yaml.read_value(written, source)
+    entries = opt.get(NETWORKS_KEY, opt.get(STAGES_KEY))
+    # Networks override only `train`. `name` is the name of the run; stages have names of their own.
+    of_all = steps[0] == 'train' if NETWORKS_KEY in opt else steps[0] != STAGES_KEY and steps != ['name']
+    entries = entries if of_all and isinstance(entries, list) else []
+    changed = [_set_in_entry(entry, steps, value) for entry in entries]
     try:
         _set(opt, steps, value, source)
     except OptionError:
-        # The section may exist only in stages.
+        # The section may exist only in entries.
         if not any(changed):
             raise
 
 
-def _set_in_stage(stage: Any, steps: list[str], value: Any) -> bool:
-    """Set a key in a stage if the stage overrides it, and return whether it does; other keys are inherited."""
-    section, key = find_at(stage, steps[:-1]), steps[-1]
+def _set_in_entry(entry: Any, steps: list[str], value: Any) -> bool:
+    """Set a key in a stage or network if the entry overrides it, and return whether it does; others are inherited."""
+    section, key = find_at(entry, steps[:-1]), steps[-1]
     if isinstance(section, dict):
         others = [other for other in find_excluded(tuple(steps[:-1]), key) if other in section and value is not None]
         is_said = key in section or others or section.get(DELETE_KEY)
@@ -299,20 +301,20 @@ def _set_in_stage(stage: Any, steps: list[str], value: Any) -> bool:
 
 
 def _set(opt: dict[str, Any], steps: list[str], value: Any, source: str) -> None:
-    in_stage = steps[0] == STAGES_KEY
+    in_entry = steps[0] in _ENTRIES_KEYS
     section: Any = opt
     for depth, step in enumerate(steps[:-1]):
         key = _step(section, step, source)
         if isinstance(section, dict) and section.get(key) is None:
-            # The stage may not contain a section that the file has.
-            is_of_file = in_stage and isinstance(find_at(opt, steps[2 : depth + 1]), dict)
+            # The entry may not contain a section that the file has.
+            is_of_file = in_entry and isinstance(find_at(opt, steps[2 : depth + 1]), dict)
             if key not in section and not is_of_file:
                 where = ':'.join(steps[:depth]) or 'the file'
                 raise OptionError(f'{source}: {where} has no section {key}{did_you_mean(key, section)}')
             section[key] = {}
         section = section[key]
     _step(section, steps[-1], source)
-    _assign(section, steps[2 * in_stage : -1], steps[-1], value)
+    _assign(section, steps[2 * in_entry : -1], steps[-1], value)
 
 
 def _assign(section: dict[str, Any] | list[Any], where: Sequence[str], key: str, value: Any) -> None:
@@ -399,7 +401,7 @@ def _value_of(match: re.Match) -> str:
 
 def _scalar(text: str) -> Any:
     try:
-        value = safe_yaml.read_text(text, 'environment')
+        value = safe_yaml.read_value(text, 'environment')
     except OptionError:
         return text
     return text if isinstance(value, (dict, list)) else value

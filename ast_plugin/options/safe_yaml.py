@@ -111,6 +111,13 @@ def read_text(text: str, source: str) -> Any:
     return build(_compose(text, source), source)
 
 
+def read_value(text: str, source: str) -> Any:
+    """Parse a value of the command line or environment: as `read_text`, but ` #` starts no comment in unquoted text."""
+    value, text = read_text(text, source), text.strip()
+    is_plain = isinstance(value, str) and not text.startswith(("'", '"', '!'))
+    return text if is_plain or text.startswith('#') else value
+
+
 def build(node: Node | None, source: str) -> Any:
     """Convert a node of `compose_file` to its value; see `read_text`."""
     return None if node is None else _Builder(source).build(node, 0)
@@ -127,6 +134,8 @@ def _compose(text: str, source: str) -> Node | None:
         mark = getattr(error, 'problem_mark', None)
         place = f':{mark.line + 1}' if mark else ''
         raise OptionError(f'{source}{place}: not YAML: {_reason(error)}{_hard_space(text)}') from None
+    except (ValueError, OverflowError) as error:  # PyYAML passes any code point, such as \UDEADBEEF, to chr()
+        raise OptionError(f'{source}: not YAML: {error} ({_BACKSLASH})') from None
     except RecursionError:
         raise OptionError(f'{source}: nested deeper than {MAX_DEPTH} levels') from None
 

@@ -104,6 +104,7 @@ BOMB = 'a: &a [x, x, x, x, x, x, x, x, x, x]\n' + ''.join(
         ('a: !!float x\n', "cannot be read as float: 'x'"),
         ('a: ' + '9' * 5000 + '\n', 'cannot be read as int'),
         ('a: *b\n', 'not YAML'),
+        ('a: "\\UDEADBEEF"\n', 'in double quotes a backslash starts'),
         ('a: &a [*a]\n', 'does an alias contain itself'),
         ('<<: 1\n', 'expected a mapping'),
         ('a: ' + '[' * 500, 'nested deeper'),
@@ -216,10 +217,12 @@ def test_find(tmp_path, monkeypatch):
     assert shipped.is_file()
     assert options.find('AST_quickstart.yml') == options.find('AST_quickstart.yaml') == shipped
     (tmp_path / 'own.yml').write_text('a: 1')
+    os.mkfifo('pipe.yml')
     assert options.find('own.yml').read_text() == 'a: 1'
     for name, complaint in [
         ('AST_quikstart.yml', 'did you mean AST_quickstart'),
         (tmp_path, 'got a folder'),
+        ('pipe.yml', 'got a folder, pipe or device'),
         ('~nobody/x.yml', 'no such option file'),
     ]:
         with pytest.raises(OptionError, match=complaint):
@@ -248,6 +251,8 @@ def test_variables(write, monkeypatch):
         'TAG': '!!python/name:os.system',
         'NESTED': '${FIVE}{{x}}',
         'TEN': '010',
+        'MARK': ' /x #2',
+        'HASH': '#2',
     }
     for name, content in environment.items():
         monkeypatch.setenv(name, content)
@@ -255,13 +260,13 @@ def test_variables(write, monkeypatch):
         file="""\
         one: ['${RATE}', '${MISSING:4}', '${FIVE:4}', '${MISSING:false}', '${MISSING:}', '${MISSING:datasets/SPAD}']
         two: {in: '${ROOT}/a/${MISSING:3}', list: '${LIST}', pair: '${PAIR}', tag: '${TAG}', nested: '${NESTED}'}
-        three: ["${TEN}", $ROOT]
+        three: ["${TEN}", $ROOT, '${MARK}', '${HASH}']
         """
     )
     expected = {
         'one': [1e-4, 4, 5, False, None, 'datasets/SPAD'],
         'two': {'in': '/x/a/3', **{key.lower(): environment[key] for key in ('LIST', 'PAIR', 'TAG', 'NESTED')}},
-        'three': [10, '$ROOT'],
+        'three': [10, '$ROOT', '/x #2', '#2'],
     }
     assert repr(load()) == repr(expected)
     opt = {'a': ['${ROOT}']}
@@ -306,6 +311,7 @@ def test_override(write, tmp_path):
         ('path:resume_state=a=b', ['path', 'resume_state'], 'a=b'),
         ('name=None', ['name'], None),
         ("name='1'", ['name'], '1'),
+        ('name=/x #2', ['name'], '/x #2'),
         (f'name={CODE}', ['name'], CODE),
         (f'name=[{CODE}]', ['name'], [CODE]),
     ]:
@@ -390,3 +396,6 @@ def test_overrides_win_over_stages(write):
         assert complaint in refused(override)
     write(file='stages: [{train: {a: 1}}, {b: 1}]\n')
     assert load('train:a=2')['stages'][0] == {'train': {'a': 2}}
+    write(file='train: {a: 1}\nnetworks: [{name: x, train: {a: 1}}, {name: y}]\n')
+    first, second = load('networks:1:train:a=4', 'train:a=2', 'name=z')['networks']
+    assert (first, second) == ({'name': 'x', 'train': {'a': 2}}, {'name': 'y', 'train': {'a': 4}})
