@@ -77,16 +77,13 @@ def unknown_key(where: Where, known: Sequence[str]) -> Fault:
     return Fault(where, f'unknown key{did_you_mean(str(where[-1]), known)}', unknown_key=True)
 
 
-def faults_of(
-    error: ValidationError, model: Any, value: Any, prefix: Where = (), also_known: Sequence[str] = ()
-) -> list[Fault]:
+def faults_of(error: ValidationError, model: Any, value: Any, prefix: Where = ()) -> list[Fault]:
     """Convert a pydantic error to one fault per key.
 
     Args:
         error: raised by `model` when validating `value`.
         model: pydantic model or annotation; its names are used for suggestions.
         prefix: location of `value` in the file.
-        also_known: additional names accepted at the first level.
     """
     faults: dict[Where, Fault] = {}
     reports = error.errors(include_url=False)
@@ -100,8 +97,7 @@ def faults_of(
             expected = f'expected {report["ctx"]["expected_tags"]}, got {shown(got)}'
             place, report = (*place, key), {**report, 'expected': expected}
         if report['type'] == 'extra_forbidden':
-            names = [*_section_at(model, report['loc'][:-1]).model_fields, *(also_known if len(where) == 1 else ())]
-            fault = unknown_key(place, names)
+            fault = unknown_key(place, list(_section_at(model, report['loc'][:-1]).model_fields))
         else:
             fault = Fault(place, report.get('expected') or _message(report))
         faults[place] = _joined(faults[place], fault) if place in faults else fault

@@ -38,9 +38,8 @@ from ast_plugin.evaluation.protocols import read_protocol
 from ast_plugin.files import write_file
 from ast_plugin.models.run_log import COLOURS, FAINT, GRID, INK, STYLE, draw_legend, quieten, read_columns, smoothed
 from ast_plugin.names import escape_markdown, printable, write_name
-from ast_plugin.options.sections import INPUT
+from ast_plugin.options.sections import CLEAN, INPUT
 
-CLEAN = 'clean'  # source name of the reference images
 _TEMPLATE = Path(__file__).with_name('report_template.html')
 _QUALITY = 92  # WebP quality of the images in the report
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', 'h')  # distinguishable without colour

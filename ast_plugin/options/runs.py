@@ -25,7 +25,6 @@ AUTO = 'auto'
 UNKNOWN_LENGTH = 10**6
 _PHASES = ('train', 'val', 'test')
 _PLUGIN_MODEL = 'RestorationModel'
-_WHOLE_NUMBERS = ('_iter', '_freq', '_epochs')  # suffixes of keys with whole numbers
 _IN_EPOCHS = (
     ('train', 'total_epochs', 'total_iter'),
     ('train', 'warmup_epochs', 'warmup_iter'),
@@ -135,6 +134,9 @@ def prepare(
     """
     opt = copy.deepcopy(dict(opt))
     root = Path(os.path.expanduser(root)).resolve()
+    # BasicSR requires int for counts, which may be written as 2e3.
+    for section in (opt, *opt['datasets'].values(), *filter(None, map(opt.get, ('train', 'val', 'logger')))):
+        section.update({key: to_whole_number(value) for key, value in section.items()})
     # BasicSR requires these keys.
     if opt.get('scale') is None:
         opt['scale'] = 1
@@ -267,12 +269,7 @@ def _paths(opt: dict[str, Any], root: Path, is_train: bool, stage: str | None) -
 
 
 def _count_epochs(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], int] | None) -> None:
-    """Convert epochs to iterations in place, and set `train.iters_per_epoch`.
-
-    Whole numbers written as `2e3` are converted to int, which BasicSR requires. A scheduler keeps its `warmup_epochs`.
-    """
-    for section in filter(None, map(opt.get, ('train', 'val', 'logger'))):
-        section.update({key: to_whole_number(value) for key, value in section.items() if key.endswith(_WHOLE_NUMBERS)})
+    """Convert epochs to iterations in place, and set `train.iters_per_epoch`; a scheduler keeps its `warmup_epochs`."""
     given = [
         (opt[section], key, plain_key)
         for section, key, plain_key in _IN_EPOCHS

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ast_plugin.errors import did_you_mean
 from ast_plugin.options.reading import BASE_KEY, DELETE_KEY, STAGES_KEY
 
-INPUT = 'input'  # row of the degraded images in a comparison
+INPUT, CLEAN = 'input', 'clean'  # names of the degraded and clean images in a comparison
 
 _MOST_NAME_BYTES = 100  # file systems allow 255, for the names of run and stage, a timestamp and file extensions
 # BasicSR registers some classes as NAME_basicsr and falls back to them if NAME is not registered.
@@ -65,8 +65,8 @@ def _limit_length(value: str) -> str:
 
 
 def _not_reserved(value: str) -> str:
-    if value.casefold() == INPUT:
-        raise ValueError(f'{INPUT} is reserved for the degraded images')
+    if value.casefold() in (INPUT, CLEAN):
+        raise ValueError(f'{value} is reserved for the {"clean" if value.casefold() == CLEAN else "degraded"} images')
     if 'debug' in value.casefold():
         raise ValueError('BasicSR enables its debug mode for names that contain `debug`, choose another name')
     return value

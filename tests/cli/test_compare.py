@@ -90,6 +90,7 @@ def one(**changes):
         (options_of(compare={'minutes': 1}), 'train.total_iter: conflicts with compare.minutes'),
         (options_of([NETWORKS[0], {**NETWORKS[1], 'name': 'Good'}]), 'Good is already the name of networks.0'),
         (one(name='input'), 'input is reserved for the degraded images'),
+        (one(name='Clean'), 'networks.0.name: Clean is reserved for the clean images'),
         (one(name='../x'), 'networks.0.name: expected a valid folder name'),
         (one(name='debug_it'), 'debug mode'),
         (one(network_g={'type': 'MSRResNett'}), 'no arch is registered as MSRResNett, did you mean MSRResNet?'),

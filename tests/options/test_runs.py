@@ -74,6 +74,17 @@ def test_prepare_for_testing(tmp_path):
     assert isinstance(opt['num_gpu'], int)
 
 
+def test_counts_become_int():
+    whole = {'batch_size_per_gpu': 2.0, 'dataset_enlarge_ratio': 0.5}
+    opt = {**OPT, 'manual_seed': 1e3, 'num_gpu': 0.0, 'logger': {'print_freq': 1e2, 'keep_checkpoints': 3.0}}
+    opt['datasets'] = {'train': {**OPT['datasets']['train'], **whole}}
+    opt = options.prepare({**opt, 'train': {'total_iter': 5e3, 'accumulate': 2.0, 'ema_decay': 0.5}})
+    found = [opt['manual_seed'], opt['num_gpu'], *(opt['datasets']['train'][key] for key in whole)]
+    found += [opt['logger'][key] for key in ('print_freq', 'keep_checkpoints')]
+    assert repr(found) == '[1000, 0, 2, 0.5, 100, 3]'
+    assert repr(opt['train']) == "{'total_iter': 5000, 'accumulate': 2, 'ema_decay': 0.5}"
+
+
 def test_debug_mode():
     opt = options.prepare(OPT, debug=True)
     assert opt['name'] == 'debug_run'
