@@ -133,9 +133,12 @@ def run(args: argparse.Namespace) -> int:
                 write_file(report, text.encode(errors='surrogateescape'))
     if lines := found.lines():
         say(*lines, file=sys.stderr)
-    num_failed, total = failed.total(), len(jobs) + len(found.failures)
-    restored = f'{total - num_failed}{f" of {total}" if failed else ""} image{"s" * (total != 1)}'
-    classes = f' (failed: {", ".join(f"{count} {kind}" for kind, count in failed.items())})' if failed else ''
+    unchanged, total = sum(result.is_unchanged for result in finished), len(jobs) + len(found.failures)
+    num_others = failed.total() + unchanged
+    restored = f'{total - num_others}{f" of {total}" if num_others else ""} image{"s" * (total != 1)}'
+    others = [f'unchanged: {unchanged}'] if unchanged else []
+    others += [f'failed: {", ".join(f"{count} {kind}" for kind, count in failed.items())}'] if failed else []
+    classes = f' ({"; ".join(others)})' if others else ''
     say(f'restored {restored} in {time.perf_counter() - start:.1f} s{classes}: {Path(output)}')
     return 1 if failed else 0
 

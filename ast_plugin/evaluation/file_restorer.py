@@ -97,7 +97,7 @@ class FileResult:
     failure: str = ''  # why there is no result; empty on success
     kind: str = ''  # class of the failure: unreadable, memory, network or unwritable
     task: str = ''  # predicted degradation, if the image was classified
-    is_unchanged: bool = False  # copied without restoration
+    is_unchanged: bool = False  # whether the image was written without restoration
     confidence: float | None = None  # probability of `task`
     change: Change | None = None  # None if there is no result or its size differs
     warnings: list[str] = field(default_factory=list)  # reasons not to trust the result
@@ -259,6 +259,10 @@ def _restore_file(
     job, notes, stage, written = result.job, result.notes, 'unreadable', {}
     try:
         image = read_image(job.source, max_pixels=max_pixels)
+        stage, kind = 'unwritable', FORMAT_OF[job.target.suffix.lower()]
+        if kind != image.format:  # one pixel shows, before the network runs, whether the format supports the image
+            alpha = None if image.alpha is None else image.alpha[:1, :1]
+            encode_image(job.target, replace(image, color=image.color[:1, :1], alpha=alpha))
         stage = 'network'
         if isinstance(restorer, Specialists):
             result.task, result.confidence, restorer = restorer.choose(image.color)
@@ -277,7 +281,7 @@ def _restore_file(
                 written[uncertainty_path(job)] = draw_spread(restorer.spread(image.color))
         result.change = Change.between(image.color, color)
         result.warnings += result.change.warnings() if result.change else ()
-        stage, kind = 'unwritable', FORMAT_OF[job.target.suffix.lower()]
+        stage = 'unwritable'
         if restorer is None and kind == image.format:
             return {job.target: job.source.read_bytes()}
         _, lost = image.metadata(kind)
@@ -293,6 +297,7 @@ def _restore_file(
         if str(job.source) not in reason and kind != 'unwritable':
             reason = f'{job.source}: {reason}'
         result.kind, result.failure, result.change, result.warnings = kind, reason, None, []
+        result.is_unchanged = False
         return {}
 
 

@@ -159,9 +159,10 @@ def test_bad_files_are_told_and_others_restored(run, tmp_path):
 
 def test_kinds_of_failures(weights, tmp_path, monkeypatch):
     restorer = Restorer.from_weights(weights, device='cpu')
-    real = restorer.restore
+    real, shapes_restored = restorer.restore, []
 
     def restore(image, **callbacks):
+        shapes_restored.append(image.shape[:2])
         if image.shape[0] == 9:
             raise MemoryShortage('too large')
         if image.shape[0] == 10:
@@ -180,6 +181,7 @@ def test_kinds_of_failures(weights, tmp_path, monkeypatch):
     assert [result.kind for result in results] == ['', 'memory', 'network', 'unwritable', '', 'unreadable']
     assert [bool(result.failure) for result in results] == [bool(result.kind) for result in results]
     assert results[1].failure == f'{tmp_path / "b.png"}: too large'
+    assert (8, 8) not in shapes_restored  # rejected before the network runs
     assert [job.source.stem for job in jobs if job.target.exists()] == ['a', 'e']
 
 

@@ -39,6 +39,7 @@ def run(monkeypatch, tmp_path, capsys):
 def test_clean_image_stays(run, tmp_path):
     status, out, err = run('--report', tmp_path / 'r.csv', clean=9)
     assert status == 0 and 'a.jpg (clean 100%, ' in out
+    assert 'restored 0 of 1 image in ' in out and ' s (unchanged: 1): ' in out
     assert err == f'note: {tmp_path / "a.jpg"}: no degradation detected (confidence 100%), left unchanged\n'
     assert (tmp_path / 'out' / 'a.jpg').read_bytes() == (tmp_path / 'a.jpg').read_bytes()
     assert run('--format', 'png')[0] == 0  # written anew in another format
