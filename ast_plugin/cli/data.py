@@ -251,8 +251,8 @@ def add_lmdb_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', type=Path, metavar='SRC', help='dataset, folder or manifest')
     parser.add_argument('destination', type=Path, metavar='DST', help='folder for lq.lmdb and gt.lmdb')
     parser.add_argument('--layout', help='layout of the dataset SRC: agan, spad, ... (default: folders lq and gt)')
-    parser.add_argument('--phase', choices=('train', 'test'), default='train', help='dataset part (default: train)')
-    parser.add_argument('--split', help='dataset split, if the phase has several: test_b')
+    parser.add_argument('--phase', choices=('train', 'test'), help='with layout: dataset part (default: train)')
+    parser.add_argument('--split', help='with layout: dataset split, if the phase has several: test_b')
     parser.add_argument('--list-file', metavar='FILE', help="layout spad: list file to use instead of the dataset's")
     parser.add_argument('--lq-dir', metavar='DIR', help='without layout: degraded images, under SRC (default: lq)')
     parser.add_argument('--gt-dir', metavar='DIR', help='without layout: clean images, under SRC (default: gt)')
@@ -323,7 +323,7 @@ def _advise(message: str, args: argparse.Namespace) -> str:
     if args.layout in preparable() and message.count(' x '):
         message += (
             f'\nTo exclude them: basicsr data prepare {args.layout} SRC PREPARED --skip-faulty, then basicsr data '
-            f'lmdb PREPARED/{args.split or args.phase}.jsonl DST'
+            f'lmdb PREPARED/{args.split or args.phase or "train"}.jsonl DST'
         )
     return message
 
@@ -332,9 +332,10 @@ def _list_pairs(args: argparse.Namespace) -> Sequence[Pair]:
     """Return the pairs of SRC, which is a dataset, a folder or a manifest."""
     source: Path = Path(os.path.expanduser(args.source))
     is_manifest = source.is_file()
+    layout = None if args.layout == 'folders' else args.layout
     useless = [] if not is_manifest else ['layout']
-    useless += ['lq_dir', 'gt_dir', 'lq_template', 'gt_template'] if is_manifest or args.layout else []
-    useless += ['split', 'list_file'] if is_manifest or not args.layout else []
+    useless += ['lq_dir', 'gt_dir', 'lq_template', 'gt_template'] if is_manifest or layout else []
+    useless += ['phase', 'split', 'list_file'] if is_manifest or not layout else []
     given = [f'--{key.replace("_", "-")}' for key in useless if getattr(args, key) is not None]
     if given:
         kind = 'a manifest' if is_manifest else f'layout {args.layout}' if args.layout else 'a folder without --layout'
@@ -343,9 +344,9 @@ def _list_pairs(args: argparse.Namespace) -> Sequence[Pair]:
         return read_manifest(source).pairs()
     if not source.is_dir():
         raise DataError(f'{source}: no such dataset, folder or manifest')
-    if args.layout and args.layout != 'folders':
+    if layout:
         where = {'dataroot': str(source), 'split': args.split, 'list_file': args.list_file}
-        return list_pairs(args.layout, Source(args.phase, **where))
+        return list_pairs(layout, Source(args.phase or 'train', **where))
     lq_dir, gt_dir = source / (args.lq_dir or 'lq'), source / (args.gt_dir or 'gt')
     for folder in (lq_dir, gt_dir):
         if not folder.is_dir():
@@ -355,7 +356,7 @@ def _list_pairs(args: argparse.Namespace) -> Sequence[Pair]:
             )
     where = {'dataroot_lq': str(lq_dir), 'dataroot_gt': str(gt_dir)}
     templates = {'lq_template': args.lq_template, 'gt_template': args.gt_template}
-    return list_pairs('folders', Source(args.phase, **where, **templates))
+    return list_pairs('folders', Source(**where, **templates))
 
 
 def _num_workers(args: argparse.Namespace, num_items: int) -> int:

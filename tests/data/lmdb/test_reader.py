@@ -239,6 +239,7 @@ def test_preflight_refuses_lmdbs_for_basicsr(packed, tmp_path, encoding, message
         (['{}/nowhere', '{}/out'], 'no such dataset, folder or manifest'),
         (['{}/lq', '{}/out'], 'expected subfolders lq and gt'),
         (['{}', '{}/out', '--split', 'train'], 'a folder without --layout does not support --split'),
+        (['{}', '{}/out', '--layout', 'folders', '--phase', 'test'], 'layout folders does not support --phase'),
         (['{}', '{}/out', '--layout', 'agan', '--lq-dir', 'x'], 'layout agan does not support --lq-dir'),
         (['{}', '{}/out', '--layout', 'agam'], 'did you mean agan'),
         (['{}', '{}/out', '--layout', 'agan'], 'AGAN-Data was not found at'),
