@@ -367,7 +367,7 @@ class Logger(Section):
     save_checkpoint_epochs: Count | None = _optional(
         'epochs between training states; alternative to save_checkpoint_freq'
     )
-    keep_checkpoints: Count | None = _optional('number of most recent training states to keep (default: 3)')
+    keep_checkpoints: Count | None = _optional('number of most recent training states and weights to keep (default: 3)')
     use_tb_logger: bool | None = _optional('write TensorBoard logs')
     tb_pictures: CountOrZero | None = _optional(
         'number of validation images in TensorBoard, each as input, result and clean image (default: 4)'
