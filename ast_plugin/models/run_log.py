@@ -202,8 +202,7 @@ class RunLog:
             self._begin(self._rows[0]['iter'])
             new = dict.fromkeys(name for row in self._rows for name in row if name not in self._columns)
             if new:
-                self._columns += new
-                self._rewrite([row + ',' * len(new) for row in _read_lines(self.table)[1]])
+                self._rewrite([row + ',' * len(new) for row in _read_lines(self.table)[1]], [*self._columns, *new])
             self._append(durably)
             self._num_written += len(self._rows)
             self._rows.clear()
@@ -248,25 +247,23 @@ class RunLog:
         """Open the table; keep the rows of the resumed state or, without one, those of earlier iterations."""
         if self._is_begun and self.table.is_file():
             return
-        header, rows = '', []
+        columns, rows = [*FIXED], []
         if self.table.is_file() and (current_iter > 1 or self._num_to_keep is not None):
             try:
                 header, rows = _read_lines(self.table)
-                self._columns = next(csv.reader([header]))
-                if self._columns[: len(FIXED)] != [*FIXED]:
+                columns = next(csv.reader([header]))
+                if columns[: len(FIXED)] != [*FIXED]:
                     raise ValueError(f'expected columns starting with {", ".join(FIXED)}')
                 num_before = sum(int(row.partition(',')[0]) < current_iter for row in rows)
                 rows = rows[: num_before if self._num_to_keep is None else self._num_to_keep]
             except (ValueError, StopIteration) as error:
                 aside = self.table.with_name(f'{self.table.name}.damaged')
                 self.table.replace(aside)
-                header, rows = '', []
+                columns, rows = [*FIXED], []
                 logging.getLogger('basicsr').warning(
                     f'{self.table} is damaged, kept as {aside.name} and restarted: {error}'
                 )
-        if not header:
-            self._columns = [*FIXED]
-        self._rewrite(rows)
+        self._rewrite(rows, columns)
         self._is_begun = True
 
     def _append(self, durably: bool) -> None:
@@ -278,19 +275,19 @@ class RunLog:
                 content = text.getvalue().encode()
                 if file.write(content) != len(content):
                     raise OSError('the disk is full')
+                if durably:
+                    os.fsync(file.fileno())
             except OSError:
                 file.truncate(end)
                 raise
-            if durably:
-                os.fsync(file.fileno())
 
-    def _rewrite(self, rows: Sequence[str]) -> None:
-        """Rewrite the table with these rows atomically."""
+    def _rewrite(self, rows: Sequence[str], columns: list[str]) -> None:
+        """Rewrite the table with these rows and columns atomically."""
         header = io.StringIO()
-        csv.writer(header, lineterminator='').writerow(self._columns)
+        csv.writer(header, lineterminator='').writerow(columns)
         text = '\n'.join([header.getvalue(), *rows, ''])
         write_file(self.table, text.encode())
-        self._num_written = len(rows)
+        self._columns, self._num_written = columns, len(rows)
 
 
 def read_columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import math
+import os
 import sys
 import time
 
@@ -62,11 +63,17 @@ def test_rows_of_a_run_that_fails_are_written(tmp_path, monkeypatch):
     assert [row['l_pix'] for row in rows(tmp_path)] == ['1.0', 'nan']
 
 
-def test_a_loss_that_comes_later_gets_a_column(tmp_path):
+@pytest.mark.parametrize('failing', ['ast_plugin.models.run_log.write_file', 'os.fsync'])
+def test_a_loss_that_comes_later_gets_a_column(tmp_path, monkeypatch, failing):
     log = log_of(tmp_path, 1, 2)
+    log.flush()
     log.add_iteration(3, 1e-3, {'l_pix': 1.0, 'l_style': 2.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(failing, lambda *_: os.stat('missing'))
+        log.flush(durably=True)
     log.flush()
     assert [row['l_style'] for row in rows(tmp_path)] == ['', '', '2.0']
+    assert (tmp_path / 'metrics.csv').read_text().startswith('iter,epoch,lr,l_pix,l_style\n')
 
 
 def test_resumed_run_continues(tmp_path):
