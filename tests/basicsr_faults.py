@@ -4,6 +4,7 @@ Prints a JSON object with, for each repair, whether the probe succeeded before a
 """
 
 # ruff: noqa: E402 (BasicSR is imported after the repairs are disabled)
+import functools
 import json
 import os
 import sys
@@ -176,6 +177,17 @@ def start_loading_once():
     prefetcher = train.CPUPrefetcher(Loader([1]))
     prefetcher.reset()
     return prefetcher.next() == 1 and len(started) == 1
+
+
+def raise_errors_of_prefetching():
+    from basicsr.data.prefetch_dataloader import PrefetchGenerator
+
+    batches = PrefetchGenerator((1 // count for count in (1, 0)), 1)
+    batches.queue.get = functools.partial(batches.queue.get, timeout=1)
+    try:
+        return next(batches) == 1 and next(batches) is None
+    except ZeroDivisionError:
+        return True
 
 
 def archive_under_free_names():

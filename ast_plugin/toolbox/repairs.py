@@ -29,6 +29,7 @@ import torch.distributed
 from basicsr import train, utils
 from basicsr.archs.srresnet_arch import MSRResNet
 from basicsr.archs.swinir_arch import WindowAttention
+from basicsr.data.prefetch_dataloader import PrefetchGenerator
 from basicsr.models.base_model import BaseModel
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR
 from basicsr.utils import check_resume, dist_util, get_root_logger, img_util, logger, misc
@@ -389,6 +390,30 @@ def start_loading_once() -> None:
 
     train.CPUPrefetcher = started_by_reset(train.CPUPrefetcher)
     train.CUDAPrefetcher = started_by_reset(train.CUDAPrefetcher)
+
+
+@repair
+def raise_errors_of_prefetching() -> None:
+    """Raise an error of the thread that loads batches with `prefetch_mode: cpu` in the training loop.
+
+    Fault: after such an error, for example a damaged image, training waits forever, because the thread ends without
+    putting anything into the queue. No upstream issue known.
+    """
+
+    def run(original, self):
+        try:
+            original(self)
+        except Exception as error:
+            self.queue.put(error)
+
+    def get_next(original, self):
+        batch = original(self)
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
+
+    replace(run, 'run', PrefetchGenerator)
+    replace(get_next, '__next__', PrefetchGenerator)
 
 
 @replaces('mkdir_and_rename', misc, train)
