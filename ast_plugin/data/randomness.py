@@ -130,16 +130,19 @@ def capture(every_device: bool = True) -> dict[str, Any]:
     return {
         'torch': torch.get_rng_state(),
         'cuda': {device: torch.cuda.get_rng_state(device) for device in _devices(every_device)},
+        'mps': torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
         'numpy': [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         'python': [version, torch.tensor(numbers), gauss],
     }
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Restore the generator states returned by `capture`; GPUs that no longer exist are skipped."""
+    """Restore the generator states returned by `capture`; devices that no longer exist are skipped."""
     torch.set_rng_state(states['torch'].cpu())
     for device in states['cuda'].keys() & set(_devices()):
         torch.cuda.set_rng_state(states['cuda'][device].cpu(), device)
+    if states.get('mps') is not None and torch.backends.mps.is_available():  # older states lack it
+        torch.mps.set_rng_state(states['mps'].cpu())
     name, keys, *rest = states['numpy']
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, numbers, gauss = states['python']

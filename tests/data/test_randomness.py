@@ -118,6 +118,21 @@ def test_states_come_back_from_a_file(tmp_path):
     assert [draw() for _ in range(3)] == expected
 
 
+@pytest.mark.parametrize('is_there', [True, False])
+def test_random_state_of_mps(monkeypatch, is_there):
+    """Played by a CPU generator; a state of another machine, and one of an older version, can be restored."""
+    generator = torch.Generator()
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: is_there)
+    monkeypatch.setattr(torch.mps, 'get_rng_state', generator.get_state)
+    monkeypatch.setattr(torch.mps, 'set_rng_state', generator.set_state)
+    states = {**randomness.capture(), **({} if is_there else {'mps': torch.zeros(1)})}
+    before = torch.rand(1, generator=generator)
+    randomness.restore(states)
+    assert torch.equal(torch.rand(1, generator=generator), before) == is_there
+    del states['mps']
+    randomness.restore(states)
+
+
 def test_preserved_leaves_no_trace():
     states = randomness.capture()
     expected = draw()
