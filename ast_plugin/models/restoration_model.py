@@ -207,12 +207,13 @@ class RestorationModel(SRModel):
         metric = self.opt['val'].get('best_metric') or next(iter(self.metric_results))
         best, value = self.best_metric_results[name][metric], self.metric_results[metric]
         improved = value > best['val'] if best['better'] == 'higher' else value < best['val']
+        # Before its value is set: a state saved after a failure must not claim weights that were not written.
+        if improved and name == next(iter(self.best_metric_results)):  # the first dataset decides
+            self.save_best()
         for each, mean in self.metric_results.items():
             self._update_best_metric_result(name, each, mean, current_iter)
         self._log_validation_metric_values(current_iter, name, tb_logger)
         self.run_log.add_validation(current_iter, name, self.metric_results)
-        if improved and name == next(iter(self.best_metric_results)):  # the first dataset decides
-            self.save_best()
         if self.progress is not None:
             self.progress.best = f'best {metric} {self.best_metric_results[name][metric]["val"]:.2f}'
 
@@ -308,16 +309,9 @@ class RestorationModel(SRModel):
         return (self.opt.get('logger') or {}).get('keep_checkpoints') or 3
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Restore a training state, and validate if the interrupted run would have done so next.
-
-        Args:
-            resume_state: its `epoch` is set to that of the next iteration, as the length of an epoch may have changed.
-        """
+        """Restore a training state, see `run_state.restore`; validate if the interrupted run would do so next."""
         run_state.restore(self, resume_state, self.recorded)
         self.iteration = self.saved_at = iteration = resume_state['iter']
-        iters_per_epoch = self.opt['train'].get('iters_per_epoch')
-        if iters_per_epoch:
-            resume_state['epoch'], _ = epoch_of(iteration, iters_per_epoch)
         val = self.opt.get('val') or {}
         if val.get('val_freq') and iteration % val['val_freq'] == 0:  # BasicSR saves before it validates
             for key, options in self.opt['datasets'].items():

@@ -43,14 +43,14 @@ def collect(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
     }
 
 
-def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> None:
+def restore(model: Any, state: dict[str, Any], recorded: Mapping[str, Any] | None = None) -> None:
     """Restore a training state except for the weights, which BasicSR loads when it builds the model.
 
     States written by BasicSR's own models contain less; the log lists what is reset.
 
     Args:
         model: any BasicSR model.
-        state: the training state.
+        state: the training state; its `epoch` is adapted to epochs of another length.
         recorded: result of `record` for the model's options; None uses the options in the state.
     Raises:
         CheckpointError: if the state does not fit the model's optimisers, schedules or network.
@@ -75,7 +75,7 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
             f'{error}. Resume with the options it was trained with'
         ) from error
     if state.get('best_metric_results'):
-        model.best_metric_results = _best_values(model.opt, state['best_metric_results'], reported)
+        model.best_metric_results = _best_values(state['best_metric_results'], old, recorded, reported)
     if reported:
         lines = '; '.join(f'{key}: {change}' for key, change in reported.items())
         logger.warning(f'Options that differ from the training state apply from here on: {lines}')
@@ -93,6 +93,8 @@ def restore(model: Any, state: Mapping[str, Any], recorded: Mapping[str, Any] | 
             missing.append('random state')
     if missing:
         logger.warning(f'Not in the training state and therefore reset: {", ".join(missing)}')
+    if iters_per_epoch := (model.opt.get('train') or {}).get('iters_per_epoch'):
+        state['epoch'], _ = randomness.epoch_of(state['iter'], iters_per_epoch)
 
 
 def record(opt: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +103,9 @@ def record(opt: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in train_set.items() if not isinstance(value, str) and key != 'io_backend'}
     part = {key: opt.get(key) for key in ('model_type', 'network_g', 'train', 'manual_seed', 'num_gpu', 'world_size')}
     val = {key: (opt.get('val') or {}).get(key) for key in ('metrics', 'protocol', 'best_metric')}
-    return json.loads(json.dumps({**part, 'datasets': {'train': kept}, 'val': val}, default=repr))
+    names = [options['name'] for key, options in (opt.get('datasets') or {}).items() if key.startswith('val')]
+    record = {**part, 'datasets': {'train': kept}, 'val': val, 'validation_sets': names}
+    return json.loads(json.dumps(record, default=repr))
 
 
 def changes(old: Any, new: Any, where: str = '') -> dict[str, str]:
@@ -116,15 +120,22 @@ def changes(old: Any, new: Any, where: str = '') -> dict[str, str]:
     return {} if old == new else {where: f'{_format_value(old)} → {_format_value(new)}'}
 
 
-def _best_values(opt: Mapping[str, Any], values: Mapping[str, Any], reported: dict[str, str]) -> dict[str, Any]:
-    """Return the best values of a state that remain comparable; list values that are reset in `reported`."""
-    names = [part['name'] for key, part in (opt.get('datasets') or {}).items() if key.startswith('val')] or [*values]
+def _best_values(
+    values: Mapping[str, Any], old: Mapping[str, Any] | None, new: Mapping[str, Any] | None, reported: dict[str, str]
+) -> dict[str, Any]:
+    """Return the best values of a state that remain comparable.
+
+    Args:
+        values: best values of the state, by dataset and metric.
+        old, new: results of `record` for the state and for the run, if known.
+        reported: changes of options; values that are reset are added.
+    """
+    # The first dataset decides which weights are the best; the values have none for datasets without clean images.
+    before, names = ((each or {}).get('validation_sets') or [*values] for each in (old, new))
     stale = {key.split('.')[2] for key in reported if key.startswith('val.metrics.')}
     if 'val.best_metric' in reported:
-        stale.add(opt['val'].get('best_metric'))
-    if (
-        not reported.keys().isdisjoint(('val.protocol', 'val.metrics')) or names[0] not in values
-    ):  # the first dataset decides which weights are the best
+        stale.add(new['val']['best_metric'])
+    if not reported.keys().isdisjoint(('val.protocol', 'val.metrics')) or names[0] != before[0]:
         stale = {metric for parts in values.values() for metric in parts}
     if stale:
         reported['best values'] = f'of {", ".join(sorted(map(str, stale)))} are reset'
@@ -226,24 +237,22 @@ def _restore_optimizer(
     options: Mapping[str, Any],
     before: Mapping[str, Any] | None,
 ) -> dict[str, str]:
-    """Load a state but keep changed options; return the changes if the state does not record its options."""
-    given = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    reported = {}
-    for group, values in zip(optimizer.param_groups, given, strict=True):
+    """Load a state with changed options; return the changes if the state does not record its options."""
+    groups, reported = [], {}
+    for group, values in zip(saved['param_groups'], optimizer.param_groups, strict=True):
         if before is None:
             keys = [
                 k for k in ('initial_lr', *options) if k != 'lr' and _to_list(group.get(k)) != _to_list(values.get(k))
             ]
         else:
             keys = [k for k in {**before, **options} if before.get(k) != options.get(k)]
-        for key in ['initial_lr' if key == 'lr' else key for key in keys]:
-            if key in values:
-                if before is None:
-                    reported[f'{where}.{key.removeprefix("initial_")}'] = (
-                        f'{_to_list(group.get(key))} → {_to_list(values[key])}'
-                    )
-                group[key] = values[key]
+        keys = [key for key in ('initial_lr' if key == 'lr' else key for key in keys) if key in values]
+        groups.append({**group, **{key: values[key] for key in keys}})
+        for key in keys if before is None else ():
+            change = f'{_to_list(group.get(key))} → {_to_list(values[key])}'
+            reported[f'{where}.{key.removeprefix("initial_")}'] = change
+    # Where an optimiser keeps its state, for example on the device if `fused`, depends on the options.
+    optimizer.load_state_dict({**saved, 'param_groups': groups})
     return reported
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -133,6 +134,15 @@ def test_best_weights_describe_themselves(tmp_path):
     assert described.network == opt['network_g']
     with safe_open(tmp_path / 'models' / 'net_g_best.safetensors', 'pt') as file:
         assert json.loads(file.metadata()['network'])['type'] == 'AST'
+
+
+def test_best_value_follows_its_weights(tmp_path, monkeypatch):
+    """A state saved after a failure must not claim weights that were not written."""
+    model = build(options(tmp_path))
+    monkeypatch.setattr(model, 'save_best', lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.validation(DataLoader(Pairs()), 1, None)
+    assert model.best_metric_results['pairs']['psnr']['iter'] == -1
 
 
 def test_best_metric_where_less_is_better(tmp_path):
@@ -281,13 +291,17 @@ def test_what_val_leaves_out_is_put_in(tmp_path):
 
 
 def test_added_metric_begins_anew(tmp_path):
-    model = build(options(tmp_path))
+    opt = options(tmp_path)
+    opt['datasets'] = {'val': {'name': 'real, without gt'}, 'val_2': {'name': 'pairs'}}
+    opt['val']['best_metric'] = 'psnr'
+    model = build(opt)
     model.validation(DataLoader(Pairs()), 1, None)
     model.save(0, 1)
-    opt = options(tmp_path)
+    state = torch.load(tmp_path / 'training_states' / '1.state', weights_only=True)
+    build({**opt, 'val': None, 'datasets': {}}).resume_training(deepcopy(state))
     opt['val']['metrics']['niqe'] = {'type': 'calculate_psnr', 'crop_border': 0, 'better': 'lower'}
     resumed = build(opt)
-    resumed.resume_training(torch.load(tmp_path / 'training_states' / '1.state', weights_only=True))
+    resumed.resume_training(state)
     resumed.validation(DataLoader(Pairs()), 2, None)
     best = resumed.best_metric_results['pairs']
     assert best['niqe'] == {'better': 'lower', 'val': best['psnr']['val'], 'iter': 2}

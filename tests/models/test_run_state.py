@@ -5,6 +5,7 @@ import resource
 
 import pytest
 import torch
+from basicsr.models.base_model import BaseModel
 
 from ast_plugin.checkpoints import newest_whole, read_state
 from ast_plugin.errors import CheckpointError, FileError
@@ -122,14 +123,15 @@ def test_a_state_of_another_optimiser_is_rejected(tmp_path):
         run_state.restore(build(resumable(tmp_path)), state)
 
 
-def test_epochs_of_another_length(tmp_path):
+@pytest.mark.parametrize('kind', [restoration_model.RestorationModel, BaseModel])
+def test_epochs_of_another_length(tmp_path, kind):
     model = build(resumable(tmp_path))
     train(model, 1, 7)
     model.save(6, 7)
     opt = resumable(tmp_path)
     opt['train']['iters_per_epoch'] = 3
     state = read_state(tmp_path / 'training_states' / '7.state')
-    build(opt).resume_training(state)
+    kind.resume_training(build(opt), state)
     assert state['epoch'] == 2
 
 
