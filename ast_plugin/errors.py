@@ -92,16 +92,17 @@ def tell_place(place: str) -> Iterator[None]:
 
 @contextmanager
 def only_warn(what: str) -> Iterator[None]:
-    """Log exceptions in the block as a warning, once per `what`; for plots and logs, which must not stop a run."""
+    """Log exceptions in the block as a warning, once per run and `what`; for plots and logs, which must not stop it."""
     try:
         yield
     except Exception as error:  # third-party code may raise anything
-        if what not in _warned:
-            _warned.add(what)
+        if what not in warned:
+            warned.add(what)
             logging.getLogger('basicsr').warning(f'{what}: {one_line(error)}')
 
 
-_warned: set[str] = set()
+warned: set[str] = set()
+"""What `only_warn` has warned of; cleared when a run starts."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -115,7 +115,7 @@ def check(
         if is_large:
             _try_shapes(networks['network_g'], losses, opt, source, samples['train'])
         if opt['is_train'] and 'network_g' in networks:
-            if _is_model_of(opt, RestorationModel):
+            if is_model_of(opt, RestorationModel):
                 with _explain_errors(source, 'train'):
                     check_switches(opt, networks['network_g'], losses)
             if state is not None:
@@ -231,7 +231,8 @@ def _check_resume(opt: Mapping[str, Any]) -> dict[str, Any] | None:
     if state is None:
         return None
     if not Path(state).is_file():
-        raise CheckpointError(f'path.resume_state: no such file: {state}')
+        what = 'expected a .state file, got the folder' if Path(state).is_dir() else 'no such file:'
+        raise CheckpointError(f'path.resume_state: {what} {state}; --auto_resume finds the state of the run itself')
     content = read_state(state)
     # BasicSR's states need weights files in the experiment's folder; the plugin's states contain the weights.
     for key in [key for key in opt if key.startswith('network_')]:
@@ -400,7 +401,7 @@ def _check_weights(opt: Mapping[str, Any], networks: Mapping[str, nn.Module]) ->
     return checkpoints
 
 
-def _is_model_of(opt: Mapping[str, Any], kind: type) -> bool:
+def is_model_of(opt: Mapping[str, Any], kind: type) -> bool:
     """Return whether the model of a run is a subclass of `kind`."""
     model = registry.MODEL_REGISTRY.get(opt['model_type'])
     return isinstance(model, type) and issubclass(model, kind)
@@ -430,7 +431,7 @@ def _try_shapes(
     network: nn.Module, losses: Mapping[str, nn.Module], opt: Mapping[str, Any], source: str, sample: Mapping[str, Any]
 ) -> None:
     """Pass a tensor with the shape of a training sample through network and losses, on meta if supported."""
-    if not _is_model_of(opt, SRModel) or 'gt' not in sample:
+    if not is_model_of(opt, SRModel) or 'gt' not in sample:
         return
     device = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
     lq, gt = (torch.zeros(_num_tried(opt), *sample[key].shape, device=device) for key in ('lq', 'gt'))

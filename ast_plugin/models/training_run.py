@@ -11,7 +11,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -33,11 +33,13 @@ from ast_plugin.errors import (
     did_you_mean,
     first_line,
     only_warn,
+    warned,
 )
 from ast_plugin.files import lock_folder, write_file
 from ast_plugin.models import preflight
-from ast_plugin.models.processes import catch_signals, failing_together, leave
-from ast_plugin.models.run_log import close_bars
+from ast_plugin.models.processes import RunStopped, catch_signals, failing_together, leave, received_signal
+from ast_plugin.models.restoration_model import RestorationModel
+from ast_plugin.models.run_log import RunLog, close_bars
 from ast_plugin.ops import use_backend
 from ast_plugin.options import Stage, safe_yaml, validation
 from ast_plugin.options.reading import BASE_KEY, NETWORKS_KEY, STAGES_KEY, Sources
@@ -195,6 +197,8 @@ def join_processes(run: Run, launcher: str) -> Iterator[dict[str, Any]]:
 @contextmanager
 def hand_over(module: ModuleType, opt: dict[str, Any], run: Run, stage: Stage) -> Iterator[None]:
     """Set the seeds and pass `opt` to BasicSR's pipeline in `module` instead of letting it parse the command line."""
+    _close_logger()  # one that is already in use in this process would get no log file
+    warned.clear()
     set_random_seed(opt['manual_seed'] + opt['rank'])
     with tempfile.TemporaryDirectory() as folder, use_backend(opt.get('backend')):
         # BasicSR copies the option file into the experiment, possibly after renaming the folder that contains it.
@@ -207,7 +211,14 @@ def hand_over(module: ModuleType, opt: dict[str, Any], run: Run, stage: Stage) -
         finally:
             module.parse_options = original
             close_bars()
-            _close_logs()
+            _close_logger()
+            wandb = sys.modules.get('wandb')
+            if wandb is not None and getattr(wandb, 'run', None) is not None:
+                with only_warn('the end of the run was not sent to W&B'):
+                    wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+            # Schedules and optimisers form reference cycles, which would keep memory allocated during the next stage.
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -244,6 +255,8 @@ def _lock_and_save_on_error(module: ModuleType, folder: Path | None) -> Iterator
             raise
         finally:
             module.build_model = build
+            for model in built:  # not only at exit, when another run may have continued the table
+                getattr(model, 'run_log', RunLog(None)).flush()
 
 
 def _lock(folder: Path | None, held: ExitStack) -> None:
@@ -263,20 +276,13 @@ def _self_contained(run: Run, stage: Stage, opt: Mapping[str, Any]) -> bytes:
     return f'# From {run.source(stage)}\n{safe_yaml.write_text(resolved)}'.encode()
 
 
-def _close_logs() -> None:
-    """Close BasicSR's logger, whose files belong to one run; the next stage creates its own."""
+def _close_logger() -> None:
+    """Close BasicSR's logger, whose files belong to one run; the next run or stage creates its own."""
     root = logging.getLogger('basicsr')
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()
     basicsr_logger.initialized_logger.pop('basicsr', None)
-    wandb = sys.modules.get('wandb')
-    if wandb is not None and getattr(wandb, 'run', None) is not None:
-        with only_warn('the end of the run was not sent to W&B'):
-            wandb.finish()
-    # Schedules and optimisers form reference cycles, which would keep memory allocated during the next stage.
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _of_first_process(value: Any) -> Any:
@@ -332,20 +338,23 @@ class Training:
             for later in self.run.stages[stage.number :]:
                 # Later stages started from weights that are about to be replaced.
                 self._archive(self.run.experiment(later))
-            with (
-                catch_signals(),
-                hand_over(basicsr.train, opt, self.run, stage),
-                _lock_and_save_on_error(basicsr.train, folder),
-            ):
-                basicsr.train.train_pipeline(str(self.run.root))
-            if stage.name is not None and self.is_first:
-                mark_finished(self.run.experiment(stage), opt['train']['total_iter'])
+            # Models of BasicSR do not save on signals, so these end them at once.
+            with catch_signals() if preflight.is_model_of(opt, RestorationModel) else nullcontext():
+                with hand_over(basicsr.train, opt, self.run, stage), _lock_and_save_on_error(basicsr.train, folder):
+                    basicsr.train.train_pipeline(str(self.run.root))
+                if stage.name is not None and self.is_first:
+                    mark_finished(self.run.experiment(stage), opt['train']['total_iter'])
+                # A signal after the last iteration of a stage.
+                if stage is not self.stages[-1] and (number := _of_first_process(received_signal())):
+                    raise RunStopped(number, opt['train']['total_iter'])
 
     def _prepare(self, stage: Stage, **process: Any) -> dict[str, Any]:
         """Return the options of a stage; a missing seed is taken from the resumed state."""
-        if self.auto_resume and stage.opt.get('manual_seed') is None:
-            state = newest_whole(self.run.experiment(stage) / 'training_states')
-            stage.opt['manual_seed'] = state and (read_state(state).get('options') or {}).get('manual_seed')
+        if stage.opt.get('manual_seed') is None:
+            state = newest_whole(self.run.experiment(stage) / 'training_states') if self.auto_resume else None
+            state = state or Path(os.path.expanduser((stage.opt.get('path') or {}).get('resume_state') or ''))
+            if state.is_file():
+                stage.opt['manual_seed'] = (read_state(state).get('options') or {}).get('manual_seed')
         return {**self.run.prepare(stage, **process), 'force_resume': self.force_resume}
 
     def _is_finished(self, stage: Stage, opt: Mapping[str, Any]) -> bool:

@@ -75,6 +75,7 @@ def train(folder, capfd, *overrides):
         (['val:metrics:x={type: pyiqa, metric: lpips}'], 'val.metrics.x: the package pyiqa is not installed: pip inst'),
         (['path:pretrain_network_g=nothing.pth'], 'nothing.pth does not exist'),
         (['path:resume_state=nothing.state'], 'path.resume_state: no such file: nothing.state'),
+        (['path:resume_state=data'], 'path.resume_state: expected a .state file, got the folder data'),
         (['train:optim_g:type=SAM'], 'train.optim_g.type: the optimiser SAM is not supported'),
         ([OURS, 'train:accumulate=3'], 'train.accumulate: a batch of 2 cannot be split into 3'),
         ([OURS, 'train:compile=true'], 'train.compile needs repeated blocks'),

@@ -2,6 +2,8 @@
 
 import csv
 import hashlib
+import os
+import signal
 from pathlib import Path
 
 import cv2
@@ -65,6 +67,7 @@ def test_stages_start_from_the_best_weights(folder, capfd, monkeypatch):
     """Killed after stage 2 has saved its state but before it has finished, then run again."""
     import basicsr.train
 
+    basicsr.train.get_root_logger()  # as by an earlier use of BasicSR in this process, without a log file
     original = basicsr.train.train_pipeline
     trained = []
 
@@ -154,6 +157,13 @@ def test_one_stage(folder, capfd):
     assert 'expected a number from 1 to 3' in capfd.readouterr().err
     assert main(['train', '-opt', 'AST_quickstart', '--stage', '1']) == 2
     assert 'AST_quickstart.yml has no stages' in capfd.readouterr().err
+
+
+def test_signal_after_the_last_iteration(folder, monkeypatch, capfd):
+    monkeypatch.setattr(stages, 'mark_finished', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert train() == 143
+    assert 'stopped by SIGTERM, saved after iteration 2; resume with' in capfd.readouterr().err
+    assert names(experiment(folder)) == ['stage_1']
 
 
 def test_complete_run_archives_an_older_one(folder, capfd):

@@ -54,7 +54,7 @@ def odd(request):
 
 @pytest.fixture(autouse=True)
 def _told_nothing():
-    errors._warned.clear()
+    errors.warned.clear()
     names._warn_of_fonts.cache_clear()
 
 

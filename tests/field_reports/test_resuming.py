@@ -1,6 +1,8 @@
 """Resuming with changed options: supported changes apply, others are rejected by name before the run starts."""
 
+import os
 import shutil
+import signal
 import sys
 from copy import deepcopy
 from types import SimpleNamespace
@@ -9,9 +11,15 @@ import pytest
 import torch
 
 import ast_plugin  # noqa: F401  registers everything
+
+# isort: split
+from basicsr.models.sr_model import SRModel
+
 from ast_plugin import checkpoints
 from ast_plugin.cli.main import main
+from ast_plugin.errors import FileError
 from ast_plugin.models import run_state
+from ast_plugin.models.restoration_model import RestorationModel
 from tests import tiny_run
 from tests.models.test_restoration_model import build, options, train
 
@@ -202,6 +210,11 @@ def test_resuming_that_contradicts_itself(folder, monkeypatch, capfd):
     force = [f'path:resume_state={state}', 'train:total_iter=12']
     assert main(['train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml', *force]) == 0
     assert 'path.resume_state is ignored: --auto_resume resumes from' in ''.join(capfd.readouterr())
+    force = ['path:resume_state=experiments/tiny/training_states/12.state', 'train:total_iter=13']
+    assert main(['train', '-opt', 'tiny.yml', '--force_yml', *force]) == 0
+    said = capfd.readouterr().err
+    changed = said[said.index('Options that differ') :].partition('\n')[0]
+    assert 'total_iter: 12 → 13' in changed and 'manual_seed' not in changed
 
 
 def test_finished_run_is_extended(tmp_path):
@@ -214,6 +227,51 @@ def test_finished_run_is_extended(tmp_path):
     assert state.name == '6.state' and (tmp_path / 'models' / 'net_g_latest.pth').is_file()
     longer = resumed(tmp_path, torch.load(state, weights_only=True), total_iter=24)
     assert longer.iteration == 6
+
+
+@pytest.mark.parametrize('status', [0, 2])
+def test_wandb_that_fails_costs_no_work(folder, tmp_path, monkeypatch, capfd, status):
+    """W&B fails when a value is logged, as `sync_tensorboard` hooks into TensorBoard's writer, and at the end."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    class Wandb:
+        run, codes = None, []
+
+        def init(self, **_):
+            self.run = self
+            monkeypatch.setattr(SummaryWriter, 'add_scalar', lambda *_: 1 / 0)
+
+        def finish(self, exit_code):
+            self.codes.append(exit_code)
+            raise ConnectionError('the network is down')
+
+        login = setup = lambda _: True
+
+    shutil.copytree(folder / 'data', tmp_path / 'data')
+    shutil.copy(folder / 'tiny.yml', tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'wandb', Wandb())
+    keys = ['logger:use_tb_logger=true', 'logger:wandb={project: rain}']
+    if status:
+
+        def fail(*_):
+            raise FileError('the disk is full')
+
+        monkeypatch.setattr(RestorationModel, 'save', fail)
+    assert main(['train', '-opt', 'tiny.yml', '--force_yml', *keys]) == status
+    said = capfd.readouterr().err
+    assert said.count('TensorBoard logs are not written: division by zero') == 1
+    assert said.count('the end of the run was not sent to W&B: the network is down') == 1
+    assert Wandb.codes == [status != 0]
+    assert (tmp_path / 'experiments' / 'tiny' / 'models' / 'net_g_latest.pth').is_file() == (status == 0)
+
+
+def test_models_of_basicsr_end_at_once(tmp_path, monkeypatch, capfd):
+    tiny_run.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SRModel, 'get_current_log', lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert main(['train', '-opt', 'tiny.yml']) == 130
+    assert 'saving' not in capfd.readouterr().err
 
 
 def test_wandb_login_comes_first(folder, monkeypatch, capfd):

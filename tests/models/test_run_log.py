@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from ast_plugin.models.run_log import RunLog, TrainingProgress, close_bars, draw_curve, memory, read_columns, smoothed
+from ast_plugin.models.training_run import _lock_and_save_on_error
 
 LOSS = 0.1 + 0.2  # has seventeen digits
 
@@ -59,8 +61,14 @@ def test_rows_of_a_run_that_fails_are_written(tmp_path, monkeypatch):
     for loss in (1.0, math.nan):
         log.add_iteration(1, 1e-3, {'l_pix': loss})
     assert not rows(tmp_path)
-    at_exit[0]()
+    module = SimpleNamespace(build_model=lambda opt: SimpleNamespace(run_log=log))
+    with pytest.raises(ZeroDivisionError), _lock_and_save_on_error(module, None):
+        module.build_model({})
+        1 / 0  # noqa: B018
     assert [row['l_pix'] for row in rows(tmp_path)] == ['1.0', 'nan']
+    log_of(tmp_path, 1, 1).flush()  # another run in the same process
+    at_exit[0]()
+    assert len(rows(tmp_path)) == 1
 
 
 @pytest.mark.parametrize('failing', ['ast_plugin.models.run_log.write_file', 'os.fsync'])
