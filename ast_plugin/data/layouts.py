@@ -26,7 +26,7 @@ SPAD_LISTS = {'train': 'real_world.txt', 'test': 'real_test_1000.txt'}
 _PLAIN = 'lq gt, LQ GT, input target, input gt, input groundtruth, degraded clean, noisy clean, rainy clean, '
 _PLAIN += 'rain norain, rain clean, hazy clear, hazy gt, hazy GT, data gt, low high, blur sharp, source target'
 
-Found = tuple[Sequence[Pair], list[DataFault]]
+MatchResult = tuple[Sequence[Pair], list[DataFault]]
 """Pairs of a dataset, and the faults of files that belong to no pair."""
 
 
@@ -164,7 +164,7 @@ def _choose_place(places: Sequence[Place], root: Path, splits: Sequence[str]) ->
     return present
 
 
-def _find_places(layout: Layout, source: Source) -> Found:
+def _find_places(layout: Layout, source: Source) -> MatchResult:
     """List the pairs in the first existing place of the layout."""
     root, split = Path(source.dataroot), layout.split(source)
     chosen = _choose_place(layout.places, root, layout.names(split))
@@ -173,14 +173,14 @@ def _find_places(layout: Layout, source: Source) -> Found:
     return match_place(layout, source, *chosen)
 
 
-def match_place(layout: Layout, source: Source, place: Place, name: str) -> Found:
+def match_place(layout: Layout, source: Source, place: Place, name: str) -> MatchResult:
     """List the pairs of a place, restricted to the numbers of the split; `name` is the folder name of the split."""
     folders = place.folders(Path(source.dataroot), name)
     pairs, faults = match_folders(source.phase, *folders, place.lq_template, place.gt_template, place.deep)
     return _keep_numbers(layout, source, pairs, faults) if layout.numbers and not place.has_split else (pairs, faults)
 
 
-def read_list(list_path: Path, root: Path, phase: str) -> Found:
+def read_list(list_path: Path, root: Path, phase: str) -> MatchResult:
     """Read a list of pairs in order, tolerating blank lines, a byte order mark and any line ending.
 
     Names are compared by 8-byte hashes; a list of a million names has a collision with probability 1e-7.
@@ -231,7 +231,7 @@ def _find_keys(folder: Path, template: str, deep: bool) -> set[str]:
         return set()
 
 
-def _find_folders(layout: Layout, source: Source) -> Found:
+def _find_folders(layout: Layout, source: Source) -> MatchResult:
     """List the pairs of two folders given separately."""
     for kind, key in (('degraded', 'dataroot_lq'), ('clean', 'dataroot_gt')):
         if not os.path.isdir(folder := getattr(source, key)):
@@ -241,7 +241,7 @@ def _find_folders(layout: Layout, source: Source) -> Found:
     return match_folders(source.phase, source.dataroot_lq, source.dataroot_gt, *templates)
 
 
-def _find_listed(layout: Layout, source: Source) -> Found:
+def _find_listed(layout: Layout, source: Source) -> MatchResult:
     """List the pairs of SPAD's list files, of another list, or of copies in folders without lists."""
     root, split = Path(source.dataroot), layout.split(source)
     name = source.list_file or SPAD_LISTS.get(split)
@@ -257,14 +257,14 @@ def _find_listed(layout: Layout, source: Source) -> Found:
     )
 
 
-def _find_in_manifest(layout: Layout, source: Source) -> Found:
+def _find_in_manifest(layout: Layout, source: Source) -> MatchResult:
     if not os.path.isfile(source.manifest):
         where = f'datasets.{source.phase}.manifest'
         raise _not_there('The manifest', source.manifest, 'no such file', where, layout)
     return read_manifest(source.manifest).pairs(), []
 
 
-def _keep_numbers(layout: Layout, source: Source, pairs: list[Pair], faults: list[DataFault]) -> Found:
+def _keep_numbers(layout: Layout, source: Source, pairs: list[Pair], faults: list[DataFault]) -> MatchResult:
     """Keep the pairs whose numbers belong to the split."""
     split = layout.split(source)
     where = f'datasets.{source.phase}'
@@ -349,7 +349,7 @@ class Layout:
     has_scenes: bool = False  # whether a split may contain one such place per scene of a video
     needs: tuple[str, ...] = ('dataroot',)  # required keys of `Source`
     may_have: tuple[str, ...] = ('split',)  # optional keys of `Source`
-    find: Callable[[Layout, Source], Found] = _find_places
+    find: Callable[[Layout, Source], MatchResult] = _find_places
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from ast_plugin.data.image_files import count_reasons, why_no_image
 from ast_plugin.data.layouts import (
     LAYOUTS,
     SPAD_LISTS,
-    Found,
     Layout,
+    MatchResult,
     Place,
     Source,
     match_place,
@@ -186,7 +186,7 @@ class _Search:
         pairs, faults = self._match(name, *hits[folder])
         return Split(name, self.layout.phase(name), PairTable(pairs), faults, folder)
 
-    def _match(self, name: str, root: Path, place: Place, alias: str) -> Found:
+    def _match(self, name: str, root: Path, place: Place, alias: str) -> MatchResult:
         source = Source(self.layout.phase(name), str(root), split=name)
         pairs, faults = match_place(self.layout, source, place, alias)
         return pairs, [fault for fault in faults if fault.kind != LEFT_OUT]  # `find_unused` reports more
