@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors='backslashreplace')  # as for stderr: an unprintable name must not stop a run
     try:
         status = _run(arguments)
-        print(end='', flush=True)  # stdout is None if it is closed
+        if sys.stdout is not None:  # it is None if it is closed
+            sys.stdout.flush()
         return status
     except PluginError as error:
         say(*f'basicsr: error: {error}'.split('\n'), file=sys.stderr)
