@@ -293,6 +293,9 @@ class SyntheticPairsOptions(SeededOptions):
     gamma: PositiveRange = Field(
         (1, 1), description='training: range of the exponent applied to the clean patch; above 1 darkens it'
     )
+    rgb_permute: float = Field(
+        0, ge=0, le=1, description='training: fraction of clean patches whose RGB channels are put in random order'
+    )
 
     @model_validator(mode='after')
     def _source_has_its_folder(self) -> SyntheticPairsOptions:
@@ -350,6 +353,7 @@ class SyntheticPairsDataset(SeededDataset):
                 use_rot=options.use_rot,
                 clean_share=options.clean_share,
                 gamma=options.gamma,
+                rgb_permute=options.rgb_permute,
             )
         else:
             if options.center_crop:

@@ -178,6 +178,7 @@ def degraded_patch(
     use_rot: bool = False,
     clean_share: float = 0.0,
     gamma: tuple[float, float] = (1.0, 1.0),
+    rgb_permute: float = 0.0,
     depth: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Crop a patch with the margin required by the degradation, flip it, degrade it, and remove the margin.
@@ -185,12 +186,14 @@ def degraded_patch(
     Args:
         image: RGB, [H, W, 3], 8 or 16 bits, or float in [0, 1]. Images smaller than the patch are padded by reflection.
         size: side of the square patch in pixels.
-        generator: source of position, flip, gamma, whether to degrade, and the degradation, drawn in this order.
+        generator: source of position, flip, gamma, order of channels, whether to degrade, and the degradation, drawn in
+            this order.
         degradation: entry of `DEGRADATIONS`.
         parameters: parameters of that degradation.
         use_hflip, use_rot: see `transforms.random_flip`.
         clean_share: fraction of patches, in [0, 1], that are not degraded.
         gamma: range of the exponent applied to the clean patch, sampled log-uniformly; above 1 darkens it.
+        rgb_permute: fraction of patches, in [0, 1], whose channels are put in random order before they are degraded.
         depth: depth map, [H, W], for degradations that take one; cropped and flipped like the image.
     Returns:
         The degraded and the clean patch, [size, size, 3] float32 in [0, 1], and the mask, [size, size], or None.
@@ -203,6 +206,8 @@ def degraded_patch(
     clean = transforms.to_float(clean)
     if gamma != (1.0, 1.0):
         clean = clean ** np.float32(np.exp(generator.uniform(*np.log(gamma))))
+    if rgb_permute and generator.random() < rgb_permute:
+        clean = np.ascontiguousarray(clean[..., generator.permutation(3)])
     if clean_share and generator.random() < clean_share:
         degraded, mask = clean, np.zeros(clean.shape[:2], np.float32)
     else:

@@ -1,5 +1,6 @@
 """Datasets of pairs: content and reproducibility of samples, and errors for invalid pairs and photos."""
 
+import itertools
 import pickle
 from dataclasses import replace
 from functools import partial
@@ -293,3 +294,16 @@ def test_some_patches_stay_clean_or_get_darker():
     samples = [darker[number] for number in range(40)]
     assert 6 <= sum(torch.equal(sample['lq'], sample['gt']) for sample in samples) <= 28
     assert np.mean([float(samples[number]['gt'].mean() - plain[number]['gt'].mean()) for number in range(40)]) < -0.05
+
+
+def test_channels_of_some_patches_are_permuted():
+    options = {'seed': 0, 'gt_size': 32, 'num_per_photo': 20, 'clean_share': 1}
+    plain, permuted = synthetic(**options), synthetic(**options, rgb_permute=0.6)
+    changed = 0
+    for number in range(40):
+        sample, channels = permuted[number], plain[number]['gt']
+        assert torch.equal(sample['lq'], sample['gt'])
+        orders = [list(order) for order in itertools.permutations(range(3))]
+        assert any(torch.equal(sample['gt'], channels[order]) for order in orders)
+        changed += not torch.equal(sample['gt'], channels)
+    assert 10 <= changed <= 30  # one in six random orders is the original
