@@ -253,7 +253,9 @@ def test_pretrained(task, registered, tmp_path, monkeypatch):
         train = run['datasets']['train']
         sample = registered.get('dataset', train['type'])(train)[0, 0]
         assert sample['lq'].shape == (3, train['gt_size'], train['gt_size'])
-        assert train['degradation']['type'] == run['datasets']['val']['degradation']['type'] == task
+        given = train['degradation']
+        kinds = {parameters['type'] for parameters in (given if isinstance(given, list) else [given])}
+        assert kinds == {run['datasets']['val']['degradation']['type']} == {task}
         assert train['clean_share'] > 0
         assert run['network_g'] == runs[0]['network_g']
     assert 2 * count(build(runs[0]['network_g'], registered)) < LARGEST_FILE
