@@ -4,6 +4,7 @@ import importlib.util
 import os
 import random
 import shutil
+import signal
 import socket
 
 import numpy as np
@@ -14,6 +15,9 @@ import pytest
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited by background jobs of a shell, and by child processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if importlib.util.find_spec('triton') and not torch.cuda.is_available():
     # Triton's functions are interpreted only if the variable is set at its first import, such as by torch._dynamo.

@@ -24,7 +24,6 @@ from ..weights.helpers import TINY
 ROOT = Path(__file__).parents[2]
 SERVE = """
 import os, signal, sys, tempfile, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit an ignored SIGINT
 seen = open(sys.argv.pop(1), 'w', buffering=1)
 def watch(event, args):
     if event == 'open' and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
