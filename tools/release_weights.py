@@ -50,12 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         metavar='FACTOR',
         help="multiply AST's change of the input by this; below 1, clean images are preserved better (default: 1)",
     )
-    parser.add_argument(
-        '--blend',
-        nargs=2,
-        metavar=('FILE', 'SHARE'),
-        help='average with the weights of another run, whose share is SHARE, in [0, 1]',
-    )
+    parser.add_argument('--blend', type=Path, metavar='FILE', help='average with the weights of another run')
+    parser.add_argument('--share', type=float, default=0.5, help='share of the other run in the average (default: 0.5)')
     parser.add_argument('--recipe', help='option file of the training (default: pretrained/TASK)')
     parser.add_argument('--date', default=str(datetime.date.today()))
     args = parser.parse_args(argv)
@@ -66,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         network = build_network(options_of_network)
         load_into(network, checkpoint)
         if args.blend:
-            other, share = build_network(options_of_network), float(args.blend[1])
-            load_into(other, read_checkpoint(Path(args.blend[0])))
+            other = build_network(options_of_network)
+            load_into(other, read_checkpoint(args.blend))
             for parameter, value in zip(network.parameters(), other.parameters(), strict=True):
-                parameter.data.lerp_(value.data, share)
+                parameter.data.lerp_(value.data, args.share)
         if args.strength != 1:
             for parameter in network.output_proj.parameters():
                 parameter.data *= args.strength
@@ -78,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             'photographs': PHOTOGRAPHS + MORE_PHOTOGRAPHS * (args.task == 'haze'),
             'steps': args.steps,
             'strength': args.strength,
-            'blend': float(args.blend[1]) if args.blend else 0.0,
+            'blend': args.share if args.blend else 0.0,
             'date': args.date,
             'results': {name: float(value) for name, _, value in (text.rpartition('=') for text in args.results)},
             'version': __version__,
