@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch.utils.data import Dataset, get_worker_info
 
 from ast_plugin.data import transforms
@@ -22,11 +22,13 @@ from ast_plugin.data.lmdb.reader import LmdbImages, decode_key, read_meta_info
 from ast_plugin.data.matching import Pair, PairTable, check_equal_sizes, shorten_list
 from ast_plugin.data.synthesis import Photo, degraded_patch, folder_photos, packaged_photos
 from ast_plugin.degradations import DEGRADATIONS, AnyParameters
-from ast_plugin.degradations.base import PositiveRange
+from ast_plugin.degradations.base import PositiveRange, check_order
 from ast_plugin.degradations.rain import RainParameters
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.faults import faults_of
 
+Level = Annotated[float, Field(ge=0, le=255)]
+Quality = Annotated[int, Field(ge=1, le=100)]
 CACHE_BYTES = 256 * 2**20
 """Maximum size of the decoded photos that each process caches; photos beyond it are decoded at each access."""
 
@@ -296,6 +298,18 @@ class SyntheticPairsOptions(SeededOptions):
     rgb_permute: float = Field(
         0, ge=0, le=1, description='training: fraction of clean patches whose RGB channels are put in random order'
     )
+    camera_share: float = Field(
+        0,
+        ge=0,
+        le=1,
+        description='training: fraction of pairs that get camera noise and JPEG compression, both patches alike',
+    )
+    noise_range: Annotated[tuple[Level, Level], AfterValidator(check_order)] = Field(
+        (0, 8), description='training: range of the standard deviation of this noise, relative to 255'
+    )
+    jpeg_range: Annotated[tuple[Quality, Quality], AfterValidator(check_order)] = Field(
+        (50, 100), description='training: range of the JPEG quality of this compression'
+    )
 
     @model_validator(mode='after')
     def _source_has_its_folder(self) -> SyntheticPairsOptions:
@@ -354,6 +368,9 @@ class SyntheticPairsDataset(SeededDataset):
                 clean_share=options.clean_share,
                 gamma=options.gamma,
                 rgb_permute=options.rgb_permute,
+                camera_share=options.camera_share,
+                noise_range=options.noise_range,
+                jpeg_range=options.jpeg_range,
             )
         else:
             if options.center_crop:

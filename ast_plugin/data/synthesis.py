@@ -179,6 +179,9 @@ def degraded_patch(
     clean_share: float = 0.0,
     gamma: tuple[float, float] = (1.0, 1.0),
     rgb_permute: float = 0.0,
+    camera_share: float = 0.0,
+    noise_range: tuple[float, float] = (0.0, 0.0),
+    jpeg_range: tuple[int, int] = (100, 100),
     depth: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Crop a patch with the margin required by the degradation, flip it, degrade it, and remove the margin.
@@ -186,14 +189,16 @@ def degraded_patch(
     Args:
         image: RGB, [H, W, 3], 8 or 16 bits, or float in [0, 1]. Images smaller than the patch are padded by reflection.
         size: side of the square patch in pixels.
-        generator: source of position, flip, gamma, order of channels, whether to degrade, and the degradation, drawn in
-            this order.
+        generator: source of position, flip, gamma, order of channels, whether to degrade, the degradation, and the
+            noise, drawn in this order.
         degradation: entry of `DEGRADATIONS`.
         parameters: parameters of that degradation.
         use_hflip, use_rot: see `transforms.random_flip`.
         clean_share: fraction of patches, in [0, 1], that are not degraded.
         gamma: range of the exponent applied to the clean patch, sampled log-uniformly; above 1 darkens it.
         rgb_permute: fraction of patches, in [0, 1], whose channels are put in random order before they are degraded.
+        camera_share: fraction of patches, in [0, 1], that get noise and compression, see `transforms.add_camera_noise`.
+        noise_range, jpeg_range: strength of these.
         depth: depth map, [H, W], for degradations that take one; cropped and flipped like the image.
     Returns:
         The degraded and the clean patch, [size, size, 3] float32 in [0, 1], and the mask, [size, size], or None.
@@ -213,7 +218,10 @@ def degraded_patch(
     else:
         degraded, mask = degradation.apply(clean, generator, parameters, *depths)
     inner = (slice(margin, margin + size),) * 2
-    return degraded[inner], clean[inner], None if mask is None else mask[inner]
+    degraded, clean = degraded[inner], clean[inner]
+    if camera_share and generator.random() < camera_share:
+        degraded, clean = transforms.add_camera_noise([degraded, clean], generator, noise_range, jpeg_range)
+    return degraded, clean, None if mask is None else mask[inner]
 
 
 def read_depth(path: Path, shape: tuple[int, int]) -> np.ndarray:

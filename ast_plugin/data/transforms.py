@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import default_collate
@@ -77,6 +78,37 @@ def random_flip(
     if use_rot and transpose:
         images = [image.swapaxes(0, 1) for image in images]
     return list(images)
+
+
+def add_camera_noise(
+    images: Sequence[np.ndarray],
+    generator: np.random.Generator,
+    noise_range: tuple[float, float],
+    jpeg_range: tuple[int, int],
+) -> list[np.ndarray]:
+    """Add the same Gaussian noise to all images, then compress each of them as JPEG of the same quality.
+
+    What synthesis paints over an image has no noise of its own, which a network takes for the sign of a degradation,
+    and does not find in photographs.
+
+    Args:
+        images: RGB, [H, W, 3] float32 in [0, 1], of equal size.
+        generator: source of the strength, the quality and the noise, drawn in this order.
+        noise_range: range of the standard deviation, relative to 255.
+        jpeg_range: range of the quality, in [1, 100], limits included.
+    Returns:
+        [H, W, 3] float32 in [0, 1], multiples of 1/255.
+    """
+    sigma = generator.uniform(*noise_range) / 255
+    quality = int(generator.integers(*jpeg_range, endpoint=True))
+    noise = generator.standard_normal(images[0].shape, np.float32) * np.float32(sigma)
+    return [_compress(image + noise, quality) for image in images]
+
+
+def _compress(image: np.ndarray, quality: int) -> np.ndarray:
+    bgr = cv2.cvtColor(np.rint(255 * image).clip(0, 255).astype(np.uint8), cv2.COLOR_RGB2BGR)
+    data = cv2.imencode('.jpg', bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return to_float(cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
 
 
 def to_channels(image: np.ndarray, count: int) -> np.ndarray:

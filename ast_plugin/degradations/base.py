@@ -21,7 +21,8 @@ GAMMA = 2.2  # pixel values are light to the power of 1 / GAMMA
 Bounds = tuple[float, float]
 
 
-def _check_order(bounds: Bounds) -> Bounds:
+def check_order(bounds: Bounds) -> Bounds:
+    """Return a range; raise ValueError if its ends are in the wrong order."""
     if bounds[0] > bounds[1]:
         raise ValueError(f'a range is [lowest, highest]; got {list(bounds)}')
     return bounds
@@ -29,8 +30,8 @@ def _check_order(bounds: Bounds) -> Bounds:
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Range = Annotated[tuple[Number, Number], AfterValidator(_check_order)]
-PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_check_order)]
+Range = Annotated[tuple[Number, Number], AfterValidator(check_order)]
+PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(check_order)]
 
 
 @dataclass(frozen=True)

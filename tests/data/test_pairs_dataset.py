@@ -307,3 +307,18 @@ def test_channels_of_some_patches_are_permuted():
         assert any(torch.equal(sample['gt'], channels[order]) for order in orders)
         changed += not torch.equal(sample['gt'], channels)
     assert 10 <= changed <= 30  # one in six random orders is the original
+
+
+def test_camera_noise_is_added_to_both_patches():
+    options = {'seed': 0, 'gt_size': 32, 'num_per_photo': 20, 'clean_share': 1, 'jpeg_range': [95, 95]}
+    plain = synthetic(**options)
+    errors = []
+    for level in (0, 20):
+        noisy = synthetic(**options, camera_share=0.5, noise_range=[level, level])
+        samples = [noisy[number] for number in range(40)]
+        assert all(torch.equal(sample['lq'], sample['gt']) for sample in samples)
+        changes = [(sample['gt'] - plain[number]['gt']).std().item() for number, sample in enumerate(samples)]
+        changed = [change for change in changes if change]
+        assert 8 <= len(changed) <= 32
+        errors.append(np.mean(changed))
+    assert 0 < errors[0] < 0.03 and 0.04 < errors[1] < 20 / 255  # subsampling removes noise of the colours

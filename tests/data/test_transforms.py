@@ -96,3 +96,20 @@ def test_a_batch_of_several_depths(deep):
     batch = transforms.collate(samples)
     assert batch['lq'].dtype == (torch.float32 if deep else torch.uint8) and batch['lq_path'] == ['x'] * 3
     assert torch.allclose(transforms.to_unit_range(batch['gt']), torch.full((3, 3, 4, 4), 0.2))
+
+
+def test_camera_noise():
+    images = [np.full((64, 64, 3), value, np.float32) for value in (0.3, 0.6)]
+    noisy = transforms.add_camera_noise(images, np.random.default_rng(0), (10, 10), (100, 100))
+    changes = [image - clean for image, clean in zip(noisy, images, strict=True)]
+    assert np.corrcoef(changes[0].ravel(), changes[1].ravel())[0, 1] > 0.9
+    assert all(image.dtype == np.float32 and np.allclose(255 * image, np.rint(255 * image)) for image in noisy)
+    colours = np.zeros((16, 16, 3), np.float32)
+    colours[...] = 0.1, 0.5, 0.9  # compression must not exchange channels
+    (same,) = transforms.add_camera_noise([colours], np.random.default_rng(0), (0, 0), (90, 100))
+    assert np.abs(same - colours).max() < 0.02
+    texture = np.random.default_rng(1).random((32, 32, 3), np.float32)
+    fine, coarse = (
+        transforms.add_camera_noise([texture], np.random.default_rng(0), (0, 0), (q, q))[0] for q in (95, 30)
+    )
+    assert np.abs(fine - texture).mean() < np.abs(coarse - texture).mean()
