@@ -81,8 +81,11 @@ class _Loader:
         module.__loader__ = module.__spec__.loader = self._loader  # the module shows its original loader
         name = module.__spec__.name
         if name == 'basicsr':
-            toolbox.repair_before_import()
-        self._loader.exec_module(module)
+            with toolbox.deferred_imports():
+                toolbox.repair_before_import()
+                self._loader.exec_module(module)
+        else:
+            self._loader.exec_module(module)
         _follow(name)
 
 

@@ -42,6 +42,24 @@ def test_repair_fixes_its_fault(faults, repair):
     assert 'Fault: ' in repair.__doc__
 
 
+def test_unneeded_modules_are_deferred():
+    program = """
+import sys, numpy, ast_plugin, basicsr
+print(*sorted({'torch._dynamo', 'torch._dynamo.utils', 'scipy.stats', 'sympy'} & set(sys.modules)), sep=',')
+from basicsr.data import degradations
+table = degradations.cdf2(numpy.eye(2), numpy.zeros((1, 1, 2)))
+import scipy.stats, torchvision
+print(float(table), scipy.stats.norm.cdf(0), type(scipy.stats).__name__)
+supported = torchvision.ops.roi_align.__globals__['is_compile_supported']
+print(supported('cpu'), supported('meta'), type(sys.modules['torch._dynamo.utils']).__name__)
+"""
+    result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    deferred, distribution, compiler = result.stdout.splitlines()
+    assert deferred == '' and distribution == '0.25 0.5 module'
+    assert compiler == 'True False module'
+
+
 def test_repairing_again_changes_nothing():
     before = BaseModel.model_to_device, train.init_tb_loggers, train.CPUPrefetcher
     toolbox.repair_after_import()

@@ -2,17 +2,25 @@
 
 BasicSR's files are not modified. Each repair is one function; its docstring describes the fault, its cause, and where
 it was reported. BasicSR's behaviour on CUDA is unchanged, except for the GPU that a process selects. The import hook
-calls `repair_before_import` and `repair_after_import` around the import of `basicsr`; no other code needs to.
+calls `repair_before_import` and `repair_after_import` around the import of `basicsr`, which runs within
+`deferred_imports`; no other code needs to.
 """
 
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from ast_plugin.errors import PluginError
 
 VERSION = '1.4.2'
+
+_DEFERRED = {'torch._dynamo.utils': ('is_compile_supported',), 'scipy.stats': ('multivariate_normal',)}
+"""Objects that `import basicsr` takes from modules that are slow to import, and does not use, by module."""
 
 _libraries: list = []  # keeps alive the operators defined through them
 _repaired = False
@@ -54,6 +62,60 @@ def provide_functional_tensor() -> None:
         return
     module = importlib.import_module('torchvision.transforms._functional_tensor')
     sys.modules[name] = sys.modules['torchvision.transforms'].functional_tensor = module
+
+
+class _Deferred:
+    """Object of a module that is imported when the object is first used."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._place = module, name
+
+    def _load(self) -> Any:
+        module, name = self._place
+        return getattr(_import_deferred(module), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._load()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return getattr(self._load(), name)
+
+
+class _StandIn(ModuleType):
+    """Module with some deferred objects; any other attribute imports the real module."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return getattr(_import_deferred(self.__name__), name)
+
+
+def _import_deferred(name: str) -> ModuleType:
+    if isinstance(sys.modules.get(name), _StandIn):
+        del sys.modules[name]
+    return importlib.import_module(name)
+
+
+@contextmanager
+def deferred_imports() -> Iterator[None]:
+    """Defer imports that `import basicsr` does not need until they are used.
+
+    Fault: `import basicsr` takes more than twice the processor time of `import torch`, and half of it goes into
+    `torch._dynamo`, for one function that torchvision's RoI align calls, and into `scipy.stats`, for one distribution
+    that `basicsr.data.degradations` uses in kernels of super-resolution.
+    """
+    names = [name for name in _DEFERRED if name not in sys.modules]
+    for name in names:
+        sys.modules[name] = stand_in = _StandIn(name)
+        vars(stand_in).update({key: _Deferred(name, key) for key in _DEFERRED[name]})
+    try:
+        yield
+    finally:
+        for name in names:
+            if isinstance(sys.modules.get(name), _StandIn):
+                del sys.modules[name]
 
 
 def repair_before_import() -> None:
