@@ -27,12 +27,12 @@ PHOTOGRAPHS = [
     },
     {'name': 'CLIC 2025, validation part', 'number': 25, 'licence': 'Unsplash License'},
 ]
-MORE_PHOTOGRAPHS = [  # haze needs more scenes than the other tasks; docs/weights.md names the sources
-    {'name': 'metadata-extractor-images by Drew Noakes', 'number': 207, 'licence': 'free for any use'},
-    {'name': 'photographs of Unsplash', 'number': 119, 'licence': 'Unsplash License'},
-    {'name': 'photographs of repositories under the MIT licence', 'number': 153, 'licence': 'MIT'},
-    {'name': 'wallpapers and samples', 'number': 213, 'licence': 'CC0, CC BY, CC BY-SA'},
-]
+MORE_PHOTOGRAPHS = {  # by task; docs/weights.md names the sources
+    'metadata-extractor-images by Drew Noakes': ('free for any use', {'raindrop': 166, 'haze': 207}),
+    'photographs of Unsplash': ('Unsplash License', {'raindrop': 131, 'haze': 173}),
+    'photographs of repositories under the MIT licence': ('MIT', {'raindrop': 132, 'haze': 153}),
+    'wallpapers and samples': ('CC0, CC BY, CC BY-SA', {'raindrop': 132, 'haze': 213}),
+}
 MAX_BYTES = 8_000_000
 
 
@@ -71,7 +71,12 @@ def main(argv: list[str] | None = None) -> int:
                 parameter.data *= args.strength
         card = {
             'recipe': recipe,
-            'photographs': PHOTOGRAPHS + MORE_PHOTOGRAPHS * (args.task == 'haze'),
+            'photographs': PHOTOGRAPHS
+            + [
+                {'name': name, 'number': numbers[args.task], 'licence': licence}
+                for name, (licence, numbers) in MORE_PHOTOGRAPHS.items()
+                if args.task in numbers
+            ],
             'steps': args.steps,
             'strength': args.strength,
             'blend': args.share if args.blend else 0.0,

@@ -24,14 +24,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ast_plugin import __version__, weights
-from ast_plugin.checkpoints import save_weights
+from ast_plugin.archs.state import load_into
+from ast_plugin.checkpoints import read_checkpoint, save_weights
 from ast_plugin.data.image_files import read_rgb
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.evaluation.classifier import CLASSES, VIEW, DegradationClassifier, classify
 
 HEIGHTS = (300, 700)  # pixels; degradations are designed for images about 500 pixels high
 FAINT = 34.0  # dB; weaker degradations are sampled again
-BATCH, RATE = 32, 3e-3
+BATCH = 32
 NETWORK = {'type': 'DegradationClassifier'}
 
 
@@ -119,15 +120,28 @@ def make_samples(folder: Path, count: int, seed: int) -> tuple[np.ndarray, np.nd
     return views, np.repeat(np.arange(count) % len(CLASSES), 2)
 
 
-def train(views: np.ndarray, kinds: np.ndarray, epochs: int, seed: int) -> DegradationClassifier:
-    """Train the network with cross-entropy and a one-cycle schedule; return the averaged network."""
+def train(
+    views: np.ndarray, kinds: np.ndarray, epochs: int, seed: int, rate: float, init: Path | None
+) -> DegradationClassifier:
+    """Train the network with cross-entropy and a one-cycle schedule; return the averaged network.
+
+    Args:
+        views, kinds: samples of `make_samples`.
+        epochs: passes over the samples.
+        seed: seed of initialisation and order.
+        rate: maximum learning rate.
+        init: file of weights to start from, or None.
+    """
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
-    network = DegradationClassifier().to(memory_format=torch.channels_last)
+    network = DegradationClassifier()
+    if init:
+        load_into(network, read_checkpoint(init))
+    network = network.to(memory_format=torch.channels_last)
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
     steps = epochs * (len(views) // BATCH)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     for epoch in range(epochs):
         order, losses, right, start = generator.permutation(len(views)), [], [], time.process_time()
         for first in range(0, len(views) - BATCH + 1, BATCH):
@@ -182,6 +196,8 @@ def main() -> None:
     parser.add_argument('--count', type=int, default=3000, help='degraded images to synthesise')
     parser.add_argument('--epochs', type=int, default=8)
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--rate', type=float, default=3e-3, help='maximum learning rate')
+    parser.add_argument('--init', type=Path, help='weights to start from (default: random)')
     args = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
@@ -192,7 +208,7 @@ def main() -> None:
         return
     with np.load(args.samples) as samples:
         views, kinds = samples['views'], samples['kinds']
-    network = train(views, kinds, args.epochs, args.seed)
+    network = train(views, kinds, args.epochs, args.seed, args.rate, args.init)
     card = {'steps': args.epochs * (len(views) // BATCH), 'version': __version__}
     if args.val:
         share = judge(network, args.val)

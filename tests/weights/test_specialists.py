@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ast_plugin import weights
+from ast_plugin.checkpoints import read_checkpoint
 from ast_plugin.cli.main import main
 from ast_plugin.data.image_files import ImageFile, write_image
 from ast_plugin.evaluation.classifier import CLASSES, DegradationClassifier, classify
@@ -160,4 +161,8 @@ def test_samples_of_the_training(tmp_path):
         assert [view.shape for view in first] == [(tool.VIEW, tool.VIEW, 3)] * 2 and first[0].dtype == np.uint8
         np.testing.assert_array_equal(first, second)
     views = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3)).astype(np.uint8)
-    assert not tool.train(views, np.arange(40) % len(CLASSES), epochs=1, seed=0).training
+    init = weights.find_weights(weights.CLASSIFIER)
+    network = tool.train(views, np.arange(40) % len(CLASSES), epochs=1, seed=0, rate=1e-9, init=init)
+    assert not network.training
+    bundled = read_checkpoint(init).state['head.bias']
+    torch.testing.assert_close(network.head.bias.data, bundled.float(), atol=1e-4, rtol=0)
