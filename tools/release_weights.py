@@ -29,7 +29,7 @@ PHOTOGRAPHS = [
 ]
 MORE_PHOTOGRAPHS = {  # by task; docs/weights.md names the sources
     'metadata-extractor-images by Drew Noakes': ('free for any use', {'raindrop': 166, 'haze': 207}),
-    'photographs of Unsplash': ('Unsplash License', {'raindrop': 131, 'haze': 173}),
+    'photographs of Unsplash': ('Unsplash License', {'raindrop': 131, 'haze': 119}),
     'photographs of repositories under the MIT licence': ('MIT', {'raindrop': 132, 'haze': 153}),
     'wallpapers and samples': ('CC0, CC BY, CC BY-SA', {'raindrop': 132, 'haze': 213}),
 }
@@ -50,8 +50,14 @@ def main(argv: list[str] | None = None) -> int:
         metavar='FACTOR',
         help="multiply AST's change of the input by this; below 1, clean images are preserved better (default: 1)",
     )
-    parser.add_argument('--blend', type=Path, metavar='FILE', help='average with the weights of another run')
-    parser.add_argument('--share', type=float, default=0.5, help='share of the other run in the average (default: 0.5)')
+    parser.add_argument(
+        '--blend',
+        nargs=2,
+        action='append',
+        default=[],
+        metavar=('FILE', 'SHARE'),
+        help='average with the weights of another run, of which the average has this share; repeatable, in this order',
+    )
     parser.add_argument('--recipe', help='option file of the training (default: pretrained/TASK)')
     parser.add_argument('--date', default=str(datetime.date.today()))
     args = parser.parse_args(argv)
@@ -61,11 +67,11 @@ def main(argv: list[str] | None = None) -> int:
         options_of_network = options.load(options.find(recipe))['network_g']
         network = build_network(options_of_network)
         load_into(network, checkpoint)
-        if args.blend:
+        for file, share in args.blend:
             other = build_network(options_of_network)
-            load_into(other, read_checkpoint(args.blend))
+            load_into(other, read_checkpoint(Path(file)))
             for parameter, value in zip(network.parameters(), other.parameters(), strict=True):
-                parameter.data.lerp_(value.data, args.share)
+                parameter.data.lerp_(value.data, float(share))
         if args.strength != 1:
             for parameter in network.output_proj.parameters():
                 parameter.data *= args.strength
@@ -79,13 +85,13 @@ def main(argv: list[str] | None = None) -> int:
             ],
             'steps': args.steps,
             'strength': args.strength,
-            'blend': args.share if args.blend else 0.0,
+            'blend': [float(share) for _, share in args.blend],
             'date': args.date,
             'results': {name: float(value) for name, _, value in (text.rpartition('=') for text in args.results)},
             'version': __version__,
         }
         path = weights.release(args.task, network.state_dict(), options_of_network, card)
-    except PluginError as error:
+    except (PluginError, ValueError) as error:  # ValueError: a share or a result that is no number
         print(f'release_weights: error: {error}', file=sys.stderr)
         return 2
     size = path.stat().st_size

@@ -118,9 +118,14 @@ def test_release_tool(monkeypatch, tmp_path, capsys):
     for name in ('output_proj.weight', 'output_proj.bias'):
         torch.testing.assert_close(halved[name], released[name] / 2, atol=1e-3, rtol=1e-3)
     save_torch(tmp_path / 'other.pth', {'params': {name: tensor + 5 for name, tensor in averaged.items()}})
-    assert tool.main([*arguments, '--blend', str(tmp_path / 'other.pth'), '--share', '0.2']) == 0
+    blend = ['--blend', str(tmp_path / 'other.pth')]
+    assert tool.main([*arguments, *blend, '0.5', *blend, '0.2']) == 0 and weights.read_card('rain')['blend'] == [
+        0.5,
+        0.2,
+    ]
     for name, tensor in ast_plugin.load('rain').state_dict().items():
-        torch.testing.assert_close(tensor, averaged[name] + 1, atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(tensor, averaged[name] + 3, atol=1e-2, rtol=1e-2)
+    assert tool.main([*arguments, *blend, 'half']) == 2
     assert tool.main(arguments[:4]) == 2  # the recipe's network is another one
     assert 'weights' in capsys.readouterr().err
 
