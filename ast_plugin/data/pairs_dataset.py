@@ -302,7 +302,7 @@ class SyntheticPairsOptions(SeededOptions):
         0,
         ge=0,
         le=1,
-        description='training: fraction of pairs that get camera noise and JPEG compression, both patches alike',
+        description='training: fraction of pairs that get camera noise and 8-bit JPEG compression, both patches alike',
     )
     noise_range: Annotated[tuple[Level, Level], AfterValidator(check_order)] = Field(
         (0, 8), description='training: range of the standard deviation of this noise, relative to 255'
