@@ -7,7 +7,7 @@ The networks of a case restore the same image of 256² and alternate in one proc
 compared with the first. Networks from spandrel require the extra `baselines`, ONNX Runtime the extra `onnx`. The
 roofline is that of `benchmark.py net`. Cases:
 
-  equal      7 ± 1 GMACs
+  equal      networks of options/compare/synthetic.yml: 7 ± 1 GMACs
   published  sizes published by the authors
 """
 
@@ -24,33 +24,48 @@ from ast_plugin import ops
 from ast_plugin.archs.networks import build_network
 from ast_plugin.compare.measure import peak_memory
 from ast_plugin.errors import OptionError
+from ast_plugin.options.reading import find, read
 from benchmarks import records
 from benchmarks.net import count_pass, in_onnx_runtime
 from benchmarks.records import Line, say
 from benchmarks.timing import Compute, add_ratios, in_fresh_process, machine_rates, measure_paths, speed_probe
 
 _SIZE = 256
-_SWINIR = {'type': 'SwinIR', 'upscale': 1, 'img_size': 64, 'window_size': 8, 'mlp_ratio': 2, 'upsampler': ''}
-_SWINIR |= {'resi_connection': '1conv'}
-_UFORMER = {'type': 'Spandrel', 'name': 'Uformer', 'img_size': 128, 'embed_dim': 32, 'win_size': 8, 'modulator': True}
-_NAFNET = {'type': 'Spandrel', 'name': 'NAFNet', 'middle_blk_num': 1, 'enc_blk_nums': [1, 1, 1, 28]}
-_NAFNET |= {'dec_blk_nums': [1, 1, 1, 1]}
-_RESTORMER = {'type': 'Spandrel', 'name': 'Restormer'}
 
 CASES: dict[str, dict[str, Mapping[str, Any]]] = {
-    'equal': {
-        'AST_XS': {'type': 'AST_XS', 'img_size': 128},
-        'NAFNet, width 20': {**_NAFNET, 'width': 20},
-        'Restormer, dim 16': {**_RESTORMER, 'dim': 16, 'num_blocks': [1, 2, 2, 4], 'num_refinement_blocks': 1},
-        'Uformer, dim 16': {**_UFORMER, 'embed_dim': 16, 'depths': [1] * 9},
-        'SwinIR, dim 36': {**_SWINIR, 'embed_dim': 36, 'depths': [2, 2], 'num_heads': [2, 2]},
-    },
+    'equal': {entry['name']: entry['network_g'] for entry in read(find('compare/synthetic'))['networks']},
     'published': {
         'AST_B': {'type': 'AST_B', 'img_size': 128},
-        'NAFNet, width 64': {**_NAFNET, 'width': 64},
-        'Restormer': _RESTORMER,
-        'Uformer-B': {**_UFORMER, 'depths': [1, 2, 8, 8, 2, 8, 8, 2, 1]},
-        'SwinIR-S': {**_SWINIR, 'embed_dim': 60, 'depths': [6] * 4, 'num_heads': [6] * 4},
+        'NAFNet, width 64': {
+            'type': 'Spandrel',
+            'name': 'NAFNet',
+            'width': 64,
+            'middle_blk_num': 1,
+            'enc_blk_nums': [1, 1, 1, 28],
+            'dec_blk_nums': [1, 1, 1, 1],
+        },
+        'Restormer': {'type': 'Spandrel', 'name': 'Restormer'},
+        'Uformer-B': {
+            'type': 'Spandrel',
+            'name': 'Uformer',
+            'img_size': 128,
+            'embed_dim': 32,
+            'win_size': 8,
+            'modulator': True,
+            'depths': [1, 2, 8, 8, 2, 8, 8, 2, 1],
+        },
+        'SwinIR-S': {
+            'type': 'SwinIR',
+            'upscale': 1,
+            'img_size': 64,
+            'window_size': 8,
+            'mlp_ratio': 2,
+            'upsampler': '',
+            'resi_connection': '1conv',
+            'embed_dim': 60,
+            'depths': [6, 6, 6, 6],
+            'num_heads': [6, 6, 6, 6],
+        },
     },
 }
 REFERENCE, EXPORTED = 'by plain operators', 'by ONNX Runtime'

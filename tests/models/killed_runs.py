@@ -21,7 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import cv2
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401 (draws the curves)
 import numpy as np
+import torch._dynamo  # noqa: F401 (torch.optim imports it on first use)
 
 from ast_plugin.cli.main import main as basicsr
 from ast_plugin.evaluation.validator import Validator
