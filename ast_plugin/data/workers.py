@@ -25,7 +25,8 @@ Result = TypeVar('Result')
 BATCH = 16
 """Number of items sent to a process at once: sending them singly takes as long as processing small images."""
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+STOP_SIGNALS = {getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)}
+"""Signals that request a training to save and stop. Windows has no SIGHUP, which is sent when a terminal closes."""
 _CAN_BLOCK = hasattr(signal, 'pthread_sigmask')  # not on Windows
 
 
@@ -96,12 +97,12 @@ def map_in_processes(
 
 @contextmanager
 def block_signals() -> Iterator[None]:
-    """Block SIGINT and SIGTERM while loader workers start inside; each unblocks them itself in `start_apart`."""
+    """Block `STOP_SIGNALS` while loader workers start inside; each unblocks them itself in `start_apart`."""
     if not _CAN_BLOCK:
         yield
         return
     resource_tracker.ensure_running()  # starting it later would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -111,7 +112,7 @@ def block_signals() -> Iterator[None]:
 def start_apart(worker_init: Callable[[int], None] | None, worker: int) -> None:
     """Initialize a loader worker in a process group of its own.
 
-    Terminals and launchers send SIGINT and SIGTERM to the whole process group. The training process treats them as a
+    Terminals and launchers send `STOP_SIGNALS` to the whole process group. The training process treats them as a
     request to save, for which it still needs its workers; it ends them itself. If it is killed, its workers exit too.
     """
     _leave_with_parent()
@@ -119,11 +120,11 @@ def start_apart(worker_init: Callable[[int], None] | None, worker: int) -> None:
         os.setpgrp()
     if hasattr(signal, 'sigtimedwait'):
         # Discard signals sent to the group so far, but not SIGTERM from the parent.
-        while (waiting := signal.sigtimedwait(_SIGNALS, 0)) is not None:
+        while (waiting := signal.sigtimedwait(STOP_SIGNALS, 0)) is not None:
             if waiting.si_signo == signal.SIGTERM and waiting.si_pid == os.getppid():
                 os._exit(0)
     if _CAN_BLOCK:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if worker_init is not None:
         worker_init(worker)
 

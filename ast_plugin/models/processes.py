@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import signal
+import stat
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,13 @@ from typing import Any
 import torch.distributed as dist
 from basicsr.utils.dist_util import get_dist_info
 
+from ast_plugin.data.workers import STOP_SIGNALS
 from ast_plugin.errors import PluginError
 
 # Timeout for waiting on other processes at the end of a validation, where large images may be distributed unevenly. The
 # default process group's timeout is ten minutes on GPUs.
 PATIENCE = timedelta(days=1)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FAILED = 1000  # greater than any signal: a process has failed and requests that the others save and exit
 
 _received: list[int] = []  # global, because signals are delivered to the process
@@ -130,12 +131,16 @@ def catch_signals() -> Iterator[None]:
         yield
         return
     owner = os.getpid()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def record(number: int, frame: object) -> None:
         if os.getpid() != owner:
             return  # a data worker that was just forked; it ends with its parent
+        if number == getattr(signal, 'SIGHUP', None):  # a closing terminal; a shell may send it again
+            _detach_from_terminal()
+            _received.extend([] if _received else [number])
+            return
         if _received:
             signal.signal(number, before[number])
             os.kill(owner, number)
@@ -153,6 +158,16 @@ def catch_signals() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         _received.clear()
+
+
+def _detach_from_terminal() -> None:
+    """Redirect stdout and stderr to the null device if they are terminals, as writing to a closed one raises."""
+    with suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # os.isatty returns False for a closed terminal
+                os.dup2(null, descriptor)
+        os.close(null)
 
 
 def _claim_first_failure(message: str) -> tuple[bool, str]:

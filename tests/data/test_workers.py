@@ -23,7 +23,7 @@ class Groups(Dataset):
         return 4
 
     def __getitem__(self, index):
-        return torch.tensor([os.getpgrp(), len(signal.pthread_sigmask(signal.SIG_BLOCK, []) & workers._SIGNALS)])
+        return torch.tensor([os.getpgrp(), len(signal.pthread_sigmask(signal.SIG_BLOCK, []) & workers.STOP_SIGNALS)])
 
 
 @pytest.mark.parametrize(('method', 'count'), [('fork', 2), ('spawn', 1)])  # spawned processes import torch first
@@ -31,9 +31,9 @@ def test_workers_have_groups_of_their_own(method, count):
     initialize = partial(workers.start_apart, [].append if method == 'fork' else None)
     loader = DataLoader(Groups(), 1, num_workers=count, worker_init_fn=initialize, multiprocessing_context=method)
     with workers.block_signals():
-        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= workers._SIGNALS
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= workers.STOP_SIGNALS
         iterator = iter(loader)
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & workers._SIGNALS
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & workers.STOP_SIGNALS
     groups = {int(group) for sample in iterator for group, blocked in sample if blocked == 0}
     assert len(groups) == count and os.getpgrp() not in groups
 

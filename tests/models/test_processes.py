@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ast_plugin.models.processes import SIGNALS, catch_signals, received_signal
+from ast_plugin.models.processes import catch_signals, received_signal
 
 PROGRAM = """
 import atexit, gc, tempfile, weakref
@@ -58,7 +58,7 @@ def send(number: int, times: int) -> int:
         return received_signal() or 0
 
 
-@pytest.mark.parametrize('number', SIGNALS)
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_is_a_request(number, capfd):
     before = signal.getsignal(number)
     with catch_signals():
@@ -73,6 +73,23 @@ def test_first_signal_is_a_request(number, capfd):
 def test_second_signal_ends_the_process():
     assert end_of_child(lambda: send(signal.SIGTERM, 2)) == -signal.SIGTERM
     assert end_of_child(lambda: send(signal.SIGINT, 2)) == 77
+
+
+def test_closed_terminal_is_a_request():
+    """A shell repeats SIGHUP; writing to a closed terminal raises EIO."""
+
+    def print_after_hangup():
+        terminal, output = os.openpty()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        with catch_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.close(terminal)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.write(1, b'x')
+            return received_signal()
+
+    assert end_of_child(print_after_hangup) == signal.SIGHUP
 
 
 def test_ignored_signals_stay_ignored():

@@ -263,9 +263,8 @@ def backward(
         tl.store(at_d_kv + channels, d_v.to(d_kv_ptr.dtype.element_ty), mask=real_k)
 
     part = (tl.cast(tl.program_id(1), tl.int64) * tl.num_programs(0) + head) * tl.num_programs(2) + block
-    at = d_bias_ptr + part * (QUERIES * TOKENS_FULL)
-    at = at + tl.arange(0, QUERIES)[:, None] * TOKENS_FULL + key[None, :]
-    tl.store(at, d_bias)
+    at_bias = d_bias_ptr + part * (QUERIES * TOKENS_FULL) + tl.arange(0, QUERIES)[:, None] * TOKENS_FULL + key[None, :]
+    tl.store(at_bias, d_bias)
     tl.store(d_shares_ptr + part * 2, tl.sum(d_dense_share, 0))
     tl.store(d_shares_ptr + part * 2 + 1, tl.sum(d_sparse_share, 0))
 
