@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.checkpoint import checkpoint
 
 from ast_plugin import ops
@@ -20,6 +23,7 @@ from ast_plugin.errors import OptionError, ShapeError
 from ast_plugin.ops import Residual
 
 LAYOUTS = ('nhwc', 'nchw')
+_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 class WindowAttention(nn.Module):
@@ -418,11 +422,19 @@ def _from_nhwc(x: Tensor, layout: str) -> Tensor:
 
 
 def _weights(*layers: nn.Linear | nn.Conv2d | None) -> list[Tensor | None]:
-    """Return the weights and biases of layers as a flat list, in the order that `ops` expects."""
+    """Return the weights and biases of layers as a flat list, in the order that `ops` expects.
+
+    Layers are never called, so hooks that compute a weight (weight and spectral normalisation, pruning) run here.
+    """
     for layer in layers:
-        if layer is not None and type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+        if layer is None:
+            continue
+        if type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
             raise OptionError(
                 f'{type(layer).__name__} cannot replace a linear layer or convolution inside a block, which uses only '
                 "the layer's weight and bias and never calls it: merge adapters such as LoRA into the weights"
             )
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, _WEIGHT_HOOKS):
+                hook(layer, ())
     return [getattr(layer, name, None) for layer in layers for name in ('weight', 'bias')]

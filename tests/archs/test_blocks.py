@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from ast_plugin import ops
 from ast_plugin.archs.blocks import ASSA, ATTENTIONS, FEED_FORWARDS, FRFN, MLP, ast_block
@@ -126,6 +127,27 @@ def test_layers_that_would_not_be_called(layer):
     block.set_submodule(layer, Adapted(block.get_submodule(layer)))
     with pytest.raises(OptionError, match='Adapted cannot replace a linear layer or convolution inside a block'):
         block(torch.rand(1, 4, 4, DIM))
+
+
+@pytest.mark.parametrize(
+    ('reparameterize', 'name'),
+    [
+        (torch.nn.utils.weight_norm, 'weight_g'),
+        (torch.nn.utils.spectral_norm, 'weight_orig'),
+        (lambda layer: prune.random_unstructured(layer, 'weight', 0.5), 'weight_orig'),
+    ],
+)
+@pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated')
+def test_computed_weights_are_updated(reparameterize, name):
+    block, x = excite(ast_block(DIM, 2, 4)), torch.rand(1, 4, 4, DIM)
+    layers = [block.attn.q, block.ffn.partial_conv, block.ffn.project]
+    for layer in map(reparameterize, layers):
+        before = block(x)
+        getattr(layer, name).data[:] = 1 + torch.rand_like(getattr(layer, name))
+        assert not torch.allclose(block(x), before)
+    for _ in range(2):  # the graph of a weight that is not computed again would be freed
+        block(x).sum().backward()
+    assert all(getattr(layer, name).grad.any() for layer in layers)
 
 
 def test_mlp_on_tokens_equals_mlp_on_maps():
