@@ -16,7 +16,6 @@ and packed like any dataset: `basicsr data prepare folders out prepared`.
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 import sys
@@ -126,14 +125,7 @@ def _find_photos(inputs: Sequence[str], output: Path, recursive: bool) -> tuple[
     """Return the photos by unique name, including folder and extension where needed, and lines about other files."""
     from ast_plugin.evaluation.file_restorer import find_images
 
-    paths = []
-    for given in inputs:
-        expanded = os.path.expanduser(given)
-        matches = [expanded] if os.path.lexists(expanded) else sorted(glob.glob(expanded, recursive=recursive))
-        if not matches and glob.has_magic(expanded):
-            raise DataError(f'{given}: no file matches this pattern')
-        paths += matches or [expanded]
-    found = find_images(paths, output, recursive)
+    found = find_images(inputs, output, recursive)
     names = ['_'.join((*folder.parts, path.stem)) for path, folder in found.images]
     counts = Counter(name.casefold() for name in names)
     named: dict[str, Path] = {}

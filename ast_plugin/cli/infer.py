@@ -34,7 +34,8 @@ from ast_plugin.names import printable, say, to_csv
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `basicsr infer`."""
     add = parser.add_argument
-    add('-i', '--input', nargs='+', action='extend', required=True, metavar='PATH', help='images or folders of images')
+    what = 'images, folders of images, or glob patterns'
+    add('-i', '--input', nargs='+', action='extend', required=True, metavar='PATH', help=what)
     add('-o', '--output', required=True, metavar='PATH', help='output folder; or output file for a single image')
     commands.add_weights_arguments(parser, 'detect the task of each image')
     add(

@@ -7,6 +7,7 @@
 A failure is stored in the result of its file; the remaining files are still restored.
 """
 
+import glob
 import itertools
 import os
 import tempfile
@@ -120,7 +121,8 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
     """Find the files to restore, without duplicates, folders sorted by name.
 
     Args:
-        inputs: files, and folders of which all images except hidden ones are used.
+        inputs: files, patterns such as `photos/*.jpg` (not every shell expands them), and folders of which all images
+            except hidden ones are used.
         output: output folder; skipped if it is inside an input, like output folders of earlier runs.
         recursive: whether to include subfolders.
     Returns:
@@ -129,8 +131,8 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
         DataError: if there is nothing to restore.
     """
     found = FoundImages([], [], Counter())
-    known: set[tuple[int, int] | Path] = set()
-    for path in (Path(os.path.expanduser(given)) for given in inputs):
+    known: dict[tuple[int, int] | Path, Path] = {}
+    for path in itertools.chain.from_iterable(_expand(given, recursive, found.failures) for given in inputs):
         images = list(_walk(path, output, recursive, found)) if path.is_dir() else [(path, Path())]
         if path.is_dir() and not images:
             reasons = f'; found {count_reasons(found.left_out)}' if found.left_out else ''
@@ -139,13 +141,22 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
             found.failures.append(failure)
         for image, folder in images:
             identity = _identity(image) or image
-            found.left_out.update(['links to the same file'] if identity in known and image != path else [])
             found.images.extend([(image, folder)] if identity not in known else [])
-            known.add(identity)
+            found.left_out.update(['links to the same file'] if known.setdefault(identity, image) != image else [])
     reasons = [_why_unreadable(image) for image, _ in found.images]
     if None not in reasons:
         raise DataError(next(iter([*reasons, *found.failures])))
     return found
+
+
+def _expand(given: str | os.PathLike, recursive: bool, failures: list[str]) -> list[Path]:
+    """Return the paths that match a pattern, sorted; or the path itself if it exists or is no pattern."""
+    path = os.path.expanduser(given)
+    if os.path.lexists(path) or not glob.has_magic(path):
+        return [Path(path)]
+    matches = sorted(glob.glob(path, recursive=recursive))
+    failures.extend([] if matches else [f'{given}: no file matches this pattern'])
+    return list(map(Path, matches))
 
 
 def plan_jobs(

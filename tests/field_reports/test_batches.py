@@ -121,6 +121,17 @@ def test_what_is_left_out_of_a_folder(tmp_path):
     assert sorted(line.removeprefix('note: left out: ').split(', ')) == sorted(reasons)
 
 
+def test_patterns_are_expanded(tmp_path):
+    for name in ('b.jpg', 'a.jpg', 'c.png', '[x].png', 'x.png'):
+        save(tmp_path / name, noise(8, 9, 3))
+    (tmp_path / 'link.jpg').symlink_to('a.jpg')
+    found = find_images([tmp_path / '*.jpg', tmp_path / 'a.jpg', tmp_path / '[x].png'], tmp_path / 'out')
+    assert found.lines() == ['note: left out: 1 links to the same file']
+    assert [path.name for path, _ in found.images] == ['a.jpg', 'b.jpg', '[x].png']
+    with pytest.raises(DataError, match=r'\*\.bmp: no file matches this pattern'):
+        find_images([tmp_path / '*.bmp'], tmp_path / 'out')
+
+
 def test_inputs_that_are_missing(tmp_path):
     good = save(tmp_path / 'a.png', noise(8, 9, 3))
     (tmp_path / 'link.png').symlink_to('nowhere')
