@@ -105,6 +105,7 @@ class TrainingStep:
             `on_nonfinite`, `stop` or `skip`, for a loss or a gradient that is NaN or Inf; `channels_last`, memory
             format of the images; `cuda_graph`, whether the network is replayed as a CUDA graph.
         batch: images per batch; None if not known.
+        is_parallel: whether several processes or devices will train the network, if it is not in its wrapper yet.
     Raises:
         OptionError: if a value is out of range, or a batch has fewer images than micro-batches.
     """
@@ -116,10 +117,11 @@ class TrainingStep:
         precision: Precision,
         train: Mapping[str, Any],
         batch: int | None = None,
+        is_parallel: bool = False,
     ) -> None:
         self.network, self.optimizer, self.precision = network, optimizer, precision
         self.is_distributed = isinstance(network, DistributedDataParallel)
-        is_parallel = self.is_distributed or isinstance(network, nn.DataParallel)
+        is_parallel = is_parallel or self.is_distributed or isinstance(network, nn.DataParallel)
         self.forward = TrainingGraph(network, train, is_parallel) if train.get('cuda_graph') else network
         self.parameters = [p for group in optimizer.param_groups for p in group['params']]
         self.accumulate = train.get('accumulate') or 1
@@ -409,4 +411,6 @@ def check_switches(opt: Mapping[str, Any], network: nn.Module, losses: Mapping[s
     device = 'cpu' if opt['num_gpu'] else opt.get('device', 'cpu')
     precision = Precision((train.get('precision') or 'fp32') if not opt['num_gpu'] else 'fp32', torch.device(device))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
-    TrainingStep(network, optimizer, precision, train, batch=batch_size(opt))
+    TrainingStep(
+        network, optimizer, precision, train, batch_size(opt), is_parallel=bool(opt.get('dist')) or opt['num_gpu'] > 1
+    )

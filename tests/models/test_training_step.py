@@ -280,6 +280,13 @@ def test_gpus_are_left_alone(monkeypatch):
     check_switches(opt, meta_network(), {})
 
 
+def test_several_processes_are_known_beforehand():
+    opt = {**deepcopy(OPT), 'dist': True}
+    opt['train'] = {'iters_per_epoch': 7, 'cuda_graph': True}
+    with pytest.raises(OptionError, match='cuda_graph cannot be combined with several processes'):
+        check_switches(opt, meta_network(), {})
+
+
 def mixup_of(kind, seed=0, rank=0, **options):
     return Mixup(MixupOptions(type=kind, start_epoch=1, **options), seed, rank)
 
