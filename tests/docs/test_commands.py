@@ -1,11 +1,8 @@
 """Run the commands of the README and docs/ page by page on files with the expected names; shorten long runs."""
 
 import argparse
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 import zlib
 
 import cv2
@@ -21,7 +18,7 @@ from benchmarks.__main__ import make_parser
 
 from .. import tiny_run
 from ..weights.helpers import release_tiny
-from .pages import PAGES, ROOT, commands
+from .pages import PAGES, commands
 
 ELSEWHERE = ('git clone', 'make demo', 'make test', 'pip install', 'PYTHONPATH=$PWD/tools')
 """Prefixes of commands that need a separate clone: .ci/run covers the first and the last, and `make demo` is
@@ -127,10 +124,8 @@ def run_command(line, root):
                 return main(['info', *rest[:-1], '64x64'])
         case ['basicsr', *arguments]:
             return main(arguments)
-        case ['torchrun', '--nproc_per_node=4', *arguments]:
-            environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-            command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-            return subprocess.run([*command, *shortened(arguments)], cwd=root, env=environment, check=False).returncode
+        case ['torchrun', '--nproc_per_node=4', '-m', 'ast_plugin', 'train', *arguments, '--launcher', 'pytorch']:
+            return main(['check', *arguments])  # tests/test_distributed.py launches it
         case ['python', 'tools/benchmark.py', *arguments]:  # tests/benchmarks runs them
             return 0 if make_parser().parse_args(arguments).run else 1
     raise AssertionError(f'{line}: run_command does not handle this command')

@@ -1,13 +1,13 @@
 """Script for test_exact_resume.py: train a run undisturbed, and again while it is repeatedly killed and resumed.
 
-  python killed_runs.py FOLDER NUM_KILLS NUM_WORKERS ...
+  python killed_runs.py FOLDER NUM_KILLS NUM_WORKERS
 
 Imports take seconds and are done once; each run is a fork of this process that calls the command. Half of the kills
 are sent by this process at random times after a random iteration has begun. In the other half, the run kills itself
 inside functions that write, rename and delete. In between it is stopped by SIGTERM and SIGINT.
 
-For each number of workers the runs are in FOLDER/NUM_WORKERS/whole and …/killed; both write the losses of each
-iteration to a file `losses`. Prints how the runs were killed.
+The runs are in FOLDER/whole and FOLDER/killed; both write the losses of each iteration to a file `losses`. Prints how
+the runs were killed.
 """
 
 import json
@@ -209,11 +209,10 @@ def compare(folder: Path, num_kills: int, num_workers: int) -> dict:
 
 
 def main() -> None:
-    """Compare the runs for each number of workers."""
-    folder, num_kills, *workers = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    folder, num_kills, num_workers = Path(sys.argv[1]), *map(int, sys.argv[2:])
     write_data(folder)
     os.chdir(folder)
-    print(json.dumps({number: compare(folder / str(number), num_kills, number) for number in workers}))
+    print(json.dumps(compare(folder, num_kills, num_workers)))
 
 
 if __name__ == '__main__':

@@ -43,12 +43,10 @@ def losses(folder: Path) -> dict[int, set[str]]:
     return found
 
 
-@pytest.fixture(scope='module')
-def runs(tmp_path_factory) -> tuple[Path, dict]:
-    """Return the folder with the undisturbed and the killed run for each number of workers, and their reports."""
-    folder = tmp_path_factory.mktemp('runs')
+@pytest.mark.parametrize('num_workers', ['0', '2'])
+def test_killed_run_ends_like_an_undisturbed_one(tmp_path, num_workers):
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name('killed_runs.py')), folder, str(NUM_KILLS), '0', '2'],
+        [sys.executable, str(Path(__file__).with_name('killed_runs.py')), tmp_path, str(NUM_KILLS), num_workers],
         cwd=ROOT,
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''},
         capture_output=True,
@@ -56,13 +54,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict]:
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
-    print(result.stdout)
-    return folder, json.loads(result.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize('num_workers', ['0', '2'])
-def test_killed_run_ends_like_an_undisturbed_one(runs, num_workers):
-    folder, report = runs[0] / num_workers, runs[1][num_workers]
+    report, folder = json.loads(result.stdout.splitlines()[-1]), tmp_path
     output = (folder / 'killed' / 'output').read_text()
     assert report['whole'] == report['last'] == 0, output[-3000:]
     assert [status for *_, status in report['kills']] == [-9] * NUM_KILLS, output[-3000:]
