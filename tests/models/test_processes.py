@@ -82,6 +82,7 @@ def test_closed_terminal_is_a_request():
         terminal, output = os.openpty()
         os.dup2(output, 1)
         os.dup2(output, 2)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests run under nohup
         with catch_signals():
             os.kill(os.getpid(), signal.SIGHUP)
             os.close(terminal)
