@@ -90,6 +90,7 @@ def workspace(tmp_path, monkeypatch):
     save_weights(models / 'net_g_best.safetensors', network.state_dict(), {'type': 'AST_XS', 'img_size': 64})
     shutil.copy(tiny_run.write(tmp_path), tmp_path / 'my.yml')
     release_tiny(monkeypatch, tmp_path)
+    monkeypatch.setattr('ast_plugin.models.preflight._try_model', lambda *_: None)  # takes as long as the run
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HOME', str(tmp_path))
     return tmp_path
@@ -110,9 +111,7 @@ def run_command(line, root):
         case ['basicsr', 'test', *arguments]:
             return main(['test', *arguments, '--force_yml', 'datasets:val:center_crop=32'])
         case ['basicsr', 'compare', '-opt', file]:  # tests/cli/test_compare.py runs whole comparisons
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr('ast_plugin.models.preflight._try_model', lambda *_: None)
-                return 0 if make_plan(file, root, ['datasets:train:gt_size=32']).networks else 1
+            return 0 if make_plan(file, root, ['datasets:train:gt_size=32']).networks else 1
         case ['basicsr', 'web', *rest]:  # tests/cli/test_web.py serves the page
             parser = argparse.ArgumentParser()
             web.add_arguments(parser)
