@@ -242,7 +242,7 @@ def test_rain_falls_down_in_flipped_photos(folder):
     assert len(falls) == 3  # down, up, and across
 
 
-def test_of_several_degradations_each_pair_gets_one(monkeypatch):
+def test_each_pair_gets_one_degradation(monkeypatch):
     for number, name in enumerate(('rain', 'snow')):
         degradation = DEGRADATIONS[name]
         apply = partial(lambda level, image, *_: (0 * image + level, None), np.float32(number))

@@ -24,7 +24,7 @@ def test_peak_memory_counts_live_tensors():
         assert peak_bytes(function, x.device) == 2 * 4000
 
 
-def test_memory_that_graphs_have_reserved_is_not_free(monkeypatch):
+def test_memory_reserved_by_graphs_is_not_free(monkeypatch):
     segments = [
         {'device': 0, 'segment_pool_id': (0, 0), 'total_size': 100, 'allocated_size': 40},
         {'device': 0, 'segment_pool_id': (0, 1), 'total_size': 1000, 'allocated_size': 0},

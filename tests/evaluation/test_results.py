@@ -73,7 +73,7 @@ def test_images_side_by_side():
     assert strip[3, 600].tolist() == [7, 7, 7]
 
 
-def test_infinite_values_are_excluded_from_the_mean():
+def test_mean_excludes_infinite_values():
     results = ValidationResults(
         'rain',
         restored={'a': {'psnr': math.inf, 'ssim': 1.0}, 'b': {'psnr': 30.0, 'ssim': 0.8}},

@@ -44,7 +44,7 @@ def test_pins_let_tensorboard_start():
     assert "'setuptools<82'" in (ROOT / 'setup.py').read_text()
 
 
-def test_readme_installs_basicsr_as_bootstrap_does():
+def test_readme_installs_as_bootstrap_does():
     text = (ROOT / 'README.md').read_text()
     (line,) = (line for line in text.splitlines() if 'pip install basicsr==' in line)
     bootstrap = (ROOT / 'tools' / 'bootstrap.py').read_text()

@@ -110,7 +110,7 @@ def test_failing_pip_is_named(bootstrap, monkeypatch):
         bootstrap.pip('wheel')
 
 
-def test_first_failure_is_the_answer_and_all_are_run(bootstrap, monkeypatch):
+def test_all_run_and_the_first_failure_counts(bootstrap, monkeypatch):
     ran = []
 
     def run(command, **_):
