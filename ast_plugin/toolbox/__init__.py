@@ -27,26 +27,24 @@ _repaired = False
 
 
 def define_torchvision_operators() -> None:
-    """Define the operators `torchvision::nms` and `qnms` if torchvision's compiled library cannot be loaded.
+    """Define the operators `torchvision::nms` and `qnms` if torchvision cannot be imported without them.
 
     Fault: `import torchvision` raises `operator torchvision::nms does not exist` if torch and torchvision are of
     different builds, for example a CPU build of torch and torchvision from PyPI. BasicSR never calls the operator.
     pytorch#122494.
     """
-    spec = None if 'torchvision' in sys.modules else importlib.util.find_spec('torchvision')
-    if spec is None or not spec.submodule_search_locations:
-        return
-    import torch
+    try:
+        # Only torchvision knows its libraries; an operator that one of them defines later ends the process.
+        import torchvision
+    except ImportError:
+        return  # BasicSR reports it
+    except RuntimeError as error:
+        if 'torchvision::' not in str(error):
+            raise
+        import torch
 
-    for library in Path(spec.submodule_search_locations[0]).glob('_C.*'):
-        try:
-            torch.ops.load_library(str(library))  # torchvision loads it again, which is harmless
-        except OSError:
-            continue
-    missing = [name for name in ('nms', 'qnms') if not hasattr(torch.ops.torchvision, name)]
-    if missing:
         definitions = torch.library.Library('torchvision', 'FRAGMENT')
-        for name in missing:
+        for name in ('nms', 'qnms'):
             definitions.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
         _libraries.append(definitions)
 
