@@ -52,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='average the results of the eight flips and rotations: slightly better, eight times slower',
     )
+    add(
+        '--processing-resolution',
+        type=int,
+        metavar='N',
+        help='downscale larger images to this shorter side for the network, and apply its change to the full image; 0 '
+        'for full resolution (default: as stated by the weights file)',
+    )
     add('--device', default='auto', metavar='NAME', help=f'{commands.DEVICES} (default: auto)')
     add('--suffix', default='', metavar='TEXT', help='append TEXT to the file names: photo.jpg becomes photoTEXT.jpg')
     add(
@@ -150,7 +157,8 @@ def _load_restorer(args: argparse.Namespace) -> Any:
     from ast_plugin.evaluation.restorer import Restorer
     from ast_plugin.weights import resolve_weights
 
-    options = {name: getattr(args, name) for name in ('device', 'tile', 'overlap', 'batch', 'self_ensemble')}
+    names = ('device', 'tile', 'overlap', 'batch', 'self_ensemble', 'processing_resolution')
+    options = {name: getattr(args, name) for name in names}
     if args.task is not None:
         return Restorer.from_task(args.task, **options)
     if args.weights is None:
@@ -176,6 +184,8 @@ def _check(args: argparse.Namespace) -> None:
     except OptionError as error:
         raise OptionError(f'--{error}') from None
     commands.check_weights_arguments(args)
+    if (args.processing_resolution or 0) < 0:
+        raise OptionError(f'--processing-resolution is {args.processing_resolution}: expected pixels, or 0')
     if not 1 <= args.quality <= 100:
         raise OptionError(f'--quality is {args.quality}: expected 1 to 100')
     if not args.max_megapixels > 0:

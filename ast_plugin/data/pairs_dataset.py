@@ -29,6 +29,7 @@ from ast_plugin.faults import faults_of
 
 Level = Annotated[float, Field(ge=0, le=255)]
 Quality = Annotated[int, Field(ge=1, le=100)]
+Side = Annotated[int, Field(ge=1)]
 CACHE_BYTES = 256 * 2**20
 """Maximum size of the decoded photos that each process caches; photos beyond it are decoded at each access."""
 
@@ -292,6 +293,9 @@ class SyntheticPairsOptions(SeededOptions):
         description='type and parameters of the degradation, or a list of them, one of which is applied to each pair',
     )
     clean_share: float = Field(0, ge=0, le=1, description='training: fraction of patches that are not degraded')
+    shorter_side: Annotated[tuple[Side, Side], AfterValidator(check_order)] | None = Field(
+        None, description='training: range of the shorter side in pixels to which larger photos are downscaled'
+    )
     gamma: PositiveRange = Field(
         (1, 1), description='training: range of the exponent applied to the clean patch; above 1 darkens it'
     )
@@ -356,6 +360,8 @@ class SyntheticPairsDataset(SeededDataset):
         image = self._read(photo)
         several = len(self.degradations)
         if self.is_train:
+            if options.shorter_side:
+                image = transforms.downscale(image, int(generator.integers(*options.shorter_side, endpoint=True)))
             parameters = self.degradations[generator.integers(several) if several > 1 else 0]
             lq, gt, _ = degraded_patch(
                 image,

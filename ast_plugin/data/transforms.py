@@ -36,6 +36,12 @@ def _reflected(start: int, count: int, length: int) -> np.ndarray:
     return np.minimum(index, period - index)
 
 
+def downscale(image: np.ndarray, shorter_side: int) -> np.ndarray:
+    """Downscale an image by averaging to a shorter side in pixels; a smaller image is returned as it is."""
+    scale = shorter_side / min(image.shape[:2])
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
+
+
 def random_offset(shape: Sequence[int], size: int, generator: np.random.Generator) -> tuple[int, int]:
     """Sample the top-left corner of a `size` × `size` crop, uniformly over all valid positions.
 

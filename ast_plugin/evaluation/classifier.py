@@ -3,13 +3,13 @@
 from itertools import pairwise
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import read_checkpoint
+from ast_plugin.data.transforms import downscale
 from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.weights import CLASSIFIER, TASKS, find_weights, is_shipped
 
@@ -60,7 +60,7 @@ def classify(image: np.ndarray, network: DegradationClassifier) -> dict[str, flo
         image: gray [H, W] or RGB [H, W, 3]; uint8, uint16 or floating point in [0, 1].
         network: classifier in evaluation mode.
     """
-    image = _shrink(image if image.dtype.kind == 'u' else image.astype(np.float32), _HEIGHT)
+    image = downscale(image if image.dtype.kind == 'u' else image.astype(np.float32), _HEIGHT)
     image = image / np.float32(np.iinfo(image.dtype).max if image.dtype.kind == 'u' else 1)
     image = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
     height, width = image.shape[:2]
@@ -70,21 +70,16 @@ def classify(image: np.ndarray, network: DegradationClassifier) -> dict[str, flo
     crops = [image[top : top + VIEW, left : left + VIEW] for top in tops for left in lefts]
     whole, parts = (
         network(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float()).softmax(1).mean(0)
-        for views in ([_shrink(image, VIEW)], crops)
+        for views in ([downscale(image, VIEW)], crops)
     )
     return dict(zip(CLASSES, ((whole + parts) / 2).tolist(), strict=True))
-
-
-def _shrink(image: np.ndarray, side: int) -> np.ndarray:
-    scale = side / min(image.shape[:2])
-    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
 
 
 class Specialists:
     """Restorers for all bundled tasks, selected for each image by its degradation.
 
     Args:
-        options: device, tile, overlap, batch and self_ensemble, see `Restorer`.
+        options: device, tile, overlap, batch, self_ensemble and processing_resolution, see `Restorer.from_weights`.
     Raises:
         CheckpointError: if this installation does not include the classifier, or a weights file was modified.
     """

@@ -29,6 +29,7 @@ from ast_plugin.errors import (
 )
 from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, Tiling, evaluating
 from ast_plugin.metrics.psnr_ssim import as_array, fractions, to_integers, to_toolbox
+from ast_plugin.ops.guided import apply_change, downscale
 
 Metrics = Mapping[str, Mapping[str, Any]]
 
@@ -48,6 +49,9 @@ class Protocol(Tiling):
         round: round results and references to `bit_depth` before measuring, as in image files.
         bit_depth: 8 or 16.
         self_ensemble: average the results over the eight flips and rotations of the image.
+        processing_resolution: restore images whose shorter side exceeds this as a copy downscaled to it, and apply the
+            change to the full image, see `apply_change`; None to restore all images at full resolution. For smooth
+            degradations such as haze, for which the network must see the whole scene.
     """
 
     type: str
@@ -57,10 +61,13 @@ class Protocol(Tiling):
     round: bool = False
     bit_depth: int = 8
     self_ensemble: bool = False
+    processing_resolution: int | None = None
 
     def __post_init__(self) -> None:
-        if self.square is not None and self.square < 1:
-            raise OptionError(f'square is {self.square}: expected at least 1 pixel')
+        for name in ('square', 'processing_resolution'):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f'{name} is {value}: expected at least 1 pixel')
         super().__post_init__()
 
     def restore(
@@ -93,9 +100,17 @@ class Protocol(Tiling):
             return self._run_padded(network, image, on_tile, on_note)
 
         with evaluating(network):
-            result = sum(eight_turns(run, lq)) / 8 if self.self_ensemble else run(lq)
+            small = downscale(lq, self.processing_resolution) if self.processing_resolution else lq
+            result = sum(eight_turns(run, small)) / 8 if self.self_ensemble else run(small)
             if not torch.isfinite(result).all():
                 raise DataError('the output of the network is not finite; check its weights and the image')
+            if small is not lq:
+                if result.shape != small.shape:
+                    raise ShapeError(
+                        f'processing_resolution needs results of the size of their inputs {list(small.shape)}, got '
+                        f'{list(result.shape)}'
+                    )
+                result = apply_change(lq, small, result - small)
             result = result.clamp(0, 1)
             largest = 2**self.bit_depth - 1
             return (result * largest).round_().div_(largest) if self.round else result
@@ -142,6 +157,8 @@ class Protocol(Tiling):
             quarter = '1/4 tile' if is_auto else self.tile // 4
             tiles = 'one pass, or tiles if memory is low' if is_auto else f'tiles of {self.tile}'
             parts.append(f'{tiles}, overlap {quarter if self.overlap is None else self.overlap}, {self.blend}')
+        if self.processing_resolution:
+            parts.append(f'downscaled to a shorter side of {self.processing_resolution}')
         parts += ['self-ensemble of eight flips and rotations'] if self.self_ensemble else []
         parts.append(f'rounded to {self.bit_depth} bits' if self.round else 'not rounded')
         return f'{self.type}: {"; ".join(parts)}'
@@ -182,7 +199,7 @@ def read_protocol(value: str | Mapping[str, Any] | None, bit_depth: int = 8) -> 
 
     Args:
         value: name in `PROTOCOLS`, or a mapping with the name as `type` and any of square, tile, overlap, blend, batch,
-            round and self_ensemble to override; types have been validated. None for `basicsr`.
+            round, self_ensemble and processing_resolution to override; types have been validated. None for `basicsr`.
         bit_depth: bit depth of images, 8 or 16.
     Raises:
         OptionError: if the protocol is unknown or a parameter is invalid.

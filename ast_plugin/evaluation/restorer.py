@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ast_plugin.archs.networks import input_channels, load_file
 from ast_plugin.devices import AUTO, find_device
-from ast_plugin.errors import DataError, OptionError, ShapeError
+from ast_plugin.errors import CheckpointError, DataError, OptionError, ShapeError
 from ast_plugin.evaluation.protocols import PROTOCOLS, eight_turns
 from ast_plugin.evaluation.tiling import OnNote, OnTile
 from ast_plugin.weights import find_weights
@@ -37,6 +37,8 @@ class Restorer:
         overlap: overlap of neighbouring tiles in pixels; None for a quarter of the tile size.
         batch: number of tiles processed together.
         self_ensemble: average the results over the eight flips and rotations of the image.
+        processing_resolution: shorter side in pixels to which larger images are downscaled for the network; the change
+            is then applied to the full image, see `Protocol`. None or 0 for full resolution.
     Attributes:
         notes: messages about assumptions made for the network and about unused entries of its file.
     Raises:
@@ -53,6 +55,7 @@ class Restorer:
         overlap: int | None = None,
         batch: int = 1,
         self_ensemble: bool = False,
+        processing_resolution: int | None = None,
     ) -> None:
         if in_channels not in (1, 3):
             raise OptionError(f'the network has {in_channels} input channels: expected 1 (gray) or 3 (RGB)')
@@ -65,6 +68,7 @@ class Restorer:
             overlap=overlap,
             batch=batch,
             self_ensemble=self_ensemble,
+            processing_resolution=processing_resolution or None,
         )
         self.notes: tuple[str, ...] = ()
 
@@ -76,6 +80,7 @@ class Restorer:
         network: Mapping[str, Any] | None = None,
         param_key: str | None = None,
         device: str | torch.device | None = AUTO,
+        processing_resolution: int | None = None,
         **tiling: Any,
     ) -> 'Restorer':
         """Build the network of a weights file and load the weights.
@@ -86,6 +91,7 @@ class Restorer:
                 file, else inferred from the names and shapes of AST weights; assumptions are listed in `notes`.
             param_key: key of the weights in a .pth file, such as 'params_ema'; None tries the common keys.
             device: see `Restorer`.
+            processing_resolution: see `Restorer`; None reads it from the metadata of the file, 0 is full resolution.
             tiling: tile, overlap, batch and self_ensemble, see `Restorer`.
         Raises:
             CheckpointError: if the file cannot be read, or does not match the network.
@@ -95,23 +101,31 @@ class Restorer:
         device = find_device(device)
         loaded = load_file(path, network, param_key)
         channels = input_channels(loaded.options, loaded.network)
-        restorer = cls(loaded.network, in_channels=channels, device=device, **tiling)
+        if processing_resolution is None:
+            processing_resolution = _read_resolution(loaded.metadata, path)
+        restorer = cls(
+            loaded.network,
+            in_channels=channels,
+            device=device,
+            processing_resolution=processing_resolution,
+            **tiling,
+        )
         restorer.notes = loaded.notes
         return restorer
 
     @classmethod
-    def from_task(cls, task: str, *, device: str | torch.device | None = AUTO, **tiling: Any) -> 'Restorer':
+    def from_task(cls, task: str, *, device: str | torch.device | None = AUTO, **options: Any) -> 'Restorer':
         """Load the network and the bundled weights of a task, see `ast_plugin.weights`.
 
         Args:
             task: 'rain', 'raindrop' or 'haze'.
             device: see `Restorer`.
-            tiling: tile, overlap, batch and self_ensemble, see `Restorer`.
+            options: tile, overlap, batch, self_ensemble and processing_resolution, see `from_weights`.
         Raises:
-            OptionError: if the task is unknown, or the device or the tiling options are invalid.
+            OptionError: if the task is unknown, or the device or the other options are invalid.
             CheckpointError: if this installation does not include the weights, or the file was modified.
         """
-        return cls.from_weights(find_weights(task), device=device, **tiling)
+        return cls.from_weights(find_weights(task), device=device, **options)
 
     def restore(self, image: np.ndarray, *, on_tile: OnTile | None = None, on_note: OnNote | None = None) -> np.ndarray:
         """Restore one image.
@@ -166,3 +180,10 @@ class Restorer:
             raise DataError('the network accepts gray images only, but the image has colours')
         values = torch.from_numpy(image.astype(np.float32)).div_(_LARGEST.get(image.dtype, 1))
         return values[None, None].expand(1, self.in_channels, -1, -1) if is_gray else values.permute(2, 0, 1)[None]
+
+
+def _read_resolution(metadata: Mapping[str, str], path: str | os.PathLike) -> int | None:
+    text = metadata.get('processing_resolution')
+    if text is None or (text.isdecimal() and int(text) > 0):
+        return text and int(text)
+    raise CheckpointError(f'{path}: processing_resolution in its metadata is {text}: expected a number of pixels')

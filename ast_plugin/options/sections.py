@@ -323,6 +323,9 @@ class ProtocolOptions(Section):
     batch: Count | None = _optional('number of tiles per batch')
     round: bool | None = _optional('round results to 8 bits before measuring')
     self_ensemble: bool | None = _optional('average the results of the eight flips and rotations')
+    processing_resolution: Count | None = _optional(
+        'restore a copy downscaled to this shorter side, and apply its change to the full image (for haze)'
+    )
 
 
 class DuringTraining(Section):

@@ -304,6 +304,7 @@ def test_enlarging_network_of_basicsr(run, tmp_path):
     [
         (['--tile', '8', '--overlap', '8'], ['--overlap is 8', 'tile is 8']),
         (['--quality', '0'], ['--quality is 0']),
+        (['--processing-resolution', '-1'], ['--processing-resolution is -1']),
         (['--max-megapixels', 'nan'], ['--max-megapixels']),
         (['--suffix', '../x'], ['--suffix']),
         (['--device', 'toaster'], ['toaster', 'cpu']),

@@ -309,6 +309,17 @@ def test_channels_of_some_patches_are_permuted():
     assert 10 <= changed <= 30  # one in six random orders is the original
 
 
+def test_photos_are_downscaled_to_a_shorter_side(tmp_path):
+    write(tmp_path / 'a.png', np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))
+    options = {'source': 'folder', 'dataroot_gt': str(tmp_path), 'split': 'all', 'gt_size': 25}
+    steps = []  # the brightness rises by 1 per pixel at full resolution
+    for sides in (None, [25, 25], [50, 60]):
+        data = synthetic(**options, seed=0, num_per_photo=20, use_rot=False, shorter_side=sides)
+        steps.append([255 * data[number]['gt'].diff(dim=-1).abs().mean().item() for number in range(20)])
+    assert max(steps[0]) < 1.01 and min(steps[1]) > 3.7
+    assert 1.6 < min(steps[2]) < 1.75 and 1.85 < max(steps[2]) < 2.05
+
+
 def test_camera_noise_is_added_to_both_patches():
     options = {'seed': 0, 'gt_size': 32, 'num_per_photo': 20, 'clean_share': 1, 'jpeg_range': [95, 95]}
     plain = synthetic(**options)

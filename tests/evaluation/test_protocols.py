@@ -160,6 +160,22 @@ def test_networks_that_enlarge(options):
     torch.testing.assert_close(doubled, F.interpolate(lq, scale_factor=2), rtol=0, atol=0.002)
 
 
+@pytest.mark.parametrize('self_ensemble', [False, True])
+def test_processing_resolution(self_ensemble):
+    protocol = read_protocol({'type': 'whole', 'processing_resolution': 12, 'self_ensemble': self_ensemble})
+    sizes = []
+
+    def darken(patches):
+        sizes.append(tuple(sorted(patches.shape[-2:])))
+        return patches - 0.125
+
+    lq = image(24, 40).clamp(0.125, 1)
+    torch.testing.assert_close(protocol.restore(darken, lq), lq - 0.125)
+    assert set(sizes) == {(12, 20)}
+    with pytest.raises(ShapeError, match=r'processing_resolution needs results of the size of their inputs'):
+        protocol.restore(lambda patches: patches.repeat_interleave(2, -1).repeat_interleave(2, -2), lq)
+
+
 def test_network_and_input_are_left_as_they_were():
     network, lq = Blur().train(), image(9, 9)
     before = lq.clone()
@@ -269,6 +285,7 @@ def test_square_that_does_not_fit(square):
         ({'type': 'tiled', 'overlap': -1}, 'overlap is -1'),
         ({'type': 'agan', 'batch': 0}, 'batch is 0'),
         ({'type': 'spad', 'square': 0}, 'spad: square is 0'),
+        ({'type': 'whole', 'processing_resolution': 0}, 'whole: processing_resolution is 0: expected at least 1'),
     ],
 )
 def test_invalid_protocols(value, message):
@@ -287,6 +304,10 @@ def test_invalid_images():
     [
         ({'type': 'whole', 'tile': 64}, 'whole: tiles of 64, overlap 16, ramp; not rounded'),
         ({'type': 'tiled'}, 'tiled: one pass, or tiles if memory is low, overlap 1/4 tile, ramp; not rounded'),
+        (
+            {'type': 'whole', 'processing_resolution': 9},
+            'whole: one pass; downscaled to a shorter side of 9; not rounded',
+        ),
         (
             {'type': 'spad', 'self_ensemble': True},
             'spad: zero-padded to a square, side a multiple of 128; one pass; self-ensemble of eight flips and '

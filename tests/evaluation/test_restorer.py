@@ -135,6 +135,20 @@ def test_metadata_name_the_network(tiny_weights):
         Restorer.from_weights(path, network=TINY | {'embed_dim': 8})
 
 
+@pytest.mark.parametrize(('requested', 'want'), [(None, 48), (0, None), (24, 24)])
+def test_processing_resolution_of_a_file(tmp_path, requested, want):
+    save_weights(tmp_path / 'a.safetensors', build_network(TINY).state_dict(), TINY, {'processing_resolution': 48})
+    restorer = Restorer.from_weights(tmp_path / 'a.safetensors', processing_resolution=requested)
+    assert restorer.protocol.processing_resolution == want
+    assert restorer.restore(noise(70, 50, 3)).shape == (70, 50, 3)
+
+
+def test_processing_resolution_that_is_no_size(tmp_path):
+    save_weights(tmp_path / 'a.safetensors', build_network(TINY).state_dict(), TINY, {'processing_resolution': 'half'})
+    with pytest.raises(CheckpointError, match='processing_resolution in its metadata is "half": expected a number'):
+        Restorer.from_weights(tmp_path / 'a.safetensors')
+
+
 def test_networks_of_the_toolbox(tmp_path):
     options = {'type': 'SRVGGNetCompact', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_conv': 1, 'upscale': 2}
     network = build_network(options)
