@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar=('FILE', 'SHARE'),
         help='average with the weights of another run, of which the average has this share; repeatable, in this order',
     )
+    parser.add_argument(
+        '--processing-resolution', type=int, metavar='N', help='shorter side to which larger images are downscaled'
+    )
     parser.add_argument('--recipe', help='option file of the training (default: pretrained/TASK)')
     parser.add_argument('--date', default=str(datetime.date.today()))
     args = parser.parse_args(argv)
@@ -90,6 +93,8 @@ def main(argv: list[str] | None = None) -> int:
             'results': {name: float(value) for name, _, value in (text.rpartition('=') for text in args.results)},
             'version': __version__,
         }
+        if args.processing_resolution:
+            card['processing_resolution'] = args.processing_resolution
         path = weights.release(args.task, network.state_dict(), options_of_network, card)
     except (PluginError, ValueError) as error:  # ValueError: a share or a result that is no number
         print(f'release_weights: error: {error}', file=sys.stderr)

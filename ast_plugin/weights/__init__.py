@@ -5,7 +5,8 @@
 
 SHA256SUMS, in the format of sha256sum, lists the bundled files; no others are read. The metadata of each file hold, as
 JSON: network (options including type), recipe (name of the option file), photographs (name, number, licence), steps,
-date, results (by name) and version (of this package). `tools/release_weights.py` writes both.
+date, results (by name), version (of this package) and, for haze, processing_resolution (see `Restorer`).
+`tools/release_weights.py` writes both.
 """
 
 import json

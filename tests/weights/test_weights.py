@@ -113,7 +113,9 @@ def test_release_tool(monkeypatch, tmp_path, capsys):
     assert (card['steps'], card['results']) == (70, {'synthetic gain': 8.5}) and card['photographs'][0]['licence']
     released = ast_plugin.load('rain').state_dict()
     torch.testing.assert_close(released['output_proj.bias'], averaged['output_proj.bias'], atol=1e-3, rtol=1e-3)
-    assert tool.main([*arguments, '--strength', '0.5']) == 0 and weights.read_card('rain')['strength'] == 0.5
+    assert tool.main([*arguments, '--strength', '0.5', '--processing-resolution', '256']) == 0
+    card = weights.read_card('rain')
+    assert (card['strength'], card['processing_resolution']) == (0.5, 256)
     halved = ast_plugin.load('rain').state_dict()
     for name in ('output_proj.weight', 'output_proj.bias'):
         torch.testing.assert_close(halved[name], released[name] / 2, atol=1e-3, rtol=1e-3)
