@@ -29,7 +29,7 @@ PHOTOGRAPHS = [
 ]
 MORE_PHOTOGRAPHS = {  # by task; docs/weights.md names the sources
     'metadata-extractor-images by Drew Noakes': ('free for any use', {'raindrop': 166, 'haze': 207}),
-    'photographs of Unsplash': ('Unsplash License', {'raindrop': 131, 'haze': 119}),
+    'photographs of Unsplash': ('Unsplash License', {'raindrop': 131, 'haze': 173}),
     'photographs of repositories under the MIT licence': ('MIT', {'raindrop': 132, 'haze': 153}),
     'wallpapers and samples': ('CC0, CC BY, CC BY-SA', {'raindrop': 132, 'haze': 213}),
 }
