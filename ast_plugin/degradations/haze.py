@@ -120,7 +120,11 @@ def add_haze(
     airlight = _airlight(small, small_depth, generator, parameters)
     unit = min(small.shape[:2]) / min(shape) * parameters.scale  # pixels of `small` per pixel of the parameters
     airlight = _light(small, airlight, unit, generator, parameters)
-    adaptation = _adaptation(airlight, generator, parameters)
+    # Log gain of each channel by which the camera corrects opaque haze.
+    exposure = generator.uniform(*parameters.exposure) * math.log(2) / GAMMA
+    colour = np.maximum(airlight.reshape(-1, 3).mean(axis=0), 1e-2)
+    balance = generator.uniform(*parameters.white_balance) * np.log(colour.mean() / colour)
+    adaptation = (exposure + balance).astype(np.float32)
     thickness = depth * _relative_extinction(shape, generator, parameters)
     if parameters.visibility is None:
         tau, error = shrink(thickness, ratio), 10 ** (-amount / 10)
@@ -160,10 +164,9 @@ def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         return np.where(measured, depth, 2 * depth[measured].max())
     values = np.where(measured, depth, np.where(known, 2 * depth[measured].max(), 0)).astype(np.float32)
     levels = [(values, known.astype(np.float32))]
-    while max(values.shape) > 1:
-        size = (-(-values.shape[1] // 2), -(-values.shape[0] // 2))
-        values, weights = (cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in levels[-1])
-        levels.append((values, weights))
+    while (side := levels[-1][0].shape) != (1, 1):
+        size = (math.ceil(side[1] / 2), math.ceil(side[0] / 2))
+        levels.append([cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in levels[-1]])
     filled = levels[-1][0]
     for values, weights in reversed(levels):
         filled = cv2.resize(filled, values.shape[::-1], interpolation=cv2.INTER_LINEAR)
@@ -203,14 +206,6 @@ def _light(
     field *= airlight
     over = np.maximum(field - np.float32(SHOULDER), 0) / np.float32(1 - SHOULDER)
     return np.minimum(field, np.float32(SHOULDER)) + np.float32(1 - SHOULDER) * (1 - np.exp(-over))
-
-
-def _adaptation(airlight: np.ndarray, generator: Generator, parameters: HazeParameters) -> np.ndarray:
-    """Draw the log gain of each channel by which the camera corrects opaque haze, [3]."""
-    exposure = generator.uniform(*parameters.exposure) * math.log(2) / GAMMA
-    colour = np.maximum(airlight.reshape(-1, 3).mean(axis=0), 1e-2)
-    balance = generator.uniform(*parameters.white_balance) * np.log(colour.mean() / colour)
-    return (exposure + balance).astype(np.float32)
 
 
 def _relative_extinction(shape: tuple[int, int], generator: Generator, parameters: HazeParameters) -> np.ndarray:

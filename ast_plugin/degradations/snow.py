@@ -101,12 +101,7 @@ def _blend(image: np.ndarray, veil: np.ndarray, clear: np.ndarray, light: np.nda
 
 
 def _fall(
-    clear: np.ndarray,
-    generator: Generator,
-    layer: FlakeLayer,
-    amount: float,
-    angle: float,
-    parameters: SnowParameters,
+    clear: np.ndarray, generator: Generator, layer: FlakeLayer, amount: float, angle: float, parameters: SnowParameters
 ) -> None:
     """Multiply the transmittance `clear` by that of one layer."""
     scale = parameters.scale

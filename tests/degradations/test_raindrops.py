@@ -6,10 +6,11 @@ import cv2
 import numpy as np
 import pytest
 
-from ast_plugin.degradations.raindrops import ASIDE, DARKEST, LIGHT, SLOPES, refract, surroundings
+from ast_plugin.degradations.raindrops import ASIDE, DARKEST, LIGHT, SLOPES, Surroundings, refract
 from tests.degradations.helpers import degrade, photo, psnr, scene
 
 DRY = {'film': (0, 0)}
+DAY = {'skyline': 5.6, 'ground': 0.3, 'glare': 0.0}
 
 
 @pytest.mark.parametrize('target', [17.0, 20.0, 24.0])
@@ -71,7 +72,7 @@ def test_a_drop_turns_the_view_over():
     image = cv2.merge([x / width, y / height, np.zeros_like(x)])
     v, u = np.mgrid[-60:60, -80:80].astype(np.float32) / 12  # a centred drop on the pane at half resolution
     slope = np.stack([u, v]) * np.float32(0.5)
-    drop = refract(surroundings(image, 600.0, 1.0), np.ones((120, 160), np.float32), slope, 2)
+    drop = refract(Surroundings(image, 600.0, 1.0, **DAY), np.ones((120, 160), np.float32), slope, 2)
     middle, right, below = drop[60, 80], drop[60, 88], drop[68, 80]
     assert middle[0] == pytest.approx(0.5, abs=0.03) and middle[1] == pytest.approx(0.5, abs=0.03)
     assert right[0] < middle[0] - 0.03  # the right side shows the left
@@ -80,7 +81,7 @@ def test_a_drop_turns_the_view_over():
 
 
 def test_drops_see_sky_above_and_ground_below():
-    around = surroundings(np.full((160, 160, 3), 0.5, np.float32), 400.0, 0.95)
+    around = Surroundings(np.full((160, 160, 3), 0.5, np.float32), 400.0, 0.95, **DAY)
     assert around.image.shape == (52, 52, 3)
     np.testing.assert_allclose(around.image, 0.5, atol=1e-6)
     assert around.view[0].mean() > 0.85 and around.view[-1].mean() < 0.35
