@@ -159,10 +159,10 @@ def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     if not measured.any():
         raise DataError('expected a depth map with at least one finite value above 0; got none')
     known = measured | np.isinf(depth)
+    values = np.where(measured, depth, 2 * depth[measured].max())
     if known.all():
-        return np.where(measured, depth, 2 * depth[measured].max())
-    values = np.where(measured, depth, np.where(known, 2 * depth[measured].max(), 0)).astype(np.float32)
-    levels = [(values, known.astype(np.float32))]
+        return values
+    levels = [(np.where(known, values, np.float32(0)), known.astype(np.float32))]
     while (side := levels[-1][0].shape) != (1, 1):
         size = (math.ceil(side[1] / 2), math.ceil(side[0] / 2))
         levels.append([cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in levels[-1]])
