@@ -409,6 +409,8 @@ def _decode(path: str | os.PathLike, data: bytes, kind: str, image: Image.Image,
         if image.mode == '1':
             metadata.notes.append('written with 8 bits instead of 1')
         if image.mode in ('P', 'PA'):
+            if not (image.palette and image.palette.palette):  # if it is empty, Pillow leaves the image black
+                raise ValueError('it has no palette')
             metadata.notes.append('written in RGB instead of a palette')
         if image.mode == 'CMYK':
             metadata.notes.append('converted from CMYK to RGB')

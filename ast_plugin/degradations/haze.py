@@ -117,10 +117,13 @@ def add_haze(
     light = add_glare(image, WHITE, generator.uniform(*parameters.glare))
     ratio = min(shape) / PROBE_SIDE
     small, small_depth = shrink(light, ratio), shrink(depth, ratio)
-    airlight = _airlight(small, small_depth, generator, parameters)
     unit = min(small.shape[:2]) / min(shape) * parameters.scale  # pixels of `small` per pixel of the parameters
-    airlight = _light(small, airlight, unit, generator, parameters)
-    adaptation = _adaptation(airlight, generator, parameters)
+    airlight = _airlight(small, small_depth, unit, generator, parameters)
+    # Log gain of each channel by which the camera corrects opaque haze.
+    exposure = generator.uniform(*parameters.exposure) * math.log(2) / GAMMA
+    colour = np.maximum(airlight.reshape(-1, 3).mean(axis=0), 1e-2)
+    balance = generator.uniform(*parameters.white_balance) * np.log(colour.mean() / colour)
+    adaptation = (exposure + balance).astype(np.float32)
     thickness = depth * _relative_extinction(shape, generator, parameters)
     if parameters.visibility is None:
         tau, error = shrink(thickness, ratio), 10 ** (-amount / 10)
@@ -156,14 +159,13 @@ def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     if not measured.any():
         raise DataError('expected a depth map with at least one finite value above 0; got none')
     known = measured | np.isinf(depth)
+    values = np.where(measured, depth, 2 * depth[measured].max())
     if known.all():
-        return np.where(measured, depth, 2 * depth[measured].max())
-    values = np.where(measured, depth, np.where(known, 2 * depth[measured].max(), 0)).astype(np.float32)
-    levels = [(values, known.astype(np.float32))]
-    while max(values.shape) > 1:
-        size = (-(-values.shape[1] // 2), -(-values.shape[0] // 2))
-        values, weights = (cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in levels[-1])
-        levels.append((values, weights))
+        return values
+    levels = [(np.where(known, values, np.float32(0)), known.astype(np.float32))]
+    while (side := levels[-1][0].shape) != (1, 1):
+        size = (math.ceil(side[1] / 2), math.ceil(side[0] / 2))
+        levels.append([cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in levels[-1]])
     filled = levels[-1][0]
     for values, weights in reversed(levels):
         filled = cv2.resize(filled, values.shape[::-1], interpolation=cv2.INTER_LINEAR)
@@ -171,8 +173,13 @@ def fill_depth(depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return filled
 
 
-def _airlight(small: np.ndarray, depth: np.ndarray, generator: Generator, parameters: HazeParameters) -> np.ndarray:
-    """Draw the mean colour of the haze, [3], about as bright as the scene or the bright sky that lights it."""
+def _airlight(
+    small: np.ndarray, depth: np.ndarray, unit: float, generator: Generator, parameters: HazeParameters
+) -> np.ndarray:
+    """Draw the colour of the haze, [h, w, 3]: that of the scene or the sky that lights it, with lamps and glow.
+
+    `unit` is the number of pixels of the image `small`, [h, w, 3], per pixel of the parameters.
+    """
     highest = parameters.airlight[1]
     brightness = generator.uniform(*parameters.airlight)
     lit = generator.uniform(*SKY_LIT)
@@ -181,16 +188,10 @@ def _airlight(small: np.ndarray, depth: np.ndarray, generator: Generator, parame
     if len(farthest) > FARTHEST_SHARE * depth.size:
         brightness = max(brightness, min(lit * float(np.minimum(farthest, 1).mean()), highest))
     warmth, green = generator.normal(0, parameters.tint, 2)
-    return np.clip(brightness * (1 + np.array([warmth, 0.4 * green, -warmth])), 0, 1).astype(np.float32)
+    mean = np.clip(brightness * (1 + np.array([warmth, 0.4 * green, -warmth])), 0, 1).astype(np.float32)
 
-
-def _light(
-    small: np.ndarray, airlight: np.ndarray, unit: float, generator: Generator, parameters: HazeParameters
-) -> np.ndarray:
-    """Expand airlight, [3], to the shape of `small`, [h, w, 3], with light from lamps and glow of bright areas."""
-    shape = small.shape[:2]
     brightness, warmth = (
-        lattice_noise(shape, generator, LIGHT_CELL * unit) * np.float32(deviation / LATTICE_DEVIATION)
+        lattice_noise(depth.shape, generator, LIGHT_CELL * unit) * np.float32(deviation / LATTICE_DEVIATION)
         for deviation in (generator.uniform(*parameters.lamps), generator.uniform(*parameters.lamp_tint))
     )
     share = np.float32(generator.uniform(*parameters.glow))
@@ -198,19 +199,11 @@ def _light(
     # Half of the colour of bright areas is lost in the glow.
     bright = 0.5 * (small + to_rgb(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)))
     bright = cv2.GaussianBlur(bright, (0, 0), max(GLOW_SPREAD * unit, 0.3), borderType=cv2.BORDER_REPLICATE)
-    if (mean := float(bright.mean())) > 1e-3:
-        field *= 1 + share * (np.clip(bright / np.float32(mean), 0, 3) - 1)
-    field *= airlight
+    if (level := float(bright.mean())) > 1e-3:
+        field *= 1 + share * (np.clip(bright / np.float32(level), 0, 3) - 1)
+    field *= mean
     over = np.maximum(field - np.float32(SHOULDER), 0) / np.float32(1 - SHOULDER)
     return np.minimum(field, np.float32(SHOULDER)) + np.float32(1 - SHOULDER) * (1 - np.exp(-over))
-
-
-def _adaptation(airlight: np.ndarray, generator: Generator, parameters: HazeParameters) -> np.ndarray:
-    """Draw the log gain of each channel by which the camera corrects opaque haze, [3]."""
-    exposure = generator.uniform(*parameters.exposure) * math.log(2) / GAMMA
-    colour = np.maximum(airlight.reshape(-1, 3).mean(axis=0), 1e-2)
-    balance = generator.uniform(*parameters.white_balance) * np.log(colour.mean() / colour)
-    return (exposure + balance).astype(np.float32)
 
 
 def _relative_extinction(shape: tuple[int, int], generator: Generator, parameters: HazeParameters) -> np.ndarray:

@@ -12,7 +12,7 @@ image displayed. As the image is smooth compared with the grid, the light of the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Literal
 
 import cv2
@@ -55,43 +55,55 @@ def add_moire(image: np.ndarray, generator: Generator, parameters: MoireParamete
     Patches are assumed to come from an image of `FRAME`. There is no mask, as every pixel is degraded.
     Source: Yuan et al., "AIM 2019 challenge on image demoiréing", for photos of a simulated screen.
     """
-    bands = _bands(_draw_camera(generator, parameters, image.shape[:2]), image.shape[:2])
+    bands = _bands(_Camera(generator, parameters, image.shape[:2]), image.shape[:2])
     photo = _expose(image, bands, generator, parameters)
     quality = round(generator.uniform(*parameters.quality))
     decoded = cv2.cvtColor(compress_jpeg(photo, quality), cv2.COLOR_BGR2RGB)
     return np.multiply(decoded, np.float32(1 / 255), dtype=np.float32), None
 
 
-@dataclass(frozen=True)
 class _Camera:
-    """Position of the screen's pixels on the sensor; lengths in pixels of the sensor, pairs are (down, right)."""
+    """A random position of the screen before the sensor; lengths in pixels of the sensor, pairs are (down, right)."""
 
-    pitch: float  # size of a screen pixel at the centre of the frame
-    angle: float  # radians between the sensor's rows and the direction across the stripes
-    tilt: tuple[float, float]  # relative change of pitch per pixel
-    bend: float  # relative change of pitch per squared distance from the centre
-    start: tuple[float, float]  # centre of the top-left pixel, relative to the centre of the frame
-    phase: tuple[float, float]  # position of the centre within a screen pixel, (across the stripes, along them)
-    blur: float  # standard deviation of the lens blur
+    def __init__(self, generator: Generator, parameters: MoireParameters, shape: tuple[int, int]) -> None:
+        frame = SENSOR * np.maximum(shape, FRAME)
+        half = math.hypot(*frame) / 2
+        # Radians between the sensor's rows and the direction across the stripes.
+        self.angle = math.radians(generator.uniform(*parameters.rotation))
+        if generator.random() < parameters.sideways:
+            self.angle += math.pi / 2
+        slope, direction = generator.uniform(*parameters.perspective) / (2 * half), generator.uniform(0, 2 * math.pi)
+        self.tilt = slope * math.sin(direction), slope * math.cos(direction)  # relative change of pitch per pixel
+        # Centre of the top-left pixel, relative to the centre of the frame.
+        self.start = generator.uniform(0, frame - SENSOR * np.array(shape)) - frame / 2
+        self.pitch = generator.uniform(*parameters.pitch)  # size of a screen pixel at the centre of the frame
+        # Relative change of pitch per squared distance from the centre.
+        self.bend = generator.uniform(*parameters.distortion) / half**2
+        self.phase = generator.uniform(0, 1, 2)  # position of the centre within a screen pixel, (across, along stripes)
+        self.blur = generator.uniform(*parameters.blur)  # standard deviation of the lens blur
 
+    def on_screen(self, y: np.ndarray, x: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the positions of sensor pixels within screen pixels, across and along the stripes, uint8 each."""
+        stretch = (y * y + x * x) * np.float32(self.bend)
+        stretch += y * np.float32(self.tilt[0]) + x * np.float32(self.tilt[1])
+        stretch += 1
+        stretch *= np.float32(PHASES / self.pitch)
+        cos, sin = np.float32(math.cos(self.angle)), np.float32(math.sin(self.angle))
+        for place, phase in zip((x * cos + y * sin, y * cos - x * sin), self.phase, strict=True):
+            yield (place * stretch + np.float32(phase * PHASES)).astype(np.int32).astype(np.uint8)
 
-def _draw_camera(generator: Generator, parameters: MoireParameters, shape: tuple[int, int]) -> _Camera:
-    frame = [SENSOR * max(side, length) for side, length in zip(shape, FRAME, strict=True)]
-    half = math.hypot(*frame) / 2
-    angle = math.radians(generator.uniform(*parameters.rotation))
-    if generator.random() < parameters.sideways:
-        angle += math.pi / 2
-    slope, direction = generator.uniform(*parameters.perspective) / (2 * half), generator.uniform(0, 2 * math.pi)
-    start = [generator.uniform(0, side - SENSOR * length) - side / 2 for side, length in zip(frame, shape, strict=True)]
-    return _Camera(
-        pitch=generator.uniform(*parameters.pitch),
-        angle=angle,
-        tilt=(slope * math.sin(direction), slope * math.cos(direction)),
-        bend=generator.uniform(*parameters.distortion) / half**2,
-        start=(start[0], start[1]),
-        phase=tuple(generator.uniform(0, 1, 2)),
-        blur=generator.uniform(*parameters.blur),
-    )
+    def profile(self, middle: float, width: float) -> np.ndarray:
+        """Return the light of stripes, after lens and sensor and relative to its mean, over a screen pixel, [PHASES].
+
+        It is a Fourier series whose harmonics are attenuated by the lens, a Gaussian, and by the square sensor pixels.
+        """
+        place = (np.arange(PHASES) + 0.5) / PHASES
+        light = np.ones(PHASES)
+        for order in range(1, HARMONICS + 1):
+            frequency = order / self.pitch  # cycles per sensor pixel
+            passed = math.exp(-2 * (math.pi * self.blur * frequency) ** 2) * np.sinc(frequency)
+            light += 2 * np.sinc(order * width) * passed * np.cos(2 * math.pi * order * (place - middle))
+        return np.maximum(light, 0).astype(np.float32)
 
 
 def _bands(camera: _Camera, shape: tuple[int, int]) -> np.ndarray:
@@ -99,50 +111,20 @@ def _bands(camera: _Camera, shape: tuple[int, int]) -> np.ndarray:
     rows, columns = SENSOR * shape[0], SENSOR * shape[1]
     border = 4  # pixels of the sensor, for demosaicing
     mosaic = np.empty((rows + 2 * border, columns + 2 * border), np.uint16)
-    across = [_profile(camera, middle, STRIPE_WIDTH) for middle in STRIPES]
-    along = _profile(camera, 0.5, ROW_HEIGHT)
-    for i in range(2):
-        for j in range(2):
-            y = np.arange(i - border, rows + border, 2, dtype=np.float32)[:, None] + np.float32(camera.start[0])
-            x = np.arange(j - border, columns + border, 2, dtype=np.float32) + np.float32(camera.start[1])
-            light = across[BAYER[i][j]]
-            for top in range(0, len(y), STRIP):
-                s, t = _on_screen(camera, y[top : top + STRIP], x)
-                mosaic[2 * top + i : 2 * (top + STRIP) + i : 2, j::2] = cv2.multiply(
-                    cv2.LUT(s, light), cv2.LUT(t, along), scale=FULL
-                )
+    across = [camera.profile(middle, STRIPE_WIDTH) for middle in STRIPES]
+    along = camera.profile(0.5, ROW_HEIGHT)
+    for i, j in np.ndindex(2, 2):
+        y = np.arange(i - border, rows + border, 2, dtype=np.float32)[:, None] + np.float32(camera.start[0])
+        x = np.arange(j - border, columns + border, 2, dtype=np.float32) + np.float32(camera.start[1])
+        for part in strips(y, STRIP):
+            s, t = camera.on_screen(y[part], x)
+            light = cv2.multiply(cv2.LUT(s, across[BAYER[i][j]]), cv2.LUT(t, along), scale=FULL)
+            mosaic[i::2, j::2][part] = light
     # OpenCV names Bayer patterns by the second row and column.
     colors = cv2.demosaicing(mosaic, cv2.COLOR_BayerBG2RGB)
     colors = colors[border:-border, border:-border]
     bands = cv2.resize(colors, shape[::-1], interpolation=cv2.INTER_AREA)
     return np.multiply(bands, np.float32(1 / FULL), dtype=np.float32)
-
-
-def _on_screen(camera: _Camera, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of sensor pixels within screen pixels, across and along the stripes, uint8 each."""
-    stretch = (y * y + x * x) * np.float32(camera.bend)
-    stretch += y * np.float32(camera.tilt[0]) + x * np.float32(camera.tilt[1])
-    stretch += 1
-    stretch *= np.float32(PHASES / camera.pitch)
-    cos, sin = np.float32(math.cos(camera.angle)), np.float32(math.sin(camera.angle))
-    places = ((x * cos + y * sin, camera.phase[0]), (y * cos - x * sin, camera.phase[1]))
-    return tuple(
-        (place * stretch + np.float32(phase * PHASES)).astype(np.int32).astype(np.uint8) for place, phase in places
-    )
-
-
-def _profile(camera: _Camera, middle: float, width: float) -> np.ndarray:
-    """Return the light of stripes after lens and sensor, over a screen pixel, relative to its mean, [PHASES] float32.
-
-    It is a Fourier series whose harmonics are attenuated by the lens, a Gaussian, and by the square sensor pixels.
-    """
-    place = (np.arange(PHASES) + 0.5) / PHASES
-    light = np.ones(PHASES)
-    for order in range(1, HARMONICS + 1):
-        frequency = order / camera.pitch  # cycles per sensor pixel
-        passed = math.exp(-2 * (math.pi * camera.blur * frequency) ** 2) * np.sinc(frequency)
-        light += 2 * np.sinc(order * width) * passed * np.cos(2 * math.pi * order * (place - middle))
-    return np.maximum(light, 0).astype(np.float32)
 
 
 def _expose(image: np.ndarray, bands: np.ndarray, generator: Generator, parameters: MoireParameters) -> np.ndarray:

@@ -10,7 +10,6 @@ first two moments of that process (Campbell's theorem), without rendering twice.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import cv2
@@ -82,24 +81,20 @@ class RainParameters(Parameters):
     )
 
 
-@dataclass(frozen=True)
 class _Shower:
-    """A layer with its per-image values, in pixels of the actual image."""
+    """A layer of streaks with its values for one image, in pixels of that image."""
 
-    density: float  # streaks per pixel
-    length: tuple[float, float]
-    width: float  # full width at half maximum, across the streak
-    sharpness: float
-    brightness: tuple[float, float]
-    angle: float  # radians
-    spread: float  # standard deviation of the angle in radians
-    bend: float
-    unevenness: float
-
-    @property
-    def row_width(self) -> float:
-        """Width of a streak along a row of pixels."""
-        return self.width / math.cos(self.angle)
+    def __init__(
+        self, layer: StreakLayer, generator: Generator, parameters: RainParameters, shared: list[float]
+    ) -> None:
+        angle, self.bend, self.unevenness = shared  # by all layers of the image
+        scale, self.brightness = parameters.scale, layer.brightness
+        self.spread = math.radians(parameters.angle_spread)
+        self.density = draw_log_uniform(generator, layer.density) / 1e4 / scale**2  # streaks per pixel
+        self.angle = float(np.clip(math.radians(angle) + generator.normal(0, self.spread), -math.pi / 3, math.pi / 3))
+        self.length = layer.length[0] * scale, layer.length[1] * scale
+        self.row_width = generator.uniform(*layer.width) * scale / math.cos(self.angle)  # along a row of pixels
+        self.sharpness = generator.uniform(*layer.sharpness)
 
     def area(self, power: int = 1) -> float:
         """Return the integral along a row of the `power` of the profile exp(-ln 2 |2x / row_width|^sharpness)."""
@@ -107,7 +102,7 @@ class _Shower:
         return self.row_width * math.gamma(1 + 1 / p) / (power * math.log(2)) ** (1 / p)
 
     def moments(self) -> tuple[float, float]:
-        """Return mean and variance of the layer per pixel, as rendered by `_render`."""
+        """Return mean and variance of the layer per pixel, as rendered by `render`."""
         mean_rows = math.cos(self.angle) * (self.length[0] + self.length[1]) / 2
         low, high = self.brightness
         mean = (low + high) / 2 * self.area() * PROFILE_MEAN
@@ -115,6 +110,60 @@ class _Shower:
         along = PROFILE_SQUARE * (1 + self.unevenness**2 / 24) + PROFILE_SLANTED * self.unevenness**2 / 12
         square = (low * low + low * high + high * high) / 3 * self.area(2) * along
         return self.density * mean_rows * mean, self.density * mean_rows * square
+
+    def render(self, shape: tuple[int, int], generator: Generator) -> np.ndarray:
+        """Render one layer of streaks, [H, W] float32.
+
+        Streaks are inclined by less than 60 degrees, so each is one point on every row that it crosses, split between
+        two pixels by linear interpolation. A filter along rows then adds its width.
+        """
+        height, width = shape
+        border = self.length[1] / 2  # streaks centred outside may extend into the image
+        # Distance at which the brightness falls to 1/2000, in pixels along a row.
+        pad = math.ceil(self.row_width / 2 * 11 ** (1 / self.sharpness) + 1) + 1
+        reach = border * (math.sin(abs(self.angle)) + 4 * self.bend) + pad
+        count = generator.poisson(self.density * (height + 2 * border) * (width + 2 * reach))
+        centre_y = generator.uniform(-border, height + border, count)
+        centre_x = generator.uniform(-reach, width + reach, count)
+        half = generator.uniform(*self.length, count) * (math.cos(self.angle) / 2)
+        brightness = generator.uniform(*self.brightness, count)
+        slope = np.tan(self.angle + generator.normal(0, self.spread, count).clip(-0.3, 0.3))
+        bend = 2 * generator.normal(0, self.bend, count)
+        slant, wave = generator.uniform(-self.unevenness / 2, self.unevenness / 2, (2, count))
+        phase, waves = generator.uniform(0, 2 * math.pi, count), generator.uniform(2, 14, count)
+
+        first = np.maximum(np.ceil(centre_y - half), 0).astype(np.int64)
+        last = np.minimum(np.floor(centre_y + half), height - 1).astype(np.int64)
+        rows = np.maximum(last - first + 1, 0)
+        streak = np.repeat(np.arange(count), rows)
+        row = np.arange(len(streak)) - np.repeat(np.cumsum(rows) - rows, rows) + first[streak]
+        offset = row - centre_y[streak]
+        along = offset / half[streak]  # from -1 to 1
+        uneven = 1 + slant[streak] * along + wave[streak] * np.cos(phase[streak] + waves[streak] * along)
+        mass = brightness[streak] * (1 - along**4) * uneven
+        x = centre_x[streak] + (slope[streak] + bend[streak] * along) * offset
+
+        # The canvas is wider than the image by the filter radius, so that rain extends across the border.
+        left = np.floor(x).astype(np.int64)
+        share = x - left
+        left += pad
+        inside = (left >= 0) & (left < width + 2 * pad - 1)
+        place = (row * (width + 2 * pad) + left)[inside]
+        mass, share = mass[inside], share[inside]
+        canvas = np.zeros(height * (width + 2 * pad), np.float32)
+        np.add.at(canvas, place, (mass * (1 - share)).astype(np.float32))
+        np.add.at(canvas, place + 1, (mass * share).astype(np.float32))
+        canvas = canvas.reshape(height, width + 2 * pad)
+        canvas = cv2.sepFilter2D(canvas, -1, self._profile(pad), np.ones(1, np.float32), borderType=cv2.BORDER_CONSTANT)
+        return canvas[:, pad : pad + width] * np.float32(self.area())
+
+    def _profile(self, pad: int) -> np.ndarray:
+        """Return the cross-section of a streak as a normalized filter of 2 pad + 1 weights."""
+        # Splitting between two pixels adds a variance of 1/6, which is 0.92 of the squared width of a Gaussian.
+        width = math.sqrt(max(self.row_width**2 - 0.92, 0.05))
+        fine = (np.arange(-8 * pad - 4, 8 * pad + 4) + 0.5) / 8  # eight samples per pixel
+        weights = np.exp(-math.log(2) * np.abs(2 * fine / width) ** self.sharpness).reshape(-1, 8).sum(axis=1)
+        return (weights / weights.sum()).astype(np.float32)
 
 
 def add_rain(image: np.ndarray, generator: Generator, parameters: RainParameters) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +175,13 @@ def add_rain(image: np.ndarray, generator: Generator, parameters: RainParameters
     """
     error = 10 ** (-generator.uniform(*parameters.psnr) / 10)
     shape = image.shape[:2]
-    showers = _draw_showers(generator, parameters)
+    shared = [generator.uniform(*span) for span in (parameters.angle, parameters.bend, parameters.unevenness)]
+    luck = generator.random(len(parameters.layers)) / [layer.presence for layer in parameters.layers]
+    showers = [
+        _Shower(layer, generator, parameters, shared)
+        for layer, value in zip(parameters.layers, luck, strict=True)
+        if value < 1 or value == luck.min()  # at least one layer per image
+    ]
     shine = np.clip(generator.uniform(*parameters.light) + generator.normal(0, 0.015, 3), 0, 1)
     light = np.clip(0.5 + 0.45 * float(image.mean()) + generator.normal(0, 0.01, 3), 0, 1)
     veil = generator.uniform(*parameters.veil) * lattice_noise(
@@ -137,37 +192,12 @@ def add_rain(image: np.ndarray, generator: Generator, parameters: RainParameters
     veil *= thinning
     streaks = np.zeros(shape, np.float32)
     for shower in showers:
-        streaks += _render(shape, generator, shower)
+        streaks += shower.render(shape, generator)
     streaks *= gain
     rainy = _blend(image, veil, light, shine, np.clip(streaks, 0, MAX_OPACITY, out=streaks))
     if generator.random() < parameters.jpeg_share:
         rainy = _compress_change(image, rainy, round(generator.uniform(*parameters.jpeg_quality)), generator)
     return rainy, streaks
-
-
-def _draw_showers(generator: Generator, parameters: RainParameters) -> list[_Shower]:
-    """Select the layers of an image and draw their values."""
-    scale = parameters.scale
-    angle = math.radians(generator.uniform(*parameters.angle))
-    spread = math.radians(parameters.angle_spread)
-    bend = generator.uniform(*parameters.bend)
-    unevenness = generator.uniform(*parameters.unevenness)
-    luck = generator.random(len(parameters.layers)) / [layer.presence for layer in parameters.layers]
-    return [
-        _Shower(
-            density=draw_log_uniform(generator, layer.density) / 1e4 / scale**2,
-            angle=float(np.clip(angle + generator.normal(0, spread), -math.pi / 3, math.pi / 3)),
-            length=(layer.length[0] * scale, layer.length[1] * scale),
-            width=generator.uniform(*layer.width) * scale,
-            sharpness=generator.uniform(*layer.sharpness),
-            brightness=layer.brightness,
-            spread=spread,
-            bend=bend,
-            unevenness=unevenness,
-        )
-        for layer, value in zip(parameters.layers, luck, strict=True)
-        if value < 1 or value == luck.min()  # at least one layer per image
-    ]
 
 
 def _strengths(
@@ -184,8 +214,7 @@ def _strengths(
     thinning = min(1.0, math.sqrt(VEIL_SHARE * error / max(np.mean(change**2), 1e-12)))
     change *= thinning
     headroom = shine - sample - change
-    mean = sum(shower.moments()[0] for shower in showers)
-    variance = sum(shower.moments()[1] for shower in showers)
+    mean, variance = map(sum, zip(*(shower.moments() for shower in showers), strict=True))
     a = (variance + mean * mean) * max(np.mean(headroom**2), MIN_HEADROOM)
     b = mean * np.mean(change * headroom)
     c = np.mean(change**2) - error
@@ -218,59 +247,3 @@ def _compress_change(image: np.ndarray, rainy: np.ndarray, quality: int, generat
     change *= np.float32(1 / 255)
     change += image
     return np.clip(change, 0, 1, out=change)
-
-
-def _render(shape: tuple[int, int], generator: Generator, shower: _Shower) -> np.ndarray:
-    """Render one layer of streaks, [H, W] float32.
-
-    Streaks are inclined by less than 60 degrees, so each is one point on every row that it crosses, split between two
-    pixels by linear interpolation. A filter along rows then adds its width.
-    """
-    height, width = shape
-    border = shower.length[1] / 2  # streaks centred outside may extend into the image
-    # Distance at which the brightness falls to 1/2000, in pixels along a row.
-    pad = math.ceil(shower.row_width / 2 * 11 ** (1 / shower.sharpness) + 1) + 1
-    reach = border * (math.sin(abs(shower.angle)) + 4 * shower.bend) + pad
-    count = generator.poisson(shower.density * (height + 2 * border) * (width + 2 * reach))
-    centre_y = generator.uniform(-border, height + border, count)
-    centre_x = generator.uniform(-reach, width + reach, count)
-    half = generator.uniform(*shower.length, count) * (math.cos(shower.angle) / 2)
-    brightness = generator.uniform(*shower.brightness, count)
-    slope = np.tan(shower.angle + generator.normal(0, shower.spread, count).clip(-0.3, 0.3))
-    bend = 2 * generator.normal(0, shower.bend, count)
-    slant, wave = generator.uniform(-shower.unevenness / 2, shower.unevenness / 2, (2, count))
-    phase, waves = generator.uniform(0, 2 * math.pi, count), generator.uniform(2, 14, count)
-
-    first = np.maximum(np.ceil(centre_y - half), 0).astype(np.int64)
-    last = np.minimum(np.floor(centre_y + half), height - 1).astype(np.int64)
-    rows = np.maximum(last - first + 1, 0)
-    streak = np.repeat(np.arange(count), rows)
-    row = np.arange(len(streak)) - np.repeat(np.cumsum(rows) - rows, rows) + first[streak]
-    offset = row - centre_y[streak]
-    along = offset / half[streak]  # from -1 to 1
-    uneven = 1 + slant[streak] * along + wave[streak] * np.cos(phase[streak] + waves[streak] * along)
-    mass = brightness[streak] * (1 - along**4) * uneven
-    x = centre_x[streak] + (slope[streak] + bend[streak] * along) * offset
-
-    # The canvas is wider than the image by the filter radius, so that rain extends across the border.
-    left = np.floor(x).astype(np.int64)
-    share = x - left
-    left += pad
-    inside = (left >= 0) & (left < width + 2 * pad - 1)
-    place = (row * (width + 2 * pad) + left)[inside]
-    mass, share = mass[inside], share[inside]
-    canvas = np.zeros(height * (width + 2 * pad), np.float32)
-    np.add.at(canvas, place, (mass * (1 - share)).astype(np.float32))
-    np.add.at(canvas, place + 1, (mass * share).astype(np.float32))
-    canvas = canvas.reshape(height, width + 2 * pad)
-    canvas = cv2.sepFilter2D(canvas, -1, _profile(shower, pad), np.ones(1, np.float32), borderType=cv2.BORDER_CONSTANT)
-    return canvas[:, pad : pad + width] * np.float32(shower.area())
-
-
-def _profile(shower: _Shower, pad: int) -> np.ndarray:
-    """Return the cross-section of a streak as a normalized filter of 2 pad + 1 weights."""
-    # Splitting between two pixels adds a variance of 1/6, which corresponds to 0.92 of the squared width of a Gaussian.
-    width = math.sqrt(max(shower.row_width**2 - 0.92, 0.05))
-    fine = (np.arange(-8 * pad - 4, 8 * pad + 4) + 0.5) / 8  # eight samples per pixel
-    weights = np.exp(-math.log(2) * np.abs(2 * fine / width) ** shower.sharpness).reshape(-1, 8).sum(axis=1)
-    return (weights / weights.sum()).astype(np.float32)

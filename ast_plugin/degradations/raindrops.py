@@ -18,7 +18,6 @@ of a fifth of the image width), for day and dusk, and for the range of focus.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import cv2
@@ -53,6 +52,7 @@ DARKEST = 0.12  # light from beyond the critical angle, by internal reflection
 REACH = 128  # size in pixels of the stored view up to 45 degrees; most drops compress it to less
 WHITE = 0.7  # gray value above which a light source exceeds the range of the image
 SLOPES = 512  # table entries over the sine of the slope
+DIRECTIONS = 24  # slopes of a drop over which its expected error is averaged
 SHARP = 0.85  # squared error of a drop in focus relative to its whole surface, as opacity decreases at the rim
 SMEARING = 0.6  # decrease of ln(squared error) per radius of the circle of confusion relative to the drop
 
@@ -112,12 +112,12 @@ def add_raindrops(
     focal = generator.uniform(*parameters.focal) * parameters.scale
     sky, ground, glare = (generator.uniform(*span) for span in (parameters.sky, parameters.ground, parameters.glare))
     skyline = draw_log_uniform(generator, parameters.skyline)
-    scene = surroundings(light, focal, sky**2, skyline=skyline, ground=ground**2, glare=glare)
+    scene = Surroundings(light, focal, sky**2, skyline=skyline, ground=ground**2, glare=glare)
     irregularity = generator.uniform(*parameters.irregularity)
 
     # Choose the number of drops by the expected error, then correct it once by the actual error.
     wanted = max(error - spoilt, 0.0)
-    coverage = float(np.clip(wanted / max(expected_error(scene, sine, defocus), 1e-9), *parameters.coverage))
+    coverage = float(np.clip(wanted / max(_expected_error(scene, sine, defocus), 1e-9), *parameters.coverage))
     offered = OFFERED * min(2 * coverage, parameters.coverage[1])
     lobes = _draw_lobes(pane, generator, radius * unit, offered, irregularity, parameters)
     unrest = lattice_noise(pane, generator, 10 * unit) * np.float32(irregularity)
@@ -234,9 +234,10 @@ def _render(lobes: np.ndarray, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarr
     weight, across, down = np.zeros((3, height * width), np.float32)
     x, y, radius, above, below = lobes
     reach = math.sqrt(1 - FLOOR)
-    left, right = _covered(x - reach * radius, x + reach * radius, width)
-    top, bottom = _covered(y - reach * above, y + reach * below, height)
-    columns, area = right - left, (right - left) * (bottom - top)
+    first = np.clip(np.ceil(lobes[:2] - reach * lobes[[2, 3]]), 0, [[width], [height]]).astype(np.int64)
+    beyond = np.clip(np.floor(lobes[:2] + reach * lobes[[2, 4]]) + 1, 0, [[width], [height]]).astype(np.int64)
+    (left, top), (columns, rows) = first, np.maximum(beyond - first, 0)
+    area = columns * rows
     for group in np.split(np.arange(len(area)), np.searchsorted(np.cumsum(area), np.arange(CHUNK, area.sum(), CHUNK))):
         lobe = np.repeat(group, area[group])
         within = np.arange(len(lobe)) - np.repeat(np.cumsum(area[group]) - area[group], area[group])
@@ -256,12 +257,6 @@ def _render(lobes: np.ndarray, unrest: np.ndarray) -> tuple[np.ndarray, np.ndarr
     opacity = np.clip(level * 6 + 0.5, 0, 1)
     steepness = np.stack([across, down]).reshape(2, *pane) / np.maximum(weight, 1e-6).reshape(pane)
     return opacity, steepness
-
-
-def _covered(low: np.ndarray, high: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first pixel and one past the last pixel between `low` and `high`, within [0, size)."""
-    first = np.clip(np.ceil(low), 0, size).astype(np.int64)
-    return first, np.maximum(np.clip(np.floor(high) + 1, 0, size).astype(np.int64), first)
 
 
 def _defocus(layer: np.ndarray, radius: float) -> np.ndarray:
@@ -314,18 +309,38 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 ASIDE, LIGHT = _tables()
 
 
-@dataclass(frozen=True)
 class Surroundings:
-    """The scene within the field of view of drops, at reduced resolution."""
+    """The scene within the field of view of drops: an image, its mirror image, sky above it and dark ground below.
 
-    view: np.ndarray  # RGB, [h + 2 border, w + 2 border, 3]
-    border: int  # width in pixels of `view` beyond each edge of the image
-    shrink: float  # pixels of the image per pixel of `view`
-    focal: float  # focal length of the camera, in pixels of `view`
+    Args:
+        image: light of the image, [H, W, 3] float32 in [0, 1].
+        focal: focal length in pixels of the image.
+        sky, ground: light of the sky, and light of distant ground relative to the mean of the image.
+        skyline: angle above the image, in degrees, where the sky is fully visible.
+        glare: brightness of white above the range of the image, so that it remains white out of focus.
+    """
+
+    def __init__(
+        self, image: np.ndarray, focal: float, sky: float, *, skyline: float, ground: float, glare: float
+    ) -> None:
+        self.shrink = max(1.0, focal / REACH)  # pixels of the image per pixel of the view
+        self.focal = focal / self.shrink  # focal length in pixels of the view
+        self.border = border = max(1, math.ceil(self.focal))  # pixels of the view beyond each edge of the image
+        size = [math.ceil(side / self.shrink) for side in image.shape[1::-1]]
+        view = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        rows = len(view)
+        dark = np.float32(ground) * view.reshape(-1, 3).mean(axis=0)
+        view = cv2.copyMakeBorder(view, border, border, border, border, cv2.BORDER_REFLECT)
+        tangent = np.arange(border, border - len(view), -1, dtype=np.float32)[:, None, None] / border  # above the image
+        above, below = slice(0, border), slice(border + rows, None)
+        blue = np.array([0.93, 0.98, 1.04], np.float32) * np.float32(sky)
+        view[above] += (blue - view[above]) * np.clip(tangent[above] / math.tan(math.radians(skyline)), 0, 0.95)
+        view[below] += (dark - view[below]) * np.clip(-(tangent[below] + np.float32(rows / border)) * 2, 0, 0.8)
+        self.view = add_glare(view, WHITE, glare)  # RGB, [h + 2 border, w + 2 border, 3]
 
     @property
     def image(self) -> np.ndarray:
-        """The part covered by the image, [h, w, 3]."""
+        """The part of the view covered by the image, [h, w, 3]."""
         inner = slice(self.border, -self.border)
         return self.view[inner, inner]
 
@@ -346,43 +361,14 @@ class Surroundings:
         return seen
 
 
-def surroundings(
-    image: np.ndarray, focal: float, sky: float, *, skyline: float = 5.6, ground: float = 0.3, glare: float = 0.0
-) -> Surroundings:
-    """Return the scene around an image: its mirror image, fading to sky above and to dark ground below.
-
-    Args:
-        image: light of the image, [H, W, 3] float32 in [0, 1].
-        focal: focal length in pixels of the image.
-        sky, ground: light of the sky, and light of distant ground relative to the mean of the image.
-        skyline: angle above the image, in degrees, where the sky is fully visible.
-        glare: brightness of white above the range of the image, so that it remains white out of focus.
-    """
-    shrink = max(1.0, focal / REACH)
-    size = [math.ceil(side / shrink) for side in image.shape[1::-1]]
-    view = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    border = max(1, math.ceil(focal / shrink))
-    rows = len(view)
-    dark = np.float32(ground) * view.reshape(-1, 3).mean(axis=0)
-    view = cv2.copyMakeBorder(view, border, border, border, border, cv2.BORDER_REFLECT)
-    tangent = np.arange(border, border - len(view), -1, dtype=np.float32)[:, None, None] / border  # above the image
-    above, below = slice(0, border), slice(border + rows, None)
-    blue = np.array([0.93, 0.98, 1.04], np.float32) * np.float32(sky)
-    view[above] += (blue - view[above]) * np.clip(tangent[above] / math.tan(math.radians(skyline)), 0, 0.95)
-    view[below] += (dark - view[below]) * np.clip(-(tangent[below] + np.float32(rows / border)) * 2, 0, 0.8)
-    return Surroundings(add_glare(view, WHITE, glare), border, shrink, focal / shrink)
-
-
 def refract(scene: Surroundings, opacity: np.ndarray, slope: np.ndarray, zoom: float) -> np.ndarray:
     """Return the view through drops of `opacity`, [h, w], as a layer.
 
     `slope` is the outward sine of the slope (across, down), [2, h, w]; `zoom` is the scale of the image relative to it.
     """
-    height, width = opacity.shape
     ratio = np.float32(zoom / scene.shrink)
-    x = np.arange(width, dtype=np.float32) * ratio
-    y = np.arange(height, dtype=np.float32)[:, None] * ratio
-    return _make_layer(scene.look(x, y, *slope), opacity)
+    y, x = (np.arange(size, dtype=np.float32) * ratio for size in opacity.shape)
+    return _make_layer(scene.look(x, y[:, None], *slope), opacity)
 
 
 def _make_layer(colour: np.ndarray, opacity: np.ndarray) -> np.ndarray:
@@ -390,7 +376,7 @@ def _make_layer(colour: np.ndarray, opacity: np.ndarray) -> np.ndarray:
     return cv2.merge([*cv2.split(colour * to_rgb(opacity)), opacity])
 
 
-def expected_error(scene: Surroundings, rim: float, defocus: float, directions: int = 24) -> float:
+def _expected_error(scene: Surroundings, rim: float, defocus: float) -> float:
     """Return the expected mean squared error of pixel values in drops, before any is placed.
 
     It is averaged over positions in the image and over the surface of a round drop, whose slope increases to the sine
@@ -398,13 +384,11 @@ def expected_error(scene: Surroundings, rim: float, defocus: float, directions: 
     """
     image = scene.image
     step = max(1, int(math.sqrt(image.shape[0] * image.shape[1] / 700)))
-    clean = image[::step, ::step].reshape(1, -1, 3)
-    rows, columns = -(-image.shape[0] // step), -(-image.shape[1] // step)
-    y, x = np.divmod(np.arange(rows * columns, dtype=np.float32), np.float32(columns))
-    number = np.arange(directions)[:, None]
-    radius, angle = rim * np.sqrt((number + 0.5) / directions), number * math.pi * (3 - math.sqrt(5))
-    spread = np.ones((1, rows * columns))
-    across, down = ((radius * turn(angle) * spread).astype(np.float32) for turn in (np.cos, np.sin))
+    clean = image[::step, ::step]
+    y, x = np.divmod(np.arange(clean.size // 3, dtype=np.float32), np.float32(clean.shape[1]))
+    number = np.arange(DIRECTIONS)[:, None]
+    radius, angle = rim * np.sqrt((number + 0.5) / DIRECTIONS), number * math.pi * (3 - math.sqrt(5))
+    across, down = ((radius * turn(angle) * np.ones(len(x))).astype(np.float32) for turn in (np.cos, np.sin))
     seen = scene.look(x * step, y * step, across, down)
-    change = np.sqrt(np.clip(seen, 0, 1)) - np.sqrt(np.clip(clean, 0, 1))
+    change = np.sqrt(np.clip(seen, 0, 1)) - np.sqrt(np.clip(clean.reshape(1, -1, 3), 0, 1))
     return SHARP * math.exp(-SMEARING * defocus) * float(np.mean(change**2))

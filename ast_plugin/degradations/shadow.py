@@ -9,8 +9,8 @@ light from the surroundings. Pixel values are light to the power of 1 / 2.2, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
@@ -63,16 +63,15 @@ def add_shadow(image: np.ndarray, generator: Generator, parameters: ShadowParame
     rows, columns = GRID_ROWS, min(8 * GRID_ROWS, max(GRID_ROWS // 8, round(GRID_ROWS * frame[1] / frame[0])))
     shadow = _draw(generator, parameters, (rows, columns))
     light = _light(generator, parameters, shadow)
-    offset = _offset(generator, shadow, (height * rows / frame[0], width * columns / frame[1]))
-    shadow, gain = (_enlarge(field, (height, width), frame, offset) for field in (shadow, light))
+    down, right = rows / frame[0], columns / frame[1]
+    top, left = _offset(generator, shadow, (height * rows / frame[0], width * columns / frame[1]))
+    matrix = np.array([[right, 0, left + right / 2 - 0.5], [0, down, top + down / 2 - 0.5]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    shadow, gain = (
+        cv2.warpAffine(field, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+        for field in (shadow, light)
+    )
     return np.multiply(image, gain, out=gain), shadow
-
-
-class Caster(NamedTuple):
-    """An object that casts a shadow."""
-
-    opacity: np.ndarray  # [rows, columns] uint8, 255 where the sun is blocked
-    foot: np.ndarray  # position where it stands, (x, y) in grid pixels, possibly outside: the edge is sharpest there
 
 
 def _draw(generator: Generator, parameters: ShadowParameters, shape: tuple[int, int]) -> np.ndarray:
@@ -81,24 +80,24 @@ def _draw(generator: Generator, parameters: ShadowParameters, shape: tuple[int, 
     best, best_error = None, math.inf
     for _ in range(TRIES):
         name = parameters.casters[generator.integers(len(parameters.casters))]
-        caster = CASTERS[name](shape, generator)
-        share = float(caster.opacity.mean()) / 255
+        opacity, foot = CASTERS[name](shape, generator)
+        share = float(opacity.mean()) / 255
         error = abs(math.log(max(share, 1e-6) / wanted))
         if error < best_error:
-            best, best_error = caster, error
+            best, best_error = (opacity, foot), error
         if error < 0.25:
             break
     penumbra, widening = generator.uniform(*parameters.penumbra), generator.uniform(*parameters.widening)
     unit = shape[0] / FRAME[0]
-    return _soften(best, penumbra * unit, widening * unit)
+    return _soften(*best, penumbra * unit, widening * unit)
 
 
-def _soften(caster: Caster, sharpest: float, widening: float) -> np.ndarray:
+def _soften(opacity: np.ndarray, foot: np.ndarray, sharpest: float, widening: float) -> np.ndarray:
     """Blur the outline by `sharpest` at the foot of the caster, plus `widening` per grid height of distance."""
-    opacity = caster.opacity.astype(np.float32) / 255
+    opacity = opacity.astype(np.float32) / 255
     rows, columns = opacity.shape
     y, x = np.arange(rows, dtype=np.float32)[:, None], np.arange(columns, dtype=np.float32)
-    distance = np.sqrt((y - np.float32(caster.foot[1])) ** 2 + (x - np.float32(caster.foot[0])) ** 2) / rows
+    distance = np.sqrt((y - np.float32(foot[1])) ** 2 + (x - np.float32(foot[0])) ** 2) / rows
     widest = sharpest + widening * float(distance.max())
     sigmas = np.geomspace(max(sharpest, 0.3), max(widest, sharpest + 0.1, 0.4), PENUMBRAS)
     sigma = (sharpest + widening * distance).clip(sigmas[0], sigmas[-1])
@@ -121,32 +120,22 @@ def _light(generator: Generator, parameters: ShadowParameters, shadow: np.ndarra
     return cv2.pow(1 - shadow[..., None] * (1 - left), 1 / GAMMA)
 
 
-def _offset(generator: Generator, shadow: np.ndarray, window: tuple[float, float]) -> tuple[float, float]:
-    """Return the position of a window on the grid, random around a random point of the shadow."""
+def _offset(generator: Generator, shadow: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Return where a window begins on the grid, (down, right), random around a random point of the shadow."""
     chance = generator.random(3)
     places = np.flatnonzero(shadow > 0.25)
-    place = places[int(chance[0] * len(places))] if len(places) else int(chance[0] * shadow.size)
-    centre = divmod(int(place), shadow.shape[1])
-    return tuple(
-        min(max(middle - share * side, 0.0), max(length - side, 0.0))
-        for middle, share, side, length in zip(centre, chance[1:], window, shadow.shape, strict=True)
-    )
+    if not len(places):
+        places = np.arange(shadow.size)
+    centre = np.unravel_index(places[int(chance[0] * len(places))], shadow.shape)
+    return np.clip(centre - chance[1:] * window, 0, np.maximum(np.subtract(shadow.shape, window), 0))
 
 
-def _enlarge(
-    field: np.ndarray, shape: tuple[int, int], frame: Sequence[float], offset: tuple[float, float]
-) -> np.ndarray:
-    """Return the window of `shape` pixels that begins at `offset` on the grid."""
-    down, right = field.shape[0] / frame[0], field.shape[1] / frame[1]
-    matrix = np.array([[right, 0, offset[1] + right / 2 - 0.5], [0, down, offset[0] + down / 2 - 0.5]])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(field, matrix, shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
+# The functions below draw a caster on a grid of any aspect ratio; lengths are fractions of the grid height. They return
+# where it blocks the sun, [rows, columns] uint8, and where it stands, (x, y) in grid pixels, possibly outside: the edge
+# of the shadow is sharpest there.
 
 
-# The functions below draw a caster on a grid of any aspect ratio; lengths are fractions of the grid height.
-
-
-def draw_wall(shape: tuple[int, int], generator: Generator) -> Caster:
+def draw_wall(shape: tuple[int, int], generator: Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw the roof line of a wall from one side, straight with a few steps and gables."""
     rows, columns = shape
     reach = math.hypot(rows, columns)
@@ -165,10 +154,10 @@ def draw_wall(shape: tuple[int, int], generator: Generator) -> Caster:
     points = _rotate(line, generator.uniform(0, 2 * math.pi))
     centre = generator.uniform(0.15, 0.85, 2) * [columns, rows]
     foot = centre + [generator.uniform(-0.4, 0.4) * reach, -0.7 * reach]
-    return Caster(_fill(shape, points + centre), foot)
+    return _fill(shape, points + centre), foot
 
 
-def draw_object(shape: tuple[int, int], generator: Generator) -> Caster:
+def draw_object(shape: tuple[int, int], generator: Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw an object of smooth or polygonal outline, half of them held by a stick or arm from the border."""
     rows, columns = shape
     radius = generator.uniform(0.16, 0.46) * rows
@@ -188,10 +177,10 @@ def draw_object(shape: tuple[int, int], generator: Generator) -> Caster:
     if generator.random() < 0.5:
         thickness = generator.uniform(0.02, 0.11) * rows
         opacity = np.maximum(opacity, _fill(shape, _limb(centre, foot, thickness, thickness * 1.5)))
-    return Caster(opacity, foot)
+    return opacity, foot
 
 
-def draw_figure(shape: tuple[int, int], generator: Generator) -> Caster:
+def draw_figure(shape: tuple[int, int], generator: Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw one or two persons, feet near or beyond the border, elongated by a low sun."""
     rows, columns = shape
     opacity = np.zeros(shape, np.uint8)
@@ -208,10 +197,10 @@ def draw_figure(shape: tuple[int, int], generator: Generator) -> Caster:
         for part in parts:
             scaled = part * [wide * length * 0.75, length]
             opacity = np.maximum(opacity, _fill(shape, _rotate(scaled, lean) + place))
-    return Caster(opacity, base)
+    return opacity, base
 
 
-def draw_foliage(shape: tuple[int, int], generator: Generator) -> Caster:
+def draw_foliage(shape: tuple[int, int], generator: Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw the crown of a tree: clusters of leaves with gaps, and a few branches."""
     rows, columns = shape
     crown = fractal_noise(shape, generator, 0.9 * rows, octaves=3)
@@ -233,10 +222,10 @@ def draw_foliage(shape: tuple[int, int], generator: Generator) -> Caster:
         thick = generator.uniform(0.006, 0.02) * rows
         limbs = [_limb(start, bend, thick * 1.6, thick), _limb(bend, start + way, thick, thick * 0.4)]
         opacity = np.maximum(opacity, _fill(shape, *limbs))
-    return Caster(opacity, foot)
+    return opacity, foot
 
 
-def draw_bars(shape: tuple[int, int], generator: Generator) -> Caster:
+def draw_bars(shape: tuple[int, int], generator: Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw a pole with an arm, or the bars of a fence or window, spread by perspective or a nearby lamp."""
     rows, columns = shape
     reach = math.hypot(rows, columns)
@@ -247,7 +236,7 @@ def draw_bars(shape: tuple[int, int], generator: Generator) -> Caster:
         sign = head + generator.normal(0, 0.22, 2) * rows
         limbs = [_limb(foot, head, thick * 1.4, thick), _limb(head, sign, thick * 0.7, thick * 0.6)]
         plate = _rotate([[-1, -0.6], [1, -0.6], [1, 0.6], [-1, 0.6]], generator.uniform(0, 3))
-        return Caster(_fill(shape, *limbs, plate * generator.uniform(0.06, 0.2) * rows + sign), foot)
+        return _fill(shape, *limbs, plate * generator.uniform(0.06, 0.2) * rows + sign), foot
     pitch = generator.uniform(0.1, 0.3) * rows
     share = generator.uniform(0.18, 0.5)
     fan = generator.uniform(-0.25, 0.25)
@@ -268,10 +257,10 @@ def draw_bars(shape: tuple[int, int], generator: Generator) -> Caster:
     # The fence ends at a line: its bars cover one side of it.
     edge = [[-2 * reach, 0], [2 * reach, 0], [2 * reach, 3 * reach], [-2 * reach, 3 * reach]]
     end = _rotate(edge, turn + generator.normal(0, 0.15)) + generator.uniform(0, 0.5, 2) * [0, rows]
-    return Caster(np.minimum(opacity, _fill(shape, end)), _outside(shape, generator))
+    return np.minimum(opacity, _fill(shape, end)), _outside(shape, generator)
 
 
-CASTERS: dict[CasterName, Callable[[tuple[int, int], Generator], Caster]] = {
+CASTERS: dict[CasterName, Callable[[tuple[int, int], Generator], tuple[np.ndarray, np.ndarray]]] = {
     'wall': draw_wall,
     'object': draw_object,
     'figure': draw_figure,

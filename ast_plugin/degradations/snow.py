@@ -101,12 +101,7 @@ def _blend(image: np.ndarray, veil: np.ndarray, clear: np.ndarray, light: np.nda
 
 
 def _fall(
-    clear: np.ndarray,
-    generator: Generator,
-    layer: FlakeLayer,
-    amount: float,
-    angle: float,
-    parameters: SnowParameters,
+    clear: np.ndarray, generator: Generator, layer: FlakeLayer, amount: float, angle: float, parameters: SnowParameters
 ) -> None:
     """Multiply the transmittance `clear` by that of one layer."""
     scale = parameters.scale
@@ -124,8 +119,11 @@ def _fall(
         return
     sprites = [_sprite(generator, diameter, layer, angle, parameters.angle_spread) for diameter in diameters]
     places = zip(chosen, np.round(y).astype(int), np.round(x).astype(int), opacity.astype(np.float32), strict=True)
-    for sprite, row, column, strength in places:
-        _stamp(clear, sprites[sprite], row, column, strength)
+    for number, row, column, strength in places:
+        sprite = sprites[number]
+        top, left = row - sprite.shape[0] // 2, column - sprite.shape[1] // 2
+        seen = clear[max(top, 0) : max(top + sprite.shape[0], 0), max(left, 0) : max(left + sprite.shape[1], 0)]
+        seen *= 1 - sprite[max(-top, 0) :, max(-left, 0) :][: seen.shape[0], : seen.shape[1]] * strength
 
 
 def _scatter(clear: np.ndarray, y: np.ndarray, x: np.ndarray, opacity: np.ndarray) -> None:
@@ -140,17 +138,6 @@ def _scatter(clear: np.ndarray, y: np.ndarray, x: np.ndarray, opacity: np.ndarra
         np.add.at(canvas, place + row * (width + 2) + column, (opacity * share)[inside].astype(np.float32))
     canvas = cv2.GaussianBlur(canvas.reshape(height + 2, width + 2), (3, 3), 0.5, borderType=cv2.BORDER_CONSTANT)
     clear *= 1 - np.minimum(canvas[1:-1, 1:-1] * np.float32(1.3), MAX_OPACITY)
-
-
-def _stamp(clear: np.ndarray, sprite: np.ndarray, y: int, x: int, strength: float) -> None:
-    """Add a flake centred at (y, x)."""
-    height, width = clear.shape
-    top, left = y - sprite.shape[0] // 2, x - sprite.shape[1] // 2
-    bottom, right = min(top + sprite.shape[0], height), min(left + sprite.shape[1], width)
-    first, start = max(top, 0), max(left, 0)
-    if first < bottom and start < right:
-        part = sprite[first - top : bottom - top, start - left : right - left]
-        clear[first:bottom, start:right] *= 1 - part * np.float32(strength)
 
 
 def _sprite(generator: Generator, diameter: float, layer: FlakeLayer, angle: float, spread: float) -> np.ndarray:

@@ -83,10 +83,10 @@ WRONG = [  # one row per rule of a parameter type
 ]
 
 
-@pytest.mark.parametrize(('name', 'wrong'), WRONG)
-def test_bad_parameters_are_rejected(name, wrong):
-    with pytest.raises(ValidationError):
-        DEGRADATIONS[name].parameters(**wrong)
+def test_bad_parameters_are_rejected():
+    for name, wrong in WRONG:
+        with pytest.raises(ValidationError):
+            DEGRADATIONS[name].parameters(**wrong)
 
 
 @EVERY
@@ -179,29 +179,18 @@ def test_any_size_and_brightness(name):
 
 @EVERY
 def test_bits_depend_on_the_seed_alone(name):
-    image = np.random.default_rng(1).uniform(0, 1, (90, 130, 3)).astype(np.float32)
-    before = image.copy()
-    results = []
-    for seed in (5, 5, 6):
-        np.random.seed(seed + len(results))  # noqa: NPY002 (the global generator must not matter)
-        cv2.setRNGSeed(len(results))
-        results.append(degrade(name, image, seed))
-    assert np.array_equal(image, before)
-    assert np.array_equal(results[0][0], results[1][0]) and not np.array_equal(results[0][0], results[2][0])
-    assert results[0][1] is None or np.array_equal(results[0][1], results[1][1])
-
-
-@EVERY
-def test_bits_ignore_places_in_memory(name):
-    sizes = np.random.default_rng(0).integers(1, 5000, 10)
+    """Neither global generators nor the addresses of arrays in memory change a bit."""
     kept = []  # so that later arrays have other addresses
     for side in (40, 64):
-        image = np.random.default_rng(0).uniform(0, 1, (side, side, 3)).astype(np.float32)
-        results = []
-        for size in sizes:
+        image = np.random.default_rng(1).uniform(0, 1, (side, side, 3)).astype(np.float32)
+        before, (degraded, mask) = image.copy(), degrade(name, image, 5)
+        for size in np.random.default_rng(0).integers(1, 5000, 9):
+            np.random.seed(size)  # noqa: NPY002 (the global generator must not matter)
+            cv2.setRNGSeed(int(size))
             kept.append(np.empty(size, np.uint8))
-            results.append(degrade(name, image)[0])
-        assert all(np.array_equal(result, results[0]) for result in results)
+            again = degrade(name, image, 5)
+            assert np.array_equal(again[0], degraded) and (mask is None or np.array_equal(again[1], mask))
+        assert np.array_equal(image, before) and not np.array_equal(degrade(name, image, 6)[0], degraded)
 
 
 @EVERY
@@ -219,6 +208,21 @@ def test_psnr_on_photos(name):
             assert min(shares) >= 0.01 and max(shares) <= 0.75
     assert least <= np.min(levels) and np.max(levels) <= most
     assert low < np.median(levels) < high
+
+
+DROPS = {'coverage': (0.02, 0.5), 'radius': (3, 9), 'defocus': (0.15, 0.9), 'sky': (0.9, 1)}
+
+
+@pytest.mark.parametrize(
+    ('name', 'ranges', 'tolerance', 'targets'),
+    [('raindrop', DROPS, 0.9, (17, 20, 24)), ('haze', {'airlight': (0.75, 0.92)}, 0.5, (12, 16, 22))],
+)
+def test_strength_that_is_requested(name, ranges, tolerance, targets):
+    clean = photo('coffee')
+    for target in targets:
+        for seed in range(3):
+            degraded, _ = degrade(name, clean, seed, psnr=(target, target), **ranges)
+            assert psnr(degraded, clean) == pytest.approx(target, abs=tolerance)
 
 
 @EVERY

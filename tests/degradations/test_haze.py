@@ -1,32 +1,15 @@
 """Synthesis of haze: requested density, increase with depth, and Koschmieder's law."""
 
-from importlib.util import find_spec
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from ast_plugin.data.image_files import read_rgb
 from ast_plugin.degradations.haze import fill_depth, guess_depth
 from ast_plugin.errors import DataError
-from tests.degradations.helpers import degrade, gray, photo, psnr, scene
+from tests.degradations.helpers import degrade, photo, scene
 
 OUTDOORS = {'lamps': (0, 0), 'lamp_tint': (0, 0), 'glow': (0, 0), 'room': 0}
 RAW = {'glare': (0, 0), 'exposure': (0, 0), 'white_balance': (0, 0), 'noise': (0, 0)}
 EVEN = {'unevenness': (0, 0), 'forward': (0, 0), 'tint': 0, 'airlight': (0.8, 0.8), **OUTDOORS, **RAW}
-
-
-def even_haze(image: np.ndarray, seed: int, **parameters) -> tuple[np.ndarray, np.ndarray]:
-    """Add haze at a uniform depth of 1, uniform except for `parameters`."""
-    return degrade('haze', image, seed, np.ones(image.shape[:2], np.float32), **{**EVEN, **parameters})
-
-
-@pytest.mark.parametrize('target', [12.0, 16.0, 22.0])
-def test_the_strength_that_is_requested(target):
-    clean = photo('coffee')
-    for seed in range(3):
-        hazy, _ = degrade('haze', clean, seed, psnr=(target, target), airlight=(0.75, 0.92))
-        assert psnr(hazy, clean) == pytest.approx(target, abs=0.5)
 
 
 def test_even_haze_is_koschmieders_law():
@@ -36,6 +19,8 @@ def test_even_haze_is_koschmieders_law():
     np.testing.assert_allclose(opacity, 1 - transmission, atol=1e-5)
     expected = scene() * transmission[..., None] + 0.8 * (1 - transmission[..., None])
     np.testing.assert_allclose(hazy, expected, atol=1e-5)
+    noisy, _ = degrade('haze', scene(), 2, depth, visibility=(50, 50), **{**EVEN, 'noise': (0.02, 0.02)})
+    assert (noisy - hazy).std() == pytest.approx(0.02, rel=0.05)
 
 
 def test_haze_is_uneven_as_requested():
@@ -49,27 +34,6 @@ def test_haze_is_uneven_as_requested():
     assert spread(0) < 1e-3
     assert spread(0.4) == pytest.approx(0.4, rel=0.35)
     assert spread(0.8) == pytest.approx(2 * spread(0.4), rel=0.05)
-
-
-def test_noise_is_as_strong_as_requested():
-    noisy, _ = even_haze(gray(), 1, visibility=(1e6, 1e6), noise=(0.02, 0.02))
-    assert (noisy - gray()).std() == pytest.approx(0.02, rel=0.05)
-
-
-def test_real_depth_of_the_motorcycle():
-    """Middlebury's motorcycle: depth from disparity; haze is denser on far objects than on near ones."""
-    data = Path(find_spec('skimage').origin).parent / 'data'
-    image = read_rgb(data / 'motorcycle_left.png') / np.float32(255)
-    disparity = np.load(data / 'motorcycle_disp.npz')['arr_0'].astype(np.float32)
-    # Focal length (pixels), baseline (metres) and offset of the principal points of this scene at this size.
-    depth = 994.978 * 0.193001 / (disparity + 31.086)
-    unknown = ~np.isfinite(disparity)
-    assert 0.01 < unknown.mean() < 0.3 and (depth[unknown] == 0).all()
-    hazy, opacity = degrade('haze', image, 0, depth, **EVEN, visibility=(12, 12))
-    assert 2 < depth[~unknown].min() < 3 and 4 < depth.max() < 6  # metres
-    assert np.corrcoef(depth[~unknown], opacity[~unknown])[0, 1] > 0.95
-    assert opacity[unknown].min() > 0.3  # interpolated, not treated as depth 0
-    assert 10 < psnr(hazy, image) < 19
 
 
 def test_unknown_depth_is_filled_from_around():
@@ -97,17 +61,16 @@ def test_guessed_depth_is_far_in_the_sky():
         sky, pagoda, trees = depth[20:80, 450:650], depth[130:230, 150:330], depth[430:, 100:600]
         assert sky.mean() > 0.95
         assert sky.mean() > 1.3 * pagoda.mean() and pagoda.mean() > 1.2 * trees.mean()
-        assert np.array_equal(
-            depth, guess_depth(image, np.random.default_rng(seed), 0.2, 1.0)
-        )  # an image with sky is never a room
+        again = guess_depth(image, np.random.default_rng(seed), 0.2, room=1.0)
+        assert np.array_equal(depth, again)  # an image with sky is never a room
 
 
 def test_a_room_is_far_at_its_back_wall():
     image = np.full((120, 160, 3), 0.2, np.float32)
-    depths = np.stack([guess_depth(image, np.random.default_rng(seed), 0.2, 1.0) for seed in range(40)]).mean(axis=0)
+    depth = sum(guess_depth(image, np.random.default_rng(seed), 0.2, room=1.0) for seed in range(40))
     border = np.ones((120, 160), bool)
     border[10:-10, 10:-10] = False
-    assert depths[50:70, 70:90].mean() > 1.3 * depths[border].mean()
+    assert depth[50:70, 70:90].mean() > 1.3 * depth[border].mean()
 
 
 @pytest.mark.parametrize(

@@ -49,5 +49,7 @@ def test_a_patch_has_some_of_the_shadow():
     assert all(mask.max() > 0.2 for mask in masks)
     shares = [mask.mean() for mask in masks]
     assert min(shares) < 0.4 and max(shares) > 0.9  # edges and interiors
+    nothing = {'casters': ['bars'], 'coverage': (1e-3, 1e-3), 'penumbra': (40, 40)}  # no shadow to place a patch near
+    assert degrade('shadow', gray(64, 64), 2, **nothing)[1].max() < 0.25
     # Edges are as wide as in a whole image, not scaled down with the patch.
     assert np.median([max(np.abs(np.diff(mask, axis=axis)).max() for axis in (0, 1)) for mask in masks]) < 0.25

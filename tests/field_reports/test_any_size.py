@@ -8,9 +8,6 @@ import torch
 
 from ast_plugin.archs.ast_arch import AST
 from ast_plugin.archs.networks import AnySize, any_size, build_network, load_network
-from ast_plugin.checkpoints import save_torch
-from ast_plugin.cli.main import main
-from ast_plugin.data.image_files import ImageFile, encode_image, read_image
 from ast_plugin.evaluation.protocols import PROTOCOLS, read_protocol
 from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.ops import attention_weights, use_backend
@@ -61,20 +58,10 @@ def test_any_size_wraps_picky_networks_once(monkeypatch):
     assert any_size(any_size(picky)).network is picky and any_size(picky).size_multiple == 4
 
 
-def test_infer_any_size(tmp_path):
-    options = SWINIR
-    image = np.random.default_rng(0).integers(0, 256, (37, 50, 3), 'uint8')
-    (tmp_path / 'a.png').write_bytes(encode_image(tmp_path / 'a.png', ImageFile(image)))
-    save_torch(tmp_path / 'w.pth', {'params': build_network(options).state_dict()})
-    (tmp_path / 'o.yml').write_text(f'name: o\nnetwork_g: {options}\n'.replace("'", ''))
-    files = ['-i', tmp_path / 'a.png', '-o', tmp_path / 'out', '--weights', tmp_path / 'w.pth', '-opt']
-    assert main(['infer', *map(str, files), str(tmp_path / 'o.yml')]) == 0
-    assert read_image(tmp_path / 'out' / 'a.png').color.shape == (37, 50, 3)
-
-
-def test_restorer_spreads_any_size():
-    restorer = Restorer(build_network(SWINIR), device='cpu')
-    assert restorer.spread(np.zeros((7, 9, 3), np.float32)).shape == (7, 9)
+def test_restorer_takes_any_size():
+    restorer, image = Restorer(build_network(SWINIR), device='cpu'), np.zeros((7, 9, 3), np.uint8)
+    assert restorer.restore(image).shape == image.shape
+    assert restorer.spread(image.astype(np.float32)).shape == (7, 9)
 
 
 def traced(network, size, dtype=torch.float32):

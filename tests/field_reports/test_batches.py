@@ -21,6 +21,12 @@ from ast_plugin.evaluation.restorer import Restorer
 from tests.data.images import noise, save
 
 
+def jobs_of(folder, *heights):
+    """Write images of these heights; return the jobs that restore them."""
+    sources = [save(folder / f'{number}.png', noise(height, 9, 3)) for number, height in enumerate(heights)]
+    return [Job(source, folder / f'out{source.name}') for source in sources]
+
+
 class Changes(nn.Module):
     """Identity network that fails on images of one height."""
 
@@ -51,19 +57,17 @@ BROKEN = [AssertionError(), IndexError('x'), RuntimeError('shape'), ZeroDivision
     ids=repr,
 )
 def test_network_fails_on_one_image(tmp_path, error, kind):
-    sources = [save(tmp_path / f'{number}.png', noise(8 + number, 9, 3)) for number in range(3)]
-    jobs = [Job(source, tmp_path / f'out{source.name}') for source in sources]
+    jobs = jobs_of(tmp_path, 8, 9, 10)
     results = list(restore_files(jobs, Restorer(Changes(9, error), device='cpu')))
     assert [result.kind for result in results] == ['', kind, '']
-    assert results[1].failure.startswith(f'{sources[1]}: ') and not jobs[1].target.exists()
+    assert results[1].failure.startswith(f'{jobs[1].source}: ') and not jobs[1].target.exists()
 
 
 @pytest.mark.parametrize('place', ['read_bytes', '_decode', 'encode_image', 'Change.between', 'draw_spread'])
 def test_memory_runs_out_anywhere(tmp_path, monkeypatch, place):
     from ast_plugin.evaluation import file_restorer
 
-    sources = [save(tmp_path / f'{number}.png', noise(8, 9, 3)) for number in range(2)]
-    jobs = [Job(source, tmp_path / f'out{source.name}') for source in sources]
+    jobs = jobs_of(tmp_path, 8, 8)
     where = image_files if place in ('read_bytes', '_decode') else file_restorer
     *owner, name = place.split('.')
     where = getattr(where, owner[0]) if owner else where
@@ -77,7 +81,7 @@ def test_memory_runs_out_anywhere(tmp_path, monkeypatch, place):
     monkeypatch.setattr(where, name, fail_once)
     results = list(restore_files(jobs, Restorer(Changes(), device='cpu'), uncertainty=True))
     assert [result.kind for result in results] == ['memory', '']
-    assert str(sources[0]) in results[0].failure and 'damaged' not in results[0].failure
+    assert str(jobs[0].source) in results[0].failure and 'damaged' not in results[0].failure
 
 
 @pytest.mark.parametrize('ending', ['.png', '.jpg', '.webp', '.tif', '.bmp'])
@@ -98,9 +102,8 @@ def test_decoders_without_memory(tmp_path, monkeypatch, ending):
 
 @pytest.mark.parametrize('error', [OptionError('no such backend'), FileError('disk full')], ids=repr)
 def test_what_no_image_can_do_ends_the_batch(tmp_path, error):
-    job = Job(save(tmp_path / 'a.png', noise(8, 9, 3)), tmp_path / 'b.png')
     with pytest.raises(type(error), match=str(error)):
-        list(restore_files([job, job], Restorer(Changes(8, error), device='cpu')))
+        list(restore_files(jobs_of(tmp_path, 8, 8), Restorer(Changes(8, error), device='cpu')))
 
 
 def test_what_is_left_out_of_a_folder(tmp_path):
@@ -156,21 +159,17 @@ def test_folder_that_cannot_be_read(tmp_path):
 
 
 def test_infer_ends_with_a_summary(tmp_path, capsys, monkeypatch):
-    photos = tmp_path / 'photos'
-    photos.mkdir()
-    save(photos / 'a.png', noise(8, 9, 3))
-    save(photos / 'b.png', noise(9, 9, 3))
-    save(photos / 'c.png', noise(8, 9, 3), None)
-    (photos / 'd.png').symlink_to('nowhere')
-    (photos / 'e.heic').write_bytes(b'x')
+    jobs_of(tmp_path, 8, 9, 8)
+    (tmp_path / 'd.png').symlink_to('nowhere')
+    (tmp_path / 'e.heic').write_bytes(b'x')
     restorer = Restorer(Changes(9, MemoryError()), device='cpu')
     monkeypatch.setattr(Restorer, 'from_task', lambda *_, **__: restorer)
-    arguments = ['infer', '-i', photos, tmp_path / 'gone.png', '-o', tmp_path / 'out', '--task', 'rain']
+    arguments = ['infer', '-i', tmp_path, tmp_path / 'gone.png', '-o', tmp_path / 'out', '--task', 'rain']
     assert main([*map(str, arguments)]) == 1
     out, err = capsys.readouterr()
     assert 'restored 2 of 5 images in ' in out and '(failed: 1 memory, 2 unreadable)' in out
     assert err.splitlines()[-1] == 'note: left out: 1 .heic'
-    np.testing.assert_array_equal(read_image(tmp_path / 'out' / 'c.png').color, noise(8, 9, 3))
+    np.testing.assert_array_equal(read_image(tmp_path / 'out' / '2.png').color, noise(8, 9, 3))
 
 
 def test_synth_continues_without_a_bad_photo(tmp_path, capsys):
@@ -202,9 +201,7 @@ def test_prepare_distinguishes_memory_errors(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('channels', [1, 2])
 def test_network_that_changes_the_channels(tmp_path, channels):
-    source = save(tmp_path / 'a.png', noise(8, 9, 3))
-    network = nn.Conv2d(3, channels, 1)
-    (result,) = restore_files([Job(source, tmp_path / 'out.png')], Restorer(network, device='cpu'))
+    (result,) = restore_files(jobs_of(tmp_path, 8), Restorer(nn.Conv2d(3, channels, 1), device='cpu'))
     if channels == 1:
         assert result.notes == ['the network outputs gray images: colours are lost'] and not result.failure
     else:

@@ -23,35 +23,24 @@ def splits_of(root, *given, wanted=()):
 
 
 @pytest.mark.parametrize(
-    ('sides', 'given'),
+    ('sides', 'given', 'below', 'counts'),
     [
-        (('blur', 'sharp'), ()),
-        (('input', 'target'), ()),
-        (('noisy', 'good'), ('noisy', 'good', None, None)),
-        (('noisy', 'good'), ('{split}/noisy', '{split}/good', None, None)),
+        (('blur', 'sharp'), (), SCENES, {'train': 6, 'test': 6}),
+        (('input', 'target'), (), SCENES, {'train': 6, 'test': 6}),
+        (('noisy', 'good'), ('noisy', 'good', None, None), SCENES, {'train': 6, 'test': 6}),
+        (('noisy', 'good'), ('{split}/noisy', '{split}/good', None, None), SCENES, {'train': 6, 'test': 6}),
+        (('blur', 'sharp'), (), ['train/a', 'train/b', 'test'], {'train': 4, 'test': 2}),
+        (('blur', 'sharp'), (), ['train/a', 'test/a'], {'train': 2, 'test': 2}),
+        (('blur', 'sharp'), (), ['a', 'b', 'c'], {'train': 6}),
+        (('blur', 'sharp'), (), ['Train/part/a', 'Train/b', 'valid/a', 'valid/b'], {'train': 4, 'val': 4}),
     ],
 )
-def test_scenes_pair_scene_by_scene(tmp_path, sides, given):
-    found = splits_of(scenes(tmp_path, *sides), *given)
-    assert {name: len(split.pairs) for name, split in found.items()} == {'train': 6, 'test': 6}
-    assert [pair.key for pair in found['test'].pairs][:3] == ['scene1/1', 'scene1/2', 'scene2/1']
+def test_images_pair_scene_by_scene(tmp_path, sides, given, below, counts):
+    found = splits_of(scenes(tmp_path, *sides, below=below), *given)
+    assert {name: len(split.pairs) for name, split in found.items()} == counts
     for split in found.values():
         assert all(pair.lq.split('/')[-3] == pair.gt.split('/')[-3] for pair in split.pairs)
-    assert find_unused(tmp_path, list(found.values())) == []
-
-
-@pytest.mark.parametrize(
-    ('below', 'counts'),
-    [
-        (['train/a', 'train/b', 'test'], {'train': 4, 'test': 2}),
-        (['train/a', 'test/a'], {'train': 2, 'test': 2}),
-        (['a', 'b', 'c'], {'train': 6}),
-        (['Train/part/a', 'Train/b', 'valid/a', 'valid/b'], {'train': 4, 'val': 4}),
-    ],
-)
-def test_scenes_of_other_trees(tmp_path, below, counts):
-    found = splits_of(scenes(tmp_path, 'blur', 'sharp', below=below))
-    assert {name: len(split.pairs) for name, split in found.items()} == counts
+    assert below is not SCENES or [pair.key for pair in found['test'].pairs][1:3] == ['scene1/2', 'scene2/1']
     assert find_unused(tmp_path, list(found.values())) == []
 
 

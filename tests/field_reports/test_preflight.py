@@ -54,7 +54,6 @@ def command(tmp_path, capsys):
 
 FAULTS = {
     'gpu': ([{'num_gpu': 1}], 'num_gpu: 1, but this machine has no GPU'),
-    'gpus': ([{'num_gpu': 4}], 'num_gpu: 4, but this machine has no GPU'),
     'patch': ([{'network_g': SWINIR}, TOO_SMALL], 'SwinIR is trained on multiples of 4 pixels'),
     'patch of ours': ([OURS, {'network_g': SWINIR}, TOO_SMALL], 'SwinIR is trained on multiples of 4 pixels'),
     'patch of RRDBNet': ([OURS, {'network_g': RRDBNET}, TOO_SMALL], 'RRDBNet is trained on multiples of'),

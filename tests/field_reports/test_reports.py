@@ -16,6 +16,7 @@ from ast_plugin.models import training_run
 from ast_plugin.models.restoration_model import RestorationModel
 from ast_plugin.options import safe_yaml
 from tests import tiny_run
+from tests.data.images import touch
 from tests.models import test_restoration_model as model_tests
 
 
@@ -125,14 +126,6 @@ def test_backslashes_in_double_quotes(text, expected):
     assert safe_yaml.read_text(text.replace('"', "'"), 'my.yml') == {'a': text[4:-1]}
 
 
-def test_lmdb_without_io_backend(folder):
-    """victorca25/traiNNer#70: an LMDB is recognised by its content, not searched for images."""
-    (folder / 'lq.lmdb').mkdir()
-    (folder / 'lq.lmdb' / 'data.mdb').write_bytes(b'')
-    with pytest.raises(DataError, match='is an LMDB: set io_backend'):
-        list_images('lq.lmdb', 'train')
-
-
 def test_training_beside_another(folder, capfd, monkeypatch):
     """XPixelGroup/HAT#114: a second training of the same name would rename the folder of the running one."""
     experiment = folder / 'experiments' / 'tiny'
@@ -173,8 +166,9 @@ def test_killed_worker_saves(folder, capfd, monkeypatch):
     assert (folder / 'experiments' / 'tiny' / 'training_states' / '1.state').is_file()
 
 
-def test_folder_named_like_an_image(folder):
-    """xinntao/Real-ESRGAN#499: a folder named like an image is not a training image."""
-    for kind in ('lq', 'gt'):
-        (folder / 'data' / kind / 'more.png').mkdir()
-    assert list_images('data/lq', 'train') == ['0.png', '1.png', '2.png', '3.png']
+def test_folder_of_more_than_images(tmp_path):
+    """xinntao/Real-ESRGAN#499: folders named like an image are no images; victorca25/traiNNer#70: nor is an LMDB."""
+    touch(tmp_path, 'a.png', 'more.png/b.png')
+    assert list_images(str(tmp_path), 'train') == ['a.png']
+    with pytest.raises(DataError, match='is an LMDB: set io_backend'):
+        list_images(str(touch(tmp_path / 'lq.lmdb', 'data.mdb')), 'train')

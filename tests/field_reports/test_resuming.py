@@ -1,6 +1,7 @@
 """Resuming with changed options: supported changes apply, others are rejected by name before the run starts."""
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -41,7 +42,9 @@ OTHERS = {
 
 def resumed(folder, state, **switches):
     opt = options(folder, **switches)
+    (folder / 'models').mkdir(exist_ok=True)
     opt['path']['pretrain_network_g'] = str(folder / 'models' / 'net_g_4.pth')
+    torch.save({'params': state['params']}, folder / 'models' / 'net_g_4.pth')
     model = build(opt)
     model.resume_training(deepcopy(state))
     return model
@@ -73,8 +76,6 @@ def without_options(state) -> dict:
 
 @pytest.mark.parametrize('other', OTHERS)
 def test_other_options_are_followed(state, tmp_path, other):
-    (tmp_path / 'models').mkdir()
-    torch.save({'params': state['params']}, tmp_path / 'models' / 'net_g_4.pth')
     model = resumed(tmp_path, without_options(state) if other == 'all' else state, **OTHERS[other])
     fresh = build(options(tmp_path, **OTHERS[other]))
     groups = [each.optimizer_g.param_groups[0] for each in (model, fresh)]
@@ -87,8 +88,6 @@ def test_other_options_are_followed(state, tmp_path, other):
 
 
 def test_equal_options_change_nothing(state, tmp_path):
-    (tmp_path / 'models').mkdir()
-    torch.save({'params': state['params']}, tmp_path / 'models' / 'net_g_4.pth')
     model = resumed(tmp_path, state)
     assert not run_state.changes(state['options'], model.recorded)
     again = [schedule.state_dict() for schedule in model.schedulers]
@@ -97,11 +96,9 @@ def test_equal_options_change_nothing(state, tmp_path):
 
 
 def test_changed_degradation_is_reported():
-    degradations = [{'type': 'rain', 'psnr': [20, 30]}], {'type': 'snow'}
-    records = [
-        run_state.record({'datasets': {'train': {'degradation': one, 'dataroot_gt': str(one)}}}) for one in degradations
-    ]
-    (key,) = run_state.changes(*records)
+    degradations = [{'type': 'rain'}], {'type': 'snow'}
+    train_sets = [{'degradation': each, 'dataroot_gt': str(each)} for each in degradations]
+    (key,) = run_state.changes(*(run_state.record({'datasets': {'train': options}}) for options in train_sets))
     assert key == 'datasets.train.degradation'
 
 
@@ -109,15 +106,18 @@ def test_changed_degradation_is_reported():
     ('switches', 'said'),
     [
         ({'total_iter': 3}, 'train.total_iter: 3, but the state is of iteration 4'),
-        ({'optim_g': {'type': 'Adam', 'lr': 2e-3}}, 'train.optim_g: '),
+        (
+            {'optim_g': {'type': 'Adam', 'lr': 2e-3}},
+            'train.optim_g: (the type is Adam, but|Adam with these)',
+        ),
         ({'optim_g': {**ADAMW, 'amsgrad': True}}, 'train.optim_g: AdamW with these options cannot resume'),
-        ({'optim_g': {**ADAMW}, 'optim_d': {**ADAMW}}, 'train.optim_*: 2 optimisers'),
+        ({'optim_g': {**ADAMW}, 'optim_d': {**ADAMW}}, r'train.optim_\*: 2 optimisers'),
     ],
 )
 def test_misfits(state, tmp_path, switches, said):
     for each in (state, without_options(state)):
         (line,) = run_state.misfits(each, options(tmp_path, **switches))
-        assert line.startswith(said)
+        assert re.match(said, line)
         assert not run_state.misfits(each, options(tmp_path))
 
 
@@ -143,21 +143,25 @@ def listing(folder):
     return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob('*'))
 
 
+WANDB = ['logger:use_tb_logger=true', 'logger:wandb={project: rain}']
+
+
 @pytest.mark.parametrize(
-    ('force', 'said'),
+    ('arguments', 'said'),
     [
-        (['train:total_iter=3'], 'train.total_iter: 3, but the state is of iteration 4'),
-        (['train:optim_g:type=Adam'], 'train.optim_g: the type is Adam, but the state is of AdamW'),
-        (['network_g:num_feat=16'], 'network_g differs from that of the state: network_g.num_feat: 8 → 16'),
+        (['--auto_resume', '--force_yml', 'train:total_iter=3'], '3, but the state is of iteration 4.*--force_resume'),
+        (['--auto_resume', '--force_yml', 'network_g:num_feat=16'], 'network_g differs.*network_g.num_feat: 8 → 16'),
+        (['--force_resume'], '--force_resume requires --auto_resume'),
+        (['--force_yml', *WANDB], r'not logged in to Weights & Biases \(division by zero\)'),
     ],
 )
-def test_rejected_before_anything(folder, monkeypatch, capfd, force, said):
+def test_rejected_before_anything(folder, monkeypatch, capfd, arguments, said):
     monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(login=lambda: 1 / 0))
     before = listing(folder)
-    assert main(['train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml', *force]) == 2
+    assert main(['train', '-opt', 'tiny.yml', *arguments]) == 2
     message = capfd.readouterr().err
-    assert said in message and 'Traceback' not in message
-    assert '--force_resume' in message or 'network_g' in force[0]
+    assert re.search(said, message, re.DOTALL) and 'Traceback' not in message
     assert listing(folder) == before
 
 
@@ -200,12 +204,8 @@ def test_best_values_are_of_one_measure(folder, tmp_path, monkeypatch, capfd, fo
     assert ('best values: of' in said and 'are reset' in said) == (is_afresh or any('ssim' in key for key in force))
 
 
-def test_resuming_that_contradicts_itself(folder, monkeypatch, capfd):
+def test_resuming_from_a_named_state(folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
-    before = listing(folder)
-    assert main(['train', '-opt', 'tiny.yml', '--force_resume']) == 2
-    assert '--force_resume requires --auto_resume' in capfd.readouterr().err
-    assert listing(folder) == before
     state = 'experiments/tiny/training_states/2.state'
     force = [f'path:resume_state={state}', 'train:total_iter=12']
     assert main(['train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml', *force]) == 0
@@ -251,14 +251,13 @@ def test_wandb_that_fails_costs_no_work(folder, tmp_path, monkeypatch, capfd, st
     shutil.copy(folder / 'tiny.yml', tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, 'wandb', Wandb())
-    keys = ['logger:use_tb_logger=true', 'logger:wandb={project: rain}']
     if status:
 
         def fail(*_):
             raise FileError('the disk is full')
 
         monkeypatch.setattr(RestorationModel, 'save', fail)
-    assert main(['train', '-opt', 'tiny.yml', '--force_yml', *keys]) == status
+    assert main(['train', '-opt', 'tiny.yml', '--force_yml', *WANDB]) == status
     said = capfd.readouterr().err
     assert said.count('TensorBoard logs are not written: division by zero') == 1
     assert said.count('the end of the run was not sent to W&B: the network is down') == 1
@@ -272,13 +271,3 @@ def test_models_of_basicsr_end_at_once(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(SRModel, 'get_current_log', lambda _: os.kill(os.getpid(), signal.SIGINT))
     assert main(['train', '-opt', 'tiny.yml']) == 130
     assert 'saving' not in capfd.readouterr().err
-
-
-def test_wandb_login_comes_first(folder, monkeypatch, capfd):
-    monkeypatch.chdir(folder)
-    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(login=lambda: 1 / 0))
-    before = listing(folder)
-    keys = ['logger:use_tb_logger=true', 'logger:wandb={project: rain}']
-    assert main(['train', '-opt', 'tiny.yml', '--force_yml', *keys]) == 2
-    assert 'not logged in to Weights & Biases (division by zero)' in capfd.readouterr().err
-    assert listing(folder) == before

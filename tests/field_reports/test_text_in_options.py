@@ -69,12 +69,6 @@ def test_overrides_and_variables(tmp_path, registered, monkeypatch):
     assert "interprets 1_000: put quotes around it in ${RUN}, '1_000'" in message
 
 
-def test_keys_of_sections():
-    for written in ('on', '2024', '~', '1e3'):
-        with pytest.raises(OptionError, match=f'as YAML interprets {written}: put quotes'):
-            safe_yaml.read_text(f'{written}: 1', 'my.yml')
-
-
 def test_numbers_need_no_quotes(tmp_path, registered):
     message = faults(own_file(tmp_path, ''), registered, ['manual_seed=12:30', 'train:optim_g:lr=on'])
     assert "manual_seed: expected a whole number, got the text '12:30'" in message
@@ -109,15 +103,17 @@ def test_none_of_python_is_no_text(tmp_path, registered):
         assert "expected text, or ~ for no value (got the text 'None')" in message
 
 
-@pytest.mark.parametrize('name', ['a: b', '@x', '%x', '`x', '*x', '!x', '&x: y'])
-def test_marks_of_yaml_want_quotes(name):
-    with pytest.raises(OptionError, match='put quotes around text'):
-        safe_yaml.read_text(f'name: {name}', 'my.yml')
-
-
-def test_space_that_does_not_break_is_reported():
-    with pytest.raises(OptionError, match=r'line 3 starts .*U\+00A0'):
-        safe_yaml.read_text('a:\n  b: 1\n\u00a0\u00a0c:\n    d: 1\n  e: 2\n', 'my.yml')
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        *((f'{key}: 1', f'as YAML interprets {key}: put quotes') for key in ('on', '2024', '~', '1e3')),
+        *((f'name: {name}', 'put quotes around text') for name in ('a: b', '@x', '%x', '`x', '*x', '!x', '&x: y')),
+        ('a:\n  b: 1\n\u00a0\u00a0c:\n    d: 1\n  e: 2\n', r'line 3 starts .*U\+00A0'),  # a no-break space
+    ],
+)
+def test_text_that_is_no_yaml(text, message):
+    with pytest.raises(OptionError, match=message):
+        safe_yaml.read_text(text, 'my.yml')
 
 
 def test_numbers_with_exponents_are_whole(tmp_path):

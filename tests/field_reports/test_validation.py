@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.errors import DataError, FileError, MemoryShortage, OptionError
 from ast_plugin.evaluation.protocols import PROTOCOLS
 from ast_plugin.evaluation.validator import Validator
 from tests import tiny_run
-from tests.data.images import noise, save
 
 BASICSR = {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}, 'ssim': {'type': 'calculate_ssim', 'crop_border': 0}}
 
@@ -61,23 +59,23 @@ def test_tiny_image_spoils_no_mean(protocol):
 
 
 @pytest.mark.parametrize(
-    ('error', 'kind', 'num_workers'),
-    [(DataError('a.png: damaged'), 'unreadable', 1), (MemoryError(), 'memory', 0), (KeyError('x'), 'unreadable', 0)],
+    ('sides', 'error', 'num_workers', 'kind'),
+    [
+        ((30, DataError('a.png: damaged'), 30), None, 1, 'unreadable'),
+        ((30, KeyError('x'), 30), None, 0, 'unreadable'),
+        ((30, MemoryError(), 30), None, 0, 'memory'),
+        ((30, 20, 30), MemoryShortage('large'), 0, 'memory'),
+        ((30, 20, 30), AssertionError(), 0, 'network'),
+    ],
 )
-def test_image_that_cannot_be_read(error, kind, num_workers):
-    results = measure(Images(30, error, 30), num_workers=num_workers)
-    assert list(results.failures) == ['image_2'] and results.failures['image_2'].startswith(f'{kind}: ')
-    assert list(results.restored) == ['0', 'image_2', '2'] and math.isfinite(results.mean()['psnr'])
-    assert [row[0] for row in results.rows()] == ['image', '0', 'image_2', '2', 'mean']
-
-
-@pytest.mark.parametrize(
-    ('error', 'kind'),
-    [(AssertionError(), 'network'), (MemoryShortage('large'), 'memory'), (ValueError('x'), 'network')],
-)
-def test_network_fails_on_an_image(error, kind):
-    results = measure(Images(30, 20, 30), error=error)
-    assert list(results.failures) == ['1'] and results.failures['1'].startswith(f'{kind}: ')
+def test_one_image_fails(sides, error, num_workers, kind):
+    before = Validator.num_failed
+    results = measure(Images(*sides), error=error, num_workers=num_workers)
+    name = '1' if error else 'image_2'
+    assert list(results.failures) == [name] and results.failures[name].startswith(f'{kind}: ')
+    assert list(results.restored) == ['0', name, '2'] and math.isfinite(results.mean()['psnr'])
+    assert [row[0] for row in results.rows()] == ['image', '0', name, '2', 'mean']
+    assert Validator.num_failed == before + 1  # for the status of the command
 
 
 @pytest.mark.parametrize('error', [OptionError('no backend'), FileError('full')])
@@ -92,31 +90,16 @@ def test_nothing_to_measure_is_an_error(sides):
         measure(Images(*sides), error=AssertionError())
 
 
-def test_failures_are_counted_for_the_status():
-    before = Validator.num_failed
-    measure(Images(30, 20, 8), error=AssertionError())
-    assert Validator.num_failed == before + 2
-
-
-def test_empty_file_of_basicsr_is_named(tmp_path, caplog):
-    from basicsr.data.paired_image_dataset import PairedImageDataset
+@pytest.mark.parametrize(('kind', 'size'), [('PairsDataset', 500), ('PairedImageDataset', 0)])
+def test_damaged_file_is_named(tmp_path, caplog, kind, size):
+    from basicsr.utils.registry import DATASET_REGISTRY
 
     tiny_run.write(tmp_path)
-    (tmp_path / 'data' / 'gt' / '2.png').write_bytes(b'')
+    damaged = tmp_path / 'data' / 'gt' / '2.png'
+    damaged.write_bytes(damaged.read_bytes()[:size])
     options = {f'dataroot_{side}': str(tmp_path / 'data' / side) for side in ('lq', 'gt')}
-    options |= {'name': 'mine', 'phase': 'val', 'scale': 1, 'io_backend': {'type': 'disk'}}
+    options |= {'type': kind, 'name': 'mine', 'phase': 'val', 'scale': 1, 'io_backend': {'type': 'disk'}}
     logging.getLogger('basicsr').propagate = True
-    results = measure(PairedImageDataset(options))
+    results = measure(DATASET_REGISTRY.get(kind)(options))
     assert list(results.failures) == ['2'] and '1 of 4 images failed' in caplog.text and '2: unreadable' in caplog.text
-
-
-def test_cut_file_among_pairs(tmp_path):
-    for side in ('lq', 'gt'):
-        (tmp_path / side).mkdir()
-        for name in 'ab':
-            save(tmp_path / side / f'{name}.png', noise(30, 30, 3))
-    cut = tmp_path / 'gt' / 'b.png'
-    cut.write_bytes(cut.read_bytes()[:500])
-    options = {'name': 'mine', 'phase': 'val', 'dataroot_lq': str(tmp_path / 'lq'), 'dataroot_gt': str(tmp_path / 'gt')}
-    results = measure(PairsDataset({**options, 'type': 'PairsDataset', 'scale': 1}))
-    assert list(results.failures) == ['b'] and str(cut) in results.failures['b']
+    assert kind != 'PairsDataset' or str(damaged) in results.failures['2']
