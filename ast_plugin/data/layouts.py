@@ -79,11 +79,8 @@ class Place:
 
 
 def list_pairs(layout: str, source: Source) -> PairTable:
-    """List the pairs of a dataset.
+    """List the pairs of a dataset in a layout of `LAYOUTS`.
 
-    Args:
-        layout: name of a layout.
-        source: location of the dataset.
     Raises:
         OptionError: if the layout is unknown, or an option is missing or not used by it.
         DataError: if data is missing or incomplete; the message names phase, folder and files.

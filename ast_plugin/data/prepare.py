@@ -13,7 +13,15 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from ast_plugin.data.checks import CheckedSplit, Duplicates, Journal, Split, find_duplicates, find_leaks
+from ast_plugin.data.checks import (
+    CheckedSplit,
+    Duplicates,
+    Split,
+    check_split,
+    find_duplicates,
+    find_leaks,
+    read_findings,
+)
 from ast_plugin.data.image_files import count_reasons, why_no_image
 from ast_plugin.data.layouts import (
     LAYOUTS,
@@ -293,7 +301,7 @@ class Preparation:
 
     def check(self, workers: int, on_pair: Callable[[], None] = int) -> None:
         """Read all images, except those already checked by an interrupted or failed run."""
-        self.checked = [self._journal(split).check(split, workers, on_pair) for split in self.splits]
+        self.checked = [check_split(split, self._journal(split), workers, on_pair) for split in self.splits]
         self.leaks = find_leaks(self.checked)
 
     def list_faults(self) -> Path:
@@ -339,16 +347,16 @@ class Preparation:
                 others = [_below(path, root) for path in list_others(paths_of_good)]
             entries = (
                 Entry(*name, lq.size, (lq.num_bytes, gt.num_bytes), (lq.digest, gt.digest))
-                for name, (lq, gt) in zip(names, self._journal(split).findings(), strict=True)
+                for name, (lq, gt) in zip(names, read_findings(self._journal(split)), strict=True)
             )
             counts = {'pairs': len(checked.good), 'others': others}
             write_manifest(paths[split.name], entries, layout=layout, phase=split.phase, root=root, **counts)
         for split in self.splits:
-            self._journal(split).path.unlink()
+            self._journal(split).unlink()
         return [paths[checked.split.name] for checked in good]
 
-    def _journal(self, split: Split) -> Journal:
-        return Journal(self.target / f'.{split.name}.checked')
+    def _journal(self, split: Split) -> Path:
+        return self.target / f'.{split.name}.checked'
 
     def _place(self, checked: CheckedSplit, how: str, on_pair: Callable[[], None]) -> Path:
         """Copy or link the good pairs to `SPLIT/lq` and `SPLIT/gt`, under equal names except for extensions."""
@@ -412,11 +420,10 @@ def format_notes(prepared: Preparation) -> list[str]:
             more = ' ...' if repeats.num > len(examples) else ''
             count = _count(repeats.num, 'degraded image')
             lines.append(f'{name}: {count} repeated: {", ".join(examples)}{more}')
-        if checked.num_unchanged:
-            lines.append(f'{name}: {_count(checked.num_unchanged, "pair")} with equal degraded and clean images')
-        if checked.num_clean < len(checked.good):
-            clean = _count(checked.num_clean, 'clean image')
-            lines.append(f'{name}: {len(checked.good):,} degraded images of {clean}')
+        if num_unchanged := sum(lq == gt for lq, gt in zip(*checked.digests, strict=True)):
+            lines.append(f'{name}: {_count(num_unchanged, "pair")} with equal degraded and clean images')
+        if (num_clean := len(set(checked.digests[1]))) < len(checked.good):
+            lines.append(f'{name}: {len(checked.good):,} degraded images of {_count(num_clean, "clean image")}')
     return lines
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import pytest
@@ -19,7 +20,7 @@ from ast_plugin.cli.main import main
 from ast_plugin.data import checks as pair_checks
 from ast_plugin.data.layouts import plain_layout, preparable
 from ast_plugin.data.manifest import read_manifest
-from ast_plugin.data.prepare import Preparation, find_splits, format_options
+from ast_plugin.data.prepare import Preparation, find_splits, format_notes, format_options
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.options.sections import FolderName
 from tests.data.images import contents, touch, write_noise
@@ -27,7 +28,7 @@ from tests.data.images import contents, touch, write_noise
 
 def splits_of(layout, root: Path, *wanted: str) -> dict[str, list[tuple[str, str]]]:
     """Return the pair names of each split, which must have no faults."""
-    splits = find_splits(layout, root, wanted)
+    splits = find_splits(layout if isinstance(layout, str) else plain_layout(*layout), root, wanted)
     assert not any(split.faults for split in splits)
     return {
         split.name: [tuple(os.path.relpath(path, root) for path in (pair.lq, pair.gt)) for pair in split.pairs]
@@ -36,7 +37,7 @@ def splits_of(layout, root: Path, *wanted: str) -> dict[str, list[tuple[str, str
 
 
 SNOW = 'media/jdway/GameSSD/overlapping/test'
-UNPACKED = [  # layout, and the files of a pair by split
+UNPACKED = [  # layout or arguments of `plain_layout`, and the files of a pair by split
     ('agan', {'train': ('train/train/data/0_rain.png', 'train/train/gt/0_clean.png'),
               'test_a': ('test_a/data/0_rain.png', 'test_a/gt/0_clean.png'),
               'test_b': ('test_b/test_b/data/0_rain.jpg', 'test_b/test_b/gt/0_clean.jpg')}),
@@ -78,13 +79,21 @@ UNPACKED = [  # layout, and the files of a pair by split
                  'test': ('test/input/2.png', 'test/target/2.png')}),
     ('folders', {'train': ('lq/1.png', 'gt/1.jpg')}),
     ('folders', {'train': ('mine/rainy/1.png', 'mine/clean/1.png')}),
+    (('{split}/x', '{split}/y', None, None), {'train': ('train/x/1.png', 'train/y/1.png')}),
+    (('x', 'y', '{}_noisy', '{}_clean'), {'train': ('x/1_noisy.png', 'y/1_clean.png')}),
+    (('x', 'x', '{}_noisy', '{}_clean'), {'train': ('x/1_noisy.png', 'x/1_clean.png')}),
+    (('x', 'y', '{}_*', '{}'), {'train': ('x/1_0.8.png', 'y/1.png')}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(('layout', 'pairs'), UNPACKED, ids=[f'{row[0]}-{n}' for n, row in enumerate(UNPACKED)])
+@pytest.mark.parametrize(('layout', 'pairs'), UNPACKED)
 def test_unpacked_datasets(tmp_path, layout, pairs):
     touch(tmp_path, *(name for pair in pairs.values() for name in pair), 'readme.txt', '__MACOSX/._x.png')
     assert splits_of(layout, tmp_path) == {split: [pair] for split, pair in pairs.items()}
+
+
+def test_every_layout_is_tried():
+    assert {layout for layout, _ in UNPACKED if isinstance(layout, str)} == set(preparable())
 
 
 @pytest.mark.parametrize(('folder', 'split'), [('Rain100L', 'test'), ('RainTrainL', 'train')])
@@ -93,70 +102,50 @@ def test_the_folder_of_a_split_itself(tmp_path, folder, split):
     assert splits_of('rain100', tmp_path / folder) == {split: [('rain-001.png', 'norain-001.png')]}
 
 
-def test_every_layout_is_tried():
-    assert {layout for layout, _ in UNPACKED} == set(preparable())
-
-
-def test_lists_of_spad_may_lie_deeper(tmp_path):
-    touch(tmp_path, 'SPA/real_world/1.png', 'SPA/real_world_gt/1.png')
-    (tmp_path / 'SPA/real_world.txt').write_text('/real_world/1.png /real_world_gt/1.png\n')
-    assert splits_of('spad', tmp_path) == {'train': [('SPA/real_world/1.png', 'SPA/real_world_gt/1.png')]}
-
-
-def test_many_hazy_images_share_a_clear_one(tmp_path):
-    touch(tmp_path, 'ITS/clear/1.png', 'ITS/clear/2.png', *(f'ITS/hazy/1_{n}_0.9.png' for n in (1, 2, 10)))
-    (split,) = find_splits('reside', tmp_path)
-    keys = {pair.key: os.path.basename(pair.gt) for pair in split.pairs}
-    assert keys == dict.fromkeys(('1_10_0.9', '1_1_0.9', '1_2_0.9'), '1.png')
-    assert not split.faults  # a clear image without a hazy one is not a fault
-
-
-LEAVE_THE_REST = {  # by layout: files, key of the remaining pair, kinds and names of the faults
+LIST = ['/r/1.png /g/1.png', '', '/r/2.png', '/r/7.png /g/1.png', '/r/2.png /g/1.png', '/r/2.png /g/2.png']
+FAULTY = {  # by layout: files, keys of the pairs, and kinds, names and texts of the faults
     'agan': (
-        [f'train/{name}.png' for name in ('data/1_rain', 'gt/1_clean', 'data/2_rain', 'gt/3_clean', 'data/A_rain')]
-        + ['train/gt/a_clean.png'],
-        '1',
-        [('no partner', f'train/{name}.png') for name in ('data/2_rain', 'data/A_rain', 'gt/3_clean', 'gt/a_clean')],
+        [f'train/data/{name}_rain.png' for name in '12A'] + [f'train/gt/{name}_clean.png' for name in '13a'],
+        ['1'],
+        [
+            ('no partner', 'train/data/2_rain.png', 'no 2_clean.*'),
+            ('no partner', 'train/data/A_rain.png', 'a_clean.png differs only in the case of its letters'),
+            ('no partner', 'train/gt/3_clean.png', 'no 3_rain.*'),
+            ('no partner', 'train/gt/a_clean.png', 'no a_rain.*'),
+        ],
     ),
     'spad': (
         ['r/1.png', 'g/1.png', 'r/2.png', 'g/2.png'],
-        'r/1.png',
-        [('line not understood', "line 3, '/r/2.png'"), ('missing', 'r/7.png'), ('several partners', 'r/2.png')],
+        ['r/1.png'],
+        [
+            ('line not understood', "line 3, '/r/2.png'", 'expected two image files'),
+            ('missing', 'r/7.png', 'named in'),
+            ('several partners', 'r/2.png', 'lists several clean partners'),
+        ],
     ),
     'folders': (
         ['lq/a.png', 'gt/a.png', 'gt/a.jpg', 'lq/b.png', 'gt/b.png'],
-        'b',
-        [('several partners', 'lq/a.png')],
+        ['b'],
+        [('several partners', 'lq/a.png', 'a.png with a.jpg or a.png')],
+    ),
+    'reside': (  # a clear image may have several hazy ones, or none
+        ['ITS/clear/1.png', 'ITS/clear/2.png', *(f'ITS/hazy/1_{n}_0.9.png' for n in (1, 2, 10))],
+        ['1_10_0.9', '1_1_0.9', '1_2_0.9'],
+        [],
     ),
 }
-LIST = ['/r/1.png /g/1.png', '', '/r/2.png', '/r/7.png /g/1.png', '/r/2.png /g/1.png', '/r/2.png /g/2.png']
 
 
-@pytest.mark.parametrize('layout', LEAVE_THE_REST)
+@pytest.mark.parametrize('layout', FAULTY)
 def test_faults_leave_the_rest(tmp_path, layout):
-    files, key, faults = LEAVE_THE_REST[layout]
-    touch(tmp_path, *files)
-    (tmp_path / 'real_world.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(LIST).encode())
+    files, keys, faults = FAULTY[layout]
+    root = touch(tmp_path / 'inner', *files)
+    (root / 'real_world.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(LIST).encode())
     (split,) = find_splits(layout, tmp_path)
-    assert [pair.key for pair in split.pairs] == [key]
-    assert [(fault.kind, fault.name.removeprefix(f'{tmp_path}/')) for fault in split.faults] == faults
-    texts = ''.join(fault.text for fault in split.faults)
-    assert layout != 'agan' or 'a_clean.png differs only in the case of its letters' in texts
-    assert layout != 'folders' or texts == 'a.png with a.jpg or a.png'
-
-
-PLAIN = [
-    (('{split}/x', '{split}/y', None, None), {'train': ('train/x/1.png', 'train/y/1.png')}),
-    (('x', 'y', '{}_noisy', '{}_clean'), {'train': ('x/1_noisy.png', 'y/1_clean.png')}),
-    (('x', 'x', '{}_noisy', '{}_clean'), {'train': ('x/1_noisy.png', 'x/1_clean.png')}),
-    (('x', 'y', '{}_*', '{}'), {'train': ('x/1_0.8.png', 'y/1.png')}),
-]
-
-
-@pytest.mark.parametrize(('arguments', 'pairs'), PLAIN)
-def test_plain_folders_by_name(tmp_path, arguments, pairs):
-    touch(tmp_path, *(name for pair in pairs.values() for name in pair))
-    assert splits_of(plain_layout(*arguments), tmp_path) == {split: [pair] for split, pair in pairs.items()}
+    assert [pair.key for pair in split.pairs] == keys
+    assert layout != 'reside' or {os.path.basename(pair.gt) for pair in split.pairs} == {'1.png'}
+    for fault, (kind, name, text) in zip(split.faults, faults, strict=True):
+        assert (fault.kind, fault.name.removeprefix(f'{root}/')) == (kind, name) and text in fault.text
 
 
 def test_a_wanted_split_may_be_the_root(tmp_path):
@@ -204,19 +193,13 @@ def test_files_and_nothing_instead_of_folders(tmp_path):
             find_splits('agan', tmp_path / name)
 
 
-def test_loops_of_links(tmp_path):
-    touch(tmp_path, 'train/data/1_rain.png', 'train/gt/1_clean.png')
-    os.symlink('..', tmp_path / 'train' / 'loop')
-    os.symlink('self', tmp_path / 'self')
-    os.symlink('train', tmp_path / 'train_again')
-    assert splits_of('agan', tmp_path) == {'train': [('train/data/1_rain.png', 'train/gt/1_clean.png')]}
-
-
-def test_linked_folders_are_followed(tmp_path):
+def test_links_and_loops_of_links(tmp_path):
+    root = tmp_path / 'set'
     touch(tmp_path / 'disk', 'data/1_rain.png', 'gt/1_clean.png')
-    (tmp_path / 'set').mkdir()
-    os.symlink(tmp_path / 'disk', tmp_path / 'set' / 'train')
-    assert list(splits_of('agan', tmp_path / 'set')) == ['train']
+    root.mkdir()
+    for name, target in (('train', '../disk'), ('train/loop', '..'), ('self', 'self'), ('train_again', 'train')):
+        os.symlink(target, root / name)
+    assert splits_of('agan', root) == {'train': [('train/data/1_rain.png', 'train/gt/1_clean.png')]}
 
 
 def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
@@ -274,23 +257,33 @@ def test_a_manifest_of_each_split(tmp_path):
     assert contents(root) == before
 
 
-def test_what_is_not_plain_is_counted(tmp_path):
+def test_properties_of_the_images(tmp_path):
     root = make_agan(tmp_path / 'data')
     gray = cv2.imread(str(root / 'train/data/0_rain.png'), cv2.IMREAD_GRAYSCALE)
     cv2.imwrite(str(root / 'train/data/0_rain.png'), gray)
     write_noise(root / 'train/data/1_rain.png', 9, (8, 8))
     write_noise(root / 'train/gt/1_clean.png', 8, (8, 8))
-    found = prepare(root, tmp_path / 'out')[0].checked[0]
-    assert found.traits == {'gray': 1}
+    shutil.copy(root / 'train/data/2_rain.png', root / 'train/data/4_rain.png')
+    shutil.copy(root / 'train/gt/0_clean.png', root / 'train/gt/2_clean.png')
+    shutil.copy(root / 'train/gt/3_clean.png', root / 'train/data/3_rain.png')
+    checks, _ = prepare(root, tmp_path / 'out')
+    found = checks.checked[0]
     assert found.sizes == {(16, 24): 5, (8, 8): 1}
     assert found.num_bytes == sum(path.stat().st_size for path in (root / 'train').rglob('*.png'))
+    assert format_notes(checks) == [
+        'train: 1 image in gray; read as RGB',
+        'train: 1 degraded image repeated: 2_rain.png = 4_rain.png',
+        'train: 1 pair with equal degraded and clean images',
+        'train: 6 degraded images of 5 clean images',
+    ]
 
 
 def test_faulty_pairs_are_left_out(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    (root / 'train/data/2_rain.png').write_bytes(b'')
+    root = make_agan(tmp_path / 'data', test=1)
+    for name in ('train/data/2_rain.png', 'test_a/data/0_rain.png'):
+        (root / name).write_bytes(b'')
     (root / 'train/gt/3_clean.png').unlink()
-    checks, (train, _) = prepare(root, tmp_path / 'out')
+    checks, (train,) = prepare(root, tmp_path / 'out')  # no manifest without a good pair
     assert [(fault.kind, Path(fault.name).name) for fault in checks.checked[0].faults] == [
         ('no partner', '3_rain.png'),
         ('unreadable', '2_rain.png'),
@@ -298,15 +291,6 @@ def test_faulty_pairs_are_left_out(tmp_path):
     manifest = read_manifest(train)
     assert [entry.key for entry in manifest.entries()] == ['0', '1', '4', '5']
     assert sorted(manifest.others) == ['data/2_rain.png', 'data/3_rain.png', 'gt/2_clean.png']
-
-
-def test_no_manifest_without_a_good_pair(tmp_path):
-    root = make_agan(tmp_path / 'data', test=1)
-    (root / 'test_a/data/0_rain.png').write_bytes(b'')
-    assert [path.name for path in prepare(root, tmp_path / 'out')[1]] == ['train.jsonl']
-
-
-# ---- duplicates
 
 
 def test_leaks_of_test_images_into_training(tmp_path):
@@ -324,19 +308,6 @@ def test_leaks_of_test_images_into_training(tmp_path):
     assert names == [[('4_rain.png', '1_rain.png')], [('0_clean.png', '0_clean.png'), ('5_clean.png', '2_clean.png')]]
 
 
-def test_images_that_one_split_has_twice(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    shutil.copy(root / 'train/data/1_rain.png', root / 'train/data/4_rain.png')
-    shutil.copy(root / 'train/gt/0_clean.png', root / 'train/gt/2_clean.png')
-    shutil.copy(root / 'train/gt/3_clean.png', root / 'train/data/3_rain.png')
-    checks, _ = prepare(root, tmp_path / 'out')
-    twins, others = (pair_checks.find_duplicates(split, split, 'degraded') for split in checks.checked)
-    assert (twins.num, [Path(name).name for name in twins.examples[0]]) == (1, ['1_rain.png', '4_rain.png'])
-    assert checks.checked[0].num_clean == 5
-    assert checks.checked[0].num_unchanged == 1
-    assert others.num == 0
-
-
 # ---- interrupted runs
 
 
@@ -352,27 +323,15 @@ def count_checks(monkeypatch) -> list[str]:
     return read
 
 
-def stop_after(pairs: int):
-    """Callback that interrupts a run like Ctrl-C."""
-    done = 0
-
-    def on_pair():
-        nonlocal done
-        done += 1
-        if done == pairs:
-            raise KeyboardInterrupt
-
-    return on_pair
-
-
 def test_a_stopped_run_continues(tmp_path, monkeypatch):
     root = make_agan(tmp_path / 'data')
     prepare(root, tmp_path / 'whole')
     preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
+    stop = Mock(side_effect=[None, None, None, KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
-        preparation.check(1, stop_after(4))
+        preparation.check(1, stop)
     assert not list((tmp_path / 'out').glob('*.jsonl'))
-    journal = next((tmp_path / 'out').iterdir())
+    journal = tmp_path / 'out/.train.checked.new'
     journal.write_bytes(journal.read_bytes()[:-20])  # as after a kill in the middle of a line
     read = count_checks(monkeypatch)
     prepare(root, tmp_path / 'out')
