@@ -116,7 +116,7 @@ def plain_layout(
     """Return the layout of two folders below a root; common folder names are tried where none are given.
 
     Args:
-        lq, gt: the folders, containing `{split}` if each split has its own.
+        lq, gt: the folders, both or none of them containing `{split}` for the split.
         lq_template, gt_template: templates of the file names in them.
     Raises:
         OptionError: if only one folder is given, or only one contains `{split}`.

@@ -55,11 +55,7 @@ class Manifest:
     others: tuple[str, ...] = ()  # images in the folders of the pairs that belong to no pair
 
     def entries(self) -> Iterator[Entry]:
-        """Yield the pairs lazily, in order.
-
-        Raises:
-            DataError: if a line is invalid, or the number of lines differs from the first line.
-        """
+        """Yield the pairs lazily; raise DataError if a line is invalid or their number differs from the first line."""
         with _reading(self.path) as lines:
             next(lines)
             number = 1
@@ -72,11 +68,7 @@ class Manifest:
             )
 
     def pairs(self) -> PairTable:
-        """Read all pairs, with paths relative to the working directory.
-
-        Raises:
-            DataError: see `entries`.
-        """
+        """Read all pairs like `entries`, with paths relative to the working directory."""
         root = f'{self.root}/'
         return PairTable((Pair(entry.key, root + entry.lq, root + entry.gt) for entry in self.entries()), root)
 

@@ -68,11 +68,8 @@ class Recipe:
 def packaged_photos(split: str = 'all', names: list[str] | None = None) -> list[Photo]:
     """List the photos shipped with scikit-image and scikit-learn, without importing or downloading anything.
 
-    Args:
-        split: `train`, `val` or `all`; the split of a photo is fixed.
-        names: names of photos to list instead of a split.
-    Raises:
-        DataError: if a package or one of its files is missing, or a name is unknown.
+    They are those of a split (`train`, `val` or `all`), which is fixed for each photo, or those with the given names.
+    Raise DataError if a package or one of its files is missing, or a name is unknown.
     """
     if names is None:
         names = [name for name, row in _PACKAGED.items() if split in ('all', row[0])]
@@ -120,30 +117,26 @@ def folder_photos(folder: str | Path, phase: str, split: str = 'all', names: lis
 def read_parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
     """Return the parameters of a degradation, with `settings` applied; a single value v is the range [v, v].
 
-    Raises:
-        OptionError: with one line for each unknown or invalid parameter.
+    Raise OptionError with one line for each unknown or invalid parameter.
     """
     model = DEGRADATIONS[task].parameters
     properties = model.model_json_schema()['properties']
-    known = [name for name in properties if name != 'type']
-    lines = [
-        f'{name}: {task} has no such parameter{did_you_mean(name, known)} (available: {", ".join(known)})'
-        for name in settings
-        if name not in known
-    ]
-    values = {name: value for name, value in settings.items() if name in known}
-    for name, value in values.items():
+    values = dict(settings)
+    for name in values.keys() & properties.keys():
         is_range = any(kind.get('maxItems') == 2 for kind in (properties[name], *properties[name].get('anyOf', ())))
-        if is_range and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            values[name] = [value, value]
+        if is_range and isinstance(values[name], (int, float, str)) and not isinstance(values[name], bool):
+            values[name] = [values[name], values[name]]
     try:
-        parameters = model.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        faults = faults_of(error, model, values)
-        lines += [f'{fault.where[0]}: {fault.message}' if fault.where else fault.message for fault in faults]
-    if lines:
-        raise OptionError('\n'.join(f'{task}: {line}' for line in dict.fromkeys(lines)))
-    return parameters
+        lines = []
+        for fault in faults_of(error, model, values):
+            message = fault.message
+            if fault.unknown_key:
+                known = ', '.join(name for name in properties if name != 'type')
+                message = f'{message.replace("unknown key", "no such parameter")} (available: {known})'
+            lines.append(f'{task}: {fault.where[0]}: {message}' if fault.where else f'{task}: {message}')
+        raise OptionError('\n'.join(dict.fromkeys(lines))) from None
 
 
 def _make_pairs(name: str, path: Path, depth_path: Path | None, recipe: Recipe) -> Iterator[dict[str, np.ndarray]]:
@@ -301,11 +294,8 @@ def write_pairs(
     """
     partial = output.absolute().parent / file_name(f'.{output.name}', '.synth.part')
     record = {
-        'task': recipe.task,
+        **vars(recipe),
         'parameters': recipe.parameters.model_dump(mode='json', exclude={'type'}),
-        'seed': recipe.seed,
-        'count': recipe.count,
-        'size': recipe.size,
         'photographs': {name: path.name for name, path in photos.items()},
         'depths': {name: path.name for name, path in depths.items() if path is not None},
         'ast_plugin': __version__,
