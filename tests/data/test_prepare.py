@@ -155,15 +155,6 @@ def test_a_wanted_split_may_be_the_root(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'expected'),
-    [(('x', None, None, None), 'go together'), (('{split}/x', 'y', None, None), 'both or none contain {split}')],
-)
-def test_plain_folders_that_do_not_go_together(arguments, expected):
-    with pytest.raises(OptionError, match=expected):
-        plain_layout(*arguments)
-
-
-@pytest.mark.parametrize(
     ('layout', 'files', 'wanted', 'error', 'expected'),
     [
         ('agn', [], [], OptionError, 'unknown layout agn, did you mean agan'),
@@ -178,12 +169,14 @@ def test_plain_folders_that_do_not_go_together(arguments, expected):
         ('rain100', [f'{a}/{b}.png' for a in ('Rain100L', 'Rain100H') for b in ('rain-1', 'norain-1')], [], DataError,
          'the split test of Rain100L or Rain100H may be in .*Rain100L, .*Rain100H'),
         ('spad', ['a/real_world.txt', 'b/real_world.txt'], [], DataError, 'may be in .*a/real_world.txt'),
+        (('x', None, None, None), [], [], OptionError, 'go together'),
+        (('{split}/x', 'y', None, None), [], [], OptionError, 'both or none contain {split}'),
     ],
 )  # fmt: skip
 def test_what_is_not_found(tmp_path, layout, files, wanted, error, expected):
     touch(tmp_path, *files)
     with pytest.raises(error, match=expected):
-        find_splits(layout, tmp_path, wanted)
+        splits_of(layout, tmp_path, *wanted)
 
 
 def test_files_and_nothing_instead_of_folders(tmp_path):
@@ -236,40 +229,44 @@ def make_agan(root: Path, train=6, test=3) -> Path:
     return root
 
 
+@pytest.fixture
+def agan(tmp_path) -> Path:
+    return make_agan(tmp_path / 'data')
+
+
 def prepare(root: Path, target: Path, place=None, workers=1, layout='agan'):
     preparation = Preparation(find_splits(layout, root), root, target)
     preparation.check(workers)
     return preparation, preparation.write(layout, place)
 
 
-def test_a_manifest_of_each_split(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    before = contents(root)
-    checks, paths = prepare(root, tmp_path / 'out')
+def test_a_manifest_of_each_split(agan, tmp_path):
+    before = contents(agan)
+    touch(tmp_path / 'out', '.train.jsonl.17-0a1b2c3d.part', '.train.jsonl.mine')  # the first of a killed run
+    checks, paths = prepare(agan, tmp_path / 'out')
     assert [path.name for path in paths] == ['train.jsonl', 'test_a.jsonl']
-    assert sorted(os.listdir(tmp_path / 'out')) == ['test_a.jsonl', 'train.jsonl']
+    assert sorted(os.listdir(tmp_path / 'out')) == ['.train.jsonl.mine', 'test_a.jsonl', 'train.jsonl']
     assert checks.num_faults == 0 and checks.leaks == []
     entry = next(read_manifest(paths[0]).entries())
-    lq = root / 'train/data/0_rain.png'
+    lq = agan / 'train/data/0_rain.png'
     assert (entry.key, entry.lq, entry.gt, entry.size) == ('0', 'data/0_rain.png', 'gt/0_clean.png', (16, 24))
     assert entry.bytes[0] == lq.stat().st_size
     assert entry.digests[0] == pair_checks.digest_pixels(cv2.imread(str(lq))[..., ::-1])
-    assert contents(root) == before
+    assert contents(agan) == before
 
 
-def test_properties_of_the_images(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    gray = cv2.imread(str(root / 'train/data/0_rain.png'), cv2.IMREAD_GRAYSCALE)
-    cv2.imwrite(str(root / 'train/data/0_rain.png'), gray)
-    write_noise(root / 'train/data/1_rain.png', 9, (8, 8))
-    write_noise(root / 'train/gt/1_clean.png', 8, (8, 8))
-    shutil.copy(root / 'train/data/2_rain.png', root / 'train/data/4_rain.png')
-    shutil.copy(root / 'train/gt/0_clean.png', root / 'train/gt/2_clean.png')
-    shutil.copy(root / 'train/gt/3_clean.png', root / 'train/data/3_rain.png')
-    checks, _ = prepare(root, tmp_path / 'out')
+def test_properties_of_the_images(agan, tmp_path):
+    gray = cv2.imread(str(agan / 'train/data/0_rain.png'), cv2.IMREAD_GRAYSCALE)
+    cv2.imwrite(str(agan / 'train/data/0_rain.png'), gray)
+    write_noise(agan / 'train/data/1_rain.png', 9, (8, 8))
+    write_noise(agan / 'train/gt/1_clean.png', 8, (8, 8))
+    shutil.copy(agan / 'train/data/2_rain.png', agan / 'train/data/4_rain.png')
+    shutil.copy(agan / 'train/gt/0_clean.png', agan / 'train/gt/2_clean.png')
+    shutil.copy(agan / 'train/gt/3_clean.png', agan / 'train/data/3_rain.png')
+    checks, _ = prepare(agan, tmp_path / 'out')
     found = checks.checked[0]
     assert found.sizes == {(16, 24): 5, (8, 8): 1}
-    assert found.num_bytes == sum(path.stat().st_size for path in (root / 'train').rglob('*.png'))
+    assert found.num_bytes == sum(path.stat().st_size for path in (agan / 'train').rglob('*.png'))
     assert format_notes(checks) == [
         'train: 1 image in gray; read as RGB',
         'train: 1 degraded image repeated: 2_rain.png = 4_rain.png',
@@ -293,13 +290,12 @@ def test_faulty_pairs_are_left_out(tmp_path):
     assert sorted(manifest.others) == ['data/2_rain.png', 'data/3_rain.png', 'gt/2_clean.png']
 
 
-def test_leaks_of_test_images_into_training(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    shutil.copy(root / 'train/data/4_rain.png', root / 'test_a/data/1_rain.png')
-    shutil.copy(root / 'train/gt/5_clean.png', root / 'test_a/gt/2_clean.png')
-    pixels = cv2.imread(str(root / 'train/gt/0_clean.png'))  # the same pixels in another file
-    cv2.imwrite(str(root / 'test_a/gt/0_clean.png'), pixels, [cv2.IMWRITE_PNG_COMPRESSION, 0])
-    leaks = prepare(root, tmp_path / 'out')[0].leaks
+def test_leaks_of_test_images_into_training(agan, tmp_path):
+    shutil.copy(agan / 'train/data/4_rain.png', agan / 'test_a/data/1_rain.png')
+    shutil.copy(agan / 'train/gt/5_clean.png', agan / 'test_a/gt/2_clean.png')
+    pixels = cv2.imread(str(agan / 'train/gt/0_clean.png'))  # the same pixels in another file
+    cv2.imwrite(str(agan / 'test_a/gt/0_clean.png'), pixels, [cv2.IMWRITE_PNG_COMPRESSION, 0])
+    leaks = prepare(agan, tmp_path / 'out')[0].leaks
     assert [(leak.first, leak.second, leak.kind, leak.num) for leak in leaks] == [
         ('train', 'test_a', 'degraded', 1),
         ('train', 'test_a', 'clean', 2),
@@ -323,10 +319,9 @@ def count_checks(monkeypatch) -> list[str]:
     return read
 
 
-def test_a_stopped_run_continues(tmp_path, monkeypatch):
-    root = make_agan(tmp_path / 'data')
-    prepare(root, tmp_path / 'whole')
-    preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
+def test_a_stopped_run_continues(agan, tmp_path, monkeypatch):
+    prepare(agan, tmp_path / 'whole')
+    preparation = Preparation(find_splits('agan', agan), agan, tmp_path / 'out')
     stop = Mock(side_effect=[None, None, None, KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
         preparation.check(1, stop)
@@ -334,41 +329,32 @@ def test_a_stopped_run_continues(tmp_path, monkeypatch):
     journal = tmp_path / 'out/.train.checked.new'
     journal.write_bytes(journal.read_bytes()[:-20])  # as after a kill in the middle of a line
     read = count_checks(monkeypatch)
-    prepare(root, tmp_path / 'out')
+    prepare(agan, tmp_path / 'out')
     assert read == ['3_rain.png', '4_rain.png', '5_rain.png', '0_rain.png', '1_rain.png', '2_rain.png']
     assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
 
 
-def test_rejected_run_rereads_only_fixed_files(tmp_path, monkeypatch):
-    root = make_agan(tmp_path / 'data')
-    (root / 'train/data/2_rain.png').write_bytes(b'')
-    preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
+def test_rejected_run_rereads_only_fixed_files(agan, tmp_path, monkeypatch):
+    (agan / 'train/data/2_rain.png').write_bytes(b'')
+    preparation = Preparation(find_splits('agan', agan), agan, tmp_path / 'out')
     preparation.check(1)
     assert preparation.num_faults == 1
     read = count_checks(monkeypatch)
     preparation.check(1)
     assert preparation.num_faults == 1 and read == []
-    write_noise(root / 'train/data/2_rain.png', 77)
+    write_noise(agan / 'train/data/2_rain.png', 77)
     preparation.check(1)
     assert preparation.num_faults == 0 and read == ['2_rain.png']
 
 
-def test_rubbish_in_a_journal_is_not_believed(tmp_path, monkeypatch):
-    root = make_agan(tmp_path / 'data')
-    prepare(root, tmp_path / 'whole')
+def test_rubbish_in_a_journal_is_not_believed(agan, tmp_path, monkeypatch):
+    prepare(agan, tmp_path / 'whole')
     (tmp_path / 'out').mkdir()
     lines = ['', 'null', '[]', '{"a": 1}', '[["x"]]', '\x00', '[' * 2000]
     (tmp_path / 'out/.train.checked').write_text('\n'.join(lines))
     read = count_checks(monkeypatch)
-    prepare(root, tmp_path / 'out')
+    prepare(agan, tmp_path / 'out')
     assert len(read) == 9 and contents(tmp_path / 'out') == contents(tmp_path / 'whole')
-
-
-def test_rest_of_a_killed_run_is_removed(tmp_path):
-    root = make_agan(tmp_path / 'data', train=1, test=1)
-    touch(tmp_path / 'out', '.train.jsonl.17-0a1b2c3d.part', '.train.jsonl.mine')
-    prepare(root, tmp_path / 'out')
-    assert sorted(os.listdir(tmp_path / 'out')) == ['.train.jsonl.mine', 'test_a.jsonl', 'train.jsonl']
 
 
 def test_killed_at_any_moment(tmp_path):
@@ -432,19 +418,17 @@ def test_targets_that_cannot_be(tmp_path, target, reason):
 
 
 @pytest.mark.parametrize('name', ['train.jsonl', 'train/mine.png'])
-def test_files_of_others_are_left_alone(tmp_path, name):
-    root = make_agan(tmp_path / 'data')
+def test_files_of_others_are_left_alone(agan, tmp_path, name):
     (tmp_path / 'out' / name).parent.mkdir(parents=True)
     (tmp_path / 'out' / name).write_text('mine')
     with pytest.raises(DataError, match='exists and is not'):
-        prepare(root, tmp_path / 'out', 'copy')
+        prepare(agan, tmp_path / 'out', 'copy')
     assert (tmp_path / 'out' / name).read_text() == 'mine'
 
 
-def test_two_runs_do_not_meet(tmp_path, capsys):
-    root = make_agan(tmp_path / 'data')
-    command = ['data', 'prepare', 'agan', str(root), str(tmp_path / 'out')]
-    with Preparation(find_splits('agan', root), root, tmp_path / 'out').lock():
+def test_two_runs_do_not_meet(agan, tmp_path, capsys):
+    command = ['data', 'prepare', 'agan', str(agan), str(tmp_path / 'out')]
+    with Preparation(find_splits('agan', agan), agan, tmp_path / 'out').lock():
         assert main(command) == 2
         assert 'out: another run is preparing there; wait for it' in capsys.readouterr().err
         assert os.listdir(tmp_path / 'out') == []
@@ -455,27 +439,25 @@ def test_two_runs_do_not_meet(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('place', ['copy', 'link'])
-def test_copies_and_links(tmp_path, place):
-    root = make_agan(tmp_path / 'data')
-    _, (train, _) = prepare(root, tmp_path / 'out', place)
+def test_copies_and_links(agan, tmp_path, place):
+    _, (train, _) = prepare(agan, tmp_path / 'out', place)
     manifest = read_manifest(train)
     assert json.loads(train.read_text().splitlines()[0])['root'] == 'train'
     for entry, pair in zip(manifest.entries(), manifest.pairs(), strict=True):
         assert (entry.lq, entry.gt) == (f'lq/{entry.key}.png', f'gt/{entry.key}.png')
-        assert Path(pair.lq).read_bytes() == (root / f'train/data/{entry.key}_rain.png').read_bytes()
+        assert Path(pair.lq).read_bytes() == (agan / f'train/data/{entry.key}_rain.png').read_bytes()
         assert Path(pair.gt).is_symlink() == (place == 'link')
 
 
-def test_a_second_run_drops_what_is_gone(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    prepare(root, tmp_path / 'out', 'copy')
+def test_a_second_run_drops_what_is_gone(agan, tmp_path):
+    prepare(agan, tmp_path / 'out', 'copy')
     for name in ('data/0_rain.png', 'gt/0_clean.png'):
-        (root / 'train' / name).unlink()
-    write_noise(root / 'train/data/1_rain.png', 55)
-    prepare(root, tmp_path / 'out', 'copy')
-    prepare(root, tmp_path / 'anew', 'copy')
+        (agan / 'train' / name).unlink()
+    write_noise(agan / 'train/data/1_rain.png', 55)
+    prepare(agan, tmp_path / 'out', 'copy')
+    prepare(agan, tmp_path / 'anew', 'copy')
     assert contents(tmp_path / 'out') == contents(tmp_path / 'anew')
-    prepare(root, tmp_path / 'out', 'link')
+    prepare(agan, tmp_path / 'out', 'link')
     assert (tmp_path / 'out/train/lq/1.png').is_symlink()
 
 
