@@ -189,9 +189,9 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         raise DataError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
 
 
-def write_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> None:
+def write_image(path: str | os.PathLike, image: ImageFile) -> None:
     """Write an image atomically to an existing folder, encoded by `encode_image`; raise FileError if that fails."""
-    write_file(path, encode_image(path, image, quality=quality))
+    write_file(path, encode_image(path, image))
 
 
 def encode_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> bytes:
