@@ -184,8 +184,8 @@ def check_split(split: Split, journal: Path, workers: int, on_pair: Callable[[],
     checked, new = CheckedSplit(split, list(split.faults)), journal.with_name(f'{journal.name}.new')
     try:
         journal.touch()
-        if new.is_file() and journal.stat().st_size < new.stat().st_size:
-            os.replace(new, journal)
+        if new.is_file():
+            _adopt_lines(new, journal)
         with open(journal, encoding='utf-8', errors='replace') as known, open(new, 'w', encoding='utf-8') as file:
             items = zip(split.pairs, itertools.chain(known, itertools.repeat('')), strict=False)
             for line in map_in_processes(_check_line, items, workers, prepare=_limit_threads):
@@ -196,6 +196,15 @@ def check_split(split: Split, journal: Path, workers: int, on_pair: Callable[[],
     except OSError as error:
         raise DataError(f'cannot write {new}: {error.strerror or error}. Nothing was prepared') from error
     return checked
+
+
+def _adopt_lines(new: Path, journal: Path) -> None:
+    """Replace the first lines of a journal by those of an interrupted run, whose last line may be truncated."""
+    merged = new.with_suffix('.part')
+    with open(new, 'rb') as first, open(journal, 'rb') as rest, open(merged, 'wb') as file:
+        for line, older in itertools.zip_longest(first, rest, fillvalue=b''):
+            file.write(line if line.endswith(b'\n') else older)
+    os.replace(merged, journal)
 
 
 def read_findings(journal: Path) -> Iterator[tuple[Finding, Finding]]:

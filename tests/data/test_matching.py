@@ -1,11 +1,12 @@
-"""PairTable returns the pairs it was given and uses little memory."""
+"""PairTable returns the pairs it was given and uses little memory; folders are matched without their other files."""
 
 import pickle
 import tracemalloc
 
 import pytest
 
-from ast_plugin.data.matching import Pair, PairTable
+from ast_plugin.data.matching import Pair, PairTable, match_folders
+from tests.data.images import touch
 
 PAIRS = [
     Pair('a', '/data/lq/a.png', '/data/gt/a.png'),
@@ -34,3 +35,10 @@ def test_table_takes_little_memory():
         assert tracemalloc.get_traced_memory()[0] / len(table) < 60  # as objects, about 300
     finally:
         tracemalloc.stop()
+
+
+def test_left_out_files_are_counted_once(tmp_path):
+    touch(tmp_path, 'a_rain.png', 'a_clean.png', 'mask.png', 'b.heic')
+    pairs, (left_out,) = match_folders('train', tmp_path, tmp_path, '{}_rain', '{}_clean')
+    assert [pair.key for pair in pairs] == ['a'] and left_out.name == str(tmp_path)
+    assert set(left_out.text.split(', ')) == {'1 not named {}_rain.* or {}_clean.*', '1 .heic'}
