@@ -162,7 +162,6 @@ def _choose_place(places: Sequence[Place], root: Path, splits: Sequence[str]) ->
 
 
 def _find_places(layout: Layout, source: Source) -> MatchResult:
-    """List the pairs in the first existing place of the layout."""
     root, split = Path(source.dataroot), layout.split(source)
     chosen = _choose_place(layout.places, root, layout.names(split))
     if not chosen:
@@ -229,7 +228,6 @@ def _find_keys(folder: Path, template: str, deep: bool) -> set[str]:
 
 
 def _find_folders(layout: Layout, source: Source) -> MatchResult:
-    """List the pairs of two folders given separately."""
     for kind, key in (('degraded', 'dataroot_lq'), ('clean', 'dataroot_gt')):
         if not os.path.isdir(folder := getattr(source, key)):
             title, where = f'The folder of {kind} images', f'datasets.{source.phase}.{key}'

@@ -29,6 +29,7 @@ from ast_plugin.faults import faults_of
 
 Level = Annotated[float, Field(ge=0, le=255)]
 Quality = Annotated[int, Field(ge=1, le=100)]
+UserPath = Annotated[str, AfterValidator(lambda path: path and str(Path(os.path.expanduser(path))))]
 CACHE_BYTES = 256 * 2**20
 """Maximum size of the decoded photos that each process caches; photos beyond it are decoded at each access."""
 
@@ -168,9 +169,9 @@ class PairsOptions(SeededOptions):
 
     io_backend: PairsIoBackend = Field(default_factory=PairsIoBackend, description='storage that images are read from')
     layout: str = Field('folders', description=f'directory layout of the dataset: {", ".join(LAYOUTS)}')
-    dataroot: str | None = Field(None, description='root of the dataset, for every layout except folders and manifest')
-    dataroot_lq: str | None = Field(None, description='layout folders: degraded images, or their LMDB')
-    dataroot_gt: str | None = Field(None, description='layout folders: clean images, or their LMDB')
+    dataroot: UserPath | None = Field(None, description='root of the dataset; not for layouts folders and manifest')
+    dataroot_lq: UserPath | None = Field(None, description='layout folders: degraded images, or their LMDB')
+    dataroot_gt: UserPath | None = Field(None, description='layout folders: clean images, or their LMDB')
     lq_template: str | None = Field(
         None, description="layout folders: names of degraded images, e.g. '{}_rain.png'; {} is the key of the pair"
     )
@@ -181,14 +182,11 @@ class PairsOptions(SeededOptions):
     list_file: str | None = Field(
         None, description='layout spad: list of pairs; default: real_world.txt for train, real_test_1000.txt for test'
     )
-    manifest: str | None = Field(None, description='layout manifest: file written by `basicsr data prepare`')
+    manifest: UserPath | None = Field(None, description='layout manifest: file written by `basicsr data prepare`')
 
     def source(self) -> Source:
         """Return the keys that describe the location of the dataset."""
-        values = {key: getattr(self, key) for key in Source.__dataclass_fields__}
-        for key in ('dataroot', 'dataroot_lq', 'dataroot_gt', 'manifest'):
-            values[key] = values[key] and str(Path(os.path.expanduser(values[key])))
-        return Source(**values)
+        return Source(**{key: getattr(self, key) for key in Source.__dataclass_fields__})
 
     @model_validator(mode='after')
     def _layout_takes_these_keys(self) -> PairsOptions:
@@ -281,7 +279,7 @@ class SyntheticPairsOptions(SeededOptions):
     source: Literal['packaged', 'folder'] = Field(
         'packaged', description='packaged: photos of scikit-image and scikit-learn; folder: photos in dataroot_gt'
     )
-    dataroot_gt: str | None = Field(None, description='source folder: folder of clean photos')
+    dataroot_gt: UserPath | None = Field(None, description='source folder: folder of clean photos')
     split: Literal['train', 'val', 'all'] | None = Field(
         None, description='split of the photos; default: train in training, val otherwise, which are disjoint'
     )
@@ -339,8 +337,7 @@ class SyntheticPairsDataset(SeededDataset):
         if options.source == 'packaged':
             self.photos = packaged_photos(split, options.photos)
         else:
-            folder = Path(os.path.expanduser(options.dataroot_gt))
-            self.photos = folder_photos(folder, options.phase, split, options.photos)
+            self.photos = folder_photos(options.dataroot_gt, options.phase, split, options.photos)
         self.degradations = options.degradation if isinstance(options.degradation, list) else [options.degradation]
         self._cache: dict[Path, np.ndarray] = {}
         self._cached_bytes = 0

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -38,7 +38,7 @@ from ast_plugin.data.layouts import (
 from ast_plugin.data.manifest import Entry, write_manifest
 from ast_plugin.data.matching import LEFT_OUT, Pair, PairTable, is_image, list_others, shorten_list
 from ast_plugin.errors import DataError, OptionError, did_you_mean
-from ast_plugin.files import lock_folder, partials_of, replace_text
+from ast_plugin.files import partials_of, replace_text
 from ast_plugin.names import printable, to_columns
 
 FAULTS = 'faults.txt'
@@ -276,10 +276,6 @@ class Preparation:
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f'{target}: this folder cannot be created: {error.strerror or error}') from error
-
-    def lock(self) -> AbstractContextManager:
-        """Prevent other runs from preparing into the folder."""
-        return lock_folder(self.target, 'another run is preparing there')
 
     @property
     def num_faults(self) -> int:

@@ -22,6 +22,7 @@ from ast_plugin.data.layouts import plain_layout, preparable
 from ast_plugin.data.manifest import read_manifest
 from ast_plugin.data.prepare import Preparation, find_splits, format_notes, format_options
 from ast_plugin.errors import DataError, OptionError
+from ast_plugin.files import lock_folder
 from ast_plugin.options.sections import FolderName
 from tests.data.images import contents, touch, write_noise
 
@@ -421,7 +422,8 @@ def test_files_of_others_are_left_alone(agan, tmp_path, name):
 
 def test_two_runs_do_not_meet(agan, tmp_path, capsys):
     command = ['data', 'prepare', 'agan', str(agan), str(tmp_path / 'out')]
-    with Preparation(find_splits('agan', agan), agan, tmp_path / 'out').lock():
+    (tmp_path / 'out').mkdir()
+    with lock_folder(tmp_path / 'out', 'taken'):
         assert main(command) == 2
         assert 'out: another run is preparing there; wait for it' in capsys.readouterr().err
         assert os.listdir(tmp_path / 'out') == []

@@ -261,7 +261,6 @@ def _adopt(staging: Path, plan: Plan) -> int:
 
 
 def _is_of(staging: Path, plan: Plan) -> bool:
-    """Return whether a staging folder belongs to this plan."""
     marker = staging / _PLAN
     return marker.is_file() and marker.read_bytes() == plan.digest.encode()
 
@@ -340,7 +339,6 @@ def _commit(folder: Path, values: Sequence[Value], num_before: int) -> None:
 
 
 def _write_texts(staging: Path, plan: Plan) -> None:
-    """Write the text files from the journal."""
     for left_over in (staging / _STAGED).rglob(f'.*{PARTIAL_SUFFIX}'):  # from a run that was killed
         left_over.unlink()
     digests = {}
