@@ -20,7 +20,7 @@ from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.layouts import LAYOUTS, Source, check_source, list_pairs
 from ast_plugin.data.lmdb.reader import LmdbImages, decode_key, read_meta_info
 from ast_plugin.data.matching import Pair, PairTable, check_equal_sizes, shorten_list
-from ast_plugin.data.synthesis import Photo, degraded_patch, folder_photos, packaged_photos
+from ast_plugin.data.synthesis import Augmentation, Photo, degraded_patch, folder_photos, packaged_photos
 from ast_plugin.degradations import DEGRADATIONS, AnyParameters
 from ast_plugin.degradations.base import PositiveRange, check_order
 from ast_plugin.degradations.rain import RainParameters
@@ -339,6 +339,7 @@ class SyntheticPairsDataset(SeededDataset):
         else:
             self.photos = folder_photos(options.dataroot_gt, options.phase, split, options.photos)
         self.degradations = options.degradation if isinstance(options.degradation, list) else [options.degradation]
+        self._augmentation = Augmentation(*(getattr(options, key) for key in Augmentation._fields))
         self._cache: dict[Path, np.ndarray] = {}
         self._cached_bytes = 0
 
@@ -354,21 +355,8 @@ class SyntheticPairsDataset(SeededDataset):
         several = len(self.degradations)
         if self.is_train:
             parameters = self.degradations[generator.integers(several) if several > 1 else 0]
-            lq, gt, _ = degraded_patch(
-                image,
-                options.gt_size,
-                generator,
-                DEGRADATIONS[parameters.type],
-                parameters,
-                use_hflip=options.use_hflip,
-                use_rot=options.use_rot,
-                clean_share=options.clean_share,
-                gamma=options.gamma,
-                rgb_permute=options.rgb_permute,
-                camera_share=options.camera_share,
-                noise_range=options.noise_range,
-                jpeg_range=options.jpeg_range,
-            )
+            degradation = DEGRADATIONS[parameters.type]
+            lq, gt, _ = degraded_patch(image, options.gt_size, generator, degradation, parameters, self._augmentation)
         else:
             if options.center_crop:
                 (image,) = transforms.center_crop([image], options.center_crop)

@@ -155,9 +155,23 @@ def _make_pairs(name: str, path: Path, depth_path: Path | None, recipe: Recipe) 
             clean = transforms.to_float(image)
             degraded, mask = row.apply(clean, generator, recipe.parameters, **options)
         else:
-            degraded, clean, mask = degraded_patch(image, recipe.size, generator, row, recipe.parameters, **options)
+            settings = row, recipe.parameters, Augmentation()
+            degraded, clean, mask = degraded_patch(image, recipe.size, generator, *settings, **options)
         pair = {'lq': _to_integers(degraded, image.dtype), 'gt': _to_integers(clean, image.dtype)}
         yield pair if mask is None else {**pair, 'mask': _to_integers(mask, np.dtype(np.uint8))}
+
+
+class Augmentation(NamedTuple):
+    """Random changes of patches, under the keys of SyntheticPairsDataset."""
+
+    use_hflip: bool = False  # see `transforms.random_flip`
+    use_rot: bool = False
+    clean_share: float = 0.0  # fraction of patches, in [0, 1], that are not degraded
+    gamma: tuple[float, float] = (1.0, 1.0)  # range of an exponent, sampled log-uniformly; above 1 darkens
+    rgb_permute: float = 0.0  # fraction of patches, in [0, 1], whose channels are put in random order
+    camera_share: float = 0.0  # fraction of patches, in [0, 1], changed by `transforms.add_camera_noise`
+    noise_range: tuple[float, float] = (0.0, 0.0)
+    jpeg_range: tuple[int, int] = (100, 100)
 
 
 def degraded_patch(
@@ -166,15 +180,7 @@ def degraded_patch(
     generator: np.random.Generator,
     degradation: Degradation,
     parameters: Any,
-    *,
-    use_hflip: bool = False,
-    use_rot: bool = False,
-    clean_share: float = 0.0,
-    gamma: tuple[float, float] = (1.0, 1.0),
-    rgb_permute: float = 0.0,
-    camera_share: float = 0.0,
-    noise_range: tuple[float, float] = (0.0, 0.0),
-    jpeg_range: tuple[int, int] = (100, 100),
+    augmentation: Augmentation,
     depth: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Crop a patch with the margin required by the degradation, flip it, degrade it, and remove the margin.
@@ -186,12 +192,7 @@ def degraded_patch(
             noise, drawn in this order.
         degradation: entry of `DEGRADATIONS`.
         parameters: parameters of that degradation.
-        use_hflip, use_rot: see `transforms.random_flip`.
-        clean_share: fraction of patches, in [0, 1], that are not degraded.
-        gamma: range of the exponent applied to the clean patch, sampled log-uniformly; above 1 darkens it.
-        rgb_permute: fraction of patches, in [0, 1], whose channels are put in random order before they are degraded.
-        camera_share: fraction of patches, in [0, 1], that get noise and compression, see `transforms.add_camera_noise`.
-        noise_range, jpeg_range: strength of these.
+        augmentation: further random changes.
         depth: depth map, [H, W], for degradations that take one; cropped and flipped like the image.
     Returns:
         The degraded and the clean patch, [size, size, 3] float32 in [0, 1], and the mask, [size, size], or None.
@@ -200,20 +201,21 @@ def degraded_patch(
     top, left = transforms.random_offset(image.shape, size, generator)
     place = (top - margin, left - margin, size + 2 * margin, size + 2 * margin)
     parts = [transforms.window(array, *place) for array in (image, depth) if array is not None]
-    clean, *depths = transforms.random_flip(parts, use_hflip, use_rot, generator)
+    clean, *depths = transforms.random_flip(parts, augmentation.use_hflip, augmentation.use_rot, generator)
     clean = transforms.to_float(clean)
-    if gamma != (1.0, 1.0):
-        clean = clean ** np.float32(np.exp(generator.uniform(*np.log(gamma))))
-    if rgb_permute and generator.random() < rgb_permute:
+    if augmentation.gamma != (1.0, 1.0):
+        clean = clean ** np.float32(np.exp(generator.uniform(*np.log(augmentation.gamma))))
+    if augmentation.rgb_permute and generator.random() < augmentation.rgb_permute:
         clean = np.ascontiguousarray(clean[..., generator.permutation(3)])
-    if clean_share and generator.random() < clean_share:
+    if augmentation.clean_share and generator.random() < augmentation.clean_share:
         degraded, mask = clean, np.zeros(clean.shape[:2], np.float32)
     else:
         degraded, mask = degradation.apply(clean, generator, parameters, *depths)
     inner = (slice(margin, margin + size),) * 2
     degraded, clean = degraded[inner], clean[inner]
-    if camera_share and generator.random() < camera_share:
-        degraded, clean = transforms.add_camera_noise([degraded, clean], generator, noise_range, jpeg_range)
+    if augmentation.camera_share and generator.random() < augmentation.camera_share:
+        ranges = augmentation.noise_range, augmentation.jpeg_range
+        degraded, clean = transforms.add_camera_noise([degraded, clean], generator, *ranges)
     return degraded, clean, None if mask is None else mask[inner]
 
 
