@@ -35,7 +35,7 @@ from ast_plugin.data.layouts import (
     preparable,
     read_list,
 )
-from ast_plugin.data.manifest import Entry, write_manifest
+from ast_plugin.data.manifest import Entry, Manifest, write_manifest
 from ast_plugin.data.matching import LEFT_OUT, Pair, PairTable, is_image, list_others, shorten_list
 from ast_plugin.errors import DataError, OptionError, did_you_mean
 from ast_plugin.files import partials_of, replace_text
@@ -332,8 +332,8 @@ class Preparation:
                 Entry(*name, lq.size, (lq.num_bytes, gt.num_bytes), (lq.digest, gt.digest))
                 for name, (lq, gt) in zip(names, read_findings(self._journal(split)), strict=True)
             )
-            counts = {'pairs': len(checked.good), 'others': others}
-            write_manifest(paths[split.name], entries, layout=layout, phase=split.phase, root=root, **counts)
+            path, num_pairs = paths[split.name], len(checked.good)
+            write_manifest(Manifest(path, layout, split.phase, root, num_pairs, tuple(others)), entries)
         for split in self.splits:
             self._journal(split).unlink()
         return [paths[checked.split.name] for checked in good]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ast_plugin.data.layouts import Source, list_pairs
-from ast_plugin.data.manifest import Entry, read_manifest, write_manifest
+from ast_plugin.data.manifest import Entry, Manifest, read_manifest, write_manifest
 from ast_plugin.errors import DataError, OptionError
 
 ENTRIES = [
@@ -20,7 +20,7 @@ ENTRIES = [
 def write(path: Path, root: Path, entries=ENTRIES) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     root.mkdir(parents=True, exist_ok=True)
-    write_manifest(path, entries, layout='agan', phase='train', root=root, pairs=len(entries), others=['lq/x.png'])
+    write_manifest(Manifest(path, 'agan', 'train', root, len(entries), ('lq/x.png',)), entries)
     return path
 
 
