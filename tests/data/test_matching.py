@@ -42,3 +42,5 @@ def test_left_out_files_are_counted_once(tmp_path):
     pairs, (left_out,) = match_folders('train', tmp_path, tmp_path, '{}_rain', '{}_clean')
     assert [pair.key for pair in pairs] == ['a'] and left_out.name == str(tmp_path)
     assert set(left_out.text.split(', ')) == {'1 not named {}_rain.* or {}_clean.*', '1 .heic'}
+    touch(tmp_path, 'in/a.png', 'in/gt/a.png')
+    assert match_folders('train', tmp_path / 'in', tmp_path / 'in/gt')[1] == []  # a side is not left out of the other
