@@ -81,11 +81,11 @@ def drawable(text: str, most: int = _MOST_DRAWN) -> tuple[str, str | None]:
     return ''.join(_escape(character) if character in missing else character for character in text), usual
 
 
-def write_name(text: Any, name: str, most: int = _MOST_DRAWN) -> None:
+def write_name(text: Any, name: str) -> None:
     """Set a matplotlib text to a name, without interpreting the name as mathematics."""
     from matplotlib.font_manager import FontProperties
 
-    shown, file = drawable(name, most)
+    shown, file = drawable(name)
     text.set(text=shown, parse_math=False, usetex=False)
     if file is not None:
         text.set_fontproperties(FontProperties(fname=file, size=text.get_fontsize()))

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,26 +35,26 @@ def test_replaces_what_was_there(path, write):
     assert list(path.parent.iterdir()) == [path]
 
 
-@writers
-@pytest.mark.parametrize('step', ['fsync', 'replace'])
-def test_disk_full(path, write, monkeypatch, step):
-    def full(*_):
-        raise OSError(28, 'No space left on device')
+def fail(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
 
-    monkeypatch.setattr(os if step == 'fsync' else files.Path, step, full)
-    with pytest.raises(FileError, match=r'a\[1\]\.txt cannot be written: No space left on device'):
-        write(path, b'later')
-    assert path.read_bytes() == b'earlier'
-    assert list(path.parent.iterdir()) == [path]
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 @writers
-def test_interrupted(path, write, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(files.Path, 'replace', interrupt)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize(
+    ('owner', 'step', 'fault', 'message'),
+    [
+        (os, 'fsync', fail, r'a\[1\]\.txt cannot be written: No space left on device'),
+        (Path, 'replace', fail, r'a\[1\]\.txt cannot be written: No space left on device'),
+        (Path, 'replace', interrupt, None),
+    ],
+)
+def test_failed_write_keeps_the_old_file(path, write, monkeypatch, owner, step, fault, message):
+    monkeypatch.setattr(owner, step, fault)
+    with pytest.raises(FileError if message else KeyboardInterrupt, match=message):
         write(path, b'later')
     assert path.read_bytes() == b'earlier'
     assert list(path.parent.iterdir()) == [path]
@@ -119,25 +120,12 @@ def test_one_process_in_a_folder(tmp_path):
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no such locks')
-def test_file_system_without_locks(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.ENOSYS, 'Function not implemented')
-
-    monkeypatch.setattr(files.fcntl, 'flock', fail)
-    with lock_folder(tmp_path, 'busy'):
-        pass
-
-
-@pytest.mark.skipif(os.name == 'nt', reason='Windows has no such locks')
-def test_folder_replaced_while_waiting(tmp_path, monkeypatch):
+def test_lock_that_cannot_be_taken(tmp_path, monkeypatch):
     folder = tmp_path / 'in'
     folder.mkdir()
-    flock = files.fcntl.flock
-
-    def replace(*arguments):
-        folder.rename(tmp_path / 'out')
-        flock(*arguments)
-
-    monkeypatch.setattr(files.fcntl, 'flock', replace)
+    monkeypatch.setattr(files.fcntl, 'flock', fail)
+    with lock_folder(folder, 'busy'):  # a file system without locks
+        pass
+    monkeypatch.setattr(files.fcntl, 'flock', lambda *_: folder.rename(tmp_path / 'out'))
     with pytest.raises(FileError, match='another process has just replaced this folder'), lock_folder(folder, 'busy'):
         pass

@@ -24,6 +24,7 @@ from ast_plugin.data.matching import DataFault, Pair
 from ast_plugin.data.prepare import find_splits, find_unused
 from ast_plugin.data.workers import num_cores
 from ast_plugin.errors import DataError, OptionError, PluginError
+from ast_plugin.files import lock_folder
 from ast_plugin.names import say, to_columns
 
 
@@ -108,7 +109,7 @@ def prepare(args: argparse.Namespace) -> int:
     source, target = Path(os.path.expanduser(args.source)).absolute(), Path(os.path.expanduser(args.target)).resolve()
     splits = find_splits(layout, source, args.split)
     preparation = preparing.Preparation(splits, source, target)
-    with preparation.lock():
+    with lock_folder(target, 'another run is preparing there'):
         num_pairs = sum(len(split.pairs) for split in splits)
         with _progress(num_pairs, 'checking') as bar:
             preparation.check(_num_workers(args, num_pairs), bar.update)

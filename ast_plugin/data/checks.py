@@ -1,7 +1,7 @@
 """Read every image of a dataset completely, so that damaged files are found before training.
 
-`Journal` checks the pairs of a split and caches the results. `find_leaks` and `find_duplicates` compare the pixels of
-many images. `check_files`, `find_extra` and `check_lmdbs` compare a dataset with its manifest.
+`check_split` checks the pairs of a split and caches the results. `find_leaks` and `find_duplicates` compare the pixels
+of many images. `check_files`, `find_extra` and `check_lmdbs` compare a dataset with its manifest.
 """
 
 from __future__ import annotations
@@ -166,58 +166,51 @@ class CheckedSplit:
         """Yield the pairs without faults."""
         return (self.split.pairs[number] for number in self.good)
 
-    @property
-    def num_unchanged(self) -> int:
-        """Number of pairs whose two images are equal."""
-        return sum(lq == gt for lq, gt in zip(*self.digests, strict=True))
 
-    @property
-    def num_clean(self) -> int:
-        """Number of distinct clean images."""
-        return len(set(self.digests[1]))
-
-
-class Journal:
-    """A file with one line per pair of a split, in order, written while the pairs are checked.
+def check_split(split: Split, journal: Path, workers: int, on_pair: Callable[[], None] = int) -> CheckedSplit:
+    """Check the pairs of a split, and write one line per pair, in order, to a journal.
 
     Lines of an earlier run are reused if size and modification time of both files are unchanged. Lines truncated by an
     interrupted run are checked again.
 
     Args:
-        path: the file; a new one is written next to it and replaces it at the end.
+        split: the split.
+        journal: the file; a new one is written next to it and replaces it at the end.
+        workers: number of processes.
+        on_pair: called after each pair.
+    Raises:
+        DataError: if the journal cannot be written.
     """
+    checked, new = CheckedSplit(split, list(split.faults)), journal.with_name(f'{journal.name}.new')
+    try:
+        journal.touch()
+        if new.is_file():
+            _adopt_lines(new, journal)
+        with open(journal, encoding='utf-8', errors='replace') as known, open(new, 'w', encoding='utf-8') as file:
+            items = zip(split.pairs, itertools.chain(known, itertools.repeat('')), strict=False)
+            for line in map_in_processes(_check_line, items, workers, prepare=_limit_threads):
+                file.write(line + '\n')
+                checked.add(_parse(line))
+                on_pair()
+        os.replace(new, journal)
+    except OSError as error:
+        raise DataError(f'cannot write {new}: {error.strerror or error}. Nothing was prepared') from error
+    return checked
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._new = path, path.with_name(path.name + '.new')
-        if self._new.is_file() and (not path.is_file() or path.stat().st_size < self._new.stat().st_size):
-            os.replace(self._new, path)
 
-    def check(self, split: Split, workers: int, on_pair: Callable[[], None] = int) -> CheckedSplit:
-        """Check all pairs in `workers` processes, and call `on_pair` after each."""
-        checked = CheckedSplit(split, list(split.faults))
-        try:
-            with open(self._new, 'w', encoding='utf-8') as file:
-                items = zip(split.pairs, self._known_lines(), strict=False)
-                for line in map_in_processes(_check_line, items, workers, prepare=_limit_threads):
-                    file.write(line + '\n')
-                    checked.add(_parse(line))
-                    on_pair()
-            os.replace(self._new, self.path)
-        except OSError as error:
-            raise DataError(f'cannot write {self._new}: {error.strerror or error}. Nothing was prepared') from error
-        return checked
+def _adopt_lines(new: Path, journal: Path) -> None:
+    """Replace the first lines of a journal by those of an interrupted run, whose last line may be truncated."""
+    merged = new.with_suffix('.part')
+    with open(new, 'rb') as first, open(journal, 'rb') as rest, open(merged, 'wb') as file:
+        for line, older in itertools.zip_longest(first, rest, fillvalue=b''):
+            file.write(line if line.endswith(b'\n') else older)
+    os.replace(merged, journal)
 
-    def findings(self) -> Iterator[tuple[Finding, Finding]]:
-        """Yield the findings of each good pair."""
-        with open(self.path, encoding='utf-8') as file:
-            yield from (checked for checked in map(_parse, file) if not isinstance(checked, DataFault))
 
-    def _known_lines(self) -> Iterator[str]:
-        """Yield the lines of an earlier run, followed by empty strings without end."""
-        if self.path.is_file():
-            with open(self.path, encoding='utf-8', errors='replace') as file:
-                yield from file
-        yield from itertools.repeat('')
+def read_findings(journal: Path) -> Iterator[tuple[Finding, Finding]]:
+    """Yield the findings of each good pair in a journal."""
+    with open(journal, encoding='utf-8') as file:
+        yield from (checked for checked in map(_parse, file) if not isinstance(checked, DataFault))
 
 
 def _check_line(item: tuple[Pair, str]) -> str:
@@ -304,17 +297,13 @@ def check_files(
     """
     faults: list[DataFault] = []
     owners: dict[int, int] = {}
-    check = partial(_check_entry, manifest.root, quick)
-
-    def with_own_keys() -> Iterator[Entry]:
-        for number, entry in enumerate(manifest.entries(), 2):
-            images = hash((entry.lq, entry.gt))
-            if owners.setdefault(hash(entry.key), images) != images:
-                text = f'line {number} uses it for another pair than an earlier line'
-                faults.append(DataFault('key twice', entry.key, text))
-            yield entry
-
-    for found in map_in_processes(check, with_own_keys(), workers, prepare=_limit_threads):
+    entries, same = itertools.tee(manifest.entries())
+    results = map_in_processes(partial(_check_entry, manifest.root, quick), same, workers, prepare=_limit_threads)
+    for number, (entry, found) in enumerate(zip(entries, results, strict=True), 2):
+        images = hash((entry.lq, entry.gt))
+        if owners.setdefault(hash(entry.key), images) != images:
+            text = f'line {number} uses it for another pair than an earlier line'
+            faults.append(DataFault('key twice', entry.key, text))
         faults += found
         on_pair()
     return faults

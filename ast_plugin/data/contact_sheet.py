@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ast_plugin.data.image_files import read_rgb
+from ast_plugin.data.transforms import to_float
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import ShapeError
 from ast_plugin.files import write_file
@@ -75,8 +76,6 @@ def draw_degradations(images: Mapping[str, Path], tasks: Sequence[str] | None = 
         images: files by name; each degradation uses its preferred packaged photo if present, else the next image.
         tasks: names of degradations, or None for all.
         seed: random seed.
-    Raises:
-        DataError: if an image cannot be read.
     """
     names = list(images)
     rows = []
@@ -97,9 +96,9 @@ def draw_degradations(images: Mapping[str, Path], tasks: Sequence[str] | None = 
 
 def _crop(image: np.ndarray) -> np.ndarray:
     """Return the largest crop of the aspect ratio shown, off-centre upwards, resized, float32 in [0, 1]."""
-    whole = Image.fromarray(_to_uint8(image / np.float32(np.iinfo(image.dtype).max)))
+    whole = Image.fromarray(_to_uint8(to_float(image)))
     part = ImageOps.fit(whole, _DEGRADED_SIZE[::-1], Image.Resampling.BICUBIC, centering=(0.5, 0.2))
-    return np.asarray(part) / np.float32(255)
+    return to_float(np.asarray(part))
 
 
 def _detail(image: np.ndarray) -> np.ndarray:
@@ -114,11 +113,7 @@ def _to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet as PNG atomically, and create its folder if necessary.
-
-    Raises:
-        FileError: if it cannot be written.
-    """
+    """Write a sheet as PNG atomically, and create its folder if necessary; raise FileError if that fails."""
     content = io.BytesIO()
     sheet.save(content, format='PNG', optimize=True)
     write_file(path, content.getvalue(), make_folder=True)

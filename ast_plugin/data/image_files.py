@@ -76,31 +76,18 @@ _ADAM7 = (0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (
 
 @dataclass(frozen=True)
 class ImageFile:
-    """Pixels of an image file in upright orientation, and its metadata.
+    """Pixels of an image file in upright orientation, and its metadata."""
 
-    Attributes:
-        color: gray [H, W] or RGB [H, W, 3], uint8 or uint16.
-        alpha: opacity [H, W] in the dtype of `color`, or None. Colours are not premultiplied.
-        format: a key of `SUFFIXES`.
-        lossless: whether the compression of the file is lossless.
-        icc_profile: colour profile of `color`, or None for sRGB.
-        exif: EXIF data, in the format of a TIFF file without pixels, upright and without thumbnail, or None.
-        xmp: XMP data, or None.
-        dpi: resolution (horizontal, vertical), or None.
-        extra: metadata specific to `format`, as names and the bytes in the file.
-        notes: messages on data that was not preserved.
-    """
-
-    color: np.ndarray
-    alpha: np.ndarray | None = None
-    format: str = 'PNG'
-    lossless: bool = True
-    icc_profile: bytes | None = None
-    exif: bytes | None = None
+    color: np.ndarray  # gray [H, W] or RGB [H, W, 3], uint8 or uint16
+    alpha: np.ndarray | None = None  # opacity [H, W] in the dtype of `color`; colours are not premultiplied
+    format: str = 'PNG'  # a key of `SUFFIXES`
+    lossless: bool = True  # whether the compression of the file is lossless
+    icc_profile: bytes | None = None  # colour profile of `color`, or None for sRGB
+    exif: bytes | None = None  # in the format of a TIFF file without pixels, upright and without thumbnail
     xmp: bytes | None = None
-    dpi: tuple[float, float] | None = None
-    extra: tuple[tuple[str, bytes], ...] = ()
-    notes: tuple[str, ...] = ()
+    dpi: tuple[float, float] | None = None  # resolution (horizontal, vertical)
+    extra: tuple[tuple[str, bytes], ...] = ()  # metadata specific to `format`, as names and the bytes in the file
+    notes: tuple[str, ...] = ()  # messages on data that was not preserved
 
     @property
     def is_gray(self) -> bool:
@@ -110,9 +97,8 @@ class ImageFile:
     def metadata(self, kind: str) -> tuple[dict[str, Any], list[str]]:
         """Return the metadata that format `kind` supports, by attribute, and the names of all others."""
         held, lost = split_metadata({key: getattr(self, key) for key in HOLDERS}, kind)
-        if kind == self.format:
-            return held | {'extra': self.extra}, lost
-        return held | {'extra': ()}, lost + list(dict.fromkeys(name for name, _ in self.extra))
+        held['extra'] = self.extra if kind == self.format else ()
+        return held, lost if held['extra'] else lost + list(dict.fromkeys(name for name, _ in self.extra))
 
 
 def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> ImageFile:
@@ -164,21 +150,13 @@ def decode_image(data: bytes, path: str | os.PathLike, *, max_pixels: int = MAX_
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:
-    """Read an image as RGB in upright orientation, expanding gray and dropping transparency.
-
-    Returns:
-        [H, W, 3], uint8, or uint16 for 16-bit files.
-    Raises:
-        DataError, MemoryShortage: see `read_image`.
-    """
+    """Read an image as upright RGB [H, W, 3], uint8 or uint16, without transparency; raise errors like `read_image`."""
     return decode_rgb(read_bytes(path), path)
 
 
 def decode_rgb(data: bytes | memoryview, path: str | os.PathLike) -> np.ndarray:
-    """Decode the content of an image file like `read_rgb`; `path` is for messages.
-
-    PNG and JPEG are decoded directly by OpenCV, for the throughput required by training.
-    """
+    """Decode the content of an image file like `read_rgb`; `path` is for messages."""
+    # OpenCV decodes PNG and JPEG directly, for the throughput required by training.
     num_pixels = _count_plain_pixels(data)
     if num_pixels is not None and num_pixels <= MAX_PIXELS:
         pixels = _decode_plainly(data, _IMREAD_RGB | cv2.IMREAD_ANYDEPTH)
@@ -211,14 +189,9 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         raise DataError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
 
 
-def write_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> None:
-    """Write an image atomically to an existing folder, encoded by `encode_image`.
-
-    Raises:
-        DataError: if the format does not support the image.
-        FileError: if the file cannot be written.
-    """
-    write_file(path, encode_image(path, image, quality=quality))
+def write_image(path: str | os.PathLike, image: ImageFile) -> None:
+    """Write an image atomically to an existing folder, encoded by `encode_image`; raise FileError if that fails."""
+    write_file(path, encode_image(path, image))
 
 
 def encode_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> bytes:
@@ -354,7 +327,6 @@ _PILLOW_WITHOUT_LIMITS = _PillowWithoutLimits()
 
 
 def _decode_plainly(data: bytes | memoryview, flags: int) -> np.ndarray | None:
-    """Return the pixels decoded by OpenCV, or None if it cannot read them."""
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
@@ -381,7 +353,8 @@ def _make_image(
     rows, columns = -1 if turn >= 2 else 1, -1 if turn in (1, 2) else 1
     parts = (part if part is None or orientation < 5 else part.swapaxes(0, 1) for part in (color, alpha))
     color, alpha = (None if part is None else np.ascontiguousarray(part[::rows, ::columns]) for part in parts)
-    return ImageFile(color, alpha, kind, lossless, **metadata.values, notes=tuple(metadata.notes))
+    more = {'extra': tuple(metadata.extra), 'notes': tuple(metadata.notes)}
+    return ImageFile(color, alpha, kind, lossless, **metadata.values, **more)
 
 
 def _decode(path: str | os.PathLike, data: bytes, kind: str, image: Image.Image, metadata: Metadata) -> ImageFile:
@@ -391,12 +364,14 @@ def _decode(path: str | os.PathLike, data: bytes, kind: str, image: Image.Image,
         raise DataError(
             f'{path}: holds {frames} frames or pages; animations are not supported, save the frames as separate images'
         )
-    bits, has_other_samples = data[24] if kind == 'PNG' else 8, False
+    bits = 8
     if kind == 'TIFF':
-        has_other_samples = 0 in image.tag_v2.get(_EXTRA_SAMPLES, ())
         bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
         _check_strips(path, image)
+        if 0 in image.tag_v2.get(_EXTRA_SAMPLES, ()):
+            metadata.notes.append('a channel of unspecified meaning, which is not transparency, is dropped')
     if kind == 'PNG':
+        bits = data[24]
         _check_rows(path, data)
     if kind not in ('PNG', 'JPEG'):
         take_other_metadata(data, image, kind, metadata)
@@ -416,8 +391,6 @@ def _decode(path: str | os.PathLike, data: bytes, kind: str, image: Image.Image,
             metadata.notes.append('converted from CMYK to RGB')
             image = _convert_cmyk(image, metadata.values.pop('icc_profile', None))
         color, alpha = _split_alpha(path, image)
-    if has_other_samples:
-        metadata.notes.append('a channel of unspecified meaning, which is not transparency, is dropped')
     lossless = kind != 'JPEG' and (kind != 'WEBP' or _is_lossless_webp(data))
     return _make_image(color, alpha, kind, lossless, metadata)
 
@@ -549,12 +522,8 @@ def _encode_png_16_bits(channels: np.ndarray) -> bytes:
     filtered[:, 1:] = rows
     filtered[:, 1 + count * 2 :] -= rows[:, : -count * 2]
     header = struct.pack('>IIBBBBB', width, height, 16, _PNG_COLOR_TYPES[count], 0, 0, 0)
-    return (
-        _PNG_START
-        + png_chunk(b'IHDR', header)
-        + png_chunk(b'IDAT', zlib.compress(filtered, 6))
-        + png_chunk(b'IEND', b'')
-    )
+    chunks = {b'IHDR': header, b'IDAT': zlib.compress(filtered, 6), b'IEND': b''}
+    return _PNG_START + b''.join(map(png_chunk, chunks, chunks.values()))
 
 
 def _encode_tiff(channels: np.ndarray, metadata: dict[str, Any]) -> bytes:

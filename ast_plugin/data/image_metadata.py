@@ -51,6 +51,7 @@ class Metadata:
     """Metadata of a file."""
 
     values: dict[str, Any] = field(default_factory=dict)  # by attribute of `ImageFile`
+    extra: list[tuple[str, bytes]] = field(default_factory=list)  # specific to the format
     orientation: int = 1  # of the pixels, as in EXIF
     lost: list[str] = field(default_factory=list)  # names of metadata that cannot be kept
     notes: list[str] = field(default_factory=list)  # further messages
@@ -61,10 +62,6 @@ class Metadata:
             self.values[key] = value
         else:
             self.lost.append(f'{HOLDERS[key][0]}, damaged')
-
-    def take_extra(self, name: str, data: bytes) -> None:
-        """Store metadata that only files of the same format support."""
-        self.values['extra'] = (*self.values.get('extra', ()), (name, data))
 
     def finish(self) -> None:
         """Set the orientation in EXIF and XMP to upright, so that viewers do not rotate again; note what is lost."""
@@ -94,15 +91,12 @@ def split_metadata(given: dict[str, Any], kind: str) -> tuple[dict[str, Any], li
 def take_apart(data: bytes, kind: str) -> tuple[bytes, Metadata]:
     """Split a PNG or JPEG into a file of only its pixels and its metadata; other formats are returned unchanged."""
     metadata = Metadata()
-    if kind == 'PNG':
-        data = _take_chunks(data, metadata)
-    if kind == 'JPEG':
-        data = _take_segments(data, metadata)
+    if take := {'PNG': _take_chunks, 'JPEG': _take_segments}.get(kind):
+        data = take(data, metadata)
     return data, metadata
 
 
 def _take_chunks(data: bytes, metadata: Metadata) -> bytes:
-    """Split the chunks of a PNG into pixel chunks, which are returned as a file, and metadata."""
     kept, position = [data[:8]], 8
     for name, position, end in png_chunks(data):
         chunk, body = data[position:end], data[position + 8 : end - 4]
@@ -122,7 +116,7 @@ def _take_chunks(data: bytes, metadata: Metadata) -> bytes:
             text = body[20:].split(b'\0', 2)[-1]
             metadata.take('xmp', _inflate(text) if body[18] else text)
         elif name in _PNG_UNSAFE or name[3] & 32:
-            metadata.take_extra(name.decode('latin-1'), chunk)
+            metadata.extra.append((name.decode('latin-1'), chunk))
         elif name != b'iDOT':  # row offsets
             metadata.lost.append(name.decode('latin-1'))  # marked as unsafe to copy if pixels change
     if data[position + 4 : position + 8] == b'IDAT':
@@ -133,7 +127,6 @@ def _take_chunks(data: bytes, metadata: Metadata) -> bytes:
 
 
 def _take_segments(data: bytes, metadata: Metadata) -> bytes:
-    """Split the segments of a JPEG into pixel segments, which are returned as a file, and metadata."""
     kept, position, exif = [data[:2]], 2, b''
     profile: dict[int, bytes] = {}
     for marker, position, end in jpeg_segments(data):
@@ -142,7 +135,7 @@ def _take_segments(data: bytes, metadata: Metadata) -> bytes:
         segment, body, position = data[position:end], data[position + 4 : end], end
         titles = (title for known, start, title in _JPEG_EXTRA if marker == known and body.startswith(start))
         if title := next(titles, None):
-            metadata.take_extra(title, segment)
+            metadata.extra.append((title, segment))
         elif marker in (0xE0, 0xEE) or not 0xE1 <= marker <= 0xEF:
             kept.append(segment)  # JFIF and Adobe segments describe the pixels
         elif marker == 0xE1 and body.startswith(b'Exif\0'):

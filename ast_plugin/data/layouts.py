@@ -79,11 +79,8 @@ class Place:
 
 
 def list_pairs(layout: str, source: Source) -> PairTable:
-    """List the pairs of a dataset.
+    """List the pairs of a dataset in a layout of `LAYOUTS`.
 
-    Args:
-        layout: name of a layout.
-        source: location of the dataset.
     Raises:
         OptionError: if the layout is unknown, or an option is missing or not used by it.
         DataError: if data is missing or incomplete; the message names phase, folder and files.
@@ -119,7 +116,7 @@ def plain_layout(
     """Return the layout of two folders below a root; common folder names are tried where none are given.
 
     Args:
-        lq, gt: the folders, containing `{split}` if each split has its own.
+        lq, gt: the folders, both or none of them containing `{split}` for the split.
         lq_template, gt_template: templates of the file names in them.
     Raises:
         OptionError: if only one folder is given, or only one contains `{split}`.
@@ -165,7 +162,6 @@ def _choose_place(places: Sequence[Place], root: Path, splits: Sequence[str]) ->
 
 
 def _find_places(layout: Layout, source: Source) -> MatchResult:
-    """List the pairs in the first existing place of the layout."""
     root, split = Path(source.dataroot), layout.split(source)
     chosen = _choose_place(layout.places, root, layout.names(split))
     if not chosen:
@@ -232,7 +228,6 @@ def _find_keys(folder: Path, template: str, deep: bool) -> set[str]:
 
 
 def _find_folders(layout: Layout, source: Source) -> MatchResult:
-    """List the pairs of two folders given separately."""
     for kind, key in (('degraded', 'dataroot_lq'), ('clean', 'dataroot_gt')):
         if not os.path.isdir(folder := getattr(source, key)):
             title, where = f'The folder of {kind} images', f'datasets.{source.phase}.{key}'

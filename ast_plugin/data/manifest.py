@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """An open manifest, whose first line has been read."""
+    """The first line of a manifest."""
 
     path: Path
     layout: str  # layout that the dataset is distributed in
@@ -55,11 +55,7 @@ class Manifest:
     others: tuple[str, ...] = ()  # images in the folders of the pairs that belong to no pair
 
     def entries(self) -> Iterator[Entry]:
-        """Yield the pairs lazily, in order.
-
-        Raises:
-            DataError: if a line is invalid, or the number of lines differs from the first line.
-        """
+        """Yield the pairs lazily; raise DataError if a line is invalid or their number differs from the first line."""
         with _reading(self.path) as lines:
             next(lines)
             number = 1
@@ -72,11 +68,7 @@ class Manifest:
             )
 
     def pairs(self) -> PairTable:
-        """Read all pairs, with paths relative to the working directory.
-
-        Raises:
-            DataError: see `entries`.
-        """
+        """Read all pairs like `entries`, with paths relative to the working directory."""
         root = f'{self.root}/'
         return PairTable((Pair(entry.key, root + entry.lq, root + entry.gt) for entry in self.entries()), root)
 
@@ -112,43 +104,25 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     return Manifest(path, header['layout'], header['phase'], root, header['pairs'], tuple(others))
 
 
-def write_manifest(
-    path: str | os.PathLike,
-    entries: Iterable[Entry],
-    *,
-    layout: str,
-    phase: str,
-    root: str | os.PathLike,
-    pairs: int,
-    others: Sequence[str] = (),
-) -> None:
-    """Write a manifest atomically.
+def write_manifest(manifest: Manifest, entries: Iterable[Entry]) -> None:
+    """Write a manifest with these pairs, consumed lazily, atomically into an existing folder.
 
-    Args:
-        path: the file, in an existing folder; an existing file is replaced.
-        entries: the pairs, consumed lazily.
-        layout, phase: see `Manifest`.
-        root: the folder that the names of the entries are relative to.
-        pairs: number of entries.
-        others: see `Manifest`.
     Raises:
         FileError: if the file cannot be written, for example because the disk is full.
     """
-    path = Path(path)
-    try:
-        relative = os.path.relpath(Path(root).absolute(), path.parent.resolve())
-    except ValueError:  # a different drive on Windows
-        relative = Path(root).absolute()
+    root = manifest.root.absolute()
+    with suppress(ValueError):  # a different drive on Windows
+        root = Path(os.path.relpath(root, manifest.path.parent.resolve()))
     header = {
         'manifest': FORMAT,
-        'layout': layout,
-        'phase': phase,
-        'root': Path(relative).as_posix(),
-        'pairs': pairs,
-        'others': list(others),
+        'layout': manifest.layout,
+        'phase': manifest.phase,
+        'root': root.as_posix(),
+        'pairs': manifest.num_pairs,
+        'others': list(manifest.others),
         'made_by': f'ast_plugin {__version__}',
     }
-    with replace_text(path) as file:
+    with replace_text(manifest.path) as file:
         file.write(json.dumps(header) + '\n')
         for entry in entries:
             file.write(json.dumps(entry._asdict()) + '\n')

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,10 +138,9 @@ def match_folders(
     lq, gt = _Side(lq_dir, lq_template, phase, deep), _Side(gt_dir, gt_template, phase, deep)
     if os.path.samefile(lq_dir, gt_dir):
         gt.folder = lq.folder  # one may be a link to the other
-    pairs, faults = [], lq.unmatched(gt)
-    faults += [DataFault(LEFT_OUT, str(side.folder), text) for side in (lq, gt) if (text := side.left_out(lq, gt))]
     # A clean image without a degraded one is a fault, except in datasets with many images of one key.
-    faults += [] if lq.template.is_many else gt.unmatched(lq)
+    pairs, faults = [], lq.unmatched(gt) + ([] if lq.template.is_many else gt.unmatched(lq))
+    faults += _find_left_out(lq, gt)
     for key in sorted(lq.files.keys() & gt.files.keys()):
         lq_names, gt_names = lq.files[key], gt.files[key]
         if len(gt_names) == 1 and lq.template.is_many:
@@ -204,20 +203,6 @@ class _Side:
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    def left_out(self, lq: _Side, gt: _Side) -> str:
-        """Return the number of files in the folder that belong to neither side, by reason."""
-        sides = [side for side in (lq, gt) if _same(side.folder, self.folder)]
-        taken = {name.partition('/')[0] for side in sides for names in side.files.values() for name in names}
-        reasons = Counter()
-        for entry in os.scandir(self.folder):
-            if entry.name in taken or any(_same(side.folder, entry.path) for side in (lq, gt)):
-                continue
-            if not entry.is_dir():
-                reasons[why_no_image(entry.path) or f'not named {self.template.fill("{}")}'] += 1
-            elif any(map(is_image, next(os.walk(entry.path), ('', [], []))[2])):  # unreadable folders yield nothing
-                reasons['folders with images'] += 1
-        return count_reasons(reasons)
-
     def unmatched(self, other: _Side) -> list[DataFault]:
         """Return a fault for each image whose key is missing in `other`, in order."""
         keys = sorted(self.files.keys() - other.files.keys())
@@ -231,8 +216,24 @@ class _Side:
         return faults
 
 
-def _same(one: str | Path, other: str | Path) -> bool:
-    return os.path.normpath(one) == os.path.normpath(other)
+def _find_left_out(*sides: _Side) -> Iterator[DataFault]:
+    """Yield the number of files in each folder that belong to neither side, by reason."""
+    by_folder = defaultdict(list)
+    for side in sides:
+        by_folder[os.path.normpath(side.folder)].append(side)
+    for folder, inside in by_folder.items():
+        taken = {name.partition('/')[0] for side in inside for names in side.files.values() for name in names}
+        names = ' or '.join(side.template.fill('{}') for side in inside)
+        reasons = Counter()
+        for entry in os.scandir(folder):
+            if entry.name in taken or os.path.normpath(entry.path) in by_folder:
+                continue
+            if not entry.is_dir():
+                reasons[why_no_image(entry.path) or f'not named {names}'] += 1
+            elif any(map(is_image, next(os.walk(entry.path), ('', [], []))[2])):  # unreadable folders yield nothing
+                reasons['folders with images'] += 1
+        if reasons:
+            yield DataFault(LEFT_OUT, folder, count_reasons(reasons))
 
 
 def fold(key: str) -> str:
@@ -253,7 +254,7 @@ def list_images(folder: str | Path, phase: str, deep: bool = False) -> list[str]
     Args:
         folder: the folder.
         phase: phase of the dataset, for messages.
-        deep: if the folder has no image, also search its subfolders; names then are `subfolder/name`.
+        deep: whether to search the subfolders if the folder has no image; names then are `subfolder/name`.
     Raises:
         DataError: if the folder does not exist, cannot be read, or has no image.
     """

@@ -20,7 +20,7 @@ from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.layouts import LAYOUTS, Source, check_source, list_pairs
 from ast_plugin.data.lmdb.reader import LmdbImages, decode_key, read_meta_info
 from ast_plugin.data.matching import Pair, PairTable, check_equal_sizes, shorten_list
-from ast_plugin.data.synthesis import Photo, degraded_patch, folder_photos, packaged_photos
+from ast_plugin.data.synthesis import Augmentation, Photo, degraded_patch, folder_photos, packaged_photos
 from ast_plugin.degradations import DEGRADATIONS, AnyParameters
 from ast_plugin.degradations.base import PositiveRange, check_order
 from ast_plugin.degradations.rain import RainParameters
@@ -30,6 +30,7 @@ from ast_plugin.faults import faults_of
 Level = Annotated[float, Field(ge=0, le=255)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 Side = Annotated[int, Field(ge=1)]
+UserPath = Annotated[str, AfterValidator(lambda path: path and str(Path(os.path.expanduser(path))))]
 CACHE_BYTES = 256 * 2**20
 """Maximum size of the decoded photos that each process caches; photos beyond it are decoded at each access."""
 
@@ -169,9 +170,9 @@ class PairsOptions(SeededOptions):
 
     io_backend: PairsIoBackend = Field(default_factory=PairsIoBackend, description='storage that images are read from')
     layout: str = Field('folders', description=f'directory layout of the dataset: {", ".join(LAYOUTS)}')
-    dataroot: str | None = Field(None, description='root of the dataset, for every layout except folders and manifest')
-    dataroot_lq: str | None = Field(None, description='layout folders: degraded images, or their LMDB')
-    dataroot_gt: str | None = Field(None, description='layout folders: clean images, or their LMDB')
+    dataroot: UserPath | None = Field(None, description='root of the dataset; not for layouts folders and manifest')
+    dataroot_lq: UserPath | None = Field(None, description='layout folders: degraded images, or their LMDB')
+    dataroot_gt: UserPath | None = Field(None, description='layout folders: clean images, or their LMDB')
     lq_template: str | None = Field(
         None, description="layout folders: names of degraded images, e.g. '{}_rain.png'; {} is the key of the pair"
     )
@@ -182,14 +183,11 @@ class PairsOptions(SeededOptions):
     list_file: str | None = Field(
         None, description='layout spad: list of pairs; default: real_world.txt for train, real_test_1000.txt for test'
     )
-    manifest: str | None = Field(None, description='layout manifest: file written by `basicsr data prepare`')
+    manifest: UserPath | None = Field(None, description='layout manifest: file written by `basicsr data prepare`')
 
     def source(self) -> Source:
         """Return the keys that describe the location of the dataset."""
-        values = {key: getattr(self, key) for key in Source.__dataclass_fields__}
-        for key in ('dataroot', 'dataroot_lq', 'dataroot_gt', 'manifest'):
-            values[key] = values[key] and str(Path(os.path.expanduser(values[key])))
-        return Source(**values)
+        return Source(**{key: getattr(self, key) for key in Source.__dataclass_fields__})
 
     @model_validator(mode='after')
     def _layout_takes_these_keys(self) -> PairsOptions:
@@ -282,7 +280,7 @@ class SyntheticPairsOptions(SeededOptions):
     source: Literal['packaged', 'folder'] = Field(
         'packaged', description='packaged: photos of scikit-image and scikit-learn; folder: photos in dataroot_gt'
     )
-    dataroot_gt: str | None = Field(None, description='source folder: folder of clean photos')
+    dataroot_gt: UserPath | None = Field(None, description='source folder: folder of clean photos')
     split: Literal['train', 'val', 'all'] | None = Field(
         None, description='split of the photos; default: train in training, val otherwise, which are disjoint'
     )
@@ -343,9 +341,9 @@ class SyntheticPairsDataset(SeededDataset):
         if options.source == 'packaged':
             self.photos = packaged_photos(split, options.photos)
         else:
-            folder = Path(os.path.expanduser(options.dataroot_gt))
-            self.photos = folder_photos(folder, options.phase, split, options.photos)
+            self.photos = folder_photos(options.dataroot_gt, options.phase, split, options.photos)
         self.degradations = options.degradation if isinstance(options.degradation, list) else [options.degradation]
+        self._augmentation = Augmentation(*(getattr(options, key) for key in Augmentation._fields))
         self._cache: dict[Path, np.ndarray] = {}
         self._cached_bytes = 0
 
@@ -363,21 +361,8 @@ class SyntheticPairsDataset(SeededDataset):
             if options.shorter_side:
                 image = transforms.downscale(image, int(generator.integers(*options.shorter_side, endpoint=True)))
             parameters = self.degradations[generator.integers(several) if several > 1 else 0]
-            lq, gt, _ = degraded_patch(
-                image,
-                options.gt_size,
-                generator,
-                DEGRADATIONS[parameters.type],
-                parameters,
-                use_hflip=options.use_hflip,
-                use_rot=options.use_rot,
-                clean_share=options.clean_share,
-                gamma=options.gamma,
-                rgb_permute=options.rgb_permute,
-                camera_share=options.camera_share,
-                noise_range=options.noise_range,
-                jpeg_range=options.jpeg_range,
-            )
+            degradation = DEGRADATIONS[parameters.type]
+            lq, gt, _ = degraded_patch(image, options.gt_size, generator, degradation, parameters, self._augmentation)
         else:
             if options.center_crop:
                 (image,) = transforms.center_crop([image], options.center_crop)

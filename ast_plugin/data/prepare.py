@@ -7,13 +7,21 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 from tqdm import tqdm
 
-from ast_plugin.data.checks import CheckedSplit, Duplicates, Journal, Split, find_duplicates, find_leaks
+from ast_plugin.data.checks import (
+    CheckedSplit,
+    Duplicates,
+    Split,
+    check_split,
+    find_duplicates,
+    find_leaks,
+    read_findings,
+)
 from ast_plugin.data.image_files import count_reasons, why_no_image
 from ast_plugin.data.layouts import (
     LAYOUTS,
@@ -27,10 +35,10 @@ from ast_plugin.data.layouts import (
     preparable,
     read_list,
 )
-from ast_plugin.data.manifest import Entry, write_manifest
+from ast_plugin.data.manifest import Entry, Manifest, write_manifest
 from ast_plugin.data.matching import LEFT_OUT, Pair, PairTable, is_image, list_others, shorten_list
 from ast_plugin.errors import DataError, OptionError, did_you_mean
-from ast_plugin.files import lock_folder, partials_of, replace_text
+from ast_plugin.files import partials_of, replace_text
 from ast_plugin.names import printable, to_columns
 
 FAULTS = 'faults.txt'
@@ -94,7 +102,7 @@ def find_unused(source: Path, splits: Sequence[Split]) -> list[str]:
         known.update(hash(os.path.normpath(path)) for pair in split.pairs for path in (pair.lq, pair.gt))
         known.update(hash(os.path.normpath(fault.name)) for fault in split.faults)
         known.add(hash(os.path.normpath(split.where)))
-    for _, folder in _walk_folders(source):
+    for folder in itertools.chain(*_list_folders(source)):
         paths = [entry.path for entry in os.scandir(folder) if not entry.is_dir() or entry.name.startswith('.')]
         reasons = Counter(why_no_image(path) for path in paths if hash(os.path.normpath(path)) not in known)
         if count := reasons.pop(None, 0):
@@ -110,7 +118,7 @@ class _Search:
 
     def __init__(self, layout: Layout, source: Path, is_wanted: bool) -> None:
         self.layout, self.source, self.is_wanted = layout, source, is_wanted
-        self.folders = list(_walk_folders(source))  # with their depths
+        self.levels = _list_folders(source)
 
     def find(self, name: str) -> Split | None:
         """Return a split, or None if it does not exist."""
@@ -120,13 +128,12 @@ class _Search:
         """Return the split in one of SPAD's list files, the one closest to the root."""
         if 'list_file' not in self.layout.may_have or name not in SPAD_LISTS:
             return None
-        lists = [(depth, folder / SPAD_LISTS[name]) for depth, folder in self.folders]
-        lists = [(depth, path) for depth, path in lists if path.is_file()]
-        if not lists:
-            return None
-        path = self._choose_only(name, [path for depth, path in lists if depth == lists[0][0]])
         phase = self.layout.phase(name)
-        return Split(name, phase, *read_list(path, path.parent, phase), path)
+        for level in self.levels:
+            if lists := [path for folder in level if (path := folder / SPAD_LISTS[name]).is_file()]:
+                path = self._choose_only(name, lists)
+                return Split(name, phase, *read_list(path, path.parent, phase), path)
+        return None
 
     def _find_scenes(self, name: str) -> Split | None:
         """Return the split as several pairs of folders, one per scene, prefixing keys with the scene.
@@ -138,7 +145,7 @@ class _Search:
         own = {alias for alias in self.layout.names(name) if alias != '.'}
         others = self._names_of_others(name)
         inside, outside = [], []
-        for _, root in self.folders:
+        for root in itertools.chain(*self.levels):
             parts = set(root.relative_to(self.source).parts)
             place = next((place for place in self.layout.places if place.rank(root, '.') == 2), None)
             if place and parts & own:
@@ -161,30 +168,25 @@ class _Search:
         """Return the split in a pair of folders, the one closest to the root."""
         names = self.layout.names(name)
         names += ('.',) if self.is_wanted and '.' not in names else ()
-        candidates = [(depth, root, names) for depth, root in self.folders]
+        levels = [list(itertools.product(level, names)) for level in self.levels]
         source = self.source.absolute()
         if source.name in names:
-            candidates.insert(0, (-1, source.parent, (source.name,)))
+            levels.insert(0, [(source.parent, source.name)])
         others = self._names_of_others(name)
-        hits: dict[Path, tuple[Path, Place, str]] = {}
-        level = None
-        for depth, root, known in candidates:
-            if hits and depth > level:
-                break
-            for alias in known:
+        for level in levels:
+            hits: dict[Path, tuple[Path, Place, str]] = {}
+            for root, alias in level:
                 if alias == '.' and (hits or not others.isdisjoint(root.parts[len(self.source.parts) :])):
                     continue  # in the folder of another split
                 # Folders without a split in their names belong to the split of an outer folder, see `_find_scenes`.
                 places = (p for p in self.layout.places if p.has_split or alias == '.' or not self.layout.has_scenes)
-                place = next((place for place in places if place.rank(root, alias) == 2), None)
-                if place:
-                    level = depth
+                if place := next((place for place in places if place.rank(root, alias) == 2), None):
                     hits[Path(os.path.normpath(place.folders(root, alias)[0]))] = root, place, alias
-        if not hits:
-            return None
-        folder = self._choose_only(name, list(hits))
-        pairs, faults = self._match(name, *hits[folder])
-        return Split(name, self.layout.phase(name), PairTable(pairs), faults, folder)
+            if hits:
+                folder = self._choose_only(name, list(hits))
+                pairs, faults = self._match(name, *hits[folder])
+                return Split(name, self.layout.phase(name), PairTable(pairs), faults, folder)
+        return None
 
     def _match(self, name: str, root: Path, place: Place, alias: str) -> MatchResult:
         source = Source(self.layout.phase(name), str(root), split=name)
@@ -204,25 +206,12 @@ class _Search:
         return places[0]
 
 
-def _walk_folders(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield `folder` and its subfolders with their depths, breadth-first, each once.
-
-    Links to folders are followed, cycles are not.
-
-    Raises:
-        DataError: if a folder cannot be read, or there are too many folders for a dataset.
-    """
-    level, seen = [folder], set()
-    for depth in range(_MAX_DEPTH + 1):
+def _list_folders(folder: Path) -> list[list[Path]]:
+    """Return `folder` and its subfolders by depth, each once; links are followed."""
+    levels, seen = [[folder]], {os.path.realpath(folder)}
+    for _ in range(_MAX_DEPTH):
         below = []
-        for current in level:
-            place = os.path.realpath(current)
-            if place in seen:
-                continue
-            seen.add(place)
-            if len(seen) > _MAX_FOLDERS:
-                raise DataError(f'{folder} has more than {_MAX_FOLDERS} subfolders; give the folder of one dataset')
-            yield depth, current
+        for current in levels[-1]:
             try:
                 names = sorted(name for name in os.listdir(current) if name[0] != '.')
             except OSError as error:
@@ -230,8 +219,14 @@ def _walk_folders(folder: Path) -> Iterator[tuple[int, Path]]:
                     f'{current}: this folder cannot be read: {error.strerror}. Make it readable, or move it out of '
                     f'the dataset'
                 ) from error
-            below += [current / name for name in names if os.path.isdir(current / name)]
-        level = below
+            for path in (current / name for name in names):
+                if os.path.isdir(path) and (place := os.path.realpath(path)) not in seen:
+                    seen.add(place)
+                    below.append(path)
+            if len(seen) > _MAX_FOLDERS:
+                raise DataError(f'{folder} has more than {_MAX_FOLDERS} subfolders; give the folder of one dataset')
+        levels.append(below)
+    return levels
 
 
 def _nothing_found(layout: Layout, source: Path, what: str) -> DataError:
@@ -282,10 +277,6 @@ class Preparation:
         except OSError as error:
             raise DataError(f'{target}: this folder cannot be created: {error.strerror or error}') from error
 
-    def lock(self) -> AbstractContextManager:
-        """Prevent other runs from preparing into the folder; see `lock_folder`."""
-        return lock_folder(self.target, 'another run is preparing there')
-
     @property
     def num_faults(self) -> int:
         """Number of faults of all splits."""
@@ -293,7 +284,7 @@ class Preparation:
 
     def check(self, workers: int, on_pair: Callable[[], None] = int) -> None:
         """Read all images, except those already checked by an interrupted or failed run."""
-        self.checked = [self._journal(split).check(split, workers, on_pair) for split in self.splits]
+        self.checked = [check_split(split, self._journal(split), workers, on_pair) for split in self.splits]
         self.leaks = find_leaks(self.checked)
 
     def list_faults(self) -> Path:
@@ -339,16 +330,16 @@ class Preparation:
                 others = [_below(path, root) for path in list_others(paths_of_good)]
             entries = (
                 Entry(*name, lq.size, (lq.num_bytes, gt.num_bytes), (lq.digest, gt.digest))
-                for name, (lq, gt) in zip(names, self._journal(split).findings(), strict=True)
+                for name, (lq, gt) in zip(names, read_findings(self._journal(split)), strict=True)
             )
-            counts = {'pairs': len(checked.good), 'others': others}
-            write_manifest(paths[split.name], entries, layout=layout, phase=split.phase, root=root, **counts)
+            path, num_pairs = paths[split.name], len(checked.good)
+            write_manifest(Manifest(path, layout, split.phase, root, num_pairs, tuple(others)), entries)
         for split in self.splits:
-            self._journal(split).path.unlink()
+            self._journal(split).unlink()
         return [paths[checked.split.name] for checked in good]
 
-    def _journal(self, split: Split) -> Journal:
-        return Journal(self.target / f'.{split.name}.checked')
+    def _journal(self, split: Split) -> Path:
+        return self.target / f'.{split.name}.checked'
 
     def _place(self, checked: CheckedSplit, how: str, on_pair: Callable[[], None]) -> Path:
         """Copy or link the good pairs to `SPLIT/lq` and `SPLIT/gt`, under equal names except for extensions."""
@@ -412,11 +403,10 @@ def format_notes(prepared: Preparation) -> list[str]:
             more = ' ...' if repeats.num > len(examples) else ''
             count = _count(repeats.num, 'degraded image')
             lines.append(f'{name}: {count} repeated: {", ".join(examples)}{more}')
-        if checked.num_unchanged:
-            lines.append(f'{name}: {_count(checked.num_unchanged, "pair")} with equal degraded and clean images')
-        if checked.num_clean < len(checked.good):
-            clean = _count(checked.num_clean, 'clean image')
-            lines.append(f'{name}: {len(checked.good):,} degraded images of {clean}')
+        if num_unchanged := sum(lq == gt for lq, gt in zip(*checked.digests, strict=True)):
+            lines.append(f'{name}: {_count(num_unchanged, "pair")} with equal degraded and clean images')
+        if (num_clean := len(set(checked.digests[1]))) < len(checked.good):
+            lines.append(f'{name}: {len(checked.good):,} degraded images of {_count(num_clean, "clean image")}')
     return lines
 
 

@@ -68,11 +68,8 @@ class Recipe:
 def packaged_photos(split: str = 'all', names: list[str] | None = None) -> list[Photo]:
     """List the photos shipped with scikit-image and scikit-learn, without importing or downloading anything.
 
-    Args:
-        split: `train`, `val` or `all`; the split of a photo is fixed.
-        names: names of photos to list instead of a split.
-    Raises:
-        DataError: if a package or one of its files is missing, or a name is unknown.
+    They are those of a split (`train`, `val` or `all`), which is fixed for each photo, or those with the given names.
+    Raise DataError if a package or one of its files is missing, or a name is unknown.
     """
     if names is None:
         names = [name for name, row in _PACKAGED.items() if split in ('all', row[0])]
@@ -120,30 +117,26 @@ def folder_photos(folder: str | Path, phase: str, split: str = 'all', names: lis
 def read_parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
     """Return the parameters of a degradation, with `settings` applied; a single value v is the range [v, v].
 
-    Raises:
-        OptionError: with one line for each unknown or invalid parameter.
+    Raise OptionError with one line for each unknown or invalid parameter.
     """
     model = DEGRADATIONS[task].parameters
     properties = model.model_json_schema()['properties']
-    known = [name for name in properties if name != 'type']
-    lines = [
-        f'{name}: {task} has no such parameter{did_you_mean(name, known)} (available: {", ".join(known)})'
-        for name in settings
-        if name not in known
-    ]
-    values = {name: value for name, value in settings.items() if name in known}
-    for name, value in values.items():
+    values = dict(settings)
+    for name in values.keys() & properties.keys():
         is_range = any(kind.get('maxItems') == 2 for kind in (properties[name], *properties[name].get('anyOf', ())))
-        if is_range and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            values[name] = [value, value]
+        if is_range and isinstance(values[name], (int, float, str)) and not isinstance(values[name], bool):
+            values[name] = [values[name], values[name]]
     try:
-        parameters = model.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        faults = faults_of(error, model, values)
-        lines += [f'{fault.where[0]}: {fault.message}' if fault.where else fault.message for fault in faults]
-    if lines:
-        raise OptionError('\n'.join(f'{task}: {line}' for line in dict.fromkeys(lines)))
-    return parameters
+        lines = []
+        for fault in faults_of(error, model, values):
+            message = fault.message
+            if fault.unknown_key:
+                known = ', '.join(name for name in properties if name != 'type')
+                message = f'{message.replace("unknown key", "no such parameter")} (available: {known})'
+            lines.append(f'{task}: {fault.where[0]}: {message}' if fault.where else f'{task}: {message}')
+        raise OptionError('\n'.join(dict.fromkeys(lines))) from None
 
 
 def _make_pairs(name: str, path: Path, depth_path: Path | None, recipe: Recipe) -> Iterator[dict[str, np.ndarray]]:
@@ -162,9 +155,23 @@ def _make_pairs(name: str, path: Path, depth_path: Path | None, recipe: Recipe) 
             clean = transforms.to_float(image)
             degraded, mask = row.apply(clean, generator, recipe.parameters, **options)
         else:
-            degraded, clean, mask = degraded_patch(image, recipe.size, generator, row, recipe.parameters, **options)
+            settings = row, recipe.parameters, Augmentation()
+            degraded, clean, mask = degraded_patch(image, recipe.size, generator, *settings, **options)
         pair = {'lq': _to_integers(degraded, image.dtype), 'gt': _to_integers(clean, image.dtype)}
         yield pair if mask is None else {**pair, 'mask': _to_integers(mask, np.dtype(np.uint8))}
+
+
+class Augmentation(NamedTuple):
+    """Random changes of patches, under the keys of SyntheticPairsDataset."""
+
+    use_hflip: bool = False  # see `transforms.random_flip`
+    use_rot: bool = False
+    clean_share: float = 0.0  # fraction of patches, in [0, 1], that are not degraded
+    gamma: tuple[float, float] = (1.0, 1.0)  # range of an exponent, sampled log-uniformly; above 1 darkens
+    rgb_permute: float = 0.0  # fraction of patches, in [0, 1], whose channels are put in random order
+    camera_share: float = 0.0  # fraction of patches, in [0, 1], changed by `transforms.add_camera_noise`
+    noise_range: tuple[float, float] = (0.0, 0.0)
+    jpeg_range: tuple[int, int] = (100, 100)
 
 
 def degraded_patch(
@@ -173,15 +180,7 @@ def degraded_patch(
     generator: np.random.Generator,
     degradation: Degradation,
     parameters: Any,
-    *,
-    use_hflip: bool = False,
-    use_rot: bool = False,
-    clean_share: float = 0.0,
-    gamma: tuple[float, float] = (1.0, 1.0),
-    rgb_permute: float = 0.0,
-    camera_share: float = 0.0,
-    noise_range: tuple[float, float] = (0.0, 0.0),
-    jpeg_range: tuple[int, int] = (100, 100),
+    augmentation: Augmentation,
     depth: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Crop a patch with the margin required by the degradation, flip it, degrade it, and remove the margin.
@@ -193,12 +192,7 @@ def degraded_patch(
             noise, drawn in this order.
         degradation: entry of `DEGRADATIONS`.
         parameters: parameters of that degradation.
-        use_hflip, use_rot: see `transforms.random_flip`.
-        clean_share: fraction of patches, in [0, 1], that are not degraded.
-        gamma: range of the exponent applied to the clean patch, sampled log-uniformly; above 1 darkens it.
-        rgb_permute: fraction of patches, in [0, 1], whose channels are put in random order before they are degraded.
-        camera_share: fraction of patches, in [0, 1], that get noise and compression, see `transforms.add_camera_noise`.
-        noise_range, jpeg_range: strength of these.
+        augmentation: further random changes.
         depth: depth map, [H, W], for degradations that take one; cropped and flipped like the image.
     Returns:
         The degraded and the clean patch, [size, size, 3] float32 in [0, 1], and the mask, [size, size], or None.
@@ -207,20 +201,21 @@ def degraded_patch(
     top, left = transforms.random_offset(image.shape, size, generator)
     place = (top - margin, left - margin, size + 2 * margin, size + 2 * margin)
     parts = [transforms.window(array, *place) for array in (image, depth) if array is not None]
-    clean, *depths = transforms.random_flip(parts, use_hflip, use_rot, generator)
+    clean, *depths = transforms.random_flip(parts, augmentation.use_hflip, augmentation.use_rot, generator)
     clean = transforms.to_float(clean)
-    if gamma != (1.0, 1.0):
-        clean = clean ** np.float32(np.exp(generator.uniform(*np.log(gamma))))
-    if rgb_permute and generator.random() < rgb_permute:
+    if augmentation.gamma != (1.0, 1.0):
+        clean = clean ** np.float32(np.exp(generator.uniform(*np.log(augmentation.gamma))))
+    if augmentation.rgb_permute and generator.random() < augmentation.rgb_permute:
         clean = np.ascontiguousarray(clean[..., generator.permutation(3)])
-    if clean_share and generator.random() < clean_share:
+    if augmentation.clean_share and generator.random() < augmentation.clean_share:
         degraded, mask = clean, np.zeros(clean.shape[:2], np.float32)
     else:
         degraded, mask = degradation.apply(clean, generator, parameters, *depths)
     inner = (slice(margin, margin + size),) * 2
     degraded, clean = degraded[inner], clean[inner]
-    if camera_share and generator.random() < camera_share:
-        degraded, clean = transforms.add_camera_noise([degraded, clean], generator, noise_range, jpeg_range)
+    if augmentation.camera_share and generator.random() < augmentation.camera_share:
+        ranges = augmentation.noise_range, augmentation.jpeg_range
+        degraded, clean = transforms.add_camera_noise([degraded, clean], generator, *ranges)
     return degraded, clean, None if mask is None else mask[inner]
 
 
@@ -301,11 +296,8 @@ def write_pairs(
     """
     partial = output.absolute().parent / file_name(f'.{output.name}', '.synth.part')
     record = {
-        'task': recipe.task,
+        **vars(recipe),
         'parameters': recipe.parameters.model_dump(mode='json', exclude={'type'}),
-        'seed': recipe.seed,
-        'count': recipe.count,
-        'size': recipe.size,
         'photographs': {name: path.name for name, path in photos.items()},
         'depths': {name: path.name for name, path in depths.items() if path is not None},
         'ast_plugin': __version__,

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import default_collate
+
+from ast_plugin.degradations.base import compress_jpeg
 
 _GRAY = np.array([[0.299], [0.587], [0.114]], np.float32)  # BT.601, as in MATLAB's rgb2gray
 
@@ -108,13 +109,8 @@ def add_camera_noise(
     sigma = generator.uniform(*noise_range) / 255
     quality = int(generator.integers(*jpeg_range, endpoint=True))
     noise = generator.standard_normal(images[0].shape, np.float32) * np.float32(sigma)
-    return [_compress(image + noise, quality) for image in images]
-
-
-def _compress(image: np.ndarray, quality: int) -> np.ndarray:
-    bgr = cv2.cvtColor(np.rint(255 * image).clip(0, 255).astype(np.uint8), cv2.COLOR_RGB2BGR)
-    data = cv2.imencode('.jpg', bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return to_float(cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
+    noisy = (np.rint(255 * (image + noise)).clip(0, 255).astype(np.uint8) for image in images)
+    return [to_float(compress_jpeg(image[..., ::-1], quality)[..., ::-1]) for image in noisy]
 
 
 def to_channels(image: np.ndarray, count: int) -> np.ndarray:

@@ -2,20 +2,16 @@
 
 from pathlib import Path
 
-import cv2
-import numpy as np
-
 from ast_plugin.data.layouts import Source, list_pairs
 from ast_plugin.data.lmdb.writer import Outcome, make_plan, write_lmdbs
+from tests.data.images import write_noise
 
 
 def write_folders(root: Path, count: int, size: tuple[int, int] = (9, 11), seed: int = 0) -> Path:
     """Write `count` pairs of PNG files to root/lq and root/gt."""
-    generator = np.random.default_rng(seed)
-    for kind in ('lq', 'gt'):
-        (root / kind).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            cv2.imwrite(str(root / kind / f'{number:03d}.png'), generator.integers(0, 256, (*size, 3), dtype=np.uint8))
+    for number in range(count):
+        for kind in ('lq', 'gt'):
+            write_noise(root / kind / f'{number:03d}.png', [seed, number, kind == 'gt'], size)
     return root
 
 

@@ -1,19 +1,11 @@
 """Contact sheets: positions of images and text, checked by pixels."""
 
 import math
-import os
 
 import numpy as np
 import pytest
 
-from ast_plugin.data.contact_sheet import (
-    CAPTION,
-    GAP,
-    HEADING,
-    Cell,
-    draw_contact_sheet,
-    save_sheet,
-)
+from ast_plugin.data.contact_sheet import CAPTION, GAP, HEADING, Cell, draw_contact_sheet, save_sheet
 from ast_plugin.errors import FileError, ShapeError
 from ast_plugin.evaluation.results import ImageResult, Ranking, ValidationResults
 
@@ -24,19 +16,15 @@ def flat(colour, height=20, width=40):
     return np.full((height, width, 3), colour, np.uint8)
 
 
-def results(values, count=1):
+def test_worst_and_best_lie_side_by_side(monkeypatch):
     thumbnails = tuple(flat(np.array(colour) // (place + 1)) for place, colour in enumerate(COLOURS.values()))
     images = [
         ImageResult(number, f'image{number}', {'psnr': value, 'ssim': 0.9}, {'psnr': 20.0, 'ssim': 0.5}, thumbnails)
-        for number, value in enumerate(values)
+        for number, value in enumerate([25.0, 30.0, 21.234, math.inf])
     ]
-    return ValidationResults.collect('rain', images, Ranking('psnr', count=count))
-
-
-def test_worst_and_best_lie_side_by_side(monkeypatch):
     written = []
     monkeypatch.setattr('ast_plugin.data.contact_sheet._write_text', lambda pen, text, *rest: written.append(text))
-    sheet = results([25.0, 30.0, 21.234, math.inf]).draw_examples()
+    sheet = ValidationResults.collect('rain', images, Ranking('psnr', count=1)).draw_examples()
     assert written == [
         *COLOURS,
         'image2: psnr 20.00, ssim 0.5000',
@@ -46,14 +34,11 @@ def test_worst_and_best_lie_side_by_side(monkeypatch):
         'psnr inf, ssim 0.9000',
         'rank 1 of 4 by psnr',
     ]
-    height = 240
-    assert sheet.size == (3 * 480 + 4 * GAP, HEADING + 2 * GAP + 2 * (height + CAPTION + 2 * GAP))
+    width, height = 480 + GAP, 240 + CAPTION + 2 * GAP
+    assert sheet.size == (3 * width + GAP, HEADING + 2 * GAP + 2 * height)
     for row in range(2):
         for column, colour in enumerate(COLOURS.values()):
-            place = (
-                GAP + column * (480 + GAP) + 240,
-                HEADING + 2 * GAP + row * (height + CAPTION + 2 * GAP) + height // 2,
-            )
+            place = GAP + column * width + 240, HEADING + 2 * GAP + row * height + 120
             assert sheet.getpixel(place) == tuple(value // (column + 1) for value in colour)
 
 
@@ -63,24 +48,11 @@ def test_nothing_measured_gives_no_sheet():
 
 
 def test_rows_of_other_sizes_are_rejected():
-    with pytest.raises(ShapeError, match='expected 2 images of equal size in a row'):
-        draw_contact_sheet(('a', 'b'), [[Cell(flat(0)), Cell(flat(0, width=41))]])
-    with pytest.raises(ShapeError, match='expected 2 images'):
-        draw_contact_sheet(('a', 'b'), [[Cell(flat(0))]])
+    for row in ([Cell(flat(0)), Cell(flat(0, width=41))], [Cell(flat(0))]):
+        with pytest.raises(ShapeError, match='expected 2 images of equal size in a row'):
+            draw_contact_sheet(('a', 'b'), [row])
 
 
-def test_names_that_are_no_text_are_drawn():
-    odd = results([20.0])
-    name = os.fsdecode(b'line\n\xff')
-    for part in (odd.restored, odd.degraded, odd.thumbnails):
-        part[name] = part.pop('image0')
-    assert odd.draw_examples().size[0] == 3 * 480 + 4 * GAP
-
-
-@pytest.mark.parametrize('place', ['file/sheet.png', 'folder'])
-def test_sheet_that_cannot_be_written(tmp_path, place):
-    (tmp_path / 'file').touch()
-    (tmp_path / 'folder').mkdir()
-    with pytest.raises(FileError, match=f'{place} cannot be written'):
-        save_sheet(draw_contact_sheet(('a',), [[Cell(flat(0))]]), tmp_path / place)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder']
+def test_sheet_that_cannot_be_written(tmp_path):
+    with pytest.raises(FileError, match='cannot be written'):
+        save_sheet(draw_contact_sheet(('a',), [[Cell(flat(0))]]), tmp_path)

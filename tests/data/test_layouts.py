@@ -10,98 +10,90 @@ from tests.data.images import touch
 
 
 def found(layout: str, root: Path, **options) -> dict[str, tuple[str, str]]:
-    source = Source(**{'dataroot': str(root), **options})
-    pairs = list_pairs(layout, source)
+    """List the pairs by key; folders are given relative to the root."""
+    if layout == 'folders':
+        options = {'dataroot_lq': 'lq', 'dataroot_gt': 'gt', **options}
+        options |= {key: str(root / options[key]) for key in ('dataroot_lq', 'dataroot_gt')}
+    else:
+        options = {'dataroot': str(root), **options}
+    pairs = list_pairs(layout, Source(**options))
     return {
         pair.key: (Path(pair.lq).relative_to(root).as_posix(), Path(pair.gt).relative_to(root).as_posix())
         for pair in pairs
     }
 
 
-def folders(root: Path, **options) -> dict[str, tuple[str, str]]:
-    named = {'dataroot': None, 'dataroot_lq': str(root / 'lq'), 'dataroot_gt': str(root / 'gt')}
-    return found('folders', root, **{**named, **options})
+ONE_FOLDER = {'dataroot_lq': 'all', 'dataroot_gt': 'all'}
+FOLDERS = [  # options, other files, and pairs by key
+    ({}, ['lq/notes.txt', 'lq/.b.png'], {'a': ('lq/a.jpg', 'gt/a.png'), 'b': ('lq/b.png', 'gt/b.PNG')}),
+    *(
+        (
+            {**ONE_FOLDER, 'lq_template': f'{{}}_rain{suffix}', 'gt_template': f'{{}}_clean{suffix}'},
+            ['all/other.png'],
+            {key: (f'all/{key}_rain.png', f'all/{key}_clean.png') for key in ('10', '9')},
+        )
+        for suffix in ('', '.png')
+    ),
+    ({'gt_template': '{}.jpg'}, ['gt/a.png'], {'a': ('lq/a.png', 'gt/a.jpg')}),
+    ({}, [], {name: (f'lq/{name}', f'gt/{name}') for name in ('a.jpg', 'a.png')}),
+]
 
 
-def test_folders_match_by_key_not_by_position(tmp_path):
-    touch(tmp_path, 'lq/b.png', 'lq/a.jpg', 'lq/notes.txt', 'lq/.hidden.png', 'gt/a.png', 'gt/b.PNG')
-    assert folders(tmp_path) == {'a': ('lq/a.jpg', 'gt/a.png'), 'b': ('lq/b.png', 'gt/b.PNG')}
-
-
-@pytest.mark.parametrize('suffix', ['', '.png'])
-def test_folders_templates_in_one_folder(tmp_path, suffix):
-    touch(tmp_path, 'all/10_rain.png', 'all/9_rain.png', 'all/9_clean.png', 'all/10_clean.png', 'all/other.png')
-    templates = {'lq_template': f'{{}}_rain{suffix}', 'gt_template': f'{{}}_clean{suffix}'}
-    pairs = folders(tmp_path, dataroot_lq=str(tmp_path / 'all'), dataroot_gt=str(tmp_path / 'all'), **templates)
-    assert pairs == {key: (f'all/{key}_rain.png', f'all/{key}_clean.png') for key in ('10', '9')}
-
-
-def test_a_template_with_an_ending_is_clear(tmp_path):
-    touch(tmp_path, 'lq/a.png', 'gt/a.png', 'gt/a.jpg')
-    with pytest.raises(DataError, match=r'several partners: .*a\.png \(a\.png with a\.jpg or a\.png\).*gt_template'):
-        folders(tmp_path)
-    assert folders(tmp_path, gt_template='{}.jpg') == {'a': ('lq/a.png', 'gt/a.jpg')}
-
-
-def test_equal_names_are_not_ambiguous(tmp_path):
-    touch(tmp_path, 'lq/a.png', 'lq/a.jpg', 'gt/a.png', 'gt/a.jpg')
-    assert folders(tmp_path) == {'a.jpg': ('lq/a.jpg', 'gt/a.jpg'), 'a.png': ('lq/a.png', 'gt/a.png')}
+@pytest.mark.parametrize(('options', 'others', 'pairs'), FOLDERS)
+def test_folders_match_by_key(tmp_path, options, others, pairs):
+    touch(tmp_path, *others, *(name for pair in pairs.values() for name in pair))
+    assert found('folders', tmp_path, **options) == pairs
 
 
 @pytest.mark.parametrize(
     ('files', 'options', 'expected'),
     [
-        (['lq/a.png', 'lq/b.png', 'gt/a.png'], {}, ['1 x no partner: ', 'lq/b.png (no b.* in ']),
+        (['lq/a.png', 'lq/b.png', 'gt/a.png'], {}, r'1 x no partner: .*lq/b\.png \(no b\.\* in '),
         (
             ['lq/a.png', 'gt/a.png', *(f'gt/{n}.png' for n in range(9))],
             {},
-            ['9 x no partner: ', 'gt/0.png (no 0.* in', ' and 6 more'],
+            r'9 x no partner: .*gt/0\.png \(no 0\.\* in.* and 6 more',
         ),
-        (['lq/readme.txt', 'gt/a.png'], {}, ['no image in folder', 'lq']),
+        (
+            ['lq/a.png', 'gt/a.png', 'gt/a.jpg'],
+            {},
+            r'several partners: .*a\.png \(a\.png with a\.jpg or a\.png\).*gt_template',
+        ),
+        (['lq/readme.txt', 'gt/a.png'], {}, 'no image in folder .*lq'),
         (
             ['lq/a.png', 'gt/a.png'],
             {'lq_template': '{}_rain'},
-            ['none of the 1 images', 'lq is named {}_rain.*', 'a.png'],
+            r'none of the 1 images .*lq is named \{\}_rain\.\* .*a\.png',
         ),
-        (['lq/a.png', 'gt'], {}, ['folder of clean images was not found at', 'datasets.val.dataroot_gt']),
-        (['gt/a.png'], {}, ['folder of degraded images was not found at', 'datasets.val.dataroot_lq']),
+        (['lq/a.png', 'gt'], {}, r'folder of clean images was not found at .*datasets\.val\.dataroot_gt'),
+        (['gt/a.png'], {}, r'folder of degraded images was not found at .*datasets\.val\.dataroot_lq'),
+        (['lq/a.png'], {'dataroot_gt': 'lq'}, r'the same file: .*a\.png'),
+        (['lq/a.png'], {'dataroot_gt': 'link'}, r'the same file: .*a\.png'),
     ],
 )
 def test_faults_of_folders(tmp_path, files, options, expected):
     touch(tmp_path, *files)
-    with pytest.raises(DataError, match=r'datasets\.val') as caught:
-        folders(tmp_path, phase='val', **options)
-    assert str(tmp_path) in str(caught.value)
-    assert all(part in str(caught.value) for part in expected), str(caught.value)
-
-
-@pytest.mark.parametrize('name', ['lq', 'link'])
-def test_an_image_is_not_its_own_partner(tmp_path, name):
-    touch(tmp_path, 'lq/a.png')
     (tmp_path / 'link').symlink_to('lq')
-    with pytest.raises(DataError, match=r'the same file: .*a\.png'):
-        folders(tmp_path, dataroot_gt=str(tmp_path / name))
+    with pytest.raises(DataError, match=expected) as caught:
+        found('folders', tmp_path, phase='val', **options)
+    assert 'datasets.val' in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ('layout', 'options', 'expected'),
     [
-        ('spadd', {'dataroot': 'x'}, 'did you mean spad'),
-        ('spad', {}, 'requires dataroot'),
-        ('folders', {'dataroot': 'x', 'dataroot_lq': 'x', 'dataroot_gt': 'y'}, 'does not use dataroot'),
-        ('agan', {'dataroot': 'x', 'list_file': 'x.txt'}, 'does not use list_file'),
+        ('spadd', {}, 'did you mean spad'),
+        ('spad', {'dataroot': None}, 'requires dataroot'),
+        ('folders', {'dataroot': 'x'}, 'does not use dataroot'),
+        ('agan', {'list_file': 'x.txt'}, 'does not use list_file'),
+        ('densehaze', {'split': 'test_a'}, 'train, test; got'),
+        *(('folders', {'lq_template': text}, 'name template') for text in ('rain', '{}_{}', 'rain/{}.png')),
     ],
 )
-def test_options_that_mean_nothing_to_a_layout(layout, options, expected):
+def test_options_that_mean_nothing_to_a_layout(tmp_path, layout, options, expected):
+    touch(tmp_path, 'lq/a.png', 'gt/a.png', 'input/1.png', 'gt/1.png')
     with pytest.raises(OptionError, match=expected):
-        list_pairs(layout, Source(**options))
-
-
-@pytest.mark.parametrize('template', ['rain', '{}_{}', 'rain/{}.png'])
-def test_templates_that_are_none(tmp_path, template):
-    touch(tmp_path, 'lq/a.png', 'gt/a.png')
-    with pytest.raises(OptionError, match='name template'):
-        folders(tmp_path, lq_template=template)
+        found(layout, tmp_path, **options)
 
 
 DISTRIBUTED = [  # layout, options, files of one pair, and files that are not a pair
@@ -145,64 +137,42 @@ def test_absence_takes_three_lines(tmp_path, layout, root_exists):
     assert 'basicsr train -opt AST_quickstart' in third
 
 
-def test_absence_names_the_half_that_is_missing(tmp_path):
-    with pytest.raises(DataError, match=r'test_a/gt/ is missing \(datasets\.val'):
-        found('agan', touch(tmp_path, 'test_a/data/1_rain.png'), phase='val')
-
-
 @pytest.mark.parametrize(
-    ('files', 'options', 'error', 'expected'),
+    ('layout', 'phase', 'files', 'expected'),
     [
-        (['input/a.png', 'gt/a.png'], {}, DataError, 'numbered'),
-        (['input/1.png', 'gt/1.png'], {'phase': 'test'}, DataError, 'numbers 51 to 55'),
-        (['input/1.png', 'gt/1.png'], {'split': 'test_a'}, OptionError, 'train, test; got'),
-        (['input/1.png', 'gt/2.png'], {}, DataError, 'no partner'),
-        (['input/a.txt', 'gt/1.png'], {}, DataError, 'no image in folder'),
-        (['1_hazy.png', '2.png'], {}, DataError, r'2 images .* named \{\}_GT'),
-        (['input/1.png'], {}, DataError, 'gt/ is missing'),
+        ('agan', 'val', ['test_a/data/1_rain.png'], r'test_a/gt/ is missing \(datasets\.val'),
+        ('densehaze', 'train', ['input/a.png', 'gt/a.png'], 'numbered'),
+        ('densehaze', 'test', ['input/1.png', 'gt/1.png'], 'numbers 51 to 55'),
+        ('densehaze', 'train', ['input/1.png', 'gt/2.png'], 'no partner'),
+        ('densehaze', 'train', ['input/a.txt', 'gt/1.png'], 'no image in folder'),
+        ('densehaze', 'train', ['1_hazy.png', '2.png'], r'2 images .* named \{\}_GT'),
+        ('densehaze', 'train', ['input/1.png'], 'gt/ is missing'),
     ],
 )
-def test_dense_haze_faults(tmp_path, files, options, error, expected):
-    with pytest.raises(error, match=expected):
-        found('densehaze', touch(tmp_path, *files), **options)
+def test_faults_of_distributed_layouts(tmp_path, layout, phase, files, expected):
+    with pytest.raises(DataError, match=expected):
+        found(layout, touch(tmp_path, *files), phase=phase)
 
 
-def spad(root: Path, content: bytes, **options) -> dict[str, tuple[str, str]]:
-    (root / 'real_world.txt').write_bytes(content)
-    return found('spad', root, **options)
+SPACES = ('my rain/a b.png', 'my gt/a b.png')
+LISTS = [  # content, and pairs
+    (b'/r/1.png /g/1.png\n/r/2.png /g/2.png\n', [('r/1.png', 'g/1.png'), ('r/2.png', 'g/2.png')]),
+    (b'\r\n/r/1.png /g/1.png\r\n\r\n  \r\n/r/2.png\t/g/2.png ', [('r/1.png', 'g/1.png'), ('r/2.png', 'g/2.png')]),
+    (b'\xef\xbb\xbfr//1.png   g/1.png', [('r/1.png', 'g/1.png')]),
+    (b'/my rain/a b.png /my gt/a b.png', [SPACES]),
+    (b'/my rain/a b.png\t/my gt/a b.png', [SPACES]),
+    (b'r/a.png b.png g/a.png b.png', [('r/a.png b.png', 'g/a.png b.png')]),
+    ('/r/雨.png /g/雨.png'.encode(), [('r/雨.png', 'g/雨.png')]),
+]
 
 
-@pytest.mark.parametrize(
-    'content',
-    [
-        b'/r/1.png /g/1.png\n/r/2.png /g/2.png\n',
-        b'/r/1.png /g/1.png\n/r/2.png /g/2.png',
-        b'\r\n/r/1.png /g/1.png\r\n\r\n  \r\n/r/2.png\t/g/2.png \r\n\r\n',
-        b'\xef\xbb\xbfr//1.png   g/1.png\n/r/2.png g/2.png\n',
-    ],
-)
-def test_spad_lists(tmp_path, content):
-    touch(tmp_path, 'r/1.png', 'r/2.png', 'g/1.png', 'g/2.png')
-    assert spad(tmp_path, content) == {f'r/{n}.png': (f'r/{n}.png', f'g/{n}.png') for n in (1, 2)}
-
-
-@pytest.mark.parametrize('line', ['/my rain/a b.png /my gt/a b.png', '/my rain/a b.png\t/my gt/a b.png'])
-def test_spad_names_with_spaces(tmp_path, line):
-    touch(tmp_path, 'my rain/a b.png', 'my gt/a b.png')
-    assert spad(tmp_path, line.encode()) == {'my rain/a b.png': ('my rain/a b.png', 'my gt/a b.png')}
-
-
-def test_spad_names_with_endings_inside(tmp_path):
-    touch(tmp_path, 'r/a.png b.png', 'g/a.png b.png')
-    assert list(spad(tmp_path, b'r/a.png b.png g/a.png b.png').values()) == [('r/a.png b.png', 'g/a.png b.png')]
-
-
-def test_spad_other_lists_and_names_beyond_ascii(tmp_path):
-    touch(tmp_path, 'r/雨.png', 'g/雨.png', 'lists/x')
-    (tmp_path / 'lists/mine.txt').write_text('/r/雨.png /g/雨.png', encoding='utf-8')
-    assert list(found('spad', tmp_path, list_file='lists/mine.txt').values()) == [('r/雨.png', 'g/雨.png')]
-    (tmp_path / 'real_test_1000.txt').write_text('/r/雨.png /g/雨.png', encoding='utf-8')
-    assert len(found('spad', tmp_path, phase='test')) == 1
+@pytest.mark.parametrize(('content', 'pairs'), LISTS)
+def test_spad_lists(tmp_path, content, pairs):
+    touch(tmp_path, *(name for pair in pairs for name in pair), 'lists/x')
+    options = {'real_world.txt': {}, 'real_test_1000.txt': {'phase': 'test'}, 'lists/x': {'list_file': 'lists/x'}}
+    for name, more in options.items():
+        (tmp_path / name).write_bytes(content)
+        assert found('spad', tmp_path, **more) == {lq: (lq, gt) for lq, gt in pairs}
 
 
 @pytest.mark.parametrize(
@@ -218,6 +188,7 @@ def test_spad_other_lists_and_names_beyond_ascii(tmp_path):
 )
 def test_spad_faults(tmp_path, content, expected):
     touch(tmp_path, 'r/1.png', 'g/1.png')
+    (tmp_path / 'real_world.txt').write_text(content)
     with pytest.raises(DataError, match=expected) as caught:
-        spad(tmp_path, content.encode())
+        found('spad', tmp_path)
     assert str(tmp_path / 'real_world.txt') in str(caught.value) and 'datasets.train' in str(caught.value)

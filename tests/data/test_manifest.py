@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ast_plugin.data.layouts import Source, list_pairs
-from ast_plugin.data.manifest import Entry, read_manifest, write_manifest
+from ast_plugin.data.manifest import Entry, Manifest, read_manifest, write_manifest
 from ast_plugin.errors import DataError, OptionError
 
 ENTRIES = [
@@ -20,7 +20,7 @@ ENTRIES = [
 def write(path: Path, root: Path, entries=ENTRIES) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     root.mkdir(parents=True, exist_ok=True)
-    write_manifest(path, entries, layout='agan', phase='train', root=root, pairs=len(entries), others=['lq/x.png'])
+    write_manifest(Manifest(path, 'agan', 'train', root, len(entries), ('lq/x.png',)), entries)
     return path
 
 
@@ -46,9 +46,8 @@ def test_root_of_a_moved_tree_and_of_links(tmp_path):
 def test_as_a_layout(tmp_path):
     path = write(tmp_path / 'train.jsonl', tmp_path / 'data')
     assert list(list_pairs('manifest', Source(manifest=str(path)))) == list(read_manifest(path).pairs())
-    with pytest.raises(DataError, match=r'datasets\.val\.manifest') as caught:
+    with pytest.raises(DataError, match=r'datasets\.val\.manifest(.|\n)*basicsr data prepare'):
         list_pairs('manifest', Source('val', manifest=str(tmp_path / 'none.jsonl')))
-    assert 'basicsr data prepare' in str(caught.value)
     with pytest.raises(OptionError, match='requires manifest'):
         list_pairs('manifest', Source())
 
@@ -87,17 +86,13 @@ def without(mapping: dict, key: str) -> dict:
         ([HEADER, PAIR | {'gt': '/etc/passwd.png'}], 'line 2 is not a pair'),
         ([HEADER, PAIR | {'gt': 'a\0b.png'}], 'line 2 is not a pair'),
         (['[' * 100_000], 'line 1 is not a line'),
+        (['\udc89PNG'], 'not a manifest, which is UTF-8 text'),
     ],
 )
 def test_what_is_no_manifest(tmp_path, lines, expected):
     path = tmp_path / 'train.jsonl'
-    path.write_text(''.join((line if isinstance(line, str) else json.dumps(line)) + '\n' for line in lines))
+    text = ''.join((line if isinstance(line, str) else json.dumps(line)) + '\n' for line in lines)
+    path.write_bytes(text.encode('utf-8', 'surrogateescape'))
     with pytest.raises(DataError) as caught:
         list(read_manifest(path).entries())
     assert expected in str(caught.value) and str(path) in str(caught.value)
-
-
-def test_other_files(tmp_path):
-    (tmp_path / 'x.jsonl').write_bytes(b'\x89PNG\r\n\x1a\n')
-    with pytest.raises(DataError, match=r'x\.jsonl: not a manifest, which is UTF-8 text'):
-        read_manifest(tmp_path / 'x.jsonl')

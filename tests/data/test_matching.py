@@ -1,11 +1,12 @@
-"""PairTable returns the pairs it was given and uses little memory."""
+"""PairTable returns the pairs it was given and uses little memory; folders are matched without their other files."""
 
 import pickle
 import tracemalloc
 
 import pytest
 
-from ast_plugin.data.matching import Pair, PairTable
+from ast_plugin.data.matching import Pair, PairTable, match_folders
+from tests.data.images import touch
 
 PAIRS = [
     Pair('a', '/data/lq/a.png', '/data/gt/a.png'),
@@ -16,32 +17,30 @@ PAIRS = [
 
 
 @pytest.mark.parametrize('root', ['', '/data/'])
-def test_it_gives_back_what_was_put_in(root):
+def test_table_returns_its_pairs(root):
     table = PairTable(PAIRS, root)
-    assert list(table) == PAIRS
-    assert len(table) == 4 and table[-1] == PAIRS[3] and table[1] == PAIRS[1]
-    assert list(pickle.loads(pickle.dumps(table))) == PAIRS
-    assert PAIRS[2] in table
+    assert list(table) == list(pickle.loads(pickle.dumps(table))) == PAIRS and list(PairTable()) == []
+    assert len(table) == 4 and table[-1] == PAIRS[3] and PAIRS[2] in table
+    for index in (4, -5):
+        with pytest.raises(IndexError, match=f'4 pairs; got index {index}'):
+            table[index]
 
 
-@pytest.mark.parametrize('index', [4, -5])
-def test_what_is_not_there(index):
-    with pytest.raises(IndexError, match=f'4 pairs; got index {index}'):
-        PairTable(PAIRS)[index]
-    assert list(PairTable()) == []
-
-
-def test_memory_of_many_pairs():
-    count = 5_000
+def test_table_takes_little_memory():
+    names = [f'{number:06d}.png' for number in range(5_000)]
     tracemalloc.start()
     try:
-        before = tracemalloc.get_traced_memory()[0]
-        names = (f'{number:06d}.png' for number in range(count))
-        table = PairTable(
-            (Pair(name, f'/data/spad/rain/{name}', f'/data/spad/gt/{name}') for name in names), '/data/spad/'
-        )
-        per_pair = (tracemalloc.get_traced_memory()[0] - before) / count
+        pairs = (Pair(name, f'/data/spad/rain/{name}', f'/data/spad/gt/{name}') for name in names)
+        table = PairTable(pairs, '/data/spad/')
+        assert tracemalloc.get_traced_memory()[0] / len(table) < 60  # as objects, about 300
     finally:
         tracemalloc.stop()
-    assert len(table) == count and table[count - 1].gt == '/data/spad/gt/004999.png'
-    assert per_pair < 60  # as objects, about 300
+
+
+def test_left_out_files_are_counted_once(tmp_path):
+    touch(tmp_path, 'a_rain.png', 'a_clean.png', 'mask.png', 'b.heic')
+    pairs, (left_out,) = match_folders('train', tmp_path, tmp_path, '{}_rain', '{}_clean')
+    assert [pair.key for pair in pairs] == ['a'] and left_out.name == str(tmp_path)
+    assert set(left_out.text.split(', ')) == {'1 not named {}_rain.* or {}_clean.*', '1 .heic'}
+    touch(tmp_path, 'in/a.png', 'in/gt/a.png')
+    assert match_folders('train', tmp_path / 'in', tmp_path / 'in/gt')[1] == []  # a side is not left out of the other

@@ -5,6 +5,7 @@ import pickle
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -13,8 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ast_plugin.data import pairs_dataset
-from ast_plugin.data.pairs_dataset import PairsDataset, SeededDataset, SyntheticPairsDataset
-from ast_plugin.data.randomness import EpochSampler
+from ast_plugin.data.pairs_dataset import PairsDataset, SyntheticPairsDataset
 from ast_plugin.degradations import DEGRADATIONS, Degradation
 from ast_plugin.degradations.rain import RainParameters
 from ast_plugin.errors import DataError, OptionError
@@ -64,22 +64,21 @@ def decoded(image: torch.Tensor) -> np.ndarray:
     return (image * 255).round().numpy().astype(int)
 
 
-def check_sample(data: SeededDataset, number: int, lq_path: str, gt_path: str) -> None:
-    sample, size = data[number], data.options.gt_size
-    assert set(sample) == {'lq', 'gt', 'lq_path', 'gt_path'}
-    assert (sample['lq_path'], sample['gt_path']) == (lq_path, gt_path)
-    for image in (sample['lq'], sample['gt']):
-        assert image.shape == (3, size, size) and image.dtype == torch.float32 and image.is_contiguous()
-        assert image.min() >= 0 and image.max() <= 1
-    assert (sample['lq'] != sample['gt']).any()
-
-
 def test_training_samples(root):
-    data = pairs(root)
-    assert len(data) == 5
-    check_sample(data, 3, str(root / 'lq/3.png'), str(root / 'gt/3.png'))
-    data = synthetic()
-    check_sample(data, 4, f'{data.photos[4].name}.png', str(data.photos[4].path))
+    real, synthesized = pairs(root), synthetic()
+    photo = synthesized.photos[3]
+    assert len(real) == 5
+    for data, lq_path, gt_path in (
+        (real, root / 'lq/3.png', root / 'gt/3.png'),
+        (synthesized, f'{photo.name}.png', photo.path),
+    ):
+        sample, size = data[3], data.options.gt_size
+        assert set(sample) == {'lq', 'gt', 'lq_path', 'gt_path'}
+        assert (sample['lq_path'], sample['gt_path']) == (str(lq_path), str(gt_path))
+        for image in (sample['lq'], sample['gt']):
+            assert image.shape == (3, size, size) and image.dtype == torch.float32 and image.is_contiguous()
+            assert image.min() >= 0 and image.max() <= 1
+        assert (sample['lq'] != sample['gt']).any()
 
 
 @pytest.mark.parametrize('gt_size', [4, 16])
@@ -95,33 +94,17 @@ def test_partners_stay_aligned_to_the_pixel(root, gt_size):
 
 @pytest.mark.parametrize('kind', ['pairs', 'synthetic'])
 def test_samples_depend_on_seed_and_index(root, kind):
-    def patches(seed: int, epoch: int, positions: range) -> bytes:
+    def content(seed: int, epoch: int, positions: range) -> bytes:
         data = pairs(root, seed=seed) if kind == 'pairs' else synthetic(seed=seed)
         return b''.join(data[epoch, position]['lq'].numpy().tobytes() for position in positions)
 
-    first = patches(7, 0, range(3))
-    assert first == patches(7, 0, range(3))
-    others = {patches(8, 0, range(3)), patches(7, 1, range(3)), patches(7, 0, range(10, 13))}
+    first = content(7, 0, range(3))
+    assert first == content(7, 0, range(3))
+    others = {content(8, 0, range(3)), content(7, 1, range(3)), content(7, 0, range(10, 13))}
     assert len(others | {first}) == 4
     data = pairs(root)
     assert torch.equal(data[2]['lq'], data[0, 2]['lq'])
     assert data[0, 7]['lq_path'] == data[2]['lq_path']
-
-
-def test_workers_change_nothing_and_epochs_differ(root):
-    data = pairs(root)
-
-    def batches(workers: int, epoch: int = 1) -> list[dict]:
-        sampler = EpochSampler(data, 1, 0, ratio=2)
-        sampler.set_epoch(epoch)
-        return list(DataLoader(data, batch_size=2, sampler=sampler, num_workers=workers, drop_last=True))
-
-    alone, helped = batches(0), batches(2)
-    assert len(alone) == len(helped) == 5
-    for one, other in zip(alone, helped, strict=True):
-        assert one['lq_path'] == other['lq_path']
-        assert torch.equal(one['lq'], other['lq']) and torch.equal(one['gt'], other['gt'])
-    assert any(not torch.equal(one['lq'], other['lq']) for one, other in zip(alone, batches(0, 2), strict=True))
 
 
 @pytest.mark.parametrize('phase', ['val', 'test'])
@@ -131,14 +114,6 @@ def test_validation_takes_whole_images_or_centres(root, phase):
     centre = pairs(root, phase=phase, center_crop=4)[1]
     assert torch.equal(centre['lq'], whole['lq'][:, 3:7, 4:8])
     assert torch.equal(pairs(root, phase=phase, center_crop=99)[1]['lq'], whole['lq'])
-
-
-def test_sixteen_bits_are_kept(tmp_path):
-    levels = (np.arange(64 * 3).reshape(8, 8, 3) * 331).astype(np.uint16)
-    for folder in ('lq', 'gt'):
-        write(tmp_path / folder / 'a.png', levels)
-    back = pairs(tmp_path, phase='val')[0]['gt'].double() * 65535
-    assert np.array_equal(back.round().numpy(), levels[..., ::-1].transpose(2, 0, 1))
 
 
 def test_iteration_ends_and_the_dataset_travels(root):
@@ -172,9 +147,8 @@ def test_an_unreadable_file_names_the_pair(root, content):
     data[1]
 
 
-@pytest.mark.parametrize(
-    ('options', 'expected'),
-    [
+BAD_OPTIONS = {  # by dataset
+    PairsDataset: [
         ({'gt_sise': 4}, r'datasets\.train\.gt_sise: unknown key, did you mean gt_size'),
         ({'gt_size': 0}, r'datasets\.train\.gt_size: expected 1 or more, got 0'),
         ({'gt_size': None}, 'training requires gt_size'),
@@ -185,15 +159,7 @@ def test_an_unreadable_file_names_the_pair(root, content):
         ({'use_rot': 'sometimes'}, r'datasets\.train\.use_rot'),
         ({'gt_size': -1, 'gt_sizes': 3}, r'(?s)gt_size: .*\n.*gt_sizes: '),  # all errors at once
     ],
-)
-def test_bad_options_name_the_key(root, options, expected):
-    with pytest.raises(OptionError, match=expected):
-        pairs(root, **options)
-
-
-@pytest.mark.parametrize(
-    ('options', 'expected'),
-    [
+    SyntheticPairsDataset: [
         ({'degradation': {'type': 'fog'}}, r'datasets\.train\.degradation.*rain'),
         ({'degradation': []}, r'datasets\.train\.degradation: .* or 1 items or more, got the list'),
         ({'degradation': 'rain'}, r"datasets\.train\.degradation: .*got the text 'rain'"),
@@ -205,10 +171,16 @@ def test_bad_options_name_the_key(root, options, expected):
         ({'photos': []}, r'datasets\.train\.photos'),
         ({'io_backend': {'type': 'lmdb'}}, r'datasets\.train\.io_backend\.type: '),
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'options', 'expected'), [(dataset, *row) for dataset, rows in BAD_OPTIONS.items() for row in rows]
 )
-def test_bad_options_of_photos_name_the_key(options, expected):
+def test_bad_options_name_the_key(dataset, options, expected):
+    roots = {'dataroot_lq': 'lq', 'dataroot_gt': 'gt'} if dataset is PairsDataset else {}
     with pytest.raises(OptionError, match=expected):
-        synthetic(**options)
+        dataset({'phase': 'train', 'gt_size': 48, **roots, **options})
 
 
 def test_validation_on_photos_never_changes():
@@ -269,17 +241,15 @@ def test_a_margin_is_cut_off_again(folder, monkeypatch):
 
 
 def test_photos_are_decoded_once_while_they_fit(folder, monkeypatch):
-    reads = []
     image = np.zeros((60, 80, 3), np.uint8)
-    monkeypatch.setattr(pairs_dataset, 'read_rgb', lambda path: reads.append(path) or image)
+    read = Mock(return_value=image)
+    monkeypatch.setattr(pairs_dataset, 'read_rgb', read)
     data = synthetic(source='folder', dataroot_gt=folder, split='all')
-    for _ in range(3):
-        data[0]
-    assert len(reads) == 1
-    monkeypatch.setattr(pairs_dataset, 'CACHE_BYTES', image.nbytes + 1)
-    for _ in range(3):
-        data[1]
-    assert len(reads) == 4
+    for number, limit, num_reads in ((0, pairs_dataset.CACHE_BYTES, 1), (1, image.nbytes + 1, 4)):
+        monkeypatch.setattr(pairs_dataset, 'CACHE_BYTES', limit)
+        for _ in range(3):
+            data[number]
+        assert read.call_count == num_reads
 
 
 def test_an_unreadable_photo_names_phase_and_file(folder):
@@ -288,24 +258,25 @@ def test_an_unreadable_photo_names_phase_and_file(folder):
         synthetic(source='folder', dataroot_gt=folder, photos=['photo0'])[0]
 
 
+def patches(**options) -> list[dict]:
+    data = synthetic(**{'seed': 0, 'gt_size': 32, 'num_per_photo': 20, 'clean_share': 1, **options})
+    return [data[number] for number in range(40)]
+
+
 def test_some_patches_stay_clean_or_get_darker():
-    options = {'seed': 0, 'gt_size': 32, 'num_per_photo': 20, 'clean_share': 0.4}
-    darker, plain = synthetic(**options, gamma=[1.5, 2.5]), synthetic(**options)
-    samples = [darker[number] for number in range(40)]
-    assert 6 <= sum(torch.equal(sample['lq'], sample['gt']) for sample in samples) <= 28
-    assert np.mean([float(samples[number]['gt'].mean() - plain[number]['gt'].mean()) for number in range(40)]) < -0.05
+    darker, plain = patches(clean_share=0.4, gamma=[1.5, 2.5]), patches(clean_share=0.4)
+    assert 6 <= sum(torch.equal(sample['lq'], sample['gt']) for sample in darker) <= 28
+    changes = [float(dark['gt'].mean() - other['gt'].mean()) for dark, other in zip(darker, plain, strict=True)]
+    assert np.mean(changes) < -0.05
 
 
 def test_channels_of_some_patches_are_permuted():
-    options = {'seed': 0, 'gt_size': 32, 'num_per_photo': 20, 'clean_share': 1}
-    plain, permuted = synthetic(**options), synthetic(**options, rgb_permute=0.6)
     changed = 0
-    for number in range(40):
-        sample, channels = permuted[number], plain[number]['gt']
+    for sample, plain in zip(patches(rgb_permute=0.6), patches(), strict=True):
         assert torch.equal(sample['lq'], sample['gt'])
-        orders = [list(order) for order in itertools.permutations(range(3))]
-        assert any(torch.equal(sample['gt'], channels[order]) for order in orders)
-        changed += not torch.equal(sample['gt'], channels)
+        orders = itertools.permutations(range(3))
+        assert any(torch.equal(sample['gt'], plain['gt'][list(order)]) for order in orders)
+        changed += not torch.equal(sample['gt'], plain['gt'])
     assert 10 <= changed <= 30  # one in six random orders is the original
 
 
@@ -321,14 +292,11 @@ def test_photos_are_downscaled_to_a_shorter_side(tmp_path):
 
 
 def test_camera_noise_is_added_to_both_patches():
-    options = {'seed': 0, 'gt_size': 32, 'num_per_photo': 20, 'clean_share': 1, 'jpeg_range': [95, 95]}
-    plain = synthetic(**options)
-    errors = []
+    plain, errors = patches(), []
     for level in (0, 20):
-        noisy = synthetic(**options, camera_share=0.5, noise_range=[level, level])
-        samples = [noisy[number] for number in range(40)]
-        assert all(torch.equal(sample['lq'], sample['gt']) for sample in samples)
-        changes = [(sample['gt'] - plain[number]['gt']).std().item() for number, sample in enumerate(samples)]
+        noisy = patches(camera_share=0.5, noise_range=[level, level], jpeg_range=[95, 95])
+        assert all(torch.equal(sample['lq'], sample['gt']) for sample in noisy)
+        changes = [(one['gt'] - other['gt']).std().item() for one, other in zip(noisy, plain, strict=True)]
         changed = [change for change in changes if change]
         assert 8 <= len(changed) <= 32
         errors.append(np.mean(changed))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import pytest
@@ -19,15 +20,16 @@ from ast_plugin.cli.main import main
 from ast_plugin.data import checks as pair_checks
 from ast_plugin.data.layouts import plain_layout, preparable
 from ast_plugin.data.manifest import read_manifest
-from ast_plugin.data.prepare import Preparation, find_splits, format_options
+from ast_plugin.data.prepare import Preparation, find_splits, format_notes, format_options
 from ast_plugin.errors import DataError, OptionError
+from ast_plugin.files import lock_folder
 from ast_plugin.options.sections import FolderName
 from tests.data.images import contents, touch, write_noise
 
 
 def splits_of(layout, root: Path, *wanted: str) -> dict[str, list[tuple[str, str]]]:
     """Return the pair names of each split, which must have no faults."""
-    splits = find_splits(layout, root, wanted)
+    splits = find_splits(layout if isinstance(layout, str) else plain_layout(*layout), root, wanted)
     assert not any(split.faults for split in splits)
     return {
         split.name: [tuple(os.path.relpath(path, root) for path in (pair.lq, pair.gt)) for pair in split.pairs]
@@ -36,7 +38,7 @@ def splits_of(layout, root: Path, *wanted: str) -> dict[str, list[tuple[str, str
 
 
 SNOW = 'media/jdway/GameSSD/overlapping/test'
-UNPACKED = [  # layout, and the files of a pair by split
+UNPACKED = [  # layout or arguments of `plain_layout`, and the files of a pair by split
     ('agan', {'train': ('train/train/data/0_rain.png', 'train/train/gt/0_clean.png'),
               'test_a': ('test_a/data/0_rain.png', 'test_a/gt/0_clean.png'),
               'test_b': ('test_b/test_b/data/0_rain.jpg', 'test_b/test_b/gt/0_clean.jpg')}),
@@ -78,13 +80,21 @@ UNPACKED = [  # layout, and the files of a pair by split
                  'test': ('test/input/2.png', 'test/target/2.png')}),
     ('folders', {'train': ('lq/1.png', 'gt/1.jpg')}),
     ('folders', {'train': ('mine/rainy/1.png', 'mine/clean/1.png')}),
+    (('{split}/x', '{split}/y', None, None), {'train': ('train/x/1.png', 'train/y/1.png')}),
+    (('x', 'y', '{}_noisy', '{}_clean'), {'train': ('x/1_noisy.png', 'y/1_clean.png')}),
+    (('x', 'x', '{}_noisy', '{}_clean'), {'train': ('x/1_noisy.png', 'x/1_clean.png')}),
+    (('x', 'y', '{}_*', '{}'), {'train': ('x/1_0.8.png', 'y/1.png')}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(('layout', 'pairs'), UNPACKED, ids=[f'{row[0]}-{n}' for n, row in enumerate(UNPACKED)])
+@pytest.mark.parametrize(('layout', 'pairs'), UNPACKED)
 def test_unpacked_datasets(tmp_path, layout, pairs):
     touch(tmp_path, *(name for pair in pairs.values() for name in pair), 'readme.txt', '__MACOSX/._x.png')
     assert splits_of(layout, tmp_path) == {split: [pair] for split, pair in pairs.items()}
+
+
+def test_every_layout_is_tried():
+    assert {layout for layout, _ in UNPACKED if isinstance(layout, str)} == set(preparable())
 
 
 @pytest.mark.parametrize(('folder', 'split'), [('Rain100L', 'test'), ('RainTrainL', 'train')])
@@ -93,85 +103,56 @@ def test_the_folder_of_a_split_itself(tmp_path, folder, split):
     assert splits_of('rain100', tmp_path / folder) == {split: [('rain-001.png', 'norain-001.png')]}
 
 
-def test_every_layout_is_tried():
-    assert {layout for layout, _ in UNPACKED} == set(preparable())
-
-
-def test_lists_of_spad_may_lie_deeper(tmp_path):
-    touch(tmp_path, 'SPA/real_world/1.png', 'SPA/real_world_gt/1.png')
-    (tmp_path / 'SPA/real_world.txt').write_text('/real_world/1.png /real_world_gt/1.png\n')
-    assert splits_of('spad', tmp_path) == {'train': [('SPA/real_world/1.png', 'SPA/real_world_gt/1.png')]}
-
-
-def test_many_hazy_images_share_a_clear_one(tmp_path):
-    touch(tmp_path, 'ITS/clear/1.png', 'ITS/clear/2.png', *(f'ITS/hazy/1_{n}_0.9.png' for n in (1, 2, 10)))
-    (split,) = find_splits('reside', tmp_path)
-    keys = {pair.key: os.path.basename(pair.gt) for pair in split.pairs}
-    assert keys == dict.fromkeys(('1_10_0.9', '1_1_0.9', '1_2_0.9'), '1.png')
-    assert not split.faults  # a clear image without a hazy one is not a fault
-
-
-LEAVE_THE_REST = {  # by layout: files, key of the remaining pair, kinds and names of the faults
+LIST = ['/r/1.png /g/1.png', '', '/r/2.png', '/r/7.png /g/1.png', '/r/2.png /g/1.png', '/r/2.png /g/2.png']
+FAULTY = {  # by layout: files, keys of the pairs, and kinds, names and texts of the faults
     'agan': (
-        [f'train/{name}.png' for name in ('data/1_rain', 'gt/1_clean', 'data/2_rain', 'gt/3_clean', 'data/A_rain')]
-        + ['train/gt/a_clean.png'],
-        '1',
-        [('no partner', f'train/{name}.png') for name in ('data/2_rain', 'data/A_rain', 'gt/3_clean', 'gt/a_clean')],
+        [f'train/data/{name}_rain.png' for name in '12A'] + [f'train/gt/{name}_clean.png' for name in '13a'],
+        ['1'],
+        [
+            ('no partner', 'train/data/2_rain.png', 'no 2_clean.*'),
+            ('no partner', 'train/data/A_rain.png', 'a_clean.png differs only in the case of its letters'),
+            ('no partner', 'train/gt/3_clean.png', 'no 3_rain.*'),
+            ('no partner', 'train/gt/a_clean.png', 'no a_rain.*'),
+        ],
     ),
     'spad': (
         ['r/1.png', 'g/1.png', 'r/2.png', 'g/2.png'],
-        'r/1.png',
-        [('line not understood', "line 3, '/r/2.png'"), ('missing', 'r/7.png'), ('several partners', 'r/2.png')],
+        ['r/1.png'],
+        [
+            ('line not understood', "line 3, '/r/2.png'", 'expected two image files'),
+            ('missing', 'r/7.png', 'named in'),
+            ('several partners', 'r/2.png', 'lists several clean partners'),
+        ],
     ),
     'folders': (
         ['lq/a.png', 'gt/a.png', 'gt/a.jpg', 'lq/b.png', 'gt/b.png'],
-        'b',
-        [('several partners', 'lq/a.png')],
+        ['b'],
+        [('several partners', 'lq/a.png', 'a.png with a.jpg or a.png')],
+    ),
+    'reside': (  # a clear image may have several hazy ones, or none
+        ['ITS/clear/1.png', 'ITS/clear/2.png', *(f'ITS/hazy/1_{n}_0.9.png' for n in (1, 2, 10))],
+        ['1_10_0.9', '1_1_0.9', '1_2_0.9'],
+        [],
     ),
 }
-LIST = ['/r/1.png /g/1.png', '', '/r/2.png', '/r/7.png /g/1.png', '/r/2.png /g/1.png', '/r/2.png /g/2.png']
 
 
-@pytest.mark.parametrize('layout', LEAVE_THE_REST)
+@pytest.mark.parametrize('layout', FAULTY)
 def test_faults_leave_the_rest(tmp_path, layout):
-    files, key, faults = LEAVE_THE_REST[layout]
-    touch(tmp_path, *files)
-    (tmp_path / 'real_world.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(LIST).encode())
+    files, keys, faults = FAULTY[layout]
+    root = touch(tmp_path / 'inner', *files)
+    (root / 'real_world.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(LIST).encode())
     (split,) = find_splits(layout, tmp_path)
-    assert [pair.key for pair in split.pairs] == [key]
-    assert [(fault.kind, fault.name.removeprefix(f'{tmp_path}/')) for fault in split.faults] == faults
-    texts = ''.join(fault.text for fault in split.faults)
-    assert layout != 'agan' or 'a_clean.png differs only in the case of its letters' in texts
-    assert layout != 'folders' or texts == 'a.png with a.jpg or a.png'
-
-
-PLAIN = [
-    (('{split}/x', '{split}/y', None, None), {'train': ('train/x/1.png', 'train/y/1.png')}),
-    (('x', 'y', '{}_noisy', '{}_clean'), {'train': ('x/1_noisy.png', 'y/1_clean.png')}),
-    (('x', 'x', '{}_noisy', '{}_clean'), {'train': ('x/1_noisy.png', 'x/1_clean.png')}),
-    (('x', 'y', '{}_*', '{}'), {'train': ('x/1_0.8.png', 'y/1.png')}),
-]
-
-
-@pytest.mark.parametrize(('arguments', 'pairs'), PLAIN)
-def test_plain_folders_by_name(tmp_path, arguments, pairs):
-    touch(tmp_path, *(name for pair in pairs.values() for name in pair))
-    assert splits_of(plain_layout(*arguments), tmp_path) == {split: [pair] for split, pair in pairs.items()}
+    assert [pair.key for pair in split.pairs] == keys
+    assert layout != 'reside' or {os.path.basename(pair.gt) for pair in split.pairs} == {'1.png'}
+    for fault, (kind, name, text) in zip(split.faults, faults, strict=True):
+        assert (fault.kind, fault.name.removeprefix(f'{root}/')) == (kind, name) and text in fault.text
 
 
 def test_a_wanted_split_may_be_the_root(tmp_path):
     touch(tmp_path, 'input/1.png', 'target/1.png')
     assert splits_of('folders', tmp_path, 'test') == {'test': [('input/1.png', 'target/1.png')]}
     assert list(splits_of('folders', tmp_path)) == ['train']
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'expected'),
-    [(('x', None, None, None), 'go together'), (('{split}/x', 'y', None, None), 'both or none contain {split}')],
-)
-def test_plain_folders_that_do_not_go_together(arguments, expected):
-    with pytest.raises(OptionError, match=expected):
-        plain_layout(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -189,12 +170,14 @@ def test_plain_folders_that_do_not_go_together(arguments, expected):
         ('rain100', [f'{a}/{b}.png' for a in ('Rain100L', 'Rain100H') for b in ('rain-1', 'norain-1')], [], DataError,
          'the split test of Rain100L or Rain100H may be in .*Rain100L, .*Rain100H'),
         ('spad', ['a/real_world.txt', 'b/real_world.txt'], [], DataError, 'may be in .*a/real_world.txt'),
+        (('x', None, None, None), [], [], OptionError, 'go together'),
+        (('{split}/x', 'y', None, None), [], [], OptionError, 'both or none contain {split}'),
     ],
 )  # fmt: skip
 def test_what_is_not_found(tmp_path, layout, files, wanted, error, expected):
     touch(tmp_path, *files)
     with pytest.raises(error, match=expected):
-        find_splits(layout, tmp_path, wanted)
+        splits_of(layout, tmp_path, *wanted)
 
 
 def test_files_and_nothing_instead_of_folders(tmp_path):
@@ -204,19 +187,13 @@ def test_files_and_nothing_instead_of_folders(tmp_path):
             find_splits('agan', tmp_path / name)
 
 
-def test_loops_of_links(tmp_path):
-    touch(tmp_path, 'train/data/1_rain.png', 'train/gt/1_clean.png')
-    os.symlink('..', tmp_path / 'train' / 'loop')
-    os.symlink('self', tmp_path / 'self')
-    os.symlink('train', tmp_path / 'train_again')
-    assert splits_of('agan', tmp_path) == {'train': [('train/data/1_rain.png', 'train/gt/1_clean.png')]}
-
-
-def test_linked_folders_are_followed(tmp_path):
+def test_links_and_loops_of_links(tmp_path):
+    root = tmp_path / 'set'
     touch(tmp_path / 'disk', 'data/1_rain.png', 'gt/1_clean.png')
-    (tmp_path / 'set').mkdir()
-    os.symlink(tmp_path / 'disk', tmp_path / 'set' / 'train')
-    assert list(splits_of('agan', tmp_path / 'set')) == ['train']
+    root.mkdir()
+    for name, target in (('train', '../disk'), ('train/loop', '..'), ('self', 'self'), ('train_again', 'train')):
+        os.symlink(target, root / name)
+    assert splits_of('agan', root) == {'train': [('train/data/1_rain.png', 'train/gt/1_clean.png')]}
 
 
 def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
@@ -253,44 +230,58 @@ def make_agan(root: Path, train=6, test=3) -> Path:
     return root
 
 
+@pytest.fixture
+def agan(tmp_path) -> Path:
+    return make_agan(tmp_path / 'data')
+
+
 def prepare(root: Path, target: Path, place=None, workers=1, layout='agan'):
     preparation = Preparation(find_splits(layout, root), root, target)
     preparation.check(workers)
     return preparation, preparation.write(layout, place)
 
 
-def test_a_manifest_of_each_split(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    before = contents(root)
-    checks, paths = prepare(root, tmp_path / 'out')
+def test_a_manifest_of_each_split(agan, tmp_path):
+    before = contents(agan)
+    touch(tmp_path / 'out', '.train.jsonl.17-0a1b2c3d.part', '.train.jsonl.mine')  # the first of a killed run
+    checks, paths = prepare(agan, tmp_path / 'out')
     assert [path.name for path in paths] == ['train.jsonl', 'test_a.jsonl']
-    assert sorted(os.listdir(tmp_path / 'out')) == ['test_a.jsonl', 'train.jsonl']
+    assert sorted(os.listdir(tmp_path / 'out')) == ['.train.jsonl.mine', 'test_a.jsonl', 'train.jsonl']
     assert checks.num_faults == 0 and checks.leaks == []
     entry = next(read_manifest(paths[0]).entries())
-    lq = root / 'train/data/0_rain.png'
+    lq = agan / 'train/data/0_rain.png'
     assert (entry.key, entry.lq, entry.gt, entry.size) == ('0', 'data/0_rain.png', 'gt/0_clean.png', (16, 24))
     assert entry.bytes[0] == lq.stat().st_size
     assert entry.digests[0] == pair_checks.digest_pixels(cv2.imread(str(lq))[..., ::-1])
-    assert contents(root) == before
+    assert contents(agan) == before
 
 
-def test_what_is_not_plain_is_counted(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    gray = cv2.imread(str(root / 'train/data/0_rain.png'), cv2.IMREAD_GRAYSCALE)
-    cv2.imwrite(str(root / 'train/data/0_rain.png'), gray)
-    write_noise(root / 'train/data/1_rain.png', 9, (8, 8))
-    write_noise(root / 'train/gt/1_clean.png', 8, (8, 8))
-    found = prepare(root, tmp_path / 'out')[0].checked[0]
-    assert found.traits == {'gray': 1}
+def test_properties_of_the_images(agan, tmp_path):
+    gray = cv2.imread(str(agan / 'train/data/0_rain.png'), cv2.IMREAD_GRAYSCALE)
+    cv2.imwrite(str(agan / 'train/data/0_rain.png'), gray)
+    write_noise(agan / 'train/data/1_rain.png', 9, (8, 8))
+    write_noise(agan / 'train/gt/1_clean.png', 8, (8, 8))
+    shutil.copy(agan / 'train/data/2_rain.png', agan / 'train/data/4_rain.png')
+    shutil.copy(agan / 'train/gt/0_clean.png', agan / 'train/gt/2_clean.png')
+    shutil.copy(agan / 'train/gt/3_clean.png', agan / 'train/data/3_rain.png')
+    checks, _ = prepare(agan, tmp_path / 'out')
+    found = checks.checked[0]
     assert found.sizes == {(16, 24): 5, (8, 8): 1}
-    assert found.num_bytes == sum(path.stat().st_size for path in (root / 'train').rglob('*.png'))
+    assert found.num_bytes == sum(path.stat().st_size for path in (agan / 'train').rglob('*.png'))
+    assert format_notes(checks) == [
+        'train: 1 image in gray; read as RGB',
+        'train: 1 degraded image repeated: 2_rain.png = 4_rain.png',
+        'train: 1 pair with equal degraded and clean images',
+        'train: 6 degraded images of 5 clean images',
+    ]
 
 
 def test_faulty_pairs_are_left_out(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    (root / 'train/data/2_rain.png').write_bytes(b'')
+    root = make_agan(tmp_path / 'data', test=1)
+    for name in ('train/data/2_rain.png', 'test_a/data/0_rain.png'):
+        (root / name).write_bytes(b'')
     (root / 'train/gt/3_clean.png').unlink()
-    checks, (train, _) = prepare(root, tmp_path / 'out')
+    checks, (train,) = prepare(root, tmp_path / 'out')  # no manifest without a good pair
     assert [(fault.kind, Path(fault.name).name) for fault in checks.checked[0].faults] == [
         ('no partner', '3_rain.png'),
         ('unreadable', '2_rain.png'),
@@ -300,41 +291,18 @@ def test_faulty_pairs_are_left_out(tmp_path):
     assert sorted(manifest.others) == ['data/2_rain.png', 'data/3_rain.png', 'gt/2_clean.png']
 
 
-def test_no_manifest_without_a_good_pair(tmp_path):
-    root = make_agan(tmp_path / 'data', test=1)
-    (root / 'test_a/data/0_rain.png').write_bytes(b'')
-    assert [path.name for path in prepare(root, tmp_path / 'out')[1]] == ['train.jsonl']
-
-
-# ---- duplicates
-
-
-def test_leaks_of_test_images_into_training(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    shutil.copy(root / 'train/data/4_rain.png', root / 'test_a/data/1_rain.png')
-    shutil.copy(root / 'train/gt/5_clean.png', root / 'test_a/gt/2_clean.png')
-    pixels = cv2.imread(str(root / 'train/gt/0_clean.png'))  # the same pixels in another file
-    cv2.imwrite(str(root / 'test_a/gt/0_clean.png'), pixels, [cv2.IMWRITE_PNG_COMPRESSION, 0])
-    leaks = prepare(root, tmp_path / 'out')[0].leaks
+def test_leaks_of_test_images_into_training(agan, tmp_path):
+    shutil.copy(agan / 'train/data/4_rain.png', agan / 'test_a/data/1_rain.png')
+    shutil.copy(agan / 'train/gt/5_clean.png', agan / 'test_a/gt/2_clean.png')
+    pixels = cv2.imread(str(agan / 'train/gt/0_clean.png'))  # the same pixels in another file
+    cv2.imwrite(str(agan / 'test_a/gt/0_clean.png'), pixels, [cv2.IMWRITE_PNG_COMPRESSION, 0])
+    leaks = prepare(agan, tmp_path / 'out')[0].leaks
     assert [(leak.first, leak.second, leak.kind, leak.num) for leak in leaks] == [
         ('train', 'test_a', 'degraded', 1),
         ('train', 'test_a', 'clean', 2),
     ]
     names = [[tuple(Path(name).name for name in pair) for pair in leak.examples] for leak in leaks]
     assert names == [[('4_rain.png', '1_rain.png')], [('0_clean.png', '0_clean.png'), ('5_clean.png', '2_clean.png')]]
-
-
-def test_images_that_one_split_has_twice(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    shutil.copy(root / 'train/data/1_rain.png', root / 'train/data/4_rain.png')
-    shutil.copy(root / 'train/gt/0_clean.png', root / 'train/gt/2_clean.png')
-    shutil.copy(root / 'train/gt/3_clean.png', root / 'train/data/3_rain.png')
-    checks, _ = prepare(root, tmp_path / 'out')
-    twins, others = (pair_checks.find_duplicates(split, split, 'degraded') for split in checks.checked)
-    assert (twins.num, [Path(name).name for name in twins.examples[0]]) == (1, ['1_rain.png', '4_rain.png'])
-    assert checks.checked[0].num_clean == 5
-    assert checks.checked[0].num_unchanged == 1
-    assert others.num == 0
 
 
 # ---- interrupted runs
@@ -352,64 +320,35 @@ def count_checks(monkeypatch) -> list[str]:
     return read
 
 
-def stop_after(pairs: int):
-    """Callback that interrupts a run like Ctrl-C."""
-    done = 0
-
-    def on_pair():
-        nonlocal done
-        done += 1
-        if done == pairs:
-            raise KeyboardInterrupt
-
-    return on_pair
-
-
-def test_a_stopped_run_continues(tmp_path, monkeypatch):
-    root = make_agan(tmp_path / 'data')
-    prepare(root, tmp_path / 'whole')
-    preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
+def test_a_stopped_run_continues(agan, tmp_path, monkeypatch):
+    prepare(agan, tmp_path / 'whole')
+    (tmp_path / 'out').mkdir()
+    lines = ['', 'null', '[]', '{"a": 1}', '[["x"]]', '\x00', '[' * 2000]  # an earlier journal, larger and useless
+    (tmp_path / 'out/.train.checked').write_text('\n'.join(lines))
+    preparation = Preparation(find_splits('agan', agan), agan, tmp_path / 'out')
+    stop = Mock(side_effect=[None, None, None, KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
-        preparation.check(1, stop_after(4))
+        preparation.check(1, stop)
     assert not list((tmp_path / 'out').glob('*.jsonl'))
-    journal = next((tmp_path / 'out').iterdir())
+    journal = tmp_path / 'out/.train.checked.new'
     journal.write_bytes(journal.read_bytes()[:-20])  # as after a kill in the middle of a line
     read = count_checks(monkeypatch)
-    prepare(root, tmp_path / 'out')
+    prepare(agan, tmp_path / 'out')
     assert read == ['3_rain.png', '4_rain.png', '5_rain.png', '0_rain.png', '1_rain.png', '2_rain.png']
     assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
 
 
-def test_rejected_run_rereads_only_fixed_files(tmp_path, monkeypatch):
-    root = make_agan(tmp_path / 'data')
-    (root / 'train/data/2_rain.png').write_bytes(b'')
-    preparation = Preparation(find_splits('agan', root), root, tmp_path / 'out')
+def test_rejected_run_rereads_only_fixed_files(agan, tmp_path, monkeypatch):
+    (agan / 'train/data/2_rain.png').write_bytes(b'')
+    preparation = Preparation(find_splits('agan', agan), agan, tmp_path / 'out')
     preparation.check(1)
     assert preparation.num_faults == 1
     read = count_checks(monkeypatch)
     preparation.check(1)
     assert preparation.num_faults == 1 and read == []
-    write_noise(root / 'train/data/2_rain.png', 77)
+    write_noise(agan / 'train/data/2_rain.png', 77)
     preparation.check(1)
     assert preparation.num_faults == 0 and read == ['2_rain.png']
-
-
-def test_rubbish_in_a_journal_is_not_believed(tmp_path, monkeypatch):
-    root = make_agan(tmp_path / 'data')
-    prepare(root, tmp_path / 'whole')
-    (tmp_path / 'out').mkdir()
-    lines = ['', 'null', '[]', '{"a": 1}', '[["x"]]', '\x00', '[' * 2000]
-    (tmp_path / 'out/.train.checked').write_text('\n'.join(lines))
-    read = count_checks(monkeypatch)
-    prepare(root, tmp_path / 'out')
-    assert len(read) == 9 and contents(tmp_path / 'out') == contents(tmp_path / 'whole')
-
-
-def test_rest_of_a_killed_run_is_removed(tmp_path):
-    root = make_agan(tmp_path / 'data', train=1, test=1)
-    touch(tmp_path / 'out', '.train.jsonl.17-0a1b2c3d.part', '.train.jsonl.mine')
-    prepare(root, tmp_path / 'out')
-    assert sorted(os.listdir(tmp_path / 'out')) == ['.train.jsonl.mine', 'test_a.jsonl', 'train.jsonl']
 
 
 def test_killed_at_any_moment(tmp_path):
@@ -473,19 +412,18 @@ def test_targets_that_cannot_be(tmp_path, target, reason):
 
 
 @pytest.mark.parametrize('name', ['train.jsonl', 'train/mine.png'])
-def test_files_of_others_are_left_alone(tmp_path, name):
-    root = make_agan(tmp_path / 'data')
+def test_files_of_others_are_left_alone(agan, tmp_path, name):
     (tmp_path / 'out' / name).parent.mkdir(parents=True)
     (tmp_path / 'out' / name).write_text('mine')
     with pytest.raises(DataError, match='exists and is not'):
-        prepare(root, tmp_path / 'out', 'copy')
+        prepare(agan, tmp_path / 'out', 'copy')
     assert (tmp_path / 'out' / name).read_text() == 'mine'
 
 
-def test_two_runs_do_not_meet(tmp_path, capsys):
-    root = make_agan(tmp_path / 'data')
-    command = ['data', 'prepare', 'agan', str(root), str(tmp_path / 'out')]
-    with Preparation(find_splits('agan', root), root, tmp_path / 'out').lock():
+def test_two_runs_do_not_meet(agan, tmp_path, capsys):
+    command = ['data', 'prepare', 'agan', str(agan), str(tmp_path / 'out')]
+    (tmp_path / 'out').mkdir()
+    with lock_folder(tmp_path / 'out', 'taken'):
         assert main(command) == 2
         assert 'out: another run is preparing there; wait for it' in capsys.readouterr().err
         assert os.listdir(tmp_path / 'out') == []
@@ -496,27 +434,25 @@ def test_two_runs_do_not_meet(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('place', ['copy', 'link'])
-def test_copies_and_links(tmp_path, place):
-    root = make_agan(tmp_path / 'data')
-    _, (train, _) = prepare(root, tmp_path / 'out', place)
+def test_copies_and_links(agan, tmp_path, place):
+    _, (train, _) = prepare(agan, tmp_path / 'out', place)
     manifest = read_manifest(train)
     assert json.loads(train.read_text().splitlines()[0])['root'] == 'train'
     for entry, pair in zip(manifest.entries(), manifest.pairs(), strict=True):
         assert (entry.lq, entry.gt) == (f'lq/{entry.key}.png', f'gt/{entry.key}.png')
-        assert Path(pair.lq).read_bytes() == (root / f'train/data/{entry.key}_rain.png').read_bytes()
+        assert Path(pair.lq).read_bytes() == (agan / f'train/data/{entry.key}_rain.png').read_bytes()
         assert Path(pair.gt).is_symlink() == (place == 'link')
 
 
-def test_a_second_run_drops_what_is_gone(tmp_path):
-    root = make_agan(tmp_path / 'data')
-    prepare(root, tmp_path / 'out', 'copy')
+def test_a_second_run_drops_what_is_gone(agan, tmp_path):
+    prepare(agan, tmp_path / 'out', 'copy')
     for name in ('data/0_rain.png', 'gt/0_clean.png'):
-        (root / 'train' / name).unlink()
-    write_noise(root / 'train/data/1_rain.png', 55)
-    prepare(root, tmp_path / 'out', 'copy')
-    prepare(root, tmp_path / 'anew', 'copy')
+        (agan / 'train' / name).unlink()
+    write_noise(agan / 'train/data/1_rain.png', 55)
+    prepare(agan, tmp_path / 'out', 'copy')
+    prepare(agan, tmp_path / 'anew', 'copy')
     assert contents(tmp_path / 'out') == contents(tmp_path / 'anew')
-    prepare(root, tmp_path / 'out', 'link')
+    prepare(agan, tmp_path / 'out', 'link')
     assert (tmp_path / 'out/train/lq/1.png').is_symlink()
 
 

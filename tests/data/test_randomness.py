@@ -26,10 +26,13 @@ class Numbers:
 
 
 def indices(dataset: Numbers, replicas: int = 1, ratio: float = 1, epoch: int = 0) -> list[list]:
-    samplers = [EpochSampler(dataset, replicas, rank, ratio) for rank in range(replicas)]
-    for sampler in samplers:
+    ranks = []
+    for rank in range(replicas):
+        sampler = EpochSampler(dataset, replicas, rank, ratio)
         sampler.set_epoch(epoch)
-    return [list(sampler) for sampler in samplers]
+        ranks.append(list(sampler))
+        assert len(ranks[-1]) == len(sampler)
+    return ranks
 
 
 @pytest.mark.parametrize('settings', product([1, 3, 8, 21], [1, 4], [1, 3], [0.4, 1, 5]))
@@ -38,7 +41,6 @@ def test_full_batches_on_disjoint_ranks(settings):
     dataset = Numbers(length, batch)
     ranks = indices(dataset, replicas, ratio, epoch=2)
     assert len({len(rank) for rank in ranks}) == 1
-    assert all(len(rank) == len(EpochSampler(dataset, replicas, 0, ratio)) for rank in ranks)
     assert len(ranks[0]) > 0 and len(ranks[0]) % batch == 0
     total = list(chain(*ranks))
     assert len(total) < length * ratio + replicas * batch
@@ -55,17 +57,10 @@ def test_order_depends_on_seed_and_epoch_alone():
     orders = [indices(Numbers(50, seed=seed), epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
     positions = {tuple(position for _, position in order[0]) for order in orders}
     assert len(positions) == 4
-
-
-def test_ranks_share_what_one_process_would_see():
-    together = indices(Numbers(24, batch=2))[0]
-    apart = indices(Numbers(24, batch=1), replicas=2)
-    assert sorted(together) == sorted(chain(*apart))
-
-
-def test_added_images_change_from_epoch_to_epoch():
     added = {tuple(sorted(p for _, p in indices(Numbers(5, batch=8), epoch=epoch)[0] if p >= 5)) for epoch in range(20)}
     assert len(added) > 1
+    together, apart = indices(Numbers(24, batch=2)), indices(Numbers(24, batch=1), replicas=2)
+    assert sorted(chain(*together)) == sorted(chain(*apart))
 
 
 def test_other_datasets_get_plain_numbers():
@@ -90,15 +85,12 @@ def test_a_resumed_epoch_continues_where_it_was(replicas, iteration):
     for rank in range(replicas):
         whole, resumed = (EpochSampler(dataset, replicas, rank) for _ in range(2))
         resumed.resume(iteration, 2)
-        samples = [[], []]
-        first = epoch_of(iteration, 5)[0]
+        samples = {whole: [], resumed: []}
         for epoch in range(4):
-            whole.set_epoch(epoch)
-            samples[0] += whole
-            if epoch >= first:
-                resumed.set_epoch(epoch)
-                samples[1] += resumed
-        assert samples[1] == samples[0][2 * iteration :]
+            for sampler in (whole, resumed) if epoch >= epoch_of(iteration, 5)[0] else (whole,):
+                sampler.set_epoch(epoch)
+                samples[sampler] += sampler
+        assert samples[resumed] == samples[whole][2 * iteration :]
 
 
 def test_epochs_of_iterations():
@@ -110,11 +102,13 @@ def draw() -> tuple:
     return random.gauss(0, 1), np.random.randn(), torch.randn(1).item(), random.random(), np.random.rand()  # noqa: NPY002
 
 
-def test_states_come_back_from_a_file(tmp_path):
+def test_states_come_back(tmp_path):
     draw()
     save_torch(tmp_path / 'states', randomness.capture())
     expected = [draw() for _ in range(3)]
     randomness.restore(torch.load(tmp_path / 'states', weights_only=True))
+    with randomness.preserved():
+        draw()
     assert [draw() for _ in range(3)] == expected
 
 
@@ -131,15 +125,6 @@ def test_random_state_of_mps(monkeypatch, is_there):
     assert torch.equal(torch.rand(1, generator=generator), before) == is_there
     del states['mps']
     randomness.restore(states)
-
-
-def test_preserved_leaves_no_trace():
-    states = randomness.capture()
-    expected = draw()
-    randomness.restore(states)
-    with randomness.preserved():
-        draw()
-    assert draw() == expected
 
 
 class Noise(Dataset):
@@ -160,9 +145,8 @@ def test_samples_of_others_are_repeatable():
     first = [dataset[index] for index in positions]
     assert [sample[0].item() for sample in first[:6]] == [0, 1, 2, 3, 0, 1]
     assert len({tuple(sample[1:].tolist()) for sample in first}) == len(first)
-    before = randomness.capture()
-    expected = draw()
-    randomness.restore(before)
+    with randomness.preserved():
+        expected = draw()
     again = [dataset[index] for index in reversed(positions)][::-1]
     assert draw() == expected
     in_workers = list(DataLoader(dataset, None, sampler=positions, num_workers=2))

@@ -43,16 +43,16 @@ def test_folder_splits_are_by_name_alone(tmp_path):
     assert 2 <= len(before['val']) <= 16
     (tmp_path / 'a.jpg').touch()
     assert before['train'] <= {p.name for p in folder_photos(tmp_path, 'train', 'train')}
-    assert [p.name for p in folder_photos(tmp_path, 'val', names=['a'])] == ['a']
-    assert [p.name for p in folder_photos(tmp_path, 'val', names=['a.jpg'])] == ['a']
-    with pytest.raises(DataError, match="no photo 'b'"):
-        folder_photos(tmp_path, 'val', names=['b'])
+    assert [p.name for p in folder_photos(tmp_path, 'val', names=['a', 'a.jpg'])] == ['a', 'a']
     (tmp_path / 'one').mkdir()
-    (tmp_path / 'one/a.jpg').touch()
-    with pytest.raises(DataError, match=r"datasets\.val: none of the 1 .*'val'.*split: all"):
-        folder_photos(tmp_path / 'one', 'val', 'val')  # a.jpg belongs to train
-    with pytest.raises(DataError, match='no such folder'):
-        folder_photos(tmp_path / 'x', 'val')
+    (tmp_path / 'one/a.jpg').touch()  # belongs to train
+    for folder, options, message in (
+        (tmp_path, {'names': ['b']}, "no photo 'b'"),
+        (tmp_path / 'one', {'split': 'val'}, r"datasets\.val: none of the 1 .*'val'.*split: all"),
+        (tmp_path / 'x', {}, 'no such folder'),
+    ):
+        with pytest.raises(DataError, match=message):
+            folder_photos(folder, 'val', **options)
 
 
 def test_depth_is_known_in_every_patch(tmp_path):

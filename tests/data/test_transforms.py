@@ -64,52 +64,38 @@ def test_center_crop(size, shape, corner):
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
 def test_tensor_keeps_every_level(dtype):
     top = np.iinfo(dtype).max
-    levels = np.linspace(0, top, 48).astype(dtype).reshape(4, 4, 3)
-    tensor = transforms.to_tensor(levels[::-1].swapaxes(0, 1))
-    assert tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.shape == (3, 4, 4)
+    levels = np.linspace(0, top, 768).astype(dtype).reshape(16, 16, 3)[::-1].swapaxes(0, 1)
+    tensor, kept = transforms.to_tensor(levels), transforms.to_tensor(levels, keep_uint8=True)
+    assert tensor.dtype == torch.float32 and tensor.shape == (3, 16, 16)
     assert tensor.min() == 0 and tensor.max() == 1
-    back = (tensor.double() * top).round().numpy().astype(dtype).transpose(1, 2, 0)
-    assert np.array_equal(back, levels[::-1].swapaxes(0, 1))
-
-
-def test_bytes_become_the_floats_of_the_file():
-    levels = np.arange(256, dtype=np.uint8).reshape(8, 32, 1).repeat(3, axis=2)
-    kept = transforms.to_tensor(levels, keep_uint8=True)
-    assert kept.dtype == torch.uint8 and kept.is_contiguous()
-    assert transforms.to_unit_range(kept).equal(transforms.to_tensor(levels))
-    floats = torch.rand(2, 3)
-    assert transforms.to_unit_range(floats) is floats
+    assert np.array_equal((tensor.double() * top).round().numpy().transpose(1, 2, 0), levels)
+    assert kept.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
+    assert tensor.is_contiguous() and kept.is_contiguous()
+    assert transforms.to_unit_range(kept).equal(tensor) and transforms.to_unit_range(tensor) is tensor
     kept.zero_()
     assert levels.any(), 'the tensor must not share memory with the image, which may be a file'
-    deep = np.full((2, 2, 3), 65535, np.uint16)
-    assert transforms.to_tensor(deep, keep_uint8=True).equal(torch.ones(3, 2, 2))
 
 
 @pytest.mark.parametrize('deep', [[], [1], [0, 1, 2]])
 def test_a_batch_of_several_depths(deep):
-    images = [
-        np.full((4, 4, 3), 51 * (257 if n in deep else 1), np.uint16 if n in deep else np.uint8) for n in range(3)
-    ]
-    samples = [
-        {'lq': transforms.to_tensor(i, True), 'gt': transforms.to_tensor(i, True), 'lq_path': 'x'} for i in images
-    ]
-    batch = transforms.collate(samples)
+    eight, sixteen = np.full((4, 4, 3), 51, np.uint8), np.full((4, 4, 3), 51 * 257, np.uint16)
+    tensors = [transforms.to_tensor(sixteen if number in deep else eight, True) for number in range(3)]
+    batch = transforms.collate([{'lq': tensor, 'gt': tensor, 'lq_path': 'x'} for tensor in tensors])
     assert batch['lq'].dtype == (torch.float32 if deep else torch.uint8) and batch['lq_path'] == ['x'] * 3
     assert torch.allclose(transforms.to_unit_range(batch['gt']), torch.full((3, 3, 4, 4), 0.2))
 
 
 def test_camera_noise():
+    def add(*images, noise, quality):
+        return transforms.add_camera_noise(images, np.random.default_rng(0), (noise, noise), quality)
+
     images = [np.full((64, 64, 3), value, np.float32) for value in (0.3, 0.6)]
-    noisy = transforms.add_camera_noise(images, np.random.default_rng(0), (10, 10), (100, 100))
+    noisy = add(*images, noise=10, quality=(100, 100))
     changes = [image - clean for image, clean in zip(noisy, images, strict=True)]
     assert np.corrcoef(changes[0].ravel(), changes[1].ravel())[0, 1] > 0.9
     assert all(image.dtype == np.float32 and np.allclose(255 * image, np.rint(255 * image)) for image in noisy)
-    colours = np.zeros((16, 16, 3), np.float32)
-    colours[...] = 0.1, 0.5, 0.9  # compression must not exchange channels
-    (same,) = transforms.add_camera_noise([colours], np.random.default_rng(0), (0, 0), (90, 100))
-    assert np.abs(same - colours).max() < 0.02
+    colours = np.tile(np.float32([0.1, 0.5, 0.9]), (16, 16, 1))  # compression must not exchange channels
+    assert np.abs(add(colours, noise=0, quality=(90, 100))[0] - colours).max() < 0.02
     texture = np.random.default_rng(1).random((32, 32, 3), np.float32)
-    fine, coarse = (
-        transforms.add_camera_noise([texture], np.random.default_rng(0), (0, 0), (q, q))[0] for q in (95, 30)
-    )
-    assert np.abs(fine - texture).mean() < np.abs(coarse - texture).mean()
+    fine, coarse = (np.abs(add(texture, noise=0, quality=(q, q))[0] - texture).mean() for q in (95, 30))
+    assert fine < coarse

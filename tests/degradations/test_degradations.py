@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ast_plugin.data.pairs_dataset import SyntheticPairsDataset
-from ast_plugin.data.synthesis import degraded_patch
+from ast_plugin.data.synthesis import Augmentation, degraded_patch
 from ast_plugin.degradations import DEGRADATIONS, AnyParameters, Degradation, snow
 from ast_plugin.degradations.base import Limits
 from ast_plugin.degradations.rain import FINE
@@ -259,9 +259,7 @@ def test_a_patch_keeps_its_depth():
     row = Degradation(DEGRADATIONS['haze'].parameters, apply, margin=3)
     for seed in range(12):
         generator = np.random.default_rng(seed)
-        degraded, clean, mask = degraded_patch(
-            image, 20, generator, row, None, use_hflip=True, use_rot=True, depth=depth
-        )
+        degraded, clean, mask = degraded_patch(image, 20, generator, row, None, Augmentation(True, True), depth)
         assert degraded.shape == clean.shape == (20, 20, 3) and mask.shape == (20, 20)
         whole, beside = seen[-1]
         assert whole.shape == (26, 26, 3)

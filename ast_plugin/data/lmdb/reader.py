@@ -87,11 +87,7 @@ def encode_raw(image: np.ndarray) -> bytes:
 
 
 def decode_value(value: bytes | memoryview, path: str) -> np.ndarray:
-    """Decode a value to RGB [H, W, 3]; raw pixels are a read-only view of the value, valid only as long as it is.
-
-    Raises:
-        DataError: if the value is damaged; the message begins with `path`.
-    """
+    """Decode a value to RGB [H, W, 3]; raw pixels are a read-only view of the value, valid only as long as it is."""
     if bytes(value[: len(_RAW_MAGIC)]) != _RAW_MAGIC:
         return decode_rgb(value, path)
     if len(value) >= _RAW_HEADER.size:
@@ -107,11 +103,7 @@ def digest_of(value: bytes | memoryview) -> str:
 
 
 def read_meta_info(folder: str | Path) -> Iterator[Entry]:
-    """Yield the images of an LMDB, in its order; an image may occur several times.
-
-    Raises:
-        DataError: if the file does not exist, or a line does not have BasicSR's format.
-    """
+    """Yield the images of an LMDB, in its order; an image may occur several times."""
     expected = 'for example "0001.png (256,256,3) 1"; write the LMDB again with `basicsr data lmdb`'
     for key, encoding, *shape, detail in _read_lines(Path(folder) / META_INFO, _META_LINE, expected):
         yield Entry(key, encoding, tuple(map(int, shape)), int(detail))
@@ -191,7 +183,7 @@ class LmdbImages:
     Args:
         folder: `*.lmdb`, with data.mdb and meta_info.txt.
     Raises:
-        DataError: if the data is missing; on reading, if it is truncated or damaged.
+        DataError: if the data is missing; on reading, if it is truncated or damaged, or a key does not exist.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -212,11 +204,7 @@ class LmdbImages:
 
     @contextmanager
     def value(self, key: str) -> Iterator[memoryview]:
-        """Yield the value of a key, a view of the memory-mapped file that is valid only inside the block.
-
-        Raises:
-            DataError: if the key does not exist, or the LMDB cannot be read.
-        """
+        """Yield the value of a key, a view of the memory-mapped file that is valid only inside the block."""
         with self._transaction() as transaction:
             value = transaction.get(key.encode())
             if value is None:
@@ -228,11 +216,7 @@ class LmdbImages:
 
     @contextmanager
     def image(self, key: str) -> Iterator[np.ndarray]:
-        """Yield the pixels of a key, RGB [H, W, 3] and read-only, valid only inside the block.
-
-        Raises:
-            DataError: if the key does not exist, the image is damaged, or the LMDB cannot be read.
-        """
+        """Yield the pixels of a key, RGB [H, W, 3] and read-only, valid only inside the block."""
         with self.value(key) as value:
             yield decode_value(value, f'{self.folder}/{key}')
 
@@ -330,10 +314,9 @@ def check_lmdb(folder: str | Path, num_workers: int = 1) -> list[str]:
 
 
 def check_together(folder: str | Path) -> list[str]:
-    """Check whether the two LMDBs in a folder were created together, and neither is missing or swapped.
+    """Return a line for each LMDB in a folder that is missing, swapped, or was not created together with the other.
 
-    Returns:
-        One line per fault; none for a folder without source.json. `check_lmdb` checks the content of an LMDB.
+    There are none for a folder without source.json. `check_lmdb` checks the content of an LMDB.
     """
     folder = Path(folder)
     if not (folder / SOURCE).is_file():

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ast_plugin.data.image_files import decode_rgb, read_bytes
+from ast_plugin.data.image_metadata import png_chunks
 from ast_plugin.data.lmdb.reader import (
     DATA,
     DIGESTS,
@@ -122,13 +122,8 @@ class Plan:
 
 def _png_level(data: bytes) -> int:
     """Return the approximate compression level recorded in a PNG file."""
-    position = 8  # after the signature
-    while position + 10 <= len(data):
-        length, kind = struct.unpack_from('>I4s', data, position)
-        if kind == b'IDAT' and length >= 2:
-            return _LEVEL_OF_GRADE[data[position + 9] >> 6]
-        position += length + 12
-    return 0
+    starts = (start for name, start, end in png_chunks(data) if name == b'IDAT' and end - start >= 14)
+    return next((_LEVEL_OF_GRADE[data[start + 9] >> 6] for start in starts), 0)
 
 
 def make_plan(pairs: Sequence[Pair], encoding: Encoding = 'png', compress_level: int | None = None) -> Plan:
@@ -266,7 +261,6 @@ def _adopt(staging: Path, plan: Plan) -> int:
 
 
 def _is_of(staging: Path, plan: Plan) -> bool:
-    """Return whether a staging folder belongs to this plan."""
     marker = staging / _PLAN
     return marker.is_file() and marker.read_bytes() == plan.digest.encode()
 
@@ -345,7 +339,6 @@ def _commit(folder: Path, values: Sequence[Value], num_before: int) -> None:
 
 
 def _write_texts(staging: Path, plan: Plan) -> None:
-    """Write the text files from the journal."""
     for left_over in (staging / _STAGED).rglob(f'.*{PARTIAL_SUFFIX}'):  # from a run that was killed
         left_over.unlink()
     digests = {}

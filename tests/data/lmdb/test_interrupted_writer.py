@@ -16,6 +16,7 @@ import pytest
 
 from ast_plugin.data.lmdb import writer as lmdb_writer
 from ast_plugin.errors import FileError
+from ast_plugin.files import lock_folder
 from tests.data.images import contents
 from tests.data.lmdb_sources import pack, write_folders
 from tests.data.work import run_command
@@ -65,7 +66,7 @@ def test_an_interrupted_run_is_gone_on_from(root, tmp_path, small_batches, inter
 def test_unfinished_work_is_begun_anew(root, tmp_path, small_batches, interrupted, change):
     interrupted(lmdb_writer, '_verify', interrupt, root, tmp_path / 'out')
     staging = tmp_path / '.out.part'
-    settings = {'encoding': 'raw'} if change == 'encoding' else {'level': 5} if change == 'level' else {}
+    settings = {'encoding': {'encoding': 'raw'}, 'level': {'level': 5}}.get(change, {})
     if change == 'file':
         cv2.imwrite(str(root / 'lq/003.png'), np.zeros((9, 11, 3), np.uint8))
         os.utime(root / 'lq/003.png', ns=(0, 0))
@@ -88,15 +89,12 @@ def test_unfinished_work_is_left_to_its_plan(root, tmp_path, interrupted):
 
 
 def test_two_at_once_do_not_write_into_each_other(root, tmp_path):
-    fcntl = pytest.importorskip('fcntl')
     (tmp_path / '.out.part').mkdir()
-    handle = os.open(tmp_path / '.out.part', os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(FileError, match='another process is writing there'):
-            pack(root, tmp_path / 'out')
-    finally:
-        os.close(handle)
+    with (
+        lock_folder(tmp_path / '.out.part', 'taken'),
+        pytest.raises(FileError, match='another process is writing there'),
+    ):
+        pack(root, tmp_path / 'out')
     assert pack(root, tmp_path / 'out').num_pairs == 7
 
 

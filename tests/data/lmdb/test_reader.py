@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from ast_plugin import options as option_files
 from ast_plugin.cli.main import main
-from ast_plugin.data.lmdb.reader import LmdbImages, check_lmdb, check_together, holds_pixels
+from ast_plugin.data.lmdb.reader import KINDS, LmdbImages, check_lmdb, check_together, holds_pixels
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.errors import DataError, OptionError
 from ast_plugin.models import preflight
@@ -41,9 +41,9 @@ def dataset(folder: Path, **more) -> PairsDataset:
     return PairsDataset(options(folder / 'lq.lmdb', folder / 'gt.lmdb', **more))
 
 
-def rewrite(folder: Path, change) -> None:
+def rewrite(folder: Path, change, map_size=2**24) -> None:
     """Modify an LMDB by `change(transaction)`."""
-    with lmdb.open(str(folder), lock=False, map_size=2**24) as environment, environment.begin(write=True) as writing:
+    with lmdb.open(str(folder), lock=False, map_size=map_size) as environment, environment.begin(write=True) as writing:
         change(writing)
 
 
@@ -57,10 +57,7 @@ def change(damage):
     def change_value(raw: Path) -> None:
         with LmdbImages(raw / 'lq.lmdb').value('005') as value:
             damaged = damage(bytes(value))
-        change_lmdb = (
-            (lambda writing: writing.put(b'005', damaged)) if damaged else lambda writing: writing.delete(b'005')
-        )
-        rewrite(raw / 'lq.lmdb', change_lmdb)
+        rewrite(raw / 'lq.lmdb', lambda writing: writing.put(b'005', damaged) if damaged else writing.delete(b'005'))
 
     return change_value
 
@@ -75,6 +72,7 @@ DAMAGES = [
     (overwrite('gt.lmdb/data.mdb', None), r'gt\.lmdb/data\.mdb: no such file'),
     (overwrite('gt.lmdb/meta_info.txt', None), r'gt\.lmdb/meta_info\.txt: no such file'),
     (overwrite('gt.lmdb/meta_info.txt', b'000.raw (9,11,3) 8\n'), r'same keys.*001, 002, 003 and 8 more'),
+    (lambda raw: [overwrite(f'{kind}.lmdb/meta_info.txt', b'')(raw) for kind in KINDS], 'same keys, but have none'),
     (overwrite('lq.lmdb/meta_info.txt', b'004.jpg (9,11,3) 1', 'ab'), 'line 13 is .*expected'),
     (overwrite('lq.lmdb/meta_info.txt', b'\xff\xfe', 'ab'), r'meta_info\.txt: cannot be read'),
     (overwrite('lq.lmdb/data.mdb', b'rubbish' * 9999), r'data\.mdb: cannot be opened: .*not an LMDB'),
@@ -94,16 +92,18 @@ def test_damage_is_named(raw, damage, message):
     assert check_lmdb(raw / 'lq.lmdb') + check_lmdb(raw / 'gt.lmdb')
 
 
-def test_lmdbs_without_images_are_reported(raw):
-    for kind in ('lq', 'gt'):
-        (raw / f'{kind}.lmdb/meta_info.txt').write_text('')
-    with pytest.raises(DataError, match=r'same keys, but have none'):
-        dataset(raw)
-
-
-def test_one_lmdb_is_not_a_pair(packed):
-    with pytest.raises(DataError, match=r'must be two LMDBs; both are .*lq\.lmdb'):
-        PairsDataset(options(packed / 'raw/lq.lmdb', packed / 'raw/lq.lmdb'))
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'dataroot_gt': '{}/lq.lmdb'}, r'must be two LMDBs; both are .*lq\.lmdb'),
+        ({'lq_template': '{{}}_rain'}, 'io_backend lmdb takes two LMDBs'),
+        ({'layout': 'agan', 'dataroot_lq': None, 'dataroot_gt': None, 'dataroot': 'x'}, 'takes two LMDBs'),
+    ],
+)
+def test_options_that_name_no_two_lmdbs(packed, options, message):
+    options = {key: value and value.format(packed / 'raw') for key, value in options.items()}
+    with pytest.raises((DataError, OptionError), match=message):
+        dataset(packed / 'raw', **options)
 
 
 def test_a_check_finds_all_faults(packed, raw):
@@ -119,8 +119,7 @@ def test_a_check_finds_all_faults(packed, raw):
 
 
 def test_an_lmdb_that_grows_while_it_is_open(tmp_path):
-    with lmdb.open(str(tmp_path), map_size=2**16, lock=False) as environment, environment.begin(write=True) as writing:
-        writing.put(b'a', b'1' * 1000)
+    rewrite(tmp_path, lambda writing: writing.put(b'a', b'1' * 1000), 2**16)
     (tmp_path / 'meta_info.txt').write_text('a.png (1,1,3) 1\nb.png (1,1,3) 1\n')
     images = LmdbImages(tmp_path)
     with images.value('a') as value:
@@ -137,12 +136,8 @@ def test_an_lmdb_that_grows_while_it_is_open(tmp_path):
 @pytest.mark.parametrize('map_size', [2**20, 2**40])
 def test_any_map_size_will_do(raw, packed, map_size):
     """Third-party LMDBs may have a map size much smaller than the default, or larger than memory and disk."""
-    for kind in ('lq', 'gt'):
-        with (
-            lmdb.open(str(raw / f'{kind}.lmdb'), map_size=map_size, lock=False) as environment,
-            environment.begin(write=True) as writing,
-        ):
-            writing.put(b'000', writing.get(b'000'))
+    for kind in KINDS:
+        rewrite(raw / f'{kind}.lmdb', lambda writing: writing.put(b'000', writing.get(b'000')), map_size)
     assert dataset(raw)[0]['lq'].equal(dataset(packed / 'raw')[0]['lq'])
 
 
@@ -162,37 +157,28 @@ def test_processes_read_what_others_have_open(packed):
 
 
 def test_datasets_share_an_lmdb_and_close_it(packed):
+    def open_again():
+        return lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False)
+
     one, other = dataset(packed / 'raw'), dataset(packed / 'raw', seed=5)
     assert one[0]['lq'].shape == other[0]['lq'].shape == (3, 6, 6)
     del one
     other[1]
     with pytest.raises(lmdb.Error, match='already open'):
-        lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False)
+        open_again()
     del other
-    lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False).close()
+    one = dataset(packed / 'raw')
+    with open_again(), pytest.raises(DataError, match='already open; in this process, a dataset of another type has'):
+        one[0]
+    one[0]
 
 
 def test_threads_share_an_lmdb_from_the_start(packed, monkeypatch):
-    open_slowly, shape = lmdb.open, dataset(packed / 'raw')[0]['lq'].shape
-
-    def wait_and_open(*arguments, **options):
-        time.sleep(0.05)
-        return open_slowly(*arguments, **options)
-
-    monkeypatch.setattr(lmdb, 'open', wait_and_open)
+    open_at_once = lmdb.open
+    monkeypatch.setattr(lmdb, 'open', lambda *args, **options: time.sleep(0.05) or open_at_once(*args, **options))
     with ThreadPoolExecutor(4) as pool:
         samples = list(pool.map(dataset(packed / 'raw').__getitem__, range(4)))
-    assert [sample['lq'].shape for sample in samples] == [shape] * 4
-
-
-def test_an_lmdb_open_in_this_process_is_reported(packed):
-    data = dataset(packed / 'raw')
-    with (
-        lmdb.open(str(packed / 'raw/lq.lmdb'), readonly=True, lock=False),
-        pytest.raises(DataError, match='already open; in this process, a dataset of another type has it open'),
-    ):
-        data[0]
-    data[0]
+    assert [sample['lq'].shape for sample in samples] == [(3, 6, 6)] * 4
 
 
 def test_samples_outlive_the_map_and_it_travels(packed):
@@ -205,13 +191,6 @@ def test_samples_outlive_the_map_and_it_travels(packed):
     assert travelled[4]['lq'].equal(before)
 
 
-@pytest.mark.parametrize('options', [{'layout': 'agan'}, {'lq_template': '{}_rain'}])
-def test_layouts_and_templates_are_of_files(packed, options):
-    with pytest.raises(OptionError, match='io_backend lmdb takes two LMDBs'):
-        more = {'dataroot_lq': None, 'dataroot_gt': None, 'dataroot': 'x'} if 'layout' in options else {}
-        dataset(packed / 'raw', **options, **more)
-
-
 @pytest.mark.parametrize(
     ('encoding', 'message'),
     [
@@ -222,7 +201,7 @@ def test_layouts_and_templates_are_of_files(packed, options):
 def test_preflight_refuses_lmdbs_for_basicsr(packed, tmp_path, encoding, message):
     file = tiny_run.write(tmp_path)
     text = file.read_text()
-    for kind in ('lq', 'gt'):
+    for kind in KINDS:
         text = text.replace(f'data/{kind}', f'{packed}/{encoding}/{kind}.lmdb', 1)  # in train
         text = text.replace(f'data/{kind}', f'{packed}/png/{kind}.lmdb')
     file.write_text(text.replace('{type: disk}', '{type: lmdb}').replace('gt_size: 32', 'gt_size: 8'))
@@ -259,17 +238,9 @@ def test_wrong_commands(packed, tmp_path, capsys, arguments, message):
     assert not (packed / 'out').exists()
 
 
-@pytest.fixture
-def pair(tmp_path) -> Path:
-    """Two LMDBs created together."""
-    pack(write_folders(tmp_path / 'source', 3), tmp_path / 'out')
-    return tmp_path / 'out'
-
-
 def swap(folder: Path) -> None:
-    (folder / 'lq.lmdb').rename(folder / 'other')
-    (folder / 'gt.lmdb').rename(folder / 'lq.lmdb')
-    (folder / 'other').rename(folder / 'gt.lmdb')
+    for old, new in (('lq.lmdb', 'other'), ('gt.lmdb', 'lq.lmdb'), ('other', 'gt.lmdb')):
+        (folder / old).rename(folder / new)
 
 
 def exchange(folder: Path) -> None:
@@ -282,27 +253,23 @@ BREAKS = [
     (swap, 'lq.lmdb and gt.lmdb are swapped'),
     (exchange, 'gt.lmdb: is not the one written here'),
     (lambda folder: shutil.rmtree(folder / 'gt.lmdb'), 'gt.lmdb is missing'),
-    (lambda folder: (folder / 'gt.lmdb/digests.txt').unlink(), 'digests.txt of an LMDB is missing'),
-    *[
-        (lambda folder, text=text: (folder / 'source.json').write_text(text), 'source.json: damaged')
-        for text in ('', '[]', '{"digests": {"lq": "a"}}')
-    ],
+    (overwrite('gt.lmdb/digests.txt', None), 'digests.txt of an LMDB is missing'),
+    *((overwrite('source.json', text), 'source.json: damaged') for text in (b'', b'[]', b'{"digests": {"lq": "a"}}')),
 ]
 
 
 @pytest.mark.parametrize(('damage', 'expected'), BREAKS)
-def test_what_is_not_together(pair, capfd, damage, expected):
-    assert check_together(pair) == []
-    damage(pair)
-    (fault,) = check_together(pair)
-    assert expected in fault and str(pair) in fault
-    assert main(['data', 'check', str(pair)]) == 1
+def test_what_is_not_together(tmp_path, capfd, damage, expected):
+    root, out = write_folders(tmp_path / 'source', 3), tmp_path / 'out'
+    pack(root, out)
+    assert check_together(out) == []
+    damage(out)
+    (fault,) = check_together(out)
+    assert expected in fault and str(out) in fault
+    assert main(['data', 'check', str(out)]) == 1
     assert expected in capfd.readouterr().out
-
-
-def test_swapped_lmdbs_are_reported_where_packed(pair, tmp_path):
-    swap(pair)
-    with pytest.raises(DataError, match=r'out: exists, but is damaged: .* swapped.* Replace it with --overwrite'):
-        pack(tmp_path / 'source', pair)
-    (pair / 'source.json').unlink()
-    assert check_together(pair) == []  # third-party LMDBs may be anywhere
+    if damage is swap:
+        with pytest.raises(DataError, match=r'out: exists, but is damaged: .* swapped.* Replace it with --overwrite'):
+            pack(root, out)
+        (out / 'source.json').unlink()
+        assert check_together(out) == []  # third-party LMDBs may be anywhere

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import cv2
@@ -22,7 +21,7 @@ from ast_plugin.data.matching import Pair
 from ast_plugin.data.pairs_dataset import PairsDataset
 from ast_plugin.data.randomness import EpochSampler
 from ast_plugin.errors import DataError
-from tests.data.images import contents
+from tests.data.images import contents, touch
 from tests.data.lmdb_sources import options, pack, write_folders
 
 
@@ -116,20 +115,28 @@ def test_workers_change_no_byte(root, tmp_path, small_batches, encoding):
     assert contents(tmp_path / 'one') == contents(tmp_path / 'many')
 
 
-def test_failed_verification_is_not_kept(root, tmp_path, monkeypatch):
-    texts = lmdb_writer._write_texts
+@pytest.fixture
+def pack_and(monkeypatch):
+    """Pack, and call a function between writing and verification."""
 
-    def damaged(staging, plan):
-        texts(staging, plan)
-        file = staging / 'pair/gt.lmdb/data.mdb'
+    def pack_with(action, *arguments, **options) -> None:
+        write_texts = lmdb_writer._write_texts
+        with monkeypatch.context() as patch:
+            patch.setattr(lmdb_writer, '_write_texts', lambda *args: (write_texts(*args), action()))
+            pack(*arguments, **options)
+
+    return pack_with
+
+
+def test_failed_verification_is_not_kept(root, tmp_path, pack_and):
+    def damage():
+        file = tmp_path / '.out.part/pair/gt.lmdb/data.mdb'
         data = bytearray(file.read_bytes())
         data[data.index(b'IDAT') + 9] ^= 1
         file.write_bytes(data)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(lmdb_writer, '_write_texts', damaged)
-        with pytest.raises(DataError, match='1 images differ from what was written'):
-            pack(root, tmp_path / 'out')
+    with pytest.raises(DataError, match='1 images differ from what was written'):
+        pack_and(damage, root, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
     assert pack(root, tmp_path / 'out').num_resumed == 0
 
@@ -157,10 +164,9 @@ def test_what_is_there_is_left_or_replaced(root, tmp_path):
 def test_foreign_files_are_never_replaced(root, tmp_path, kind):
     out = Path('/') if kind == 'root' else tmp_path / 'out'
     if kind == 'folder':
-        out.mkdir()
-        (out / 'thesis.tex').write_text('four years')
+        touch(out, 'thesis.tex')
     elif kind == 'file':
-        out.write_text('four years')
+        out.touch()
     elif kind == 'link':
         out.symlink_to(tmp_path / 'nowhere')
     for overwrite in (False, True):
@@ -170,20 +176,11 @@ def test_foreign_files_are_never_replaced(root, tmp_path, kind):
 
 
 @pytest.mark.parametrize('overwrite', [True, False])
-def test_folder_created_meanwhile_is_kept(root, tmp_path, monkeypatch, overwrite):
-    written = lmdb_writer._write_texts
-
-    def somebody_writes(staging, plan):
-        written(staging, plan)
-        (tmp_path / 'out').mkdir()
-        (tmp_path / 'out/thesis.tex').write_text('all of it')
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lmdb_writer, '_write_texts', somebody_writes)
-        with pytest.raises(DataError, match='out: exists and is not a pair of LMDBs'):
-            pack(root, tmp_path / 'out', overwrite=overwrite)
-    assert (tmp_path / 'out/thesis.tex').read_text() == 'all of it'
-    (tmp_path / 'out/thesis.tex').unlink()
+def test_folder_created_meanwhile_is_kept(root, tmp_path, pack_and, overwrite):
+    thesis = tmp_path / 'out/thesis.tex'
+    with pytest.raises(DataError, match='out: exists and is not a pair of LMDBs'):
+        pack_and(lambda: touch(tmp_path, 'out/thesis.tex'), root, tmp_path / 'out', overwrite=overwrite)
+    thesis.unlink()
     assert pack(root, tmp_path / 'out').num_resumed == 7
 
 
@@ -203,11 +200,11 @@ NAMES = ['ä ö', 'a.b.c', '雨', 'x' * 200, '雨' * 80, "it's", '100%', 'a%20b'
 
 
 def test_odd_names(tmp_path):
-    for kind in ('lq', 'gt'):
-        (tmp_path / kind).mkdir()
-        for number, name in enumerate(NAMES):
-            cv2.imwrite(str(tmp_path / 'image.png'), np.full((4, 5, 3), number, np.uint8))
-            shutil.move(tmp_path / 'image.png', tmp_path / kind / f'{name}.png')
+    touch(tmp_path, 'lq/-.png', 'gt/-.png')
+    for number, name in enumerate(NAMES):
+        content = cv2.imencode('.png', np.full((4, 5, 3), number, np.uint8))[1]
+        for kind in ('lq', 'gt'):
+            (tmp_path / kind / f'{name}.png').write_bytes(content)
     pack(tmp_path, tmp_path / 'out')
     dataset = PairsDataset(options(*lmdbs(tmp_path / 'out'), phase='val'))
     keys = [entry.key for entry in read_meta_info(tmp_path / 'out/lq.lmdb')]
@@ -258,27 +255,26 @@ def test_different_pairs_with_one_key_are_refused(root):
         make_plan([])
 
 
-@pytest.mark.parametrize('place', ['file/out', 'x' * 300])
-def test_a_place_that_cannot_be_written(root, tmp_path, place):
-    (tmp_path / 'file').write_text('a file')
-    with pytest.raises(DataError, match=r'cannot be written: .*(directory|exists|too long)'):
-        pack(root, tmp_path / place)
-
-
-@pytest.mark.parametrize('message', ['must have the same size.*005.png', '005.png'])
-def test_a_bad_pair_is_named_and_nothing_appears(root, tmp_path, small_batches, message):
-    file = root / 'gt/005.png'
-    if 'size' in message:
-        cv2.imwrite(str(file), np.zeros((9, 12, 3), np.uint8))
-    else:
-        file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(DataError, match=message):
-        pack(root, tmp_path / 'out')
-    assert not (tmp_path / 'out').exists()
-
-
-def test_a_home(root, tmp_path, monkeypatch):
+def test_places(root, tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    for place in ('file/out', 'x' * 300):
+        with pytest.raises(DataError, match=r'cannot be written: .*(directory|exists|too long)'):
+            pack(root, tmp_path / place)
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
     monkeypatch.chdir(tmp_path)
     pack(root, '~/out')
     assert (tmp_path / 'home/out/lq.lmdb').is_dir() and not (tmp_path / '~').exists()
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (cv2.imencode('.png', np.zeros((9, 12, 3), np.uint8))[1].tobytes(), 'must have the same size.*005.png'),
+        (b'\x89PNG\r\n\x1a\n', '005.png'),
+    ],
+)
+def test_a_bad_pair_is_named_and_nothing_appears(root, tmp_path, small_batches, content, message):
+    (root / 'gt/005.png').write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        pack(root, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
