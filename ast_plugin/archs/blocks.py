@@ -170,11 +170,7 @@ class TopKAttention(WindowAttention):
 
 
 ATTENTIONS: dict[str, type[WindowAttention]] = {
-    'assa': ASSA,
-    'dense': DenseAttention,
-    'sparse': SparseAttention,
-    'sparse_relu': ReLUAttention,
-    'topk': TopKAttention,
+    attention.kind: attention for attention in (ASSA, DenseAttention, SparseAttention, ReLUAttention, TopKAttention)
 }
 
 

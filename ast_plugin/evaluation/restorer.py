@@ -96,7 +96,7 @@ class Restorer:
         loaded = load_file(path, network, param_key)
         channels = input_channels(loaded.options, loaded.network)
         restorer = cls(loaded.network, in_channels=channels, device=device, **tiling)
-        restorer.notes = loaded.notes
+        restorer.notes = tuple(loaded.report[1:])
         return restorer
 
     @classmethod
