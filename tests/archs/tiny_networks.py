@@ -7,7 +7,6 @@ SIZES = {'embed_dim': 8, 'depths': [2, 2], 'num_heads': [2, 2], 'window_size': 4
 SWINIR = {'type': 'SwinIR', 'upscale': 1, 'drop_path_rate': 0.0, **SIZES}
 EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 3, 'upscale': 1, 'img_range': 1.0}
 RCAN = {**EDSR, 'type': 'RCAN', 'num_group': 2, 'num_block': 2, 'squeeze_factor': 2}
-MSRRESNET = {'type': 'MSRResNet', 'num_feat': 8, 'num_block': 3, 'upscale': 1}
 RRDBNET = {
     'type': 'RRDBNet',
     'num_in_ch': 3,
