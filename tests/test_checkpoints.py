@@ -101,7 +101,7 @@ def test_bad_files(tmp_path):
     assert not (tmp_path / 'the code ran').exists()
 
 
-def test_missing_files_and_keys(tmp_path):
+def test_missing_files_and_keys(tmp_path, monkeypatch):
     path = write(tmp_path / 'x.pth', {'generator': WEIGHT, 'epoch': 1})
     for missing, key, words in (
         (tmp_path / 'none.pth', None, r'none\.pth does not exist: expected a weights file'),
@@ -112,21 +112,12 @@ def test_missing_files_and_keys(tmp_path):
         with pytest.raises(CheckpointError, match=words):
             read_checkpoint(missing, key)
     assert same(read_checkpoint(path, 'generator').state, WEIGHT)
-
-
-def test_file_that_cannot_be_opened(tmp_path, monkeypatch):
-    path = write(tmp_path / 'x.pth', WEIGHT)
     monkeypatch.setattr(Path, 'open', Mock(side_effect=PermissionError(13, 'Permission denied')))
     with pytest.raises(CheckpointError, match=r'x\.pth cannot be read: Permission denied'):
         read_checkpoint(path)
 
 
 # ---- training states
-
-
-def write_states(folder, *iterations):
-    for iteration in iterations:
-        save_torch(folder / f'{iteration}.state', {'iter': iteration, 'tensor': torch.rand(2000)})
 
 
 def flip_a_bit(content):
@@ -138,9 +129,10 @@ def test_newest_whole_state(tmp_path, damage, capsys):
     def spoil(name):
         (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
 
-    write_states(tmp_path, 5, 10, 9)
-    (tmp_path / 'other.state').touch()
-    (tmp_path / '.11.state.abc.part').touch()
+    for iteration in (5, 10, 9):
+        save_torch(tmp_path / f'{iteration}.state', {'iter': iteration, 'tensor': torch.rand(2000)})
+    for name in ('other.state', '.11.state.abc.part', '12.state.abandoned'):
+        (tmp_path / name).touch()
     assert newest_whole(tmp_path) == tmp_path / '10.state'
     spoil('10.state')
     for _ in range(2):  # reported once
@@ -165,32 +157,17 @@ def test_what_is_no_state(tmp_path):
     assert read_state(tmp_path / '3.state') == {'iter': 3}
 
 
-OTHERS = ['notes.txt', 'net_g_best.pth']
-
-
 @pytest.mark.parametrize(
-    ('name', 'files', 'iteration', 'count', 'kept'),
+    ('name', 'iteration', 'count', 'before', 'after'),
     [
-        (STATE, ['5.state', '15.state', '20.state', '.25.state.abc.part'], 20, 2, ['15.state', '20.state']),
-        (STATE, ['5.state', '6.state', '10.state'], 6, 3, ['5.state', '6.state', '10.state.abandoned']),
-        (
-            STATE,
-            ['9.state', '100.state.abandoned', 'net_g_5.pth'],
-            9,
-            1,
-            ['9.state', '100.state.abandoned', 'net_g_5.pth'],
-        ),
-        (
-            WEIGHTS,
-            ['5.state', 'net_g_5.pth', 'net_g_10.pth', 'net_g_11.pth'],
-            10,
-            1,
-            ['5.state', 'net_g_10.pth', 'net_g_11.pth'],
-        ),
+        (STATE, 20, 2, '5.state 15.state 20.state .25.state.abc.part net_g_5.pth', '15.state 20.state net_g_5.pth'),
+        (STATE, 6, 3, '5.state 6.state 10.state', '5.state 6.state 10.state.abandoned'),
+        (WEIGHTS, 10, 1, '5.state net_g_5.pth net_g_10.pth net_g_11.pth', '5.state net_g_10.pth net_g_11.pth'),
     ],
 )
-def test_keep_newest(tmp_path, name, files, iteration, count, kept):
-    for file in (*files, *OTHERS):
+def test_keep_newest(tmp_path, name, iteration, count, before, after):
+    others = 'notes.txt', 'net_g_best.pth', '100.state.abandoned'
+    for file in (*before.split(), *others):
         (tmp_path / file).touch()
     keep_newest(tmp_path, name, iteration, count)
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, *OTHERS}
+    assert {path.name for path in tmp_path.iterdir()} == {*after.split(), *others}

@@ -335,7 +335,7 @@ class ASTBlock(nn.Module):
         return x + self.drop_path(branch(norm(x), *args))
 
 
-ast_block = ASTBlock
+ast_block = ASTBlock  # earlier name
 
 
 token_sizes = threading.local()
