@@ -153,8 +153,11 @@ class PSNRLoss(_Loss):
                 raise ShapeError(f'toY expects RGB images with three channels; got {error.shape[1]}')
             error = (error * error.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
             weight = None if weight is None else weight.mean(dim=1, keepdim=True)
-        weight = torch.ones_like(error) if weight is None else weight
-        mse = (error * error * weight).flatten(1).sum(dim=1) / weight.flatten(1).sum(dim=1)
+        square = (error * error).flatten(1)
+        if weight is None:
+            mse = square.mean(dim=1)
+        else:
+            mse = (square * weight.flatten(1)).sum(dim=1) / weight.flatten(1).sum(dim=1)
         return 10 / math.log(10) * torch.log(mse + 1e-8).mean()
 
 
