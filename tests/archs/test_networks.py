@@ -6,9 +6,10 @@ from torch import nn
 
 import ast_plugin  # noqa: F401 (before BasicSR)
 from ast_plugin.archs.ast_arch import AST_XS
-from ast_plugin.archs.networks import input_channels, load_network, network_of, required_multiple
+from ast_plugin.archs.networks import any_size, input_channels, load_network, network_of, required_multiple
 from ast_plugin.checkpoints import Checkpoint, read_checkpoint, save_torch, save_weights
 from ast_plugin.errors import CheckpointError, OptionError
+from ast_plugin.ops import pad_to_multiple
 from tests.archs.tiny_networks import EDSR, RRDBNET, SWINIR
 
 
@@ -26,6 +27,8 @@ class Picky(nn.Module):
 def test_multiples_of_networks():
     networks = [*map(load_network, (EDSR, SWINIR, RRDBNET)), Picky()]
     assert [required_multiple(network) for network in networks] == [1, 4, 4, 12]
+    image = torch.rand(1, 3, 3, 15)
+    torch.testing.assert_close(any_size(networks[-1])(image), image + pad_to_multiple(image, 12).mean())
     with pytest.raises(OptionError, match='expected an output of the size of the input, got scale 2 of EDSR'):
         required_multiple(load_network({**EDSR, 'upscale': 2}))
 
