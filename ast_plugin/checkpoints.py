@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import re
-import struct
 import sys
 import warnings
 import zipfile
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -134,14 +134,13 @@ def _select_state(path: Path, content: Mapping, states: Mapping[str, Mapping]) -
         what = '; it is a training state whose weights are in models/net_g_*.pth' if is_state else ''
         what = ', NumPy arrays or other objects' if any(isinstance(v, _Placeholder) for v in content.values()) else what
         raise CheckpointError(f'{path} holds no weights: expected names and tensors, found {_summarize(content)}{what}')
-    ranks = {key: STATE_KEYS.index(last) if (last := key.rpartition('.')[2]) in STATE_KEYS else None for key in states}
     averaged = [key for key in states if AVERAGED.search(key)]
-    candidates = averaged or [key for key in states if ranks[key] is not None] or list(states)
-    if len(candidates) > 1 and not averaged and ranks[candidates[0]] is None:
+    known = [key for last in STATE_KEYS for key in states if key.rpartition('.')[2] == last]
+    if len(states) > 1 and not averaged and not known:
         raise CheckpointError(
             f'{path} holds several states, {", ".join(states)}: select one with --param-key or path.param_key_g'
         )
-    key = min(candidates, key=lambda name: (ranks[name] is None, ranks[name] or 0))
+    key = next(key for key in (*known, *states) if key in averaged or not averaged)
     rest = [other for other in states if other != key]
     what = 'averaged weights of' if averaged else 'weights of'
     notes = [f'using the {what} {key}; the file also has {", ".join(rest)}'] if rest else []
@@ -307,51 +306,37 @@ def _has_type(options: Any) -> bool:
 
 
 class _Placeholder:
-    """Placeholder for an object that is not a tensor; accepts and discards all content."""
+    """Placeholder for an object that is not a tensor; keeps the arguments of its constructor and its state."""
 
-    def __new__(cls, *_: Any, **__: Any) -> '_Placeholder':
-        return super().__new__(cls)
+    def __new__(cls, *args: Any, **_: Any) -> '_Placeholder':
+        self = super().__new__(cls)
+        self.args = args
+        return self
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
 
-class _NumpyType(_Placeholder):
-    """Placeholder for numpy.dtype that keeps type code and byte order."""
-
-    def __new__(cls, code: Any = '', *_: Any) -> '_NumpyType':
-        self = super().__new__(cls)
-        self.code, self.order = str(code), '<'
-        return self
-
-    def __setstate__(self, state: Any) -> None:
-        self.order = '>' if state[1] == '>' else '<'
-
-
-def _number(kind: Any, raw: Any = b'') -> Any:
+def _number(kind: _Placeholder, raw: bytes | str) -> Any:
     """Placeholder for the constructor of NumPy scalars: return a Python number, or None for other types."""
-    code = getattr(kind, 'code', '')
+    code, order = kind.args[0], kind.state[1]  # of numpy.dtype
     raw = raw.encode('latin1') if isinstance(raw, str) else raw
-    if not re.fullmatch(r'b1|[iu][1248]|f[248]', code) or not isinstance(raw, bytes) or len(raw) != int(code[1:]):
-        return None
-    letter = {'b1': '?', 'f2': 'e', 'f4': 'f', 'f8': 'd'}.get(code) or ' bh i   q'[int(code[1:])]
-    return struct.unpack(kind.order + (letter.upper() if code[0] == 'u' else letter), raw)[0]
+    is_number = re.fullmatch(r'b1|[iu][1248]|f[248]', code) and len(raw) == int(code[1:])
+    return np.frombuffer(raw, order + code)[0].item() if is_number else None
 
 
 # Globals in files other than tensors, and their placeholders: no code of theirs is executed or imported.
 _PLACEHOLDERS = [
     *((_number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
     *((_Placeholder, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
-    *(
-        (_Placeholder, name)
-        for name in ('numpy.ndarray', 'argparse.Namespace', 'datetime.datetime', 'datetime.timedelta')
-    ),
+    *((_Placeholder, f'numpy.{name}') for name in ('dtype', 'ndarray')),
+    *((_Placeholder, f'datetime.{name}') for name in ('datetime', 'timedelta')),
     *((_Placeholder, f'pathlib.{name}') for name in ('Path', 'PosixPath', 'WindowsPath', 'PurePosixPath')),
     *((_Placeholder, f'{name}.utilities.data.AttributeDict') for name in ('lightning_fabric', 'lightning.fabric')),
-    (_NumpyType, 'numpy.dtype'),
+    (_Placeholder, 'argparse.Namespace'),
 ]
 
 

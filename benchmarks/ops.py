@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ast_plugin import ops
-from ast_plugin.archs.blocks import ASSA, FRFN, ASTBlock
+from ast_plugin.archs.blocks import ASTBlock
 from ast_plugin.errors import OptionError
 from ast_plugin.ops import Residual
 from benchmarks import records
@@ -45,7 +45,7 @@ class Half:
         torch.compiler.reset()  # the limit of eight recompilations per function would be exceeded
         torch.manual_seed(0)
         channels = _CHANNELS_AT_256[side]
-        block = ASTBlock(ASSA(channels, max(1, channels // 32), shift_size=4), FRFN(channels), channels).to(device)
+        block = ASTBlock(channels, max(1, channels // 32), shift_size=4).to(device)
         self.branch, self.norm = (block.attn, block.norm1) if kind == 'ASSA' else (block.ffn, block.norm2)
         self.x = torch.randn(1, side, side, channels).to(device).requires_grad_(trains)
         self.precision, self.trains, self.device = precision, trains, device

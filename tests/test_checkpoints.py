@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -36,22 +35,13 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_older_format_of_torch(tmp_path):
-    checkpoint = read_checkpoint(write(tmp_path / 'bare.pth', WEIGHT, _use_new_zipfile_serialization=False))
+def test_weights_files_are_read_back(tmp_path):
+    checkpoint = read_checkpoint(write(tmp_path / 'old.pth', WEIGHT, _use_new_zipfile_serialization=False))
     assert same(checkpoint.state, WEIGHT) and checkpoint.param_key is None
-    torch.save({'iter': 3}, tmp_path / '3.state', _use_new_zipfile_serialization=False)
-    assert read_state(tmp_path / '3.state') == {'iter': 3}
-
-
-def test_weights_carry_their_network(tmp_path):
     shared, network = {**WEIGHT, 'again': WEIGHT['conv.bias']}, {'type': 'AST', 'depths': [1] * 9}
     save_weights(tmp_path / 'w.safetensors', shared, network)
     checkpoint = read_checkpoint(tmp_path / 'w.safetensors')
-    assert same(checkpoint.state, shared)
-    assert checkpoint.network == network
-
-
-def test_safetensors_under_another_name(tmp_path):
+    assert same(checkpoint.state, shared) and checkpoint.network == network
     for length in range(16, 272, 8):  # of the header: a first byte of 80 hexadecimal could be that of a pickle
         save_file(WEIGHT, tmp_path / 'w.pth', {'text': ' ' * length})
         assert same(read_checkpoint(tmp_path / 'w.pth').state, WEIGHT)
@@ -111,7 +101,7 @@ def test_bad_files(tmp_path):
     assert not (tmp_path / 'the code ran').exists()
 
 
-def test_missing_files_and_keys(tmp_path):
+def test_missing_files_and_keys(tmp_path, monkeypatch):
     path = write(tmp_path / 'x.pth', {'generator': WEIGHT, 'epoch': 1})
     for missing, key, words in (
         (tmp_path / 'none.pth', None, r'none\.pth does not exist: expected a weights file'),
@@ -122,10 +112,6 @@ def test_missing_files_and_keys(tmp_path):
         with pytest.raises(CheckpointError, match=words):
             read_checkpoint(missing, key)
     assert same(read_checkpoint(path, 'generator').state, WEIGHT)
-
-
-def test_file_that_cannot_be_opened(tmp_path, monkeypatch):
-    path = write(tmp_path / 'x.pth', WEIGHT)
     monkeypatch.setattr(Path, 'open', Mock(side_effect=PermissionError(13, 'Permission denied')))
     with pytest.raises(CheckpointError, match=r'x\.pth cannot be read: Permission denied'):
         read_checkpoint(path)
@@ -134,52 +120,32 @@ def test_file_that_cannot_be_opened(tmp_path, monkeypatch):
 # ---- training states
 
 
-def write_states(folder, *iterations):
-    for iteration in iterations:
-        save_torch(folder / f'{iteration}.state', {'iter': iteration, 'tensor': torch.rand(2000)})
+def flip_a_bit(content):
+    return content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
 
 
-def names(folder):
-    return sorted((path.name for path in folder.iterdir()), key=lambda name: int(re.sub(r'\D', '', name) or 0))
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def empty(path):
-    path.write_bytes(b'')
-
-
-@pytest.mark.parametrize('damage', [flip_a_bit, cut, empty])
+@pytest.mark.parametrize('damage', [flip_a_bit, lambda content: content[:-100], lambda content: b''])
 def test_newest_whole_state(tmp_path, damage, capsys):
-    write_states(tmp_path, 5, 10, 9)
-    (tmp_path / 'other.state').touch()
-    (tmp_path / '.11.state.abc.part').touch()
+    def spoil(name):
+        (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+
+    for iteration in (5, 10, 9):
+        save_torch(tmp_path / f'{iteration}.state', {'iter': iteration, 'tensor': torch.rand(2000)})
+    for name in ('other.state', '.11.state.abc.part', '12.state.abandoned'):
+        (tmp_path / name).touch()
     assert newest_whole(tmp_path) == tmp_path / '10.state'
-    damage(tmp_path / '10.state')
+    spoil('10.state')
     for _ in range(2):  # reported once
         assert newest_whole(tmp_path) == tmp_path / '9.state'
     (line,) = capsys.readouterr().err.splitlines()
     assert '10.state is not a usable training state' in line
-    damage(tmp_path / '9.state')
-    damage(tmp_path / '5.state')
+    if damage is flip_a_bit:
+        assert 'is damaged' in line
+        torch.load(tmp_path / '10.state', weights_only=True)  # torch does not see it
+    spoil('9.state')
+    spoil('5.state')
     assert newest_whole(tmp_path) is None
     assert newest_whole(tmp_path / 'missing') is None
-
-
-def test_a_flipped_bit_that_torch_does_not_see(tmp_path):
-    write_states(tmp_path, 5)
-    flip_a_bit(tmp_path / '5.state')
-    torch.load(tmp_path / '5.state', weights_only=True)
-    with pytest.raises(CheckpointError, match='is damaged'):
-        read_state(tmp_path / '5.state')
 
 
 def test_what_is_no_state(tmp_path):
@@ -187,25 +153,21 @@ def test_what_is_no_state(tmp_path):
         save_torch(tmp_path / '5.state', content)
         with pytest.raises(CheckpointError, match=r'5\.state is not a usable training state \(its iteration is'):
             read_state(tmp_path / '5.state')
+    torch.save({'iter': 3}, tmp_path / '3.state', _use_new_zipfile_serialization=False)
+    assert read_state(tmp_path / '3.state') == {'iter': 3}
 
 
-def test_keep_newest(tmp_path):
-    write_states(tmp_path, 5, 10, 15, 20)
-    for name in ('.25.state.abc.part', 'notes.txt', 'net_g_5.pth', '100.state.abandoned'):
-        (tmp_path / name).touch()
-    keep_newest(tmp_path, STATE, 20, 2)
-    assert names(tmp_path) == ['notes.txt', 'net_g_5.pth', '15.state', '20.state', '100.state.abandoned']
-
-
-def test_keep_weights_of_no_iteration(tmp_path):
-    for name in ('5', '10', 'best', 'latest'):
-        (tmp_path / f'net_g_{name}.pth').touch()
-    keep_newest(tmp_path, WEIGHTS, 10, 1)
-    assert set(names(tmp_path)) == {'net_g_10.pth', 'net_g_best.pth', 'net_g_latest.pth'}
-
-
-def test_abandoned_states_are_renamed(tmp_path):
-    write_states(tmp_path, 5, 10, 15, 6)
-    keep_newest(tmp_path, STATE, 6, 3)
-    assert newest_whole(tmp_path) == tmp_path / '6.state'
-    assert names(tmp_path) == ['5.state', '6.state', '10.state.abandoned', '15.state.abandoned']
+@pytest.mark.parametrize(
+    ('name', 'iteration', 'count', 'before', 'after'),
+    [
+        (STATE, 20, 2, '5.state 15.state 20.state .25.state.abc.part net_g_5.pth', '15.state 20.state net_g_5.pth'),
+        (STATE, 6, 3, '5.state 6.state 10.state', '5.state 6.state 10.state.abandoned'),
+        (WEIGHTS, 10, 1, '5.state net_g_5.pth net_g_10.pth net_g_11.pth', '5.state net_g_10.pth net_g_11.pth'),
+    ],
+)
+def test_keep_newest(tmp_path, name, iteration, count, before, after):
+    others = 'notes.txt', 'net_g_best.pth', '100.state.abandoned'
+    for file in (*before.split(), *others):
+        (tmp_path / file).touch()
+    keep_newest(tmp_path, name, iteration, count)
+    assert {path.name for path in tmp_path.iterdir()} == {*after.split(), *others}

@@ -18,61 +18,57 @@ except BackendUnavailable:
 SMALL = {'type': 'AST', 'embed_dim': 4, 'num_heads': [1] * 9}
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _installed():
+@pytest.fixture
+def load(tmp_path):
+    """Write weights, load them through spandrel, and return the descriptor."""
     ours.install()
     ours.install()
 
+    def load(state, options=None):
+        path = tmp_path / ('net.pth' if options is None else 'net.safetensors')
+        if options is None:
+            save_torch(path, {'state_dict': state})
+        else:
+            save_weights(path, state, options)
+        descriptor = spandrel.ModelLoader().load_from_file(path).eval()
+        assert descriptor.architecture.id == 'AST' and isinstance(descriptor.model, AST)
+        assert (descriptor.purpose, descriptor.scale) == ('Restoration', 1)
+        return descriptor
 
-def _descriptor(path):
-    descriptor = spandrel.ModelLoader().load_from_file(path).eval()
-    assert descriptor.architecture.id == 'AST' and isinstance(descriptor.model, AST)
-    assert (descriptor.purpose, descriptor.scale) == ('Restoration', 1)
-    return descriptor
+    return load
 
 
 @pytest.mark.parametrize('name', ['tiny_frfn_4ch', 'tiny_leff_128'])
-def test_load_official_names(name, tmp_path):
+def test_load_official_names(name, load):
     case = GoldenCase(name)
-    save_torch(tmp_path / 'net.pth', {'state_dict': case.state()})
     with torch.inference_mode():
-        assert case.error(_descriptor(tmp_path / 'net.pth').model(case.input())) < 1e-5
+        assert case.error(load(case.state()).model(case.input())) < 1e-5
 
 
 @pytest.mark.parametrize(
     'options',
     [
-        {'depths': [1] * 9},
         {'depths': [2] * 9, 'img_size': 64},  # the deepest levels shift differently than with 128
         {'depths': [1] * 9, 'attention': 'sparse'},  # not inferable from names and shapes
         {'depths': [1] * 9, 'ffn': 'leff', 'in_chans': 1, 'out_chans': 1},
     ],
     ids=str,
 )
-def test_load_options_of_metadata(options, tmp_path):
-    options = SMALL | options
+def test_load_options_of_metadata(options, load, tolerances):
+    options, dtype = SMALL | options, torch.bfloat16
     network = build_network(options).eval()
-    save_weights(tmp_path / 'net.safetensors', network.state_dict(), options)
-    descriptor = _descriptor(tmp_path / 'net.safetensors')
-    image = torch.rand(2, network.in_chans, 37, 91)
+    descriptor, image = load(network.state_dict(), options), torch.rand(2, network.in_chans, 37, 91)
     with torch.inference_mode():
-        torch.testing.assert_close(descriptor(image), network(image).clamp(0, 1), rtol=0, atol=0)
+        want = network(image).clamp(0, 1)
+        torch.testing.assert_close(descriptor(image), want, rtol=0, atol=0)
+        got = descriptor.to(dtype)(image.to(dtype))
     assert (descriptor.input_channels, descriptor.output_channels) == (network.in_chans, network.out_chans)
-
-
-def test_cast(tmp_path, tolerances):
-    options, dtype = SMALL | {'depths': [1] * 9}, torch.bfloat16
-    save_weights(tmp_path / 'net.safetensors', build_network(options).state_dict(), options)
-    descriptor, image = _descriptor(tmp_path / 'net.safetensors'), torch.rand(1, 3, 40, 24)
     assert descriptor.supports_half and descriptor.supports_bfloat16
-    with torch.inference_mode():
-        want, got = descriptor(image), descriptor.to(dtype)(image.to(dtype))
     assert got.dtype == dtype and (got.float() - want).norm() < tolerances[dtype] * want.norm()
 
 
-def test_tags_of_a_variant(tmp_path):
-    save_torch(tmp_path / 'net.pth', {'params': build_network({'type': 'AST_XS'}).state_dict()})
-    assert _descriptor(tmp_path / 'net.pth').tags == ['AST_XS', '16dim', 'assa', 'frfn']
+def test_tags_of_a_variant(load):
+    assert load(build_network({'type': 'AST_XS'}).state_dict()).tags == ['AST_XS', '16dim', 'assa', 'frfn']
 
 
 def test_uformer_is_not_ast():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.archs.blocks import ATTENTIONS, FEED_FORWARDS, ASTBlock, check_choice, init_weights, run_checkpointed
+from ast_plugin.archs.blocks import ATTENTIONS, ASTBlock, check_choice, init_weights, run_checkpointed
 from ast_plugin.archs.pretrained import Pretrained
 from ast_plugin.archs.state import describe_mismatch, infer_options, plain_state
 from ast_plugin.errors import CheckpointError, OptionError, ShapeError
@@ -103,7 +103,6 @@ class AST(Pretrained):
     ) -> None:
         super().__init__()
         check_choice('attention', attention, ATTENTIONS)
-        check_choice('ffn', ffn, FEED_FORWARDS)
         num_stages = 2 * NUM_LEVELS + 1
         for key, value in (('depths', depths), ('num_heads', num_heads)):
             if len(value) != num_stages or min(value) < 1:
@@ -121,8 +120,8 @@ class AST(Pretrained):
             blocks = []
             for position, drop_rate in enumerate(drop_rates[index]):
                 sizes = num_heads[index], *_window_and_shift(img_size // 2**level, window_size, position)
-                attn = ATTENTIONS[attention](dim, *sizes, qkv_bias, topk_ratio) if attends else None
-                blocks.append(ASTBlock(attn, FEED_FORWARDS[ffn](dim, mlp_ratio), dim, drop_rate))
+                kinds = attention if attends else None, ffn
+                blocks.append(ASTBlock(dim, *sizes, mlp_ratio, *kinds, qkv_bias, drop_rate, topk_ratio))
             return Stage(blocks, use_checkpoint, **resampling)
 
         self.input_proj = nn.Conv2d(in_chans, embed_dim, 3, padding=1)

@@ -170,11 +170,7 @@ class TopKAttention(WindowAttention):
 
 
 ATTENTIONS: dict[str, type[WindowAttention]] = {
-    'assa': ASSA,
-    'dense': DenseAttention,
-    'sparse': SparseAttention,
-    'sparse_relu': ReLUAttention,
-    'topk': TopKAttention,
+    attention.kind: attention for attention in (ASSA, DenseAttention, SparseAttention, ReLUAttention, TopKAttention)
 }
 
 
@@ -283,11 +279,13 @@ class ASTBlock(nn.Module):
     """Transformer block with pre-norm residual branches: optional attention, then a feed-forward network.
 
     Args:
-        attention: attention module, or None as in AST's encoder.
-        ffn: feed-forward module.
-        dim: number of channels.
+        dim, num_heads, window_size, shift_size, qkv_bias, topk_ratio, layout: see `WindowAttention`.
+        mlp_ratio: see `FeedForwardNetwork`.
+        attention: a key of `ATTENTIONS`, or None as in AST's encoder.
+        ffn: a key of `FEED_FORWARDS`.
         drop_path_rate: stochastic depth rate of both branches, see `DropPath`.
-        layout: layout of input and output, 'nhwc' or 'nchw'; `attention` and `ffn` use NHWC.
+    Raises:
+        OptionError: if an option is out of range or options contradict one another.
     """
 
     works_in = 'nhwc'
@@ -295,19 +293,31 @@ class ASTBlock(nn.Module):
 
     def __init__(
         self,
-        attention: WindowAttention | None,
-        ffn: nn.Module,
         dim: int,
+        num_heads: int,
+        window_size: int = 8,
+        shift_size: int = 0,
+        mlp_ratio: float = 4.0,
+        attention: str | None = 'assa',
+        ffn: str = 'frfn',
+        qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
+        topk_ratio: float = 0.5,
         layout: str = 'nhwc',
     ) -> None:
         super().__init__()
         check_choice('layout', layout, LAYOUTS)
+        check_choice('ffn', ffn, FEED_FORWARDS)
+        attn = None
+        if attention is not None:
+            check_choice('attention', attention, ATTENTIONS)
+            attn = ATTENTIONS[attention](dim, num_heads, window_size, shift_size, qkv_bias, topk_ratio)
+        feed_forward = FEED_FORWARDS[ffn](dim, mlp_ratio)
         self.layout = layout
-        self.norm1 = nn.LayerNorm(dim) if attention is not None else None
-        self.attn = attention
+        self.norm1 = None if attn is None else nn.LayerNorm(dim)
+        self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
-        self.ffn = ffn
+        self.ffn = feed_forward
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -325,27 +335,7 @@ class ASTBlock(nn.Module):
         return x + self.drop_path(branch(norm(x), *args))
 
 
-def ast_block(
-    dim: int,
-    num_heads: int,
-    window_size: int = 8,
-    shift_size: int = 0,
-    mlp_ratio: float = 4.0,
-    attention: str = 'assa',
-    ffn: str = 'frfn',
-    qkv_bias: bool = True,
-    drop_path_rate: float = 0.0,
-    topk_ratio: float = 0.5,
-    layout: str = 'nhwc',
-) -> ASTBlock:
-    """Build an AST block; see `WindowAttention`, `FRFN` and `ASTBlock` for arguments and exceptions."""
-    check_choice('attention', attention, ATTENTIONS)
-    check_choice('ffn', ffn, FEED_FORWARDS)
-    attn = ATTENTIONS[attention](dim, num_heads, window_size, shift_size, qkv_bias, topk_ratio)
-    return ASTBlock(attn, FEED_FORWARDS[ffn](dim, mlp_ratio), dim, drop_path_rate, layout)
-
-
-ast_block.works_in, ast_block.replaces = ASTBlock.works_in, ASTBlock.replaces
+ast_block = ASTBlock  # earlier name
 
 
 token_sizes = threading.local()

@@ -93,14 +93,15 @@ def load_network(
     Args:
         options: see `build_network`; None infers them from the weights, see `network_of`.
         weights, param_key: see `read_checkpoint`.
-        say: called with each line of the loading report, see `load_into`.
+        say: called with each line of the loading report, see `Loaded`.
     Raises:
         OptionError, CheckpointError: see the functions above.
     """
-    checkpoint = None if weights is None else read_checkpoint(weights, param_key)
-    network = _build_network_of(checkpoint)[0] if options is None else build_network(options)
-    if checkpoint is not None:
-        for line in load_into(network, checkpoint):
+    if weights is None:
+        network = build_network(options)
+    else:
+        network, _, report, _ = load_file(weights, options, param_key)
+        for line in report:
             say(line)
     return network.eval().requires_grad_(False)
 
@@ -110,7 +111,7 @@ class Loaded(NamedTuple):
 
     network: nn.Module
     options: Mapping[str, Any]  # options of the network, including `type`
-    notes: tuple[str, ...]  # lines on ignored parts of the file and on assumed options
+    report: list[str]  # the lines of `load_into`, and one for each option that had to be assumed
     metadata: Mapping[str, str]  # metadata of the file, see `Checkpoint`
 
 
@@ -127,18 +128,15 @@ def load_file(
         OptionError: if the network cannot be built with the options.
     """
     checkpoint = read_checkpoint(path, param_key)
-    network, options, notes = (build_network(options), options, []) if options else _build_network_of(checkpoint)
-    _, *of_weights = load_into(network, checkpoint)
-    return Loaded(network, options, (*of_weights, *notes), checkpoint.metadata)
-
-
-def _build_network_of(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any], list[str]]:
-    """Build the network of a weights file; return it with the results of `network_of`."""
-    options, assumed = network_of(checkpoint)
-    try:
-        return build_network(options), options, assumed
-    except OptionError as error:
-        raise CheckpointError(f'{checkpoint.path}: the network of this file cannot be built: {error}') from error
+    if options:
+        network, assumed = build_network(options), []
+    else:
+        options, assumed = network_of(checkpoint)
+        try:
+            network = build_network(options)
+        except OptionError as error:
+            raise CheckpointError(f'{checkpoint.path}: the network of this file cannot be built: {error}') from error
+    return Loaded(network, options, load_into(network, checkpoint) + assumed, checkpoint.metadata)
 
 
 def network_of(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:

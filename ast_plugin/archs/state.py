@@ -145,11 +145,8 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
         notes.append(f'removed the prefix {prefix} from names{others}')
     if counters := [name for name, tensor in state.items() if name not in expected and tensor.ndim == 0]:
         notes.append(f'ignored counters: {_named(counters)}')
-    state = {
-        name: tensor
-        for name, tensor in state.items()
-        if name in expected or not (tensor.ndim == 0 or name.endswith(DERIVED))
-    }
+    ignored = {*counters, *(name for name in state.keys() - expected.keys() if name.endswith(DERIVED))}
+    state = {name: tensor for name, tensor in state.items() if name not in ignored}
     taken = [name for name, tensor in expected.items() if name in state and state[name].shape == tensor.shape]
     if unlike := [name for name in taken if state[name].is_floating_point() != expected[name].is_floating_point()]:
         raise CheckpointError(
@@ -164,13 +161,12 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
                 'belong to another network'
             )
         unfit = [name for name in state if name in expected and name not in taken]
-        shapes = [f'{name} {list(state[name].shape)}, expected {list(expected[name].shape)}' for name in unfit]
-        for what, names in (
-            ('shape mismatch', shapes),
-            ('missing from the file', [name for name in expected if name not in state]),
-            ('not in the network', [name for name in state if name not in expected]),
-        ):
-            notes += [f'{what}: {_named(names)}'] if names else []
+        deviations = {
+            'shape mismatch': [f'{n} {list(state[n].shape)}, expected {list(expected[n].shape)}' for n in unfit],
+            'missing from the file': [name for name in expected if name not in state],
+            'not in the network': [name for name in state if name not in expected],
+        }
+        notes += [f'{what}: {_named(names)}' for what, names in deviations.items() if names]
         state = {name: state[name] for name in taken}
     try:
         network.load_state_dict(state, strict=strict, assign=assign)
@@ -185,10 +181,10 @@ def load_into(network: nn.Module, checkpoint: Checkpoint, *, strict: bool = True
     return [f'{len(taken)} of {len(expected)} tensors loaded', *notes]
 
 
-def _named(names: Iterable[str]) -> str:
+def _named(names: Iterable[str], separator: str = ', ') -> str:
     names = list(names)
     more = f' and {len(names) - _MAX_NAMES} more' if len(names) > _MAX_NAMES else ''
-    return ', '.join(names[:_MAX_NAMES]) + more
+    return separator.join(names[:_MAX_NAMES]) + more
 
 
 def infer_options(state: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
@@ -259,8 +255,7 @@ def describe_mismatch(expected: Mapping[str, Tensor], state: Mapping[str, Tensor
     faults += [f'{n} {have[n]} is unexpected' for n in have if n not in want]
     if not faults:
         return None
-    more = f', and {len(faults) - 3} more' if len(faults) > 3 else ''
-    return f'the weights do not match the network: {"; ".join(faults[:3])}{more}. {_compare(expected, state)}'
+    return f'the weights do not match the network: {_named(faults, "; ")}. {_compare(expected, state)}'
 
 
 def _compare(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

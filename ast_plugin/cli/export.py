@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if output.exists() and output.samefile(path):
         raise OptionError(f'--output {output} is the weights file itself: expected another file name')
     loaded = load_file(path, None if args.opt is None else commands.read_network(args.opt), args.param_key)
-    for note in loaded.notes:
+    for note in loaded.report[1:]:
         say(f'note: {path}: {note}', file=sys.stderr)
     export_network(
         loaded.network,

@@ -110,7 +110,7 @@ class Restorer:
             processing_resolution=processing_resolution,
             **tiling,
         )
-        restorer.notes = loaded.notes
+        restorer.notes = tuple(loaded.report[1:])
         return restorer
 
     @classmethod

@@ -7,16 +7,8 @@ SIZES = {'embed_dim': 8, 'depths': [2, 2], 'num_heads': [2, 2], 'window_size': 4
 SWINIR = {'type': 'SwinIR', 'upscale': 1, 'drop_path_rate': 0.0, **SIZES}
 EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 3, 'upscale': 1, 'img_range': 1.0}
 RCAN = {**EDSR, 'type': 'RCAN', 'num_group': 2, 'num_block': 2, 'squeeze_factor': 2}
-MSRRESNET = {'type': 'MSRResNet', 'num_feat': 8, 'num_block': 3, 'upscale': 1}
-RRDBNET = {
-    'type': 'RRDBNet',
-    'num_in_ch': 3,
-    'num_out_ch': 3,
-    'num_feat': 8,
-    'num_block': 2,
-    'scale': 1,
-    'num_grow_ch': 4,
-}
+CHANNELS = {'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8}
+RRDBNET = {'type': 'RRDBNet', **CHANNELS, 'num_block': 2, 'scale': 1, 'num_grow_ch': 4}
 SRVGG = {'type': 'SRVGGNetCompact', 'num_feat': 8, 'num_conv': 3, 'upscale': 1}
 AST = {'type': 'AST', 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'img_size': 32, 'drop_path_rate': 0.0}
 

@@ -15,6 +15,7 @@ from ast_plugin.errors import BackendUnavailable, OptionError, ShapeError
 from ast_plugin.metrics import psnr_ssim, registered_metrics
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 12, 3), dtype=np.uint8)
+LPIPS = {'type': 'pyiqa', 'metric': 'lpips'}
 REFERENCE = np.random.default_rng(1).integers(0, 256, (16, 12, 3), dtype=np.uint8)
 
 
@@ -71,7 +72,7 @@ def measure(metric, img=IMAGE, img2=REFERENCE, **options):
 
 def test_images_come_as_rgb_in_the_unit_range(package):
     red, other = (image[..., 2].mean() / 255 for image in (IMAGE, REFERENCE))
-    assert measure('entropy') == pytest.approx(red)
+    assert measure('entropy') == measure('entropy', img2=REFERENCE[:8]) == pytest.approx(red)
     assert measure('lpips') == pytest.approx(red - other)
     assert measure('lpips', psnr_ssim.to_toolbox(IMAGE[..., ::-1] / 255)) == pytest.approx(red - other)
     assert measure('entropy', crop_border=2) == pytest.approx(IMAGE[2:-2, 2:-2, 2].mean() / 255)
@@ -84,16 +85,18 @@ def test_model_is_made_once(package):
     assert package == [('entropy', 1.0), ('entropy', 2.0)]
 
 
-def test_directions(package):
-    lpips = {'type': 'pyiqa', 'metric': 'lpips'}
+def test_directions_and_devices(package):
     for options, direction in (
-        (lpips, 'lower'),
-        (lpips | {'better': 'higher'}, 'higher'),
-        (lpips | {'metric': 'entropy'}, 'higher'),
+        (LPIPS, 'lower'),
+        (LPIPS | {'better': 'higher'}, 'higher'),
+        (LPIPS | {'metric': 'entropy'}, 'higher'),
         ({'type': 'calculate_niqe'}, 'lower'),
         ({'type': 'calculate_psnr'}, 'higher'),
     ):
         assert registered_metrics.better_direction(options) == direction
+    metrics = {'a': LPIPS, 'b': {'type': 'calculate_psnr'}, 'c': LPIPS | {'device': 'cpu'}}
+    placed = registered_metrics.complete(metrics, torch.device('cuda:1'))
+    assert [options.get('device') for options in placed.values()] == ['cuda:1', None, 'cpu']
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,7 @@ def test_directions(package):
         ('entropy', {'device': 'nonsense'}, OptionError, 'nonsense is not available; available devices: '),
         ('musiq', {}, BackendUnavailable, 'weights of musiq cannot be downloaded .*Name or service not known'),
         ('lpips', {'crop_border': 4}, ShapeError, 'lpips fails on 4x8 pixels: Kernel size is larger$'),
+        ('lpips', {'img2': REFERENCE[:8]}, ShapeError, 'lpips: the image is'),
     ],
 )
 def test_what_cannot_be_measured(package, metric, options, error, message):
@@ -114,25 +118,11 @@ def test_what_cannot_be_measured(package, metric, options, error, message):
     assert '\n' not in str(caught.value)
 
 
-def test_metrics_run_where_the_network_does():
-    metrics = {'a': {'type': 'pyiqa', 'metric': 'lpips'}, 'b': {'type': 'calculate_psnr'}}
-    metrics['c'] = metrics['a'] | {'device': 'cpu'}
-    placed = registered_metrics.complete(metrics, torch.device('cuda:1'))
-    assert [options.get('device') for options in placed.values()] == ['cuda:1', None, 'cpu']
-
-
-def test_images_of_two_sizes(package):
-    with pytest.raises(ShapeError, match='lpips: the image is'):
-        measure('lpips', img2=REFERENCE[:8])
-    measure('entropy', img2=REFERENCE[:8])
-
-
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyiqa', None)
-    with pytest.raises(BackendUnavailable, match=r'pyiqa is not installed: pip install "ast_plugin\[metrics\]"'):
-        measure('lpips')
-    with pytest.raises(BackendUnavailable, match='not installed'):
-        registered_metrics.better_direction({'type': 'pyiqa', 'metric': 'lpips'})
+    for call in (lambda: measure('lpips'), lambda: registered_metrics.better_direction(LPIPS)):
+        with pytest.raises(BackendUnavailable, match=r'pyiqa is not installed: pip install "ast_plugin\[metrics\]"'):
+            call()
 
 
 @pytest.mark.skipif(importlib.util.find_spec('pyiqa') is None, reason='the extra `metrics` is not installed')
@@ -142,7 +132,7 @@ def test_the_package_itself(monkeypatch):
 
     expected = psnr_rgb(IMAGE[..., ::-1], REFERENCE[..., ::-1])
     assert measure('psnr') == pytest.approx(expected, abs=1e-4)
-    assert registered_metrics.better_direction({'type': 'pyiqa', 'metric': 'lpips'}) == 'lower'
+    assert registered_metrics.better_direction(LPIPS) == 'lower'
 
     def unreachable(*_, **__):
         raise urllib.error.URLError('no network in tests')

@@ -3,6 +3,7 @@
 Blocks that work on tokens get (H, W) from the arguments of the module that receives it.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +19,10 @@ from ast_plugin.errors import OptionError, ShapeError
 from ast_plugin.ops import relative_position_index
 
 Shape = tuple[int, ...]
-Key = int | str  # position or name of an argument
+Arguments = dict[int | str, Any]  # of a call, by position or name
 
-# (number of dimensions, axes that change with the image size) -> layout, channel axis
-_KINDS = {
-    (4, (2, 3)): ('nchw', 1),
-    (4, (1, 2)): ('nhwc', 3),
-    (3, (1,)): ('tokens', 2),
-    (3, (0,)): ('windows', 2),
-}
+# (number of dimensions, axes that change with the image size) -> layout
+_KINDS = {(4, (2, 3)): 'nchw', (4, (1, 2)): 'nhwc', (3, (1,)): 'tokens', (3, (0,)): 'windows'}
 # Name components of window attention weights that can be transferred; the gate is set from `dense_share`.
 _READ = {
     *('qkv', 'q', 'kv', 'to_q', 'to_kv', 'proj', 'weight', 'bias'),
@@ -37,21 +33,13 @@ _READ = {
 class Call(NamedTuple):
     """Recorded call of a module: arguments, with tensors on the meta device, and the shape of a tensor output."""
 
-    args: tuple
-    kwargs: dict[str, Any]
+    arguments: Arguments
     output: Shape | None
 
-    def arguments(self) -> list[tuple[Key, Any]]:
-        """Return the arguments with their positions or names."""
-        return [*enumerate(self.args), *self.kwargs.items()]
-
-    def tensors(self) -> list[tuple[Key, Tensor]]:
-        """Return the tensor arguments with their positions or names."""
-        return [(key, value) for key, value in self.arguments() if isinstance(value, Tensor)]
-
-    def first_tensor(self) -> tuple[Key, Shape]:
+    def first_tensor(self) -> tuple[int | str, Shape]:
         """Return key and shape of the first tensor argument, or an empty shape if there is none."""
-        return next(((key, tuple(value.shape)) for key, value in self.tensors()), (0, ()))
+        tensors = ((key, tuple(value.shape)) for key, value in self.arguments.items() if isinstance(value, Tensor))
+        return next(tensors, (0, ()))
 
 
 @contextmanager
@@ -59,29 +47,28 @@ def record_calls(network: nn.Module) -> Iterator[dict[str, list[Call]]]:
     """Context manager that records the calls of a network's modules by name, for `networks.try_sizes`."""
     calls: dict[str, list[Call]] = {}
 
-    def recorder(name: str):
-        def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else None
-            call = Call(tuple(map(_without_values, args)), {k: _without_values(v) for k, v in kwargs.items()}, shape)
-            calls.setdefault(name, []).append(call)
-
-        return record
+    def record(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        arguments = {
+            key: value.detach().to('meta') if isinstance(value, Tensor) else value
+            for key, value in _arguments(args, kwargs).items()
+        }
+        calls.setdefault(name, []).append(Call(arguments, tuple(output.shape) if isinstance(output, Tensor) else None))
 
     with ExitStack() as hooks:
         for name, module in network.named_modules():
-            hooks.enter_context(module.register_forward_hook(recorder(name), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(functools.partial(record, name), with_kwargs=True))
         yield calls
 
 
-def _without_values(value: Any) -> Any:
-    return value.detach().to('meta') if isinstance(value, Tensor) else value
+def _arguments(args: tuple, kwargs: Mapping[str, Any]) -> Arguments:
+    return {**dict(enumerate(args)), **kwargs}
 
 
 class SizePlace(NamedTuple):
     """Location of the tokens' (H, W) in the arguments of a module."""
 
     caller: str  # name of the module, which is the one that needs the size or an ancestor of it
-    keys: tuple[Key, ...]  # of one argument that is a pair or a feature map, or of two integers
+    keys: tuple[int | str, ...]  # of one argument that is a pair or a feature map, or of two integers
     axes: tuple[int, int] | None = None  # H and W axes of a feature map; None for numbers
 
     @property
@@ -89,9 +76,9 @@ class SizePlace(NamedTuple):
         """Unique name, without dots, which torch.compile does not support in attribute names."""
         return f'{self.caller}/{self.keys}/{self.axes}'.replace('.', '/')
 
-    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    def read(self, arguments: Arguments) -> tuple[int, int]:
         """Read H and W from the arguments of a call."""
-        values = [args[key] if isinstance(key, int) else kwargs[key] for key in self.keys]
+        values = [arguments[key] for key in self.keys]
         if self.axes is not None:
             values = [values[0].shape[axis] for axis in self.axes]
         height, width = values if len(values) == 2 else values[0]
@@ -103,7 +90,7 @@ class SizePlace(NamedTuple):
         caller.register_forward_hook(self._unset, always_call=True)
 
     def _set(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        setattr(token_sizes, self.name, self.read(args, kwargs))
+        setattr(token_sizes, self.name, self.read(_arguments(args, kwargs)))
 
     def _unset(self, module: nn.Module, args: tuple, output: Any) -> None:
         setattr(token_sizes, self.name, None)
@@ -114,7 +101,7 @@ class Site(NamedTuple):
 
     name: str
     kind: str  # layout of x: 'nchw', 'nhwc', 'tokens' or 'windows', see `block_registry`
-    x_key: Key
+    x_key: int | str  # position or name of the argument
     shape: Shape  # of x in the first trial run
     output: Shape | None  # shape of the output in the first trial run
     size: SizePlace | None = None  # source of the tokens' (H, W)
@@ -128,7 +115,11 @@ class Site(NamedTuple):
 
     def channels(self, shape: Shape) -> int:
         """Return the number of channels of a shape in the layout of x."""
-        return shape[1 if self.kind == 'nchw' else -1]
+        return shape[_channel_axis(self.kind)]
+
+
+def _channel_axis(kind: str) -> int:
+    return 1 if kind == 'nchw' else -1
 
 
 def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = None, needs_window: bool = True) -> Site:
@@ -150,9 +141,9 @@ def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = N
     (key, first), (_, second) = pairs[0]
     if not first or not second:
         raise ShapeError('the module has no tensor argument')
-    kind, axis = _kind(first, second)
+    kind = _kind(first, second)
     for (other_key, one), (_, two) in pairs:
-        if other_key != key or not one or not two or _kind(one, two)[0] != kind:
+        if other_key != key or not one or not two or _kind(one, two) != kind:
             raise ShapeError(f'the module is called with different kinds of input, {list(first)} and {list(one)}')
     if kind is None:
         sizes = ' and '.join(f'{height}x{width}' for height, width in trial.sizes)
@@ -160,7 +151,7 @@ def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = N
             f'expected a feature map [B, C, H, W] or [B, H, W, C], tokens [B, H·W, C] or windows, '
             f'got {list(first)} and {list(second)} for images {sizes}'
         )
-    if len({call.first_tensor()[1][axis] for call in runs[0]}) > 1:
+    if len({call.first_tensor()[1][_channel_axis(kind)] for call in runs[0]}) > 1:
         raise ShapeError('the module is called with different numbers of channels')
     call = runs[0][0]
     size, nominal = None, (0, 0)
@@ -183,11 +174,16 @@ def find_site(name: str, module: nn.Module, trial: Trial, window: int | None = N
 def _second_input(call: Call, kind: str) -> str:
     """Describe an input of a call, other than x and indices, that a block does not get; return '' if there is none."""
     key, shape = call.first_tensor()
-    for tensor in _tensors_in([value for other, value in call.arguments() if other != key]):
-        is_mask = kind == 'windows' and tensor.shape[1:] == (shape[1], shape[1]) and tensor.is_floating_point()
+    for tensor in _tensors_in([value for other, value in call.arguments.items() if other != key]):
+        is_mask = kind == 'windows' and _is_window_mask(tensor, shape[1])
         if not is_mask and (tensor.is_floating_point() or tensor.dtype == torch.bool):
             return f'{list(tensor.shape)} of {tensor.dtype}'
     return ''
+
+
+def _is_window_mask(value: Any, tokens: int) -> bool:
+    """Return whether an argument is a mask [num_windows, tokens, tokens] that is added to the scores."""
+    return isinstance(value, Tensor) and value.shape[1:] == (tokens, tokens) and value.is_floating_point()
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -198,11 +194,9 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(item)
 
 
-def _kind(first: Shape, second: Shape) -> tuple[str | None, int]:
-    if len(first) != len(second):
-        return None, 0
-    changed = tuple(axis for axis, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
-    return _KINDS.get((len(first), changed), (None, 0))
+def _kind(first: Shape, second: Shape) -> str | None:
+    changed = tuple(axis for axis, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return _KINDS.get((len(first), changed)) if len(first) == len(second) else None
 
 
 def _find_size(name: str, trial: Trial) -> tuple[SizePlace | None, tuple[int, int]]:
@@ -217,7 +211,7 @@ def _find_size(name: str, trial: Trial) -> tuple[SizePlace | None, tuple[int, in
         for place in _size_places(caller, calls[0]):
             # The arguments may differ between the runs.
             with suppress(TypeError, ValueError, IndexError, KeyError, AttributeError):
-                sizes = [place.read(call.args, call.kwargs) for call in calls]
+                sizes = [place.read(call.arguments) for call in calls]
                 # The first image is wider than high; (W, H) instead of (H, W) would be another arrangement of tokens.
                 if [height * width for height, width in sizes] == counts and sizes[0][0] <= sizes[0][1]:
                     return place, sizes[0]
@@ -226,15 +220,14 @@ def _find_size(name: str, trial: Trial) -> tuple[SizePlace | None, tuple[int, in
 
 def _size_places(caller: str, call: Call) -> Iterator[SizePlace]:
     """Yield the arguments of a call that may contain H and W: a pair, two consecutive integers, or a feature map."""
-    for items in (list(enumerate(call.args)), list(call.kwargs.items())):
-        for key, value in items:
-            if isinstance(value, (tuple, list)) and len(value) == 2 and all(type(side) is int for side in value):
-                yield SizePlace(caller, (key,))
-        for (a, first), (b, second) in itertools.pairwise(items):
-            if type(first) is int and type(second) is int:
-                yield SizePlace(caller, (a, b))
-    for key, value in call.tensors():
-        if value.ndim == 4:
+    for key, value in call.arguments.items():
+        if isinstance(value, (tuple, list)) and len(value) == 2 and all(type(side) is int for side in value):
+            yield SizePlace(caller, (key,))
+    for (a, first), (b, second) in itertools.pairwise(call.arguments.items()):
+        if type(first) is int and type(second) is int:
+            yield SizePlace(caller, (a, b))
+    for key, value in call.arguments.items():
+        if isinstance(value, Tensor) and value.ndim == 4:
             yield SizePlace(caller, (key,), (2, 3))
             yield SizePlace(caller, (key,), (1, 2))
 
@@ -272,33 +265,33 @@ class MixedIn(nn.Module):
             self.gain = nn.Parameter(torch.full((dim,), float(gain)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        key = self.site.x_key
-        x = args[key] if isinstance(key, int) else kwargs[key]
+        arguments = _arguments(args, kwargs)
         if self.op in ('append', 'wrap'):
-            return self._run(self.original(*args, **kwargs), args, kwargs)
-        y = self._run(x, args, kwargs)
+            return self._run(self.original(*args, **kwargs), arguments)
+        y = self._run(arguments[self.site.x_key], arguments)
         if self.op == 'replace':
             return y
-        if isinstance(key, int):
-            return self.original(*args[:key], y, *args[key + 1 :], **kwargs)
-        return self.original(*args, **{**kwargs, key: y})
+        arguments[self.site.x_key] = y
+        return self.original(*(arguments[key] for key in range(len(args))), **{key: arguments[key] for key in kwargs})
 
-    def _run(self, y: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    def _run(self, y: Tensor, arguments: Arguments) -> Tensor:
         """Apply the block to y, which has the layout of the site."""
         is_nchw = self.site.kind == 'nchw'
         last = y.permute(0, 2, 3, 1) if is_nchw else y
         if self.gain is None:
-            last = self._run_channels_last(last, args, kwargs)
+            last = self._run_channels_last(last, arguments)
         else:
-            last = last + self.gain * self._run_channels_last(self.norm(last), args, kwargs)
+            last = last + self.gain * self._run_channels_last(self.norm(last), arguments)
         return last.permute(0, 3, 1, 2) if is_nchw else last
 
-    def _run_channels_last(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    def _run_channels_last(self, x: Tensor, arguments: Arguments) -> Tensor:
         """Apply the block to windows, tokens or an NHWC feature map."""
         if self.works_in == 'any':
             return self.block(x)
         if self.site.kind == 'windows':
-            mask = self._window_mask(x, args, kwargs)
+            # x has the shape of a mask, too, if the number of channels equals the number of tokens
+            others = (value for key, value in arguments.items() if key != self.site.x_key)
+            mask = next((value for value in others if _is_window_mask(value, x.shape[1])), None)
             return self.block(x, mask) if self.works_in == 'windows' else self.block.attend_windows(x, mask)
         if self.site.kind == 'tokens':
             size = self._size(x)
@@ -324,16 +317,6 @@ class MixedIn(nn.Module):
         if size[0] * size[1] != x.shape[1]:
             raise ShapeError(f'{tokens} do not match the size {size[0]}x{size[1]} given to {caller}')
         return size
-
-    def _window_mask(self, x: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Return the mask [num_windows, T, T] among the arguments other than x, or None."""
-        tokens = x.shape[1]
-        for key, value in (*enumerate(args), *kwargs.items()):
-            # x has this shape, too, if the number of channels equals the number of tokens
-            is_other = isinstance(value, Tensor) and key != self.site.x_key
-            if is_other and value.is_floating_point() and value.shape[1:] == (tokens, tokens):
-                return value
-        return None
 
     def extra_repr(self) -> str:
         return f'{self.op}, {self.site.kind}'

@@ -98,6 +98,5 @@ def declaration(name: object) -> Declaration:
     return Declaration(name, build, works_in, replaces, None if is_open else tuple(parameters), sizes)
 
 
-for _block in (*blocks.ATTENTIONS.values(), *blocks.FEED_FORWARDS.values()):
+for _block in (*blocks.ATTENTIONS.values(), *blocks.FEED_FORWARDS.values(), blocks.ASTBlock):
     BLOCKS.register_module(module=_block)
-BLOCKS.register_module(name='ASTBlock', module=blocks.ast_block)

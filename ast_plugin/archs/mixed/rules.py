@@ -178,17 +178,17 @@ def _glob(pattern: list[str], steps: list[str]) -> bool:
 
 
 def _suggest(pattern: str, modules: Mapping[str, nn.Module]) -> str:
-    """Return a hint with similar class or module names."""
-    if pattern.startswith(_CLASS):
-        known = sorted({type(module).__name__ for module in modules.values()})
-        near = difflib.get_close_matches(pattern.removeprefix(_CLASS), known, n=_MAX_NAMES, cutoff=0.5) or known[:12]
-        return f'existing classes: {", ".join(near)}'
-    known = list(dict.fromkeys(re.sub(r'\b\d+\b', '*', name) for name in modules))
-    near = difflib.get_close_matches(re.sub(r'\b\d+\b', '*', pattern), known, n=_MAX_NAMES, cutoff=0.5)
-    if not near:
-        last = pattern.split('.')[-1]
-        near = [name for name in known if last in name.split('.')][:_MAX_NAMES] or known[:_MAX_NAMES]
-    return f'similar names: {", ".join(near)}'
+    """Return a hint with similar class or module names; all numbers in names are equal."""
+    is_class = pattern.startswith(_CLASS)
+    names = sorted({type(module).__name__ for module in modules.values()}) if is_class else modules
+    pattern, *known = (re.sub(r'\b\d+\b', '*', name) for name in (pattern.removeprefix(_CLASS), *names))
+    known = list(dict.fromkeys(known))
+    near = (
+        difflib.get_close_matches(pattern, known, n=_MAX_NAMES, cutoff=0.5)
+        or [name for name in known if pattern.split('.')[-1] in name.split('.')]
+        or known
+    )
+    return f'{"existing classes" if is_class else "similar names"}: {", ".join(near[:_MAX_NAMES])}'
 
 
 class Exchange(NamedTuple):

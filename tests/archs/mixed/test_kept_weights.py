@@ -16,7 +16,6 @@ from tests.archs.tiny_networks import (
     FEED_FORWARDS,
     KEEP,
     ODD,
-    SMALL,
     SWINIR,
     excite,
     image,
@@ -27,69 +26,55 @@ from tests.archs.tiny_networks import (
 
 @pytest.fixture
 def swinir(tmp_path):
-    """A SwinIR whose attention affects the output, and its weights file."""
-    network = excite(build_base(SWINIR)).eval()
-    path = tmp_path / 'swinir.pth'
-    save_torch(path, {'params': network.state_dict()})
-    return network, str(path)
+    """A function that returns a SwinIR whose attention affects the output, and its weights file."""
+
+    def build(**options):
+        network = excite(build_base(SWINIR | options)).eval()
+        save_torch(tmp_path / 'swinir.pth', {'params': network.state_dict()})
+        return network, str(tmp_path / 'swinir.pth')
+
+    return build
 
 
 def difference(network, mixed, size):
-    x = image(*size)
+    x = image(*size, batch=2)
     with torch.no_grad():
         want = network(pad_to_multiple(x, 4))[..., : size[0], : size[1]]
         return relative(mixed(x), want)
 
 
-def gates(network):
-    return [module.gate.softmax(0)[0].item() for module in network.modules() if hasattr(module, 'gate')]
-
-
 def test_initial_error_by_dense_share(swinir):
-    network, path = swinir
+    network, path = swinir()
     kept, less, default, fresh = (
         Mixed(SWINIR, [rule(ATTENTIONS, keys=keys)], base_weights=path).eval()
         for keys in ({**KEEP, 'dense_share': 0.999}, {**KEEP, 'dense_share': 0.9}, KEEP, {})
     )
     near, further, far = (difference(network, mixed, ODD[0]) for mixed in (kept, less, fresh))
     assert 0 < near < min(0.01, further) and max(0.01, further) < far
-    assert gates(kept) == pytest.approx([0.999] * 4)
-    assert gates(default) == pytest.approx([0.99] * 4)
+    for mixed, share in ((kept, 0.999), (default, 0.99)):
+        gates = [module.gate.softmax(0)[0].item() for module in mixed.modules() if hasattr(module, 'gate')]
+        assert gates == pytest.approx([share] * 4)
 
 
-def test_windows_with_as_many_tokens_as_channels():
-    """16 tokens of 16 channels have the shape of a mask, 16 × 16."""
-    options = {**SWINIR, 'embed_dim': 16}
-    torch.manual_seed(3)
-    network = build_base(options).eval()
-    torch.manual_seed(3)
-    mixed = Mixed(options, [rule(ATTENTIONS, 'DenseAttention', KEEP)])
-    for theirs in (network, mixed):  # the same large weights in both
-        for parameter in theirs.parameters():
-            parameter.data *= 3
-    assert difference(network, mixed.eval(), ODD[0]) < 1e-5
-
-
-def test_equal_blocks_compute_the_same(swinir):
-    network, path = swinir
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'embed_dim': 16},  # 16 tokens of 16 channels have the shape of a mask, 16 × 16
+        {'qk_scale': 0.9, 'qkv_bias': False},
+    ],
+)
+def test_equal_blocks_compute_the_same(swinir, options):
+    network, path = swinir(**options)
     rules = [rule(ATTENTIONS, 'DenseAttention', KEEP), rule(FEED_FORWARDS, 'MLP', KEEP)]
-    mixed = Mixed(SWINIR, rules, base_weights=path).eval()
+    mixed = Mixed(SWINIR | options, rules, base_weights=path).eval()
+    assert mixed.exchanges[0].options['qkv_bias'] == options.get('qkv_bias', True)
     assert difference(network, mixed, ODD[1]) < 1e-5
-
-
-def test_another_scale_of_the_queries(tmp_path):
-    options = {**SWINIR, 'qk_scale': 0.9, 'qkv_bias': False}
-    network = excite(build_base(options)).eval()
-    save_torch(tmp_path / 'w.pth', network.state_dict())
-    rules = [rule(ATTENTIONS, 'DenseAttention', KEEP)]
-    mixed = Mixed(options, rules, base_weights=str(tmp_path / 'w.pth')).eval()
-    assert mixed.exchanges[0].options['qkv_bias'] is False
-    assert difference(network, mixed, ODD[0]) < 1e-5
 
 
 def test_another_order_of_position_bias(swinir):
     """A table indexed by (key - query) instead of (query - key) is converted."""
-    network, _ = swinir
+    network, _ = swinir()
     attention = network.layers[0].residual_group.blocks[0].attn
     block = DenseAttention(8, 2, 4)
     keep_weights(block, attention)
@@ -124,7 +109,7 @@ def test_initially_unchanged_networks(base, one):
 
 
 def test_weights_round_trip(tmp_path, swinir):
-    network, path = swinir
+    network, path = swinir()
     rules = [rule(ATTENTIONS, keys=KEEP)]
     first = excite(Mixed(SWINIR, rules, base_weights=path)).eval()
     second = Mixed(SWINIR, rules).eval()
@@ -134,14 +119,8 @@ def test_weights_round_trip(tmp_path, swinir):
         assert torch.equal(first(x), second(x))
     with pytest.raises(CheckpointError, match=r'specify weights of the base alone as network_g\.base_weights'):
         second.load_state_dict(network.state_dict())
+    with pytest.raises(CheckpointError, match=r'base_weights: .*swinir\.pth: the weights do not match EDSR'):
+        Mixed(EDSR, [rule('body.*', 'MLP')], base_weights=path)
     save_weights(tmp_path / 'w.safetensors', network.state_dict(), SWINIR)
     third = Mixed(SWINIR, rules, base_weights=str(tmp_path / 'w.safetensors'))
     assert torch.equal(third.base.conv_first.weight, network.conv_first.weight)
-
-
-def test_base_weights_that_do_not_fit(tmp_path, swinir):
-    rules = [rule('body.*', keys={'op': 'append'}, **SMALL)]
-    with pytest.raises(CheckpointError, match=r'base_weights: .*swinir\.pth: the weights do not match EDSR'):
-        Mixed(EDSR, rules, base_weights=swinir[1])
-    with pytest.raises(CheckpointError, match=r'missing\.pth does not exist'):
-        Mixed(EDSR, rules, base_weights=str(tmp_path / 'missing.pth'))

@@ -1,5 +1,7 @@
 """Invalid rules, semantics of globs, and declarations of blocks."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
@@ -8,29 +10,14 @@ from ast_plugin.archs.mixed.block_registry import BLOCKS, declaration
 from ast_plugin.archs.mixed.mixed_arch import Mixed, build_base
 from ast_plugin.archs.mixed.rules import assign, read_rules
 from ast_plugin.errors import OptionError, PluginError, ShapeError
-from tests.archs.tiny_networks import EDSR, KEEP, MSRRESNET, SWINIR, Timm, TokenNet, rule
+from tests.archs.tiny_networks import EDSR, KEEP, SWINIR, Timm, TokenNet, rule
 
 WRAP = {'op': 'wrap'}
 
 
-class Gossip(nn.Module):
-    """A network that reads attributes of its layer in addition to calling it."""
-
+class Nested(nn.Sequential):
     def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(x) * self.conv.weight.mean()
-
-
-class Nested(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = Mixed(EDSR, [rule('body.0', 'MLP')])
-
-    def forward(self, x):
-        return self.inner(x)
+        super().__init__(Mixed(EDSR, [rule('body.0', 'MLP')]))
 
 
 class Open(nn.Module):
@@ -55,7 +42,7 @@ class Pooled(nn.Module):
 
 
 class Twice(nn.Module):
-    """A layer called with a map and with its mean, and a feed-forward network that contains a norm."""
+    """A layer called with a map and with its mean, a network that contains a norm, and a layer whose weight is read."""
 
     def __init__(self):
         super().__init__()
@@ -64,10 +51,11 @@ class Twice(nn.Module):
 
     def forward(self, x):
         y = self.mlp(x.permute(0, 2, 3, 1))
-        return self.conv((self.layer(y) * self.layer(y.mean((1, 2)))[:, None, None]).permute(0, 3, 1, 2))
+        y = (self.layer(y) * self.layer(y.mean((1, 2)))[:, None, None]).permute(0, 3, 1, 2)
+        return self.conv(y) * self.conv.weight.mean()
 
 
-GOSSIP, NESTED, POOLED, TWICE = ({'type': kind.__name__} for kind in (Gossip, Nested, Pooled, Twice))
+NESTED, POOLED, TWICE = ({'type': kind.__name__} for kind in (Nested, Pooled, Twice))
 HIDDEN = {'type': 'TokenNet', 'way': 'hidden'}
 STYLEGAN = {'type': 'StyleGAN2Generator', 'out_size': 8, 'narrow': 0.1}
 
@@ -104,12 +92,7 @@ def test_invalid_rules(rules, words):
     ('base', 'rules', 'kind', 'words'),
     [
         # matched modules
-        (
-            SWINIR,
-            [rule('layers.*.residual_group.block.*.attn')],
-            OptionError,
-            r'similar names: .*_group\.blocks\.\*\.attn',
-        ),
+        (SWINIR, [rule('layers.*.block.*.attn')], OptionError, r'similar names: .*_group\.blocks\.\*\.attn'),
         (SWINIR, [rule('class:WindowAttn')], OptionError, 'existing classes: WindowAttention'),
         (SWINIR, [rule('*.attn')], OptionError, r'no module matches .*residual_group\.blocks\.\*\.attn'),
         (SWINIR, [rule(), rule('**.0.attn')], OptionError, r'mix\.1\.match: .* also matches mix\.0'),
@@ -126,7 +109,7 @@ def test_invalid_rules(rules, words):
         (POOLED, [rule('later', 'MLP')], ShapeError, 'second input'),
         (POOLED, [rule('mask', 'MLP')], ShapeError, r'second input \[4160, 3, 3\] of torch.bool in addition'),
         (POOLED, [rule('listed', 'MLP')], OptionError, 'does not use the block at listed: .* a plain list'),
-        (GOSSIP, [rule('conv', 'MLP')], OptionError, 'uses the modules in other ways than calling'),
+        (TWICE, [rule('conv', 'MLP')], OptionError, 'uses the modules in other ways than calling'),
         (TWICE, [rule('layer', 'MLP')], ShapeError, r'called with different kinds of input, .* 65, 3\] and \[1, 3\]'),
         # sizes
         (SWINIR, [rule(shift_size=2)], ShapeError, 'expected no shift_size, .*, got 2'),
@@ -151,16 +134,11 @@ def test_invalid_rules(rules, words):
         ({}, [rule()], OptionError, r'base: expected \{type: NAME'),
         (STYLEGAN, [rule()], OptionError, 'needs operators compiled for CUDA'),
         ({'type': 'SpyNet'}, [rule('basic_module.0', 'MLP')], OptionError, 'does not run on images'),
-        (
-            {'type': 'EDSR', 'num_in_ch': 3},
-            [rule()],
-            OptionError,
-            'base: the network EDSR cannot be built .*num_out_ch',
-        ),
+        ({'type': 'EDSR', 'num_in_ch': 3}, [rule()], OptionError, 'base: the network EDSR cannot .*num_out_ch'),
     ],
 )
 def test_impossible_rules(registered, base, rules, kind, words):
-    registered(**{network.__name__: network for network in (Gossip, Nested, Pooled, Twice, TokenNet)})
+    registered(**{network.__name__: network for network in (Nested, Pooled, Twice, TokenNet)})
     with pytest.raises(kind, match=words):
         Mixed(base, rules)
 
@@ -173,17 +151,14 @@ def test_sizes_out_of_range():
 
 def test_any_module_for_a_block():
     """Replacing any module of a network raises only the plugin's own errors."""
-    base = {**MSRRESNET, 'num_block': 1}
-    tried = 0
+    base = {'type': 'MSRResNet', 'num_feat': 8, 'num_block': 1, 'upscale': 1}
+    shapes = []
     for name in [name for name, _ in build_base(base).named_modules() if name]:
         for op in ('replace', 'wrap'):
-            try:
+            with suppress(PluginError):
                 network = Mixed(base, [rule(name, 'LeFF', {'op': op})])
-            except PluginError:
-                continue
-            tried += 1
-            assert network(torch.rand(1, 3, 5, 6)).shape == (1, 3, 5, 6)
-    assert tried > 8
+                shapes.append(network(torch.rand(1, 3, 5, 6)).shape)
+    assert len(shapes) > 8 and set(shapes) == {(1, 3, 5, 6)}
 
 
 GLOBS = {
@@ -202,9 +177,11 @@ GLOBS = {
 
 
 def test_globs():
-    layers = [nn.ModuleDict({'attn': nn.Identity()}) for _ in range(3)]
-    tail = nn.ModuleDict({'deep': nn.ModuleDict({'body': nn.ModuleDict({'0': layers[2]})})})
-    network = nn.ModuleDict({'body': nn.ModuleDict({'0': layers[0], '10': layers[1]}), 'tail': tail})
+    def tree(branches):
+        return nn.ModuleDict({name: tree(branch) for name, branch in branches.items()}) if branches else nn.Identity()
+
+    layer = {'attn': {}}
+    network = tree({'body': {'0': layer, '10': layer}, 'tail': {'deep': {'body': {'0': layer}}}})
     for pattern, expected in GLOBS.items():
         rules = read_rules([rule(pattern, 'MLP', {'op': 'append'})])
         if expected:
