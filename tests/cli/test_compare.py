@@ -14,7 +14,7 @@ import torch
 
 from ast_plugin import options
 from ast_plugin.archs.networks import build_network, load_network
-from ast_plugin.checkpoints import save_torch, save_weights
+from ast_plugin.checkpoints import save_weights
 from ast_plugin.cli.main import main as basicsr
 from ast_plugin.compare import child, measure
 from ast_plugin.compare import run as compare_run
@@ -151,28 +151,6 @@ def test_fault_that_a_network_makes(registered):
     own = {**NETWORKS[0], 'name': 'own', 'train': {'optim_g': {DELETE_KEY: True, 'type': 'Adam'}}}
     faults = [str(fault) for fault in validation.find_faults(options_of([*NETWORKS, own]), registered)]
     assert faults == ['networks.2.train.optim_g.lr: required, but missing']
-
-
-@pytest.mark.parametrize(
-    ('changes', 'entry', 'complaint'),
-    [
-        ({}, {'name': 'a', 'network_g': COMPACT, 'weights': 'missing.pth'}, 'missing.pth does not exist'),
-        ({}, {'name': 'a', 'network_g': {**COMPACT, 'num_feat': 8}, 'weights': 'w.pth'}, 'the weights do not match'),
-        ({}, {'name': 'a', 'weights': 'strange.pth'}, 'strange.pth does not name its network'),
-        ({}, {'name': 'a', 'network_g': {**COMPACT, 'num_feat': -1}}, 'networks.0 (a): network_g'),
-        ({'datasets__val': {**options_of()['datasets']['val'], 'dataroot_lq': 'gone'}}, NETWORKS[0], 'gone'),
-        ({'datasets__train': {**options_of()['datasets']['train'], 'dataroot_gt': 'gone'}}, NETWORKS[0], 'gone'),
-    ],
-)
-def test_faults_before_anything_begins(tmp_path, monkeypatch, capsys, changes, entry, complaint):
-    monkeypatch.chdir(tmp_path)
-    save_torch(tmp_path / 'w.pth', {'params': load_network(COMPACT, None).state_dict()})
-    save_torch(tmp_path / 'strange.pth', {'params': {'strange.weight': torch.zeros(3)}})
-    file = write(tmp_path, options_of([entry], **changes))
-    assert basicsr(['compare', '-opt', str(file)]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith('basicsr: error: ') and complaint in error
-    assert not (tmp_path / 'comparisons').exists()
 
 
 def test_a_plan(tmp_path, monkeypatch):

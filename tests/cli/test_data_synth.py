@@ -193,68 +193,6 @@ def test_killed_run_in_another_process(tmp_path, photo, capsys):
     assert {name: data for name, data in contents(tmp_path / 'out').items() if name.endswith('.png')} == others
 
 
-BAD_INPUT = [  # IO stands for `-i PHOTO -o OUT`
-    ('IO', 'expected --task;'),
-    ('--task rain', 'expected -i and -o;'),
-    ('--task rain -i nowhere.png -o OUT', 'nowhere.png: cannot be read'),
-    ('--task rain -i cut.png -o OUT', 'cut.png'),
-    ('--task rain -i none*.png -o OUT', 'no file matches this pattern'),
-    ('--task rain -i PHOTO -o PHOTO', 'is not a folder'),
-    ('--task rain IO --count 0', '--count is 0: expected 1 or more'),
-    ('--task rain IO --seed -1', '--seed is -1: expected 0 or more'),
-    ('--task rain IO --size 100', 'has 128x96 pixels, fewer than a patch'),
-    ('--task rain IO --set psnr', 'expected KEY=VALUE'),
-    ('--task rain IO --set psrn=3', 'no such parameter, did you mean psnr?'),
-    ('--task rain IO --set psnr=3,1', 'a range is [lowest, highest]'),
-    (
-        '--task rain IO --set psnr=wet --set angle=1,2,3',
-        "rain: psnr: expected a number, got the text 'wet'\nrain: angle: expected 2 items or fewer, got the list",
-    ),
-    (
-        '--task rain IO --set psnr=nan --set veil=0,Infinity',
-        "rain: psnr: expected a finite number, got the text 'nan'\nrain: veil: expected a finite number, got inf\n",
-    ),
-    ('--task haze IO --set psnr=true', 'haze: psnr: expected a list, got true'),
-    (
-        '--task shadow IO --set casters=wall,sun',
-        "shadow: casters: expected 'wall', 'object', 'figure', 'foliage' or 'bars', got the text 'sun'",
-    ),
-    ('--task snow IO --set veil=0,2', 'veil: must be within [0, 1]'),
-    ('--task snow IO --depth PHOTO', 'not used by snow'),
-    ('--task haze IO --depth no.npy', 'no such file or folder'),
-    ('--task haze IO --depth PHOTO', 'an image with colours'),
-    ('--task haze IO --depth small.npy', 'small.npy: expected depth of the size of the image'),
-    ('--task haze IO --depth broken.npy', 'cannot be read as an array'),
-    ('--task haze IO --depth two.npz', 'expected one array, got 2'),
-    ('--task haze IO --depth empty', 'expected fenêtre ouverte.npy'),
-    ('--task haze --depth PHOTO -i PHOTO cut.png -o OUT', 'one depth map per photo for 2 photos'),
-    ('--sheet sheet.jpg -o OUT', '--sheet cannot be combined with --output'),
-    ('--sheet sheet.xyz -i PHOTO', 'expected a name that ends in one of'),
-]
-
-
-@pytest.mark.parametrize(('arguments', 'complaint'), BAD_INPUT)
-def test_bad_input(tmp_path, photo, monkeypatch, capsys, arguments, complaint):
-    np.save(tmp_path / 'small.npy', np.ones((5, 5)))
-    np.savez(tmp_path / 'two.npz', a=np.ones((2, 2)), b=np.ones((2, 2)))
-    (tmp_path / 'broken.npy').write_bytes(b'\x93NUMPY not quite')
-    (tmp_path / 'cut.png').write_bytes(photo.read_bytes()[:2000])
-    (tmp_path / 'empty').mkdir()
-    monkeypatch.chdir(tmp_path)
-    before = sorted(os.listdir(tmp_path))
-    words = arguments.replace('IO', '-i PHOTO -o OUT').split()
-    assert synth(*({'PHOTO': photo, 'OUT': tmp_path / 'out'}.get(word, word) for word in words)) == 2
-    error = capsys.readouterr().err
-    assert complaint in error and 'Traceback' not in error
-    assert sorted(os.listdir(tmp_path)) == before
-
-
-def test_an_unknown_task_is_rejected(capsys):
-    with pytest.raises(SystemExit) as caught:
-        synth('--task', 'fog', '-i', 'x', '-o', 'y')
-    assert caught.value.code == 2 and 'rain' in capsys.readouterr().err
-
-
 def test_the_sheet_of_degradations(tmp_path):
     assert synth('--sheet', tmp_path / 'sheet.jpg') == 0
     sheet = read_rgb(tmp_path / 'sheet.jpg')

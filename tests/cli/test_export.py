@@ -58,32 +58,3 @@ def test_export_reports_assumptions(here, capsys):
     save_torch(here / 'bare.pth', {'params': build_network(TINY | {'img_size': 128}).state_dict()})
     assert main(['export', '--weights', 'bare.pth', '-o', 'w.pt', '--format', 'torchscript', '--size', '9x9']) == 0
     assert 'note: bare.pth: img_size cannot be inferred' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ('words', 'message'),
-    [
-        ('--task rian', 'unknown task rian, did you mean rain'),
-        ('--weights rian', 'or a task (rain, raindrop, haze), did you mean rain?'),
-        ('--task rain -opt o.yml', '-opt and --param-key require --weights FILE'),
-        ('--task rain --size 0x4', '--size 0x4: expected height and width in pixels, such as 480x720, each 1 or more'),
-        ('--task rain --size big', '--size big: expected height and width in pixels'),
-        ('--task rain --size 99999x99999', 'at most'),
-        ('--task rain --size 1000000000x1000000000', 'at most'),
-        ('--task rain -o n.pth', 'n.pth: the extension does not match the format torchscript'),
-        ('--task rain -o no/such.pt', 'the folder no does not exist'),
-        ('--task rain -o released', 'it is a folder'),
-    ],
-)
-def test_export_wrong_arguments(words, message, here, capsys):
-    assert main(['export', '-o', 'n.pt', '--format', 'torchscript', *words.split()]) == 2
-    assert message in capsys.readouterr().err
-    assert not (here / 'n.pt').exists()
-
-
-def test_export_over_the_weights(here, capsys):
-    content = (here / 'w.pth').rename(here / 'w.pt').read_bytes()
-    words = '--weights w.pt -opt o.yml -o ./w.pt --format torchscript'
-    assert main(['export', *words.split()]) == 2
-    assert 'w.pt is the weights file itself' in capsys.readouterr().err
-    assert (here / 'w.pt').read_bytes() == content

@@ -299,66 +299,6 @@ def test_enlarging_network_of_basicsr(run, tmp_path):
     np.testing.assert_array_equal(restored.alpha, np.full((24, 20), 77))
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'words'),
-    [
-        (['--tile', '8', '--overlap', '8'], ['--overlap is 8', 'tile is 8']),
-        (['--quality', '0'], ['--quality is 0']),
-        (['--max-megapixels', 'nan'], ['--max-megapixels']),
-        (['--suffix', '../x'], ['--suffix']),
-        (['--device', 'toaster'], ['toaster', 'cpu']),
-        (['-opt', 'AST_derian'], ['AST_derian', 'no such option file']),
-    ],
-)
-def test_wrong_arguments(run, tmp_path, arguments, words):
-    put(tmp_path / 'a.png')
-    assert_refused(run('a.png', *arguments), *words)
-    assert not (tmp_path / 'out').exists()
-
-
-@pytest.mark.parametrize(
-    ('make', 'words'),
-    [
-        (lambda root: None, ['in', 'No such file']),
-        (lambda root: (root / 'in').mkdir(), ['no images in this folder', '.png']),
-        (lambda root: put(root / 'in' / 'deep' / 'a.png'), ['no images', '--recursive']),
-        (lambda root: (root / 'in').write_text('text'), ['not a PNG']),
-    ],
-)
-def test_wrong_inputs(run, tmp_path, make, words):
-    make(tmp_path)
-    assert_refused(run('in'), str(tmp_path / 'in'), *words)
-    assert not (tmp_path / 'out').exists()
-
-
-def test_wrong_weights(run, tmp_path, weights):
-    put(tmp_path / 'a.png')
-    (tmp_path / 'cut.safetensors').write_bytes(weights.read_bytes()[:1000])
-    # Not recognised, even by spandrel if installed.
-    torch.save({'params': {'strange.weight': torch.zeros(3)}}, tmp_path / 'other.pth')
-    for name in ('missing.pth', 'cut.safetensors', 'a.png'):
-        assert_refused(run('a.png', weights=tmp_path / name), name)
-    assert_refused(run('a.png', weights=tmp_path / 'other.pth'), 'other.pth does not name its network', '-opt')
-    assert_refused(run('a.png', weights='rian'), 'or a task', 'did you mean rain?')
-    for text, *words in (
-        ('name: a', 'network_g'),
-        ('network_g: {type: ATS}', 'ATS', 'did you mean AST', 'plugin'),
-        ('network_g: {type: AST, embed_dim: 8}', 'identity.safetensors', 'embed_dim'),
-    ):
-        (tmp_path / 'a.yml').write_text(text)
-        assert_refused(run('a.png', '-opt', tmp_path / 'a.yml'), *words)
-    assert not (tmp_path / 'out').exists()
-
-
-def test_output_that_cannot_be_written(run, tmp_path):
-    put(tmp_path / 'a.png')
-    (tmp_path / 'out').write_text('a file')
-    assert_refused(run('a.png'), str(tmp_path / 'out'), 'cannot write images')
-    assert_refused(run('a.png', output='out/deeper'), 'cannot write images')
-    (tmp_path / 'there' / 'a.png').mkdir(parents=True)
-    assert_refused(run('a.png', output='there'), 'is a folder')
-
-
 def test_full_disk(run, tmp_path, monkeypatch):
     put(tmp_path / 'photos' / 'a.png')
     put(tmp_path / 'photos' / 'b.png')

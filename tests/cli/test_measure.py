@@ -116,30 +116,6 @@ def test_images_that_cannot_be_measured(folders, capsys):
     assert 'not measured: 1 of restored without a partner: 6' in shown
 
 
-@pytest.mark.parametrize(
-    'change, words',
-    [
-        ({1: 'nowhere'}, 'nowhere: no such file or folder (restored)'),
-        ({2: 'gt/0.png'}, 'expected folders or single images, not both'),
-        ({4: '{}'}, 'no image name occurs in all folders (restored: 0_net, 1_net, deep/2_net; gt: 0, 1, deep/2)'),
-        ({4: '{}_other'}, 'expected images named {}_other, found none in this folder'),
-        ({1: 'empty', 4: '{}'}, 'empty: expected images, found none in this folder'),
-        ({5: '--like=dB'}, 'expected a published value'),
-        ({5: '--like=31.2', 6: '--crop-border=2'}, '--like cannot be combined with'),
-        ({5: '--crop-border=-1'}, '--crop-border and --worst: expected 0 or more'),
-        ({5: '--crop-border=90'}, 'none of the 3 pairs could be measured'),
-        ({5: '--csv=gt/0.png/x.csv'}, 'x.csv'),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_wrong_usage(change, words, folders, capsys, monkeypatch):
-    monkeypatch.chdir(folders)
-    (folders / 'empty').mkdir()
-    arguments = dict(enumerate(['measure', 'out', 'gt', '--restored-template', '{}_net'])) | change
-    assert main(list(arguments.values())) == 2
-    assert words in capsys.readouterr().err
-
-
 def test_16_bits_keep_their_depth():
     rng = np.random.default_rng(1)
     gt = rng.integers(0, 65536, (20, 30, 3), 'uint16')

@@ -222,28 +222,6 @@ def test_ends_and_leaves_nothing(server, open_page, files):
 # ---- without gradio
 
 
-def test_gradio_missing(files, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'gradio', None)
-    for name in ('NO_PROXY', 'no_proxy', 'GRADIO_TEMP_DIR', 'GRADIO_ANALYTICS_ENABLED'):
-        monkeypatch.setenv(name, '')
-    assert main(['web', '--weights', str(files / 'weights.safetensors'), '--port', '7859']) == 2
-    assert 'pip install "ast_plugin[web]"' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['--host', '192.0.2.1'], 'expected an address of this machine'),
-        (['--port', '0'], '--port is 0: expected 1 to 65535'),
-        (['--max-megapixels', '0'], '--max-megapixels is 0.0: expected more than 0'),
-        (['--weights', 'missing.pth', '--port', '7859'], 'missing.pth'),
-    ],
-)
-def test_bad_arguments(arguments, message, capsys):
-    assert main(['web', *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_port_taken(capsys):
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = taken.getsockname()[1]
