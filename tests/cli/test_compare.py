@@ -117,16 +117,12 @@ def test_faults(registered, opt, complaint):
 
 def test_what_all_share_is_reported_once(registered):
     given = {'name': 'given', 'network_g': COMPACT, 'weights': 'w.pth'}
-    assert validation.find_faults(options_of([*NETWORKS, given]), registered) == []
+    for network in (given, {**given, 'network_g': None}):  # the weights name it
+        assert validation.find_faults(options_of([*NETWORKS, network]), registered) == []
     opt = options_of([*NETWORKS, given], datasets__train={'type': 'x'}, scale='two', train__total_iter=0)
     faults = [str(fault) for fault in validation.find_faults(opt, registered)]
     assert len(faults) == len(set(faults)) and not any('networks.' in fault for fault in faults)
     assert {fault.partition(':')[0] for fault in faults} >= {'datasets.train.type', 'scale', 'train.total_iter'}
-
-
-def test_weights_may_tell_the_network(registered):
-    given = {'name': 'given', 'weights': 'w.pth', 'network_g': None}
-    assert validation.find_faults(options_of([*NETWORKS, given]), registered) == []
 
 
 RAISES = {'name': 'raises', 'network_g': COMPACT, 'train': {'optim_g': {DELETE_KEY: 3}}}
