@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
@@ -31,11 +31,11 @@ class Registered:
     """Registered classes and functions by kind (`arch`, `dataset`, `loss`, `metric`, `model`) and name."""
 
     by_kind: Mapping[str, Mapping[str, object]]
-    schedulers: Mapping[str, type] = field(default_factory=dict)  # values of `train.scheduler.type` for all models
-    own_schedulers: Mapping[str, type] = field(default_factory=dict)  # additional schedulers of the plugin's models
-    protocols: Mapping[str, Sequence[str]] = field(default_factory=dict)  # metric names of each protocol
-    failed_plugins: Sequence[str] = ()  # one line for each plugin that failed to load
-    find_optimizer: Callable[[str], type] | None = None  # class for `train.optim_g.type`, or OptionError
+    schedulers: Mapping[str, type]  # values of `train.scheduler.type` for all models
+    own_schedulers: Mapping[str, type]  # additional schedulers of the plugin's models
+    protocols: Mapping[str, Sequence[str]]  # metric names of each protocol
+    failed_plugins: Sequence[str]  # one line for each plugin that failed to load
+    find_optimizer: Callable[[str], type]  # class for `train.optim_g.type`, or OptionError
 
     def get(self, kind: str, name: str) -> object | None:
         """Return what BasicSR's registry returns for `name`, or None if it raises."""
