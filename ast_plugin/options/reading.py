@@ -25,7 +25,7 @@ BASE_KEY, DELETE_KEY, STAGES_KEY, NETWORKS_KEY = '_base_', '_delete_', 'stages',
 _ENTRIES_KEYS = (STAGES_KEY, NETWORKS_KEY)
 # Two files that inherit from each other twice would otherwise be read exponentially often.
 MAX_FILES = 64
-# Pairs of keys of a section that exclude each other: setting one removes the inherited other.
+# Keys of a section in iterations and in epochs, which exclude each other: setting one removes the inherited other.
 EXCLUSIVE_KEYS: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {
     ('train',): (('total_iter', 'total_epochs'), ('warmup_iter', 'warmup_epochs')),
     ('train', 'scheduler'): (('warmup_iter', 'warmup_epochs'),),

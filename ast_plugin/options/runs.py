@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.errors import OptionError
-from ast_plugin.options.reading import STAGES_KEY, find_at, merge
+from ast_plugin.options.reading import EXCLUSIVE_KEYS, STAGES_KEY, find_at, merge
 from ast_plugin.options.sections import ComparedFile, to_whole_number
 
 AUTO = 'auto'
@@ -25,12 +25,7 @@ AUTO = 'auto'
 UNKNOWN_LENGTH = 10**6
 _PHASES = ('train', 'val', 'test')
 _PLUGIN_MODEL = 'RestorationModel'
-_IN_EPOCHS = (
-    ('train', 'total_epochs', 'total_iter'),
-    ('train', 'warmup_epochs', 'warmup_iter'),
-    ('val', 'times_per_epoch', 'val_freq'),
-    ('logger', 'save_checkpoint_epochs', 'save_checkpoint_freq'),
-)
+_SECTIONS_IN_EPOCHS = ('train', 'val', 'logger')  # their keys in epochs are converted; a scheduler keeps its own
 
 
 @dataclass(frozen=True)
@@ -269,11 +264,12 @@ def _paths(opt: dict[str, Any], root: Path, is_train: bool, stage: str | None) -
 
 
 def _count_epochs(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], int] | None) -> None:
-    """Convert epochs to iterations in place, and set `train.iters_per_epoch`; a scheduler keeps its `warmup_epochs`."""
+    """Convert epochs to iterations in place, and set `train.iters_per_epoch`."""
     given = [
-        (opt[section], key, plain_key)
-        for section, key, plain_key in _IN_EPOCHS
-        if (opt.get(section) or {}).get(key) is not None
+        (opt[name], key, plain_key)
+        for name in _SECTIONS_IN_EPOCHS
+        for plain_key, key in EXCLUSIVE_KEYS[name,]
+        if (opt.get(name) or {}).get(key) is not None
     ]
     if length_of is None or 'train' not in opt['datasets']:
         if given:
