@@ -115,6 +115,8 @@ CASES = [
     ('train:pixel_opt', 'L1Loss', "train.pixel_opt: expected a mapping of keys to values, got the text 'L1Loss'"),
     ('train:pixel_opt:type', 'L1', 'train.pixel_opt.type: no loss is registered as L1'),
     ('train:edge_opt', {'type': 'EdgeLoss'}, 'train.edge_opt: unknown key'),
+    ('val', ..., 'val: required to measure datasets.val; set val.val_freq'),
+    ('datasets:val', ..., 'datasets.val: required by the section val, but missing; add it, or remove val'),
     ('val:val_freq', ..., f'val.val_freq: {MISSING}'),
     ('val:protocol', 'agan', 'val.protocol: only supported by model_type RestorationModel'),
     ('val:during_training', {'metric': {}}, f'val.during_training.metric: {UNKNOWN}metrics?'),
