@@ -23,6 +23,7 @@ from ast_plugin.plugins import option_folders
 
 BASE_KEY, DELETE_KEY, STAGES_KEY, NETWORKS_KEY = '_base_', '_delete_', 'stages', 'networks'
 _ENTRIES_KEYS = (STAGES_KEY, NETWORKS_KEY)
+_MISSING = object()
 # Two files that inherit from each other twice would otherwise be read exponentially often.
 MAX_FILES = 64
 # Keys of a section in iterations and in epochs, which exclude each other: setting one removes the inherited other.
@@ -277,53 +278,49 @@ def override(opt: dict[str, Any], text: str) -> None:
     # Networks override only `train`. `name` is the name of the run; stages have names of their own.
     of_all = steps[0] == 'train' if NETWORKS_KEY in opt else steps[0] != STAGES_KEY and steps != ['name']
     entries = entries if of_all and isinstance(entries, list) else []
-    changed = [_set_in_entry(entry, steps, value) for entry in entries]
+    overriding = [entry for entry in entries if _overrides(entry, steps, value)]
+    for entry in overriding:
+        _set(entry, steps, value, source)
     try:
         _set(opt, steps, value, source)
     except OptionError:
         # The section may exist only in entries.
-        if not any(changed):
+        if not overriding:
             raise
 
 
-def _set_in_entry(entry: Any, steps: list[str], value: Any) -> bool:
-    """Set a key in a stage or network if the entry overrides it, and return whether it does; others are inherited."""
-    section, key = find_at(entry, steps[:-1]), steps[-1]
-    if isinstance(section, dict):
-        others = [other for other in find_excluded(tuple(steps[:-1]), key) if other in section and value is not None]
-        is_said = key in section or others or section.get(DELETE_KEY)
-    else:
-        is_said = isinstance(section, list) and key.isdecimal() and int(key) < len(section)
-    if is_said:
-        replaces = isinstance(value, dict) and isinstance(section, dict)
-        _assign(section, steps[:-1], key, {**value, DELETE_KEY: True} if replaces else value)
-    return bool(is_said)
+def _overrides(entry: Any, steps: Sequence[str], value: Any) -> bool:
+    """Return whether a stage or network sets an option, or removes it by setting its alternative in other units."""
+    section = find_at(entry, steps[:-1])
+    keys = [steps[-1], *(find_excluded(tuple(steps[:-1]), steps[-1]) if value is not None else ())]
+    is_set = any(find_at(section, [key], _MISSING) is not _MISSING for key in keys)
+    return is_set or (isinstance(section, dict) and bool(section.get(DELETE_KEY)))
 
 
-def _set(opt: dict[str, Any], steps: list[str], value: Any, source: str) -> None:
-    in_entry = steps[0] in _ENTRIES_KEYS
+def _set(opt: dict[str, Any], steps: Sequence[str], value: Any, source: str) -> None:
+    """Set the option at `steps`, and remove its alternatives in other units."""
+    of_entry = 2 if steps[0] in _ENTRIES_KEYS else 0  # number of steps to a stage or network
     section: Any = opt
-    for depth, step in enumerate(steps[:-1]):
-        key = _step(section, step, source)
+    for depth, step in enumerate(steps):
+        key: Any = step
+        if isinstance(section, list):
+            if not step.isdecimal() or int(step) >= len(section):
+                raise OptionError(f'{source}: expected a list index from 0 to {len(section) - 1}, got {step}')
+            key = int(step)
+        elif not isinstance(section, dict):
+            raise OptionError(f'{source}: {step} is inside {section!r}, which is neither a section nor a list')
+        if depth == len(steps) - 1:
+            break
         if isinstance(section, dict) and section.get(key) is None:
             # The entry may not contain a section that the file has.
-            is_of_file = in_entry and isinstance(find_at(opt, steps[2 : depth + 1]), dict)
+            is_of_file = of_entry and isinstance(find_at(opt, steps[of_entry : depth + 1]), dict)
             if key not in section and not is_of_file:
                 where = ':'.join(steps[:depth]) or 'the file'
                 raise OptionError(f'{source}: {where} has no section {key}{did_you_mean(key, section)}')
             section[key] = {}
         section = section[key]
-    _step(section, steps[-1], source)
-    _assign(section, steps[2 * in_entry : -1], steps[-1], value)
-
-
-def _assign(section: dict[str, Any] | list[Any], where: Sequence[str], key: str, value: Any) -> None:
-    """Set a key of the section at `where` and remove its alternatives in other units."""
-    if isinstance(section, list):
-        section[int(key)] = value
-        return
-    section[key] = value
-    for other in find_excluded(tuple(where), key) if value is not None else ():
+    section[key] = copy.deepcopy(value)  # the file and its entries share no section
+    for other in find_excluded(tuple(steps[of_entry:-1]), steps[-1]) if value is not None else ():
         section.pop(other, None)
 
 
@@ -337,17 +334,6 @@ def find_at(value: Any, where: Sequence[str | int], default: Any = None) -> Any:
         else:
             return default
     return value
-
-
-def _step(section: Any, step: str, source: str) -> str | int:
-    """Return the key or index for `step` in `section`; raise OptionError if it is invalid."""
-    if isinstance(section, dict):
-        return step
-    if not isinstance(section, list):
-        raise OptionError(f'{source}: {step} is inside {section!r}, which is neither a section nor a list')
-    if not step.isdecimal() or int(step) >= len(section):
-        raise OptionError(f'{source}: expected a list index from 0 to {len(section) - 1}, got {step}')
-    return int(step)
 
 
 def fill_in(opt: dict[str, Any], source: str) -> dict[str, Any]:

@@ -362,6 +362,7 @@ def test_overrides_win_over_stages(write):
         (['train:total_iter=7'], ['train', 'total_epochs'], [None, None]),
         (['train:optim_g:lr=5'], ['train', 'optim_g', 'lr'], [5, 5]),
         (['train:optim_g={type: B}'], ['train', 'optim_g'], [{'type': 'B'}] * 2),
+        (['train:optim_g={type: B}', 'stages:1:train:optim_g:lr=9'], ['train', 'optim_g', 'lr'], [None, 9]),
         (['train:scheduler:periods:1=9'], ['train', 'scheduler', 'periods'], [[1, 9], [3, 9]]),
         (['val:val_freq=9'], ['val'], [{'val_freq': 9}, None]),
         (['val={val_freq: 9}'], ['val'], [{'val_freq': 9}] * 2),
