@@ -26,13 +26,15 @@ _ENTRIES_KEYS = (STAGES_KEY, NETWORKS_KEY)
 _MISSING = object()
 # Two files that inherit from each other twice would otherwise be read exponentially often.
 MAX_FILES = 64
-# Keys of a section in iterations and in epochs, which exclude each other: setting one removes the inherited other.
-EXCLUSIVE_KEYS: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {
-    ('train',): (('total_iter', 'total_epochs'), ('warmup_iter', 'warmup_epochs')),
-    ('train', 'scheduler'): (('warmup_iter', 'warmup_epochs'),),
-    ('val',): (('val_freq', 'times_per_epoch'),),
-    ('logger',): (('save_checkpoint_freq', 'save_checkpoint_epochs'),),
-}
+# Section, key in iterations and key in epochs, which exclude each other: setting one removes the inherited other.
+EXCLUSIVE_KEYS = (
+    (('train',), 'total_iter', 'total_epochs'),
+    (('train',), 'warmup_iter', 'warmup_epochs'),
+    (('train', 'scheduler'), 'warmup_iter', 'warmup_epochs'),
+    (('val',), 'val_freq', 'times_per_epoch'),
+    (('logger',), 'save_checkpoint_freq', 'save_checkpoint_epochs'),
+)
+_ALTERNATIVES = {(*where, key): other for where, *pair in EXCLUSIVE_KEYS for key, other in (pair, pair[::-1])}
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel the shipped files are inside the package, in a checkout next to it.
@@ -244,18 +246,17 @@ def _merged(base: Any, changes: Any, where: tuple[str, ...]) -> Any:
     if not isinstance(replaces, bool):
         raise OptionError(f'{".".join((*where, DELETE_KEY))}: expected true or false')
     merged = {} if replaces or not isinstance(base, Mapping) else dict(base)
-    for pair in EXCLUSIVE_KEYS.get(where, ()):
-        if any(changes.get(key) is not None for key in pair):
-            merged = {key: value for key, value in merged.items() if key not in pair or key in changes}
     for key, value in changes.items():
+        if value is not None and find_alternative(where, key) not in changes:
+            merged.pop(find_alternative(where, key), None)
         if key != DELETE_KEY:
             merged[key] = _merged(merged.get(key), value, (*where, key))
     return merged
 
 
-def find_excluded(where: tuple[str, ...], key: str) -> list[str]:
-    """Return the keys of the section at `where` that are removed when `key` is set."""
-    return [other for pair in EXCLUSIVE_KEYS.get(where, ()) if key in pair for other in pair if other != key]
+def find_alternative(where: Sequence[str | int], key: str) -> str | None:
+    """Return the key of the section at `where` that excludes `key`, or None."""
+    return _ALTERNATIVES.get((*where, key))
 
 
 def override(opt: dict[str, Any], text: str) -> None:
@@ -292,7 +293,7 @@ def override(opt: dict[str, Any], text: str) -> None:
 def _overrides(entry: Any, steps: Sequence[str], value: Any) -> bool:
     """Return whether a stage or network sets an option, or removes it by setting its alternative in other units."""
     section = find_at(entry, steps[:-1])
-    keys = [steps[-1], *(find_excluded(tuple(steps[:-1]), steps[-1]) if value is not None else ())]
+    keys = [steps[-1], find_alternative(steps[:-1], steps[-1]) if value is not None else None]
     is_set = any(find_at(section, [key], _MISSING) is not _MISSING for key in keys)
     return is_set or (isinstance(section, dict) and bool(section.get(DELETE_KEY)))
 
@@ -320,8 +321,8 @@ def _set(opt: dict[str, Any], steps: Sequence[str], value: Any, source: str) -> 
             section[key] = {}
         section = section[key]
     section[key] = copy.deepcopy(value)  # the file and its entries share no section
-    for other in find_excluded(tuple(steps[of_entry:-1]), steps[-1]) if value is not None else ():
-        section.pop(other, None)
+    if value is not None and isinstance(section, dict):
+        section.pop(find_alternative(steps[of_entry:-1], key), None)
 
 
 def find_at(value: Any, where: Sequence[str | int], default: Any = None) -> Any:

@@ -25,7 +25,6 @@ AUTO = 'auto'
 UNKNOWN_LENGTH = 10**6
 _PHASES = ('train', 'val', 'test')
 _PLUGIN_MODEL = 'RestorationModel'
-_SECTIONS_IN_EPOCHS = ('train', 'val', 'logger')  # their keys in epochs are converted; a scheduler keeps its own
 
 
 @dataclass(frozen=True)
@@ -264,12 +263,11 @@ def _paths(opt: dict[str, Any], root: Path, is_train: bool, stage: str | None) -
 
 
 def _count_epochs(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], int] | None) -> None:
-    """Convert epochs to iterations in place, and set `train.iters_per_epoch`."""
+    """Convert epochs to iterations in place, and set `train.iters_per_epoch`; a scheduler keeps its `warmup_epochs`."""
     given = [
-        (opt[name], key, plain_key)
-        for name in _SECTIONS_IN_EPOCHS
-        for plain_key, key in EXCLUSIVE_KEYS[name,]
-        if (opt.get(name) or {}).get(key) is not None
+        (opt[section], key, plain_key)
+        for (section, *inner), plain_key, key in EXCLUSIVE_KEYS
+        if not inner and (opt.get(section) or {}).get(key) is not None
     ]
     if length_of is None or 'train' not in opt['datasets']:
         if given:

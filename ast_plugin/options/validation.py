@@ -19,7 +19,7 @@ from pydantic.errors import PydanticUserError
 
 from ast_plugin.errors import OptionError, PluginError, did_you_mean
 from ast_plugin.faults import Fault, Where, faults_of, shown, unknown_key
-from ast_plugin.options.reading import EXCLUSIVE_KEYS, NETWORKS_KEY, STAGES_KEY, find_at, find_excluded
+from ast_plugin.options.reading import EXCLUSIVE_KEYS, NETWORKS_KEY, STAGES_KEY, find_alternative, find_at
 from ast_plugin.options.runs import expand_network, is_trained, phase_of, stage_name, staged
 from ast_plugin.options.sections import ComparedFile, Registered, StagedFile, Typed, dataset_model, file_model
 
@@ -152,20 +152,18 @@ class _RunCheck:
         elif datasets and not any(phase_of(key) in ('val', 'test') for key in datasets):
             self._report(('datasets', 'val'), 'required for testing (or datasets.test), but missing')
         for *section, key in needed:
-            others = find_excluded(tuple(section), key)
+            other = find_alternative(section, key)
             # Do not report missing keys of a section that is itself missing or invalid.
             is_there = not section or isinstance(self._at(*section), dict)
-            if is_there and all(self._at(*section, name) is None for name in (key, *others)):
-                self._report((*section, key), _MISSING + ''.join(f' (or {other})' for other in others))
+            if is_there and self._at(*section, key) is None and (not other or self._at(*section, other) is None):
+                self._report((*section, key), _MISSING + (f' (or {other})' if other else ''))
 
     def _check_exclusive_keys(self) -> None:
         """Report pairs of keys that set the same quantity in different units."""
-        for where, pairs in EXCLUSIVE_KEYS.items():
-            section = self._section(*where)
-            for pair in pairs:
-                given = [key for key in section if key in pair and section[key] is not None]
-                if len(given) > 1:
-                    self._report((*where, given[1]), f'conflicts with {given[0]}, remove one of them')
+        for where, *pair in EXCLUSIVE_KEYS:
+            given = [key for key, value in self._section(*where).items() if key in pair and value is not None]
+            if len(given) > 1:
+                self._report((*where, given[1]), f'conflicts with {given[0]}, remove one of them')
 
     def _check_duplicate_names(self) -> None:
         """Report validation and test sets with the same name, whose result files would collide."""
