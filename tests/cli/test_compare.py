@@ -187,7 +187,7 @@ def run_and_kill(folder, file, wait_for):
         text=True,
         env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )
-    end = time.monotonic() + 180
+    end = time.monotonic() + 600
     while not wait_for():
         assert process.poll() is None and time.monotonic() < end, process.stdout.read()
         time.sleep(0.02)
