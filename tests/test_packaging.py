@@ -37,35 +37,26 @@ def read(wheel: zipfile.ZipFile, name: str) -> str:
     return wheel.read(path).decode()
 
 
-def test_option_files_travel(wheel):
+def test_wheel_content(wheel):
     folder = 'ast_plugin/option_files/'
     packed = {name.removeprefix(folder): wheel.read(name) for name in wheel.namelist() if name.startswith(folder)}
     sources = [path for path in (ROOT / 'options').rglob('*') if path.is_file()]
     assert packed == {path.relative_to(ROOT / 'options').as_posix(): path.read_bytes() for path in sources}
     assert 'AST_quickstart.yml' in packed
-
-
-def test_what_is_no_code_travels(wheel):
-    others = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / 'ast_plugin').rglob('*')
-        if path.is_file() and path.suffix not in ('.py', '.pyc')
-    }
-    assert 'ast_plugin/compare/report_template.html' in others
-    assert others <= set(wheel.namelist())
-
-
-def test_wheel_holds_the_package_alone(wheel):
+    files = [path for path in (ROOT / 'ast_plugin').rglob('*') if path.is_file() and path.suffix != '.pyc']
+    names = {path.relative_to(ROOT).as_posix() for path in files}
+    assert 'ast_plugin/compare/report_template.html' in names and names <= set(wheel.namelist())
     tops = {name.split('/')[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith('.dist-info')} == {'ast_plugin'}
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'ast_plugin').rglob('*.py')}
-    assert modules <= set(wheel.namelist())
 
 
-def test_entry_points(wheel):
+def test_wheel_metadata(wheel):
+    from ast_plugin import __version__
+
     text = read(wheel, 'entry_points.txt')
     assert '[basicsr.plugins]\nast_plugin = ast_plugin\n' in text
     assert '[console_scripts]\nbasicsr = ast_plugin.__main__:main\n' in text
+    assert f'\nVersion: {__version__}\n' in read(wheel, 'METADATA')
 
 
 def normal(name: str) -> str:
@@ -105,9 +96,3 @@ def test_constraints_pin_all_that_is_required(wheel):
     required = requirements(wheel)
     assert required.pop('web') == {'gradio'}  # 6.31 requires Pillow < 13, which conflicts with the pinned version
     assert set().union(*required.values()) <= pinned
-
-
-def test_version_is_the_packages(wheel):
-    from ast_plugin import __version__
-
-    assert f'\nVersion: {__version__}\n' in read(wheel, 'METADATA')

@@ -38,18 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the JSON schema, or check an option file and print its resolved options."""
-    if not args.schema and args.opt is None:
-        raise OptionError('check: expected -opt FILE, or --schema')
-    opt = {} if args.schema else options.load(options.find(args.opt), args.force_yml)
-    from ast_plugin.models.preflight import load_registered
-
     if args.schema:
+        from ast_plugin.models.preflight import load_registered
+
         print(json.dumps(json_schema(load_registered()), indent=2))
         return 0
-    if NETWORKS_KEY in opt:
-        resolved = _check_comparison(args)
-    else:
-        resolved = _check_run(args)
+    if args.opt is None:
+        raise OptionError('check: expected -opt FILE, or --schema')
+    is_comparison = NETWORKS_KEY in options.load(options.find(args.opt), args.force_yml)
+    resolved = (_check_comparison if is_comparison else _check_run)(args)
     print(safe_yaml.write_text(resolved), end='', flush=True)
     return 0
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-from collections.abc import Mapping, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ast_plugin import __version__
 from ast_plugin.errors import OptionError, did_you_mean
 from ast_plugin.names import to_columns
 
@@ -16,25 +18,59 @@ if TYPE_CHECKING:
     from ast_plugin.models.training_run import Run
 
 
-def format_commands(commands: Mapping[str, str], prog: str) -> str:
-    """Return the list of commands with their summaries, for the end of the help text of `prog`."""
+def run_command(
+    prog: str,
+    arguments: Sequence[str],
+    description: str | None,
+    summaries: Mapping[str, str],
+    load: Callable[[str], Any],
+) -> int:
+    """Run the command that the first argument names, or print help; return the exit status.
+
+    Args:
+        prog: the words before the command.
+        arguments: the words after them.
+        description: help text of `prog`.
+        summaries: a line about each command.
+        load: returns the command of a name: its docstring is the help text, and it has `add_arguments(parser)` and
+            `run(args) -> int`, or `run_command(arguments) -> int` if it has commands itself.
+    """
+    name, *rest = arguments or ['']
+    if name in summaries:
+        command = load(name)
+        if hasattr(command, 'run_command'):
+            return command.run_command(rest)
+        parser = _make_parser(f'{prog} {name}', command.__doc__)
+        command.add_arguments(parser)
+        return command.run(parser.parse_args(rest))
+    parser = _make_parser(prog, description, usage=f'{prog} COMMAND ...')
     hint = f'`{prog} COMMAND --help` shows arguments and examples of a command.'
-    return '\n'.join(['commands:', *to_columns(commands.items(), indent='  '), '', hint])
+    parser.epilog = '\n'.join(['commands:', *to_columns(summaries.items(), indent='  '), '', hint])
+    parser.add_argument('--version', action='version', version=f'basicsr (ast_plugin {__version__})')
+    if name and not name.startswith('-'):
+        known = f'{did_you_mean(name, summaries)} (available: {", ".join(summaries)})'
+        parser.error(f'unknown command {name}{known}')
+    parser.parse_args(arguments)
+    parser.print_help(sys.stderr)
+    return 2
 
 
-def describe_unknown(name: str, commands: Mapping[str, str]) -> str:
-    """Return the error message for an unknown command."""
-    return f'unknown command {name}{did_you_mean(name, commands)} (available: {", ".join(commands)})'
-
-
-def run_module(module_name: str, prog: str, arguments: Sequence[str]) -> int:
-    """Parse `arguments`, run the module of this package with them, and return its exit status."""
-    module = importlib.import_module(f'ast_plugin.cli.{module_name}')
-    parser = argparse.ArgumentParser(
-        prog=prog, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def _make_parser(prog: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=inspect.cleandoc(description or ''),  # there are no docstrings with -OO
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **options,
     )
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(arguments))
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Raise OptionError if an argument is given and is less than the value stated for its name."""
+    for name, number in least.items():
+        value = getattr(args, name)
+        if value is not None and value < number:
+            raise OptionError(f'--{name.replace("_", "-")} is {value}: expected {number} or more')
 
 
 def add_file_arguments(parser: argparse.ArgumentParser, is_needed: bool = True) -> None:

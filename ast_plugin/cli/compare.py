@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from ast_plugin.cli import commands
 from ast_plugin.names import say
@@ -35,12 +33,15 @@ def run(args: argparse.Namespace) -> int:
 
     plan = make_plan(args.opt, args.root, args.force_yml)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with _terminated_like_interrupted():
-        try:
-            results = Comparison(plan, say).run()
-        except (KeyboardInterrupt, SystemExit):
-            say('basicsr: stopped; run the same command again to resume', file=sys.stderr)
-            raise
+    # SIGTERM is handled like Ctrl-C: running jobs are asked to save their state, and the command waits for them.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        results = Comparison(plan, say).run()
+    except (KeyboardInterrupt, SystemExit):
+        say('basicsr: stopped; run the same command again to resume', file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     report = write_outputs(plan, results)
     say('', *results.to_markdown().split('\n'), '', f'Report: {report}')
     failed = [row for row in results.rows if row.failed]
@@ -50,17 +51,3 @@ def run(args: argparse.Namespace) -> int:
     for metric in incomparable:
         say(f'basicsr: error: {metric}: no image was measured for all rows, so there is no mean', file=sys.stderr)
     return 1 if failed or incomparable else 0
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C: running jobs are asked to save their state, and the command waits for them."""
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -28,36 +27,13 @@ from ast_plugin.files import lock_folder
 from ast_plugin.names import say, to_columns
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `basicsr data`: a command, and the arguments of that command."""
-    summaries = {name: (text or name).partition('.\n')[0] for name, (text, *_) in COMMANDS.items()}  # no text with -OO
-    summaries = {name: text[0].lower() + text[1:] for name, text in summaries.items()}
-    parser.usage = 'basicsr data COMMAND ...'
-    parser.epilog = commands.format_commands(summaries, 'basicsr data')
-    parser.add_argument('command', nargs='?', help=argparse.SUPPRESS)
-    parser.add_argument('arguments', nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.set_defaults(parser=parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command given by the arguments."""
-    if args.command is None:
-        args.parser.print_help(sys.stderr)
-        return 2
-    if args.command not in COMMANDS:
-        args.parser.error(commands.describe_unknown(args.command, COMMANDS))
-    description, add_command_arguments, run_command = COMMANDS[args.command]
-    parser = argparse.ArgumentParser(
-        prog=f'basicsr data {args.command}',
-        description=inspect.cleandoc(description or ''),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_command_arguments(parser)
-    parsed = parser.parse_args(args.arguments)
-    if getattr(parsed, 'workers', None) is not None and parsed.workers < 1:
-        raise OptionError(f'--workers is {parsed.workers}: expected 1 or more')
-    return run_command(parsed)
+def run_command(arguments: Sequence[str]) -> int:
+    """Run the command of `basicsr data` that the arguments begin with, and return its exit status."""
+    sentences = {
+        name: (command.__doc__ or name).partition('.\n')[0] for name, command in COMMANDS.items()
+    }  # none with -OO
+    summaries = {name: text[0].lower() + text[1:] for name, text in sentences.items()}
+    return commands.run_command('basicsr data', arguments, __doc__, summaries, COMMANDS.get)
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +76,7 @@ def prepare(args: argparse.Namespace) -> int:
 
     Exit status: 0 prepared, 2 rejected or wrong usage.
     """
+    commands.check_least(args, workers=1)
     layout = args.layout
     plain = (args.lq, args.gt, args.lq_template, args.gt_template)
     if layout == 'folders':
@@ -179,6 +156,7 @@ def check(args: argparse.Namespace) -> int:
 
     Exit status: 0 unchanged, 1 problems found, 2 nothing to check or wrong usage.
     """
+    commands.check_least(args, workers=1)
     path = Path(os.path.expanduser(args.path))
     if (path / 'data.mdb').is_file():
         lmdbs = [path]
@@ -295,6 +273,7 @@ def pack_lmdb(args: argparse.Namespace) -> int:
           dataroot_gt: DST/gt.lmdb
           io_backend: {type: lmdb}
     """
+    commands.check_least(args, workers=1)
     if args.encoding == 'raw' and args.compress_level is not None:
         raise OptionError('--compress-level is only valid for --encoding png; raw pixels are not compressed')
     try:
@@ -369,9 +348,13 @@ def _progress(total: int, title: str) -> tqdm:
     return tqdm(total=total, desc=title, unit='pair', dynamic_ncols=True, leave=False, disable=None if total else True)
 
 
-COMMANDS = {  # help text, function that declares the arguments, and function that runs the command
-    'prepare': (prepare.__doc__, add_prepare_arguments, prepare),
-    'lmdb': (pack_lmdb.__doc__, add_lmdb_arguments, pack_lmdb),
-    'check': (check.__doc__, add_check_arguments, check),
-    'synth': (data_synth.__doc__, data_synth.add_arguments, data_synth.run),
+def _command(run: Callable[[argparse.Namespace], int], add_arguments: Callable) -> SimpleNamespace:
+    return SimpleNamespace(__doc__=run.__doc__, add_arguments=add_arguments, run=run)
+
+
+COMMANDS = {
+    'prepare': _command(prepare, add_prepare_arguments),
+    'lmdb': _command(pack_lmdb, add_lmdb_arguments),
+    'check': _command(check, add_check_arguments),
+    'synth': data_synth,
 }

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ast_plugin.cli.commands import check_least
 from ast_plugin.data.contact_sheet import draw_degradations
 from ast_plugin.data.image_files import ImageFile, encode_image, format_of_name
 from ast_plugin.degradations import DEGRADATIONS
@@ -99,10 +100,7 @@ def _check(args: argparse.Namespace) -> None:
     missing = [name for name, value in (('--task', args.task), ('-i', args.input), ('-o', args.output)) if not value]
     if missing:
         raise OptionError(f'expected {" and ".join(missing)}; see `basicsr data synth --help` for examples')
-    for name, least in (('count', 1), ('size', 1), ('seed', 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise OptionError(f'--{name} is {value}: expected {least} or more')
+    check_least(args, count=1, size=1, seed=0)
     if args.depth is not None and not DEGRADATIONS[args.task].takes_depth:
         raise OptionError(f'--depth: not used by {args.task}; remove it')
 

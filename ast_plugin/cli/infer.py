@@ -184,8 +184,7 @@ def _check(args: argparse.Namespace) -> None:
     except OptionError as error:
         raise OptionError(f'--{error}') from None
     commands.check_weights_arguments(args)
-    if (args.processing_resolution or 0) < 0:
-        raise OptionError(f'--processing-resolution is {args.processing_resolution}: expected pixels, or 0')
+    commands.check_least(args, processing_resolution=0)
     if not 1 <= args.quality <= 100:
         raise OptionError(f'--quality is {args.quality}: expected 1 to 100')
     if not args.max_megapixels > 0:

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the registries."""
     if args.registry == ['weights']:  # without BasicSR
-        return _say('weights', _weights())
+        _say('weights', _weights())
+        return 0
     from ast_plugin.models import preflight
 
     known = (*preflight.KINDS, 'weights')
@@ -35,9 +36,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say(kind: str, rows: list[tuple[str, str, str]]) -> int:
+def _say(kind: str, rows: list[tuple[str, str, str]]) -> None:
     say(f'{kind} ({len(rows)})', *to_columns(rows, indent='  '))
-    return 0
 
 
 def _weights() -> list[tuple[str, str, str]]:

@@ -5,16 +5,16 @@ Exit status: 0 success, 1 partial success, 2 wrong usage or input, 130 interrupt
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
-from ast_plugin import __version__
 from ast_plugin.cli import commands
 from ast_plugin.errors import PluginError
 from ast_plugin.names import say
 
+DESCRIPTION = 'Train, test and use image restoration networks with BasicSR and its plugins.'
 # Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`. Its docstring is the help text.
 COMMANDS = {
     'train': 'train the network of an option file',
@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')  # as for stderr: an unprintable name must not stop a run
     try:
-        status = _run(arguments)
+        status = commands.run_command(
+            'basicsr', arguments, DESCRIPTION, COMMANDS, lambda name: importlib.import_module(f'ast_plugin.cli.{name}')
+        )
         if sys.stdout is not None:  # it is None if it is closed
             sys.stdout.flush()
         return status
@@ -66,26 +68,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(f'basicsr: error: {os.fsdecode(error.filename)}: {error.strerror}', file=sys.stderr)
         return 2
-
-
-def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in COMMANDS:
-        return _without_command(arguments)
-    name, *rest = arguments
-    return commands.run_module(name, f'basicsr {name}', rest)
-
-
-def _without_command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog='basicsr',
-        usage='basicsr COMMAND ...',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Train, test and use image restoration networks with BasicSR and its plugins.',
-        epilog=commands.format_commands(COMMANDS, 'basicsr'),
-    )
-    parser.add_argument('--version', action='version', version=f'basicsr (ast_plugin {__version__})')
-    if arguments and not arguments[0].startswith('-'):
-        parser.error(commands.describe_unknown(arguments[0], COMMANDS))
-    parser.parse_args(arguments)
-    parser.print_help(sys.stderr)
-    return 2

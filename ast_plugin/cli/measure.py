@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ast_plugin.cli.commands import DEVICES
+from ast_plugin.cli.commands import DEVICES, check_least
 from ast_plugin.data.image_files import read_image
 from ast_plugin.data.matching import Template, difference_of, fold, is_image, shorten_list
 from ast_plugin.errors import DataError, OptionError, ShapeError
@@ -86,8 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.crop_border < 0 or args.worst < 0:
-        raise OptionError('--crop-border and --worst: expected 0 or more')
+    check_least(args, crop_border=0, worst=0)
     if args.like is not None and not re.fullmatch(r'[0-9]+(\.[0-9]+)?', args.like):
         raise OptionError(f'--like {args.like}: expected a published value, such as 31.87 or 0.918')
     if args.like and (args.pyiqa or args.input or args.csv or args.markdown or args.crop_border):

@@ -255,8 +255,7 @@ def _scaled(value: float) -> tuple[float, str]:
 def format_count(value: float) -> str:
     """Format a count with three significant digits and an SI prefix, such as `6.65 M`."""
     scaled, prefix = _scaled(value)
-    digits = 0 if not prefix or scaled >= 100 else 1 if scaled >= 10 else 2
-    return f'{scaled:.{digits}f} {prefix}'.rstrip()
+    return f'{format_milliseconds(scaled)} {prefix}' if prefix else f'{scaled:.0f}'
 
 
 def format_tick(value: float) -> str:

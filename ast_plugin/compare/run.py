@@ -138,11 +138,11 @@ def _plan_network(
     ), dataset
 
 
+@dataclass(frozen=True)
 class Journal:
     """Folder of records, one JSON file per finished job, with a digest of everything the job depends on."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def read(self, name: str, digest: str) -> dict[str, Any] | None:
         """Return the record of a job, or None if it is missing or its digest differs."""

@@ -23,15 +23,18 @@ from ast_plugin.plugins import option_folders
 
 BASE_KEY, DELETE_KEY, STAGES_KEY, NETWORKS_KEY = '_base_', '_delete_', 'stages', 'networks'
 _ENTRIES_KEYS = (STAGES_KEY, NETWORKS_KEY)
+_MISSING = object()
 # Two files that inherit from each other twice would otherwise be read exponentially often.
 MAX_FILES = 64
-# Pairs of keys of a section that exclude each other: setting one removes the inherited other.
-EXCLUSIVE_KEYS: dict[tuple[str, ...], tuple[tuple[str, str], ...]] = {
-    ('train',): (('total_iter', 'total_epochs'), ('warmup_iter', 'warmup_epochs')),
-    ('train', 'scheduler'): (('warmup_iter', 'warmup_epochs'),),
-    ('val',): (('val_freq', 'times_per_epoch'),),
-    ('logger',): (('save_checkpoint_freq', 'save_checkpoint_epochs'),),
-}
+# Section, key in iterations and key in epochs, which exclude each other: setting one removes the inherited other.
+EXCLUSIVE_KEYS = (
+    (('train',), 'total_iter', 'total_epochs'),
+    (('train',), 'warmup_iter', 'warmup_epochs'),
+    (('train', 'scheduler'), 'warmup_iter', 'warmup_epochs'),
+    (('val',), 'val_freq', 'times_per_epoch'),
+    (('logger',), 'save_checkpoint_freq', 'save_checkpoint_epochs'),
+)
+_ALTERNATIVES = {(*where, key): other for where, *pair in EXCLUSIVE_KEYS for key, other in (pair, pair[::-1])}
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel the shipped files are inside the package, in a checkout next to it.
@@ -243,18 +246,17 @@ def _merged(base: Any, changes: Any, where: tuple[str, ...]) -> Any:
     if not isinstance(replaces, bool):
         raise OptionError(f'{".".join((*where, DELETE_KEY))}: expected true or false')
     merged = {} if replaces or not isinstance(base, Mapping) else dict(base)
-    for pair in EXCLUSIVE_KEYS.get(where, ()):
-        if any(changes.get(key) is not None for key in pair):
-            merged = {key: value for key, value in merged.items() if key not in pair or key in changes}
     for key, value in changes.items():
+        if value is not None and find_alternative(where, key) not in changes:
+            merged.pop(find_alternative(where, key), None)
         if key != DELETE_KEY:
             merged[key] = _merged(merged.get(key), value, (*where, key))
     return merged
 
 
-def find_excluded(where: tuple[str, ...], key: str) -> list[str]:
-    """Return the keys of the section at `where` that are removed when `key` is set."""
-    return [other for pair in EXCLUSIVE_KEYS.get(where, ()) if key in pair for other in pair if other != key]
+def find_alternative(where: Sequence[str | int], key: str) -> str | None:
+    """Return the key of the section at `where` that excludes `key`, or None."""
+    return _ALTERNATIVES.get((*where, key))
 
 
 def override(opt: dict[str, Any], text: str) -> None:
@@ -277,54 +279,50 @@ def override(opt: dict[str, Any], text: str) -> None:
     # Networks override only `train`. `name` is the name of the run; stages have names of their own.
     of_all = steps[0] == 'train' if NETWORKS_KEY in opt else steps[0] != STAGES_KEY and steps != ['name']
     entries = entries if of_all and isinstance(entries, list) else []
-    changed = [_set_in_entry(entry, steps, value) for entry in entries]
+    overriding = [entry for entry in entries if _overrides(entry, steps, value)]
+    for entry in overriding:
+        _set(entry, steps, value, source)
     try:
         _set(opt, steps, value, source)
     except OptionError:
         # The section may exist only in entries.
-        if not any(changed):
+        if not overriding:
             raise
 
 
-def _set_in_entry(entry: Any, steps: list[str], value: Any) -> bool:
-    """Set a key in a stage or network if the entry overrides it, and return whether it does; others are inherited."""
-    section, key = find_at(entry, steps[:-1]), steps[-1]
-    if isinstance(section, dict):
-        others = [other for other in find_excluded(tuple(steps[:-1]), key) if other in section and value is not None]
-        is_said = key in section or others or section.get(DELETE_KEY)
-    else:
-        is_said = isinstance(section, list) and key.isdecimal() and int(key) < len(section)
-    if is_said:
-        replaces = isinstance(value, dict) and isinstance(section, dict)
-        _assign(section, steps[:-1], key, {**value, DELETE_KEY: True} if replaces else value)
-    return bool(is_said)
+def _overrides(entry: Any, steps: Sequence[str], value: Any) -> bool:
+    """Return whether a stage or network sets an option, or removes it by setting its alternative in other units."""
+    section = find_at(entry, steps[:-1])
+    keys = [steps[-1], find_alternative(steps[:-1], steps[-1]) if value is not None else None]
+    is_set = any(find_at(section, [key], _MISSING) is not _MISSING for key in keys)
+    return is_set or (isinstance(section, dict) and bool(section.get(DELETE_KEY)))
 
 
-def _set(opt: dict[str, Any], steps: list[str], value: Any, source: str) -> None:
-    in_entry = steps[0] in _ENTRIES_KEYS
+def _set(opt: dict[str, Any], steps: Sequence[str], value: Any, source: str) -> None:
+    """Set the option at `steps`, and remove its alternatives in other units."""
+    of_entry = 2 if steps[0] in _ENTRIES_KEYS else 0  # number of steps to a stage or network
     section: Any = opt
-    for depth, step in enumerate(steps[:-1]):
-        key = _step(section, step, source)
+    for depth, step in enumerate(steps):
+        key: Any = step
+        if isinstance(section, list):
+            if not step.isdecimal() or int(step) >= len(section):
+                raise OptionError(f'{source}: expected a list index from 0 to {len(section) - 1}, got {step}')
+            key = int(step)
+        elif not isinstance(section, dict):
+            raise OptionError(f'{source}: {step} is inside {section!r}, which is neither a section nor a list')
+        if depth == len(steps) - 1:
+            break
         if isinstance(section, dict) and section.get(key) is None:
             # The entry may not contain a section that the file has.
-            is_of_file = in_entry and isinstance(find_at(opt, steps[2 : depth + 1]), dict)
+            is_of_file = of_entry and isinstance(find_at(opt, steps[of_entry : depth + 1]), dict)
             if key not in section and not is_of_file:
                 where = ':'.join(steps[:depth]) or 'the file'
                 raise OptionError(f'{source}: {where} has no section {key}{did_you_mean(key, section)}')
             section[key] = {}
         section = section[key]
-    _step(section, steps[-1], source)
-    _assign(section, steps[2 * in_entry : -1], steps[-1], value)
-
-
-def _assign(section: dict[str, Any] | list[Any], where: Sequence[str], key: str, value: Any) -> None:
-    """Set a key of the section at `where` and remove its alternatives in other units."""
-    if isinstance(section, list):
-        section[int(key)] = value
-        return
-    section[key] = value
-    for other in find_excluded(tuple(where), key) if value is not None else ():
-        section.pop(other, None)
+    section[key] = copy.deepcopy(value)  # the file and its entries share no section
+    if value is not None and isinstance(section, dict):
+        section.pop(find_alternative(steps[of_entry:-1], key), None)
 
 
 def find_at(value: Any, where: Sequence[str | int], default: Any = None) -> Any:
@@ -337,17 +335,6 @@ def find_at(value: Any, where: Sequence[str | int], default: Any = None) -> Any:
         else:
             return default
     return value
-
-
-def _step(section: Any, step: str, source: str) -> str | int:
-    """Return the key or index for `step` in `section`; raise OptionError if it is invalid."""
-    if isinstance(section, dict):
-        return step
-    if not isinstance(section, list):
-        raise OptionError(f'{source}: {step} is inside {section!r}, which is neither a section nor a list')
-    if not step.isdecimal() or int(step) >= len(section):
-        raise OptionError(f'{source}: expected a list index from 0 to {len(section) - 1}, got {step}')
-    return int(step)
 
 
 def fill_in(opt: dict[str, Any], source: str) -> dict[str, Any]:

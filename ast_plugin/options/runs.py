@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.errors import OptionError
-from ast_plugin.options.reading import STAGES_KEY, find_at, merge
+from ast_plugin.options.reading import EXCLUSIVE_KEYS, STAGES_KEY, find_at, merge
 from ast_plugin.options.sections import ComparedFile, to_whole_number
 
 AUTO = 'auto'
@@ -25,12 +25,6 @@ AUTO = 'auto'
 UNKNOWN_LENGTH = 10**6
 _PHASES = ('train', 'val', 'test')
 _PLUGIN_MODEL = 'RestorationModel'
-_IN_EPOCHS = (
-    ('train', 'total_epochs', 'total_iter'),
-    ('train', 'warmup_epochs', 'warmup_iter'),
-    ('val', 'times_per_epoch', 'val_freq'),
-    ('logger', 'save_checkpoint_epochs', 'save_checkpoint_freq'),
-)
 
 
 @dataclass(frozen=True)
@@ -272,8 +266,8 @@ def _count_epochs(opt: dict[str, Any], length_of: Callable[[Mapping[str, Any]], 
     """Convert epochs to iterations in place, and set `train.iters_per_epoch`; a scheduler keeps its `warmup_epochs`."""
     given = [
         (opt[section], key, plain_key)
-        for section, key, plain_key in _IN_EPOCHS
-        if (opt.get(section) or {}).get(key) is not None
+        for (section, *inner), plain_key, key in EXCLUSIVE_KEYS
+        if not inner and (opt.get(section) or {}).get(key) is not None
     ]
     if length_of is None or 'train' not in opt['datasets']:
         if given:

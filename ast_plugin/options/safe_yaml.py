@@ -69,7 +69,20 @@ def read_file(path: Path) -> Any:
 
 def compose_file(path: Path) -> Node | None:
     """Read a YAML file into nodes, which keep line numbers and quoting style."""
-    return _compose(_text_of(path), str(path))
+    try:
+        with open(path, 'rb') as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except IsADirectoryError:
+        raise OptionError(f'{path}: expected an option file, got a folder') from None
+    except OSError as error:
+        raise OptionError(f'{path}: cannot be read: {error.strerror}') from None
+    if len(content) > MAX_BYTES:
+        raise OptionError(f'{path}: expected an option file of at most {MAX_BYTES // 1024} KiB, got a larger file')
+    try:
+        text = content.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        raise OptionError(f'{path}: expected YAML text in UTF-8, got other data') from None
+    return _compose(text, str(path))
 
 
 def node_at(node: Node | None, where: Sequence[str | int]) -> Node | None:
@@ -84,22 +97,6 @@ def node_at(node: Node | None, where: Sequence[str | int]) -> Node | None:
             return None
         node = items[step]
     return node
-
-
-def _text_of(path: Path) -> str:
-    try:
-        with open(path, 'rb') as stream:
-            content = stream.read(MAX_BYTES + 1)
-    except IsADirectoryError:
-        raise OptionError(f'{path}: expected an option file, got a folder') from None
-    except OSError as error:
-        raise OptionError(f'{path}: cannot be read: {error.strerror}') from None
-    if len(content) > MAX_BYTES:
-        raise OptionError(f'{path}: expected an option file of at most {MAX_BYTES // 1024} KiB, got a larger file')
-    try:
-        return content.decode('utf-8-sig')
-    except UnicodeDecodeError:
-        raise OptionError(f'{path}: expected YAML text in UTF-8, got other data') from None
 
 
 def read_text(text: str, source: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
@@ -31,11 +31,11 @@ class Registered:
     """Registered classes and functions by kind (`arch`, `dataset`, `loss`, `metric`, `model`) and name."""
 
     by_kind: Mapping[str, Mapping[str, object]]
-    schedulers: Mapping[str, type] = field(default_factory=dict)  # values of `train.scheduler.type` for all models
-    own_schedulers: Mapping[str, type] = field(default_factory=dict)  # additional schedulers of the plugin's models
-    protocols: Mapping[str, Sequence[str]] = field(default_factory=dict)  # metric names of each protocol
-    failed_plugins: Sequence[str] = ()  # one line for each plugin that failed to load
-    find_optimizer: Callable[[str], type] | None = None  # class for `train.optim_g.type`, or OptionError
+    schedulers: Mapping[str, type]  # values of `train.scheduler.type` for all models
+    own_schedulers: Mapping[str, type]  # additional schedulers of the plugin's models
+    protocols: Mapping[str, Sequence[str]]  # metric names of each protocol
+    failed_plugins: Sequence[str]  # one line for each plugin that failed to load
+    find_optimizer: Callable[[str], type]  # class for `train.optim_g.type`, or OptionError
 
     def get(self, kind: str, name: str) -> object | None:
         """Return what BasicSR's registry returns for `name`, or None if it raises."""
@@ -87,7 +87,7 @@ Text = Annotated[str, AfterValidator(_not_none)]
 Size = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
-def _optional(description: str, **limits: Any) -> Any:
+def _key(description: str, **limits: Any) -> Any:
     """Return a field that may be omitted or null."""
     return Field(None, description=description, **limits)
 
@@ -99,7 +99,7 @@ def _described_model(
     fields: dict[str, Any] = {}
     for key in keys:
         kind, description = described[key.removesuffix('2')]
-        fields[key] = (kind | None, _optional(description + (', second degradation' if key.endswith('2') else '')))
+        fields[key] = (kind | None, _key(description + (', second degradation' if key.endswith('2') else '')))
     return create_model(name, __base__=base, __doc__=base.__doc__, **fields)
 
 
@@ -138,7 +138,7 @@ class Scheduler(Typed):
 class Metric(Typed):
     """Metric type and arguments."""
 
-    better: Literal['higher', 'lower'] | None = _optional('whether higher or lower values are better (default: higher)')
+    better: Literal['higher', 'lower'] | None = _key('whether higher or lower values are better (default: higher)')
 
 
 class FileBackend(Typed):
@@ -151,18 +151,16 @@ class Dataset(Typed):
     """Keys that BasicSR's pipelines and data loaders read for every dataset."""
 
     name: FolderName = Field(description='name of the dataset in messages, tables and result folders')
-    io_backend: FileBackend | None = _optional('file backend (default: disk)')
-    batch_size_per_gpu: Count | None = _optional('training batch size per device')
-    num_worker_per_gpu: CountOrZero | None = _optional('data loader workers per device')
-    dataset_enlarge_ratio: Number | None = _optional('repetitions of the dataset per epoch', gt=0)
-    prefetch_mode: Literal['cpu', 'cuda'] | None = _optional(
-        'prefetch batches: in a CPU thread, or to the GPU, which requires pin_memory'
-    )
-    num_prefetch_queue: Count | None = _optional('number of batches prefetched by prefetch_mode cpu')
-    pin_memory: bool | None = _optional('use pinned host memory for faster copies to the GPU')
-    persistent_workers: bool | None = _optional('keep the data loader workers between epochs')
-    phase: str | None = _optional('set automatically from the key under datasets')
-    scale: Number | None = _optional('set automatically from the top level')
+    io_backend: FileBackend | None = _key('file backend (default: disk)')
+    batch_size_per_gpu: Count | None = _key('training batch size per device')
+    num_worker_per_gpu: CountOrZero | None = _key('data loader workers per device')
+    dataset_enlarge_ratio: Number | None = _key('repetitions of the dataset per epoch', gt=0)
+    prefetch_mode: Literal['cpu', 'cuda'] | None = _key('prefetch in a CPU thread, or to the GPU (requires pin_memory)')
+    num_prefetch_queue: Count | None = _key('number of batches prefetched by prefetch_mode cpu')
+    pin_memory: bool | None = _key('use pinned host memory for faster copies to the GPU')
+    persistent_workers: bool | None = _key('keep the data loader workers between epochs')
+    phase: str | None = _key('set automatically from the key under datasets')
+    scale: Number | None = _key('set automatically from the top level')
 
 
 _FLIPS = ('use_hflip', 'use_rot')
@@ -256,53 +254,43 @@ class MixupOptions(Section):
 class Train(Section):
     """Losses, optimiser, schedule and length of training. Either `total_iter` or `total_epochs` is required."""
 
-    total_iter: Count | None = _optional('number of iterations; alternative to total_epochs')
-    total_epochs: Count | None = _optional('number of epochs of the training set; alternative to total_iter')
-    warmup_iter: Whole | None = _optional('iterations of linear warm-up; -1 disables it', ge=-1)
-    warmup_epochs: CountOrZero | None = _optional('epochs of linear warm-up; alternative to warmup_iter')
-    precision: Literal['fp32', 'bf16', 'fp16'] | None = _optional(
-        'autocast precision; fp16 with loss scaling (default: fp32)'
+    total_iter: Count | None = _key('number of iterations; alternative to total_epochs')
+    total_epochs: Count | None = _key('number of epochs of the training set; alternative to total_iter')
+    warmup_iter: Whole | None = _key('iterations of linear warm-up; -1 disables it', ge=-1)
+    warmup_epochs: CountOrZero | None = _key('epochs of linear warm-up; alternative to warmup_iter')
+    precision: Literal['fp32', 'bf16', 'fp16'] | None = _key('autocast; fp16 with loss scaling (default: fp32)')
+    channels_last: bool | None = _key('use the channels_last memory format, which is faster for convolutions on CUDA')
+    compile: bool | str | None = _key('torch.compile for each block; true, or the name of a backend')
+    cuda_graph: bool | None = _key('CUDA only: replay the network as a CUDA graph; mainly useful for small networks')
+    accumulate: Count | None = _key('gradient accumulation: number of micro-batches a batch is split into')
+    gradient_checkpointing: bool | None = _key('recompute blocks in the backward pass to reduce memory')
+    mixing: MixupOptions | None = _key('mix the images of a batch: mixup or cutmix')
+    on_nonfinite: Literal['stop', 'skip'] | None = _key(
+        'if a loss is not finite: stop, or skip the step (default: stop)'
     )
-    channels_last: bool | None = _optional(
-        'use the channels_last memory format, which is faster for convolutions on CUDA'
-    )
-    compile: bool | str | None = _optional('torch.compile for each block; true, or the name of a backend')
-    cuda_graph: bool | None = _optional(
-        'CUDA only: replay the network as a CUDA graph; mainly useful for small networks'
-    )
-    accumulate: Count | None = _optional('gradient accumulation: number of micro-batches a batch is split into')
-    gradient_checkpointing: bool | None = _optional('recompute blocks in the backward pass to reduce memory')
-    mixing: MixupOptions | None = _optional('mix the images of a batch: mixup or cutmix')
-    on_nonfinite: Literal['stop', 'skip'] | None = _optional(
-        'stop training or skip the step if a loss is NaN or infinite (default: stop)'
-    )
-    optim_g: Optimizer | None = _optional('optimiser of network_g: type, lr and arguments')
-    optim_d: Optimizer | None = _optional('optimiser of network_d: type, lr and arguments')
-    scheduler: Scheduler | None = _optional('learning rate scheduler: type and arguments')
-    ema_decay: Number | None = _optional(
-        'decay of the exponential moving average of the weights; 0 disables it', ge=0, lt=1
-    )
-    clip_grad_norm: Number | None = _optional('maximum norm for gradient clipping', gt=0)
-    pixel_opt: Loss | None = _optional(
-        'pixel loss: type and arguments; RestorationModel supports any number of losses named *_opt'
-    )
-    perceptual_opt: Loss | None = _optional('perceptual loss on VGG features: type and arguments')
-    gan_opt: Loss | None = _optional('GAN loss: type and arguments')
-    ldl_opt: Loss | None = _optional('locally discriminative learning loss, ESRGAN and Real-ESRGAN')
-    feature_matching_opt: Loss | None = _optional('HiFaceGAN: loss on features of network_d')
-    net_d_iters: Count | None = _optional('GANs: steps of network_d per step of network_g')
-    net_d_init_iters: CountOrZero | None = _optional('GANs: initial steps that train only network_d')
-    net_d_reg_every: Count | None = _optional('StyleGAN2: interval of the regularisation of network_d in steps')
-    net_g_reg_every: Count | None = _optional('StyleGAN2: interval of the regularisation of network_g in steps')
-    mixing_prob: Number | None = _optional('StyleGAN2: probability of style mixing', ge=0, le=1)
-    r1_reg_weight: Number | None = _optional('StyleGAN2: weight of the R1 gradient penalty of network_d')
-    path_reg_weight: Number | None = _optional('StyleGAN2: weight of the path length penalty of network_g')
-    path_batch_shrink: Count | None = _optional('StyleGAN2: divisor of the batch size for path length regularisation')
-    fix_flow: CountOrZero | None = _optional('recurrent video: initial iterations with a frozen flow network')
-    flow_lr_mul: Number | None = _optional('recurrent video: factor on the learning rate of the flow network')
-    lr_flow: Number | None = _optional('recurrent video GAN: learning rate of the flow network')
-    dcn_lr_mul: Number | None = _optional('EDVR: factor on the learning rate of deformable convolutions')
-    tsa_iter: CountOrZero | None = _optional('EDVR: initial iterations that train only the fusion of frames')
+    optim_g: Optimizer | None = _key('optimiser of network_g: type, lr and arguments')
+    optim_d: Optimizer | None = _key('optimiser of network_d: type, lr and arguments')
+    scheduler: Scheduler | None = _key('learning rate scheduler: type and arguments')
+    ema_decay: Number | None = _key('decay of the exponential moving average of the weights; 0 disables it', ge=0, lt=1)
+    clip_grad_norm: Number | None = _key('maximum norm for gradient clipping', gt=0)
+    pixel_opt: Loss | None = _key('pixel loss: type and arguments; RestorationModel takes any number of losses *_opt')
+    perceptual_opt: Loss | None = _key('perceptual loss on VGG features: type and arguments')
+    gan_opt: Loss | None = _key('GAN loss: type and arguments')
+    ldl_opt: Loss | None = _key('locally discriminative learning loss, ESRGAN and Real-ESRGAN')
+    feature_matching_opt: Loss | None = _key('HiFaceGAN: loss on features of network_d')
+    net_d_iters: Count | None = _key('GANs: steps of network_d per step of network_g')
+    net_d_init_iters: CountOrZero | None = _key('GANs: initial steps that train only network_d')
+    net_d_reg_every: Count | None = _key('StyleGAN2: interval of the regularisation of network_d in steps')
+    net_g_reg_every: Count | None = _key('StyleGAN2: interval of the regularisation of network_g in steps')
+    mixing_prob: Number | None = _key('StyleGAN2: probability of style mixing', ge=0, le=1)
+    r1_reg_weight: Number | None = _key('StyleGAN2: weight of the R1 gradient penalty of network_d')
+    path_reg_weight: Number | None = _key('StyleGAN2: weight of the path length penalty of network_g')
+    path_batch_shrink: Count | None = _key('StyleGAN2: divisor of the batch size for path length regularisation')
+    fix_flow: CountOrZero | None = _key('recurrent video: initial iterations with a frozen flow network')
+    flow_lr_mul: Number | None = _key('recurrent video: factor on the learning rate of the flow network')
+    lr_flow: Number | None = _key('recurrent video GAN: learning rate of the flow network')
+    dcn_lr_mul: Number | None = _key('EDVR: factor on the learning rate of deformable convolutions')
+    tsa_iter: CountOrZero | None = _key('EDVR: initial iterations that train only the fusion of frames')
 
 
 ProtocolName = Literal['basicsr', 'spad', 'agan', 'densehaze', 'whole', 'tiled']
@@ -311,78 +299,66 @@ ProtocolName = Literal['basicsr', 'spad', 'agan', 'densehaze', 'whole', 'tiled']
 class ProtocolOptions(Section):
     """How images are restored and measured. Omitted keys have the values of the protocol `type`."""
 
-    type: ProtocolName = Field(
-        description='as in the papers (spad, agan, densehaze), whole images (basicsr, whole) or tiles if needed (tiled)'
-    )
-    square: Count | None = _optional('zero-pad images to a square whose side is a multiple of this')
-    tile: Count | Literal['auto'] | None = _optional(
-        'tile size in pixels; auto: tile only images that do not fit in memory'
-    )
-    overlap: CountOrZero | None = _optional('overlap of adjacent tiles in pixels (default: a quarter of a tile)')
-    blend: Literal['ramp', 'mean'] | None = _optional('blend overlapping tiles with smooth ramps or by averaging')
-    batch: Count | None = _optional('number of tiles per batch')
-    round: bool | None = _optional('round results to 8 bits before measuring')
-    self_ensemble: bool | None = _optional('average the results of the eight flips and rotations')
-    processing_resolution: Count | None = _optional(
-        'restore a copy downscaled to this shorter side, and apply its change to the full image (for haze)'
-    )
+    type: ProtocolName = Field(description='as in papers (spad, agan, densehaze), or whole images (tiled: if they fit)')
+    square: Count | None = _key('zero-pad images to a square whose side is a multiple of this')
+    tile: Count | Literal['auto'] | None = _key('tile size in pixels; auto: tile only images that do not fit in memory')
+    overlap: CountOrZero | None = _key('overlap of adjacent tiles in pixels (default: a quarter of a tile)')
+    blend: Literal['ramp', 'mean'] | None = _key('blend overlapping tiles with smooth ramps or by averaging')
+    batch: Count | None = _key('number of tiles per batch')
+    round: bool | None = _key('round results to 8 bits before measuring')
+    self_ensemble: bool | None = _key('average the results of the eight flips and rotations')
+    processing_resolution: Count | None = _key('restore a copy of this shorter side, and apply its change to the image')
 
 
 class DuringTraining(Section):
     """Settings of validation during training that differ from testing."""
 
-    protocol: ProtocolName | ProtocolOptions | None = _optional('how images are restored and measured')
-    metrics: dict[str, Metric] | None = _optional("metrics by printed name (default: the protocol's metrics)")
+    protocol: ProtocolName | ProtocolOptions | None = _key('how images are restored and measured')
+    metrics: dict[str, Metric] | None = _key("metrics by printed name (default: the protocol's metrics)")
 
 
 class Val(Section):
     """Validation during training, and testing."""
 
-    protocol: ProtocolName | ProtocolOptions | None = _optional('how images are restored and measured')
-    during_training: DuringTraining | None = _optional('settings that differ for validation during training')
+    protocol: ProtocolName | ProtocolOptions | None = _key('how images are restored and measured')
+    during_training: DuringTraining | None = _key('settings that differ for validation during training')
 
-    val_freq: Count | None = _optional('iterations between validations; alternative to times_per_epoch')
-    times_per_epoch: Count | None = _optional('validations per epoch of the training set; alternative to val_freq')
-    save_img: bool | None = _optional('save the restored images')
-    suffix: str | None = _optional('suffix of saved images (default: name of the run)')
-    pbar: bool | None = _optional('show a progress bar')
-    metrics: dict[str, Metric] | None = _optional("metrics by printed name (default: the protocol's metrics)")
-    best_metric: str | None = _optional('name of the metric that selects the best weights')
-    center_frame_only: bool | None = _optional('video: measure only the centre frame of each sequence')
-    flip_seq: bool | None = _optional('recurrent video: sequences also contain their frames in reverse order')
-    num_val_samples: Count | None = _optional('StyleGAN2: number of images generated per validation')
+    val_freq: Count | None = _key('iterations between validations; alternative to times_per_epoch')
+    times_per_epoch: Count | None = _key('validations per epoch of the training set; alternative to val_freq')
+    save_img: bool | None = _key('save the restored images')
+    suffix: str | None = _key('suffix of saved images (default: name of the run)')
+    pbar: bool | None = _key('show a progress bar')
+    metrics: dict[str, Metric] | None = _key("metrics by printed name (default: the protocol's metrics)")
+    best_metric: str | None = _key('name of the metric that selects the best weights')
+    center_frame_only: bool | None = _key('video: measure only the centre frame of each sequence')
+    flip_seq: bool | None = _key('recurrent video: sequences also contain their frames in reverse order')
+    num_val_samples: Count | None = _key('StyleGAN2: number of images generated per validation')
 
 
 class Wandb(Section):
     """Logging to Weights & Biases."""
 
-    project: str | None = _optional('project name')
-    resume_id: str | None = _optional('ID of the run to resume')
+    project: str | None = _key('project name')
+    resume_id: str | None = _key('ID of the run to resume')
 
 
 class Logger(Section):
     """Logging and training states."""
 
     print_freq: Count = Field(description='iterations between log lines')
-    save_checkpoint_freq: Count | None = _optional(
-        'iterations between training states; alternative to save_checkpoint_epochs'
-    )
-    save_checkpoint_epochs: Count | None = _optional(
-        'epochs between training states; alternative to save_checkpoint_freq'
-    )
-    keep_checkpoints: Count | None = _optional('number of most recent training states and weights to keep (default: 3)')
-    use_tb_logger: bool | None = _optional('write TensorBoard logs')
-    tb_pictures: CountOrZero | None = _optional(
-        'number of validation images in TensorBoard, each as input, result and clean image (default: 4)'
-    )
-    wandb: Wandb | None = _optional('also log to Weights & Biases; requires use_tb_logger')
+    save_checkpoint_freq: Count | None = _key('iterations between states; alternative to save_checkpoint_epochs')
+    save_checkpoint_epochs: Count | None = _key('epochs between training states; alternative to save_checkpoint_freq')
+    keep_checkpoints: Count | None = _key('number of most recent training states and weights to keep (default: 3)')
+    use_tb_logger: bool | None = _key('write TensorBoard logs')
+    tb_pictures: CountOrZero | None = _key('images in TensorBoard, each as input, result and clean image (default: 4)')
+    wandb: Wandb | None = _key('also log to Weights & Biases; requires use_tb_logger')
 
 
 class Paths(Section):
     """Initial weights: `pretrain_network_g`, `param_key_g` and `strict_load_g`, with the letter of each network."""
 
-    resume_state: Text | None = _optional('training state to resume from, a .state file under training_states/')
-    ignore_resume_networks: list[str] | None = _optional('networks whose weights are not taken from the resumed run')
+    resume_state: Text | None = _key('training state to resume from, a .state file under training_states/')
+    ignore_resume_networks: list[str] | None = _key('networks whose weights are not taken from the resumed run')
 
 
 class DistParams(BaseModel):
@@ -390,10 +366,8 @@ class DistParams(BaseModel):
 
     model_config = ConfigDict(extra='allow', strict=True)
 
-    backend: Literal['nccl', 'gloo', 'mpi'] | None = _optional(
-        'communication backend (default: nccl on GPUs, gloo on CPUs)'
-    )
-    port: Count | None = _optional('port of the first node', le=65535)
+    backend: Literal['nccl', 'gloo', 'mpi'] | None = _key('communication backend (default: nccl on GPUs, gloo on CPUs)')
+    port: Count | None = _key('port of the first node', le=65535)
 
 
 _REALESRGAN_KEYS: dict[str, tuple[Any, str]] = {
@@ -421,29 +395,25 @@ class RunFile(Section):
 
     name: FolderName = Field(description='name of the run and its folder')
     model_type: str = Field(min_length=1, description='registered model class')
-    scale: Number | None = _optional('upscaling factor; 1 for restoration', gt=0)
-    device: Literal['auto', 'cpu', 'cuda', 'mps'] | None = _optional(
-        'compute device; auto: first available of cuda, mps, cpu (default: determined by num_gpu)'
+    scale: Number | None = _key('upscaling factor; 1 for restoration', gt=0)
+    device: Literal['auto', 'cpu', 'cuda', 'mps'] | None = _key('auto: first of cuda, mps, cpu (default: by num_gpu)')
+    num_gpu: CountOrZero | Literal['auto'] | None = _key(
+        'GPUs per process; 0: CPU, unless device is set (default: all)'
     )
-    num_gpu: CountOrZero | Literal['auto'] | None = _optional(
-        'number of GPUs per process; 0 selects the CPU if device is not set (default: all)'
-    )
-    bit_depth: Literal[8, 16] | None = _optional(
-        'bit depth of images, metrics and saved files; 16 requires 16-bit images (default: 8)'
-    )
-    manual_seed: CountOrZero | None = _optional('random seed (default: chosen at random)')
-    backend: Literal['auto', 'fused', 'triton', 'reference'] | None = _optional(
+    bit_depth: Literal[8, 16] | None = _key('of images, metrics and saved files; 16 needs 16-bit images (default: 8)')
+    manual_seed: CountOrZero | None = _key('random seed (default: chosen at random)')
+    backend: Literal['auto', 'fused', 'triton', 'reference'] | None = _key(
         'implementation of the AST blocks (default: AST_BACKEND if set, otherwise the fastest available)'
     )
-    find_unused_parameters: bool | None = _optional('required for distributed training if some parameters are not used')
-    dist_params: DistParams | None = _optional('arguments of distributed training with slurm')
+    find_unused_parameters: bool | None = _key('required for distributed training if some parameters are not used')
+    dist_params: DistParams | None = _key('arguments of distributed training with slurm')
     datasets: dict[str, Dataset] = Field(description='datasets by key (train, val, test, val_2 …): type and arguments')
-    network_g: Network | None = _optional('restoration network: type and arguments')
-    network_d: Network | None = _optional('GANs: discriminator')
-    path: Paths | None = _optional('initial weights and training state')
-    train: Train | None = _optional('losses, optimiser, schedule and length of training')
-    val: Val | None = _optional('validation and metrics')
-    logger: Logger | None = _optional('logging and training states')
+    network_g: Network | None = _key('restoration network: type and arguments')
+    network_d: Network | None = _key('GANs: discriminator')
+    path: Paths | None = _key('initial weights and training state')
+    train: Train | None = _key('losses, optimiser, schedule and length of training')
+    val: Val | None = _key('validation and metrics')
+    logger: Logger | None = _key('logging and training states')
 
 
 # With the keys that Real-ESRGAN's models read from the top level.
@@ -465,7 +435,7 @@ class Stage(BaseModel):
 
     model_config = ConfigDict(extra='allow', strict=True)
 
-    name: FolderName | None = _optional('name of the stage and its folder (default: stage_N)')
+    name: FolderName | None = _key('name of the stage and its folder (default: stage_N)')
 
 
 class StagedFile(BaseModel):
@@ -477,31 +447,23 @@ class StagedFile(BaseModel):
 class ComparedNetwork(Section):
     """Network of a comparison."""
 
-    name: Annotated[FolderName, AfterValidator(_not_reserved)] = Field(
-        description='name in tables and plots, and of the folder'
-    )
-    network_g: Network | None = _optional('type and arguments (default: detected from the weights)')
-    weights: str | None = _optional('trained weights to measure; with train, the initial weights')
-    param_key: str | None = _optional('key of the weights in a .pth file, such as params_ema')
-    train: dict[str, Any] | None = _optional(
-        'changes to the section train for this network; with weights, enables training'
-    )
+    name: Annotated[FolderName, AfterValidator(_not_reserved)] = Field(description='in tables, plots and folders')
+    network_g: Network | None = _key('type and arguments (default: detected from the weights)')
+    weights: str | None = _key('trained weights to measure; with train, the initial weights')
+    param_key: str | None = _key('key of the weights in a .pth file, such as params_ema')
+    train: dict[str, Any] | None = _key('changes to the section train for this network; with weights, enables training')
 
 
 class CompareSettings(Section):
     """Settings of a comparison."""
 
-    baseline: str | None = _optional('network that differences refer to (default: the best)')
-    minutes: Number | None = _optional('training time per network in minutes; alternative to total_iter', gt=0)
+    baseline: str | None = _key('network that differences refer to (default: the best)')
+    minutes: Number | None = _key('training time per network in minutes; alternative to total_iter', gt=0)
     weights: Literal['latest', 'best'] = Field('latest', description='weights of a training run to measure')
-    sizes: list[Size] = Field(
-        [[256, 256]], min_length=1, description='sizes [height, width] for latency, memory and MACs'
-    )
+    sizes: list[Size] = Field([[256, 256]], min_length=1, description='[height, width] for latency, memory and MACs')
     runs: Count = Field(10, description='timed forward passes per size')
-    threads: Count | None = _optional('CPU threads for latency (default: all cores)')
-    device: str | None = _optional(
-        'device for measurements: auto, cpu, cuda, cuda:1 … or mps; device of the file takes precedence'
-    )
+    threads: Count | None = _key('CPU threads for latency (default: all cores)')
+    device: str | None = _key('auto, cpu, cuda, cuda:1 … or mps; device of the file takes precedence')
     resamples: Count = Field(10_000, description='bootstrap resamples for confidence intervals')
     confidence: Number = Field(0.95, gt=0, lt=1, description='confidence level of the intervals')
     pictures: CountOrZero = Field(4, description='number of images in the report')

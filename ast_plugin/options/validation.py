@@ -19,7 +19,7 @@ from pydantic.errors import PydanticUserError
 
 from ast_plugin.errors import OptionError, PluginError, did_you_mean
 from ast_plugin.faults import Fault, Where, faults_of, shown, unknown_key
-from ast_plugin.options.reading import EXCLUSIVE_KEYS, NETWORKS_KEY, STAGES_KEY, find_at, find_excluded
+from ast_plugin.options.reading import EXCLUSIVE_KEYS, NETWORKS_KEY, STAGES_KEY, find_alternative, find_at
 from ast_plugin.options.runs import expand_network, is_trained, phase_of, stage_name, staged
 from ast_plugin.options.sections import ComparedFile, Registered, StagedFile, Typed, dataset_model, file_model
 
@@ -105,7 +105,7 @@ class _RunCheck:
         self._check_keys()
         self._check_presence()
         if self.registered is not None:
-            self._check_names(self.registered)
+            self._check_names()
         if self.is_train:
             self._check_best_metric()
         self._check_exclusive_keys()
@@ -152,28 +152,23 @@ class _RunCheck:
         elif datasets and not any(phase_of(key) in ('val', 'test') for key in datasets):
             self._report(('datasets', 'val'), 'required for testing (or datasets.test), but missing')
         for *section, key in needed:
-            others = find_excluded(tuple(section), key)
+            other = find_alternative(section, key)
             # Do not report missing keys of a section that is itself missing or invalid.
             is_there = not section or isinstance(self._at(*section), dict)
-            if is_there and all(self._at(*section, name) is None for name in (key, *others)):
-                self._report((*section, key), _MISSING + ''.join(f' (or {other})' for other in others))
+            if is_there and self._at(*section, key) is None and (not other or self._at(*section, other) is None):
+                self._report((*section, key), _MISSING + (f' (or {other})' if other else ''))
 
     def _check_exclusive_keys(self) -> None:
         """Report pairs of keys that set the same quantity in different units."""
-        for where, pairs in EXCLUSIVE_KEYS.items():
-            section = self._section(*where)
-            for pair in pairs:
-                given = [key for key in section if key in pair and section[key] is not None]
-                if len(given) > 1:
-                    self._report((*where, given[1]), f'conflicts with {given[0]}, remove one of them')
+        for where, *pair in EXCLUSIVE_KEYS:
+            given = [key for key, value in self._section(*where).items() if key in pair and value is not None]
+            if len(given) > 1:
+                self._report((*where, given[1]), f'conflicts with {given[0]}, remove one of them')
 
     def _check_duplicate_names(self) -> None:
         """Report validation and test sets with the same name, whose result files would collide."""
-        first: dict[str, str] = {}
-        for key, dataset in self._section('datasets').items():
-            name = dataset.get('name') if isinstance(dataset, dict) and key.startswith(('val', 'test')) else None
-            if isinstance(name, str) and first.setdefault(name, key) != key:
-                self._report(('datasets', key, 'name'), f'{name} is already the name of datasets.{first[name]}')
+        measured = [key for key in self._section('datasets') if key.startswith(('val', 'test'))]
+        self.found += _name_faults('datasets', {key: self._at('datasets', key, 'name') for key in measured})
 
     def _check_best_metric(self) -> None:
         val, during = self._section('val'), self._section('val', 'during_training')
@@ -191,40 +186,40 @@ class _RunCheck:
             place = 'val.during_training.metrics' if deciding is during else 'val.metrics'
             self._report(('val', 'best_metric'), f'{best} is not in {place}: {", ".join(metrics) or "empty"}')
 
-    def _check_names(self, registered: Registered) -> None:
+    def _check_names(self) -> None:
         """Check registered names and their arguments."""
         model_type = self.opt.get('model_type')
-        if isinstance(model_type, str) and registered.get('model', model_type) is None:
-            self._report(('model_type',), registered.missing('model', model_type))
+        if isinstance(model_type, str) and self.registered.get('model', model_type) is None:
+            self._report(('model_type',), self.registered.missing('model', model_type))
         for key in self.opt:
             if key.startswith('network_'):
-                self._check_call(registered, 'arch', (key,))
+                self._check_call('arch', (key,))
         for key in self._section('datasets'):
-            self._check_dataset(registered, key)
+            self._check_dataset(key)
         for key, value in self._section('train').items():
             if key.endswith('_opt') and value is not None:
-                self._check_call(registered, 'loss', ('train', key))
-            elif key.startswith('optim_') and _is_typed(value) and registered.find_optimizer is not None:
-                self._check_optimizer(registered, ('train', key), value)
-        self._check_scheduler(registered)
+                self._check_call('loss', ('train', key))
+            elif key.startswith('optim_') and _is_typed(value):
+                self._check_optimizer(('train', key), value)
+        self._check_scheduler()
         for where in (('val',), ('val', 'during_training')):
             for key in self._section(*where, 'metrics'):
                 # `better` is read by the model and is not an argument of the function.
                 given, ignored = ('img', 'img2'), ('type', 'better')
-                self._check_call(registered, 'metric', (*where, 'metrics', key), given=given, ignored=ignored)
+                self._check_call('metric', (*where, 'metrics', key), given=given, ignored=ignored)
             if not self.is_ours and not self.is_third_party and self._at(*where, 'protocol') is not None:
                 self._report((*where, 'protocol'), 'only supported by model_type RestorationModel')
 
-    def _check_call(self, registered: Registered, kind: str, where: tuple[str, ...], **names: tuple[str, ...]) -> None:
+    def _check_call(self, kind: str, where: tuple[str, ...], **names: tuple[str, ...]) -> None:
         """Check `{type: NAME, argument: value, …}`."""
         options = self._at(*where)
         faults = model_faults(Typed, options, where)
         if faults:
             self.found += faults
             return
-        target = registered.get(kind, options['type'])
+        target = self.registered.get(kind, options['type'])
         if target is None:
-            self._report((*where, 'type'), registered.missing(kind, options['type']))
+            self._report((*where, 'type'), self.registered.missing(kind, options['type']))
             return
         if hasattr(target, 'class_for'):
             # A family of networks, selected by the option `name`.
@@ -240,35 +235,35 @@ class _RunCheck:
         # Options of networks that this network is built from.
         for key in getattr(target, 'network_options', ()):
             if isinstance(options.get(key), dict):
-                self._check_call(registered, 'arch', (*where, key))
+                self._check_call('arch', (*where, key))
 
-    def _check_dataset(self, registered: Registered, key: str) -> None:
+    def _check_dataset(self, key: str) -> None:
         where, options = ('datasets', key), self._at('datasets', key)
         if not _is_typed(options):
             return
-        target = registered.get('dataset', options['type'])
+        target = self.registered.get('dataset', options['type'])
         model = dataset_model(options['type'], target)
         if target is None:
-            self._report((*where, 'type'), registered.missing('dataset', options['type']))
+            self._report((*where, 'type'), self.registered.missing('dataset', options['type']))
         elif model is not None:
             scale = self.opt.get('scale')
             is_right = isinstance(scale, (int, float)) and 0 < scale < math.inf
             given = {'phase': phase_of(key), 'scale': scale if is_right else 1}
             self.found += model_faults(model, {**options, **given}, where)
 
-    def _check_optimizer(self, registered: Registered, where: Where, options: dict[str, Any]) -> None:
+    def _check_optimizer(self, where: Where, options: dict[str, Any]) -> None:
         try:
-            target = registered.find_optimizer(options['type'])
+            target = self.registered.find_optimizer(options['type'])
         except OptionError as error:
             self._report((*where, 'type'), str(error))
         else:
             self.found += argument_faults(target, options, where, given=('params', 'defaults'))
 
-    def _check_scheduler(self, registered: Registered) -> None:
+    def _check_scheduler(self) -> None:
         where, options = ('train', 'scheduler'), self._at('train', 'scheduler')
         if not _is_typed(options):
             return
-        schedulers = {**registered.schedulers, **(registered.own_schedulers if self.is_ours else {})}
+        schedulers = {**self.registered.schedulers, **(self.registered.own_schedulers if self.is_ours else {})}
         name, target = options['type'], schedulers.get(options['type'])
         if target is not None:
             # total_iter defaults to that of the run.
@@ -352,9 +347,9 @@ def _mappings(entries: Any) -> dict[int, dict[str, Any]]:
     return {number: entry for number, entry in numbered if isinstance(entry, dict)}
 
 
-def _name_faults(key: str, names: Mapping[int, Any], folded: Callable[[str], str] = str) -> list[Fault]:
+def _name_faults(key: str, names: Mapping[Any, Any], folded: Callable[[str], str] = str) -> list[Fault]:
     """Report entries with the same name after applying `folded`."""
-    first: dict[str, int] = {}
+    first: dict[str, Any] = {}
     return [
         Fault((key, number, 'name'), f'{name} is already the name of {key}.{first[folded(name)]}')
         for number, name in names.items()

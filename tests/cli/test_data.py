@@ -1,18 +1,21 @@
-"""Command line of `basicsr data prepare`, `check` and `lmdb`: output and error messages."""
+"""`basicsr data prepare`, `check` and `lmdb`: what they print, and their exit status."""
 
 import os
+import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ast_plugin.cli import data
-from ast_plugin.cli.main import main
 from ast_plugin.data.pairs_dataset import PairsDataset
 from tests.data.images import write_noise
+
+
+@pytest.fixture
+def data(basicsr):
+    """Run `basicsr data` on the words of a line, check its status, and return its output and errors."""
+    return lambda line, status=0: ''.join(basicsr('data', *shlex.split(line), status=status))
 
 
 @pytest.fixture
@@ -27,17 +30,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(capfd, *arguments, status=0) -> tuple[str, str]:
-    capfd.readouterr()
-    assert main(['data', *map(str, arguments)]) == status
-    out, err = capfd.readouterr()
-    assert 'Traceback' not in out + err
-    return out, err
-
-
-def test_what_is_printed(folder, capfd):
-    out, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out')
-    assert err == ''
+def test_prepare_prints_a_table_and_options(folder, data):
+    out = data('prepare agan raindrop "it\'s out"')
     lines = out.splitlines()
     assert lines[0] == f'AGAN-Data in {folder}/raindrop'
     assert lines[2].split() == ['split', 'pairs', 'faulty', 'width', 'x', 'height', 'files', 'from']
@@ -47,10 +41,6 @@ def test_what_is_printed(folder, capfd):
         ['test_b', '2', '0', '24x16', 'test_b/test_b/data'],
     ]
     assert 'prepared 8 pairs' in out and max(map(len, lines)) < 120
-
-
-def test_the_lines_for_an_option_file_work(folder, capfd):
-    out, _ = run(capfd, 'prepare', 'agan', 'raindrop', "it's out")
     sections = yaml.safe_load(out.partition('use instead of dataroot and split:\n')[2])['datasets']
     assert list(sections) == ['train', 'val', 'val_2']
     for name, section in sections.items():
@@ -61,90 +51,67 @@ def test_the_lines_for_an_option_file_work(folder, capfd):
         assert len(PairsDataset(options)) == {'train': 4, 'val': 2}[phase]
 
 
-def test_faults_are_rejected_and_then_left_out(folder, capfd):
+def test_faults_are_rejected_and_then_left_out(folder, data):
     (folder / 'raindrop/train/train/data/1_rain.png').write_bytes(b'')
     (folder / 'raindrop/train/train/gt/2_clean.png').unlink()
-    out, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', status=2)
+    out = data('prepare agan raindrop out', status=2)
     assert '1 x unreadable' in out and 'train/train/data/1_rain.png: the file is empty' in out
     assert '1 x no partner' in out and '2_rain.png: no 2_clean.* in train/train/gt' in out
-    assert err.startswith('basicsr: error: nothing was prepared')
-    assert 'faults: 2; fix or remove the files, or exclude them with --skip-faulty' in err
-    faults = (folder / 'out/faults.txt').read_text()
-    assert f'{folder}/out/faults.txt' in err and faults.count('\n') == 2
+    assert f'basicsr: error: nothing was prepared; all problems are listed in {folder}/out/faults.txt' in out
+    assert 'faults: 2; fix or remove the files, or exclude them with --skip-faulty' in out
     assert not list((folder / 'out').glob('*.jsonl'))
-    out, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--skip-faulty')
+    faults = (folder / 'out/faults.txt').read_text()
+    assert faults.count('\n') == 2
+    out = data('prepare agan raindrop out --skip-faulty')
     assert 'prepared 6 pairs' in out and 'excluded faults: 2' in out
     assert (folder / 'out/faults.txt').read_text() == faults
 
 
-def test_leaks_are_rejected_and_then_accepted(folder, capfd):
+def test_leaks_are_rejected_and_then_accepted(folder, data):
     shutil.copy('raindrop/train/train/data/3_rain.png', 'raindrop/test_a/test_a/data/0_rain.png')
-    out, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', status=2)
+    out = data('prepare agan raindrop out --skip-faulty', status=2)
     assert 'test_a: 1 degraded image is also in train' in out
     assert 'test_a/test_a/data/0_rain.png = train/train/data/3_rain.png' in out
-    assert '1 images in both training and test' in err and '--allow-duplicates' in err
+    assert '1 images in both training and test' in out and '--allow-duplicates' in out
     assert 'also in train' in (folder / 'out/faults.txt').read_text()
-    run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--skip-faulty', status=2)
-    out, _ = run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--allow-duplicates')
-    assert 'prepared 8 pairs' in out
+    assert 'prepared 8 pairs' in data('prepare agan raindrop out --allow-duplicates')
 
 
-def test_only_some_splits(folder, capfd):
-    run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--split', 'test_b', '--split', 'train')
+def test_only_some_splits(folder, data):
+    data('prepare agan raindrop out --split test_b --split train')
     assert sorted(os.listdir('out')) == ['test_b.jsonl', 'train.jsonl']
-    out, _ = run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--split', 'test_a')
+    out = data('prepare agan raindrop out --split test_a')
     assert 'kept from an earlier run: test_b.jsonl, train.jsonl' in out
-    (folder / 'raindrop/test_a/test_a/data/0_rain.png').write_bytes(b'')
-    (folder / 'raindrop/test_a/test_a/data/1_rain.png').write_bytes(b'')
-    _, err = run(capfd, 'prepare', 'agan', 'raindrop', 'out', '--split', 'test_a', '--skip-faulty', status=2)
-    assert 'no pair of raindrop is usable' in err
+    for number in range(2):
+        (folder / f'raindrop/test_a/test_a/data/{number}_rain.png').write_bytes(b'')
+    out = data('prepare agan raindrop out --split test_a --skip-faulty', status=2)
+    assert 'no pair of raindrop is usable' in out
 
 
-def test_plain_folders(folder, capfd):
-    arguments = ('--lq', '{split}/{split}/data', '--gt', '{split}/{split}/gt')
-    templates = ('--lq-template', '{}_rain', '--gt-template', '{}_clean')
-    out, _ = run(capfd, 'prepare', 'folders', 'raindrop', 'out', *arguments, *templates)
-    assert 'prepared 4 pairs' in out
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'expected'),
-    [
-        (['agn', 'raindrop', 'out'], 'unknown layout agn, did you mean agan?'),
-        (['agan', 'nowhere', 'out'], 'nowhere: no such folder'),
-        (['istd', 'raindrop', 'out'], 'ISTD was not found in'),
-        (
-            ['folders', 'raindrop/train/train', 'out', '--lq', 'data', '--gt', 'gt'],
-            'got data, gt, but no image of data has a partner in gt. Give',
-        ),
-        (['agan', 'raindrop', 'raindrop/out'], 'is inside the dataset'),
-        (['agan', 'raindrop', 'out', '--workers', '0'], '--workers is 0'),
-        (['agan', 'raindrop', 'out', '--split', 'val'], 'no split val'),
-        (['agan', 'raindrop', 'out', '--lq', 'x', '--gt', 'y'], 'only valid for the layout folders, not for agan'),
-        (['folders', 'raindrop', 'out', '--lq', 'x'], '--lq and --gt go together'),
-        (['folders', 'raindrop', 'out', '--lq-template', 'rain'], 'a name template contains one {}'),
-    ],
-)
-def test_wrong_usage(folder, capfd, arguments, expected):
-    _, err = run(capfd, 'prepare', *arguments, status=2)
-    assert err.startswith('basicsr: error: ') and expected in err
-    assert not (folder / 'out').exists()
+def test_plain_folders(folder, data):
+    arguments = '--lq {split}/{split}/data --gt {split}/{split}/gt --lq-template {}_rain --gt-template {}_clean'
+    assert 'prepared 4 pairs' in data(f'prepare folders raindrop out {arguments}')
 
 
 @pytest.fixture
-def prepared(tmp_path, monkeypatch, capfd):
+def prepared(tmp_path, monkeypatch, data):
     """A working directory with a prepared dataset; Dense-Haze keeps both splits in the same folders."""
     for number in (1, 2, 3, 50, 51, 52):
         write_noise(tmp_path / f'haze/hazy/{number:02d}_hazy.png', number)
         write_noise(tmp_path / f'haze/GT/{number:02d}_GT.png', number + 100)
     write_noise(tmp_path / 'haze/GT/mask.png', 0)
     monkeypatch.chdir(tmp_path)
-    run(capfd, 'prepare', 'densehaze', 'haze', 'out')
+    data('prepare densehaze haze out')
     return tmp_path
 
 
-def check(capfd, *arguments, status=0) -> str:
-    return ''.join(run(capfd, 'check', *arguments, status=status))
+def test_all_as_it_was(prepared, data):
+    unchanged = 'out/test.jsonl: 2 pairs: unchanged\nout/train.jsonl: 4 pairs: unchanged\n'
+    assert data('check out --workers 2') == data('check out --quick') == unchanged
+    path = prepared / 'haze/hazy/02_hazy.png'
+    path.write_bytes(path.read_bytes() + b'more')  # the same pixels
+    assert data('check out') == unchanged
+    assert '1 changed' in data('check out --quick', status=1)
 
 
 def link_to_itself(path):
@@ -152,135 +119,64 @@ def link_to_itself(path):
     path.symlink_to(path.name)
 
 
-BREAKS = [  # change of a file, kind and text of the report, and whether --quick detects it
-    ('hazy/02_hazy.png', Path.unlink, 'missing', 'no such file', True),
-    ('hazy/02_hazy.png', lambda path: write_noise(path, 999), 'changed', 'its pixels differ from the manifest', False),
-    (
-        'hazy/02_hazy.png',
-        lambda path: write_noise(path, 2, (24, 16)),
-        'changed',
-        '16x24 pixels, but 24x16 in the manifest',
-        False,
-    ),
-    ('hazy/02_hazy.png', lambda path: path.write_bytes(b'x'), 'unreadable', 'not a PNG', True),
-    ('hazy/02_hazy.png', link_to_itself, 'unreadable', 'Too many levels of symbolic links', True),
-    ('GT/03_GT_new.png', lambda path: write_noise(path, 5), 'extra', 'added after the manifest was written', True),
-]
+SIZES = '16x24 pixels, but 24x16 in the manifest'
 
 
-def test_all_as_it_was(prepared, capfd):
-    out = check(capfd, 'out', '--workers', 2)
-    assert out.splitlines() == [
-        'out/test.jsonl: 2 pairs: unchanged',
-        'out/train.jsonl: 4 pairs: unchanged',
-    ]
-    check(capfd, 'out/test.jsonl', '--quick')
-    path = prepared / 'haze/hazy/02_hazy.png'
-    path.write_bytes(path.read_bytes() + b'more')  # the same pixels
-    check(capfd, 'out')
-    assert '1 changed' in check(capfd, 'out', '--quick', status=1)
-
-
-@pytest.mark.parametrize(('name', 'change', 'kind', 'text', 'is_quick'), BREAKS)
-def test_what_has_changed(prepared, capfd, name, change, kind, text, is_quick):
+@pytest.mark.parametrize(
+    ('name', 'change', 'kind', 'text', 'is_quick'),
+    [
+        ('hazy/02_hazy.png', Path.unlink, 'missing', 'no such file', True),
+        ('hazy/02_hazy.png', lambda path: write_noise(path, 999), 'changed', 'its pixels differ from the man', False),
+        ('hazy/02_hazy.png', lambda path: write_noise(path, 2, (24, 16)), 'changed', SIZES, False),
+        ('hazy/02_hazy.png', lambda path: path.write_bytes(b'x'), 'unreadable', 'not a PNG', True),
+        ('hazy/02_hazy.png', link_to_itself, 'unreadable', 'Too many levels of symbolic links', True),
+        ('GT/03_GT_new.png', lambda path: write_noise(path, 5), 'extra', 'added after the manifest was written', True),
+    ],
+)
+def test_what_has_changed(prepared, data, name, change, kind, text, is_quick):
     path = prepared / 'haze' / name
     change(path)
-    out = check(capfd, 'out', status=1)
+    out = data('check out', status=1)
     assert f'1 {kind}' in out and f'{kind}  {path}: {text}' in out
     assert 'out/test.jsonl: 2 pairs: unchanged' in out
     if is_quick:
-        assert name in check(capfd, 'out/train.jsonl', '--quick', status=1)
-    check(capfd, 'out/test.jsonl', status=int(kind == 'extra'))
+        assert name in data('check out/train.jsonl --quick', status=1)
+    data('check out/test.jsonl', status=int(kind == 'extra'))
 
 
-def test_a_key_of_two_pairs_is_reported(prepared, capfd):
+def test_a_key_of_two_pairs_is_reported(prepared, data):
     path = prepared / 'out/train.jsonl'
     path.write_text(path.read_text().replace('"key": "02"', '"key": "01"'))
-    assert 'key twice  01: line 3' in check(capfd, 'out', status=1)
-    assert '1 key twice' in check(capfd, 'out', '--quick', status=1)
-    assert main(['data', 'lmdb', 'out/train.jsonl', 'lmdb']) == 2
-    assert 'belong to several pairs' in capfd.readouterr().err
+    assert 'key twice  01: line 3' in data('check out', status=1)
+    assert '1 key twice' in data('check out --quick', status=1)
+    assert 'belong to several pairs' in data('lmdb out/train.jsonl lmdb', status=2)
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'expected'),
-    [
-        (['nowhere'], 'nowhere: no such manifest or folder'),
-        (['haze'], 'expected manifests (*.jsonl) or LMDBs, found none'),
-        (['haze/GT/mask.png'], 'not a manifest, which is UTF-8 text'),
-        (['out', '--manifest', 'out/train.jsonl'], '--manifest is only valid for LMDBs'),
-        (['cut.jsonl'], 'expected 4 pairs as stated in the first line, got 3'),
-        (['moved/train.jsonl'], 'which is not a folder'),
-    ],
-)
-def test_wrong_usage_of_check(prepared, capfd, arguments, expected):
-    lines = (prepared / 'out/train.jsonl').read_text().splitlines(keepends=True)
-    (prepared / 'cut.jsonl').write_text(''.join(lines[:-1]).replace('"../haze"', '"haze"'))
-    (prepared / 'moved').mkdir()
-    (prepared / 'moved/train.jsonl').write_text(''.join(lines).replace('"../haze"', '"../../haze"'))
-    assert expected in check(capfd, *arguments, status=2)
-
-
-def test_lmdbs_and_their_manifest(prepared, capfd):
-    run(capfd, 'lmdb', 'out/train.jsonl', 'lmdb')
-    out = check(capfd, 'lmdb', '--manifest', 'out/train.jsonl')
+def test_lmdbs_and_their_manifest(prepared, data):
+    data('lmdb out/train.jsonl lmdb')
+    out = data('check lmdb --manifest out/train.jsonl')
     assert 'lmdb/lq.lmdb: intact' in out and 'lmdb/gt.lmdb: intact' in out and '4 pairs in lmdb: unchanged' in out
-    assert 'lq.lmdb: intact' in check(capfd, 'lmdb/lq.lmdb')
-    assert '--quick is only valid for image folders' in check(capfd, 'lmdb', '--quick', status=2)
+    assert 'lq.lmdb: intact' in data('check lmdb/lq.lmdb')
+    assert '--quick is only valid for image folders' in data('check lmdb --quick', status=2)
     write_noise(Path('haze/hazy/02_hazy.png'), 999)
-    run(capfd, 'prepare', 'densehaze', 'haze', 'out')
-    out = check(capfd, 'lmdb', '--manifest', 'out/train.jsonl', status=1)
+    data('prepare densehaze haze out')
+    out = data('check lmdb --manifest out/train.jsonl', status=1)
     assert '1 changed' in out and 'lq.lmdb/02' in out
-    out = check(capfd, 'lmdb', '--manifest', 'out/test.jsonl', status=1)
-    assert '4 missing or damaged, 8 extra' in out
+    assert '4 missing or damaged, 8 extra' in data('check lmdb --manifest out/test.jsonl', status=1)
     path = prepared / 'lmdb' / 'lq.lmdb' / 'data.mdb'
-    data = bytearray(path.read_bytes())
-    data[data.index(b'IDAT', len(data) // 2) + 40] ^= 1
-    path.write_bytes(data)
-    out = check(capfd, 'lmdb', status=1)
+    content = bytearray(path.read_bytes())
+    content[content.index(b'IDAT', len(content) // 2) + 40] ^= 1
+    path.write_bytes(content)
+    out = data('check lmdb', status=1)
     assert 'lq.lmdb: 1 fault\n' in out and 'gt.lmdb: intact' in out
 
 
-def test_names_that_are_no_text(prepared, capfd):
+def test_names_that_are_no_text(prepared, basicsr):
     strange = os.fsdecode(b'fog \xff\n')
     os.rename('haze', strange)
-    assert main(['data', 'prepare', 'densehaze', strange, f'{strange}_out']) == 0
-    out = capfd.readouterr().out
+    out, _ = basicsr('data', 'prepare', 'densehaze', strange, f'{strange}_out')
     assert 'fog \\udcff' in out and 'prepared 6 pairs' in out
     (prepared / strange / 'GT/02_GT.png').write_bytes(b'')
-    out = check(capfd, f'{strange}_out', status=1)
+    out, _ = basicsr('data', 'check', f'{strange}_out', status=1)
     assert '1 unreadable' in out and '/GT/02_GT.png: the file is empty' in out
-    assert main(['data', 'prepare', 'densehaze', strange, f'{strange}_out']) == 2
-
-
-@pytest.mark.parametrize('name', data.COMMANDS)
-def test_help_of_every_command_has_an_example(capsys, name):
-    with pytest.raises(SystemExit) as caught:
-        main(['data', name, '--help'])
-    assert caught.value.code == 0
-    assert f'basicsr data {name} ' in capsys.readouterr().out.split('\n\n', 1)[1]
-
-
-@pytest.mark.parametrize('arguments', [[], ['check']])
-def test_help_without_docstrings(arguments):
-    command = [sys.executable, '-OO', '-m', 'ast_plugin', 'data', *arguments, '--help']
-    assert 'check' in subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'complaint'),
-    [
-        (['prepar'], 'unknown command prepar, did you mean prepare?'),
-        (['xyz'], 'unknown command xyz (available: prepare'),
-    ],
-)
-def test_commands_that_are_none(capsys, arguments, complaint):
-    with pytest.raises(SystemExit) as caught:
-        main(['data', *arguments])
-    assert caught.value.code == 2 and complaint in capsys.readouterr().err
-
-
-def test_no_command(capsys):
-    assert main(['data']) == 2
-    shown = capsys.readouterr().err
-    assert all(f'  {name} ' in shown for name in data.COMMANDS)
+    basicsr('data', 'prepare', 'densehaze', strange, f'{strange}_out', status=2)

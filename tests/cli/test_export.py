@@ -9,7 +9,6 @@ from PIL import Image
 
 from ast_plugin.archs.networks import build_network
 from ast_plugin.checkpoints import save_torch, save_weights
-from ast_plugin.cli.main import main
 
 from ..archs.tiny_networks import SRVGG
 from ..docs.pages import blocks
@@ -29,10 +28,9 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_export_task(here, capsys):
+def test_export_task(here, basicsr):
     onnxruntime = pytest.importorskip('onnxruntime', reason='extra onnx')
-    assert main(['export', '--task', 'rain', '-o', 'rain.onnx']) == 0
-    out, err = capsys.readouterr()
+    out, err = basicsr('export', '--task', 'rain', '-o', 'rain.onnx')
     assert out.startswith('rain.onnx: AST as onnx, ') and '1x3x37x91: matches PyTorch' in err
     session = onnxruntime.InferenceSession('rain.onnx')
     known = session.get_modelmeta().custom_metadata_map
@@ -49,41 +47,12 @@ def test_export_task(here, capsys):
 @pytest.mark.parametrize(
     'words', ['--weights rain --size 20x30', '--weights w.safetensors', '--weights w.pth -opt o.yml --size 20x30']
 )
-def test_export_weights(words, here):
-    assert main(['export', *words.split(), '-o', 'w.pt', '--format', 'torchscript']) == 0
+def test_export_weights(words, here, basicsr):
+    basicsr('export', *words.split(), '-o', 'w.pt', '--format', 'torchscript')
     assert torch.jit.load('w.pt')(torch.zeros(1, 3, 20, 30)).shape == (1, 3, 20, 30)
 
 
-def test_export_reports_assumptions(here, capsys):
+def test_export_reports_assumptions(here, basicsr):
     save_torch(here / 'bare.pth', {'params': build_network(TINY | {'img_size': 128}).state_dict()})
-    assert main(['export', '--weights', 'bare.pth', '-o', 'w.pt', '--format', 'torchscript', '--size', '9x9']) == 0
-    assert 'note: bare.pth: img_size cannot be inferred' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ('words', 'message'),
-    [
-        ('--task rian', 'unknown task rian, did you mean rain'),
-        ('--weights rian', 'or a task (rain, raindrop, haze), did you mean rain?'),
-        ('--task rain -opt o.yml', '-opt and --param-key require --weights FILE'),
-        ('--task rain --size 0x4', '--size 0x4: expected height and width in pixels, such as 480x720, each 1 or more'),
-        ('--task rain --size big', '--size big: expected height and width in pixels'),
-        ('--task rain --size 99999x99999', 'at most'),
-        ('--task rain --size 1000000000x1000000000', 'at most'),
-        ('--task rain -o n.pth', 'n.pth: the extension does not match the format torchscript'),
-        ('--task rain -o no/such.pt', 'the folder no does not exist'),
-        ('--task rain -o released', 'it is a folder'),
-    ],
-)
-def test_export_wrong_arguments(words, message, here, capsys):
-    assert main(['export', '-o', 'n.pt', '--format', 'torchscript', *words.split()]) == 2
-    assert message in capsys.readouterr().err
-    assert not (here / 'n.pt').exists()
-
-
-def test_export_over_the_weights(here, capsys):
-    content = (here / 'w.pth').rename(here / 'w.pt').read_bytes()
-    words = '--weights w.pt -opt o.yml -o ./w.pt --format torchscript'
-    assert main(['export', *words.split()]) == 2
-    assert 'w.pt is the weights file itself' in capsys.readouterr().err
-    assert (here / 'w.pt').read_bytes() == content
+    _, err = basicsr('export', '--weights', 'bare.pth', '-o', 'w.pt', '--format', 'torchscript', '--size', '9x9')
+    assert 'note: bare.pth: img_size cannot be inferred' in err

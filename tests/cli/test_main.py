@@ -1,6 +1,5 @@
 """The command `basicsr`: help, subcommands, listings, plugins, and a run with training, resuming and testing."""
 
-import argparse
 import os
 import subprocess
 import sys
@@ -10,91 +9,67 @@ from pathlib import Path
 import pytest
 
 from ast_plugin import options, plugins
+from ast_plugin.cli import data
 from ast_plugin.cli import main as command
 from ast_plugin.errors import OptionError
 from tests import tiny_run
 
-ROOT = Path(__file__).parents[2]
+from ..docs.pages import ROOT
 
 
-def basicsr(*arguments, cwd, **environment):
-    """Run the command in a separate process."""
-    return subprocess.run(
-        [sys.executable, '-m', 'ast_plugin', *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **environment},
-    )
+def run_python(*arguments, cwd=None):
+    """Run Python in a separate process."""
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_help_is_quick(tmp_path):
+def test_help_is_quick():
     before = sum(os.times()[2:4])
-    result = basicsr('--help', cwd=tmp_path)
+    result = run_python('-m', 'ast_plugin', '--help')
     assert result.returncode == 0
     assert all(f'  {name} ' in result.stdout for name in command.COMMANDS)
     assert sum(os.times()[2:4]) - before < 1
 
 
-@pytest.mark.parametrize('name', command.COMMANDS)
+@pytest.mark.parametrize('name', [*command.COMMANDS, *(f'data {name}' for name in data.COMMANDS)])
 def test_help_of_every_command_has_an_example(capsys, name):
     with pytest.raises(SystemExit) as caught:
-        command.main([name, '--help'])
+        command.main([*name.split(), '--help'])
     assert caught.value.code == 0
     assert f'basicsr {name}' in capsys.readouterr().out.split('\n\n', 1)[1]
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'complaint'),
-    [
-        (['tran'], 'unknown command tran, did you mean train?'),
-        (['xyz'], 'unknown command xyz (available: train'),
-        (['--flag'], 'unrecognized arguments: --flag'),
-        (['train'], 'the following arguments are required: -opt'),
-        (['train', '-opt', 'x', '--auto'], 'unrecognized arguments: --auto'),
-        (['train', '-opt', 'x', '--launcher', 'mpi'], 'invalid choice'),
-        (['test', '-opt'], 'expected one argument'),
-        (['infer', '--tile', 'big'], 'expected a tile size in pixels, or auto, got big'),
-    ],
-)
-def test_wrong_usage(capsys, arguments, complaint):
-    with pytest.raises(SystemExit) as caught:
-        command.main(arguments)
-    assert caught.value.code == 2
-    assert complaint in capsys.readouterr().err
+@pytest.mark.parametrize(('arguments', 'known'), [([], command.COMMANDS), (['data'], data.COMMANDS)])
+def test_without_a_command_it_helps(basicsr, arguments, known):
+    _, err = basicsr(*arguments, status=2)
+    assert all(f'\n  {name} ' in err for name in known)
+
+
+def test_help_without_docstrings():
+    assert '  check ' in run_python('-OO', '-m', 'ast_plugin', 'data', '--help').stdout
 
 
 @pytest.mark.parametrize('own', [{}, {'GOMP_SPINCOUNT': '7'}, {'OMP_WAIT_POLICY': 'ACTIVE'}])
-def test_waiting_threads_spin_briefly_by_default(monkeypatch, capsys, own):
+def test_waiting_threads_spin_briefly_by_default(monkeypatch, own):
     for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'):
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    command.main(['options'])
+    monkeypatch.setattr(sys, 'stdout', None)  # a closed one
+    assert command.main(['options']) == 0
     expected = own or {'GOMP_SPINCOUNT': '30000'}
     assert {name: os.environ[name] for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY') if name in os.environ} == expected
 
 
-def test_without_arguments_it_helps(capsys):
-    assert command.main([]) == 2
-    assert 'commands:' in capsys.readouterr().err
+def test_errors_become_lines_but_bugs(basicsr, monkeypatch):
+    def fail(args):
+        raise raised.pop()
 
-
-def test_closed_stdout(monkeypatch):
-    monkeypatch.setattr(sys, 'stdout', None)
-    assert command.main(['options']) == 0
-
-
-def test_errors_become_lines_but_bugs(monkeypatch, capsys):
-    raised = [OptionError('wrong'), KeyboardInterrupt(), ZeroDivisionError()]
-
-    def run(args: argparse.Namespace) -> int:
-        raise raised.pop(0)
-
-    monkeypatch.setattr('ast_plugin.cli.options.run', run)
-    assert [command.main(['options']) for _ in range(2)] == [2, 130]
-    assert capsys.readouterr().err == 'basicsr: error: wrong\nbasicsr: interrupted\n'
+    raised = [ZeroDivisionError(), KeyboardInterrupt(), OptionError('wrong')]
+    monkeypatch.setattr('ast_plugin.cli.options.run', fail)
+    assert basicsr('options', status=2) == ('', 'basicsr: error: wrong\n')
+    assert basicsr('options', status=130) == ('', 'basicsr: interrupted\n')
     with pytest.raises(ZeroDivisionError):
         command.main(['options'])
 
@@ -108,19 +83,11 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
         'from ast_plugin import options; from ast_plugin.cli.main import main\n'
         'options.reading._SHIPPED_FOLDERS = (Path("."),); sys.exit(main(["options"]))'
     )
-    process = subprocess.Popen(
-        [sys.executable, '-c', code],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    )
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(60) == 1
-    assert process.stderr.read() == ''
-    process.stderr.close()
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    with subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, text=True, **pipes) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ('', 1)
 
 
 # ---- options
@@ -135,75 +102,59 @@ def shipped(tmp_path, monkeypatch):
     (folder / '_base_' / 'part.yml').write_text('c: d\n')
     monkeypatch.setattr(options.reading, '_SHIPPED_FOLDERS', (folder,))
     monkeypatch.chdir(tmp_path)
-    return folder
 
 
-def test_shipped_files_have_a_sentence(capsys):
-    assert command.main(['options']) == 0
-    for line in capsys.readouterr().out.splitlines():
-        assert line.endswith(('.', '?')), line
+def test_shipped_files_have_a_sentence(basicsr):
+    assert [line for line in basicsr('options')[0].splitlines() if not line.endswith(('.', '?'))] == []
 
 
-def test_options_are_copied_and_edited_ones_kept(shipped, capsys):
-    assert command.main(['options']) == 0
-    assert capsys.readouterr().out == 'AST_a       The first one.\nAST_longer\n'
+def test_options_are_copied_and_edited_ones_kept(shipped, basicsr):
+    assert basicsr('options')[0] == 'AST_a       The first one.\nAST_longer\n'
     copy = Path('new/folder')
-    assert command.main(['options', str(copy)]) == 0
+    basicsr('options', copy)
     assert (copy / '_base_' / 'part.yml').read_text() == 'c: d\n'
-    assert command.main(['options', str(copy)]) == 0
-    assert '0 option files copied' in capsys.readouterr().out
+    assert '0 option files copied' in basicsr('options', copy)[0]
 
     (copy / 'AST_a.yml').write_text('mine')
     (copy / 'AST_longer.yml').unlink()
-    assert command.main(['options', str(copy)]) == 2
-    assert 'AST_a.yml: already exists and differs' in capsys.readouterr().err
+    assert 'AST_a.yml: already exists and differs' in basicsr('options', copy, status=2)[1]
     assert (copy / 'AST_a.yml').read_text() == 'mine'
     assert not (copy / 'AST_longer.yml').exists()
 
-    assert command.main(['options', str(copy), '--force']) == 0
+    basicsr('options', copy, '--force')
     assert (copy / 'AST_a.yml').read_text() == '# The first one.\nname: a\n'
-    assert command.main(['options', str(copy / 'AST_a.yml')]) == 2
-    assert 'expected a folder' in capsys.readouterr().err
 
 
 # ---- list and plugins
 
 
-def test_list(capsys):
-    assert command.main(['list', 'arch', 'losses']) == 0
-    out = capsys.readouterr().out
+def test_list(basicsr):
+    out, _ = basicsr('list', 'arch', 'losses')
     lines = [line.split() for line in out.splitlines()]
     assert ['AST_T', 'ast_plugin.archs.ast_arch'] in [line[:2] for line in lines]
     assert ['L1Loss', 'basicsr.losses.basic_loss', 'basicsr', '1.4.2'] in lines
     assert 'SRModel' not in out
     names = [line for line in out.splitlines() if line.startswith('  ')]
     assert len({line.index(line.split()[1]) for line in names if '_arch ' in line}) == 1
-    assert command.main(['list', 'ach']) == 2
-    assert 'unknown registry ach, did you mean arch?' in capsys.readouterr().err
 
 
-@pytest.fixture
-def installed(monkeypatch, tmp_path):
-    """Install plugins by name and object reference; return the folder for their modules."""
+def test_plugins_are_modules_or_functions(tmp_path, monkeypatch, capsys):
+    references = {
+        'absent': 'no_such_module',
+        'broken': 'plugin_that_breaks',
+        'one': 'plugin_module',
+        'two': 'plugin_function:register',
+    }
+    (tmp_path / 'plugin_that_breaks.py').write_text('raise RuntimeError("first line\\nsecond")')
+    (tmp_path / 'plugin_module.py').write_text('print("one imported")')
+    (tmp_path / 'plugin_function.py').write_text('def register():\n    print("two called")')
+    points = [EntryPoint(name, reference, plugins.GROUP) for name, reference in references.items()]
+    monkeypatch.setattr(plugins, 'entry_points', lambda group: points if group == plugins.GROUP else [])
     monkeypatch.syspath_prepend(tmp_path)
     plugins.load_plugins.cache_clear()
-
-    def install(**references):
-        points = [EntryPoint(name, reference, plugins.GROUP) for name, reference in references.items()]
-        monkeypatch.setattr(plugins, 'entry_points', lambda group: points if group == plugins.GROUP else [])
-        return tmp_path
-
-    yield install
-    plugins.load_plugins.cache_clear()
-
-
-def test_plugins_are_modules_or_functions(installed, capsys):
-    folder = installed(absent='no_such_module', broken='plugin_that_breaks', one='module', two='function:register')
-    (folder / 'plugin_that_breaks.py').write_text('raise RuntimeError("first line\\nsecond")')
-    (folder / 'module.py').write_text('print("one imported")')
-    (folder / 'function.py').write_text('def register():\n    print("two called")')
     failures = plugins.load_plugins()
     assert plugins.load_plugins() == failures
+    plugins.load_plugins.cache_clear()
     assert [failure.split(' failed')[0] for failure in failures] == ['plugin absent', 'plugin broken']
     assert failures[1].endswith('RuntimeError: first line')
     captured = capsys.readouterr()
@@ -214,10 +165,10 @@ def test_plugins_are_modules_or_functions(installed, capsys):
 # ---- a complete run
 
 
-def test_training_resuming_and_testing(tmp_path, monkeypatch, capfd):
+def test_training_resuming_and_testing(tmp_path, monkeypatch, basicsr):
     monkeypatch.chdir(tmp_path)
     tiny_run.write(tmp_path)
-    result = basicsr('train', '-opt', 'tiny.yml', '--root', 'out', cwd=tmp_path)
+    result = run_python('-m', 'ast_plugin', 'train', '-opt', 'tiny.yml', '--root', 'out', cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     experiment = tmp_path / 'out' / 'experiments' / 'tiny'
     weights = sorted(path.name for path in (experiment / 'models').iterdir())
@@ -228,13 +179,13 @@ def test_training_resuming_and_testing(tmp_path, monkeypatch, capfd):
 
     # The copy of the file in the experiment folder is equivalent.
     more = '--root out --auto_resume --local-rank 0 --force_yml train:total_iter=6 logger:use_tb_logger=true'
-    assert command.main(['train', '-opt', str(experiment / 'tiny.yml'), *more.split()]) == 0
+    basicsr('train', '-opt', experiment / 'tiny.yml', *more.split())
     logs = [path.read_text() for path in experiment.glob('train_tiny_*.log')]
     assert sum('Resuming training from epoch: 1, iter: 4' in log for log in logs) == 1
     assert (experiment / 'models' / 'net_g_6.pth').is_file()
 
-    assert command.main(['test', '-opt', 'tiny.yml', '--root', 'out', '--force_yml', 'val:save_img=true']) == 0
-    assert f'Testing weights {experiment}/models/net_g_latest.pth' in capfd.readouterr().out
+    out, _ = basicsr('test', '-opt', 'tiny.yml', '--root', 'out', '--force_yml', 'val:save_img=true')
+    assert f'Testing weights {experiment}/models/net_g_latest.pth' in out
     assert len(list((tmp_path / 'out' / 'results' / 'tiny' / 'visualization' / 'val').iterdir())) == 4
     assert [path.name for path in (tmp_path / 'out' / 'experiments').iterdir()] == ['tiny']
 
@@ -244,6 +195,6 @@ def test_wrong_name_is_reported_without_basicsr():
         'import sys; from ast_plugin.cli.main import main; '
         "print([main([name, '-opt', 'AST_derian']) for name in ('train', 'test', 'check')], 'basicsr' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    result = run_python('-c', code)
     assert result.stdout.strip() == '[2, 2, 2] False'
     assert result.stderr.count('did you mean AST_derain?') == 3

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from ast_plugin.cli.main import main
 from ast_plugin.metrics import ssim_y_matlab
 from ast_plugin.metrics.psnr_ssim import KNOWN, Definition, all_definitions, gives, mean_over_images, measure
 
@@ -29,8 +28,15 @@ def folders(tmp_path):
     return tmp_path
 
 
-def _arguments(folder, *more):
-    return ['measure', str(folder / 'out'), str(folder / 'gt'), '--restored-template', '{}_net', *map(str, more)]
+@pytest.fixture
+def measured(basicsr, folders):
+    """Measure `out` against `gt`, and return the output."""
+
+    def run(*more, status=0):
+        arguments = [folders / 'out', folders / 'gt', '--restored-template', '{}_net', *more]
+        return basicsr('measure', *arguments, status=status)[0]
+
+    return run
 
 
 def _pairs(folder):
@@ -38,8 +44,8 @@ def _pairs(folder):
         yield tuple(np.asarray(Image.open(folder / where)) for where in (f'out/{name}_net.tif', f'gt/{name}.png'))
 
 
-def test_measure_as_scikit_image(folders, capsys):
-    assert main(_arguments(folders, '--csv', folders / 'new/each.csv', '--markdown', folders / 'table.md')) == 0
+def test_measure_as_scikit_image(folders, measured):
+    shown = measured('--csv', folders / 'new/each.csv', '--markdown', folders / 'table.md')
     with (folders / 'new/each.csv').open() as file:
         rows = {row['image']: row for row in csv.DictReader(file)}
     for name, (image, gt) in zip(('0', '1', 'deep/2'), _pairs(folders), strict=True):
@@ -48,7 +54,6 @@ def test_measure_as_scikit_image(folders, capsys):
         similarity = structural_similarity(gt, image, channel_axis=2)
         assert float(row['restored ssim_rgb_uniform']) == pytest.approx(similarity, rel=1e-11)
         assert float(row['restored ssim_luma_matlab_gaussian']) == pytest.approx(ssim_y_matlab(image, gt), rel=1e-11)
-    shown = capsys.readouterr().out
     assert (folders / 'table.md').read_text().strip() in shown and '3 images' in shown and 'worst: deep/2' in shown
 
 
@@ -70,35 +75,32 @@ def test_measure_as_basicsr(folders):
 @pytest.mark.parametrize(
     'definition', [next(iter(KNOWN)), [*KNOWN][-1], Definition('psnr', 'rgb', '', 4, True)], ids=str
 )
-def test_like_finds_the_definition(definition, folders, capsys):
+def test_like_finds_the_definition(definition, folders, measured):
     values = [measure(*pair, [definition])[definition] for pair in _pairs(folders)]
     figure = f'{mean_over_images(values, definition.is_pooled):.6f}'
-    assert main(_arguments(folders, '--like', figure)) == 0
-    assert f'  {definition}' in capsys.readouterr().out.replace(f' ({KNOWN.get(definition)})', '')
+    assert f'  {definition}' in measured('--like', figure).replace(f' ({KNOWN.get(definition)})', '')
 
 
-def test_like_a_figure_that_nothing_gives(tmp_path, capsys):
+def test_like_a_figure_that_nothing_gives(tmp_path, basicsr):
     """With a border of 6, only uniform windows fit into the images, and both images are equal there."""
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 3), 'uint8')
     images[1, 6:14, 6:14] = images[0, 6:14, 6:14]
     for number, pixels in enumerate(images):
         Image.fromarray(pixels).save(tmp_path / f'{number}.png')
-    assert main(['measure', str(tmp_path / '0.png'), str(tmp_path / '1.png'), '--like', '0.99995']) == 1
-    first, *shown = capsys.readouterr().out.splitlines()
+    out, _ = basicsr('measure', tmp_path / '0.png', tmp_path / '1.png', '--like', '0.99995', status=1)
+    first, *shown = out.splitlines()
     assert first == 'no definition yields 0.99995; nearest:'
     assert [line.split()[0] for line in shown] == ['1.0000000'] * 5
 
 
-def test_gain_and_single_images(folders, capsys):
-    clean = str(folders / 'gt')
-    assert main(['measure', clean, clean, '--input', str(folders / 'out'), '--input-template', '{}_net']) == 0
-    shown = capsys.readouterr().out
+def test_gain_and_single_images(folders, basicsr):
+    clean = folders / 'gt'
+    shown, _ = basicsr('measure', clean, clean, '--input', folders / 'out', '--input-template', '{}_net')
     assert '| psnr_rgb' in shown and 'inf' in shown and 'input' in shown
-    assert main(['measure', str(folders / 'out/0_net.tif'), f'{clean}/0.png']) == 0
-    assert '1 image\n' in capsys.readouterr().out
+    assert '1 image\n' in basicsr('measure', folders / 'out/0_net.tif', clean / '0.png')[0]
 
 
-def test_images_that_cannot_be_measured(folders, capsys):
+def test_images_that_cannot_be_measured(folders, measured):
     image = np.asarray(Image.open(folders / 'out/0_net.tif'))
     Image.fromarray(image[:-1]).save(folders / 'out/0_net.tif')
     Image.fromarray(np.dstack([image[..., 0]] * 4)).save(folders / 'out/3_net.png')
@@ -109,35 +111,10 @@ def test_images_that_cannot_be_measured(folders, capsys):
     (folders / 'out/6_net.png').write_bytes(b'no partner')
     for number in (3, 4, 5):
         Image.fromarray(image).save(folders / f'gt/{number}.png')
-    assert main(_arguments(folders)) == 1
-    shown = capsys.readouterr().out
+    shown = measured(status=1)
     words = '47x40x3 and 48x40x3|3_net.png has an alpha channel|48x40 and 48x40x3|5_net.png|2 images|too small for ssim'
     assert [each for each in words.split('|') if each not in shown] == []
     assert 'not measured: 1 of restored without a partner: 6' in shown
-
-
-@pytest.mark.parametrize(
-    'change, words',
-    [
-        ({1: 'nowhere'}, 'nowhere: no such file or folder (restored)'),
-        ({2: 'gt/0.png'}, 'expected folders or single images, not both'),
-        ({4: '{}'}, 'no image name occurs in all folders (restored: 0_net, 1_net, deep/2_net; gt: 0, 1, deep/2)'),
-        ({4: '{}_other'}, 'expected images named {}_other, found none in this folder'),
-        ({1: 'empty', 4: '{}'}, 'empty: expected images, found none in this folder'),
-        ({5: '--like=dB'}, 'expected a published value'),
-        ({5: '--like=31.2', 6: '--crop-border=2'}, '--like cannot be combined with'),
-        ({5: '--crop-border=-1'}, '--crop-border and --worst: expected 0 or more'),
-        ({5: '--crop-border=90'}, 'none of the 3 pairs could be measured'),
-        ({5: '--csv=gt/0.png/x.csv'}, 'x.csv'),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_wrong_usage(change, words, folders, capsys, monkeypatch):
-    monkeypatch.chdir(folders)
-    (folders / 'empty').mkdir()
-    arguments = dict(enumerate(['measure', 'out', 'gt', '--restored-template', '{}_net'])) | change
-    assert main(list(arguments.values())) == 2
-    assert words in capsys.readouterr().err
 
 
 def test_16_bits_keep_their_depth():

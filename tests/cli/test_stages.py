@@ -13,7 +13,6 @@ import torch
 import yaml
 from PIL import Image
 
-from ast_plugin.cli.main import main
 from ast_plugin.metrics import psnr_rgb
 from ast_plugin.models import training_run as stages
 
@@ -47,8 +46,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def train(*arguments, command='train', overrides=()):
-    return main([command, '-opt', 'AST_deraindrop', *arguments, '--force_yml', *TINY, *overrides])
+@pytest.fixture
+def train(folder, basicsr):
+    """Train with the shipped file, shortened; check the status, and return the output and errors."""
+
+    def run(*arguments, command='train', overrides=(), status=0):
+        return basicsr(command, '-opt', 'AST_deraindrop', *arguments, '--force_yml', *TINY, *overrides, status=status)
+
+    return run
 
 
 def weights(path):
@@ -63,7 +68,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_stages_start_from_the_best_weights(folder, capfd, monkeypatch):
+def test_stages_start_from_the_best_weights(folder, train, monkeypatch):
     """Killed after stage 2 has saved its state but before it has finished, then run again."""
     import basicsr.train
 
@@ -79,11 +84,9 @@ def test_stages_start_from_the_best_weights(folder, capfd, monkeypatch):
 
     monkeypatch.setattr(basicsr.train, 'train_pipeline', killed_in_stage_2)
     run = experiment(folder)
-    assert train() == 130
+    said, _ = train(status=130)
     assert names(run) == ['stage_1', 'stage_2'] and not stages.is_finished(run / 'stage_2', 2)
-    said = capfd.readouterr().out
-    assert train('--auto_resume') == 0
-    resumed = capfd.readouterr().out
+    resumed, _ = train('--auto_resume')
     assert 'stage_1 is finished' in resumed
     assert f'stage_2 resumes from {run}/stage_2/training_states/2.state' in resumed
     said += resumed
@@ -111,13 +114,11 @@ def test_stages_start_from_the_best_weights(folder, capfd, monkeypatch):
     assert 'stages' not in copy and copy['datasets']['train']['gt_size'] == 16
 
     # Everything is finished: nothing is trained or renamed.
-    assert train('--auto_resume') == 0
-    output = capfd.readouterr().out
+    output, _ = train('--auto_resume')
     assert [f'stage_{number} is finished' in output for number in (1, 2, 3)] == [True] * 3
     assert names(run) == ['stage_1', 'stage_2', 'stage_3']
 
-    assert train(command='test') == 0
-    assert f'Testing weights {run}/stage_3/models/net_g_best.pth' in capfd.readouterr().out
+    assert f'Testing weights {run}/stage_3/models/net_g_best.pth' in train(command='test')[0]
     # With the paper's protocol on whole images, regardless of center_crop in training.
     results = folder / 'results' / 'AST_deraindrop'
     (row, _) = csv.DictReader((results / 'AGAN_test_a.csv').open(encoding='utf-8', newline=''))
@@ -131,55 +132,49 @@ def test_stages_start_from_the_best_weights(folder, capfd, monkeypatch):
         assert sheet.width == 3 * 480 + 4 * 16 and sheet.height > 480
 
 
-def test_one_stage(folder, capfd):
-    assert train('--stage', '2') == 2
-    assert 'stage_2 starts from the weights of stage_1, but' in capfd.readouterr().err
+def test_one_stage(folder, train, basicsr):
+    assert 'stage_2 starts from the weights of stage_1, but' in train('--stage', '2', status=2)[1]
     assert not (folder / 'experiments').exists()
     models = experiment(folder) / 'stage_1' / 'models'
 
-    assert train('--stage', '1') == 0
+    train('--stage', '1')
     (models / 'net_g_best.pth').unlink()
-    capfd.readouterr()
-    assert train('--stage', 'stage_2') == 0
-    line = 'stage_2 starts from the latest (no best ones exist) weights of stage_1: '
-    assert f'{line}{models}/net_g_latest.pth' in capfd.readouterr().out
+    line = f'stage_2 starts from the latest (no best ones exist) weights of stage_1: {models}/net_g_latest.pth'
+    assert line in train('--stage', 'stage_2')[0]
     assert names(experiment(folder)) == ['stage_1', 'stage_2']
 
     # Later stages of a retrained stage are renamed.
-    assert train('--stage', '1') == 0
+    train('--stage', '1')
     kept = names(experiment(folder))
     assert [name.split('_archived_')[0] for name in kept] == ['stage_1', 'stage_1', 'stage_2']
     assert '_archived_' in kept[2]
-    assert train(command='test') == 0
-    assert f'Testing weights {models}/net_g_best.pth' in capfd.readouterr().out
+    assert f'Testing weights {models}/net_g_best.pth' in train(command='test')[0]
 
-    assert train('--stage', '4') == 2
-    assert 'expected a number from 1 to 3' in capfd.readouterr().err
-    assert main(['train', '-opt', 'AST_quickstart', '--stage', '1']) == 2
-    assert 'AST_quickstart.yml has no stages' in capfd.readouterr().err
+    assert 'expected a number from 1 to 3' in train('--stage', '4', status=2)[1]
+    _, err = basicsr('train', '-opt', 'AST_quickstart', '--stage', '1', status=2)
+    assert 'AST_quickstart.yml has no stages' in err
 
 
-def test_signal_after_the_last_iteration(folder, monkeypatch, capfd):
+def test_signal_after_the_last_iteration(folder, monkeypatch, train):
     monkeypatch.setattr(stages, 'mark_finished', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    assert train() == 143
-    assert 'stopped by SIGTERM, saved after iteration 2; resume with' in capfd.readouterr().err
+    assert 'stopped by SIGTERM, saved after iteration 2; resume with' in train(status=143)[1]
     assert names(experiment(folder)) == ['stage_1']
 
 
-def test_complete_run_archives_an_older_one(folder, capfd):
+def test_complete_run_archives_an_older_one(folder, train):
     old = experiment(folder) / 'stage_3' / 'models'
     old.mkdir(parents=True)
     (old / 'net_g_best.pth').write_bytes(b'old')
     # All checks run before that.
-    assert train(overrides=['stages:2:train:optim_g:lr=fast']) == 2
-    assert 'stages.2.train.optim_g.lr: expected a number' in capfd.readouterr().err
-    assert train(overrides=['stages:2:datasets:train:dataroot=nowhere']) == 2
-    assert 'stage_3: datasets.train: AGAN-Data was not found at nowhere' in capfd.readouterr().err
-    assert train(overrides=['stages:2:network_g={num_feat: 8}']) == 2
-    assert 'stage_3: network_g, which starts from the stage before: ' in capfd.readouterr().err
+    for override, message in (
+        ('stages:2:train:optim_g:lr=fast', 'stages.2.train.optim_g.lr: expected a number'),
+        ('stages:2:datasets:train:dataroot=nowhere', 'stage_3: datasets.train: AGAN-Data was not found at nowhere'),
+        ('stages:2:network_g={num_feat: 8}', 'stage_3: network_g, which starts from the stage before: '),
+    ):
+        assert message in train(overrides=[override], status=2)[1]
     assert names(folder / 'experiments') == ['AST_deraindrop']
 
-    assert train(overrides=['stages=[{name: only, train: {total_epochs: 1, optim_g: {lr: 1e-4}}}]']) == 0
+    train(overrides=['stages=[{name: only, train: {total_epochs: 1, optim_g: {lr: 1e-4}}}]'])
     assert names(experiment(folder)) == ['only']
     (aside,) = (folder / 'experiments').glob('AST_deraindrop_archived_*')
     assert (aside / 'stage_3' / 'models' / 'net_g_best.pth').read_bytes() == b'old'

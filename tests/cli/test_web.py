@@ -16,12 +16,12 @@ from PIL import Image
 
 from ast_plugin.archs.ast_arch import AST
 from ast_plugin.checkpoints import save_weights
-from ast_plugin.cli.main import main
 from ast_plugin.data.image_files import read_image
 
+from ..data.images import noise
+from ..docs.pages import ROOT
 from ..weights.helpers import TINY
 
-ROOT = Path(__file__).parents[2]
 SERVE = """
 import os, signal, sys, tempfile, time
 seen = open(sys.argv.pop(1), 'w', buffering=1)
@@ -47,10 +47,6 @@ sys.exit(main(['web', *sys.argv[1:]]))
 """
 
 
-def noise(height, width, dtype=np.uint8):
-    return np.random.default_rng(height).integers(0, np.iinfo(dtype).max + 1, (height, width, 3)).astype(dtype)
-
-
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     """Weights that change every image, and valid, large and broken images."""
@@ -62,8 +58,8 @@ def files(tmp_path_factory):
     exif[0x010F] = 'a camera'
     exif[0x0112] = 6  # rotated
     for name in ('photo.jpg', 'endless.jpg'):
-        Image.fromarray(noise(90, 130)).save(folder / name, exif=exif, dpi=(300, 300))
-    Image.fromarray(noise(70, 50)).save(folder / 'a <b>&.png')
+        Image.fromarray(noise(90, 130, 3)).save(folder / name, exif=exif, dpi=(300, 300))
+    Image.fromarray(noise(70, 50, 3)).save(folder / 'a <b>&.png')
     Image.fromarray(np.zeros((1000, 1100), np.uint8)).save(folder / 'large.png')
     (folder / 'huge.png').write_bytes((folder / 'large.png').read_bytes() + bytes(9_000_000))
     (folder / 'broken.png').write_bytes((folder / 'a <b>&.png').read_bytes()[:2000])
@@ -79,19 +75,9 @@ class Server:
             path.mkdir()
         with socket.create_server(('127.0.0.1', 0)) as free:
             port = free.getsockname()[1]
+        options = ['--weights', weights, '--port', str(port), '--max-megapixels', '1']
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                '-c',
-                SERVE,
-                self.seen,
-                '--weights',
-                weights,
-                '--port',
-                str(port),
-                '--max-megapixels',
-                '1',
-            ],
+            [sys.executable, '-c', SERVE, self.seen, *options],
             cwd=self.home,
             env={**os.environ, 'PYTHONPATH': str(ROOT), 'HOME': str(self.home), 'TMPDIR': str(self.temporary)},
             stdout=subprocess.PIPE,
@@ -152,18 +138,19 @@ def downloaded(page):
     return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
 
 
-def inferred(files, name, folder):
-    weights = str(files / 'weights.safetensors')
-    assert main(['infer', '-i', str(files / name), '-o', str(folder), '--weights', weights, '--device', 'cpu']) == 0
-    return folder / name
+@pytest.fixture
+def inferred(basicsr, files, tmp_path):
+    """Restore a file by `basicsr infer`, and return the path of the result."""
+    more = ['-o', tmp_path, '--weights', files / 'weights.safetensors', '--device', 'cpu']
+    return lambda name: basicsr('infer', '-i', files / name, *more) and tmp_path / name
 
 
-def test_gives_what_infer_writes(server, open_page, files, tmp_path):
+def test_gives_what_infer_writes(server, open_page, files, inferred):
     page = open_page(viewport={'width': 420, 'height': 800}, color_scheme='dark')
     drop(page, files / 'photo.jpg')
     figures, *_ = told(page)
     assert figures.startswith('weights.safetensors: 90 × 130 pixels, ')  # upright
-    expected = inferred(files, 'photo.jpg', tmp_path)
+    expected = inferred('photo.jpg')
     assert downloaded(page) == ('photo.jpg', expected.read_bytes())
     for image, path in zip(page.locator('img').all(), (files / 'photo.jpg', expected), strict=True):
         answer = page.request.get(image.get_attribute('src'))
@@ -192,14 +179,14 @@ def test_bad_files_are_named(open_page, files):
     assert answer.status == 413
 
 
-def test_two_at_once(server, open_page, files, tmp_path):
+def test_two_at_once(server, open_page, files, inferred):
     """Two pages get their own results, one after the other; names that are not valid text are preserved."""
     pages = {name: open_page() for name in ('photo.jpg', 'a <b>&.png')}
     for name, page in pages.items():
         drop(page, files / name)
     for name, page in pages.items():
         told(page)
-        assert downloaded(page)[1] == inferred(files, name, tmp_path).read_bytes()
+        assert downloaded(page)[1] == inferred(name).read_bytes()
     turns = [line.split()[0] for line in server.seen.read_text().splitlines() if line in ('begins', 'ends')]
     assert turns[-4:] == ['begins', 'ends'] * 2
 
@@ -219,33 +206,8 @@ def test_ends_and_leaves_nothing(server, open_page, files):
     assert set(server.lines({'asked'})) <= {'127.0.0.1', 'localhost'}
 
 
-# ---- without gradio
-
-
-def test_gradio_missing(files, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'gradio', None)
-    for name in ('NO_PROXY', 'no_proxy', 'GRADIO_TEMP_DIR', 'GRADIO_ANALYTICS_ENABLED'):
-        monkeypatch.setenv(name, '')
-    assert main(['web', '--weights', str(files / 'weights.safetensors'), '--port', '7859']) == 2
-    assert 'pip install "ast_plugin[web]"' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['--host', '192.0.2.1'], 'expected an address of this machine'),
-        (['--port', '0'], '--port is 0: expected 1 to 65535'),
-        (['--max-megapixels', '0'], '--max-megapixels is 0.0: expected more than 0'),
-        (['--weights', 'missing.pth', '--port', '7859'], 'missing.pth'),
-    ],
-)
-def test_bad_arguments(arguments, message, capsys):
-    assert main(['web', *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_port_taken(capsys):
+def test_port_taken(basicsr):
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(['web', '--port', str(port)]) == 2
-    assert f'--port {port} (Address already in use): choose another --port' in capsys.readouterr().err
+        _, err = basicsr('web', '--port', port, status=2)
+    assert f'--port {port} (Address already in use): choose another --port' in err

@@ -5,8 +5,6 @@ import shlex
 import shutil
 import zlib
 
-import cv2
-import numpy as np
 import pytest
 
 from ast_plugin.archs.ast_arch import AST_XS
@@ -17,6 +15,7 @@ from ast_plugin.compare.run import make_plan
 from benchmarks.__main__ import make_parser
 
 from .. import tiny_run
+from ..data.images import write_noise
 from ..weights.helpers import release_tiny
 from .pages import PAGES, commands
 
@@ -47,12 +46,8 @@ SHORT_STAGES = [
 
 
 def write_images(folder, names, side=64):
-    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        image = np.random.default_rng(zlib.crc32(str(folder / name).encode())).integers(
-            0, 256, (side, side, 3), dtype=np.uint8
-        )
-        assert cv2.imwrite(str(folder / name), image)
+        write_noise(folder / name, zlib.crc32(str(folder / name).encode()), (side, side))
 
 
 def write_spad(root):

@@ -1,7 +1,6 @@
 """Shipped option files against tables of expected values: recipes, mixed networks, ablations, bundled weights."""
 
 import re
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -14,47 +13,28 @@ from ast_plugin.models import preflight
 from ast_plugin.models.optimizers import build_schedule
 from ast_plugin.options import validation
 
-# Protocol, layout, samples, and per stage: lr, patch, batch, epochs, iterations, iterations between validations.
-# The first three recipes and their protocols are the paper's, as are four validations per epoch; the others are the
-# plugin's.
-RECIPES = {
-    'AST_derain': ('spad', 'spad', 638_492, [(2e-4, 128, 32, 20, 399_060, 4_988), (1e-4, 256, 16, 15, 598_590, 9_976)]),
-    'AST_deraindrop': (
-        'agan',
-        'agan',
-        861,
-        [(2e-4, 128, 32, 300, 8_100, 6), (1e-4, 256, 16, 200, 10_800, 13), (8e-5, 384, 8, 150, 16_200, 27)],
-    ),
-    'AST_dehaze': (
-        'densehaze',
-        'densehaze',
-        50,
-        [
-            (2e-4, 256, 4, 2000, 26_000, 3),
-            (1.2e-4, 384, 4, 1200, 15_600, 3),
-            (8e-5, 512, 4, 800, 10_400, 3),
-            (3e-5, 768, 2, 300, 7_500, 6),
-            (1e-5, 896, 2, 80, 2_000, 6),
-        ],
-    ),
-    'AST_deshadow': (
-        'tiled',
-        'istd',
-        1_330,
-        [(2e-4, 128, 32, 300, 12_600, 42), (1e-4, 256, 16, 200, 16_800, 84), (8e-5, 384, 8, 150, 25_050, 167)],
-    ),
-    'AST_desnow': (
-        'tiled',
-        'snow100k',
-        50_000,
-        [(2e-4, 128, 32, 60, 93_780, 15_630), (1e-4, 256, 16, 30, 93_750, 31_250)],
-    ),
-    'AST_demoire': (
-        'tiled',
-        'moire',
-        121_500,
-        [(2e-4, 128, 32, 30, 113_910, 18_985), (1e-4, 256, 16, 20, 151_880, 37_970)],
-    ),
+RECIPES = {  # protocol, layout, number of samples; the first three and their protocols are the paper's
+    'AST_derain': ('spad', 'spad', 638_492),
+    'AST_deraindrop': ('agan', 'agan', 861),
+    'AST_dehaze': ('densehaze', 'densehaze', 50),
+    'AST_deshadow': ('tiled', 'istd', 1_330),
+    'AST_desnow': ('tiled', 'snow100k', 50_000),
+    'AST_demoire': ('tiled', 'moire', 121_500),
+}
+STAGES = {  # lr, patch, batch, epochs, iterations, and iterations between validations, of which an epoch has four
+    'AST_derain': [(2e-4, 128, 32, 20, 399_060, 4_988), (1e-4, 256, 16, 15, 598_590, 9_976)],
+    'AST_deraindrop': [
+        *[(2e-4, 128, 32, 300, 8_100, 6), (1e-4, 256, 16, 200, 10_800, 13), (8e-5, 384, 8, 150, 16_200, 27)],
+    ],
+    'AST_dehaze': [
+        *[(2e-4, 256, 4, 2000, 26_000, 3), (1.2e-4, 384, 4, 1200, 15_600, 3), (8e-5, 512, 4, 800, 10_400, 3)],
+        *[(3e-5, 768, 2, 300, 7_500, 6), (1e-5, 896, 2, 80, 2_000, 6)],
+    ],
+    'AST_deshadow': [
+        *[(2e-4, 128, 32, 300, 12_600, 42), (1e-4, 256, 16, 200, 16_800, 84), (8e-5, 384, 8, 150, 25_050, 167)],
+    ],
+    'AST_desnow': [(2e-4, 128, 32, 60, 93_780, 15_630), (1e-4, 256, 16, 30, 93_750, 31_250)],
+    'AST_demoire': [(2e-4, 128, 32, 30, 113_910, 18_985), (1e-4, 256, 16, 20, 151_880, 37_970)],
 }
 MIX = {  # replaced modules, parameters before and after
     'SwinIR_ASSA_FRFN': (8, 65_611, 78_931),
@@ -106,75 +86,48 @@ def test_every_file_is_in_a_table():
 # ---- recipes
 
 
-@pytest.fixture(params=RECIPES, scope='module')
-def recipe(request):
-    """A row of the table, and the stages as read and as prepared for BasicSR on the official data."""
-    protocol, layout, length, table = RECIPES[request.param]
-    stages = options.expand(load(request.param))
-    runs = [
-        options.prepare({**stage.opt, 'num_gpu': 1}, stage=stage.name, length_of=lambda _: length) for stage in stages
-    ]
-    return SimpleNamespace(name=request.param, protocol=protocol, layout=layout, table=table, stages=stages, runs=runs)
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe(name):
+    """Each stage as prepared for BasicSR on the official data.
 
-
-def test_recipe_numbers(recipe):
-    found = [
-        (
-            run['train']['optim_g']['lr'],
-            run['datasets']['train']['gt_size'],
-            run['datasets']['train']['batch_size_per_gpu'],
-            stage.opt['train']['total_epochs'],
-            run['train']['total_iter'],
-            run['val']['val_freq'],
-        )
-        for stage, run in zip(recipe.stages, recipe.runs, strict=True)
-    ]
-    assert found == recipe.table
-    for number, run in enumerate(recipe.runs, 1):
-        assert run['name'] == f'{recipe.name}_stage_{number}'
-        assert run['path']['experiments_root'].endswith(f'experiments/{recipe.name}/stage_{number}')
-
-
-def test_recipe_of_all_stages(recipe):
-    is_rain = recipe.name == 'AST_derain'
-    for run in recipe.runs:
-        train, data = run['train'], run['datasets']
+    Training selects the best weights as the authors did, on centre crops of the patch size, on SPAD on whole images;
+    testing uses whole images and the protocol of the task. The warm-up has 1/3, 2/3 and 1 of the learning rate, one
+    epoch each, and then decays by a cosine to 1e-6.
+    """
+    protocol, layout, length = RECIPES[name]
+    stages, is_rain = options.expand(load(name)), name == 'AST_derain'
+    for stage, row in zip(stages, STAGES[name], strict=True):
+        run = options.prepare({**stage.opt, 'num_gpu': 1}, stage=stage.name, length_of=lambda _: length)
+        assert run['name'] == f'{name}_stage_{stage.number}'
+        assert run['path']['experiments_root'].endswith(f'experiments/{name}/stage_{stage.number}')
+        train, data, val = run['train'], run['datasets'], run['val']
+        lr, size, batch, _, iterations, _ = row
+        assert (data['train']['gt_size'], data['train']['batch_size_per_gpu']) == (size, batch)
+        assert (stage.opt['train']['total_epochs'], train['total_iter'], val['val_freq']) == row[3:]
         assert run['network_g'] == {'type': 'AST_B', 'img_size': 128, 'drop_path_rate': 0.1}
-        adamw = {'type': 'AdamW', 'weight_decay': 0.02, 'betas': [0.9, 0.999], 'eps': 1e-8}
-        assert train['optim_g'] == {**adamw, 'lr': train['optim_g']['lr']}
+        adamw = {'type': 'AdamW', 'lr': lr, 'weight_decay': 0.02, 'betas': [0.9, 0.999], 'eps': 1e-8}
+        assert train['optim_g'] == adamw
         assert train['scheduler'] == {'type': 'WarmupCosineLR', 'warmup_epochs': 3, 'eta_min': 1e-6, 'by': 'epoch'}
         assert train['pixel_opt'] == {'type': 'ASTCharbonnierLoss'}
         assert train['precision'] == 'fp16'
         assert 'clip_grad_norm' not in train and 'ema_decay' not in train
         assert train['mixing'] == ({'type': 'mixup', 'alpha': 1.2, 'start_epoch': 6} if is_rain else None)
         assert run['manual_seed'] == 1234
-        assert run['val']['best_metric'] == 'psnr'
-        assert data['train']['layout'] == data['val']['layout'] == recipe.layout
+        assert data['train']['layout'] == data['val']['layout'] == layout
         assert data['train']['use_hflip'] and data['train']['use_rot']
-        # The authors validate on centre crops of the patch size, on SPAD on whole images.
-        assert data['val'].get('center_crop') == (None if is_rain else data['train']['gt_size'])
-
-
-def test_recipe_measures(recipe):
-    """Training selects the best weights as the authors did; testing uses whole images and the protocol of the task."""
-    for stage, run in zip(recipe.stages, recipe.runs, strict=True):
-        assert run['val']['protocol'] == 'whole'
-        assert run['val']['metrics'] == {'psnr': {'type': 'calculate_psnr_y_float'}}
+        assert data['val'].get('center_crop') == (None if is_rain else size)
+        assert (val['best_metric'], val['protocol']) == ('psnr', 'whole')
+        assert val['metrics'] == {'psnr': {'type': 'calculate_psnr_y_float'}}
         test = options.prepare({**stage.opt, 'num_gpu': 0}, is_train=False)
-        assert test['val']['protocol'] == recipe.protocol
+        assert test['val']['protocol'] == protocol
         assert test['val'].get('metrics') is None
-        assert 'during_training' not in run['val'] and 'during_training' not in test['val']
+        assert 'during_training' not in val and 'during_training' not in test['val']
         assert 'center_crop' not in test['datasets']['val']
 
-
-def test_recipe_rates(recipe):
-    """Warm-up with 1/3, 2/3 and 1 of the learning rate, one epoch each, then cosine decay to 1e-6."""
-    for (lr, *_), run in zip(recipe.table, recipe.runs, strict=True):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
-        schedule = build_schedule(optimizer, run['train'])
-        epoch = run['train']['iters_per_epoch']
-        rates = []
-        for iteration in (0, epoch - 1, epoch, 2 * epoch, 3 * epoch, run['train']['total_iter']):
+        schedule = build_schedule(optimizer, train)
+        epoch, rates = train['iters_per_epoch'], []
+        for iteration in (0, epoch - 1, epoch, 2 * epoch, 3 * epoch, iterations):
             schedule.last_epoch = iteration
             rates.append(schedule.get_lr()[0])
         assert rates == pytest.approx([lr / 3, lr / 3, 2 * lr / 3, lr, lr, 1e-6])
