@@ -91,7 +91,7 @@ def test_two_processes_stop_together(runs):
 def test_losses_in_the_log_are_means(runs):
     logs = []
     for folder, _ in runs.values():
-        with (folder / 'experiments_root' / 'metrics.csv').open() as file:
+        with (folder / 'metrics.csv').open() as file:
             logs.append([float(row['l_pix']) for row in csv.DictReader(file) if row['l_pix']])
     assert len(logs[0]) == 4
     np.testing.assert_allclose(logs[0], logs[1], rtol=1e-9)

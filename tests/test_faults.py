@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ast_plugin.faults import dotted, faults_of
+from ast_plugin.faults import faults_of
 
 UNKNOWN = 'unknown key, did you mean '
 
@@ -55,8 +55,3 @@ def test_described_dataset(options, expected):
     except ValueError as error:
         found = [str(fault) for fault in faults_of(error, Options, value, ('datasets', 'train'))]
     assert found == expected
-
-
-def test_dotted():
-    assert dotted(('a', 0, 'b')) == 'a.0.b'
-    assert dotted(()) == 'top level'
