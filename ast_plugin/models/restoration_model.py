@@ -58,7 +58,6 @@ class RestorationModel(SRModel):
         self.note = cache(logging.getLogger('basicsr').info)  # logs each note, such as one on memory, once
         self.log_dict: Mapping[str, float] = {}
         self.run_log = RunLog.from_options(opt, self.processes.rank)
-        self.stateful: dict[str, Any] = {}  # parts of the training state, each with state_dict and load_state_dict
         self.iteration = self.saved_at = self.trained_at = 0
         opt['path'].setdefault('param_key_g', None)  # otherwise SRModel uses 'params'
         super().__init__(opt)
@@ -89,8 +88,6 @@ class RestorationModel(SRModel):
         self.step = training_step.TrainingStep(
             self.net_g, self.optimizer_g, precision, train_opt, batch=training_step.batch_size(self.opt)
         )
-        if precision.scaler.is_enabled():
-            self.stateful['scaler'] = precision.scaler
 
     @master_only
     def print_network(self, net: nn.Module) -> None:

@@ -60,7 +60,6 @@ class TrainingProgress:
         is_shown: bool = True,
     ) -> None:
         self.best = ''
-        self.total_iter = total_iter
         self.device = device or torch.device('cpu')
         self.waited = self.worked = 0.0  # seconds per iteration, moving averages
         self._stamp: float | None = None
@@ -99,7 +98,7 @@ class TrainingProgress:
         shown += [f'data {self.data_share:.0%}', memory(self.device), self.best]
         self.bar.set_postfix_str(', '.join(filter(None, shown)), refresh=False)
         self.bar.update()
-        if self.bar.n >= self.total_iter:
+        if self.bar.n >= self.bar.total:
             self.bar.close()
 
     def _time_over_average(self, usual: float) -> float:
@@ -188,8 +187,8 @@ class RunLog:
         self._add(current_iter, {f'{name}/{metric}': value for metric, value in means.items()})
 
     def flush(self, durably: bool = False) -> None:
-        """Write buffered rows, synced to disk if `durably`; if that fails, log a warning and keep the rows."""
-        if not self._rows:
+        """Write buffered rows, and sync the table if `durably`; if that fails, log a warning and keep the rows."""
+        if not self._rows and not (durably and self._is_begun and self.table.is_file()):
             return
         with only_warn(f'{self.table} cannot be written, its rows are kept in memory'):
             self._begin()

@@ -2,8 +2,8 @@
 
 A training state is one self-contained file of tensors and plain values. In addition to BasicSR's keys (`epoch`, `iter`,
 `optimizers`, `schedulers`) it holds the weights under `params` and `params_ema`, as in weights files, the best values,
-the random states of all processes, the options that training depends on, and the states of the parts in the model's
-`stateful`. The position within the epoch follows from the iteration, see `data.randomness.epoch_of`.
+the random states of all processes, the options that training depends on, and the loss scale of `fp16`. The position
+within the epoch follows from the iteration, see `data.randomness.epoch_of`.
 
 A resumed run applies its current options: learning rates are those of a run with these options from its beginning.
 `misfits` reports incompatible options before training starts.
@@ -38,7 +38,7 @@ def collect(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
         'schedulers': [scheduler.state_dict() for scheduler in model.schedulers],
         'best_metric_results': getattr(model, 'best_metric_results', {}),
         'options': model.recorded,
-        'parts': {name: part.state_dict() for name, part in model.stateful.items()},
+        'parts': {'scaler': model.step.precision.scaler.state_dict()},  # empty unless `fp16`
         'random': model.processes.gather([here]),
     }
 
@@ -81,12 +81,12 @@ def restore(model: Any, state: dict[str, Any], recorded: Mapping[str, Any] | Non
         lines = '; '.join(f'{key}: {change}' for key, change in reported.items())
         logger.warning(f'Options that differ from the training state apply from here on: {lines}')
     missing = []
-    for name, part in getattr(model, 'stateful', {}).items():
-        if name in state.get('parts', {}):
-            part.load_state_dict(state['parts'][name])
-        else:
-            missing.append(name)
-    if hasattr(model, 'processes'):
+    if hasattr(model, 'processes'):  # a RestorationModel
+        scaler, scale = model.step.precision.scaler, state.get('parts', {}).get('scaler')
+        if scale:
+            scaler.load_state_dict(scale)
+        elif scaler.is_enabled():
+            missing.append('scaler')
         everyones = state.get('random', [])
         if model.processes.rank < len(everyones):
             randomness.restore(everyones[model.processes.rank])

@@ -107,17 +107,6 @@ def test_every_loss_counts_under_its_own_name(tmp_path):
         build(options(tmp_path, pixel_opt=None))
 
 
-def test_validation_measures_input_and_result(tmp_path):
-    model = build(options(tmp_path))
-    results = model.measure(DataLoader(Pairs()), save_img=True, current_iter=4)
-    assert list(results.restored) == ['one', 'one_2', 'three']
-    assert results.degraded.keys() == results.restored.keys()
-    assert 18 < results.mean_input()['psnr'] < 24
-    assert model.net_g.training
-    assert (tmp_path / 'visualization' / 'one_2' / 'one_2_4.png').is_file()
-    assert not hasattr(model, 'output')
-
-
 @pytest.mark.parametrize('better', ['higher', 'lower'])
 def test_best_weights_describe_themselves(tmp_path, better):
     opt = options(tmp_path)

@@ -71,6 +71,16 @@ def test_rows_of_a_run_that_fails_are_written(tmp_path, monkeypatch):
     assert len(rows(tmp_path)) == 1
 
 
+def test_table_is_synced_with_a_state(tmp_path, monkeypatch):
+    log = log_of(tmp_path, 1, 2, flush_every=1)  # nothing is buffered
+    synced = []
+    monkeypatch.setattr('os.fsync', lambda file: synced.append(os.fstat(file).st_ino))
+    log.flush()
+    assert not synced
+    log.flush(durably=True)
+    assert synced == [(tmp_path / 'metrics.csv').stat().st_ino]
+
+
 @pytest.mark.parametrize('failing', ['ast_plugin.models.run_log.write_file', 'os.fsync'])
 def test_a_loss_that_comes_later_gets_a_column(tmp_path, monkeypatch, failing):
     log = log_of(tmp_path, 1, 2)
