@@ -115,7 +115,8 @@ def test_best_weights_describe_themselves(tmp_path, better):
     model = build(opt)
     states = []
     for iteration in (1, 2):
-        model.validation(DataLoader(Pairs()), iteration, None)
+        model.validation(DataLoader(Pairs()), iteration, None, save_img=True)
+        assert (tmp_path / 'visualization' / 'one_2' / f'one_2_{iteration}.png').is_file()
         states.append(weights(model))
         with torch.no_grad():
             model.net_g.output_proj.bias.add_(5)  # much worse
