@@ -38,8 +38,6 @@ REGISTERED: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """By module: the registry in `basicsr.utils.registry`, and the names of the objects to register."""
 
-_started = False
-
 
 class RegistrationError(PluginError):
     """A name that the plugin registers is already used in BasicSR's registry."""
@@ -94,7 +92,7 @@ def _follow(name: str) -> None:
     if name == 'basicsr':
         toolbox.repair_after_import()
         register_all()
-    elif _started:
+    elif 'basicsr' in sys.modules:
         _register(sys.modules[name])
 
 
@@ -107,8 +105,6 @@ def register_all() -> None:
     Raises:
         RegistrationError: if a name is already used by another object.
     """
-    global _started
-    _started = True
     for name in REGISTERED:
         module = importlib.import_module(name)
         if not getattr(module.__spec__, '_initializing', False):

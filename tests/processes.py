@@ -17,12 +17,12 @@ import torch
 from basicsr.models import build_model
 from basicsr.utils.dist_util import get_dist_info, init_dist
 from basicsr.utils.registry import ARCH_REGISTRY
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ast_plugin.data.randomness import EpochSampler
 from ast_plugin.errors import TrainingError
+from tests.models.test_restoration_model import Pairs, options
 
-TINY = {'type': 'AST', 'img_size': 16, 'embed_dim': 4, 'depths': [1] * 9, 'num_heads': [1] * 9, 'drop_path_rate': 0.0}
 BATCH = 4  # of all processes together
 NAMES = ('a/one.png', 'b/one.png', 'three.png', 'c/one.png', 'five.png')
 
@@ -38,53 +38,35 @@ class HalfUsed(torch.nn.Module):
         return self.used(image)
 
 
-class Pairs(Dataset):
+class RecordedPairs(Pairs):
     """Five noisy images, of different sizes in validation; records which of them were read."""
 
     def __init__(self, batch_size: int | None = None) -> None:
-        self.opt = {'name': 'pairs', 'seed': 3, **({'batch_size_per_gpu': batch_size} if batch_size else {})}
-        self.is_train = batch_size is not None
-        self.read: list[int] = []
-
-    def __len__(self) -> int:
-        return len(NAMES)
+        super().__init__(NAMES)
+        self.opt |= {'seed': 3, 'batch_size_per_gpu': batch_size}
+        self.side = None if batch_size is None else 16
+        self.read: set[int] = set()
 
     def __getitem__(self, index: int) -> dict:
-        self.read.append(index)
-        generator = torch.Generator().manual_seed(index)
-        gt = torch.rand(3, 16, 16 if self.is_train else 16 + 5 * index, generator=generator)
-        lq = (gt + 0.1 * torch.randn(gt.shape, generator=generator)).clamp(0, 1)
-        return {'lq': lq, 'gt': gt, 'lq_path': NAMES[index], 'gt_path': NAMES[index]}
+        self.read.add(index)
+        sample = super().__getitem__(index)
+        return {**sample, **{key: sample[key][:, : self.side, : self.side] for key in ('lq', 'gt')}}
 
 
-def options(folder: Path, rank: int, count: int, **top) -> dict:
-    paths = {name: str(folder / name) for name in ('experiments_root', 'models', 'training_states', 'visualization')}
-    for path in paths.values():
-        Path(path).mkdir(exist_ok=True, parents=True)
-    return {
-        'name': 'tiny',
-        'model_type': 'RestorationModel',
-        'is_train': True,
-        'dist': count > 1,
-        'num_gpu': 0,
-        'rank': rank,
-        'world_size': count,
-        'manual_seed': 0,
-        'network_g': dict(TINY),
-        'datasets': {},
-        'path': paths,
-        'train': {
-            'total_iter': 4,
-            'optim_g': {'type': 'SGD', 'lr': 0.5},
-            'scheduler': {'type': 'MultiStepLR', 'milestones': [9]},
-            'pixel_opt': {'type': 'ASTCharbonnierLoss'},
-            'ema_decay': 0.5,
-            'accumulate': 2,
-        },
-        'val': {'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 0}}},
-        'logger': {'print_freq': 2, 'save_checkpoint_freq': 2, 'use_tb_logger': True, 'tb_pictures': 3},
-        **top,
-    }
+def distributed_options(folder: Path, rank: int, count: int, **top) -> dict:
+    folder.mkdir(exist_ok=True)
+    opt = options(
+        folder,
+        total_iter=4,
+        optim_g={'type': 'SGD', 'lr': 0.5},
+        scheduler={'type': 'MultiStepLR', 'milestones': [9]},
+        ema_decay=0.5,
+        accumulate=2,
+    )
+    opt['path']['experiments_root'] = str(folder)
+    processes = {'rank': rank, 'world_size': count, 'dist': count > 1, 'manual_seed': 0, 'datasets': {}}
+    logger = {'print_freq': 2, 'save_checkpoint_freq': 2, 'use_tb_logger': True, 'tb_pictures': 3}
+    return {**opt, **processes, 'logger': logger, **top}
 
 
 def train(folder: Path, rank: int, count: int) -> dict:
@@ -92,8 +74,8 @@ def train(folder: Path, rank: int, count: int) -> dict:
     torch.manual_seed(7 + rank)  # initial weights differ between processes until they are synchronized
     if rank == 0:
         torch.manual_seed(7)
-    model = build_model(options(folder, rank, count))
-    sampler = EpochSampler(Pairs(BATCH // count), count, rank)
+    model = build_model(distributed_options(folder, rank, count))
+    sampler = EpochSampler(RecordedPairs(BATCH // count), count, rank)
     loader = DataLoader(sampler.dataset, BATCH // count, sampler=sampler, drop_last=True)
     iteration = 0
     for epoch in range(2):
@@ -104,7 +86,7 @@ def train(folder: Path, rank: int, count: int) -> dict:
             model.feed_data({key: value.double() if key in ('lq', 'gt') else value for key, value in batch.items()})
             model.optimize_parameters(iteration)
     shown = []
-    pairs = Pairs()
+    pairs = RecordedPairs()
     writer = type('Writer', (), {'add_image': lambda self, tag, *a, **k: shown.append(tag), 'add_scalar': print})()
     model._restore = restore_in_double(model)
     model.validation(DataLoader(pairs), iteration, writer if rank == 0 else None, save_img=True)
@@ -117,7 +99,7 @@ def train(folder: Path, rank: int, count: int) -> dict:
         'values': [values['psnr'] for values in results.restored.values()],
         'inputs': [values['psnr'] for values in results.degraded.values()],
         'best': model.best_metric_results['pairs']['psnr'],
-        'read': sorted(set(pairs.read)),
+        'read': sorted(pairs.read),
         'shown': shown,
         'log': model.log_dict,
     }
@@ -131,7 +113,9 @@ def restore_in_double(model):
 def unused(folder: Path, rank: int, count: int) -> None:
     """Train with an unused weight, which DistributedDataParallel rejects without `find_unused_parameters`."""
     ARCH_REGISTRY.register(HalfUsed)
-    model = build_model(options(folder, rank, count, network_g={'type': 'HalfUsed'}, find_unused_parameters=True))
+    model = build_model(
+        distributed_options(folder, rank, count, network_g={'type': 'HalfUsed'}, find_unused_parameters=True)
+    )
     for iteration in (1, 2):
         model.feed_data({key: torch.rand(1, 3, 8, 8).double() for key in ('lq', 'gt')})
         model.optimize_parameters(iteration)
@@ -141,7 +125,7 @@ def nan_in_the_last(folder: Path, rank: int, count: int) -> list:
     """Return the results or errors for both policies if a loss is NaN in one process."""
     told = []
     for policy in ('skip', 'stop'):
-        opt = options(folder / policy, rank, count)
+        opt = distributed_options(folder / policy, rank, count)
         opt['train']['on_nonfinite'] = policy
         model = build_model(opt)
         before = {name: weight.clone() for name, weight in model.weights()['params'].items()}

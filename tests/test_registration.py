@@ -34,59 +34,63 @@ ARCH_REGISTRY = Registry('arch')
 SETTING = """
 import ast_plugin, importlib, importlib.util, log, sys, threading
 from ast_plugin import registration, toolbox
-toolbox.repair_before_import, toolbox.repair_after_import = lambda: log.append('before'), lambda: None
-registration.REGISTERED = {f'{name.lower()}_arch': ('ARCH_REGISTRY', (name,)) for name in ('Bold', 'Shy')}
-def check(times=1):
+def setup():
+    toolbox.repair_before_import, toolbox.repair_after_import = lambda: log.append('before'), lambda: None
+    registration.REGISTERED = {f'{name.lower()}_arch': ('ARCH_REGISTRY', (name,)) for name in ('Bold', 'Shy')}
+def check():
     from basicsr.utils.registry import ARCH_REGISTRY
     import bold_arch, shy_arch
     assert ARCH_REGISTRY._obj_map == {'Bold': bold_arch.Bold, 'Shy': shy_arch.Shy}, ARCH_REGISTRY._obj_map
-    assert log.lines == ['before', 'basicsr'] * times, log.lines
+    assert log.lines == ['before', 'basicsr'], log.lines
+setup()
 """
 
 
+def run(code: str, path: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(path), str(ROOT)]), 'OMP_NUM_THREADS': '1'}
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
+
+
 @pytest.fixture
-def run(tmp_path):
-    """Run code in a new process with stubs of `basicsr` and of the plugin."""
+def stubs(tmp_path) -> Path:
+    """Return a folder with stubs of `basicsr` and of the plugin."""
     for name, text in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-
-    def run(code: str, setting: str = SETTING) -> subprocess.CompletedProcess:
-        environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT)])}
-        return subprocess.run([sys.executable, '-c', setting + code], capture_output=True, text=True, env=environment)
-
-    return run
+    return tmp_path
 
 
-@pytest.mark.parametrize(
-    'order',
-    [
-        'import basicsr',
-        'from basicsr.archs import build_network; assert build_network() == "net"',
-        'import basicsr.utils.registry',
-        'import bold_arch',  # imports BasicSR itself, so it is incomplete during registration
-        'import shy_arch; import basicsr',
-        'import shy_arch; assert "basicsr" not in sys.modules; import bold_arch',
-        'import basicsr, importlib; importlib.reload(ast_plugin); ast_plugin.registration.install()\n'
-        'log.lines[:] = log.lines[:2]',
-    ],
-)
-def test_orders(run, order):
-    result = run(f'{order}\ncheck()')
-    assert result.returncode == 0, result.stderr
-
-
-def test_reloaded_modules_are_registered(run):
-    result = run(
-        'import basicsr, bold_arch\nformer = bold_arch.Bold\nimportlib.reload(bold_arch)\n'
-        'assert bold_arch.Bold is not former\ncheck()\nimportlib.reload(basicsr)\ncheck(times=2)'
-    )
-    assert result.returncode == 0, result.stderr
-
-
-def test_threads_see_everything_registered(run):
-    result = run("""
+ORDERS = {
+    'basicsr': 'import basicsr',
+    'function': 'from basicsr.archs import build_network; assert build_network() == "net"',
+    'registry': 'import basicsr.utils.registry',
+    'importer': 'import bold_arch',  # imports BasicSR itself, so it is incomplete during registration
+    'module first': 'import shy_arch; import basicsr',
+    'both': 'import shy_arch; assert "basicsr" not in sys.modules; import bold_arch',
+    'reloaded plugin': """
+import basicsr, importlib
+importlib.reload(ast_plugin)
+ast_plugin.registration.install()
+log.lines[:] = log.lines[:2]
+""",
+    'installed twice': """
+importlib.reload(registration).install()
+assert sum(finder.__class__.__module__ == 'ast_plugin.registration' for finder in sys.meta_path) == 1
+setup()
+import basicsr
+""",
+    'reloaded modules': """
+import basicsr, bold_arch
+former = bold_arch.Bold
+importlib.reload(bold_arch)
+assert bold_arch.Bold is not former
+check()
+importlib.reload(basicsr)
+assert log.lines == ['before', 'basicsr'] * 2
+log.lines[:] = log.lines[:2]
+""",
+    'threads': """
 failed = []
 def use():
     from basicsr.archs import build_network
@@ -98,13 +102,8 @@ threads = [threading.Thread(target=use) for _ in range(8)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 assert not failed, failed
-""")
-    assert result.returncode == 0, result.stderr
-
-
-def test_loader_that_is_a_class(run):
-    """The loader of frozen modules is a class, too."""
-    result = run("""
+""",
+    'loader that is a class, as of frozen modules': """
 from importlib.machinery import PathFinder
 found = PathFinder.find_spec('basicsr')
 loader = found.loader
@@ -117,13 +116,8 @@ found.loader = Loader
 sys.meta_path.insert(1, Finder)
 import basicsr
 assert basicsr.__spec__.loader is Loader and 'exec_module' in vars(Loader)
-check()
-""")
-    assert result.returncode == 0, result.stderr
-
-
-def test_looking_does_not_import(run):
-    result = run("""
+""",
+    'looking does not import': """
 spec = importlib.util.find_spec('basicsr')
 assert spec.origin.endswith('__init__.py') and 'append' in spec.loader.get_source('basicsr')
 assert not log.lines and 'basicsr' not in sys.modules
@@ -131,39 +125,29 @@ from importlib.metadata import version; version('pip')
 import basicsr, inspect
 assert type(basicsr.__loader__) is type(basicsr.__spec__.loader) is type(log.__loader__)
 assert 'append' in inspect.getsource(basicsr)
-check()
-""")
-    assert result.returncode == 0, result.stderr
-
-
-def test_installing_twice_watches_once(run):
-    again = 'import ast_plugin, importlib\nimportlib.reload(ast_plugin.registration).install()\n'
-    result = run(
-        """
-assert sum(finder.__class__.__module__ == 'ast_plugin.registration' for finder in sys.meta_path) == 1
-import basicsr; check()
 """,
-        again + SETTING,
-    )
+}
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_orders(stubs, order):
+    result = run(f'{SETTING}{ORDERS[order]}\ncheck()', stubs)
     assert result.returncode == 0, result.stderr
 
 
-def test_without_basicsr(run, tmp_path):
-    shutil.rmtree(tmp_path / 'basicsr')
-    result = run("""
-sys.path[:] = [path for path in sys.path if 'site-packages' not in path]
-import basicsr.archs
-""")
-    assert result.stderr.splitlines()[-1].startswith('ModuleNotFoundError: No module named')
+def test_without_basicsr(stubs):
+    shutil.rmtree(stubs / 'basicsr')
+    code = "sys.path[:] = [path for path in sys.path if 'site-packages' not in path]; import basicsr.archs"
+    assert run(SETTING + code, stubs).stderr.splitlines()[-1].startswith('ModuleNotFoundError: No module named')
 
 
-def test_failed_registration_at_import(run):
-    result = run("registration.REGISTERED['other_arch'] = ('ARCH_REGISTRY', ())\nimport basicsr")
+def test_failed_registration_at_import(stubs):
+    result = run(f"{SETTING}registration.REGISTERED['other_arch'] = ('ARCH_REGISTRY', ())\nimport basicsr", stubs)
     assert "No module named 'other_arch'" in result.stderr
 
 
 def test_real_basicsr_imported_first():
-    code = """
+    result = run("""
 from ast_plugin import toolbox, registration
 toolbox.repair_before_import()
 hook = __import__('sys').meta_path.pop(0)
@@ -175,9 +159,7 @@ importlib.reload(ast_plugin)
 assert 'AST' in ARCH_REGISTRY and 'RestorationModel' in MODEL_REGISTRY
 from basicsr import train
 assert train.load_resume_state.__code__.co_filename.endswith('repairs.py')
-"""
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
+""")
     assert result.returncode == 0, result.stderr
 
 
@@ -198,23 +180,12 @@ def registries():
 
 
 def test_promised_names_are_registered():
-    for registry, promised in PROMISED.items():
-        entries = dict(iter(getattr(registries(), registry)))
-        assert sorted(name for name, item in entries.items() if item.__module__.startswith('ast_plugin.')) == promised
-
-
-def test_registering_again_changes_nothing():
     before = {name: dict(iter(getattr(registries(), name))) for name in PROMISED}
+    for registry, promised in PROMISED.items():
+        ours = {name for name, item in before[registry].items() if item.__module__.startswith('ast_plugin.')}
+        assert sorted(ours) == promised
     registration.register_all()
     assert before == {name: dict(iter(getattr(registries(), name))) for name in PROMISED}
-
-
-def test_basicsr_builds_what_is_registered():
-    from basicsr.archs import build_network
-    from basicsr.losses import build_loss
-
-    assert type(build_network({'type': 'AST_XS', 'img_size': 128})).__name__ == 'AST'
-    assert type(build_loss({'type': 'ASTCharbonnierLoss'})).__name__ == 'ASTCharbonnierLoss'
 
 
 def named(module: str, name: str = 'Net', qualname: str | None = None) -> type:

@@ -45,12 +45,12 @@ logger: {print_freq: 1, save_checkpoint_freq: !!float 2, use_tb_logger: false}
 """
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, num_pairs: int = 4) -> Path:
     """Write the pairs and the option file into `folder` and return the path of the file."""
     generator = np.random.default_rng(0)
     for kind in ('lq', 'gt'):
         (folder / 'data' / kind).mkdir(parents=True)
-    for number in range(4):
+    for number in range(num_pairs):
         clean = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
         cv2.imwrite(str(folder / 'data' / 'gt' / f'{number}.png'), clean)
         cv2.imwrite(str(folder / 'data' / 'lq' / f'{number}.png'), clean // 2)

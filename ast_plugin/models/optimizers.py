@@ -1,11 +1,13 @@
 """Optimisers by name, from torch.optim and the optional package pytorch_optimizer, and learning-rate schedules."""
 
 import importlib
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
+from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -123,16 +125,22 @@ class WarmupCosineLR(LRScheduler):
 
 
 SCHEDULERS = {'WarmupCosineLR': WarmupCosineLR}
+BASICSR_SCHEDULERS = {
+    'MultiStepLR': MultiStepRestartLR,
+    'MultiStepRestartLR': MultiStepRestartLR,
+    'CosineAnnealingRestartLR': CosineAnnealingRestartLR,
+}
 
 
-def build_schedule(optimizer: Optimizer, train: Mapping[str, Any]) -> LRScheduler | None:
-    """Build the schedule of `train.scheduler`; return None if it is not one of the plugin's."""
-    options = dict(train['scheduler'])
-    kind = SCHEDULERS.get(options.pop('type'))
-    if kind is None:
-        return None
-    given = {key: train[key] for key in ('total_iter', 'iters_per_epoch') if train.get(key) is not None}
-    return kind(optimizer, **{**given, **options})
+def build_schedule(optimizer: Optimizer, train: Mapping[str, Any]) -> LRScheduler:
+    """Build the schedule of `train.scheduler` by name, the plugin's or BasicSR's."""
+    options, known = dict(train['scheduler']), {**BASICSR_SCHEDULERS, **SCHEDULERS}
+    name = options.pop('type')
+    if name not in known:
+        raise OptionError(f'no schedule is named {name}{did_you_mean(name, known)}')
+    accepted = inspect.signature(known[name]).parameters
+    lengths = {key: train.get(key) for key in ('total_iter', 'iters_per_epoch') if key in accepted}
+    return known[name](optimizer, **{**lengths, **options})
 
 
 def restore_rates(schedule: LRScheduler) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
-import inspect
 import io
 import itertools
 import logging
@@ -14,16 +13,16 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.error import URLError
 
 import numpy as np
 import torch
 from basicsr.archs.vgg_arch import VGG_PRETRAIN_PATH
 from basicsr.metrics import calculate_metric
-from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import logger as basicsr_logger
 from basicsr.utils import registry, tensor2img
@@ -39,7 +38,7 @@ from ast_plugin.errors import CheckpointError, DataError, OptionError, PluginErr
 from ast_plugin.evaluation.protocols import PROTOCOLS, read_protocol
 from ast_plugin.evaluation.validator import name_of
 from ast_plugin.models import run_state
-from ast_plugin.models.optimizers import SCHEDULERS, find_optimizer
+from ast_plugin.models.optimizers import BASICSR_SCHEDULERS, SCHEDULERS, build_schedule, find_optimizer
 from ast_plugin.models.restoration_model import RestorationModel
 from ast_plugin.models.run_log import RunLog, TrainingProgress
 from ast_plugin.models.training_step import batch_size, check_switches, compute_losses
@@ -49,11 +48,6 @@ from ast_plugin.options.sections import Registered
 from ast_plugin.plugins import load_plugins
 
 KINDS = ('arch', 'dataset', 'loss', 'metric', 'model')
-_BASICSR_SCHEDULERS = {
-    'MultiStepLR': MultiStepRestartLR,
-    'MultiStepRestartLR': MultiStepRestartLR,
-    'CosineAnnealingRestartLR': CosineAnnealingRestartLR,
-}
 _FOLDERS = {'experiments_root', 'results_root', 'models', 'training_states', 'log', 'visualization'}  # keys of `path`
 _WANDB_OFFLINE = ('offline', 'dryrun', 'disabled')
 _METRIC_IMAGE_SIDE = 192  # NIQE needs two blocks of 96
@@ -69,7 +63,7 @@ def load_registered() -> Registered:
     failed = load_plugins()
     return Registered(
         by_kind={kind: dict(iter(getattr(registry, f'{kind.upper()}_REGISTRY'))) for kind in KINDS},
-        schedulers=_BASICSR_SCHEDULERS,
+        schedulers=BASICSR_SCHEDULERS,
         own_schedulers=SCHEDULERS,
         protocols={name: tuple(protocol.metrics) for name, protocol in PROTOCOLS.items()},
         failed_plugins=failed,
@@ -129,17 +123,9 @@ def check(
         return checkpoints
 
 
-@contextmanager
-def _logger_untouched() -> Iterator[None]:
+def _logger_untouched() -> AbstractContextManager:
     """Prevent BasicSR from configuring its logger, which is done on first use, before the log file exists."""
-    known = basicsr_logger.initialized_logger
-    present = dict(known)
-    known['basicsr'] = True
-    try:
-        yield
-    finally:
-        known.clear()
-        known.update(present)
+    return patch.dict(basicsr_logger.initialized_logger, basicsr=True)
 
 
 @contextmanager
@@ -259,12 +245,10 @@ def _check_training(train: Mapping[str, Any], source: str) -> dict[str, nn.Modul
             continue
         parameters = [torch.zeros(1, requires_grad=True)]
         optimizer = _build(f'{source}: train.{key}', find_optimizer(options['type']), options, params=parameters)
-        schedule = train.get('scheduler') or {}
-        target = {**SCHEDULERS, **_BASICSR_SCHEDULERS}.get(schedule.get('type'))
-        if target is not None:
-            given = {name: train[name] for name in ('total_iter', 'iters_per_epoch') if train.get(name) is not None}
-            own = {name: given[name] for name in given if name in inspect.signature(target).parameters} | schedule
-            _build(f'{source}: train.scheduler', target, own, optimizer=optimizer)
+        name = (train.get('scheduler') or {}).get('type')
+        if name in {*SCHEDULERS, *BASICSR_SCHEDULERS}:  # third-party models may have others
+            with _explain_errors(f'{source}: train.scheduler', name):
+                build_schedule(optimizer, train)
     return {
         key: _build(f'{source}: train.{key}', registry.LOSS_REGISTRY.get(options['type']), options)
         for key, options in train.items()
@@ -500,13 +484,9 @@ def _iterate_later_samples(source: str, key: str, opt: Mapping[str, Any]) -> Ite
 def _silenced() -> Iterator[None]:
     """Suppress output and warnings, which the run itself would repeat."""
     logger = logging.getLogger('basicsr')
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logger.disabled = was_disabled
+    with patch.object(logger, 'disabled', True), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
 
 
 @contextmanager
@@ -541,13 +521,10 @@ def _try_validation(
     """Restore a corner of the first validation image and measure; see `_try_metrics` for later images."""
     height, width = sample['lq'].shape[-2:]
     corner = sample['lq'][..., :_VALIDATED_SIDE, :_VALIDATED_SIDE]
-    was_train, model.is_train = model.is_train, False
-    try:
+    with patch.object(model, 'is_train', False):
         model.feed_data(default_collate([{**sample, 'lq': corner}]))
         model.test()
         result = model.get_current_visuals()['result']
-    finally:
-        model.is_train = was_train
     is_ours = isinstance(model, RestorationModel)
     metrics = model.validator.metrics if is_ours else opt['val'].get('metrics')
     has_clean = isinstance(sample.get('gt'), Tensor)

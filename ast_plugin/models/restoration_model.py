@@ -1,8 +1,9 @@
 """RestorationModel (`model_type: RestorationModel`), an extension of BasicSR's SRModel for image restoration."""
 
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,9 @@ class RestorationModel(SRModel):
         self.processes = Processes()
         self.validator = Validator.from_options(opt, self._image_path, self.processes)
         self.validated_at: dict[str, int] = {}  # iteration of the last validation by dataset
-        self.notes: set[str] = set()  # notes on memory, each logged once
+        self.note = cache(logging.getLogger('basicsr').info)  # logs each note, such as one on memory, once
         self.log_dict: Mapping[str, float] = {}
         self.run_log = RunLog.from_options(opt, self.processes.rank)
-        # Parts of the training state, each with state_dict and load_state_dict.
-        self.stateful: dict[str, Any] = {'run_log': self.run_log}
         self.iteration = self.saved_at = self.trained_at = 0
         opt['path'].setdefault('param_key_g', None)  # otherwise SRModel uses 'params'
         super().__init__(opt)
@@ -84,21 +83,11 @@ class RestorationModel(SRModel):
         precision = training_step.Precision(train_opt.get('precision') or 'fp32', self.device)
         precision.check_wrapper(self.net_g)
         self.setup_optimizers()
-        self.setup_schedulers()
+        self.schedulers = [optimizers.build_schedule(optimizer, train_opt) for optimizer in self.optimizers]
         self.mixing = training_step.build_mixup(train_opt, self.opt.get('manual_seed') or 0, self.opt.get('rank', 0))
         self.step = training_step.TrainingStep(
             self.net_g, self.optimizer_g, precision, train_opt, batch=training_step.batch_size(self.opt)
         )
-        if precision.scaler.is_enabled():
-            self.stateful['scaler'] = precision.scaler
-
-    def setup_schedulers(self) -> None:
-        """Build the plugin's schedules by name, all others as in BasicSR."""
-        own = [optimizers.build_schedule(optimizer, self.opt['train']) for optimizer in self.optimizers]
-        if None in own:
-            super().setup_schedulers()
-        else:
-            self.schedulers += own
 
     @master_only
     def print_network(self, net: nn.Module) -> None:
@@ -162,26 +151,25 @@ class RestorationModel(SRModel):
     def test(self) -> None:
         """Restore the current images, of any size, as defined by the protocol."""
         with network_switches.eager_blocks():
-            self.output = self.validator.protocol.restore(self.evaluated_network, self.lq, on_note=self._note)
+            self.output = self.validator.protocol.restore(self.evaluated_network, self.lq, on_note=self.note)
 
-    def _note(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.add(note)
-            get_root_logger().info(note)
-
-    def dist_validation(self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
-        """Validate with all processes: each restores its share, all receive the results, the first one writes them."""
-        self.nondist_validation(dataloader, current_iter, tb_logger, save_img)
-        self.processes.wait()  # for the first one to write, with a longer timeout than a training step has
-
-    def nondist_validation(
-        self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool
+    def validation(
+        self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool = False
     ) -> None:
         """Restore and measure a dataset, log the means, and save the weights during training if they are the best.
+
+        Each process restores its share, all receive the results, and the first one writes them. The random state of
+        training does not change.
 
         Raises:
             DataError: if the dataset is empty.
         """
+        with randomness.preserved():
+            self._validate(dataloader, current_iter, tb_logger, save_img)
+        self.processes.wait()  # for the first one to write, with a longer timeout than a training step has
+        self._pause(is_over=self.is_train and current_iter > self.opt['train']['total_iter'])
+
+    def _validate(self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
         name = dataloader.dataset.opt['name']
         if len(dataloader) == 0:
             raise DataError(f'the validation set {name} holds no images')
@@ -197,7 +185,7 @@ class RestorationModel(SRModel):
             tb_logger.add_image(tag, join_images(thumbnails), current_iter, dataformats='HWC')
         if not results.mean():
             if self.validator.metrics:
-                self._note(f'{name} is restored but not measured: it has no gt')
+                self.note(f'{name} is restored but not measured: it has no gt')
             return
         self.metric_results = results.mean()
         if not self.is_train:
@@ -300,6 +288,7 @@ class RestorationModel(SRModel):
         state = run_state.collect(self, epoch, current_iter)
         if self.processes.rank == 0:
             folder = Path(self.opt['path']['training_states'])
+            self.run_log.flush(durably=True)
             save_torch(folder / STATE.format(current_iter), state)
             read_state(folder / STATE.format(current_iter))
             keep_newest(folder, STATE, current_iter, self._num_kept())
@@ -325,14 +314,6 @@ class RestorationModel(SRModel):
                         seed=self.opt['manual_seed'],
                     )
                     self.validation(loader, iteration, None, val.get('save_img', False))
-
-    def validation(
-        self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool = False
-    ) -> None:
-        """Validate without changing the random state of training."""
-        with randomness.preserved():
-            super().validation(dataloader, current_iter, tb_logger, save_img)
-        self._pause(is_over=self.is_train and current_iter > self.opt['train']['total_iter'])
 
     def leave_if_asked(self) -> None:
         """Save and stop the run between two iterations if any of its processes has received a stop signal.

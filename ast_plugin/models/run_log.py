@@ -60,7 +60,6 @@ class TrainingProgress:
         is_shown: bool = True,
     ) -> None:
         self.best = ''
-        self.total_iter = total_iter
         self.device = device or torch.device('cpu')
         self.waited = self.worked = 0.0  # seconds per iteration, moving averages
         self._stamp: float | None = None
@@ -99,7 +98,7 @@ class TrainingProgress:
         shown += [f'data {self.data_share:.0%}', memory(self.device), self.best]
         self.bar.set_postfix_str(', '.join(filter(None, shown)), refresh=False)
         self.bar.update()
-        if self.bar.n >= self.total_iter:
+        if self.bar.n >= self.bar.total:
             self.bar.close()
 
     def _time_over_average(self, usual: float) -> float:
@@ -131,8 +130,7 @@ class RunLog:
 
     The table has a row for each iteration (iteration, epoch as counted by BasicSR, learning rate of the first parameter
     group, losses) and for each validation (iteration, epoch, and the means in the columns `dataset/metric`), in full
-    precision. Rows are buffered until `flush`. A training state stores its number of rows; a run resumed from it
-    removes later rows.
+    precision. Rows are buffered until `flush`. A resumed run removes the rows that it is about to repeat.
 
     Args:
         folder: the experiment's folder; None, for all processes except the first, writes nothing.
@@ -158,11 +156,8 @@ class RunLog:
         self.flush_every = min(flush_every, _MAX_BUFFERED_ROWS)
         self._columns = [*FIXED]
         self._rows: list[dict[str, Any]] = []
-        self._num_written = 0
-        self._num_to_keep: int | None = None
-        self._validated: dict[str, int] = {}  # iteration of the last row by dataset
         self._is_begun = False
-        self._num_drawn = 0
+        self._is_drawn = True  # whether the curve shows all rows in the table
         self._due_at = time.monotonic() + _SECONDS_BETWEEN_CURVES
 
     @classmethod
@@ -187,75 +182,64 @@ class RunLog:
             self.flush()
 
     def add_validation(self, current_iter: int, dataset: str, means: Mapping[str, float]) -> None:
-        """Add the means of a validation, once per dataset and iteration even if a resumed run repeats it."""
-        if self._validated.get(dataset) == current_iter:
-            return
-        self._validated[dataset] = current_iter
+        """Add the means of a validation."""
         name = ' '.join(dataset.split())
         self._add(current_iter, {f'{name}/{metric}': value for metric, value in means.items()})
 
     def flush(self, durably: bool = False) -> None:
-        """Write buffered rows, synced to disk if `durably`; if that fails, log a warning and keep the rows."""
-        if not self._rows:
+        """Write buffered rows, and sync the table if `durably`; if that fails, log a warning and keep the rows."""
+        if not self._rows and not (durably and self._is_begun and self.table.is_file()):
             return
         with only_warn(f'{self.table} cannot be written, its rows are kept in memory'):
-            self._begin(self._rows[0]['iter'])
+            self._begin()
             new = dict.fromkeys(name for row in self._rows for name in row if name not in self._columns)
             if new:
                 self._rewrite([row + ',' * len(new) for row in _read_lines(self.table)[1]], [*self._columns, *new])
             self._append(durably)
-            self._num_written += len(self._rows)
             self._rows.clear()
+            self._is_drawn = False
 
     def draw(self, at_once: bool = False) -> None:
         """Redraw the curve if there are new rows, at most once per minute unless `at_once`."""
         self.flush()
         is_due = at_once or time.monotonic() > self._due_at
-        if not self._is_begun or not is_due or self._num_drawn == self._num_written:
+        if self._is_drawn or not is_due:
             return
         start = time.monotonic()
         with only_warn(f'{self.curve} cannot be drawn'):
             columns = read_columns(self.table)
             write_file(self.curve, draw_curve(columns, self.name, self.best_metric, self.higher_is_better))
-        self._num_drawn = self._num_written
+        self._is_drawn = True
         end = time.monotonic()
         self._due_at = end + max(_SECONDS_BETWEEN_CURVES, (end - start) / _MAX_DRAWING_SHARE)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of rows so far, after syncing them to disk if possible."""
-        self.flush(durably=True)
-        written = self._num_written if self._is_begun else self._num_to_keep or 0
-        return {'rows': written + len(self._rows), 'validated': dict(self._validated)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the stored number of rows; must be called before the first iteration."""
-        self._num_to_keep = state['rows']
-        self._validated = dict(state['validated'])
 
     def _add(self, current_iter: int, values: Mapping[str, float]) -> None:
         if self.folder is None:
             return
-        if not self._rows and not self._is_begun:
-            atexit.register(self.flush)  # keeps the last losses of a failed run
-            with only_warn(f'{self.table} cannot be written, its rows are kept in memory'):
-                self._begin(current_iter)
         epoch = (current_iter - 1) // self.iters_per_epoch if self.iters_per_epoch else ''
         exact = {name: repr(float(value)) for name, value in values.items()}
         self._rows.append({'iter': current_iter, 'epoch': epoch, **exact})
+        if len(self._rows) == 1 and not self._is_begun:
+            atexit.register(self.flush)  # keeps the last losses of a failed run
+            with only_warn(f'{self.table} cannot be written, its rows are kept in memory'):
+                self._begin()
 
-    def _begin(self, current_iter: int) -> None:
-        """Open the table; keep the rows of the resumed state or, without one, those of earlier iterations."""
+    def _begin(self) -> None:
+        """Open the table; keep the rows of earlier iterations, and that of the same one if a validation comes first."""
         if self._is_begun and self.table.is_file():
             return
         columns, rows = [*FIXED], []
-        if self.table.is_file() and (current_iter > 1 or self._num_to_keep is not None):
+        first = self._rows[0]['iter'], 'lr' not in self._rows[0]
+        if self.table.is_file() and first > (1, False):
             try:
                 header, rows = _read_lines(self.table)
                 columns = next(csv.reader([header]))
                 if columns[: len(FIXED)] != [*FIXED]:
                     raise ValueError(f'expected columns starting with {", ".join(FIXED)}')
-                num_before = sum(int(row.partition(',')[0]) < current_iter for row in rows)
-                rows = rows[: num_before if self._num_to_keep is None else self._num_to_keep]
+                fixed = [row.split(',')[: len(FIXED)] for row in rows]
+                rows = [
+                    row for row, (iteration, _, lr) in zip(rows, fixed, strict=True) if (int(iteration), not lr) < first
+                ]
             except (ValueError, StopIteration) as error:
                 aside = self.table.with_name(f'{self.table.name}.damaged')
                 self.table.replace(aside)
@@ -287,7 +271,7 @@ class RunLog:
         csv.writer(header, lineterminator='').writerow(columns)
         text = '\n'.join([header.getvalue(), *rows, ''])
         write_file(self.table, text.encode())
-        self._columns, self._num_written = columns, len(rows)
+        self._columns = columns
 
 
 def read_columns(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -2,8 +2,8 @@
 
 A training state is one self-contained file of tensors and plain values. In addition to BasicSR's keys (`epoch`, `iter`,
 `optimizers`, `schedulers`) it holds the weights under `params` and `params_ema`, as in weights files, the best values,
-the random states of all processes, the options that training depends on, and the states of the parts in the model's
-`stateful`. The position within the epoch follows from the iteration, see `data.randomness.epoch_of`.
+the random states of all processes, the options that training depends on, and the loss scale of `fp16`. The position
+within the epoch follows from the iteration, see `data.randomness.epoch_of`.
 
 A resumed run applies its current options: learning rates are those of a run with these options from its beginning.
 `misfits` reports incompatible options before training starts.
@@ -38,7 +38,7 @@ def collect(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
         'schedulers': [scheduler.state_dict() for scheduler in model.schedulers],
         'best_metric_results': getattr(model, 'best_metric_results', {}),
         'options': model.recorded,
-        'parts': {name: part.state_dict() for name, part in model.stateful.items()},
+        'parts': {'scaler': model.step.precision.scaler.state_dict()},  # empty unless `fp16`
         'random': model.processes.gather([here]),
     }
 
@@ -62,7 +62,8 @@ def restore(model: Any, state: dict[str, Any], recorded: Mapping[str, Any] | Non
         for number, (optimizer, saved) in enumerate(zip(model.optimizers, state['optimizers'], strict=True)):
             key, given = options[number] if number < len(options) else ('', {})
             before = given if recorded is None else _optimizer_options(old)[number][1] if old else None
-            if model.opt.get('force_resume') and _optimizer_misfit(given, saved, before, optimizer):
+            shapes = [parameter.shape for group in optimizer.param_groups for parameter in group['params']]
+            if model.opt.get('force_resume') and _optimizer_misfit(given, saved, before, shapes):
                 logger.warning(f'train.{key}: reset, because the state does not fit it')
             else:
                 reported |= _restore_optimizer(optimizer, saved, f'train.{key}', given, before)
@@ -80,12 +81,12 @@ def restore(model: Any, state: dict[str, Any], recorded: Mapping[str, Any] | Non
         lines = '; '.join(f'{key}: {change}' for key, change in reported.items())
         logger.warning(f'Options that differ from the training state apply from here on: {lines}')
     missing = []
-    for name, part in getattr(model, 'stateful', {}).items():
-        if name in state.get('parts', {}):
-            part.load_state_dict(state['parts'][name])
-        else:
-            missing.append(name)
-    if hasattr(model, 'processes'):
+    if hasattr(model, 'processes'):  # a RestorationModel
+        scaler, scale = model.step.precision.scaler, state.get('parts', {}).get('scaler')
+        if scale:
+            scaler.load_state_dict(scale)
+        elif scaler.is_enabled():
+            missing.append('scaler')
         everyones = state.get('random', [])
         if model.processes.rank < len(everyones):
             randomness.restore(everyones[model.processes.rank])
@@ -164,11 +165,10 @@ def misfits(state: Mapping[str, Any], opt: Mapping[str, Any], parameters: Iterab
     options, saved = _optimizer_options(new), state.get('optimizers') or []
     if len(saved) != len(options):
         lines.append(f'train.optim_*: {len(options)} optimisers, but the state has {len(saved)}')
+    shapes = None if parameters is None else [tensor.shape for tensor in parameters if tensor.requires_grad]
     for number, ((key, given), part) in enumerate(zip(options, saved, strict=False)):
-        reason = _optimizer_misfit(given, part, _optimizer_options(old)[number][1] if old else None)
-        if reason is None and key == 'optim_g' and parameters is not None:
-            reason = _shape_misfit(part, [tensor.shape for tensor in parameters if tensor.requires_grad])
-        if reason:
+        before = _optimizer_options(old)[number][1] if old else None
+        if reason := _optimizer_misfit(given, part, before, shapes if key == 'optim_g' else None):
             lines.append(f'train.{key}: {reason}')
     return lines
 
@@ -184,7 +184,7 @@ def _optimizer_misfit(
     options: Mapping[str, Any],
     saved: Mapping[str, Any],
     before: Mapping[str, Any] | None,
-    optimizer: Optimizer | None = None,
+    shapes: Sequence[Sequence[int]] | None,
 ) -> str | None:
     """Return why a saved state does not fit an optimiser with these options; None if no misfit is found.
 
@@ -192,14 +192,12 @@ def _optimizer_misfit(
         options: with `type` and `lr`.
         saved: the optimiser's state.
         before: the options of the saved optimiser; None if not recorded.
-        optimizer: optimiser whose parameters the state must fit; None if not known.
+        shapes: of the parameters that the state must fit; None if not known.
     """
     if before is not None and before['type'] != options['type']:
         return f'the type is {options["type"]}, but the state is of {before["type"]}'
-    if optimizer is not None:
-        reason = _shape_misfit(saved, [p.shape for group in optimizer.param_groups for p in group['params']])
-        if reason:
-            return reason
+    if shapes is not None and (reason := _shape_misfit(saved, shapes)):
+        return reason
     if before == options or not saved['state']:
         return None
     trial = torch.zeros(1, requires_grad=True)
@@ -221,12 +219,11 @@ def _shape_misfit(saved: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> 
     if count != len(shapes):
         return f'network_g has {len(shapes)} trainable parameters, but the state has {count}'
     for number, part in saved['state'].items():
+        want = shapes[number]
         for name, value in part.items():
-            is_alike = isinstance(value, Tensor) and value.ndim == len(shapes[number]) > 0
-            if is_alike and name.startswith('exp_avg') and value.shape != shapes[number]:
-                return (
-                    f'parameter {number} of network_g is {list(shapes[number])}, but {list(value.shape)} in the state'
-                )
+            is_alike = isinstance(value, Tensor) and value.ndim == len(want) > 0
+            if is_alike and name.startswith('exp_avg') and value.shape != want:
+                return f'parameter {number} of network_g is {list(want)}, but {list(value.shape)} in the state'
     return None
 
 
@@ -239,18 +236,15 @@ def _restore_optimizer(
 ) -> dict[str, str]:
     """Load a state with changed options; return the changes if the state does not record its options."""
     groups, reported = [], {}
+    names = ['initial_lr' if name == 'lr' else name for name in {**(before or {}), **options}]
     for group, values in zip(saved['param_groups'], optimizer.param_groups, strict=True):
+        changed = {name: (_to_list(group.get(name)), _to_list(values[name])) for name in names if name in values}
+        changed = {name: (old, new) for name, (old, new) in changed.items() if old != new}
+        groups.append({**group, **{name: values[name] for name in changed}})
         if before is None:
-            keys = [
-                k for k in ('initial_lr', *options) if k != 'lr' and _to_list(group.get(k)) != _to_list(values.get(k))
-            ]
-        else:
-            keys = [k for k in {**before, **options} if before.get(k) != options.get(k)]
-        keys = [key for key in ('initial_lr' if key == 'lr' else key for key in keys) if key in values]
-        groups.append({**group, **{key: values[key] for key in keys}})
-        for key in keys if before is None else ():
-            change = f'{_to_list(group.get(key))} → {_to_list(values[key])}'
-            reported[f'{where}.{key.removeprefix("initial_")}'] = change
+            reported |= {
+                f'{where}.{name.removeprefix("initial_")}': f'{old} → {new}' for name, (old, new) in changed.items()
+            }
     # Where an optimiser keeps its state, for example on the device if `fused`, depends on the options.
     optimizer.load_state_dict({**saved, 'param_groups': groups})
     return reported

@@ -11,11 +11,12 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from basicsr.utils import logger as basicsr_logger
@@ -204,12 +205,11 @@ def hand_over(module: ModuleType, opt: dict[str, Any], run: Run, stage: Stage) -
         # BasicSR copies the option file into the experiment, possibly after renaming the folder that contains it.
         copy = Path(folder, run.file.name)
         copy.write_bytes(_self_contained(run, stage, opt))
-        original = module.parse_options
-        module.parse_options = lambda root_path, is_train=True: (opt, argparse.Namespace(opt=str(copy)))
+        parsed = opt, argparse.Namespace(opt=str(copy))
         try:
-            yield
+            with patch.object(module, 'parse_options', lambda root_path, is_train=True: parsed):
+                yield
         finally:
-            module.parse_options = original
             close_bars()
             _close_logger()
             wandb = sys.modules.get('wandb')
@@ -233,13 +233,13 @@ def _lock_and_save_on_error(module: ModuleType, folder: Path | None) -> Iterator
     with ExitStack() as held:
 
         def build_model(opt: dict[str, Any]) -> Any:
-            _lock(folder, held)
+            held.enter_context(_lock(folder))
             built.append(build(opt))
             return built[0]
 
-        module.build_model = build_model
         try:
-            yield
+            with patch.object(module, 'build_model', build_model):
+                yield
         except Exception as error:
             iteration = 0
             with suppress(Exception):  # the disk may be what failed
@@ -254,15 +254,15 @@ def _lock_and_save_on_error(module: ModuleType, folder: Path | None) -> Iterator
                 ) from error
             raise
         finally:
-            module.build_model = build
             for model in built:  # not only at exit, when another run may have continued the table
                 getattr(model, 'run_log', RunLog(None)).flush()
 
 
-def _lock(folder: Path | None, held: ExitStack) -> None:
-    """Lock a folder, if it exists, until `held` ends; raise FileError if it is already locked."""
-    if folder is not None and folder.exists():
-        held.enter_context(lock_folder(folder, 'another training with this name is running there', _PATIENCE))
+def _lock(folder: Path | None) -> AbstractContextManager:
+    """Lock a folder if it exists; raises FileError if it is already locked."""
+    if folder is None or not folder.exists():
+        return nullcontext()
+    return lock_folder(folder, 'another training with this name is running there', _PATIENCE)
 
 
 def _self_contained(run: Run, stage: Stage, opt: Mapping[str, Any]) -> bytes:
@@ -322,8 +322,8 @@ class Training:
 
         self.is_first = process['rank'] == 0
         folder = self.run.experiment() if self.is_first else None
-        with ExitStack() as held:  # fail before anything is renamed
-            _lock(folder, held)
+        with _lock(folder):
+            pass  # fails before anything is renamed
         if self.stages[0].name is not None and self.stages is self.run.stages and not self.auto_resume:
             self._archive(self.run.experiment())
         for stage in self.stages:

@@ -196,7 +196,10 @@ class TrainingStep:
     def _apply(self, losses: Losses, iteration: int, images: Sequence[str]) -> tuple[dict[str, float], bool]:
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer)
-        own, values, norm = self._read(losses, self._clip_gradients())
+        total_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clip_grad_norm:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad_norm, total_norm)
+        own, values, norm = self._read(losses, total_norm)
         losses_are_finite = all(map(math.isfinite, values.values()))
         if losses_are_finite and math.isfinite(norm):
             scaler.step(self.optimizer)
@@ -210,14 +213,6 @@ class TrainingStep:
             scaler.update(scaler.get_scale())  # discard this step
         self.optimizer.zero_grad(set_to_none=True)
         return values, False
-
-    def _clip_gradients(self) -> Tensor:
-        """Clip the gradients to `clip_grad_norm` and return their original norm, equal in all processes."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.clip_grad_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad_norm, norm)
-        return norm
 
     def _read(self, losses: Losses, norm: Tensor) -> tuple[dict[str, float], dict[str, float], float]:
         """Return the losses of this process, their means over all processes, and the gradient norm."""
@@ -297,11 +292,12 @@ class Mixup:
 
     def _mix_up(self, lq: Tensor, gt: Tensor, partners: Tensor, generator: np.random.Generator) -> tuple[Tensor, ...]:
         shares = torch.from_numpy(generator.beta(self.options.alpha, self.options.alpha, (len(lq), 1, 1, 1)))
-        mixed = []
-        for images in (lq, gt):
-            share = shares.to(images.device, images.dtype)
-            mixed.append(share * images + (1 - share) * images[partners])
-        return tuple(mixed)
+
+        def mix(images: Tensor) -> Tensor:
+            share = shares.to(images)
+            return share * images + (1 - share) * images[partners]
+
+        return mix(lq), mix(gt)
 
     def _cut_mix(self, lq: Tensor, gt: Tensor, partners: Tensor, generator: np.random.Generator) -> tuple[Tensor, ...]:
         factor = gt.shape[-2] // lq.shape[-2]
@@ -316,13 +312,14 @@ class Mixup:
             cut = round(length * share)
             start = int(generator.integers(length)) - cut // 2
             bounds.append((max(0, start), min(length, start + cut)))
-        mixed = []
-        for images, scale in ((lq, 1), (gt, factor)):
+
+        def mix(images: Tensor, scale: int) -> Tensor:
             box = (..., *(slice(scale * first, scale * last) for first, last in bounds))
-            images = images.clone()
-            images[box] = images[partners][box]
-            mixed.append(images)
-        return tuple(mixed)
+            mixed = images.clone()
+            mixed[box] = images[partners][box]
+            return mixed
+
+        return mix(lq, 1), mix(gt, factor)
 
 
 def build_mixup(train: Mapping[str, Any], seed: int, rank: int) -> Mixup | None:

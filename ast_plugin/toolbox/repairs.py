@@ -1,6 +1,7 @@
 """Repairs of the imported BasicSR: registries, networks, optimisers, distributed launch, training loop and logging.
 
-Most repairs replace a function of BasicSR; the replacement receives the original function as its first argument.
+Most repairs replace a function of BasicSR; the replacement receives the original function as its first argument. A
+docstring names the upstream issue if one is known.
 """
 
 import functools
@@ -11,7 +12,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import torch
@@ -146,28 +147,17 @@ def start_distributed_on_cpus() -> None:
     """Initialize distributed runs with gloo on machines without CUDA.
 
     Fault: distributed runs fail without CUDA, because both initializers in `dist_util` divide by the number of GPUs,
-    set the CUDA device and default to nccl. No upstream issue known; the code's origin, mmcv, had the same fault.
+    set the CUDA device and default to nccl. The code's origin, mmcv, had the same fault.
     """
 
-    def by_torchrun(original, backend, **kwargs):
+    def initialize(original, backend, **options):
         if torch.cuda.is_available():
-            return original(backend, **kwargs)
-        torch.distributed.init_process_group(backend='gloo' if backend == 'nccl' else backend, **kwargs)
+            return original(backend, **options)
+        with patch.multiple(torch.cuda, device_count=lambda: 1, set_device=lambda _: None):
+            original('gloo' if backend == 'nccl' else backend, **options)
 
-    def by_slurm(original, backend, port=None):
-        """Initialize like BasicSR: rank and size from SLURM, the first node as master, default port 29500."""
-        if torch.cuda.is_available():
-            return original(backend, port)
-        environ = os.environ
-        environ['MASTER_PORT'] = str(port) if port is not None else environ.get('MASTER_PORT', '29500')
-        hosts = subprocess.check_output(['scontrol', 'show', 'hostname', environ['SLURM_NODELIST']], text=True)
-        environ['MASTER_ADDR'] = hosts.split()[0]
-        environ['WORLD_SIZE'], environ['RANK'] = environ['SLURM_NTASKS'], environ['SLURM_PROCID']
-        environ['LOCAL_RANK'] = environ.get('SLURM_LOCALID', '0')
-        torch.distributed.init_process_group(backend='gloo' if backend == 'nccl' else backend)
-
-    replace(by_torchrun, '_init_dist_pytorch', dist_util)
-    replace(by_slurm, '_init_dist_slurm', dist_util)
+    replace(initialize, '_init_dist_pytorch', dist_util)
+    replace(initialize, '_init_dist_slurm', dist_util)
 
 
 @replaces('_init_dist_pytorch', dist_util)
@@ -187,8 +177,7 @@ def place_by_local_rank(original, backend, **kwargs):
 def compute_on_the_device(original, self, opt):
     """Place models on the device given by the option `device`, if any.
 
-    Fault: models cannot run on MPS, because `BaseModel` selects CUDA or, with `num_gpu: 0`, the CPU. No upstream issue
-    known.
+    Fault: models cannot run on MPS, because `BaseModel` selects CUDA or, with `num_gpu: 0`, the CPU.
     """
     original(self, opt)
     self.device = torch.device(opt.get('device') or self.device)
@@ -199,7 +188,7 @@ def wrap_networks_on_cpus(original, self, net):
     """Wrap networks in DistributedDataParallel on CPUs.
 
     Fault: distributed training on CPUs fails, because `BaseModel.model_to_device` passes the current CUDA device to
-    DistributedDataParallel regardless of the model's device. No upstream issue known.
+    DistributedDataParallel regardless of the model's device.
     """
     if self.opt['dist'] and self.device.type == 'cpu':
         unused = self.opt.get('find_unused_parameters', False)
@@ -234,7 +223,7 @@ def build_msrresnet_at_scale_1(original, self, num_in_ch=3, num_out_ch=3, num_fe
     """Support `upscale: 1` (restoration) in `MSRResNet`, as in EDSR, RCAN and SwinIR.
 
     Fault: the constructor raises AttributeError at scale 1, because it initializes `upconv1`, which exists for scales
-    2, 3 and 4 only. Its `forward` supports scale 1. No upstream issue known.
+    2, 3 and 4 only. Its `forward` supports scale 1.
     """
     original(self, num_in_ch, num_out_ch, num_feat, num_block, 2 if upscale == 1 else upscale)
     if upscale == 1:
@@ -247,7 +236,7 @@ def build_swinir_without_warning(original, self, *args, **kwargs):
     """Suppress the warning about `torch.meshgrid` when SwinIR is built.
 
     Fault: building SwinIR emits a UserWarning, because its `WindowAttention` calls `torch.meshgrid` without `indexing`,
-    which torch 1.10 introduced. The default indexing is the intended one. No upstream issue known.
+    which torch 1.10 introduced. The default indexing is the intended one.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'torch.meshgrid: in an upcoming release', UserWarning)
@@ -259,7 +248,7 @@ def sample_full_batches() -> None:
     """Replace BasicSR's `EnlargedSampler` by `ast_plugin.data.randomness.EpochSampler`.
 
     Fault: `EnlargedSampler` shuffles by the epoch alone and ignores the seed. The loader drops the last partial batch,
-    so a dataset smaller than one batch is never trained on, without any message. No upstream issue known.
+    so a dataset smaller than one batch is never trained on, without any message.
     """
     train.EnlargedSampler = EpochSampler
 
@@ -274,7 +263,7 @@ def resume_anywhere(original, opt):
 
     Fault: `load_resume_state` fails without CUDA, because it always calls `torch.cuda.current_device()`. With
     `--auto_resume` it searches `experiments/` in the working directory regardless of the root path, and selects the
-    state with the highest number even if the file is truncated. No upstream issue known.
+    state with the highest number even if the file is truncated.
     """
     path = opt['path'].get('resume_state')
     if opt['auto_resume']:
@@ -314,7 +303,7 @@ def resume_within_epochs() -> None:
     """Resume in the middle of an epoch, with the samples that an uninterrupted run would have seen.
 
     Fault: the training loop restarts an interrupted epoch, so some images are used twice and others not at all. Random
-    augmentation depends on all earlier random numbers and on the number of workers. No upstream issue known.
+    augmentation depends on all earlier random numbers and on the number of workers.
     """
 
     def build_dataset(original, opt):
@@ -355,7 +344,7 @@ def start_loading_once() -> None:
 
     Fault: BasicSR's prefetchers start the workers on construction, before `set_epoch`; the loop then resets them and
     discards the loaded data. If a worker is killed, torch raises at an arbitrary point of the loop, for example when an
-    optimiser step has updated half of the weights. No upstream issue known.
+    optimiser step has updated half of the weights.
     """
 
     def started_by_reset(kind):
@@ -372,9 +361,7 @@ def start_loading_once() -> None:
                 with workers.block_signals():
                     super().reset()
                 is_main = threading.current_thread() is threading.main_thread()
-                if is_main and _is_torch_handler(
-                    signal.getsignal(_CHILD_SIGNAL)
-                ):  # torch sets its handler once per process
+                if is_main and _is_torch_handler(signal.getsignal(_CHILD_SIGNAL)):  # torch sets it once per process
                     signal.signal(_CHILD_SIGNAL, signal.SIG_DFL if _is_torch_handler(handler) else handler)
 
             def next(self):
@@ -397,7 +384,7 @@ def raise_errors_of_prefetching() -> None:
     """Raise an error of the thread that loads batches with `prefetch_mode: cpu` in the training loop.
 
     Fault: after such an error, for example a damaged image, training waits forever, because the thread ends without
-    putting anything into the queue. No upstream issue known.
+    putting anything into the queue.
     """
 
     def run(original, self):
@@ -421,7 +408,7 @@ def archive_under_free_names(original, path):
     """Archive the folder of an older run under an unused name.
 
     Fault: `mkdir_and_rename` appends the time in seconds. If two runs start within the same second, the second one
-    fails or moves the first one's folder into another archive. No upstream issue known.
+    fails or moves the first one's folder into another archive.
     """
     time_string = misc.get_time_str
 
@@ -430,19 +417,15 @@ def archive_under_free_names(original, path):
         names = itertools.chain([name], (f'{name}_{number}' for number in itertools.count(2)))
         return next(name for name in names if not Path(f'{path}_archived_{name}').exists())
 
-    misc.get_time_str = free_name
-    try:
+    with patch.object(misc, 'get_time_str', free_name):
         original(path)
-    finally:
-        misc.get_time_str = time_string
 
 
 @replaces('init_tb_loggers', train)
 def purge_tensorboard(original, opt):
     """Purge the TensorBoard events that a run wrote after the resumed state.
 
-    Fault: after resuming, the same steps are logged again into another file, and TensorBoard shows both. No upstream
-    issue known.
+    Fault: after resuming, the same steps are logged again into another file, and TensorBoard shows both.
     """
     tb_logger = original(opt)
     if tb_logger is not None and opt.get('resumed_iter'):
@@ -481,8 +464,7 @@ class SparedWriter:
 def spare_runs_from_tensorboard(original, opt):
     """Continue a run when TensorBoard's files cannot be written or its package cannot be imported.
 
-    Fault: any exception of the TensorBoard writer, for example on a full disk, stops the training. No upstream issue
-    known.
+    Fault: any exception of the TensorBoard writer, for example on a full disk, stops the training.
     """
     is_wanted = opt['logger'].get('use_tb_logger') and 'debug' not in opt['name'] and not opt.get('rank')
     tb_logger = None
@@ -504,7 +486,7 @@ def write_every_name() -> None:
 
     Fault: both use the locale's encoding. A log line with a file name that it cannot encode is lost with a traceback;
     `copy_opt_file`, which adds the command line to the copy, stops the run. Terminal control sequences in names are
-    written to the terminal unescaped. No upstream issue known.
+    written to the terminal unescaped.
     """
     logging.getLogger('basicsr').addFilter(_escape_names)
     file_handler = functools.partial(logging.FileHandler, encoding='utf-8', errors='backslashreplace')
@@ -535,8 +517,7 @@ def count_down_to_zero(original, self, *args, **kwargs):
 def show_rates_in_tensorboard(original, self, log_vars):
     """Write learning rates to TensorBoard in addition to the losses.
 
-    Fault: TensorBoard shows no learning rates, because `MessageLogger` removes them from the logged values. No upstream
-    issue known.
+    Fault: TensorBoard shows no learning rates, because `MessageLogger` removes them from the logged values.
     """
     if self.use_tb_logger and self.tb_logger is not None and 'debug' not in self.exp_name:
         for number, rate in enumerate(log_vars['lrs']):

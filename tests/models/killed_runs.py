@@ -25,53 +25,13 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401 (draws the curves)
 import numpy as np
 import torch._dynamo  # noqa: F401 (torch.optim imports it on first use)
+import yaml
 
 from ast_plugin.cli.main import main as basicsr
 from ast_plugin.evaluation.validator import Validator
 from ast_plugin.models.restoration_model import RestorationModel
+from tests import tiny_run
 
-OPTIONS = """\
-name: run
-model_type: RestorationModel
-num_gpu: 0
-manual_seed: 3
-datasets:
-  train:
-    name: train
-    type: PairsDataset
-    dataroot_lq: data/lq
-    dataroot_gt: data/gt
-    io_backend: {type: disk}
-    gt_size: 16
-    use_hflip: true
-    use_rot: true
-    num_worker_per_gpu: 0
-    batch_size_per_gpu: 2
-  val:
-    name: val
-    type: PairsDataset
-    dataroot_lq: data/val_lq
-    dataroot_gt: data/val_gt
-network_g:
-  type: AST
-  img_size: 16
-  embed_dim: 4
-  depths: [1, 1, 1, 1, 1, 1, 1, 1, 1]
-  num_heads: [1, 1, 1, 1, 1, 1, 1, 1, 1]
-  drop_path_rate: 0.2
-path: {}
-train:
-  ema_decay: 0.9
-  total_iter: 40
-  optim_g: {type: AdamW, lr: 1e-3}
-  scheduler: {type: WarmupCosineLR, warmup_iter: 20}
-  pixel_opt: {type: ASTCharbonnierLoss}
-val:
-  val_freq: 10
-  metrics:
-    psnr: {type: calculate_psnr, crop_border: 0}
-logger: {print_freq: 1, save_checkpoint_freq: 5, keep_checkpoints: 2, use_tb_logger: false}
-"""
 NUM_PAIRS = 14
 NUM_ITERATIONS = 40
 # Places where a run kills itself, and the maximum number of times that it passes them before.
@@ -82,19 +42,32 @@ STOPS = {2: signal.SIGTERM, 6: signal.SIGINT}
 
 
 def write_data(folder: Path) -> None:
-    """Write pairs of small images and the option file."""
-    generator = np.random.default_rng(0)
-    for kind in ('lq', 'gt', 'val_lq', 'val_gt'):
-        (folder / 'data' / kind).mkdir(parents=True)
-    for number in range(NUM_PAIRS):
-        clean = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-        cv2.imwrite(str(folder / 'data' / 'gt' / f'{number}.png'), clean)
-        cv2.imwrite(str(folder / 'data' / 'lq' / f'{number}.png'), clean // 2)
-    # The network learns to brighten, but validation pairs are identical: the first validation is the best.
-    for kind in ('val_lq', 'val_gt'):
+    """Write pairs of small images and the option file.
+
+    The network learns to brighten, but validation pairs are identical: the first validation is the best.
+    """
+    opt = yaml.safe_load(tiny_run.write(folder, NUM_PAIRS).read_text())
+    roots = {'dataroot_lq': 'data/val_lq', 'dataroot_gt': 'data/val_gt'}
+    for root in roots.values():
+        (folder / root).mkdir()
         for number in range(2):
-            cv2.imwrite(str(folder / 'data' / kind / f'{number}.png'), clean[:16, number:][:, :16])
-    (folder / 'run.yml').write_text(OPTIONS, encoding='utf-8')
+            image = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / root / f'{number}.png'), image)
+    opt['datasets']['train'] |= {'type': 'PairsDataset', 'gt_size': 16}
+    opt['datasets']['val'] = {'name': 'val', 'type': 'PairsDataset', **roots}
+    ones = [1] * 9
+    network = {'type': 'AST', 'img_size': 16, 'embed_dim': 4, 'depths': ones, 'num_heads': ones, 'drop_path_rate': 0.2}
+    train = {
+        'ema_decay': 0.9,
+        'total_iter': NUM_ITERATIONS,
+        'optim_g': {'type': 'AdamW', 'lr': 1e-3},
+        'scheduler': {'type': 'WarmupCosineLR', 'warmup_iter': 20},
+        'pixel_opt': {'type': 'ASTCharbonnierLoss'},
+    }
+    opt |= {'name': 'run', 'model_type': 'RestorationModel', 'network_g': network, 'train': train}
+    opt['val']['val_freq'] = 10
+    opt['logger'] |= {'save_checkpoint_freq': 5, 'keep_checkpoints': 2}
+    (folder / 'run.yml').write_text(yaml.safe_dump(opt), encoding='utf-8')
 
 
 def fork(arguments: list[str], losses: Path, output: Path, place: str | None = None, count: int = 0) -> tuple[int, int]:

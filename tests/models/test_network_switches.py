@@ -66,18 +66,25 @@ def test_the_blocks_of_networks():
     assert network_switches.blocks(plain()) == []
 
 
-@pytest.mark.parametrize('build', [ast, swinir])
-def test_checkpointing_keeps_less(build):
-    network = build()
-    names = list(network.state_dict())
-    want, before = gradients(network), kept_bytes(build())
-    network = network_switches.apply(build(), {'gradient_checkpointing': True})
-    assert list(network.state_dict()) == names
-    for got, expected in zip(gradients(network), want, strict=True):
-        assert torch.equal(got, expected)
-    assert kept_bytes(network_switches.apply(build(), {'gradient_checkpointing': True})) < before
-    for module, original in zip(network.modules(), build().modules(), strict=True):
-        assert isinstance(module, type(original)) and type(module).__name__ == type(original).__name__
+@pytest.mark.parametrize(
+    ('build', 'switches', 'tolerance'),
+    [
+        (ast, {'gradient_checkpointing': True}, 0),
+        (swinir, {'gradient_checkpointing': True}, 0),
+        (msrresnet, {'compile': 'aot_eager', 'gradient_checkpointing': True}, 1e-4),
+        (msrresnet, {'channels_last': True}, 1e-4),
+    ],
+)
+def test_switches_compute_the_same(build, switches, tolerance):
+    """See test_restoration_model.py for a run of AST with compiled blocks."""
+    original, network = build(), network_switches.apply(build(), switches)
+    assert list(network.state_dict()) == list(original.state_dict())
+    for module, other in zip(network.modules(), original.modules(), strict=True):
+        assert isinstance(module, type(other)) and type(module).__name__ == type(other).__name__
+    for got, expected in zip(gradients(network, 16), gradients(original, 16), strict=True):
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance / 100)
+    if 'channels_last' in switches:
+        assert network.conv_first.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_checkpointing_replaces_the_networks_own():
@@ -85,8 +92,7 @@ def test_checkpointing_replaces_the_networks_own():
     for options in ({}, {'use_checkpoint': True}):
         network = network_switches.apply(ast(**options), {'gradient_checkpointing': True})
         assert kept_bytes(network) == own < before / 3
-        for got, expected in zip(gradients(network), gradients(ast()), strict=True):
-            assert torch.equal(got, expected)
+    assert kept_bytes(network_switches.apply(swinir(), {'gradient_checkpointing': True})) < kept_bytes(swinir())
 
 
 @pytest.mark.parametrize('options', [{}, {'use_checkpoint': True}], ids=['switch', 'own'])
@@ -113,17 +119,6 @@ def test_copies_of_checkpointed_networks():
         assert not torch.equal(network(image), image)
 
 
-def test_compiled_blocks_compute_the_same():
-    """See test_restoration_model.py for a run of AST with compiled blocks."""
-    want = gradients(msrresnet())
-    network = msrresnet()
-    names = list(network.state_dict())
-    network_switches.apply(network, {'compile': 'aot_eager', 'gradient_checkpointing': True})
-    assert list(network.state_dict()) == names
-    for got, expected in zip(gradients(network), want, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-
-
 def test_compilation_is_for_one_size_of_patches():
     """Training compiles each block size once; images of other sizes are validated eagerly."""
     seen = []
@@ -144,14 +139,6 @@ def test_compilation_is_for_one_size_of_patches():
     assert len(seen) == compiled
     network.train()(torch.rand(1, 3, 32, 32))
     assert len(seen) == compiled
-
-
-def test_channels_last_computes_the_same():
-    want = gradients(msrresnet(), size=8)
-    network = network_switches.apply(msrresnet(), {'channels_last': True})
-    assert network.conv_first.weight.is_contiguous(memory_format=torch.channels_last)
-    for got, expected in zip(gradients(network, size=8), want, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

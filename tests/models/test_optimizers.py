@@ -36,33 +36,11 @@ def test_every_optimiser_of_torch_makes_a_step(without_extra):
         assert not torch.equal(weight, torch.ones(3, 3)), name
 
 
-def test_fused(device):
-    results = []
-    for fused in (False, True):
-        weight = torch.nn.Parameter(torch.ones(5, device=device))
-        optimizer = build_optimizer('AdamW', [weight], 0.1, fused=fused)
-        for _ in range(3):
-            optimizer.zero_grad()
-            weight.square().sum().backward()
-            optimizer.step()
-        results.append(weight.detach())
-    torch.testing.assert_close(*results)
-
-
 def test_torch_comes_first_then_the_extra(with_extra):
     assert find_optimizer('AdamW') is torch.optim.AdamW
     assert find_optimizer('Lion') is with_extra.Lion
     with pytest.raises(OptionError, match='did you mean Lion'):
         find_optimizer('Lionn')
-
-
-def test_the_real_extra():
-    pytest.importorskip('pytorch_optimizer')
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = build_optimizer('Lion', [weight], 0.1, weight_decay=0.0)
-    weight.sum().backward()
-    optimizer.step()
-    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
 
 
 @pytest.mark.parametrize(
@@ -91,13 +69,18 @@ def test_options_that_are_rejected(name, options):
         build_optimizer(name, [torch.nn.Parameter(torch.ones(2))], 0.1, **options)
 
 
-def test_option_files_may_name_those_of_the_extra():
-    """These optimisers pass their arguments to the base class and set its `defaults` themselves."""
+def test_the_real_extra():
+    """Its optimisers pass their arguments to the base class and set its `defaults` themselves."""
     pytest.importorskip('pytorch_optimizer')
-    lion, where, given = find_optimizer('Lion'), ('train', 'optim_g'), ('params', 'defaults')
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer('Lion', [weight], 0.1, weight_decay=0.0)
+    weight.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
+    where, given = ('train', 'optim_g'), ('params', 'defaults')
     options = {'type': 'Lion', 'lr': 1e-3, 'weight_decay': 0.1}
-    assert argument_faults(lion, options, where, given) == []
-    (fault,) = argument_faults(lion, {**options, 'weight_decay': 'much'}, where, given)
+    assert argument_faults(type(optimizer), options, where, given) == []
+    (fault,) = argument_faults(type(optimizer), {**options, 'weight_decay': 'much'}, where, given)
     assert str(fault).startswith('train.optim_g.weight_decay: expected a number')
 
 
@@ -154,7 +137,7 @@ def test_numbers_that_contradict_one_another(options, told):
         rates(1, **options)
 
 
-def test_lengths_of_the_section():
+def test_schedules_by_name():
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
     train = {'total_iter': 12, 'iters_per_epoch': 3, 'scheduler': {'type': 'WarmupCosineLR', 'warmup_epochs': 2}}
     schedule = build_schedule(optimizer, train)
@@ -163,4 +146,7 @@ def test_lengths_of_the_section():
     schedule = build_schedule(optimizer, train)
     assert (schedule.warmup_steps, schedule.num_steps) == (2, 3)
     assert train['scheduler']['type'] == 'WarmupCosineLR'
-    assert build_schedule(optimizer, {'scheduler': {'type': 'MultiStepLR', 'milestones': [3]}}) is None
+    schedule = build_schedule(optimizer, {**train, 'scheduler': {'type': 'MultiStepLR', 'milestones': [3]}})
+    assert type(schedule).__name__ == 'MultiStepRestartLR'
+    with pytest.raises(OptionError, match='did you mean MultiStepLR'):
+        build_schedule(optimizer, {'scheduler': {'type': 'MultiStep'}})

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import nullcontext
 from copy import deepcopy
 
 import numpy as np
@@ -13,7 +14,6 @@ from ast_plugin.archs.ast_arch import AST
 from ast_plugin.errors import OptionError, ShapeError, TrainingError
 from ast_plugin.losses import ASTCharbonnierLoss, FFTLoss, PSNRLoss
 from ast_plugin.models.training_step import (
-    PRECISIONS,
     Mixup,
     Precision,
     TrainingStep,
@@ -30,6 +30,7 @@ NAMES = ['a.png', 'b.png', 'c.png', 'd.png']
 
 
 def losses_of(output, target):
+    assert output.dtype == torch.float32
     return {name: loss(output, target) for name, loss in LOSSES.items()}
 
 
@@ -146,31 +147,16 @@ def test_infinite_loss_stops_or_is_left_out(precision, value, device, caplog, mo
         assert changed and math.isfinite(values['l_pix'])
 
 
-def test_batches_and_losses_that_cannot_be_cut(device):
+def test_losses_that_cannot_be_cut():
     opt = {'datasets': {'train': {'batch_size_per_gpu': 2}}, 'dist': False, 'num_gpu': 0}
     assert batch_size(opt) == 2
     assert batch_size({**opt, 'num_gpu': 3}) == 6
     assert batch_size({**opt, 'num_gpu': 3, 'dist': True}) == 2
     assert batch_size({'dist': False}) is None
-    network = nn.Conv2d(1, 1, 1)
-    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-    with pytest.raises(OptionError, match='batch of 2 cannot be split into 3'):
-        TrainingStep(network, optimizer, Precision('fp32', device), {'accumulate': 3}, batch=2)
     sums = {'l_pix': nn.L1Loss(), 'l_sum': nn.L1Loss(reduction='sum')}
     check_reductions({}, sums)
     with pytest.raises(OptionError, match='l_sum'):
         check_reductions({'accumulate': 2}, sums)
-
-
-@pytest.mark.parametrize('name', PRECISIONS)
-def test_precision_of_network_and_losses(name, device):
-    precision = Precision(name, device)
-    network = nn.Conv2d(3, 3, 3).to(device)
-    with precision.autocast():
-        output = network(torch.rand(1, 3, 5, 5, device=device))
-    assert output.dtype == (PRECISIONS[name] or torch.float32)
-    assert precision.widen(output).dtype == torch.float32
-    assert precision.scaler.is_enabled() == (name == 'fp16')
 
 
 def test_device_that_cannot_compute_in_it(monkeypatch, device):
@@ -241,74 +227,61 @@ OPT = {
         'on_nonfinite': 'skip',
     },
 }
-
-
-def meta_network():
-    """Return a network on the meta device."""
-    with torch.device('meta'):
-        return AST(img_size=16, embed_dim=4, depths=[1] * 9, num_heads=[1] * 9)
-
-
-def test_all_switches_together_pass():
-    opt = deepcopy(OPT)
-    check_switches(opt, meta_network(), {'pixel_opt': nn.L1Loss()})
-    assert opt == OPT
+WITHOUT = dict.fromkeys(('accumulate', 'gradient_checkpointing', 'compile'))
 
 
 @pytest.mark.parametrize(
-    ('switch', 'told'),
+    ('top', 'switches', 'told'),
     [
-        ({'precision': 'fp8'}, 'train.precision'),
-        ({'accumulate': 5}, 'a batch of 4 cannot be split into 5'),
-        ({'accumulate': -1}, 'accumulate of 1 or more'),
-        ({'on_nonfinite': 'Stop'}, 'on_nonfinite stop or skip'),
-        ({'compile': 'inductr'}, 'no backend'),
-        ({'iters_per_epoch': None}, 'train.iters_per_epoch'),
+        ({}, {}, None),
+        ({'num_gpu': 2}, {'precision': 'fp16'}, None),
+        ({}, {'precision': 'fp8'}, 'train.precision'),
+        ({}, {'accumulate': 5}, 'a batch of 4 cannot be split into 5'),
+        ({}, {'accumulate': -1}, 'accumulate of 1 or more'),
+        ({}, {'on_nonfinite': 'Stop'}, 'on_nonfinite stop or skip'),
+        ({}, {'compile': 'inductr'}, 'no backend'),
+        ({}, {'iters_per_epoch': None}, 'train.iters_per_epoch'),
+        ({'dist': True}, {**WITHOUT, 'cuda_graph': True}, 'cuda_graph cannot be combined with several processes'),
     ],
 )
-def test_switch_that_does_not_apply(switch, told):
-    opt = deepcopy(OPT)
-    opt['train'].update(switch)
-    with pytest.raises(OptionError, match=told):
-        check_switches(opt, meta_network(), {'pixel_opt': nn.L1Loss()})
-
-
-def test_gpus_are_left_alone(monkeypatch):
-    """The precision of a GPU is checked when its process starts."""
-    opt = {**deepcopy(OPT), 'num_gpu': 2}
-    monkeypatch.setattr('torch.nn.functional.conv2d', None)  # not called
-    check_switches(opt, meta_network(), {})
-
-
-def test_several_processes_are_known_beforehand():
-    opt = {**deepcopy(OPT), 'dist': True}
-    opt['train'] = {'iters_per_epoch': 7, 'cuda_graph': True}
-    with pytest.raises(OptionError, match='cuda_graph cannot be combined with several processes'):
-        check_switches(opt, meta_network(), {})
+def test_switches_are_checked_together(top, switches, told, monkeypatch):
+    opt = {**OPT, **top, 'train': {**OPT['train'], **switches}}
+    before = deepcopy(opt)
+    if opt['num_gpu']:  # the precision of a GPU is checked when its process starts
+        monkeypatch.setattr('torch.nn.functional.conv2d', None)  # not called
+    with torch.device('meta'):
+        network = AST(img_size=16, embed_dim=4, depths=[1] * 9, num_heads=[1] * 9)
+    with pytest.raises(OptionError, match=told) if told else nullcontext():
+        check_switches(opt, network, {'pixel_opt': nn.L1Loss()})
+    assert opt == before
 
 
 def mixup_of(kind, seed=0, rank=0, **options):
     return Mixup(MixupOptions(type=kind, start_epoch=1, **options), seed, rank)
 
 
-KINDS = pytest.mark.parametrize('kind', ['mixup', 'cutmix'])
-
-
 def images_of(B=6, C=3, H=9, W=14):
-    """Return constant images with different values and clean images with twice the value, to identify mixed parts."""
-    lq = torch.arange(1.0, B + 1).view(B, 1, 1, 1).expand(B, C, H, W).contiguous()
-    return lq, 2 * lq
+    """Return constant images with different values, to identify mixed parts."""
+    return torch.arange(1.0, B + 1).view(B, 1, 1, 1).expand(B, C, H, W).contiguous()
 
 
-@KINDS
+@pytest.mark.parametrize(('kind', 'scale'), [('mixup', 1), ('cutmix', 1), ('cutmix', 2)])
 @pytest.mark.parametrize('shape', [(6, 3, 9, 14), (2, 1, 1, 1), (1, 4, 5, 3), (3, 3, 16, 2)])
-def test_both_images_are_mixed_alike(kind, shape, device):
-    lq, gt = (tensor.to(device) for tensor in images_of(*shape))
+def test_both_images_are_mixed_alike(kind, scale, shape, device):
+    """Clean images, here with twice the value, may be larger."""
+
+    def clean_of(image):
+        return 2 * image.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+
+    lq = images_of(*shape).to(device)
     before = lq.clone()
-    mixed_lq, mixed_gt = mixup_of(kind)(lq, gt, 3)
+    mixed_lq, mixed_gt = mixup_of(kind)(lq, clean_of(lq), 3)
     assert mixed_lq.shape == lq.shape and mixed_lq.dtype == lq.dtype
-    torch.testing.assert_close(mixed_gt, 2 * mixed_lq)
+    torch.testing.assert_close(mixed_gt, clean_of(mixed_lq))
     assert torch.equal(lq, before)
+    if scale > 1:
+        with pytest.raises(ShapeError, match='CutMix'):
+            mixup_of(kind)(lq, clean_of(lq)[..., :-1], 3)
 
 
 def test_mixup_draws_shares_from_beta():
@@ -330,10 +303,10 @@ def test_mixup_draws_shares_from_beta():
 
 
 def test_cutmix_puts_one_rectangle_over_all():
-    lq, gt = images_of()
+    lq = images_of()
     changed = torch.zeros(9, 14)
     for iteration in range(1, 200):
-        mixed, _ = mixup_of('cutmix', seed=1)(lq, gt, iteration)
+        mixed, _ = mixup_of('cutmix', seed=1)(lq, lq, iteration)
         boxes = [(image[0] != original[0]) for image, original in zip(mixed, lq, strict=True)]
         boxes = [box for box in boxes if box.any()]
         for box in boxes:
@@ -346,16 +319,7 @@ def test_cutmix_puts_one_rectangle_over_all():
     assert changed.mean() == pytest.approx(0.42 * 199, rel=0.25)  # half the area, less the part clipped at the border
 
 
-def test_clean_images_to_mix_may_be_larger():
-    lq, _ = images_of(H=6, W=5)
-    gt = lq.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    mixed_lq, mixed_gt = mixup_of('cutmix')(lq, gt, 1)
-    assert torch.equal(mixed_gt, mixed_lq.repeat_interleave(2, 2).repeat_interleave(2, 3))
-    with pytest.raises(ShapeError, match='CutMix'):
-        mixup_of('cutmix')(lq, gt[..., :-1], 1)
-
-
-@KINDS
+@pytest.mark.parametrize('kind', ['mixup', 'cutmix'])
 def test_mixup_depends_on_seed_rank_and_iteration(kind):
     lq, gt = torch.rand(2, 5, 3, 8, 8)
 
