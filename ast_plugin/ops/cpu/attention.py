@@ -101,8 +101,10 @@ class _AttentionBranch(Branch):
         """Return the one, two or four parts of a group that the shift leaves in one piece: rolled, and original."""
         H, W = self.x.shape[1:3]
         rows, columns = _segments(group.first, group.last, H, self.op.shift), _segments(0, W, W, self.op.shift)
-        pairs = itertools.product(rows, columns)
-        return [tuple((slice(None), row, column) for row, column in zip(*pair, strict=True)) for pair in pairs]
+        return [
+            ((slice(None), row, column), (slice(None), original_row, original_column))
+            for (row, original_row), (column, original_column) in itertools.product(rows, columns)
+        ]
 
     def _split(self, rows: Tensor, count: int) -> Tensor:
         """[b, rows, W, count · C] -> [count, heads, windows, tokens, d]."""
