@@ -17,13 +17,11 @@ import contextlib
 import io
 import statistics
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -41,7 +39,8 @@ from ast_plugin.data.transforms import random_crop, to_float
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import OptionError
 from benchmarks import records
-from benchmarks.records import MEGABYTE, Line, say
+from benchmarks.records import MEGABYTE, Line
+from benchmarks.timing import take_turns
 
 OPENCV, BASICSR = 'OpenCV alone, PNG files', 'BasicSR, its PNG LMDB'
 _BATCH = 8
@@ -50,27 +49,7 @@ _WORKER_ROUNDS = 5
 Read = Callable[[int], Any]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the benchmark.
-
-    Attributes:
-        pairs: number of different pairs.
-        size: side of the images in pixels.
-        patch: side of the patches in pixels.
-        rounds: number of times each reader reads all pairs.
-        workers: numbers of DataLoader worker processes to measure; 0 omits the DataLoader.
-    """
-
-    pairs: int
-    size: int
-    patch: int
-    rounds: int
-    workers: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Reader:
+class Reader(NamedTuple):
     """Method to read pairs by index, with its size on disk and its dataset, if any."""
 
     read: Read
@@ -100,8 +79,8 @@ def write_pairs(folder: Path, num_pairs: int, size: int) -> None:
         write_image(folder / f'lq/{number:05d}.png', ImageFile(np.rint(rainy * 255).astype(np.uint8)))
 
 
-def make_readers(folder: Path, settings: Settings) -> dict[str, Reader]:
-    """Pack the pairs of `folder` in every format and open each; return readers by their names in the table."""
+def make_readers(folder: Path, patch: int) -> dict[str, Reader]:
+    """Pack the pairs of `folder` in every format and open each for patches; return readers by their names."""
     names = sorted(path.name for path in (folder / 'lq').iterdir())
     files = [(str(folder / 'lq' / name), str(folder / 'gt' / name)) for name in names]
     contents = [tuple(np.fromfile(path, np.uint8) for path in pair) for pair in files]
@@ -125,7 +104,7 @@ def make_readers(folder: Path, settings: Settings) -> dict[str, Reader]:
             'dataroot_lq': str(place / f'lq{ending}'),
             'dataroot_gt': str(place / f'gt{ending}'),
             'io_backend': {'type': 'lmdb' if ending else 'disk'},
-            'gt_size': settings.patch,
+            'gt_size': patch,
             'use_hflip': True,
             'use_rot': True,
             **options,
@@ -164,7 +143,7 @@ def _size(place: Path, ending: str) -> int:
     )
 
 
-def measure(readers: Mapping[str, Reader], settings: Settings) -> list[Line]:
+def measure(readers: Mapping[str, Reader], pairs: int, rounds: int) -> list[Line]:
     """Read all pairs with each reader in one thread, measured in CPU time.
 
     Returns:
@@ -173,25 +152,20 @@ def measure(readers: Mapping[str, Reader], settings: Settings) -> list[Line]:
     """
 
     def read_all(reader: Reader) -> None:
-        for number in range(settings.pairs):
+        for number in range(pairs):
             reader.read(number)
 
-    calls = {name: partial(read_all, reader) for name, reader in readers.items()}
     with _single_threaded():
-        seconds = _take_rounds(calls, settings.rounds, time.process_time)
-    return [
-        {
-            **_line(name, seconds, settings.pairs),
-            'of_opencv': _ratio(seconds[OPENCV], seconds[name]),
-            'bytes': readers[name].num_bytes,
-        }
-        for name in readers
-    ]
+        taken = take_turns({name: partial(read_all, reader) for name, reader in readers.items()}, rounds + 1)
+    lines = _make_lines(taken, 'cpu_seconds', pairs)
+    for line in lines:
+        line |= {'of_opencv': _ratio(lines[0], line), 'bytes': readers[line['reader']].num_bytes}
+    return lines
 
 
-def measure_loader(readers: Mapping[str, Reader], settings: Settings, workers: int) -> list[Line]:
+def measure_loader(readers: Mapping[str, Reader], pairs: int, workers: int) -> list[Line]:
     """Read all pairs through PyTorch's DataLoader with worker processes, in wall-clock time; rows as in `measure`."""
-    repeats = max(1, -(-32 * _BATCH // settings.pairs))
+    repeats = max(1, -(-32 * _BATCH // pairs))
     loaders = {
         name: DataLoader(
             ConcatDataset([reader.dataset] * repeats),
@@ -204,36 +178,20 @@ def measure_loader(readers: Mapping[str, Reader], settings: Settings, workers: i
         if reader.dataset is not None
     }
     calls = {name: partial(deque, loader, maxlen=0) for name, loader in loaders.items()}
-    seconds = _take_rounds(calls, _WORKER_ROUNDS, time.perf_counter)
-    return [_line(name, seconds, repeats * settings.pairs) for name in loaders]
+    return _make_lines(take_turns(calls, _WORKER_ROUNDS + 1), 'seconds', repeats * pairs)
 
 
-def _take_rounds(
-    calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Return the seconds of each round by name; calls alternate."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        say(f'round {turn} of {rounds}')
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if turn:  # the first round opens files and fills caches
-                seconds[name].append(clock() - start)
-    return seconds
+def _make_lines(taken: Mapping[str, Line], clock: str, pairs: int) -> list[Line]:
+    """Return the rows of readers from the times of `take_turns`; the first call opens files and fills caches."""
+    lines = {name: {'reader': name, 'seconds': times[clock][1:]} for name, times in taken.items()}
+    for line in lines.values():
+        line['pairs_per_second'] = pairs / statistics.median(line['seconds'])
+        line['of_basicsr'] = _ratio(lines[BASICSR], line)
+    return list(lines.values())
 
 
-def _line(name: str, seconds: Mapping[str, list[float]], num_pairs: int) -> Line:
-    return {
-        'reader': name,
-        'pairs_per_second': num_pairs / statistics.median(seconds[name]),
-        'of_basicsr': _ratio(seconds[BASICSR], seconds[name]),
-        'seconds': [round(value, 5) for value in seconds[name]],
-    }
-
-
-def _ratio(reference: list[float], taken: list[float]) -> float:
-    return statistics.median(one / other for one, other in zip(reference, taken, strict=True))
+def _ratio(reference: Line, line: Line) -> float:
+    return statistics.median(one / other for one, other in zip(reference['seconds'], line['seconds'], strict=True))
 
 
 @contextlib.contextmanager
@@ -264,10 +222,10 @@ def table(lines: Sequence[Line], pairs: int) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py data`."""
-    parser.add_argument('--pairs', type=int, default=48, help='number of pairs (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=256, help='side of the images in pixels (default: %(default)s)')
-    parser.add_argument('--patch', type=int, default=128, help='side of the patches in pixels (default: %(default)s)')
-    parser.add_argument('--rounds', type=int, default=15, help='passes over all pairs (default: %(default)s)')
+    records.add_count(parser, '--pairs', 48, 'number of pairs')
+    records.add_count(parser, '--size', 256, 'side of the images in pixels')
+    records.add_count(parser, '--patch', 128, 'side of the patches in pixels')
+    records.add_count(parser, '--rounds', 15, 'passes over all pairs')
     parser.add_argument(
         '--workers', type=int, nargs='+', default=[2], help='DataLoader worker processes (default: 2); 0 omits them'
     )
@@ -276,22 +234,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, and write the record."""
-    settings = Settings(args.pairs, args.size, args.patch, args.rounds, args.workers)
-    if min(settings.pairs, settings.size, settings.patch, settings.rounds) < 1 or min(settings.workers) < 0:
-        raise OptionError('--pairs, --size, --patch and --rounds must be 1 or more, --workers 0 or more')
-    if settings.patch > settings.size:
-        raise OptionError(f'--patch {settings.patch} must not exceed --size {settings.size}')
+    if min(args.workers) < 0:
+        raise OptionError('--workers must be 0 or more')
+    if args.patch > args.size:
+        raise OptionError(f'--patch {args.patch} must not exceed --size {args.size}')
     with tempfile.TemporaryDirectory() as name:
-        write_pairs(Path(name), settings.pairs, settings.size)
-        readers = make_readers(Path(name), settings)
+        write_pairs(Path(name), args.pairs, args.size)
+        readers = make_readers(Path(name), args.patch)
         results = {
-            'loader': {count: measure_loader(readers, settings, count) for count in settings.workers if count},
-            'one_process': measure(readers, settings),
+            'loader': {count: measure_loader(readers, args.pairs, count) for count in args.workers if count},
+            'one_process': measure(readers, args.pairs, args.rounds),
         }
-    print(f'One process, one thread, patches of {settings.patch}² from {settings.size}²:\n')
-    print(table(results['one_process'], settings.pairs))
+    print(f'One process, one thread, patches of {args.patch}² from {args.size}²:\n')
+    print(table(results['one_process'], args.pairs))
     for workers, lines in results['loader'].items():
         print(f'\nDataLoader, {workers} workers, batch size {_BATCH}:\n')
-        print(table(lines, settings.pairs))
-    records.write(args.json, 'data', asdict(settings), results)
+        print(table(lines, args.pairs))
+    settings = {name: getattr(args, name) for name in ('pairs', 'size', 'patch', 'rounds', 'workers')}
+    records.write(args.json, 'data', settings, results)
     return 0

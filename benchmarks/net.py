@@ -25,10 +25,11 @@ import contextlib
 import inspect
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import basicsr.archs
 import cv2
@@ -41,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ast_plugin import ops
 from ast_plugin.__main__ import main as basicsr
+from ast_plugin.archs.networks import build_network
 from ast_plugin.checkpoints import save_weights
 from ast_plugin.compare.measure import peak_memory
 from ast_plugin.devices import keep_freed_memory
@@ -86,7 +88,7 @@ class Setup:
     """Settings of a path of a case, a method of computing it.
 
     Attributes:
-        net: registered name of the network.
+        network: options of the network, with its registered name as `type`.
         case, path: labels of the row in the table.
         backend: backend of `ast_plugin.ops`.
         precision: `fp32`, or `bf16` by autocast.
@@ -100,7 +102,7 @@ class Setup:
         device: `cpu` or `cuda`.
     """
 
-    net: str
+    network: Mapping[str, Any]
     case: str = ''
     path: str = ''
     backend: str = 'reference'
@@ -133,7 +135,7 @@ def list_setups(net: str, size: int, cases: Sequence[str], compiles: bool = Fals
         cases: names in `CASES`.
         compiles: whether to include torch.compile.
     """
-    reference = Setup(net, path='reference')
+    reference = Setup({'type': net, 'drop_path_rate': 0.0}, path='reference')
     fused = replace(reference, path='fused', backend='fused')
     half = replace(fused, path='fused, bf16', precision='bf16')
     compiled = replace(reference, path='torch.compile', is_compiled=True)
@@ -169,7 +171,7 @@ def list_setups(net: str, size: int, cases: Sequence[str], compiles: bool = Fals
 def prepare(setup: Setup) -> Compute:
     """Build the network and its input deterministically; return a function that computes the output once."""
     torch.manual_seed(0)
-    network = _network(setup).to(setup.device)
+    network = build_network(setup.network).train(setup.trains).to(setup.device)
     x = torch.rand(setup.batch, 3, *setup.size)
     if setup.is_command:
         return _prepare_command(setup, network, x[0])
@@ -197,10 +199,6 @@ def prepare(setup: Setup) -> Compute:
     return synchronized(compute, setup.device)
 
 
-def _network(setup: Setup) -> nn.Module:
-    return ARCH_REGISTRY.get(setup.net)(drop_path_rate=0.0).train(setup.trains)
-
-
 def in_onnx_runtime(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """Export a network and return a function that runs it in ONNX Runtime."""
     with tempfile.TemporaryDirectory(prefix='basicsr_benchmark_') as folder:
@@ -214,7 +212,7 @@ def _prepare_command(setup: Setup, network: nn.Module, image: Tensor) -> Compute
     held = tempfile.TemporaryDirectory(prefix='basicsr_benchmark_')
     folder = Path(held.name)
     source, weights, output = folder / 'image.png', folder / 'weights.safetensors', folder / 'restored'
-    save_weights(weights, network.state_dict(), {'type': setup.net})
+    save_weights(weights, network.state_dict(), dict(setup.network))
     cv2.imwrite(str(source), np.ascontiguousarray((image * 255).round().byte().permute(1, 2, 0).numpy()[..., ::-1]))
     command = ['infer', '-i', str(source), '-o', str(output), '--weights', str(weights), '--device', 'cpu']
 
@@ -247,36 +245,28 @@ def _peak_here(setup: Setup) -> int | None:
 
 def count(setup: Setup) -> tuple[int, int]:
     """Return FLOPs of matrix products and convolutions and bytes of block inputs and outputs, on meta tensors."""
-    with torch.device('meta'):
-        operations, numbers = count_pass(_network(setup), torch.empty(setup.batch, 3, *setup.padded))
+    elements = []
+    network = build_network(setup.network).train(setup.trains).to('meta')  # not all networks can be built there
+    for block in network_switches.blocks(network):
+        block.register_forward_hook(lambda module, args, output: elements.append(args[0].numel() + output.numel()))
+    with ops.use_backend('reference'), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(setup.batch, 3, *setup.padded, device='meta'))
     # A backward pass has two products per forward product; PyTorch's own count of it ignores groups.
     passes = 3 if setup.trains else 1
-    return passes * operations, passes * numbers * (2 if setup.precision == 'bf16' else 4)
+    return passes * counter.get_total_flops(), passes * sum(elements) * (2 if setup.precision == 'bf16' else 4)
 
 
-def count_pass(network: nn.Module, x: Tensor) -> tuple[int, int]:
-    """Return FLOPs of matrix products and convolutions and the number of elements of block inputs and outputs."""
-    numbers = []
-    for block in network_switches.blocks(network):
-        block.register_forward_hook(lambda module, args, output: numbers.append(args[0].numel() + output.numel()))
-    with ops.use_backend('reference'), FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(x)
-    return counter.get_total_flops(), sum(numbers)
-
-
-def measure_case(case: str, setups: Sequence[Setup], turns: int, rates: dict[str, float]) -> list[Line]:
+def measure_case(setups: Sequence[Setup], turns: int, rates: dict[str, float]) -> list[Line]:
     """Measure all paths of a case.
 
     Args:
-        case: name of the case.
         setups: paths of the case.
         turns: timed calls per path.
         rates: rates of the machine, see `timing.machine_rates`.
     Returns:
-        One row per path, see `timing.measure_paths`, with `operations` and the roofline `floor` in seconds. If
-        torch.compile was not run, its row has the reason.
+        One row per path, see `timing.measure_paths`, with `operations` and the roofline `floor` in seconds.
     """
-    by_path = {setup.path: setup for setup in setups}
+    by_path, case = {setup.path: setup for setup in setups}, setups[0].case
 
     def peak(path: str, compute: Compute) -> int | None:
         say(f'{case}, {path}: memory')
@@ -288,7 +278,6 @@ def measure_case(case: str, setups: Sequence[Setup], turns: int, rates: dict[str
         operations, moved = count(setup)
         lines[path] |= {'operations': operations, 'floor': operations / rates[setup.precision] + moved / rates['copy']}
     add_ratios(list(lines.values()))
-    lines.setdefault('torch.compile', {'case': case, 'path': 'torch.compile', 'skipped': _NO_COMPILE})
     return list(lines.values())
 
 
@@ -311,7 +300,9 @@ def measure(
         if is_on_gpu and not has_gpu:
             lines += [{'case': case, 'path': setup.path, 'skipped': f'not run: {NO_GPU}'} for setup in found]
         else:
-            lines += measure_case(case, found, turns, gpu_rates if is_on_gpu else rates)
+            lines += measure_case(found, turns, gpu_rates if is_on_gpu else rates)
+            if not any(setup.is_compiled for setup in found):
+                lines.append({'case': case, 'path': 'torch.compile', 'skipped': _NO_COMPILE})
         keep(lines)
     return lines
 
@@ -319,8 +310,8 @@ def measure(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py net`."""
     parser.add_argument('--net', default='AST_B', help='registered AST (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=512, help='side of the large image (default: %(default)s)')
-    parser.add_argument('--turns', type=int, default=3, help='timed calls per path (default: %(default)s)')
+    records.add_count(parser, '--size', 512, 'side of the large image')
+    records.add_count(parser, '--turns', 3, 'timed calls per path')
     parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES), metavar='CASE', help=', '.join(CASES))
     parser.add_argument('--compile', action='store_true', help='measure torch.compile, too: minutes per path')
     records.add_json_argument(parser)
@@ -328,8 +319,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and write the record."""
-    if args.size < 1 or args.turns < 1:
-        raise OptionError('--size and --turns must be 1 or more')
     if args.net not in ARCH_REGISTRY:
         raise OptionError(f'--net {args.net}: not a registered network, see `basicsr list arch`')
     if 'drop_path_rate' not in inspect.signature(ARCH_REGISTRY.get(args.net)).parameters:

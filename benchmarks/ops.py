@@ -98,9 +98,8 @@ def measure(
         case = f'{kind} {side}²×{_CHANNELS_AT_256[side]} {precision}' + (', forward and backward' if trains else '')
         say(case)
         half = Half(kind, side, precision, trains, device)
-        found = list(
-            measure_paths(case, {path: partial(half.prepare, *p) for path, p in paths.items()}, turns).values()
-        )
+        calls = {path: partial(half.prepare, *how) for path, how in paths.items()}
+        found = list(measure_paths(case, calls, turns).values())
         for line in found:
             line['floor'] = half.operations / rates[precision]
         add_ratios(found)
@@ -115,15 +114,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sides = list(_CHANNELS_AT_256)
     parser.add_argument('--sides', nargs='+', type=int, choices=sides, default=[128, 32], help='sides of the maps')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='device (default: %(default)s)')
-    parser.add_argument('--turns', type=int, default=7, help='timed calls per path (default: %(default)s)')
+    records.add_count(parser, '--turns', 7, 'timed calls per path')
     parser.add_argument('--no-compile', action='store_true', help='omit torch.compile, which takes minutes')
     records.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and write the record."""
-    if args.turns < 1:
-        raise OptionError('--turns must be 1 or more')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise OptionError(f'--device cuda: {NO_GPU}')
     rates = machine_rates(args.device)

@@ -25,6 +25,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def add_count(parser: argparse.ArgumentParser, name: str, default: int | None, text: str, smallest: int = 1) -> None:
+    """Declare an option that takes an integer of at least `smallest`; the default is added to its help `text`."""
+
+    def count(value: str) -> int:
+        if int(value) < smallest:
+            raise argparse.ArgumentTypeError(f'expected {smallest} or more, got {value}')
+        return int(value)
+
+    shown = text if default is None else f'{text} (default: {default})'
+    parser.add_argument(name, type=count, default=default, metavar='N', help=shown)
+
+
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     """Declare `--json`, the path of the record."""
     parser.add_argument('--json', type=Path, metavar='FILE', help='write measurements, machine and versions as JSON')

@@ -123,15 +123,13 @@ def _first_iteration(command: Sequence[str], folder: Path, is_training: bool) ->
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py start`."""
-    parser.add_argument('--turns', type=int, default=5, help='runs of each command (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=0, help='DataLoader worker processes (default: %(default)s)')
+    records.add_count(parser, '--turns', 5, 'runs of each command')
+    records.add_count(parser, '--workers', 0, 'DataLoader worker processes', smallest=0)
     records.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and write the record."""
-    if args.turns < 1 or args.workers < 0:
-        raise OptionError('--turns must be 1 or more, --workers 0 or more')
     with tempfile.TemporaryDirectory(prefix='basicsr_benchmark_') as name:
         folder = Path(name)
         write_pairs(folder, 48, 256)

@@ -22,7 +22,6 @@ from ast_plugin.data.image_files import read_rgb
 from ast_plugin.data.synthesis import packaged_photos
 from ast_plugin.data.transforms import to_float
 from ast_plugin.degradations import DEGRADATIONS
-from ast_plugin.errors import OptionError
 from ast_plugin.metrics import psnr_rgb
 from benchmarks import records
 from benchmarks.records import Line, say
@@ -82,14 +81,12 @@ def table(lines: Sequence[Line]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py synthesis`."""
-    parser.add_argument('--seeds', type=int, default=16, metavar='N', help='seeds per photo (default: %(default)s)')
+    records.add_count(parser, '--seeds', 16, 'seeds per photo')
     records.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and write the record."""
-    if args.seeds < 1:
-        raise OptionError(f'--seeds must be 1 or more, got {args.seeds}')
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:

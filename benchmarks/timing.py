@@ -42,8 +42,8 @@ def take_turns(
         for name, function in functions.items():
             start, cpu_start = time.perf_counter(), time.process_time()
             function()
-            taken[name]['seconds'].append(round(time.perf_counter() - start, 5))
-            taken[name]['cpu_seconds'].append(round(time.process_time() - cpu_start, 5))
+            taken[name]['seconds'].append(round(time.perf_counter() - start, 6))
+            taken[name]['cpu_seconds'].append(round(time.process_time() - cpu_start, 6))
             after = probe()
             taken[name]['speeds'].append(round(max(before, after), 3))
             before = after

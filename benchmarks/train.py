@@ -177,9 +177,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `benchmark.py train`."""
     parser.add_argument('--device', choices=[*DEFAULTS, 'all'], default='all', help='all includes the GPU if available')
     parser.add_argument('--net', help='registered network (default: AST_T on a CPU, AST_B on CUDA)')
-    parser.add_argument('--batch', type=int, help='batch size (default: 2 on a CPU, 8 on CUDA)')
-    parser.add_argument('--size', type=int, help='side of the images (default: 128 on a CPU, 256 on CUDA)')
-    parser.add_argument('--iters', type=int, help='timed steps per option (default: 5 on a CPU, 20 on CUDA)')
+    records.add_count(parser, '--batch', None, 'batch size (default: 2 on a CPU, 8 on CUDA)')
+    records.add_count(parser, '--size', None, 'side of the images (default: 128 on a CPU, 256 on CUDA)')
+    records.add_count(parser, '--iters', None, 'timed steps per option (default: 5 on a CPU, 20 on CUDA)')
     parser.add_argument('--switches', nargs='+', choices=list(SWITCHES), metavar='NAME', help=', '.join(SWITCHES))
     records.add_json_argument(parser)
 
@@ -187,8 +187,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and write the record."""
     given = {key: getattr(args, key) for key in ('net', 'batch', 'size', 'iters') if getattr(args, key) is not None}
-    if any(value < 1 for value in given.values() if isinstance(value, int)):
-        raise OptionError('--batch, --size and --iters must be 1 or more')
     if given.get('net', 'AST_T') not in ARCH_REGISTRY:
         raise OptionError(f'--net {args.net}: not a registered network, see `basicsr list arch`')
     if args.device == 'cuda' and not torch.cuda.is_available():

@@ -24,8 +24,6 @@ from ast_plugin.devices import (
 from ast_plugin.errors import OptionError
 from ast_plugin.evaluation import cost, tiling
 from ast_plugin.models import preflight
-from ast_plugin.ops.backend import Call
-from ast_plugin.ops.dispatch import choose
 from tests import tiny_run
 from tests.options.test_runs import OPT
 
@@ -123,13 +121,6 @@ def test_mps_is_one_process():
 def test_mps_batch_is_tried_whole():
     opt = {'num_gpu': 0, 'device': 'mps', 'dist': False, 'datasets': {'train': {'batch_size_per_gpu': 6}}, 'train': {}}
     assert preflight._num_tried(opt) == 6 and preflight._num_tried({**opt, 'device': 'cpu'}) == 2
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-def test_blocks_on_mps_are_plain_operators(dtype):
-    call = Call(None, torch.device('mps'), dtype, frozenset([dtype]), (1, 8, 8, 4), needs_grad=True)
-    choice = choose(call)
-    assert choice.backend == 'reference' and not choice.rejected
 
 
 def test_float64_is_float32_on_mps():

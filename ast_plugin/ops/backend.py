@@ -3,7 +3,6 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -51,8 +50,7 @@ def with_residual(
     return x + (y if residual.scale is None else y * residual.scale)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """Properties of an operator call that determine which backends support it."""
 
     op: Attention | FeedForward | None  # None if only the input is known
@@ -74,19 +72,17 @@ class Call:
         if self.watcher is not None:
             return self.watcher
         if self.dtype not in dtypes:
-            return f'it supports {_names(dtypes)}, not {_names([self.dtype])}'
+            return f'it supports {_names(*dtypes)}, not {_names(self.dtype)}'
         # Autocast casts float32 tensors.
         autocast = torch.is_autocast_enabled(self.device.type)
         if not self.dtypes <= ({self.dtype, torch.float32} if autocast else {self.dtype}):
-            return f'it computes in {_names([self.dtype])}, but tensors are {_names(sorted(self.dtypes, key=str))}'
+            return f'it computes in {_names(self.dtype)}, but tensors are {_names(*sorted(self.dtypes, key=str))}'
         if len(self.shape) != 4:
             return f'it expects a feature map [B, H, W, C], not {list(self.shape)}'
-        if 0 in self.shape:
-            return f'the feature map {list(self.shape)} is empty'
-        return None
+        return f'the feature map {list(self.shape)} is empty' if 0 in self.shape else None
 
 
-def _names(dtypes: Iterable[torch.dtype]) -> str:
+def _names(*dtypes: torch.dtype) -> str:
     return ', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)
 
 

@@ -7,6 +7,7 @@ this requirement by a true attribute `works_as_graph`.
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -36,7 +37,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.graphs: dict[tuple, Run] = {}
-        self.calls: dict[tuple, int] = {}
+        self.calls: Counter[tuple] = Counter()
         self.pool: Any = None  # memory pool shared by all graphs, as only one runs at a time
         self.is_closed = False  # whether no further graphs are captured
         _living.add(self)
@@ -47,14 +48,12 @@ class Graphs:
         if key in self.graphs:
             return self.graphs[key](x)
         result = run(x)
-        self.calls[key] = self.calls.get(key, 0) + 1
+        self.calls[key] += 1
         if self.calls[key] > _EAGER_CALLS and not self.is_closed:
             graph = self._capture(run, x, result)
-            if graph is None:
-                self.is_closed = True
-            else:
+            if graph is not None:
                 self.graphs[key] = graph
-                self.is_closed = len(self.graphs) == _MAX_GRAPHS
+            self.is_closed = graph is None or len(self.graphs) == _MAX_GRAPHS
         return result
 
     def _capture(self, run: Run, x: Tensor, result: Tensor) -> Run | None:
@@ -143,13 +142,17 @@ class TrainingGraph:
 
     def __init__(self, network: nn.Module, train: Mapping[str, Any], is_parallel: bool = False) -> None:
         # Graph gradients have fixed addresses: a second micro-batch would overwrite the accumulated gradients.
-        conflicts = [f'train.{key}' for key in ('gradient_checkpointing', 'compile') if train.get(key)]
-        conflicts += ['train.accumulate'] if (train.get('accumulate') or 1) > 1 else []
-        conflicts += ['several processes or GPUs'] if is_parallel else []
-        conflicts += ['use_checkpoint'] * any(getattr(module, 'use_checkpoint', False) for module in network.modules())
-        conflicts += ['hooks of the network'] if network._forward_hooks or network._forward_pre_hooks else []
-        if conflicts:
-            raise OptionError(f'train.cuda_graph cannot be combined with {conflicts[0]}: remove one of them')
+        conflicts = {
+            'train.gradient_checkpointing': train.get('gradient_checkpointing'),
+            'train.compile': train.get('compile'),
+            'train.accumulate': (train.get('accumulate') or 1) > 1,
+            'several processes or GPUs': is_parallel,
+            'use_checkpoint': any(getattr(module, 'use_checkpoint', False) for module in network.modules()),
+            'hooks of the network': network._forward_hooks or network._forward_pre_hooks,
+        }
+        for name, is_given in conflicts.items():
+            if is_given:
+                raise OptionError(f'train.cuda_graph cannot be combined with {name}: remove one of them')
         if not getattr(network, 'works_as_graph', False):
             raise OptionError(
                 f'train.cuda_graph: {type(network).__name__} is not known to support CUDA graphs, only AST is: '

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,6 @@ AUTO = 'auto'
 VARIABLE = 'AST_BACKEND'
 _logger = logging.getLogger(__name__)
 _backend_here: ContextVar[str | None] = ContextVar('ast_plugin_backend', default=None)
-_logged: set[str] = set()
 
 
 class Backend(NamedTuple):
@@ -31,19 +30,17 @@ class Backend(NamedTuple):
     why_not: Callable[[Call], str | None]  # reason why the backend cannot run a call, or None if it can
     window_attention: Callable[..., Tensor]
     feed_forward: Callable[..., Tensor]
-    takes_residual: bool = False  # whether its functions fuse the residual branch
 
 
 # Fastest first.
 BACKENDS = {
-    'fused': Backend('cpu', cpu.why_not, cpu.window_attention, cpu.feed_forward, takes_residual=True),
-    'triton': Backend('cuda', triton.why_not, triton.window_attention, triton.feed_forward, takes_residual=True),
+    'fused': Backend('cpu', cpu.why_not, cpu.window_attention, cpu.feed_forward),
+    'triton': Backend('cuda', triton.why_not, triton.window_attention, triton.feed_forward),
     'reference': Backend(None, lambda call: None, attention.window_attention, ffn.feed_forward),
 }
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The backend selected for a call, and the reasons."""
 
     backend: str
@@ -95,17 +92,19 @@ def _compute(
         choice = explain(x, op, *mask, residual=residual)
         backend = BACKENDS[choice.backend]
         for rejected, reason in choice.rejected.items():
-            if reason not in _logged:  # once per process
-                _logged.add(reason)
-                _logger.warning('using backend %r instead of %r: %s', choice.backend, rejected, reason)
+            _warn_once(f'using backend {choice.backend!r} instead of {rejected!r}: {reason}')
     function = getattr(backend, name)
-    if backend.takes_residual:
-        return function(x, op, *mask, residual=residual)
-    return with_residual(lambda x: function(x, op, *mask), x, residual)
+    if backend is BACKENDS['reference']:  # the others fuse the residual branch
+        return with_residual(lambda x: function(x, op, *mask), x, residual)
+    return function(x, op, *mask, residual=residual)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _logger.warning(message)
 
 
 def _check_name(name: str, where: str = 'backend') -> str:
-    """Return a backend name or 'auto' unchanged; raise OptionError, which names `where`, for any other value."""
     if name not in (AUTO, *BACKENDS):
         raise OptionError(f'{where} is {name!r}: expected one of {", ".join((AUTO, *BACKENDS))}')
     return name
@@ -154,18 +153,16 @@ def explain(
     Raises:
         BackendUnavailable: if a backend requested by name cannot run the call.
     """
-    scale = None if residual is None else residual.scale
-    given = (x, *(() if op is None else op.tensors), *(() if residual is None else residual[:2]))
+    weight, bias, _, scale = residual or (None,) * 4
+    given = x, weight, bias, *(() if op is None else op.tensors)
     tensors = [tensor for tensor in given if tensor is not None]
-    constants = [tensor for tensor in (mask, scale) if tensor is not None]
-    dtype, device = x.dtype, x.device
+    dtypes, dtype, kind = frozenset(tensor.dtype for tensor in tensors), x.dtype, x.device.type
     # The meta device does not support autocast.
-    if dtype is not torch.float64 and not x.is_meta and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    dtypes, shape = frozenset(tensor.dtype for tensor in tensors), tuple(x.shape)
+    if dtype is not torch.float64 and not x.is_meta and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    watcher = _find_watcher(tensors, constants)
-    return choose(Call(op, device, dtype, dtypes, shape, needs_grad, mask is not None, watcher))
+    watcher = _find_watcher(tensors, mask, scale)
+    return choose(Call(op, x.device, dtype, dtypes, x.shape, needs_grad, mask is not None, watcher))
 
 
 def choose(call: Call) -> Choice:
@@ -190,9 +187,9 @@ def choose(call: Call) -> Choice:
     return Choice(name, AUTO, rejected)
 
 
-def _find_watcher(tensors: list[Tensor], constants: list[Tensor]) -> str | None:
+def _find_watcher(tensors: list[Tensor], *constants: Tensor | None) -> str | None:
     """Return why fused kernels cannot be used because single operators are observed or constants need gradients."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constants):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in constants):
         return "a mask or a residual branch's scale requires gradients"
     if torch.jit.is_tracing():
         return 'torch.jit is tracing the call'

@@ -53,20 +53,20 @@ def _ramp(tile: int, overlap: int) -> Tensor:
     return 0.5 - 0.5 * torch.cos(math.pi * (position / width).clamp(0, 1))
 
 
-def _axis_weights(size: int, tile: int, overlap: int, blend: str) -> list[Tensor]:
-    """Blending weights of each tile along one side, float64, which add up to 1 at every pixel.
+def _place_tiles(size: int, tile: int, overlap: int, blend: str) -> list[tuple[int, Tensor]]:
+    """First pixel and blending weights of each tile along one side, float64, which add up to 1 at every pixel.
 
     The weights of the tile grid are the outer product of two sides. Normalising each side therefore normalises the
     grid, without a weight image in memory.
     """
-    starts = tile_starts(size, tile, overlap)
     length = min(size, tile)
     ramp, flat = _ramp(length, overlap if blend == 'ramp' else 0), torch.ones(length, dtype=torch.float64)
-    weights = [(ramp if start > 0 else flat) * (ramp.flip(0) if start + length < size else flat) for start in starts]
-    total = torch.zeros(size, dtype=torch.float64)
-    for start, weight in zip(starts, weights, strict=True):
+    total, tiles = torch.zeros(size, dtype=torch.float64), []
+    for start in tile_starts(size, tile, overlap):
+        weight = (ramp if start > 0 else flat) * (ramp.flip(0) if start + length < size else flat)
         total[start : start + length] += weight
-    return [weight / total[start : start + length] for start, weight in zip(starts, weights, strict=True)]
+        tiles.append((start, weight))
+    return [(start, weight / total[start : start + length]) for start, weight in tiles]
 
 
 def run_tiled(
@@ -111,16 +111,11 @@ def run_tiled(
             on_tile(1, 1)
         return result.to(image.device)
 
-    sides = (
-        zip(tile_starts(side, tile, overlap), _axis_weights(side, tile, overlap, blend), strict=True)
-        for side in (height, width)
-    )
-    places = list(itertools.product(*sides))
+    places = list(itertools.product(*(_place_tiles(side, tile, overlap, blend) for side in (height, width))))
     result, scale = None, 1
     for first in range(0, len(places), batch):
         group = places[first : first + batch]
-        patches = [image[..., top : top + tile, left : left + tile] for (top, _), (left, _) in group]
-        patches = torch.cat(patches) if len(patches) > 1 else patches[0]
+        patches = torch.cat([image[..., top : top + tile, left : left + tile] for (top, _), (left, _) in group])
         restored = function(patches)
         found = _scale_of(patches, restored)
         if result is None:

@@ -60,3 +60,10 @@ def fast(request):
         backend = Fast('triton', request.getfixturevalue('place'), torch.float32, 1e-4)
     with ops.use_backend(request.param):
         yield backend
+
+
+@pytest.fixture(params=['reference', 'auto'])
+def _backend(request):
+    """Run a test with the reference and with the fastest backend."""
+    with ops.use_backend(request.param):
+        yield

@@ -54,6 +54,10 @@ def feed_forward_case(kind, size, *, batch=2, dim=8, hidden=12, bias=True, resid
     return function, tensors
 
 
+# One case of each operator, for properties that do not depend on shapes and settings.
+CASES = {'frfn': lambda: feed_forward_case('frfn', (8, 8)), 'assa': lambda: attention_case((8, 8), 4, 2)}
+
+
 def as_leaves(tensors: dict[str, Tensor], dtype=None, device=None) -> dict[str, Tensor]:
     """Return copies that require gradients."""
     return {name: tensor.detach().to(device, dtype, copy=True).requires_grad_() for name, tensor in tensors.items()}
@@ -87,3 +91,14 @@ def check(backend: str, case: Case, dtype: torch.dtype, tolerance: float, device
         assert value.dtype == dtype, name
         error, usual = relative_error(value, want[name]), relative_error(plain[name], want[name])
         assert error <= max(tolerance, 2 * usual), (name, error, usual)
+
+
+def check_definition(case: Case, definition: Callable[[dict[str, Tensor]], Tensor]) -> None:
+    """Compare output and gradients in float64 with those of an independent implementation."""
+    function, tensors = case
+    leaves = as_leaves(tensors)
+    outputs = function(**leaves), definition(leaves)
+    target = torch.randn_like(outputs[1])
+    got, want = ((y, *torch.autograd.grad((y * target).sum(), list(leaves.values()))) for y in outputs)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)

@@ -1,19 +1,45 @@
 """The CPU backend against the reference in float64: outputs, and gradients of every input and parameter."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from ast_plugin import ops
 from ast_plugin.ops.cpu import ffn, operators
 
-from .op_cases import as_leaves, attention_case, check, feed_forward_case
+from .op_cases import CASES, as_leaves, attention_case, check, feed_forward_case
 
 # Images, height, width: odd sides, elongated maps, maps shorter than a strip, several images in a strip.
 MAPS = [(2, 9, 7), (1, 1, 5), (1, 21, 3), (5, 2, 3)]
 # Images, size, window, shift: one window, one row of them, windows of one token.
 WINDOWS = [(2, (8, 12), 4, 2), (1, (4, 4), 4, 1), (3, (6, 3), 3, 0), (1, (20, 10), 5, 3), (1, (3, 2), 1, 0)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-CASES = {'frfn': lambda: feed_forward_case('frfn', (8, 8)), 'assa': lambda: attention_case((8, 8), 4, 2)}
+
+
+def masked_case(batch, size, window, shift, num_masks):
+    image = (torch.rand(num_masks, 1, *size) < 0.5).float()
+    return attention_case(size, window, shift, batch=batch, mask=ops.pair_mask(image, size, window))
+
+
+def list_cases():
+    """Return functions that make a case, by name."""
+    cases = {
+        f'frfn {shape} {is_scaled}': partial(feed_forward_case, 'frfn', shape[1:], batch=shape[0], is_scaled=is_scaled)
+        for shape in MAPS
+        for is_scaled in (False, True)
+    }
+    for is_bare in (False, True):
+        parts = {'bias': not is_bare, 'residual': not is_bare}
+        for kind in ('frfn', 'leff', 'mlp'):
+            cases[f'{kind} {is_bare}'] = partial(feed_forward_case, kind, (6, 5), **parts)
+        for kind in ops.ATTENTION_KINDS:
+            cases[f'{kind} {is_bare}'] = partial(attention_case, (8, 12), 4, 2, kind, **parts)
+    for batch, *shape in WINDOWS:
+        cases[f'assa {batch} {shape}'] = partial(attention_case, *shape, batch=batch)
+        for num_masks in {1, batch}:
+            cases[f'assa {batch} {shape} {num_masks} masks'] = partial(masked_case, batch, *shape, num_masks)
+    return cases
 
 
 @pytest.fixture(params=['kept', 'one strip', 'many strips'])
@@ -39,50 +65,10 @@ def dtype(request, monkeypatch):
     return dtype
 
 
-@pytest.mark.parametrize('shape', MAPS, ids=str)
-@pytest.mark.parametrize('is_scaled', [False, True])
+@pytest.mark.parametrize('make', [pytest.param(make, id=name) for name, make in list_cases().items()])
 @pytest.mark.usefixtures('_strips')
-def test_frfn_by_shape(dtype, shape, is_scaled, tolerances):
-    batch, *size = shape
-    check('fused', feed_forward_case('frfn', size, batch=batch, is_scaled=is_scaled), dtype, tolerances[dtype])
-
-
-@pytest.mark.parametrize('kind', ['frfn', 'leff', 'mlp'])
-@pytest.mark.parametrize('is_bare', [False, True])
-@pytest.mark.usefixtures('_strips')
-def test_feed_forward_by_kind(dtype, kind, is_bare, tolerances):
-    case = feed_forward_case(kind, (6, 5), bias=not is_bare, residual=not is_bare)
-    check('fused', case, dtype, tolerances[dtype])
-
-
-@pytest.mark.parametrize('strip_bytes', [operators.STRIP_BYTES, 1])
-@pytest.mark.parametrize('shape', WINDOWS, ids=str)
-@pytest.mark.parametrize('masks', [0, 1, 2], ids=['no mask', 'one mask', 'mask of each image'])
-def test_assa_by_shape(dtype, shape, masks, strip_bytes, tolerances, monkeypatch):
-    monkeypatch.setattr(operators, 'STRIP_BYTES', strip_bytes)
-    batch, size, window, shift = shape
-    image = (torch.rand(batch if masks > 1 else 1, 1, *size) < 0.5).float()
-    mask = ops.pair_mask(image, size, window) if masks else None
-    check('fused', attention_case(size, window, shift, batch=batch, mask=mask), dtype, tolerances[dtype])
-
-
-@pytest.mark.parametrize('kind', ops.ATTENTION_KINDS)
-@pytest.mark.parametrize('is_bare', [False, True])
-def test_attention_by_kind(dtype, kind, is_bare, tolerances):
-    case = attention_case((8, 12), 4, 2, kind, bias=not is_bare, residual=not is_bare)
-    check('fused', case, dtype, tolerances[dtype])
-
-
-@pytest.mark.parametrize(
-    'missing',
-    [{'q_bias'}, {'kv_bias'}, {'norm', 'norm_bias'}, {'norm_bias'}],
-    ids=lambda names: '-'.join(sorted(names)),
-)
-@pytest.mark.parametrize('case', CASES)
-def test_parameters_may_be_missing(case, missing, tolerances):
-    function, tensors = CASES[case]()
-    some = {name: tensor for name, tensor in tensors.items() if name not in missing}
-    check('fused', (function, some), torch.float64, tolerances[torch.float64])
+def test_branch_in_every_dtype(dtype, make, tolerances):
+    check('fused', make(), dtype, tolerances[dtype])
 
 
 @pytest.mark.parametrize('case', CASES)

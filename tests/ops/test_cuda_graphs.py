@@ -80,52 +80,49 @@ def test_out_of_memory_releases_graphs(captured):
     assert not graphs.graphs and again.graphs
 
 
-def test_wrong_graph_is_not_used(captured, monkeypatch, caplog):
-    monkeypatch.setattr(cuda_graphs, 'capture', lambda run, x, pool: lambda x: run(x) * 1.01)
-    graphs, x = Graphs(), torch.rand(1, 3, 8, 8)
-    assert all(torch.equal(graphs(torch.sin, x), x.sin()) for _ in range(4))
-    assert 'off by 1e-02' in caplog.text
-
-
-def test_failed_capture_runs_eagerly(captured, monkeypatch):
+@pytest.mark.parametrize(('factor', 'message'), [(1.01, 'off by 1e-02'), (None, 'CUDA graph capture failed')])
+def test_bad_capture_is_not_used(captured, monkeypatch, caplog, factor, message):
     def capture(run, x, pool):
         captured.append(x)
-        raise RuntimeError('operation not permitted when stream is capturing')
+        if factor is None:
+            raise RuntimeError('operation not permitted when stream is capturing')
+        return lambda x: run(x) * factor
 
     monkeypatch.setattr(cuda_graphs, 'capture', capture)
     graphs = Graphs()
     for side in (8, 9):
         x = torch.rand(1, 3, side, 8)
         assert all(torch.equal(graphs(torch.sin, x), x.sin()) for _ in range(4))
-    assert len(captured) == 1  # a failed capture is not tried again
+    assert len(captured) == 1 and message in caplog.text  # not tried again
+
+
+def with_checkpoints(network):
+    network[0].use_checkpoint = True
+    return network
+
+
+def with_hook(network):
+    network.register_forward_hook(lambda *args: None)
+    return network
 
 
 @pytest.mark.parametrize(
-    ('train', 'is_distributed', 'other'),
+    ('train', 'is_parallel', 'change', 'message'),
     [
-        ({'accumulate': 2}, False, 'train.accumulate'),
-        ({'compile': True}, False, 'train.compile'),
-        ({'gradient_checkpointing': True}, False, 'train.gradient_checkpointing'),
-        ({}, True, 'several processes'),
+        ({'accumulate': 2}, False, None, 'train.accumulate'),
+        ({'compile': True}, False, None, 'train.compile'),
+        ({'gradient_checkpointing': True}, False, None, 'train.gradient_checkpointing'),
+        ({}, True, None, 'several processes'),
+        ({}, False, with_checkpoints, 'use_checkpoint'),
+        ({}, False, with_hook, 'hooks'),
+        ({}, False, lambda network: network[0], 'Conv2d is not known to support CUDA graphs, only AST is'),
     ],
 )
-def test_training_graphs_reject_other_keys(train, is_distributed, other):
-    with pytest.raises(OptionError, match=other):
-        TrainingGraph(small_network(), train, is_distributed)
-    TrainingGraph(small_network(), {'accumulate': 1, 'compile': False})
-
-
-def test_training_graphs_reject_networks():
-    with pytest.raises(OptionError, match='Conv2d is not known to support CUDA graphs, only AST is'):
-        TrainingGraph(nn.Conv2d(3, 3, 3), {})
+def test_training_graphs_reject(train, is_parallel, change, message):
     network = small_network()
-    network[0].use_checkpoint = True
-    with pytest.raises(OptionError, match='use_checkpoint'):
-        TrainingGraph(network, {})
-    network = small_network()
-    network.register_forward_hook(lambda *args: None)
-    with pytest.raises(OptionError, match='hooks'):
-        TrainingGraph(network, {})
+    TrainingGraph(network, {'accumulate': 1, 'compile': False})
+    with pytest.raises(OptionError, match=message):
+        TrainingGraph(change(network) if change else network, train, is_parallel)
 
 
 def test_training_graph_is_eager_on_cpu():

@@ -6,17 +6,11 @@ import re
 import pytest
 import torch
 
-from ast_plugin import ops
 from ast_plugin.errors import ShapeError
 
-from .op_cases import as_leaves, feed_forward_case, relative_error
+from .op_cases import check_definition, feed_forward_case
 
-
-@pytest.fixture(autouse=True, params=['reference', 'auto'])
-def _backend(request):
-    """Run a test with the reference and with the fast backends."""
-    with ops.use_backend(request.param):
-        yield
+pytestmark = pytest.mark.usefixtures('_backend')
 
 
 def exact_gelu(x):
@@ -50,30 +44,7 @@ def written_out(x, expand, expand_bias, project, project_bias, depthwise=None, d
 @pytest.mark.parametrize('kind', ['frfn', 'leff', 'mlp'])
 @pytest.mark.parametrize('size', [(1, 1), (1, 5), (7, 3), (4, 4)])
 def test_networks_follow_their_equations(kind, size):
-    function, tensors = feed_forward_case(kind, size, residual=False)
-    leaves = as_leaves(tensors)
-    got, want = function(**leaves), written_out(**leaves)
-    target = torch.randn_like(want)
-    gradients = [torch.autograd.grad((output * target).sum(), list(leaves.values())) for output in (got, want)]
-    for ours, theirs in zip((got, *gradients[0]), (want, *gradients[1]), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
-
-
-def test_frfn_gradcheck():
-    function, tensors = feed_forward_case('frfn', (2, 3), batch=1, dim=4, hidden=2, residual=False)
-    leaves = as_leaves(tensors)
-    assert torch.autograd.gradcheck(
-        lambda x, partial_conv: function(**{**leaves, 'x': x, 'partial_conv': partial_conv}),
-        (leaves['x'], leaves['partial_conv']),
-    )
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
-def test_frfn_in_lower_precision(dtype, tolerances):
-    function, tensors = feed_forward_case('frfn', (5, 6), residual=False)
-    got = function(**{name: tensor.to(dtype) for name, tensor in tensors.items()})
-    assert got.dtype == dtype
-    assert relative_error(got, function(**tensors)) < tolerances[dtype]
+    check_definition(feed_forward_case(kind, size, residual=False), lambda tensors: written_out(**tensors))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from ast_plugin.ops import attention as plain_attention
 from ast_plugin.ops import ffn as plain_ffn
 from ast_plugin.ops import triton as triton_backend
 
-from .conftest import INTERPRETED, load_kernels
-from .op_cases import as_leaves, attention_case, check, draw, feed_forward_case, relative_error, results
+from .conftest import load_kernels
+from .op_cases import as_leaves, attention_case, check, draw, feed_forward_case, relative_error
 
 attention, ffn, norm = load_kernels()
 
@@ -29,42 +29,37 @@ def masks(count, tokens):
     return (torch.rand(count, tokens, tokens) > 0.6) * -100.0 if count else None
 
 
+def infinite_mask():
+    mask = torch.zeros(2, 16, 16)
+    mask[:, :8, 8:] = float('-inf')
+    return mask
+
+
+ATTENTIONS = {
+    'several heads': lambda: attention_case((8, 4), 4, 2, dim=32),
+    'padded tokens and channels': lambda: attention_case((3, 6), 3, 1, dim=10),
+    'one window': lambda: attention_case((5, 5), 5, 3, heads=1, dim=20),
+    'one token': lambda: attention_case((1, 2), 1, dim=32),
+    'wide head': lambda: attention_case((8, 8), 8, heads=1, dim=64),
+    'blocks of queries': lambda: attention_case((9, 18), 9, 4, heads=1, dim=16),
+    # Masks per window of an image, and per window of the batch.
+    'large windows, masks': lambda: attention_case((9, 18), 9, 4, heads=1, mask=masks(2, 81)),
+    'large windows, masks of each image': lambda: attention_case((9, 18), 9, 4, heads=1, mask=masks(4, 81)),
+    'infinite mask': lambda: attention_case((4, 8), 4, 2, dim=32, mask=infinite_mask()),
+}
+
+
 @pytest.mark.parametrize('programs', [2048, 2])
-@pytest.mark.parametrize(
-    ('size', 'window', 'shift', 'options'),
-    [
-        ((8, 4), 4, 2, {'dim': 32}),
-        ((3, 6), 3, 1, {'dim': 10}),
-        ((5, 5), 5, 3, {'heads': 1, 'dim': 20}),
-        ((1, 2), 1, 0, {'dim': 32}),
-        ((8, 8), 8, 0, {'heads': 1, 'dim': 64}),
-        ((9, 18), 9, 4, {'heads': 1, 'dim': 16}),
-    ],
-)
-def test_attention_by_shape(place, tolerances, monkeypatch, size, window, shift, options, programs):
+@pytest.mark.parametrize('name', ATTENTIONS)
+def test_attention_by_shape(place, tolerances, monkeypatch, name, programs):
     monkeypatch.setattr(attention, '_PROGRAMS', programs)
-    case = attention_case(size, window, shift, **options)
-    check('triton', case, torch.float32, tolerances[torch.float32], place)
+    check('triton', ATTENTIONS[name](), torch.float32, tolerances[torch.float32], place)
 
 
 @pytest.mark.parametrize('kind', ['assa', 'dense', 'sparse', 'sparse_relu'])
 @pytest.mark.parametrize('count', [0, 2, 4])
 def test_attention_by_kind_and_masks(place, tolerances, kind, count):
-    """Masks per window of an image, and per window of the batch."""
     case = attention_case((4, 8), 4, 1, kind, dim=32, mask=masks(count, 16))
-    check('triton', case, torch.float32, tolerances[torch.float32], place)
-
-
-@pytest.mark.parametrize('count', [2, 4])
-def test_large_windows_with_masks(place, tolerances, count):
-    case = attention_case((9, 18), 9, 4, heads=1, mask=masks(count, 81))
-    check('triton', case, torch.float32, tolerances[torch.float32], place)
-
-
-def test_masks_of_minus_infinity(place, tolerances):
-    mask = torch.zeros(2, 16, 16)
-    mask[:, :8, 8:] = float('-inf')
-    case = attention_case((4, 8), 4, 2, dim=32, mask=mask)
     check('triton', case, torch.float32, tolerances[torch.float32], place)
 
 
@@ -75,18 +70,19 @@ def test_attention_in_half_types(place, tolerances, dtype, kind, shift):
     check('triton', case, dtype, tolerances[dtype], place)
 
 
-@pytest.mark.parametrize('kind', ['frfn', 'leff'])
+@pytest.mark.parametrize('kind', ['frfn', 'leff', 'mlp'])
 @pytest.mark.parametrize(
-    ('size', 'hidden', 'dtype', 'bias'),
+    ('size', 'hidden', 'dtype', 'bias', 'programs'),
     [
-        ((1, 1), 8, torch.float32, True),
-        ((5, 9), 12, torch.float32, True),
-        ((4, 8), 80, torch.float32, False),
-        ((5, 3), 16, torch.bfloat16, True),
-        ((3, 9), 16, torch.float16, True),
+        ((1, 1), 8, torch.float32, True, 2048),
+        ((5, 9), 12, torch.float32, True, 2),  # sums over many tiles
+        ((4, 8), 80, torch.float32, False, 2048),
+        ((5, 3), 16, torch.bfloat16, True, 2048),
+        ((3, 9), 16, torch.float16, True, 2048),
     ],
 )
-def test_feed_forward_by_shape(place, tolerances, kind, size, hidden, dtype, bias):
+def test_feed_forward_by_shape(place, tolerances, monkeypatch, kind, size, hidden, dtype, bias, programs):
+    monkeypatch.setattr(ffn, '_PROGRAMS', programs)
     case = feed_forward_case(kind, size, hidden=hidden, bias=bias, residual=False)
     check('triton', case, dtype, tolerances[dtype], place)
 
@@ -106,28 +102,6 @@ def test_norm_by_shape(place, tolerances, monkeypatch, channels, rows, dtype):
     gradients = torch.autograd.grad(got, leaves, grad.to(got)), torch.autograd.grad(want, wide, grad.to(dtype).to(want))
     assert relative_error(got, want) < tolerances[dtype]
     assert all(relative_error(*pair) < tolerances[dtype] for pair in zip(*gradients, strict=True) if channels > 1)
-
-
-def test_norm_under_autocast(place, tolerances):
-    """The output has the autocast dtype; without weights, PyTorch's LayerNorm is used."""
-    x, weight, bias = (torch.randn(2, 4, 4, 8), torch.randn(8), torch.randn(8))
-    x, weight, bias = (tensor.to(place) for tensor in (x, weight, bias))
-    with torch.autocast(place.type, torch.bfloat16):
-        y = norm.layer_norm(x, [8], weight, bias, 1e-5)
-        assert torch.equal(norm.layer_norm(x, [8], None, None, 1e-5), F.layer_norm(x, [8]))
-    assert y.dtype == torch.bfloat16
-    assert relative_error(y, F.layer_norm(x, [8], weight, bias, 1e-5)) < tolerances[torch.bfloat16]
-
-
-def test_sums_over_many_tiles(place, tolerances, monkeypatch):
-    monkeypatch.setattr(ffn, '_PROGRAMS', 2)
-    check('triton', feed_forward_case('frfn', (9, 10)), torch.float32, tolerances[torch.float32], place)
-
-
-def test_mlp_is_left_to_pytorch(place):
-    case = feed_forward_case('mlp', (4, 4), residual=False)
-    got, want = (results(backend, case, torch.float32, place) for backend in ('triton', 'reference'))
-    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_last_group_has_fewer_windows(place, monkeypatch):
@@ -152,23 +126,17 @@ def test_weights_beyond_float16(place):
     assert relative_error(got, plain_attention.attend(qkv.double(), bias.double(), None, None, op)) < 5e-3
 
 
-@pytest.mark.parametrize('is_turned', [False, True])
 @pytest.mark.parametrize('name', ['attend', 'activate'])
-def test_kernels_take_maps_with_gaps(place, name, is_turned):
-    """Gaps between positions, as in halves of a map, or between channels, as in permuted maps."""
-
-    def gappy(channels):
-        if is_turned:
-            return torch.randn(1, channels, 4, 8).to(place).permute(0, 2, 3, 1)
-        return torch.randn(1, 4, 8, channels + 7).to(place)[..., 3 : channels + 3]
+def test_kernels_take_any_strides(place, name):
+    def permuted(channels):
+        return torch.randn(1, channels, 4, 8).to(place).permute(0, 2, 3, 1)
 
     if name == 'attend':
-        x, grad, modules = gappy(30), gappy(10), (attention, plain_attention)
+        x, grad, modules = permuted(30), permuted(10), (attention, plain_attention)
         rest = torch.randn(1, 16, 16).to(place), None, None, settings(1, 4, 2, 'dense')
     else:
-        x, grad, modules = gappy(40), gappy(20), (ffn, plain_ffn)
+        x, grad, modules = permuted(40), permuted(20), (ffn, plain_ffn)
         rest = torch.randn(20, 1, 3, 3).to(place), None
-    assert not x.is_contiguous() and not grad.is_contiguous()
     outputs = [getattr(module, name)(x.requires_grad_(), *rest) for module in modules]
     got, want = ((y, *torch.autograd.grad(y, x, grad)) for y in outputs)
     assert all(relative_error(*pair) < 2e-5 for pair in zip(got, want, strict=True))
@@ -198,9 +166,9 @@ def test_memory_saved_for_backward(place):
 
 @pytest.mark.parametrize('needs_grad', [False, True])
 def test_check_passes_right_kernels(place, needs_grad):
-    errors = triton_backend.attention_errors(place, torch.float32, needs_grad, 'assa', 4, 16, True)
-    errors |= triton_backend.activation_errors(place, torch.float32, needs_grad, False)
-    errors |= triton_backend.norm_errors(place, torch.float32, needs_grad)
+    errors = {}
+    for variant in (('assa', 4, 16, True), (False,)):
+        errors |= triton_backend.kernel_errors(place, torch.float32, needs_grad, variant)
     assert len(errors) == (16 if needs_grad else 4)
     assert max(errors.values()) < triton_backend.TOLERANCES[torch.float32]
 
@@ -222,14 +190,3 @@ def test_check_finds_wrong_kernels(place, monkeypatch):
 
     monkeypatch.setattr(attention._Launch, 'forward', fails)
     assert triton_backend.find_fault(*variant) == f'its kernels fail on {place} (RuntimeError: no compiler)'
-
-
-@pytest.mark.skipif(not INTERPRETED, reason='changes a kernel, which the interpreter reads again')
-@pytest.mark.parametrize(
-    ('module', 'name', 'value'), [('a', '_MASKED', 0.0), ('a', '_softmax', None), ('f', '_gelu', None)]
-)
-def test_these_tests_see_a_wrong_kernel(place, tolerances, monkeypatch, module, name, value):
-    monkeypatch.setattr(attention if module == 'a' else ffn, name, value if value is not None else lambda x: x)
-    case = attention_case((4, 8), 4, 2, dim=32) if module == 'a' else feed_forward_case('frfn', (4, 4))
-    with pytest.raises(AssertionError, match='output'):
-        check('triton', case, torch.float32, tolerances[torch.float32], place)

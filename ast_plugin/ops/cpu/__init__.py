@@ -6,8 +6,6 @@ from ast_plugin.ops.backend import Call
 from ast_plugin.ops.cpu.attention import window_attention
 from ast_plugin.ops.cpu.ffn import feed_forward
 
-__all__ = ['feed_forward', 'why_not', 'window_attention']
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 

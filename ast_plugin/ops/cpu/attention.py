@@ -11,6 +11,7 @@ Parameter gradients are accumulated in float32 over groups; the order depends on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from ast_plugin.ops import attention as plain
 from ast_plugin.ops.attention import Attention, attention_weights
 from ast_plugin.ops.backend import Residual, Tensors
-from ast_plugin.ops.cpu.operators import Branch, Strip, cut_strips, linear, norm, outer_sum, run_branch
+from ast_plugin.ops.cpu.operators import Branch, Strip, cut_strips, linear, run_branch
 from ast_plugin.ops.windows import edge_masks, relative_position_index
 
 
@@ -70,25 +71,40 @@ class _AttentionBranch(Branch):
         return cut_strips(B, H, W * widest * self.layers.proj.element_size(), self.op.window)
 
     def forward(self) -> Tensor:
-        out_dtype = self.dtype if self.residual is None else torch.promote_types(self.x.dtype, self.dtype)
-        out = self.x.new_empty(self.x.shape, dtype=out_dtype)
+        out = self.new_output()
         for group in self.groups():
-            normed, _, _ = norm(_read_rolled(self.x, group, self.op.shift), self.residual, self.dtype)
+            normed, _, _ = self.norm(self._read(self.x, group))
             queries, keys, values = self._split(linear(normed, self.layers.qkv, self.layers.qkv_bias), 3)
             weights = self._weights(self._scores(queries, keys, group))
             y = linear(self._join((weights @ values)[None], group), self.layers.proj, self.layers.proj_bias)
-            if self.scale is not None:
-                y = y.mul_(group.view_images(self.scale))
+            y = y if self.scale is None else y.mul_(group.view_images(self.scale))
             self._write(out, y, self.x, group)
         return out
 
-    def _write(self, out: Tensor, rows: Tensor, other: Tensor, group: Strip) -> None:
-        """Write rolled rows to their original positions, and add another map if the branch has a residual."""
-        for target, own, beside in _split_rolled(out, rows, other, group, self.op.shift):
-            if self.residual is None:
-                target.copy_(own)
-            else:
-                torch.add(beside, own, out=target)
+    def _read(self, x: Tensor, group: Strip) -> Tensor:
+        """Read rows of a map as if it were rolled by the shift up and left, [b, rows, W, C]."""
+        images, parts = group.view_images(x), self._parts(group)
+        if len(parts) == 1:
+            return images[parts[0][1]]
+        rows = images.new_empty(len(images), group.last - group.first, *images.shape[2:])
+        for rolled, original in parts:
+            rows[rolled] = images[original]
+        return rows
+
+    def _write(self, out: Tensor, rows: Tensor, beside: Tensor, group: Strip) -> None:
+        """Write rolled rows to their original positions, see `write`."""
+        out, beside = group.view_images(out), group.view_images(beside)
+        for rolled, original in self._parts(group):
+            self.write(out[original], rows[rolled], beside[original])
+
+    def _parts(self, group: Strip) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+        """Return the one, two or four parts of a group that the shift leaves in one piece: rolled, and original."""
+        H, W = self.x.shape[1:3]
+        rows, columns = _segments(group.first, group.last, H, self.op.shift), _segments(0, W, W, self.op.shift)
+        return [
+            ((slice(None), row, column), (slice(None), original_row, original_column))
+            for (row, original_row), (column, original_column) in itertools.product(rows, columns)
+        ]
 
     def _split(self, rows: Tensor, count: int) -> Tensor:
         """[b, rows, W, count · C] -> [count, heads, windows, tokens, d]."""
@@ -132,65 +148,46 @@ class _AttentionBranch(Branch):
         positive = scores.relu_()
         return weights.addcmul_(positive, positive.mul(sparse_share))
 
-    def backward(self, grad: Tensor, wanted: set[str], kept: Tensors) -> dict[str, Tensor | None]:
+    def backward(self, grad: Tensor, kept: Tensors) -> dict[str, Tensor | None]:
         """Recompute each group and backpropagate through it, accumulating the parameter gradients."""
-        C, zeros, layers = self.x.shape[-1], {'dtype': self.core, 'device': 'cpu'}, self.layers
+        C, layers, sums = self.x.shape[-1], self.layers, self.sums
+        self.wanted |= {'qkv', 'qkv_bias', 'bias'}
         self.qkv_t, self.proj_t = layers.qkv.t(), layers.proj.t()
-        self.d_norm = torch.zeros(2, C, **zeros)
-        self.d_qkv, self.d_qkv_bias = torch.zeros(3 * C, C, **zeros), torch.zeros(3 * C, **zeros)
-        self.d_proj, self.d_proj_bias = torch.zeros(C, C, **zeros), torch.zeros(C, **zeros)
-        self.d_bias = torch.zeros_like(layers.bias)
         # In float64: the gradient of the gate is a small difference of these sums.
         self.d_shares = torch.zeros(2, dtype=torch.float64, device='cpu')
-        grad_x = self.x.new_empty(self.x.shape, dtype=self.x.dtype)
+        grad_x = self.x.new_empty(self.x.shape)
         for group in self.groups():
-            self._write(grad_x, self._run_group(group, _read_rolled(grad, group, self.op.shift)), grad, group)
+            self._write(grad_x, self._run_group(group, self._read(grad, group)), grad, group)
         index = relative_position_index(self.op.window).flatten()
-        table = torch.zeros((2 * self.op.window - 1) ** 2, self.op.num_heads, **zeros)
-        table.index_add_(0, index, rearrange(self.d_bias, 'heads 1 q k -> (q k) heads').contiguous())
+        table = torch.zeros((2 * self.op.window - 1) ** 2, self.op.num_heads, dtype=self.core, device='cpu')
+        table.index_add_(0, index, rearrange(sums['bias'], 'heads 1 q k -> (q k) heads').contiguous())
         d_gate = None
         if layers.gate is not None:
             shares = layers.gate.double().softmax(0)
             d_gate = shares * (self.d_shares - (shares * self.d_shares).sum())
-        (d_q, d_kv), (d_q_bias, d_kv_bias) = (total.split([C, 2 * C]) for total in (self.d_qkv, self.d_qkv_bias))
-        sums = d_q, d_q_bias, d_kv, d_kv_bias, self.d_proj, self.d_proj_bias, table, d_gate
-        names = 'x', 'norm_weight', 'norm_bias', *Attention._fields[: len(sums)]
-        return dict(zip(names, (grad_x, *self.d_norm, *sums), strict=True))
+        (d_q, d_kv), (d_q_bias, d_kv_bias) = (sums[name].split([C, 2 * C]) for name in ('qkv', 'qkv_bias'))
+        inputs = {'q': d_q, 'q_bias': d_q_bias, 'kv': d_kv, 'kv_bias': d_kv_bias}
+        return {'x': grad_x, 'position_bias': table, 'gate': d_gate, **inputs, **sums}
 
     def _run_group(self, group: Strip, grad: Tensor) -> Tensor:
         """Compute the gradient of the rolled rows of x, except the identity path, from that of the output."""
-        x = _read_rolled(self.x, group, self.op.shift)
-        normed, mean, rstd = norm(x, self.residual, self.dtype)
+        x = self._read(self.x, group)
+        normed, *statistics = self.norm(x)
         queries, keys, values = self._split(linear(normed, self.layers.qkv, self.layers.qkv_bias), 3)
         scores = self._scores(queries, keys, group)
-        dy = grad.to(self.dtype).contiguous()
-        if self.scale is not None:
-            dy = dy * group.view_images(self.scale).to(dy.dtype)
+        dy = self.output_grad(grad, group)
         d_out = self._split(linear(dy, self.proj_t), 1)[0]
         weights, d_scores = self._weights_backward(scores, d_out @ values.transpose(-2, -1))
-        self.d_proj += outer_sum(dy, self._join((weights @ values)[None], group))
-        self.d_proj_bias += dy.sum((0, 1, 2), dtype=self.core)
-        self.d_bias += d_scores.sum(1, keepdim=True)
+        self.add_linear('proj', dy, self._join((weights @ values)[None], group))
+        self.add('bias', d_scores.sum(1, keepdim=True))
         parts = queries.new_empty(3, *queries.shape)
         torch.matmul(weights.transpose(-2, -1), d_out, out=parts[2])
         d_scores = d_scores.mul_(queries.shape[-1] ** -0.5)
         torch.matmul(d_scores, keys, out=parts[0])
         torch.matmul(d_scores.transpose(-2, -1), queries, out=parts[1])
         d_qkv = self._join(parts, group)
-        self.d_qkv += outer_sum(d_qkv, normed)
-        self.d_qkv_bias += d_qkv.sum((0, 1, 2), dtype=self.core)
-        dx = linear(d_qkv, self.qkv_t)
-        if self.residual is None:
-            return dx
-        weight, bias = self.residual.weight, self.residual.bias
-        wanted = True, weight is not None, bias is not None
-        dx, *d_norm = torch.ops.aten.native_layer_norm_backward(
-            dx.to(x.dtype), x.contiguous(), x.shape[-1:], mean, rstd, weight, bias, wanted
-        )
-        for total, part in zip(self.d_norm, d_norm, strict=True):
-            if part is not None:
-                total += part
-        return dx
+        self.add_linear('qkv', d_qkv, normed)
+        return self.norm_backward(linear(d_qkv, self.qkv_t), x, *statistics)
 
     def _weights_backward(self, scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights and the gradient of the scores; add to the gradient of the branch shares."""
@@ -211,34 +208,9 @@ class _AttentionBranch(Branch):
         return dense.mul_(dense_share).addcmul_(positive, positive.mul(sparse_share)), d_scores
 
 
-def _read_rolled(x: Tensor, group: Strip, shift: int) -> Tensor:
-    """Read rows of a map as if it were rolled by `shift` up and left, [b, rows, W, C]."""
-    images = group.view_images(x)
-    rows = _segments(group.first, group.last, x.shape[1], shift)
-    columns = _segments(0, x.shape[2], x.shape[2], shift)
-    if len(rows) == len(columns) == 1:
-        return images[:, rows[0]]
-    bands = [torch.cat([images[:, row, column] for column in columns], dim=2) for row in rows]
-    return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
-
-
-def _split_rolled(
-    out: Tensor, own: Tensor, other: Tensor, group: Strip, shift: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield views of an output map, of the rolled rows that belong there, and of another map at the same position."""
-    target, beside, top = group.view_images(out), group.view_images(other), 0
-    for rows in _segments(group.first, group.last, out.shape[1], shift):
-        left, bottom = 0, top + rows.stop - rows.start
-        for columns in _segments(0, out.shape[2], out.shape[2], shift):
-            right = left + columns.stop - columns.start
-            yield target[:, rows, columns], own[:, top:bottom, left:right], beside[:, rows, columns]
-            left = right
-        top = bottom
-
-
-def _segments(first: int, last: int, size: int, shift: int) -> list[slice]:
-    """Return the one or two slices of the original side that hold [first, last) of the side rolled by -shift."""
+def _segments(first: int, last: int, size: int, shift: int) -> list[tuple[slice, slice]]:
+    """Return the one or two segments of [first, last) of a rolled side: within it, and on the original side."""
     start, end = first + shift, last + shift
     if end <= size or start >= size:
-        return [slice(start % size, (end - 1) % size + 1)]
-    return [slice(start, size), slice(0, end - size)]
+        return [(slice(0, last - first), slice(start % size, (end - 1) % size + 1))]
+    return [(slice(0, size - start), slice(start, size)), (slice(size - start, last - first), slice(0, end - size))]

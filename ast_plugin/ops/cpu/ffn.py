@@ -31,9 +31,6 @@ from ast_plugin.ops.cpu.operators import (
     cut_strips,
     gelu_backward,
     linear,
-    linear_plus,
-    norm,
-    outer_sum,
     run_branch,
     transpose_kernel,
 )
@@ -75,9 +72,7 @@ class _FeedForwardBranch(Branch):
         return Strip(0, B, 0, H, H)
 
     def forward(self) -> Tensor:
-        x, op = self.x, self.layers
-        out_dtype = self.dtype if self.residual is None else torch.promote_types(x.dtype, self.dtype)
-        out = x.new_empty(x.shape, dtype=out_dtype)
+        op, out = self.layers, self.new_output()
         for strip in self.strips():
             around = strip if op.depthwise is None else strip.widen(1)
             a = self._refine(around)
@@ -86,15 +81,9 @@ class _FeedForwardBranch(Branch):
                 u = conv3x3(u, op.depthwise, op.depthwise_bias, strip.edges, gelu=True)
             if op.is_gated:
                 u = u.mul_(linear(strip.crop(a, around), *self._expansion(1), gelu=True))
-            if self._sums_in_product():
-                strip.view(out).copy_(linear_plus(u, op.project, op.project_bias, strip.view(x)))
-                continue
             y = linear(u, op.project, op.project_bias)
-            if self.residual is None:
-                strip.view(out).copy_(y)
-            else:
-                y = y if self.scale is None else y.mul_(strip.view_images(self.scale))
-                torch.add(strip.view(x), y, out=strip.view(out))
+            y = y if self.scale is None else y.mul_(strip.view_images(self.scale))
+            self.write(strip.view(out), y, strip.view(self.x))
         return out
 
     def forward_keeping(self) -> tuple[Tensor, Tensors]:
@@ -104,17 +93,12 @@ class _FeedForwardBranch(Branch):
             return self.forward(), ()
         hidden, u = self._hidden(whole, whole)
         v = u if hidden.before_v is None else F.gelu(hidden.before_v)
-        gate = None if hidden.before_gate is None else F.gelu(hidden.before_gate)
-        v = v if gate is None else gate.mul_(v)
+        v = v if hidden.before_gate is None else F.gelu(hidden.before_gate).mul_(v)
         y = (F.linear if self.dtype is torch.float32 else linear)(v, op.project, op.project_bias)
         if self.residual is not None:
             y = x + (y if self.scale is None else y * self.scale)
         # oneDNN returns views, and autograd forbids in-place changes of views returned by a Function.
         return y.clone() if y._is_view() else y, hidden
-
-    def _sums_in_product(self) -> bool:
-        """Whether the last linear layer can fuse the addition of x."""
-        return self.residual is not None and self.scale is None and self.x.dtype == self.dtype
 
     def _expansion(self, part: int) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of a half of the first linear layer: 0 for the convolved channels, 1 for the gate."""
@@ -125,9 +109,9 @@ class _FeedForwardBranch(Branch):
         """Compute the input of the linear layers for a strip: the norm, then the partial convolution."""
         weight = self.layers.partial_conv
         if weight is None:
-            return norm(strip.view(self.x), self.residual, self.dtype)[0].contiguous()
+            return self.norm(strip.view(self.x))[0].contiguous()
         wider = strip.widen(1)
-        a, _, _ = norm(wider.view(self.x), self.residual, self.dtype)
+        a, _, _ = self.norm(wider.view(self.x))
         head = a[..., : len(weight)].contiguous()
         own = strip.crop(a, wider)
         # The output of the norm is not shared and may be overwritten.
@@ -151,9 +135,9 @@ class _FeedForwardBranch(Branch):
             before_gate = linear(near.crop(a, far), *self._expansion(1))
         return _Hidden(a, before_u, before_v, before_gate), u
 
-    def backward(self, grad: Tensor, wanted: set[str], kept: Tensors) -> dict[str, Tensor | None]:
-        op, kept = self.layers, _Hidden(*kept) if kept else None
-        self.wanted, self.sums = wanted, {}
+    def backward(self, grad: Tensor, kept: Tensors) -> dict[str, Tensor | None]:
+        op, sums = self.layers, self.sums
+        self.wanted |= {name.replace('expand', 'gate') for name in self.wanted if op.is_gated}
         # Views, as copies would take as long as the product on small maps; oneDNN transposes while reading.
         self.expand_t = [self._expansion(part)[0].t() for part in range(1 + op.is_gated)]
         self.project_t = op.project.t()
@@ -161,19 +145,20 @@ class _FeedForwardBranch(Branch):
         self.partial_t = None if op.partial_conv is None else transpose_kernel(op.partial_conv)
         # Both the depthwise and the partial convolution need neighbouring rows, so the gradient between them, which has
         # C channels, is computed for the complete map.
-        if kept is not None:
+        if kept:
             strips = [self.whole()]
-            down = self._through_linear(strips[0], grad, kept)
+            down = self._through_linear(strips[0], grad, _Hidden(*kept))
         else:
             strips = list(self.strips())
             down = self.x.new_empty(self.x.shape, dtype=self.dtype)
             for strip in strips:
                 strip.view(down).copy_(self._through_linear(strip, grad))
-        grad_x = self.x.new_empty(self.x.shape, dtype=self.x.dtype) if 'x' in self.wanted else None
-        if self.wanted & {'x', 'norm_weight', 'norm_bias', 'partial_conv'}:
-            for strip in strips:
-                self._through_norm(strip, down, grad, grad_x)
-        sums = {name: torch.cat([parts[part] for part in sorted(parts)]) for name, parts in self.sums.items()}
+        grad_x = self.x.new_empty(self.x.shape)
+        for strip in strips:
+            self.write(strip.view(grad_x), self._through_norm(strip, down), strip.view(grad))
+        for name in {'gate', 'gate_bias'} & set(sums):
+            expansion = name.replace('gate', 'expand')
+            sums[expansion] = torch.cat([sums[expansion], sums.pop(name)])
         return {'x': grad_x, **sums}
 
     def _through_linear(self, strip: Strip, grad: Tensor, kept: _Hidden | None = None) -> Tensor:
@@ -181,41 +166,32 @@ class _FeedForwardBranch(Branch):
         op = self.layers
         near = strip if op.depthwise is None else strip.widen(1)
         far = near if op.depthwise is None else near.widen(1)
-        if kept is None:
-            kept, u = self._hidden(near, far)
-        else:
-            u = F.gelu(kept.before_u)
-        a, before_u, before_v, before_gate = kept
-        v = u
-        if op.depthwise is None:
-            before_v = before_u
-        else:
-            v = F.gelu(before_v)
-        y = near.view(grad).to(self.dtype)
-        if self.scale is not None:
-            y = y * strip.view_images(self.scale).to(self.dtype)
-        dv = linear(y.contiguous(), self.project_t)
+        (a, before_u, before_v, before_gate), u = (kept, None) if kept else self._hidden(near, far)
+        u = F.gelu(before_u) if u is None else u
+        before_v, v = (before_u, u) if before_v is None else (before_v, F.gelu(before_v))
+        y = self.output_grad(near.view(grad), strip)
+        dv = linear(y, self.project_t)
         own_a, own_v, down = strip.crop(a, far), strip.crop(v, near), None
         if op.is_gated:
             gate = F.gelu(before_gate)
             d_gate = gelu_backward(strip.crop(dv, near) * own_v, strip.crop(before_gate, near))
-            self._add_linear('expand', d_gate, own_a, part=1)
+            self.add_linear('gate', d_gate, own_a)
             down = linear(d_gate, self.expand_t[1])
             own_v = own_v * strip.crop(gate, near)
             dv.mul_(gate)
-        self._add_linear('project', strip.crop(y, near), own_v)
+        self.add_linear('project', strip.crop(y, near), own_v)
         du = gelu_backward(dv, before_v)
         if op.depthwise is not None:
             self._add_conv('depthwise', strip.widen(1).crop(u, far), strip.crop(du, near), strip.edges)
             du = gelu_backward(conv3x3(du, self.depthwise_t, None, strip.edges), strip.crop(before_u, far))
-        self._add_linear('expand', du, own_a)
-        return linear(du, self.expand_t[0]) if down is None else linear_plus(du, self.expand_t[0], None, down)
+        self.add_linear('expand', du, own_a)
+        return linear(du, self.expand_t[0], plus=down)
 
-    def _through_norm(self, strip: Strip, down: Tensor, grad: Tensor, grad_x: Tensor | None) -> None:
-        """Backpropagate a strip through the partial convolution and the norm, and write to `grad_x`."""
-        wide, residual = strip.widen(1), self.residual
+    def _through_norm(self, strip: Strip, down: Tensor) -> Tensor:
+        """Backpropagate a strip through the partial convolution and the norm."""
+        wide = strip.widen(1)
         x, dn = wide.view(self.x), strip.view(down).to(self.x.dtype)
-        normed, mean, rstd = norm(x, residual, x.dtype)
+        normed, *statistics = self.norm(x, x.dtype)
         if self.layers.partial_conv is not None:
             head = slice(0, len(self.layers.partial_conv))
             d_head = wide.view(down)[..., head].contiguous()
@@ -223,40 +199,11 @@ class _FeedForwardBranch(Branch):
             self._add_conv('partial_conv', normed_head, strip.crop(d_head, wide), strip.edges)
             dn = dn.clone() if dn.data_ptr() == strip.view(down).data_ptr() else dn
             dn[..., head] = conv3x3(d_head, self.partial_t, None, strip.edges)
-        if residual is not None:
-            dn, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-                dn.contiguous(),
-                *(strip.crop(x, wide).contiguous(), x.shape[-1:]),
-                *(strip.crop(statistic, wide).contiguous() for statistic in (mean, rstd)),
-                *(residual.weight, residual.bias),
-                [name in self.wanted for name in ('x', 'norm_weight', 'norm_bias')],
-            )
-            self._add('norm_weight', d_weight)
-            self._add('norm_bias', d_bias)
-        if grad_x is not None and residual is not None:
-            torch.add(strip.view(grad), dn, out=strip.view(grad_x))
-        elif grad_x is not None:
-            strip.view(grad_x).copy_(dn)
-
-    def _add(self, name: str, value: Tensor | None, part: int = 0) -> None:
-        """Add to the gradient of a parameter, or to one of the equal parts that are concatenated to it."""
-        if name not in self.wanted:
-            return
-        parts = self.sums.setdefault(name, {})
-        if part in parts:
-            parts[part] += value
-        else:
-            parts[part] = value.to(self.sums_dtype)
-
-    def _add_linear(self, layer: str, grad: Tensor, x: Tensor, part: int = 0) -> None:
-        """Add the gradients of a linear layer, or of the part of it selected as in `_expansion`."""
-        if layer in self.wanted:
-            self._add(layer, outer_sum(grad, x), part)
-        if f'{layer}_bias' in self.wanted:
-            self._add(f'{layer}_bias', grad.sum((0, 1, 2), dtype=self.sums_dtype), part)
+        statistics = (strip.crop(each, wide) for each in statistics if each is not None)
+        return self.norm_backward(dn, strip.crop(x, wide), *statistics)
 
     def _add_conv(self, layer: str, x: Tensor, grad: Tensor, edges: tuple[bool, bool]) -> None:
         if self.wanted & {layer, f'{layer}_bias'}:
             d_weight, d_bias = conv3x3_backward_weight(x, grad.contiguous(), getattr(self.layers, layer), edges)
-            self._add(layer, d_weight)
-            self._add(f'{layer}_bias', d_bias)
+            self.add(layer, d_weight)
+            self.add(f'{layer}_bias', d_bias)

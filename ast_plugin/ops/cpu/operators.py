@@ -7,8 +7,7 @@ PyTorch as the fallback.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -79,19 +78,16 @@ def _fuses(dtype: torch.dtype) -> bool:
     return has_onednn(dtype) and not (dtype is torch.float32 and torch.backends.cpu.get_cpu_capability() == 'AVX2')
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """x · weightᵀ + bias, [..., in] -> [..., out], optionally followed by a GELU."""
-    if _fuses(x.dtype):
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False, plus: Tensor | None = None
+) -> Tensor:
+    """x · weightᵀ + bias, [..., in] -> [..., out], optionally followed by a GELU or by the sum with `plus`."""
+    if not _fuses(x.dtype):
+        y = F.linear(x, weight, bias)
+        return torch.ops.aten.gelu_(y) if gelu else y if plus is None else y.add_(plus)
+    if plus is None:
         return _onednn_linear(x, weight, bias, 'gelu' if gelu else 'none')
-    y = F.linear(x, weight, bias)
-    return torch.ops.aten.gelu_(y) if gelu else y
-
-
-def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
-    """x · weightᵀ + bias + other; `other` has the shape and dtype of the result."""
-    if _fuses(x.dtype):
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other.contiguous(), weight, bias, 'add')
-    return F.linear(x, weight, bias).add_(other)
+    return torch.ops.mkldnn._linear_pointwise.binary(x, plus.contiguous(), weight, bias, 'add')
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, edges: tuple[bool, bool], *, gelu: bool = False) -> Tensor:
@@ -198,43 +194,83 @@ def cut_strips(B: int, H: int, bytes_per_row: int, unit: int = 1) -> Iterator[St
             yield Strip(image, 1, first, min(H, first + rows), H)
 
 
-def norm(x: Tensor, residual: Residual | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Apply the LayerNorm of a residual branch, if there is one, and cast; return the rows, mean and 1 / std."""
-    if residual is None:
-        return x.to(dtype).contiguous(), None, None
-    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], residual.weight, residual.bias, residual.eps)
-    return y.to(dtype), mean, rstd
+class Branch:
+    """One call of a branch: f(x), or x + scale · f(norm(x)), where subclasses define f.
 
-
-class Branch(ABC):
-    """One call of a branch: f(x), or x + scale · f(norm(x)), where subclasses define f."""
-
-    plain: Callable[..., Tensor]  # f computed by PyTorch's operators
+    Subclasses have a function `plain`, f computed by PyTorch's operators; `prepare(op, dtype)`, which concatenates,
+    gathers and casts the parameters of f; `forward()`; and `backward(grad, kept)`, which returns the gradients by name,
+    at least those in `wanted`: x, norm_weight, norm_bias, tensors of `op`.
+    """
 
     def __init__(
         self, kernel: _BranchKernel, x: Tensor, mask: Tensor | None, residual: Residual | None, layers: NamedTuple
     ) -> None:
-        dtype, self.op = kernel.dtype, kernel.op
-        self.dtype, self.x, self.mask, self.residual, self.layers = dtype, x, mask, residual, layers
+        self.op, self.dtype = kernel.op, kernel.dtype
+        self.x, self.mask, self.residual, self.layers = x, mask, residual, layers
         self.scale = None if residual is None else residual.scale
-        self.sums_dtype = torch.promote_types(dtype, torch.float32)
-
-    @staticmethod
-    @abstractmethod
-    def prepare(op: Attention | FeedForward, dtype: torch.dtype) -> NamedTuple:
-        """Concatenate, gather and cast the parameters of f."""
-
-    @abstractmethod
-    def forward(self) -> Tensor:
-        """Compute the branch without saving anything for the backward pass."""
+        self.sums_dtype = torch.promote_types(self.dtype, torch.float32)
+        self.wanted: set[str] = set()
+        self.sums: dict[str, Tensor] = {}  # gradients of parameters, accumulated over strips
 
     def forward_keeping(self) -> tuple[Tensor, Tensors]:
         """Compute the branch, and the tensors to save for the backward pass in addition to the inputs."""
         return self.forward(), ()
 
-    @abstractmethod
-    def backward(self, grad: Tensor, wanted: set[str], kept: Tensors) -> dict[str, Tensor | None]:
-        """Return the gradients by name, at least those in `wanted`: x, norm_weight, norm_bias, tensors of `op`."""
+    def new_output(self) -> Tensor:
+        """Return uninitialised memory for the result."""
+        dtype = self.dtype if self.residual is None else torch.promote_types(self.x.dtype, self.dtype)
+        return self.x.new_empty(self.x.shape, dtype=dtype)
+
+    def norm(self, x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Apply the LayerNorm, if there is a residual, and cast; return the rows, mean and 1 / std."""
+        dtype = dtype or self.dtype
+        if self.residual is None:
+            return x.to(dtype).contiguous(), None, None
+        weight, bias, eps, _ = self.residual
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return y.to(dtype), mean, rstd
+
+    def norm_backward(self, grad: Tensor, x: Tensor, *statistics: Tensor | None) -> Tensor:
+        """Return the gradient of the norm's input from that of its output, and add those of weight and bias."""
+        if self.residual is None:
+            return grad
+        names = 'norm_weight', 'norm_bias'
+        dx, *gradients = torch.ops.aten.native_layer_norm_backward(
+            *(grad.to(x.dtype).contiguous(), x.contiguous(), x.shape[-1:]),
+            *(statistic.contiguous() for statistic in statistics),
+            *(*self.residual[:2], (True, *(name in self.wanted for name in names))),
+        )
+        for name, gradient in zip(names, gradients, strict=True):
+            self.add(name, gradient)
+        return dx
+
+    def write(self, out: Tensor, y: Tensor, beside: Tensor) -> None:
+        """Write rows of f's result, or of the gradient of its input, to `out`; with a residual, add those `beside`."""
+        if self.residual is None:
+            out.copy_(y)
+        else:
+            torch.add(beside, y, out=out)
+
+    def output_grad(self, grad: Tensor, strip: Strip) -> Tensor:
+        """Return the gradient of f's result from that of the branch."""
+        grad = grad.to(self.dtype)
+        return (grad if self.scale is None else grad * strip.view_images(self.scale).to(grad.dtype)).contiguous()
+
+    def add(self, name: str, value: Tensor | None) -> None:
+        """Add to the gradient of a parameter."""
+        if name not in self.wanted:
+            return
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value.to(self.sums_dtype)
+
+    def add_linear(self, name: str, grad: Tensor, x: Tensor) -> None:
+        """Add to the gradients of a linear layer's weight and bias."""
+        if name in self.wanted:
+            self.add(name, outer_sum(grad, x))
+        if f'{name}_bias' in self.wanted:
+            self.add(f'{name}_bias', grad.sum((0, 1, 2), dtype=self.sums_dtype))
 
 
 class _BranchKernel:
@@ -256,11 +292,12 @@ class _BranchKernel:
 
     def backward(self, grad: Tensor, needed: Sequence[bool], tensors: Tensors, kept: Tensors) -> Tensors:
         names = 'x', 'mask', 'scale', 'norm_weight', 'norm_bias', *self.op._fields[: len(self.op.tensors)]
-        wanted = {name for name, is_needed in zip(names, needed, strict=True) if is_needed}
         with torch.autocast('cpu', enabled=False):
-            gradients = self.start(*tensors).backward(grad, wanted, kept)
+            branch = self.start(*tensors)
+            branch.wanted = {name for name, is_needed in zip(names, needed, strict=True) if is_needed}
+            gradients = branch.backward(grad, kept)
         named = zip(names, tensors, strict=True)
-        return [gradients[name].to(tensor.dtype) if name in wanted else None for name, tensor in named]
+        return [gradients[name].to(tensor.dtype) if name in branch.wanted else None for name, tensor in named]
 
     def reference(self, *tensors: Tensor | None) -> Tensor:
         x, mask, residual, op = self._unpack(tensors)
@@ -279,7 +316,7 @@ def run_branch(
 ) -> Tensor:
     """Compute a branch, through autograd if gradients are needed."""
     kernel = _BranchKernel(branch, x, op, residual)
-    weight, bias, scale = (None,) * 3 if residual is None else (residual.weight, residual.bias, residual.scale)
+    weight, bias, _, scale = residual or (None,) * 4
     tensors = x, mask, scale, weight, bias, *op.tensors
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return run_kernel(kernel, *tensors)

@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
@@ -111,10 +111,7 @@ def check_kernels(call: Call) -> str | None:
 def find_fault(device: torch.device, dtype: torch.dtype, needs_grad: bool, variant: tuple) -> str | None:
     """Check a variant of the kernels against the reference; return the problem or None."""
     try:
-        errors = norm_errors(device, dtype, needs_grad)
-        if variant:
-            others = attention_errors if len(variant) > 1 else activation_errors
-            errors |= others(device, dtype, needs_grad, *variant)
+        errors = kernel_errors(device, dtype, needs_grad, variant)
     # The compiler, driver or device may raise anything: the reference is used instead, and the reason is logged.
     except Exception as error:
         return f'its kernels fail on {device} ({type(error).__name__}: {first_line(error)[:200]})'
@@ -125,45 +122,40 @@ def find_fault(device: torch.device, dtype: torch.dtype, needs_grad: bool, varia
     return None
 
 
-def norm_errors(device: torch.device, dtype: torch.dtype, needs_grad: bool) -> dict[str, float]:
-    """Relative errors of the norm's output and gradients, for 2 feature maps of 11×13 with 80 channels."""
-    tensors = {'map': _waves(device, 2, 11, 13, 80).to(dtype), 'weight': _waves(device, 80), 'bias': _waves(device, 80)}
-    functions = (
-        lambda x, weight, bias, norm=norm: norm(x, [80], weight, bias, 1e-5)
-        for norm in (_load_kernels()[2].layer_norm, F.layer_norm)
-    )
-    return {f'{name} (norm)': error for name, error in _errors(*functions, tensors, needs_grad).items()}
+def kernel_errors(device: torch.device, dtype: torch.dtype, needs_grad: bool, variant: tuple) -> dict[str, float]:
+    """Return the relative errors of the output and, if needed, of each gradient of the kernels of a variant.
 
-
-def attention_errors(
-    device: torch.device, dtype: torch.dtype, needs_grad: bool, kind: str, window: int, head: int, is_masked: bool
-) -> dict[str, float]:
-    """Relative errors of attention's output and gradients, without and with shift, for 2 maps of 2×3 windows."""
-    heads, tokens = 2, window**2
-    qkv = _waves(device, 2, 2 * window, 3 * window, 3 * heads * head).to(dtype)
-    tensors = {'qkv': qkv, 'bias': _waves(device, heads, tokens, tokens)}
-    tensors['gate'] = _waves(device, 2) if kind == 'assa' else None
-    mask = (_waves(device, 6, tokens, tokens) > 0).float() * -100.0 if is_masked else None
-    errors = {}
-    for shift in sorted({0, window // 2}):
-        op = Attention(*[None] * 8, heads, window, shift, kind)
-        functions = (
-            lambda *tensors, attend=module.attend, op=op: attend(*tensors, mask, op)
-            for module in (_load_kernels()[0], plain_attention)
-        )
-        found = _errors(*functions, tensors, needs_grad)
-        errors |= {f'{name} (shift {shift})': error for name, error in found.items()}
+    Norm and activation are computed for 2 maps of 11×13 with 80 channels, attention for 2 maps of 2×3 windows.
+    """
+    attention, ffn, norm = _load_kernels()
+    waves = partial(_waves, device)
+    norms = [partial(_norm, function) for function in (norm.layer_norm, F.layer_norm)]
+    tensors = {'map': waves(2, 11, 13, 80).to(dtype), 'weight': waves(80), 'bias': waves(80)}
+    errors = _errors(' (norm)', *norms, tensors, needs_grad)
+    if len(variant) == 1:
+        (is_gated,) = variant
+        z = waves(2, 11, 13, 160 if is_gated else 80).to(dtype)
+        tensors = {'map': z, 'weight': waves(80, 1, 3, 3), 'bias': waves(80)}
+        errors |= _errors('', ffn.activate, plain_ffn.activate, tensors, needs_grad)
+    elif variant:
+        kind, window, head, is_masked = variant
+        heads, tokens = 2, window**2
+        qkv = waves(2, 2 * window, 3 * window, 3 * heads * head).to(dtype)
+        tensors = {'qkv': qkv, 'bias': waves(heads, tokens, tokens), 'gate': waves(2) if kind == 'assa' else None}
+        mask = (waves(6, tokens, tokens) > 0).float() * -100.0 if is_masked else None
+        for shift in sorted({0, window // 2}):
+            settings = {'mask': mask, 'op': Attention(*[None] * 8, heads, window, shift, kind)}
+            functions = (partial(module.attend, **settings) for module in (attention, plain_attention))
+            errors |= _errors(f' (shift {shift})', *functions, tensors, needs_grad)
     return errors
 
 
-def activation_errors(device: torch.device, dtype: torch.dtype, needs_grad: bool, is_gated: bool) -> dict[str, float]:
-    """Relative errors of the activation's output and gradients, for 2 feature maps of 11×13 with 80 channels."""
-    z = _waves(device, 2, 11, 13, 160 if is_gated else 80).to(dtype)
-    tensors = {'map': z, 'weight': _waves(device, 80, 1, 3, 3), 'bias': _waves(device, 80)}
-    return _errors(_load_kernels()[1].activate, plain_ffn.activate, tensors, needs_grad)
+def _norm(function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return function(x, weight.shape, weight, bias, 1e-5)
 
 
 def _errors(
+    where: str,
     function: Callable[..., Tensor],
     reference: Callable[..., Tensor],
     tensors: dict[str, Tensor | None],
@@ -176,11 +168,11 @@ def _errors(
         out = compute(*leaves)
         results.append([out.detach()])
         if needs_grad:
-            grad = _waves(out.device, *out.shape).to(tensors[next(iter(tensors))].dtype).to(out.dtype)
+            grad = _waves(out.device, *out.shape).to(next(iter(tensors.values())).dtype).to(out.dtype)
             results[-1] += torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad)
     names = 'the output', *(f'the gradient of the {name}' for name, tensor in tensors.items() if tensor is not None)
     return {
-        name: float((got.double() - want).norm() / want.norm())
+        name + where: float((got.double() - want).norm() / want.norm())
         for name, got, want in zip(names, *results, strict=needs_grad)
     }
 
