@@ -126,17 +126,23 @@ def test_weights_beyond_float16(place):
     assert relative_error(got, plain_attention.attend(qkv.double(), bias.double(), None, None, op)) < 5e-3
 
 
+@pytest.mark.parametrize('is_turned', [False, True])
 @pytest.mark.parametrize('name', ['attend', 'activate'])
-def test_kernels_take_any_strides(place, name):
-    def permuted(channels):
-        return torch.randn(1, channels, 4, 8).to(place).permute(0, 2, 3, 1)
+def test_kernels_take_maps_with_gaps(place, name, is_turned):
+    """Gaps between positions, as in halves of a map, or between channels, as in permuted maps."""
+
+    def gappy(channels):
+        if is_turned:
+            return torch.randn(1, channels, 4, 8).to(place).permute(0, 2, 3, 1)
+        return torch.randn(1, 4, 8, channels + 7).to(place)[..., 3 : channels + 3]
 
     if name == 'attend':
-        x, grad, modules = permuted(30), permuted(10), (attention, plain_attention)
+        x, grad, modules = gappy(30), gappy(10), (attention, plain_attention)
         rest = torch.randn(1, 16, 16).to(place), None, None, settings(1, 4, 2, 'dense')
     else:
-        x, grad, modules = permuted(40), permuted(20), (ffn, plain_ffn)
+        x, grad, modules = gappy(40), gappy(20), (ffn, plain_ffn)
         rest = torch.randn(20, 1, 3, 3).to(place), None
+    assert not x.is_contiguous() and not grad.is_contiguous()
     outputs = [getattr(module, name)(x.requires_grad_(), *rest) for module in modules]
     got, want = ((y, *torch.autograd.grad(y, x, grad)) for y in outputs)
     assert all(relative_error(*pair) < 2e-5 for pair in zip(got, want, strict=True))

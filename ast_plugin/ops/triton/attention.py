@@ -46,7 +46,7 @@ _VARYING = ('height', 'width', 'shift', 'num_windows', 'per_program', 'num_masks
 
 @triton.jit
 def _locate(token, window, height, width, shift, SIDE: tl.constexpr):
-    """Return positions of a shifted window's tokens in [B, H, W], and which edges of the map they wrapped around."""
+    """Return image, row and column of a shifted window's tokens, and which edges of the map they wrapped around."""
     across = width // SIDE
     in_image = (height // SIDE) * across
     rest = window % in_image
@@ -56,9 +56,14 @@ def _locate(token, window, height, width, shift, SIDE: tl.constexpr):
     beside = column >= width
     row = tl.where(below, row - height, row)
     column = tl.where(beside, column - width, column)
-    # As int64, because large batches exceed 2**31 elements.
-    place = (tl.cast(window // in_image, tl.int64) * height + row) * width + column
-    return place[:, None], below.to(tl.int32) * 2 + beside.to(tl.int32)
+    return window // in_image, row, column, below.to(tl.int32) * 2 + beside.to(tl.int32)
+
+
+@triton.jit
+def offsets(image, row, column, stride_image, stride_row, stride_column):
+    """Return the memory offsets of positions, as int64 because large batches exceed 2**31 elements."""
+    wide = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    return wide + tl.cast(image, tl.int64) * stride_image
 
 
 @triton.jit
@@ -135,6 +140,7 @@ def _transposed_product(a, b, SCALED: tl.constexpr, WIDE: tl.constexpr):
 def forward(
     qkv_ptr, bias_ptr, shares_ptr, mask_ptr, out_ptr,
     height, width, shift, channels, num_windows, per_program, num_masks, scale,
+    qkv_image, qkv_row, qkv_column, out_image, out_row, out_column,
     HEAD: tl.constexpr, HEAD_FULL: tl.constexpr,
     SIDE: tl.constexpr, TOKENS: tl.constexpr, TOKENS_FULL: tl.constexpr, QUERIES: tl.constexpr,
     DENSE: tl.constexpr, POWER: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr,
@@ -142,8 +148,8 @@ def forward(
 ):  # fmt: skip
     """Attention weights times values.
 
-    Grid: heads, groups of `per_program` windows, blocks of QUERIES queries. qkv [B, H, W, 3C], bias [heads, TOKENS,
-    TOKENS] and masks [num_masks, TOKENS, TOKENS] are contiguous, the latter two float32.
+    Grid: heads, groups of `per_program` windows, blocks of QUERIES queries. qkv is [B, H, W, 3C] with unit channel
+    stride; bias [heads, TOKENS, TOKENS] and masks [num_masks, TOKENS, TOKENS] are contiguous float32.
     DENSE: whether there is a softmax. POWER: exponent of the sparse branch's relu, or 0. `shares` [2]: used with both.
     """
     head = tl.program_id(0)
@@ -157,11 +163,11 @@ def forward(
 
     first = tl.program_id(1) * per_program
     for window in range(first, tl.minimum(first + per_program, num_windows)):
-        place_q, edges_q = _locate(query, window, height, width, shift, SIDE)
-        place_k, edges_k = _locate(key, window, height, width, shift, SIDE)
-        at_q = place_q * (3 * channels) + own
-        at_k = qkv_ptr + place_k * (3 * channels) + own
-        q = tl.load(qkv_ptr + at_q, mask=real_q, other=0.0)
+        image, row_q, column_q, edges_q = _locate(query, window, height, width, shift, SIDE)
+        image, row_k, column_k, edges_k = _locate(key, window, height, width, shift, SIDE)
+        at_q = qkv_ptr + offsets(image, row_q, column_q, qkv_image, qkv_row, qkv_column)[:, None] + own
+        at_k = qkv_ptr + offsets(image, row_k, column_k, qkv_image, qkv_row, qkv_column)[:, None] + own
+        q = tl.load(at_q, mask=real_q, other=0.0)
         k = tl.load(at_k + channels, mask=real_k, other=0.0)
         v = tl.load(at_k + 2 * channels, mask=real_k, other=0.0)
         scores = _scores(
@@ -176,13 +182,16 @@ def forward(
                 positive = positive * positive
             weights += sparse_share * positive
         y = _product(weights, v, SCALED, WIDE)
-        tl.store(out_ptr + place_q * channels + own, y.to(out_ptr.dtype.element_ty), mask=real_q)
+        at_out = out_ptr + offsets(image, row_q, column_q, out_image, out_row, out_column)[:, None] + own
+        tl.store(at_out, y.to(out_ptr.dtype.element_ty), mask=real_q)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def backward(
-    qkv_ptr, bias_ptr, shares_ptr, mask_ptr, grad_ptr, d_qkv_ptr, d_kv_ptr, d_bias_ptr, d_shares_ptr,
-    height, width, shift, channels, num_windows, per_program, num_masks, scale, d_kv_channels, d_kv_block,
+    qkv_ptr, bias_ptr, shares_ptr, mask_ptr, grad_ptr, d_q_ptr, d_kv_ptr, d_bias_ptr, d_shares_ptr,
+    height, width, shift, channels, num_windows, per_program, num_masks, scale,
+    qkv_image, qkv_row, qkv_column, grad_image, grad_row, grad_column,
+    d_q_image, d_q_row, d_q_column, d_kv_block, d_kv_image, d_kv_row, d_kv_column,
     HEAD: tl.constexpr, HEAD_FULL: tl.constexpr,
     SIDE: tl.constexpr, TOKENS: tl.constexpr, TOKENS_FULL: tl.constexpr, QUERIES: tl.constexpr,
     DENSE: tl.constexpr, POWER: tl.constexpr, SHIFTED: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr,
@@ -190,9 +199,9 @@ def backward(
 ):  # fmt: skip
     """Gradients of `forward`'s inputs, with recomputed scores and weights. The grid is that of `forward`.
 
-    Each block of queries writes its own part of the gradients of keys and values, `d_kv_block` elements apart, with
-    `d_kv_channels` elements per position. Each program writes the sums over its windows: [QUERIES, TOKENS_FULL] for the
-    bias and two numbers for the shares, at [groups, heads, blocks, ...].
+    Each block of queries writes its own part of the gradients of keys and values, `d_kv_block` elements apart. Each
+    program writes the sums over its windows: [QUERIES, TOKENS_FULL] for the bias and two numbers for the shares, at
+    [groups, heads, blocks, ...].
     """
     head = tl.program_id(0)
     block = tl.program_id(2)
@@ -209,14 +218,15 @@ def backward(
 
     first = tl.program_id(1) * per_program
     for window in range(first, tl.minimum(first + per_program, num_windows)):
-        place_q, edges_q = _locate(query, window, height, width, shift, SIDE)
-        place_k, edges_k = _locate(key, window, height, width, shift, SIDE)
-        at_q = place_q * (3 * channels) + own
-        at_k = qkv_ptr + place_k * (3 * channels) + own
-        q = tl.load(qkv_ptr + at_q, mask=real_q, other=0.0)
+        image, row_q, column_q, edges_q = _locate(query, window, height, width, shift, SIDE)
+        image, row_k, column_k, edges_k = _locate(key, window, height, width, shift, SIDE)
+        at_q = qkv_ptr + offsets(image, row_q, column_q, qkv_image, qkv_row, qkv_column)[:, None] + own
+        at_k = qkv_ptr + offsets(image, row_k, column_k, qkv_image, qkv_row, qkv_column)[:, None] + own
+        at_grad = grad_ptr + offsets(image, row_q, column_q, grad_image, grad_row, grad_column)[:, None] + own
+        q = tl.load(at_q, mask=real_q, other=0.0)
         k = tl.load(at_k + channels, mask=real_k, other=0.0)
         v = tl.load(at_k + 2 * channels, mask=real_k, other=0.0)
-        grad = tl.load(grad_ptr + place_q * channels + own, mask=real_q, other=0.0)
+        grad = tl.load(at_grad, mask=real_q, other=0.0)
         scores = _scores(
             q, k, bias, mask_ptr, window, query, key, edges_q, edges_k, scale, num_masks, TOKENS, SHIFTED, MASK, WIDE
         )
@@ -245,8 +255,10 @@ def backward(
         d_v = _transposed_product(weights, grad, SCALED, WIDE)
         d_q = _product(d_scores, k, SCALED, WIDE) * scale
         d_k = _transposed_product(d_scores, q, SCALED, WIDE) * scale
-        at_d_kv = d_kv_ptr + tl.cast(block, tl.int64) * d_kv_block + place_k * d_kv_channels + own
-        tl.store(d_qkv_ptr + at_q, d_q.to(d_qkv_ptr.dtype.element_ty), mask=real_q)
+        at_d_q = d_q_ptr + offsets(image, row_q, column_q, d_q_image, d_q_row, d_q_column)[:, None] + own
+        at_d_kv = d_kv_ptr + offsets(image, row_k, column_k, d_kv_image, d_kv_row, d_kv_column)[:, None] + own
+        at_d_kv += tl.cast(block, tl.int64) * d_kv_block
+        tl.store(at_d_q, d_q.to(d_q_ptr.dtype.element_ty), mask=real_q)
         tl.store(at_d_kv, d_k.to(d_kv_ptr.dtype.element_ty), mask=real_k)
         tl.store(at_d_kv + channels, d_v.to(d_kv_ptr.dtype.element_ty), mask=real_k)
 
@@ -303,7 +315,8 @@ class _Launch:
     """Tensors of one call in kernel layout, and launch settings."""
 
     def __init__(self, op: Attention, qkv: Tensor, bias: Tensor, gate: Tensor | None, mask: Tensor | None) -> None:
-        self.op, self.qkv, self.gate = op, qkv.contiguous(), gate
+        # The kernels need unit channel stride.
+        self.op, self.qkv, self.gate = op, qkv if qkv.stride(-1) == 1 else qkv.contiguous(), gate
         num_images, height, width, channels = qkv.shape
         self.channels = channels // 3
         self.bias = bias.detach().to(torch.float32).contiguous()
@@ -332,25 +345,27 @@ class _Launch:
     def forward(self) -> Tensor:
         out = self.qkv.new_empty(*self.qkv.shape[:3], self.channels)
         tensors = self.qkv, self.bias, self.shares, self.mask, out
+        strides = *self.qkv.stride()[:3], *out.stride()[:3]
         with torch.cuda.device_of(out):
-            forward[self.grid](*tensors, *self.sizes, *self.constants, **self.options)
+            forward[self.grid](*tensors, *self.sizes, *strides, *self.constants, **self.options)
         return out
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the gradients of qkv, bias and gate."""
         tokens, full = self.tokens, self.full
-        d_qkv = torch.empty_like(self.qkv)
-        d_kv = whole = d_qkv[..., self.channels :]
-        d_kv_sizes = 3 * self.channels, 0
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        d_qkv = torch.empty(self.qkv.shape, dtype=self.qkv.dtype, device=self.qkv.device)
+        whole = d_qkv[..., self.channels :]
+        d_kv = whole[None]
         if self.num_blocks > 1:  # one partial gradient of keys and values per block of queries
             d_kv = self.bias.new_empty(self.num_blocks, *whole.shape)
-            d_kv_sizes = 2 * self.channels, whole.numel()
         heads, groups, blocks = self.grid
         d_bias = self.bias.new_empty(groups, heads, blocks, self.queries, full)
         d_shares = self.bias.new_empty(groups, heads, blocks, 2)
-        tensors = self.qkv, self.bias, self.shares, self.mask, grad.contiguous(), d_qkv, d_kv, d_bias, d_shares
+        tensors = self.qkv, self.bias, self.shares, self.mask, grad, d_qkv, d_kv, d_bias, d_shares
+        strides = *self.qkv.stride()[:3], *grad.stride()[:3], *d_qkv.stride()[:3], *d_kv.stride()[:4]
         with torch.cuda.device_of(d_qkv):
-            backward[self.grid](*tensors, *self.sizes, *d_kv_sizes, *self.constants, **self.options)
+            backward[self.grid](*tensors, *self.sizes, *strides, *self.constants, **self.options)
         if self.num_blocks > 1:
             whole.copy_(d_kv.sum(0))
         d_bias = d_bias.sum(0).reshape(heads, -1, full)[:, :tokens, :tokens]

@@ -4,8 +4,8 @@ Equivalent to `ops.ffn.feed_forward`. The backward pass saves the output of the 
 last one, and recomputes the activations between them. Imported only if Triton is installed.
 
 A program processes a block of channels at a tile of ROWS × COLUMNS positions; neighbouring positions come from the
-caches. Maps are contiguous, [B, H, W, channels], with zero padding. Sums over tiles stay in registers until a program's
-last tile: reducing them at each tile took twice as long as everything else together.
+caches. Maps between kernels are contiguous [B, H, W, channels] with zero padding. Sums over tiles stay in registers
+until a program's last tile: reducing them at each tile took twice as long as everything else together.
 
 Numerics: convolution, GELU and gate are computed in float32 and rounded once to the dtype of the map. Gradients of the
 depthwise weights are summed in float32, in an order that depends on shapes only.
@@ -21,6 +21,7 @@ from torch import Tensor
 from ast_plugin.ops import ffn as plain
 from ast_plugin.ops.backend import Tensors, cast_once, linear, run_kernel
 from ast_plugin.ops.ffn import FeedForward
+from ast_plugin.ops.triton.attention import offsets
 
 _BLOCK = 64  # channels per program
 _ROWS, _COLUMNS = 2, 8
@@ -51,12 +52,6 @@ def _tile(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = (rest // across) * ROWS + position // COLUMNS
     column = (rest % across) * COLUMNS + position % COLUMNS
     return tile // in_image, row, column
-
-
-@triton.jit
-def _position(image, row, column, height, width):
-    """Return positions in [B, H, W], as int64 because large batches exceed 2**31 elements."""
-    return ((tl.cast(image, tl.int64) * height + row) * width + column)[:, None]
 
 
 @triton.jit
@@ -94,21 +89,22 @@ def _add_tap(
 
 @triton.jit(do_not_specialize=_VARYING)
 def gelu(
-    z_ptr, u_ptr, height, width, channels, hidden,
+    z_ptr, u_ptr, height, width, channels, z_image, z_row, z_column,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """u = GELU(first half of z), contiguous; inside the convolution each value would be computed nine times."""
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
     inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
-    position = _position(image, row, column, height, width)
-    u = _gelu(tl.load(z_ptr + position * hidden + channel[None, :], mask=inside, other=0.0).to(tl.float32))
-    tl.store(u_ptr + position * channels + channel[None, :], u.to(u_ptr.dtype.element_ty), mask=inside)
+    at_z = z_ptr + offsets(image, row, column, z_image, z_row, z_column)[:, None] + channel[None, :]
+    u = _gelu(tl.load(at_z, mask=inside, other=0.0).to(tl.float32))
+    position = (tl.cast(image, tl.int64) * height + row) * width + column
+    tl.store(u_ptr + position[:, None] * channels + channel[None, :], u.to(u_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def forward(
-    u_ptr, z_ptr, weight_ptr, bias_ptr, out_ptr, height, width, channels, hidden,
+    u_ptr, z_ptr, weight_ptr, bias_ptr, out_ptr, height, width, channels, z_image, z_row, z_column,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """out = GELU(conv(u) + bias), times GELU(second half of z) if GATED. Grid: tiles, blocks of channels."""
@@ -120,37 +116,39 @@ def forward(
             u_ptr, weight_ptr, bias_ptr, image, row, column, height, width, channel, channels, ROWS * COLUMNS, BLOCK
         )
     )
-    position = _position(image, row, column, height, width)
     if GATED:
-        gate = tl.load(z_ptr + position * hidden + channels + channel[None, :], mask=inside, other=0.0)
-        y *= _gelu(gate.to(tl.float32))
-    tl.store(out_ptr + position * channels + channel[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
+        at_z = z_ptr + offsets(image, row, column, z_image, z_row, z_column)[:, None] + channels + channel[None, :]
+        y *= _gelu(tl.load(at_z, mask=inside, other=0.0).to(tl.float32))
+    position = (tl.cast(image, tl.int64) * height + row) * width + column
+    at = out_ptr + position[:, None] * channels + channel[None, :]
+    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def backward_gate(
     u_ptr, z_ptr, weight_ptr, bias_ptr, grad_ptr, d_before_ptr, d_z_ptr,
-    height, width, channels, hidden,
+    height, width, channels, hidden, z_image, z_row, z_column,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the convolution's output and of the gate's half of z, from that of `forward`'s output.
 
-    Grid: tiles, blocks of channels.
+    Grid: tiles, blocks of channels. `d_z` is contiguous [B, H, W, hidden].
     """
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     image, row, column = _tile(tl.program_id(0), height, width, ROWS, COLUMNS)
     inside = ((row < height) & (column < width))[:, None] & (channel[None, :] < channels)
-    position = _position(image, row, column, height, width)
+    position = ((tl.cast(image, tl.int64) * height + row) * width + column)[:, None]
     before = _convolve(
         u_ptr, weight_ptr, bias_ptr, image, row, column, height, width, channel, channels, ROWS * COLUMNS, BLOCK
     )
     at = position * channels + channel[None, :]
     d_before = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        at_gate = position * hidden + channels + channel[None, :]
-        gate = tl.load(z_ptr + at_gate, mask=inside, other=0.0).to(tl.float32)
+        at_z = z_ptr + offsets(image, row, column, z_image, z_row, z_column)[:, None] + channels + channel[None, :]
+        gate = tl.load(at_z, mask=inside, other=0.0).to(tl.float32)
         d_gate = d_before * _gelu(before) * _gelu_slope(gate)
-        tl.store(d_z_ptr + at_gate, d_gate.to(d_z_ptr.dtype.element_ty), mask=inside)
+        at_d_z = d_z_ptr + position * hidden + channels + channel[None, :]
+        tl.store(at_d_z, d_gate.to(d_z_ptr.dtype.element_ty), mask=inside)
         d_before = d_before * _gelu(gate)
     d_before = d_before * _gelu_slope(before)
     tl.store(d_before_ptr + at, d_before.to(d_before_ptr.dtype.element_ty), mask=inside)
@@ -159,7 +157,7 @@ def backward_gate(
 @triton.jit(do_not_specialize=_VARYING)
 def backward_convolution(
     d_before_ptr, z_ptr, weight_ptr, d_z_ptr, sums_ptr,
-    height, width, num_tiles, channels, hidden,
+    height, width, num_tiles, channels, hidden, z_image, z_row, z_column,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of z's first half (through its GELU) and of the weights, from that of the convolution's output.
@@ -176,8 +174,8 @@ def backward_convolution(
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         image, row, column = _tile(tile, height, width, ROWS, COLUMNS)
         inside = ((row < height) & (column < width))[:, None] & real[None, :]
-        at_z = _position(image, row, column, height, width) * hidden + channel[None, :]
-        z = tl.load(z_ptr + at_z, mask=inside, other=0.0).to(tl.float32)
+        at_z = z_ptr + offsets(image, row, column, z_image, z_row, z_column)[:, None] + channel[None, :]
+        z = tl.load(at_z, mask=inside, other=0.0).to(tl.float32)
         u = _gelu(z)
         y = tl.zeros([ROWS * COLUMNS, BLOCK], dtype=tl.float32)
         y, s0 = _add_tap(y, s0, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 0)
@@ -190,7 +188,9 @@ def backward_convolution(
         y, s7 = _add_tap(y, s7, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 7)
         y, s8 = _add_tap(y, s8, u, d_before_ptr, weight_ptr, image, row, column, height, width, channel, channels, 8)
         s9 += _load_tap(d_before_ptr, image, row, column, height, width, channel, channels)
-        tl.store(d_z_ptr + at_z, (y * _gelu_slope(z)).to(d_z_ptr.dtype.element_ty), mask=inside)
+        position = ((tl.cast(image, tl.int64) * height + row) * width + column)[:, None]
+        at = d_z_ptr + position * hidden + channel[None, :]
+        tl.store(at, (y * _gelu_slope(z)).to(d_z_ptr.dtype.element_ty), mask=inside)
     at_sums = sums_ptr + tl.cast(tl.program_id(0), tl.int64) * (10 * channels) + channel
     tl.store(at_sums, tl.sum(s0, 0), mask=real)
     tl.store(at_sums + channels, tl.sum(s1, 0), mask=real)
@@ -224,17 +224,17 @@ class _Activate:
         z, u, weight, bias, tiles, blocks = self._prepare(*tensors)
         out, (_, H, W, channels) = torch.empty_like(u), u.shape
         with torch.cuda.device_of(out):
-            sizes = H, W, channels, z.shape[-1]
+            sizes = H, W, channels, *z.stride()[:3]
             forward[tiles, blocks](u, z, weight, bias, out, *sizes, GATED=z.shape[-1] != channels, **_SETTINGS)
         return out, ()
 
     def backward(self, grad: Tensor, needed: Sequence[bool], tensors: Tensors, kept: Tensors) -> Tensors:
         z, u, weight, bias, tiles, blocks = self._prepare(*tensors)
         _, H, W, channels = u.shape
-        d_z = torch.empty_like(z)
+        d_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
         groups = max(1, min(tiles, _PROGRAMS // blocks))
         sums, d_before = weight.new_empty(groups, 10, channels), torch.empty_like(u)
-        sizes = channels, z.shape[-1]
+        sizes = channels, z.shape[-1], *z.stride()[:3]
         with torch.cuda.device_of(d_z):
             maps = u, z, weight, bias, grad.contiguous(), d_before, d_z
             backward_gate[tiles, blocks](*maps, H, W, *sizes, GATED=z.shape[-1] != channels, **_SETTINGS)
@@ -250,11 +250,12 @@ class _Activate:
 
     def _prepare(self, z: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
         """Return z, GELU of its first half, weight and bias in kernel layout, and the numbers of tiles and blocks."""
-        (B, H, W, hidden), channels, z = z.shape, len(weight), z.detach().contiguous()
+        (B, H, W, _), channels = z.shape, len(weight)
+        z = z.detach() if z.stride(-1) == 1 else z.detach().contiguous()  # unit channel stride
         taps = weight.detach().float().reshape(channels, 9).t().contiguous()
         shift = taps.new_zeros(channels) if bias is None else bias.detach().float().contiguous()
         tiles, blocks = B * -(-H // _ROWS) * -(-W // _COLUMNS), -(-channels // _BLOCK)
         u = torch.empty(B, H, W, channels, dtype=z.dtype, device=z.device)
         with torch.cuda.device_of(u):
-            gelu[tiles, blocks](z, u, H, W, channels, hidden, **_SETTINGS)
+            gelu[tiles, blocks](z, u, H, W, channels, *z.stride()[:3], **_SETTINGS)
         return z, u, taps, shift, tiles, blocks
