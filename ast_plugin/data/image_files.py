@@ -194,6 +194,12 @@ def write_image(path: str | os.PathLike, image: ImageFile) -> None:
     write_file(path, encode_image(path, image))
 
 
+def downscale(image: np.ndarray, shorter_side: int) -> np.ndarray:
+    """Downscale an image by averaging to a shorter side in pixels; a smaller image is returned as it is."""
+    scale = shorter_side / min(image.shape[:2])
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
+
+
 def encode_image(path: str | os.PathLike, image: ImageFile, *, quality: int = 95) -> bytes:
     """Encode an image in the format of the file extension.
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch.utils.data import Dataset, get_worker_info
 
 from ast_plugin.data import transforms
-from ast_plugin.data.image_files import read_rgb
+from ast_plugin.data.image_files import downscale, read_rgb
 from ast_plugin.data.layouts import LAYOUTS, Source, check_source, list_pairs
 from ast_plugin.data.lmdb.reader import LmdbImages, decode_key, read_meta_info
 from ast_plugin.data.matching import Pair, PairTable, check_equal_sizes, shorten_list
@@ -359,7 +359,7 @@ class SyntheticPairsDataset(SeededDataset):
         several = len(self.degradations)
         if self.is_train:
             if options.shorter_side:
-                image = transforms.downscale(image, int(generator.integers(*options.shorter_side, endpoint=True)))
+                image = downscale(image, int(generator.integers(*options.shorter_side, endpoint=True)))
             parameters = self.degradations[generator.integers(several) if several > 1 else 0]
             degradation = DEGRADATIONS[parameters.type]
             lq, gt, _ = degraded_patch(image, options.gt_size, generator, degradation, parameters, self._augmentation)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import default_collate
@@ -36,12 +35,6 @@ def _reflected(start: int, count: int, length: int) -> np.ndarray:
     period = 2 * (length - 1)
     index = np.arange(start, start + count) % period
     return np.minimum(index, period - index)
-
-
-def downscale(image: np.ndarray, shorter_side: int) -> np.ndarray:
-    """Downscale an image by averaging to a shorter side in pixels; a smaller image is returned as it is."""
-    scale = shorter_side / min(image.shape[:2])
-    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
 
 
 def random_offset(shape: Sequence[int], size: int, generator: np.random.Generator) -> tuple[int, int]:

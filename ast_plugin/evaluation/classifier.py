@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ast_plugin.archs.state import load_into
 from ast_plugin.checkpoints import read_checkpoint
-from ast_plugin.data.transforms import downscale
+from ast_plugin.data.image_files import downscale
 from ast_plugin.evaluation.restorer import Restorer
 from ast_plugin.weights import CLASSIFIER, TASKS, find_weights, is_shipped
 
