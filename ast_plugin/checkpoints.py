@@ -322,10 +322,11 @@ class _Placeholder:
 
 def _number(kind: _Placeholder, raw: bytes | str) -> Any:
     """Placeholder for the constructor of NumPy scalars: return a Python number, or None for other types."""
-    code, order = kind.args[0], kind.state[1]  # of numpy.dtype
+    code, order = (*getattr(kind, 'args', ()), '')[0], getattr(kind, 'state', (0, '<'))[1]  # of numpy.dtype
     raw = raw.encode('latin1') if isinstance(raw, str) else raw
-    is_number = re.fullmatch(r'b1|[iu][1248]|f[248]', code) and len(raw) == int(code[1:])
-    return np.frombuffer(raw, order + code)[0].item() if is_number else None
+    if not (re.fullmatch(r'b1|[iu][1248]|f[248]', str(code)) and isinstance(raw, bytes) and len(raw) == int(code[1:])):
+        return None
+    return np.frombuffer(raw, order + code)[0].item()
 
 
 # Globals in files other than tensors, and their placeholders: no code of theirs is executed or imported.

@@ -96,12 +96,12 @@ def test_slurm_starts_on_cpus(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda **options: calls.append(options))
-    monkeypatch.setattr(subprocess, 'getoutput', lambda command: f'first-of-{command.split()[3]}')
-    slurm = {'SLURM_PROCID': '3', 'SLURM_NTASKS': '4', 'SLURM_NODELIST': 'n[1-2]'}
+    monkeypatch.setattr(subprocess, 'check_output', lambda command, **_: f'first-of-{command[-1]}\nother\n')
+    slurm = {'SLURM_PROCID': '3', 'SLURM_NTASKS': '4', 'SLURM_NODELIST': 'n[1-2]', 'SLURM_LOCALID': '1'}
     monkeypatch.setattr(os, 'environ', {**slurm, 'MASTER_PORT': '1234'})
     dist_util.init_dist('slurm', backend='nccl')
     assert calls == [{'backend': 'gloo'}]
-    told = {'RANK': '3', 'WORLD_SIZE': '4', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'first-of-n[1-2]', 'MASTER_PORT': '1234'}
+    told = {'RANK': '3', 'WORLD_SIZE': '4', 'LOCAL_RANK': '1', 'MASTER_ADDR': 'first-of-n[1-2]', 'MASTER_PORT': '1234'}
     assert os.environ == {**slurm, **told}
     dist_util.init_dist('slurm', port=29501)
     assert os.environ['MASTER_PORT'] == '29501'

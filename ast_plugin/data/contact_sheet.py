@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ast_plugin.data.image_files import read_rgb
-from ast_plugin.data.transforms import to_float
 from ast_plugin.degradations import DEGRADATIONS
 from ast_plugin.errors import ShapeError
 from ast_plugin.files import write_file
@@ -96,9 +95,9 @@ def draw_degradations(images: Mapping[str, Path], tasks: Sequence[str] | None = 
 
 def _crop(image: np.ndarray) -> np.ndarray:
     """Return the largest crop of the aspect ratio shown, off-centre upwards, resized, float32 in [0, 1]."""
-    whole = Image.fromarray(_to_uint8(to_float(image)))
+    whole = Image.fromarray(_to_uint8(image / np.float32(np.iinfo(image.dtype).max)))
     part = ImageOps.fit(whole, _DEGRADED_SIZE[::-1], Image.Resampling.BICUBIC, centering=(0.5, 0.2))
-    return to_float(np.asarray(part))
+    return np.asarray(part) / np.float32(255)
 
 
 def _detail(image: np.ndarray) -> np.ndarray:

@@ -221,7 +221,8 @@ def _find_left_out(*sides: _Side) -> Iterator[DataFault]:
     by_folder = defaultdict(list)
     for side in sides:
         by_folder[os.path.normpath(side.folder)].append(side)
-    for folder, inside in by_folder.items():
+    for inside in by_folder.values():
+        folder = str(inside[0].folder)
         taken = {name.partition('/')[0] for side in inside for names in side.files.values() for name in names}
         names = ' or '.join(side.template.fill('{}') for side in inside)
         reasons = Counter()

@@ -121,6 +121,9 @@ def read_parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
     """
     model = DEGRADATIONS[task].parameters
     properties = model.model_json_schema()['properties']
+    known = ', '.join(name for name in properties if name != 'type')
+    if 'type' in settings:
+        raise OptionError(f'{task}: type: no such parameter (available: {known})')
     values = dict(settings)
     for name in values.keys() & properties.keys():
         is_range = any(kind.get('maxItems') == 2 for kind in (properties[name], *properties[name].get('anyOf', ())))
@@ -132,8 +135,7 @@ def read_parameters(task: str, settings: Mapping[str, object]) -> BaseModel:
         lines = []
         for fault in faults_of(error, model, values):
             message = fault.message
-            if fault.unknown_key:
-                known = ', '.join(name for name in properties if name != 'type')
+            if fault.unknown_key and len(fault.where) == 1:
                 message = f'{message.replace("unknown key", "no such parameter")} (available: {known})'
             lines.append(f'{task}: {fault.where[0]}: {message}' if fault.where else f'{task}: {message}')
         raise OptionError('\n'.join(dict.fromkeys(lines))) from None

@@ -26,6 +26,7 @@ from ast_plugin.errors import (
     class_of_failure,
     did_you_mean,
     one_line,
+    out_of_memory,
 )
 from ast_plugin.evaluation.tiling import AUTO, OnNote, OnTile, Tiling, evaluating
 from ast_plugin.metrics.psnr_ssim import as_array, fractions, to_integers, to_toolbox
@@ -100,6 +101,7 @@ class Protocol(Tiling):
             return self._run_padded(network, image, on_tile, on_note)
 
         with evaluating(network):
+            lq = lq if lq.dtype == torch.float64 else lq.float()
             small = downscale(lq, self.processing_resolution) if self.processing_resolution else lq
             result = sum(eight_turns(run, small)) / 8 if self.self_ensemble else run(small)
             if not torch.isfinite(result).all():
@@ -110,7 +112,12 @@ class Protocol(Tiling):
                         f'processing_resolution needs results of the size of their inputs {list(small.shape)}, got '
                         f'{list(result.shape)}'
                     )
-                result = apply_change(lq, small, result - small)
+                try:
+                    result = apply_change(lq, small, result - small)
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    raise MemoryShortage(f'{lq.shape[-1]}x{lq.shape[-2]} does not fit in memory') from error
             result = result.clamp(0, 1)
             largest = 2**self.bit_depth - 1
             return (result * largest).round_().div_(largest) if self.round else result

@@ -83,11 +83,15 @@ class RestorationModel(SRModel):
         precision = training_step.Precision(train_opt.get('precision') or 'fp32', self.device)
         precision.check_wrapper(self.net_g)
         self.setup_optimizers()
-        self.schedulers = [optimizers.build_schedule(optimizer, train_opt) for optimizer in self.optimizers]
+        self.setup_schedulers()
         self.mixing = training_step.build_mixup(train_opt, self.opt.get('manual_seed') or 0, self.opt.get('rank', 0))
         self.step = training_step.TrainingStep(
             self.net_g, self.optimizer_g, precision, train_opt, batch=training_step.batch_size(self.opt)
         )
+
+    def setup_schedulers(self) -> None:
+        """Build the schedule of each optimiser, the plugin's or BasicSR's."""
+        self.schedulers = [optimizers.build_schedule(optimizer, self.opt['train']) for optimizer in self.optimizers]
 
     @master_only
     def print_network(self, net: nn.Module) -> None:
@@ -156,20 +160,24 @@ class RestorationModel(SRModel):
     def validation(
         self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool = False
     ) -> None:
-        """Restore and measure a dataset, log the means, and save the weights during training if they are the best.
+        """Validate without changing the random state of training."""
+        with randomness.preserved():
+            super().validation(dataloader, current_iter, tb_logger, save_img)
+        self._pause(is_over=self.is_train and current_iter > self.opt['train']['total_iter'])
 
-        Each process restores its share, all receive the results, and the first one writes them. The random state of
-        training does not change.
+    def dist_validation(self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
+        """Validate with all processes: each restores its share, all receive the results, the first one writes them."""
+        self.nondist_validation(dataloader, current_iter, tb_logger, save_img)
+        self.processes.wait()  # for the first one to write, with a longer timeout than a training step has
+
+    def nondist_validation(
+        self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool
+    ) -> None:
+        """Restore and measure a dataset, log the means, and save the weights during training if they are the best.
 
         Raises:
             DataError: if the dataset is empty.
         """
-        with randomness.preserved():
-            self._validate(dataloader, current_iter, tb_logger, save_img)
-        self.processes.wait()  # for the first one to write, with a longer timeout than a training step has
-        self._pause(is_over=self.is_train and current_iter > self.opt['train']['total_iter'])
-
-    def _validate(self, dataloader: DataLoader, current_iter: int | str, tb_logger: Any, save_img: bool) -> None:
         name = dataloader.dataset.opt['name']
         if len(dataloader) == 0:
             raise DataError(f'the validation set {name} holds no images')

@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -150,14 +151,25 @@ def start_distributed_on_cpus() -> None:
     set the CUDA device and default to nccl. The code's origin, mmcv, had the same fault.
     """
 
-    def initialize(original, backend, **options):
+    def by_torchrun(original, backend, **kwargs):
         if torch.cuda.is_available():
-            return original(backend, **options)
-        with patch.multiple(torch.cuda, device_count=lambda: 1, set_device=lambda _: None):
-            original('gloo' if backend == 'nccl' else backend, **options)
+            return original(backend, **kwargs)
+        torch.distributed.init_process_group(backend='gloo' if backend == 'nccl' else backend, **kwargs)
 
-    replace(initialize, '_init_dist_pytorch', dist_util)
-    replace(initialize, '_init_dist_slurm', dist_util)
+    def by_slurm(original, backend, port=None):
+        """Initialize like BasicSR: rank and size from SLURM, the first node as master, default port 29500."""
+        if torch.cuda.is_available():
+            return original(backend, port)
+        environ = os.environ
+        environ['MASTER_PORT'] = str(port) if port is not None else environ.get('MASTER_PORT', '29500')
+        hosts = subprocess.check_output(['scontrol', 'show', 'hostname', environ['SLURM_NODELIST']], text=True)
+        environ['MASTER_ADDR'] = hosts.split()[0]
+        environ['WORLD_SIZE'], environ['RANK'] = environ['SLURM_NTASKS'], environ['SLURM_PROCID']
+        environ['LOCAL_RANK'] = environ.get('SLURM_LOCALID', '0')
+        torch.distributed.init_process_group(backend='gloo' if backend == 'nccl' else backend)
+
+    replace(by_torchrun, '_init_dist_pytorch', dist_util)
+    replace(by_slurm, '_init_dist_slurm', dist_util)
 
 
 @replaces('_init_dist_pytorch', dist_util)

@@ -310,7 +310,8 @@ CASES = {  # beginning of a command: its end, and parts of the message
         ('rain --seed -1', '--seed is -1: expected 0 or more'),
         ('rain --size 100', 'has 128x96 pixels, fewer than a patch'),
         ('rain --set psnr', 'expected KEY=VALUE'),
-        ('rain --set psrn=3', 'no such parameter, did you mean psnr?'),
+        ('rain --set psrn=3', 'psrn: no such parameter, did you mean psnr? (available: psnr'),
+        ('rain --set type=rain', 'type: no such parameter (available: psnr'),
         ('rain --set psnr=3,1', 'a range is [lowest, highest]'),
         (
             'rain --set psnr=wet --set angle=1,2,3',

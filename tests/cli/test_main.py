@@ -198,3 +198,8 @@ def test_wrong_name_is_reported_without_basicsr():
     result = run_python('-c', code)
     assert result.stdout.strip() == '[2, 2, 2] False'
     assert result.stderr.count('did you mean AST_derain?') == 3
+
+
+def test_data_commands_do_not_import_torch():
+    result = run_python('-c', 'import sys; import ast_plugin.cli.data; print(*sys.modules)')
+    assert 'ast_plugin.cli.data' in result.stdout.split() and 'torch' not in result.stdout.split()

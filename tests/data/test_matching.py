@@ -44,3 +44,6 @@ def test_left_out_files_are_counted_once(tmp_path):
     assert set(left_out.text.split(', ')) == {'1 not named {}_rain.* or {}_clean.*', '1 .heic'}
     touch(tmp_path, 'in/a.png', 'in/gt/a.png')
     assert match_folders('train', tmp_path / 'in', tmp_path / 'in/gt')[1] == []  # a side is not left out of the other
+    touch(tmp_path, 'deep/lq/b.png', 'deep/gt/b.png')
+    (tmp_path / 'link').symlink_to(tmp_path / 'deep/lq')  # its parent is not the parent of the link
+    assert len(match_folders('train', tmp_path / 'link/../lq', tmp_path / 'link/../gt')[0]) == 1

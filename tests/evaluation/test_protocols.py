@@ -171,6 +171,7 @@ def test_processing_resolution(self_ensemble):
 
     lq = image(24, 40).clamp(0.125, 1)
     torch.testing.assert_close(protocol.restore(darken, lq), lq - 0.125)
+    assert protocol.restore(darken, lq.half()).dtype == torch.float32
     assert set(sizes) == {(12, 20)}
     with pytest.raises(ShapeError, match=r'processing_resolution needs results of the size of their inputs'):
         protocol.restore(lambda patches: patches.repeat_interleave(2, -1).repeat_interleave(2, -2), lq)

@@ -148,6 +148,23 @@ def test_the_last_iteration_is_validated_once(tmp_path, monkeypatch):
         model.validation(DataLoader(Pairs(())), 9, None)
 
 
+def test_hooks_of_basicsr_are_called(tmp_path):
+    from ast_plugin.models.restoration_model import RestorationModel
+
+    called = []
+
+    class Own(RestorationModel):
+        def setup_schedulers(self):
+            called.append('schedule')
+            super().setup_schedulers()
+
+        def nondist_validation(self, *args):
+            called.append('validation')
+
+    Own(options(tmp_path)).validation(DataLoader(Pairs()), 3, None)
+    assert called == ['schedule', 'validation']
+
+
 def test_moving_average(tmp_path):
     model = build(options(tmp_path, ema_decay=0.5))
     start = weights(model)

@@ -81,6 +81,9 @@ class _FeedForwardBranch(Branch):
                 u = conv3x3(u, op.depthwise, op.depthwise_bias, strip.edges, gelu=True)
             if op.is_gated:
                 u = u.mul_(linear(strip.crop(a, around), *self._expansion(1), gelu=True))
+            if self.residual is not None and self.scale is None and self.x.dtype == self.dtype:
+                strip.view(out).copy_(linear(u, op.project, op.project_bias, plus=strip.view(self.x)))
+                continue
             y = linear(u, op.project, op.project_bias)
             y = y if self.scale is None else y.mul_(strip.view_images(self.scale))
             self.write(strip.view(out), y, strip.view(self.x))
