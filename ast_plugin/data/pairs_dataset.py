@@ -319,6 +319,15 @@ class SyntheticPairsOptions(SeededOptions):
             raise ValueError('dataroot_gt, a folder of clean photos, must be set with source: folder, and only then')
         return self
 
+    @model_validator(mode='after')
+    def _patches_fit_downscaled_photos(self) -> SyntheticPairsOptions:
+        if self.phase == 'train' and self.shorter_side and self.shorter_side[0] < self.gt_size:
+            raise ValueError(
+                f'shorter_side: {list(self.shorter_side)} is smaller than gt_size: {self.gt_size}; patches would be '
+                f'padded by reflection. Set both values of shorter_side to at least {self.gt_size}'
+            )
+        return self
+
 
 class SyntheticPairsDataset(SeededDataset):
     """Clean photos and their synthetically degraded versions.

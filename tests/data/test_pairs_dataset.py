@@ -169,6 +169,7 @@ BAD_OPTIONS = {  # by dataset
         ({'dataroot_gt': 'x'}, 'source: folder'),
         ({'split': 'test'}, r'datasets\.train\.split'),
         ({'photos': []}, r'datasets\.train\.photos'),
+        ({'shorter_side': [47, 90]}, r'shorter_side: \[47, 90\] is smaller than gt_size: 48'),
         ({'io_backend': {'type': 'lmdb'}}, r'datasets\.train\.io_backend\.type: '),
     ],
 }
