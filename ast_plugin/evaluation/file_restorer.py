@@ -132,7 +132,7 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
     """
     found = FoundImages([], [], Counter())
     known: dict[tuple[int, int] | Path, Path] = {}
-    for path in itertools.chain.from_iterable(_expand(given, recursive, found.failures) for given in inputs):
+    for path in itertools.chain.from_iterable(_expand(given, output, recursive, found) for given in inputs):
         images = list(_walk(path, output, recursive, found)) if path.is_dir() else [(path, Path())]
         if path.is_dir() and not images:
             reasons = f'; found {count_reasons(found.left_out)}' if found.left_out else ''
@@ -149,14 +149,20 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
     return found
 
 
-def _expand(given: str | os.PathLike, recursive: bool, failures: list[str]) -> list[Path]:
-    """Return the paths that match a pattern, sorted; or the path itself if it exists or is no pattern."""
+def _expand(given: str | os.PathLike, output: Path, recursive: bool, found: FoundImages) -> list[Path]:
+    """Return the paths that match a pattern, sorted, without folders of results; or the path itself if it is none."""
     path = os.path.expanduser(given)
-    if os.path.lexists(path) or not glob.has_magic(path):
+    if not _is_pattern(path):
         return [Path(path)]
-    matches = sorted(glob.glob(path, recursive=recursive))
-    failures.extend([] if matches else [f'{given}: no file matches this pattern'])
-    return list(map(Path, matches))
+    matches = sorted(map(Path, glob.glob(path, recursive=recursive)))
+    found.failures.extend([] if matches else [f'{given}: no file matches this pattern'])
+    earlier = [path for path in matches if (path / _RESULTS).exists() or path.resolve() == output.resolve()]
+    found.left_out.update(['folders with earlier results'] * len(earlier))
+    return [path for path in matches if path not in earlier]
+
+
+def _is_pattern(path: str) -> bool:
+    return glob.has_magic(path) and not os.path.lexists(path)
 
 
 def plan_jobs(
@@ -215,9 +221,10 @@ def prepare_folders(jobs: Sequence[Job]) -> None:
 
 
 def mark_results(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
-    """Mark an output folder inside an input, so that `find_images` skips it in later runs."""
-    parents = [Path(os.path.expanduser(given)).resolve() for given in inputs]
-    if output.is_dir() and not {*parents}.isdisjoint(output.resolve().parents):
+    """Mark an output folder inside an input or beside matches of a pattern; later runs of `find_images` skip it."""
+    paths = (os.path.expanduser(given) for given in inputs)
+    parents = {Path(os.path.dirname(path) if _is_pattern(path) else path).resolve() for path in paths}
+    if output.is_dir() and not parents.isdisjoint(output.resolve().parents):
         (output / _RESULTS).touch()
 
 

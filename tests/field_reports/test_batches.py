@@ -244,6 +244,10 @@ def test_results_inside_an_input(tmp_path, capsys, monkeypatch):
         assert main(['infer', '-i', 'in', '-o', output, '--recursive', '--task', 'rain']) == 0
         assert 'restored 2 images' in capsys.readouterr().out
         assert (tmp_path / output / 'a.png').is_file() and (tmp_path / output / 'deep' / 'b.png').is_file()
+    for left_out in (3, 4):
+        assert main(['infer', '-i', 'in/*', '-o', 'in/fourth', '--task', 'rain']) == 0
+        out, err = capsys.readouterr()
+        assert 'restored 2 images' in out and f'left out: {left_out} folders with earlier results' in err
     assert main(['infer', '-i', 'in/a.png', '-o', 'one.jpg/', '--task', 'rain']) == 0
     assert (tmp_path / 'one.jpg' / 'a.png').is_file()
 
