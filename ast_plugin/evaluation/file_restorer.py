@@ -10,6 +10,7 @@ A failure is stored in the result of its file; the remaining files are still res
 import glob
 import itertools
 import os
+import re
 import tempfile
 import time
 from collections import Counter
@@ -150,19 +151,32 @@ def find_images(inputs: Iterable[str | os.PathLike], output: Path, recursive: bo
 
 
 def _expand(given: str | os.PathLike, output: Path, recursive: bool, found: FoundImages) -> list[Path]:
-    """Return the paths that match a pattern, sorted, without folders of results; or the path itself if it is none."""
+    """Return the paths that match a pattern, sorted, without earlier results; or the path itself if it is none."""
     path = os.path.expanduser(given)
-    if not _is_pattern(path):
+    root = _root_of_pattern(path)
+    if root is None:
         return [Path(path)]
-    matches = sorted(map(Path, glob.glob(path, recursive=recursive)))
-    found.failures.extend([] if matches else [f'{given}: no file matches this pattern'])
-    earlier = [path for path in matches if (path / _RESULTS).exists() or path.resolve() == output.resolve()]
+    matches, kept, earlier = sorted(map(Path, glob.glob(path, recursive=recursive))), [], set()
+    for match in matches:
+        folders = [folder for folder in (match, *match.parents) if len(folder.parts) > len(root.parts)]
+        results = [folder for folder in folders if _is_result_folder(folder, output)]
+        earlier.update(results)
+        kept.extend([] if results else [match])
     found.left_out.update(['folders with earlier results'] * len(earlier))
-    return [path for path in matches if path not in earlier]
+    if not kept:
+        found.failures.append(f'{given}: {"only earlier results match" if matches else "no file matches"} this pattern')
+    return kept
 
 
-def _is_pattern(path: str) -> bool:
-    return glob.has_magic(path) and not os.path.lexists(path)
+def _root_of_pattern(path: str) -> Path | None:
+    """Return the folder before the first wildcard, or None if the path exists or is no pattern."""
+    if os.path.lexists(path) or not glob.has_magic(path):
+        return None
+    return Path(os.path.dirname(re.split(r'[*?[]', path)[0]))
+
+
+def _is_result_folder(folder: Path, output: Path) -> bool:
+    return folder.is_dir() and (folder.resolve() == output.resolve() or (folder / _RESULTS).exists())
 
 
 def plan_jobs(
@@ -221,9 +235,9 @@ def prepare_folders(jobs: Sequence[Job]) -> None:
 
 
 def mark_results(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
-    """Mark an output folder inside an input or beside matches of a pattern; later runs of `find_images` skip it."""
-    paths = (os.path.expanduser(given) for given in inputs)
-    parents = {Path(os.path.dirname(path) if _is_pattern(path) else path).resolve() for path in paths}
+    """Mark an output folder inside an input or below the root of a pattern; later runs of `find_images` skip it."""
+    paths = map(os.path.expanduser, inputs)
+    parents = {(_root_of_pattern(path) or Path(path)).resolve() for path in paths}
     if output.is_dir() and not parents.isdisjoint(output.resolve().parents):
         (output / _RESULTS).touch()
 

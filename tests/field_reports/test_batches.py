@@ -248,6 +248,14 @@ def test_results_inside_an_input(tmp_path, capsys, monkeypatch):
         assert main(['infer', '-i', 'in/*', '-o', 'in/fourth', '--task', 'rain']) == 0
         out, err = capsys.readouterr()
         assert 'restored 2 images' in out and f'left out: {left_out} folders with earlier results' in err
+    assert main(['infer', '-i', 'in/**/*.png', '-o', 'in/fifth', '--recursive', '--task', 'rain']) == 0
+    assert 'restored 2 images' in capsys.readouterr().out
+    assert main(['infer', '-i', 'in/f*', '-o', 'sixth', '--task', 'rain']) == 2
+    assert 'in/f*: only earlier results match this pattern' in capsys.readouterr().err
+    assert main(['infer', '-i', 'in/first/*.png', '-o', 'sixth', '--task', 'rain']) == 0  # chosen on purpose
+    assert 'restored 1 image' in capsys.readouterr().out
+    assert main(['infer', '-i', 'in/[a].png', '-o', 'in/a.png', '--task', 'rain']) == 2
+    assert 'in/a.png is an input' in capsys.readouterr().err
     assert main(['infer', '-i', 'in/a.png', '-o', 'one.jpg/', '--task', 'rain']) == 0
     assert (tmp_path / 'one.jpg' / 'a.png').is_file()
 
