@@ -32,6 +32,12 @@ MORE_PHOTOGRAPHS = {  # by task; docs/weights.md names the sources
     'photographs of Unsplash': ('Unsplash License', {'raindrop': 131, 'haze': 173}),
     'photographs of repositories under the MIT licence': ('MIT', {'raindrop': 132, 'haze': 153}),
     'wallpapers and samples': ('CC0, CC BY, CC BY-SA', {'raindrop': 132, 'haze': 213}),
+    'stock photographs of websites': ('Unsplash, Pexels or Pixabay License, by file', {'haze': 580}),
+    'credited photographs of websites, most of Wikimedia Commons': (
+        'CC BY, CC BY-SA, CC0, GFDL, Free Art, public domain, by file',
+        {'haze': 580},
+    ),
+    'photographs of other repositories': ('public domain, CC0, Apache-2.0, MIT', {'haze': 109}),
 }
 MAX_BYTES = 8_000_000
 

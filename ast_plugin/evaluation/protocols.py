@@ -50,9 +50,9 @@ class Protocol(Tiling):
         round: round results and references to `bit_depth` before measuring, as in image files.
         bit_depth: 8 or 16.
         self_ensemble: average the results over the eight flips and rotations of the image.
-        processing_resolution: restore images whose shorter side exceeds this as a copy downscaled to it, and apply the
-            change to the full image, see `apply_change`; None to restore all images at full resolution. For smooth
-            degradations such as haze, for which the network must see the whole scene.
+        processing_resolution: restore images whose shorter side exceeds this as a copy downscaled to it and its mirror
+            image, and apply the mean change to the full image, see `apply_change`; None to restore all images at full
+            resolution. For smooth degradations such as haze, for which the network must see the whole scene.
     """
 
     type: str
@@ -103,7 +103,12 @@ class Protocol(Tiling):
         with evaluating(network):
             lq = lq if lq.dtype == torch.float64 else lq.float()
             small = downscale(lq, self.processing_resolution) if self.processing_resolution else lq
-            result = sum(eight_turns(run, small)) / 8 if self.self_ensemble else run(small)
+            if self.self_ensemble:
+                result = sum(eight_turns(run, small)) / 8
+            elif small is lq:
+                result = run(lq)
+            else:  # haze thickens upwards, whichever way a scene faces: its mirror image is as likely
+                result = (run(small) + run(small.flip(-1)).flip(-1)) / 2
             if not torch.isfinite(result).all():
                 raise DataError('the output of the network is not finite; check its weights and the image')
             if small is not lq:
