@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         '--self-ensemble',
         action='store_true',
-        help='average the results of the eight flips and rotations: slightly better, eight times slower',
+        help='average the results of the eight flips and rotations, eight times slower; worse for rain, which falls',
     )
     add(
         '--processing-resolution',
