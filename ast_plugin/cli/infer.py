@@ -159,6 +159,8 @@ def _load_restorer(args: argparse.Namespace) -> Any:
 
     names = ('device', 'tile', 'overlap', 'batch', 'self_ensemble', 'processing_resolution')
     options = {name: getattr(args, name) for name in names}
+    if args.self_ensemble and args.weights is None and args.task in (None, 'rain'):
+        say('warning: --self-ensemble rotates rain, which the bundled weights only know upright', file=sys.stderr)
     if args.task is not None:
         return Restorer.from_task(args.task, **options)
     if args.weights is None:

@@ -88,6 +88,13 @@ def test_colour_change_is_reported(run, tmp_path):
     assert '% of the values became black or white' in run('--task', 'rain')[2]
 
 
+def test_rotated_rain_is_warned_of(run):
+    warning = 'warning: --self-ensemble rotates rain, '
+    assert warning in run('--self-ensemble', '--task', 'rain')[2]
+    assert warning in run('--self-ensemble', clean=9)[2]
+    assert warning not in run('--self-ensemble', '--task', 'haze')[2] + run('--task', 'rain')[2]
+
+
 def test_report_lists_failures(run, tmp_path):
     name = os.fsdecode(b'mu\xf1oz.png')  # which is no text
     (tmp_path / name).write_bytes(b'\x89PNG\r\n\x1a\n')
