@@ -170,7 +170,8 @@ class Protocol(Tiling):
             tiles = 'one pass, or tiles if memory is low' if is_auto else f'tiles of {self.tile}'
             parts.append(f'{tiles}, overlap {quarter if self.overlap is None else self.overlap}, {self.blend}')
         if self.processing_resolution:
-            parts.append(f'downscaled to a shorter side of {self.processing_resolution}')
+            mirrored = '' if self.self_ensemble else ', averaged with its mirror image'
+            parts.append(f'downscaled to a shorter side of {self.processing_resolution}{mirrored}')
         parts += ['self-ensemble of eight flips and rotations'] if self.self_ensemble else []
         parts.append(f'rounded to {self.bit_depth} bits' if self.round else 'not rounded')
         return f'{self.type}: {"; ".join(parts)}'

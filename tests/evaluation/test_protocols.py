@@ -312,7 +312,7 @@ def test_invalid_images():
         ({'type': 'tiled'}, 'tiled: one pass, or tiles if memory is low, overlap 1/4 tile, ramp; not rounded'),
         (
             {'type': 'whole', 'processing_resolution': 9},
-            'whole: one pass; downscaled to a shorter side of 9; not rounded',
+            'whole: one pass; downscaled to a shorter side of 9, averaged with its mirror image; not rounded',
         ),
         (
             {'type': 'spad', 'self_ensemble': True},
